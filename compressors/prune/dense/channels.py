@@ -5,9 +5,8 @@ removes the matching input of every layer that consumes it
 (``compressors.prune.structure.channel_consumers``). The layer's width is a number in the
 architecture's configuration (an argument of the model class). That number becomes smaller, so the
 result is stored and built like any other network. If the number counts groups of channels, such as
-attention heads, whole groups are removed. In this file a *unit* is one channel or
-one such group, a *producer* a layer that outputs it, and a *consumer* a layer or norm that takes it
-as input.
+attention heads, whole groups are removed. In this file a *unit* is one channel or one such group, a
+*producer* a layer that outputs it, and a *consumer* a layer or norm that takes it as input.
 
 Sources: those of ``compressors.prune.dense.importance``, and Frankle and Carbin 2019,
 https://arxiv.org/abs/1803.03635, sec. 2 (iterative pruning: prune and train in turn, the same share
@@ -49,7 +48,7 @@ from compressors.prune.structure.config_widths import Width
 from compressors.prune.structure.narrowing import WidthCut, remaining_consumers, without_channels
 from compressors.prune.structure.prunable_widths import PrunableWidths, prunable_widths
 
-CUTS = frozenset({"channels_cut", "one_threshold", "inputs_follow"})
+NARROWING_CODES = frozenset({"channels_cut", "one_threshold", "inputs_follow"})
 """Reason codes that say that a layer becomes narrower."""
 
 
@@ -63,7 +62,7 @@ class CheckedWidths(NamedTuple):
 class Channels(StepSettings):
     """Remove whole output channels of dense layers, and the inputs that consume them."""
 
-    effect: ClassVar[Effect] = "values"
+    effect: ClassVar[Effect] = "values"  # layers keep their format and become narrower
 
     kind: Literal["channels"] = "channels"
     layers: tuple[str, ...] = Field(
@@ -339,7 +338,7 @@ class Channels(StepSettings):
             importance: by producer, float ``(units,)``.
             initial: number of units of each width before the first round.
             initial_work: multiply-adds of all dense layers for one row before the first round.
-            progress: number of this round divided by the number of rounds.
+            progress: round number / number of rounds; the round's target is ``keep ** progress``.
         """
         widths = tuple(item.width for item in consumers)
         work = kept_shares.multiply_adds(model.module, signature)
@@ -389,13 +388,14 @@ class Channels(StepSettings):
                 problem=str(fault),
                 layers=tuple(sorted(kept_by_producer)),
             ) from fault
-        if gap is not None:
+        if gap is not None:  # a description of the difference between the networks' scores
             raise StepRefused(
                 "channels_read_elsewhere", gap=gap, layers=tuple(sorted(kept_by_producer))
             )
         return narrower
 
     def _prunable_widths(self, model: Model, signature: Signature) -> PrunableWidths:
+        """Find the widths that can be pruned; see ``prunable_widths``."""
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         searched = self.flops is not None or self.scope == "global"
         share = self.flops or self.keep
@@ -406,7 +406,7 @@ class Channels(StepSettings):
         if bench.checkpoints is not None:  # one checkpoint folder per round
             folder = f"{bench.checkpoints}/round-{number}"
             bench = bench.model_copy(update={"checkpoints": folder})
-        return train_model(model, bench, loss, training, pruned_layers(model))
+        return train_model(model, bench, loss, training, pruned=pruned_layers(model))
 
 
 def _kept_units(
@@ -444,5 +444,5 @@ def _width_reason(width: Width, producer: str, before: int, after: int) -> Reaso
 
 def _take(decision: Decision, *reasons: Reason) -> Decision:
     """Decide to prune or train a layer; earlier reasons stay if they say that it is pruned."""
-    is_pruned = decision.selected and decision.reasons[0].code in CUTS
+    is_pruned = decision.selected and decision.reasons[0].code in NARROWING_CODES
     return Decision("taken", (*decision.reasons, *reasons) if is_pruned else reasons)

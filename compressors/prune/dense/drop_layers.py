@@ -44,7 +44,7 @@ class RemovableStacks(NamedTuple):
 class DropLayers(StepSettings):
     """Remove whole layers that an argument of the model class counts or lists."""
 
-    effect: ClassVar[Effect] = "values"
+    effect: ClassVar[Effect] = "values"  # layers keep their format; some are removed
 
     kind: Literal["drop_layers"] = "drop_layers"
     layers: tuple[str, ...] = Field(
@@ -175,12 +175,12 @@ class DropLayers(StepSettings):
         stacks: list[Stack] = []
         assigned: set[str] = set()  # units of the stacks selected so far
         for stack in find_stacks(model):
-            members = [unit.name for unit in units if stack.member_of(unit.name) is not None]
-            dense = [name for name in members if name in choices]
-            if not dense or assigned & set(members):
+            in_stack = [unit.name for unit in units if stack.member_of(unit.name) is not None]
+            dense = [name for name in in_stack if name in choices]
+            if not dense or assigned & set(in_stack):
                 continue
             reason = _reason_not_removable(model, signature, stack, choices, dense)
-            for name in members:
+            for name in in_stack:
                 if reason is not None and (name not in choices or choices[name].selected):
                     decisions[name] = Decision("skipped", (reason,))
                 elif reason is None:
@@ -195,7 +195,7 @@ class DropLayers(StepSettings):
                     decisions[name] = Decision("taken", (dropped,))
             if reason is None:
                 stacks.append(stack)
-                assigned |= set(members)
+                assigned |= set(in_stack)
         return stacks, decisions
 
 

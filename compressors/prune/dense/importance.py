@@ -86,7 +86,9 @@ def unit_importance(
     """Sum the importances of the weights that produce and that consume each unit of a width.
 
     Args:
-        consumers: the consumers of the width.
+        consumers: the consumers of the width, with the unit of each channel of a producer
+            (``units``), and for each producer and consumer which inputs take which unit
+            (``connections``, bool ``(units, inputs)``).
         scores: by parameter name, the importance of every weight, in the parameter's shape.
         importance: the criterion; with ``activation`` only the consuming weights count.
 
@@ -117,8 +119,8 @@ def kept_units(
 ) -> dict[str, Tensor]:
     """Select the most important units: by producer, bool ``(units,)`` with ``count`` True.
 
-    Makers whose channels are combined element by element keep the same units, ranked by the sum of
-    their importances. Of equally important units the first ones are kept.
+    Producers whose channels are combined element by element keep the same units, ranked by the sum
+    of their importances. Of equally important units the first ones are kept.
 
     Args:
         consumers: the consumers of the width.
@@ -177,7 +179,7 @@ def _contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tens
         name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()
     }
 
-    def watch(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             x = (args[0] if args else named["input"]).reshape(-1, layers[name].in_features)
             squares[name] += x.double().square().sum(dim=0)
@@ -185,7 +187,7 @@ def _contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tens
         return hook
 
     handles = [
-        layer.register_forward_pre_hook(watch(name), with_kwargs=True)
+        layer.register_forward_pre_hook(record(name), with_kwargs=True)
         for name, layer in layers.items()
     ]
     try:

@@ -114,19 +114,21 @@ def remaining_multiply_adds(
 
 
 def equal_shares(
-    widths: Sequence[Width], first: Mapping[Path, int], keep: float, multiple: int
+    widths: Sequence[Width], initial: Mapping[Path, int], keep: float, multiple: int
 ) -> Counts:
-    """Return the same share of every width, rounded to the nearest multiple, at most its size now.
+    """Return the number of units that each width keeps if all widths keep the same share.
+
+    It is rounded to the nearest multiple, and at most the present number of units.
 
     Args:
         widths: the present widths.
-        first: by width, the number of units before the first round, of which the share is taken.
+        initial: by width, the number of units before the first round, of which the share is taken.
         keep: the share of units that is kept.
         multiple: the number of channels stays a multiple of this.
     """
     return {
         width.path: min(
-            width.value, kept_width(first[width.path], keep, multiple_of(width, multiple))
+            width.value, kept_width(initial[width.path], keep, multiple_of(width, multiple))
         )
         for width in widths
     }
@@ -201,6 +203,7 @@ def counts_by_threshold(
         StepRefused: even with every width at its floor the cost is above the limit.
     """
     values = {value for units in importance.values() for value in units.tolist()}
+    # The first threshold leaves every width at its floor, the last one keeps all units.
     thresholds = [inf, *sorted(values, reverse=True), -1.0]
     return largest_counts_within(
         lambda k: kept_above_threshold(importance, widths, floors, thresholds[k], multiple),

@@ -93,8 +93,8 @@ Penalized = dict[str, Decision]
 class L1Training(StepSettings):
     """Train with a penalty on dense weights, so that many become exactly zero."""
 
-    effect: ClassVar[Effect] = "values"
-    keeps_zeros: ClassVar[bool] = True
+    effect: ClassVar[Effect] = "values"  # units keep their format; their weights change
+    keeps_zeros: ClassVar[bool] = True  # later training leaves these weights at zero
 
     kind: Literal["l1_training"] = "l1_training"
     layers: tuple[str, ...] = Field(
@@ -171,7 +171,7 @@ class L1Training(StepSettings):
             bench,
             loss,
             self.training,
-            pruned_layers(model),
+            pruned=pruned_layers(model),
             after_step=_threshold_after_step(model.module, names, groups, self.penalty_strength),
             last=True,
         )
@@ -224,6 +224,8 @@ def _groups(
     model: Model, signature: Signature, penalized: Mapping[str, Decision]
 ) -> list[WeightGroups]:
     """Group the parameters of each prunable channel, and of each output of the other layers."""
+    # Only the groups of channels are used. No width is pruned now, so ``share`` only sets the size
+    # with which each width is checked.
     prunable = prunable_widths(model, signature, penalized, share=0.5, multiple=1, searched=True)
     groups = [
         _group_of_producers(model.module, consumers, producers)
@@ -254,6 +256,7 @@ def _group_of_producers(
         for name in _parameter_names(module, producer):
             parts[name] = (torch.arange(len(units)), units)
         for (other_producer, consumer), columns in consumers.connections.items():
+            # ``columns`` says which inputs of the consumer take which unit: bool (units, inputs).
             if other_producer == producer and isinstance(
                 module.get_submodule(consumer), nn.BatchNorm1d
             ):

@@ -47,8 +47,8 @@ def zero_smallest(weights: list[Tensor], share: float) -> list[Tensor]:
 class Magnitude(StepSettings):
     """Set the smallest weights of dense layers to zero."""
 
-    effect: ClassVar[Effect] = "values"
-    keeps_zeros: ClassVar[bool] = True
+    effect: ClassVar[Effect] = "values"  # units keep their format; their weights change
+    keeps_zeros: ClassVar[bool] = True  # later training leaves these weights at zero
 
     kind: Literal["magnitude"] = "magnitude"
     layers: tuple[str, ...] = Field(

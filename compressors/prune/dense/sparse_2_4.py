@@ -137,8 +137,8 @@ def sparse_layers(module: nn.Module, plan: Plan | None) -> tuple[str, ...]:
 class Sparse24(StepSettings):
     """Set two of every four weights of dense layers to zero, for TensorRT's sparse kernels."""
 
-    effect: ClassVar[Effect] = "values"
-    keeps_zeros: ClassVar[bool] = True
+    effect: ClassVar[Effect] = "values"  # units keep their format; their weights change
+    keeps_zeros: ClassVar[bool] = True  # later training leaves these weights at zero
 
     kind: Literal["sparse_2_4"] = "sparse_2_4"
     layers: tuple[str, ...] = Field(

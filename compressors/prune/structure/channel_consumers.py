@@ -131,7 +131,8 @@ def find_consumers(width: Width, traces: Traces, units: dict[str, Tensor]) -> Wi
     """Find the consumers of the units of a width for one assignment of channels to units.
 
     Raises:
-        NotAWidth: an input depends on two units, or some inputs of a consumer on none of them.
+        NotAWidth: an input depends on two units, some inputs of a consumer depend on none of them,
+            or the units reach different numbers of a consumer's inputs.
     """
     connections: dict[tuple[str, str], Tensor] = {}
     for (producer, consumer), columns in traces.items():

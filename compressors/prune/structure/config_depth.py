@@ -98,6 +98,8 @@ def find_stacks(model: Model) -> tuple[Stack, ...]:
             if is_out_of_memory(fault):
                 raise
             continue
+        # The containers that become shorter, with the number of modules that one member has in
+        # each. A container must have at least so many modules for every member.
         containers = {
             name: length - after[name]
             for name, length in before.items()

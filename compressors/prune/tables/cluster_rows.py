@@ -55,7 +55,7 @@ def cluster_rare_rows(
     """
     is_hot = select_highest(counts, hot)
     cold = table[~is_hot].float()
-    weight = counts[~is_hot] + UNSEEN
+    weight = counts[~is_hot] + UNSEEN  # so that rows without lookups have some weight
     sample = select_highest(weight, min(len(cold), SAMPLE))
     centers = kmeans(cold[sample], clusters, weight[sample]).codebook
     place = torch.empty(len(table), dtype=torch.int64)
@@ -65,7 +65,11 @@ def cluster_rare_rows(
 
 
 class ClusterRows(ComposingStep):
-    """Cluster the rarely looked-up rows of embedding tables, so that they share a few rows."""
+    """Cluster the rarely looked-up rows of embedding tables, so that they share a few rows.
+
+    The result is the composition of ``row_map.py``: the table ``unique`` of hot rows and cluster
+    means, and a map from each id to its row (its *place*), stored as the tensor ``planes``.
+    """
 
     kind: Literal["cluster_rows"] = "cluster_rows"
     tables: tuple[str, ...] = Field(

@@ -41,6 +41,7 @@ from compressors.factorize.low_rank import COMPOSITION
 from compressors.task_kinds.loss import hard_loss, shuffled_batches
 
 Importance = Literal["variance", "traffic", "gradient"]
+BATCH = 1024  # training rows per gradient
 
 
 def mean_row(table: Tensor, weight: Tensor) -> Tensor:
@@ -111,6 +112,7 @@ class Dimensions(ComposingStep):
         def design(rows: int, dim: int) -> Design | Reason:
             count = share_or_number(self.keep, dim)
             reason = Reason("kept_dimensions", kept=count, dim=dim, importance=self.importance)
+            # ``low_rank`` calls the number of columns that are stored per row its rank.
             return Design(COMPOSITION, {"rank": count}, reason)
 
         return choose_composed(model, self.tables, self.min_rows, self.kind, design)
@@ -171,7 +173,7 @@ def taylor(
         table = unit.module.table if isinstance(unit.module, Bag) else unit.module
         leaves[name] = replace_parameter(table, "weight", unit.weight)
     total = {name: torch.zeros_like(mean) for name, mean in means.items()}
-    for batch in shuffled_batches(bench.train, bench.signature, 1024, bench.seed, limit=rows):
+    for batch in shuffled_batches(bench.train, bench.signature, BATCH, bench.seed, limit=rows):
         loss = hard_loss(bench.signature, copied(**batch.inputs), batch)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):

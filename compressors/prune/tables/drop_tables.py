@@ -36,7 +36,11 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 @dataclass(frozen=True)
 class ConstantComposition:
-    """A table without parts that returns the same ``row``, float32 ``(dim,)``, for every id."""
+    """A table without parts that returns the same ``row``, float32 ``(dim,)``, for every id.
+
+    Methods: see the protocol ``Composition``. ``every=0``: the tensor belongs to the whole table,
+    not to its rows.
+    """
 
     name: str = "constant"
     learned: tuple[str, ...] = ("row",)
@@ -100,7 +104,7 @@ def permutation_loss(model: Model, bench: Bench, name: str, baseline: float, rep
 class DropTables(StepSettings):
     """Replace unimportant embedding tables by one row, within an allowed loss of quality."""
 
-    effect: ClassVar[Effect] = "parts"
+    effect: ClassVar[Effect] = "parts"  # a table is replaced by a composition (of one row)
 
     kind: Literal["drop_tables"] = "drop_tables"
     tables: tuple[str, ...] = Field(
@@ -180,6 +184,7 @@ def _mean_row_table(unit: Unit, counts: Tensor) -> ComposedTable:
     """Build a table that returns the mean of the unit's rows, weighted by lookup counts."""
     weight = unit.weight
     rows, dim = weight.shape
+    # UNSEEN is added to every count, so that rows without lookups have some weight.
     share = (counts + UNSEEN) / (counts + UNSEEN).sum()
     row = (share.unsqueeze(1) * weight.double()).sum(dim=0).float()
     return ComposedTable(COMPOSITION, rows, dim, {}, {"row": row}, {})

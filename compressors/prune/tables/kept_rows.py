@@ -66,6 +66,8 @@ def kept_place(within: Tensor, before: Tensor, ids: Tensor) -> Tensor:
         row, -1 minus its place among the other rows.
     """
     rank, block = within[ids].to(torch.int64), ids.to(torch.int64) // BLOCK
+    # A block has BLOCK * block rows before it, so BLOCK * block - before other rows. A negative
+    # rank is -1 minus the rank among other rows, so their number is subtracted.
     return before[block].to(torch.int64) + rank - torch.where(rank < 0, BLOCK, 0) * block
 
 

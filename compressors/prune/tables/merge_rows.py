@@ -92,15 +92,19 @@ def _cells(table: Tensor, width: float) -> list[Tensor]:
     _, vectors = torch.linalg.eigh(centered.T @ centered)
     principal = vectors[:, -DIRECTIONS:]  # (dim, directions)
     cell = (centered @ principal / max(width, torch.finfo(torch.float64).tiny)).floor()
-    number, counts = torch.unique(cell, dim=0, return_inverse=True, return_counts=True)[1:]
-    members = torch.split(number.sort(stable=True).indices, counts.tolist())
+    cell_of_row, counts = torch.unique(cell, dim=0, return_inverse=True, return_counts=True)[1:]
+    members = torch.split(cell_of_row.sort(stable=True).indices, counts.tolist())
     return [rows for rows in members if len(rows) > 1]
 
 
 class MergeRows(StepSettings):
-    """Merge rows of embedding tables that are equal or nearly equal."""
+    """Merge rows of embedding tables that are equal or nearly equal.
 
-    effect: ClassVar[Effect] = "parts"
+    The result is the composition of ``row_map.py``: the table ``unique`` of merged rows, and a map
+    from each id to its row (its *place*), stored as the tensor ``planes``.
+    """
+
+    effect: ClassVar[Effect] = "parts"  # a table is replaced by a smaller table and a map
 
     kind: Literal["merge_rows"] = "merge_rows"
     tables: tuple[str, ...] = Field(
@@ -145,7 +149,8 @@ class MergeRows(StepSettings):
         outcomes: dict[str, Decision] = {}
         for unit in units:
             rows, dim = unit.weight.shape
-            place, unique = merge_similar_rows(unit.weight, counts[unit.name] + UNSEEN, self.within)
+            weight = counts[unit.name] + UNSEEN  # so that rows without lookups have some weight
+            place, unique = merge_similar_rows(unit.weight, weight, self.within)
             reason = Reason("merged_rows", rows=rows, unique=len(unique))
             design = Design(COMPOSITION, {"places": len(unique)}, reason)
             if design.bytes(rows, dim) >= unit.bytes:

@@ -52,7 +52,8 @@ from compressors.quantize.kernels.lloyd import nearest
 class KeptRowsComposition:
     """A table of the kept rows (part ``kept``), whose last row replaces all pruned rows, and a map.
 
-    The map is ``within`` and ``before`` of ``kept_rows.kept_order``.
+    The map is ``within`` and ``before`` of ``kept_rows.kept_order``. Methods: see the protocol
+    ``Composition``. ``every``: number of rows per entry of a stored tensor.
     """
 
     name: str = "kept_rows"
@@ -94,6 +95,7 @@ COMPOSITION: Composition = KeptRowsComposition()
 class PruneRows(ComposingStep):
     """Remove the least important rows of embedding tables."""
 
+    # A preset includes the step only if its loss of quality can be measured on validation rows.
     requires_budget: ClassVar[bool] = True
 
     kind: Literal["prune_rows"] = "prune_rows"
@@ -270,6 +272,7 @@ def _mean_row(weight: Tensor, chosen: Tensor, count: Tensor) -> Tensor:
     total, total_lookups = torch.zeros(weight.shape[1], dtype=torch.float64), 0.0
     for begin in range(0, len(weight), _BLOCK_ROWS):
         block = slice(begin, begin + _BLOCK_ROWS)
+        # UNSEEN is added to every count, so that rows without lookups have some weight.
         lookups = count[block][chosen[block]].double() + UNSEEN
         total += lookups @ weight[block][chosen[block]].double()
         total_lookups += float(lookups.sum())

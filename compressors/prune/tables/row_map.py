@@ -35,9 +35,9 @@ def byte_planes(place: Tensor, places: int) -> Tensor:
 @torch.library.custom_op("recpress::planned_place", mutates_args=())
 def planned_place(planes: Tensor, ids: Tensor) -> Tensor:
     """Decode the places of ids ``(*,)`` from ``byte_planes`` ``(rows, k)``: int64 ``(*,)``."""
-    digits = planes[ids].to(torch.int64) + 128  # (*ids, k)
-    weight = 256 ** torch.arange(planes.shape[1], device=planes.device)  # (k,)
-    return (digits * weight).sum(dim=-1)
+    byte_values = planes[ids].to(torch.int64) + 128  # (*ids, k)
+    significance = 256 ** torch.arange(planes.shape[1], device=planes.device)  # (k,)
+    return (byte_values * significance).sum(dim=-1)
 
 
 @planned_place.register_fake
@@ -47,7 +47,10 @@ def _(planes: Tensor, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowMapComposition:
-    """Part ``unique`` with ``places`` rows, and ``planes``, the encoded row number of each id."""
+    """Part ``unique`` with ``places`` rows, and ``planes``, the encoded row number of each id.
+
+    Methods: see the protocol ``Composition``.
+    """
 
     name: str = "row_map"
     learned: tuple[str, ...] = ()

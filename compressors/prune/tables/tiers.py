@@ -38,7 +38,8 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 class TiersComposition:
     """Parts ``hot`` and ``cold``, both in the original order of rows, and the map of hot rows.
 
-    The map is ``within`` and ``before`` of ``kept_rows.kept_order``.
+    The map is ``within`` and ``before`` of ``kept_rows.kept_order``. Methods: see the protocol
+    ``Composition``. ``every``: number of rows per entry of a stored tensor.
     """
 
     name: str = "tiers"
@@ -103,6 +104,7 @@ class Tiers(ComposingStep):
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to split; give a reason for each other table."""
+        # ``smaller=False``: splitting alone saves no bytes; later steps that compress the parts do.
         return choose_composed(
             model, self.tables, max(self.min_rows, 2), self.kind, self.design, smaller=False
         )
