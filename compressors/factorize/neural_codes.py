@@ -287,7 +287,7 @@ class NeuralCodes(ComposingStep):
         64,
         ge=1,
         description="Largest width of the decoder's hidden layer. For short tables it is smaller: "
-        "the hidden layer has at most a quarter as many numbers as the codes.",
+        "the decoder's two layers have at most a quarter as many numbers as the codes.",
     )
     steps: int = Field(
         1000, ge=0, description="Training steps for each table, each on up to 4096 rows."
