@@ -83,6 +83,7 @@ def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reaso
     rows, dim = weight.shape
     size = table_bytes(step, rows, dim)
     rank = RANK.get(step.kind, CODEBOOK_RANK)
+    # ``bfloat16`` is selected for its range, which no other format has, so it is not replaced.
     better = [
         (table_bytes(other, rows, dim), -RANK[other.kind], other)
         for other in (Float16Rows(), RowwiseInt8(), RowwiseInt4())

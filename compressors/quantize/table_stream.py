@@ -261,7 +261,9 @@ class _BlockEncoder:
 
     def __call__(self, block: Block) -> list[Piece]:
         encoded = self._encoder.encode(self._rows(block), block.begin)
-        return [self._piece(part, values, at.start) for part, (at, values) in encoded.items()]
+        return [
+            self._piece(part, values, entries.start) for part, (entries, values) in encoded.items()
+        ]
 
     def _rows(self, block: Block) -> Tensor:
         rows = self._job.sources[self._name].read(block.begin, block.end).float()
@@ -273,6 +275,11 @@ class _BlockEncoder:
 
 
 def _check_finite(name: str, rows: Tensor, begin: int) -> None:
+    """Raise if a row of a block is NaN or infinite; ``begin`` is the number of its first row.
+
+    Raises:
+        ModelRefused: names the table and the row.
+    """
     # The sum is fast, but it may overflow although every weight is finite. Then check each row.
     if math.isfinite(float(rows.sum())):
         return

@@ -122,8 +122,8 @@ FAULTS = (
     Fault(
         id="clipping-greedy-moves-one-end",
         file="compressors/quantize/kernels/clipping.py",
-        old="        lower = first < second\n",
-        new="        lower = first == first\n",
+        old="        moves_low = low_error < high_error\n",
+        new="        moves_low = low_error == low_error\n",
         effect="Greedy clipping always moves the lower end.",
         tests=(f"{CLIPPING}::test_greedy_error_is_within_2_percent_of_torchs_implementation",),
     ),

@@ -103,6 +103,7 @@ def input_range_warnings(source: nn.Module, result: nn.Module, bench: Bench) -> 
 
 
 def _sum_inputs(result: nn.Module, units: Collection[Unit], bench: Bench) -> dict[str, _InputSums]:
+    """Run the network on calibration rows and sum over the inputs of each layer, by layer name."""
     by_layer: dict[str, _InputSums] = {}
     if bench.calibration is None or not units:
         return by_layer

@@ -37,6 +37,7 @@ from compressors.quantize.dense.calibrated import ALL_LAYERS, ZERO_INPUTS
 from compressors.quantize.tables.float8_e4m3 import LARGEST, decode_float8
 
 SMALLEST = torch.finfo(torch.float32).tiny
+"""Smallest scale: the smallest normal float32 number."""
 
 
 def encode(weight: Tensor, *, by_channel: bool) -> tuple[Tensor, Tensor]:
@@ -115,7 +116,10 @@ float8_linear.register_autograd(_backward, setup_context=_setup_context)
 
 @dataclass(frozen=True)
 class Float8DenseFormat:
-    """Stores ``codes`` uint8 ``(out, in)``, two scales, and a float32 bias if the layer has one."""
+    """Stores ``codes`` uint8 ``(out, in)``, two scales, and a float32 bias if the layer has one.
+
+    For methods and attributes, such as ``learned``, see the protocol ``LinearFormat``.
+    """
 
     name: str = "float8_dense"
     learned: tuple[str, ...] = ("weight_scale", "input_scale", "bias")

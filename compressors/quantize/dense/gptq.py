@@ -30,7 +30,8 @@ def gptq(weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, limit: fl
 
     Args:
         weight: float, ``(out, in)``.
-        nearest: result of rounding to the nearest multiples, float ``(out, in)``.
+        nearest: each weight divided by its scale and rounded to the nearest multiple: integers, as
+            float ``(out, in)``.
         gram: Gram matrix of the layer's inputs, float64 ``(in, in)``.
         scale: scale of each weight, float, ``(out, in)`` or ``(out, 1)``.
         limit: the largest multiple that a code can represent.
@@ -43,28 +44,28 @@ def gptq(weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, limit: fl
         return nearest.float()
     scales = scale.double().expand_as(weight)
     order = gram.diagonal().argsort(descending=True, stable=True)
-    inverse = _inverse_root(gram[order][:, order])
+    inverse_root = _inverse_root(gram[order][:, order])
     # The weights not yet rounded, with the compensation of the errors so far.
     remaining, ordered_scales = weight.double().clone()[:, order], scales[:, order]
     rounded = torch.zeros_like(remaining)
     inputs = remaining.shape[1]
     for begin in range(0, inputs, COLUMNS):
         end = min(begin + COLUMNS, inputs)
-        # Each error is divided by its diagonal entry of ``inverse``.
+        # Each error is divided by its diagonal entry of ``inverse_root``.
         errors = torch.zeros_like(remaining[:, begin:end])
         for index in range(begin, end):
             column, column_scale = remaining[:, index], ordered_scales[:, index]
             rounded[:, index] = (column / column_scale).round().clamp(-limit, limit)
-            error = (column - rounded[:, index] * column_scale) / inverse[index, index]
-            remaining[:, index:end] -= error[:, None] * inverse[index, index:end]
+            error = (column - rounded[:, index] * column_scale) / inverse_root[index, index]
+            remaining[:, index:end] -= error[:, None] * inverse_root[index, index:end]
             errors[:, index - begin] = error
-        remaining[:, end:] -= errors @ inverse[begin:end, end:]
-    levels = torch.zeros_like(rounded)
-    levels[:, order] = rounded
-    worse = squared_error(levels * scales - weight, gram) > squared_error(
+        remaining[:, end:] -= errors @ inverse_root[begin:end, end:]
+    multiples = torch.zeros_like(rounded)
+    multiples[:, order] = rounded
+    worse = squared_error(multiples * scales - weight, gram) > squared_error(
         nearest.double() * scales - weight, gram
     )
-    return torch.where(worse[:, None], nearest.double(), levels).float()
+    return torch.where(worse[:, None], nearest.double(), multiples).float()
 
 
 def _inverse_root(gram: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ SHARES = tuple(1 - index / 64 for index in range(33))
 EXACT_INPUTS = 2**24 // (128 * 128)
 """Sums of this many products of int8 numbers are exact in float32, which has 24 bits."""
 
-EXACT_CODES = 2**20
+CONVERTED_AT_ONCE = 2**20
 """Largest number of weights, and of inputs, that ``static_int8_linear`` converts at once."""
 
 
@@ -107,7 +107,11 @@ def paired_scale(weight: Tensor) -> Tensor:
 
 
 def storable_scales(scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
-    """Increase the scales of output channels ``(out,)`` so that runtimes can store the bias."""
+    """Increase the scales of output channels ``(out,)`` so that runtimes can store the bias.
+
+    Runtimes store a bias as an int32 multiple of ``scale * input_scale``. With the returned scales
+    the multiple is at most 2^23: the sum of products has range left, and float32 is exact.
+    """
     if bias is not None:
         scale = torch.maximum(scale, bias.float().abs() / (input_scale * 2**23))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -156,8 +160,8 @@ def static_int8_linear(
     output = x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=torch.float32)
     # In parts, because as floats, codes and inputs take two to eight times their memory, and both
     # are large in wide layers. The sums are exact in any order.
-    parts = torch.split(codes, max(1, EXACT_CODES // codes.shape[1]))
-    rows = max(1, EXACT_CODES // max(codes.shape))
+    parts = torch.split(codes, max(1, CONVERTED_AT_ONCE // codes.shape[1]))
+    rows = max(1, CONVERTED_AT_ONCE // max(codes.shape))
     inputs = torch.split(x.reshape(-1, x.shape[-1]), rows)
     for block, target in zip(inputs, torch.split(output.view(-1, len(codes)), rows), strict=True):
         rounded = quantize(block, input_scale).to(exact)
@@ -202,7 +206,10 @@ static_int8_linear.register_autograd(_backward, setup_context=_setup_context)
 
 @dataclass(frozen=True)
 class StaticInt8Format:
-    """Stores ``codes`` int8 ``(out, in)``, two scales and a float32 bias (zeros if none)."""
+    """Stores ``codes`` int8 ``(out, in)``, two scales and a float32 bias (zeros if none).
+
+    For methods and attributes, such as ``learned``, see the protocol ``LinearFormat``.
+    """
 
     name: str = "static_int8"
     learned: tuple[str, ...] = ("weight_scale", "input_scale", "bias")

@@ -122,6 +122,7 @@ class WeightInt4(StepSettings):
         return AppliedStep(model, outcomes)
 
     def _grams(self, model: Model, layers: list[Unit], bench: Bench) -> dict[str, Tensor]:
+        """Compute the Gram matrix of each layer's inputs on calibration rows, ``(in, in)``."""
         if bench.calibration is None:
             raise RowsMissing("gptq_needs_rows", step=self.kind)
         rows, signature = bench.calibration, bench.signature

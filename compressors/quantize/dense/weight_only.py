@@ -131,7 +131,8 @@ def unpack(codes: Tensor, inputs: int, bits: int) -> Tensor:
 def round_inputs(x: Tensor, width: int) -> Tensor:
     """Round inputs ``(*, in)`` to 255 levels, with one scale for each ``width`` inputs.
 
-    These are the operations, in the same order, of ONNX Runtime's MatMulNBits at accuracy level 4.
+    These are the operations, in the same order, of ONNX Runtime's MatMulNBits at accuracy level 4
+    (inputs rounded to int8).
     """
     inputs = x.shape[-1]
     blocks = F.pad(x, (0, -inputs % width)).reshape(*x.shape[:-1], -1, width)
@@ -222,7 +223,10 @@ class LayoutSettings(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightOnlyFormat:
-    """Stores packed ``codes`` uint8, ``scale`` ``(out, blocks)``, and a float32 ``bias`` if any."""
+    """Stores packed ``codes`` uint8, ``scale`` ``(out, blocks)``, and a float32 ``bias`` if any.
+
+    For methods and attributes, such as ``learned``, see the protocol ``LinearFormat``.
+    """
 
     name: str
     bits: int

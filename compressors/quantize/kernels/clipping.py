@@ -96,6 +96,7 @@ def fit(rows: Tensor, grid: Grid) -> FittedRange:
 
 
 def _fit(values: Tensor, grid: Grid) -> FittedRange:
+    """Fit ranges of equal size, ``(ranges, values)``, by the grid's clipping rule."""
     if grid.clipping == "least_squares":
         return least_squares(values, grid)
     low, high = range_bounds(values)
@@ -134,17 +135,21 @@ def _select_share(
     Both are ``(ranges, 1)``.
     """
     best, least_error = widest, squared_error(values, FittedRange(widest, None), grid)
-    better = torch.zeros_like(least_error, dtype=torch.bool)
+    is_better = torch.zeros_like(least_error, dtype=torch.bool)
     for share in shares:
         scale = (widest.float() * share).to(widest.dtype)
         error = squared_error(values, FittedRange(scale, None), grid)
-        better = (error < least_error) & (scale > 0)
-        best = torch.where(better, scale, best)
-        least_error = torch.where(better, error, least_error)
-    return best, better
+        is_better = (error < least_error) & (scale > 0)
+        best = torch.where(is_better, scale, best)
+        least_error = torch.where(is_better, error, least_error)
+    return best, is_better  # after the loop: whether the last share is better than all others
 
 
 def _search_symmetric(values: Tensor, widest: Tensor, grid: Grid) -> Tensor:
+    """Search the scale of each symmetric range by ``mse``: ``(ranges, 1)``, as stored.
+
+    ``widest`` is the scale without clipping.
+    """
     best, is_last = _select_share(values, widest, SHARES, grid)
     for _ in range(MAX_HALVINGS if _searches_below_half(grid) else 0):
         halved = is_last.squeeze(1)
@@ -170,18 +175,23 @@ def _fit_greedy(
     for _ in range(BINS_REMOVED):
         from_low = asymmetric_range(low + (low_bins + 1) * step, high - high_bins * step, grid)
         from_high = asymmetric_range(low + low_bins * step, high - (high_bins + 1) * step, grid)
-        first, second = (squared_error(values, moved, grid) for moved in (from_low, from_high))
-        lower = first < second
-        error = torch.where(lower, first, second)
-        best = _choose(error < least_error, _choose(lower, from_low, from_high), best)
+        low_error = squared_error(values, from_low, grid)
+        high_error = squared_error(values, from_high, grid)
+        moves_low = low_error < high_error
+        error = torch.where(moves_low, low_error, high_error)
+        best = _where(error < least_error, _where(moves_low, from_low, from_high), best)
         least_error = torch.minimum(error, least_error)
-        low_bins, high_bins = low_bins + lower.float(), high_bins + (~lower).float()
+        low_bins, high_bins = low_bins + moves_low.float(), high_bins + (~moves_low).float()
     return best
 
 
 def _search_asymmetric(
     values: Tensor, unclipped: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> FittedRange:
+    """Search both ends of each asymmetric range by ``mse``.
+
+    ``unclipped`` is the range from ``low`` to ``high`` as stored.
+    """
     best, least_error = _search_ends(values, unclipped, low, high, grid)
     if grid.rows_per_scale == 1:
         return best
@@ -193,15 +203,18 @@ def _search_asymmetric(
     reach = 1.25 * grid.half * _search_symmetric(values, widest, around_zero).float()
     low, high = torch.maximum(low, -reach), torch.minimum(high, reach)
     candidate, error = _search_ends(values, asymmetric_range(low, high, grid), low, high, grid)
-    return _choose(error < least_error, candidate, best)
+    return _where(error < least_error, candidate, best)
 
 
 def _search_ends(
-    values: Tensor, unclipped: FittedRange, low: Tensor, high: Tensor, grid: Grid
+    values: Tensor, widest: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> tuple[FittedRange, Tensor]:
-    """Return the best range, with scale and offset as stored, and its squared error."""
+    """Return the best range inside ``low`` to ``high``, as stored, and its squared error.
+
+    ``widest`` is the range from ``low`` to ``high`` with stored scale and offset.
+    """
     width, max_number = high - low, STEPS // 2 - 1
-    best, least_error = unclipped, squared_error(values, unclipped, grid)
+    best, least_error = widest, squared_error(values, widest, grid)
     low_cut = high_cut = torch.zeros_like(low)  # share of the width removed at each end
 
     def compare(new_low: Tensor, new_high: Tensor) -> None:
@@ -210,7 +223,7 @@ def _search_ends(
         candidate = asymmetric_range(low + new_low * width, high - new_high * width, grid)
         error = squared_error(values, candidate, grid)
         better = error < least_error
-        best = _choose(better, candidate, best)
+        best = _where(better, candidate, best)
         least_error = torch.where(better, error, least_error)
         low_cut = torch.where(better, new_low, low_cut)
         high_cut = torch.where(better, new_high, high_cut)
@@ -218,8 +231,8 @@ def _search_ends(
     def move_in_turn(from_best: bool, step: float, numbers: range) -> None:
         """Move the low end, then the high end, until neither lowers the error.
 
-        A move is ``step`` times one of ``numbers``. It starts from the best range, or from the
-        unclipped end if ``from_best`` is False.
+        A move is ``step`` times one of ``numbers``, as a share of the width. It starts from the
+        best range, or from the end of the widest range if ``from_best`` is False.
         """
         for _ in range(ROUNDS):
             before = low_cut, high_cut
@@ -256,9 +269,10 @@ def _replace_ranges(into: Tensor, mask: Tensor, values: Tensor) -> Tensor:
     return changed
 
 
-def _choose(first: Tensor, yes: FittedRange, no: FittedRange) -> FittedRange:
-    offset = torch.where(first, _offset(yes), _offset(no))
-    return FittedRange(torch.where(first, yes.scale, no.scale), offset)
+def _where(condition: Tensor, ranges: FittedRange, others: FittedRange) -> FittedRange:
+    """Select each asymmetric range from ``ranges`` if its condition is true, else from others."""
+    offset = torch.where(condition, _offset(ranges), _offset(others))
+    return FittedRange(torch.where(condition, ranges.scale, others.scale), offset)
 
 
 def _offset(fitted: FittedRange) -> Tensor:

@@ -79,6 +79,7 @@ def least_squares(values: Tensor, grid: Grid) -> FittedRange:
 
 
 def _clipped(low: Tensor, high: Tensor, grid: Grid, share: float) -> FittedRange:
+    """Return ranges from ``low`` to ``high`` that are clipped by a share at each end, as stored."""
     if grid.symmetric:
         return FittedRange(symmetric_scale(torch.maximum(-low, high) * (1 - share), grid), None)
     cut = (high - low) * share

@@ -42,6 +42,7 @@ Then the sums do not depend on the number of threads.
 """
 
 SMALLEST = {torch.float16: 2.0**-24, torch.float32: torch.finfo(torch.float32).tiny}
+"""Smallest scale by the dtype in which it is stored: positive, and normal in float32."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,11 @@ def scale_error(quantity: str, weight: float, grid: Grid) -> ValueNotStorable:
 
 
 def _require_in_range(quantity: str, value: Tensor, weight: Tensor, grid: Grid) -> None:
+    """Raise if a scale or offset is too large for its stored dtype.
+
+    Raises:
+        ValueNotStorable: names the ``quantity`` and the largest ``weight`` of all ranges.
+    """
     if not bool((value > torch.finfo(grid.dtype).max).any()):
         return
     raise scale_error(quantity, float(weight.max()), grid)
@@ -235,6 +241,7 @@ def expand_to_rows(stored: Tensor, rows: int, rows_per_scale: int) -> Tensor:
 
 
 def _nearest(values: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
+    """Compute ``nearest`` with a scale and offset for each row of ``values``: ``(*, 1)`` each."""
     if offset is not None:
         multiples = (values.float() - offset.float()) / scale.float()
         return multiples.round().clamp(0, grid.levels - 1)

@@ -48,7 +48,7 @@ def sample_rows(rows: Tensor, max_rows: int = SAMPLE) -> Tensor:
     count = len(rows)
     if count <= max_rows:
         return rows.float()
-    bounds = torch.arange(max_rows + 1, dtype=torch.int64) * count // max_rows  # (most + 1,)
+    bounds = torch.arange(max_rows + 1, dtype=torch.int64) * count // max_rows  # (max_rows + 1,)
     generator = torch.Generator().manual_seed(0)
     position = torch.rand(max_rows, generator=generator, dtype=torch.float64) * bounds.diff()
     return rows[bounds[:-1] + position.long()].float()
@@ -221,6 +221,8 @@ def scalar_kmeans(
         exact = torch.cat([distinct, distinct[-1:].expand(levels - len(distinct))])
         return KMeansFit(exact.float().unsqueeze(1), (0.0,))
     counts = torch.ones_like(ordered) if weight is None else weight.double()[order]
+    # Cumulative sums over the sorted values: of the weights (mass), of weight times value (first
+    # moment), and of weight times squared value (second moment).
     zero = ordered.new_zeros(1)
     mass = torch.cat([zero, counts.cumsum(0)])  # (values + 1,)
     first = torch.cat([zero, (counts * ordered).cumsum(0)])

@@ -15,6 +15,7 @@ Arguments and variables of several loops:
 - ``top`` is the highest level in units of the scale, ``low`` the lowest.
 - ``is_float16``: scales and offsets are stored as float16, otherwise as float32.
 - ``planar``: codes have 4 bits and are packed (``bitpacking.py``).
+- ``shift`` is added to the multiples of symmetric 4-bit formats, so that codes are not negative.
 - ``scale_bits`` and ``offset_bits`` are the bits of stored numbers, as int32.
 - A *lane* is one of ``LANES`` ranges that are processed together.
 
@@ -44,12 +45,12 @@ from compressors.quantize.kernels.least_squares import SHARES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-ROUNDER = np.float32(1.5 * 2**23)
-INFINITE = np.int32(0x7F800000)
-ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
-SMALLEST_16 = np.float32(2.0**-24)
+ROUNDER = np.float32(1.5 * 2**23)  # adding it rounds a float to an integer: see above
+INFINITE = np.int32(0x7F800000)  # bits of infinity; NaN has larger ones
+ALL_BUT_SIGN = np.int32(0x7FFFFFFF)  # mask of all bits except the sign
+SMALLEST_16 = np.float32(2.0**-24)  # smallest stored scales: see ``levels.SMALLEST``
 SMALLEST_32 = np.float32(2.0**-126)
-LARGEST_16 = np.float32(65504)
+LARGEST_16 = np.float32(65504)  # largest finite numbers of float16 and float32
 LARGEST_32 = np.float32(np.finfo(np.float32).max)
 HALF = np.float32(0.5)
 ZERO = np.float32(0)
@@ -344,7 +345,7 @@ def nearest(
 # prove that items do not overlap; with separate arrays it would have to check this at run time.
 LOW, HIGH, INVERSE = 0 * LANES, 1 * LANES, 2 * LANES
 BEST, NEW = 3 * LANES, 5 * LANES  # scale and offset
-BEST_SUMS, NEW_SUMS = 7 * LANES, 12 * LANES  # rr, q, qq, r and qr
+BEST_SUMS, NEW_SUMS = 7 * LANES, 12 * LANES  # rr, q, qq, r, qr of ``least_squares.Residuals``
 ITEMS = 17 * LANES
 CUTS = np.array([0.0, *SHARES], np.float32)
 """Shares of a range that are clipped at each end, for comparison."""
@@ -360,6 +361,7 @@ def _stored(scale: np.float32, top: np.float32, is_float16: bool) -> np.float32:
 
 @_compile
 def _usable(change: np.float32) -> np.float32:
+    """Return the change, or zero if it is not finite."""
     return change if abs(change) <= LARGEST_32 else ZERO
 
 
@@ -454,16 +456,16 @@ def _residuals(
             q1, r1 = _round_weight(tile[index + 1, lane], scale, offset, inverse, low, top)
             q2, r2 = _round_weight(tile[index + 2, lane], scale, offset, inverse, low, top)
             q3, r3 = _round_weight(tile[index + 3, lane], scale, offset, inverse, low, top)
-            at = sums + lane
-            lanes[at] = (((lanes[at] + r0 * r0) + r1 * r1) + r2 * r2) + r3 * r3
-            at += LANES
-            lanes[at] = (((lanes[at] + q0) + q1) + q2) + q3
-            at += LANES
-            lanes[at] = (((lanes[at] + q0 * q0) + q1 * q1) + q2 * q2) + q3 * q3
-            at += LANES
-            lanes[at] = (((lanes[at] + r0) + r1) + r2) + r3
-            at += LANES
-            lanes[at] = (((lanes[at] + q0 * r0) + q1 * r1) + q2 * r2) + q3 * r3
+            item = sums + lane
+            lanes[item] = (((lanes[item] + r0 * r0) + r1 * r1) + r2 * r2) + r3 * r3
+            item += LANES
+            lanes[item] = (((lanes[item] + q0) + q1) + q2) + q3
+            item += LANES
+            lanes[item] = (((lanes[item] + q0 * q0) + q1 * q1) + q2 * q2) + q3 * q3
+            item += LANES
+            lanes[item] = (((lanes[item] + r0) + r1) + r2) + r3
+            item += LANES
+            lanes[item] = (((lanes[item] + q0 * r0) + q1 * r1) + q2 * r2) + q3 * r3
     for index in range(dim // 4 * 4, dim):
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
@@ -533,14 +535,14 @@ def _refit(
         q, qq = lanes[BEST_SUMS + LANES + lane], lanes[BEST_SUMS + 2 * LANES + lane]
         r, qr = lanes[BEST_SUMS + 3 * LANES + lane], lanes[BEST_SUMS + 4 * LANES + lane]
         if symmetric:
-            more = _usable(qr / qq)
+            scale_change = _usable(qr / qq)
             offset = ZERO
         else:
-            more = _usable((qr * count - q * r) / (qq * count - q * q))
-            shift = _usable((r - more * q) / count)
-            offset = min(max(lanes[BEST + LANES + lane] + shift, -limit), limit) + ZERO
+            scale_change = _usable((qr * count - q * r) / (qq * count - q * q))
+            offset_change = _usable((r - scale_change * q) / count)
+            offset = min(max(lanes[BEST + LANES + lane] + offset_change, -limit), limit) + ZERO
             offset = _from_16(_to_16(offset)) if is_float16 else offset
-        scale = min(max(lanes[BEST + lane] + more, ZERO), limit)
+        scale = min(max(lanes[BEST + lane] + scale_change, ZERO), limit)
         lanes[NEW + lane] = _stored(scale, top, is_float16)
         lanes[NEW + LANES + lane] = offset
 

@@ -142,12 +142,12 @@ def _in_threads(
     threads = min(torch.get_num_threads(), max(rows * dim // THREAD_VALUES, 1))
     if threads == 1:
         return encode_rows(0, rows)
-    share = -(-rows // (threads * rows_per_scale)) * rows_per_scale
+    size = -(-rows // (threads * rows_per_scale)) * rows_per_scale  # rows per thread
     submitted = [
-        _thread_pool(os.getpid(), threads - 1).submit(encode_rows, begin, min(begin + share, rows))
-        for begin in range(share, rows, share)
+        _thread_pool(os.getpid(), threads - 1).submit(encode_rows, begin, min(begin + size, rows))
+        for begin in range(size, rows, size)
     ]
-    results = [encode_rows(0, min(share, rows)), *(future.result() for future in submitted)]
+    results = [encode_rows(0, min(size, rows)), *(future.result() for future in submitted)]
     return next((bad_row for bad_row in results if bad_row >= 0), -1)
 
 

@@ -82,7 +82,10 @@ def shape_of(rows: int, dim: int, books: int, entry_dim: int, settings: Mapping[
 
 
 def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    """Return shape and dtype of the packed codes and of the concatenated codebooks."""
+    """Return shape and dtype of the packed codes and of the concatenated codebooks.
+
+    ``every=0``: codebooks belong to the whole table, not to its rows.
+    """
     codebook = (shape.books * shape.levels, shape.dim)
     return {
         "codes": TensorSpec((rows, row_bytes(shape.books, shape.width)), torch.uint8),

@@ -82,7 +82,10 @@ float8_e4m3_table.register_autograd(_backward, setup_context=_setup_context)
 
 @dataclass(frozen=True)
 class Float8E4M3Format:
-    """Stores ``codes`` uint8 ``(rows, dim)``, the bits of 8-bit floats, and ``scale``."""
+    """Stores ``codes`` uint8 ``(rows, dim)``, the bits of 8-bit floats, and ``scale``.
+
+    For methods and attributes, such as ``learned``, see the protocol ``TableFormat``.
+    """
 
     name: str = "float8_e4m3"
     learned: tuple[str, ...] = ("scale",)

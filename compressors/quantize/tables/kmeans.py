@@ -131,11 +131,13 @@ def encode(
 
 
 def _codes(values: Tensor, codebook: Tensor) -> Tensor:
+    """Return the codes of the levels nearest to scaled values, uint8 in the same shape."""
     boundaries = (codebook[1:] + codebook[:-1]) / 2
     return torch.bucketize(values, boundaries).to(torch.uint8)
 
 
 def _error(rows: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the squared error of each decoded row: ``(rows, 1)``."""
     error = codebook[codes.long()] * scale.float() - rows
     return error.square().sum(dim=1, keepdim=True)
 
@@ -196,7 +198,11 @@ kmeans_table.register_autograd(_backward, setup_context=_setup_context)
 
 @dataclass(frozen=True)
 class KMeansFormat:
-    """Stores packed ``codes`` uint8, ``codebook`` float32 ``(levels,)`` and ``scale``."""
+    """Stores packed ``codes`` uint8, ``codebook`` float32 ``(levels,)`` and ``scale``.
+
+    For methods and attributes, such as ``learned``, see the protocol ``TableFormat``. ``every=0``:
+    the codebook belongs to the whole table, not to its rows.
+    """
 
     name: str = "kmeans"
     learned: tuple[str, ...] = ("codebook", "scale")

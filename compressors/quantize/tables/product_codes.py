@@ -148,7 +148,10 @@ product_codes.register_autograd(_backward, setup_context=_setup_context)
 
 @dataclass(frozen=True)
 class ProductCodesFormat:
-    """Stores packed ``codes`` uint8, and ``codebook`` ``(parts * levels, widest part)``."""
+    """Stores packed ``codes`` uint8, and ``codebook`` ``(parts * levels, widest part)``.
+
+    For methods and attributes, such as ``learned``, see the protocol ``TableFormat``.
+    """
 
     name: str = "product_codes"
     learned: tuple[str, ...] = ("codebook",)

@@ -166,6 +166,7 @@ def decode(codes: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _error(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor) -> float:
+    """Return the squared error of the decoded rows, each times its weight, summed."""
     return float((squared_distance(rows, decode(codes, codebook)) * weight).sum())
 
 
@@ -203,7 +204,10 @@ residual_codes.register_autograd(_backward, setup_context=_setup_context)
 
 @dataclass(frozen=True)
 class ResidualCodesFormat:
-    """Stores packed ``codes`` uint8, and ``codebook`` ``(codebooks * levels, dim)``."""
+    """Stores packed ``codes`` uint8, and ``codebook`` ``(codebooks * levels, dim)``.
+
+    For methods and attributes, such as ``learned``, see the protocol ``TableFormat``.
+    """
 
     name: str = "residual_codes"
     learned: tuple[str, ...] = ("codebook",)

@@ -69,6 +69,8 @@ class PackedRowsFormat:
         bits: bits of a code, 2 or 4.
         zero: the code of zero with symmetric levels; 1.5 if zero is between the codes 1 and 2.
         learned: names of the tensors that training may change.
+
+    For its methods, see the protocol ``TableFormat``.
     """
 
     name: str

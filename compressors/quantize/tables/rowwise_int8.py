@@ -73,7 +73,10 @@ rowwise_int8.register_autograd(_backward, setup_context=_setup_context)
 
 @dataclass(frozen=True)
 class RowwiseInt8Format:
-    """Stores ``codes`` ``(rows, dim)``, ``scale``, and ``offset`` if the levels are asymmetric."""
+    """Stores ``codes`` ``(rows, dim)``, ``scale``, and ``offset`` if the levels are asymmetric.
+
+    For methods and attributes, such as ``learned``, see the protocol ``TableFormat``.
+    """
 
     name: str = "rowwise_int8"
     bits: int = 8

@@ -114,6 +114,7 @@ def encode_codes(
 
 
 def _by_name(fitted: FittedRange) -> dict[str, Tensor]:
+    """Return scale and, if there is one, offset by the names under which they are stored."""
     offset = {} if fitted.offset is None else {"offset": fitted.offset}
     return {"scale": fitted.scale, **offset}
 

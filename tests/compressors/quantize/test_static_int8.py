@@ -78,7 +78,7 @@ def test_op_in_parts_equals_one_product_bit_for_bit(inputs, shape, monkeypatch):
         5 * inputs,
         2 * 9,
     ):  # one row and output per part, several, and a shorter last part
-        monkeypatch.setattr(static_int8, "EXACT_CODES", values)
+        monkeypatch.setattr(static_int8, "CONVERTED_AT_ONCE", values)
         in_parts = OP(x, codes, weight_scale, input_scale, bias)
         assert torch.equal(in_parts, at_once)
         assert in_parts.shape == (*shape, 9)
