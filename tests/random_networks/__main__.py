@@ -53,7 +53,13 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=300, help="number of seeds")
     parser.add_argument("--step", choices=sorted({**TABLES, **LAYERS, **VALUES, **LAST}))
     parser.add_argument("--target", choices=TARGETS)
-    parser.add_argument("--pass", dest="name", choices=sorted(PASSES), default="whole")
+    parser.add_argument(
+        "--pass",
+        dest="name",
+        choices=sorted(PASSES),
+        default="whole",
+        help="checks of a network without --step and --target (default: those of the nightly tier)",
+    )
     parser.add_argument("--shrink", action="store_true", help="print the smallest failing network")
     parser.add_argument("--refusals", action="store_true", help="print every refusal")
     parser.add_argument("--progress", action="store_true", help="print a line for each seed")
@@ -92,7 +98,7 @@ def show(faults: list[Fault]) -> None:
 
 
 def summarize(total: Findings, seconds: float) -> None:
-    """Print the numbers of checks, and of refusals by name."""
+    """Print the numbers of checks, of lowered units by format and target, and of refusals."""
     print(f"\n{len(total.faults)} faults in {seconds:.0f} CPU seconds")  # noqa: T201
     for name, number in sorted(total.counts.items()):
         print(f"{number:7} {name}")  # noqa: T201

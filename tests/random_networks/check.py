@@ -7,10 +7,10 @@ A correct result is parity, or a refusal by one of recpress's error classes. Any
 A difference over the limit is excused only if rounding explains it. For this test torch evaluates
 the network again while the output of every layer is perturbed by the rounding error of the target's
 arithmetic (2^-21 in float32, 2^-11 in float16, 2^-8 in bfloat16; random signs). For weights with an
-offset, the sums that cancel are included (``_offset_products``). If this perturbation changes
+offset, the sums that cancel are included (``rounding_errors.py``). If this perturbation changes
 torch's scores by as much as the graph differs (within a factor of 4), two correct programs need not
-agree on this network, and the pair counts as ill-conditioned. Rows with values outside the range of
-float16, at a layer that TensorRT multiplies in float16, count as beyond float16.
+agree on this network, and the comparison counts as ill-conditioned. Rows with values outside the
+range of float16, at a layer that TensorRT multiplies in float16, count as beyond float16.
 """
 
 import tempfile
@@ -28,10 +28,9 @@ from torch import Tensor, nn
 
 from compressors.contracts import Plan, TargetName
 from compressors.core.model import Model
-from compressors.core.modules.formats import PackedLinear
 from compressors.core.skipping import run_or_skip
 from compressors.core.state.module_state import load
-from compressors.core.units import Unit, private_copy
+from compressors.core.units import Unit
 from compressors.errors.compression import CompressionError, ContractBroken, ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.audit import audit
@@ -39,26 +38,39 @@ from compressors.lower.bfloat16_products import has_bfloat16_products, write_che
 from compressors.lower.export import lower
 from compressors.lower.parity import check_parity
 from compressors.lower.serving_wrapper import VECTOR, ServedGraph, input_names, served_graphs
-from compressors.quantize.dense.weight_only import zero_code
 from infra.onnxruntime.sessions import Session, optimized_graph
 from tests.random_networks import inputs as row_makers
 from tests.random_networks.bench import write_bench
 from tests.random_networks.generator import Case, rows_of
 from tests.random_networks.inputs import Rows, replace_invalid_ids, some_rows
 from tests.random_networks.reference import decoded_network
+from tests.random_networks.rounding_errors import (
+    ROUNDING_ERRORS,
+    is_beyond_float16,
+    with_rounding_errors,
+)
 
 FloatArray = NDArray[np.float32]
-ROUNDING_ERRORS = {"float32": 2.0**-21, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 EXCUSED_FACTOR = 4
+"""A difference is excused up to this multiple of the effect of rounding errors."""
 RELOAD_EVERY = 5
-FLOAT16_MAX = 65504.0
-IN_FLOAT16 = ("weight_int8", "weight_int4", "float16")
+"""Only the result of every fifth step is loaded and compared on edge cases, to save time."""
 PRESERVING = ("fold", "equalize", "smooth_quant")
+"""Steps that change weights but not scores, except by rounding."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A result that is neither parity nor a refusal, and where it occurred."""
+    """A result that is neither parity nor a refusal, and where it occurred.
+
+    Attributes:
+        seed: seed of the network.
+        where: the step, target or comparison.
+        kind: class of the error, ``wrong`` (a comparison failed), ``decoded`` (decoded weights
+            differ too much from the originals) or ``raw exception`` (recpress did not convert it to
+            one of its error classes).
+        sentence: the message.
+    """
 
     seed: int
     where: str
@@ -72,7 +84,15 @@ class Fault:
 
 @dataclass
 class Findings:
-    """Results of a run: faults, refusals by name, and numbers of comparisons."""
+    """Results of a run.
+
+    Attributes:
+        faults: results that are wrong.
+        refusals: number of refusals by error class and first words of the message.
+        refused: every refusal; it is not a fault, but described in the same way.
+        pairs: number of lowered units by format and target.
+        counts: numbers of networks, steps and comparisons by name.
+    """
 
     faults: list[Fault] = field(default_factory=list)
     refusals: Counter[str] = field(default_factory=Counter)
@@ -89,7 +109,16 @@ class Findings:
 
 
 class Checker:
-    """Runs the checks on one network and collects the findings."""
+    """Runs the checks on one network and collects the findings.
+
+    Attributes:
+        case: the network's config, signature and seed.
+        source: the uncompressed model.
+        tables: number of rows by table.
+        bench: the rows that steps may read.
+        rows: rows on which results are compared, by name: typical, edge, extreme, empty.
+        number: number of steps applied so far.
+    """
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder, self.findings = case, folder, Findings()
@@ -144,7 +173,8 @@ class Checker:
         )
         if result is not None:
             self.findings.counts["steps"] += 1
-            if self.number % RELOAD_EVERY == 0:  # `run` itself compares on typical rows
+            # The runner also compares loaded results, but not on edge cases.
+            if self.number % RELOAD_EVERY == 0:
                 self.run_guarded(f"{where} reload", lambda: self._check_reload(result, folder))
             if step.kind in PRESERVING:
                 self.run_guarded(
@@ -167,7 +197,8 @@ class Checker:
     def _check_same_function(self, kind: str, before: nn.Module, after: nn.Module) -> None:
         for name in ("typical", "edge", "empty"):
             rows = replace_invalid_ids(self.case.signature, self.tables, self.rows[name])[0]
-            self._assert_close(f"{kind} on {name} rows", before, after, rows, 2e-4)
+            # 2e-4 allows for the rounding of changed weights to float32.
+            self._assert_close(f"{kind} on {name} rows", before, after, rows, share=2e-4)
 
     def check_module(self, packed: Model, plain: Model, where: str) -> None:
         """Compare a compressed module with the original module over decoded weights."""
@@ -190,6 +221,11 @@ class Checker:
     def _assert_close(
         self, what: str, first: nn.Module, second: nn.Module, rows: Rows, share: float
     ) -> None:
+        """Fail if the scores of two modules differ by more than rounding.
+
+        The limit of the root mean square difference is ``share`` times the standard deviation of
+        the first module's scores on typical rows, plus 1e-5.
+        """
         with torch.no_grad():
             expected, actual = first(**rows).reshape(-1), second(**rows).reshape(-1)
         assert torch.equal(expected.isnan(), actual.isnan()), f"{what}: NaN at other rows"
@@ -217,7 +253,7 @@ class Checker:
         with torch.no_grad():
             scores = [module(**rows)]
             scores += [
-                _with_rounding_errors(module, ROUNDING_ERRORS[precision], seed)(**rows)
+                with_rounding_errors(module, ROUNDING_ERRORS[precision], seed)(**rows)
                 for seed in (3, 4, 5)
             ]
         scores = [torch.sigmoid(score) if squash else score for score in scores]
@@ -309,11 +345,16 @@ class Checker:
         *,
         few: bool = False,
     ) -> None:
+        """Raise ``ParityLost`` if the scores differ by more than the limits and rounding errors.
+
+        The limits depend on the standard deviation of the expected scores. If there are too few
+        rows to measure it (``few``), or if it is less than a tenth of that of typical rows, the
+        limits of typical rows apply.
+        """
         typical = {key: self.rows["typical"][key] for key in input_names(graph.signature)}
         typical_scores = self.reference_scores(model.module, graph, typical)
         try:
             if few or not _spread(expected) > 0.1 * _spread(typical_scores):
-                # Equal scores have no spread: use the limits for the spread of typical rows.
                 typical_scores = typical_scores[~np.isnan(typical_scores)].reshape(-1)
                 limits = check_parity(typical_scores, typical_scores, plan, target)
                 gap = float(np.nanmax(np.abs(expected - actual), initial=0.0))
@@ -332,7 +373,7 @@ class Checker:
         except ParityLost:
             within = replace_invalid_ids(graph.signature, self.tables, rows)[0]
             part = graph.part(model.module)
-            if target != "onnxruntime" and _beyond_float16(part, within):
+            if target != "onnxruntime" and is_beyond_float16(part, within):
                 self.findings.counts["beyond float16"] += 1
                 return
             nan = np.isnan(expected)
@@ -351,52 +392,6 @@ class Checker:
 def _spread(scores: FloatArray) -> float:
     known = scores[~np.isnan(scores)]
     return float(known.std()) if known.size else 0.0
-
-
-def _beyond_float16(module: nn.Module, rows: Rows) -> bool:
-    """Return whether values of a layer that TensorRT runs in float16 are beyond its range."""
-    beyond: list[bool] = []
-
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        beyond.append(max(float(inputs[0].abs().max()), float(output.abs().max())) > FLOAT16_MAX)
-
-    copied = private_copy(module).eval()
-    for layer in copied.modules():
-        if isinstance(layer, PackedLinear) and layer.storage.name in IN_FLOAT16:
-            layer.register_forward_hook(record)
-    with torch.no_grad():
-        copied(**rows)
-    return any(beyond)
-
-
-def _with_rounding_errors(module: nn.Module, size: float, seed: int) -> nn.Module:
-    """Return a copy of a module that perturbs every layer's output by a relative error."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def perturb(layer: nn.Module, inputs: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            return output
-        sign = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
-        magnitude = output.abs()
-        if isinstance(layer, PackedLinear) and layer.settings.get("activations") == "int8":
-            magnitude = magnitude + _offset_products(layer, inputs[0])
-        return output + size * sign.to(output.dtype) * magnitude
-
-    copied = private_copy(module).eval()
-    for layer in copied.modules():
-        layer.register_forward_hook(perturb)
-    return copied
-
-
-def _offset_products(layer: PackedLinear, x: Tensor) -> Tensor:
-    """Return the size of the sums that cancel for unsigned weights and int8 inputs.
-
-    The codes have an offset of half their range. ONNX Runtime sums the products of the inputs with
-    that offset in float32 and subtracts the sum, even for weights of 0.
-    """
-    offset = zero_code(8 if layer.storage.name == "weight_int8" else 4)
-    scale = layer.get_buffer("scale").float().amax(dim=1)  # (out,)
-    return x.abs().sum(dim=-1, keepdim=True) * offset * scale
 
 
 def _pattern(sentence: str) -> str:

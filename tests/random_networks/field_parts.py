@@ -56,7 +56,12 @@ class FM(Part):
 
 @part
 class Pairs(Part):
-    """A scalar or a vector for each pair of fields: DLRM, PNN and bilinear interactions."""
+    """A scalar or a vector for each pair of fields: DLRM, PNN and bilinear interactions.
+
+    In form ``bilinear`` a Linear multiplies the first field of each pair, in ``own_bilinear`` a
+    plain parameter. ``dot`` and ``triu`` are equal. A single field has no pair: it is returned
+    unchanged (``flat``).
+    """
 
     takes = ("fields",)
 
@@ -142,7 +147,7 @@ class CIN(Part):
 
 @part
 class FieldConv(Part):
-    """A kernel-1 Conv1d whose channels are the fields, or the elements of the fields."""
+    """A kernel-1 Conv1d whose channels are the fields (``across``), or the elements of a field."""
 
     takes = ("fields",)
     gives = "fields"
@@ -200,7 +205,7 @@ class FieldLinear(Part):
 
 @part
 class FieldAttention(Part):
-    """Self-attention over fields, as in AutoInt: written out, or torch's module."""
+    """Self-attention over fields, as in AutoInt: written out (``hand``), or torch's module."""
 
     takes = ("fields",)
     gives = "fields"

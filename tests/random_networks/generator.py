@@ -30,14 +30,24 @@ SOURCE_KINDS = (
     "History",
     "Dense",
 )
+"""Kinds of parts that read inputs.
+
+In this and the other tuples, repeated values are drawn more often.
+"""
 SHAREABLE = ("Lookup", "History", "Fields")
+"""Kinds of parts whose table other parts may share."""
 MAX_WIDTH = 120
+"""Parts with a larger output are not added."""
 OPERATIONS = tuple(
     name for name, kind in PARTS.items() if kind.takes and name not in ("TiedOutput",)
 )
+"""Kinds of parts that read other parts."""
 POLICIES = ("error", "error", "clamp", "default_row")
+"""Policies for ids outside of a table."""
 SCALES = (1.0, 1.0, 1.0, 0.01, 30.0, 1000.0)
+"""Standard deviations of dense inputs."""
 TABLE_SCALES = (0.01, 0.1, 0.3, 0.3, 1.0, 1.0, 3.0)
+"""Standard deviations of the weights of a table."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,8 @@ class Composer:
     """Draws inputs and parts of one graph, and stores them.
 
     Attributes:
+        prefix: start of the names of parts and inputs; differs between two towers.
+        module: path of the graph in the network.
         parts: the specs of all parts, in order.
         inputs: the inputs for the signature.
         sizes: width of each part's output as a vector.
@@ -131,11 +143,11 @@ class Composer:
 
     def add_computed(self, kind: str) -> None:
         """Add a part that looks up ids computed from inputs of other parts."""
-        needed = {"id": ("id", ()), "dense": ("dense", None)}[PARTS[kind].reads]
+        input_kind = PARTS[kind].reads
         names = [
             item["name"]
             for item in self.inputs
-            if item["kind"] == needed[0] and (needed[1] is None or item["shape"] == needed[1])
+            if item["kind"] == input_kind and (input_kind != "id" or item["shape"] == ())
         ]
         count = 2 if kind == "CrossedIds" else 1
         if len(names) < count:
@@ -162,6 +174,11 @@ class Composer:
         self._add(spec)
 
     def _draw_producer(self, need: str) -> str:
+        """Return the part that a new part reads; ``need`` is the kind of value that it takes.
+
+        Parts without a consumer and with the right kind of output are preferred, then parts with
+        the right kind. Outputs of another kind are converted.
+        """
         rng = self.rng
         kinds = {p["name"]: PARTS[p["kind"]].gives for p in self.parts}
         fitting = [name for name in self.sizes if kinds[name] == need]
@@ -207,6 +224,8 @@ def _click_model(seed: int, rng: random.Random) -> Case:
     composer.add_source("Lookup")
     composer.compose(rng.randint(2, 6), rng.randint(2, 8))
     widths = [rng.choice((4, 8, 16, 17)) for _ in range(rng.randint(0, 2))]
+    # Ways to remove the last dimension, or to "keep" it. "every", which removes all dimensions of
+    # size 1, is rare.
     squeezes = ("one", "last", "view", "flatten", "index", "keep", "reshape", "sum")
     probability = rng.random() < 0.25
     head = {
@@ -284,7 +303,7 @@ def set_weights(module: nn.Module, seed: int) -> None:
                 value.copy_(1 + 0.3 * draw if key == "weight" else 0.2 * draw)
             elif isinstance(owner, nn.PReLU):
                 value.copy_(0.25 + 0.1 * draw)
-            elif key in ("edges", "wide_scale", "offset"):
+            elif key in ("edges", "wide_scale", "offset"):  # constant, or set by ``spread_scores``
                 continue
             elif value.dim() >= 2:
                 _set_layer(value, draw, rng, regular=name == "output")
@@ -316,6 +335,7 @@ def _set_table(
 def _set_layer(
     value: torch.Tensor, draw: torch.Tensor, rng: random.Random, *, regular: bool
 ) -> None:
+    """Set a layer's weight; unless it is ``regular``, some of its rows may be zero or tiny."""
     value.copy_(draw * (rng.choice((0.7, 1.0, 1.5)) / max(value[0].numel(), 1) ** 0.5))
     chance = 1.0 if regular else rng.random()
     if chance < 0.02:

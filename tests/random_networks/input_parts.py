@@ -20,7 +20,11 @@ Inputs = list[tuple[str, tuple[int, ...]]]
 
 
 class Source(Part):
-    """A part that reads inputs."""
+    """A part that reads inputs.
+
+    If ``reads`` is set, the part has no inputs of its own: it reads inputs of this kind that the
+    generator has created for other parts.
+    """
 
     takes = ()
     reads: ClassVar[str] = ""
@@ -114,7 +118,10 @@ class PaddedBag(Source):
 
 @part
 class JaggedBag(Source):
-    """An EmbeddingBag over concatenated lists, with offsets or lengths and optional id weights."""
+    """An EmbeddingBag over concatenated lists, with offsets or lengths and optional id weights.
+
+    With ``last``, lengths are converted to offsets that include the end of the last list.
+    """
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 The request policy defines what a served graph does with ids outside of a table and with lists that
 are too long. ``replace_invalid_ids`` implements it row by row in Python. It shares no code with the
 policy in a served graph, so a comparison of both can find errors.
+
+``tables`` is the number of rows by table, ``scales`` the standard deviation by dense input.
+``high`` is the number of rows of one table.
 """
 
 import random
@@ -22,6 +25,7 @@ from compressors.contracts import (
 
 Rows = dict[str, Tensor]
 Lists = dict[str, list[list[int]]]
+# Values of dense inputs as multiples of their standard deviation.
 EXTREMES = (0.0, 1e-8, -1e-8, 1.0, -1.0, 30.0, -30.0, 1000.0, -1000.0)
 
 
@@ -55,7 +59,8 @@ def edge_rows(
     are edge cases within their range.
     """
     id_inputs = [item for item in signature.inputs if not isinstance(item, DenseInput)]
-    edges = [(item.name, edge) for item in id_inputs for edge in range(len(_edges(item, 9)))]
+    # Only the number of edge cases is used here; it is the same for a table of 9 rows.
+    edges = [(item.name, edge) for item in id_inputs for edge in range(len(_edges(item, high=9)))]
     count = len(edges) + 6
     rng = random.Random(f"edges {seed}")
     rows = typical_rows(signature, tables, count, scales, seed + 17)

@@ -16,11 +16,10 @@ __all__ = ["RandomNetwork", "Tower", "TwoTowers"]
 assert all((_field_parts, _input_parts, _sequence_parts, _shape_parts))
 
 Value = Tensor | tuple[Tensor, Tensor]
-SQUEEZES = ("one", "last", "view", "flatten", "index", "keep", "reshape", "sum", "every")
 
 
 def convert_size(size: Size, have: str, need: str) -> Size:
-    """Return the size of a value after ``convert``."""
+    """Return the size of a value after ``convert``; ``have`` and ``need`` are kinds of values."""
     if have == need:
         return size
     match have, need:
@@ -34,7 +33,10 @@ def convert_size(size: Size, have: str, need: str) -> Size:
 
 
 def convert(value: Value, have: str, need: str) -> Value:
-    """Convert a value to another kind of value, so that any part can follow any other."""
+    """Convert a value of kind ``have`` to kind ``need``, so that any part can follow any other.
+
+    The kinds are ``vector``, ``fields`` and ``sequence`` (``parts.py``).
+    """
     if have == need:
         return value
     if have == "sequence":
@@ -50,7 +52,11 @@ def convert(value: Value, have: str, need: str) -> Value:
 
 
 class Graph(nn.Module):
-    """Parts in order; each spec names the parts or inputs that the part reads."""
+    """Parts in order; each spec names the parts or inputs that the part reads.
+
+    In a spec, ``shares`` names a part whose table module the part uses, and ``ties`` a part whose
+    table weight it uses.
+    """
 
     def __init__(self, parts: list[dict[str, Any]]) -> None:
         super().__init__()
@@ -99,7 +105,12 @@ class Graph(nn.Module):
 
 
 class RandomNetwork(nn.Module):
-    """A click model of random parts with one logit or probability per row."""
+    """A click model of random parts with one logit or probability per row.
+
+    In ``head``, ``reads`` names the parts whose outputs are concatenated for the output layer.
+    ``wide`` names parts of width 1 that are added to the logit directly. ``squeeze`` is the way in
+    which the last dimension of the logits is removed, or ``keep``.
+    """
 
     def __init__(self, parts: list[dict[str, Any]], head: dict[str, Any]) -> None:
         super().__init__()
@@ -152,7 +163,10 @@ class RandomNetwork(nn.Module):
 
 
 class Tower(nn.Module):
-    """One tower of a retrieval model, with one vector per row."""
+    """One tower of a retrieval model, with one vector per row.
+
+    In ``head``, ``unit`` is the way in which the vector is normalized to length 1, or ``none``.
+    """
 
     def __init__(self, parts: list[dict[str, Any]], head: dict[str, Any]) -> None:
         super().__init__()

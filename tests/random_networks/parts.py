@@ -150,7 +150,7 @@ class MLP(Part):
 
 @part
 class Residual(Part):
-    """A residual block ``x + f(x)`` with a norm before or after."""
+    """A residual block ``x + f(x)``, with a norm of the sum (``last``) or of the input of ``f``."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:

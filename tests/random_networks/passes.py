@@ -1,4 +1,4 @@
-"""Checks of one random network: mixed formats on every target, and single formats."""
+"""Checks of one random network: mixed formats on one target, single formats, and single steps."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -15,9 +15,13 @@ from tests.random_networks.inputs import replace_invalid_ids
 from tests.random_networks.steps import COMPOSING, LAST, LAYERS, TABLES, TARGETS, TRAINS, VALUES
 
 PLAIN_EVERY = 10
+"""Every tenth network is also lowered without compression."""
 VALUE_STEPS = 1
+"""Number of value-changing steps that are checked alone on each network."""
 SUPERVISED = ("drop_layers", "l1_training", "fine_tune", "distill")
+"""Value-changing steps that retrieval models do not support."""
 SLOW = ("additive_codes", "neural_codes", "qat")
+"""Formats that are checked alone only on every fourth network."""
 
 
 def check_mixed_formats(checker: Checker, number: int, target: TargetName | None) -> Model:

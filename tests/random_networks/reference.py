@@ -53,12 +53,17 @@ class QuantizedInputLinear(nn.Module):
             scale = self.stored["input_scale"]
             return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
         if self.form in ("weight_int8", "weight_int4"):
-            reading = LayoutSettings.of(self.layer.settings)
-            if reading.activations == "int8":
-                return _quantize_blocks(x, self._block(reading.block))
+            layout = LayoutSettings.of(self.layer.settings)
+            if layout.activations == "int8":
+                return _quantize_blocks(x, self._block_width(layout.block))
         return x
 
-    def _block(self, block: int) -> int:
+    def _block_width(self, block: int) -> int:
+        """Return the number of inputs that are quantized with one scale.
+
+        Without blocks of weights (``block`` 0), it is the largest of 128, 64, 32 and 16 that
+        divides the padded number of inputs.
+        """
         if block:
             return block
         length = -(-self.layer.in_features // 16) * 16
@@ -70,8 +75,8 @@ def _quantize_blocks(x: Tensor, width: int) -> Tensor:
     rounded = []
     for block in blocks:
         largest = block.abs().amax(dim=-1, keepdim=True)
-        step = torch.where(largest > 1e-36, 127 / largest, torch.zeros_like(largest))
-        rounded.append(torch.round(block * step) * (largest / 127))
+        inverse_scale = torch.where(largest > 1e-36, 127 / largest, torch.zeros_like(largest))
+        rounded.append(torch.round(block * inverse_scale) * (largest / 127))
     return torch.cat(rounded, dim=-1)
 
 

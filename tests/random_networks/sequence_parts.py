@@ -124,7 +124,11 @@ class TargetAttention(Part):
 
 @part
 class SelfAttention(Part):
-    """Self-attention with masked padding: torch's module, its function, or written out."""
+    """Self-attention with masked padding: torch's module, encoder layer, function, or written out.
+
+    ``empty`` is the treatment of a row without a valid position. ``first``: it attends to its first
+    position. ``number``: NaN becomes 0. ``raw``: NaN may remain.
+    """
 
     takes = ("sequence",)
     gives = "sequence"

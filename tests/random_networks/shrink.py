@@ -8,6 +8,7 @@ from typing import Any
 from compressors.contracts import Signature, tensor_names
 from tests.random_networks.generator import Case, with_config
 
+# The simplest value of each setting of a part.
 SIMPLER: dict[str, Any] = {
     "activation": "none",
     "norm": "none",
@@ -67,11 +68,10 @@ def candidates(case: Case) -> Iterator[Case]:
                 changed = copy.deepcopy(side)
                 changed["parts"][number]["settings"]["widths"] = widths[:1]
                 yield from _changed(case, path, changed)
-            for relation in ("shares", "ties"):
-                if relation in spec and spec["kind"] != "TiedOutput" and relation != "shares":
-                    changed = copy.deepcopy(side)
-                    del changed["parts"][number][relation]
-                    yield from _changed(case, path, changed)
+            if "ties" in spec and spec["kind"] != "TiedOutput":
+                changed = copy.deepcopy(side)
+                del changed["parts"][number]["ties"]
+                yield from _changed(case, path, changed)
 
 
 def _simpler_heads(case: Case, path: str, side: dict[str, Any]) -> Iterator[Case]:
@@ -89,6 +89,7 @@ def _simpler_heads(case: Case, path: str, side: dict[str, Any]) -> Iterator[Case
 
 
 def _sides(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the name and config of both towers, or of the whole network with an empty name."""
     if "parts" in config:
         return [("", config)]
     return [(side, config[side]) for side in ("query", "item")]
@@ -121,6 +122,7 @@ def _without_part(side: dict[str, Any], number: int) -> dict[str, Any] | None:
 
 
 def _changed(case: Case, path: str, side: dict[str, Any] | None) -> Iterator[Case]:
+    """Yield the case with another config of one side and without unused inputs, if it is valid."""
     if side is None:
         return
     config = side if not path else {**case.config, path: side}

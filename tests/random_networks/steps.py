@@ -53,6 +53,7 @@ from compressors.rewrite.smooth_quant import SmoothQuant
 
 SHORT_TRAINING = Training(epochs=1, batch=32, learning_rate=0.01, warmup=0)
 Draw = Callable[[random.Random, tuple[str, ...]], Any]
+"""Returns a step with random settings for the tables or layers with these names."""
 
 
 def _uniform_format(kind: Any) -> Draw:
@@ -121,6 +122,7 @@ TABLES: dict[str, Draw] = {
     "tiers": _table_step(Tiers, hot=(0.1, 0.5)),
     "drop_tables": _table_step(DropTables, most_loss=(0.5,), repeats=(1,)),
 }
+# Methods that replace a table by smaller tables, which can be quantized afterwards.
 COMPOSING = {
     "low_rank", "dimensions", "quotient_remainder", "multi_hash", "neural_codes", "merge_rows",
     "cluster_rows", "prune_rows", "tiers",
@@ -169,6 +171,7 @@ VALUES: dict[str, Callable[[random.Random], Any]] = {
     "fine_tune": lambda _: FineTune(training=SHORT_TRAINING),
     "distill": lambda _: Distill(training=SHORT_TRAINING),
 }
+# Steps that a mixed pass applies after all others.
 LAST: dict[str, Callable[[random.Random], Any]] = {
     "recalibrate": lambda rng: Recalibrate(method=rng.choice(("temperature", "platt", "isotonic"))),
     "refit_codes": lambda _: RefitCodes(rounds=1, training=SHORT_TRAINING),
