@@ -159,10 +159,10 @@ def test_a_stored_bundle_is_lowered_to_a_graph_with_the_stored_scores(
     expected = fixture.expected["recipes"][recipe]
     bundle_ref = find_bundle(expected["model"])
     split = bundle_ref.calibration()
-    probe = prepare.fn(bundle_ref.artifact, split)
+    probe = prepare.fn(bundle_ref.artifact, split)  # rows on which graph and module are compared
     rows = bundle_ref.rows[split]
     bundle = artifact(expected["bundle"])
-    lowered = local(lower_model.fn(bundle, "onnxruntime", probe, rows, 65_536))
+    lowered = local(lower_model.fn(bundle, "onnxruntime", probe, rows, most_rows=65_536))
     inputs = fixture.inputs(expected["model"])
     for graph in lowering_of(lowered).graphs:
         names = tuple(item.name for item in graph.inputs)

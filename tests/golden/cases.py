@@ -1,8 +1,9 @@
 """Cases of the golden test: reference networks, and the recipes that are applied to them.
 
-A single case is one method with one choice of settings on one network. A mixed case applies a
-different method to each unit of a network, so that a few exported graphs cover all methods. The
-default tier checks the mixed cases.
+A single case is one method with one choice of settings on one network. A mixed case applies several
+methods, most of them to different units of a network, so that a few exported graphs cover all
+methods. A case called ``plain`` has no steps. The default tier checks the mixed cases that name a
+target in ``sample``; the nightly tier checks all cases.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tests.draft_network import ClickNet, TowerNet
 from tests.golden import package
 from tests.golden.package import Bench, DenseInput, IdInput, JaggedBag, Signature
-from tests.models import RANKER, Reference, write_split
+from tests.models import BENCH_ROWS, RANKER, Reference, write_split
 from tests.narrow_networks import HISTORY, Transformer
 from tests.signatures import with_output
 
@@ -80,6 +81,7 @@ NETWORKS: dict[str, Reference] = {
     "pairs": Reference(ClickNet, PAIRS, PAIRS_CONFIG),
 }
 SINGLE = ("click", "ranking")
+"""The networks of the single cases."""
 
 Steps = tuple[tuple[str, dict[str, Any]], ...]
 
@@ -241,7 +243,7 @@ def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
     if "recalibrate" not in kinds:
         return bench
     module = reference.model().module
-    noise = torch.randn(96, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(BENCH_ROWS, generator=torch.Generator().manual_seed(0))
 
     def noisy_scores(inputs: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
@@ -249,7 +251,11 @@ def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
         return scores + scores.std() * noise
 
     validation = write_split(
-        reference.signature, reference.rows_of_tables(), folder / "agreeing", 9, noisy_scores
+        reference.signature,
+        reference.rows_of_tables(),
+        folder / "agreeing",
+        seed=9,
+        score_function=noisy_scores,
     )
     return bench.model_copy(update={"validation": validation})
 

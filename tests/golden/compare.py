@@ -12,7 +12,9 @@ from tests.golden.numerics import is_near, is_scalar, kind_of
 
 RECORD = Path(__file__).with_name("record.json")
 SAME = "same as"
+"""Key in the file for the target with equal entries."""
 ALL = " | all tensors"
+"""End of the keys of digests of all tensors that are stored after a step."""
 # Tolerance relative to a tensor's root mean square, on a machine that differs from the record's.
 # Float sums in another order change float32 values by parts in 10^6 and codes by at most one level.
 NEAR = 1e-3

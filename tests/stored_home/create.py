@@ -32,6 +32,7 @@ HOME = "{HOME}"
 """Placeholder for the folder of the home in stored output."""
 CODE = "stored home"
 """Replaces the digest of the source code in the arguments of the task ``compress``."""
+# Files and folders of the home that are not stored in the fixture.
 TEMPORARY = ("cache", "progress", "orders.lock", "registry.db.lock")
 
 
@@ -188,8 +189,8 @@ def _apply_recipe(name: str) -> dict[str, Any]:
         if not hasattr(bundle, "sha256"):
             raise RuntimeError(f"recipe {name!r}: {bundle}")
     split = bundle_ref.calibration()
-    probe = prepare.fn(original, split)
-    graph = lower_model.fn(bundle, "onnxruntime", probe, bundle_ref.rows[split], 65_536)
+    probe = prepare.fn(original, split)  # rows on which graph and module are compared
+    graph = lower_model.fn(bundle, "onnxruntime", probe, bundle_ref.rows[split], most_rows=65_536)
     print(f"{name}: {bundle.bytes:,} bytes", file=sys.stderr)  # noqa: T201
     return {
         "model": model,

@@ -24,11 +24,11 @@ from tests.stored_home.scores import environment
 INPUT_QUANTIZING_FORMATS = {"static_int8", "weight_int8", "weight_int4", "float8_dense"}
 """Formats whose layers quantize inputs; a value midway between levels may round either way."""
 ROUNDING = 1e-5
-"""Largest difference due to another order of float sums, relative to the scores' deviation.
+"""Tolerance for another order of float sums, relative to the scores' standard deviation.
 
-The worst case is about 1.2e-5: four layers of at most 51 products, each rounded to 2 ** -24, give
-4 * 51 * 6e-8. The largest measured difference of 93 bundles is 5e-7 with torch's kernels for SSE
-and 9e-7 with MKL's common path.
+It is slightly below the worst case of about 1.2e-5: four layers of at most 51 products, each
+rounded to 2 ** -24, give 4 * 51 * 6e-8. The largest measured difference of 93 bundles is 5e-7 with
+torch's kernels for SSE and 9e-7 with MKL's common path.
 """
 _SCRATCH = tempfile.TemporaryDirectory(prefix="stored-home-")
 
