@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,14 @@ def test_every_selection_of_a_fault_names_an_existing_test() -> None:
 
 # --- the runner ------------------------------------------------------------------------------
 
-EXAMPLE = Fault("example", "limit.py", "LIMIT = 3", "LIMIT = 4", "An example.", ("test_code.py",))
+EXAMPLE = Fault(
+    id="example",
+    file="limit.py",
+    old="LIMIT = 3",
+    new="LIMIT = 4",
+    effect="An example.",
+    tests=("test_code.py",),
+)
 TESTS = """
 import pytest
 
@@ -119,12 +127,12 @@ def test_failed_tests_lists_only_tests_that_fail_in_their_body(pytester: pytest.
 def test_a_fault_is_caught_only_by_failed_tests(
     exit_code: int, failed: tuple[str, ...], status: str
 ) -> None:
-    run = PytestRun(exit_code, failed, 1.0, 1.0, "output")
+    run = PytestRun(exit_code, failed, seconds=1.0, cpu_seconds=1.0, output="output")
     assert outcome_of(EXAMPLE, run).status == status
 
 
 def test_a_fault_whose_text_occurs_twice_raises_not_applicable(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text("a = 1\na = 1\n")
     with pytest.raises(NotApplicable) as refusal:
-        Fault("twice", "x.py", "a = 1", "a = 2", "An example.", ("t",)).patched(tmp_path)
+        replace(EXAMPLE, id="twice", file="x.py", old="a = 1", new="a = 2").patched(tmp_path)
     assert (refusal.value.fault_id, refusal.value.occurrences) == ("twice", 2)

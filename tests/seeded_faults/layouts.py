@@ -11,12 +11,12 @@ KERNELS = "tests/compressors/quantize/test_kernels.py"
 
 FAULTS = (
     Fault(
-        id="planar-neighbours-instead-of-planes",
+        id="planar-second-and-fourth-plane-exchanged",
         file="compressors/quantize/kernels/bitpacking.py",
         old="        packed |= padded[:, plane * width : (plane + 1) * width] << (bits * plane)",
         new="        packed |= padded[:, plane * width : (plane + 1) * width] "
         "<< (bits * (planes - plane))",
-        effect="All planes except the first are written to the wrong bits.",
+        effect="The second and fourth plane of 2-bit codes are exchanged.",
         tests=(PACKING,),
     ),
     Fault(
