@@ -1,6 +1,7 @@
 """Networks with norms and activations between layers, for ``fold``, ``equalize``, ``smooth_quant``.
 
-``NORM_FIRST``, ``BLOCK``, ``LOUD`` and ``CHAIN`` are their references, with signatures.
+``NORM_FIRST``, ``BLOCK``, ``LOUD`` and ``CHAIN`` are references (class, arguments and signature of
+a network, see ``models.py``). ``LOUD`` is the ``Block`` with outlier channels.
 """
 
 import torch
@@ -35,9 +36,10 @@ class NormFirst(nn.Module):
 class Block(nn.Module):
     """One transformer block over a history.
 
-    ``loud`` multiplies the factors of two channels in the first two norms and one channel of
-    ``up``, and divides the weights of the next layers, so the output is the same but int8 inputs
-    have a coarse scale.
+    ``loud`` creates outlier channels, so that int8 inputs of the next layers have a coarse scale.
+    It multiplies the factors of two channels in the first two norms and the weights of one channel
+    of ``up``, and divides the weights that consume them. Scores change little: only by the biases
+    of these channels, which are not multiplied.
     """
 
     def __init__(self, dim: int = 16, inner: int = 32, loud: float = 1.0) -> None:

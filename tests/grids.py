@@ -1,7 +1,7 @@
 """Grids (evenly spaced levels) and random tables for tests of uniform quantization formats.
 
-``each_grid`` and similar names parametrize a test; ``scale_types``, ``sharing`` and ``rules`` are
-Hypothesis strategies for settings.
+``each_grid`` and similar names parametrize a test. ``scale_types``, ``sharing`` and ``rules`` are
+Hypothesis strategies for the settings ``scale``, ``rows_per_scale`` and ``clipping``.
 """
 
 from typing import Any
@@ -41,7 +41,11 @@ def changed_grid(grid: Grid, **changes: Any) -> Grid:
 
 
 def tables(largest: float = 6e4) -> st.SearchStrategy[Tensor]:
-    """Return a strategy for float32 tables whose rows have very different scales and offsets."""
+    """Return a strategy for float32 tables whose rows have very different scales and offsets.
+
+    Weights of the first row are at most ``largest`` in absolute value. The bound of each later row
+    is a thousandth of the bound of the row before it.
+    """
 
     def scaled(values_power_shift: tuple[np.ndarray, float, float]) -> Tensor:
         table, power, shift = values_power_shift

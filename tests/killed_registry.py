@@ -82,9 +82,7 @@ def kill_at(writer: str, file: Path, number: int) -> bool:
 
     def work() -> None:
         count_operations(
-            lambda before_operation: (
-                os.kill(os.getpid(), signal.SIGKILL) if before_operation == number else None
-            )
+            lambda operation: os.kill(os.getpid(), signal.SIGKILL) if operation == number else None
         )
         use_registry(writer, file)
 

@@ -68,13 +68,14 @@ ALONE = tuple(method for method in METHODS if method not in NOT_ALONE)
 
 # Methods by effect: they change values within a format, store units in another format, or replace
 # a table by smaller tables ("parts").
-def _with_effect(what: str) -> tuple[type[Step], ...]:
-    return tuple(m for m in ALONE if m.effect == what)
+def _with_effect(effect: str) -> tuple[type[Step], ...]:
+    return tuple(method for method in ALONE if method.effect == effect)
 
 
 VALUES, FORMATS, PARTS = _with_effect("values"), _with_effect("format"), _with_effect("parts")
-# The result of these depends on values and data, so they are tested separately.
+# The size of their result depends on values and data, so they are tested separately.
 SEARCHES = (DropTables, MergeRows)
+# LowRankDense replaces dense layers, not tables.
 PARTS = tuple(method for method in PARTS if method not in (*SEARCHES, LowRankDense))
 # Methods that keep each table as one table; test_composed.py tests the others.
 UNDIVIDED = (*VALUES, *FORMATS)
@@ -289,7 +290,9 @@ def default_step(method: type[Step]) -> Step:
         for name, value in quickly.items()
         if name in fields and fields[name].get_default(call_default_factory=True) is not None
     }
-    if fields["kind"].default == "rowwise_int2":  # with offsets, int4 is smaller
+    # With offsets, the step would store the narrow tables of the references as int4, which takes
+    # no more bytes.
+    if fields["kind"].default == "rowwise_int2":
         settings["symmetric"] = True
     return method(**settings)
 

@@ -195,7 +195,10 @@ class SplitConcatNet(nn.Module):
 
 
 class SharedLayerNet(nn.Module):
-    """One layer under two names, a norm without weights, and a PReLU with one slope."""
+    """One layer under two names, a norm without weights, and the activation ``act``.
+
+    ``top`` is the upper bound of the channels that the output layer reads.
+    """
 
     def __init__(
         self, width: int = 16, act: type[nn.Module] = nn.PReLU, top: float = float("inf")

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
+# Smallest positive scale by stored type.
 SMALLEST = {np.float16: np.float32(2.0**-24), np.float32: np.finfo(np.float32).tiny}
 
 
@@ -145,7 +146,10 @@ def encode_float8_rows(table: Floats, rows_per_scale: int, scale_type: str) -> S
 
 
 def _stored_scale(scale: np.float32, top: float, stored_type: type) -> np.floating:
-    """Round a scale to the stored type: positive, and up if rounding down would clip."""
+    """Round a scale to the stored type: positive, and up if rounding down would clip.
+
+    ``top`` is the largest level. A weight is clipped if it is more than half a level above it.
+    """
     smallest = SMALLEST[stored_type]
     stored = stored_type(max(scale, smallest))
     if scale * np.float32(top) > np.float32(stored) * np.float32(top + 0.5):

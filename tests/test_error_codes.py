@@ -29,12 +29,12 @@ from infra.errors import InfraError, PromotionRefused, Refused
 FIELD_CLASSES = [error_class for error_class in coded_classes() if error_class is not ParityLost]
 """Classes whose constructor takes a code and fields; ``ParityLost`` takes a ``ParityFailure``."""
 CLASSES = {error_class.__name__: error_class for error_class in coded_classes()}
-CODE_OF_FAILURE = {"ParityFailure": "ParityLost"}
+ERROR_OF_FAILURE = {"ParityFailure": "ParityLost"}
 """Error class by the class of its constructor's argument, which has the code."""
 
 
-ERROR_CALLS = calls_of(CLASSES.keys() - set(CODE_OF_FAILURE.values()))
-FAILURE_CALLS = calls_of(CODE_OF_FAILURE.keys())
+ERROR_CALLS = calls_of(CLASSES.keys() - set(ERROR_OF_FAILURE.values()))
+FAILURE_CALLS = calls_of(ERROR_OF_FAILURE.keys())
 VALUE_ERROR_CALLS = calls_of({"value_error"})
 
 
@@ -57,7 +57,7 @@ def test_every_code_is_raised_somewhere():
     used = {(call.func.id, call.args[0].value) for _, call in ERROR_CALLS}
     for _, call in FAILURE_CALLS:
         (code,) = (keyword.value.value for keyword in call.keywords if keyword.arg == "code")
-        used.add((CODE_OF_FAILURE[call.func.id], code))
+        used.add((ERROR_OF_FAILURE[call.func.id], code))
     defined = {
         (name, code) for name, error_class in CLASSES.items() for code in error_class.sentences
     }
