@@ -1,7 +1,8 @@
 """Generate a random network from a seed: its parts, its signature and its weights.
 
-A seed determines the network on every machine. Each weight depends on the seed and on the weight's
-name, so removing some parts of a network does not change the weights of the others.
+A seed determines the network on every machine. The weights of a module depend only on the seed and
+on the module's name, so removing some parts of a network does not change the weights of the others.
+Only the last layers, which ``spread_scores`` scales, depend on the whole network.
 """
 
 import copy

@@ -56,7 +56,7 @@ def edge_rows(
     """Return rows with edge cases: ids at and beyond the bounds; empty, full and too long lists.
 
     In each row one input is an edge case and the others are typical. In the last rows all inputs
-    are edge cases within their range.
+    are edge cases whose ids are within their tables; a list may still be too long.
     """
     id_inputs = [item for item in signature.inputs if not isinstance(item, DenseInput)]
     # Only the number of edge cases is used here; it is the same for a table of 9 rows.

@@ -1,7 +1,8 @@
 """Check that the default test tier detects every seeded fault: ``python -m tests.seeded_faults``.
 
 Runs each fault in a temporary copy of the repository. Exit code 0: all faults were caught. Exit
-code 1: a fault survived or could not be applied, or the tests fail without a fault.
+code 1: a fault survived or could not be applied, its tests could not run, or the tests fail without
+a fault.
 """
 
 import argparse

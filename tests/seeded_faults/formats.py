@@ -25,7 +25,7 @@ FAULTS = (
         file="compressors/quantize/kernels/levels.py",
         old="else multiples.floor() + 0.5",
         new="else multiples.round() - 0.5",
-        effect="Symmetric int2 rounds to the level below or above the nearest one.",
+        effect="Symmetric int2 rounds half of the weights to the level below the nearest one.",
         tests=(STORED,),
     ),
     Fault(
