@@ -26,7 +26,7 @@ NETWORK = "draft_network:ClickNet"
 ALLOWED = "draft_network"
 
 USERS, ITEMS, TAGS, DENSE = 3_000, 1_500, 300, 4
-LONGEST = 5
+LONGEST = 5  # largest number of tags of a row
 ROWS = {"train": 4_000, "calibration": 1_000, "validation": 1_000, "test": 3_000}
 ROWS_PER_QUERY = 15  # rows of one group in the ranking draft
 SPREAD = 1.1  # standard deviation of the logits; gives an AUC of about 0.75
@@ -45,7 +45,18 @@ def write_draft(
     network: str = NETWORK,
     sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> Path:
-    """Write ``model.json``, the weights and one parquet file per split; return the folder."""
+    """Write ``model.json``, the weights and one parquet file per split; return the folder.
+
+    Args:
+        folder: the new draft.
+        name: name of the bundle.
+        version: its version.
+        task: kind of the task; a ranking draft has grades and queries.
+        seed: seed of the weights and of the data.
+        rows: number of rows by split.
+        network: path of the model class, ``module:Class``.
+        sizes: arguments of ``ClickNet`` that differ from the usual ones.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     config = {

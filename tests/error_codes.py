@@ -147,6 +147,7 @@ def coded_classes() -> tuple[type[CodedError], ...]:
 def example_of(error_class: type[CodedError], code: str | None = None) -> CodedError:
     """Return an error of a class with a value in each field, by default with the first code."""
     chosen_code = code or next(iter(error_class.sentences))
+    # A format such as ``,`` or ``.3g`` is that of a number; any other text separates list items.
     values = {
         name: "x" if not spec else 1 if spec == "," or spec[-1] in "fg" else ("x",)
         for _, name, spec, _ in string.Formatter().parse(error_class.sentences[chosen_code])

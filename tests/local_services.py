@@ -83,7 +83,7 @@ def running_services() -> Iterator[LocalServices]:
         output = log_file.read_text()
         shutil.rmtree(home)
     assert code == 0, output
-    assert "is killed" not in output, output
+    assert "is killed" not in output, output  # every service ended when it was stopped
 
 
 def _read_exports(path: Path) -> dict[str, str]:

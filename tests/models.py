@@ -85,23 +85,24 @@ ONLY_WEIGHT_VALUES = (Magnitude, Sparse24, L1Training, Distill, FineTune)
 UNDIVIDED = tuple(method for method in UNDIVIDED if method not in (Fold, *ONLY_WEIGHT_VALUES))
 
 
-def _kinds_with(where: set[str]) -> list[str]:
+def _kinds_for(units: set[str]) -> list[str]:
+    """Return the kinds in ``UNDIVIDED`` that apply to ``tables``, to ``layers`` or to both."""
     return [
         method.model_fields["kind"].default
         for method in UNDIVIDED
-        if {"tables", "layers"} & set(method.model_fields) == where
+        if {"tables", "layers"} & set(method.model_fields) == units
     ]
 
 
 # Recipes of one or two kinds. An export takes three seconds, so a method for layers and one for
-# tables share a graph. Parity has a larger tolerance if layers are packed, so test_table_forms.py
-# and test_table_code_graphs.py check packed tables with float32 layers.
+# tables share a graph. Parity has a larger tolerance if layers are quantized, so
+# test_table_forms.py and test_table_code_graphs.py check quantized tables with float32 layers.
 RECIPES: tuple[tuple[str, ...], ...] = (
     *(
         tuple(kind for kind in pair if kind is not None)
-        for pair in itertools.zip_longest(_kinds_with({"layers"}), _kinds_with({"tables"}))
+        for pair in itertools.zip_longest(_kinds_for({"layers"}), _kinds_for({"tables"}))
     ),
-    *((kind,) for kind in _kinds_with({"layers", "tables"})),
+    *((kind,) for kind in _kinds_for({"layers", "tables"})),
 )
 
 

@@ -159,8 +159,9 @@ def all_scores(
     return scores
 
 
-def _bag(lists: pa.Array) -> tuple[torch.Tensor, torch.Tensor]:
-    columns = lists.to_pylist()
-    lengths = torch.tensor([len(ids) for ids in columns])
-    values = torch.tensor([number for ids in columns for number in ids], dtype=torch.int64)
+def _bag(column: pa.Array) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the values of a list column, int64 ``(values,)``, and offsets, int64 ``(rows,)``."""
+    lists = column.to_pylist()
+    lengths = torch.tensor([len(ids) for ids in lists])
+    values = torch.tensor([number for ids in lists for number in ids], dtype=torch.int64)
     return values, lengths.cumsum(0) - lengths

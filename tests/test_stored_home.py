@@ -203,6 +203,7 @@ def test_registry_fetch_writes_the_files_of_a_stored_champion(
         }
         assert result == files
         assert any(path.endswith(".onnx") for path in result)
+    # Version 2 is of the order "safe", whose optional target is an engine.
     engine = ("--version", "2", "--target", "tensorrt-rtx", "--unmeasured")
     recpress("registry", "fetch", "clicks", "--into", str(home / "engine"), *engine)
     assert (home / "engine" / "model.engine").stat().st_size > 0

@@ -199,13 +199,13 @@ class CrossV1(Part):
 
 @part
 class CrossV2(Part):
-    """Cross layers of DCN-v2, full-rank or low-rank."""
+    """Cross layers of DCN-v2, full-rank (``rank`` 0) or low-rank."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
-        return {"layers": rng.randint(1, 2), "rank": rng.choice((0, 0, 2, 4)), "norm": "none"}
+        return {"layers": rng.randint(1, 2), "rank": rng.choice((0, 0, 2, 4))}
 
-    def __init__(self, sizes: Sizes, *, layers: int, rank: int, norm: str) -> None:
+    def __init__(self, sizes: Sizes, *, layers: int, rank: int) -> None:
         super().__init__()
         (width,) = sizes[0]
         self.layers = nn.ModuleList(
