@@ -79,7 +79,7 @@ FAULTS = (
         tests=(STORED,),
     ),
     Fault(
-        id="int8-levels-are-signed-bytes",
+        id="int8-symmetric-has-253-levels",
         file="compressors/quantize/tables/rowwise_int8.py",
         old="levels: ClassVar[tuple[int, int]] = (255, 256)",
         new="levels: ClassVar[tuple[int, int]] = (253, 256)",
@@ -87,7 +87,7 @@ FAULTS = (
         tests=(STORED,),
     ),
     Fault(
-        id="shared-scale-entry-of-next-rows",
+        id="shared-scale-always-the-first",
         file="compressors/quantize/tables/scales.py",
         old="return ids // rows_per_scale if rows_per_scale else torch.zeros_like(ids)",
         new="return (ids % rows_per_scale).clamp(max=0) if rows_per_scale "
@@ -112,7 +112,7 @@ FAULTS = (
         tests=(f"{ROWWISE}::test_gradients_of_scales_and_offsets_equal_plain_torch",),
     ),
     Fault(
-        id="clipping-mse-takes-last-share",
+        id="clipping-mse-takes-narrowest-range",
         file="compressors/quantize/kernels/clipping.py",
         old="better = (error < least_error) & (scale > 0)",
         new="better = scale > 0",

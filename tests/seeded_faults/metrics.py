@@ -44,7 +44,7 @@ FAULTS = (
         ),
     ),
     Fault(
-        id="logloss-infinite-for-sure-rows",
+        id="logloss-hardly-clipped",
         file="compressors/metrics/point_estimates.py",
         old="    chance = np.clip(chance, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)\n",
         new="    chance = np.clip(chance, 1e-300, 1 - 1e-16)\n",

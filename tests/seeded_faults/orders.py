@@ -20,11 +20,11 @@ FAULTS = (
         tests=(f"{CLI}::test_invalid_order_exits_with_code_2_and_a_sentence",),
     ),
     Fault(
-        id="lack-of-memory-exits-with-2",
+        id="out-of-memory-shown-as-unexpected-error",
         file="flows/cli/errors.py",
         old="    shown: Exception = as_out_of_memory(fault, quote_command(sys.argv[1:])) or fault\n",
         new="    shown: Exception = fault\n",
-        effect="Out of memory is reported as another error, with a traceback.",
+        effect="Out of memory is reported like an unexpected error, without advice.",
         tests=(
             "tests/flows/test_exit_codes.py::test_memory_error_exits_with_code_1_and_one_sentence",
         ),

@@ -27,7 +27,7 @@ FAULTS = (
         tests=(f"{STORE}::test_manifest_with_a_changed_hash_is_damage",),
     ),
     Fault(
-        id="store-extra-files-handed-out",
+        id="store-extra-files-accepted",
         file="infra/store/artifact_files.py",
         old="        if refuse_extra and extra:\n",
         new="        if refuse_extra and not extra:\n",

@@ -202,7 +202,7 @@ FAULTS = (
         tests=(f"{DATA}::test_check_ids_refuses_ids_outside_their_table_unless_a_policy_applies",),
     ),
     Fault(
-        id="data-lists-cut-silently",
+        id="data-too-long-lists-accepted",
         file="infra/data/splits.py",
         old="            if not isinstance(item, IdInput) and ids.longest > item.shape[0]:\n",
         new="            if not isinstance(item, IdInput) and ids.longest > 2 * item.shape[0]:\n",
