@@ -164,9 +164,9 @@ def _with_columns(data: Any) -> Any:
 
 def _check_values(item: "IdInput | DenseInput | PaddedBag | JaggedBag") -> None:
     """Raise if a row of an input has more than ``MAX_ROW_VALUES`` values or columns."""
-    most = max(*item.shape, len(item.columns), 1, 1)
-    if most > MAX_ROW_VALUES:
-        raise value_error("row_too_large", name=item.name, values=most, most=MAX_ROW_VALUES)
+    row_values = max(1, *item.shape, len(item.columns))
+    if row_values > MAX_ROW_VALUES:
+        raise value_error("row_too_large", name=item.name, values=row_values, most=MAX_ROW_VALUES)
 
 
 def _check_bag(bag: PaddedBag | JaggedBag) -> None:

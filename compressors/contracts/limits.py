@@ -244,13 +244,13 @@ def _absolute_mistake(limit: Limit) -> Reason | None:
 def _likely_intents(limit: Limit) -> Iterator[Limit]:
     """Yield the limits that were probably intended instead, the most likely one first.
 
-    Common mistakes are a bound on the best side, percent, seconds, and a comparison in place of the
-    metric itself or the reverse.
+    Common mistakes are a bound on how good the result may be, a bound in percent or in seconds, and
+    a comparison in place of the metric itself or the reverse.
     """
     spec, bound = limit.declared, limit.bound
     reference: Against = "baseline" if limit.against == "absolute" else limit.against
     loss = -abs(bound) if spec.higher_is_better else abs(bound)
-    if (limit.at_least is not None) != spec.higher_is_better:
+    if (limit.at_least is not None) != spec.higher_is_better:  # bounds how good the result may be
         is_difference = limit.against != "absolute" and spec.compared == "difference"
         intended = _with_bound(limit, loss if is_difference else abs(bound), limit.against)
         yield from [intended] if _mistake(intended) is None else _likely_intents(intended)
@@ -259,24 +259,24 @@ def _likely_intents(limit: Limit) -> Iterator[Limit]:
     elif spec.compared == "difference" and limit.against == "absolute":
         if bound > 1:  # probably in percent
             yield _with_bound(limit, bound / 100, "absolute")
-        if bound <= 100 * LARGEST_GAIN:
+        if bound <= 100 * LARGEST_GAIN:  # small enough for an allowed loss, from 1 on in percent
             yield _with_bound(limit, loss / 100 if bound >= 1 else loss, reference)
     elif spec.compared == "difference":
-        if 0 < bound <= 1:
+        if 0 < bound <= 1:  # probably the metric itself, not a difference
             yield _with_bound(limit, bound, "absolute")
-        yield _with_bound(limit, loss / 100, reference)
+        yield _with_bound(limit, loss / 100, reference)  # if the bound is in percent
     elif limit.against == "absolute":
-        yield _with_bound(limit, bound, reference)
-        if bound > 1:  # probably in percent; the line above yields it as a ratio
+        yield _with_bound(limit, bound, reference)  # if the bound is a ratio
+        if bound > 1:  # or a ratio in percent
             yield _with_bound(limit, bound / 100, reference)
         if spec.batch is not None:
             yield _with_bound(limit, bound * 1000, "absolute")  # if the bound is in seconds
     else:
-        if -1 < bound < 0:
+        if -1 < bound < 0:  # a relative change: -0.1 is the ratio 0.9
             yield _with_bound(limit, 1 + bound, reference)
-        if 0 < bound <= 100:
+        if 0 < bound <= 100:  # a ratio in percent
             yield _with_bound(limit, bound / 100, reference)
-        yield _with_bound(limit, abs(bound), "absolute")
+        yield _with_bound(limit, abs(bound), "absolute")  # bytes or ms instead of a ratio
 
 
 def _example(limit: Limit) -> Limit:

@@ -12,7 +12,7 @@ _NO_MEMORY = re.compile(
 )
 
 # Classes of Python, and modules of other classes, of errors that native libraries raise.
-_NATIVE = (RuntimeError, OSError, ImportError, SystemError)
+_NATIVE_ERRORS = (RuntimeError, OSError, ImportError, SystemError)
 _NATIVE_MODULES = ("onnxruntime", "torch", "safetensors", "safetensors_rust", "pyarrow", "numba")
 
 
@@ -29,7 +29,7 @@ def is_out_of_memory(fault: BaseException) -> bool:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
         module = type(error).__module__.partition(".")[0]
-        is_native = isinstance(error, _NATIVE) or module in _NATIVE_MODULES
+        is_native = isinstance(error, _NATIVE_ERRORS) or module in _NATIVE_MODULES
         if is_native and _NO_MEMORY.search(str(error)):
             return True
         error = error.__cause__ or error.__context__

@@ -5,8 +5,8 @@ A family contains metrics that differ in the number in their names, such as ``nd
 order of a task kind measures. The parameter ``task`` is the name of a task kind, and ``grouped`` is
 whether the signature names a group column.
 
-To add a metric, write its declaration and its estimator, and add it to a list of ``FAMILIES`` in
-this folder, or call ``register``.
+To add a metric, write its declaration and its estimator. Then add its family to ``FAMILIES`` of
+``quality.py``, ``score_changes.py`` or ``serving.py``, or call ``register``.
 """
 
 import re

@@ -4,7 +4,8 @@
 ``Reason`` in ``reason.py`` fills in the fields in braces.
 
 A field ``width`` or ``argument`` names the argument of the model class that sets the size of the
-layers. A field ``why``, ``what`` or ``fault`` contains other reasons or the message of an error.
+layers. A field ``maker`` names the layer that outputs the channels, ``reader`` a module that they
+reach. A field ``why``, ``what`` or ``fault`` contains other reasons or the message of an error.
 """
 
 SENTENCES = {

@@ -5,7 +5,8 @@
 
 Folding multiplies the factors and adds the offsets of a norm into a dense layer next to it. Scaling
 multiplies the inputs of a layer by factors and divides the outputs of the layer before by them.
-The affine part of a norm is its learned factors and offsets.
+The affine part of a norm is its learned factors and offsets. A field ``maker`` names a layer whose
+outputs are scaled or removed, ``reader`` a layer that reads them.
 """
 
 SENTENCES = {
