@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from compressors.contracts.reasons import Reason
 
-CLEAR = 4.0
+CLEAR_STANDARD_ERRORS = 4.0
 """A mean is clearly above 0 if it exceeds this number of standard errors.
 
 By chance, this happens for about 1 in 30,000 means.
@@ -37,11 +37,11 @@ class BaselineProblem:
 
 
 def clearly_above(values: Array) -> bool:
-    """Whether the mean of values ``(n,)`` is above 0 by more than ``CLEAR`` standard errors.
+    """Whether the mean of values ``(n,)`` is above 0 by more than ``CLEAR_STANDARD_ERRORS``.
 
     The result is False if there are fewer than ``MIN_VALUES`` values.
     """
     if values.size < MIN_VALUES:
         return False
     error = values.std(ddof=1) / np.sqrt(values.size)
-    return bool(values.mean() > CLEAR * error and values.mean() > 0)
+    return bool(values.mean() > CLEAR_STANDARD_ERRORS * error and values.mean() > 0)

@@ -198,15 +198,20 @@ def _degrees_of_freedom(value: GroupedValue, share: Floats) -> float:
     squared expectation divided by its variance. Both are computed in O(groups) from sums.
     """
     spread = _variance_of_means(value)
+    # The deviation of group i is its mean minus the weighted mean of all groups. Deviations of
+    # groups i and j have the covariance ``base - covered[i] - covered[j]``, and ``diagonal[i]`` is
+    # the variance of one. The estimate is the sum of squared deviations times ``factor``.
     covered = spread * share
     base = float(covered @ share)  # variance of the weighted mean
     factor = share**2 / (1 - share)
     diagonal = spread - 2 * covered + base
     expected = float(factor @ diagonal)
     total, first, second = factor.sum(), factor @ covered, factor @ covered**2
-    every = base**2 * total**2 + 2 * total * second - 4 * base * total * first + 2 * first**2
-    same = factor**2 @ (diagonal**2 - (base - 2 * covered) ** 2)
-    return max(1.0, expected**2 / float(every + same))
+    # Sum of squared covariances over all pairs (i, j), times the factors of both groups. For i = j
+    # the formula of the covariance is wrong, which the second term corrects.
+    all_pairs = base**2 * total**2 + 2 * total * second - 4 * base * total * first + 2 * first**2
+    correction = factor**2 @ (diagonal**2 - (base - 2 * covered) ** 2)
+    return max(1.0, expected**2 / float(all_pairs + correction))
 
 
 def _variance_of_means(value: GroupedValue) -> Floats:
@@ -215,9 +220,9 @@ def _variance_of_means(value: GroupedValue) -> Floats:
         return np.ones(value.weight.size)
     rows = value.groups.rows.astype(np.float64)
     sums = value.groups.sums(value.influence)
-    spare = value.influence.size - rows.size
+    freedom_within = value.influence.size - rows.size
     residual = value.influence - (sums / rows)[value.groups.ids]
-    within = float(residual @ residual) / spare if spare else 0.0
+    within = float(residual @ residual) / freedom_within if freedom_within else 0.0
     between = (float(sums @ sums) - within * float(rows.sum())) / float(rows @ rows)
     spread = max(between, 0.0) + within / rows
     return spread if spread.any() else np.ones(rows.size)

@@ -222,8 +222,9 @@ def _count_above_and_equal(scores: torch.Tensor, relevant: Ints, k: int) -> tupl
     owner, score = pair // items, scores.view(-1)[pair].unsqueeze(1)  # (pairs, 1)
     best = top[owner]  # (pairs, k)
     above, equal = (best > score).sum(dim=1), (best == score).sum(dim=1)
-    at_least = (score == lowest_score[owner]).squeeze(1)
-    equal = torch.where(at_least, ties[owner], equal)
+    # Items of the lowest score among the first ``k`` can also follow rank ``k``.
+    has_lowest_score = (score == lowest_score[owner]).squeeze(1)
+    equal = torch.where(has_lowest_score, ties[owner], equal)
     beyond = (score < lowest_score[owner]).squeeze(1)
     above, equal = above.masked_fill(beyond, k), equal.masked_fill(beyond, 1)
     return above.numpy(), equal.numpy()

@@ -190,6 +190,10 @@ def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
 def _paired(
     units: int, before: Statistic, after: Statistic, rows: int, samples: int, seed: int
 ) -> PairedEstimate:
+    """Build the estimates of two models by a bootstrap of ``units`` independent units.
+
+    The units are rows or queries; ``rows`` is the number of rows that the estimates report.
+    """
     each_once = np.ones(units, dtype=np.intp)
     point_before, point_after = before(each_once), after(each_once)
     values_before, values_after = _replicates(units, before, after, samples, seed)
@@ -322,6 +326,7 @@ def _quantiles(
 
 
 def _estimate(point: float, values: Floats, rows: int | None) -> Estimate:
+    """Build an estimate whose interval contains 95 % of the replicates ``values``."""
     low, high = np.quantile(values, [TAIL, 1 - TAIL])
     return Estimate(point=point, low=float(low), high=float(high), rows=rows)
 

@@ -129,7 +129,8 @@ def change_of_rankings(
     Returns:
         The estimate of every metric. Changes are in standard deviations of the baseline's scores.
 
-    Memory: the same as ``full_ranking.relevant_places``.
+    Memory: a few float32 and float64 arrays of ``SCORES_AT_ONCE / 4`` scores, or of the scores of
+    one query if these are more.
     """
     ranking = baseline.queries
     item_columns = [torch.from_numpy(np.ascontiguousarray(m.item.T)) for m in (baseline, candidate)]

@@ -12,7 +12,11 @@ from compressors.contracts import Output
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import Batch
 from compressors.metrics import point_estimates
-from compressors.metrics.baseline_problem import CLEAR, BaselineProblem, clearly_above
+from compressors.metrics.baseline_problem import (
+    CLEAR_STANDARD_ERRORS,
+    BaselineProblem,
+    clearly_above,
+)
 from compressors.task_kinds.outputs import logits
 from compressors.task_kinds.protocol import ScoredSample, TaughtRows
 
@@ -30,7 +34,7 @@ class Ctr:
 
     def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
         """Compute the mean cross entropy against the teacher's probabilities at a temperature."""
-        student, teacher = (logits(self.output, values) for values in rows[:2])
+        student, teacher = logits(self.output, rows.student), logits(self.output, rows.teacher)
         target = torch.sigmoid(teacher / temperature)
         loss = F.binary_cross_entropy_with_logits(student / temperature, target)
         return loss * temperature**2
@@ -94,7 +98,8 @@ class Ctr:
             )
         positives = float(label.sum())
         negatives = label.size - positives
+        # Standard error of the AUC of random scores (the Mann-Whitney statistic).
         auc_error = np.sqrt((label.size + 1) / (12 * positives * negatives))
         auc = point_estimates.auc(label, score)
-        if min(positives, negatives) >= 10 and auc + CLEAR * auc_error < 0.5:
+        if min(positives, negatives) >= 10 and auc + CLEAR_STANDARD_ERRORS * auc_error < 0.5:
             yield BaselineProblem(Reason("worse_than_chance", auc=float(auc), rows=score.size))

@@ -44,17 +44,18 @@ def log_shares(score: Tensor, segment: Tensor, groups: int) -> Tensor:
     return shifted - sum_by_list(shifted.exp(), segment, groups).log()[segment]
 
 
-def listwise(score: Tensor, target: Tensor, segment: Tensor, counts: Tensor) -> Tensor:
-    """Compute the softmax cross entropy, averaged over the lists for which ``counts`` is True.
+def listwise(score: Tensor, target: Tensor, segment: Tensor, is_used: Tensor) -> Tensor:
+    """Compute the softmax cross entropy, averaged over the lists for which ``is_used`` is True.
 
     Args:
         score: float ``(rows,)``.
         target: each row's target share of its list, float ``(rows,)``.
         segment: index of each row's list, int64 ``(rows,)``.
-        counts: bool ``(groups,)``: the lists to average over.
+        is_used: bool ``(groups,)``: the lists to average over.
 
     Returns:
         A scalar; 0 if no list is averaged.
     """
-    losses = sum_by_list(-target * log_shares(score, segment, len(counts)), segment, len(counts))
-    return (losses * counts).sum() / counts.sum().clamp(min=1)
+    groups = len(is_used)
+    losses = sum_by_list(-target * log_shares(score, segment, groups), segment, groups)
+    return (losses * is_used).sum() / is_used.sum().clamp(min=1)

@@ -20,8 +20,9 @@ from compressors.task_kinds.protocol import ScoredSample, TaughtRows
 class Ranking:
     """Losses and score checks of ranking.
 
-    The loss is the listwise softmax cross entropy; the target of a row is its share of the gains
-    ``2^label - 1`` of its list. Lists without a positive label are ignored.
+    Both losses are the listwise softmax cross entropy. For ``hard_loss``, the target of a row is
+    its share of the gains ``2^label - 1`` of its list, and lists without a positive label are
+    ignored. For ``soft_loss``, it is the softmax of the teacher's scores, and all lists are used.
 
     Source: ListNet, Cao et al. 2007 (top-one probabilities).
     """
@@ -33,6 +34,7 @@ class Ranking:
         segment, groups = list_indices(batch, len(score))
         gains = torch.exp2(batch.label.to(torch.float32)) - 1
         total = sum_by_list(gains, segment, groups)
+        # A list without gains, which is not used, must not give 0 / 0.
         target = gains / total.clamp(min=EDGE)[segment]
         return listwise(score, target, segment, total > 0)
 

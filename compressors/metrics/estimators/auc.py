@@ -122,8 +122,8 @@ def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
     positives = groups.sums(positive)
     with_positive, with_negative = int((positives > 0).sum()), int((positives < groups.rows).sum())
     scarce = min(with_positive, with_negative)
-    one = "positive" if scarce == with_positive else "negative"
-    return BothClasses(positive, groups, scarce, f"with a {one} row")
+    scarce_class = "positive" if scarce == with_positive else "negative"
+    return BothClasses(positive, groups, scarce, f"with a {scarce_class} row")
 
 
 def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:

@@ -121,7 +121,8 @@ def _relative_loss_of_groups(losses: Floats, positive: Bools, groups: Groups) ->
     losses_left = ratio(float(losses.sum()) - groups.sums(losses), rows)
     with np.errstate(divide="ignore", invalid="ignore"):
         entropies = -(rates * np.log(rates) + (1 - rates) * np.log1p(-rates))
-    slope = np.log((1 - rate) / rate)
+    slope = np.log((1 - rate) / rate)  # derivative of the entropy
+    # The derivative of mean / entropy, with the change of both by each row.
     influence = (losses - mean) / entropy - mean / entropy**2 * slope * (positive - rate)
     return GroupedValue(
         mean / entropy,
