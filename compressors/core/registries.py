@@ -118,9 +118,10 @@ METHODS: dict[str, type[StepSettings]] = {
         Recalibrate,
     )
 }
-"""Every method by its tag, in the usual order of steps in a recipe."""
+"""Every method by its tag, in the order of the JSON schema of a recipe line."""
 
 
+# Storage formats and compositions by the names that bundles store.
 TABLE_FORMATS: dict[str, TableFormat] = {
     form.name: form
     for form in (

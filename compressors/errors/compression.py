@@ -3,7 +3,7 @@
 CompressionError       the order cannot be carried out as written; a retry would fail again
 ├─ NothingToCompress   a step, or a name pattern in it, matches no unit of this model
 ├─ ContractBroken      a step has a bug: it did not do what its plan or layout says
-├─ ModelRefused        the stored weights do not fit the architecture, or are not finite
+├─ ModelRefused        weights do not fit the architecture, or scores or weights are unusable
 ├─ NotLowerable        a module cannot be exported for this target
 ├─ ParityLost          the lowered graph does not compute what the module computes
 ├─ AuditFailed         the optimized graph does not have the formats of the plan

@@ -164,6 +164,9 @@ class TrainingFailed(CompressionError):
 class DistillationRefused(CompressionError):
     """A student, or its hints or auxiliary head, does not fit the original network."""
 
+    # A hint is the output of a layer of the original, which the student's layer of the same name
+    # learns to predict. An auxiliary head is another output of the student, only for training.
+
     sentences: ClassVar = {
         "hints_need_original": (
             "Hints of {step!r} come from layers of the network at the start of the recipe, "

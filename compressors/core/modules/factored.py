@@ -52,9 +52,9 @@ class FactoredLinear(nn.Module):
                 continue
             if tuple(stored[name].shape) != spec.shape:
                 raise ValueError(f"{name} of {spec.shape} was given {tuple(stored[name].shape)}")
-            owner, _, leaf = name.partition(".")
+            part, _, parameter_name = name.partition(".")
             weight = nn.Parameter(stored[name].detach(), requires_grad=False)
-            setattr(self.get_submodule(owner), leaf, weight)
+            setattr(self.get_submodule(part), parameter_name, weight)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         output: Tensor = self.expand(self.reduce(input))

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from compressors.contracts import ModuleRecord
 from compressors.errors.steps import StepRefused
 
-NAME = "recalibration"
+RECALIBRATION = "recalibration"
 """Name of the calibration map among the network's submodules."""
 
 # Probabilities are clamped to this range before they become logits, which are infinite for 0 and 1.
-LEAST, GREATEST = torch.finfo(torch.float32).tiny, 1 - 2.0**-24
+SMALLEST_PROBABILITY, LARGEST_PROBABILITY = torch.finfo(torch.float32).tiny, 1 - 2.0**-24
 
 
 def logit_of(output: Tensor, form: str) -> Tensor:
     """Convert an output to a logit; unless its ``form`` is ``probability``, it already is one."""
     if form != "probability":
         return output
-    inside = output.clamp(min=LEAST, max=GREATEST)
+    inside = output.clamp(min=SMALLEST_PROBABILITY, max=LARGEST_PROBABILITY)
     return torch.log(inside) - torch.log(1 - inside)
 
 
@@ -87,7 +87,7 @@ class Recalibration(nn.Module):
 
 def recalibration_of(module: nn.Module) -> Recalibration | None:
     """Return the calibration map of a network's output, or None."""
-    submodule = getattr(module, NAME, None)
+    submodule = getattr(module, RECALIBRATION, None)
     return submodule if isinstance(submodule, Recalibration) else None
 
 
@@ -95,16 +95,18 @@ def attach(module: nn.Module, recalibration: Recalibration) -> None:
     """Attach a calibration map to a network's output, or replace the present one, in place.
 
     Raises:
-        StepRefused: the network has another attribute with the name ``NAME``.
+        StepRefused: the network has another attribute with the name ``RECALIBRATION``.
     """
     if recalibration_of(module) is None:
-        if hasattr(module, NAME):
-            raise StepRefused("attribute_taken", architecture=type(module).__name__, name=NAME)
+        if hasattr(module, RECALIBRATION):
+            raise StepRefused(
+                "attribute_taken", architecture=type(module).__name__, name=RECALIBRATION
+            )
         module.register_forward_hook(_recalibrate)
-    module.add_module(NAME, recalibration)
+    module.add_module(RECALIBRATION, recalibration)
 
 
 def _recalibrate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """Apply the calibration map to the output of the network ``module``, as a forward hook."""
-    calibrated: Tensor = getattr(module, NAME)(output)
+    calibrated: Tensor = getattr(module, RECALIBRATION)(output)
     return calibrated

@@ -194,7 +194,7 @@ def tensors_without_values(module: nn.Module, replaced: Iterable[Tensor] = ()) -
     ]
 
 
-def outside_cpu(module: nn.Module) -> list[str]:
+def tensors_on_accelerator(module: nn.Module) -> list[str]:
     """Return names of tensors that are on an accelerator."""
     tensors = dict((*module.named_parameters(), *module.named_buffers(), *plain_tensors(module)))
     return [name for name, tensor in tensors.items() if tensor.device.type not in ("cpu", "meta")]

@@ -1,4 +1,4 @@
-"""Contexts in which a network's class is built on the CPU, without values of its parameters.
+"""Contexts in which a network's class is built, with or without values of its parameters.
 
 ``construction.py`` builds a class in one of two contexts: ``parameters_on_meta``, or ``on_cpu`` if
 the constructor needs the values. In both, tensors stay on the CPU even if the constructor moves

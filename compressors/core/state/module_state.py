@@ -21,14 +21,13 @@ from compressors.contracts import ModuleRecord, Network, is_out_of_memory
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FACTORED, FactoredLinear
 from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, PackedTable
-from compressors.core.modules.output_calibration import NAME as RECALIBRATION
-from compressors.core.modules.output_calibration import Recalibration, attach
+from compressors.core.modules.output_calibration import RECALIBRATION, Recalibration, attach
 from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.core.state.construction import (
     Construction,
     assign,
     construct,
-    outside_cpu,
+    tensors_on_accelerator,
     tensors_without_values,
 )
 from compressors.core.state.meta_device import ConstructionLimits
@@ -223,7 +222,7 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
         setattr(model.get_submodule(parent_name), attribute, _tensor_named(model, stored))
     if names_without_values := tensors_without_values(model, replaced):
         raise ModelRefused("values_missing", names=tuple(names_without_values[:5]))
-    if names_on_accelerator := outside_cpu(model):
+    if names_on_accelerator := tensors_on_accelerator(model):
         raise ModelRefused(
             "tensors_on_accelerator",
             architecture=network.architecture.path,

@@ -31,7 +31,9 @@ A step that changes a smaller tensor writes all smaller tensors again.
 """
 SHARD_BYTES = 2**30  # limits the memory of programs that read whole files
 INDEX = "model.safetensors.index.json"
+"""Name of the file that maps each tensor to its file; written if there are several files."""
 SINGLE = "model.safetensors"
+"""Name of the file of the small tensors, or of all tensors if one file is enough."""
 
 
 class TensorFile(NamedTuple):
@@ -150,7 +152,12 @@ def write_tensors(
 def _tensors_by_file(
     tensors: Mapping[str, Tensor], shard_bytes: int, large_bytes: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of each file, by the file's name."""
+    """Return the tensors of each file, by the file's name.
+
+    Each tensor of at least ``large_bytes`` has a separate file. The others fill one file after the
+    other, called shards, of up to ``shard_bytes``; a single shard is named ``SINGLE``. If there is
+    only one file, it is named ``SINGLE``, too.
+    """
     shards: list[dict[str, Tensor]] = []
     large: dict[str, dict[str, Tensor]] = {}
     shard_size = 0

@@ -198,7 +198,10 @@ def _decision(why_skipped: Reason | None, kind: str) -> Decision:
 
 
 def _why_skipped(unit: Unit, patterns: tuple[str, ...]) -> Reason | None:
-    """Return the reason if no step can change a unit, or the patterns exclude it; else None."""
+    """Return why a unit is not selected, or None.
+
+    It is already compressed, shares its weight, has custom code, or is excluded by the patterns.
+    """
     if unit.format != "float32":
         return Reason("already_stored", format=unit.format)
     if unit.shared_with is not None:

@@ -37,8 +37,9 @@ class StepSettings(Frozen):
     """Settings of a method. Class attributes and properties declare what the method does.
 
     Attributes:
-        effect: how the method changes a selected unit.
-        keeps_zeros: whether weights that it sets to zero stay zero in later training.
+        effect: how the method changes a selected unit; ``Effect`` describes the four values.
+        keeps_zeros: whether weights that it sets to zero stay zero in later training: steps that
+            train do not change the zeros of its layers.
         recovers_quality: whether it trains to recover the quality that the previous step lost; the
             quality budget then evaluates both steps together.
         requires_budget: whether a preset includes it only if its loss of quality can be measured on
@@ -65,7 +66,7 @@ class StepSettings(Frozen):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """The parts of the bench that the method requires; by default none."""
+        """The parts of the bench, such as ``train``, that the method requires; by default none."""
         return ()
 
     @property
