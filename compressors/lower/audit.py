@@ -42,9 +42,10 @@ def audit(
         Counts and sizes of the optimized graph.
 
     Raises:
-        AuditFailed: a Gemm computes in float32 after a DequantizeLinear, there are fewer int8
-            products than int8 layers in the plan, an int8 product has signed inputs, a table is
-            widened before its Gather, or a packed table or layer is missing.
+        AuditFailed: a product computes in float32 after a DequantizeLinear, an int8 product has
+            signed inputs, there are fewer int8 products than int8 layers in the plan, a table is
+            widened before its Gather, a table's tensor is missing or has another number of rows,
+            or the stored codes of a packed layer are missing or not read by MatMulNBits.
     """
     producers = {output: node for node in graph.node for output in node.output}
     initializers = {item.name: item for item in graph.initializer}

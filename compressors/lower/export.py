@@ -45,7 +45,7 @@ OPSET = 21  # the first with blocked DequantizeLinear and int4
 MERGED_ELEMENTS = 1024  # the optimizer merges equal initializers up to this many elements
 EXTERNAL_BYTES = 2**29  # more weights are stored outside the graph; protobuf allows 2 GiB
 TRACE_ROWS = 3  # batch size of the example inputs
-SHORT_TYPES = {
+SHORT_TYPES = {  # of stored weights: folding a Cast of such a weight would store it as float32
     ir.DataType.FLOAT16,
     ir.DataType.BFLOAT16,
     ir.DataType.UINT8,
@@ -127,10 +127,10 @@ def _save(program: torch.onnx.ONNXProgram, path: Path, files: Mapping[str, Tenso
     values = program.model.graph.initializers.values()
     weights = [(value, value.const_value) for value in values]
     links = link_weights(program.model, path, files)
-    if _inline_bytes(program.model) <= EXTERNAL_BYTES:
+    if _inline_bytes(program.model) <= EXTERNAL_BYTES:  # the links replace enough weights
         ir.save(program.model, path)
         return
-    for value, weight in weights:
+    for value, weight in weights:  # otherwise undo the links and write all weights to one file
         value.const_value = weight
     for link in links:
         link.unlink()

@@ -26,7 +26,7 @@ Float32 sums depend on the order of their terms.
 """
 CANCELLATION = 1e-6
 """Rounding error that a sum may have, relative to the largest absolute value of its operands."""
-SUMS = {
+SUMMING_OPERATORS = {
     "add", "sub", "rsub", "sum", "mean", "mm", "bmm", "addmm", "matmul", "linear", "cumsum", "var",
     "var_mean", "std", "native_layer_norm", "layer_norm",
 }  # fmt: skip
@@ -140,7 +140,7 @@ def _largest_difference(
         differences = np.abs(first - second)
     differences[(first == second) | (np.isnan(first) & np.isnan(second))] = 0.0
     differences[np.isnan(differences)] = np.inf  # one value is NaN, or infinities differ in sign
-    if str(node.target).split(".")[1:2] and str(node.target).split(".")[1] in SUMS:
+    if str(node.target).split(".")[1:2] and str(node.target).split(".")[1] in SUMMING_OPERATORS:
         operands = [values[item] for item in node.all_input_nodes if item in values]
         rounding = max((_largest_finite(item.double().numpy()) for item in operands), default=0.0)
         differences = np.maximum(differences - CANCELLATION * rounding, 0.0)

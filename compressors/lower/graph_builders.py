@@ -3,7 +3,9 @@
 Arguments and results of type ``Any`` are values of the graph (``onnx_ir.Value``). "Build" means to
 add operators to the graph that compute a value. ``ids`` are the requested rows of a table, and
 ``(*ids, dim)`` is the shape of ``ids`` with one more dimension. A codebook is a small table of
-entries, to which a row's codes refer by index. "Short floats" are float16 and bfloat16.
+entries, to which a row's codes refer by index. A level is a weight before it is multiplied by its
+scale. Product codes split each row into parts, which have separate codes and codebooks. "Short
+floats" are float16 and bfloat16.
 """
 
 from collections.abc import Callable
@@ -81,7 +83,7 @@ def drop_padding(codes: Any, count: int, width: int) -> Any:
 
 
 def gather_levels(codes: Any, codebook: Any, scale: Any, ids: Any) -> Any:
-    """Look up the level of each code, times the row's scale if there is one.
+    """Look up the level of each code in ``codebook``, times the row's scale if there is one.
 
     Takes codes int32 ``(*ids, dim)``; returns float32 of the same shape.
     """
@@ -95,8 +97,8 @@ def gather_entries(codes: Any, codebook: Any, books: int) -> Any:
     Takes codes int32 ``(*ids, books)``: one code for each of the ``books`` codebooks, which are
     concatenated in ``codebook``.
     """
-    levels = int(codebook.shape[0]) // books
-    first_entries = constant(INT32, [levels * book for book in range(books)])
+    entries_per_book = int(codebook.shape[0]) // books
+    first_entries = constant(INT32, [entries_per_book * book for book in range(books)])
     return op.Cast(op.Gather(codebook, op.Add(codes, first_entries), axis=0), to=FLOAT)
 
 
@@ -133,8 +135,9 @@ def position_from_rank(rank: Any, before: Any, ids: Any) -> Any:
     block = op.Div(op.Cast(ids, to=INT64), op.Constant(value_int=BLOCK))
     kept_before = op.Cast(op.Gather(before, block, axis=0), to=INT64)
     is_other = op.Less(rank, op.Constant(value_int=0))
-    block_size = op.Where(is_other, op.Constant(value_int=BLOCK), op.Constant(value_int=0))
-    return op.Sub(op.Add(kept_before, rank), op.Mul(block_size, block))
+    # All rows before the block are subtracted for another row, and none for a kept row.
+    subtracted = op.Where(is_other, op.Constant(value_int=BLOCK), op.Constant(value_int=0))
+    return op.Sub(op.Add(kept_before, rank), op.Mul(subtracted, block))
 
 
 def divided_by(ids: Any, divisor: int) -> Any:

@@ -66,6 +66,7 @@ def check_parity(
     finite = expected[np.isfinite(expected)]  # one infinite score would make every limit infinite
     spread = float(finite.std(dtype=np.float64)) if finite.size else 0.0
     rms_share, largest_share, quantile_90_share = lowering_target(target).tolerance(plan)
+    # The constants allow float32 rounding if the spread is almost 0 because all scores are equal.
     parity = Parity(
         rows=int(expected.size),
         largest=float(gap.max(initial=0.0)),

@@ -1,8 +1,9 @@
 """Wrap a model in the module that is exported; it adds the policy for ids out of range.
 
 A model is served as one graph, ``model``, or for ``retrieval`` as two: ``query`` and ``item``, one
-per tower. A graph has named inputs and one output: ``score`` float32 ``(rows,)``, a probability
-for ``ctr``; or a tower's ``vector``, float32 ``(rows, dim)``.
+per tower. A graph has named inputs and one output: ``score`` float32 ``(rows,)``, which is a
+probability if the model outputs logits or probabilities; or a tower's ``vector``, float32
+``(rows, dim)``.
 
 A graph cannot raise an error for an id out of range: for -1, ONNX Runtime returns the last row, and
 TensorRT does not check. So with the policy ``error`` the graph refuses the row: its score or vector
@@ -22,7 +23,9 @@ from compressors.core.units import plain_bag, private_copy, swap
 from compressors.lower.merged_tables import MergedTable, table_groups, with_merged_tables
 
 SCORE = "score"
+"""Name of the output of the graph ``model``."""
 VECTOR = "vector"
+"""Name of the output of a tower's graph."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class ServingWrapper(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        # Initializers of stored graphs have the name of this attribute.
+        # Names of initializers in stored graphs begin with this name, so it must not change.
         self.together = nn.ModuleList(merged_tables)
         self.served_graph = served_graph
         self.signature = served_graph.signature
@@ -111,13 +114,12 @@ class ServingWrapper(nn.Module):
             newly_refused = _refused_rows(item, outside, inputs)
             if newly_refused is not None:
                 refused = newly_refused if refused is None else refused | newly_refused
-        score: Tensor = self.served_graph.part(self.model)(**inputs)
+        output: Tensor = self.served_graph.part(self.model)(**inputs)
         if self.served_graph.output == VECTOR:
             if refused is not None:
-                score = torch.where(refused.unsqueeze(1), torch.nan, score)
-            return score.to(torch.float32)
-        if score.dim() == 2:  # (rows, 1)
-            score = score.squeeze(1)
+                output = torch.where(refused.unsqueeze(1), torch.nan, output)
+            return output.to(torch.float32)
+        score = output.squeeze(1) if output.dim() == 2 else output  # from (rows, 1)
         if self.signature.single_output.form == "logit":
             score = torch.sigmoid(score)
         if refused is not None:

@@ -26,7 +26,7 @@ class Tolerance(NamedTuple):
     quantile_90: float
 
 
-EXACT = Tolerance(1e-4, 1e-3, 2e-4)
+EXACT = Tolerance(root_mean_square=1e-4, largest=1e-3, quantile_90=2e-4)
 """A graph without int8 arithmetic differs only by float rounding."""
 
 

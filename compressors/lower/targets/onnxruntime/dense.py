@@ -1,6 +1,7 @@
 """Translate dense layers with weight-only or 8-bit float weights for ONNX Runtime.
 
-Where it is fast, ONNX Runtime's MatMulNBits multiplies by the stored codes of a weight-only format.
+A weight-only format stores a layer's weights as integer codes of 4 or 8 bits and scales. Where it
+is fast, ONNX Runtime's MatMulNBits multiplies by the stored codes.
 Other weights are converted to float32 once, when a session starts: by constant folding.
 """
 

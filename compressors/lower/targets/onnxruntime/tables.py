@@ -38,7 +38,10 @@ def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: 
 def rowwise_int4(
     codes: Any, scale: Any, offset: Any, ids: Any, dim: int, rows_per_scale: int
 ) -> Any:
-    """Gather packed bytes, unpack two codes per byte, and multiply in float32."""
+    """Gather packed bytes, unpack two codes per byte, and multiply in float32.
+
+    Without an offset, the level of a code is the code minus 8.
+    """
     rows = unpack_to_float(codes, ids, dim, bits=4)
     if offset is None:
         rows = op.Sub(rows, op.Constant(value_float=8.0))
@@ -48,7 +51,7 @@ def rowwise_int4(
 def rowwise_int2(
     codes: Any, scale: Any, offset: Any, ids: Any, dim: int, rows_per_scale: int
 ) -> Any:
-    """Do the same as ``rowwise_int4`` with four codes per byte.
+    """Gather packed bytes, unpack four codes per byte, and multiply in float32.
 
     Without an offset, the levels are -1.5, -0.5, 0.5 and 1.5.
     """
@@ -100,20 +103,26 @@ def unpack_codes(codes: Any, ids: Any, count: int, width: int) -> Any:
     byte = onnx.TensorProto.UINT8
     if width < 8:
         shifts = range(0, 8, width)
-        planes = [op.BitShift(values, constant(byte, by), direction="RIGHT") for by in shifts]
+        planes = [op.BitShift(values, constant(byte, bits), direction="RIGHT") for bits in shifts]
         planes = [op.BitwiseAnd(plane, constant(byte, (1 << width) - 1)) for plane in planes]
         values = op.Concat(*planes, axis=-1)
     return drop_padding(op.Cast(values, to=INT32), count, width)
 
 
 def planned_place(planes: Any, ids: Any) -> Any:
-    """Gather the bytes of the position that a row map stores for each id, and combine them."""
+    """Build the stored row's number of each id from the bytes that a row map has for the id.
+
+    A row map belongs to a table in which several ids share a row.
+    """
     count = int(planes.shape[1])
     return integers_from_bytes(op.Cast(op.Gather(planes, ids, axis=0), to=INT64), count)
 
 
 def kept_place(within: Any, before: Any, ids: Any) -> Any:
-    """Gather each row's rank in its block, and add the number of kept rows before the block."""
+    """Build the position of each id's row in a pruned table; see ``position_from_rank``.
+
+    ``within`` has the rank of each row in its block, ``before`` the kept rows before each block.
+    """
     return position_from_rank(op.Cast(op.Gather(within, ids, axis=0), to=INT64), before, ids)
 
 

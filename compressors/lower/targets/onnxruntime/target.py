@@ -49,12 +49,12 @@ class OnnxRuntime:
         """Return the limits of the parity check; see ``parity.py`` for the reasons."""
         formats = formats_of(plan)
         if "float8_dense" in formats:  # its levels are up to 6 % of a value apart
-            return Tolerance(0.005, 0.2, 2e-3)
+            return Tolerance(root_mean_square=0.005, largest=0.2, quantile_90=2e-3)
         if "static_int8" in formats:
-            return Tolerance(0.005, 0.2, 1e-3)
+            return Tolerance(root_mean_square=0.005, largest=0.2, quantile_90=1e-3)
         if formats & {"weight_int8", "weight_int4"}:
             # Inputs are rounded to int8; one may be on the boundary of two levels.
-            return Tolerance(0.002, 0.05, 1e-3)
+            return Tolerance(root_mean_square=0.002, largest=0.05, quantile_90=1e-3)
         return EXACT
 
     def audit(

@@ -36,7 +36,7 @@ from compressors.lower.graph_builders import (
 
 def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
     """Dequantize by row, then gather. ``types.py`` later makes unsigned codes signed (- 128)."""
-    if _can_dequantize_apply(offset, rows_per_scale):
+    if _is_scale_of_dequantize_linear(offset, rows_per_scale):
         return _dequantize_and_gather(codes, scale, ids)
     rows = _dequantize_and_gather(codes, constant(FLOAT16, 1), ids)
     if offset is not None:
@@ -47,8 +47,12 @@ def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: 
 def rowwise_int4(
     codes: Any, scale: Any, offset: Any, ids: Any, dim: int, rows_per_scale: int
 ) -> Any:
-    """Dequantize with one block per row, then gather. ``types.py`` later makes ``codes`` int4."""
-    if _can_dequantize_apply(offset, rows_per_scale):
+    """Dequantize with one block per row, then gather.
+
+    ``types.py`` later makes ``codes`` int4 (- 8). A row has an even number of them, because it is
+    stored in whole bytes.
+    """
+    if _is_scale_of_dequantize_linear(offset, rows_per_scale):
         block = dim + dim % 2 if rows_per_scale else 0
         return _drop_row_padding(_dequantize_and_gather(codes, scale, ids, block=block), dim, 2)
     rows = _drop_row_padding(_dequantize_and_gather(codes, constant(FLOAT16, 1), ids), dim, 2)
@@ -62,7 +66,8 @@ def rowwise_int2(
 ) -> Any:
     """Dequantize int4 numbers that hold two codes each, gather, and separate the codes.
 
-    TensorRT refuses ONNX's int2.
+    TensorRT refuses ONNX's int2. ``types.py`` later subtracts 8 from each int4, which is added
+    here. Without an offset, the level of a code is the code minus 1.5.
     """
     pairs = op.Add(
         _dequantize_and_gather(codes, constant(FLOAT16, 1), ids), op.Constant(value_float=8.0)
@@ -77,19 +82,25 @@ def rowwise_int2(
 
 def float8_e4m3_table(codes: Any, scale: Any, ids: Any, rows_per_scale: int) -> Any:
     """Dequantize by row, then gather. ``types.py`` later makes ``codes`` 8-bit floats."""
-    if _can_dequantize_apply(None, rows_per_scale):
+    if _is_scale_of_dequantize_linear(None, rows_per_scale):
         return _dequantize_and_gather(codes, scale, ids)
     rows = _dequantize_and_gather(codes, constant(FLOAT16, 1), ids)
     return apply_scales(rows, scale, None, ids, rows_per_scale)
 
 
 def planned_place(planes: Any, ids: Any) -> Any:
-    """Gather the bytes of the position that a row map stores for each id, and combine them."""
+    """Build the stored row's number of each id from the bytes that a row map has for the id.
+
+    A row map belongs to a table in which several ids share a row.
+    """
     return integers_from_bytes(_gather_integers(planes, ids), int(planes.shape[1]))
 
 
 def kept_place(within: Any, before: Any, ids: Any) -> Any:
-    """Gather each row's rank in its block, and add the number of kept rows before the block."""
+    """Build the position of each id's row in a pruned table; see ``position_from_rank``.
+
+    ``within`` has the rank of each row in its block, ``before`` the kept rows before each block.
+    """
     return position_from_rank(_gather_integers(within, ids), before, ids)
 
 
@@ -113,7 +124,7 @@ def unpack_codes(codes: Any, ids: Any, count: int, width: int) -> Any:
     return drop_padding(values, count, width)
 
 
-def _can_dequantize_apply(offset: Any, rows_per_scale: int) -> bool:
+def _is_scale_of_dequantize_linear(offset: Any, rows_per_scale: int) -> bool:
     """Return whether a DequantizeLinear can apply the scale."""
     return offset is None and rows_per_scale in (0, 1)
 

@@ -51,14 +51,14 @@ class TensorRT:
         """Return the limits of the parity check; see ``parity.py`` for the reasons."""
         formats = formats_of(plan)
         if "float8_dense" in formats:  # its levels are up to 6 % of a value apart
-            return Tolerance(0.02, 0.3, 0.03)
+            return Tolerance(root_mean_square=0.02, largest=0.3, quantile_90=0.03)
         if has_bfloat16_products(plan):
-            return Tolerance(0.015, 0.2, 0.025)
+            return Tolerance(root_mean_square=0.015, largest=0.2, quantile_90=0.025)
         if "static_int8" in formats:
-            return Tolerance(0.01, 0.2, 0.015)
+            return Tolerance(root_mean_square=0.01, largest=0.2, quantile_90=0.015)
         if formats - {"float32", DROPPED}:
             # Looked-up weights are rounded to float16 once, or a Gemm computes in float16.
-            return Tolerance(0.005, 0.05, 0.01)
+            return Tolerance(root_mean_square=0.005, largest=0.05, quantile_90=0.01)
         return EXACT
 
     def audit(self, *_: object) -> None:
