@@ -2,8 +2,8 @@
 
 ``estimators/`` computes recall and NDCG from the positions of the relevant items. Negatives are not
 sampled: every item of the catalogue is ranked, except the *hidden* items of a query, with which it
-interacted before. Scores are computed for a block of queries at a time, so memory does not grow
-with the number of queries.
+had a positive interaction before. Scores are computed for a block of queries at a time, so memory
+does not grow with the number of queries.
 """
 
 from collections.abc import Iterable, Sequence
@@ -74,8 +74,8 @@ def ranking_queries(
 
     Args:
         test: the test interactions.
-        earlier: earlier interactions; their items are hidden for the same query. A positive test
-            item that the query interacted with before is hidden too, and is not relevant.
+        earlier: earlier interactions; the items of positive ones are hidden for the same query. If
+            such an item is also in a positive test row, it is hidden and not relevant.
         catalogue: the id of every item, ``(items,)``, each once.
 
     Returns:

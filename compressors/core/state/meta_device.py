@@ -1,8 +1,8 @@
 """Contexts in which a network's class is built, with or without values of its parameters.
 
 ``construction.py`` builds a class in one of two contexts: ``parameters_on_meta``, or ``on_cpu`` if
-the constructor needs the values. In both, tensors stay on the CPU even if the constructor moves
-them to an accelerator: recpress decides where a network runs.
+the constructor needs the values. In both, no tensor is on an accelerator, even if the constructor
+moves it there: recpress decides where a network runs.
 """
 
 import re
