@@ -13,6 +13,7 @@ Location = tuple[int | str, ...]
 """Field names, list indices and tags of step kinds, from the order down to one value."""
 
 MAX_SENTENCES = 20
+"""Errors of one order that are reported; the others are only counted."""
 
 
 def format_errors(fault: "ValidationError", model: "type[BaseModel] | None" = None) -> list[str]:
@@ -40,8 +41,8 @@ def format_errors(fault: "ValidationError", model: "type[BaseModel] | None" = No
         )
         for error in errors[:MAX_SENTENCES]
     ]
-    more = len(errors) - len(lines)
-    return lines if not more else [*lines, f"and {more} more errors"]
+    omitted = len(errors) - len(lines)
+    return lines if not omitted else [*lines, f"and {omitted} more errors"]
 
 
 def _is_inside(location: Location, outer: Location) -> bool:
@@ -76,12 +77,15 @@ def _describe(error: Any, model: "type[BaseModel] | None") -> str:
 
 
 def _suggestion(name: str, valid_names: Sequence[str]) -> str:
-    """Return the end of a sentence: the most similar valid name, and all valid names."""
+    """Return the end of a sentence about an unknown name, and a sentence with all valid names.
+
+    The end suggests the most similar valid name; it is a period if none is similar.
+    """
     if not valid_names:
         return ""
     similar = _most_similar(name, valid_names)
-    guess = f", did you mean {similar!r}?" if similar else ";"
-    return f"{guess} There are {', '.join(sorted(valid_names))}."
+    end = f", did you mean {similar!r}?" if similar else "."
+    return f"{end} Valid names: {', '.join(sorted(valid_names))}."
 
 
 def _most_similar(name: str, valid_names: Sequence[str]) -> str | None:

@@ -59,6 +59,14 @@ def test_misspelled_step_is_reported_with_the_nearest_name_and_all_names() -> No
     assert "rowwise_int4" in sentence
 
 
+def test_step_without_a_similar_name_is_reported_with_all_names_in_a_second_sentence() -> None:
+    (sentence,) = sentences_for(steps=[{"kind": "zzz"}])
+    first, second = sentence.split(". ")
+    assert first == "steps.0: there is no kind 'zzz'"
+    assert second.startswith("Valid names: ")
+    assert second.endswith(".")
+
+
 def test_missing_empty_and_contradictory_fields_have_short_sentences() -> None:
     assert sentences_for(limits=[]) == ["limits: expected at least 1, got none"]
     assert sentences_for(steps=[]) == ["Order: preset 'custom' needs steps"]
