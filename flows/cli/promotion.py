@@ -45,7 +45,7 @@ def registry_promote(
 def registry_rollback(
     context: typer.Context,
     model: RegisteredModel,
-    leaving: Annotated[
+    from_version: Annotated[
         str | None,
         typer.Option("--from", help="The version to roll back from; else the champion."),
     ] = None,
@@ -59,7 +59,8 @@ def registry_rollback(
     """
     from tasks.promotion.promotions import apply_rollback
 
-    change = apply_rollback(model, reason, leaving=leaving, began=context.obj)
+    command_start = context.obj  # set by flows/cli/app.py
+    change = apply_rollback(model, reason, from_version=from_version, command_start=command_start)
     entry = change.entry
     if as_json:
         write(entry.model_dump_json(indent=1))
@@ -91,6 +92,6 @@ def registry_restore(
 
 
 def _describe(entry: "Entry") -> str:
-    """Return who changed the champion, when and why."""
+    """Return the change of an entry (promote or rollback), who made it, when and why."""
     reason = f": {entry.reason}" if entry.reason else ""
     return f"{entry.action} by {entry.by} at {entry.at}{reason}"

@@ -11,7 +11,7 @@ from tasks.orchestration.documents import Report, TargetReport
 
 
 def require_accepted(model: str, version: str, report: Report) -> None:
-    """Raise unless every measured target of a report was accepted.
+    """Raise unless a report is accepted: a target was measured, and every measured one accepted.
 
     Args:
         model: registered name, for the error.

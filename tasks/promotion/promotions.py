@@ -140,9 +140,9 @@ def promote(model: str, reference: str, reason: str) -> Entry:
     return apply_promotion(model, reference, reason).entry
 
 
-def rollback(model: str, reason: str, *, leaving: str | None = None) -> Entry:
+def rollback(model: str, reason: str, *, from_version: str | None = None) -> Entry:
     """Call ``apply_rollback`` and return only the entry."""
-    return apply_rollback(model, reason, leaving=leaving).entry
+    return apply_rollback(model, reason, from_version=from_version).entry
 
 
 def apply_promotion(model: str, reference: str, reason: str) -> Change:
@@ -203,7 +203,11 @@ def _promote(model: str, version: Version, reason: str, entries: tuple[Entry, ..
 
 
 def apply_rollback(
-    model: str, reason: str, *, leaving: str | None = None, began: datetime | None = None
+    model: str,
+    reason: str,
+    *,
+    from_version: str | None = None,
+    command_start: datetime | None = None,
 ) -> Change:
     """Make the version before the current champion the champion again.
 
@@ -214,21 +218,21 @@ def apply_rollback(
     Args:
         model: registered name.
         reason: a text for the ledger.
-        leaving: the version to roll back from; by default the current champion. If it has already
-            been rolled back, nothing is rolled back.
-        began: start time of the command; by default now.
+        from_version: the version to roll back from; by default the current champion. If it has
+            already been rolled back, nothing is rolled back.
+        command_start: start time of the command; by default now.
 
     Raises:
-        PromotionRefused: there is no version before it, or ``leaving`` is not the champion.
+        PromotionRefused: there is no version before it, or ``from_version`` is not the champion.
         AlreadyThere: another command has promoted a version.
     """
-    began = began or datetime.now(UTC)
+    command_start = command_start or datetime.now(UTC)
     ledger = Ledger(store(), model)
     entries = ledger.entries()
-    leaving_order = (
-        None if leaving is None else registry().version(model, leaving).tags.get(ORDER_TAG)
-    )
-    if _is_rolled_back(model, entries, leaving, leaving_order, began):
+    from_order = None
+    if from_version is not None:
+        from_order = registry().version(model, from_version).tags.get(ORDER_TAG)
+    if _is_rolled_back(model, entries, from_version, from_order, command_start):
         return _complete(model, is_new=False)
     earlier = rollback_target(entries)
     if earlier is None:
@@ -250,36 +254,36 @@ def apply_rollback(
 def _is_rolled_back(
     model: str,
     entries: tuple[Entry, ...],
-    leaving: str | None,
-    leaving_order: str | None,
-    began: datetime,
+    from_version: str | None,
+    from_order: str | None,
+    command_start: datetime,
 ) -> bool:
     """Return whether the ledger already has the rollback of a command.
 
     Args:
         model: registered name.
         entries: the entries of the ledger.
-        leaving: the version to roll back from; None for the current champion.
-        leaving_order: digest of that version's order.
-        began: start time of the command.
+        from_version: the version to roll back from; None for the current champion.
+        from_order: digest of that version's order.
+        command_start: start time of the command.
 
     Raises:
-        PromotionRefused: ``leaving`` is not the champion and has not been rolled back.
+        PromotionRefused: ``from_version`` is not the champion and has not been rolled back.
     """
     last = entries[-1] if entries else None
-    if leaving is not None:
-        if last is not None and last.order == leaving_order:
+    if from_version is not None:
+        if last is not None and last.order == from_order:
             return False
-        if leaving_order in rolled_back_orders(entries):
+        if from_order in rolled_back_orders(entries):
             return True
         current = "none" if last is None else f"version {last.version}"
-        raise PromotionRefused("other_champion", model=model, expected=leaving, got=current)
+        raise PromotionRefused("other_champion", model=model, expected=from_version, got=current)
     if last is None or last.action != "rollback":
         return False
     if last.digest is None:  # an earlier recpress wrote it, whose last step was to move the alias
         return CHAMPION not in version_of_entry(model, last).registered.aliases
     return (
-        datetime.fromisoformat(last.at) > began
+        datetime.fromisoformat(last.at) > command_start
         or registry().read_confirmation(model) != last.digest
     )
 

@@ -139,7 +139,7 @@ FAULTS = (
         id="repeated-rollback-goes-back-twice",
         file="tasks/promotion/promotions.py",
         old="""    return (
-        datetime.fromisoformat(last.at) > began
+        datetime.fromisoformat(last.at) > command_start
         or registry().read_confirmation(model) != last.digest
     )
 """,

@@ -48,9 +48,9 @@ def run_command(command: str) -> str:
         command: ``rollback``, ``from`` or ``promote``, as in the module's docstring.
     """
     if command == "rollback":
-        change = apply_rollback("m", reason="", began=datetime.now(UTC))
+        change = apply_rollback("m", reason="", command_start=datetime.now(UTC))
     elif command == "from":
-        change = apply_rollback("m", reason="", leaving="3")
+        change = apply_rollback("m", reason="", from_version="3")
     else:
         change = apply_promotion("m", "2", reason="")
     return f"{change.entry.version} {change.is_new}"

@@ -93,9 +93,9 @@ def test_second_rollback_after_a_complete_one_goes_back_further(three_champions:
 def test_rollback_from_a_named_version_is_idempotent(
     three_champions: None,
 ) -> None:
-    assert [rollback("m", reason="", leaving="3").version for _ in range(3)] == ["2", "2", "2"]
-    assert apply_rollback("m", reason="", leaving="2").is_new
-    assert rollback("m", reason="", leaving="3").version == "1"
+    assert [rollback("m", reason="", from_version="3").version for _ in range(3)] == ["2", "2", "2"]
+    assert apply_rollback("m", reason="", from_version="2").is_new
+    assert rollback("m", reason="", from_version="3").version == "1"
     assert ledger_versions() == ["1", "2", "3", "2", "1"]
 
 
@@ -103,26 +103,26 @@ def test_rollback_from_a_named_version_works_after_an_interrupted_rollback(
     three_champions: None,
 ) -> None:
     interrupt_rollback_at("repair")
-    assert rollback("m", reason="", leaving="2").version == "1"
+    assert rollback("m", reason="", from_version="2").version == "1"
 
 
 def test_rollback_from_a_version_that_is_not_champion_is_refused(
     home: Path, three_champions: None
 ) -> None:
     with raises_code(PromotionRefused, "other_champion", expected="2", got="version 3"):
-        rollback("m", reason="", leaving="2")
-    rollback("m", reason="", leaving="3")
+        rollback("m", reason="", from_version="2")
+    rollback("m", reason="", from_version="3")
     promote("m", "1", reason="")
     with raises_code(PromotionRefused, "other_champion", expected="3", got="version 1"):
-        rollback("m", reason="", leaving="3")
+        rollback("m", reason="", from_version="3")
     with raises_code(RegistryRefused, "version_missing", version="9"):
-        rollback("m", reason="", leaving="9")
+        rollback("m", reason="", from_version="9")
 
 
 def test_rollback_by_another_command_after_the_start_is_not_repeated(three_champions: None) -> None:
-    began = datetime.now(UTC)
+    command_start = datetime.now(UTC)
     rollback("m", reason="by another command")
-    change = apply_rollback("m", reason="", began=began)
+    change = apply_rollback("m", reason="", command_start=command_start)
     assert (change.entry.version, change.is_new) == ("2", False)
 
 
