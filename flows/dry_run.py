@@ -100,7 +100,7 @@ def weight_byte_bounds(
         try:
             stages, _ = dry_run_recipe(order, bundle, signature, model, teachers, pruning)
             sizes.append(stored_bytes(stages[-1][1].module))
-        except CompressionError:  # every step was skipped: the model is unchanged
+        except CompressionError:  # under this assumption no step fits: the model is unchanged
             sizes.append(stored_bytes(model.module))
     return min(sizes), max(sizes)
 

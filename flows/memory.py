@@ -44,11 +44,8 @@ def require_order_memory(order: Order, bundle: BundleRef) -> Memory:
     Raises:
         OutOfMemory: the order needs more than is available.
     """
-    estimate, available, used = (
-        estimate_memory(order, bundle),
-        available_memory(),
-        resident_bytes(),
-    )
+    estimate = estimate_memory(order, bundle)
+    available, used = available_memory(), resident_bytes()
     needed = estimate.peak - bundle.weight_bytes
     if available is not None and needed - used > available.bytes:
         raise OutOfMemory(

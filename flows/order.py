@@ -40,7 +40,7 @@ class Order(Terms):
     @model_validator(mode="after")
     def _require_output_calibration_last(self) -> Self:
         for step, following in zip(self.steps, self.steps[1:], strict=False):
-            if step.effect == "output":
+            if step.effect == "output":  # it changes the scores, not a unit: 'recalibrate'
                 raise value_error("recalibrate_not_last", step=following.kind)
         return self
 

@@ -62,7 +62,11 @@ def _rules() -> Iterator[Schema]:
 
 
 def _limit_rules() -> Iterator[Schema]:
-    """Yield rules for each metric and reference: which bound is allowed, and its range."""
+    """Yield rules for each metric and reference: which bound is allowed, and its range.
+
+    Metrics whose names differ only in a number, such as ``ndcg@10`` and ``ndcg@20``, are a family
+    and have the same rules.
+    """
     for family in FAMILIES.values():
         metric = family.any_member()
         is_metric = _satisfies("metric", {"pattern": name_pattern(family)})
@@ -82,10 +86,11 @@ def _limit_rules() -> Iterator[Schema]:
 
 def _require_bound(metric: Metric, numbers: Schema) -> Schema:
     """Require the bound that limits a bad result (minimum or maximum), and forbid the other."""
-    sides = ("at_least", "at_most")
-    side, other = sides if metric.higher_is_better else sides[::-1]
-    bounds = {side: {"type": "number", **numbers}, other: {"type": "null"}}
-    return {"properties": bounds, "required": [side]}
+    required, forbidden = "at_least", "at_most"
+    if not metric.higher_is_better:
+        required, forbidden = forbidden, required
+    bounds = {required: {"type": "number", **numbers}, forbidden: {"type": "null"}}
+    return {"properties": bounds, "required": [required]}
 
 
 def _absolute_range(metric: Metric) -> Schema:
@@ -94,22 +99,23 @@ def _absolute_range(metric: Metric) -> Schema:
     # best possible value (no change at all) is a valid bound; for other metrics it is not.
     is_change = metric.compared == "never"
     if metric.higher_is_better:
-        most = "maximum" if is_change else "exclusiveMaximum"
-        return {"minimum": metric.low, "exclusiveMinimum": 0, most: metric.high}
-    least: Schema = {"minimum": max(metric.low, 0)}
-    return (
-        least | ({} if is_change else {"exclusiveMinimum": 0}) | {"exclusiveMaximum": metric.high}
-    )
+        maximum = "maximum" if is_change else "exclusiveMaximum"
+        return {"minimum": metric.low, "exclusiveMinimum": 0, maximum: metric.high}
+    lower: Schema = {"minimum": max(metric.low, 0)}
+    if not is_change:
+        lower["exclusiveMinimum"] = 0
+    return {**lower, "exclusiveMaximum": metric.high}
 
 
 def _relative_range(metric: Metric) -> Schema:
     """Return the range of a bound relative to the baseline or the champion."""
     if metric.compared == "ratio":
         return {"exclusiveMinimum": 0, "maximum": metric.largest}
-    least, most = -metric.largest, LARGEST_GAIN
+    # The bound is on the change of the metric: from the largest loss to the largest gain.
+    low, high = -metric.largest, LARGEST_GAIN
     if not metric.higher_is_better:
-        least, most = -most, -least
-    return {"exclusiveMinimum": least, "exclusiveMaximum": most}
+        low, high = -high, -low
+    return {"exclusiveMinimum": low, "exclusiveMaximum": high}
 
 
 def _target_rules() -> Iterator[Schema]:
@@ -121,12 +127,13 @@ def _target_rules() -> Iterator[Schema]:
         "if": {"properties": {first.field: is_target}},  # a target if the order omits it
         "else": {"anyOf": [_satisfies(other, is_target) for other in others]},
     }
+    # Fields in ascending order, with their defaults.
     sizes = (("smallest_batch", 1), ("best_batch", 64), ("largest_batch", 1024))
-    for (less, _), (more, default) in pairwise(sizes):
+    for (smaller, _), (larger, default) in pairwise(sizes):
         for threshold in BATCH_THRESHOLDS:
             at_least = {"minimum": threshold}
-            enough = _satisfies(more, at_least, by_default=default >= threshold)
-            yield _implies(_satisfies(less, at_least), enough)
+            is_large_enough = _satisfies(larger, at_least, by_default=default >= threshold)
+            yield _implies(_satisfies(smaller, at_least), is_large_enough)
     # If the order omits best_batch, its default, 64, must be between the two other sizes.
     for name, bound in (("smallest_batch", {"maximum": 64}), ("largest_batch", {"minimum": 64})):
         yield {"if": {"required": ["best_batch"]}, "else": _field(name, bound)}

@@ -236,7 +236,8 @@ def _apply_step(
         seed=run.order.seed,
         preset=run.order.preset != "custom",
         excluded=dict(excluded),
-        # Only training depends on the device; all other results are bit-identical on any device.
+        # Only training depends on the device, and every step that trains needs validation rows. All
+        # other results are bit-identical on any device, so their cache keys do not contain it.
         device=load_settings().device if "validation" in step.needs else "cpu",
         code=run.code,
     )

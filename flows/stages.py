@@ -137,7 +137,8 @@ def build_targets(
     """Lower and build the result for each target; skip optional targets that cannot be built.
 
     Raises:
-        CompressionError, Refused, InfraError: a required target, or no target, can be built.
+        CompressionError, Refused, InfraError: a required target cannot be built.
+        OrderRefused: no target can be built.
     """
     result = BuiltTargets({}, dict(baselines.skipped))
     for target in run.order.targets.requirements():

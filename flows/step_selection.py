@@ -168,7 +168,10 @@ def parts_of_step(step: AnyStep, bundle: BundleRef) -> tuple[Part, ...]:
 
 
 SOFT_LABELS: tuple[Part, ...] = ("soft_labels", "traffic_soft_labels")
-"""Parts of the bench that contain predictions of teachers."""
+"""Parts of the bench that contain predictions of teachers, for the training rows and for traffic.
+
+Traffic are logged requests, which have no labels.
+"""
 
 
 def learns_from_teachers(step: AnyStep) -> bool:

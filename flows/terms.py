@@ -64,7 +64,12 @@ class Targets(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _complete_target_fields(cls, data: Any) -> Any:
-        """Add the default of each target that the order omits; drop 'off' where it is the default.
+        """Complete the field of each registered target.
+
+        - The default target: if the order omits it, it is required.
+        - Targets with ``is_always_stored``: if the order omits them, they are stored as 'off'.
+        - All other targets: a field with 'off' is removed, so that orders of recpress versions
+          without this target have the same digest.
 
         Raises:
             ValidationError: a field belongs to no registered target.

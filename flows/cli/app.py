@@ -44,14 +44,16 @@ app.add_typer(registry_app, name="registry")
 app.add_typer(tables_app, name="tables")
 app.add_typer(triton_app, name="triton")
 
-EXIT = {"accepted": 0, "rejected": 3, "undecided": 4, "built-unmeasured": 4}
+EXIT_CODES = {"accepted": 0, "rejected": 3, "undecided": 4, "built-unmeasured": 4}
+"""Exit code of ``compress`` and ``demo`` by the outcome of the order."""
 
 
 def main() -> None:
     """Run a command, and exit with its code; print an error as one sentence."""
     require_memory_limits(sys.argv[1:])
     try:
-        # standalone_mode=False: typer would print usage errors with unescaped arguments.
+        # standalone_mode=False: typer would print usage errors with unescaped arguments. The object
+        # is the start time, which 'registry rollback' compares with the times in the ledger.
         code = app(obj=datetime.now(UTC), standalone_mode=False)
     except (Exception, typer.Abort) as fault:
         code = report_error(fault)
@@ -133,7 +135,7 @@ def _run_order(order: "Terms", *, force: bool, as_json: bool) -> int:
         console.show_result(finished)
     if order.promote:
         console.print_progress(format_promotion_result(order, finished, champion), quiet=as_json)
-    return EXIT[finished.report.outcome]
+    return EXIT_CODES[finished.report.outcome]
 
 
 @contextmanager

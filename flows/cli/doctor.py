@@ -80,19 +80,19 @@ def check_installation() -> tuple[DoctorFinding, ...]:
     is_triton_remote = settings.triton.startswith("s3://")
     are_champions_remote = is_store_remote or is_registry_remote
     services = [
-        _start_check("object store", is_store_remote, _store, _STORE_REMEDY),
-        _start_check("registry", is_registry_remote, _registry, _REGISTRY_REMEDY),
-        _start_check("Prefect", True, _prefect, _PREFECT_REMEDY),
-        _start_check("champions", are_champions_remote, _champions, _CHAMPIONS_REMEDY),
+        _start_check("object store", is_store_remote, _check_store, _STORE_REMEDY),
+        _start_check("registry", is_registry_remote, _check_registry, _REGISTRY_REMEDY),
+        _start_check("Prefect", True, _check_prefect, _PREFECT_REMEDY),
+        _start_check("champions", are_champions_remote, _check_champions, _CHAMPIONS_REMEDY),
     ]
-    triton = _start_check("Triton repository", is_triton_remote, _triton, _TRITON_REMEDY)
+    triton = _start_check("Triton repository", is_triton_remote, _check_triton, _TRITON_REMEDY)
     unset = DoctorFinding(
         what="Triton repository", state="absent", found="RECPRESS_TRITON is not set"
     )
     return (
         *(wait() for wait in services),
         triton() if settings.triton else unset,
-        _run_check("torch", _torch, "Install it again: make .venv"),
+        _run_check("torch", _describe_torch, "Install it again: make .venv"),
         *map(_check_target, TARGETS.values()),
         _check_architectures(settings.allowed_modules),
     )
@@ -107,7 +107,10 @@ def _check_target(target: Target) -> DoctorFinding:
 
 
 def _check_architectures(modules: tuple[str, ...]) -> DoctorFinding:
-    """Check that each module that may define architectures can be found, without importing it."""
+    """Check that the package of each module that may define architectures can be found.
+
+    Only the first part of the module's name is looked up, so that nothing is imported.
+    """
     setting = ", ".join(modules) + " (RECPRESS_ALLOWED_MODULES)"
     missing = [name for name in modules if importlib.util.find_spec(name.partition(".")[0]) is None]
     if not missing:
@@ -120,8 +123,8 @@ def _check_architectures(modules: tuple[str, ...]) -> DoctorFinding:
     )
 
 
-def _triton() -> str:
-    """Describe the Triton repository."""
+def _check_triton() -> str:
+    """Count the models in the Triton repository, and describe it."""
     return "{}: {} model(s)".format(*count_models())
 
 
@@ -182,7 +185,7 @@ def _select_remedy(fault: CheckFailed, default: str) -> str:
     return default
 
 
-def _store() -> str:
+def _check_store() -> str:
     """List, write and read in the object store, and describe it."""
     object_store = store()
     start = time.monotonic()
@@ -200,7 +203,7 @@ def _store() -> str:
     return f"{object_store.root}: {bundles} bundle(s), {ms:.0f} ms, writable"
 
 
-def _registry() -> str:
+def _check_registry() -> str:
     """List models in the registry, and describe it."""
     uri = load_settings().registry_uri
     if not uri.startswith(("http://", "https://")):
@@ -219,8 +222,8 @@ def _registry() -> str:
     return f"MLflow {version} at {public_uri(uri)}: {models}{more} model(s), {answer.ms:.0f} ms"
 
 
-def _champions() -> str:
-    """List the champions of all models."""
+def _check_champions() -> str:
+    """Find the registered version of every champion, and list them."""
     versions = champion_versions()
     return ", ".join(f"{model} {version}" for model, version in versions.items()) or "none yet"
 
@@ -234,7 +237,7 @@ def _mlflow_get(uri: str) -> HttpAnswer:
     return get(uri, headers={"Authorization": f"Bearer {token}"} if token else {})
 
 
-def _prefect() -> str:
+def _check_prefect() -> str:
     """List the work pools of the Prefect server, and describe it."""
     from prefect.settings import Settings
 
@@ -275,7 +278,7 @@ def _require_accepted(answer: HttpAnswer, service: str, address: str) -> None:
     raise CheckFailed("status_unexpected", service=service, address=address, status=status)
 
 
-def _torch() -> str:
+def _describe_torch() -> str:
     """Return torch's version and the GPU."""
     import torch
 

@@ -1,7 +1,7 @@
 """Messages and exit codes of failed commands.
 
-A command that fails prints one sentence. Its exit code is 2 for invalid input, and 1 for errors
-that may not occur in a retry or on another machine.
+A command that fails prints one sentence. Its exit code is 2 for invalid input. It is 1 for errors
+that may not occur in a retry or on another machine, for unexpected errors, and if the user aborts.
 
 This code also runs when memory is exhausted. It therefore imports modules only when it needs them,
 and prints a fixed sentence instead of a traceback if an import fails.
@@ -44,18 +44,18 @@ INCOMPLETE = (
 def require_memory_limits(arguments: list[str]) -> None:
     """Exit with code 1 if the memory limits of this process are too low to load the libraries.
 
-    Otherwise reserve memory for ``report``, which may run when memory is exhausted.
+    Otherwise reserve memory for ``report_error``, which may run when memory is exhausted.
 
     Args:
         arguments: the command line, without the program's name.
     """
     if not arguments or "--help" in arguments:
         return
-    for limit, (least, setting) in MIN_MEMORY_LIMITS.items():
+    for limit, (min_bytes, setting) in MIN_MEMORY_LIMITS.items():
         soft, _ = resource.getrlimit(limit)
-        if soft != resource.RLIM_INFINITY and soft < least:
+        if soft != resource.RLIM_INFINITY and soft < min_bytes:
             print(  # noqa: T201
-                f"recpress: {quote_command(arguments)} needs at least {least // MIB} MiB of "
+                f"recpress: {quote_command(arguments)} needs at least {min_bytes // MIB} MiB of "
                 f"memory, and {setting} allows {soft // MIB} MiB. Raise that limit, then run "
                 f"again.",
                 file=sys.stderr,
@@ -94,7 +94,17 @@ def _report_usage_error(fault: ClickException) -> int:
 
 
 def _report(fault: Exception) -> int:
-    """Do the same as ``report_error``, but raise MemoryError if memory is exhausted."""
+    """Print the message of an error, and return the exit code.
+
+    Some errors are replaced before they are printed:
+
+    - An error of exhausted memory becomes ``OutOfMemory``.
+    - An ``OSError`` of a file (it has a path), or one that the machine causes (such as a full
+      disk), becomes the project's error for it. Other ones, such as a refused connection, remain.
+
+    Raises:
+        MemoryError, ImportError: memory is exhausted, or a module is missing.
+    """
     if isinstance(fault, ClickException):
         return _report_usage_error(fault)
     if isinstance(fault, typer.Abort):
@@ -111,6 +121,7 @@ def _report(fault: Exception) -> int:
     shown: Exception = as_out_of_memory(fault, quote_command(sys.argv[1:])) or fault
     error = find_os_error(shown)
     if error is not None and (error.filename is not None or error.errno in MACHINE_ERRORS):
+        # An error without a path is reported for the folder of temporary files.
         shown = translate_input_error(error, Path(tempfile.gettempdir()))
     if os.environ.get("RECPRESS_DEBUG"):
         _print("".join(traceback.format_exception(fault)))

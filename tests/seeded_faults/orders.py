@@ -32,8 +32,8 @@ FAULTS = (
     Fault(
         id="rejected-result-exits-with-0",
         file="flows/cli/app.py",
-        old='EXIT = {"accepted": 0, "rejected": 3,',
-        new='EXIT = {"accepted": 0, "rejected": 0,',
+        old='EXIT_CODES = {"accepted": 0, "rejected": 3,',
+        new='EXIT_CODES = {"accepted": 0, "rejected": 0,',
         effect="A rejected result ends with exit code 0, so a pipeline deploys it.",
         tests=(
             "tests/flows/test_exit_codes.py"

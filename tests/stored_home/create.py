@@ -126,7 +126,7 @@ def _run_command(*arguments: str, codes: tuple[int, ...] = (0,)) -> str:
 
 def _run_orders(root: Path) -> dict[str, Any]:
     """Run every order and the commands after it; return outcome, version and hashes by order."""
-    from flows.cli.app import EXIT
+    from flows.cli.app import EXIT_CODES
     from tests.stored_home.orders import COMMANDS, ORDERS, OUTCOMES
 
     finished = {}
@@ -135,7 +135,7 @@ def _run_orders(root: Path) -> dict[str, Any]:
     for name, order in ORDERS.items():
         file = folder / f"{name}.json"
         file.write_text(json.dumps(order, indent=1))
-        code = EXIT[OUTCOMES[name]]
+        code = EXIT_CODES[OUTCOMES[name]]
         output = _run_command("compress", "--order", str(file), "--json", codes=(code,))
         result = json.loads(output)
         finished[name] = {
