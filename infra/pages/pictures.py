@@ -3,7 +3,7 @@
 Plotting libraries are not used, because they lack some of these properties:
 
 - Horizontal lengths are percentages and text is not scaled, so a chart is readable in a narrow
-  window.
+  window. Vertical lengths are in pixels.
 - Colours are CSS variables of the page, so a chart follows light and dark mode.
 - Equal data result in equal bytes on every machine.
 - Every chart has a text description (``title``).
@@ -49,8 +49,10 @@ svg line.plain { stroke: var(--ink); } svg circle.plain { fill: var(--ink); }
 .key.table, .key.after { background: var(--table); } .key.dense { background: var(--dense); }
 .key.other { background: var(--rest); } .key.before { background: var(--before); }
 """
+"""CSS of the charts and of their legends; the page defines the other variables, such as --ink."""
 
 Role = Literal["table", "dense", "other"]
+"""CSS class of a unit's colour: an embedding table, a dense layer, or anything else."""
 Tone = Literal["held", "broken", "unsure", "plain"]
 """CSS class of an estimate's colour: the limit is met, missed, undecided, or there is no limit."""
 MAX_SEGMENTS = 40  # per bar; more segments would be too thin to distinguish
@@ -73,7 +75,12 @@ class Mark(Frozen):
 
 
 class Curve(Frozen):
-    """A curve of positive estimates: points (size, estimate) in ascending order of size."""
+    """A curve of positive estimates, such as latencies by batch size.
+
+    Attributes:
+        kind: whether the curve is of the model before or after compression; decides the colour.
+        points: size (such as a batch size) and estimate, in ascending order of size.
+    """
 
     kind: Literal["before", "after"]
     points: tuple[tuple[int, Estimate], ...]
@@ -89,14 +96,14 @@ def draw_composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: st
     Returns:
         The SVG as text. The other functions return it too.
     """
-    most = max((sum(part.size for part in parts) for _, parts in bars), default=0)
+    max_size = max((sum(part.size for part in parts) for _, parts in bars), default=0)
     shapes = []
-    for place, (name, parts) in enumerate(bars):
-        top = 58 * place
+    for index, (name, parts) in enumerate(bars):
+        top = 58 * index
         shapes.append(f'<text class="name" x="0" y="{top + 15}">{escape(name)}</text>')
         x = 0.0
         for part in _merge_smallest(parts):
-            width = 100 * part.size / most if most else 0.0
+            width = 100 * part.size / max_size if max_size else 0.0
             cut = " cut" if width >= MIN_PERCENT_WITH_GAP else ""
             shapes.append(
                 f'<rect class="{part.role}{cut}" x="{_percent(x)}" y="{top + 24}" '
@@ -107,19 +114,21 @@ def draw_composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: st
     return _svg(58 * len(bars) - 6, title, shapes)
 
 
-def draw_pair(before: int, after: int, most: int, role: Role) -> str:
+def draw_pair(before: int, after: int, full_width: int, role: Role) -> str:
     """Draw two thin bars, one below the other, for a row of an HTML table with the same numbers.
 
     Args:
         before: the upper bar's length.
         after: the lower bar's length.
-        most: the value that corresponds to the width of the cell.
+        full_width: the length that corresponds to the width of the cell.
         role: the kind of unit, which determines the colour.
     """
     shapes = [
-        f'<rect class="{role}{faded}" y="{y}" width="{_percent(_visible_percent(size, most))}" '
-        'height="7" rx="2"/>'
-        for y, size, faded in ((2, before, " faded"), (11, after, ""))
+        f'<rect class="{role}{faded}" y="{y}" width="{_percent(width)}" height="7" rx="2"/>'
+        for y, width, faded in (
+            (2, _visible_percent(before, full_width), " faded"),
+            (11, _visible_percent(after, full_width), ""),
+        )
     ]
     return f'<svg height="20" aria-hidden="true">{"".join(shapes)}</svg>'
 
@@ -148,12 +157,12 @@ def draw_strip(
     margin = (high - low) * 0.14 or max(abs(high) * 0.14, 1e-9)
     low, high = low - margin, high + margin
 
-    def place(value: float) -> float:
+    def x_of(value: float) -> float:
         return 100 * (value - low) / (high - low)
 
     shapes = []
     if limit is not None:
-        edge = place(limit.at)
+        edge = x_of(limit.at)
         start, width = (0.0, edge) if refused == "below" else (edge, 100 - edge)
         shapes.append(
             f'<rect class="refused" x="{_percent(start)}" y="18" width="{_percent(width)}" '
@@ -161,16 +170,16 @@ def draw_strip(
         )
     shapes.append('<line class="axis" x1="0%" x2="100%" y1="29" y2="29"/>')
     if reference is not None:
-        shapes += _draw_mark(place(reference.at), reference.label, "reference", text_y=12)
+        shapes += _draw_mark(x_of(reference.at), reference.label, "reference", text_y=12)
     if limit is not None:
-        shapes += _draw_mark(place(limit.at), limit.label, "limit", text_y=55)
+        shapes += _draw_mark(x_of(limit.at), limit.label, "limit", text_y=55)
     if estimate.low < estimate.high:
         shapes.append(
-            f'<line class="interval {tone}" x1="{_percent(place(estimate.low))}" '
-            f'x2="{_percent(place(estimate.high))}" y1="29" y2="29"/>'
+            f'<line class="interval {tone}" x1="{_percent(x_of(estimate.low))}" '
+            f'x2="{_percent(x_of(estimate.high))}" y1="29" y2="29"/>'
         )
     shapes.append(
-        f'<circle class="point {tone}" cx="{_percent(place(estimate.point))}" cy="29" r="6"/>'
+        f'<circle class="point {tone}" cx="{_percent(x_of(estimate.point))}" cy="29" r="6"/>'
     )
     return _svg(60, title, shapes)
 
@@ -178,7 +187,7 @@ def draw_strip(
 def draw_curves(
     all_curves: Sequence[Curve], unit: str, below: Mapping[int, tuple[str, ...]], title: str
 ) -> str:
-    """Draw curves over size on logarithmic scales, with intervals as whiskers.
+    """Draw curves of estimates by size on logarithmic scales, with intervals as whiskers.
 
     Args:
         all_curves: the curves, all over the same sizes; every point is labelled with its value.
@@ -205,9 +214,9 @@ def draw_curves(
         shapes.append(f'<line class="grid" x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
         shapes.append(f'<text x="0" y="{y - 4:.1f}">{value:g} {escape(unit)}</text>')
     for size, lines in below.items():
-        for place, line in enumerate(lines):
+        for index, line in enumerate(lines):
             shapes.append(
-                f'<text x="{_percent(x_of(size))}" y="{232 + 18 * place}" '
+                f'<text x="{_percent(x_of(size))}" y="{232 + 18 * index}" '
                 f'text-anchor="middle">{escape(line)}</text>'
             )
     drawn_curves = [_draw_curve(curve, all_curves, x_of, y_of) for curve in all_curves]
@@ -262,12 +271,12 @@ def _svg(height: int, title: str, shapes: Sequence[str]) -> str:
     )
 
 
-def _draw_mark(at: float, label: str, kind: str, text_y: int) -> list[str]:
-    """Draw a vertical line at ``at`` percent, with a label that is aligned to stay in the chart."""
-    anchor = "start" if at < 30 else "end" if at > 70 else "middle"
-    x = _percent(at)
+def _draw_mark(percent: float, label: str, css_class: str, text_y: int) -> list[str]:
+    """Draw a vertical line at a horizontal position, with a label aligned to stay in the chart."""
+    anchor = "start" if percent < 30 else "end" if percent > 70 else "middle"
+    x = _percent(percent)
     return [
-        f'<line class="{kind}" x1="{x}" x2="{x}" y1="18" y2="40"/>',
+        f'<line class="{css_class}" x1="{x}" x2="{x}" y1="18" y2="40"/>',
         f'<text x="{x}" y="{text_y}" text-anchor="{anchor}">{escape(label)}</text>',
     ]
 
@@ -295,9 +304,9 @@ def _round_numbers(low: float, high: float) -> list[float]:
     return [value for value in values if low <= value <= high]
 
 
-def _visible_percent(size: int, most: int) -> float:
-    """Return ``size`` in percent of ``most``, at least 0.6 for any positive size."""
-    return max(100 * size / most, 0.6) if size and most else 0.0
+def _visible_percent(size: int, full_width: int) -> float:
+    """Return ``size`` in percent of ``full_width``, at least 0.6 for any positive size."""
+    return max(100 * size / full_width, 0.6) if size and full_width else 0.0
 
 
 def _percent(value: float) -> str:

@@ -45,7 +45,7 @@ DIGEST_FIELDS = (
     "by",
     "reason",
 )
-"""The fields an entry's digest covers."""
+"""The fields of an entry that its digest covers, in addition to the previous entry's digest."""
 
 
 class Entry(Frozen):

@@ -25,6 +25,7 @@ from infra.settings import public_uri, sqlite_file
 ORDER_TAG = "recpress.order"
 CHAMPION = "champion"
 CONFIRMED_TAG = "recpress.confirmed"
+"""Tag of a model: digest of the last ledger entry whose change of champion was completed."""
 
 _SCHEME = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?://|https?://")
 

@@ -36,7 +36,7 @@ BUSY_SECONDS = 20.0
 MIGRATION_TABLES = {"alembic_version", "workspaces"}
 """Tables that contain rows of MLflow's migrations, not of users."""
 
-# The version that has a tag with this value, and its tags.
+# Queries: the version of a model by the value of one of its tags, and all tags of a version.
 _BY_ORDER = """
 SELECT v.version, v.source FROM model_versions v
 JOIN model_version_tags t ON t.name = v.name AND t.version = v.version
