@@ -99,8 +99,10 @@ def _optimization_profiles(
     for item in graph.inputs:
         sizes = [batch.low, batch.best, batch.high]
         if item.name in longest:
-            most = longest[item.name]
-            sizes = [1, batch.best * max(most // 2, 1), batch.high * most]
+            # The first dimension is the values of all lists of a batch. Engines are optimized for
+            # lists of half the maximum length.
+            max_length = longest[item.name]
+            sizes = [1, batch.best * max(max_length // 2, 1), batch.high * max_length]
         low, best, high = ((size, *item.shape) for size in sizes)
         profiles.append(Profile(input=item.name, low=low, best=best, high=high))
     return tuple(profiles)

@@ -58,7 +58,9 @@ def average(
     scores: tuple[Artifact, ...],
     output: Literal["logit", "probability", "score"],
 ) -> Artifact:
-    """Average the predictions of several teachers with ``mean_predictions``.
+    """Average the predictions of several teachers, row by row.
+
+    Logits and scores are averaged as they are; probabilities are averaged as logits.
 
     Args:
         scores: the results of ``score`` for each teacher, for the same rows.

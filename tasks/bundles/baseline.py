@@ -18,7 +18,7 @@ from infra.data.catalogue import prepare
 from infra.errors import DataRefused
 from infra.store.temporary import scratch_folder
 
-LABELLED = ("test", "validation")
+MEASURED_SPLITS = ("test", "validation")
 """The splits on which quality is measured, so that their labels matter."""
 
 
@@ -92,7 +92,9 @@ def check_baseline(
         DataRefused: a split does not match the signature.
     """
     with scratch_folder("check") as scratch:
-        return check_scores(module, signature, check_labels(signature, paths, LABELLED, scratch))
+        return check_scores(
+            module, signature, check_labels(signature, paths, MEASURED_SPLITS, scratch)
+        )
 
 
 def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tuple[Reason, ...]:

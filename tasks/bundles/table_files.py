@@ -40,7 +40,9 @@ from tasks.orchestration.code_digest import code_digest
 from tasks.orchestration.workspace import local, store
 
 TENSORS, TABLES = "model.safetensors", "tables.json"
+"""Names of the files of a result: all tensors, and the contents of ``Tables``."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of the tensors that can be compressed."""
 
 Progress = Callable[[int, int], None]
 """Called after each block of rows with the bytes that were read for it and for all blocks."""

@@ -32,7 +32,7 @@ def quality_loss(
     """
     signature = read(local(original.bundle)).signature
     quality = compare_stages(signature, (original, now), split_of(validation, rows), seed)
-    change = quality.paired(metric, "0", "1").difference
+    change = quality.paired(metric, "0", "1").difference  # stages are named by their position
     return change.model_copy(
         update={"point": -change.point, "low": -change.high, "high": -change.low}
     )

@@ -159,6 +159,9 @@ class GraphCheck:
     ) -> ParityFailure:
         """Add the first tensor that differs between the exported program and the graph.
 
+        The exported program is the torch program from which the graph was written. If its outputs
+        already differ from the module's, the export is wrong, not the graph.
+
         The failing row alone is compared first. If nothing differs, the whole batch is compared,
         since a difference may depend on the other rows.
         """
@@ -172,7 +175,9 @@ class GraphCheck:
             values = [GraphValue(*value) for value in graph_values(self.path, _arrays(rows))]
             allowed = allowed_share(self.plan, self.target)
             expected, output = self._module_scores(rows), traced.output.numpy()
-            # A failure because of NaN has no limits; then only rounding differences are allowed.
+            # The limit of the largest difference: "at most" in a failure of the whole comparison,
+            # "largest" in one of small batches. A failure because of NaN has no limits; then only
+            # rounding differences are allowed.
             limit = failure.limits.get("at most", failure.limits.get("largest", 1e-5))
             is_export_wrong = (
                 expected.shape != output.shape

@@ -111,8 +111,9 @@ def run_step_on_devices(
         The result, or ``NotApplicable`` if the step changes nothing.
 
     Raises:
-        CompressionError: as ``compressors.core.runner.run``; or a device does not exist.
-        ChildFailed: a process ended without a result.
+        StepRefused: the step raised a ``CompressionError`` (the field ``problem`` is its sentence),
+            there is no result, or a device does not exist.
+        ChildFailed: the child process crashed or was killed.
     """
     for device in devices:
         require_device(torch.device(device))
@@ -121,9 +122,9 @@ def run_step_on_devices(
     log.info("%s: training data parallel on %s", work.step.kind, ", ".join(devices))
     try:
         response = run_child(
-            "tasks.orchestration.data_parallel", shared, parent / "together", TIME_LIMIT_SECONDS
+            "tasks.orchestration.data_parallel", shared, parent / "child", TIME_LIMIT_SECONDS
         )
-    except BuildRefused as fault:
+    except BuildRefused as fault:  # what run_child raises if the child raised a Refused
         raise StepRefused("device_processes_failed", problem=str(fault)) from fault
     outcome = RankOutcome.model_validate(response)
     if outcome.left_out is not None:

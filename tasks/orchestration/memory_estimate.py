@@ -24,29 +24,29 @@ PROCESS_BYTES = {
 """Bytes of the process in each phase; they grow, since libraries are imported on first use."""
 BUILDER_BYTES = 300 * MIB
 """Additional bytes of the process if an engine is built."""
-LOWERING = 3.5
+LOWERING_FACTOR = 3.5
 """Factor of the untouched model's weights while it is lowered, if its graph contains them."""
-LOWERING_COMPRESSED = 4.6
+LOWERING_COMPRESSED_FACTOR = 4.6
 """The same factor of the compressed model: to audit a graph, ONNX Runtime copies its tensors."""
-MEASURING = 4.1
+MEASURING_FACTOR = 4.1
 """Factor of the untouched model's weights while it is measured, if its graph contains them."""
-LINKED = 1.2
-"""Replaces ``LOWERING``, ``MEASURING`` and ``PUBLISHING`` for the untouched model if its graph
+LINKED_FACTOR = 1.2
+"""Replaces the factors of lowering, measuring and publishing for the untouched model if its graph
 links to the weight files of the bundle: ONNX Runtime then memory-maps these files.
 
 This is the case for graphs that are served without building an engine and are larger than
 ``EXTERNAL_BYTES`` (``compressors/lower/export.py``).
 """
-LINKED_COMPRESSED = 2.4
-"""Replaces ``LOWERING_COMPRESSED`` for a compressed model with such a graph."""
-PACKING = 1.5
+LINKED_COMPRESSED_FACTOR = 2.4
+"""Replaces ``LOWERING_COMPRESSED_FACTOR`` for a compressed model with such a graph."""
+PACKING_FACTOR = 1.5
 """Factor of the compressed model's weights while they are packed."""
-PUBLISHING = 2.0
+PUBLISHING_FACTOR = 2.0
 """Factor of the untouched model's weights while the release is published."""
-READING = 6.2
+READING_FACTOR = 6.2
 """Factor of the largest split's parquet file while its rows are read."""
-TRAINING = 8.8
-"""Factor of the weights that a step trains."""
+TRAINING_FACTOR = 8.8
+"""Factor of the weights that a step trains; one of these copies is in the untouched model."""
 
 
 class Memory(Frozen):
@@ -91,19 +91,23 @@ def peak_memory(
     is_linked = bytes_before > EXTERNAL_BYTES and not builds
     is_compressed_linked = bytes_after > EXTERNAL_BYTES and not builds
     weights_and_rows = {
-        "lowering the untouched model": ((LINKED if is_linked else LOWERING) * bytes_before, 0),
+        "lowering the untouched model": (
+            (LINKED_FACTOR if is_linked else LOWERING_FACTOR) * bytes_before,
+            0,
+        ),
         "lowering the compressed model": (
-            (LINKED_COMPRESSED if is_compressed_linked else LOWERING_COMPRESSED) * bytes_after,
+            (LINKED_COMPRESSED_FACTOR if is_compressed_linked else LOWERING_COMPRESSED_FACTOR)
+            * bytes_after,
             0,
         ),
-        "packing": (PACKING * bytes_after, 0),
+        "packing": (PACKING_FACTOR * bytes_after, 0),
         "training": (
-            bytes_before + (TRAINING - 1) * trained_bytes if trained_bytes else 0,
+            bytes_before + (TRAINING_FACTOR - 1) * trained_bytes if trained_bytes else 0,
             0,
         ),
-        "reading the rows": (0, READING * data_bytes),
-        "measuring": ((LINKED if is_linked else MEASURING) * bytes_before, 0),
-        "publishing": ((LINKED if is_linked else PUBLISHING) * bytes_before, 0),
+        "reading the rows": (0, READING_FACTOR * data_bytes),
+        "measuring": ((LINKED_FACTOR if is_linked else MEASURING_FACTOR) * bytes_before, 0),
+        "publishing": ((LINKED_FACTOR if is_linked else PUBLISHING_FACTOR) * bytes_before, 0),
     }
     phase, (weights, rows) = max(
         weights_and_rows.items(), key=lambda item: PROCESS_BYTES[item[0]] + sum(item[1])

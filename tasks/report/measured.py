@@ -30,7 +30,7 @@ TONES: dict[Outcome, Tone] = {
     "built-unmeasured": "unsure",
 }
 """Colour of each outcome in charts and banners, as a CSS class."""
-WORDS = {"held": "good", "broken": "bad", "unsure": "open", "plain": "soft"}
+TEXT_CLASSES = {"held": "good", "broken": "bad", "unsure": "open", "plain": "soft"}
 """CSS class of text in the colour of each tone."""
 
 
@@ -141,7 +141,7 @@ def _judgement_row(judgement: Judgement, target: TargetReport, unit: ScoreUnit |
         picture,
         text,
         judgement.outcome,
-        WORDS[tone],
+        TEXT_CLASSES[tone],
         judgement.reason,
     )
 

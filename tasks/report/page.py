@@ -18,7 +18,7 @@ from infra.pages.html import many, render
 from tasks.orchestration.documents import ORDER_FILE, Report
 from tasks.orchestration.workspace import local
 from tasks.report.cells import format_change, is_ratio, metric_label
-from tasks.report.measured import TONES, WORDS, latency_section, limit_rows
+from tasks.report.measured import TEXT_CLASSES, TONES, latency_section, limit_rows
 from tasks.report.plan_section import plan_section
 from tasks.report.stages import NumberTable, stage_section
 from tasks.report.tables import describe_resolution, number_rows
@@ -202,7 +202,7 @@ def _data_section(validation: Validation) -> DataSection:
     intended = many(validation.intended, "intended check")
     return DataSection(
         word=result.word,
-        tone=WORDS[result.tone],
+        tone=TEXT_CLASSES[result.tone],
         text=f"{validation.evaluated} of {intended} evaluated. {result.reason}",
         lists=check_lists(validation),
     )

@@ -13,12 +13,12 @@ from tasks.report.cells import (
     format_audit_value,
     target_label,
 )
-from tasks.report.measured import TONES, WORDS
+from tasks.report.measured import TEXT_CLASSES, TONES
 
 
 @dataclass(frozen=True)
 class Fact:
-    """The value of one row of a target's table; ``TargetFacts`` stores it with the row's name.
+    """The value of one row of a target's table on the page; ``TargetFacts`` has the row's name.
 
     Attributes:
         text: the value.
@@ -62,7 +62,7 @@ def _target_with_facts(target: TargetReport) -> TargetFacts:
     lowering, verdict = target.lowering, target.verdict
     packed_bytes = f"{lowering.served_packed_bytes:,}"
     facts = {
-        "Verdict": Fact(verdict.outcome, WORDS[TONES[verdict.outcome]], verdict.reason),
+        "Verdict": Fact(verdict.outcome, TEXT_CLASSES[TONES[verdict.outcome]], verdict.reason),
         "Ordered as": Fact("required" if target.required else "optional"),
         "Bytes served": Fact(f"{target.bytes:,}, of which {packed_bytes} are weights"),
     }
