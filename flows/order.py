@@ -39,8 +39,9 @@ class Order(Terms):
 
     @model_validator(mode="after")
     def _require_output_calibration_last(self) -> Self:
+        # A step with the effect "output" changes the model's scores, not a unit: 'recalibrate'.
         for step, following in zip(self.steps, self.steps[1:], strict=False):
-            if step.effect == "output":  # it changes the scores, not a unit: 'recalibrate'
+            if step.effect == "output":
                 raise value_error("recalibrate_not_last", step=following.kind)
         return self
 
