@@ -163,14 +163,14 @@ def _explain_steps(
         if is_reported(reason):
             size = stored_bytes(model.module)
             steps.append(ExplainedStep(step=step.kind, bytes=size, left_out=reason))
-    return model, steps, _most_trained_bytes(order, stages, skip_reasons)
+    return model, steps, _max_trained_bytes(order, stages, skip_reasons)
 
 
-def _most_trained_bytes(
+def _max_trained_bytes(
     order: Order, stages: tuple[tuple[str, Model], ...], skip_reasons: Mapping[int, Reason]
 ) -> int:
     """Return the largest number of bytes of tensors that one step of the order trains."""
-    most = 0
+    max_bytes = 0
     (_, model), *results = stages
     next_stages = iter(results)
     for index, step in enumerate(order.recipe()):
@@ -180,9 +180,10 @@ def _most_trained_bytes(
         if training is not None:
             names = set(trainable_tensors(model.module, tables=training.tables))
             tensors = (*model.module.named_parameters(), *model.module.named_buffers())
-            most = max(most, sum(tensor.nbytes for name, tensor in tensors if name in names))
+            trained_bytes = sum(tensor.nbytes for name, tensor in tensors if name in names)
+            max_bytes = max(max_bytes, trained_bytes)
         _, model = next(next_stages)
-    return most
+    return max_bytes
 
 
 def _explain_target(target: str, requirement: Requirement) -> ExplainedTarget:

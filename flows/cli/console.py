@@ -32,6 +32,7 @@ INTERVALS_MIN_WIDTH = 100
 """Tables in narrower terminals omit confidence intervals."""
 
 STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold yellow"}
+"""Style in which rich prints each outcome; any other is bold."""
 
 
 def console(*, error: bool = False) -> "Console":
@@ -163,12 +164,12 @@ def show_explanation(explanation: "Explanation") -> None:
             f"This order ran before and is version {explanation.earlier}. Nothing would run again.",
             soft_wrap=True,
         )
-    first = explanation.steps[0].bytes
+    original_bytes = explanation.steps[0].bytes
     stages = [
         {
             "step": item.step if item.left_out is None else f"{item.step} (left out)",
             "bytes of weights": f"{item.bytes:,}",
-            "share": f"{item.bytes / first:.2f}x" if first else "-",
+            "share": f"{item.bytes / original_bytes:.2f}x" if original_bytes else "-",
         }
         for item in explanation.steps
     ]
@@ -204,11 +205,11 @@ def show_explanation(explanation: "Explanation") -> None:
             soft_wrap=True,
         )
     if explanation.bytes_between is not None and len(set(explanation.bytes_between)) > 1:
-        least, most = explanation.bytes_between
+        min_bytes, max_bytes = explanation.bytes_between
         out.print(
-            f"Bytes of weights: between {least:,} and {most:,}. The budget and the lookup counts "
-            f"of the training data decide. The table assumes that every step is within the budget "
-            f"and that no row is pruned.",
+            f"Bytes of weights: between {min_bytes:,} and {max_bytes:,}. The budget and the lookup "
+            f"counts of the training data decide. The table assumes that every step is within the "
+            f"budget and that no row is pruned.",
             soft_wrap=True,
         )
     for teacher in explanation.teachers:

@@ -29,7 +29,7 @@ def tables_quantize(
         Path, typer.Argument(metavar="IN", help="A safetensors file, or a folder of shards.")
     ],
     into: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty folder.")],
-    form: Annotated[
+    table_format: Annotated[
         str, typer.Option("--format", help="Format, such as int8: see 'recpress tables formats'.")
     ],
     scale: Annotated[
@@ -71,7 +71,7 @@ def tables_quantize(
     settings |= {name: value for name, value in options.items() if value is not None}
     if tensor:
         settings["tables"] = tensor
-    step = step_named(form, settings)
+    step = step_named(table_format, settings)
     start = time.perf_counter()
     with _progress_bar(quiet=as_json) as progress:
         result = quantize(
