@@ -273,7 +273,7 @@ def rolled_back_orders(entries: tuple[Entry, ...]) -> tuple[str, ...]:
     for end in range(len(entries), 0, -1):
         if entries[end - 1].action != "rollback":
             break
-        removed.append(entries[end - 2].order)
+        removed.append(entries[end - 2].order)  # the champion before the rollback
     return tuple(removed)
 
 

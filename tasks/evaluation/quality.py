@@ -45,7 +45,14 @@ class Quality(Protocol):
     def score_change(
         self, baseline: str, candidate: str, unit: ScoreUnit
     ) -> Mapping[str, Estimate]:
-        """Measure how much the scores of two models differ; returns estimates by metric."""
+        """Measure how much the scores of two models differ; returns estimates by metric.
+
+        Args:
+            baseline: name of the model to compare with.
+            candidate: name of the compared model.
+            unit: unit of mean and largest changes: probability, or the standard deviation of the
+                baseline's scores (``spread``).
+        """
 
 
 @dataclass(frozen=True)

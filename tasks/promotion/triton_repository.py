@@ -55,9 +55,10 @@ class TritonModel(Frozen):
     Attributes:
         name: name of the Triton model.
         uri: URI of its folder.
-        state: "champion" if the server loads the champion; "behind" if it loads another
-            version; "absent" if there is no configuration; "stale" if the champion has no graph
-            for this Triton model, which an earlier version had.
+        state: "champion" if the server loads the champion; "behind" if the configuration differs
+            from the champion's, so that the server loads another version, or the champion with
+            older settings; "absent" if there is no configuration; "stale" if the champion has no
+            graph for this Triton model, which an earlier version had.
         served: the version that the server loads; None if there is no configuration.
         champion: the version of the champion.
         files: state of each of the champion's files: "ok", "missing" or "changed".
