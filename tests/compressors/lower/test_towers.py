@@ -76,7 +76,7 @@ SIGNATURE = Signature.model_validate(
 )
 SHARED = Reference(SharedTable, SIGNATURE)
 TARGETS: tuple[TargetName, ...] = ("onnxruntime", "tensorrt-rtx")
-TABLES = {"item.table": 50}
+ROWS_OF_TABLE = {"item.table": 50}
 _SCRATCH = tempfile.TemporaryDirectory(prefix="towers-")
 
 
@@ -105,7 +105,7 @@ def test_graphs_of_both_towers_return_the_vectors_of_torch(kind, target, tmp_pat
     for served_graph in served_graphs(SIGNATURE):
         path = tmp_path / f"{served_graph.name}.onnx"
         lowered = lower(model, served_graph, target, path)
-        inputs = generate_inputs(served_graph.signature, TABLES, 40)
+        inputs = generate_inputs(served_graph.signature, ROWS_OF_TABLE, 40)
         with torch.no_grad():
             expected = served_graph.part(model)(**inputs).numpy()
         vectors = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
@@ -118,7 +118,7 @@ def test_graphs_of_both_towers_return_the_vectors_of_torch(kind, target, tmp_pat
 def test_graph_returns_nan_vectors_for_refused_rows_only():
     for served_graph in served_graphs(SIGNATURE):
         # The first two rows have an id out of range.
-        inputs = generate_edge_inputs(served_graph.signature, TABLES, 8)
+        inputs = generate_edge_inputs(served_graph.signature, ROWS_OF_TABLE, 8)
         vectors = Session(graphs_as_trained()[served_graph.name], threads=1).scores(
             {k: v.numpy() for k, v in inputs.items()}
         )

@@ -1,4 +1,8 @@
-"""Checks of the uncompressed model's scores and labels: problems that are refused, and warnings."""
+"""Checks of the uncompressed model's scores and labels: refused problems, and warnings.
+
+``recpress bundle pack`` refuses a bundle with a problem that is ``refused``. A problem is ``fatal``
+if a metric has no value, so that every measurement of the model fails. Other problems are warnings.
+"""
 
 import numpy as np
 import pytest
@@ -120,12 +124,13 @@ def test_a_well_ordered_but_uncalibrated_model_gets_one_warning(tmp_path):
 @pytest.mark.parametrize("seed", range(5))
 def test_random_scores_give_no_warning_of_being_worse_than_chance(tmp_path, seed):
     _, label = calibrated_clicks(seed)
+    # About the logit of the share of clicks, so that the scores are random, but not uncalibrated.
     score = np.random.default_rng(seed + 100).normal(np.log(0.35 / 0.65), 1e-3, ROWS)
     problems = problems_of(CLICKS, tmp_path, score, label)
     assert "worse_than_chance" not in codes_of(problem.reason for problem in problems)
 
 
-def test_three_rows_give_no_problem(tmp_path):
+def test_three_rows_are_too_few_for_a_warning(tmp_path):
     assert problems_of(CLICKS, tmp_path, [0.9, 0.8, 0.1], [0, 0, 1]) == []
 
 
