@@ -44,13 +44,14 @@ def test_hot_rows_are_kept_and_other_rows_get_the_nearest_centroid(seed, rows, h
 
 def test_as_many_clusters_as_rows_keep_all_rows_exactly():
     table = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
-    index, unique = cluster_rare_rows(table, torch.arange(12).double(), 4, 8)
+    index, unique = cluster_rare_rows(table, torch.arange(12).double(), hot=4, clusters=8)
     assert torch.equal(unique[index], table)
 
 
 def test_centroids_are_means_weighted_by_lookups():
     table = torch.tensor([[9.0], [0.0], [1.0]])
-    _, unique = cluster_rare_rows(table, torch.tensor([1000.0, 99.5, 0.0]), 1, 1)
+    counts = torch.tensor([1000.0, 99.5, 0.0])
+    _, unique = cluster_rare_rows(table, counts, hot=1, clusters=1)
     # The weight of a row is its lookup count plus 0.5: 100 and 0.5 for the rows 1 and 2.
     torch.testing.assert_close(unique[1], torch.tensor([0.5 / 100.5]))
 
@@ -65,7 +66,8 @@ def test_the_plan_has_the_share_of_lookups_of_clustered_rows(tmp_path):
     assert codes_of(reasons) == ["composed", "shared_lookups"]
     require_reason(reasons, "clustered_rows", hot=60, rows=300, clusters=12)
     require_reason(reasons, "shared_lookups", share=pytest.approx(clustered_share))
-    assert result.plan.of("item").bytes_after == 300  # an index below 72 has one byte
+    # 60 hot rows and 12 centroids: an index below 72 has one byte.
+    assert result.plan.of("item").bytes_after == 300
     assert result.plan.of("item.unique").bytes_after == 72 * 7 * 4
 
 

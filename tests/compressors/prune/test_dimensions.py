@@ -135,11 +135,12 @@ def test_the_plan_line_has_the_low_rank_format_and_the_dimensions_step(tmp_path)
     assert (line.format, line.steps) == ("low_rank", ("dimensions",))
     require_reason(line.reasons, "composed", step="dimensions")
     require_reason(line.reasons, "kept_dimensions", kept=3, dim=6, importance="variance")
-    assert line.bytes_after == 4 * (3 * 6 + 6)
+    assert line.bytes_after == 4 * (3 * 6 + 6)  # float32: the projection and the mean row
 
 
 def test_dimensions_skips_a_table_that_would_grow(tmp_path):
     result = run(Dimensions(keep=5), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
+    # Before: 9 rows of 6 numbers. After: 9 rows of 5, a projection of 5 x 6, and the mean row.
     require_reason(result.plan.of("city").reasons, "not_smaller_composed", before=216, after=324)
 
 

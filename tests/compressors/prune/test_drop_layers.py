@@ -62,6 +62,7 @@ class AveragedCrossNet(LowRankCrossNet):
 
 
 def test_find_stacks_finds_layers_counted_by_a_number_or_a_list():
+    """``containers`` has, by name of a module list, how many modules belong to one layer."""
     result = {stack.description(): stack for stack in find_stacks(DEEP.model())}
     assert result.keys() == {"cross_layers", "hidden"}
     assert result["cross_layers"].containers == {"down": 1, "up": 1}
@@ -228,5 +229,6 @@ def test_retrieval_models_support_only_random_importance():
     source = Reference(TableAndTowerNet, RETRIEVAL).model()
     with raises_code(NothingToCompress, "row_metric_for_layers_missing"):
         DropLayers().plan(source, Bench(signature=RETRIEVAL))
+    # No error, although this network has no layer that can be dropped.
     decisions = DropLayers(importance="random").plan(source, Bench(signature=RETRIEVAL)).decisions
     assert not any(decision.selected for decision in decisions.values())

@@ -78,8 +78,8 @@ def test_the_total_loss_is_at_most_most_loss(tmp_path):
 
 def test_dropped_table_returns_its_mean_row_weighted_by_lookup_counts(tmp_path):
     source, bench = ranker_with_constant_table("city"), bench_with_predicted_labels(tmp_path)
-    with torch.no_grad():
-        source.module.city.weight.add_(1e-9 * torch.arange(9).unsqueeze(1))
+    with torch.no_grad():  # rows that differ, so that the mean depends on the lookup counts
+        source.module.city.weight.add_(0.1 * torch.arange(9).unsqueeze(1))
     result = run(DropTables(tables=("city",), most_loss=1), source, bench, tmp_path / "out")
     counts = lookup_counts(source, bench, ["city"])["city"] + 0.5
     weight = source.module.city.weight.detach().double()
@@ -99,7 +99,8 @@ def test_permutation_loss_is_zero_for_a_table_of_equal_rows(tmp_path):
 @pytest.mark.parametrize(
     ("reference", "tables", "target"),
     [
-        # A table of single ids and one of bags; TensorRT-RTX has the bag in the nightly tier only.
+        # ``city`` has single ids and ``genres`` of RANKER bags; TensorRT-RTX has the bag in the
+        # nightly tier only. ``genres`` of COMPACT has two ids per row.
         (RANKER, ("city", "genres"), "onnxruntime"),
         pytest.param(RANKER, ("city", "genres"), "tensorrt-rtx", marks=pytest.mark.nightly),
         (COMPACT, ("genres",), "tensorrt-rtx"),

@@ -46,14 +46,15 @@ def test_soft_threshold_minimizes_squared_distance_plus_l1_penalty(values, thres
 @given(st.integers(1, 5), st.integers(0, 99), st.floats(0, 2))
 def test_group_threshold_minimizes_squared_distance_plus_group_penalty(count, seed, threshold):
     generator = torch.Generator().manual_seed(seed)
-    owner = torch.randint(count, (7,), generator=generator)
+    group_of_row = torch.randint(count, (7,), generator=generator)
     first = torch.randn(7, 3, generator=generator, dtype=torch.float64)
     second = torch.randn(count, generator=generator, dtype=torch.float64)
     all_groups = torch.arange(count)
-    result = group_threshold([(first, owner), (second, all_groups)], count, threshold)
+    result = group_threshold([(first, group_of_row), (second, all_groups)], count, threshold)
     for group in range(count):
-        group_before = torch.cat([first[owner == group].flatten(), second[group : group + 1]])
-        group_after = torch.cat([result[0][owner == group].flatten(), result[1][group : group + 1]])
+        is_in_group = group_of_row == group
+        group_before = torch.cat([first[is_in_group].flatten(), second[group : group + 1]])
+        group_after = torch.cat([result[0][is_in_group].flatten(), result[1][group : group + 1]])
         group_threshold_norm = threshold * len(group_before) ** 0.5
         if group_before.norm() <= group_threshold_norm:
             assert not group_after.any()

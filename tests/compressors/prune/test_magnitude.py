@@ -50,4 +50,4 @@ def test_magnitude_zeroes_a_share_of_each_layer_or_of_all_layers_together(tmp_pa
                 min(1, 0.5 * sum(weights_of_layers) / weights_of_layers[0])
             )
             assert shares[1] == 0
-        assert bool((result.plain.weight != 0).all())
+        assert bool((result.plain.weight != 0).all())  # a layer that ``layers`` does not name

@@ -1,4 +1,7 @@
-"""``merge_rows``: rows within a distance of their group's leader are stored once, as their mean."""
+"""``merge_rows``: rows within a distance of their group's leader are stored once, as their mean.
+
+The leader of a group is its row with the largest weight (number of lookups).
+"""
 
 import pytest
 import torch
@@ -68,7 +71,8 @@ def test_rows_close_to_eight_centres_become_8_to_12_rows():
     centres = random_normal(0, 8, 6) * 10
     table = centres[torch.arange(400) % 8] + 0.001 * random_normal(1, 400, 6)
     _, unique = merge_similar_rows(table, torch.ones(400), 0.01)
-    assert 8 <= len(unique) <= 12  # pairs on both sides of a cell border may not be compared
+    # Only rows in the same cell of a grid are compared, so a group across a border may be cut.
+    assert 8 <= len(unique) <= 12
 
 
 def test_merged_rows_are_numbered_by_first_occurrence():

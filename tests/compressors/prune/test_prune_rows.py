@@ -1,4 +1,8 @@
-"""``prune_rows`` and ``tiers``: kept rows are unchanged, pruned ones get a replacement row."""
+"""``prune_rows`` and ``tiers``: rows that are kept, replaced, or moved to another table.
+
+``prune_rows`` keeps the important rows and gives all others a replacement row. ``tiers`` keeps all
+rows, in a table of often looked-up ("hot") rows and one of the others ("cold").
+"""
 
 import pytest
 import torch
@@ -96,7 +100,7 @@ def test_bytes_are_those_of_a_row_map_and_the_kept_rows(tmp_path):
     plan = prune_item_table(tmp_path, keep=0.2, pruned="shared")[0].plan
     # One byte per row, and four bytes per block of 128 rows.
     assert plan.of("item").bytes_after == 300 + 4 * 3
-    assert plan.of("item.kept").bytes_after == 61 * 7 * 4
+    assert plan.of("item.kept").bytes_after == 61 * 7 * 4  # 60 kept rows and the shared one
     plan = prune_item_table(tmp_path, keep=0.2, pruned="nearest")[0].plan
     assert plan.of("item").bytes_after == 300  # an index below 60 has one byte
     assert plan.of("item.unique").bytes_after == 60 * 7 * 4
@@ -106,6 +110,7 @@ def test_a_table_that_its_row_map_would_enlarge_raises_nothing_to_compress(tmp_p
     step = PruneRows(tables=("city",), keep=0.99, pruned="shared")
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(step, RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out")
+    # After: 8 kept rows and the shared one, 9 bytes of the map, and 4 for its only block.
     assert caught.value.fields["reasons"]["city"] == (
         Reason("not_smaller_composed", rows=9, dim=6, before=216, after=229),
     )

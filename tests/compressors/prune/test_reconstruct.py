@@ -72,7 +72,7 @@ def test_reconstruct_adds_the_weights_of_removed_duplicate_channels(tmp_path):
     cut = WidthCut(width, find_consumers(width, traces, next(channel_layouts(width))), 8)
     kept_channels = {"hidden": torch.arange(16) < 8}
     narrow, _ = without_channels(source.private(), SCHEMA, [cut], kept_channels)
-    reconstruct(narrow.module, source.module, bench, ["out"], {}, 1000)
+    reconstruct(narrow.module, source.module, bench, layers=["out"], outputs={}, rows=1000)
     summed_weights = source.module.out.weight[:, :8] + source.module.out.weight[:, 8:]
     # The damping is a thousandth of the mean square of the inputs, which affects small inputs.
     torch.testing.assert_close(narrow.module.out.weight, summed_weights, rtol=0, atol=0.02)

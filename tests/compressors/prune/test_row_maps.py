@@ -1,4 +1,9 @@
-"""Row maps of pruned tables: encoded positions of rows, and the ops that decode them."""
+"""Row maps of pruned tables: encoded positions of rows, and the ops that decode them.
+
+The map of ``kept_order`` has the rank of each row among the kept, or the pruned, rows of its block
+of 128 rows, and the number of kept rows before each block. The map of ``byte_planes`` has the
+position of each row, in as many bytes as the largest position needs.
+"""
 
 import torch
 from hypothesis import given
