@@ -1,4 +1,8 @@
-"""Additive codes: beam search, the joint fit of codebooks, and weights of rows and columns."""
+"""Additive codes: beam search, the joint fit of codebooks, and weights of rows and columns.
+
+Calls of ``fit`` have the positional arguments table, weight of each row, number of codebooks, and
+entries per codebook.
+"""
 
 import itertools
 
@@ -93,7 +97,7 @@ def test_fit_returns_the_codebook_of_the_best_round_not_of_the_last():
 
 
 def test_rounds_lower_the_weighted_error():
-    """Rounds that ignore weights would not lower it, because residual fitting has weights too."""
+    """The codes before the rounds are weighted too, so only weighted rounds lower the error."""
     table, weight = random_normal(3, 300, 8), torch.ones(300)
     weight[:30] = 50
     _, errors = fit(table, weight, 2, 8)
@@ -106,10 +110,10 @@ def test_fit_has_the_same_relative_error_for_a_table_multiplied_by_a_constant(se
     table, weight = clustered_rows(60, 5, seed), torch.ones(60)
     first, _ = fit(table, weight, 2, 4, rounds=5)
     second, _ = fit(table * size, weight, 2, 4, rounds=5)
-    single_row = error(table, encode(table, first, 2, 8), first).sum()
+    first_error = error(table, encode(table, first, 2, 8), first).sum()
     second_error = error(table * size, encode(table * size, second, 2, 8), second).sum() / size**2
     # rounding may change codes
-    assert float(second_error) == pytest.approx(float(single_row), rel=0.05, abs=1e-6)
+    assert float(second_error) == pytest.approx(float(first_error), rel=0.05, abs=1e-6)
 
 
 def test_rows_of_larger_weight_have_a_smaller_error_than_with_equal_weights():
@@ -128,7 +132,8 @@ def test_rows_of_larger_weight_have_a_smaller_error_than_with_equal_weights():
 @given(seed=st.integers(0, 10**6))
 def test_squared_error_after_the_weighting_matrix_is_the_error_weighted_by_sensitivity(seed):
     gradients, difference = random_normal(seed, 40, 5).double(), random_normal(seed + 1, 3, 5)
-    matrix = gradients.T @ gradients
+    matrix = gradients.T @ gradients  # the sensitivity
+    # Half of the weight of a column is equal for all columns.
     identity = torch.eye(5, dtype=torch.float64) * matrix.diagonal().mean()
     expected = ((difference.double() @ (matrix + identity)) * difference.double()).sum(dim=1)
     result = (difference @ weighting_matrix(matrix)).square().sum(

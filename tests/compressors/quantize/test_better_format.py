@@ -54,7 +54,7 @@ SCHEMA = Signature(
     inputs=(IdInput(name="user", table="table"),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
-ROWS = Split(path="", sha256="0" * 64, rows=10)
+ROWS = Split(path="", sha256="0" * 64, rows=10)  # a dry run reads no rows
 BENCH = Bench(signature=SCHEMA, train=ROWS, calibration=ROWS, validation=ROWS, soft_labels=ROWS)
 
 
@@ -84,8 +84,8 @@ def test_best_format_selects_the_most_precise_format_that_is_no_larger(step: Tab
                 )
 
 
-# Methods with the effect "values" keep all formats. Some of them export the network, which is slow,
-# so they are tested with only two sizes.
+# Methods with the effect "values" change weights and keep all formats. Some of them export the
+# network, which is slow, so they are tested with only two sizes.
 SIZES = tuple(itertools.product((1, 2, 5, 16), (1, 2, 17, 100)))
 SIZES_OF_VALUES = ((1, 1), (16, 100))
 

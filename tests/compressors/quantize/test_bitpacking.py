@@ -1,4 +1,8 @@
-"""Packing and unpacking of codes, and the bytes of packed rows."""
+"""Packing and unpacking of codes, and the bytes of packed rows.
+
+The codes of a row are cut into planes, 8 / ``width`` parts of equally many consecutive codes. Byte
+``j`` contains code ``j`` of every plane.
+"""
 
 import hypothesis.extra.numpy as arrays
 import numpy as np
@@ -52,7 +56,7 @@ def test_tensorrt_codes_decode_to_the_packed_codes(count, width):
     codes = torch.randint(1 << width, (7, count), dtype=torch.uint8)
     tensor = codes_tensor(pack(codes, width).numpy(), width)
     result = tensor.numpy().astype(np.int64)
-    if width == 2:
+    if width == 2:  # TensorRT has no 2-bit type: an int4 contains two codes
         result += 8
         result = np.concatenate([result % 4, result // 4], axis=1)
     else:

@@ -41,7 +41,7 @@ def test_rounding_error_is_at_most_half_the_last_of_four_bits_or_half_the_smalle
 
 
 def test_every_byte_decodes_as_the_e4m3_definition():
-    """The formula is that of the paper's table 1: a sign bit, 4 exponent bits, 3 mantissa bits."""
+    """A sign bit, 4 exponent bits, 3 mantissa bits: Micikevicius et al. 2022, table 1."""
     for code in range(256):
         exponent, mantissa = (code >> 3) & 15, code & 7
         size = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
@@ -104,15 +104,15 @@ def test_op_passes_opcheck_and_its_gradient_equals_plain_torch(rows_per_scale, s
     module = encode_table(
         Float8E4M3(scale=scale, rows_per_scale=rows_per_scale), random_normal(11, 5)
     )
-    ids, weights = torch.tensor([[0, 5, 5], [2, 1, 0]]), random_normal(6, 5).reshape(2, 3, 5)
+    ids = torch.tensor([[0, 5, 5], [2, 1, 0]])
+    output_gradient = random_normal(6, 5).reshape(2, 3, 5)
     with_op, with_torch = (module.scale.clone().requires_grad_() for _ in range(2))
     op = torch.ops.recpress.float8_e4m3_table
     torch.library.opcheck(op.default, (module.codes, with_op, ids, rows_per_scale))
-    (op(module.codes, with_op, ids, rows_per_scale) * weights).sum().backward()
+    (op(module.codes, with_op, ids, rows_per_scale) * output_gradient).sum().backward()
     scale_indices = ids // (rows_per_scale or 11)
-    (
-        decode_float8(module.codes[ids]) * with_torch.float()[scale_indices] * weights
-    ).sum().backward()
+    decoded = decode_float8(module.codes[ids]) * with_torch.float()[scale_indices]
+    (decoded * output_gradient).sum().backward()
     # The same sums in another order; in float16 torch also adds repeated ids in float16.
     tolerance = 1e-5 if scale == "float32" else 5e-3
     torch.testing.assert_close(with_op.grad, with_torch.grad, rtol=tolerance, atol=tolerance)

@@ -1,4 +1,7 @@
-"""Warnings about layers whose input channels share a scale and have very different ranges."""
+"""Warnings about layers whose input channels share a scale and have very different ranges.
+
+A channel is coarse if its range has only few levels of the shared scale.
+"""
 
 import json
 from pathlib import Path

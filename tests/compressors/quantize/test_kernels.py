@@ -22,6 +22,7 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 ROOT = Path(__file__).parents[3]
+# By bits of a code and whether the grid is symmetric.
 LEVELS = {(8, True): 255, (8, False): 256, (4, True): 15, (4, False): 16}
 GRIDS = [
     (bits, Grid(levels, symmetric, "min_max", scale, rows_per_scale))
@@ -74,9 +75,9 @@ def require_equal_encoding(rows: Tensor, grid: Grid, bits: int) -> None:
     assert torch.equal(row_encoding.encode_as(rows, expected, grid, bits), codes_of_levels)
 
 
-def rows_from_bits(words: list[int], dim: int) -> Tensor:
-    """Rows of arbitrary float32 bit patterns except NaN and infinity."""
-    numbers = np.array(words, np.uint32).view(np.float32)
+def rows_from_bits(bit_patterns: list[int], dim: int) -> Tensor:
+    """Rows of float32 numbers with these bits; zero replaces NaN and infinity."""
+    numbers = np.array(bit_patterns, np.uint32).view(np.float32)
     numbers = np.where(np.isfinite(numbers), numbers, np.float32(0))
     return torch.from_numpy(numbers[: len(numbers) // dim * dim].reshape(-1, dim).copy())
 
@@ -89,6 +90,8 @@ MODERATE_FLOATS = st.builds(
     st.integers(96, 143),
     st.integers(0, 2**23 - 1),
 )
+# Both zeros, the smallest and the largest subnormal number, the smallest normal number, and the
+# largest, the smallest and the smallest normal number of float16.
 SPECIAL_BITS = st.sampled_from(
     [0, 1 << 31, 1, 0x7FFFFF, 0x800000, 0x477FE000, 0x33800000, 0x38800000]
 )
@@ -101,9 +104,10 @@ SPECIAL_BITS = st.sampled_from(
 )
 @example([0x477FE000, 0x477FE006], 2)  # 65504 and more: only a clipped range is beyond float16
 def test_encoding_any_finite_rows_equals_the_specification_bit_for_bit(
-    bits: int, grid: Grid, numbers: list[int], dim: int
+    bits: int, grid: Grid, bit_patterns: list[int], dim: int
 ):
-    require_equal_encoding(rows_from_bits(numbers, min(dim, len(numbers))), grid, bits)
+    rows = rows_from_bits(bit_patterns, min(dim, len(bit_patterns)))
+    require_equal_encoding(rows, grid, bits)
 
 
 @pytest.mark.parametrize(("bits", "grid"), GRIDS)
@@ -178,12 +182,12 @@ def test_least_squares_has_less_error_than_torchs_4_bit_prepack(dim: int):
 
 @given(st.integers(0, 2**16), st.sampled_from([1, 2, 3, 8, 16, 33]), st.sampled_from(list(LEVELS)))
 def test_least_squares_never_has_a_larger_error_than_min_max(
-    seed: int, dim: int, code_kind: tuple[int, bool]
+    seed: int, dim: int, bits_and_symmetry: tuple[int, bool]
 ):
     rows = torch.randn(70, dim, generator=torch.Generator().manual_seed(seed))
     errors = []
     for rule in ("min_max", "least_squares"):
-        grid = Grid(LEVELS[code_kind], code_kind[1], rule)
+        grid = Grid(LEVELS[bits_and_symmetry], bits_and_symmetry[1], rule)
         fitted = clipping.fit(rows, grid)
         errors.append(squared_error(rows, fitted, grid))
     # Errors are float32 sums, and codes computed with a reciprocal may differ at ties.

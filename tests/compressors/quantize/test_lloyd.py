@@ -75,19 +75,20 @@ def test_points_are_exact_if_there_are_as_many_entries_as_different_points(rows,
     assert torch.equal(scalar[nearest(values[:, None], scalar)].flatten(), values)
 
 
-def clustered(count: int, dim: int, clusters: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def clustered_points(count: int, dim: int, clusters: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(clusters, dim, generator=generator) * 10
-    which = torch.arange(count) % clusters
-    return centres[which] + 0.1 * torch.randn(count, dim, generator=generator), which
+    cluster_of_point = torch.arange(count) % clusters
+    noise = 0.1 * torch.randn(count, dim, generator=generator)
+    return centres[cluster_of_point] + noise, cluster_of_point
 
 
 def test_kmeans_finds_well_separated_clusters():
-    rows, which = clustered(800, 5, 20)
+    rows, cluster_of_point = clustered_points(800, 5, 20)
     codes = nearest(rows, kmeans(rows, 20).codebook)
     assert len(torch.unique(codes)) == 20
     for cluster in range(20):
-        assert len(torch.unique(codes[which == cluster])) == 1
+        assert len(torch.unique(codes[cluster_of_point == cluster])) == 1
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8])
@@ -145,7 +146,7 @@ def test_a_point_of_large_weight_is_close_to_an_entry():
 
 
 def test_points_of_weight_zero_do_not_affect_the_codebook():
-    rows, _ = clustered(200, 3, 4)
+    rows, _ = clustered_points(200, 3, 4)
     weight = (torch.arange(200) % 4 < 2).float()
     fit = kmeans(rows, 2, weight)
     assert fit.errors[-1] == pytest.approx(error(rows[weight > 0], fit.codebook), rel=1e-4)
@@ -153,9 +154,9 @@ def test_points_of_weight_zero_do_not_affect_the_codebook():
 
 
 def test_entries_without_points_are_moved_to_points(monkeypatch):
-    rows, _ = clustered(400, 2, 8)
-    equal = rows[:1].expand(8, 2).clone()  # seven of eight equal entries have no points
-    monkeypatch.setattr(lloyd, "_draw_entries", lambda *_: equal)
+    rows, _ = clustered_points(400, 2, 8)
+    equal_entries = rows[:1].expand(8, 2).clone()  # seven of the eight have no points
+    monkeypatch.setattr(lloyd, "_draw_entries", lambda *_: equal_entries)
     fit = kmeans(rows, 8)
     assert len(torch.unique(nearest(rows, fit.codebook))) == 8
     # Two clusters may share one entry.
@@ -226,6 +227,6 @@ def test_a_sample_has_one_row_of_each_section_of_the_table(count, max_count):
     if count <= max_count:
         assert torch.equal(sampled, rows.flatten())
     else:
-        stretch = (torch.arange(max_count + 1) * count // max_count).float()
-        assert torch.all(sampled >= stretch[:-1])
-        assert torch.all(sampled < stretch[1:])
+        section_starts = (torch.arange(max_count + 1) * count // max_count).float()
+        assert torch.all(sampled >= section_starts[:-1])
+        assert torch.all(sampled < section_starts[1:])

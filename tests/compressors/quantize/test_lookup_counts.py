@@ -1,4 +1,7 @@
-"""Lookup counts and squared gradients of tables, their parts, and bags."""
+"""Lookup counts and squared gradients of tables, their parts, and bags.
+
+Some steps replace a table by a composition of smaller tables, its parts (``Unit.part_of``).
+"""
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ from compressors.task_kinds.loss import hard_loss
 NAMES = ("user", "item", "city", "genres", "history", "tags")
 
 
-def expected(bench: Bench, name: str, table_size: int) -> torch.Tensor:
+def expected_counts(bench: Bench, name: str, table_size: int) -> torch.Tensor:
     """The lookup counts of a table's input, computed from the ids in the training data."""
     (rows,) = batches(bench.train, bench.signature, BENCH_ROWS)
     ids = rows.inputs[name].reshape(-1).long()
@@ -40,8 +43,9 @@ def test_lookup_counts_equal_the_ids_in_the_data_for_each_table_format(first, tm
         model = run(first, model, bench, tmp_path / "first")
     counts = lookup_counts(model, bench, NAMES)
     assert set(counts) == set(NAMES)
+    rows_of_table = table_rows(model.module)
     for name in NAMES:
-        assert torch.equal(counts[name], expected(bench, name, table_rows(model.module)[name]))
+        assert torch.equal(counts[name], expected_counts(bench, name, rows_of_table[name]))
 
 
 def test_the_part_of_a_low_rank_table_has_the_lookup_counts_of_the_table(tmp_path):

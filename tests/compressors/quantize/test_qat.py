@@ -56,7 +56,10 @@ def test_the_gradient_of_a_scale_has_the_sign_that_lowers_the_error():
 
 
 def layer_with_changed_scales(bias: bool = True) -> LearnedInt8:
-    """A layer in training whose scales differ from their initial values."""
+    """A layer in training whose scales differ from their initial values.
+
+    A scale is its initial value times e to the power of its ``growth``.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = nn.Linear(20, 6, bias=bias)
@@ -87,8 +90,8 @@ def test_packed_layer_has_the_outputs_of_the_trained_layer(bias):
 def test_an_untrained_layer_is_packed_as_the_calibrated_layer():
     layer = nn.Linear(20, 6)
     packed = packed_int8(layer, torch.tensor(2.0))
-    resumed = LearnedInt8(layer, packed).packed()
-    for (name, first), second in zip(packed.named_buffers(), resumed.buffers(), strict=True):
+    packed_again = LearnedInt8(layer, packed).packed()
+    for (name, first), second in zip(packed.named_buffers(), packed_again.buffers(), strict=True):
         assert torch.equal(first, second), name
 
 
@@ -266,6 +269,7 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
     assert quality(source.module, SCHEMA, test) == 1.0
     # The AUC that is lost, 1 - AUC, is less than a third of that of the best calibrator.
     assert 1 - actual < (1 - max(rounded.values())) / 3
+    # The input range ends below half of the large input, 60.
     assert float(result.module.out.input_scale) * 127 < 30
     (rows,) = batches(test, SCHEMA, ROWS)
     assert torch.isfinite(result.module(**rows.inputs)).all()

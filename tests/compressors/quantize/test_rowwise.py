@@ -60,7 +60,7 @@ def expected(step: Rowwise, table: Tensor) -> Tensor:
 
 
 def varied_rows(rows: int, dim: int) -> Tensor:
-    """Normal weights, rows of zeros, rows of one value, and rows with the smallest scales."""
+    """Normal weights, and one row each: zeros, equal values, tiny, positive, with an outlier."""
     table = random_normal(rows, dim)
     table[1 % rows] = 0.0
     table[2 % rows] = -0.37
@@ -85,7 +85,7 @@ def test_stored_codes_scales_and_offsets_equal_the_numpy_reference(step, dim, sc
 
 @parametrize_pairwise(step=STEPS)
 def test_weights_halfway_between_two_levels_are_rounded_as_documented(step):
-    """The range gives a scale of 1 or 2, so half of the weights are halfway between levels."""
+    """The range gives a scale of 1 or 2, so many weights are halfway between two levels."""
     top = (127 if step.symmetric else 255) if step.kind == "rowwise_int8" else 3
     halves = torch.arange(-2 * top if step.symmetric else 0, 2 * top + 1).float() / 2
     if step.kind == "rowwise_int4":
@@ -122,7 +122,7 @@ def test_bytes_are_those_of_codes_scales_and_offsets(step, rows, scale):
 
 
 def gradients(
-    step: Rowwise, table: PackedTable, ids: Tensor, weights: Tensor, *, with_op: bool
+    step: Rowwise, table: PackedTable, ids: Tensor, output_gradient: Tensor, *, with_op: bool
 ) -> dict[str, Tensor]:
     """Gradients of the tensors that the format can train, by the op or by torch operators."""
     stored = {name: tensor.clone() for name, tensor in table.named_buffers()}
@@ -137,13 +137,13 @@ def gradients(
             levels = unpack_planes(stored["codes"].view(torch.uint8).numpy(), table.dim, bits)
             if bits == 8 and step.symmetric:
                 levels = levels.view(np.int8)
-            zero = {8: 0, 4: 8, 2: 1.5}[bits] * step.symmetric
-            multiples = torch.from_numpy(levels).float()[ids] - zero
+            code_of_zero = {8: 0, 4: 8, 2: 1.5}[bits] * step.symmetric
+            multiples = torch.from_numpy(levels).float()[ids] - code_of_zero
         scale_indices = ids // (step.rows_per_scale or table.rows)
         rows = multiples * stored["scale"].float()[scale_indices]
         if "offset" in stored:
             rows = rows + stored["offset"].float()[scale_indices]
-    (rows * weights).sum().backward()
+    (rows * output_gradient).sum().backward()
     return {name: stored[name].grad for name in learned_tensors}
 
 
@@ -152,9 +152,9 @@ def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
     table = packed(step, random_normal(11, dim))
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])  # repeated ids add up, rows 8 to 10 are never read
-    weights = random_normal(6, dim).reshape(2, 3, dim)
-    with_op = gradients(step, table, ids, weights, with_op=True)
-    with_torch = gradients(step, table, ids, weights, with_op=False)
+    output_gradient = random_normal(6, dim).reshape(2, 3, dim)
+    with_op = gradients(step, table, ids, output_gradient, with_op=True)
+    with_torch = gradients(step, table, ids, output_gradient, with_op=False)
     assert set(with_op) == ({"scale"} if step.symmetric else {"scale", "offset"})
     # The same sums in another order; in float16 torch also adds repeated ids in float16.
     tolerance = 1e-5 if scale == "float32" else 5e-3

@@ -73,12 +73,9 @@ def test_op_in_parts_equals_one_product_bit_for_bit(inputs, shape, monkeypatch):
     codes, weight_scale, input_scale, bias = layer(inputs, 9)
     x = torch.randn(*shape, inputs, generator=torch.Generator().manual_seed(2))
     at_once = OP(x, codes, weight_scale, input_scale, bias)
-    for values in (
-        1,
-        5 * inputs,
-        2 * 9,
-    ):  # one row and output per part, several, and a shorter last part
-        monkeypatch.setattr(static_int8, "CONVERTED_AT_ONCE", values)
+    # One row and output per part, several, and a shorter last part.
+    for numbers_at_once in (1, 5 * inputs, 2 * 9):
+        monkeypatch.setattr(static_int8, "CONVERTED_AT_ONCE", numbers_at_once)
         in_parts = OP(x, codes, weight_scale, input_scale, bias)
         assert torch.equal(in_parts, at_once)
         assert in_parts.shape == (*shape, 9)
@@ -93,8 +90,9 @@ def test_a_sum_of_more_inputs_than_float32_adds_exactly_is_exact():
     x[0, -1] = 1.0
     one, zero = torch.ones(1), torch.zeros(1)
     expected = 127 * 127 * (inputs - 1) + 1
-    # float32 would round such a large result to a multiple of 8, so the bias makes it small.
+    # float32 would round such a large result to a multiple of 4, so the bias makes it small.
     result = OP(x, codes, one, torch.tensor(1.0), zero - expected + 5)
+    # The bias is the result of two float32 operations, each of which rounds by at most 2.
     assert abs(result.item() - 5) <= 4
 
 

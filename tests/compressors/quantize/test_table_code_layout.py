@@ -45,6 +45,8 @@ def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
 @pytest.mark.parametrize(
     ("step", "shape", "size"),
     [
+        # Rows times the bytes of codes and scale, then codebooks times entries times columns times
+        # the bytes of a number.
         (KMeans(), (1000, 10), 1000 * (5 + 2) + 16 * 4),
         (KMeans(bits=2, scale="none"), (1000, 10), 1000 * 3 + 4 * 4),
         (KMeans(bits=8, scale="float32"), (1000, 10), 1000 * (10 + 4) + 256 * 4),

@@ -1,4 +1,7 @@
-"""Tables with codebooks (k-means, product, residual, additive codes): the error of the rows."""
+"""Tables with codebooks (k-means, product and residual codes): the error of the rows.
+
+Residual codes are called additive if rounds of least squares refine their codebooks.
+"""
 
 from collections.abc import Callable
 
@@ -106,6 +109,7 @@ def test_least_squares_codebooks_equal_the_solution_of_lstsq():
 def test_least_squares_does_not_change_entries_without_rows():
     table = clustered_rows(50, 4)
     codebook = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    # All rows have the first entry of both codebooks, which have four entries each.
     codes = torch.zeros(50, 2, dtype=torch.uint8)
     solution = residual_codes.least_squares(table, codes, codebook, torch.ones(50).double())
     assert torch.allclose(solution[[1, 2, 3, 5, 6, 7]], codebook[[1, 2, 3, 5, 6, 7]])
@@ -151,7 +155,7 @@ def test_kmeans_with_row_scales_keeps_rows_of_zeros_exact():
 @each_step
 def test_two_different_rows_are_exact(step):
     table = torch.tensor([[1.0, -2.0, 0.5, 0.25], [3.0, 0.0, 1.0, -1.0]]).repeat(40, 1)
-    if step.kind == "kmeans":
+    if step.kind == "kmeans":  # encodes single numbers, so the rows have only the numbers 0, 1, 2
         table = table.sign().abs() * torch.tensor([[1.0], [2.0]]).repeat(40, 1)
     torch.testing.assert_close(decoded_rows(step, table), table, rtol=1e-6, atol=1e-6)
 

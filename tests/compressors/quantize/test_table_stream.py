@@ -117,10 +117,10 @@ def test_streamed_tensors_equal_those_of_the_table_encoded_at_once(
 
 
 @dataclass(frozen=True)
-class PairedFormat:
+class SharedEntriesFormat:
     """Stores float16 rows, the sum of every three rows, and the mean row of the table."""
 
-    name: str = "paired"
+    name: str = "shared_entries"
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {
@@ -131,13 +131,13 @@ class PairedFormat:
 
 
 @dataclass(frozen=True)
-class PairedStep:
+class SharedEntriesStep:
     """A step with tensors per row, per three rows, and for the whole table."""
 
-    kind: str = "paired"
+    kind: str = "shared_entries"
     tables: tuple[str, ...] = ("*",)
     min_rows: int = 1
-    storage: PairedFormat = field(default_factory=PairedFormat)
+    storage: SharedEntriesFormat = field(default_factory=SharedEntriesFormat)
     fitted: list[int] = field(default_factory=list)
 
     def settings(self) -> dict[str, Any]:
@@ -158,10 +158,9 @@ def test_results_do_not_depend_on_block_size_or_threads_if_rows_share_entries(
     rows: int, block_rows: int, workers: int
 ):
     weight = torch.randn(rows, 2, generator=torch.Generator().manual_seed(rows))
-    at_once = encode_to_memory(encoding_job(PairedStep(), {"t": weight}, rows))
-    assert (
-        encode_to_memory(encoding_job(PairedStep(), {"t": weight}, block_rows), workers) == at_once
-    )
+    at_once = encode_to_memory(encoding_job(SharedEntriesStep(), {"t": weight}, rows))
+    job = encoding_job(SharedEntriesStep(), {"t": weight}, block_rows)
+    assert encode_to_memory(job, workers) == at_once
     result = load(at_once)
     assert torch.equal(result["t.mean"], weight.double().mean(dim=0, keepdim=True))
     assert len(result["t.sums"]) == -(-rows // 3)
@@ -188,11 +187,12 @@ def test_other_tensors_are_copied_and_a_table_can_be_rebuilt_from_its_record():
 
 
 def test_blocks_in_the_sink_are_neither_encoded_nor_fitted_again():
-    step, weight = PairedStep(), torch.randn(12, 2)
+    step, weight = SharedEntriesStep(), torch.randn(12, 2)
     job = encoding_job(step, {"t": weight}, 3)
     file = StreamedFile(job.layout())
     sink = MemorySink(file.bytes, existing=["header", "t@0", "t@6"])
     encode_file(job, file, sink, 1)
+    # ``t@whole`` is the block of tensors that belong to the whole table.
     assert sink.blocks == ["t@whole", "t@3", "t@9"]
     step.fitted.clear()
     finished_sink = MemorySink(
@@ -278,7 +278,7 @@ def test_finite_weights_whose_sum_overflows_are_encoded():
 
 
 @dataclass(frozen=True)
-class FixedEncoding(PairedStep):
+class FixedEncoding(SharedEntriesStep):
     """A step that returns given tensors as its encoded block."""
 
     encoded_tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -319,7 +319,7 @@ def test_a_step_that_does_not_follow_its_layout_raises_contract_broken(
 
 
 def test_a_fit_without_a_tensor_of_the_whole_table_raises_contract_broken():
-    class FitWithoutMean(PairedStep):
+    class FitWithoutMean(SharedEntriesStep):
         def fit(self, rows: Tensor) -> dict[str, Tensor]:
             return {}
 
@@ -339,16 +339,15 @@ def test_two_tensors_with_one_name_raise_model_refused():
 
 
 @pytest.fixture
-def opened() -> Iterator[ExitStack]:
+def open_files() -> Iterator[ExitStack]:
     with ExitStack() as files:
         yield files
 
 
-def stored(opened: ExitStack, path: Path, name: str, values: Tensor) -> StoredRows:
+def stored_rows(open_files: ExitStack, path: Path, name: str, values: Tensor) -> StoredRows:
     save_file({name: values, "other": torch.arange(5)}, path)
-    file = opened.enter_context(path.open("rb"))
+    file = open_files.enter_context(path.open("rb"))
     header = int.from_bytes(file.read(8), "little")
-
     begin = json.loads(file.read(header))[name]["data_offsets"][0]
     rows = StoredRows(path, file.fileno(), name, 8 + header + begin, TensorSource(values).spec)
     assert torch.equal(rows.mapped(), values)
@@ -356,22 +355,22 @@ def stored(opened: ExitStack, path: Path, name: str, values: Tensor) -> StoredRo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
-def test_stored_rows_are_read_unchanged(dtype: torch.dtype, opened: ExitStack, tmp_path: Path):
+def test_stored_rows_are_read_unchanged(dtype: torch.dtype, open_files: ExitStack, tmp_path: Path):
     values = torch.randn(30, 3).to(dtype)
-    rows = stored(opened, tmp_path / "file", "t", values)
+    rows = stored_rows(open_files, tmp_path / "file", "t", values)
     assert torch.equal(rows.read(7, 19), values[7:19])
     assert torch.equal(rows.read(0, 30), values)
     assert rows.read(4, 4).shape == (0, 3)
 
 
-def test_a_thread_reuses_the_memory_of_its_previous_read(opened: ExitStack, tmp_path: Path):
-    rows = stored(opened, tmp_path / "file", "t", torch.randn(30, 3))
+def test_a_thread_reuses_the_memory_of_its_previous_read(open_files: ExitStack, tmp_path: Path):
+    rows = stored_rows(open_files, tmp_path / "file", "t", torch.randn(30, 3))
     first = rows.read(0, 20)
     assert rows.read(10, 20).data_ptr() == first.data_ptr()
 
 
-def test_a_truncated_file_raises_model_refused(opened: ExitStack, tmp_path: Path):
-    rows = stored(opened, tmp_path / "file", "t", torch.randn(3000, 3))
+def test_a_truncated_file_raises_model_refused(open_files: ExitStack, tmp_path: Path):
+    rows = stored_rows(open_files, tmp_path / "file", "t", torch.randn(3000, 3))
     with (tmp_path / "file").open("r+b") as file:
         file.truncate(20_000)
     with raises_code(ModelRefused, "file_truncated", name="t"):

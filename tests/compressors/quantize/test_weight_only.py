@@ -191,7 +191,7 @@ def test_op_equals_onnxruntimes_kernel(bits, block, inputs, activations, tmp_pat
     width = block_length(inputs, block)
     shaped = codes.reshape(24, -1, width * bits // 8).numpy()
     scales = scale.expand(24, shaped.shape[1]).numpy()
-    level = {"float32": 1, "int8": 4}[activations]
+    level = {"float32": 1, "int8": 4}[activations]  # ONNX Runtime's numbers of these types
     kernel = onnx_layer(tmp_path / "g.onnx", inputs, bits, width, level, shaped, scales)
     for rows in (1, 37):  # ONNX Runtime has different kernels for one row and for many
         x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows))
@@ -268,10 +268,9 @@ def test_gptq_never_increases_the_error_of_an_output(size, block, rows, seed):
     multiples, nearest, scale_of_weight, gram = quantized(weight, x, block)
     assert torch.equal(multiples, multiples.round())
     assert multiples.abs().max() <= 7
-    with_op = squared_error(multiples * scale_of_weight - weight, gram)
-    assert (
-        with_op <= squared_error(nearest * scale_of_weight - weight, gram) * (1 + 1e-6) + 1e-12
-    ).all()
+    error_of_gptq = squared_error(multiples * scale_of_weight - weight, gram)
+    error_of_nearest = squared_error(nearest * scale_of_weight - weight, gram)
+    assert (error_of_gptq <= error_of_nearest * (1 + 1e-6) + 1e-12).all()
 
 
 def test_gptq_with_correlated_inputs_has_less_than_70_percent_of_the_error():
@@ -306,9 +305,10 @@ def test_gptq_in_a_model_lowers_the_error_as_its_plan_reports(tmp_path):
         for rounding in ("nearest", "gptq")
     }
     units = [unit for unit in Unit.of(source.module) if unit.name == "hidden"]
-    gram = gram_matrices(source.module, units, bench.calibration, RANKER.signature, 7, 4096)[
-        "hidden"
-    ]
+    grams = gram_matrices(
+        source.module, units, bench.calibration, RANKER.signature, batch=7, max_rows=4096
+    )
+    gram = grams["hidden"]
     errors = {}
     for rounding, model in rounded_to.items():
         packed = model.module.hidden

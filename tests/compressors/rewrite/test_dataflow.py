@@ -103,7 +103,7 @@ def test_dataflow_of_a_norm_whose_output_three_layers_of_a_transformer_read():
     assert flow.direct_consumers("first") == ("query", "key", "value")
     assert flow.consumers["up"] == (Consumer("down", ("relu",)),)
     assert flow.direct_consumers("last") == ("out",)
-    assert flow.dims["query"] == 3
+    assert flow.dims["query"] == 3  # rows, positions and channels
 
 
 class TiedWeightsNet(nn.Module):

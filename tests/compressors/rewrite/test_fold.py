@@ -365,7 +365,7 @@ def test_int8_layers_are_adjacent_in_the_graph_after_their_norm_is_folded(tmp_pa
     graph = optimized_graph_of(model, DCN, tmp_path)
     kinds = [node.op_type for node in graph.node]
     assert "BatchNormalization" not in kinds
-    assert kinds.count("QGemm") == 6
+    assert kinds.count("QGemm") == 6  # all dense layers
     producer = {output: node for node in graph.node for output in node.output}
     (second,) = (
         node

@@ -66,6 +66,7 @@ def test_best_smoothing_has_no_larger_int8_error_than_no_smoothing(seed, factor)
     assert int8_error(layers, scale) <= int8_error(layers, unscaled)
 
 
+# LOUD is BLOCK with two channels that are 40 times as large as the others.
 STEPS_AND_REFERENCES = [
     (Equalize(), COMPACT),
     (Equalize(), CHAIN),
