@@ -121,12 +121,12 @@ print(available.bytes, available.limit)
 """
 
 
-@pytest.mark.parametrize(("limit", "option"), [("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")])
-def test_available_memory_is_bounded_by_limits_of_the_process(limit, option):
+@pytest.mark.parametrize(("limit", "ulimit_option"), [("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")])
+def test_available_memory_is_bounded_by_limits_of_the_process(limit, ulimit_option):
     command = [sys.executable, "-c", PRINT_AVAILABLE, limit, str(512 * MIB)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert 100 * MIB < int(output.split()[0]) < 512 * MIB
-    assert option in output
+    assert ulimit_option in output
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """TensorRT-RTX engines of tables composed of smaller tables: the parts stay packed.
 
-``infra/tensorrt/audit.py`` explains the terms of the audit: widened, scratch memory, flat.
+A builder may widen a table: convert its packed numbers to a wider type, in the engine's weights or
+in scratch memory, the temporary memory of a call. The audit compares the scratch memory with that
+of a twin, an engine of the same graph with half the rows in large tables: it is "flat" if both are
+equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
 """
 
 import pytest
@@ -79,8 +82,8 @@ def test_engine_stores_composed_tables_packed(step: Step, tmp_path, monkeypatch)
     bench = Bench(signature=SIGNATURE)
     model = run(step, Model(Wide().eval(), Wide, network), bench, tmp_path / "model")
     packed = run(RowwiseInt8(), model, bench, tmp_path / "packed")
-    (form,) = served_graphs(SIGNATURE)
-    lowered = lower(packed.module, form, "tensorrt-rtx", tmp_path / "model.onnx")
+    (served_graph,) = served_graphs(SIGNATURE)
+    lowered = lower(packed.module, served_graph, "tensorrt-rtx", tmp_path / "model.onnx")
     planned = sum(line.bytes_after for line in packed.plan.lines)
     request = BuildRequest(
         target="tensorrt-rtx",

@@ -1,6 +1,7 @@
 """TensorRT-RTX engines of compressed dense layers: packed weights and 2:4 sparsity.
 
-The outcome "not told" means that the builder's log does not report its choice of kernels.
+The outcome of sparsity is "picked" if the builder chose sparse kernels, "did not pay" if it chose
+only dense ones, and "not told" if its log does not report the choice.
 """
 
 import json
@@ -70,8 +71,8 @@ def compress(step: Step, tmp_path) -> Model:
 def build(model: Model, tmp_path, layers: tuple[str, ...] = ()) -> Engine:
     """Lower a model and build its engine; ``layers`` are the layers with 2:4 zeros."""
     path = tmp_path / "model.onnx"
-    (form,) = served_graphs(SIGNATURE)
-    lower(model.module, form, "tensorrt-rtx", path)
+    (served_graph,) = served_graphs(SIGNATURE)
+    lower(model.module, served_graph, "tensorrt-rtx", path)
     request = BuildRequest(
         target="tensorrt-rtx",
         onnx=str(path),

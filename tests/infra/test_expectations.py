@@ -164,6 +164,7 @@ def test_one_invalid_value_fails_exactly_its_rule(write, split, column, value, r
 @pytest.mark.parametrize("split", ["validation", "test"])
 @pytest.mark.parametrize("column", ["seen", "history"])
 def test_ids_outside_the_table_pass_in_splits_with_a_policy(write, split, column):
+    """The policy ``out_of_range`` of an input is for served rows, so not for training splits."""
     paths = write(
         **{split: with_invalid_value(column, 999 if column == "seen" else [999], split=split)}
     )
@@ -247,7 +248,7 @@ def test_missing_column_fails_and_its_other_checks_are_not_evaluated(write):
     assert [(f.rule, f.observed) for f in failed if f.evaluated] == [
         ("column is there", "no such column")
     ]
-    assert validation.intended - validation.evaluated == 3
+    assert validation.intended - validation.evaluated == 3  # of its type, of nulls, of finiteness
     assert {f.observed for f in failed if not f.evaluated} == {
         "not evaluated: the column is missing"
     }

@@ -148,8 +148,9 @@ def test_model_json_of_10000_tables_is_far_below_the_limits():
 
 
 @pytest.mark.parametrize(
-    ("text", "values", "depth", "longest"),
+    ("text", "values", "depth", "longest_number"),
     [
+        # ``values``, an upper bound, is one more than the number of "[", "{", "," and ":".
         ('{"a,[": "x:{,"}', 3, 1, 0),
         (r'{"a\"[,": [1, -2.5e+10]}', 5, 2, 8),
         (r'["\\", "[[["]', 3, 1, 0),
@@ -159,8 +160,8 @@ def test_model_json_of_10000_tables_is_far_below_the_limits():
         ("", 1, 0, 0),
     ],
 )
-def test_measure_ignores_text_in_strings(text, values, depth, longest):
-    assert measure(text.encode()) == (values, depth, longest)
+def test_measure_ignores_text_in_strings(text, values, depth, longest_number):
+    assert measure(text.encode()) == (values, depth, longest_number)
 
 
 def test_measure_does_not_depend_on_where_a_block_ends(monkeypatch):

@@ -178,7 +178,7 @@ def test_child_killed_during_a_file_is_out_of_memory(tmp_path, valid_bytes, insp
     child = inspector._child
     child._process.send_signal(signal.SIGSTOP)
     os.kill(child._process.pid, signal.SIGKILL)
-    os.utime(path)
+    os.utime(path)  # another modification time, so that the inspector reads the file again
     with raises_code(OutOfMemory, "reader_killed", file=str(path)):
         inspector.inspect(path, COLUMNS)
     assert inspector.inspect(path, COLUMNS).rows == 600
@@ -187,7 +187,7 @@ def test_child_killed_during_a_file_is_out_of_memory(tmp_path, valid_bytes, insp
 def test_file_beyond_the_time_limit_is_refused(tmp_path, valid_bytes, inspector, monkeypatch):
     path = write_valid_file(tmp_path, valid_bytes)
     inspector.inspect(path, COLUMNS)
-    os.utime(path)
+    os.utime(path)  # another modification time, so that the inspector reads the file again
     os.kill(inspector._child._process.pid, signal.SIGSTOP)
     monkeypatch.setattr(parquet_inspector, "SECONDS", 0.5)
     with raises_code(DataRefused, "reader_timed_out", file=str(path)) as caught:
@@ -269,7 +269,7 @@ def test_inspector_reads_a_file_again_only_after_a_change(tmp_path, valid_bytes,
 def test_forked_process_starts_another_child(tmp_path, valid_bytes):
     path = write_valid_file(tmp_path, valid_bytes)
     inspect_parquet(path, COLUMNS)
-    os.utime(path)
+    os.utime(path)  # another modification time, so that the inspector reads the file again
     if (pid := os.fork()) == 0:
         os._exit(0 if inspect_parquet(path, ("user",)).rows == 600 else 1)
     assert os.waitpid(pid, 0)[1] == 0
@@ -370,6 +370,7 @@ def test_tensors_beyond_the_available_memory_are_refused_before_they_are_allocat
 ):
     path = write_valid_file(tmp_path, valid_bytes)
     monkeypatch.setenv("RECPRESS_MEMORY_MB", "1")
+    # Both are less than a MiB.
     with raises_code(OutOfMemory, "step_memory", needed_mib=0, available_mib=0):
         prepare(path, signature(), tmp_path)
 

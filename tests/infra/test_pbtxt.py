@@ -1,6 +1,8 @@
 """Protocol buffers in text format: formatted values can be read back, others are refused.
 
-A ``Word`` is a value without quotes, as ``pbtxt_reader`` parses it.
+``pbtxt_reader`` parses a value without quotes as a ``Word``: the name of an enumeration value,
+true, false, inf or nan. ``Word`` and ``Enum`` are strings, so an ``Enum`` equals the ``Word`` with
+its name.
 """
 
 import math
@@ -43,6 +45,7 @@ def parsed_value(value: Any) -> Any:
     if isinstance(value, bool):
         return Word("true" if value else "false")
     if isinstance(value, float) and math.isinf(value):
+        # The reader parses a value that begins with a sign as a number.
         return Word("inf") if value > 0 else float("-inf")
     return value
 

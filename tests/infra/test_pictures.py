@@ -44,16 +44,17 @@ def test_strip_places_value_interval_and_limit_in_order_within_the_chart(
     marks = Mark(at=reference, label="no change"), Mark(at=limit, label="limit")
     svg = draw_strip(value, "held", "title", *marks, refused=side)
     assert all(0 <= float(place) <= 100 for place in POSITIONS.findall(svg))
-    interval, (at,) = positions(svg, "interval"), positions(svg, "point")
+    interval, (position,) = positions(svg, "interval"), positions(svg, "point")
     if interval:
-        assert interval[0] <= at + ROUNDING <= interval[1] + 2 * ROUNDING
+        assert interval[0] <= position + ROUNDING <= interval[1] + 2 * ROUNDING
     else:
         assert value.low == value.high
     edge = positions(svg, "limit")[0]
     start, width = positions(svg, "refused")
     assert (start + width if side == "below" else start) == pytest.approx(edge, abs=ROUNDING)
-    assert (at < edge - ROUNDING) <= (value.point < limit)
-    assert (at > edge + ROUNDING) <= (value.point > limit)
+    # A point on one side of the limit in the chart is on the same side of it as a number.
+    assert (position < edge - ROUNDING) <= (value.point < limit)
+    assert (position > edge + ROUNDING) <= (value.point > limit)
 
 
 def test_bar_lengths_are_proportional_to_bytes():
@@ -80,7 +81,7 @@ def test_composition_segments_are_adjacent_and_sum_to_all_bytes(sizes):
     ]
     svg = draw_composition([("all", parts)], "title")
     rectangles = re.findall(r'<rect class="(\w+)[^>]* x="([\d.]+)%"[^>]* width="([\d.]+)%"', svg)
-    assert len(rectangles) <= MAX_SEGMENTS + 3
+    assert len(rectangles) <= MAX_SEGMENTS + 3  # and one for the small segments of each role
     total_bytes = sum(int(text.replace(",", "")) for text in re.findall(r": ([\d,]+) bytes", svg))
     assert total_bytes == sum(sizes)
     for (_, x, width), (_, following, _) in pairwise(rectangles):
@@ -110,12 +111,12 @@ def test_curve_stays_in_the_chart_and_larger_values_are_higher(rows):
     )
     both_curves = [
         Curve(kind="before", points=points),
-        Curve(kind="after", points=points[::-1][::-1]),
+        Curve(kind="after", points=points),
     ]
     svg = draw_curves(both_curves, "ms", {size: (str(size),) for size, _ in points}, "title")
     heights = [float(y) for y in re.findall(r'<circle[^>]*before"[^>]*cy="([\d.]+)"', svg)]
     assert len(heights) == len(points)
-    assert all(0 < height < 214 for height in heights)
+    assert all(0 < height < 214 for height in heights)  # 214: the height without axis labels
     for (y, (_, value)), (next_y, (_, next_value)) in pairwise(zip(heights, points, strict=True)):
         # Heights are measured from the top and have one decimal.
         assert y < next_y + 0.1 if value.point > next_value.point else next_y < y + 0.1

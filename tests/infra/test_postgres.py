@@ -61,6 +61,7 @@ def test_prepare_creates_a_cluster_once_that_requires_passwords(
 
 @needs_initdb
 def test_failed_initdb_raises_and_leaves_no_cluster(open_folder: Path) -> None:
+    # Postgres reserves names that begin with ``pg_``.
     with raises_code(ChildFailed, "command_failed", command="initdb"):
         postgres.prepare(variables(open_folder, POSTGRES_USER="pg_reserved"))
     assert not (open_folder / "db" / "cluster").exists()

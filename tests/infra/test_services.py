@@ -181,7 +181,8 @@ def test_setup_creates_the_pools_and_buckets_that_services_use() -> None:
     }
     assert worker_pools == set(POOLS)
     assert DOCUMENT["x-client"]["RECPRESS_STORE"].removeprefix("s3://").split("/")[0] in BUCKETS
-    assert ENTRIES["mlflow"]["environment"]["MLFLOW_ARTIFACTS_DESTINATION"][5:] in BUCKETS
+    destination = ENTRIES["mlflow"]["environment"]["MLFLOW_ARTIFACTS_DESTINATION"]
+    assert destination.removeprefix("s3://") in BUCKETS
 
 
 def test_deploy_runs_in_the_folder_of_the_entrypoints(

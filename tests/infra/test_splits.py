@@ -499,6 +499,7 @@ def test_check_ids_accepts_ids_inside_their_tables(split):
 @pytest.mark.parametrize(
     ("name", "policy", "refused"),
     [
+        # A policy for ids outside the table applies only in validation and test.
         ("train", "error", True),
         ("train", "clamp", True),
         ("calibration", "default_row", True),

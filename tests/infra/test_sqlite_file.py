@@ -62,8 +62,8 @@ def kill_writer_at(
     return send(" ".join([str(folder), writer, *map(str, points)]))
 
 
-# Points for ``kill_writer_at``. The last file operations create the link and remove the temporary
-# file.
+# Points for ``kill_writer_at``: steps of 0.025, and of 0.002 from 0.9 to 1, because the last file
+# operations create the link and remove the temporary file.
 FEW_POINTS = [0.5, 1.0]
 MANY_POINTS = [number / 40 for number in range(1, 36)] + [
     0.9 + number / 500 for number in range(51)

@@ -23,6 +23,9 @@ from infra.store.object_store import CHUNK_BYTES, Store
 
 DraftAction = Callable[[ArtifactDraft], object]
 BODY = random.Random(0).randbytes(2 * CHUNK_BYTES + 1000)
+BLOCK_BYTES = 3 * 2**20
+BLOCK_STARTS = range(0, len(BODY), BLOCK_BYTES)
+"""Offsets of the six blocks in which the tests write ``BODY``."""
 
 
 def cut_into_pieces(body: bytes, cut_points: list[int]) -> list[tuple[int, memoryview]]:
@@ -58,6 +61,7 @@ def test_chunk_hashes_accept_offsets_beyond_32_bits():
         hashes.add(at, memoryview(bytes([1] * 8)))
     with raises_code(ArtifactDamaged, "draft_incomplete", start=0):
         hashes.all()
+    # The pieces begin in the chunks 2, 4 and 8. Chunk 8 is complete with its 8 bytes.
     assert sorted(hashes._open_chunks) == [2, 4]
     assert hashes._chunk_hashes == {8: sha256(bytes([1] * 8))}
 
@@ -94,13 +98,12 @@ def test_byte_outside_the_file_is_refused(at: int, size: int):
         ChunkHashes(10, 4).add(at, memoryview(bytes(size)))
 
 
-def write_missing_blocks(
-    artifact_draft: ArtifactDraft, rounds: int = 99, size: int = 3 * 2**20
-) -> None:
-    """Write at most ``rounds`` of the blocks of ``BODY`` that are not written yet."""
-    missing = [at for at in range(0, len(BODY), size) if not artifact_draft.has_block(str(at))]
-    for at in missing[:rounds]:
-        artifact_draft.write(str(at), [(at, memoryview(BODY)[at : at + size])])
+def write_missing_blocks(artifact_draft: ArtifactDraft, max_blocks: int = 99) -> None:
+    """Write at most ``max_blocks`` of the blocks of ``BODY`` that are not written yet."""
+    missing = [start for start in BLOCK_STARTS if not artifact_draft.has_block(str(start))]
+    for start in missing[:max_blocks]:
+        block = memoryview(BODY)[start : start + BLOCK_BYTES]
+        artifact_draft.write(str(start), [(start, block)])
 
 
 def write_and_publish(into: Path) -> StoreManifest:
@@ -128,12 +131,14 @@ class Killed(BaseException):
     """Simulates that the process is killed."""
 
 
-def interrupt(into: Path, rounds: int, job: str = "job", action: DraftAction | None = None) -> None:
+def interrupt(
+    into: Path, max_blocks: int, job: str = "job", action: DraftAction | None = None
+) -> None:
     """Write some blocks of a draft, call ``action``, and leave the files of a killed process."""
 
     def run() -> None:
         with open_draft(into, job, "data", len(BODY)) as artifact_draft:
-            write_missing_blocks(artifact_draft, rounds)
+            write_missing_blocks(artifact_draft, max_blocks)
             if action is not None:
                 action(artifact_draft)
             raise Killed
@@ -153,13 +158,13 @@ def test_incomplete_draft_cannot_be_sealed_and_leaves_no_result(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("rounds", [0, 1, 4, 99])
-def test_interrupted_draft_resumes_and_gives_the_same_result(rounds: int, tmp_path: Path):
+@pytest.mark.parametrize("max_blocks", [0, 1, 4, 99])
+def test_interrupted_draft_resumes_and_gives_the_same_result(max_blocks: int, tmp_path: Path):
     expected = write_and_publish(tmp_path / "whole")
-    interrupt(tmp_path / "out", rounds)
+    interrupt(tmp_path / "out", max_blocks)
     with open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
-        written = [at for at in range(0, len(BODY), 3 * 2**20) if artifact_draft.has_block(str(at))]
-    assert len(written) == min(rounds, 6)
+        written = [start for start in BLOCK_STARTS if artifact_draft.has_block(str(start))]
+    assert len(written) == min(max_blocks, len(BLOCK_STARTS))
     assert write_and_publish(tmp_path / "out") == expected
     assert (tmp_path / "out" / "files" / "data").read_bytes() == BODY
 
@@ -169,10 +174,10 @@ def test_block_with_lost_bytes_is_written_again(tmp_path: Path):
     interrupt(tmp_path / "out", 4)
     unfinished = tmp_path / ".out.part" / "files" / "data"
     with unfinished.open("r+b") as file:  # as after a power failure that lost these bytes
-        file.seek(3 * 2**20 + 5)
+        file.seek(BLOCK_BYTES + 5)
         file.write(bytes(100))
     with open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
-        is_written = [artifact_draft.has_block(str(at * 2**20)) for at in (0, 3, 6, 9)]
+        is_written = [artifact_draft.has_block(str(start)) for start in BLOCK_STARTS[:4]]
         assert is_written == [True, False, True, True]
     assert write_and_publish(tmp_path / "out") == expected
 
@@ -184,8 +189,7 @@ def test_incomplete_journal_line_is_ignored_and_later_lines_are_read(tmp_path: P
     journal.write_bytes(journal.read_bytes()[:-9])
     for before, after in ((2, 3), (3, 4)):
         with open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
-            starts = range(0, len(BODY), 3 * 2**20)
-            assert sum(artifact_draft.has_block(str(start)) for start in starts) == before
+            assert sum(artifact_draft.has_block(str(start)) for start in BLOCK_STARTS) == before
             write_missing_blocks(artifact_draft, after - before)
     assert write_and_publish(tmp_path / "out") == expected
 

@@ -18,7 +18,8 @@ from infra.store.draft import open_draft
 from infra.store.object_store import Store
 from infra.store.temporary import MAX_AGE_SECONDS, owned_name, remove_leftovers, scratch_folder
 
-NO_EARLIER_NAMES = re.compile(r"(?!)")  # matches nothing
+# Instead of the pattern of names that version 0.1.0 gave to temporary files: matches nothing.
+NO_EARLIER_NAMES = re.compile(r"(?!)")
 ROOT = Path(__file__).parents[2]
 
 # Code of processes that start to write below ``top`` and call ``wait()`` with an unfinished file.
@@ -197,6 +198,7 @@ def test_remove_leftovers_removes_a_symlink_and_keeps_its_target(
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "f").touch()
     start = temporary._start_time(os.getpid())
+    # The name of a file of a process that has ended: with the same PID and another start time.
     link = tmp_path / owned_name("x", "tmp").replace(f"-{start}-", "-1-")
     link.symlink_to(tmp_path / "kept")
     assert remove_leftovers(tmp_path, NO_EARLIER_NAMES) == 1

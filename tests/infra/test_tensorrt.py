@@ -1,6 +1,9 @@
 """Build TensorRT-RTX engines in a child process, and audit their weights and scratch memory.
 
-``infra/tensorrt/audit.py`` explains the terms of the audit: widened, scratch memory, twin, flat.
+A builder may widen a table: convert its packed numbers to a wider type, in the engine's weights or
+in scratch memory, the temporary memory of a call. The audit compares the scratch memory with that
+of a twin, an engine of the same graph with half the rows in large tables: it is "flat" if both are
+equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
 """
 
 import hashlib

@@ -1,6 +1,9 @@
 """TensorRT-RTX engines of tables with codebooks: the codes stay packed.
 
-``infra/tensorrt/audit.py`` explains the terms of the audit: widened, scratch memory, flat.
+A builder may widen a table: convert its packed numbers to a wider type, in the engine's weights or
+in scratch memory, the temporary memory of a call. The audit compares the scratch memory with that
+of a twin, an engine of the same graph with half the rows in large tables: it is "flat" if both are
+equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
 """
 
 import onnx
@@ -73,8 +76,8 @@ def build(step: TableStep, tmp_path, modify=None) -> tuple[Engine, int]:
     """
     module = Fields(random_table(step)).eval()
     path = tmp_path / "model.onnx"
-    (form,) = served_graphs(SIGNATURE)
-    lowered = lower(module, form, "tensorrt-rtx", path)
+    (served_graph,) = served_graphs(SIGNATURE)
+    lowered = lower(module, served_graph, "tensorrt-rtx", path)
     if modify is not None:
         graph = onnx.load(path)
         modify(graph)

@@ -1,6 +1,9 @@
 """TensorRT-RTX engines of tables in every quantized format: the table stays packed.
 
-``infra/tensorrt/audit.py`` explains the terms of the audit: widened, scratch memory, twin, flat.
+A builder may widen a table: convert its packed numbers to a wider type, in the engine's weights or
+in scratch memory, the temporary memory of a call. The audit compares the scratch memory with that
+of a twin, an engine of the same graph with half the rows in large tables: it is "flat" if both are
+equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
 """
 
 from pathlib import Path
@@ -94,7 +97,9 @@ def build_request(case: Case, folder: Path) -> BuildRequest:
     )
     packed = stored_bytes(model.module)
     assert packed == ROWS * case.row_bytes + bytes_outside_rows(model.module)
-    lowered = lower(model.module, only_graph(SIGNATURE), "tensorrt-rtx", folder / "model.onnx", 64)
+    lowered = lower(
+        model.module, only_graph(SIGNATURE), "tensorrt-rtx", folder / "model.onnx", most_rows=64
+    )
     (table,) = lowered.tables
     weights = TableWeights(
         module=table.module, rows=table.rows, initializers=table.names, every=table.every
