@@ -134,6 +134,7 @@ class ModelRefused(CompressionError):
     """The stored weights do not fit the architecture, or the network's scores are unusable."""
 
     sentences: ClassVar = {
+        "device_processes_failed": "{problem}",  # the message of the process that failed
         "construction_failed": "{architecture} cannot be built: {problem}",
         "initial_weights_used": (
             "{architecture} computes {names} from its initial weights ({count} tensor(s) "

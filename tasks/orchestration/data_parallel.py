@@ -22,7 +22,7 @@ from compressors.contracts import Artifact, Bench, Frozen, Network, Plan, Reason
 from compressors.core.placement import require_device
 from compressors.core.registries import AnyStep
 from compressors.core.skipping import run_or_skip
-from compressors.errors.compression import CompressionError, NothingToCompress
+from compressors.errors.compression import CompressionError, ModelRefused, NothingToCompress
 from compressors.errors.steps import StepRefused
 from infra.child import run_child, serve
 from infra.errors import BuildRefused
@@ -71,12 +71,14 @@ class RankOutcome(Frozen):
         plan: plan of the compressed model.
         left_out: the result of a step that changes nothing.
         refused: the message of the step's error.
+        is_model_refused: whether the error is a ``ModelRefused``, which no other step avoids.
     """
 
     network: Network | None = None
     plan: Plan | None = None
     left_out: NotApplicable | None = None
     refused: str | None = None
+    is_model_refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def run_step_on_devices(
     Raises:
         StepRefused: the step raised a ``CompressionError`` (the field ``problem`` is its sentence),
             there is no result, or a device does not exist.
+        ModelRefused: the step raised it; the field ``problem`` is its sentence.
         ChildFailed: the child process crashed or was killed.
     """
     for device in devices:
@@ -129,12 +132,11 @@ def run_step_on_devices(
     outcome = RankOutcome.model_validate(response)
     if outcome.left_out is not None:
         return outcome.left_out
-    if outcome.refused is not None or outcome.network is None:
-        raise (
-            StepRefused("result_missing")
-            if outcome.refused is None
-            else StepRefused("device_processes_failed", problem=outcome.refused)
-        )
+    if outcome.refused is not None:
+        error_class = ModelRefused if outcome.is_model_refused else StepRefused
+        raise error_class("device_processes_failed", problem=outcome.refused)
+    if outcome.network is None:
+        raise StepRefused("result_missing")
     return StepResult(outcome.network, outcome.plan)
 
 
@@ -188,7 +190,7 @@ def run_rank(rank: int, request: str, parent: str) -> None:
     except NothingToCompress as fault:
         outcome = RankOutcome(left_out=not_applicable(fault))
     except CompressionError as fault:  # every rank raises it, since all compute the same numbers
-        outcome = RankOutcome(refused=str(fault))
+        outcome = RankOutcome(refused=str(fault), is_model_refused=isinstance(fault, ModelRefused))
     if rank == 0:
         _outcome_file(Path(parent)).write_text(outcome.model_dump_json())
     # gloo aborts a process that waits for another one whose connections are closed.

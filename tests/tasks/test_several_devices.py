@@ -3,6 +3,7 @@
 Each process is a rank. Here two ranks train on the CPU.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import Tensor
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.training import data_parallel
 from compressors.distill.training.settings import Training
+from compressors.errors.compression import ModelRefused
 from compressors.errors.steps import StepRefused
 from compressors.prune.dense.l1_training import L1Training
 from infra.bundle.bundle_folder import read
 from tasks.bundles.loading import bench_of, split_of
 from tasks.bundles.packing import pack
+from tasks.orchestration import data_parallel as rank_processes
 from tasks.orchestration.data_parallel import (
     RankOutcome,
     SharedWork,
@@ -107,6 +110,22 @@ def test_divergence_is_written_to_the_outcome_of_the_rank(work: StepInputs, tmp_
     assert "Training diverged: the loss is" in outcome.refused
 
 
+def test_refused_model_is_reported_as_such_by_a_rank_and_to_the_caller(
+    work: StepInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: StepInputs, __: Path) -> StepResult:
+        raise ModelRefused("score_not_finite", architecture="net", rows=3)
+
+    monkeypatch.setattr(rank_processes, "run_step", refuse)
+    shared = SharedWork(work=work, devices=("cpu",), folder=str(tmp_path / "result"))
+    run_rank(0, shared.model_dump_json(), str(tmp_path))
+    response = json.loads((tmp_path / "outcome.json").read_text())
+    monkeypatch.setattr(rank_processes, "run_child", lambda *_: response)
+    with raises_code(ModelRefused, "device_processes_failed") as caught:
+        run_step_on_devices(work, TWO_DEVICES, tmp_path / "other")
+    assert caught.value.fields["problem"].startswith("net must return one finite score")
+
+
 def test_missing_device_is_refused_before_a_process_starts(
     work: StepInputs, tmp_path: Path
 ) -> None:
@@ -114,7 +133,7 @@ def test_missing_device_is_refused_before_a_process_starts(
         pytest.skip("this machine has two GPUs")
     with raises_code(StepRefused, "device_missing", device="cuda:1"):
         run_step_on_devices(work, ["cpu", "cuda:1"], tmp_path / "result")
-    assert not (tmp_path / "together").exists()
+    assert not (tmp_path / "child").exists()
 
 
 def test_rank_share_is_the_whole_batch_without_a_process_group() -> None:
