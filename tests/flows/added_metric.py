@@ -40,7 +40,7 @@ class Brier:
         before, after = (
             mean_of_rows(squared_errors(pair.label, score), groups) for score in pair.scores
         )
-        return grouped_pair(before, after, self.metric.high, groups.rows.size, "")
+        return grouped_pair(before, after, self.metric.high, counted=groups.rows.size, which="")
 
 
 BRIER = Metric(

@@ -16,19 +16,19 @@ from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 @dataclass(frozen=True)
 class SignsFormat:
-    """Stores ``signs`` int8 ``(rows, dim)``, -1 or 1, and ``length`` float32 ``(rows,)``."""
+    """Stores ``signs`` int8 ``(rows, dim)``, -1 or 1, and ``scale`` float32 ``(rows,)``."""
 
     name: str = "signs"
     learned: tuple[str, ...] = ()
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         signs = TensorSpec((rows, dim), torch.int8)
-        return {"signs": signs, "length": TensorSpec((rows,), torch.float32)}
+        return {"signs": signs, "scale": TensorSpec((rows,), torch.float32)}
 
     def lookup(
         self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
     ) -> Tensor:
-        return stored["signs"][ids].float() * stored["length"][ids].unsqueeze(-1)
+        return stored["signs"][ids].float() * stored["scale"][ids].unsqueeze(-1)
 
 
 SIGNS = SignsFormat()
@@ -53,7 +53,7 @@ class Signs(StepSettings):
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         signs = torch.where(block < 0, -1, 1).to(torch.int8)
-        return {"signs": signs, "length": block.abs().mean(dim=1)}
+        return {"signs": signs, "scale": block.abs().mean(dim=1)}
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def prefect_server() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for service in UNUSED_SERVICES:
             patch.setenv(f"PREFECT_SERVER_SERVICES_{service}_ENABLED", "false")
-        # Without heartbeats a run ends up to a second earlier: it would wait for their thread.
+        # With heartbeats, each run waits at its end for the thread that sends them, up to a second.
         no_heartbeats = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
         with prefect_test_harness(server_startup_timeout=90), no_heartbeats:
             yield

@@ -124,7 +124,13 @@ class RecipeRun:
 def run_recipe(order: Order) -> RecipeRun:
     """Run only the recipe of an order: no graph is lowered, and no limit is judged."""
     with without_prefect_engine() as tasks:
-        run = Run(order, find_bundle(order.model), (), {}, progress.Progress(stages=1))
+        run = Run(
+            order,
+            find_bundle(order.model),
+            teachers=(),
+            champions={},
+            progress=progress.Progress(stages=1),
+        )
         result = recipe.apply_recipe(run)
         stages = recipe.measure_recipe_stages(
             run, result, run.prepare_split("test"), run.prepare_ranking()

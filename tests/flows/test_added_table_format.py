@@ -28,10 +28,10 @@ def test_registered_table_format_is_stored_lowered_and_measured(added_order: Add
     assert line.format == "signs"
     table = added_order.compressed.module.get_submodule("item")
     assert isinstance(table, PackedTable)
-    assert line.bytes_after == table.rows * (table.dim + 4)
+    assert line.bytes_after == table.rows * (table.dim + 4)  # int8 signs and a float32 scale
     assert set(np.unique(table.get_buffer("signs"))) == {-1, 1}
     (graph,) = added_order.report.targets[0].lowering.graphs
-    assert graph.rows_parity.largest < 1e-6  # float32 products of signs and lengths are exact
+    assert graph.rows_parity.largest < 1e-6  # float32 products of signs and scales are exact
 
 
 def test_registered_table_format_is_listed_for_table_files_and_orders(signs: None) -> None:

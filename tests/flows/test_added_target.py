@@ -31,7 +31,7 @@ from compressors.lower.targets.target import EXACT, Tolerance
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.orders import build_terms
 from flows.order import Order
-from flows.terms import Targets
+from flows.terms import Targets, Terms
 from infra.errors import BuildRefused, CommandRefused
 from tasks.bundles.packing import pack
 from tasks.orchestration.documents import Report, report_of
@@ -259,7 +259,7 @@ def test_registered_target_is_lowered_measured_judged_and_published(
     assert [item.limit for item in added.verdict.judgements] == list(LIMITS)
     (graph,) = added.lowering.graphs
     assert graph.audit is not None
-    assert graph.audit.packed_tables == 3
+    assert graph.audit.packed_tables == 3  # user, item and tags
     assert graph.rows_parity.rows == PARITY_ROWS
 
     measured = report.measured[added.target]
@@ -339,7 +339,7 @@ def test_added_target_with_a_builder_is_measured_with_its_engines(
     assert target.verdict.outcome == "accepted", target.verdict.reason
     assert target.audits == {"model": {"copied_bytes": target.bytes}}
     assert target.lowering.graphs[0].audit is None  # the builder audits the engine instead
-    assert [name for name, _ in result.tasks].count("build not-optimized") == 2
+    assert [name for name, _ in result.tasks].count("build not-optimized") == 2  # untouched, result
     assert (local(target.artifact) / "model.copy").exists()
     assert not (local(target.artifact) / "model.onnx").exists()
 
@@ -355,12 +355,23 @@ def test_optional_target_that_cannot_load_the_untouched_model_is_skipped(
     assert report.outcome == "accepted"
 
 
+def build_terms_for_added_target() -> Terms:
+    """Build the order of ``recpress compress clicks --target not-optimized``."""
+    return build_terms(
+        "clicks",
+        "safe",
+        ["auc vs baseline >= -0.1"],
+        targets=[TARGET.name],
+        optional=[],
+        promote=False,
+        seed=0,
+    )
+
+
 def test_added_target_is_in_the_form_and_in_the_command_line(added_target: None) -> None:
     field = Targets.model_json_schema()["properties"]["not_optimized"]
     assert field["enum"] == ["required", "optional", "off"]
-    ordered = build_terms(
-        "clicks", "safe", ["auc vs baseline >= -0.1"], [TARGET.name], [], False, 0
-    )
+    ordered = build_terms_for_added_target()
     assert ordered.targets.requirements() == {
         "onnxruntime": "required",
         "not-optimized": "required",
@@ -381,7 +392,7 @@ def test_unregistered_target_is_refused_as_unknown() -> None:
     with raises_value_error("target_unknown", target="not_optimized"):
         order_for(not_optimized="required")
     with raises_code(CommandRefused, "target_unknown", target="not-optimized"):
-        build_terms("clicks", "safe", ["auc vs baseline >= -0.1"], [TARGET.name], [], False, 0)
+        build_terms_for_added_target()
 
 
 def test_registering_a_target_twice_or_a_second_default_raises_value_error(

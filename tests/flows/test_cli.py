@@ -135,12 +135,16 @@ def test_accepted_order_exits_with_code_0_and_prints_table_and_fetch_command(
 
 @pytest.mark.parametrize(
     ("limit", "outcome", "code"),
-    [("bytes vs baseline <= 0.02", "rejected", 3), ("between", "undecided", 4)],
+    [
+        ("bytes vs baseline <= 0.02", "rejected", 3),
+        # None: a limit inside the interval that was measured.
+        (None, "undecided", 4),
+    ],
 )
 def test_rejected_order_exits_with_code_3_and_undecided_order_with_code_4(
-    accepted_order: AcceptedOrder, call: Any, limit: str, outcome: str, code: int
+    accepted_order: AcceptedOrder, call: Any, limit: str | None, outcome: str, code: int
 ) -> None:
-    if limit == "between":
+    if limit is None:
         measured = accepted_order.result.finished.report.measurement
         assert measured is not None
         change = measured.numbers.of("auc", "baseline")

@@ -67,7 +67,8 @@ def test_set_accepts_numbers_booleans_and_lists(call: Call, source: Path, tmp_pa
     code, output, err = call("quantize", source, tmp_path / "out", *options, "--json")
     assert (code, err) == (0, "")
     lines = {line["module"]: line for line in json.loads(output)["plan"]["lines"]}
-    assert lines["user"]["bytes_after"] == 500 * 8 + 2 * 2 * 63  # scale and offset per 8 rows
+    # 500 rows of 8 codes, and a float16 scale and offset for each of 63 blocks of 8 rows.
+    assert lines["user"]["bytes_after"] == 500 * 8 + 2 * 2 * 63
     options = ("--format", "kmeans", "--set", "bits=2", "--set", 'tables=["user"]')
     code, _, _ = call("quantize", source, tmp_path / "two", *options)
     assert code == 0

@@ -124,6 +124,7 @@ def test_telemetry_is_off_in_every_process(local_services: LocalServices) -> Non
             telemetry = {name: values.get(name, "") for name in TELEMETRY_OFF}
             assert telemetry == TELEMETRY_OFF, command_line
             checked |= services
+        # "weed" is the program of SeaweedFS, the object store.
         assert "weed" not in command_line[:1] or "-master.telemetry=false" in command_line
     assert checked == {"prefect", "mlflow"}
 
@@ -217,6 +218,8 @@ def test_store_refuses_http_requests_without_a_key_on_every_port(
         for pid, command_line in command_lines_by_pid(local_services).items()
         if command_line[:1] == ["weed"]
     )
+    # Requests of SeaweedFS's HTTP interfaces (master, volume and filer), and of S3. "1,0112345678"
+    # has the form of a file id on a volume.
     requests = (
         ("GET", "/dir/assign"),
         ("GET", "/col/delete?collection=recpress"),

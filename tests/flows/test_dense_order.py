@@ -30,6 +30,8 @@ def test_report_describes_how_targets_run_int4_and_sparse_layers(
     served, built = report.targets
     (graph,) = served.lowering.graphs
     assert graph.audit is not None
+    # ONNX Runtime multiplies by the int4 codes of "cross", and converts the int8 codes of "out" to
+    # float32 when it loads the graph.
     assert (graph.audit.packed_layers, graph.audit.widened_layers) == (1, 1)
     assert graph.audit.nodes["MatMulNBits"] == 1
     assert graph.sparse_layers == ("first", "second")

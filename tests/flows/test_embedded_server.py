@@ -52,7 +52,7 @@ START_SECONDS = 120  # for a busy machine; an idle one needs about 12 s
 END_SECONDS = 200
 SHORT_PREFECT_LIMIT = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1"}
 """Prefect's own time limit for a start, which must have no effect."""
-SUSPENDED_SECONDS = 3
+SUSPENDED_SECONDS = 3  # longer than SHORT_PREFECT_LIMIT
 SERVER_MODULES = ("flows.server.embedded_server", "prefect.server.api.server")
 
 
@@ -188,6 +188,7 @@ def starting_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
         monkeypatch.setenv(name, "to be restored afterwards")
     monkeypatch.setattr(embedded_server, "_STOP_SECONDS", 0.5)  # a suspended server is killed
+    # Starting a server replaces Prefect's global settings; monkeypatch restores them.
     context = prefect.context.GLOBAL_SETTINGS_CONTEXT
     monkeypatch.setattr(prefect.context, "GLOBAL_SETTINGS_CONTEXT", context)
     settings = {
@@ -219,7 +220,7 @@ def test_cpu_seconds_grow_for_a_busy_process_and_not_for_a_suspended_one() -> No
         time.sleep(0.5)
         before = cpu_seconds(process.pid)
         time.sleep(1)
-        assert cpu_seconds(process.pid) - before >= CPU_SECONDS
+        assert cpu_seconds(process.pid) - before >= CPU_SECONDS  # which counts as progress
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(0.1)
         before = cpu_seconds(process.pid)

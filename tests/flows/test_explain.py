@@ -54,8 +54,8 @@ def test_explain_bounds_the_bytes_of_an_order_with_a_budget(
 ) -> None:
     report, explanation = accepted_order.result.finished.report, session_explanation
     assert explanation.bytes_between is not None
-    least, most = explanation.bytes_between
-    assert least < report.stages[-1].bytes <= most
+    lower_bound, upper_bound = explanation.bytes_between
+    assert lower_bound < report.stages[-1].bytes <= upper_bound
     assert {"channels", "distill", "fold"} <= set(report.idle_reasons)
     expected = {name: report.idle_reasons[name] for name in ("channels", "distill", "fold")}
     assert skip_reasons(explanation) == expected

@@ -69,6 +69,7 @@ def test_damaged_request_record_counts_as_absent(
     order = upgraded_order.order
     path = store().folder / request_key(request_digest(order, find_bundle(order.model), {}))
     record = path.read_bytes()
+    # The last body names another order, so the checksum of the record is wrong.
     for body in (b"{}", b"not JSON", record.replace(b'"order": "', b'"order": "0')):
         path.write_bytes(body)
         assert find_completed_result(order) is None

@@ -90,7 +90,7 @@ def test_requirements_omit_targets_that_are_off() -> None:
 
 def test_decreasing_batch_sizes_are_refused() -> None:
     with raises_value_error("batch_sizes_shrink"):
-        Targets(smallest_batch=65)
+        Targets(smallest_batch=65)  # the default of best_batch is 64
 
 
 def test_unknown_field_is_refused() -> None:

@@ -49,6 +49,7 @@ def test_flow_raises_out_of_memory_before_any_work_if_an_order_does_not_fit(home
         compress.fn(safe_order())
     sentence = str(caught.value)
     bundle = find_bundle("clicks")
+    # The weights do not count: they are a memory-mapped file, whose pages can be freed.
     needed = estimate_memory(safe_order(), bundle).peak - bundle.weight_bytes
     for part in (f"use {needed // 2**20:,} MiB", "300 MiB are available", "RECPRESS_MEMORY_MB"):
         assert part in sentence, sentence
@@ -138,7 +139,14 @@ main()
 def run_under_limit(
     env: dict[str, str], kind: str, limit: int, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process with a resource limit in MiB."""
+    """Run a command of recpress in a process with a resource limit.
+
+    Args:
+        env: environment variables of the process.
+        kind: the limited resource, a name of the module ``resource``.
+        limit: the limit in MiB.
+        arguments: the arguments of the command.
+    """
     return subprocess.run(
         [sys.executable, "-c", LIMITED_COMMAND, kind, str(limit), *arguments],
         capture_output=True,
@@ -149,7 +157,13 @@ def run_under_limit(
 
 
 def check_pack_under_limit(tmp_path, limit: int, kind: str = "RLIMIT_AS") -> None:
-    """Assert that pack succeeds under a limit, or exits with code 1 and stores no bundle."""
+    """Assert that pack succeeds under a limit, or exits with code 1 and stores no bundle.
+
+    Args:
+        tmp_path: the fixture.
+        limit: the limit in MiB.
+        kind: the limited resource: the address space, or with ``RLIMIT_DATA`` the data segment.
+    """
     draft = write_draft(tmp_path / "draft")
     process = run_under_limit(environment(tmp_path), kind, limit, "bundle", "pack", str(draft))
     output = process.stderr

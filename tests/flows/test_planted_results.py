@@ -127,7 +127,7 @@ def planted_records(keys: dict[str, str], trap: Path) -> dict[str, dict[str, byt
             task: sealed_record(task, {"__exc_type__": f"{MODULE}.Thing", "message": "x"})
             for task in keys
         },
-        "serializer named next to a valid value": {
+        "class to import, and a serializer": {
             task: sealed_record(task, decoder, metadata={"serializer": {"type": "pickle"}})
             for task in keys
         },

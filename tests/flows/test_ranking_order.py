@@ -29,6 +29,7 @@ def test_ranking_model_is_judged_on_its_groups(empty_home: Path) -> None:
     assert ndcg_3 is not None
     assert ndcg_3.point < ndcg.point
     assert report.measurement.baseline.of("p50_ms@7", "absolute") is not None
+    # Score changes are in standard deviations of the baseline's scores.
     assert report.measurement.numbers.score_unit == "spread"
     changed_top = report.measurement.numbers.of("changed_top1", "absolute")
     assert changed_top is not None

@@ -25,6 +25,7 @@ MEANINGLESS_LIMITS = [
     ("auc vs baseline >= nan", "finite"),
     ("auc >= -0.002", "auc vs baseline"),
 ]
+"""A limit, and a part of the error message: mostly the limit that it suggests instead."""
 
 
 class CommandResult(NamedTuple):
@@ -161,7 +162,7 @@ def test_pack_and_check_print_warnings_about_the_model(call: Call, tmp_path: Pat
 
     draft = write_draft(tmp_path / "draft")
     weights = load_file(draft / "model.safetensors")
-    weights["out.bias"] += 4
+    weights["out.bias"] += 4  # so the mean prediction is far above the mean label
     save_file(weights, draft / "model.safetensors")
     packed = call("bundle", "pack", str(draft))
     assert packed.code == 0, packed.err

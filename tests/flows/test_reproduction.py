@@ -50,8 +50,8 @@ def terms_of_command(command: str) -> Terms:
         options_by_name["limit"],
         targets,
         optional,
-        False,
-        int(seed),
+        promote=False,
+        seed=int(seed),
         teacher=options_by_name.get("teacher"),
     )
 

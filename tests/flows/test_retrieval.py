@@ -61,7 +61,7 @@ def test_retrieval_order_is_accepted_with_all_tables_and_layers_quantized(
         "of_item.tags": "rowwise_int4",
         "of_item.out": "static_int8",
     }
-    served = report.targets[0].lowering.graphs
+    served = report.targets[0].lowering.graphs  # of the query tower and of the item tower
     assert [graph.audit.int8_products for graph in served if graph.audit] == [2, 1]
     assert [graph.audit.packed_tables for graph in served if graph.audit] == [2, 2]
 
@@ -160,10 +160,10 @@ def test_report_contains_retrieval_metrics_latency_and_stages(
     metrics = [number.metric for number in finished.report.measurement.baseline.numbers]  # type: ignore[union-attr]
     assert metrics[:3] == ["recall@20", "ndcg@20", "bytes"]
     numbers = finished.report.measurement.numbers  # type: ignore[union-attr]
-    for metric, least in (("score_correlation", 0.9), ("top20_overlap", 0.5)):
+    for metric, lower_bound in (("score_correlation", 0.9), ("top20_overlap", 0.5)):
         estimate = numbers.of(metric, "absolute")
         assert estimate is not None
-        assert least < estimate.point < 1, metric
+        assert lower_bound < estimate.point < 1, metric
     require_reason(finished.report.targets[0].verdict.reasons, "top20_overlap")
     text = (local(finished.release) / "report.md").read_text()
     assert "Recall@20" in text

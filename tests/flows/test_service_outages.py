@@ -75,7 +75,9 @@ def test_task_waits_for_an_unavailable_registry_and_completes(
 def test_task_fails_with_the_outage_at_its_deadline(
     prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outages, "DEADLINE_SECONDS", 12.0)  # the first two delays of 2 and 5 s fit
+    # A retry is refused if its delay in outages.DELAYS would exceed the deadline. The first two
+    # delays of 2 and 5 s always fit; Prefect waits only the short delays of retried_task.
+    monkeypatch.setattr(outages, "DEADLINE_SECONDS", 12.0)
     tries: list[float] = []
 
     def publish() -> int:
@@ -153,7 +155,13 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def start_order(seed: int, stage: str) -> UUID:
-    """Submit an order and wait until it has reached a stage."""
+    """Submit an order and wait until it has reached a stage.
+
+    Args:
+        seed: the order's seed. Every test needs another one, since a completed order is not run
+            again.
+        stage: end of the log message of the stage.
+    """
     run: UUID = run_deployment(
         "compress/compress", parameters={"order": {**ORDER, "seed": seed}}, timeout=0
     ).id
@@ -187,6 +195,7 @@ def wait_for_end(run: UUID) -> FlowRun:
 
 @pytest.mark.parametrize(
     ("seed", "words"),
+    # The store is SeaweedFS, whose program is "weed".
     [(1, "server start"), (2, "weed"), (3, "mlflow server")],
     ids=["prefect", "store", "registry"],
 )
@@ -227,6 +236,7 @@ def test_order_continues_after_its_worker_or_process_was_killed(
             return prefect.read_flow_run(run).state_name not in {"Running", "Crashed"}
 
     wait_until(is_rescheduled)
+    # Prefect marks a run as crashed after 140 s without a heartbeat.
     assert time.monotonic() - kill_time < 180
     flow_run = wait_for_end(run)
     assert (flow_run.state_name, flow_run.run_count) == ("Completed", 2), read_messages(run)
@@ -271,7 +281,7 @@ def test_run_whose_process_is_killed_3_times_stays_crashed(
     for start in (1, 2, 3):
         wait_until(lambda start=start: run_count() == start)  # type: ignore[misc]
         os.kill(find_run_process(local_services), signal.SIGKILL)
-    time.sleep(60)
+    time.sleep(60)  # so that the automation could start the run again
     with get_client(sync_client=True) as prefect:
         flow_run = prefect.read_flow_run(run)
     assert (flow_run.state_name, flow_run.run_count) == ("Crashed", 3)

@@ -81,6 +81,7 @@ def test_plan_states_the_teachers_and_training_rows_that_explain_predicted(
     assert line is not None
     assert codes_of(line.reasons)[:2] == ["trained_on_both", "several_teachers"]
     require_reason(line.reasons, "trained_on_both", step="distill", rows=1000, traffic=700)
+    # The teachers are the model itself and the two that the order names.
     require_reason(line.reasons, "several_teachers", teachers=3)
     assert line.reasons[2].code in ("trained_to_epoch", "training_unchanged")
     predicted = explain(ORDER).plan.lines

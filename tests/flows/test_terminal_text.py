@@ -44,7 +44,10 @@ HOSTILE = {
     "html": "<script>alert(1)</script>",
     "table": "a|b`c",
 }
-"""Texts that could control a terminal, a log or a page, by kind."""
+"""Texts that could control a terminal, a log or a page, by kind.
+
+Joined texts are used without ".", which separates the parts of a module's name.
+"""
 
 NOT_MODULE_NAMES = {"line", "return"}
 """Kinds that pack refuses in the name of a module, because torch writes such names into code."""
