@@ -10,7 +10,7 @@ from compressors.errors.steps import StepRefused
 from flows import resolve
 from flows.cli import errors as cli_errors
 from tasks.orchestration.documents import Finished
-from tests.tasks.reports import report
+from tests.tasks.reports import create_report
 
 DOCUMENTED_CODES = {"accepted": 0, "rejected": 3, "undecided": 4, "built-unmeasured": 4}
 """The exit codes in docs/gates.md."""
@@ -23,7 +23,7 @@ def test_completed_order_exits_with_the_code_of_its_outcome(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report_of_outcome = report(tmp_path, "a" * 64, {"onnxruntime": outcome})
+    report_of_outcome = create_report(tmp_path, "a" * 64, {"onnxruntime": outcome})
     finished = Finished(
         report=report_of_outcome,
         release=report_of_outcome.source,

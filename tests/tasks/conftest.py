@@ -52,10 +52,10 @@ def prepared_home(
             _use_home(folder, empty_registry, monkeypatch)
             monkeypatch.setenv("RECPRESS_TRITON", str(folder / "triton"))
             monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-            for digit in orders:
-                publish_version(folder, digit)
-            for digit in promoted:
-                promote("m", str(orders.index(digit) + 1), reason="")
+            for order_digit in orders:
+                publish_version(folder, order_digit)
+            for order_digit in promoted:
+                promote("m", str(orders.index(order_digit) + 1), reason="")
         return folder
 
     return prepare

@@ -5,8 +5,9 @@ promotes them. Then it reads commands from standard input, one per line:
 
 - ``kill COMMAND STEP``: for every STEP-th operation on files or the registry, run COMMAND in a
   process that is killed at this operation, then run it again to its end. COMMAND is ``rollback``,
-  ``from`` (a rollback from version 3) or ``promote`` (of version 2). With ``rollback+reader``,
-  another process reads the champion in between.
+  ``rollback_from_3`` (a rollback that names version 3 as the champion to replace) or ``promote``
+  (of version 2). Each makes version 2 the champion. With ``rollback+reader``, another process
+  reads the champion in between.
 - ``race COMMAND N``: run COMMAND in N processes at once. COMMAND can also be ``publish``.
 
 Each command is followed by output lines of JSON and an empty line. Processes are forks of this one,
@@ -16,6 +17,7 @@ so that they need no imports.
 import json
 import os
 import shutil
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,16 +42,27 @@ HOME = Path(sys.argv[1])
 COPY = HOME / "copy"  # the home before any command
 EMPTY_REGISTRY = HOME / "empty" / "registry.db"
 
+LAST_OPERATIONS = 6
+"""How many operations at the end of a command are always among those at which it is killed.
+
+They update the alias and the Triton repository.
+"""
+MIN_FAST_STEP = 101
+"""From this step on, ``FAST_LAST_OPERATIONS`` applies: the default tier of tests has to be fast."""
+FAST_LAST_OPERATIONS = {"rollback": 3}
+"""Replaces ``LAST_OPERATIONS``, by command; 1 for the other commands."""
+
 
 def run_command(command: str) -> str:
     """Run a command; returns the champion's version, and whether the command added a ledger entry.
 
     Args:
-        command: ``rollback``, ``from`` or ``promote``, as in the module's docstring.
+        command: ``rollback``, ``rollback_from_3`` or ``promote``, as in the module's docstring.
     """
     if command == "rollback":
+        # A rollback that another process appends after this time is not repeated.
         change = apply_rollback("m", reason="", command_start=datetime.now(UTC))
-    elif command == "from":
+    elif command == "rollback_from_3":
         change = apply_rollback("m", reason="", from_version="3")
     else:
         change = apply_promotion("m", "2", reason="")
@@ -89,8 +102,8 @@ def prepare() -> None:
     shutil.copy(EMPTY_REGISTRY, HOME / "recpress" / "registry.db")
 
     def publish_and_promote() -> None:
-        for digit in "abc":
-            promote("m", publish_version(HOME, digit).version, reason="")
+        for order_digit in "abc":
+            promote("m", publish_version(HOME, order_digit).version, reason="")
 
     status, result = run_in_child(publish_and_promote)
     assert (status, result) == (0, "None"), result
@@ -101,8 +114,8 @@ def prepare() -> None:
 def kill_at_operations(name: str, step: int) -> None:
     """Kill a command at every STEP-th operation and at the last ones, and repeat it.
 
-    Writes one line per kill: the operation (``at``) of all operations (``of``), whether the process
-    was killed, the result of the repeated command (``again``), and the final state.
+    Writes one line per kill: the number of the operation, the number of all operations, whether the
+    process was killed, the result of the repeated command, and the final state.
 
     Args:
         name: the command, with ``+reader`` if another process reads the champion after the kill.
@@ -119,24 +132,25 @@ def kill_at_operations(name: str, step: int) -> None:
 
     def repeat_command() -> str:
         result = run_command(command)
-        return json.dumps({"again": result} | final_state())
+        return json.dumps({"repeated_result": result} | final_state())
 
     total = int(run_in_child(count_all_operations)[1])
-    # The last operations update the alias and the Triton repository. A large step is for the
-    # default tier of tests, which has to be fast.
-    last_operations = (3 if name == "rollback" else 1) if step > 100 else 6
+    is_fast = step >= MIN_FAST_STEP
+    last_operations = FAST_LAST_OPERATIONS.get(name, 1) if is_fast else LAST_OPERATIONS
     first_of_last = total + 1 - last_operations
     for number in sorted({*range(1, total + 1, step), *range(first_of_last, total + 1)}):
         restore_home()
 
         def run_and_kill(number: int = number) -> None:
-            count_operations(lambda at: os.kill(os.getpid(), 9) if at == number else None)
+            count_operations(
+                lambda current: os.kill(os.getpid(), signal.SIGKILL) if current == number else None
+            )
             run_command(command)
 
-        was_killed = run_in_child(run_and_kill)[0] == 9
+        was_killed = run_in_child(run_and_kill)[0] == signal.SIGKILL
         if reader:
             run_in_child(lambda: version_report("m", "@champion"))
-        line = {"command": name, "at": number, "of": total, "killed": was_killed}
+        line = {"command": name, "operation": number, "operations": total, "killed": was_killed}
         write_line(line | json.loads(run_in_child(repeat_command)[1]))
 
 

@@ -38,18 +38,18 @@ PASSED = Validation(
 )
 
 
-def artifact(letter: str, size: int = 1000) -> Artifact:
-    """An artifact whose hash is one repeated letter."""
+def create_artifact(letter: str, size: int = 1000) -> Artifact:
+    """Return an artifact whose hash is one repeated letter."""
     return Artifact(uri=f"file:///store/artifacts/{letter * 64}", sha256=letter * 64, bytes=size)
 
 
-def estimate(point: float, half_width: float = 0.0, rows: int | None = None) -> Estimate:
-    """An estimate with a symmetric interval."""
+def create_estimate(point: float, half_width: float = 0.0, rows: int | None = None) -> Estimate:
+    """Return an estimate with a symmetric interval."""
     return Estimate(point=point, low=point - half_width, high=point + half_width, rows=rows)
 
 
-def plan(tables: int) -> Plan:
-    """A plan with tables of increasing size, one dense layer, and a module named ``HOSTILE``."""
+def create_plan(tables: int) -> Plan:
+    """Return a plan with tables of increasing size, a dense layer, and a module ``HOSTILE``."""
     lines = [
         PlanLine(
             module=f"tables.t{number:04}",
@@ -80,8 +80,8 @@ def plan(tables: int) -> Plan:
     return Plan(lines=(*lines, dense, hostile))
 
 
-def measurement() -> Measurement:
-    """A measurement with two quality metrics, bytes, and p50 and p99 at three batch sizes."""
+def create_measurement() -> Measurement:
+    """Return a measurement of two quality metrics, bytes, and p50 and p99 at three batch sizes."""
     after, before = [], []
 
     def add(metric: str, value: Estimate, change: Estimate, baseline: Estimate | None) -> None:
@@ -91,15 +91,15 @@ def measurement() -> Measurement:
             before.append(Number(metric=metric, against="absolute", estimate=baseline))
 
     for metric, value, change in (("auc", 0.71, -0.0009), ("logloss", 0.55, 0.0007)):
-        baseline = estimate(value - change)
-        add(metric, estimate(value, 0.006), estimate(change, 0.0006), baseline)
-    add("bytes", estimate(250_000), estimate(0.25), None)
+        baseline = create_estimate(value - change)
+        add(metric, create_estimate(value, 0.006), create_estimate(change, 0.0006), baseline)
+    add("bytes", create_estimate(250_000), create_estimate(0.25), None)
     for quantile, factor in (("p50", 1.0), ("p99", 2.5)):
         for size, median, ratio in ((1, 0.06, 1.3), (64, 0.3, 0.9), (1024, 3.0, 0.7)):
             value = median * factor
-            baseline = estimate(value, value * 0.04)
-            latency = estimate(value * ratio, value * 0.05)
-            add(f"{quantile}_ms@{size}", latency, estimate(ratio, 0.05), baseline)
+            baseline = create_estimate(value, value * 0.04)
+            latency = create_estimate(value * ratio, value * 0.05)
+            add(f"{quantile}_ms@{size}", latency, create_estimate(ratio, 0.05), baseline)
     return Measurement(
         numbers=Measured(numbers=tuple(after)),
         baseline=Measured(numbers=tuple(before)),
@@ -120,7 +120,7 @@ def measurement() -> Measurement:
 JUDGEMENTS = (
     Judgement(
         limit=Limit.parse("auc vs baseline >= -0.002"),
-        measured=estimate(-0.0009, 0.0006, rows=20_000),
+        measured=create_estimate(-0.0009, 0.0006, rows=20_000),
         outcome="accepted",
         reasons=(
             Reason(
@@ -137,7 +137,7 @@ JUDGEMENTS = (
     ),
     Judgement(
         limit=Limit.parse("p99_ms@64 vs baseline <= 0.92"),
-        measured=estimate(0.9, 0.05),
+        measured=create_estimate(0.9, 0.05),
         outcome="undecided",
         reasons=(
             Reason(
@@ -154,7 +154,7 @@ JUDGEMENTS = (
     ),
     Judgement(
         limit=Limit.parse("bytes <= 200000"),
-        measured=estimate(250_000),
+        measured=create_estimate(250_000),
         outcome="rejected",
         reasons=(
             Reason(
@@ -176,8 +176,8 @@ JUDGEMENTS = (
 )
 
 
-def lowering(target: Any) -> Lowering:
-    """A lowering with one quantized graph."""
+def create_lowering(target: Any) -> Lowering:
+    """Return the description of one quantized graph."""
     parity = Parity(
         rows=2048,
         largest=1.2e-7,
@@ -206,8 +206,8 @@ def lowering(target: Any) -> Lowering:
     return Lowering(target=target, name="clicks@1", graphs=(graph,), packed_bytes=240_000)
 
 
-def stages() -> tuple[Stage, ...]:
-    """Three stages; the step of the last one is named ``HOSTILE``."""
+def create_stages() -> tuple[Stage, ...]:
+    """Return three stages; the step of the last one is named ``HOSTILE``."""
     changes = (
         ("as trained", 1_000_000, None),
         ("channels", 700_000, -0.002),
@@ -216,17 +216,17 @@ def stages() -> tuple[Stage, ...]:
     return tuple(
         Stage(
             step=step,
-            bundle=artifact("a"),
+            bundle=create_artifact("a"),
             bytes=size,
-            quality=estimate(0.71, 0.006),
-            change=None if change is None else estimate(change, 0.0004),
+            quality=create_estimate(0.71, 0.006),
+            change=None if change is None else create_estimate(change, 0.0004),
         )
         for step, size, change in changes
     )
 
 
-def report(tables: int = 12, **changes: Any) -> Report:
-    """A report of a rejected order with every kind of judgement, a skipped target and step.
+def create_report(tables: int = 12, **changes: Any) -> Report:
+    """Return a report of a rejected order: every kind of judgement, a skipped target and step.
 
     Args:
         tables: number of tables in the plan.
@@ -241,7 +241,7 @@ def report(tables: int = 12, **changes: Any) -> Report:
     served = TargetReport(
         target="onnxruntime",
         required=True,
-        artifact=artifact("d", 250_400),
+        artifact=create_artifact("d", 250_400),
         bytes=250_000,
         verdict=Verdict(
             target="onnxruntime",
@@ -249,17 +249,17 @@ def report(tables: int = 12, **changes: Any) -> Report:
             judgements=JUDGEMENTS,
             reasons=JUDGEMENTS[2].reasons,
         ),
-        lowering=lowering("onnxruntime"),
+        lowering=create_lowering("onnxruntime"),
     )
     engine = TargetReport(
         target="tensorrt-rtx",
         required=True,
-        artifact=artifact("e", 1_300_000),
+        artifact=create_artifact("e", 1_300_000),
         bytes=1_296_900,
         verdict=Verdict(
             target="tensorrt-rtx", outcome="built-unmeasured", reasons=(Reason("cannot_run"),)
         ),
-        lowering=lowering("tensorrt-rtx"),
+        lowering=create_lowering("tensorrt-rtx"),
         audits={
             "model": {
                 "scratch": "not checkable",
@@ -275,21 +275,21 @@ def report(tables: int = 12, **changes: Any) -> Report:
         "name": "clicks",
         "bundle_version": "1",
         "metric": "auc",
-        "source": artifact("a"),
-        "compressed": artifact("b"),
-        "champion": artifact("c"),
+        "source": create_artifact("a"),
+        "compressed": create_artifact("b"),
+        "champion": create_artifact("c"),
         "recipe": tuple(step.model_dump(mode="json") for step in order.recipe()),
         "limits": order.limits,
-        "plan": plan(tables),
+        "plan": create_plan(tables),
         "outcome": "rejected",
         "targets": (served, engine),
         "skipped": {"tensorrt": "needs the package <tensorrt>"},
         "idle": {"static_int8": "no <dense> layer is large enough"},
         "baseline_bytes": 1_000_000,
-        "measurement": measurement(),
-        "validation": artifact("f"),
+        "measurement": create_measurement(),
+        "validation": create_artifact("f"),
         "calibrated_on": "calibration (4,096 rows)",
-        "stages": stages(),
+        "stages": create_stages(),
         "reproduction": order.reproduction("clicks@1"),
     }
     return Report(**(fields | changes))

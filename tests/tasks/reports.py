@@ -54,14 +54,14 @@ def store_files(folder: Path, **files: str) -> Artifact:
     return store().put(folder)
 
 
-def parity() -> Parity:
-    """The parity of a graph with small differences on 8 rows; its other fields are 0."""
+def create_parity() -> Parity:
+    """Return the parity of a graph with small differences on 8 rows; its other fields are 0."""
     values: dict[str, Any] = {"rows": 8, "largest": 1e-7, "root_mean_square": 1e-8}
     return Parity.model_validate(dict.fromkeys(Parity.model_fields, 0) | values)
 
 
-def lowering(target: TargetName) -> Lowering:
-    """A lowering with one graph of 300 bytes of weights."""
+def create_lowering(target: TargetName) -> Lowering:
+    """Return the description of one graph with 300 bytes of weights."""
     return Lowering(
         target=target,
         name="m@1",
@@ -70,8 +70,8 @@ def lowering(target: TargetName) -> Lowering:
                 name="model",
                 inputs=(GraphInput(name="user", dtype="int64", shape=()),),
                 output="score",
-                rows_parity=parity(),
-                edge_parity=parity(),
+                rows_parity=create_parity(),
+                edge_parity=create_parity(),
                 audit=None,
                 tables=(),
                 packed_bytes=300,
@@ -81,8 +81,8 @@ def lowering(target: TargetName) -> Lowering:
     )
 
 
-def measurement() -> Measurement:
-    """A measurement with AUC and one latency, each with its change from the baseline."""
+def create_measurement() -> Measurement:
+    """Return a measurement of AUC and one latency, each with its change from the baseline."""
 
     def number(metric: str, against: Any, point: float, half_width: float) -> judge.Number:
         low, high = point - half_width, point + half_width
@@ -111,8 +111,8 @@ def measurement() -> Measurement:
     )
 
 
-def report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Report:
-    """A report of an order with these outcomes of its targets, whose files are stored.
+def create_report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Report:
+    """Store files for each target, and return a report of an order with these outcomes.
 
     Args:
         folder: a folder for the files before they are stored.
@@ -130,7 +130,7 @@ def report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Rep
                 outcome=outcome,
                 reasons=(Reason("as_written", text=f"the gate said {outcome}"),),
             ),
-            lowering=lowering(target),
+            lowering=create_lowering(target),
         )
         for target, outcome in outcomes.items()
     )
@@ -157,7 +157,7 @@ def report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Rep
         outcome=overall(target.verdict for target in targets),
         targets=targets,
         baseline_bytes=1000,
-        measurement=measurement(),
+        measurement=create_measurement(),
         validation=store_files(folder / "validation", validation_json=validation.model_dump_json()),
         calibrated_on="train (10 rows)",
         reproduction=Reproduction(command="recpress compress m@1", order={"model": "m@1"}),

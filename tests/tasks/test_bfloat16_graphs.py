@@ -26,7 +26,7 @@ def test_graph_with_bfloat16_products_is_compared_and_its_copy_without_them_is_n
     compressed = compress.fn(
         bundle,
         BFloat16Dense(),
-        {},
+        splits={},
         original=bundle,
         teachers=(),
         seed=0,

@@ -55,6 +55,7 @@ def test_packed_bundle_has_the_weights_and_data_of_the_draft(draft: Path) -> Non
         stored = local(reference.artifact) / reference.file
         assert stored.read_bytes() == (draft / f"{split}.parquet").read_bytes()
     model = load_bundle(packed.artifact).model.module
+    # The tables alone have 4,800 rows of 16 weights.
     assert sum(value.numel() for value in model.state_dict().values()) > 70_000
 
 
@@ -172,8 +173,8 @@ def test_id_outside_its_table_is_refused_with_split_input_and_id(draft: Path) ->
     table = pq.read_table(draft / "test.parquet")
     users = table["user"].to_pylist()
     users[17] = 3_000  # ids are 0 to 2,999
-    at = table.column_names.index("user")
-    pq.write_table(table.set_column(at, "user", pa.array(users)), draft / "test.parquet")
+    column = table.column_names.index("user")
+    pq.write_table(table.set_column(column, "user", pa.array(users)), draft / "test.parquet")
     with raises_code(
         DataRefused, "ids_unfit", problems=Text("'test', input 'user': id 3000 .*3000 rows")
     ):
@@ -220,11 +221,13 @@ def test_check_detects_a_flipped_bit_in_weights_or_data(draft: Path) -> None:
     check("clicks")
 
 
-def test_check_of_a_sealed_folder_returns_its_manifest_and_refuses_a_draft(draft: Path) -> None:
+def test_check_of_the_folder_of_a_bundle_returns_its_manifest_and_refuses_a_draft(
+    draft: Path,
+) -> None:
     packed = pack(draft)
-    manifest, facts = check(str(local(packed.artifact)))
+    manifest, tensor_facts = check(str(local(packed.artifact)))
     assert manifest == show("clicks")
-    assert facts["user.weight"].shape == (3000, 16)
+    assert tensor_facts["user.weight"].shape == (3000, 16)
     for path in draft.glob("*.parquet"):
         path.unlink()
     with raises_code(BundleRefused, "is_draft", folder=str(draft)):
@@ -299,10 +302,8 @@ def test_score_other_than_the_dot_product_of_the_towers_is_refused(towers: Path)
         pack(towers)
 
 
-@pytest.mark.parametrize(
-    "query",
-    ["of_unknown", "of_item"],
-)
+# There is no module "of_unknown", and "of_item" does not accept the inputs of the query tower.
+@pytest.mark.parametrize("query", ["of_unknown", "of_item"])
 def test_tower_that_cannot_be_called_is_refused(query: str, towers: Path) -> None:
     changed = SIGNATURE["towers"] | {"query": {"module": query, "inputs": ["user", "lately"]}}
     change_signature(towers, towers=changed)

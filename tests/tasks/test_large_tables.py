@@ -31,7 +31,7 @@ BORDERS = (
     *(BLOCK_ROWS * block for block in (1, ROWS // BLOCK_ROWS)),
 )
 MAX_GROWTH_BYTES = 256 * 2**20  # of resident memory during quantization
-MAX_DATA_BYTES = 3 * 2**29  # 1.5 GB of private memory that the process may allocate
+MAX_DATA_BYTES = 3 * 2**29  # 1.5 GiB of private memory that the process may allocate
 
 # Prints the resident memory before quantization, and its maximum.
 CODE = """

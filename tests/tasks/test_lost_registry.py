@@ -94,8 +94,8 @@ def test_rollback_restores_the_previous_order_under_its_new_version_number(
 ) -> None:
     fill("ab", "ab")
     lose_registry()
-    for digit in "cba":
-        publish_version(home, digit)
+    for order_digit in "cba":
+        publish_version(home, order_digit)
     entry = rollback("m", reason="clicks fell")
     assert (entry.order, entry.version, champion_alias()) == (A, "3", "3")
     assert Ledger(store(), "m").champion() == entry
@@ -133,8 +133,8 @@ def test_champion_missing_in_the_registry_is_refused_by_every_function(
 def test_restore_registers_every_result_under_its_former_number(
     home: Path, lose_registry: Callable[[], None]
 ) -> None:
-    for digit in "cab":
-        publish_version(home, digit)
+    for order_digit in "cab":
+        publish_version(home, order_digit)
     publish_version(home, "d", outcomes={"onnxruntime": "rejected"})
     promote("m", "1", reason="")
     promote("m", "2", reason="")
@@ -318,8 +318,10 @@ def test_report_that_contradicts_itself_is_not_promoted(
     finished = publish_version(home, "a")
     targets = change_verdict(finished, **verdict)
     version = publish_version(home, "b", targets=targets, outcome="accepted").version
-    is_measured = "judgements" in verdict or "target" in verdict
-    code = "verdict_contradicts_judgements" if is_measured else "outcome_contradicts_verdicts"
+    # A verdict with no other change than its outcome has no judgements to contradict. It
+    # contradicts the outcome of the report.
+    is_inconsistent = "judgements" in verdict or "target" in verdict
+    code = "verdict_contradicts_judgements" if is_inconsistent else "outcome_contradicts_verdicts"
     with raises_code(PromotionRefused, code) as caught:
         promote("m", version, reason="")
     assert problem in str(caught.value)
@@ -327,17 +329,17 @@ def test_report_that_contradicts_itself_is_not_promoted(
 
 
 @pytest.mark.parametrize(
-    ("part", "refusal", "message"),
+    ("fields", "refusal", "message"),
     [
         ({"targets": ()}, RecordRefused, "targets"),
         ({"limits": ()}, PromotionRefused, "no limits"),
     ],
 )
 def test_report_without_targets_or_limits_is_not_promoted(
-    home: Path, part: dict[str, Any], refusal: type[Refused], message: str
+    home: Path, fields: dict[str, Any], refusal: type[Refused], message: str
 ) -> None:
     finished = publish_version(home, "a")
-    report = finished.report.model_copy(update={"order": C, **part})
+    report = finished.report.model_copy(update={"order": C, **fields})
     release = store_files(home / "release", report_json=report.model_dump_json())
     version = (
         registry()

@@ -36,7 +36,14 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
         monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
         source = pack(write_draft(root / "draft", rows=SPLIT_ROWS, sizes=TABLE_ROWS)).artifact
         quantized = compress.fn(
-            source, RowwiseInt8(), {}, original=source, teachers=(), seed=0, device="cpu", code="c"
+            source,
+            RowwiseInt8(),
+            splits={},
+            original=source,
+            teachers=(),
+            seed=0,
+            device="cpu",
+            code="c",
         )
         rows = prepare.fn(source, "test")
     assert isinstance(quantized, Artifact)

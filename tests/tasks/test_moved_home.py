@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from drafts import ALLOWED, write_draft
 from error_codes import raises_code
-from reports import report
+from reports import create_report
 
 from compressors.contracts import Artifact, Outcome, TargetName
 from infra.bundle import bundle_folder
@@ -36,23 +36,23 @@ NEW_NAMES = (
 )
 
 
-def publish_version(home: Path, digit: str) -> Finished:
+def publish_version(home: Path, order_digit: str) -> Finished:
     """Publish an order whose digest is one repeated hexadecimal digit, with relative references."""
-    return publishing.publish.fn(report(home, digit * 64, GOOD))
+    return publishing.publish.fn(create_report(home, order_digit * 64, GOOD))
 
 
-def publish_as_0_1_0(home: Path, digit: str) -> Finished:
+def publish_as_0_1_0(home: Path, order_digit: str) -> Finished:
     """Publish an order like recpress 0.1.0, with absolute URIs in report, version and record.
 
     Arguments as in ``publish_version``.
     """
-    order_report = report(home, digit * 64, GOOD)
+    order_report = create_report(home, order_digit * 64, GOOD)
     root = store().root
 
     def make_uris_absolute(text: str) -> str:
         return text.replace('"artifacts/', f'"{root}/artifacts/')
 
-    folder = home / f"release {digit}"
+    folder = home / f"release {order_digit}"
     folder.mkdir()
     (folder / "report.json").write_text(make_uris_absolute(order_report.model_dump_json(indent=1)))
     (folder / "report.html").write_text("<p>")

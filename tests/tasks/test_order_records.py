@@ -59,7 +59,7 @@ INVALID_RECORDS: dict[str, Callable[[bytes], bytes]] = {
     "only a checksum": lambda body: seal_record({"schema_version": 2}),
     "of a later version": lambda body: seal_record({"schema_version": 3, "x": 1}),
     "too large": lambda body: body + b" " * (17 * 2**20),
-    "a string too much": lambda body: b'{"artifact": "x", "packed_at": "y"}',
+    "fields of wrong types": lambda body: b'{"artifact": "x", "packed_at": "y"}',
 }
 
 
@@ -159,7 +159,7 @@ def test_invalid_order_record_counts_as_absent_and_is_replaced(
 
 def test_order_record_with_the_release_of_another_order_counts_as_absent(home: Path) -> None:
     first, second = publish_version(home, "a"), publish_version(home, "b")
-    record, other_record = (store().read(finished_key(digit * 64)) for digit in "ab")
+    record, other_record = (store().read(finished_key(order_digit * 64)) for order_digit in "ab")
     store().write(finished_key("a" * 64), other_record)
     assert find_finished_order("a" * 64) is None
     fields = {name: value for name, value in json.loads(record).items() if name != "seal"}

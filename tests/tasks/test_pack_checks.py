@@ -84,8 +84,8 @@ def replace_labels(draft: Path, split: str, labels: list[int]) -> None:
     """Replace the labels of all rows of a split."""
     path = draft / f"{split}.parquet"
     table = pq.read_table(path)
-    at = table.column_names.index("label")
-    pq.write_table(table.set_column(at, "label", pa.array(labels)), path)
+    column = table.column_names.index("label")
+    pq.write_table(table.set_column(column, "label", pa.array(labels)), path)
 
 
 def labels_of(draft: Path, split: str) -> list[int]:
@@ -101,6 +101,7 @@ def pack_without_checks(draft: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """
     with monkeypatch.context() as patch:
         patch.setattr("tasks.bundles.packing.require_sound", lambda *_, **__: ())
+        # Rules of later versions do not apply to documents that recpress has stored.
         patch.setattr(
             "infra.bundle.bundle_folder.parse", lambda *a, **k: parse(*a, **(k | {"stored": True}))
         )

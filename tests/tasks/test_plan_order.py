@@ -18,6 +18,7 @@ def line(module: str, before: int) -> PlanLine:
 
 
 def test_largest_first_lists_composing_tables_after_their_table():
+    """Composing tables are those that a step created to replace one table together."""
     lines = [
         line("small", 5),
         line("user", 50),

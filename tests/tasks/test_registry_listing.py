@@ -11,7 +11,7 @@ import pytest
 from command_line import run_main
 from error_codes import raises_code
 from mlflow import MlflowClient
-from reports import report
+from reports import create_report
 from triton_versions import GOOD, Fill
 
 from compressors.contracts.reasons import Reason
@@ -169,7 +169,7 @@ def test_escape_sequences_in_a_report_or_name_are_not_printed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    unpublished = report(home, ORDER, GOOD)
+    unpublished = create_report(home, ORDER, GOOD)
     target = unpublished.targets[0]
     verdict = target.verdict.model_copy(update={"reasons": (Reason("as_written", text=ESCAPES),)})
     targets = (target.model_copy(update={"verdict": verdict}), *unpublished.targets[1:])

@@ -54,6 +54,8 @@ def interrupt_rollback_at(method: str) -> None:
             rollback("m", reason="clicks fell")
 
 
+# After its ledger entry, a rollback calls "repair", which calls "set_alias" for the new champion,
+# and then "confirm", which records that the change is complete.
 @pytest.mark.parametrize("method", ["repair", "set_alias", "confirm"])
 def test_repeated_rollback_completes_an_interrupted_one(three_champions: None, method: str) -> None:
     interrupt_rollback_at(method)
@@ -165,7 +167,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SendCommand]:
 # Commands of killed_promotions.py. A kill takes half a second to a second. The default tier kills
 # two commands at every 150th operation and at the last ones, which update the alias and the Triton
 # repository.
-COMMANDS = ("rollback", "rollback+reader", "from", "promote")
+COMMANDS = ("rollback", "rollback+reader", "rollback_from_3", "promote")
+# The distance of the operations at which a command is killed, and the commands.
 KILL_RUNS = [
     pytest.param("1", COMMANDS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     pytest.param("40", COMMANDS, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
@@ -179,6 +182,7 @@ def test_command_killed_at_any_operation_and_repeated_has_its_effect_once(
 ) -> None:
     results = [item for command in commands for item in run(f"kill {command} {step}")]
     assert all(item["killed"] for item in results if item["command"] != "promote")
+    # Versions 1 to 3 were promoted before each command. Each command makes version 2 the champion.
     for item in results:
         state = (item["ledger"], item["alias"], item["served"])
         assert state == (["1", "2", "3", "2"], ["2"], "2"), item
@@ -192,7 +196,7 @@ def test_command_killed_at_any_operation_and_repeated_has_its_effect_once(
         ("promote", 3),
         *(
             pytest.param(command, 8, marks=pytest.mark.nightly)
-            for command in ("rollback", "from", "promote")
+            for command in ("rollback", "rollback_from_3", "promote")
         ),
     ],
 )

@@ -6,7 +6,7 @@ The reports are those of ``reports.py``, whose numbers are invented.
 from pathlib import Path
 
 import pytest
-from reports import report
+from reports import create_report
 
 from compressors.contracts import Estimate, Outcome, Plan, TargetName
 from compressors.contracts.reasons import Reason
@@ -26,7 +26,7 @@ OUTCOMES: dict[TargetName, Outcome] = {
 def order_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
     """A report with one measured and one unmeasured target."""
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
-    return report(tmp_path, "a" * 64, OUTCOMES)
+    return create_report(tmp_path, "a" * 64, OUTCOMES)
 
 
 def find_row(order_report: Report, what: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from page_reports import PASSED, report
+from page_reports import PASSED, create_report
 
 from infra.pages.pictures import STYLE
 from tasks.report.page import page
@@ -78,7 +78,7 @@ def measure_page(folder: Path, width: int, *flags: str) -> dict:
         width: width of the page in pixels.
         flags: further options of Chromium.
     """
-    html = re.sub(r"<meta http-equiv[^>]*>", "", page(report(40), PASSED))
+    html = re.sub(r"<meta http-equiv[^>]*>", "", page(create_report(40), PASSED))
     path = folder / "frame.html"
     escaped = json.dumps(html).replace("</", "<\\/")
     path.write_text(FRAME.format(width=width, page=escaped))
@@ -102,14 +102,16 @@ def narrow(tmp_path_factory) -> dict:
 
 def test_browser_reports_no_problem_with_the_page(tmp_path):
     path = tmp_path / "report.html"
-    path.write_text(page(report(), PASSED))
+    path.write_text(page(create_report(), PASSED))
     dumped, log = run_chromium(path, tmp_path / "profile", "--dump-dom")
     assert problems(log) == []
     assert "<title>clicks 1: rejected</title>" in dumped
-    assert dumped.count("<section") == page(report(), PASSED).count("<section")
+    assert dumped.count("<section") == page(create_report(), PASSED).count("<section")
     # Check that problems are detected: the page's security policy forbids this script.
     with_script = tmp_path / "with_script.html"
-    with_script.write_text(page(report(), PASSED).replace("</main>", "<script>1</script></main>"))
+    with_script.write_text(
+        page(create_report(), PASSED).replace("</main>", "<script>1</script></main>")
+    )
     _, log = run_chromium(with_script, tmp_path / "profile", "--dump-dom")
     assert problems(log)
 

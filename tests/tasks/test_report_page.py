@@ -9,7 +9,14 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
-from page_reports import HOSTILE, JUDGEMENTS, PASSED, artifact, measurement, report
+from page_reports import (
+    HOSTILE,
+    JUDGEMENTS,
+    PASSED,
+    create_artifact,
+    create_measurement,
+    create_report,
+)
 
 from compressors.contracts import Estimate, Limit, Plan, Verdict
 from compressors.contracts.reasons import Reason
@@ -87,7 +94,7 @@ def limit_rows(html):
 @pytest.fixture(scope="module")
 def html():
     """The page of a rejected order with two targets, of which one was measured."""
-    return page(report(), PASSED)
+    return page(create_report(), PASSED)
 
 
 def test_page_begins_with_the_verdicts_of_order_and_targets(html):
@@ -104,12 +111,12 @@ def test_page_begins_with_the_verdicts_of_order_and_targets(html):
     [("accepted", "held"), ("undecided", "unsure"), ("built-unmeasured", "unsure")],
 )
 def test_banner_has_the_css_class_of_the_outcome(outcome, tone):
-    assert f'<div class="verdict {tone}">' in page(report(outcome=outcome), PASSED)
+    assert f'<div class="verdict {tone}">' in page(create_report(outcome=outcome), PASSED)
 
 
 def test_numbers_section_has_every_row_of_number_rows(html):
     text = text_of(section(html, "numbers"))
-    for row in number_rows(report()):
+    for row in number_rows(create_report()):
         assert "".join(row.values()) in text
     assert "The 20,000 test rows resolve a change of AUC of about 0.0006" in text
 
@@ -136,11 +143,11 @@ def test_quality_metric_without_a_limit_is_shown_as_no_limit(html):
 
 
 def test_limits_are_listed_as_not_measured_without_a_measurement():
-    target = report().targets[1]
+    target = create_report().targets[1]
     verdict = Verdict(
         target="tensorrt-rtx", outcome="built-unmeasured", reasons=(Reason("cannot_run"),)
     )
-    unmeasured = report(
+    unmeasured = create_report(
         targets=(target.model_copy(update={"verdict": verdict}),),
         measurement=None,
         outcome="built-unmeasured",
@@ -155,7 +162,7 @@ def test_limits_are_listed_as_not_measured_without_a_measurement():
 
 def test_latency_chart_shows_every_latency_as_text(html):
     latency = section(html, "latency")
-    measured = measurement()
+    measured = create_measurement()
     for number in (*measured.numbers.numbers, *measured.baseline.numbers):
         if "_ms@" in number.metric and number.against == "absolute":
             assert f">{number.estimate.point:.3g}</text>" in latency
@@ -166,7 +173,7 @@ def test_latency_chart_shows_every_latency_as_text(html):
 
 
 def test_plan_section_lists_every_plan_line_the_largest_first():
-    with_many_tables = report(tables=200)
+    with_many_tables = create_report(tables=200)
     lines = with_many_tables.plan.lines
     html = section(page(with_many_tables, PASSED), "plan")
     shown, folded = html.split("<details>")
@@ -189,11 +196,11 @@ def test_plan_with_few_lines_is_shown_completely(html):
 
 def test_page_of_a_thousand_tables_is_smaller_than_600_kb():
     # Each table takes about 400 bytes, everything else less than 100 kB.
-    assert len(page(report(tables=1000), PASSED)) < 600_000
+    assert len(page(create_report(tables=1000), PASSED)) < 600_000
 
 
 def test_page_of_an_empty_plan_is_rendered():
-    assert "0 bytes of weights" in page(report(plan=Plan()), PASSED)
+    assert "0 bytes of weights" in page(create_report(plan=Plan()), PASSED)
 
 
 def test_data_section_shows_evaluated_checks_and_failures_before_all_checks():
@@ -215,13 +222,13 @@ def test_data_section_shows_evaluated_checks_and_failures_before_all_checks():
             "findings": (*PASSED.findings, failure),
         }
     )
-    html = section(page(report(), failed), "data")
+    html = section(page(create_report(), failed), "data")
     assert "Data failed." in html
     assert "3 of 4 intended checks evaluated." in html
     failed_check, all_checks = html.index("3 of 9"), html.index("All checks by split")
     assert failed_check < all_checks < html.index(PASSED.findings[0].observed)
     assert "<code>&lt;99&gt;</code>" in html
-    assert "2 of 2 intended checks evaluated." in section(page(report(), PASSED), "data")
+    assert "2 of 2 intended checks evaluated." in section(page(create_report(), PASSED), "data")
 
 
 def test_targets_section_has_parity_and_audit_of_every_target(html):
@@ -247,7 +254,7 @@ def test_targets_section_has_parity_and_audit_of_every_target(html):
 
 
 def test_page_and_markdown_show_quantized_layers_and_sparsity_without_effect():
-    dense = report()
+    dense = create_report()
     served, engine = dense.targets
     (graph,) = served.lowering.graphs
     audit = graph.audit.model_copy(update={"packed_layers": 4, "widened_layers": 1})
@@ -281,14 +288,14 @@ def test_page_and_markdown_show_quantized_layers_and_sparsity_without_effect():
 def test_hashes_section_has_every_artifact_and_the_order(html):
     text = text_of(section(html, "hashes"))
     for letter in "abcdef":  # bundle, compressed, champion, two targets, validation
-        assert text.count(artifact(letter).sha256) == 2  # the hash and the URI
-    assert report().order in text
-    assert "Champion" not in page(report(champion=None), PASSED)
+        assert text.count(create_artifact(letter).sha256) == 2  # the hash and the URI
+    assert create_report().order in text
+    assert "Champion" not in page(create_report(champion=None), PASSED)
 
 
 def test_again_section_has_command_and_order(html):
     text = text_of(section(html, "again"))
-    reproduction = report().reproduction
+    reproduction = create_report().reproduction
     assert reproduction.command in text
     assert json.dumps(reproduction.order, indent=1) in text
 
@@ -300,7 +307,7 @@ def test_order_without_equivalent_options_is_shown_as_a_file():
         steps=(StaticInt8(rows=512),),
         limits=(Limit(metric="auc", against="baseline", at_least=-0.002),),
     )
-    custom = report(reproduction=order.reproduction("clicks@1"))
+    custom = create_report(reproduction=order.reproduction("clicks@1"))
     html = section(page(custom, PASSED), "again")
     assert "recpress compress --order order.json" in html
     assert "<details>" not in html
@@ -310,7 +317,7 @@ def test_order_without_equivalent_options_is_shown_as_a_file():
 
 
 def test_names_and_texts_of_a_model_are_escaped_in_the_page():
-    html = page(report(name="<b>n</b>", bundle_version="<i>1</i>"), PASSED)
+    html = page(create_report(name="<b>n</b>", bundle_version="<i>1</i>"), PASSED)
     parsed = ParsedPage(html)
     # The texts of the report contain these three as tags, and an attribute "onerror".
     assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img", "tensorrt"})
@@ -322,7 +329,7 @@ def test_names_and_texts_of_a_model_are_escaped_in_the_page():
 
 def test_hostile_name_is_escaped_in_a_markdown_cell():
     # HOSTILE is the name of a stage and of a module. Both tables have six columns.
-    stage, module = [line for line in markdown(report()).splitlines() if "alert('" in line]
+    stage, module = [line for line in markdown(create_report()).splitlines() if "alert('" in line]
     for line in (stage, module):
         assert "<" not in line
         assert len(re.findall(r"(?<!\\)\|", line)) == 6 + 1  # separators that are not escaped
@@ -352,13 +359,13 @@ def test_page_is_well_formed_and_labelled_for_screen_readers(html):
 
 
 def test_page_of_an_equal_report_is_equal(html):
-    original = report()
+    original = create_report()
     read_back = type(original).model_validate_json(original.model_dump_json())
     assert page(read_back, PASSED) == html
 
 
 def test_score_change_without_a_limit_is_shown_with_a_chart():
-    original = report()
+    original = create_report()
     measured = original.measurement
     estimate = Estimate(point=0.999, low=0.998, high=0.9995, rows=100, groups=20)
     number = Number(metric="score_correlation", against="absolute", estimate=estimate)
@@ -375,7 +382,7 @@ def test_score_change_without_a_limit_is_shown_with_a_chart():
 
 def test_warning_about_a_unit_is_in_the_plan_section():
     warnings = (Reason("as_written", text="one <scale>"),)
-    lines = [line.model_copy(update={"warnings": warnings}) for line in report().plan.lines]
-    with_warnings = report(plan=Plan(lines=tuple(lines)))
+    lines = [line.model_copy(update={"warnings": warnings}) for line in create_report().plan.lines]
+    with_warnings = create_report(plan=Plan(lines=tuple(lines)))
     html = section(page(with_warnings, PASSED), "plan")
     assert "Warning: one &lt;scale&gt;" in html

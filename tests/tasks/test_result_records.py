@@ -1,4 +1,7 @@
-"""Records of task results: valid ones are read back, and every kind of invalid one is refused."""
+"""Records of task results: valid ones are read back, and every kind of invalid one is refused.
+
+The last field of a record is a checksum, the seal.
+"""
 
 import json
 import logging

@@ -60,7 +60,7 @@ def quantize_table(source: Artifact, original: Artifact, table: str) -> Artifact
     """Apply ``rowwise_int8`` to one table of a bundle, and return the resulting bundle."""
     step = RowwiseInt8(tables=(table,))
     result = compress.fn(
-        source, step, {}, original=original, teachers=(), seed=0, device="cpu", code="c"
+        source, step, splits={}, original=original, teachers=(), seed=0, device="cpu", code="c"
     )
     assert isinstance(result, Artifact)
     return result

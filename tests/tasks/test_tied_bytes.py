@@ -7,7 +7,7 @@ import torch
 from drafts import ALLOWED
 from error_codes import raises_code
 from reason_codes import require_reason
-from reports import report
+from reports import create_report
 from retrieval_draft import CONFIG, INTERACTIONS_PER_USER, SIGNATURE, USERS, write_retrieval_draft
 from safetensors.torch import load_file, save_file
 
@@ -46,7 +46,8 @@ def write_tied_draft(folder: Path, share: str) -> Path:
     """
     inputs = [dict(item) for item in SIGNATURE["inputs"]]
     if share == "module":  # PyTorch lists a shared module only under its first name
-        inputs[3]["table"] = "of_user.lately"
+        (tags,) = (item for item in inputs if item["name"] == "tags")
+        tags["table"] = "of_user.lately"
     return write_retrieval_draft(folder, share=share, inputs=inputs)
 
 
@@ -73,7 +74,14 @@ def test_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
     rows = prepare.fn(bundle, "test")
     assert isinstance(rows, Artifact)
     quantized = compress.fn(
-        bundle, RowwiseInt8(), {}, original=bundle, teachers=(), seed=0, device="cpu", code="c"
+        bundle,
+        RowwiseInt8(),
+        splits={},
+        original=bundle,
+        teachers=(),
+        seed=0,
+        device="cpu",
+        code="c",
     )
     assert isinstance(quantized, Artifact)
     untouched, compressed = load_bundle(bundle), load_bundle(quantized)
@@ -116,7 +124,7 @@ def test_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
 
 
 def test_report_counts_weights_once_and_mentions_the_bytes_that_graphs_share(home, tmp_path):
-    one_graph = report(tmp_path, "a" * 64, {"onnxruntime": "accepted"})
+    one_graph = create_report(tmp_path, "a" * 64, {"onnxruntime": "accepted"})
     (target,) = one_graph.targets
     (graph,) = target.lowering.graphs
     both = tuple(graph.model_copy(update={"name": name}) for name in ("query", "item"))

@@ -13,7 +13,7 @@ import pytest
 from error_codes import raises_code
 from pairwise import parametrize_pairwise
 from pbtxt_reader import parse_message
-from reports import report, store_files
+from reports import create_report, store_files
 from triton_configs import loaded_version
 from triton_versions import (
     Fill,
@@ -104,7 +104,7 @@ def test_existing_file_with_other_bytes_of_the_same_size_is_replaced(
 def test_external_weights_of_a_graph_are_uploaded_before_the_graph(
     home: Path, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accepted = report(home, "a" * 64, {"onnxruntime": "accepted"})
+    accepted = create_report(home, "a" * 64, {"onnxruntime": "accepted"})
     artifact = store_files(home / "large", model_onnx="graph", model_onnx_data="weights")
     target = accepted.targets[0].model_copy(update={"artifact": artifact})
     uploaded_keys = []
@@ -156,13 +156,15 @@ class ProcessKilled(Exception):
     """Raised where the process is assumed to be killed."""
 
 
-def kill_at_write(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> Callable[[], int]:
-    """Raise ``ProcessKilled`` at the ``at``-th write to a store or the registry.
+def kill_at_write(
+    monkeypatch: pytest.MonkeyPatch, number: int, *, is_written: bool
+) -> Callable[[], int]:
+    """Raise ``ProcessKilled`` at a write to a store or the registry.
 
     Args:
         monkeypatch: the fixture.
-        at: number of the write, from 1.
-        after: whether to raise after the write instead of before it.
+        number: number of the write, from 1.
+        is_written: whether to raise after the write instead of before it.
 
     Returns:
         A function that returns the number of writes so far.
@@ -173,10 +175,10 @@ def kill_at_write(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> C
         def write(*arguments: Any) -> Any:
             nonlocal writes
             writes += 1
-            if writes > at or (writes == at and not after):
+            if writes > number or (writes == number and not is_written):
                 raise ProcessKilled
             result = method(*arguments)
-            if writes == at:
+            if writes == number:
                 raise ProcessKilled
             return result
 
@@ -197,16 +199,16 @@ WRITES = 4  # of a promotion, in order: graph file, ledger entry, alias, Triton'
 
 @parametrize_pairwise(
     completed_by=["again", "repair"],
-    at=range(1, WRITES + 1),
-    after={"before": False, "after": True},
+    number=range(1, WRITES + 1),
+    is_written={"before": False, "after": True},
 )
 def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
-    home: Path, fill: Fill, triton: Path, at: int, after: bool, completed_by: str
+    home: Path, fill: Fill, triton: Path, number: int, is_written: bool, completed_by: str
 ) -> None:
     one, two = fill("ab", "a")
     complete = {(one, graph_bytes("a")), (two, graph_bytes("b"))}
     with pytest.MonkeyPatch.context() as patch:
-        kill_at_write(patch, at, after=after)
+        kill_at_write(patch, number, is_written=is_written)
         with pytest.raises(ProcessKilled):
             promote("m", two, reason="")
     served = loaded_version(triton)
@@ -229,26 +231,26 @@ def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
 
 
 @pytest.mark.parametrize(
-    ("at", "after"),
+    ("number", "is_written"),
     [
         # The default tier kills after writes 1 and 3, and before write 2.
         pytest.param(
-            at,
-            after,
-            id=f"{at}-{'after' if after else 'before'}",
-            marks=() if bool(at % 2) == after else pytest.mark.nightly,
+            number,
+            is_written,
+            id=f"{number}-{'after' if is_written else 'before'}",
+            marks=() if bool(number % 2) == is_written else pytest.mark.nightly,
         )
-        for at in range(1, WRITES)
-        for after in (False, True)
+        for number in range(1, WRITES)
+        for is_written in (False, True)
     ],
 )
 def test_killed_rollback_leaves_a_complete_champion_and_is_completed_later(
-    home: Path, fill: Fill, triton: Path, at: int, after: bool
+    home: Path, fill: Fill, triton: Path, number: int, is_written: bool
 ) -> None:
     """A rollback has three writes, since the file of the earlier version exists."""
     one, two = fill("ab", "ab")
     with pytest.MonkeyPatch.context() as patch:
-        kill_at_write(patch, at, after=after)
+        kill_at_write(patch, number, is_written=is_written)
         with pytest.raises(ProcessKilled):
             rollback("m", reason="")
     served = loaded_version(triton)
@@ -265,7 +267,7 @@ def test_killed_rollback_leaves_a_complete_champion_and_is_completed_later(
 def test_promotion_has_four_writes(home: Path, fill: Fill, triton: Path) -> None:
     (one,) = fill("a", "")
     with pytest.MonkeyPatch.context() as patch:
-        count_writes = kill_at_write(patch, 99, after=False)  # counts writes, without a kill
+        count_writes = kill_at_write(patch, 99, is_written=False)  # more than WRITES: no kill
         promote("m", one, reason="")
     assert count_writes() == WRITES
 
@@ -274,9 +276,9 @@ def test_killed_first_promotion_serves_nothing_before_the_ledger_entry(
     home: Path, fill: Fill, triton: Path
 ) -> None:
     (one,) = fill("a", "")
-    for at in (1, 2):
+    for number in (1, 2):
         with pytest.MonkeyPatch.context() as patch:
-            kill_at_write(patch, at, after=False)
+            kill_at_write(patch, number, is_written=False)
             with pytest.raises(ProcessKilled):
                 promote("m", one, reason="")
         assert loaded_version(triton) is None

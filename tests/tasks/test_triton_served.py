@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from error_codes import raises_code
 from pbtxt_reader import parse_message
-from reports import measurement, report, store_files
+from reports import create_measurement, create_report, store_files
 from triton_configs import loaded_version
 from triton_versions import Fill, graph_bytes, publish_version
 
@@ -31,7 +31,7 @@ from tasks.promotion.promotions import export, promote, triton_contents
 
 def with_latency(**milliseconds: float) -> Any:
     """Return a measurement with median latencies; ``b64=0.2`` is 0.2 ms at batch size 64."""
-    without_latency = measurement()
+    without_latency = create_measurement()
     numbers = tuple(
         judge.Number(
             metric=f"p50_ms@{name[1:]}",
@@ -73,7 +73,7 @@ def test_configuration_has_the_measured_batches_and_threads(home: Path, triton: 
 
 
 def test_graph_with_jagged_inputs_has_no_dynamic_batching(home: Path, triton: Path) -> None:
-    accepted = report(home, "a" * 64, {"onnxruntime": "accepted"})
+    accepted = create_report(home, "a" * 64, {"onnxruntime": "accepted"})
     inputs = (
         GraphInput(name="tags", dtype="int64", shape=(), longest=5),
         GraphInput(name="tags_offsets", dtype="int64", shape=()),
@@ -89,7 +89,7 @@ def test_graph_with_jagged_inputs_has_no_dynamic_batching(home: Path, triton: Pa
 
 
 def test_each_tower_of_a_retrieval_model_is_a_triton_model(home: Path, triton: Path) -> None:
-    one_graph = report(home, "a" * 64, {"onnxruntime": "accepted"}).targets[0]
+    one_graph = create_report(home, "a" * 64, {"onnxruntime": "accepted"}).targets[0]
     towers = tuple(
         one_graph.lowering.graphs[0].model_copy(
             update={"name": name, "output": "vector", "width": 16}
@@ -130,26 +130,30 @@ ENGINE = Engine(
 )
 
 
-def publish_with_engine(home: Path, digit: str, outcome: Outcome, ordered: Any = None) -> Finished:
+def publish_with_engine(
+    home: Path, order_digit: str, outcome: Outcome, target_settings: dict[str, int] | None = None
+) -> Finished:
     """Publish a version with an accepted ONNX graph and a TensorRT engine for one GPU type.
 
     Args:
         home: the fixture ``home``.
-        digit: as in ``publish_version``.
+        order_digit: as in ``publish_version``.
         outcome: the outcome of the engine.
-        ordered: the order's settings of targets, which contain the batch sizes; None for the
-            batch sizes 1 (smallest), 8 (best) and 32 (largest).
+        target_settings: the order's settings of targets, which contain the batch sizes; None for
+            the batch sizes 1 (smallest), 8 (best) and 32 (largest).
     """
-    without_engine = report(home, digit * 64, {"onnxruntime": "accepted", "tensorrt": outcome})
+    without_engine = create_report(
+        home, order_digit * 64, {"onnxruntime": "accepted", "tensorrt": outcome}
+    )
     onnx, tensorrt = without_engine.targets
     engine = store_files(
-        home / f"plan{digit}", model_plan=digit, build_json=ENGINE.model_dump_json()
+        home / f"plan{order_digit}", model_plan=order_digit, build_json=ENGINE.model_dump_json()
     )
     targets = (onnx, tensorrt.model_copy(update={"artifact": engine}))
     batches = {"smallest_batch": 1, "best_batch": 8, "largest_batch": 32}
-    order = {"targets": batches if ordered is None else ordered}
+    order = {"targets": batches if target_settings is None else target_settings}
     reproduction = without_engine.reproduction.model_copy(update={"order": order})
-    return publish_version(home, digit, targets=targets, reproduction=reproduction)
+    return publish_version(home, order_digit, targets=targets, reproduction=reproduction)
 
 
 def test_accepted_engine_is_a_triton_model_for_its_compute_capability(
@@ -184,7 +188,7 @@ def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
 def test_engine_without_batch_sizes_in_the_order_is_refused_before_the_ledger_entry(
     home: Path, triton: Path
 ) -> None:
-    one = publish_with_engine(home, "a", "accepted", ordered={}).version
+    one = publish_with_engine(home, "a", "accepted", target_settings={}).version
     with raises_code(TritonRefused, "batch_sizes_missing", model="m"):
         promote("m", one, reason="")
     assert Ledger(store(), "m").entries() == ()

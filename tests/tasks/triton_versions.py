@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import report
+from reports import create_report
 
 from compressors.contracts import Outcome, TargetName
 from infra.registry.ledger import Ledger
@@ -25,22 +25,22 @@ Fill = Callable[[str, str], tuple[str, ...]]
 """Type of the fixture ``fill`` in ``conftest.py``."""
 
 
-def publish_version(home: Path, digit: str, **changes: Any) -> Finished:
+def publish_version(home: Path, order_digit: str, **changes: Any) -> Finished:
     """Publish an order whose digest is one repeated hexadecimal digit.
 
     Args:
         home: the fixture ``home``.
-        digit: the digit.
+        order_digit: the digit.
         changes: fields of the report to replace; ``outcomes`` are the outcomes of the targets.
     """
     outcomes = changes.pop("outcomes", GOOD)
-    changed: Report = report(home, digit * 64, outcomes).model_copy(update=changes)
+    changed: Report = create_report(home, order_digit * 64, outcomes).model_copy(update=changes)
     return publishing.publish.fn(changed)
 
 
-def graph_bytes(digit: str) -> bytes:
+def graph_bytes(order_digit: str) -> bytes:
     """Return the contents of the ONNX graph of an order."""
-    return f"onnxruntime {digit * 64}".encode()
+    return f"onnxruntime {order_digit * 64}".encode()
 
 
 def champion_number() -> str:
