@@ -98,10 +98,10 @@ def _attempt(parse: Any, body: bytes) -> tuple[str, str]:
         if len(str(error)) > MAX_MESSAGE:
             return "failed", f"message of {len(str(error))} characters: {str(error)[:200]}"
     except ValidationError as error:
-        from flows.order_faults import sentences
+        from flows.order_faults import format_errors
 
         outcome = "refused"
-        if not sentences(error):
+        if not format_errors(error):
             return "failed", f"no sentence for {error}"
     except BaseException as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
