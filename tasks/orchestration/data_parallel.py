@@ -133,8 +133,9 @@ def run_step_on_devices(
     if outcome.left_out is not None:
         return outcome.left_out
     if outcome.refused is not None:
-        error_class = ModelRefused if outcome.is_model_refused else StepRefused
-        raise error_class("device_processes_failed", problem=outcome.refused)
+        if outcome.is_model_refused:
+            raise ModelRefused("device_processes_failed", problem=outcome.refused)
+        raise StepRefused("device_processes_failed", problem=outcome.refused)
     if outcome.network is None:
         raise StepRefused("result_missing")
     return StepResult(outcome.network, outcome.plan)
