@@ -44,8 +44,10 @@ class Bench(Frozen):
             ``teachers``, it is the mean prediction of all teachers.
         traffic: logged requests, which have no labels.
         traffic_soft_labels: the same as ``soft_labels``, for the rows of ``traffic``.
+        checkpoints: folder of this machine where a long step keeps its progress; None for none.
         seed: seed of a step's random numbers.
         device: torch device on which a step trains.
+        seconds: time budget of one step; None for no limit.
     """
 
     signature: Signature

@@ -2,7 +2,10 @@
 
 ``limit_problems`` and ``limit_warnings`` check the limits of a new order; stored limits are read
 without these checks. The checks use the properties of a metric (``metrics/metric.py``), never its
-name.
+name. In particular, ``largest`` is the largest loss or ratio that a plausible limit on a comparison
+allows, and ``low`` and ``high`` are the ends of the range of plausible limits on the metric itself.
+
+``position`` in the JSON schema of a field is its position in Prefect's form for orders.
 """
 
 import math
@@ -19,6 +22,7 @@ from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 
 Against = Literal["absolute", "baseline", "champion"]
+"""What a bound refers to: the metric itself, or a comparison with the named model."""
 
 LARGEST_GAIN = 0.2
 """An improvement of a quality metric by this much or more is implausible after compression."""
@@ -194,7 +198,11 @@ def _contradictions(limits: Sequence[Limit]) -> Iterator[Reason]:
 
 
 def _mistake(limit: Limit) -> Reason | None:
-    """Return why a limit is likely a mistake, or None."""
+    """Return why a limit is likely a mistake, or None.
+
+    A limit on a difference of a quality metric may neither demand an improvement of
+    ``LARGEST_GAIN`` or more, nor allow a loss of ``largest`` or more.
+    """
     spec, bound, name = limit.declared, limit.bound, limit.metric
     if (limit.at_least is not None) != spec.higher_is_better:
         better = "higher" if spec.higher_is_better else "lower"
@@ -259,7 +267,8 @@ def _likely_intents(limit: Limit) -> Iterator[Limit]:
     elif spec.compared == "difference" and limit.against == "absolute":
         if bound > 1:  # probably in percent
             yield _with_bound(limit, bound / 100, "absolute")
-        if bound <= 100 * LARGEST_GAIN:  # small enough for an allowed loss, from 1 on in percent
+        # A small bound may be an allowed loss: in percent if it is at least 1.
+        if bound <= 100 * LARGEST_GAIN:
             yield _with_bound(limit, loss / 100 if bound >= 1 else loss, reference)
     elif spec.compared == "difference":
         if 0 < bound <= 1:  # probably the metric itself, not a difference
@@ -289,12 +298,12 @@ def _example(limit: Limit) -> Limit:
 
 
 def _with_bound(limit: Limit, bound: float, against: Against) -> Limit:
-    """Return a limit on the same metric with another bound, on the side of worse values."""
-    side = "at_least" if limit.declared.higher_is_better else "at_most"
+    """Return a limit on the same metric with another bound, which excludes worse values."""
+    bound_field = "at_least" if limit.declared.higher_is_better else "at_most"
     changes = {
         "at_least": None,
         "at_most": None,
-        side: float(f"{bound:.12g}") + 0.0,
+        bound_field: float(f"{bound:.12g}") + 0.0,  # without rounding error, and not -0.0
         "against": against,
     }
     return limit.model_copy(update=changes)

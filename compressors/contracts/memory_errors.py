@@ -7,6 +7,7 @@ _NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc"
     r"|bad allocation|failed to allocate|unable to allocate|unable to mmap|cannot map"
     r"|malloc of size|can't start new thread"
+    # The same message with "operation not permitted" has another cause: a mount without execution.
     r"|failed to map segment from shared object(?!: operation not permitted)",
     re.IGNORECASE,
 )
@@ -17,7 +18,7 @@ _NATIVE_MODULES = ("onnxruntime", "torch", "safetensors", "safetensors_rust", "p
 
 
 def is_out_of_memory(fault: BaseException) -> bool:
-    """Return whether too little memory caused an error, directly or through its causes.
+    """Return whether too little memory caused the error ``fault``, directly or through its causes.
 
     numpy and pyarrow raise subclasses of ``MemoryError``. torch, ONNX Runtime, safetensors and the
     system's library loader raise other classes, so the messages of these are searched.

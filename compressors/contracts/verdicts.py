@@ -10,6 +10,12 @@ from compressors.contracts.limits import Limit
 from compressors.contracts.reasoned import Reasoned
 
 Outcome = Literal["accepted", "rejected", "undecided", "built-unmeasured"]
+"""The result of the gate for a target, or for an order.
+
+``accepted``: all limits hold. ``rejected``: a limit is violated, or the target was not built.
+``undecided``: the interval of a number contains its limit. ``built-unmeasured``: the target was
+built and audited, but cannot run on this machine.
+"""
 
 
 class Estimate(Frozen):

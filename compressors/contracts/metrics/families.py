@@ -2,8 +2,9 @@
 
 A family contains metrics that differ in the number in their names, such as ``ndcg@10`` and
 ``ndcg@20``; a metric without a number is a family of one. "Usual" metrics are those that every
-order of a task kind measures. The parameter ``task`` is the name of a task kind, and ``grouped`` is
-whether the signature names a group column.
+order of a task kind measures. "Selecting" metrics (``Metric.selects``) are those that a signature
+may name as the metric by which the model is judged. The parameter ``task`` is the name of a task
+kind, and ``grouped`` is whether the signature names a group column.
 
 To add a metric, write its declaration and its estimator. Then add its family to ``FAMILIES`` of
 ``quality.py``, ``score_changes.py`` or ``serving.py``, or call ``register``.

@@ -28,8 +28,9 @@ class Metric:
         largest: largest loss or ratio that a limit on a comparison can plausibly allow; a larger
             one would accept a useless model.
         low: smallest plausible limit on the metric itself. For a quality metric in [0, 1] it is the
-            value of random scores, or 0 if that depends on the data.
-        high: largest possible value.
+            value of random scores (0.5 for AUC), or 0 if that depends on the data.
+        high: largest possible value or, if the metric has no upper bound, a value that only useless
+            results exceed.
         unit: unit of the value in sentences, with a space before it.
         decimals: digits after the decimal point of the value in sentences.
         is_share: whether reports show the value in percent.

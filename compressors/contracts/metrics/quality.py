@@ -1,4 +1,8 @@
-"""Quality metrics: how well a model's scores rank or predict labeled rows."""
+"""Quality metrics: how well a model's scores rank or predict labeled rows.
+
+``metric.py`` describes the properties. For quality, ``largest`` is the loss (baseline minus
+candidate, or the reverse if lower is better) from which on a limit would accept a useless model.
+"""
 
 from compressors.contracts.metrics.metric import Metric, MetricFamily, single_metric
 from compressors.contracts.task_kind import Evaluation, Labels
@@ -18,7 +22,20 @@ def _bounded_quality(
     needs_group: bool = True,
     depth: int | None = None,
 ) -> Metric:
-    """Create a quality metric in [0, 1] for which higher is better."""
+    """Create a quality metric in [0, 1] for which higher is better.
+
+    A signature may name it as the metric by which the model is judged (``selects``).
+
+    Args:
+        name: name in limits and signatures.
+        label: name in sentences.
+        labels: the kind of labels with which it can be measured.
+        largest: a limit that allows this loss or more would accept a useless model.
+        estimators: ``module:name`` of the estimator, for each way of evaluating a model.
+        low: value of random scores; 0 if that depends on the data.
+        needs_group: whether the data needs a group column.
+        depth: number of top ranks that are evaluated; None if there is no such number.
+    """
     return Metric(
         name=name,
         kind="quality",
@@ -38,7 +55,15 @@ def _bounded_quality(
 
 
 def _loss(name: str, label: str, *, largest: float, high: float, estimator: str) -> Metric:
-    """Create a metric that is a loss of predicted probabilities; its best value is 0."""
+    """Create a metric that is a loss of predicted probabilities; its best value is 0.
+
+    Args:
+        name: name in limits.
+        label: name in sentences.
+        largest: a limit that allows an increase of this size or more would accept a useless model.
+        high: largest possible or, without such a bound, largest meaningful value.
+        estimator: name of the estimator's class in ``log_loss.py``.
+    """
     return Metric(
         name=name,
         kind="quality",
@@ -81,6 +106,9 @@ def recall(k: int) -> Metric:
     )
 
 
+CHANCE_AUC = 0.5
+"""AUC of random scores. Even a perfect model is useless after a loss of 0.5."""
+
 FAMILIES = (
     single_metric(
         _bounded_quality(
@@ -88,18 +116,20 @@ FAMILIES = (
             "AUC",
             "clicks",
             largest=0.5,
-            low=0.5,
+            low=CHANCE_AUC,
             needs_group=False,
             estimators={"rows": f"{ESTIMATORS}.auc:Auc"},
         )
     ),
-    # ``point_estimates.py`` clips probabilities, so the loss of a row is at most 15.95 nats.
+    # ``point_estimates.py`` clips probabilities, so the loss of a row is at most 15.943 nats.
     single_metric(_loss("logloss", "log loss", largest=0.2, high=15.95, estimator="LogLoss")),
     single_metric(
         _loss(
             "normalized_entropy",
             "normalized entropy",
             largest=0.5,
+            # The ratio to the loss of predicting the base rate (1.0) has no fixed upper bound: it
+            # depends on that rate. No useful model is near 1000 times that loss.
             high=1000.0,
             estimator="NormalizedEntropy",
         )
@@ -110,7 +140,7 @@ FAMILIES = (
             "GAUC",
             "clicks",
             largest=0.5,
-            low=0.5,
+            low=CHANCE_AUC,
             estimators={"rows": f"{ESTIMATORS}.auc:GroupAuc"},
         )
     ),

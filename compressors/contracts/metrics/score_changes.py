@@ -19,7 +19,12 @@ def _change(
     has_interval: bool = True,
     evaluations: tuple[Evaluation, ...] = ("rows", "queries"),
 ) -> Metric:
-    """Create a metric in [0, ``high``] that compares two models' scores of the same rows."""
+    """Create a metric in [0, ``high``] that compares two models' scores of the same rows.
+
+    ``high`` is 1 for correlations and shares. For changes of scores it is 100: probabilities change
+    by at most 1, and a change by 100 standard deviations only occurs in a useless model. ``Metric``
+    describes the other arguments.
+    """
     return Metric(
         name=name,
         kind="score_change",
@@ -28,12 +33,11 @@ def _change(
         evaluations=evaluations,
         higher_is_better=higher_is_better,
         compared="never",
-        largest=high,
+        largest=high,  # not used: limits on the metric are never comparisons
         low=0.0,
         high=high,
         is_share=is_share,
-        # Changes of scores are in the unit of the scores, up to 1 or to 100 standard deviations;
-        # the other metrics are correlations or shares, up to 1.
+        # Only changes of scores are in the unit of the scores; correlations and shares have none.
         in_score_units=high > 1,
         has_interval=has_interval,
         needs_group=needs_group,

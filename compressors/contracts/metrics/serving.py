@@ -8,8 +8,10 @@ BATCHES = (1, 64, 1024)
 """Batch sizes at which every order measures latency."""
 
 LARGEST_BATCH = 65_536
+"""Largest batch size for which a limit on latency can be given."""
 MEDIAN = 0.5
 QUANTILES = {"p50": MEDIAN, "p99": 0.99}
+"""The measured quantiles of latency, by their names in metrics."""
 
 BYTES = Metric(
     name="bytes",
@@ -17,9 +19,9 @@ BYTES = Metric(
     label="size",
     higher_is_better=False,
     compared="ratio",
-    largest=2.0,
+    largest=2.0,  # a limit that allows more than twice the bytes of the other model is a mistake
     low=1024.0,  # even an empty graph is larger
-    high=1e18,
+    high=1e18,  # an exabyte, more than any model
     unit=" bytes",
     decimals=0,
     has_interval=False,
@@ -35,9 +37,9 @@ def latency(quantile: str, batch: int) -> Metric:
         heading=f"{quantile} ms, batch {batch}",
         higher_is_better=False,
         compared="ratio",
-        largest=10.0,
+        largest=10.0,  # a limit that allows more than ten times the other latency is a mistake
         low=0.001,  # any call of a runtime takes longer
-        high=3_600_000.0,
+        high=3_600_000.0,  # one hour
         unit=" ms",
         decimals=3,
         batch=batch,

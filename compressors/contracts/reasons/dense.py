@@ -5,6 +5,10 @@
 
 A low-rank layer has two factors, of shapes (inputs, rank) and (rank, outputs). GPTQ rounds weights
 one after the other and corrects the remaining ones. A level is one value of a quantized number.
+The headroom is the factor by which inputs of served rows may exceed those of the calibration rows.
+The output error of a layer is the root mean square of the changes of its outputs on the calibration
+rows, relative to that of the outputs. The setting ``most_error`` is its largest allowed value for
+int8; for low rank, it is the share of the outputs' squared size that may be lost.
 """
 
 SENTENCES = {

@@ -3,7 +3,8 @@
 ``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
 ``Reason`` in ``reason.py`` fills in the fields in braces.
 
-A field ``why`` is one of the clauses below "why a limit is likely a mistake".
+A field ``why`` is one of the clauses below "why a limit is likely a mistake". ``intents`` are the
+limits that were probably meant; their separator ``' or '`` includes the quotes of the limits.
 """
 
 SENTENCES = {

@@ -5,7 +5,8 @@
 
 A preset may list several options, each a group of steps, such as 4 bits and then 8 bits. The flow
 keeps the first option that can be applied and is within the budget. A field ``fault`` is the
-message of an error.
+message of an error. A field ``origin`` says who set the budget: ``budget_ordered`` (the order) or
+``budget_of_preset``.
 """
 
 SENTENCES = {

@@ -4,7 +4,9 @@
 ``Reason`` in ``reason.py`` fills in the fields in braces.
 
 Hot rows are those with the most lookups. A hashed table has fewer rows ("buckets") than ids;
-several hash functions ("hashes") select rows for an id, and these are combined.
+several hash functions ("hashes") select rows for an id, and these are combined. "Form low_rank"
+means that a table is stored like the result of step ``low_rank``: narrower rows, and a matrix that
+maps them to the full width.
 """
 
 SENTENCES = {

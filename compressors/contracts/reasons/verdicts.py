@@ -2,6 +2,9 @@
 
 ``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
 ``Reason`` in ``reason.py`` fills in the fields in braces.
+
+A round is one repetition of a latency measurement. Groups are the values of the signature's group
+column, such as users. ``cause`` says why there is no interval.
 """
 
 SENTENCES = {

@@ -2,6 +2,9 @@
 
 ``SENTENCES`` maps the code of an error to its message, in the syntax of ``str.format``.
 ``value_error`` in ``coded.py`` creates the error and fills in the fields in braces.
+
+A data rule is a check of the order's data. ``label_rate`` is the allowed range, ``low`` to
+``high``, of the share of positive labels; ``min_rows`` is the smallest number of rows of a split.
 """
 
 SENTENCES = {

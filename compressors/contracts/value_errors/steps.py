@@ -2,6 +2,12 @@
 
 ``SENTENCES`` maps the code of an error to its message, in the syntax of ``str.format``.
 ``value_error`` in ``coded.py`` creates the error and fills in the fields in braces.
+
+Settings of steps that train: ``soft_share`` is the weight of the teacher's predictions in the loss,
+and the labels get the rest; ``rows`` selects the training rows; ``auxiliary`` names the layer whose
+output an auxiliary head reads in training; ``training`` contains epochs, learning rate and others.
+``training.tables`` and ``training.dense`` set what is trained. ``qat`` is quantization-aware
+training.
 """
 
 SENTENCES = {
