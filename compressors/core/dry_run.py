@@ -39,6 +39,8 @@ def dry_run(method: Method, source: Model, bench: Bench, *, smallest: bool = Fal
     sizes = stored_bytes(source.module), stored_bytes(model.module)
     line = output_line(step.kind, source, model.module, plan.decisions.get(OUTPUT))
     folded = folded_norms(model.module)
-    new_plan = build_plan(step.kind, source, plan.decisions, before, after, sizes, line, folded)
-    new_plan = with_remarks(new_plan, step.kind, skipped, plan.decisions, {})
+    new_plan = build_plan(
+        step.kind, source, plan.decisions, before, after, sizes, output=line, folded=folded
+    )
+    new_plan = with_remarks(new_plan, step.kind, skipped, plan.decisions, outcome_reasons={})
     return Model(model.module, source.architecture, model.network, new_plan)

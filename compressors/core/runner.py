@@ -182,7 +182,15 @@ def run(
     warnings = input_range_warnings(source.module, loaded, bench)
     folded = folded_norms(loaded)
     new_plan = build_plan(
-        step.kind, source, decisions, before, after, sizes, line, folded, warnings
+        step.kind,
+        source,
+        decisions,
+        before,
+        after,
+        sizes,
+        output=line,
+        folded=folded,
+        warnings=warnings,
     )
     outcome_reasons = {name: outcome.reasons for name, outcome in outcomes.items()}
     new_plan = with_remarks(new_plan, step.kind, skipped, decisions, outcome_reasons)

@@ -19,6 +19,7 @@ from compressors.core.state.plain_values import plain_tensors
 from compressors.errors.steps import StepRefused
 
 Role = Literal["table", "dense"]
+"""What a unit is: an embedding table or a dense layer."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,14 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
             whole = owners.get(module, name)
             owners.update((table.get_submodule(part), whole) for part in table.part_names)
             size = sum(tensor.nbytes for tensor in table.buffers(recurse=False))
-            yield Unit(name, role, module, form, size, rows, None, owners.get(module))
+            part_of = owners.get(module)
+            yield Unit(name, role, module, form, size, rows, shared_with=None, part_of=part_of)
             continue
         if isinstance(module, FactoredLinear):
             whole = owners.get(module, name)
             owners.update((module.get_submodule(part), whole) for part in PARTS)
-            yield Unit(name, role, module, form, 0, rows, None, owners.get(module))
+            part_of = owners.get(module)  # all tensors of a factored layer are those of its parts
+            yield Unit(name, role, module, form, 0, rows, shared_with=None, part_of=part_of)
             continue
         same_unit = {module, *bag_tables}
         shared = [
@@ -185,7 +188,14 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
         size = stored_bytes(module, counted)
         counted |= {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
         yield Unit(
-            name, role, module, form, size, rows, next(iter(shared), None), owners.get(module)
+            name,
+            role,
+            module,
+            form,
+            size,
+            rows,
+            shared_with=next(iter(shared), None),
+            part_of=owners.get(module),
         )
 
 

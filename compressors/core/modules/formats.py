@@ -4,6 +4,9 @@ A format is one encoding of a table's rows or a dense layer's weights. Its file 
 ``compressors/quantize``) registers one torch custom op that decodes it. So the same module runs in
 torch, its scales can be trained through the op's gradient, and each serving target needs one
 translation of the op.
+
+``settings`` are the arguments of a format's layout, such as the number of rows that share a scale.
+They are stored in the record of the module.
 """
 
 import math
@@ -106,7 +109,8 @@ def stored_entries(spec: TensorSpec, begin: int, end: int) -> slice:
 class PackedTable(nn.Module):
     """Compressed replacement of an ``nn.Embedding``: ids ``(*,)`` to float32 ``(*, dim)``.
 
-    Its buffers are the stored tensors of its format, ``storage``.
+    Its buffers are the stored tensors of its format, ``storage``. If the constructor gets no stored
+    tensors, they are empty tensors on the meta device.
     """
 
     def __init__(
@@ -139,7 +143,8 @@ class PackedTable(nn.Module):
 class PackedLinear(nn.Module):
     """Compressed replacement of an ``nn.Linear``: float32 ``(*, in)`` to ``(*, out)``.
 
-    Its buffers are the stored tensors of its format, ``storage``.
+    Its buffers are the stored tensors of its format, ``storage``. If the constructor gets no stored
+    tensors, they are empty tensors on the meta device.
     """
 
     def __init__(
@@ -194,7 +199,9 @@ class Bag(nn.Module):
     a masked reduction, since no exporter lowers the torch module to an efficient graph
     (NVIDIA/TensorRT#4210, pytorch/pytorch#138485). ``table`` is any module that maps ids to rows.
 
-    ``longest`` is needed only to export jagged input: the graph pads each bag to this length.
+    In ``forward``, ``inside`` is False for padding and for ids equal to ``padding_idx``. The
+    constructor's ``longest`` is needed only to export jagged input: the graph pads each bag to this
+    length.
     """
 
     def __init__(

@@ -21,11 +21,13 @@ from torch.utils import _device
 
 from compressors.errors.construction import TooLarge
 
-_LOCK = threading.Lock()
+_LOCK = threading.Lock()  # held while ``nn.Module.register_parameter`` is replaced
+# The functions that ``Placement`` receives for ``tensor.device`` and ``tensor.data = values``.
 _DEVICE_GETTER = Tensor.device.__get__
 _DATA_SETTER = Tensor.data.__set__  # type: ignore[attr-defined]
-_MOVES = {Tensor.cuda, Tensor.cpu, Tensor.xpu, Tensor.pin_memory}
+_MOVES = {Tensor.cuda, Tensor.cpu, Tensor.xpu, Tensor.pin_memory}  # to another device or memory
 ACCELERATOR = re.compile(r"(cuda|xpu|hpu|mps|npu|xla)(:\d+)?")
+"""Matches torch's names of devices that are accelerators."""
 
 
 @dataclass

@@ -24,6 +24,7 @@ from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, Pack
 from compressors.core.modules.output_calibration import RECALIBRATION, Recalibration, attach
 from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.core.state.construction import (
+    NAMES_SHOWN,
     Construction,
     assign,
     construct,
@@ -82,8 +83,9 @@ def construction_notes(
 def construction_limits(folder: Path, network: Network) -> ConstructionLimits:
     """Return limits on the tensors that a stored network's constructor may create.
 
-    The limits depend on the stored tensors in ``folder`` and on the full sizes in the records of
-    ``network``, because the constructor creates each compressed table and layer at its full size.
+    One tensor may have twice the bytes of all files in ``folder`` (a safety margin). The limits
+    also depend on the full sizes in the records of ``network``, because the constructor creates
+    each compressed table and layer at its full size.
     """
     stored, tensors = 0, 0
     for path in folder.glob("*.safetensors"):
@@ -221,12 +223,12 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
         parent_name, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent_name), attribute, _tensor_named(model, stored))
     if names_without_values := tensors_without_values(model, replaced):
-        raise ModelRefused("values_missing", names=tuple(names_without_values[:5]))
+        raise ModelRefused("values_missing", names=tuple(names_without_values[:NAMES_SHOWN]))
     if names_on_accelerator := tensors_on_accelerator(model):
         raise ModelRefused(
             "tensors_on_accelerator",
             architecture=network.architecture.path,
-            names=tuple(names_on_accelerator[:5]),
+            names=tuple(names_on_accelerator[:NAMES_SHOWN]),
         )
     return model.eval()
 
@@ -270,9 +272,9 @@ def _require_matching_tensors(
             "tensors_differ",
             architecture=network.architecture.path,
             missing_count=len(missing),
-            missing=tuple(missing[:5]),
+            missing=tuple(missing[:NAMES_SHOWN]),
             unexpected_count=len(extra),
-            unexpected=tuple(extra[:5]),
+            unexpected=tuple(extra[:NAMES_SHOWN]),
         )
     for name, tensor in tensors.items():
         if nn.parameter.is_lazy(expected[name]):  # it takes the shape of the loaded tensor
