@@ -43,7 +43,11 @@ class CompressionError(CodedError):
 
 
 class NothingToCompress(CompressionError):
-    """A step, or a name pattern in it, matches no unit of this model."""
+    """A step, or a name pattern in it, matches no unit of this model.
+
+    Settings in the messages: ``importance`` is the criterion by which parts are selected, and
+    ``draws`` the number of random fits of a table, of which the best on validation rows is used.
+    """
 
     sentences: ClassVar = {
         "units_missing": (

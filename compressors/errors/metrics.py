@@ -11,7 +11,11 @@ _WITHOUT_CHAMPION = "Leave limits against the champion out of this order."
 
 
 class MetricRefused(CompressionError):
-    """A metric or a measurement cannot be computed from these rows, scores or settings."""
+    """A metric or a measurement cannot be computed from these rows, scores or settings.
+
+    ``units`` are what an interval resamples, such as rows or queries. ``side`` is ``query`` or
+    ``item``: the tower of a retrieval model whose vectors are wrong.
+    """
 
     sentences: ClassVar = {
         "probabilities_outside": (

@@ -41,7 +41,11 @@ class RowsMissing(CompressionError):
 
 
 class StepRefused(CompressionError):
-    """A step cannot change this network in the way that its settings require."""
+    """A step cannot change this network in the way that its settings require.
+
+    ``units`` of ``share_unreachable`` is what a share counts, such as channels or multiply-adds.
+    The settings ``multiple`` and ``least`` of ``channels`` restrict how few channels a layer keeps.
+    """
 
     sentences: ClassVar = {
         "network_not_changeable": "Expected a network that {step!r} can change, got {problem} "
