@@ -43,7 +43,7 @@ from compressors.lower.targets.registry import lowering_target
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
 MERGED_ELEMENTS = 1024  # the optimizer merges equal initializers up to this many elements
-EXTERNAL_BYTES = 2**29  # more weights are stored outside the graph; protobuf allows 2 GiB
+EXTERNAL_BYTES = 2**29  # larger weights in total are stored outside the graph (protobuf: 2 GiB)
 TRACE_ROWS = 3  # batch size of the example inputs
 SHORT_TYPES = {  # of stored weights: folding a Cast of such a weight would store it as float32
     ir.DataType.FLOAT16,

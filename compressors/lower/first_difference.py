@@ -148,8 +148,9 @@ def _largest_difference(
         int(number) for number in np.unravel_index(int(np.argmax(differences)), differences.shape)
     )
     largest = float(differences[position])
-    scale = max(_largest_finite(first), _largest_finite(second))
-    return (largest / scale if scale and np.isfinite(largest) else largest), position
+    magnitude = max(_largest_finite(first), _largest_finite(second))
+    is_relative = magnitude and np.isfinite(largest)
+    return (largest / magnitude if is_relative else largest), position
 
 
 def _largest_finite(values: NDArray[np.float64]) -> float:

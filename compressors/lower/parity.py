@@ -102,7 +102,10 @@ def check_parity(
 
 
 def allowed_share(plan: Plan | None, target: str) -> float:
-    """Return how much a tensor in a graph may differ, relative to its largest absolute value."""
+    """Return how much a tensor in a graph may differ, relative to its largest absolute value.
+
+    It is the largest limit of the target's scores, although that is relative to their spread.
+    """
     return max(lowering_target(target).tolerance(plan))
 
 

@@ -33,10 +33,10 @@ def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, 
     )
     weight_zero = constant(onnx.TensorProto.INT8, [0] * channels)
     weight = op.DequantizeLinear(codes, weight_scale, weight_zero, axis=0)
-    step = op.Mul(weight_scale, input_scale)
-    bias_codes = op.Cast(op.Round(op.Div(bias, step)), to=INT32)
+    bias_scale = op.Mul(weight_scale, input_scale)
+    bias_codes = op.Cast(op.Round(op.Div(bias, bias_scale)), to=INT32)
     bias_zero = constant(INT32, [0] * channels)
-    rounded_bias = op.DequantizeLinear(bias_codes, step, bias_zero, axis=0)
+    rounded_bias = op.DequantizeLinear(bias_codes, bias_scale, bias_zero, axis=0)
     return restore(op.Gemm(inputs, weight, rounded_bias, transB=1))
 
 

@@ -47,12 +47,13 @@ def _clip_codes(model: ir.Model, relu: ir.Node) -> bool:
     ):
         return False
     (quantize,) = consumers
-    if quantize.op_type != "QuantizeLinear" or (zero := quantize.inputs[2]) is None:
+    if quantize.op_type != "QuantizeLinear" or (zero_point := quantize.inputs[2]) is None:
         return False
-    if zero.dtype != ir.DataType.UINT8:
+    if zero_point.dtype != ir.DataType.UINT8:
         return False
     codes = quantize.outputs[0]
-    clip = ir.node("Clip", [codes, zero])
+    # The zero point is the code of 0.0, so it is the smallest code after a Relu.
+    clip = ir.node("Clip", [codes, zero_point])
     clip.outputs[0].name = f"{codes.name}_floored"
     clip.outputs[0].dtype, clip.outputs[0].shape = codes.dtype, codes.shape
     ir.convenience.replace_all_uses_with(codes, clip.outputs[0])

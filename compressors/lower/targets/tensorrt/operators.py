@@ -20,15 +20,16 @@ from compressors.quantize.dense.weight_only import LEVELS, SMALLEST, block_lengt
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
     """Build an int8 Gemm with a float bias: TensorRT refuses an int32 DequantizeLinear.
 
-    The bias is rounded to multiples of the int32 step, as in the module. With a very wide input
-    range a step is larger than the bias, and an unrounded bias would give different scores.
+    The bias is rounded to multiples of the scale of int32 sums (weight scale times input scale), as
+    in the module. With a very wide input range this scale is larger than the bias, and an unrounded
+    bias would give different scores.
     """
     flat, restore = flatten_to_matrix(x, int(codes.shape[1]), int(codes.shape[0]))
     zero = constant(onnx.TensorProto.INT8, 0)
     inputs = op.DequantizeLinear(op.QuantizeLinear(flat, input_scale, zero), input_scale)
     weight = op.DequantizeLinear(codes, weight_scale, axis=0)
-    step = op.Mul(weight_scale, input_scale)
-    rounded = op.Mul(op.Round(op.Div(bias, step)), step)
+    bias_scale = op.Mul(weight_scale, input_scale)
+    rounded = op.Mul(op.Round(op.Div(bias, bias_scale)), bias_scale)
     return restore(op.Gemm(inputs, weight, rounded, transB=1))
 
 

@@ -130,7 +130,11 @@ def _is_scale_of_dequantize_linear(offset: Any, rows_per_scale: int) -> bool:
 
 
 def _dequantize_and_gather(codes: Any, scale: Any, ids: Any, block: int = 0) -> Any:
-    """Dequantize the table, gather rows, and cast them to float32."""
+    """Dequantize the table, gather rows, and cast them to float32.
+
+    ``block`` is the number of codes of a row that share a scale; 0 if ``scale`` has one entry per
+    row or is a scalar.
+    """
     if block:
         table = op.DequantizeLinear(codes, scale, axis=1, block_size=block)
     else:
