@@ -1,8 +1,9 @@
 """Check labels and scores of the uncompressed model before it serves as the baseline.
 
-``recpress bundle pack`` refuses a bundle whose problems make every later number meaningless; other
-problems are warnings. Scores are computed for a sample of about ``SAMPLE_ROWS`` rows, evenly spaced
-in the split; the sample of a ranking model consists of whole groups.
+``recpress bundle pack`` refuses a bundle with a problem that is ``refused``; other problems are
+warnings. A ``fatal`` problem would make every flow run with the bundle fail. Scores are computed
+for a sample of about ``SAMPLE_ROWS`` rows, evenly spaced in the split; the sample of a ranking
+model consists of whole groups.
 """
 
 from collections.abc import Iterator

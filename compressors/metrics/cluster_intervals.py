@@ -198,19 +198,21 @@ def _degrees_of_freedom(value: GroupedValue, share: Floats) -> float:
     squared expectation divided by its variance. Both are computed in O(groups) from sums.
     """
     spread = _variance_of_means(value)
-    # The deviation of group i is its mean minus the weighted mean of all groups. Deviations of
-    # groups i and j have the covariance ``base - covered[i] - covered[j]``, and ``diagonal[i]`` is
-    # the variance of one. The estimate is the sum of squared deviations times ``factor``.
-    covered = spread * share
-    base = float(covered @ share)  # variance of the weighted mean
+    # ``shared[i]`` is the covariance of group i's mean and the weighted mean of all groups. The
+    # deviation of group i is the first minus the second. Deviations of groups i and j have the
+    # covariance ``base - shared[i] - shared[j]``, and ``diagonal[i]`` is the variance of one. The
+    # estimate is the sum of squared deviations times ``factor``.
+    shared = spread * share
+    base = float(shared @ share)  # variance of the weighted mean
     factor = share**2 / (1 - share)
-    diagonal = spread - 2 * covered + base
+    diagonal = spread - 2 * shared + base
     expected = float(factor @ diagonal)
-    total, first, second = factor.sum(), factor @ covered, factor @ covered**2
+    # Sums of ``factor`` times the powers 0, 1 and 2 of ``shared``.
+    total, first, second = factor.sum(), factor @ shared, factor @ shared**2
     # Sum of squared covariances over all pairs (i, j), times the factors of both groups. For i = j
     # the formula of the covariance is wrong, which the second term corrects.
     all_pairs = base**2 * total**2 + 2 * total * second - 4 * base * total * first + 2 * first**2
-    correction = factor**2 @ (diagonal**2 - (base - 2 * covered) ** 2)
+    correction = factor**2 @ (diagonal**2 - (base - 2 * shared) ** 2)
     return max(1.0, expected**2 / float(all_pairs + correction))
 
 

@@ -4,11 +4,12 @@ Baseline and candidate are evaluated on the same rows, and their difference is p
 variation that affects both models, such as easy and hard rows, cancels, and the interval of the
 difference is many times narrower than that of either model.
 
-Rows without a group are independent units. Their intervals are those of the percentile bootstrap,
-in which every replicate draws the same rows for both models. Source: Efron and Tibshirani 1993, "An
-Introduction to the Bootstrap", chapter 13. Rows with a group (users, queries) are not independent:
-their intervals treat whole groups as the units (``cluster_intervals.py``). Intervals of latencies
-resample the rounds of the measurement.
+A unit in this file is what varies independently: a row, a group or a query. (In plans, a unit is a
+table or dense layer.) Rows without a group are units. Their intervals are those of the percentile
+bootstrap, in which every replicate draws the same rows for both models. Source: Efron and
+Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13. Rows with a group (users, queries)
+are not independent: their intervals treat whole groups as the units (``cluster_intervals.py``).
+Intervals of latencies resample the rounds of the measurement.
 """
 
 import math

@@ -1,8 +1,9 @@
 """Judge limits on measured numbers: accepted, rejected or undecided, with reasons.
 
-The 95 % interval decides, not the point estimate. A limit is accepted if all values of the interval
-satisfy it, rejected if none does, and undecided otherwise. Exact numbers (bytes) have an interval
-of width 0 and are never undecided. A number equal to the limit satisfies it.
+A ``Judgement`` is the outcome of one limit, a ``Verdict`` that of all limits of a target. The 95 %
+interval decides, not the point estimate. A limit is accepted if all values of the interval satisfy
+it, rejected if none does, and undecided otherwise. Exact numbers (bytes) have an interval of width
+0 and are never undecided. A number equal to the limit satisfies it.
 """
 
 import math
@@ -337,8 +338,8 @@ def recompute_outcome(verdict: Verdict) -> Outcome:
             sign = 1 if item.limit.at_least is not None else -1
             worst, best = sorted((sign * item.measured.low, sign * item.measured.high))
             outcomes.add(_outcome(sign * _bound(item.limit), worst, best))
-    order: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")
-    return next((outcome for outcome in order if outcome in outcomes), verdict.outcome)
+    worst_first: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")
+    return next((outcome for outcome in worst_first if outcome in outcomes), verdict.outcome)
 
 
 def _rows_to_decide(rows: int, reach: float, distance: float) -> int | None:
@@ -445,5 +446,5 @@ def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int 
 
 def _rounded(count: int) -> int:
     """Round up to two significant digits, because the estimate is not more precise."""
-    step: int = 10 ** max(0, len(str(count)) - 2)
-    return math.ceil(count / step) * step
+    second_digit: int = 10 ** max(0, len(str(count)) - 2)
+    return math.ceil(count / second_digit) * second_digit

@@ -22,7 +22,7 @@ PROBABILITY_FLOOR = float(np.finfo(np.float32).eps)
 """Log loss clips probabilities to at least this and at most 1 minus this (1.19e-7).
 
 Served models output float32, where a confident sigmoid is exactly 0 or 1; without a floor one such
-row would make the whole loss infinite. One row can cost at most 15.94 nats.
+row would make the whole loss infinite. The largest loss of a row is 15.943 nats.
 """
 
 
@@ -69,7 +69,7 @@ def row_logloss(label: ArrayLike, probability: ArrayLike) -> Floats:
             ``PROBABILITY_FLOOR`` and at most ``1 - PROBABILITY_FLOOR``.
 
     Returns:
-        float64 ``(rows,)``, nats, in [0, 15.95].
+        float64 ``(rows,)``, nats, in [0, 15.943].
 
     Raises:
         MetricRefused: a probability outside [0, 1] (a logit, most likely), a label other

@@ -287,9 +287,9 @@ def _compare_rankings(
     """
     before, after = (scores.masked_fill(~is_ranked, -torch.inf) for scores in (before, after))
     count = min(depth, before.shape[1])
-    first = after.topk(count, dim=1).indices
-    least = before.topk(count, dim=1).values[:, -1:]
-    overlap = (before.gather(1, first) >= least).double().mean(dim=1)
+    top_after = after.topk(count, dim=1).indices  # (queries, count)
+    lowest_top_score = before.topk(count, dim=1).values[:, -1:]  # (queries, 1)
+    overlap = (before.gather(1, top_after) >= lowest_top_score).double().mean(dim=1)
     best = [scores == scores.amax(dim=1, keepdim=True) for scores in (before, after)]
     changed = 1 - (best[0] & best[1]).sum(dim=1).double() / best[1].sum(dim=1)
     return changed.numpy(), overlap.numpy()

@@ -98,7 +98,8 @@ class Ctr:
             )
         positives = float(label.sum())
         negatives = label.size - positives
-        # Standard error of the AUC of random scores (the Mann-Whitney statistic).
+        # Standard error of the AUC of random scores (the Mann-Whitney statistic). The AUC is nearly
+        # normally distributed only if there are several rows of each class.
         auc_error = np.sqrt((label.size + 1) / (12 * positives * negatives))
         auc = point_estimates.auc(label, score)
         if min(positives, negatives) >= 10 and auc + CLEAR_STANDARD_ERRORS * auc_error < 0.5:

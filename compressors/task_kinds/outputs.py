@@ -49,7 +49,7 @@ def listwise(score: Tensor, target: Tensor, segment: Tensor, is_used: Tensor) ->
 
     Args:
         score: float ``(rows,)``.
-        target: each row's target share of its list, float ``(rows,)``.
+        target: the share that each row should have in its list, float ``(rows,)``.
         segment: index of each row's list, int64 ``(rows,)``.
         is_used: bool ``(groups,)``: the lists to average over.
 

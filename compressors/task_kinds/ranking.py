@@ -20,9 +20,10 @@ from compressors.task_kinds.protocol import ScoredSample, TaughtRows
 class Ranking:
     """Losses and score checks of ranking.
 
-    Both losses are the listwise softmax cross entropy. For ``hard_loss``, the target of a row is
-    its share of the gains ``2^label - 1`` of its list, and lists without a positive label are
-    ignored. For ``soft_loss``, it is the softmax of the teacher's scores, and all lists are used.
+    Both losses are the listwise softmax cross entropy. The target of a row is the probability that
+    the softmax over its list should give it. For ``hard_loss``, it is the row's share of the gains
+    ``2^label - 1`` of its list, and lists without a positive label are ignored. For ``soft_loss``,
+    it is the softmax of the teacher's scores, and all lists are used.
 
     Source: ListNet, Cao et al. 2007 (top-one probabilities).
     """

@@ -123,7 +123,7 @@ FAULTS = (
     Fault(
         id="ranking-ties-count-as-found",
         file="compressors/metrics/estimators/recall.py",
-        old="hits = np.maximum(last - places.above, 0) / places.equal",
+        old="hits = np.maximum(last_rank - places.above, 0) / places.equal",
         new="hits = (places.above < places.depth).astype(float)",
         effect="A model with equal scores for all items has recall 1.",
         tests=(f"{RANKING}::test_recall_of_equal_scores_is_that_of_a_random_ranking",),

@@ -46,10 +46,13 @@ class NdcgOfQueries:
     def of_queries(self, places: RelevantPlaces) -> Floats:
         """Compute the NDCG of each query, float64 ``(queries,)`` in [0, 1]."""
         depth = _depth(self.metric)
-        discount = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(depth) + 2))])
-        last = np.minimum(places.above + places.equal, depth)
-        gains = (discount[last] - discount[np.minimum(places.above, last)]) / places.equal
-        value: Floats = places.sums(gains) / discount[np.minimum(places.relevant, depth)]
+        # Entry n is the sum of the discounts of the first n ranks.
+        discounts = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(depth) + 2))])
+        # Items of one score have the ranks above + 1 to above + equal; ranks after depth count 0.
+        rank_before = np.minimum(places.above, depth)
+        last_rank = np.minimum(places.above + places.equal, depth)
+        gains = (discounts[last_rank] - discounts[rank_before]) / places.equal
+        value: Floats = places.sums(gains) / discounts[np.minimum(places.relevant, depth)]
         return value
 
 

@@ -20,7 +20,8 @@ class Recall:
 
     def of_queries(self, places: RelevantPlaces) -> Floats:
         """Compute the recall of each query, float64 ``(queries,)`` in [0, 1]."""
-        last = np.minimum(places.above + places.equal, self.metric.depth or places.depth)
-        hits = np.maximum(last - places.above, 0) / places.equal
+        # Items of one score have the ranks above + 1 to above + equal.
+        last_rank = np.minimum(places.above + places.equal, self.metric.depth or places.depth)
+        hits = np.maximum(last_rank - places.above, 0) / places.equal
         value: Floats = places.sums(hits) / places.relevant
         return value
