@@ -226,7 +226,12 @@ def prepare_splits(
 
 
 def save_split(tensors: dict[str, Tensor], folder: Path) -> Split:
-    """Write inputs and labels to the file of a split, as ``Bench`` expects it."""
+    """Write tensors to the file of a split, as ``Bench`` expects it.
+
+    Args:
+        tensors: inputs by name and labels as ``@label``; or only soft labels, as ``score``.
+        folder: folder of the split; created if needed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "data.safetensors")
     digest = hashlib.sha256((folder / "data.safetensors").read_bytes()).hexdigest()
@@ -315,7 +320,8 @@ def train(
 def load_baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Model, Bench]:
     """Load a trained network and its bench from ``cache``; train the network first if missing.
 
-    The bench's soft labels are the network's logits on the training rows.
+    The bench's soft labels are the network's logits on the training rows. The file ``facts.json``
+    has their split, the validation AUC and the seconds of training; it is written last.
     """
     splits, rows = prepare_splits(name, folder, cache)
     settings = TRAINING_SETTINGS[name]
@@ -328,17 +334,17 @@ def load_baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Mod
         save_file(module.state_dict(), run_folder / "model.safetensors")
         soft = predict(module, load_split(splits["train"])[0])
         split = save_split({"score": soft}, run_folder / "soft_labels")
-        facts = {"soft_labels": split.model_dump(), "validation_auc": best}
-        facts["seconds"] = time.perf_counter() - start
-        (run_folder / "facts.json").write_text(json.dumps(facts))
-    facts = json.loads((run_folder / "facts.json").read_text())
+        training_record = {"soft_labels": split.model_dump(), "validation_auc": best}
+        training_record["seconds"] = time.perf_counter() - start
+        (run_folder / "facts.json").write_text(json.dumps(training_record))
+    training_record = json.loads((run_folder / "facts.json").read_text())
     module = DCNv2(**arch.config)
     module.load_state_dict(load_file(run_folder / "model.safetensors"))
     bench = Bench(
         signature=signature(rows),
         train=splits["train"],
         validation=splits["validation"],
-        soft_labels=Split(**facts["soft_labels"]),
+        soft_labels=Split(**training_record["soft_labels"]),
         seed=seed,
     )
     return Model(module.eval(), DCNv2, Network(architecture=arch)), bench

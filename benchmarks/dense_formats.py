@@ -38,7 +38,7 @@ from compressors.core.units import Unit
 STEP_ADAPTER = TypeAdapter(AnyStep)
 GPTQ = {"kind": "weight_int4", "rounding": "gptq"}
 LABELED_STEPS: list[tuple[str, dict[str, Any]]] = [
-    ("float16", {"kind": "float16", "tables": ()}),
+    ("float16", {"kind": "float16", "tables": ()}),  # no tables, only dense layers
     ("static_int8", {"kind": "static_int8"}),
     ("weight_int8", {"kind": "weight_int8"}),
     ("weight_int8, float inputs", {"kind": "weight_int8", "activations": "float32"}),

@@ -30,11 +30,11 @@ from tasks.bundles.loading import bench_of, load_bundle, split_of
 from tasks.prepare import prepare
 from tasks.score import score
 
-KEPT_SHARES = (0.5, 0.25)  # of the channels
+KEPT_SHARES = (0.5, 0.25)  # shares of the channels that pruning keeps
 SOFT_SHARES = (0.5, 1.0)  # weight of the soft labels in the loss; labels get the rest
 LEARNING_RATES = (1e-3, 3e-3)
 SEEDS = 4
-PATIENCE = 3
+PATIENCE = 3  # epochs without a better validation AUC after which training ends
 
 
 def evaluate_auc(module: nn.Module, bench: Bench) -> float:
@@ -57,7 +57,7 @@ def main() -> None:
     soft = score.fn(bundle, parts["train"], rows["train"])
     splits = {part: split_of(prepared, rows[part]) for part, prepared in parts.items()}
     splits["soft_labels"] = split_of(soft, rows["train"])
-    bench = bench_of(loaded.manifest, splits, bundle, 0)
+    bench = bench_of(loaded.manifest, splits, bundle, seed=0)
     print(f"as trained: {evaluate_auc(loaded.model.module, bench):.5f}")
     print("| keep | soft share | learning rate | schedule | before training | after |")
     print("|---|---|---|---|---|---|")

@@ -60,7 +60,13 @@ def export(module: nn.Module, path: Path) -> Path:
 
 
 def write_block_quantized(codes: Tensor, scale: Tensor, path: Path) -> Path:
-    """Write the lookup of these codes and scales with GatherBlockQuantized, one block per row."""
+    """Write the lookup of a table with GatherBlockQuantized, one block per row.
+
+    Args:
+        codes: int8 ``(rows, dim)``, each from -8 to 7.
+        scale: float16 ``(rows, 1)``: the scale of each row.
+        path: file of the graph.
+    """
     rows, dim = codes.shape
     nibbles = codes.numpy().view(np.uint8) & 15
     packed = (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).tobytes()
@@ -72,13 +78,13 @@ def write_block_quantized(codes: Tensor, scale: Tensor, path: Path) -> Path:
         helper.make_node(
             "GatherBlockQuantized",
             ["codes", "ids", "scale"],
-            ["half"],
+            ["float16_rows"],
             domain="com.microsoft",
             gather_axis=0,
             quantize_axis=1,
             block_size=dim,
         ),
-        helper.make_node("Cast", ["half"], ["rows"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["float16_rows"], ["rows"], to=TensorProto.FLOAT),
     ]
     graph = helper.make_graph(
         nodes,
@@ -99,6 +105,7 @@ def write_graphs(rows: int, dim: int, folder: Path) -> dict[str, tuple[Path, Ten
     int8, int4 = (encode_table(step, weight) for step in (RowwiseInt8(), RowwiseInt4()))
     ids = torch.arange(rows)
     decoded8, decoded4 = int8(ids), int4(ids)
+    # recpress stores a 4-bit code plus 8, as an unsigned number.
     codes4 = (bitpacking.unpack(int4.codes, dim, 4).to(torch.int8) - 8, int4.scale)
     writers: dict[str, tuple[Callable[[Path], Path], Tensor]] = {
         "fp32 Gather": (lambda path: export(plain, path), weight),

@@ -216,11 +216,19 @@ class Sampler(logging.Handler):
     """Measures the peak of this process's resident set, and the stage in which it occurs.
 
     It is a logging handler because the order's progress logs the name of each stage that starts.
+    "Anonymous" memory is the part of the resident set that is not mapped from files.
+
+    Attributes:
+        peak: largest number of resident bytes.
+        anonymous: anonymous bytes at the time of the peak.
+        most_anonymous: largest number of anonymous bytes, at any time.
+        moment: name of the stage in which the peak occurred.
+        stages: largest number of resident bytes in each stage.
     """
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.peak = self.anonymous = self.most_anonymous = 0  # bytes; anonymous at the peak
+        self.peak = self.anonymous = self.most_anonymous = 0
         self.moment = self._stage = "before the first stage"
         self.stages: dict[str, int] = {}
         self._ended = threading.Event()
@@ -261,6 +269,7 @@ def run_order(preset: str, *, engine: bool, retrieval: bool) -> None:
     from flows.terms import Targets
 
     metric = "recall@20" if retrieval else "auc"
+    # An order needs a limit; one of -0.4 accepts every result.
     order = Order.model_validate(
         {
             "model": "large@1",

@@ -154,8 +154,11 @@ def add_layers_of_one_input(builder: GraphBuilder) -> str:
     return builder.node("Add", builder.layer(x), builder.layer(x))
 
 
-def audit_verdict(graph: onnx.GraphProto, form: Form) -> tuple[int, str]:
-    """Return the number of products that run in int8, and whether the audit accepts the graph."""
+def audit_result(graph: onnx.GraphProto, form: Form) -> tuple[int, str]:
+    """Return the number of products that run in int8, and the result of the audit.
+
+    The result is "accepted", "refused", or "-" for a graph in float32, which is not audited.
+    """
     fused = sum(node.op_type in INT8_PRODUCTS for node in graph.node)
     if form.zero is None:
         return fused, "-"
@@ -168,7 +171,7 @@ def audit_verdict(graph: onnx.GraphProto, form: Form) -> tuple[int, str]:
         reasons=(Reason("as_written", text="benchmark"),),
     )
     try:
-        audit(graph, Plan(lines=(line, line)), ())
+        audit(graph, Plan(lines=(line, line)), tables=())
     except AuditFailed:
         return fused, "refused"
     return fused, "accepted"
@@ -181,13 +184,13 @@ def measure(
     args: argparse.Namespace,
 ) -> None:
     """Print for every form of a network milliseconds per call, and the ratio to fp32."""
-    sessions, verdicts = [], []
+    sessions, audit_results = [], []
     with tempfile.TemporaryDirectory() as scratch:
         for form in forms:
             builder = GraphBuilder(form, args.width)
             path = builder.save(network(builder), Path(scratch) / "layers.onnx")
             sessions.append(Session(path, threads=1))
-            verdicts.append(audit_verdict(optimized_graph(path), form))
+            audit_results.append(audit_result(optimized_graph(path), form))
     for batch in args.batches:
         x = np.random.default_rng(batch).standard_normal((batch, args.width)).astype(np.float32)
         expected = sessions[0].scores({"x": x})
@@ -197,9 +200,9 @@ def measure(
             assert gap.mean() < 2 * INPUT_SCALE, f"{form.name} differs by {gap.mean()} on average"
         times = interleaved_ms(sessions, {"x": x}, args.rounds)
         medians = [float(np.median(samples)) for samples in times]
-        for form, median, (fused, verdict) in zip(forms, medians, verdicts, strict=True):
+        for form, median, (fused, outcome) in zip(forms, medians, audit_results, strict=True):
             print(
-                f"{name:7s} {batch:6d}  {form.name:34s} {fused:4d}  {verdict:8s}"
+                f"{name:7s} {batch:6d}  {form.name:34s} {fused:4d}  {outcome:8s}"
                 f"{median:9.4f} ms {median / medians[0]:8.2f}"
             )
 

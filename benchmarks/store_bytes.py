@@ -2,8 +2,8 @@
 
 Packs a click model with one large table, runs an order, and adds up the sizes of the files that the
 order added to the store ("growth"). A file with several hard links counts once. Prints the sum next
-to the size of the compressed bundle and of the served files, and with ``--files`` every added file
-of 1 MB or more.
+to the size of the compressed bundle and of the served files (graphs and engines), and with
+``--files`` every added file of 1 MB or more.
 
     python -m benchmarks.store_bytes [--rows N ...] [--preset NAME] [--files]
 """
@@ -49,7 +49,7 @@ def measure(rows: int, preset: str, *, shows_files: bool) -> str:
     """
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch) / "recpress"
-        write(Path(scratch) / "draft", Case(rows, 32, 20_000, preset))
+        write(Path(scratch) / "draft", Case(rows=rows, hidden=32, train=20_000, preset=preset))
         environment = {
             **os.environ,
             "RECPRESS_HOME": str(home),

@@ -74,7 +74,14 @@ class Candidate:
 def channels_candidate(
     importance: Importance, scope: str, *, reconstruct: bool = True
 ) -> Candidate:
-    """Return a candidate that prunes with ``channels`` to a share ``SHARE`` of multiply-adds."""
+    """Return a candidate that prunes with ``channels`` to a share ``SHARE`` of multiply-adds.
+
+    Args:
+        importance: the score of a channel, such as "l2".
+        scope: "layer" keeps the same share of the channels of every layer, "global" compares the
+            scores of the channels of all layers.
+        reconstruct: whether the consuming layers are refitted by least squares.
+    """
     step = Channels.model_validate(
         {
             "importance": importance,
@@ -98,7 +105,13 @@ def channels_candidate(
 def torch_pruning_candidate(name: str, importance: Callable[[], Any], scope: str) -> Candidate:
     """Return a candidate that prunes with Torch-Pruning to a share ``SHARE`` of multiply-adds.
 
-    Bisection finds the smallest pruning ratio with which the network has at most that share.
+    Nine steps of bisection find the smallest pruning ratio, to 1/512, with which the network has at
+    most that share.
+
+    Args:
+        name: label of the importance.
+        importance: builds Torch-Pruning's importance.
+        scope: "layer" or "global", as in ``channels_candidate``.
     """
 
     def prune_at(model: Model, bench: Bench, gradients: dict[str, Tensor], ratio: float) -> DCNv2:
@@ -183,8 +196,8 @@ def total_multiply_adds(module: nn.Module, bench: Bench) -> float:
 
 def train_candidate(model: Model, bench: Bench, training: Training, soft_share: float) -> Model:
     """Train a copy of a pruned network, with the same settings for all candidates."""
-    loss = mixed_loss(bench, soft_share, 1.0, "benchmark")
-    return train_model(replace(model, module=_copy_module(model)), bench, loss, training, ())
+    loss = mixed_loss(bench, soft_share, temperature=1.0, kind="benchmark")
+    return train_model(replace(model, module=_copy_module(model)), bench, loss, training, pruned=())
 
 
 def select(

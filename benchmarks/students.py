@@ -183,7 +183,7 @@ def build_bench(
     Splits that are not in ``cache`` are written to ``output_folder``.
     """
     model, bench = load_baseline(NAME, seed, folder, cache)
-    teachers = [(seed + step) % ORIGINALS for step in range(variant.teachers)]
+    teachers = [(seed + offset) % ORIGINALS for offset in range(variant.teachers)]
     inputs, label = load_split(prepare_splits(NAME, folder, cache)[0]["train"])
     splits = {
         "train": save_split(
@@ -261,7 +261,7 @@ def measure(variant: Variant, seed: int, folder: Path, cache: Path, epochs: int)
     result: dict[str, Any] = {}
     for part in EVALUATED:
         result[part], result[f"{part} gauc"] = evaluate(module, splits[part])
-    result["products"] = count_multiplications(module)
+    result["products"] = count_multiplications(module)  # the multiplications of one row
     result["seconds"] = time.perf_counter() - start
     result_file.parent.mkdir(parents=True, exist_ok=True)
     result_file.write_text(json.dumps(result))

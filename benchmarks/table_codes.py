@@ -102,7 +102,7 @@ def main() -> None:
     }
     test = splits.pop("test")
     splits["soft_labels"] = split_of(soft, bundle_ref.rows["train"])
-    bench = bench_of(loaded.manifest, splits, bundle, 0)
+    bench = bench_of(loaded.manifest, splits, bundle, seed=0)
     original = loaded.model
     before = quality(original.module, bench.signature, test)
 

@@ -33,7 +33,11 @@ ERROR_ROWS, ERROR_DIMS = 2000, (8, 16, 64, 128)
 
 
 def encode(step: RowwiseInt8 | RowwiseInt4, rows: Tensor) -> None:
-    """Encode a table block by block into newly allocated memory, as recipes do."""
+    """Encode a table block by block into newly allocated memory, as recipes do.
+
+    The second argument of ``TableStep.encode``, tensors of the whole table, is empty: row-wise
+    formats have none.
+    """
     layout = step.storage.layout(len(rows), rows.shape[1], step.settings())
     stored = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
     for start in range(0, len(rows), BLOCK_ROWS):
@@ -56,9 +60,9 @@ def step_round_trip(step: RowwiseInt4, rows: Tensor) -> Tensor:
 
 def print_speeds(rows: Tensor) -> None:
     """Print GB of encoded float32 rows per second, and ratios to prepack and to a plain copy."""
-    target = torch.empty_like(rows)
+    destination = torch.empty_like(rows)
     encoders: dict[str, Callable[[], object]] = {
-        "plain copy": lambda: target.copy_(rows),
+        "plain copy": lambda: destination.copy_(rows),
         "torch 8-bit prepack": lambda: torch.ops.quantized.embedding_bag_byte_prepack(rows),
         "int8": lambda: INT8.encode(rows, {}),
         "int8, block by block": lambda: encode(INT8, rows),

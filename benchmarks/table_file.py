@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 ROUNDS = 5
-STEPS = {
+STEPS = {  # label -> kind of the step, and its settings as JSON
     "int8": ("rowwise_int8", "{}"),
     "int4": ("rowwise_int4", "{}"),
     "int4, least_squares": (
@@ -57,12 +57,12 @@ print(json.dumps([*seconds, memory_bytes("VmHWM") - before]))
 
 
 def measure_quantize(
-    source: Path, target: Path, kind: str, settings: str
+    source: Path, output_folder: Path, kind: str, settings: str
 ) -> tuple[float, float, int]:
     """Return wall seconds, processor seconds, and peak bytes of memory without the libraries."""
-    shutil.rmtree(target, ignore_errors=True)
+    shutil.rmtree(output_folder, ignore_errors=True)
     completed = subprocess.run(
-        [sys.executable, "-c", QUANTIZE_SCRIPT, str(source), str(target), kind, settings],
+        [sys.executable, "-c", QUANTIZE_SCRIPT, str(source), str(output_folder), kind, settings],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
@@ -79,12 +79,12 @@ def measure_copy(files: list[Path], folder: Path) -> tuple[float, float]:
     seconds = 0.0
     before = os.times()
     for number, file in enumerate(files):
-        target = folder / f"copy-{number}"
-        target.unlink(missing_ok=True)
+        copied_file = folder / f"copy-{number}"
+        copied_file.unlink(missing_ok=True)
         start = time.perf_counter()
-        subprocess.run([copy, str(file), str(target)], check=True)
+        subprocess.run([copy, str(file), str(copied_file)], check=True)
         seconds += time.perf_counter() - start
-        target.unlink()
+        copied_file.unlink()
     after = os.times()
     user_seconds = after.children_user - before.children_user
     return seconds, user_seconds + after.children_system - before.children_system
@@ -111,19 +111,19 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)
-        source, target = folder / "in.safetensors", folder / "out"
+        source, output_folder = folder / "in.safetensors", folder / "out"
         save_file({"t.weight": torch.randn(args.rows, args.dim)}, source)
         print(f"{args.rows:,} x {args.dim} float32, {len(os.sched_getaffinity(0))} cores\n")
         print("| format | s | speed / cp | speed / cp of half | ", end="")
         print("processor s | speed / cp | speed / cp of half | MiB |")
         print("|---|---|---|---|---|---|---|---|")
         for name, (kind, settings) in STEPS.items():
-            measure_quantize(source, target, kind, settings)
-            result = target / "files" / "model.safetensors"
+            measure_quantize(source, output_folder, kind, settings)
+            result = output_folder / "files" / "model.safetensors"
             half = write_half(source, result, folder)
             quantize_runs, full_copies, half_copies, memory = [], [], [], 0
             for _ in range(ROUNDS):
-                *seconds, run_memory = measure_quantize(source, target, kind, settings)
+                *seconds, run_memory = measure_quantize(source, output_folder, kind, settings)
                 quantize_runs.append(seconds)
                 memory = max(memory, run_memory)
                 full_copies.append(measure_copy([source, result], folder))

@@ -143,7 +143,7 @@ def main() -> None:
     splits = {part: split_of(prepared, rows[part]) for part, prepared in parts.items()}
     soft = score.fn(bundle_ref.artifact, parts["train"], rows["train"])
     splits["soft_labels"] = split_of(soft, rows["train"])
-    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, 0)
+    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, seed=0)
     source = loaded.model
     units = [unit for unit in Unit.of(source.module) if unit.role == "table"]
     dim = units[0].weight.shape[1]

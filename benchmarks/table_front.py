@@ -36,6 +36,9 @@ from compressors.core.registries import AnyStep
 from compressors.core.runner import run
 from compressors.core.units import Unit
 
+GOAL = 0.0005
+"""Largest mean loss of AUC that the goals of this comparison allow; a dotted line in the plot."""
+
 RECIPE_ADAPTER = TypeAdapter(tuple[AnyStep, ...])
 Recipes = list[tuple[str, str, list[dict[str, Any]]]]
 """Family of the method, description of its settings, and steps."""
@@ -71,7 +74,15 @@ PEERS: Recipes = [
 def _additive_codes(
     codebooks: int, tables: tuple[str, ...] = ("*",), **settings: Any
 ) -> dict[str, Any]:
-    """Return the step ``additive_codes``, with ``codebooks`` codes per row."""
+    """Return the step ``additive_codes``, with ``codebooks`` codes per row.
+
+    Args:
+        codebooks: number of codes per row; each code has 4 bits unless ``settings`` has ``bits``.
+        tables: patterns of the names of tables.
+        **settings: further settings of the step. ``rounds``: rounds of the fit; ``beam``: width of
+            its beam search; ``draws``: number of fits; ``traffic=1``: rows are weighted by their
+            lookup counts; ``sensitive=False``: not weighted by loss gradients.
+    """
     return {"kind": "additive_codes", "codebooks": codebooks, "tables": tables, **settings}
 
 
@@ -201,9 +212,9 @@ def draw(results: dict[Name, list[tuple[str, list[list[float]]]]], path: Path) -
                 color=COLOURS.get(family),
                 capsize=2,
             )
-        panel.axhline(0.0005, color="black", linewidth=0.7, linestyle=":")
+        panel.axhline(GOAL, color="black", linewidth=0.7, linestyle=":")
         panel.set_xscale("log")
-        panel.set_yscale("symlog", linthresh=0.0005)
+        panel.set_yscale("symlog", linthresh=GOAL)
         ticks = (1, 2, 5, 10, 20, 50, 100)
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.set_title(name)

@@ -8,9 +8,10 @@ before and after the remaining rows are quantized; for recipes that only quantiz
 ``tiers``, only after. ``drop_tables`` selects tables by the same validation rows, which favors it.
 
 Labels: the number after ``prune_rows`` is the share of kept rows; a pruned row is replaced by the
-nearest kept row ("nearest"), the mean of the pruned rows ("shared") or zeros. "clusters" is the
-number of clusters as a share of the rows that are not hot. "within" is the largest distance of
-merged rows as a share of the root mean square length of the table's rows.
+nearest kept row ("nearest"), the mean of the pruned rows ("shared") or zeros. The number after
+"hot" is the share of hot rows, which ``cluster_rows`` does not cluster. "clusters" is the number of
+clusters as a share of the rows that are not hot. "within" is the largest distance of merged rows as
+a share of the root mean square length of the table's rows.
 
     recpress demo && python -m benchmarks.table_rows
 """
@@ -94,7 +95,7 @@ def main() -> None:
         part: split_of(prepare.fn(bundle_ref.artifact, part), bundle_ref.rows[part])
         for part in ("train", "validation")
     }
-    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, 0)
+    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, seed=0)
     source = loaded.model
     auc = evaluate_auc(source.module, bench)
     print(f"AUC on validation rows as trained: {auc:.5f}; {table_bytes(source)} bytes of tables")

@@ -98,7 +98,7 @@ def main() -> None:
     loaded = load_bundle(bundle_ref.artifact)
     prepared = prepare.fn(bundle_ref.artifact, "validation")
     splits = {"validation": split_of(prepared, bundle_ref.rows["validation"])}
-    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, 0)
+    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, seed=0)
     large = torch.randn(TIMED_SHAPE, generator=torch.Generator().manual_seed(0))
     print(f"AUC on validation rows as trained: {evaluate_auc(loaded.model.module, bench):.5f}")
     print("| format | levels | scales | bytes | error | change of AUC | time / int8 |")

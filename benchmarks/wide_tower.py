@@ -1,7 +1,8 @@
 """How fast is a click model of Criteo's size: 26 fields of dim 64, hidden layers of 512 and 256?
 
 Only latency is measured, so the network is untrained. It is compared in float32, in int8 of ONNX
-Runtime's and ModelOpt's quantizers, and after recipes of recpress, interleaved in one process.
+Runtime's and ModelOpt's quantizers, and after recipes of recpress ("ours"), interleaved in one
+process.
 
     python -m benchmarks.wide_tower
 """
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.ctr import signature
-from benchmarks.whole_model import PEERS, RECIPE_ADAPTER, load_arrays, print_latencies
+from benchmarks.table_front import RECIPE_ADAPTER
+from benchmarks.whole_model import PEERS, load_arrays, print_latencies
 from compressors.contracts import Architecture, Bench, Network, Split
 from compressors.core.model import Model
 from compressors.core.runner import run
@@ -59,7 +61,7 @@ def write_rows(folder: Path) -> Split:
     generator = torch.Generator().manual_seed(1)
     ids = {name: torch.randint(rows, (ROWS,), generator=generator) for name, rows in FIELDS.items()}
     save_file({**ids, "@label": torch.zeros(ROWS)}, folder / "data.safetensors")
-    return Split(path=str(folder), sha256="0" * 64, rows=ROWS)
+    return Split(path=str(folder), sha256="0" * 64, rows=ROWS)  # the hash is not checked here
 
 
 def main() -> None:
