@@ -29,7 +29,7 @@ class DCNv2(nn.Module):
         dim: width of every embedding.
         cross_layers: number of cross layers.
         hidden: widths of the perceptron; empty means the perceptron is the identity.
-        dropout: dropout probability of hidden units in training.
+        dropout: dropout probability of hidden activations in training.
         batch_norm: whether every hidden layer has batch norm.
         structure: what the input of the perceptron is: "parallel" the concatenated vectors, as for
             the cross layers; "stacked" the output of the last cross layer.
@@ -72,12 +72,12 @@ class DCNv2(nn.Module):
         self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(cross_layers))
         layers: list[nn.Module] = []
         last = width
-        for units in hidden:
-            layers.append(nn.Linear(last, units))
+        for hidden_width in hidden:
+            layers.append(nn.Linear(last, hidden_width))
             if batch_norm:
-                layers.append(nn.BatchNorm1d(units))
+                layers.append(nn.BatchNorm1d(hidden_width))
             layers += [nn.ReLU(), nn.Dropout(dropout)]
-            last = units
+            last = hidden_width
         self.perceptron = nn.Sequential(*layers)
         self.head = nn.Linear(last if structure == "stacked" else width + last, 1)
 
@@ -99,15 +99,16 @@ class DCNv2(nn.Module):
         ]
         if self.dense:
             parts.append(inputs["dense"])  # (rows, dense)
-        first = torch.cat(parts, dim=1)  # (rows, width)
+        concatenated = torch.cat(parts, dim=1)  # (rows, width)
 
-        crossed = first  # (rows, width)
+        crossed = concatenated  # (rows, width)
         for layer in self.cross:
-            crossed = first * layer(crossed) + crossed  # (rows, width)
+            crossed = concatenated * layer(crossed) + crossed  # (rows, width)
 
         if self.structure == "stacked":
             top = self.perceptron(crossed)  # (rows, hidden[-1])
         else:
-            top = torch.cat([crossed, self.perceptron(first)], dim=1)  # (rows, width + hidden[-1])
+            # (rows, width + hidden[-1])
+            top = torch.cat([crossed, self.perceptron(concatenated)], dim=1)
         logit: Tensor = self.head(top).squeeze(1)  # (rows,)
         return logit

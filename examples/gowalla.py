@@ -126,13 +126,13 @@ def split(folder: Path, seed: int) -> Splits:
     """
     public, test = read_pairs(folder, "train"), read_pairs(folder, "test")
     random = np.random.default_rng(seed)
-    order = random.permutation(len(public))
-    # Positions in the shuffled order; the first row of each user always stays in training.
-    _, first = np.unique(public[order, 0], return_index=True)
-    candidates = np.setdiff1d(np.arange(len(public)), first)
+    permutation = random.permutation(len(public))
+    # Positions in the shuffled rows; the first row of each user always stays in training.
+    _, first_of_user = np.unique(public[permutation, 0], return_index=True)
+    candidates = np.setdiff1d(np.arange(len(public)), first_of_user)
     is_validation = np.zeros(len(public), bool)
     is_validation[
-        order[random.choice(candidates, int(VALIDATION_SHARE * len(public)), replace=False)]
+        permutation[random.choice(candidates, int(VALIDATION_SHARE * len(public)), replace=False)]
     ] = True
     return Splits(public[~is_validation], public[is_validation], test)
 
@@ -269,11 +269,12 @@ def write_draft(
     """
     started = time.monotonic()
     splits = split(data, settings.seed)
+    # The rows of each parquet file of the bundle.
     tables = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     if train_on_validation:
         tables = {"train": np.concatenate([splits.train, splits.validation]), "test": splits.test}
-    order = np.random.default_rng(settings.seed).permutation(len(tables["train"]))
-    tables["calibration"] = tables["train"][np.sort(order[:CALIBRATION_ROWS])]
+    permutation = np.random.default_rng(settings.seed).permutation(len(tables["train"]))
+    tables["calibration"] = tables["train"][np.sort(permutation[:CALIBRATION_ROWS])]
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "model.json"
     manifest.unlink(missing_ok=True)

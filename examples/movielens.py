@@ -185,11 +185,11 @@ def split_by_time(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
         last = seconds[int(share * len(frame)) - 1]
         return int(np.searchsorted(seconds, last, side="right"))
 
-    first, second = boundary(TRAIN_SHARE), boundary(TRAIN_SHARE + VALIDATION_SHARE)
+    train_end, validation_end = boundary(TRAIN_SHARE), boundary(TRAIN_SHARE + VALIDATION_SHARE)
     return {
-        "train": frame.iloc[:first].reset_index(drop=True),
-        "validation": frame.iloc[first:second].reset_index(drop=True),
-        "test": frame.iloc[second:].reset_index(drop=True),
+        "train": frame.iloc[:train_end].reset_index(drop=True),
+        "validation": frame.iloc[train_end:validation_end].reset_index(drop=True),
+        "test": frame.iloc[validation_end:].reset_index(drop=True),
     }
 
 
@@ -260,12 +260,12 @@ def score(network: nn.Module, rows: Rows, batch: int = 8192) -> Tensor:
 
 
 def mask_ids(
-    inputs: dict[str, Tensor], shares: Mapping[str, float], source: torch.Generator
+    inputs: dict[str, Tensor], shares: Mapping[str, float], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Replace a random share of each named field's ids by the unknown id."""
     masked = dict(inputs)
     for name, share in shares.items():
-        is_masked = torch.rand(len(inputs[name]), generator=source) < share  # (batch,)
+        is_masked = torch.rand(len(inputs[name]), generator=generator) < share  # (batch,)
         masked[name] = inputs[name].masked_fill(is_masked, UNKNOWN)
     return masked
 
@@ -283,7 +283,7 @@ def train(
     AUC; training stops after ``settings.patience`` such epochs in a row.
     """
     torch.manual_seed(settings.seed)
-    source = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     network = DCNv2(**config)  # type: ignore[arg-type]  # plain JSON, checked by DCNv2 itself
     tables = [
         table.weight
@@ -297,9 +297,9 @@ def train(
     for epoch in range(1, settings.epochs + 1):
         network.train()
         total = 0.0
-        order = torch.randperm(len(rows), generator=source)  # (rows,)
-        for part in torch.split(order, settings.batch):
-            logits = network(**mask_ids(rows.inputs(part), shares, source))  # (batch,)
+        permutation = torch.randperm(len(rows), generator=generator)  # (rows,)
+        for part in torch.split(permutation, settings.batch):
+            logits = network(**mask_ids(rows.inputs(part), shares, generator))  # (batch,)
             loss = F.binary_cross_entropy_with_logits(logits, rows.clicks[part])
             penalty = torch.stack([weight.square().sum() for weight in tables]).sum()
             optimizer.zero_grad(set_to_none=True)
@@ -381,8 +381,8 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
     splits = split_by_time(read_ratings(data_folder()))
     vocabularies = build_vocabularies(splits["train"])
     tables = {name: encode(frame, vocabularies) for name, frame in splits.items()}
-    order = np.random.default_rng(settings.seed).permutation(len(tables["train"]))
-    tables["calibration"] = tables["train"].take(np.sort(order[:CALIBRATION_ROWS]))
+    permutation = np.random.default_rng(settings.seed).permutation(len(tables["train"]))
+    tables["calibration"] = tables["train"].take(np.sort(permutation[:CALIBRATION_ROWS]))
     for name, table in tables.items():
         log(f"{name}: {len(table)} rows, {table['click'].to_numpy().mean():.1%} clicks")
 

@@ -102,10 +102,11 @@ def write_draft(folder: Path, size: Size, *, name: str = "tableheavy", seed: int
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     latent = [random.normal(size=(rows, 4)) for rows in size.rows]
-    order = [random.permutation(rows) for rows in size.rows]
+    ids_by_frequency = [random.permutation(rows) for rows in size.rows]
     counts = {"train": size.train, "validation": size.train // 5, "test": 2 * size.train // 5}
     columns = {
-        split: _draw_rows(size, count, latent, order, random) for split, count in counts.items()
+        split: _draw_rows(size, count, latent, ids_by_frequency, random)
+        for split, count in counts.items()
     }
     for split, table in columns.items():
         pq.write_table(pa.table(table), folder / f"{split}.parquet")
@@ -140,16 +141,16 @@ def _draw_rows(
     size: Size,
     count: int,
     latent: list[NDArray[np.float64]],
-    order: list[NDArray[np.int64]],
+    ids_by_frequency: list[NDArray[np.int64]],
     random: np.random.Generator,
 ) -> Columns:
     """Draw ``count`` rows: ids by frequency, and labels from the latent factors of the ids.
 
-    By field, ``latent`` has the factors of each id, ``(rows, 4)``, and ``order`` the ids in
-    descending order of frequency, ``(rows,)``.
+    By field, ``latent`` has the factors of each id, ``(rows, 4)``, and ``ids_by_frequency`` the ids
+    from the most to the least frequent, ``(rows,)``.
     """
     ids = []
-    for rows, id_of_rank in zip(size.rows, order, strict=True):
+    for rows, id_of_rank in zip(size.rows, ids_by_frequency, strict=True):
         frequency = np.arange(1, rows + 1) ** -size.zipf
         ids.append(id_of_rank[random.choice(rows, count, p=frequency / frequency.sum())])
     factors = [table[field_ids] for table, field_ids in zip(latent, ids, strict=True)]

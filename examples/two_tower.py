@@ -60,16 +60,16 @@ class TwoTower(nn.Module):
         items: number of items.
         dim: width of both tables and of the vectors.
         hidden: width of each tower's residual layer; 0 means no layer.
-        temperature: divisor of the cosine similarity in a score; it is part of the scale of the
-            user tower's vectors.
+        temperature: divisor of the cosine similarity in a score; the vectors of the user tower have
+            the norm ``1 / temperature``, those of the item tower the norm 1.
     """
 
     def __init__(
         self, *, users: int, items: int, dim: int = 64, hidden: int = 0, temperature: float = 0.1
     ) -> None:
         super().__init__()
-        self.query = IdTower("user", users, dim, hidden, 1 / temperature)
-        self.item = IdTower("item", items, dim, hidden, 1.0)
+        self.query = IdTower("user", users, dim, hidden, scale=1 / temperature)
+        self.item = IdTower("item", items, dim, hidden, scale=1.0)
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
         """Return scores float ``(rows,)`` of ids int ``(rows,)``; higher scores rank first."""
@@ -130,10 +130,10 @@ def train(
     ]
     if dense:
         optimizers.append(torch.optim.Adam(dense, settings.learning_rate))
-    steps, step = settings.epochs * -(-len(interactions) // settings.batch), 0
-    last = settings.stop_after or settings.epochs
-    best, best_epoch, state = -1.0, last, dict[str, Tensor]()
-    for epoch in range(1, last + 1):
+    num_batches, batch_index = settings.epochs * -(-len(interactions) // settings.batch), 0
+    last_epoch = settings.stop_after or settings.epochs
+    best, best_epoch, state = -1.0, last_epoch, dict[str, Tensor]()
+    for epoch in range(1, last_epoch + 1):
         network.train()
         for table in tables:
             table.sparse = True
@@ -151,10 +151,10 @@ def train(
             torch.autograd.backward(loss)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * (1 - step / steps)
+                    group["lr"] = settings.learning_rate * (1 - batch_index / num_batches)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            step += 1
+            batch_index += 1
             total += loss.item() * len(rows)
         network.eval()
         for table in tables:
@@ -170,7 +170,7 @@ def train(
         elif epoch - best_epoch == settings.patience:
             break
     if measure is None:
-        return last, float("nan")
+        return last_epoch, float("nan")
     network.load_state_dict(state)
     return best_epoch, best
 
