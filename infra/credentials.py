@@ -1,7 +1,8 @@
 """Keep passwords, tokens and keys out of error messages, logs and URIs.
 
-Error messages of libraries quote the address or the request that the library received. Three rules
-keep credentials out of them:
+Error messages of libraries quote the address or the request that the library received. An address
+may contain a login, which is a user and a password: ``scheme://user:password@host``. Three rules
+keep credentials out of messages:
 
 - A library receives an address without its password (``bare_login``, ``bare_database``), and the
   password separately (``move_login``, ``pass_to_driver``).
@@ -164,8 +165,8 @@ def bare_login(uri: str) -> tuple[str, str | None, str | None]:
         there is no login, and the password is None if the login has none.
     """
     parts = urlsplit(uri)
-    login, at, host = parts.netloc.rpartition("@")
-    if not at:
+    login, separator, host = parts.netloc.rpartition("@")
+    if not separator:
         return uri, None, None
     user, colon, password = login.partition(":")
     bare = urlunsplit(parts._replace(netloc=host))

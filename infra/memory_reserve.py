@@ -29,8 +29,8 @@ def hold_reserve() -> None:
     The memory is mapped but never written, so it only counts towards the limit.
     """
     if is_limited() and not _reserve:
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        _reserve.append(mmap.mmap(-1, RESERVE_BYTES, flags=private))
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        _reserve.append(mmap.mmap(-1, RESERVE_BYTES, flags=flags))
 
 
 def release_reserve() -> None:

@@ -67,6 +67,7 @@ def machine(runtime: str, version: str, threads: int) -> Machine:
         runtime=runtime,
         version=version,
         threads=threads,
+        # Whether the processor has instructions for dot products of int8 vectors.
         int8_dot=bool({"avx512_vnni", "avx_vnni", "asimddp"} & features),
     )
 

@@ -38,8 +38,10 @@ class DataReference(Frozen):
 class Manifest(Frozen):
     """The ``model.json`` of a complete (sealed) bundle.
 
-    ``files`` lists the other files of the bundle by name. ``parents`` are the artifacts of the
-    bundles that this one was computed from, and ``plan`` is the plan by which it was compressed.
+    ``files`` lists the other files of the bundle by name. ``vocabularies`` and ``transforms`` (from
+    raw values to ids) are files or folders that are stored unchanged with the model, by a name that
+    the user chose. ``parents`` are the artifacts of the bundles that this one was computed from.
+    ``plan`` is the plan by which it was compressed.
     """
 
     schema_version: Literal[2]

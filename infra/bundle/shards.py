@@ -48,7 +48,10 @@ _NONFINITE: dict[str, tuple[str, int, int] | None] = {
 
 
 class TensorFact(Frozen):
-    """Shape, dtype and size of a tensor. ``dtype`` is the safetensors name (``F32``, ``BF16``)."""
+    """What the header says about a tensor: shape, dtype and size.
+
+    ``dtype`` is the safetensors name (``F32``, ``BF16``).
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -56,7 +59,13 @@ class TensorFact(Frozen):
 
 
 class StoredTensor(Frozen):
-    """A tensor in a shard; ``start`` is the offset of its first byte in the file."""
+    """A tensor in a shard.
+
+    Attributes:
+        shard: path of the file.
+        start: offset of the tensor's first byte in the file.
+        fact: shape, dtype and size.
+    """
 
     shard: Path
     start: int

@@ -2,6 +2,10 @@
 
 A validation succeeds only if every planned check was evaluated and passed. A check that raises
 inside Great Expectations counts as not evaluated.
+
+A check has a view: the values that it is evaluated on, such as the lengths of lists (``LENGTHS``)
+or each time minus the first time of a later split (``BEFORE``). Checks that read the same pandas
+frame run as one suite. The result of a check is a finding (``findings.py``).
 """
 
 import datetime as dt

@@ -42,7 +42,15 @@ MAX_CACHED_FILES = 1024
 
 
 class Inspected(Frozen):
-    """The counts of one file, as ``parquet_inspection.inspect`` returns them."""
+    """The counts of one file, as ``parquet_inspection.inspect`` returns them.
+
+    Attributes:
+        rows: number of rows.
+        kinds: name and type of every column.
+        values: number of values of each column that was read.
+        longest: length of the longest list of each column that was read.
+        batch_rows: rows per batch to read the file with.
+    """
 
     rows: int
     kinds: tuple[tuple[str, str], ...]
@@ -52,7 +60,11 @@ class Inspected(Frozen):
 
 
 class _Identity(NamedTuple):
-    """Identifies a file, its status and the columns to read; it changes if the file is written."""
+    """Identifies a file, its status and the columns to read; it changes if the file is written.
+
+    ``modified`` and ``changed`` are the times, in nanoseconds, of the last change of the content
+    (mtime) and of the status (ctime).
+    """
 
     path: str
     device: int

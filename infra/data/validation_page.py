@@ -17,7 +17,7 @@ class Summary:
     """The result of a validation in a few words.
 
     Attributes:
-        word: the verdict, such as "Data passed".
+        word: the result, such as "Data passed".
         reason: one sentence.
         tone: CSS class of the colour: ``held`` if the data passed, else ``broken``.
     """
@@ -92,7 +92,7 @@ def validation_page(validation: Validation, title: str) -> str:
         title: heading of the page, as plain text.
 
     Returns:
-        HTML with inline style only. It shows the verdict, counts, the failing checks with their
+        HTML with inline style only. It shows the summary, counts, the failing checks with their
         rows, and all checks by split.
     """
     return render(
@@ -105,7 +105,7 @@ def validation_page(validation: Validation, title: str) -> str:
 
 
 def summary(validation: Validation) -> Summary:
-    """Return the verdict of the checks, its reason and its colour."""
+    """Return the result of all checks in a few words, its reason and its colour."""
     not_evaluated = validation.intended - validation.evaluated
     failed = sum(item.evaluated for item in validation.findings if not item.success)
     if validation.success:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float32]
 
 PROVIDERS = ["CPUExecutionProvider"]
+# ONNX Runtime's names of the types that numpy has.
 NUMPY_TYPES = {
     f"tensor({name})"
     for name in (
@@ -186,7 +187,7 @@ def _open_session(path: Path, threads: int, optimized: Path | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors only
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         # Weights are stored next to the optimized graph, because a protobuf file is at most 2 GiB.

@@ -177,9 +177,11 @@ def _read_services(
     for name, entry in entries.items():
         paths = {entry["working_dir"]: str(folder)} if "build" in entry else {}
         for volume in entry.get("volumes", ()):
-            source, target = volume.split(":")[:2]
+            source, container_path = volume.split(":")[:2]
             is_volume = source in document["volumes"]  # else a folder of this machine
-            paths[target] = str(state / source if is_volume else (folder / source).absolute())
+            paths[container_path] = str(
+                state / source if is_volume else (folder / source).absolute()
+            )
             folders |= {state / source} if is_volume else set()
         for item in entry.get("configs", ()):
             paths[item["target"]] = str(configs[item["source"]])
@@ -280,6 +282,7 @@ def free_ports(ports: Iterable[int]) -> dict[int, int]:
             chosen[port] = chosen[port - GRPC_OFFSET] + GRPC_OFFSET
             continue
         while port not in chosen:
+            # At most 31,999: Linux assigns ports from 32,768 to outgoing connections.
             local = 12_000 + secrets.randbelow(20_000)
             if local not in chosen.values() and is_free(local) and is_free(local + GRPC_OFFSET):
                 chosen[port] = local

@@ -14,12 +14,15 @@ from typing import Any
 from infra.credentials import mask_credentials
 from infra.errors import ChildFailed, SettingRefused
 
-UNPRIVILEGED = ("postgres", "nobody")
+UNPRIVILEGED = ("postgres", "nobody")  # users that run Postgres if this process is root
 INSTALL_FOLDERS = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt", "/usr/local/opt")
 
 
 def program_folders() -> list[Path]:
-    """Return the folders of Postgres's programs that are usually not in PATH, latest first."""
+    """Return the folders of Postgres's programs that are usually not in PATH.
+
+    They are in descending alphabetical order: of two versions with two digits, the later is first.
+    """
     folders = [
         folder
         for parent in INSTALL_FOLDERS
@@ -70,8 +73,8 @@ def prepare(environment: dict[str, str]) -> None:
         return
     # Created in a temporary folder and renamed when complete, so that an interruption leaves no
     # incomplete cluster.
-    part = home / "part"
-    shutil.rmtree(part, ignore_errors=True)
+    unfinished = home / "part"
+    shutil.rmtree(unfinished, ignore_errors=True)
     password = home / "password"
     password.touch(0o600)
     password.write_text(environment["POSTGRES_PASSWORD"], encoding="utf-8")
@@ -80,14 +83,18 @@ def prepare(environment: dict[str, str]) -> None:
     options = [f"--username={environment['POSTGRES_USER']}", f"--pwfile={password}"]
     options += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale"]
     try:
-        _run(["initdb", f"--pgdata={part}", *options], environment, home, run_as)
+        _run(["initdb", f"--pgdata={unfinished}", *options], environment, home, run_as)
     finally:
         password.unlink()
     sql = f'CREATE DATABASE "{environment["POSTGRES_DB"]}";\n\n'
     _run(
-        ["postgres", "--single", "-j", "-D", str(part), "postgres"], environment, home, run_as, sql
+        ["postgres", "--single", "-j", "-D", str(unfinished), "postgres"],
+        environment,
+        home,
+        run_as,
+        sql,
     )
-    part.rename(cluster)
+    unfinished.rename(cluster)
 
 
 def _run(

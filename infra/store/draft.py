@@ -1,7 +1,8 @@
 """Write an artifact block by block, in any order, from several threads, and resume after a kill.
 
 The artifact has one large file and a few small ones. A block is a named set of byte ranges (pieces)
-of the large file. The files of a result ``name``::
+of the large file. The unfinished artifact is called a draft (it is not the draft of a bundle), and
+the finished one a result. The files of a result ``name``::
 
     <parent>/.<name>.part/files/...   the unfinished files
     <parent>/.<name>.journal          a header line, and one line per written block: its name, and
@@ -154,9 +155,9 @@ class ArtifactDraft:
         self._blocks: set[str] = set()
         self._hashes = ChunkHashes(size)
         self.files = self.folder / FILES
-        target = self.files / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        large_file = self.files / path
+        large_file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(large_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             os.ftruncate(self._file, size)
         except BaseException:
@@ -228,8 +229,8 @@ class ArtifactDraft:
         with translate_os_errors(self.folder, "write"):
             for path, body in self._small_files.items():
                 (self.files / path).write_bytes(body)
-                pieces = range(0, len(body), CHUNK_BYTES)
-                chunks = tuple(sha256(body[start : start + CHUNK_BYTES]) for start in pieces)
+                starts = range(0, len(body), CHUNK_BYTES)
+                chunks = tuple(sha256(body[start : start + CHUNK_BYTES]) for start in starts)
                 entries.append(FileEntry(path=path, bytes=len(body), chunks=chunks))
             for entry in entries:
                 (self.files / entry.path).chmod(0o444)
@@ -311,11 +312,11 @@ def open_draft(into: Path, job: object, path: str, size: int) -> Iterator[Artifa
         try:
             require_free(into)
             with translate_os_errors(journal_path, "write"):
-                result = _start_or_resume(into, journal, header, path, size)
+                draft = _start_or_resume(into, journal, header, path, size)
             try:
-                yield result
+                yield draft
             finally:
-                result.close()
+                draft.close()
         finally:
             # There is no unfinished folder after publish(), after drop(), or if the start failed.
             if not _unfinished_folder(into).exists():
@@ -379,18 +380,18 @@ def _start_or_resume(
         file.chmod(0o644)  # seal() of the earlier run may have made it read-only
         if not content.endswith(b"\n"):
             os.write(journal, b"\n")  # the kill left an incomplete line
-    result = ArtifactDraft(into, journal, path, size)
+    draft = ArtifactDraft(into, journal, path, size)
     if is_resumed:
         try:
-            result.resume(lines)
+            draft.resume(lines)
         except BaseException:
-            result.close()
+            draft.close()
             raise
-    return result
+    return draft
 
 
 def _unfinished_folder(into: Path) -> Path:
-    """Return the folder of a result's unfinished files."""
+    """Return the folder of the unfinished files of the result ``into``."""
     return into.parent / f".{into.name}.part"
 
 

@@ -50,9 +50,9 @@ class Folder:
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return every key that begins with ``prefix``, with its size in bytes."""
         sizes: dict[str, int] = {}
-        top = prefix.rpartition("/")[0]
-        with translate_os_errors(self._root / top, "list"):
-            self._add_sizes(top, sizes)
+        subfolder = prefix.rpartition("/")[0]
+        with translate_os_errors(self._root / subfolder, "list"):
+            self._add_sizes(subfolder, sizes)
         return {key: size for key, size in sizes.items() if key.startswith(prefix)}
 
     def size(self, key: str) -> int | None:
@@ -135,10 +135,10 @@ class Folder:
 
         The file is copied instead if it already has as many links as the file system allows.
         """
-        source, target = self._root / key, self._root / to
-        with translate_os_errors(target, "write"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists() and target.samefile(source):
+        source, link_path = self._root / key, self._root / to
+        with translate_os_errors(link_path, "write"):
+            link_path.parent.mkdir(parents=True, exist_ok=True)
+            if link_path.exists() and link_path.samefile(source):
                 return
             temporary = self._temporary_path()
             try:
@@ -149,7 +149,7 @@ class Folder:
                         raise
                     shutil.copyfile(source, temporary)
                     temporary.chmod(0o444)
-                temporary.replace(target)
+                temporary.replace(link_path)
             finally:
                 # Needed after a rename too: if both names link to one file, rename does nothing.
                 temporary.unlink(missing_ok=True)
@@ -185,14 +185,14 @@ class Folder:
         """Return the error for a key whose path is not a plain file."""
         return RecordRefused("record_no_plain_file", place=str(self._root / key))
 
-    def _add_sizes(self, top: str, sizes: dict[str, int]) -> None:
-        """Add the size of every key below the folder ``top`` to ``sizes``."""
+    def _add_sizes(self, subfolder: str, sizes: dict[str, int]) -> None:
+        """Add the size of every key below a folder, relative to the root, to ``sizes``."""
         try:
-            entries = list(os.scandir(self._root / top))
+            entries = list(os.scandir(self._root / subfolder))
         except (FileNotFoundError, NotADirectoryError):
             return  # as in S3, it is not an error to list an unused prefix
         for entry in entries:
-            key = f"{top}/{entry.name}" if top else entry.name
+            key = f"{subfolder}/{entry.name}" if subfolder else entry.name
             if key == TEMPORARY:
                 continue
             if entry.is_dir(follow_symlinks=False):

@@ -388,9 +388,9 @@ class Store:
         try:
             manifest = validate_json(StoreManifest, body, MAX_MANIFEST_BYTES)
         except ValidationError as fault:
-            first = fault.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            problem = f"{where}: {first['msg']}"
+            error = fault.errors()[0]
+            location = ".".join(str(part) for part in error["loc"])
+            problem = f"{location}: {error['msg']}"
             raise ArtifactDamaged("manifest_unusable", uri=uri, problem=problem) from fault
         except ValueError as fault:
             raise ArtifactDamaged("manifest_unusable", uri=uri, problem=str(fault)) from fault
@@ -398,11 +398,12 @@ class Store:
             raise ArtifactDamaged("manifest_changed", uri=uri)
         return manifest
 
-    def _read_bounded(self, key: str, limit: int) -> bytes:
-        """Read the value of a key; raise ``RecordRefused`` if it exceeds ``limit`` bytes."""
-        body = self._backend.read(key, 0, limit + 1)
-        if len(body) > limit:
-            raise RecordRefused("record_too_large", place=f"{self.root}/{key}", most_bytes=limit)
+    def _read_bounded(self, key: str, most_bytes: int) -> bytes:
+        """Read the value of a key; raise ``RecordRefused`` if it is larger."""
+        body = self._backend.read(key, 0, most_bytes + 1)
+        if len(body) > most_bytes:
+            place = f"{self.root}/{key}"
+            raise RecordRefused("record_too_large", place=place, most_bytes=most_bytes)
         return body
 
 

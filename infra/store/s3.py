@@ -173,8 +173,8 @@ class Bucket:
 
         try:
             parts = list(map_in_order(send, enumerate(_group(chunks, chunks_per_part), start=1)))
-            whole = {"MultipartUpload": {"Parts": parts}, **upload, **condition}
-            self._call("complete_multipart_upload", key, **whole)
+            completion = {"MultipartUpload": {"Parts": parts}, **upload, **condition}
+            self._call("complete_multipart_upload", key, **completion)
         except BaseException:
             # Parts of an open upload are invisible but cost money.
             try:

@@ -139,6 +139,8 @@ def find_tables(
         for name in table.initializers:
             if name not in stored:
                 raise BuildRefused("initializer_missing", table=table.module, initializer=name)
+            # None for an initializer of the whole table, such as a codebook: its first dimension
+            # does not depend on the rows.
             shape, expected_rows = list(stored[name].dims), table.entries(name, table.rows)
             if expected_rows is not None and (not shape or shape[0] != expected_rows):
                 raise BuildRefused(

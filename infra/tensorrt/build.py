@@ -134,6 +134,7 @@ def engine_from_onnx(
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     if request.profiles or _dynamic_inputs(network):
         profile = builder.create_optimization_profile()
+        # The engine accepts shapes from ``low`` to ``high`` and is optimized for ``best``.
         for shapes in _check_profiles(network, request.profiles):
             profile.set_shape(shapes.input, shapes.low, shapes.best, shapes.high)
         if config.add_optimization_profile(profile) < 0:
@@ -267,8 +268,8 @@ def _count_types(trt: Any, network: Any) -> tuple[dict[str, int], dict[str, int]
     constants: Counter[str] = Counter()
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        for place in range(layer.num_outputs):
-            tensor = layer.get_output(place)
+        for output_index in range(layer.num_outputs):
+            tensor = layer.get_output(output_index)
             kind = tensor.dtype
             if kind.name not in _TYPES:
                 raise BuildRefused("layer_type_unknown", layer=index, type=kind.name)

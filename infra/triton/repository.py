@@ -251,15 +251,15 @@ def model_store(root: str, name: str, setting: str = "RECPRESS_TRITON") -> Store
     Raises:
         SettingRefused: ``root`` is neither a folder nor ``s3://bucket/prefix``.
     """
-    base = Store(root, setting).root
-    return Store(f"{base}/{quote(name) if base.startswith('file:') else name}", setting)
+    uri = Store(root, setting).root
+    return Store(f"{uri}/{quote(name) if uri.startswith('file:') else name}", setting)
 
 
 def count_models(root: str, setting: str = "RECPRESS_TRITON") -> tuple[str, int]:
     """Return a repository's URI and the number of models configured in it."""
-    base = Store(root, setting)
-    return base.root, sum(
-        key.count("/") == 1 and key.endswith(f"/{CONFIG}") for key in base.keys("")
+    repository = Store(root, setting)
+    return repository.root, sum(
+        key.count("/") == 1 and key.endswith(f"/{CONFIG}") for key in repository.keys("")
     )
 
 
@@ -269,10 +269,10 @@ def refuse_overlap(root: str, store: Store, setting: str = "RECPRESS_TRITON") ->
     Raises:
         SettingRefused: the store is inside the repository, or is the repository.
     """
-    base = Store(root, setting).root
-    if f"{store.root}/".startswith(f"{base}/"):
+    uri = Store(root, setting).root
+    if f"{store.root}/".startswith(f"{uri}/"):
         raise SettingRefused(
-            "triton_repository_holds_store", setting=setting, repository=base, store=store.root
+            "triton_repository_holds_store", setting=setting, repository=uri, store=store.root
         )
 
 
