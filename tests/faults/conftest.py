@@ -2,7 +2,7 @@
 
 A home is a folder with all files of one recpress installation. A snapshot is a copy of a home. A
 draft is the folder that a user writes and ``recpress bundle pack`` reads: ``model.json``, weights
-and data.
+and data. See ``outcomes.py`` for faults and outcomes.
 """
 
 import json
@@ -157,7 +157,10 @@ def finished_snapshot(
 
 @pytest.fixture
 def outcomes(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    """A function that counts outcomes of faults: ``outcomes(suite, case, outcome, number=1)``."""
+    """A function that counts outcomes of faults: ``outcomes(suite, case, outcome, number=1)``.
+
+    ``number`` is the number of faults with this outcome; see ``outcomes.py``.
+    """
     counts: Counter[tuple[str, str, str]] = Counter()
 
     def count(suite: str, case: str, outcome: str, number: int = 1) -> None:

@@ -63,7 +63,7 @@ class Job:
         commands: arguments of ``recpress``, one tuple per command.
         call: a function to call instead of commands; ``Completed.value`` is its result.
         variables: environment variables, added to those of the server.
-        fault: passed to ``kill_points.arm`` before the work starts.
+        fault: at which point to kill the process; passed to ``kill_points.arm``.
         memory: bytes that the child may allocate in addition to its current memory (RLIMIT_AS).
         file_bytes: largest file that the child may write (RLIMIT_FSIZE).
         seconds: time limit, after which the child is killed.
@@ -110,7 +110,7 @@ class Completed:
 
     @property
     def code(self) -> int:
-        """The exit code of the only command, or minus the signal that ended it."""
+        """The exit code of the last command, or minus the signal that ended the process."""
         return -self.signal if self.signal else self.codes[-1]
 
     @property
@@ -208,7 +208,7 @@ def serve() -> None:
 
     from flows.cli.console import EMBEDDED
 
-    for name, value in EMBEDDED.items():
+    for name, value in EMBEDDED.items():  # settings of Prefect's logs that recpress sets
         os.environ.setdefault(name, value)
     for name in IMPORTED:
         import_module(name)

@@ -84,7 +84,10 @@ def safetensors(header: Any, body: bytes = b"", length: int | None = None) -> Ch
 
 
 def tensor(shape: Any, offsets: list[int], dtype: str = "F32", size: int = 16) -> Change:
-    """Write a weights file with one tensor of any shape, offsets and dtype."""
+    """Write a weights file with one tensor of any shape, offsets and dtype.
+
+    ``size`` is the number of bytes that the file has after its header.
+    """
     entry = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     return safetensors({"user.weight": entry}, b"\0" * size)
 

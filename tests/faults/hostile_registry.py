@@ -1,7 +1,9 @@
 """Hostile registry entries for ``registry show``, ``fetch`` and ``promote``.
 
-Each case is a registered version with a false source, tag or report. ``register`` registers all of
-them; it runs in a child process. The release of a case with a false report is stored.
+Each case is a registered version with a false source, tag or report. The source of a version is the
+URI of its release, which contains ``report.json``; the tags repeat parts of the report.
+``register`` registers all cases; it runs in a child process. The release of a case with a false
+report is stored.
 """
 
 import copy
@@ -97,6 +99,7 @@ def _rename_graphs_outside(target: dict[str, Any]) -> None:
         graph["name"] = "../../../outside"
 
 
+# A reason of a verdict whose text has control characters.
 CONTROL = {"code": "as_written", "fields": {"text": "\x1b[31mred\x1b]0;t\x07\x9b"}}
 
 # Changes of a valid report.

@@ -1,10 +1,11 @@
 """Kill a process at a chosen point: before a change of a file or the registry, or at a task.
 
-A child process calls ``arm`` before its work. From then on, the following points are counted in
-order. At the point with a given number, the process group is killed (SIGKILL) before the change:
+A child process calls ``arm`` before its work. From then on, the following points are numbered from
+1. At the point with a given number (``at``), the process group is killed (SIGKILL) before the
+change:
 
 * opening a file below the root for writing, ``mkdir``, ``unlink``, ``rename``, ``link``,
-  ``rmtree``, ``truncate``;
+  ``rmdir``, ``rmtree``, ``chmod``, ``copyfile``, ``truncate``;
 * before each ``rename`` and ``link``, after truncating the file to half its size, so that the file
   is half-written. Blobs of the store are not truncated, because they are complete before they get
   a second link;

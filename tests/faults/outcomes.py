@@ -1,4 +1,12 @@
-"""Count the outcomes of faults and format them as a table at the end of a run."""
+"""Format the outcomes of faults as a table, which is printed at the end of a run.
+
+A fault is one disturbance that a test causes: a killed process, a flipped bit, a failed request, a
+hostile input, a concurrent command. Its outcome is a text that says what the commands then did,
+such as ``same result`` or ``refused``; an outcome ``wrong`` or ``failed`` also fails the test. A
+suite is one test file, and a case is the operation or the kind of file that the fault disturbs.
+
+A row of the table: ``| kills | bundle pack | 109 | same result 109 |``.
+"""
 
 from collections import Counter
 from collections.abc import Mapping

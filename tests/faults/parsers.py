@@ -157,7 +157,15 @@ def limit(_: Path) -> Parser:
 
     def parse(body: bytes) -> object:
         text = body.decode(errors="surrogateescape")
-        return orders.build_terms("clicks", "safe", [text], None, [], False, 0)
+        return orders.build_terms(
+            "clicks",
+            preset="safe",
+            limits=[text],
+            targets=None,
+            optional=[],
+            promote=False,
+            seed=0,
+        )
 
     return Parser(tuple(text.encode() for text in texts), parse, is_json=False)
 
@@ -228,8 +236,8 @@ def ledger_entry(folder: Path) -> Parser:
     """Return the parser of ledger entries; the input is the second of two."""
     object_store = Store(str(folder / "store"))
     ledger = Ledger(object_store, "m")
-    ledger.append("1", ORDER_DIGEST, "promote", "me", "first")
-    second: Entry = ledger.append("2", "b" * 64, "promote", "me", "second")
+    ledger.append("1", ORDER_DIGEST, "promote", by="me", reason="first")
+    second: Entry = ledger.append("2", "b" * 64, "promote", by="me", reason="second")
     key = f"ledger/m/{second.sequence:08d}.json"
     body = object_store.read(key)
 

@@ -36,36 +36,36 @@ DROPPED = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 @dataclass(frozen=True)
 class Request:
-    """One request: operation, path, and its number since the plan was set, from 1."""
+    """One request: operation, path, and its number since the schedule was set, from 1."""
 
     operation: str
     path: str
     number: int
 
 
-Plan = Callable[[Request], Fault | None]
-"""A function that returns the fault of a request, or None."""
+Schedule = Callable[[Request], Fault | None]
+"""Decides which requests fail: a function that returns the fault of a request, or None."""
 
 
 def no_fault(_: Request) -> Fault | None:
-    """Return None: a plan in which no request has a fault."""
+    """Return None: a schedule in which no request has a fault."""
     return None
 
 
-def fail_at(number: int, fault: Fault, repeated: int = 1) -> Plan:
-    """Return a plan: request ``number`` and the next ``repeated - 1`` requests have a fault."""
+def fail_at(number: int, fault: Fault, repeated: int = 1) -> Schedule:
+    """Return a schedule: request ``number`` and the next ``repeated - 1`` requests have a fault."""
     return lambda request: fault if 0 <= request.number - number < repeated else None
 
 
-def fail_randomly(rate: float, faults: tuple[Fault, ...], seed: int) -> Plan:
-    """Return a plan: a share ``rate`` of the requests have a random fault, from a fixed seed."""
+def fail_randomly(rate: float, faults: tuple[Fault, ...], seed: int) -> Schedule:
+    """Return a schedule: a share ``rate`` of the requests have a random fault, from a seed."""
     draw, lock = random.Random(seed), threading.Lock()
 
-    def plan(_: Request) -> Fault | None:
+    def schedule(_: Request) -> Fault | None:
         with lock:
             return draw.choice(faults) if draw.random() < rate else None
 
-    return plan
+    return schedule
 
 
 class Proxy:
@@ -73,31 +73,31 @@ class Proxy:
 
     Attributes:
         upstream: host and port of the real server.
-        requests: the requests since the plan was set.
-        faults: number of faults since the plan was set.
+        requests: the requests since the schedule was set.
+        faults: number of faults since the schedule was set.
         url: address of the proxy.
     """
 
     def __init__(self, upstream: str) -> None:
         self.upstream = urlsplit(upstream).netloc
         self.requests: list[Request] = []
-        self._plan: Plan = no_fault
+        self._schedule: Schedule = no_fault
         self._lock = threading.Lock()
         self.url = ""
         self.faults = 0
 
-    def set_plan(self, plan: Plan = no_fault) -> None:
-        """Set a plan and restart the numbers of requests at 1."""
+    def set_schedule(self, schedule: Schedule = no_fault) -> None:
+        """Set a schedule and restart the numbers of requests at 1."""
         with self._lock:
-            self.requests, self._plan, self.faults = [], plan, 0
+            self.requests, self._schedule, self.faults = [], schedule, 0
 
     def add_request(self, operation: str, path: str) -> Fault | None:
         """Add a request to ``requests``, and return its fault or None."""
         with self._lock:
             request = Request(operation, path, len(self.requests) + 1)
             self.requests.append(request)
-            plan = self._plan
-        fault = plan(request)
+            schedule = self._schedule
+        fault = schedule(request)
         self.faults += fault is not None
         return fault
 

@@ -37,6 +37,7 @@ DRAWN_IN_REGISTRY = 60
 HEADER_BYTES = 16
 SAMPLE = 4  # flips in the default tier
 CHANGES_ON_READ = {"registry.db", "registry.db-journal"}
+"""Files of SQLite, which reading commands may change, and whose content is not verified."""
 
 Outcomes = Callable[..., None]
 
@@ -78,7 +79,11 @@ class FlipTest:
         return self._fork_server.run(*commands, variables=self.home.variables | self._variables)
 
     def flip(self, name: str, position: int, bit: int) -> tuple[str, str]:
-        """Flip one bit and run the commands; return the outcome, and the problem if it is wrong."""
+        """Flip one bit and run the commands; return the outcome, and the problem if it is wrong.
+
+        Outcomes: ``wrong`` violates the claim. ``refused``: a command failed with an error message.
+        ``listed with the changed tag``: only ``registry list`` has another output.
+        """
         self.home.restore(self._snapshot)
         path = self.home.root / name
         body = bytearray(path.read_bytes())
@@ -91,10 +96,10 @@ class FlipTest:
             return "wrong", f"bit {bit} of byte {position} of {name}: {'; '.join(problems)}"
         if any(completed.codes):
             return "refused", ""
-        listed = [
+        are_listings = [
             self._commands[index][:2] == ["registry", "list"] for index in self._changed(completed)
         ]
-        if listed and all(listed):
+        if are_listings and all(are_listings):
             return "listed with the changed tag", ""
         return "same output", ""
 

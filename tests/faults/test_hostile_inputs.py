@@ -32,7 +32,10 @@ Outcomes = Callable[..., None]
 
 
 def problems(completed: Completed, allowed: set[int]) -> list[str]:
-    """Describe how the result of a command violates the claim; empty if it does not."""
+    """Describe how the result of a command violates the claim; empty if it does not.
+
+    ``allowed`` are the exit codes that the claim allows.
+    """
     failures = []
     if completed.crashed or completed.code not in allowed:
         failures.append(f"ended with {completed.code} {completed.text[-600:]}")

@@ -34,7 +34,7 @@ class Scenario:
     name: str
     command: tuple[str, ...]
     start: str
-    step: int = 1  # test every ``step``-th point
+    stride: int = 1  # test every ``stride``-th point
 
     @property
     def is_order(self) -> bool:
@@ -52,7 +52,7 @@ QUICK = (
     ),
     Scenario("registry restore", ("registry", "restore"), "lost_registry_snapshot"),
 )
-FIRST_USE = Scenario("first use of the registry", ("registry", "list"), "unused_snapshot", 8)
+FIRST_USE = Scenario("first use of the registry", ("registry", "list"), "unused_snapshot", stride=8)
 ORDER = Scenario("compress", ("compress", "--order", "{order}"), "packed_snapshot")
 
 
@@ -94,7 +94,10 @@ class KillTest:
         self.expected = read_state(home)
 
     def _run(self, fault: dict[str, Any] | None) -> Any:
-        """Run the command; with a fault, count the points and kill as the fault says."""
+        """Run the command; with a fault, count the points and kill as the fault says.
+
+        An empty fault only counts. See ``kill_points.arm`` for its keys.
+        """
         if fault is not None:
             fault = {"root": f"{self.home.root}/", **fault}
         self.home.variables  # noqa: B018 - creates the folder of temporary files
@@ -109,9 +112,9 @@ class KillTest:
             if "at" in fault and len(faults) == 1 and killed.signal != 9:
                 return [f"was not killed but ended with {killed.code}: {killed.text}"]
             problems += [f"after the kill: {problem}" for problem in find_damage(self.home)]
-        again = self._run(None)
-        if again.code != 0 or again.crashed:
-            return [*problems, f"the next run ended with {again.code}: {again.text}"]
+        next_run = self._run(None)
+        if next_run.code != 0 or next_run.crashed:
+            return [*problems, f"the next run ended with {next_run.code}: {next_run.text}"]
         problems += [f"after the next run: {problem}" for problem in find_damage(self.home)]
         if (result := read_state(self.home)) != self.expected:
             problems.append(f"another result: {describe_differences(self.expected, result)}")
@@ -219,7 +222,7 @@ def test_command_that_is_killed_at_any_point_and_run_again_gives_the_same_result
     outcomes: Callable[..., None],
 ) -> None:
     prepared = killing(scenario)
-    points = range(1, len(prepared.points) + 1, scenario.step)
+    points = range(1, len(prepared.points) + 1, scenario.stride)
     check(prepared, scenario, [({"at": at},) for at in points], outcomes)
 
 

@@ -1,8 +1,9 @@
 """Run commands in concurrent processes, in one home or on one S3 store.
 
 Claim: for any interleaving, each order has one registered version. Each model has one ledger
-without gaps, duplicates or lost confirmations, and the registry's alias is the ledger's last entry.
-No process prints a traceback. A process that loses a race fails with a message (exit code 2).
+without gaps, duplicates or lost entries, and the registry's alias ``champion`` is the version of
+the ledger's last entry. A promotion is confirmed if its command exits with code 0. No process
+prints a traceback. A process that loses a race fails with a message (exit code 2).
 
 Enumeration: concurrent runs of the same order, of different orders with promotion, of promotions,
 rollbacks and restores; several rounds of each.
@@ -231,8 +232,8 @@ def test_different_orders_at_once_that_are_each_promoted_have_one_version_and_on
             # Registered, but another version became champion at the same time.
             assert item.code == 2, item.text
             assert "was changed in the meantime" in item.messages[0], item.text
-            again = warm_fork_server.run(command, variables=variables | order_variables)
-            assert again.code == 0, again.text
+            repeated = warm_fork_server.run(command, variables=variables | order_variables)
+            assert repeated.code == 0, repeated.text
     result = read_state(home, store)
     orders = {order for _, _, order, _ in result["versions"]}
     assert len(result["versions"]) == len(orders) == ORDER_PROCESSES

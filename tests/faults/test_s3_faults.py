@@ -86,7 +86,7 @@ class Operation:
             self.store.create(f"{self.key}/record", seal_record({"text": self.body.hex()}))
         if self.name == "append to a ledger":
             self._ledger = Ledger(self.store, self.key.replace("/", "-"))
-            self._ledger.append("1", ORDER_DIGEST, "promote", "me", "before")
+            self._ledger.append("1", ORDER_DIGEST, "promote", by="me", reason="before")
 
     def run(self) -> Any:
         """Run the operation, with faults."""
@@ -108,7 +108,10 @@ class Operation:
             return fields
         if self.name == "create a record":
             return self.store.create(self.key, self.body)
-        return self._ledger.append("2", ORDER_DIGEST, "promote", "me", "once", expected=1).reason
+        # Version 2 replaces the champion, if the ledger has one entry.
+        return self._ledger.append(
+            "2", ORDER_DIGEST, "promote", by="me", reason="once", expected=1
+        ).reason
 
     def expected(self) -> Any:
         """Return the result of the operation without faults."""
@@ -149,6 +152,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 def outcome_of(operation: Operation, fault: str, proxy: Proxy) -> str:
     """Run the operation with faults; return the outcome for the table.
 
+    Args:
+        operation: the prepared operation.
+        fault: an item of ``FAULTS``, followed by ``once`` if only one request has it; ``flipped``
+            if any fault can occur.
+        proxy: the proxy with the schedule of the faults.
+
     Raises:
         AssertionError: the result is wrong, or the error is not an expected one.
     """
@@ -164,14 +173,14 @@ def outcome_of(operation: Operation, fault: str, proxy: Proxy) -> str:
         return "refused as damaged"
     except InfraError:
         return "retryable error"
-    proxy.set_plan()  # compute the expected result without faults
+    proxy.set_schedule()  # compute the expected result without faults
     assert result == operation.expected()
     return "right result"
 
 
 def repeat_and_check(proxy: Proxy, operation: Operation, outcome: str) -> None:
     """Repeat a failed operation without faults, and check the stored content."""
-    proxy.set_plan()
+    proxy.set_schedule()
     if outcome in {"retryable error", "refused as damaged"}:
         try:
             assert operation.run() == operation.expected()
@@ -192,16 +201,16 @@ def check_every_request(
     The same fault also occurs in the next ``repeated - 1`` requests.
     """
     operation.prepare()
-    proxy.set_plan()
+    proxy.set_schedule()
     operation.run()
     count = len(proxy.requests)
     assert count > 0
     failed = []
     for number in range(1, count + 1) if only_request is None else [only_request]:
         for fault in FAULTS:
-            proxy.set_plan()
+            proxy.set_schedule()
             operation.prepare()
-            proxy.set_plan(fail_at(number, fault, repeated))
+            proxy.set_schedule(fail_at(number, fault, repeated))
             try:
                 outcome = outcome_of(operation, f"{fault} once" if repeated == 1 else fault, proxy)
                 repeat_and_check(proxy, operation, outcome)
@@ -217,7 +226,9 @@ def check_every_request(
 def test_operation_with_a_fault_in_its_first_request_is_right_or_retryable(
     name: str, proxy: Proxy, tmp_path: Path, outcomes: Outcomes
 ) -> None:
-    check_every_request(proxy, Operation(name, tmp_path / "work"), 1, outcomes, only_request=1)
+    check_every_request(
+        proxy, Operation(name, tmp_path / "work"), repeated=1, outcomes=outcomes, only_request=1
+    )
 
 
 @pytest.mark.nightly
@@ -240,9 +251,9 @@ def test_operation_with_faults_in_a_share_of_all_requests_is_right_or_retryable(
     operation = Operation(name, tmp_path / "work")
     failed = []
     for seed in range(SEEDS_PER_RATE):
-        proxy.set_plan()
+        proxy.set_schedule()
         operation.prepare()
-        proxy.set_plan(fail_randomly(rate, FAULTS, seed))
+        proxy.set_schedule(fail_randomly(rate, FAULTS, seed))
         try:
             outcome = outcome_of(operation, "flipped", proxy)
             repeat_and_check(proxy, operation, outcome)
@@ -262,25 +273,25 @@ def test_writers_of_one_ledger_with_lost_responses_have_exactly_one_entry_for_ea
     model = f"race-{secrets.token_hex(8)}"
     confirmed: list[str] = []
     failed: list[str] = []
-    proxy.set_plan()
+    proxy.set_schedule()
 
     def write(writer: int) -> None:
         ledger = Ledger(Store("s3://models/faults"), model)
         for number in range(APPENDS):
             name = f"{writer}-{number}"
             try:
-                ledger.append("1", ORDER_DIGEST, "promote", "me", name)
+                ledger.append("1", ORDER_DIGEST, "promote", by="me", reason=name)
                 confirmed.append(name)
             except InfraError:
                 failed.append(name)
 
-    proxy.set_plan(fail_randomly(rate, ("lost", "reset", "503"), seed=7))
+    proxy.set_schedule(fail_randomly(rate, ("lost", "reset", "503"), seed=7))
     threads = [threading.Thread(target=write, args=(number,)) for number in range(WRITERS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    proxy.set_plan()
+    proxy.set_schedule()
     written = Counter(
         entry.reason for entry in Ledger(Store("s3://models/faults"), model).entries()
     )
@@ -316,10 +327,13 @@ class OrderOnS3:
         self.codes: Counter[int] = Counter()
 
     def finish(self, *command: str, rate: float, seed: int) -> None:
-        """Run a command until it exits with 0: with faults, in the last attempt without."""
+        """Run a command until it exits with 0: with faults, in the last attempt without.
+
+        The rate of faults decreases after every third attempt, so that the command finishes.
+        """
         for attempt in range(ATTEMPTS):
             is_last = attempt == ATTEMPTS - 1
-            self._proxy.set_plan(
+            self._proxy.set_schedule(
                 fail_randomly(
                     0 if is_last else rate / (1 + attempt // 3), FAULTS, seed * 100 + attempt
                 )
@@ -364,7 +378,7 @@ def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
     order_on_s3.finish("compress", "--order", str(order), rate=rate, seed=seed)
     into = root / f"fetched{seed}"
     order_on_s3.finish("registry", "fetch", "clicks", "--into", str(into), rate=rate, seed=seed)
-    proxy.set_plan()
+    proxy.set_schedule()
     result = read_state(home, Store(address))
     assert result == expected
     for code, number in order_on_s3.codes.items():
@@ -394,16 +408,18 @@ def test_pack_with_a_fault_in_any_request_is_right_or_exits_with_code_1(
         store_variable = {"RECPRESS_STORE": f"s3://models/pack-{fault}/{number}"}
         return fork_server.run(command, variables=variables | store_variable)
 
-    proxy.set_plan()
+    proxy.set_schedule()
     reference = pack(0)
     assert reference.code == 0, reference.text
     failed = []
     for number in range(1, len(proxy.requests) + 1):
-        proxy.set_plan(fail_at(number, fault, IN_A_ROW))
+        proxy.set_schedule(fail_at(number, fault, IN_A_ROW))
         completed = pack(number)
-        proxy.set_plan()
-        again = pack(number)
-        is_right = again.code == 0 and again.outputs == reference.outputs and not completed.crashed
+        proxy.set_schedule()
+        repeated = pack(number)
+        is_right = (
+            repeated.code == 0 and repeated.outputs == reference.outputs and not completed.crashed
+        )
         allowed = {0, 1, 2} if fault == "flipped" and "damaged" in completed.text else {0, 1}
         outcome = {0: "right result", 1: "retryable error"}.get(
             completed.code, "refused as damaged"
@@ -411,7 +427,7 @@ def test_pack_with_a_fault_in_any_request_is_right_or_exits_with_code_1(
         if not is_right or completed.code not in allowed:
             outcome = "wrong"
             failed.append(
-                f"request {number}: {completed.code} {completed.text[-400:]} {again.text[-400:]}"
+                f"request {number}: {completed.code} {completed.text[-400:]} {repeated.text[-400:]}"
             )
         outcomes(SUITE, f"pack, {fault}", outcome)
     assert not failed, "\n".join(failed)
