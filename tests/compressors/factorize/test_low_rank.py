@@ -20,6 +20,7 @@ def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
 
 
 def error(table: torch.Tensor, rank: int, weight: torch.Tensor) -> float:
+    """Return the squared error of the factors, summed with the weights of the rows."""
     reduced, projection, mean = factors(table, rank, weight)
     difference = reduced @ projection + mean - table
     return float((weight * difference.square().sum(dim=1)).sum())
@@ -66,14 +67,15 @@ def test_weights_of_rows_decide_which_direction_is_kept():
 
 def test_rank_is_a_share_of_the_dimension_or_a_number(tmp_path):
     bench = Bench(signature=RANKER.signature)
-    for rank, width in ((0.5, 3), (2, 2), (0.01, 1)):
-        result = run(LowRank(rank=rank), RANKER.model(), bench, tmp_path / str(rank))
-        assert result.module.user.narrow.embedding_dim == width
-        require_reason(result.plan.of("user").reasons, "narrower_rows", dim=6, rank=width)
+    for setting, rank in ((0.5, 3), (2, 2), (0.01, 1)):
+        result = run(LowRank(rank=setting), RANKER.model(), bench, tmp_path / str(setting))
+        assert result.module.user.narrow.embedding_dim == rank
+        require_reason(result.plan.of("user").reasons, "narrower_rows", dim=6, rank=rank)
 
 
 def test_low_rank_skips_a_table_that_would_grow(tmp_path):
     result = run(LowRank(rank=5), RANKER.model(), Bench(signature=RANKER.signature), tmp_path)
+    # Bytes of 9 x 6 float32 numbers, and of the factors 9 x 5 and 5 x 6 and the mean of 6 columns.
     require_reason(result.plan.of("city").reasons, "not_smaller_composed", before=216, after=324)
     assert result.plan.of("city").format == "float32"
 

@@ -1,4 +1,8 @@
-"""``low_rank_dense``: a layer becomes two, ``reduce`` and ``expand``, also for later steps."""
+"""``low_rank_dense``: a layer becomes two, ``reduce`` and ``expand``, also for later steps.
+
+The energy of a direction of the outputs is the sum of squares of the outputs in it. The setting
+``most_error`` is the largest share of the outputs' energy that the factors may lose.
+"""
 
 from pathlib import Path
 
@@ -209,6 +213,7 @@ def test_plan_lines_of_both_parts_have_the_stored_bytes(tmp_path):
         line = plan.of(f"hidden.{name}")
         assert line.bytes_before == 0
         require_reason(line.reasons, "part_of", unit="hidden")
+    # 56 weights from 56 inputs to one output; factors of rank 1 have 56 + 1 numbers.
     require_reason(plan.of("out").reasons, "rank_not_smaller", rank=1, before=56, after=57)
     assert result.network.modules["plain"].settings == {
         "in_features": 16,
@@ -259,6 +264,7 @@ def test_later_steps_run_on_the_parts(tmp_path):
 def test_equalize_scales_between_parts_of_factored_layers(tmp_path):
     _, factored = factorize_reference(CHAIN, tmp_path, layers=("a", "b"))
     result = run(Equalize(), factored, CHAIN.bench(tmp_path / "data"), tmp_path / "equal")
+    # ``maker`` is the layer that outputs the scaled channels.
     require_reason(result.plan.of("b.reduce").reasons[:1], "inputs_scaled", maker="a.expand")
     # float32 sums in another order
     assert relative_change_of_scores(factored, result, CHAIN) < 1e-4
@@ -273,7 +279,11 @@ def test_channels_skips_a_factored_layer_with_a_reason(tmp_path):
 
 
 def test_pruning_another_width_keeps_factored_layers(tmp_path):
-    """The input and output channels of the factored layer are not the pruned ones."""
+    """The input and output channels of the factored layer are not the pruned ones.
+
+    The layer ``again`` follows the layer ``left`` in a branch of its width. The branch is
+    concatenated with the output of the layer ``right``, which is pruned.
+    """
     reference = Reference(ResidualConcatNet, SCHEMA, {"left": 16, "right": 24, "deep": 32})
     bench = reference.bench(tmp_path / "data")
     factored = run(LowRankDense(layers=("again",)), reference.model(), bench, tmp_path / "0")

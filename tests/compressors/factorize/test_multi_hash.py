@@ -144,6 +144,7 @@ def test_bytes_are_those_of_hash_functions_mean_and_buckets(signed, tmp_path):
     line = result.plan.of("item")
     # int64 coefficients of three functions (two each, four with signs), and a float32 mean
     assert line.bytes_after == 3 * (4 if signed else 2) * 8 + 7 * 4
+    # The buckets are float32 rows of 7 columns, a quarter of the 300 rows of the table.
     assert result.plan.of("item.buckets").bytes_after == 75 * 7 * 4
     code = "signed_hashed_rows" if signed else "hashed_rows"
     require_reason(line.reasons, code, buckets=75, hashes=3)

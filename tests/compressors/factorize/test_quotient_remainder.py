@@ -1,4 +1,8 @@
-"""``quotient_remainder``: rows as sums or products of a quotient row and a remainder row."""
+"""``quotient_remainder``: rows as sums or products of a quotient row and a remainder row.
+
+For an id and a number of buckets, these are row ``id // buckets`` of the table ``quotient`` and row
+``id % buckets`` of the table ``remainder``, which has one row per bucket.
+"""
 
 import math
 
@@ -40,18 +44,22 @@ def random_weights(seed: int, rows: int, *, has_equal_weights: bool) -> Tensor:
 
 
 def buckets_of(rows: int, share: float) -> int:
-    """A number of remainder rows from 1 to ``rows``."""
+    """A number of remainder rows: 1 for a ``share`` of 0, ``rows`` for 1."""
     return 1 + round(share * (rows - 1))
 
 
 def combined_rows(tables: tuple[Tensor, Tensor], rows: int, operation: str) -> Tensor:
     """The rows that a quotient table and a remainder table represent, float64."""
     ids, buckets = torch.arange(rows), len(tables[1])
-    first, second = tables[0][ids // buckets].double(), tables[1][ids % buckets].double()
-    return first + second if operation == "add" else first * second
+    quotient_rows = tables[0][ids // buckets].double()
+    remainder_rows = tables[1][ids % buckets].double()
+    if operation == "add":
+        return quotient_rows + remainder_rows
+    return quotient_rows * remainder_rows
 
 
 def error(table: Tensor, weight: Tensor, fitted: tuple[Tensor, Tensor], operation: str) -> float:
+    """Return the squared error of the two tables, summed with the weights of the rows."""
     difference = combined_rows(fitted, len(table), operation) - table
     return float((weight * difference.square().sum(dim=1)).sum())
 

@@ -45,7 +45,7 @@ def test_tables_with_equal_codes_share_one_initializer_and_stay_two_tables(targe
     path = tmp_path / "model.onnx"
     lowered = lower(packed.module, only_graph(REFERENCE.signature), target, path)
     first, second = lowered.tables
-    assert first.names == second.names
+    assert first.names == second.names  # of the initializers with codes and scales
     graph = Graph(packed, lowered, REFERENCE.signature, path)
     inputs = graph.rows(50)
     # In the graph for TensorRT rows are rounded to float16, an error of 2^-11 of each weight.

@@ -1,4 +1,7 @@
-"""The audit accepts graphs that keep the plan's formats and rejects those that lost them."""
+"""The audit accepts graphs that keep the plan's formats and rejects those that lost them.
+
+A fault is a sentence of the audit about one violation, in the field ``faults`` of its error.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +26,7 @@ TABLE_FORMATS = {
     method.model_fields["kind"].default for method in FORMATS if "tables" in method.model_fields
 }
 WIDTH = 32
+INPUT_SCALE = np.float32(0.03)  # any positive number: the tests do not compute scores
 
 
 class GraphBuilder:
@@ -47,7 +51,7 @@ class GraphBuilder:
 
     def add_quantize_dequantize(self, x: str, zero_point: np.generic) -> str:
         """Add a QuantizeLinear and a DequantizeLinear with this zero point."""
-        scale, zero_points = self.add_constant(np.float32(0.03)), self.add_constant(zero_point)
+        scale, zero_points = self.add_constant(INPUT_SCALE), self.add_constant(zero_point)
         return self.add_node(
             "DequantizeLinear",
             self.add_node("QuantizeLinear", x, scale, zero_points),
@@ -64,11 +68,11 @@ class GraphBuilder:
         w = self.add_node("DequantizeLinear", codes, self.add_constant(scale), zeros, axis=0)
         bias = self.random.standard_normal(WIDTH).astype(np.float32)
         if int32_bias:
-            step = scale * np.float32(0.03)
+            bias_scale = scale * INPUT_SCALE
             b = self.add_node(
                 "DequantizeLinear",
-                self.add_constant(np.rint(bias / step).astype(np.int32)),
-                self.add_constant(step),
+                self.add_constant(np.rint(bias / bias_scale).astype(np.int32)),
+                self.add_constant(bias_scale),
                 self.add_constant(np.zeros(WIDTH, np.int32)),
                 axis=0,
             )
@@ -171,7 +175,7 @@ def test_audit_rejects_int8_layers_that_are_not_fused_or_are_repacked(
     optimized = builder.optimize(form(builder), tmp_path / "g.onnx")
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
         audit(optimized, create_plan(2), ())
-    assert any(fault in result for result in caught.value.fields["faults"])
+    assert any(fault in sentence for sentence in caught.value.fields["faults"])
 
 
 ROWS = 1000
@@ -261,6 +265,7 @@ def test_audit_rejects_weight_only_layer_without_a_product_of_its_codes(tmp_path
     optimized = optimized_graph(lowered.path)
     layers = lowered.lowered.layers
     result = audit(optimized, lowered.model.plan, (), layers)
+    # The network has five dense layers.
     assert (result.packed_layers, result.widened_layers) == (5, 0)
     assert result.nodes["MatMulNBits"] == 5
     folded = layers[0].model_copy(update={"name": "folded"})

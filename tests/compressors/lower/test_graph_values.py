@@ -66,8 +66,8 @@ def graph_scores(
 def test_recalibrated_probabilities_near_zero_equal_those_of_torch(tmp_path: Path) -> None:
     module = Reference(SigmoidOfSum, PROBABILITY).model().private().module
     # Logits of -28 to -16 are mapped to -3 to 0; ONNX Runtime's sigmoid is 0 below -18.
-    line = torch.tensor([0.25, 4.0])
-    attach(module, Recalibration("platt", "probability", line=line))
+    slope_and_offset = torch.tensor([0.25, 4.0])
+    attach(module, Recalibration("platt", "probability", line=slope_and_offset))
     logits = torch.linspace(-28, -16, 25)
     x = (logits / 4).unsqueeze(1).expand(-1, 4).contiguous()
     scores = graph_scores(module, PROBABILITY, "onnxruntime", x, tmp_path)
@@ -107,14 +107,18 @@ def test_squeezed_score_has_one_number_per_row_for_one_and_several_rows(
 def test_bias_of_int8_layer_is_rounded_to_multiples_of_the_step(
     target: TargetName, bias_in_steps: float, tmp_path: Path
 ) -> None:
-    """The range of inputs is so wide that the step of the products is larger than the bias."""
+    """The range of inputs is so wide that the step of the products is larger than the bias.
+
+    The step of the products is the scale of the inputs times that of the weights, and the bias is
+    ``bias_in_steps`` of it.
+    """
     module = Reference(Linear, SIGNATURE).model().private().module
-    largest = torch.tensor(127.0 * 8)  # inputs are rounded to multiples of 8
+    largest_input = torch.tensor(127.0 * 8)  # so inputs are rounded to multiples of 8
     with torch.no_grad():
         module.layer.weight.copy_(torch.tensor([[1.0, 0.0, -0.5, 0.0]]))
-        step = 8 * packed_int8(module.layer, largest).weight_scale[0]
+        step = 8 * packed_int8(module.layer, largest_input).weight_scale[0]
         module.layer.bias.copy_(bias_in_steps * step)
-    module.layer = packed_int8(module.layer, largest)
+    module.layer = packed_int8(module.layer, largest_input)
     scores = graph_scores(module, SIGNATURE, target, torch.zeros(1, 4), tmp_path)
     expected = 1 / (1 + np.exp(-round(bias_in_steps) * float(step)))
     np.testing.assert_allclose(scores, [expected], rtol=0, atol=1e-6)

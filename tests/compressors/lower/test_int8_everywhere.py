@@ -1,4 +1,8 @@
-"""Every dense layer of every reference model runs in int8 in ONNX Runtime."""
+"""Every dense layer of every reference model runs in int8 in ONNX Runtime.
+
+``INT8_PRODUCTS`` and ``FLOAT_PRODUCTS`` are the ONNX operators that multiply matrices of int8 codes
+and of floats.
+"""
 
 from pathlib import Path
 

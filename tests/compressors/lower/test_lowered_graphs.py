@@ -150,7 +150,7 @@ def test_int8_layers_for_tensorrt_are_symmetric_with_a_float_bias():
             assert readers in ({"DequantizeLinear"}, {"QuantizeLinear"}), item.name
     producers = {output: node for node in written.node for output in node.output}
     gemms = [node for node in written.node if node.op_type == "Gemm"]
-    assert len(gemms) == 5
+    assert len(gemms) == 5  # the dense layers of the ranker
     for gemm in gemms:
         assert [producers[name].op_type for name in gemm.input[:2]] == ["DequantizeLinear"] * 2
         assert all(initializers[name].data_type == TensorProto.FLOAT for name in gemm.input[2:])
@@ -235,6 +235,7 @@ def test_graph_stores_tied_and_shared_tables_once(target):
     written = onnx.load(lowered.path).graph
     initializers = [item.name for item in written.initializer]
     assert all(initializers.count(name) == 1 for names in by_module.values() for name in names)
+    # ``item`` and ``similar`` share one table of 30 rows.
     tables_of_this_shape = [item for item in written.initializer if list(item.dims) == [30, 6]]
     assert len(tables_of_this_shape) == 1
 
@@ -317,10 +318,11 @@ class UndeclaredBagNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.history = nn.EmbeddingBag(50, 4, mode="sum")
-        self.again = nn.EmbeddingBag(50, 4, mode="sum")
+        self.undeclared = nn.EmbeddingBag(50, 4, mode="sum")
 
     def forward(self, history: Tensor, history_offsets: Tensor) -> Tensor:
-        bags = self.history(history, history_offsets) + self.again(history, history_offsets)
+        bags = self.history(history, history_offsets)
+        bags = bags + self.undeclared(history, history_offsets)
         return bags.sum(dim=1)
 
 

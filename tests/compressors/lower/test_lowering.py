@@ -65,19 +65,22 @@ def test_default_tier_has_a_graph_for_every_method():
 def assert_equal_scores(
     lowered: Graph, target: TargetName, inputs: dict[str, Tensor], spread: float
 ) -> None:
-    """Assert that scores are equal within a tolerance relative to the spread of a large batch."""
+    """Assert that scores are equal within a tolerance, a multiple of ``spread``.
+
+    ``spread`` is the standard deviation of the scores of a large batch.
+    """
     expected, actual = lowered.in_torch(inputs), lowered.in_onnx(inputs)
     assert actual.dtype == np.float32
     assert np.array_equal(np.isnan(expected), np.isnan(actual))
     formats = {line.format for line in lowered.model.plan.lines} if lowered.model.plan else set()
-    share = 1e-3
+    factor = 1e-3
     if target != ORT and formats - {"float32", "as trained", "dropped"}:
-        share = 0.05  # one float16 rounding of weights
+        factor = 0.05  # one float16 rounding of weights
     if formats & {"weight_int8", "weight_int4", "float8_dense"}:
-        share = 0.05 if target == ORT else 0.3  # int8 or float8 rounding of inputs
+        factor = 0.05 if target == ORT else 0.3  # int8 or float8 rounding of inputs
     if "static_int8" in formats:
-        share = 0.5  # an input may be rounded to either of two levels
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 + share * spread)
+        factor = 0.5  # an input may be rounded to either of two levels
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 + factor * spread)
 
 
 # --- equal scores of graph and torch ---------------------------------------------------------

@@ -144,7 +144,7 @@ def test_audit_accepts_merged_tables_which_store_every_row_once():
     assert rows == {"tables.user, tables.item, tables.city": 349, "wide": 12}
     dims = {item.name: item.dims for item in onnx.load(path).graph.initializer}
     (merged,) = [table for table in lowered.tables if table.rows == 349]
-    assert [dims[name][0] for name in merged.names] == [349, 349]
+    assert [dims[name][0] for name in merged.names] == [349, 349]  # codes and scales
 
 
 def test_graph_has_no_split_if_the_network_concatenates_the_rows():

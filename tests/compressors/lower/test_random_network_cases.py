@@ -120,7 +120,8 @@ def test_network_with_nan_scores_is_refused_before_the_step(tmp_path):
 def test_recalibrated_probability_near_zero_is_equal_in_the_graph(tmp_path):
     signature = with_output(USERS, form="probability")
     module = model(ExtremeProbabilityNet).module
-    attach(module, Recalibration("platt", "probability", line=torch.tensor([0.1, 0.0])))
+    slope_and_offset = torch.tensor([0.1, 0.0])
+    attach(module, Recalibration("platt", "probability", line=slope_and_offset))
     (served_graph,) = served_graphs(signature)
     lowered = lower(module, served_graph, "onnxruntime", tmp_path / "model.onnx")
     users = torch.arange(20)
@@ -153,7 +154,7 @@ def test_graph_of_a_squeezed_score_returns_one_score_for_one_row(
 
 
 class LargeInputNet(nn.Module):
-    """An int8 layer whose inputs include a very large value, so that its step is large."""
+    """An int8 layer whose inputs include a very large value, so its quantization step is large."""
 
     def __init__(self) -> None:
         super().__init__()

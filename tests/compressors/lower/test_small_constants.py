@@ -196,19 +196,19 @@ def run_graph(model: onnx.ModelProto, x: NDArray[np.float32], folder: Path) -> N
     return Session(folder / "graph.onnx", 1).scores({"x": x})
 
 
-@pytest.mark.parametrize("order", ["x c", "c x"])
+@pytest.mark.parametrize("operands", ["x c", "c x"])
 @pytest.mark.parametrize(
     ("kind", "values", "neutral"),
     [("Add", SMALL, 0.0), ("Sub", SMALL, 0.0), ("Mul", NEAR_ONE, 1.0), ("Div", NEAR_ONE, 1.0)],
 )
-def test_no_op_rules_remove_only_exact_neutral_elements(kind, values, neutral, order):
+def test_no_op_rules_remove_only_exact_neutral_elements(kind, values, neutral, operands):
     for value in values:
-        node = helper.make_node(kind, order.split(), ["y"])
+        node = helper.make_node(kind, operands.split(), ["y"])
         assert operators_of(build_simplified([node], c=np.array(value, np.float32))) == [kind], (
             value
         )
-    if order == "x c" or kind in ("Add", "Mul"):
-        node = helper.make_node(kind, order.split(), ["y"])
+    if operands == "x c" or kind in ("Add", "Mul"):
+        node = helper.make_node(kind, operands.split(), ["y"])
         assert operators_of(build_simplified([node], c=np.array(neutral, np.float32))) == []
 
 

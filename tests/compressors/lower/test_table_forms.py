@@ -155,6 +155,7 @@ def test_graph_of_every_form_has_the_scores_of_torch(graph):
         inputs = lowered.rows(count)
         expected, scores_of_graph = lowered.in_torch(inputs), lowered.in_onnx(inputs)
         if count > 2:
+            # The limit depends on the spread of the scores, so it is that of the largest batch.
             parity = check_parity(expected, scores_of_graph, lowered.model.plan, target)
         np.testing.assert_allclose(scores_of_graph, expected, rtol=0, atol=parity.largest_limit)
 
@@ -184,6 +185,7 @@ def test_lowered_tables_list_how_many_rows_share_each_entry(graph):
         table.module: [table.every.get(name, 1) for name in table.names]
         for table in lowered.lowered.tables
     }
+    # Codes, scales, and offsets if the form has them.
     assert rows_per_entry["int4_offset_1"] == [1, 1, 1]
     assert rows_per_entry["int8_offset_4"] == [1, 4, 4]
     assert rows_per_entry["float8_0"] == [1, 0]
