@@ -32,7 +32,6 @@ from compressors.contracts.reasons import Reason
 
 USER = IdInput(name="user", table="user")
 
-
 CLICK = {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
 
 
@@ -334,6 +333,7 @@ def test_of_split_returns_the_inputs_and_columns_of_each_split():
     assert signature().of_split("traffic") == with_output(signature(), label=None)
 
 
+# The field ``read`` of ``tower_inputs_differ`` lists the inputs of both towers.
 @pytest.mark.parametrize(
     ("changes", "code", "fields"),
     [

@@ -31,7 +31,10 @@ REFERENCES = {
     name: ("absolute",) if spec.compared == "never" else ("absolute", "baseline", "champion")
     for name, spec in METRICS.items()
 }
-"""Possible values of ``against`` for each metric."""
+"""Possible values of ``against`` (what a limit compares with) for each metric.
+
+A metric that is compared ``never`` is itself a comparison with the baseline: a score change.
+"""
 
 
 def problems(*texts: str) -> tuple[Reason, ...]:
@@ -71,7 +74,7 @@ def suggested_limits(reason: Reason) -> tuple[str, ...]:
         ("recall@20 >= 20", ["recall@20 >= 0.2"]),
         ("auc vs baseline >= -2", ["auc vs baseline >= -0.02"]),
         ("bytes vs baseline <= 50", ["bytes vs baseline <= 0.5"]),
-        # a difference in place of the metric itself, and the reverse
+        # a loss, as a share or in percent, in place of the metric itself, and the reverse
         ("auc >= 0.002", ["auc vs baseline >= -0.002"]),
         ("auc >= 1.5", ["auc vs baseline >= -0.015"]),
         ("auc vs baseline >= 0.9", ["auc >= 0.9"]),
@@ -220,6 +223,7 @@ def test_reported_limit_has_the_reason_why_it_is_implausible(text, why):
 def test_limit_that_demands_an_improvement_results_in_a_warning():
     limits = [Limit.parse("auc vs baseline >= 0.002"), Limit.parse("logloss vs baseline <= -0.01")]
     first, second = limit_warnings(limits)
+    # The field ``loss`` is the limit that would allow a loss of the same size.
     assert first.code == second.code == "improvement_demanded"
     assert (first.fields["metric"], first.fields["loss"]) == ("auc", "auc vs baseline >= -0.002")
     assert second.fields["loss"] == "logloss vs baseline <= 0.01"
@@ -252,7 +256,10 @@ def test_every_usual_metric_is_registered_and_measured_for_a_task_kind():
 
 @given(st.sampled_from([f for f in FAMILIES.values() if f.number]), st.integers(1, 70_000))
 def test_family_has_a_metric_for_every_number_up_to_most(family, number):
-    """``most`` is the largest number of a family, such as 10,000 in ``ndcg@10000``."""
+    """``most`` is the largest number of a family, such as 10,000 in ``ndcg@10000``.
+
+    The largest of all is the batch size 65,536 of the latency metrics.
+    """
     member = find_metric(f"{family.name}{number}")
     if number > family.most:
         assert member is None
@@ -291,12 +298,12 @@ def test_metrics_of_limits_are_added_to_those_of_the_task_kind():
 )
 def test_measured_metrics_depend_on_task_kind_and_group(task, grouped, expected):
     assert quality_metrics(task, grouped=grouped) == expected
-    changes = {"score_correlation", "mean_score_change", "max_score_change"}
-    changes |= {"changed_top1"} if grouped else set()
-    changes |= {"top20_overlap"} if task == "retrieval" else set()
+    score_changes = {"score_correlation", "mean_score_change", "max_score_change"}
+    score_changes |= {"changed_top1"} if grouped else set()
+    score_changes |= {"top20_overlap"} if task == "retrieval" else set()
     families = {re.sub("[0-9]+$", "k", name) for name in expected}
     assert set(measured_metrics(task, grouped=grouped, test_rows=63)) == {
-        *families, *changes, "bytes", "p50_ms@batch", "p99_ms@batch",
+        *families, *score_changes, "bytes", "p50_ms@batch", "p99_ms@batch",
     }  # fmt: skip
     batches = [name for name, item in METRICS.items() if item.batch is not None]
     # The usual batches have 1, 64 and 1024 rows; 63 test rows fill only the first.

@@ -25,7 +25,9 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 class StepAttributes:
     """Class attributes that every step declares, and a dry run that changes nothing.
 
-    ``effect`` is what a step changes, here the format in which units are stored.
+    ``effect`` is what a step changes, here the format in which units are stored. ``trains`` is
+    whether it trains. ``needs`` and ``wants`` are the parts of the bench that it requires, and
+    those that it uses if they exist. ``smallest_dry_run`` predicts the smallest result.
     """
 
     effect, trains, needs, wants = "format", False, (), ()
@@ -220,7 +222,7 @@ class PartialFloat16Step(StepAttributes):
 
 def test_a_planned_layer_may_keep_its_format_only_if_the_step_gives_a_reason(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    reason = Reason("as_written", text="reaches 7e4")
+    reason = Reason("as_written", text="reaches 7e4")  # a reason with a free text
     step = PartialFloat16Step({"out": Decision("skipped", (reason,))})
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     line = result.plan.of("out")

@@ -73,13 +73,13 @@ def test_each_part_of_a_composed_table_has_a_float32_plan_line(method, reference
                 part.bytes,
             )
             require_reason(part_line.reasons, "part_of", unit=unit.name)
-        whole = line.bytes_after + sum(part.bytes for part in parts)
+        bytes_with_parts = line.bytes_after + sum(part.bytes for part in parts)
         stored = {
             k: v for k, v in map_tensors(run_of_method.folder).items() if k.startswith(unit.name)
         }
-        assert whole == stored_bytes(stored)
+        assert bytes_with_parts == stored_bytes(stored)
         # Two tiers save nothing until a later step packs them.
-        assert whole < line.bytes_before or method is Tiers
+        assert bytes_with_parts < line.bytes_before or method is Tiers
     assert table_rows(result.module).items() >= table_rows(source.module).items()
 
 
@@ -116,6 +116,7 @@ def test_the_dry_run_of_a_composing_method_can_be_called_and_pruned(method, tmp_
 
 
 def test_each_part_of_a_part_has_one_plan_line(tmp_path):
+    """``Tiers`` makes the parts ``hot`` and ``cold``; ``LowRank`` makes the part ``narrow``."""
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
     for number, step in enumerate((Tiers(), LowRank(tables=("*.cold",)), LowRank(rank=1))):
         predicted = dry_run(step, model, bench).plan

@@ -1,4 +1,9 @@
-"""Build and load networks whose constructors move, copy, cast or read their parameters."""
+"""Build and load networks whose constructors move, copy, cast or read their parameters.
+
+The networks are subclasses of ``Base`` in ``constructed_networks.py``: a table ``emb``, a dense
+layer ``out``, and the non-persistent buffer ``places`` with the values 0, 1, 2. ``Base`` calls the
+method ``finish`` of the subclass at the end of its constructor.
+"""
 
 import copy
 import resource
@@ -132,6 +137,7 @@ def test_parameters_in_plain_attributes_have_the_loaded_values(tmp_path):
         assert torch.equal(loaded_value, expected)
     assert loaded.weights[0][0][0] is loaded.emb.weight
     assert loaded.by_name["out"] is loaded.out.weight is loaded.alias
+    # ``first_row`` is a view of the weight that begins at row 2.
     assert loaded.first_row.data_ptr() == loaded.emb.weight[2].data_ptr()
 
 
@@ -245,12 +251,12 @@ def test_constructor_that_requires_cuda_is_refused():
 
 
 def test_assign_does_not_modify_the_network_with_the_tensors():
-    source, target = Base(), construct(Base, {}).module
+    source, on_meta = Base(), construct(Base, {}).module
     expected = copy.deepcopy(source.state_dict())
-    assign(target, source.state_dict(keep_vars=True), strict=True)
+    assign(on_meta, source.state_dict(keep_vars=True), strict=True)
     for name, tensor in source.state_dict().items():
         assert torch.equal(tensor, expected[name])
-        assert target.state_dict()[name].data_ptr() == tensor.data_ptr()
+        assert on_meta.state_dict()[name].data_ptr() == tensor.data_ptr()
 
 
 class SizedNet(nn.Module):

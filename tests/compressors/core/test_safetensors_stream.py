@@ -1,4 +1,8 @@
-"""The streaming writer writes the same bytes as the safetensors library, piece by piece."""
+"""The streaming writer writes the same bytes as the safetensors library, piece by piece.
+
+A piece is a range of consecutive entries of one tensor, with its offset in the file. An entry is
+one index of the first dimension, such as a row of a table.
+"""
 
 import json
 import math
@@ -69,7 +73,8 @@ def test_pieces_in_any_order_and_size_result_in_the_same_file(
     for name, tensor in tensors.items():
         if tensor.dim():
             pieces += [
-                file.piece(name, tensor[at : at + size], at) for at in range(0, len(tensor), size)
+                file.piece(name, tensor[first : first + size], first)
+                for first in range(0, len(tensor), size)
             ]
         else:
             pieces.append(file.piece(name, tensor))
@@ -108,15 +113,16 @@ OVERFLOWS = (2**31, 2**32, 2**33)
 )
 def test_offsets_beyond_32_bits_are_exact(overflow: int, dtype: torch.dtype, width: int):
     rows = overflow // width + 3
-    specs = {"first": TensorSpec((rows, width), dtype), "next": TensorSpec((rows, width), dtype)}
+    # Two tensors of the same shape; ``b`` is stored after ``a``. ``place`` returns a file offset.
+    specs = {"a": TensorSpec((rows, width), dtype), "b": TensorSpec((rows, width), dtype)}
     file = StreamedFile(specs)
     header_bytes = len(file.header)
     entry_bytes = width * dtype.itemsize
     for entry in (overflow // width - 1, overflow // width, overflow // width + 1):
-        assert file.place("first", entry) == header_bytes + entry * entry_bytes
-        assert file.place("next", entry) == header_bytes + (rows + entry) * entry_bytes
+        assert file.place("a", entry) == header_bytes + entry * entry_bytes
+        assert file.place("b", entry) == header_bytes + (rows + entry) * entry_bytes
     assert file.bytes == header_bytes + 2 * rows * entry_bytes
-    offsets = json.loads(file.header[8:])["next"]["data_offsets"]
+    offsets = json.loads(file.header[8:])["b"]["data_offsets"]
     assert offsets == [rows * entry_bytes, 2 * rows * entry_bytes]
 
 

@@ -1,4 +1,7 @@
-"""Save and load a module as tensors and records, and refuse stored files that do not fit."""
+"""Save and load a module as tensors and records, and refuse stored files that do not fit.
+
+A record (``ModuleRecord``) describes a compressed module: its kind, format and settings.
+"""
 
 import json
 import threading
@@ -81,6 +84,7 @@ def test_view_of_another_tensor_is_stored_separately():
 
 
 def test_unsaved_buffers_and_plain_tensors_have_values_after_loading(tmp_path):
+    """``places`` is a non-persistent buffer, ``gain`` a persistent one, ``floor`` only a tensor."""
     source = BUFFERED.model()
     save(source.module, tmp_path)
     assert "places" not in map_tensors(tmp_path)
@@ -149,6 +153,7 @@ def test_load_refuses_missing_and_unexpected_tensors(tmp_path):
 
 
 def test_load_refuses_a_tensor_of_another_shape(tmp_path):
+    """The network was saved with its default width of 12."""
     save(NORMED.model().module, tmp_path)
     network = network_of(
         NORMED, architecture=Architecture(path="models:Normed", config={"width": 5})

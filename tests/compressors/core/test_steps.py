@@ -83,7 +83,8 @@ def unit_settings(method: type[Step]) -> set[str]:
     return {"tables", "layers"} & set(method.model_fields)
 
 
-# One or two codes per row cannot represent 15 random rows; test_table_codes.py tests their error.
+# Their scores are not close: the few codes of a row represent random rows badly.
+# test_table_codes.py tests their error.
 CODEBOOK_METHODS = {ProductCodes, ResidualCodes, AdditiveCodes}
 # Formats whose scores stay close. Training in QAT moves scores to the labels; see test_qat.py.
 CLOSE_FORMATS = tuple(
@@ -264,8 +265,8 @@ def test_scores_of_formats_are_finite_and_close_to_those_of_the_source(method_ru
     # two bits without offsets. Other errors (rows swapped, a missing scale) change scores by
     # several times their spread.
     formats = {line.format for line in method_run.result.plan.lines}
-    share = 1.0 if "rowwise_int2" in formats else 0.5
-    assert (result - before).abs().max() < share * before.std()
+    factor = 1.0 if "rowwise_int2" in formats else 0.5
+    assert (result - before).abs().max() < factor * before.std()
 
 
 @each_method_on_references

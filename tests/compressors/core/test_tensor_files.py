@@ -1,4 +1,4 @@
-"""Files of a module's tensors: separate files of large tensors, and links to unchanged ones."""
+"""Files of a module's tensors: one per large tensor, and hard links to those of a source model."""
 
 import errno
 import json

@@ -42,7 +42,10 @@ def activations(module: nn.Module, name: str, bench) -> Tensor:
 
 
 def unexplained_share(module: nn.Module, original: nn.Module, name: str, bench) -> float:
-    """Share of the original layer's output that a linear map of the student's cannot predict."""
+    """Squared error of the best linear map from the student's layer to the original's.
+
+    It is a share of the mean square of the original layer's output.
+    """
     inputs, targets = activations(module, name, bench), activations(original, name, bench)
     with_constant = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
     predicted = with_constant @ torch.linalg.lstsq(with_constant, targets).solution
@@ -50,7 +53,10 @@ def unexplained_share(module: nn.Module, original: nn.Module, name: str, bench) 
 
 
 def test_with_hints_a_smaller_layer_predicts_the_original_layer_better(tmp_path):
-    """The reference has no hints. Linear maps from 8 to 16 outputs are fitted after training."""
+    """The reference has no hints. Linear maps from 8 to 16 outputs are fitted after training.
+
+    ``hint_share`` is the weight of the hint loss; without hints it has no effect.
+    """
     bench = RANKER.bench(tmp_path / "data")
     original = RANKER.model().module
     source = replace(RANKER.model(), original=original)
@@ -206,7 +212,7 @@ def test_a_killed_training_with_hints_and_a_head_resumes_and_ends_with_the_same_
 
     def kill(folder, progress, write=trainer.store_progress):
         write(folder, progress)
-        if len(progress.facts["epochs"]) == 3:
+        if len(progress.facts["epochs"]) == 3:  # the start and the first two epochs
             raise Killed
 
     killed_bench = bench.model_copy(update={"checkpoints": str(tmp_path / "cut")})
@@ -236,7 +242,7 @@ def test_distill_with_dense_false_trains_only_tables(tmp_path):
     assert codes_of(result.plan.of("hidden").reasons) == ["dense_not_trained"]
     reasons = result.plan.of("user").reasons
     assert codes_of(reasons)[:2] == ["trained_on_rows", "trained_to_epoch"]
-    require_reason(reasons, "trained_on_rows", step="distill", rows=96)
+    require_reason(reasons, "trained_on_rows", step="distill", rows=BENCH_ROWS)
 
 
 def test_distill_with_dense_false_trains_the_scales_of_packed_tables(tmp_path):

@@ -71,7 +71,7 @@ def test_student_config_builds_a_smaller_network(tmp_path):
     assert torch.equal(result.module.item.weight, RANKER.model().module.item.weight)
     reasons = result.plan.of("hidden").reasons
     assert codes_of(reasons)[:3] == ["trained_on_rows", "smaller_in_student", "trained_to_epoch"]
-    require_reason(reasons, "trained_on_rows", step="distill", rows=96)
+    require_reason(reasons, "trained_on_rows", step="distill", rows=BENCH_ROWS)
     require_reason(reasons, "smaller_in_student", before="16x40", after="8x40")
     trained = require_reason(reasons, "trained_to_epoch", metric="auc")
     assert 1 <= trained.fields["epoch"] <= SHORT_TRAINING.epochs
@@ -164,7 +164,7 @@ def test_missing_soft_labels_or_another_number_of_them_raise_an_error(tmp_path):
     too_few_labels = bench.model_copy(
         update={"soft_labels": Split(path=str(folder), sha256="2" * 64, rows=5)}
     )
-    with raises_code(RowsMissing, "soft_labels_differ", got=5, expected=96):
+    with raises_code(RowsMissing, "soft_labels_differ", got=5, expected=BENCH_ROWS):
         run(Distill(), RANKER.model(), too_few_labels, tmp_path / "out")
     without_labels = other.model_copy(update={"soft_labels": None})
     with raises_code(NothingToCompress, "rows_missing", missing=("soft_labels",)):

@@ -1,4 +1,10 @@
-"""``recalibrate``: maps from scores to calibrated probabilities that keep the order of rows."""
+"""``recalibrate``: maps from scores to calibrated probabilities that keep the order of rows.
+
+The methods ``temperature`` and ``platt`` map a logit with a factor (slope), and ``platt`` also with
+an offset; both numbers are the tensor ``recalibration.line``. The method ``isotonic`` interpolates
+between knots: rows in order of their logit form at most ``knots`` groups, and each group is a knot,
+with the mean logit of its rows and the logit of the share of clicks.
+"""
 
 import numpy as np
 import pytest
@@ -96,10 +102,10 @@ def test_every_output_map_is_strictly_increasing(slope, offset, method, knots):
 def test_isotonic_value_of_equal_scores_is_the_mean_of_their_labels():
     random = np.random.default_rng(0)
     logit = np.concatenate([np.full(3_000, -1.0), random.normal(0.5, 1, 3_000)])
-    upper_half = np.where(logit[3_000:] < -1, 0.02, 0.4)
-    probabilities = np.concatenate([np.linspace(0.02, 0.22, 3_000), upper_half])
+    probabilities_of_other_scores = np.where(logit[3_000:] < -1, 0.02, 0.4)
+    probabilities = np.concatenate([np.linspace(0.02, 0.22, 3_000), probabilities_of_other_scores])
     label = (random.random(6_000) < probabilities).astype(np.float64)
-    knot_positions, knot_values = fit_pieces(logit, label, 32)
+    knot_positions, knot_values = fit_pieces(logit, label, knots=32)
     probability = label[:3_000].mean()  # all rows of this score
     mapped = 1 / (1 + np.exp(-np.interp(-1.0, knot_positions, knot_values)))
     # The group of this score also contains the few rows between it and the next group.
@@ -109,7 +115,7 @@ def test_isotonic_value_of_equal_scores_is_the_mean_of_their_labels():
 def test_isotonic_map_beyond_its_outer_knots_has_slope_at_most_one():
     random, logit = np.random.default_rng(0), np.linspace(-0.5, 0.5, 20_000)
     label = (random.random(logit.size) < 1 / (1 + np.exp(-6 * logit))).astype(np.float64)
-    output_map = fit_map("isotonic", "logit", logit, label, 8)
+    output_map = fit_map("isotonic", "logit", logit, label, knots=8)
     inner = output_map(torch.tensor([-0.4, -0.2, 0.2, 0.4]))
     # The true slope is 6 everywhere; a group of 2,500 rows has a standard error of 0.05 in logits.
     assert bool((inner.diff() > 3 * torch.tensor([0.2, 0.4, 0.2])).all())
@@ -119,12 +125,12 @@ def test_isotonic_map_beyond_its_outer_knots_has_slope_at_most_one():
 
 
 def test_cross_validated_loss_of_a_method_that_cannot_be_fitted_is_infinite():
-    logit, label = random_labels(1, -1.5)
+    logit, label = random_labels(slope=1, offset=-1.5)
     logit = logit + 5  # so the best factor without an offset is negative
     with raises_code(StepRefused, "slope_not_positive_without_offset"):
-        fit_map("temperature", "logit", logit, label, 8)
-    assert cross_validated_loss("temperature", logit, label, 8) == np.inf
-    assert cross_validated_loss("platt", logit, label, 8) < 0.6
+        fit_map("temperature", "logit", logit, label, knots=8)
+    assert cross_validated_loss("temperature", logit, label, knots=8) == np.inf
+    assert cross_validated_loss("platt", logit, label, knots=8) < 0.6
 
 
 def test_fit_line_of_separable_labels_has_a_finite_slope():
@@ -136,13 +142,13 @@ def test_fit_line_of_separable_labels_has_a_finite_slope():
 
 
 def test_mapped_probabilities_close_to_zero_keep_their_order():
-    output_map = fit_map("platt", "probability", *random_labels(0.5, 0.1), 8)
+    output_map = fit_map("platt", "probability", *random_labels(slope=0.5, offset=0.1), knots=8)
     mapped = output_map(torch.logspace(-30, -1, 200))
     assert bool((mapped.diff() > 0).all())
 
 
 def test_fit_line_minimizes_the_log_loss():
-    logit, label = random_labels(0.6, 0.4)
+    logit, label = random_labels(slope=0.6, offset=0.4)
     slope, offset = fit_line(logit, label, offset=True)
 
     def log_loss(a: float, b: float) -> float:
@@ -160,14 +166,14 @@ def test_fit_line_minimizes_the_log_loss():
 
 
 def test_isotonic_map_has_a_smaller_loss_than_a_line_for_curved_logits():
-    logit, _ = random_labels(1, 0, rows=20_000)
+    logit, _ = random_labels(slope=1, offset=0, rows=20_000)
     curved = np.where(logit < 0, 0.3 * logit, 3 * logit)
     label = (np.random.default_rng(1).random(len(logit)) < 1 / (1 + np.exp(-curved))).astype(float)
     assert (
-        cross_validated_loss("isotonic", logit, label, 32)
-        < cross_validated_loss("platt", logit, label, 32) - 1e-3
+        cross_validated_loss("isotonic", logit, label, knots=32)
+        < cross_validated_loss("platt", logit, label, knots=32) - 1e-3
     )
-    knot_positions, knot_values = fit_pieces(logit, label, 32)
+    knot_positions, knot_values = fit_pieces(logit, label, knots=32)
     inner = (knot_positions > -2) & (knot_positions < 1)
     expected_values = np.where(knot_positions < 0, 0.3 * knot_positions, 3 * knot_positions)
     # four standard deviations of a group of 625 rows
@@ -177,7 +183,7 @@ def test_isotonic_map_has_a_smaller_loss_than_a_line_for_curved_logits():
 @pytest.mark.parametrize("reference", [RANKER, NORMED], ids=["logit", "probability"])
 @pytest.mark.parametrize("method", ["temperature", "platt", "isotonic", "best"])
 def test_recalibrate_lowers_the_log_loss_and_keeps_the_auc(reference, method, tmp_path):
-    bench = bench_with_drawn_labels(reference, tmp_path / "data", 2.5, -1.0)
+    bench = bench_with_drawn_labels(reference, tmp_path / "data", slope=2.5, offset=-1.0)
     source = reference.model()
     result = run(Recalibrate(method=method), source, bench, tmp_path / "out")
     (batch,) = batches(bench.validation, reference.signature, ROWS)
@@ -207,7 +213,7 @@ def test_recalibrate_lowers_the_log_loss_and_keeps_the_auc(reference, method, tm
 
 
 def test_the_graph_contains_the_output_map(tmp_path):
-    bench = bench_with_drawn_labels(COMPACT, tmp_path / "data", 2.5, -1.0)
+    bench = bench_with_drawn_labels(COMPACT, tmp_path / "data", slope=2.5, offset=-1.0)
     for method in ("platt", "isotonic"):
         result = run(Recalibrate(method=method), COMPACT.model(), bench, tmp_path / method)
         path = tmp_path / f"{method}.onnx"
@@ -222,7 +228,7 @@ def test_the_graph_contains_the_output_map(tmp_path):
 
 
 def test_later_steps_keep_the_output_map(tmp_path):
-    bench = bench_with_drawn_labels(NORMED, tmp_path / "data", 2.5, -1.0)
+    bench = bench_with_drawn_labels(NORMED, tmp_path / "data", slope=2.5, offset=-1.0)
     first = run(Recalibrate(), NORMED.model(), bench, tmp_path / "a")
     quantized = run(StaticInt8(), first, bench, tmp_path / "b")
     assert quantized.plan.of(OUTPUT) == first.plan.of(OUTPUT)
@@ -234,7 +240,7 @@ def test_later_steps_keep_the_output_map(tmp_path):
 
 
 def test_method_best_of_calibrated_scores_selects_no_map_or_a_line(tmp_path):
-    bench = bench_with_drawn_labels(NORMED, tmp_path / "data", 1.0, 0.0)
+    bench = bench_with_drawn_labels(NORMED, tmp_path / "data", slope=1.0, offset=0.0)
     result = run(Recalibrate(method="best"), NORMED.model(), bench, tmp_path / "out")
     line = result.plan.of(OUTPUT)
     assert line.format in {"as trained", "temperature", "platt"}
@@ -244,7 +250,7 @@ def test_method_best_of_calibrated_scores_selects_no_map_or_a_line(tmp_path):
 
 
 def test_a_negative_slope_raises_step_refused(tmp_path):
-    bench = bench_with_drawn_labels(NORMED, tmp_path / "data", -1.0, 0.0)
+    bench = bench_with_drawn_labels(NORMED, tmp_path / "data", slope=-1.0, offset=0.0)
     with raises_code(StepRefused, "slope_not_positive"):
         run(Recalibrate(), NORMED.model(), bench, tmp_path / "out")
 
@@ -255,7 +261,7 @@ def test_recalibrate_without_probabilities_raises_nothing_to_compress(tmp_path):
 
 
 def test_the_dry_run_of_recalibrate_has_the_bytes_of_its_result(tmp_path):
-    bench = bench_with_drawn_labels(RANKER, tmp_path / "data", 2.5, -1.0)
+    bench = bench_with_drawn_labels(RANKER, tmp_path / "data", slope=2.5, offset=-1.0)
     for method in ("platt", "isotonic"):
         step = Recalibrate(method=method, knots=16)
         result = run(step, RANKER.model(), bench, tmp_path / method)

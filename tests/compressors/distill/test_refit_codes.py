@@ -2,7 +2,9 @@
 
 A round trains the codebooks and scales, then gives new codes to the share ``share`` of the rows
 whose loss they would lower. The file also tests how ``fine_tune`` trains tables that are stored as
-codes.
+codes. A format's ``learned`` are the names of its tensors that training may change. Some tests set
+the damping of reassignments (a term added to the curvature) to 0, so that the proposed gains are
+those of ``predicted_change``.
 """
 
 from pathlib import Path
@@ -66,7 +68,7 @@ ROWWISE_FORMATS = (
     RowwiseInt2(rows_per_scale=4),
 )
 each_format = pytest.mark.parametrize(
-    "codes",
+    "table_step",
     [*CODEBOOK_FORMATS, *ROWWISE_FORMATS],
     ids=lambda step: f"{step.kind}-{getattr(step, 'bits', '')}",
 )
@@ -83,6 +85,7 @@ def ranker_bench(tmp_path: Path) -> Bench:
 
 
 def packed(step: TableStep, bench: Bench, folder: Path, reference: Reference = COMPACT) -> Model:
+    """Return a reference network after a step that compresses its tables."""
     return run(step, reference.model(), bench, folder / "packed")
 
 
@@ -91,24 +94,25 @@ def validation_quality(model: Model, bench: Bench) -> float:
 
 
 @each_format
-def test_refitting_improves_quality_and_keeps_formats_and_dtypes(codes, bench, tmp_path):
+def test_refitting_improves_quality_and_keeps_formats_and_dtypes(table_step, bench, tmp_path):
     """The labels are the opposite of the network's predictions, so quality can increase a lot."""
-    before = packed(codes, bench, tmp_path)
+    before = packed(table_step, bench, tmp_path)
     after = run(RefitCodes(training=SHORT_TRAINING), before, bench, tmp_path / "out")
     assert validation_quality(after, bench) > validation_quality(before, bench) + 0.2
     assert after.network.modules == before.network.modules
     old, new = before.module.state_dict(), after.module.state_dict()
     assert {name: t.dtype for name, t in new.items()} == {name: t.dtype for name, t in old.items()}
     changed = {name for name in old if not torch.equal(old[name], new[name])}
-    learned = TABLE_FORMATS[codes.storage.name].learned
+    learned = TABLE_FORMATS[table_step.storage.name].learned
     assert any(name.endswith(learned) for name in changed)
-    if codes.kind != "rowwise_int8":  # its levels are so fine that training scales may be enough
+    # The levels of int8 are so fine that training scales may be enough.
+    if table_step.kind != "rowwise_int8":
         assert any(name.endswith("codes") for name in changed)
-    tables = {line.module for line in before.plan.lines if line.format == codes.kind}
+    tables = {line.module for line in before.plan.lines if line.format == table_step.kind}
     assert {name.partition(".")[0] for name in changed} <= tables
     for line in after.plan.lines:
         if line.module in tables:
-            assert line.steps == (codes.kind, "refit_codes")
+            assert line.steps == (table_step.kind, "refit_codes")
             assert line.bytes_after == before.plan.of(line.module).bytes_after
 
 
@@ -188,17 +192,21 @@ def test_a_pattern_that_matches_a_table_selects_its_parts(ranker_bench, tmp_path
     }
 
 
-@pytest.mark.parametrize("first", [Tiers(), LowRank(), QuotientRemainder()], ids=lambda s: s.kind)
-def test_codes_of_parts_are_refitted_and_their_composed_table_is_unchanged(first, bench, tmp_path):
-    composed = run(first, COMPACT.model(), bench, tmp_path / "composed")
+@pytest.mark.parametrize(
+    "composing_step", [Tiers(), LowRank(), QuotientRemainder()], ids=lambda s: s.kind
+)
+def test_codes_of_parts_are_refitted_and_their_composed_table_is_unchanged(
+    composing_step, bench, tmp_path
+):
+    composed = run(composing_step, COMPACT.model(), bench, tmp_path / "composed")
     before = run(RowwiseInt2(rows_per_scale=4), composed, bench, tmp_path / "packed")
     after = run(RefitCodes(training=SHORT_TRAINING, rounds=1), before, bench, tmp_path / "refitted")
     parts = {unit.name for unit in Unit.of(after.module) if unit.part_of}
     changed = {line.module for line in after.plan.lines if "refit_codes" in line.steps}
     assert changed & parts
     # Parts with the fewest columns are stored as int4, which takes no more bytes than int2 there.
-    packed = ("rowwise_int2", "rowwise_int4")
-    assert changed <= {unit.name for unit in Unit.of(after.module) if unit.format in packed}
+    formats = ("rowwise_int2", "rowwise_int4")
+    assert changed <= {unit.name for unit in Unit.of(after.module) if unit.format in formats}
 
 
 def test_refitting_without_codes_raises_nothing_to_compress(bench, tmp_path):
@@ -290,8 +298,8 @@ def predicted_change(
     makes the approximation an upper bound; see ``code_reassignment.py``.
     """
     with torch.no_grad():
-        step = table(torch.arange(table.rows)) - initial_rows
-    return (gradient * step + table.dim * curvature * step.square() / 2).sum(dim=1)
+        change = table(torch.arange(table.rows)) - initial_rows
+    return (gradient * change + table.dim * curvature * change.square() / 2).sum(dim=1)
 
 
 def random_gradients(seed: int) -> tuple[Tensor, Tensor]:
@@ -302,9 +310,11 @@ def random_gradients(seed: int) -> tuple[Tensor, Tensor]:
 
 @each_format
 @pytest.mark.parametrize("share", [0.2, 1.0])
-def test_reassigned_rows_lower_the_quadratic_approximation_of_the_loss(codes, share, monkeypatch):
+def test_reassigned_rows_lower_the_quadratic_approximation_of_the_loss(
+    table_step, share, monkeypatch
+):
     monkeypatch.setattr(code_reassignment, "DAMPING", 0.0)
-    table = random_table(codes)
+    table = random_table(table_step)
     gradient, curvature = random_gradients(1)
     gradient[::4] = curvature[::4] = 0  # rows without lookups
     with torch.no_grad():
@@ -324,25 +334,25 @@ def test_reassigned_rows_lower_the_quadratic_approximation_of_the_loss(codes, sh
     assert proposal.gain[is_changed].min() >= proposal.gain[~is_changed].max()
 
 
-@pytest.mark.parametrize("codes", [KMeans(bits=2, scale="none"), ProductCodes(parts=3)])
-def test_reassigned_codes_equal_a_search_of_all_entries(codes, monkeypatch):
+@pytest.mark.parametrize("table_step", [KMeans(bits=2, scale="none"), ProductCodes(parts=3)])
+def test_reassigned_codes_equal_a_search_of_all_entries(table_step, monkeypatch):
     """The formats assign one entry per part, so the best entry can be found by a search."""
     monkeypatch.setattr(code_reassignment, "DAMPING", 0.0)
-    table = random_table(codes)
+    table = random_table(table_step)
     gradient, curvature = random_gradients(2)
     with torch.no_grad():
         initial_rows = table(torch.arange(200))
     best = torch.zeros(200)
     # Columns per code: KMeans has a code per column, ProductCodes three codes for six columns.
-    width = 1 if codes.kind == "kmeans" else 2
+    width = 1 if table_step.kind == "kmeans" else 2
     for part in range(6 // width):
         columns = slice(part * width, (part + 1) * width)
         entries = table.codebook.reshape(-1, 1)
-        if codes.kind != "kmeans":
+        if table_step.kind != "kmeans":
             entries = table.codebook.reshape(3, -1, 2)[part]
-        step = entries[None] - initial_rows[:, None, columns]
-        squares = table.dim * curvature[:, None, columns] * step.square() / 2
-        best += (gradient[:, None, columns] * step + squares).sum(dim=2).amin(dim=1)
+        difference = entries[None] - initial_rows[:, None, columns]
+        squares = table.dim * curvature[:, None, columns] * difference.square() / 2
+        best += (gradient[:, None, columns] * difference + squares).sum(dim=2).amin(dim=1)
     table.codes, _ = reassign_codes(table, propose(table, gradient, curvature), 1.0)
     change = predicted_change(table, gradient, curvature, initial_rows)
     torch.testing.assert_close(change, best, rtol=1e-4, atol=1e-4)
@@ -389,13 +399,13 @@ TRAIN_TABLES = SHORT_TRAINING.model_copy(update={"tables": True})
 
 
 @pytest.mark.parametrize(
-    "codes", [KMeans(scale="float32"), ProductCodes(), ResidualCodes()], ids=lambda s: s.kind
+    "table_step", [KMeans(scale="float32"), ProductCodes(), ResidualCodes()], ids=lambda s: s.kind
 )
-def test_fine_tuning_trains_codebooks_only_with_tables_true(codes, bench, tmp_path):
-    before = packed(codes, bench, tmp_path)
+def test_fine_tuning_trains_codebooks_only_with_tables_true(table_step, bench, tmp_path):
+    before = packed(table_step, bench, tmp_path)
     after = run(FineTune(training=TRAIN_TABLES), before, bench, tmp_path / "out")
     assert validation_quality(after, bench) > validation_quality(before, bench)
-    for name in codes.storage.learned:
+    for name in table_step.storage.learned:
         if name in before.module.item._buffers:
             assert not torch.equal(
                 after.module.item._buffers[name], before.module.item._buffers[name]
@@ -446,30 +456,30 @@ def test_weight_decay_does_not_change_unread_codebook_entries(bench, tmp_path):
     assert not torch.equal(new[~is_unread], old[~is_unread])
 
 
-@pytest.mark.parametrize("codes", ROWWISE_FORMATS, ids=lambda step: step.kind)
-def test_nearest_uniform_codes_equal_a_search_of_all_levels(codes):
+@pytest.mark.parametrize("table_step", ROWWISE_FORMATS, ids=lambda step: step.kind)
+def test_nearest_uniform_codes_equal_a_search_of_all_levels(table_step):
     """The expected distance is the smallest over all codes, tried one after another."""
     generator = torch.Generator().manual_seed(5)
-    table = encode_table(codes, torch.randn(12, 6, generator=generator))
-    target = 1.5 * torch.randn(12, 6, generator=generator)
-    new, values = code_reassignment.nearest_uniform_codes(table, target)
-    bits = codes.storage.bits
+    table = encode_table(table_step, torch.randn(12, 6, generator=generator))
+    given_rows = 1.5 * torch.randn(12, 6, generator=generator)  # the codes should represent them
+    new, values = code_reassignment.nearest_uniform_codes(table, given_rows)
+    bits = table_step.storage.bits
     signed = new.dtype == torch.int8
     all_codes = torch.arange(-127, 128) if signed else torch.arange(2**bits)
-    if bits == 4 and codes.symmetric:
+    if bits == 4 and table_step.symmetric:
         all_codes = all_codes[1:]  # the lowest code is not used
     errors = []
     for code in all_codes.tolist():
         filled = torch.full_like(new, code)
         table.codes = filled if bits == 8 else pack(filled, bits)
-        errors.append((table(torch.arange(12)) - target).abs())
+        errors.append((table(torch.arange(12)) - given_rows).abs())
     best = torch.stack(errors).amin(dim=0)
     table.codes = new if bits == 8 else pack(new, bits)
     with torch.no_grad():
         decoded = table(torch.arange(12))
     assert torch.equal(decoded, values)
     # Distances are compared, because for ties between two levels the codes depend on rounding.
-    torch.testing.assert_close((decoded - target).abs(), best, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((decoded - given_rows).abs(), best, rtol=1e-5, atol=1e-6)
 
 
 def test_a_trained_scale_is_clamped_to_the_positive_range_of_float16():

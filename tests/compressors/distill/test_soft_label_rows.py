@@ -1,4 +1,8 @@
-"""Training on rows with and without labels, and the mean predictions of several teachers."""
+"""Training on rows with and without labels, and the mean predictions of several teachers.
+
+Traffic rows are logged requests, which have no labels. ``soft_share`` is the weight of the
+teacher's loss; the loss on labels has the rest.
+"""
 
 from pathlib import Path
 
@@ -84,10 +88,10 @@ def test_a_batch_with_rows_of_one_part_only_has_the_rows_of_that_part(tmp_path):
 
 def test_traffic_lists_stay_separate_from_training_lists_with_equal_numbers(tmp_path):
     bench = bench_with_traffic(ATTENTION, tmp_path)
-    joined = soft_label_rows(bench, "both", "distill")
+    joined = soft_label_rows(bench, rows="both", kind="distill")
     training_lists, traffic_lists = joined.group[:BENCH_ROWS], joined.group[BENCH_ROWS:]
     assert not set(training_lists.tolist()) & set(traffic_lists.tolist())
-    assert len(traffic_lists.unique()) == BENCH_ROWS // 8  # as in the file
+    assert len(traffic_lists.unique()) == BENCH_ROWS // 8  # each list in the file has 8 rows
     for row_numbers in shuffled_rows(joined, ATTENTION.signature, 20, seed=1):
         is_unlabelled = joined.label[row_numbers].isnan()
         groups = joined.group[row_numbers]
@@ -124,7 +128,7 @@ def test_student_learns_from_traffic_alone_and_ignores_its_labels(tmp_path):
 def test_the_label_loss_is_that_of_the_labelled_rows_only(reference, tmp_path):
     """The batch also has traffic rows; the loss on labels is a mean over the labelled rows."""
     bench = bench_with_traffic(reference, tmp_path)
-    rows = soft_label_rows(bench, "both", "distill")
+    rows = soft_label_rows(bench, rows="both", kind="distill")
     loss, teacher_loss_only = (
         soft_label_loss(bench, soft_share, temperature=1.0, kind="distill", rows="both")
         for soft_share in (0.25, 1.0)
@@ -150,7 +154,7 @@ def test_distill_with_rows_both_trains_on_labelled_rows_and_traffic(tmp_path):
     predicted = dry_run(step, RANKER.model(), bench).plan
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     assert [line.format for line in result.plan.lines] == [line.format for line in predicted.lines]
-    reason = Reason("trained_on_both", step="distill", rows=96, traffic=96)
+    reason = Reason("trained_on_both", step="distill", rows=BENCH_ROWS, traffic=BENCH_ROWS)
     assert predicted.of("hidden").reasons == (reason,)
     reasons = result.plan.of("hidden").reasons
     assert reasons[0] == reason
@@ -164,7 +168,7 @@ def test_distill_without_traffic_rows_raises_nothing_to_compress(tmp_path):
     with raises_code(NothingToCompress, "rows_missing", missing=missing):
         run(step, RANKER.model(), RANKER.bench(tmp_path), tmp_path / "out")
     with raises_code(RowsMissing, "train_rows_missing"):
-        soft_label_rows(RANKER.bench(tmp_path), "both", "distill")
+        soft_label_rows(RANKER.bench(tmp_path), rows="both", kind="distill")
 
 
 def test_batches_have_whole_groups_only_for_listwise_losses(tmp_path, monkeypatch):

@@ -207,13 +207,13 @@ def test_learning_rate_follows_warmup_schedule_and_factor(tmp_path):
             bench.validation,
             lambda *_: torch.zeros(()),
             Training(batch=48, learning_rate=1.0, **settings),
-            0,
+            seed=0,
         )
         result = []
         for step in range(21):
             run.steps = step
             result.append(run._rate())
-        run.factor = 0.1
+        run.factor = 0.1  # by which the plateau schedule multiplies the learning rate
         return [*result, run._rate()]
 
     plateau = learning_rates(warmup=4)
@@ -357,7 +357,7 @@ def test_unwritable_progress_is_logged_and_training_completes(tmp_path, caplog):
 class StatisticsNet(nn.Module):
     """A network with a buffer that training updates, a shared weight, and a gate of zeros.
 
-    ``running_price`` is the buffer; the layer ``again`` has the weight of the table ``user``.
+    ``running_price`` is the buffer; the layer ``tied`` has the weight of the table ``user``.
     """
 
     running_price: Tensor
@@ -365,8 +365,8 @@ class StatisticsNet(nn.Module):
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.user = nn.Embedding(15, 4)
-        self.again = nn.Linear(4, 15)
-        self.again.weight = self.user.weight
+        self.tied = nn.Linear(4, 15)
+        self.tied.weight = self.user.weight
         self.gate = nn.Linear(2, width)
         self.hidden = nn.Linear(19, width)
         self.norm = nn.BatchNorm1d(width)
@@ -378,7 +378,7 @@ class StatisticsNet(nn.Module):
         if self.training:
             self.running_price = 0.9 * self.running_price + 0.1 * price.detach().mean(dim=0)
         rows = self.user(user)
-        x = self.hidden(torch.cat([rows, self.again(rows)], dim=1))
+        x = self.hidden(torch.cat([rows, self.tied(rows)], dim=1))
         x = torch.relu(self.norm(x)) * torch.sigmoid(self.gate(price - self.running_price))
         score: Tensor = torch.sigmoid(self.out(x))
         return score
@@ -439,7 +439,7 @@ def test_a_weight_shared_by_a_table_and_a_layer_is_not_trained_by_default(tmp_pa
     bench = STATISTICS.bench(tmp_path / "data")
     source = STATISTICS.model()
     result = run(FineTune(training=SHORT_TRAINING), source, bench, tmp_path / "out")
-    assert result.module.again.weight is result.module.user.weight
+    assert result.module.tied.weight is result.module.user.weight
     assert torch.equal(result.module.user.weight, source.module.user.weight)
     assert sum(line.bytes_after for line in result.plan.lines) == sum(
         line.bytes_before for line in result.plan.lines

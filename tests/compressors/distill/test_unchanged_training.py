@@ -68,5 +68,5 @@ def test_training_that_changes_weights_adds_no_reason_to_the_plan(tmp_path: Path
 def test_merge_rows_without_equal_rows_adds_a_remark_to_the_plan(tmp_path: Path) -> None:
     plan = run(MergeRows(), RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out").plan
     assert plan is not None
-    (remark,) = plan.remarks
+    (remark,) = plan.remarks  # the reasons of the plan as sentences
     assert remark.startswith("merge_rows changed nothing: ")
