@@ -186,17 +186,24 @@ def with_hint_loss(
     auxiliary: AuxiliaryLosses,
     original: nn.Module,
     hints: tuple[str, ...],
-    share: float,
+    hint_weight: float,
 ) -> Loss:
-    """Return a loss that adds the hint loss, multiplied by ``share``, to another loss.
+    """Return a loss that adds the hint loss, multiplied by ``hint_weight``, to another loss.
 
     The original is evaluated for every batch, instead of once, because the stored outputs of its
     layers would take more space than the rows. Its tensors are not changed.
+
+    Args:
+        loss: the loss without hints.
+        auxiliary: the hint projections, with the student's outputs of the last forward pass.
+        original: the teacher.
+        hints: names of the hinted layers.
+        hint_weight: factor of the hint loss; it may be above 1.
     """
 
     def total_loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
         with torch.no_grad(), record_outputs(original, hints) as targets:
             original(**batch.inputs)
-        return loss(output, batch, row_numbers) + share * auxiliary.hint_loss(targets)
+        return loss(output, batch, row_numbers) + hint_weight * auxiliary.hint_loss(targets)
 
     return total_loss

@@ -5,10 +5,10 @@ gradient of the loss and a diagonal second-order term. This term has one weight 
 *column weight*: ``dim`` times the column's mean squared gradient (its *curvature*). The factor
 ``dim`` makes it an upper bound although the columns of a row change together: the square of a sum
 of ``dim`` terms is at most ``dim`` times the sum of their squares. Without the factor, the loss of
-the demo's tables increased even if only three rows changed.
+the tables of ``recpress demo`` increased even if only three rows changed.
 
-The minimum of the quadratic function is the *target* of the row. Up to constants, the function is
-the squared distance of the row from its target, with each column multiplied by its column weight.
+The row where the quadratic function has its minimum is the *optimal row*. Up to constants, the
+function is the squared distance of the row from the optimal row, with a column weight per column.
 New codes are those that decrease this distance most.
 """
 
@@ -40,9 +40,9 @@ DAMPING = 0.1
 SMALLEST = 1e-30
 """Smallest divisor of a gradient, for columns without curvature."""
 
-Rowwise = RowwiseInt8Format | PackedRowsFormat
-Codebook = KMeansFormat | ProductCodesFormat | ResidualCodesFormat
-Codes = Rowwise | Codebook
+RowwiseFormat = RowwiseInt8Format | PackedRowsFormat
+CodebookFormat = KMeansFormat | ProductCodesFormat | ResidualCodesFormat
+FormatWithCodes = RowwiseFormat | CodebookFormat
 """Formats whose codes can be selected again."""
 
 
@@ -74,14 +74,14 @@ def propose(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposal
     if bool(has_lookups.any()):
         damping = DAMPING * curvature[has_lookups].mean()
     column_weights = table.dim * (curvature + damping)
-    target = current_rows - gradient / column_weights.clamp(min=SMALLEST)
+    optimal_rows = current_rows - gradient / column_weights.clamp(min=SMALLEST)
     codes = read_codes(table)
-    if isinstance(storage, Rowwise):
-        new_codes, new_values = nearest_uniform_codes(table, target)
+    if isinstance(storage, RowwiseFormat):
+        new_codes, new_values = nearest_uniform_codes(table, optimal_rows)
     else:
-        new_codes = nearest_codebook_codes(storage, codes, stored, target, column_weights)
+        new_codes = nearest_codebook_codes(storage, codes, stored, optimal_rows, column_weights)
         new_values = decode_rows(storage, new_codes, stored, table.dim)
-    decrease = (current_rows - target).square() - (new_values - target).square()
+    decrease = (current_rows - optimal_rows).square() - (new_values - optimal_rows).square()
     gain = (column_weights * decrease).sum(dim=1) / 2
     better = has_lookups & (gain > 0) & (new_codes != codes).any(dim=1)
     return Proposal(new_codes, torch.where(better, gain, torch.zeros_like(gain)))
@@ -117,8 +117,8 @@ def read_codes(table: PackedTable) -> Tensor:
     return unpack(codes, count, bits)
 
 
-def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a row-wise table's codes nearest to a target, and their values: ``(rows, dim)`` each.
+def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a row-wise table's codes nearest to optimal rows, and values: ``(rows, dim)`` each.
 
     Each column has its own code, so weights of columns do not matter.
     """
@@ -129,7 +129,7 @@ def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, T
     grid = Grid(2**bits - has_zero_level, shared.symmetric, rows_per_scale=shared.rows_per_scale)
     stored = dict(table.named_buffers())
     fitted = FittedRange(stored["scale"], stored.get("offset"))
-    multiples = nearest(target, fitted, grid)
+    multiples = nearest(optimal_rows, fitted, grid)
     offset = fitted.offset
     if offset is not None:
         offset = expand_to_rows(offset, table.rows, grid.rows_per_scale)
@@ -140,6 +140,7 @@ def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, T
     # symmetric int8, whose codes are signed. Otherwise it avoids negative codes.
     constant = 0.0
     if shared.symmetric and bits < 8:
+        # ``grid.half`` is the highest multiple: 1.5 for int2, 7 for int4.
         constant = grid.half if bits == 2 else grid.half + 1
     return (multiples + constant).to(torch.uint8 if bits < 8 else stored["codes"].dtype), values
 
@@ -147,25 +148,25 @@ def nearest_uniform_codes(table: PackedTable, target: Tensor) -> tuple[Tensor, T
 def _code_bits(table: PackedTable) -> int:
     """Return the bits of a stored code."""
     storage = _require_codes_format(table)
-    if isinstance(storage, Rowwise):
+    if isinstance(storage, RowwiseFormat):
         return storage.bits
     return storage.width(table.rows, table.dim, table.settings)
 
 
-def _require_codes_format(table: PackedTable) -> Codes:
-    if not isinstance(table.storage, Codes):
+def _require_codes_format(table: PackedTable) -> FormatWithCodes:
+    if not isinstance(table.storage, FormatWithCodes):
         raise TypeError(f"Expected a format with codes, got {table.storage.name!r}.")
     return table.storage
 
 
 def nearest_codebook_codes(
-    storage: Codebook,
+    storage: CodebookFormat,
     codes: Tensor,
     stored: dict[str, Tensor],
-    target: Tensor,
+    optimal_rows: Tensor,
     column_weights: Tensor,
 ) -> Tensor:
-    """Select codes, uint8 ``(rows, codes)``, whose values are nearest to a target.
+    """Select codes, uint8 ``(rows, codes)``, whose values are nearest to the optimal rows.
 
     Each squared difference has a weight. Residual codes are selected one after the other while the
     others are fixed, so their distance may not be the smallest. For the other formats it is.
@@ -174,37 +175,43 @@ def nearest_codebook_codes(
         storage: the format of the table.
         codes: the current codes, uint8 ``(rows, codes)``.
         stored: the tensors of the table.
-        target: ``(rows, dim)``.
+        optimal_rows: ``(rows, dim)``.
         column_weights: weight of each squared difference, ``(rows, dim)``.
     """
     codebook = stored["codebook"].float()
     if isinstance(storage, KMeansFormat):
         scale = stored.get("scale")
-        scaled = target
+        scaled = optimal_rows
         if scale is not None:
-            scaled = target / scale.float().where(scale > 0, torch.ones_like(scale.float()))
-        ordered, order = codebook.sort()  # training may have changed the order of levels
-        middle = (ordered[1:] + ordered[:-1]) / 2
-        return order[torch.bucketize(scaled, middle)].to(torch.uint8)
+            scaled = optimal_rows / scale.float().where(scale > 0, torch.ones_like(scale.float()))
+        # Training may have changed the order of the levels.
+        sorted_levels, code_of_rank = codebook.sort()
+        middle = (sorted_levels[1:] + sorted_levels[:-1]) / 2
+        return code_of_rank[torch.bucketize(scaled, middle)].to(torch.uint8)
     new_codes = codes.clone()
-    books = codebook.reshape(codes.shape[1], -1, codebook.shape[1])
+    # The tensor ``codebook`` is the concatenation of several codebooks, one for each code of a row.
+    books = codebook.reshape(codes.shape[1], -1, codebook.shape[1])  # (codes, levels, width)
     if isinstance(storage, ProductCodesFormat):
         begin = 0
-        for index, width in enumerate(product_codes.part_widths(target.shape[1], codes.shape[1])):
+        for index, width in enumerate(
+            product_codes.part_widths(optimal_rows.shape[1], codes.shape[1])
+        ):
             part = slice(begin, begin + width)
             entries = books[index, :, :width]
             new_codes[:, index] = nearest_with_weights(
-                target[:, part], column_weights[:, part], entries
+                optimal_rows[:, part], column_weights[:, part], entries
             )
             begin += width
         return new_codes
     for index, entries in enumerate(books):
         others = residual_codes.decode(new_codes, codebook) - entries[new_codes[:, index].long()]
-        new_codes[:, index] = nearest_with_weights(target - others, column_weights, entries)
+        new_codes[:, index] = nearest_with_weights(optimal_rows - others, column_weights, entries)
     return new_codes
 
 
-def decode_rows(storage: Codebook, codes: Tensor, stored: dict[str, Tensor], dim: int) -> Tensor:
+def decode_rows(
+    storage: CodebookFormat, codes: Tensor, stored: dict[str, Tensor], dim: int
+) -> Tensor:
     """Return the values of codes ``(rows, codes)``: float32 ``(rows, dim)``."""
     codebook = stored["codebook"]
     if isinstance(storage, KMeansFormat):

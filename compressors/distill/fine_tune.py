@@ -21,7 +21,7 @@ from compressors.task_kinds.loss import hard_loss
 
 
 class FineTune(StepSettings):
-    """Train dense layers on the labels, with early stopping on validation rows."""
+    """Train dense layers (and tables, if set) on the labels; validation rows select the epoch."""
 
     effect: ClassVar[Effect] = "values"  # units keep their format; their weights change
     recovers_quality: ClassVar[bool] = True

@@ -1,8 +1,9 @@
 """Distillation losses between student and teacher scores: five functions of tensors.
 
-All take the student's and the teacher's scores, float ``(rows,)``. List losses also take
-``list_index`` int64 ``(rows,)``, the index of each row's list, and ``num_lists``, the number of
-lists. Each loss has its minimum where the student's predictions equal the teacher's.
+All take ``score``, the student's scores, and ``teacher``, the teacher's, both float ``(rows,)``.
+List losses also take ``list_index`` int64 ``(rows,)``, the index of each row's list, and
+``num_lists``, the number of lists. Each loss has its minimum where the student's predictions equal
+the teacher's.
 
 ``margin``, ``listwise`` and ``rankdistil`` do not change if a constant is added to all scores of a
 list. So they transfer the ranking but not the calibration (that predicted probabilities equal

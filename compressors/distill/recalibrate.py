@@ -6,12 +6,14 @@ the logit, fitted on validation rows, corrects this and keeps the order of rows.
 - ``temperature``: one factor (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 - ``platt``: a factor and an offset (Platt 1999).
 - ``isotonic``: a piecewise linear map (Zadrozny and Elkan 2002). Rows are sorted by score and
-  divided into groups of about equal size. The map passes through a point for each group: its mean
-  logit and the logit of its share of clicks, made increasing by pooling neighbouring groups.
+  divided into bins of about equal size. The map passes through a point for each bin: its mean
+  logit and the logit of its click rate, made increasing by pooling neighbouring bins.
   Differs: no piece has slope zero, so the map creates no ties; the first and last piece continue
   beyond the outer points.
 - ``best``: the method with the smallest cross-validated log loss (five folds), or no map if that
   has a smaller loss.
+
+A *click* is a row with label 1; the *click rate* is the share of such rows.
 """
 
 from typing import ClassVar, Literal
@@ -79,14 +81,18 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
     coefficients = np.array([1.0, 0.0])[: columns.shape[1]]
     best = _cost(columns @ coefficients, label)
     for _ in range(NEWTON_STEPS):
-        share = _sigmoid(columns @ coefficients)
-        gradient = columns.T @ (share - label) / len(label)
-        hessian = (columns * (share * (1 - share))[:, None]).T @ columns / len(label)
-        step = np.linalg.solve(hessian + 1e-12 * np.eye(len(coefficients)), gradient)
-        factor = 1.0
-        while _cost(columns @ (coefficients - factor * step), label) > best and factor > 1e-6:
-            factor /= 2
-        candidate = coefficients - factor * step
+        probability = _sigmoid(columns @ coefficients)
+        gradient = columns.T @ (probability - label) / len(label)
+        hessian = (columns * (probability * (1 - probability))[:, None]).T @ columns / len(label)
+        # The small diagonal keeps the matrix invertible if all logits are equal.
+        newton_step = np.linalg.solve(hessian + 1e-12 * np.eye(len(coefficients)), gradient)
+        step_size = 1.0  # halved until the cost does not increase
+        while (
+            _cost(columns @ (coefficients - step_size * newton_step), label) > best
+            and step_size > 1e-6
+        ):
+            step_size /= 2
+        candidate = coefficients - step_size * newton_step
         cost = _cost(columns @ candidate, label)
         if cost >= best - 1e-15:
             break
@@ -106,7 +112,7 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
     Args:
         logit: float64 ``(rows,)``.
         label: 0 or 1, ``(rows,)``.
-        knots: largest number of groups of rows, and so of points that the map passes through.
+        knots: largest number of bins of rows, and so of points that the map passes through.
 
     Returns:
         Logits ``(n,)`` and their mapped values ``(n,)``, both strictly increasing, ``n >= 2``.
@@ -118,26 +124,27 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
 
     order = np.argsort(logit, kind="stable")
     ends = np.arange(1, knots) * len(order) // knots
-    # Rows with equal scores stay in one group. Every group has at least half of the average size.
+    # Rows with equal scores stay in one bin. Every bin has at least half of the average size.
     starts, min_rows = [0], max(len(order) // knots // 2, 1)
     for end in np.searchsorted(logit[order], logit[order][ends], side="left"):
         if min_rows <= end - starts[-1] and min_rows <= len(order) - end:
             starts.append(int(end))
-    parts = np.split(order, starts[1:])
-    means = np.array([logit[part].mean() for part in parts])
-    clicks = np.array([label[part].sum() for part in parts])
-    rows = np.array([len(part) for part in parts], dtype=np.float64)
-    # Half a click and half a row without a click are added, so no group has probability 0 or 1.
-    share = isotonic_regression((clicks + 0.5) / (rows + 1), weights=rows).x
-    targets = np.log(share / (1 - share))
+    bins = np.split(order, starts[1:])
+    means = np.array([logit[rows_of_bin].mean() for rows_of_bin in bins])
+    clicks = np.array([label[rows_of_bin].sum() for rows_of_bin in bins])
+    rows = np.array([len(rows_of_bin) for rows_of_bin in bins], dtype=np.float64)
+    # Half a click and half a row without a click are added, so no bin has probability 0 or 1.
+    click_rate = isotonic_regression((clicks + 0.5) / (rows + 1), weights=rows).x
+    mapped = np.log(click_rate / (1 - click_rate))
+    # Bins whose mean logits are almost equal would make the slope between them very large.
     rising = np.concatenate([[True], np.diff(means) > 1e-9])
-    means, targets = means[rising], targets[rising]
+    means, mapped = means[rising], mapped[rising]
     if len(means) < 2:
         raise StepRefused("scores_equal")
     for index in range(1, len(means)):
-        min_target = targets[index - 1] + LEAST_SLOPE * (means[index] - means[index - 1])
-        targets[index] = max(targets[index], min_target)
-    return means, targets
+        min_mapped = mapped[index - 1] + LEAST_SLOPE * (means[index] - means[index - 1])
+        mapped[index] = max(mapped[index], min_mapped)
+    return means, mapped
 
 
 def fit_map(method: Method, output: str, logit: Floats, label: Floats, knots: int) -> Recalibration:
@@ -151,12 +158,16 @@ def fit_map(method: Method, output: str, logit: Floats, label: Floats, knots: in
     if method != "isotonic":
         slope, offset = fit_line(logit, label, offset=method == "platt")
         return Recalibration(method, output, line=torch.tensor([slope, offset]))
-    means, targets = fit_pieces(logit, label, knots)
-    slopes = np.diff(targets) / np.diff(means)
+    means, mapped = fit_pieces(logit, label, knots)
+    slopes = np.diff(mapped) / np.diff(means)
     # Beyond the outer points there are no data, so the slope there is at most 1.
-    first, last = min(slopes[0], 1.0), min(slopes[-1], 1.0)
-    line = torch.tensor([first, targets[0] - first * means[0]])  # slope and offset of first piece
-    bends = torch.tensor(np.stack([means, np.append(slopes, last)]))  # where pieces begin, slopes
+    first_slope, last_slope = min(slopes[0], 1.0), min(slopes[-1], 1.0)
+    line = torch.tensor(
+        [first_slope, mapped[0] - first_slope * means[0]]
+    )  # slope and offset of first_slope piece
+    bends = torch.tensor(
+        np.stack([means, np.append(slopes, last_slope)])
+    )  # where pieces begin, slopes
     return Recalibration(method, output, knots=len(means), line=line, bends=bends)
 
 

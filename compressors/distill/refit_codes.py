@@ -36,7 +36,7 @@ from compressors.core.steps.decisions import (
 )
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit
-from compressors.distill.code_reassignment import Codes, propose, reassign_codes
+from compressors.distill.code_reassignment import FormatWithCodes, propose, reassign_codes
 from compressors.distill.soft_labels import soft_label_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
@@ -180,7 +180,7 @@ class RefitCodes(StepSettings):
                 log.info("round %d, %s: validation %.5f", number + 1, phase, metric)
                 if metric > best:
                     best, best_state = metric, _tensors_of(model)
-            if not rows:
+            if not rows:  # no code changed, so another round would only repeat the training
                 break
         _restore(model, best_state)
         return AppliedStep(model)
@@ -226,7 +226,9 @@ class RefitCodes(StepSettings):
 def _table_with_codes(unit: Unit) -> PackedTable | None:
     """Return the packed table of a unit if its codes can be selected again; otherwise None."""
     table = unit.module.table if isinstance(unit.module, Bag) else unit.module
-    return table if isinstance(table, PackedTable) and isinstance(table.storage, Codes) else None
+    if isinstance(table, PackedTable) and isinstance(table.storage, FormatWithCodes):
+        return table
+    return None
 
 
 def _learned_names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, ...]:

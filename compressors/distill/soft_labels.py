@@ -56,8 +56,8 @@ def soft_label_loss(
     """
     teacher = torch.cat(
         [
-            _predictions(split, soft, kind)
-            for split, soft, used_for in (
+            _predictions(split, soft_split, kind)
+            for split, soft_split, used_for in (
                 (bench.train, bench.soft_labels, ("train", "both")),
                 (bench.traffic, bench.traffic_soft_labels, ("traffic", "both")),
             )
@@ -120,6 +120,7 @@ def mean_predictions(
     stacked = torch.stack(scores).to(torch.float64)
     if output != "probability":
         return stacked.mean(dim=0).to(torch.float32)
+    # Probabilities are clamped to [EDGE, 1 - EDGE], so that their logits are finite.
     mean_logit = torch.logit(stacked, eps=EDGE).mean(dim=0)
     return torch.sigmoid(mean_logit).to(torch.float32)
 

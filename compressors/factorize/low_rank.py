@@ -50,11 +50,11 @@ def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, T
         ``mean`` ``(dim,)``, all float32: the table is about ``reduced @ projection + mean``. Only
         the weighted covariance ``(dim, dim)`` is decomposed.
     """
-    share = (weight / weight.sum()).to(torch.float64).unsqueeze(1)  # (rows, 1)
+    normalized_weight = (weight / weight.sum()).to(torch.float64).unsqueeze(1)  # (rows, 1)
     rows = table.to(torch.float64)
-    mean = (share * rows).sum(dim=0)  # (dim,)
+    mean = (normalized_weight * rows).sum(dim=0)  # (dim,)
     centered = rows - mean
-    covariance = centered.T @ (share * centered)  # (dim, dim)
+    covariance = centered.T @ (normalized_weight * centered)  # (dim, dim)
     _, vectors = torch.linalg.eigh(covariance)  # in ascending order of eigenvalues
     projection = vectors.T.flip(0)[:rank]  # (rank, dim)
     # The sign of an eigenvector is arbitrary: fix it, so that results are reproducible.

@@ -101,8 +101,8 @@ def fit(table: Tensor, weight: Tensor, functions: Tensor, buckets: int) -> HashF
         functions: coefficients of the hash functions, ``(hashes, 2)`` or ``(hashes, 4)``.
         buckets: number of buckets.
     """
-    share = (weight / weight.sum()).double()
-    system = _System(share, functions, buckets)
+    normalized_weight = (weight / weight.sum()).double()
+    system = _System(normalized_weight, functions, buckets)
     right_side = system.transposed(table)  # (buckets + 1, dim)
     # A bucket without rows stays at zero.
     diagonal = system.diagonal().clamp(min=1e-300).unsqueeze(1)
@@ -111,15 +111,15 @@ def fit(table: Tensor, weight: Tensor, functions: Tensor, buckets: int) -> HashF
     preconditioned = residual / diagonal
     direction = preconditioned.clone()
     norm = (residual * preconditioned).sum(dim=0)  # (dim,)
-    target = norm * TOLERANCE**2
+    stop_norm = norm * TOLERANCE**2
     for _ in range(MAX_ITERATIONS):
-        if bool((norm <= target).all()):
+        if bool((norm <= stop_norm).all()):
             break
         normal_direction = system.normal(direction)
         curvature = (direction * normal_direction).sum(dim=0)
-        step = torch.where(curvature > 0, norm / curvature.clamp(min=1e-300), 0.0)
-        solution += step * direction
-        residual -= step * normal_direction
+        step_size = torch.where(curvature > 0, norm / curvature.clamp(min=1e-300), 0.0)
+        solution += step_size * direction
+        residual -= step_size * normal_direction
         preconditioned = residual / diagonal
         new_norm = (residual * preconditioned).sum(dim=0)
         ratio = torch.where(norm > 0, new_norm / norm.clamp(min=1e-300), 0.0)
@@ -145,13 +145,13 @@ def best_fit(
 class _System:
     """The linear system from buckets and mean to rows, without building its matrix.
 
-    A solution is ``(buckets + 1, dim)``: the buckets, and the mean as the last row. ``share`` is
-    each row's weight, with a sum of 1.
+    A solution is ``(buckets + 1, dim)``: the buckets, and the mean as the last row.
+    ``normalized_weight`` is each row's weight, with a sum of 1.
     """
 
-    def __init__(self, share: Tensor, functions: Tensor, buckets: int) -> None:
-        ids = torch.arange(len(share))
-        self.share, self.buckets = share, buckets
+    def __init__(self, normalized_weight: Tensor, functions: Tensor, buckets: int) -> None:
+        ids = torch.arange(len(normalized_weight))
+        self.normalized_weight, self.buckets = normalized_weight, buckets
         self.index = hash_ids(ids, functions, buckets)  # (rows, hashes)
         self.sign = hash_signs(ids, functions).double() if functions.shape[1] == 4 else None
 
@@ -183,7 +183,7 @@ class _System:
         total = 0.0
         for begin in range(0, len(rows), BLOCK):
             each = rows[begin : begin + BLOCK].double().square().sum(dim=1)
-            total += float(self.share[begin : begin + BLOCK] @ each)
+            total += float(self.normalized_weight[begin : begin + BLOCK] @ each)
         return total
 
     def diagonal(self) -> Tensor:
@@ -193,14 +193,14 @@ class _System:
         """
         total = torch.zeros(self.buckets + 1, dtype=torch.float64)
         for j in range(self.index.shape[1]):
-            total.index_add_(0, self.index[:, j], self.share)
-        total[-1] = self.share.sum()
+            total.index_add_(0, self.index[:, j], self.normalized_weight)
+        total[-1] = self.normalized_weight.sum()
         return total
 
     def _add(self, total: Tensor, rows: Tensor, begin: int) -> None:
         """Add the weighted rows of a block, which starts at row ``begin``, to their buckets."""
         end = begin + len(rows)
-        weighted = rows * self.share[begin:end].unsqueeze(1)
+        weighted = rows * self.normalized_weight[begin:end].unsqueeze(1)
         for j in range(self.index.shape[1]):
             total.index_add_(0, self.index[begin:end, j], self._signed(weighted, begin, j))
         total[-1] += weighted.sum(dim=0)

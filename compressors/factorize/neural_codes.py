@@ -128,35 +128,35 @@ def fit(
     rows, relative_weight = table.float(), weight.double() / weight.double().mean()
     initial_codes, projection, mean = factors(rows, size, relative_weight)
     # Training is on codes and rows divided by this number.
-    scale = float(initial_codes.square().mean().sqrt()) or 1.0
+    divisor = float(initial_codes.square().mean().sqrt()) or 1.0
     generator = torch.Generator().manual_seed(seed)
     inner = torch.randn(size, hidden, generator=generator) / size**0.5
     bias = torch.randn(hidden, generator=generator)
     no_correction = torch.zeros(hidden, table.shape[1])
-    best = initial_codes, Decoder(projection, inner / scale, bias, no_correction, mean)
+    best = initial_codes, Decoder(projection, inner / divisor, bias, no_correction, mean)
     least_error = squared_error(rows, relative_weight, *best)
-    scaled = rows / scale
-    codes = initial_codes / scale
-    decoder = Decoder(projection, inner, bias, no_correction, mean / scale)
+    scaled = rows / divisor
+    codes = initial_codes / divisor
+    decoder = Decoder(projection, inner, bias, no_correction, mean / divisor)
     for trains in (False, True):
         if trains:
             codes, decoder = _train(scaled, relative_weight, codes, decoder, adam_steps, generator)
         decoder = _solve_last_layer(scaled, relative_weight, codes, decoder)
-        candidate = codes * scale, _rescale(decoder, scale)
+        candidate = codes * divisor, _rescale(decoder, divisor)
         error = squared_error(rows, relative_weight, *candidate)
         if error < least_error:
             best, least_error = candidate, error
     return best
 
 
-def _rescale(decoder: Decoder, scale: float) -> Decoder:
-    """Convert a decoder for codes and rows divided by ``scale`` to one for the original size."""
+def _rescale(decoder: Decoder, divisor: float) -> Decoder:
+    """Convert a decoder for codes and rows divided by ``divisor`` to one for the original size."""
     return Decoder(
         decoder.projection,
-        decoder.inner / scale,
+        decoder.inner / divisor,
         decoder.bias,
-        decoder.outer * scale,
-        decoder.mean * scale,
+        decoder.outer * divisor,
+        decoder.mean * divisor,
     )
 
 
@@ -168,7 +168,7 @@ def _solve_last_layer(table: Tensor, weight: Tensor, codes: Tensor, decoder: Dec
     size, hidden = decoder.inner.shape
     width = size + hidden + 1
     matrix = torch.zeros(width, width, dtype=torch.float64)
-    right = torch.zeros(width, table.shape[1], dtype=torch.float64)
+    right_side = torch.zeros(width, table.shape[1], dtype=torch.float64)
     for begin in range(0, len(table), BLOCK):
         block = slice(begin, begin + BLOCK)
         activations = F.relu(codes[block] @ decoder.inner + decoder.bias)
@@ -176,11 +176,11 @@ def _solve_last_layer(table: Tensor, weight: Tensor, codes: Tensor, decoder: Dec
         inputs = torch.cat([codes[block], activations, ones], dim=1).double()  # (block, width)
         weighted = inputs * weight[block].unsqueeze(1)
         matrix += weighted.T @ inputs
-        right += weighted.T @ table[block].double()
+        right_side += weighted.T @ table[block].double()
     # A hidden unit that is zero for all rows would make the matrix singular.
     damping = DAMPING * matrix.diagonal().mean()
     matrix.diagonal().add_(damping)
-    last = torch.linalg.solve(matrix, right).float()
+    last = torch.linalg.solve(matrix, right_side).float()
     return decoder._replace(projection=last[:size], outer=last[size:-1], mean=last[-1])
 
 

@@ -76,21 +76,21 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
     Returns:
         ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, float32.
     """
-    grid, sums, totals, weights = _normal_equations(table, weight, buckets)
+    weight_matrix, sums, totals, weights = _normal_equations(table, weight, buckets)
     # Solve for the shorter table; the longer one follows from it. Both are indices into the pairs
     # ``totals`` and ``weights``: 0 for the table of quotients, 1 for that of remainders.
-    short, long = (1, 0) if buckets <= grid.shape[0] else (0, 1)
-    across = grid if short == 1 else grid.T  # (long, short)
-    scaled = across / weights[long].unsqueeze(1)
-    left = torch.diag(weights[short]) - across.T @ scaled  # (short, short), singular
-    right = totals[short] - scaled.T @ totals[long]  # (short, dim)
-    # Every row of ``left`` sums to zero. The added constant makes the solution unique.
+    short, long = (1, 0) if buckets <= weight_matrix.shape[0] else (0, 1)
+    across = weight_matrix if short == 1 else weight_matrix.T  # (long, short)
+    scaled_across = across / weights[long].unsqueeze(1)
+    system = torch.diag(weights[short]) - across.T @ scaled_across  # (short, short), singular
+    right_side = totals[short] - scaled_across.T @ totals[long]  # (short, dim)
+    # Every row of ``system`` sums to zero. The added constant makes the solution unique.
     constraint = weights[short].mean()
-    first = torch.linalg.solve(left + constraint / len(left), right)  # (short, dim)
-    second = (totals[long] - across @ first) / weights[long].unsqueeze(1)
-    shift = (sums / weights[0].sum()) / 2 - first.mean(dim=0)
-    first, second = first + shift, second - shift
-    quotient, remainder = (second, first) if short == 1 else (first, second)
+    short_rows = torch.linalg.solve(system + constraint / len(system), right_side)  # (short, dim)
+    long_rows = (totals[long] - across @ short_rows) / weights[long].unsqueeze(1)
+    shift = (sums / weights[0].sum()) / 2 - short_rows.mean(dim=0)
+    short_rows, long_rows = short_rows + shift, long_rows - shift
+    quotient, remainder = (long_rows, short_rows) if short == 1 else (short_rows, long_rows)
     return quotient.float(), remainder.float()
 
 
@@ -114,9 +114,9 @@ def fit_product(
     """
     rows, dim = table.shape
     quotients = -(-rows // buckets)
-    grid = torch.zeros(quotients * buckets, dtype=torch.float64)
-    grid[:rows] = weight
-    grid = grid.reshape(quotients, buckets)
+    weight_matrix = torch.zeros(quotients * buckets, dtype=torch.float64)
+    weight_matrix[:rows] = weight
+    weight_matrix = weight_matrix.reshape(quotients, buckets)
     weighted = torch.zeros(dim, quotients * buckets, dtype=torch.float64)
     weighted[:, :rows] = (table.double() * weight.double().unsqueeze(1)).T
     weighted = weighted.reshape(dim, quotients, buckets)
@@ -125,30 +125,39 @@ def fit_product(
     remainder = 1 + 0.1 * noise.double()
     explained = 0.0
     for _ in range(rounds):
-        quotient, _ = _optimal_rows(weighted, grid, remainder)
-        remainder, new_explained = _optimal_rows(weighted.mT, grid.T, quotient)
+        quotient, _ = _optimal_rows(weighted, weight_matrix, remainder)
+        remainder, new_explained = _optimal_rows(weighted.mT, weight_matrix.T, quotient)
         if new_explained - explained <= MIN_GAIN * new_explained:
             break
         explained = new_explained
     # Only the product of the two tables' scales is determined: give both the same root mean square.
-    size = [side.square().mean(dim=0).sqrt() for side in (quotient, remainder)]
-    factor = torch.where(size[0] * size[1] > 0, size[1] / size[0], 1.0).sqrt()
+    root_mean_squares = [
+        rows_of_table.square().mean(dim=0).sqrt() for rows_of_table in (quotient, remainder)
+    ]
+    factor = torch.where(
+        root_mean_squares[0] * root_mean_squares[1] > 0,
+        root_mean_squares[1] / root_mean_squares[0],
+        1.0,
+    ).sqrt()
     return (quotient * factor).float(), (remainder / factor).float()
 
 
-def _optimal_rows(weighted: Tensor, grid: Tensor, other: Tensor) -> tuple[Tensor, float]:
-    """Return the optimal rows of one table for given rows of the other.
+def _optimal_rows(weighted: Tensor, weight_matrix: Tensor, other: Tensor) -> tuple[Tensor, float]:
+    """Return the optimal rows of one short table for given rows of the other.
+
+    In the shapes, ``n`` is the number of rows of the optimized table, ``k`` that of the other.
 
     Args:
-        weighted: weight times value of every row, ``(dim, side, other side)``.
-        grid: the weights, ``(side, other side)``.
-        other: the rows of the other table, ``(other side, dim)``.
+        weighted: weight times value of every row of the original table, ``(dim, n, k)``.
+        weight_matrix: weights of the rows of the original table, ``(n, k)``.
+        other: the rows of the other table, ``(k, dim)``.
 
     Returns:
-        The rows ``(side, dim)``, and the explained part of the table's weighted sum of squares.
+        The rows ``(n, dim)``, and the explained part of the original table's weighted sum of
+        squares.
     """
-    numerator = torch.bmm(weighted, other.T.unsqueeze(2)).squeeze(2).T  # (side, dim)
-    denominator = grid @ other.square()
+    numerator = torch.bmm(weighted, other.T.unsqueeze(2)).squeeze(2).T  # (n, dim)
+    denominator = weight_matrix @ other.square()
     best = torch.where(denominator > 0, numerator / denominator, 0.0)
     return best, float((best * numerator).sum())
 
@@ -160,22 +169,28 @@ def _normal_equations(
 
     Returns:
         The weights as a matrix ``(quotients, m)``, the weighted sum of all rows ``(dim,)``, and two
-        pairs with one tensor for each table, whose length is ``side``: weighted sums of rows
-        ``(side, dim)``, and sums of weights ``(side,)``.
+        pairs. Each pair has a tensor for the table of quotients and one for that of remainders: the
+        weighted sums of the rows that share a quotient (or remainder), ``(quotients, dim)`` and
+        ``(m, dim)``, and the sums of their weights, ``(quotients,)`` and ``(m,)``.
     """
     rows, dim = table.shape
     quotients = -(-rows // buckets)
-    share = weight.double()
-    weighted = table.double() * share.unsqueeze(1)
+    exact_weight = weight.double()
+    weighted = table.double() * exact_weight.unsqueeze(1)
     ids = torch.arange(rows)
     totals = (
         torch.zeros(quotients, dim, dtype=torch.float64).index_add_(0, ids // buckets, weighted),
         torch.zeros(buckets, dim, dtype=torch.float64).index_add_(0, ids % buckets, weighted),
     )
-    grid = torch.zeros(quotients * buckets, dtype=torch.float64)
-    grid[:rows] = share
-    grid = grid.reshape(quotients, buckets)
-    return grid, weighted.sum(dim=0), totals, (grid.sum(dim=1), grid.sum(dim=0))
+    weight_matrix = torch.zeros(quotients * buckets, dtype=torch.float64)
+    weight_matrix[:rows] = exact_weight
+    weight_matrix = weight_matrix.reshape(quotients, buckets)
+    return (
+        weight_matrix,
+        weighted.sum(dim=0),
+        totals,
+        (weight_matrix.sum(dim=1), weight_matrix.sum(dim=0)),
+    )
 
 
 @dataclass(frozen=True)
@@ -219,9 +234,11 @@ class QuotientRemainderComposition:
         settings: Mapping[str, Any],
     ) -> Tensor:
         int64_ids, buckets = ids.long(), settings["buckets"]
-        first: Tensor = parts["quotient"](torch.ops.recpress.divided_by(int64_ids, buckets))
-        second: Tensor = parts["remainder"](int64_ids % buckets)
-        return first + second if settings["operation"] == "add" else first * second
+        quotient_row: Tensor = parts["quotient"](torch.ops.recpress.divided_by(int64_ids, buckets))
+        remainder_row: Tensor = parts["remainder"](int64_ids % buckets)
+        if settings["operation"] == "add":
+            return quotient_row + remainder_row
+        return quotient_row * remainder_row
 
 
 COMPOSITION: Composition = QuotientRemainderComposition()

@@ -6,8 +6,8 @@ and its plan line gives the reason. Formats are compared by their exact bytes, a
 precision for arbitrary rows: float16 before 8 bits, 8 bits before 4, 4 before 2.
 
 Methods with codebooks are not replaced, because their quality depends on the fit to the table. But
-if a row-wise format with at least their precision takes no more bytes, as for a short table with
-large codebooks, the plan line names that format.
+if a more precise row-wise format takes no more bytes, as for a short table with large codebooks,
+the plan line names that format.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,8 @@ from torch import Tensor
 from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import TableFormat, layout_bytes
 from compressors.core.steps.step import StepSettings, TableStep
-from compressors.quantize.dense.float16 import LARGEST, TABLE_FORMAT
+from compressors.quantize.dense.float16 import LARGEST as LARGEST_FLOAT16
+from compressors.quantize.dense.float16 import TABLE_FORMAT
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
@@ -78,7 +79,7 @@ def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reaso
 
     Returns:
         The selected step, and the reasons for the plan. If ``step`` is a method with a codebook, it
-        is returned, and the reasons name a smaller format if there is one.
+        is returned, and the reasons name a more precise format that is no larger, if there is one.
     """
     rows, dim = weight.shape
     size = table_bytes(step, rows, dim)
@@ -91,7 +92,7 @@ def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reaso
     ]
     no_larger = sorted((item for item in better if item[0] <= size), key=lambda item: item[:2])
     for other_size, _, other in no_larger:
-        if other.kind == "float16" and float(weight.abs().max()) > LARGEST:
+        if other.kind == "float16" and float(weight.abs().max()) > LARGEST_FLOAT16:
             continue
         if step.kind not in RANK:
             smaller_format = Reason(

@@ -54,7 +54,7 @@ class Sink(Protocol):
         """Whether an interrupted run has already written the block of this name."""
 
     def write(self, block: str, pieces: Sequence[Piece]) -> None:
-        """Write each piece at its offset in the file; called from several threads."""
+        """Write each piece (some bytes and their offset in the file); called by several threads."""
 
 
 class Block(NamedTuple):
@@ -105,8 +105,8 @@ class EncodingJob:
         """
         specs = {name: self.sources[name].spec for name in self.copied_tensors}
         for name, module in self.tables.items():
-            for part, spec in self.stored(name).items():
-                full_name = tensor_name(module, part)
+            for tensor, spec in self.stored(name).items():
+                full_name = tensor_name(module, tensor)
                 if full_name in specs:
                     raise ModelRefused("tensor_name_taken", table=name, name=full_name)
                 specs[full_name] = spec
@@ -140,9 +140,9 @@ class EncodingJob:
             yield Block(name, begin, end)
 
 
-def tensor_name(module: str, part: str) -> str:
-    """Return the full name of a module's tensor."""
-    return f"{module}.{part}" if module else part
+def tensor_name(module: str, name: str) -> str:
+    """Return the full name of a module's tensor; ``name`` is its name in the module."""
+    return f"{module}.{name}" if module else name
 
 
 def encode_file(
@@ -171,18 +171,18 @@ def encode_file(
     """
     if not sink.has_block(HEADER):
         sink.write(HEADER, [Piece(0, memoryview(file.header))])
-    count = workers or len(os.sched_getaffinity(0))
-    before = torch.get_num_threads()
+    threads = workers or len(os.sched_getaffinity(0))
+    previous_threads = torch.get_num_threads()
     # Each thread encodes one block at a time. If torch started more threads, they would compete for
     # the cores.
-    pool = ThreadPoolExecutor(count, "encode", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(1,))
     submitted: deque[Future[None]] = deque()
     try:
         with pool:
             try:
                 for task in _tasks(job, file, sink, progress):
                     submitted.append(pool.submit(task))
-                    if len(submitted) > 2 * count:
+                    if len(submitted) > 2 * threads:
                         submitted.popleft().result()
                 while submitted:
                     submitted.popleft().result()
@@ -190,7 +190,7 @@ def encode_file(
                 for future in submitted:
                     future.cancel()
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous_threads)
 
 
 def _tasks(
@@ -257,12 +257,13 @@ class _BlockEncoder:
 
     def whole(self) -> list[Piece]:
         """Return the encoded tensors of the whole table, such as a codebook."""
-        return [self._piece(part, values, 0) for part, values in self._encoder.whole().items()]
+        return [self._piece(tensor, values, 0) for tensor, values in self._encoder.whole().items()]
 
     def __call__(self, block: Block) -> list[Piece]:
         encoded = self._encoder.encode(self._rows(block), block.begin)
         return [
-            self._piece(part, values, entries.start) for part, (entries, values) in encoded.items()
+            self._piece(tensor, values, entries.start)
+            for tensor, (entries, values) in encoded.items()
         ]
 
     def _rows(self, block: Block) -> Tensor:
@@ -270,8 +271,8 @@ class _BlockEncoder:
         _check_finite(self._name, rows, block.begin)
         return rows
 
-    def _piece(self, part: str, values: Tensor, begin: int) -> Piece:
-        return self._file.piece(tensor_name(self._module, part), values, begin)
+    def _piece(self, tensor: str, values: Tensor, begin: int) -> Piece:
+        return self._file.piece(tensor_name(self._module, tensor), values, begin)
 
 
 def _check_finite(name: str, rows: Tensor, begin: int) -> None:

@@ -3,7 +3,7 @@
 Scores do not change, but quantization errors become smaller. If a channel's weights are large in
 one layer and small in the next, both layers have large quantization errors. The step moves a factor
 per channel from one layer to the next until its largest absolute weight (its *range*) is the same
-in both.
+in both. A *link* is a layer and all layers that consume its output.
 
 Paper: Nagel et al. 2019, https://arxiv.org/abs/1906.04721, section 4.1, eq. 11 (cross-layer
 equalization).
@@ -41,9 +41,9 @@ def equalization_factors(output_ranges: Tensor, input_ranges: Tensor) -> Tensor:
         of such a channel is mostly its bias, which grows with the factor and widens the next
         layer's input range.
     """
-    first, second = output_ranges.double(), input_ranges.double()
-    is_scaled = (first > DEAD * first.max()) & (second > DEAD * second.max())
-    ratio = torch.where(is_scaled, first, 1.0) / torch.where(is_scaled, second, 1.0)
+    outputs, inputs = output_ranges.double(), input_ranges.double()
+    is_scaled = (outputs > DEAD * outputs.max()) & (inputs > DEAD * inputs.max())
+    ratio = torch.where(is_scaled, outputs, 1.0) / torch.where(is_scaled, inputs, 1.0)
     return ratio.sqrt()
 
 
@@ -78,9 +78,9 @@ class Equalize(StepSettings):
                 input_ranges = torch.stack([weight.abs().amax(dim=0) for weight in consumers]).amax(
                     dim=0
                 )
-                scale = equalization_factors(output_ranges, input_ranges)
-                rescale(module, link, scale)
-                largest_change = max(largest_change, float((scale - 1).abs().max()))
+                factors = equalization_factors(output_ranges, input_ranges)
+                rescale(module, link, factors)
+                largest_change = max(largest_change, float((factors - 1).abs().max()))
             if largest_change < CONVERGED:
                 break
         return AppliedStep(model)

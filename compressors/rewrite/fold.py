@@ -4,11 +4,11 @@ The network computes the same values, up to float32 rounding, with fewer operato
 before steps that compress dense layers: it changes only float32 layers, and the later steps then
 process the weights that are served. Tables may be compressed before or after it.
 
-* A batch norm in evaluation mode multiplies each channel by a factor and adds an offset. If it
-  directly follows or precedes a Linear, with no nonlinear operator between them, factors and
-  offsets become part of the Linear's weight and bias, and ``FoldedNorm`` (an identity) replaces the
-  norm. Otherwise the norm stays in the served graph: between two int8 layers it is computed in
-  float32, so the runtime converts from int8 to float32 and back.
+* A batch norm in evaluation mode multiplies each channel by a factor (``scale``) and adds an offset
+  (``shift``). If it directly follows or precedes a Linear, with no nonlinear operator between them,
+  factors and offsets become part of the Linear's weight and bias, and ``FoldedNorm`` (an identity)
+  replaces the norm. Otherwise the norm stays in the served graph: between two int8 layers it is
+  computed in float32, so the runtime converts from int8 to float32 and back.
 * The affine part of a LayerNorm or RMSNorm moves into the layers that consume the norm's output, if
   all of them are Linears.
 * Dead channels, whose output is constant or unused (``dead_channels.py``), are removed; their
@@ -93,7 +93,7 @@ def affine_factors(norm: AffineNorm) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Move:
+class NormFold:
     """One norm and the layers that it is folded into.
 
     Attributes:
@@ -112,13 +112,13 @@ class Folding(NamedTuple):
 
     Attributes:
         signature: the signature of the network, from which random inputs are generated.
-        moves: the norms to fold.
+        norm_folds: the norms to fold.
         dead: the channels that are dead after folding, as the values of the weights prove.
         free: names of the dense layers that may change.
     """
 
     signature: Signature
-    moves: tuple[Move, ...]
+    norm_folds: tuple[NormFold, ...]
     dead: tuple[DeadChannels, ...]
     free: frozenset[str]
 
@@ -151,14 +151,14 @@ class Fold(StepSettings):
             NothingToCompress: a pattern matches no layer.
             StepRefused: the network cannot be exported.
         """
-        moves, decisions, kept_norms = self._find_moves(model, bench)
+        norm_folds, decisions, kept_norms = self._find_norm_folds(model, bench)
         reasons: dict[str, list[Reason]] = {}
-        for move in moves:
-            for layer in move.layers:
-                folded_norm = Reason("norm_folded", step=self.kind, norm=move.norm)
+        for norm_fold in norm_folds:
+            for layer in norm_fold.layers:
+                folded_norm = Reason("norm_folded", step=self.kind, norm=norm_fold.norm)
                 reasons.setdefault(layer, []).append(folded_norm)
         free = frozenset(name for name, decision in decisions.items() if decision.selected)
-        folded = _fold_norms(replace(model, module=private_copy(model.module)), moves)
+        folded = _fold_norms(replace(model, module=private_copy(model.module)), norm_folds)
         proven: tuple[DeadChannels, ...] = ()
         if not _has_placeholders(model):
             proven = find_dead_channels(folded, bench.signature, free, None)
@@ -179,7 +179,7 @@ class Fold(StepSettings):
                 )
             else:
                 result[name] = decision
-        return StepPlan(result, Folding(bench.signature, tuple(moves), proven, free))
+        return StepPlan(result, Folding(bench.signature, tuple(norm_folds), proven, free))
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Folding]) -> AppliedStep:
         """Fold norms, remove dead channels, and check that the predictions do not change.
@@ -206,18 +206,18 @@ class Fold(StepSettings):
         Raises:
             StepRefused: predictions change by more than rounding.
         """
-        signature, moves, dead, _ = folding
+        signature, norm_folds, dead, _ = folding
         before = replace(model, module=private_copy(model.module))
-        after = _fold_norms(model, moves)
+        after = _fold_norms(model, norm_folds)
         after = remove_dead_channels(after, signature, dead)
         gap = score_difference(after.module, before.module, signature)
         if gap is not None:
             raise StepRefused("folded_scores_differ", gap=gap)
         return after
 
-    def _find_moves(
+    def _find_norm_folds(
         self, model: Model, bench: Bench
-    ) -> tuple[list[Move], dict[str, Decision], dict[str, Reason]]:
+    ) -> tuple[list[NormFold], dict[str, Decision], dict[str, Reason]]:
         """Find the norms to fold.
 
         Returns:
@@ -229,31 +229,31 @@ class Fold(StepSettings):
         for name, why in flow.fixed.items():
             if name in decisions and decisions[name].selected:
                 decisions[name] = Decision("skipped", (why,))
-        moves: list[Move] = []
+        norm_folds: list[NormFold] = []
         kept_norms: dict[str, Reason] = {}
         for name, norm in model.module.named_modules():
             if isinstance(norm, nn.BatchNorm1d | AffineNorm) and name in flow.fixed:
                 fixed = Reason("reader_closed", reader=name, why=flow.fixed[name])
                 kept_norms |= {n: fixed for n in decisions if flow.reasons.get(n) == fixed}
             elif isinstance(norm, nn.BatchNorm1d | AffineNorm):
-                plan_move = (
+                plan_norm_fold = (
                     _plan_batch_norm if isinstance(norm, nn.BatchNorm1d) else _plan_affine_part
                 )
-                result = plan_move(model.module, name, flow, decisions)
-                if isinstance(result, Move):
-                    moves.append(result)
+                result = plan_norm_fold(model.module, name, flow, decisions)
+                if isinstance(result, NormFold):
+                    norm_folds.append(result)
                 else:
                     neighbors = [
                         n for n in decisions if Consumer(name) in flow.consumers.get(n, ())
                     ]
                     neighbors += [consumer.name for consumer in flow.consumers.get(name, ())]
                     kept_norms.update(dict.fromkeys(neighbors, result))
-        return moves, decisions, kept_norms
+        return norm_folds, decisions, kept_norms
 
 
 def _plan_batch_norm(
     module: nn.Module, name: str, flow: Dataflow, decisions: Mapping[str, Decision]
-) -> Move | Reason:
+) -> NormFold | Reason:
     """Find the layers that a batch norm can be folded into, or the reason why it stays."""
     norm = module.get_submodule(name)
     if not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None:
@@ -267,7 +267,7 @@ def _plan_batch_norm(
     needs_bias = bool(shift.any())
     why = _reason_not_foldable(module, before, decisions, bias=needs_bias) if before else None
     if before is not None and why is None:
-        return Move(name, (before,), norm_is_first=False)
+        return NormFold(name, (before,), norm_is_first=False)
     consumers = flow.direct_consumers(name)
     for layer in consumers:
         bias = not _offset_has_no_effect(module, layer, shift)
@@ -275,13 +275,13 @@ def _plan_batch_norm(
         if why is not None:
             break
     if consumers and why is None:
-        return Move(name, consumers, norm_is_first=True)
+        return NormFold(name, consumers, norm_is_first=True)
     return Reason("norm_kept", norm=name, why=why or Reason("no_single_neighbor"))
 
 
 def _plan_affine_part(
     module: nn.Module, name: str, flow: Dataflow, decisions: Mapping[str, Decision]
-) -> Move | Reason:
+) -> NormFold | Reason:
     """Find the layers that a norm's affine part can move into, or the reason why it stays."""
     norm = module.get_submodule(name)
     if not isinstance(norm, AffineNorm) or norm.weight is None:
@@ -301,7 +301,7 @@ def _plan_affine_part(
         bias = not _offset_has_no_effect(module, layer, shift)
         if (reason := _reason_not_foldable(module, layer, decisions, bias=bias)) is not None:
             return Reason("norm_kept", norm=name, why=reason)
-    return Move(name, consumers, norm_is_first=True)
+    return NormFold(name, consumers, norm_is_first=True)
 
 
 def _offset_has_no_effect(module: nn.Module, layer: str, shift: Tensor) -> bool:
@@ -329,24 +329,24 @@ def _reason_not_foldable(
     return None
 
 
-def _fold_norms(model: Model, moves: Sequence[Move]) -> Model:
+def _fold_norms(model: Model, norm_folds: Sequence[NormFold]) -> Model:
     """Fold norms into layers in place; the model is a private copy.
 
     ``replace_parameter`` gives a layer a new parameter: the caller's model shares the old one.
     """
-    for move in moves:
-        norm = model.module.get_submodule(move.norm)
+    for norm_fold in norm_folds:
+        norm = model.module.get_submodule(norm_fold.norm)
         scale, shift = _factor_and_offset(norm)
-        for name in move.layers:
+        for name in norm_fold.layers:
             layer = model.module.get_submodule(name)
             if isinstance(layer, nn.Linear):
-                scaled = scaled_inputs if move.norm_is_first else scaled_outputs
+                scaled = scaled_inputs if norm_fold.norm_is_first else scaled_outputs
                 weight, bias = scaled(layer.weight.detach(), _bias(layer), scale, shift)
                 replace_parameter(layer, "weight", weight.to(layer.weight.dtype))
                 if layer.bias is not None:
                     replace_parameter(layer, "bias", bias.to(layer.bias.dtype))
         if isinstance(norm, nn.BatchNorm1d):
-            swap(model.module, move.norm, FoldedNorm())
+            swap(model.module, norm_fold.norm, FoldedNorm())
             continue
         # A LayerNorm or RMSNorm stays; its affine part becomes the identity.
         for name, tensor in list(norm.named_parameters(recurse=False)):

@@ -3,6 +3,7 @@
 With a factor ``s > 0`` for each channel, the weights of a layer or norm (the *producer*) are
 divided by ``s``, so that it outputs ``y / s``, and the weights of its consumers are multiplied by
 ``s``. A Relu or a similar operator between them does not matter, because ``f(y / s) = f(y) / s``.
+A *link* is a producer with all its consumers.
 ``equalize.py`` and ``smooth_quant.py`` use this module.
 """
 
@@ -109,26 +110,26 @@ def _reason_not_scalable(
     return None
 
 
-def rescale(module: nn.Module, link: Link, scale: Tensor) -> None:
-    """Divide a producer's outputs by ``scale`` and multiply its consumers' weights by it, in place.
+def rescale(module: nn.Module, link: Link, factors: Tensor) -> None:
+    """Divide a producer's outputs by factors, and multiply its consumers' weights, in place.
 
     Args:
         module: a private copy of the network.
         link: the producer and its consumers.
-        scale: float64 ``(channels,)``, positive.
+        factors: float64 ``(channels,)``, positive.
     """
     producing_module = module.get_submodule(link.producer)
     for name, tensor in list(producing_module.named_parameters(recurse=False)):
         if name not in ("weight", "bias"):
             continue
-        divisor = scale if tensor.dim() == 1 else scale[:, None]
+        divisor = factors if tensor.dim() == 1 else factors[:, None]
         replace_parameter(
             producing_module, name, (tensor.detach().double() / divisor).to(tensor.dtype)
         )
     for name in link.consumers:
         layer = module.get_submodule(name)
         weight = linear_weight(layer)
-        replace_parameter(layer, "weight", (weight.double() * scale).to(weight.dtype))
+        replace_parameter(layer, "weight", (weight.double() * factors).to(weight.dtype))
 
 
 def linear_weight(layer: nn.Module) -> Tensor:

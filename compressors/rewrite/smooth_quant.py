@@ -4,7 +4,8 @@ Scores do not change, but quantization errors become smaller. An input is quanti
 for all channels, a weight with one scale per output. If a few input channels are far larger than
 the others, the other channels use only a few levels. A factor per channel makes inputs smaller and
 weights larger. The inputs become smaller because the previous layer is changed: the affine part of
-a norm, or the rows of a dense layer's weight, is divided by the factors.
+a norm, or the rows of a dense layer's weight, is divided by the factors. A *link* is a norm or
+dense layer (the *producer*) with all dense layers that consume its output: they share the factors.
 
 Paper: Xiao et al. 2022, https://arxiv.org/abs/2211.10438, eq. 4.
 Differs: factors also move between two dense layers with a Relu or a similar operator between them.
@@ -34,7 +35,7 @@ from compressors.rewrite.scaling import Link, choose_links, linear_weight, resca
 SAMPLE = 1024  # number of input vectors per layer on which a search compares int8 products
 LayerSample = tuple[Tensor, Tensor]
 """Inputs of a layer, float ``(vectors, channels)``, and its weight ``(out, channels)``."""
-STRENGTHS = tuple(step / 10 for step in range(11))  # migration strengths that a search tries
+STRENGTHS = tuple(tenths / 10 for tenths in range(11))  # migration strengths that a search tries
 
 
 def smoothing_factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -53,11 +54,11 @@ def smoothing_factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
     largest_input, largest_weight = inputs.double(), weights.double()
     is_scaled = (largest_input > 0) & (largest_weight > 0)
     numerator = torch.where(is_scaled, largest_input, 1.0) ** alpha
-    scale = numerator / torch.where(is_scaled, largest_weight, 1.0) ** (1 - alpha)
-    return torch.where(is_scaled, scale, 1.0)
+    factors = numerator / torch.where(is_scaled, largest_weight, 1.0) ** (1 - alpha)
+    return torch.where(is_scaled, factors, 1.0)
 
 
-def int8_error(layers: Sequence[LayerSample], scale: Tensor) -> float:
+def int8_error(layers: Sequence[LayerSample], factors: Tensor) -> float:
     """Compute the mean relative squared error of int8 products over all outputs of some layers.
 
     All outputs have equal weight: the next layer may apply small weights to a large output, or the
@@ -66,17 +67,21 @@ def int8_error(layers: Sequence[LayerSample], scale: Tensor) -> float:
 
     Args:
         layers: inputs and weight of each layer.
-        scale: float64 ``(channels,)``: inputs are divided and weights multiplied by it.
+        factors: float64 ``(channels,)``: inputs are divided and weights multiplied by it.
     """
     smallest = torch.finfo(torch.float32).tiny
     errors = []
     for vectors, weight in layers:
-        inputs = (vectors.double() / scale).float()
-        step = inputs[::2].abs().amax().clamp(min=smallest) / LEVELS
+        inputs = (vectors.double() / factors).float()
+        input_scale = inputs[::2].abs().amax().clamp(min=smallest) / LEVELS
         inputs, original = inputs[1::2], vectors[1::2]
-        codes, steps = encode((weight.double() * scale).float(), None, step)
+        codes, weight_scale = encode(
+            (weight.double() * factors).float(), bias=None, input_scale=input_scale
+        )
         exact = original @ weight.T  # (vectors, out)
-        rounded = (quantize(inputs, step) * step) @ (codes.float() * steps[:, None]).T
+        rounded = (quantize(inputs, input_scale) * input_scale) @ (
+            codes.float() * weight_scale[:, None]
+        ).T
         energy = exact.double().square().sum(dim=0).clamp(min=smallest)
         errors.append((rounded.double() - exact.double()).square().sum(dim=0) / energy)
     return float(torch.cat(errors).mean())
@@ -92,7 +97,7 @@ def best_smoothing(inputs: Tensor, weights: Tensor, layers: Sequence[LayerSample
     """
     candidates = [torch.ones_like(inputs, dtype=torch.float64)]
     candidates += [smoothing_factors(inputs, weights, alpha) for alpha in STRENGTHS]
-    return min(candidates, key=lambda scale: int8_error(layers, scale))
+    return min(candidates, key=lambda factors: int8_error(layers, factors))
 
 
 class SmoothQuant(StepSettings):
@@ -169,10 +174,10 @@ class SmoothQuant(StepSettings):
                 layers = [
                     (torch.cat(recorders[name].sample), weight) for name, weight in weights.items()
                 ]
-                scale = best_smoothing(largest_inputs, largest_weights, layers)
+                factors = best_smoothing(largest_inputs, largest_weights, layers)
             else:
-                scale = smoothing_factors(largest_inputs, largest_weights, self.alpha)
-            rescale(module, link, scale)
+                factors = smoothing_factors(largest_inputs, largest_weights, self.alpha)
+            rescale(module, link, factors)
         return AppliedStep(model)
 
 

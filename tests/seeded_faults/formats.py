@@ -155,8 +155,8 @@ FAULTS = (
     Fault(
         id="better-format-overflows-float16",
         file="compressors/quantize/better_format.py",
-        old='if other.kind == "float16" and float(weight.abs().max()) > LARGEST:',
-        new='if other.kind == "none" and float(weight.abs().max()) > LARGEST:',
+        old='if other.kind == "float16" and float(weight.abs().max()) > LARGEST_FLOAT16:',
+        new='if other.kind == "none" and float(weight.abs().max()) > LARGEST_FLOAT16:',
         effect="A table with weights beyond float16 is stored as float16, with infinite weights.",
         tests=(f"{BETTER}::test_a_table_beyond_float16_is_stored_in_an_integer_format",),
     ),

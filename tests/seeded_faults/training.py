@@ -67,8 +67,8 @@ FAULTS = (
     Fault(
         id="int8-products-exceed-sixteen-bits",
         file="compressors/quantize/dense/static_int8.py",
-        old="    step = torch.maximum(scale, paired_scale(clipped.detach()))\n",
-        new="    step = scale\n",
+        old="    pair_scale = torch.maximum(scale, paired_scale(clipped.detach()))\n",
+        new="    pair_scale = scale\n",
         effect="Int8 products clip on processors without VNNI.",
         tests=(
             "tests/compressors/quantize/test_static_int8.py"
@@ -170,8 +170,8 @@ FAULTS = (
     Fault(
         id="recalibration-steep-beyond-data",
         file="compressors/distill/recalibrate.py",
-        old="    first, last = min(slopes[0], 1.0), min(slopes[-1], 1.0)\n",
-        new="    first, last = slopes[0], slopes[-1]\n",
+        old="    first_slope, last_slope = min(slopes[0], 1.0), min(slopes[-1], 1.0)\n",
+        new="    first_slope, last_slope = slopes[0], slopes[-1]\n",
         effect="Beyond the outer means the isotonic map extrapolates steeply.",
         tests=(f"{RECALIBRATE}::test_isotonic_map_beyond_its_outer_knots_has_slope_at_most_one",),
     ),

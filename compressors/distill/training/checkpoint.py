@@ -32,12 +32,13 @@ class TrainingProgress:
     Attributes:
         tensors: tensors by name, with a prefix: ``now/`` for the network's current tensors,
             ``best/`` for those after the best epoch, ``moments/`` for Adam's moments.
-        facts: all other state as values that JSON can store, including NaN: the ``epochs`` (number,
-            loss and validation metric of each), and the counters that ``trainer.py`` restores.
+        json_values: all other state as values that JSON can store, including NaN: the ``epochs``
+            (number, loss and validation metric of each), and the counters that ``trainer.py``
+            restores.
     """
 
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+    json_values: dict[str, Any]
 
 
 def store_progress(folder: str, progress: TrainingProgress) -> bool:
@@ -59,16 +60,18 @@ def write_progress(folder: str, progress: TrainingProgress) -> None:
     directory = Path(folder)
     directory.mkdir(parents=True, exist_ok=True)
     suffix = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    name = f"epoch-{len(progress.facts['epochs']):05d}-{suffix}.safetensors"
-    part = directory / f"{name}.part"
+    name = f"epoch-{len(progress.json_values['epochs']):05d}-{suffix}.safetensors"
+    temporary_path = directory / f"{name}.part"
     try:
-        save_file({key: tensor.contiguous() for key, tensor in progress.tensors.items()}, part)
-        os.replace(part, directory / name)  # noqa: PTH105
-        part = directory / f"{PROGRESS_FILE}-{suffix}.part"
-        part.write_text(json.dumps({"tensors": name, **progress.facts}))
-        os.replace(part, directory / PROGRESS_FILE)  # noqa: PTH105
+        save_file(
+            {key: tensor.contiguous() for key, tensor in progress.tensors.items()}, temporary_path
+        )
+        os.replace(temporary_path, directory / name)  # noqa: PTH105
+        temporary_path = directory / f"{PROGRESS_FILE}-{suffix}.part"
+        temporary_path.write_text(json.dumps({"tensors": name, **progress.json_values}))
+        os.replace(temporary_path, directory / PROGRESS_FILE)  # noqa: PTH105
     except BaseException:
-        part.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
         raise
     for old in directory.glob(f"epoch-*-{os.getpid()}-*.safetensors"):
         if old.name != name:
@@ -87,8 +90,8 @@ def read_progress(folder: str, expected: Mapping[str, Tensor]) -> TrainingProgre
     if not (directory / PROGRESS_FILE).is_file():
         return None
     try:
-        facts = json.loads((directory / PROGRESS_FILE).read_text())
-        tensors = load_file(directory / facts.pop("tensors"))
+        json_values = json.loads((directory / PROGRESS_FILE).read_text())
+        tensors = load_file(directory / json_values.pop("tensors"))
     except (OSError, ValueError, KeyError, SafetensorError) as fault:
         log.warning(
             "the progress in %s cannot be read, so training starts from the beginning: %s",
@@ -102,4 +105,4 @@ def read_progress(folder: str, expected: Mapping[str, Tensor]) -> TrainingProgre
             name: tensor.shape for name, tensor in expected.items()
         }:
             return None
-    return TrainingProgress(tensors, facts)
+    return TrainingProgress(tensors, json_values)

@@ -1,9 +1,9 @@
 """Data parallel training: several processes train one network, each on a share of every batch.
 
 Every process (a rank) has the whole network. It computes gradients on its rows and adds them to
-those of the other ranks, so all ranks take the same step and end with the same values. Batches, the
-validation metric of an epoch and the decision to stop are the same on all ranks. Without a process
-group there is one rank, and these functions change nothing.
+those of the other ranks, so all ranks take the same optimizer step and end with the same values.
+Batches, the validation metric of an epoch and the decision to stop are the same on all ranks.
+Without a process group there is one rank, and these functions change nothing.
 
 Source: Li et al. 2020, https://arxiv.org/abs/2006.15704 (data parallel training in torch).
 Differs: gradients are summed after the backward pass, those of tables as dense tensors; batch norm
@@ -45,6 +45,7 @@ def rank_share(row_numbers: Tensor, group: Tensor | None) -> tuple[Tensor, float
         rank_rows = row_numbers[this_rank::ranks]
         return rank_rows, len(rank_rows) / len(row_numbers)
     lists, list_of_row = torch.unique(group, return_inverse=True)
+    # List ``i`` goes to rank ``i % ranks``; if a rank would get too few rows, the first gets all.
     if int(torch.bincount(list_of_row % ranks, minlength=ranks).min()) < MIN_ROWS:
         return (row_numbers, 1.0) if this_rank == 0 else (row_numbers[:0], 0.0)
     rank_lists = len(range(this_rank, len(lists), ranks))

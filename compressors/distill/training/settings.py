@@ -20,7 +20,10 @@ class Training(Frozen):
         json_schema_extra={"position": 0},
     )
     batch: int = Field(
-        1024, ge=1, description="Training rows per step.", json_schema_extra={"position": 1}
+        1024,
+        ge=1,
+        description="Training rows per optimizer step.",
+        json_schema_extra={"position": 1},
     )
     learning_rate: float = Field(
         3e-3, gt=0, description="Largest learning rate of Adam.", json_schema_extra={"position": 2}
@@ -34,7 +37,7 @@ class Training(Frozen):
     warmup: int = Field(
         50,
         ge=0,
-        description="Steps over which the learning rate increases from zero.",
+        description="Optimizer steps over which the learning rate increases from zero.",
         json_schema_extra={"position": 4},
     )
     patience: int = Field(

@@ -25,7 +25,10 @@ def trainable_tensors(module: nn.Module, *, tables: bool, dense: bool = True) ->
     for owner, part in module.named_modules():
         prefix = f"{owner}." if owner else ""
         learned = _learned(part)
-        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers("", False)):
+        for name, tensor in (
+            *part.named_parameters(recurse=False),
+            *part.named_buffers(recurse=False),
+        ):
             can_train = isinstance(tensor, nn.Parameter) or name in learned
             is_selected = tables if part in in_tables else dense
             is_float32 = tensor.dtype == torch.float32
@@ -78,7 +81,14 @@ def replace_trained_tensors(module: nn.Module, names: tuple[str, ...]) -> dict[s
 
 
 def replace_buffers(module: nn.Module) -> tuple[str, ...]:
-    """Replace buffers that training may change, such as those of norms; return their names."""
+    """Replace buffers that training may change, such as those of norms, by copies.
+
+    Buffers of packed modules are not replaced here: training changes only those of them that
+    ``trainable_tensors`` names.
+
+    Returns:
+        The names of the replaced buffers.
+    """
     names = []
     packed: set[nn.Module] = set()
     for part in module.modules():

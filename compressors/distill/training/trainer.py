@@ -269,7 +269,7 @@ class _Run:
                 **{f"best/{name}": tensor for name, tensor in self.best.items()},
                 **{f"moments/{name}": tensor for name, tensor in moments.items()},
             },
-            facts={
+            json_values={
                 "epochs": [[epoch.number, epoch.loss, epoch.quality] for epoch in self.epochs],
                 "factor": self.factor,
                 "stale": self.stale,
@@ -290,9 +290,13 @@ class _Run:
                 for key, value in progress.tensors.items()
                 if key.startswith(prefix)
             }
-        facts = progress.facts
-        self.epochs = [Epoch(*epoch) for epoch in facts["epochs"]]
-        self.factor, self.stale, self.steps = facts["factor"], facts["stale"], facts["steps"]
+        json_values = progress.json_values
+        self.epochs = [Epoch(*epoch) for epoch in json_values["epochs"]]
+        self.factor, self.stale, self.steps = (
+            json_values["factor"],
+            json_values["stale"],
+            json_values["steps"],
+        )
         log.info("resuming after epoch %d", self.epochs[-1].number)
 
     def store_checkpoint(self, folder: str) -> None:

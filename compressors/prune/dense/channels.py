@@ -11,8 +11,8 @@ attention heads, whole groups are removed. In this file a *unit* is one channel 
 Sources: those of ``compressors.prune.dense.importance``, and Frankle and Carbin 2019,
 https://arxiv.org/abs/1803.03635, sec. 2 (iterative pruning: prune and train in turn, the same share
 of the remaining channels each time).
-Differs: layers that share one number of the configuration lose the same number of channels, and a
-target may be given in multiply-adds.
+Differs: layers that share one number of the configuration lose the same number of channels, and
+the number of channels to keep may follow from a share of the multiply-adds.
 """
 
 from collections.abc import Mapping
@@ -190,7 +190,7 @@ class Channels(StepSettings):
         Raises:
             RowsMissing: the bench lacks rows or soft labels that the settings need.
             StepRefused: the narrower network fails or differs from the old one without those
-                channels, every importance is zero, or the target cannot be reached.
+                channels, every importance is zero, or ``flops`` cannot be reached.
             NotAWidth: after a round, the remaining channels are not consumed as before.
             TrainingFailed: training diverged, or nothing can be trained.
         """
@@ -234,8 +234,8 @@ class Channels(StepSettings):
                 )
         if self.scope == "layer":
             return AppliedStep(model, _deferred(training_reasons))
-        work = sum(kept_shares.multiply_adds(model.module, signature).values())
-        work_left = Reason("multiply_adds_left", share=work / initial_work)
+        final_work = sum(kept_shares.multiply_adds(model.module, signature).values())
+        work_left = Reason("multiply_adds_left", share=final_work / initial_work)
         narrowed = {
             producer: (
                 _width_reason(width, producer, width.value, counts[width.path]),
@@ -289,7 +289,7 @@ class Channels(StepSettings):
         initial = {width.path: width.value for width in widths}
         work = kept_shares.multiply_adds(model.module, signature)
         initial_work = sum(work.values())
-        counts = self._equal_counts(model, work, widths, initial, initial_work, 1.0)
+        counts = self._equal_counts(model, work, widths, initial, initial_work, progress=1.0)
         remaining = kept_shares.remaining_multiply_adds(work, model.module, widths, counts)
         return counts, remaining / initial_work
 
@@ -338,7 +338,8 @@ class Channels(StepSettings):
             importance: by producer, float ``(units,)``.
             initial: number of units of each width before the first round.
             initial_work: multiply-adds of all dense layers for one row before the first round.
-            progress: round number / number of rounds; the round's target is ``keep ** progress``.
+            progress: round number / number of rounds; after the round, ``keep ** progress`` of the
+                initial channels (or ``flops ** progress`` of the multiply-adds) remain.
         """
         widths = tuple(item.width for item in consumers)
         work = kept_shares.multiply_adds(model.module, signature)
@@ -355,12 +356,12 @@ class Channels(StepSettings):
 
         if self.flops is None:
             cost, cost_unit = channels, "channels"
-            limit = channels(initial) * self.keep**progress
+            max_cost = channels(initial) * self.keep**progress
         else:
             cost, cost_unit = multiply_adds, "multiply-adds"
-            limit = initial_work * self.flops**progress
+            max_cost = initial_work * self.flops**progress
         return kept_shares.counts_by_threshold(
-            normalized, widths, floors, self.multiple, cost, limit, cost_unit
+            normalized, widths, floors, self.multiple, cost, max_cost, cost_unit
         )
 
     def _narrow(

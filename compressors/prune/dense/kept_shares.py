@@ -4,8 +4,8 @@ A *width* is a number of the configuration that counts the channels of one or mo
 of channels such as heads (``prune/structure/config_widths.py``). A *unit* is one such channel or
 group, and a *producer* is a dense layer that outputs the channels. Widths depend on each other: a
 layer between two pruned widths has fewer outputs and fewer inputs, so its multiply-adds decrease
-with the product. A target of multiply-adds is therefore reached by a search over the rounded
-widths.
+with the product. So the widths for a given number of multiply-adds are found by a search over the
+rounded widths.
 
 Sources: Liu et al. 2017, https://arxiv.org/abs/1708.06519 (one threshold over all layers).
 Differs: importance is first divided by its mean over the width, because a layer's norm depends more
@@ -39,10 +39,10 @@ def kept_width(value: int, keep: float, multiple: int) -> int:
 
 
 def multiple_of(width: Width, multiple: int) -> int:
-    """Return the smallest step of units that makes the channels a multiple of ``multiple``.
+    """Return the smallest number of units whose channels are a multiple of ``multiple``.
 
-    A unit of 4 channels and the multiple 8, for example, give 2. If producers have different
-    numbers of channels per unit, the greatest common divisor counts.
+    With 4 channels per unit and the multiple 8, for example, it is 2. If producers have different
+    numbers of channels per unit, their greatest common divisor counts.
     """
     size = gcd(*width.producers.values())
     return multiple // gcd(multiple, size)
@@ -152,9 +152,14 @@ def kept_above_threshold(
     """
     counts = {}
     for width in widths:
-        step = multiple_of(width, multiple)
-        floor = max(step, ceil(floors[width.path] / step) * step)
-        above = round(int((importance[width.path] > threshold).sum()) / step) * step
+        units_per_multiple = multiple_of(width, multiple)
+        floor = max(
+            units_per_multiple, ceil(floors[width.path] / units_per_multiple) * units_per_multiple
+        )
+        above = (
+            round(int((importance[width.path] > threshold).sum()) / units_per_multiple)
+            * units_per_multiple
+        )
         counts[width.path] = min(width.value, max(floor, above))
     return counts
 
@@ -192,15 +197,15 @@ def counts_by_threshold(
     floors: Mapping[Path, float],
     multiple: int,
     cost: Callable[[Counts], float],
-    limit: float,
+    max_cost: float,
     cost_unit: str,
 ) -> Counts:
-    """Return the number of units above the lowest threshold at which the cost is within a limit.
+    """Return the number of units above the lowest threshold with a cost of at most ``max_cost``.
 
     For the arguments see ``kept_above_threshold`` and ``largest_counts_within``.
 
     Raises:
-        StepRefused: even with every width at its floor the cost is above the limit.
+        StepRefused: even with every width at its floor the cost is above ``max_cost``.
     """
     values = {value for units in importance.values() for value in units.tolist()}
     # The first threshold leaves every width at its floor, the last one keeps all units.
@@ -209,7 +214,7 @@ def counts_by_threshold(
         lambda k: kept_above_threshold(importance, widths, floors, thresholds[k], multiple),
         len(thresholds),
         cost,
-        limit,
+        max_cost,
         cost_unit,
     )
 
@@ -218,29 +223,29 @@ def largest_counts_within(
     candidate: Callable[[int], Counts],
     number: int,
     cost: Callable[[Counts], float],
-    limit: float,
+    max_cost: float,
     cost_unit: str,
 ) -> Counts:
-    """Find the last of a series of counts whose cost is within a limit, by binary search.
+    """Find the last of a series of counts with a cost of at most ``max_cost``, by binary search.
 
     Args:
         candidate: maps an index, 0 to ``number - 1``, to counts; their cost does not decrease with
             the index.
         number: how many candidates there are.
         cost: returns the cost of some counts, such as multiply-adds.
-        limit: the largest allowed cost.
+        max_cost: the largest allowed cost.
         cost_unit: unit of the cost, for the error message.
 
     Raises:
-        StepRefused: even the first candidate costs more than the limit.
+        StepRefused: even the first candidate costs more than ``max_cost``.
     """
     low, high = 0, number - 1
-    if cost(candidate(0)) > limit:
-        least = cost(candidate(0))
-        raise StepRefused("share_unreachable", limit=limit, units=cost_unit, least=least)
+    least_cost = cost(candidate(0))
+    if least_cost > max_cost:
+        raise StepRefused("share_unreachable", limit=max_cost, units=cost_unit, least=least_cost)
     while low < high:
         middle = (low + high + 1) // 2
-        if cost(candidate(middle)) <= limit:
+        if cost(candidate(middle)) <= max_cost:
             low = middle
         else:
             high = middle - 1

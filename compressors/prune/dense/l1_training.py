@@ -73,16 +73,16 @@ def group_threshold(
         The new tensors; a group whose norm is smaller than the reduction becomes zero.
     """
     square, size = parts[0][0].new_zeros(count), parts[0][0].new_zeros(count)
-    for tensor, group in parts:
+    for tensor, group_of_index in parts:
         flat = tensor.reshape(len(tensor), -1)
-        square.index_add_(0, group, flat.square().sum(dim=1))
-        size.index_add_(0, group, flat.new_full((len(flat),), flat.shape[1]))
+        square.index_add_(0, group_of_index, flat.square().sum(dim=1))
+        size.index_add_(0, group_of_index, flat.new_full((len(flat),), flat.shape[1]))
     norm = square.sqrt()
     # A group of zeros stays zero for any factor, so the clamp only avoids a division by zero.
     factor = (1 - threshold * size.sqrt() / norm.clamp(min=1e-30)).clamp(min=0)  # (count,)
     return [
-        tensor * factor[group].reshape(-1, *[1] * (tensor.dim() - 1)) + 0.0
-        for tensor, group in parts
+        tensor * factor[group_of_index].reshape(-1, *[1] * (tensor.dim() - 1)) + 0.0
+        for tensor, group_of_index in parts
     ]
 
 
@@ -104,9 +104,9 @@ class L1Training(StepSettings):
         0.3,
         gt=0,
         le=1,
-        description="How far each step moves a weight towards zero, as a multiple of the learning "
-        "rate. Adam moves a weight by about 0.2 if gradients are noise and by up to 1 if all "
-        "batches agree, so below 0.2 few weights stay at zero.",
+        description="How far each optimizer step moves a weight towards zero, as a multiple of the "
+        "learning rate. Adam moves a weight by about 0.2 if gradients are noise and by up to 1 if "
+        "all batches agree, so below 0.2 few weights stay at zero.",
     )
     penalty: Literal["l1", "group"] = Field(
         "l1",
@@ -207,14 +207,18 @@ def _threshold_after_step(
             weight.copy_(soft_threshold(weight, learning_rate * strength))
 
     def threshold_groups(learning_rate: float) -> None:
-        for group in groups:
-            weights = {name: module.get_parameter(name) for name in group.parts}
+        for weight_groups in groups:
+            weights = {name: module.get_parameter(name) for name in weight_groups.parts}
             parts = [
-                (weight[group.parts[name][0]], group.parts[name][1].to(weight.device))
-                for name, weight in weights.items()
+                (weight[indices], group_of_index.to(weight.device))
+                for weight, (indices, group_of_index) in zip(
+                    weights.values(), weight_groups.parts.values(), strict=True
+                )
             ]
-            thresholded = group_threshold(parts, group.count, learning_rate * strength)
-            for (name, (indices, _)), new in zip(group.parts.items(), thresholded, strict=True):
+            thresholded = group_threshold(parts, weight_groups.count, learning_rate * strength)
+            for (name, (indices, _)), new in zip(
+                weight_groups.parts.items(), thresholded, strict=True
+            ):
                 weights[name][indices] = new
 
     return threshold_groups if groups else threshold_weights

@@ -107,7 +107,7 @@ def reconstruct(
 
 
 def _contiguous_copy(part: Tensor) -> Tensor:
-    """Copy a tensor contiguously; ``Tensor.contiguous`` keeps the strides of one element."""
+    """Copy a tensor contiguously, with the usual strides even if it has only one element."""
     return part.clone(memory_format=torch.contiguous_format)
 
 

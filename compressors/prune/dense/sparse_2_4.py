@@ -88,11 +88,11 @@ def refit_kept_weights(weight: Tensor, is_kept: Tensor, gram: Tensor) -> Tensor:
         active = squared_norm > TOLERANCE**2 * initial  # (out, 1): outputs not yet converged
         if not bool(active.any()):
             break
-        image = torch.where(is_kept, direction @ damped, 0.0)
-        curvature = (direction * image).sum(dim=1, keepdim=True)
-        step = torch.where(active, squared_norm / curvature, 0.0)
-        change = change + step * direction
-        gradient = gradient + step * image
+        damped_direction = torch.where(is_kept, direction @ damped, 0.0)
+        curvature = (direction * damped_direction).sum(dim=1, keepdim=True)
+        step_size = torch.where(active, squared_norm / curvature, 0.0)
+        change = change + step_size * direction
+        gradient = gradient + step_size * damped_direction
         new_norm = (gradient * gradient * preconditioner).sum(dim=1, keepdim=True)
         ratio = torch.where(active, new_norm / squared_norm, 0.0)
         direction = -gradient * preconditioner + ratio * direction
@@ -168,11 +168,13 @@ class Sparse24(StepSettings):
         units = {unit.name: unit for unit in Unit.of(model.module)}
         decisions = choose_dense(tuple(units.values()), self.layers, self.kind)
         for name, decision in decisions.items():
-            inputs = units[name].weight.shape[1] if decision.selected else 4
+            if not decision.selected:
+                continue
+            inputs = units[name].weight.shape[1]
             if inputs % 4:
                 why = Reason("inputs_not_multiple", inputs=inputs)
                 decisions[name] = Decision("skipped", (why,))
-            elif decision.selected:
+            else:
                 decisions[name] = Decision("taken", (Reason("two_of_four", step=self.kind),))
         return StepPlan(decisions, None)
 

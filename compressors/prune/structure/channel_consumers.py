@@ -15,7 +15,8 @@ channels that the width counts.
 
 If a width counts groups of channels, such as heads, channels of one group may mix: the NaN of a
 query reaches the whole output of its head. The network does not record which channels form a group,
-so the usual orders are tried, and the scores of the network without a group confirm the right one.
+so the usual layouts are tried (``channel_layouts``). A layout is confirmed if the network without
+some of its groups gives the expected scores (``narrowing.py``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -76,7 +77,8 @@ def trace(
     connections: Traces = {}
     for producer, size in width.producers.items():
         channels = width.value * size
-        parts: dict[str, dict[int, Tensor]] = {}
+        # By consumer and first channel of a batch, which inputs each channel reaches.
+        columns_by_begin: dict[str, dict[int, Tensor]] = {}
         for begin in range(0, channels, CHANNELS_PER_BATCH):
             rows = min(CHANNELS_PER_BATCH, channels - begin)  # one row per channel
             inputs = generate_inputs(signature, rows_of_table, rows)
@@ -85,9 +87,9 @@ def trace(
             if bool(score.isnan().any()):
                 raise NotAWidth(Reason("channels_reach_score", maker=producer))
             for consumer, columns in reached.items():
-                parts.setdefault(consumer, {})[begin] = columns
-        for consumer, batches in parts.items():
-            columns = torch.cat(list(batches.values()))
+                columns_by_begin.setdefault(consumer, {})[begin] = columns
+        for consumer, columns_of_batches in columns_by_begin.items():
+            columns = torch.cat(list(columns_of_batches.values()))
             if len(columns) < channels:  # called for some rows and not for others
                 raise NotAWidth(Reason("not_always_called", reader=consumer))
             if not bool(columns.any()):

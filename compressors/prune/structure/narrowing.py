@@ -183,9 +183,9 @@ def rebuild(
     for name, part in model.module.named_modules():
         packed = ComposedTable | PackedTable | FactoredLinear | PackedLinear | FoldedNorm | Bag
         if isinstance(part, packed):
-            target = new_name(name)
-            if target is not None:
-                swap(module, target, part)
+            new_module_name = new_name(name)
+            if new_module_name is not None:
+                swap(module, new_module_name, part)
     recalibration = recalibration_of(model.module)
     if recalibration is not None:
         attach(module, recalibration)
@@ -207,17 +207,18 @@ def synthetic_scores(module: nn.Module, signature: Signature, tables: dict[str, 
     Returns:
         Float ``(scales, rows)``.
     """
-    return _scores(module, signature, tables, None)
+    return _scores(module, signature, tables, change=None)
 
 
 @torch.no_grad()
 def rounded_scores(module: nn.Module, signature: Signature, tables: dict[str, int]) -> Tensor:
     """Return scores of the same rows as ``synthetic_scores`` with float32 numbers rounded randomly.
 
-    Each dense weight, looked-up number and dense input changes by at most one step of float32. The
-    change of the scores estimates the rounding error of this network on these rows. It is large if
-    intermediate numbers are far larger than their differences, as after a batch norm whose running
-    mean is far from the inputs.
+    Each dense weight, looked-up number and dense input changes by a relative amount of at most
+    2^-23, the largest relative distance of neighbouring float32 numbers. The change of the scores
+    estimates the rounding error of this network on these rows. It is large if intermediate numbers
+    are far larger than their differences, as after a batch norm whose running mean is far from the
+    inputs.
 
     Args:
         module: the network; it is not changed.
@@ -235,12 +236,12 @@ def rounded_scores(module: nn.Module, signature: Signature, tables: dict[str, in
 def _scores_of_rounded(
     module: nn.Module, signature: Signature, tables: dict[str, int], seed: int
 ) -> Tensor:
-    """Return scores after a random relative change of each number by at most one float32 step."""
+    """Return scores after a random relative change of each number by at most 2^-23 (float32)."""
     generator = torch.Generator().manual_seed(seed)
 
     def round_randomly(x: Tensor) -> Tensor:
-        step = torch.finfo(torch.float32).eps
-        return x * (1 + step * torch.randint(-1, 2, x.shape, generator=generator))
+        epsilon = torch.finfo(torch.float32).eps
+        return x * (1 + epsilon * torch.randint(-1, 2, x.shape, generator=generator))
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return round_randomly(output)
@@ -299,6 +300,7 @@ def describe_score_difference(
     """
     reference = _in_logits(expected, signature)
     largest = (_in_logits(scores, signature) - reference).abs().amax(dim=1)  # (scales,)
+    # The second term matters if all scores are nearly equal, the third if all are zero.
     spread = reference.std(dim=1) + 1e-3 * reference.abs().amax(dim=1)
     spread = spread.clamp(min=1e-12)
     if bool((largest <= TOLERANCE * spread).all()):
@@ -307,7 +309,7 @@ def describe_score_difference(
     if rounded is not None:
         draws = _in_logits(rounded(), signature)  # (draws, scales, rows)
         noise = (draws - draws[:1]).abs().amax(dim=(0, 2))
-        noise = torch.maximum(noise, _largest_float32_step(expected, signature))
+        noise = torch.maximum(noise, _change_to_next_float32(expected, signature))
         allowed = torch.maximum(allowed, ROUNDING_FACTOR * noise)
     too_large = ~(largest <= allowed)  # also True for NaN
     if not bool(too_large.any()):
@@ -324,8 +326,8 @@ def _in_logits(scores: Tensor, signature: Signature) -> Tensor:
     return torch.logit(exact, eps=1e-7) if signature.single_output.form == "probability" else exact
 
 
-def _largest_float32_step(scores: Tensor, signature: Signature) -> Tensor:
-    """Return the largest change of a score by one step of float32 for each scale: ``(scales,)``."""
+def _change_to_next_float32(scores: Tensor, signature: Signature) -> Tensor:
+    """Return the largest change of a score to the next float32 number, by scale: ``(scales,)``."""
     up = torch.nextafter(scores.float(), torch.full_like(scores, torch.inf, dtype=torch.float32))
     return (_in_logits(up, signature) - _in_logits(scores, signature)).abs().amax(dim=1)
 

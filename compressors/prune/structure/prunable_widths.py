@@ -107,10 +107,10 @@ def _count_to_check(width: Width, share: float, multiple: int, *, searched: bool
     Raises:
         NotAWidth: with this share no unit would be removed.
     """
-    step = multiple_of(width, multiple)
-    count = kept_width(width.value, share, step)
+    units_per_multiple = multiple_of(width, multiple)
+    count = kept_width(width.value, share, units_per_multiple)
     if count >= width.value and searched:
-        count = step
+        count = units_per_multiple
     if count >= width.value:
         if max(width.producers.values()) > 1:
             no_fewer = Reason(
@@ -118,10 +118,12 @@ def _count_to_check(width: Width, share: float, multiple: int, *, searched: bool
                 groups=width.value,
                 width=width.description(),
                 share=share,
-                multiple=step,
+                multiple=units_per_multiple,
             )
         else:
-            no_fewer = Reason("no_fewer_channels", channels=width.value, share=share, multiple=step)
+            no_fewer = Reason(
+                "no_fewer_channels", channels=width.value, share=share, multiple=units_per_multiple
+            )
         raise NotAWidth(no_fewer)
     return count
 

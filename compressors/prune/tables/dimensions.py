@@ -134,8 +134,8 @@ class Dimensions(ComposingStep):
             importance = {name: variance(table, weights[name]) for name, table in tables.items()}
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
-            order = importance[name].argsort(descending=True, stable=True)
-            kept_dimensions = order[: design.settings["rank"]].sort().values
+            most_important_first = importance[name].argsort(descending=True, stable=True)
+            kept_dimensions = most_important_first[: design.settings["rank"]].sort().values
             narrow, selection, removed_mean = without_dimensions(
                 table, kept_dimensions, means[name]
             )

@@ -144,7 +144,7 @@ class DropTables(StepSettings):
         )
 
         def bytes_of_one_row(unit: Unit) -> int:
-            return unit.weight.shape[1] * 4
+            return unit.weight.shape[1] * 4  # float32
 
         return StepPlan(defer(units, decisions, condition, bytes_of_one_row), None)
 
@@ -185,6 +185,6 @@ def _mean_row_table(unit: Unit, counts: Tensor) -> ComposedTable:
     weight = unit.weight
     rows, dim = weight.shape
     # UNSEEN is added to every count, so that rows without lookups have some weight.
-    share = (counts + UNSEEN) / (counts + UNSEEN).sum()
-    row = (share.unsqueeze(1) * weight.double()).sum(dim=0).float()
+    normalized_counts = (counts + UNSEEN) / (counts + UNSEEN).sum()
+    row = (normalized_counts.unsqueeze(1) * weight.double()).sum(dim=0).float()
     return ComposedTable(COMPOSITION, rows, dim, {}, {"row": row}, {})

@@ -239,7 +239,7 @@ class PruneRows(ComposingStep):
             part_rows = sum(
                 p.rows for p in design.composition.parts(rows, dim, design.settings).values()
             )
-            map_bytes = design.bytes(rows, dim) - 4 * part_rows * dim
+            map_bytes = design.bytes(rows, dim) - 4 * part_rows * dim  # without the float32 rows
             packed_bytes = map_bytes + part_rows * packed_row_bytes
             if kept_count < rows and packed_bytes < rows * packed_row_bytes:
                 designs[unit.name] = design

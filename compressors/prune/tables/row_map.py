@@ -49,7 +49,8 @@ def _(planes: Tensor, ids: Tensor) -> Tensor:
 class RowMapComposition:
     """Part ``unique`` with ``places`` rows, and ``planes``, the encoded row number of each id.
 
-    Methods: see the protocol ``Composition``.
+    Methods: see the protocol ``Composition``. ``first``: the value of all entries of a placeholder,
+    which must be valid places.
     """
 
     name: str = "row_map"

@@ -121,7 +121,7 @@ def least_squares(histogram: Histogram) -> float:
     middle = edges - histogram.width / 2
     inside = counts.cumsum(0)
     # For a range that ends at each bin edge: sums of count, value and squared value beyond it.
-    number, first, second = (
+    count, value_sum, square_sum = (
         moment.sum() - moment.cumsum(0)
         for moment in (
             counts,
@@ -130,7 +130,7 @@ def least_squares(histogram: Histogram) -> float:
         )
     )
     rounding_error = inside * (edges / LEVELS).square() / 12
-    clipping_error = second - 2 * edges * first + edges.square() * number
+    clipping_error = square_sum - 2 * edges * value_sum + edges.square() * count
     errors = (rounding_error + clipping_error)[: histogram.count_used_bins()]
     return _range_end(histogram, int(errors.argmin()))
 

@@ -138,11 +138,13 @@ def _warning(sums: _InputSums, weight: Tensor) -> Reason | None:
     variance = (sums.second - sums.first.square() / sums.rows).clamp(min=0) / sums.rows
     noise = sums.error / sums.rows
     # In parts, because a float64 copy of the weight of a wide layer takes much memory.
-    parts = torch.split(weight, WEIGHT_ROWS)
-    weight_energy = torch.stack([part.double().square().sum(dim=0) for part in parts]).sum(dim=0)
+    weight_parts = torch.split(weight, WEIGHT_ROWS)
+    weight_energy = torch.stack([part.double().square().sum(dim=0) for part in weight_parts]).sum(
+        dim=0
+    )
     layer_range = float(sums.largest.max())
-    step = (12 * noise).sqrt()
-    levels = sums.largest / step.clamp(min=torch.finfo(torch.float64).tiny)
+    level_distance = (12 * noise).sqrt()
+    levels = sums.largest / level_distance.clamp(min=torch.finfo(torch.float64).tiny)
     coarse = (
         (levels < LEAST_LEVELS) & (sums.largest < layer_range / 2) & (noise > 0) & (variance > 0)
     )

@@ -61,7 +61,8 @@ def range_end(histogram: Histogram, calibrator: str, share: float) -> Tensor:
 
     Args:
         histogram: the absolute inputs of a layer.
-        calibrator: name of the calibrator.
+        calibrator: a name in ``Calibrator``, other than ``best``. ``entropy`` is
+            ``least_divergence`` of ``calibrators.py``, ``mse`` is ``least_squares``.
         share: for ``percentile``, the share of the inputs inside the range.
     """
     match calibrator:
@@ -123,7 +124,7 @@ def calibrate_layers(
     linears = {unit.name: _require_scale(unit, histograms[unit.name]) for unit in units}
     calibrators = get_args(Calibrator)[:-1] if calibrator == "best" else (calibrator,)
     candidates = {
-        name: [pack(linear, range_end(histograms[name], rule, share)) for rule in calibrators]
+        name: [pack(linear, range_end(histograms[name], option, share)) for option in calibrators]
         for name, linear in linears.items()
     }
     if not measure_error and len(calibrators) == 1:

@@ -7,7 +7,7 @@ than the rest, less precision is lost than in int8.
 
 Use it for GPU targets: TensorRT multiplies 8-bit floats from compute capability 8.9 on. CPUs
 cannot multiply them: there ONNX Runtime converts the weights to float32 when a session starts, and
-computes the same outputs in float32. On CPU the file is a quarter of the size, but not faster.
+computes the same outputs in float32. On CPU only the file becomes smaller, to a quarter of float32.
 
 Format: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433 (E4M3 without infinities).
 Differs: static scales from the largest value; larger inputs in serving are clipped, because

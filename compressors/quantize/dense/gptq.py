@@ -25,7 +25,9 @@ COLUMNS = 128
 """Columns that are rounded before later columns are updated; the paper's block size."""
 
 
-def gptq(weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, limit: float) -> Tensor:
+def gptq(
+    weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, max_multiple: float
+) -> Tensor:
     """Round weights to multiples of the scale so that a layer's outputs change least.
 
     Args:
@@ -34,19 +36,20 @@ def gptq(weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, limit: fl
             float ``(out, in)``.
         gram: Gram matrix of the layer's inputs, float64 ``(in, in)``.
         scale: scale of each weight, float, ``(out, in)`` or ``(out, 1)``.
-        limit: the largest multiple that a code can represent.
+        max_multiple: the largest multiple that a code can represent.
 
     Returns:
-        float32 ``(out, in)``, integers in ``-limit .. limit``. No output's squared error on the
-        rows of the Gram matrix is larger than with ``nearest``.
+        float32 ``(out, in)``, integers in ``-max_multiple .. max_multiple``. No output's squared
+        error on the rows of the Gram matrix is larger than with ``nearest``.
     """
     if not bool(gram.any()):  # all inputs are zero, so any weights give the same outputs
         return nearest.float()
     scales = scale.double().expand_as(weight)
-    order = gram.diagonal().argsort(descending=True, stable=True)
-    inverse_root = _inverse_root(gram[order][:, order])
+    # Columns are processed in descending order of the mean square of their input.
+    permutation = gram.diagonal().argsort(descending=True, stable=True)
+    inverse_root = _inverse_root(gram[permutation][:, permutation])
     # The weights not yet rounded, with the compensation of the errors so far.
-    remaining, ordered_scales = weight.double().clone()[:, order], scales[:, order]
+    remaining, ordered_scales = weight.double().clone()[:, permutation], scales[:, permutation]
     rounded = torch.zeros_like(remaining)
     inputs = remaining.shape[1]
     for begin in range(0, inputs, COLUMNS):
@@ -55,13 +58,13 @@ def gptq(weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, limit: fl
         errors = torch.zeros_like(remaining[:, begin:end])
         for index in range(begin, end):
             column, column_scale = remaining[:, index], ordered_scales[:, index]
-            rounded[:, index] = (column / column_scale).round().clamp(-limit, limit)
+            rounded[:, index] = (column / column_scale).round().clamp(-max_multiple, max_multiple)
             error = (column - rounded[:, index] * column_scale) / inverse_root[index, index]
             remaining[:, index:end] -= error[:, None] * inverse_root[index, index:end]
             errors[:, index - begin] = error
         remaining[:, end:] -= errors @ inverse_root[begin:end, end:]
     multiples = torch.zeros_like(rounded)
-    multiples[:, order] = rounded
+    multiples[:, permutation] = rounded
     worse = squared_error(multiples * scales - weight, gram) > squared_error(
         nearest.double() * scales - weight, gram
     )

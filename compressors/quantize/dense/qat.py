@@ -110,8 +110,8 @@ class LearnedInt8(nn.Module):
         weight_scale, input_scale = self.scales()
         x = fake_quantize(input, input_scale, -LEVELS - 1, LEVELS)
         bias = None if self.bias is None else self.bias.detach()
-        clipped, step = clip_to_scale(self.weight, weight_scale, bias, input_scale.detach())
-        weight = fake_quantize(clipped, step[:, None], -LEVELS, LEVELS)
+        clipped, stored_scale = clip_to_scale(self.weight, weight_scale, bias, input_scale.detach())
+        weight = fake_quantize(clipped, stored_scale[:, None], -LEVELS, LEVELS)
         return F.linear(x, weight, self.bias)
 
     @torch.no_grad()

@@ -85,8 +85,8 @@ def clip_to_scale(
     """
     end = LEVELS * scale[:, None]
     clipped = torch.minimum(torch.maximum(weight, -end), end)
-    step = torch.maximum(scale, paired_scale(clipped.detach()))
-    return clipped, storable_scales(step, bias, input_scale)
+    pair_scale = torch.maximum(scale, paired_scale(clipped.detach()))
+    return clipped, storable_scales(pair_scale, bias, input_scale)
 
 
 def paired_scale(weight: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ def paired_scale(weight: Tensor) -> Tensor:
     Returns:
         float ``(out,)``.
     """
-    even = F.pad(weight, (0, weight.shape[1] % 2))
-    return (even[:, 0::2] + even[:, 1::2]).abs().amax(dim=1) / LEVELS
+    padded = F.pad(weight, (0, weight.shape[1] % 2))  # to an even number of inputs
+    return (padded[:, 0::2] + padded[:, 1::2]).abs().amax(dim=1) / LEVELS
 
 
 def storable_scales(scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
@@ -133,7 +133,9 @@ def clipped_scale(weight: Tensor) -> Tensor:
     unclipped = weight.float().abs().amax(dim=1) / LEVELS
     best, least = unclipped, torch.full_like(unclipped, torch.inf)
     for share in SHARES:
-        codes, scale = encode(weight, None, torch.tensor(1.0), share * unclipped)
+        codes, scale = encode(
+            weight, bias=None, input_scale=torch.tensor(1.0), weight_scale=share * unclipped
+        )
         error = (codes.float() * scale[:, None] - weight.float()).square().sum(dim=1)
         best = torch.where(error < least, share * unclipped, best)
         least = torch.minimum(error, least)
@@ -155,18 +157,20 @@ def static_int8_linear(
     ``input_scale`` scalar, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
     """
     exact = torch.float32 if codes.shape[1] <= EXACT_INPUTS else torch.float64
-    step = weight_scale * input_scale
-    shift = (bias / step).round()
+    product_scale = weight_scale * input_scale
+    bias_multiple = (bias / product_scale).round()
     output = x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=torch.float32)
     # In parts, because as floats, codes and inputs take two to eight times their memory, and both
     # are large in wide layers. The sums are exact in any order.
-    parts = torch.split(codes, max(1, CONVERTED_AT_ONCE // codes.shape[1]))
+    code_parts = torch.split(codes, max(1, CONVERTED_AT_ONCE // codes.shape[1]))
     rows = max(1, CONVERTED_AT_ONCE // max(codes.shape))
     inputs = torch.split(x.reshape(-1, x.shape[-1]), rows)
-    for block, target in zip(inputs, torch.split(output.view(-1, len(codes)), rows), strict=True):
+    for block, output_block in zip(
+        inputs, torch.split(output.view(-1, len(codes)), rows), strict=True
+    ):
         rounded = quantize(block, input_scale).to(exact)
-        total = torch.cat([rounded @ part.to(exact).T for part in parts], dim=-1)
-        target.copy_((total + shift) * step)
+        total = torch.cat([rounded @ part.to(exact).T for part in code_parts], dim=-1)
+        output_block.copy_((total + bias_multiple) * product_scale)
     return output
 
 

@@ -43,7 +43,10 @@ SMALLEST = 1e-36
 
 
 def grid(bits: int, clipping: Clipping, scale: ScaleType) -> Grid:
-    """Return the symmetric grid of codes of ``bits`` bits: ``2 ** bits - 1`` levels."""
+    """Return the symmetric grid of codes of ``bits`` bits: ``2 ** bits - 1`` levels.
+
+    ``clipping`` is the rule that fits scales, ``scale`` the dtype in which they are stored.
+    """
     return Grid(2**bits - 1, clipping=clipping, scale=scale)
 
 
@@ -208,7 +211,13 @@ weight_only_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 class LayoutSettings(NamedTuple):
-    """The settings of a step or of a stored layer that determine layout and computation."""
+    """The settings of a step or of a stored layer that determine layout and computation.
+
+    Attributes:
+        block: number of inputs that share a scale; 0: all inputs of an output.
+        scale: dtype of the stored scales.
+        activations: ``int8`` if inputs are rounded, otherwise ``float32``.
+    """
 
     block: int
     scale: torch.dtype

@@ -23,7 +23,7 @@ their rounding to float16, and no rule has a larger error than ``min_max``.
     the range or a quarter of a level. If several rows share a scale, search a second time, starting
     near the best symmetric range.
 
-  This rule is not in the paper.
+  This rule is not in the paper of Guan et al.
 """
 
 from dataclasses import replace
@@ -169,12 +169,16 @@ def _fit_greedy(
     values: Tensor, unclipped: FittedRange, low: Tensor, high: Tensor, grid: Grid
 ) -> FittedRange:
     """Fit asymmetric ranges by Algorithm 1 of Guan et al."""
-    step = (high - low) / BINS
+    bin_width = (high - low) / BINS
     low_bins = high_bins = torch.zeros_like(low)  # number of bins removed at each end
     best, least_error = unclipped, squared_error(values, unclipped, grid)
     for _ in range(BINS_REMOVED):
-        from_low = asymmetric_range(low + (low_bins + 1) * step, high - high_bins * step, grid)
-        from_high = asymmetric_range(low + low_bins * step, high - (high_bins + 1) * step, grid)
+        from_low = asymmetric_range(
+            low + (low_bins + 1) * bin_width, high - high_bins * bin_width, grid
+        )
+        from_high = asymmetric_range(
+            low + low_bins * bin_width, high - (high_bins + 1) * bin_width, grid
+        )
         low_error = squared_error(values, from_low, grid)
         high_error = squared_error(values, from_high, grid)
         moves_low = low_error < high_error

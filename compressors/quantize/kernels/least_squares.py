@@ -1,6 +1,7 @@
 """Clipping rule ``least_squares``: refit ranges to their codes.
 
-With seven passes over the rows, this rule reaches most of the gain of a long search.
+With seven passes over the rows, this rule lowers the error of ``min_max`` by about two thirds of
+what the long search of ``mse`` lowers it, for 64 numbers per row.
 
 A *range* is a group of weights that share a scale, and also the interval that its levels cover. For
 each range, a few candidates that clip the same share at both ends are compared, and the best one is
@@ -67,14 +68,18 @@ def least_squares(values: Tensor, grid: Grid) -> FittedRange:
     """
     values = values.float()
     low, high = range_bounds(values)
-    best = _clipped(low, high, grid, 0.0)
-    least = residuals(values, best, grid)
+    best = _clipped(low, high, grid, share=0.0)
+    best_sums = residuals(values, best, grid)
     for share in SHARES:
         candidate = _clipped(low, high, grid, share)
-        best, least = _select_better(best, least, candidate, residuals(values, candidate, grid))
+        best, best_sums = _select_better(
+            best, best_sums, candidate, residuals(values, candidate, grid)
+        )
     for _ in range(ROUNDS):
-        candidate = _refitted(best, least, values.shape[1], grid)
-        best, least = _select_better(best, least, candidate, residuals(values, candidate, grid))
+        candidate = _refitted(best, best_sums, values.shape[1], grid)
+        best, best_sums = _select_better(
+            best, best_sums, candidate, residuals(values, candidate, grid)
+        )
     return best
 
 
@@ -122,15 +127,17 @@ def _usable(change: Tensor) -> Tensor:
 
 
 def _select_better(
-    best: FittedRange, least: Residuals, candidate: FittedRange, sums: Residuals
+    best: FittedRange, best_sums: Residuals, candidate: FittedRange, candidate_sums: Residuals
 ) -> tuple[FittedRange, Residuals]:
     """Return, for each range, the one of two fits with the smaller error, and its sums."""
-    less = sums.rr < least.rr
-    better = Residuals(*(torch.where(less, new, old) for new, old in zip(sums, least, strict=True)))
+    less = candidate_sums.rr < best_sums.rr
+    new_best_sums = Residuals(
+        *(torch.where(less, new, old) for new, old in zip(candidate_sums, best_sums, strict=True))
+    )
     scale = torch.where(less, candidate.scale, best.scale)
     if best.offset is None or candidate.offset is None:
-        return FittedRange(scale, None), better
-    return FittedRange(scale, torch.where(less, candidate.offset, best.offset)), better
+        return FittedRange(scale, None), new_best_sums
+    return FittedRange(scale, torch.where(less, candidate.offset, best.offset)), new_best_sums
 
 
 def sum_in_order(values: Tensor) -> Tensor:

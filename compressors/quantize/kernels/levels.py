@@ -10,7 +10,7 @@ level in units of the scale, and a *grid* is the set of all multiples. There are
   ``-1.5, -0.5, 0.5, 1.5``, because with a level at zero only three symmetric levels would fit in
   two bits. For normal rows of 16 numbers, clipped by squared error, the error is 9.7 % of the sum
   of squares with these four levels, 16.5 % with three levels including zero, and 13.2 % with
-  ``-2 .. 1``. The order is the same for Laplace, uniform and Student distributions.
+  ``-2 .. 1``. The ranking is the same for Laplace, uniform and Student distributions.
 
 A *range* is a group of weights that share a scale, and also the interval that its levels cover.
 Tensors with one range per row have the shape ``(ranges, values)``.
@@ -144,13 +144,13 @@ def asymmetric_range(low: Tensor, high: Tensor, grid: Grid) -> FittedRange:
     return FittedRange(stored_scale(scale, top, grid), offset)
 
 
-def stored_scale(scale: Tensor, levels: float, grid: Grid) -> Tensor:
+def stored_scale(scale: Tensor, top: float, grid: Grid) -> Tensor:
     """Convert scales, float32 ``(ranges, 1)``, to the stored dtype, positive and without clipping.
 
     Args:
         scale: exact scales, at least 0.
-        levels: the highest multiple. The end of the range, ``levels`` times the exact scale, is at
-            most ``levels + 0.5`` times the stored scale, so it still rounds to the highest level.
+        top: the highest multiple. The end of the range, ``top`` times the exact scale, is at most
+            ``top + 0.5`` times the stored scale, so it still rounds to the highest level.
         grid: the grid with the stored dtype.
     """
     # TensorRT requires positive scales, so tiny scales become the smallest number of the dtype. A
@@ -159,7 +159,7 @@ def stored_scale(scale: Tensor, levels: float, grid: Grid) -> Tensor:
     stored = scale.clamp(min=smallest).to(grid.dtype)
     # Below 2^-14, float16 numbers are evenly spaced by 2^-24. If rounding such a scale down
     # shortens the range by more than half a level, it would clip the largest weights: round up.
-    clipped = scale * levels > stored.float() * (levels + 0.5)
+    clipped = scale * top > stored.float() * (top + 0.5)
     return torch.where(clipped, stored + smallest, stored)
 
 

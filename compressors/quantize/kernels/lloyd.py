@@ -29,7 +29,10 @@ MIN_IMPROVEMENT = 1e-4
 
 
 class KMeansFit(NamedTuple):
-    """A codebook ``(levels, dim)``, and its squared error at the start and after each round."""
+    """A codebook ``(levels, dim)``, and its squared error at the start and after each round.
+
+    Each of the ``levels`` rows of a codebook is an *entry*.
+    """
 
     codebook: Tensor
     errors: tuple[float, ...]
@@ -106,7 +109,7 @@ def nearest(points: Tensor, codebook: Tensor) -> Tensor:
         block = points[begin : begin + BLOCK]
         score = torch.addmm(squares, block, entries.t(), alpha=-2)  # (block, levels)
         least, block_codes = score.min(dim=1)
-        size = block.square().sum(dim=1) + largest
+        size = block.square().sum(dim=1) + largest  # bounds the sizes of the summed terms
         is_near = score <= (least + tolerance * size).unsqueeze(1)
         ambiguous = is_near.sum(dim=1) != 1
         if bool(ambiguous.any()):
@@ -215,29 +218,33 @@ def scalar_kmeans(
     Returns:
         Entries ``(levels, 1)`` in ascending order.
     """
-    ordered, order = values.double().sort()
-    distinct = torch.unique(ordered)  # ascending
+    sorted_values, permutation = values.double().sort()
+    distinct = torch.unique(sorted_values)  # ascending
     if len(distinct) <= levels:
         exact = torch.cat([distinct, distinct[-1:].expand(levels - len(distinct))])
         return KMeansFit(exact.float().unsqueeze(1), (0.0,))
-    counts = torch.ones_like(ordered) if weight is None else weight.double()[order]
+    counts = torch.ones_like(sorted_values) if weight is None else weight.double()[permutation]
     # Cumulative sums over the sorted values: of the weights (mass), of weight times value (first
     # moment), and of weight times squared value (second moment).
-    zero = ordered.new_zeros(1)
+    zero = sorted_values.new_zeros(1)
     mass = torch.cat([zero, counts.cumsum(0)])  # (values + 1,)
-    first = torch.cat([zero, (counts * ordered).cumsum(0)])
-    second = torch.cat([zero, (counts * ordered.square()).cumsum(0)])
+    first = torch.cat([zero, (counts * sorted_values).cumsum(0)])
+    second = torch.cat([zero, (counts * sorted_values.square()).cumsum(0)])
     total = float(mass[-1])
     shares = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels  # (levels,)
-    quantiles = ordered[torch.searchsorted(mass[1:], shares * total).clamp(max=len(ordered) - 1)]
-    evenly_spaced = ordered[0] + (ordered[-1] - ordered[0]) * shares
+    quantiles = sorted_values[
+        torch.searchsorted(mass[1:], shares * total).clamp(max=len(sorted_values) - 1)
+    ]
+    evenly_spaced = sorted_values[0] + (sorted_values[-1] - sorted_values[0]) * shares
     fits = []
     for start in (quantiles, evenly_spaced):
         entries, errors = start.clone(), [math.inf]
         for _ in range(rounds):
             middle = (entries[1:] + entries[:-1]) / 2
-            inner = torch.searchsorted(ordered, middle, right=True)
-            border = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), len(ordered))])
+            inner = torch.searchsorted(sorted_values, middle, right=True)
+            border = torch.cat(
+                [inner.new_zeros(1), inner, inner.new_full((1,), len(sorted_values))]
+            )
             entry_mass = mass[border].diff()  # (levels,)
             moment = first[border].diff()
             mean = torch.where(entry_mass > 0, moment / entry_mass.clamp(min=1e-300), entries)

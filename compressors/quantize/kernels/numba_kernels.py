@@ -17,6 +17,8 @@ Arguments and variables of several loops:
 - ``planar``: codes have 4 bits and are packed (``bitpacking.py``).
 - ``shift`` is added to the multiples of symmetric 4-bit formats, so that codes are not negative.
 - ``scale_bits`` and ``offset_bits`` are the bits of stored numbers, as int32.
+- ``scale_16`` and ``offset_16``, or ``scale_32`` and ``offset_32``, receive the bits of the stored
+  numbers; the two arrays of the other dtype are empty. ``codes`` receives the codes.
 - A *lane* is one of ``LANES`` ranges that are processed together.
 
 Three techniques make the loops fast with bit-identical results:
@@ -478,14 +480,14 @@ def _residuals(
 
 
 @_compile
-def _keep_better(lanes: NDArray[np.float32], sums: int) -> None:
-    """In lanes whose error decreased, replace the best scale, offset and first ``sums`` sums."""
+def _keep_better(lanes: NDArray[np.float32], count: int) -> None:
+    """In lanes whose error decreased, replace the best scale, offset and first ``count`` sums."""
     for lane in range(LANES):
         less = lanes[NEW_SUMS + lane] < lanes[BEST_SUMS + lane]
         for item in range(2):
             old = lanes[BEST + item * LANES + lane]
             lanes[BEST + item * LANES + lane] = lanes[NEW + item * LANES + lane] if less else old
-        for item in range(sums):
+        for item in range(count):
             old = lanes[BEST_SUMS + item * LANES + lane]
             new = lanes[NEW_SUMS + item * LANES + lane]
             lanes[BEST_SUMS + item * LANES + lane] = new if less else old
@@ -501,7 +503,11 @@ def _clip(
     symmetric: bool,
     is_float16: bool,
 ) -> bool:
-    """Compute ``least_squares._clipped`` of every lane; return whether all can be stored."""
+    """Compute ``least_squares._clipped`` of every lane; return whether all can be stored.
+
+    ``fit`` is the position of the result in ``lanes``. An asymmetric range loses the share ``cut``
+    at each end; of a symmetric one, the share ``remaining`` remains.
+    """
     failed = np.int32(0)
     limit = LARGEST_16 if is_float16 else LARGEST_32
     for lane in range(LANES):
@@ -590,12 +596,12 @@ def least_squares(
             if not _clip(lanes, NEW, CUTS[cut], REMAINING[cut], top, symmetric, is_float16):
                 return first
             _errors(tile, lanes, NEW, NEW_SUMS, low, top)
-            _keep_better(lanes, 1)
+            _keep_better(lanes, 1)  # only the squared error
         _residuals(tile, lanes, BEST, BEST_SUMS, low, top)
         for _ in range(rounds):
             _refit(lanes, np.float32(dim), top, symmetric, is_float16)
             _residuals(tile, lanes, NEW, NEW_SUMS, low, top)
-            _keep_better(lanes, 5)
+            _keep_better(lanes, 5)  # all sums of ``Residuals``
         for lane in range(used):
             row = first + lane
             scale, offset = lanes[BEST + lane], lanes[BEST + LANES + lane]

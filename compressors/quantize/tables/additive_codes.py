@@ -1,8 +1,8 @@
 """Additive codes, fitted to the rows that are looked up and to the network's sensitivity.
 
 The storage format is that of ``residual_codes``: a row is the sum of one entry of each codebook.
-Codes and codebooks are fitted in another way, which with a few codes per row at least halves the
-error:
+Codes and codebooks are fitted in another way. With a few codes per row, this at least halves the
+error of ``residual_codes``:
 
 - Rows are weighted by a power of their lookup counts in training. With ``sensitive``, each lookup
   is weighted by the squared gradient of the network's output.
@@ -154,8 +154,8 @@ def fit(
         error of residual fitting and after each round.
     """
     # Scaling does not change the codes, but rows of very large or small numbers lose precision.
-    size = float(table.float().square().mean().sqrt()) or 1.0
-    rows, counts = table.float() / size, weight.double()
+    root_mean_square = float(table.float().square().mean().sqrt()) or 1.0
+    rows, counts = table.float() / root_mean_square, weight.double()
     residuals, fitted = rows, []
     for number in range(books):
         book = kmeans(residuals, levels, counts, seed=number).codebook
@@ -163,20 +163,20 @@ def fit(
         fitted.append(book)
     codebook = torch.cat(fitted)
     generator = torch.Generator().manual_seed(seed)
-    best, least, errors = codebook, float("inf"), []
+    best, least_error, errors = codebook, float("inf"), []
     for number in range(rounds + 1):
         codes = encode(rows, codebook, books, beam)
         row_errors = squared_distance(rows, decode(codes, codebook)) * counts
         errors.append(float(row_errors.sum()))
-        if errors[-1] < least:
-            best, least = codebook, errors[-1]
+        if errors[-1] < least_error:
+            best, least_error = codebook, errors[-1]
         if books == 1:  # k-means has already fitted the only codebook
             break
         codebook = least_squares(rows, codes, codebook, counts)
         decay = max(0.0, 1 - number / max(1, rounds - ROUNDS_WITHOUT_NOISE))
         noise = torch.randn(codebook.shape, generator=generator)
         codebook = codebook + shake * decay * float(codebook.std()) * noise
-    return best * size, tuple(error * size**2 for error in errors)
+    return best * root_mean_square, tuple(error * root_mean_square**2 for error in errors)
 
 
 class AdditiveCodes(StepSettings):
@@ -186,7 +186,7 @@ class AdditiveCodes(StepSettings):
     tables: TablePatterns = ("*",)
     min_rows: MinRows = 1
     codebooks: int = Field(4, ge=1, le=16, description="Number of codebooks, and of codes per row.")
-    bits: CodeBits = 4
+    bits: CodeBits = 4  # of a code
     traffic: float = Field(
         0.5,
         ge=0,
@@ -217,7 +217,7 @@ class AdditiveCodes(StepSettings):
         "validation metric is used.",
     )
     codebook_type: CodebookType = Field("float16", description="How codebooks are stored.")
-    codebook_share: CodebookShare = 0.5
+    codebook_share: CodebookShare = 0.5  # largest share of the table's float32 bytes
 
     @property
     def needs(self) -> tuple[Part, ...]:

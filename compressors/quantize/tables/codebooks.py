@@ -1,9 +1,11 @@
 """Sizes of codebooks, and the stored layout of codes and codebooks.
 
-A codebook is a list of vectors, its *entries*; a *code* is the index of an entry. The bytes of a
-codebook do not depend on the number of rows, so for a small table it could take more bytes than the
-codes save. Therefore the number of entries is limited by two settings: the bits of a code, and the
-share of the original table's bytes that codebooks may take.
+A codebook is a list of vectors, its *entries*; a *code* is the index of an entry. A table may have
+several codebooks (``books`` is their number); the stored tensor ``codebook`` concatenates them.
+
+The bytes of a codebook do not depend on the number of rows, so for a small table it could take more
+bytes than the codes save. Therefore the number of entries is limited by two settings: the bits of a
+code, and the share of the original table's bytes that codebooks may take.
 """
 
 from collections.abc import Mapping
@@ -76,6 +78,7 @@ def shape_of(rows: int, dim: int, books: int, entry_dim: int, settings: Mapping[
         ``codebook_share`` allows, but at least 2.
     """
     size = getattr(torch, settings["codebook_type"]).itemsize
+    # The original table takes 4 bytes per weight.
     allowed = int(settings["codebook_share"] * 4 * rows * dim // (books * entry_dim * size))
     levels = max(min(1 << settings["bits"], allowed), 2)
     return Shape(books, levels, entry_dim, width_of(levels))
@@ -94,7 +97,10 @@ def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, Te
 
 
 def entry_indices(codes: Tensor, entries: int) -> Tensor:
-    """Convert codes ``(*, books)`` to row indices of the concatenated codebooks."""
+    """Convert codes ``(*, books)`` to row indices of the concatenated codebooks.
+
+    ``entries`` is the number of rows of the concatenated codebooks.
+    """
     books = codes.shape[-1]
     return codes.long() + torch.arange(books, device=codes.device) * (entries // books)
 

@@ -56,9 +56,8 @@ def decode_float8(codes: Tensor) -> Tensor:
 @torch.library.custom_op("recpress::float8_e4m3_table", mutates_args=())
 def float8_e4m3_table(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:
     """Look up rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
-    return decode_multiples(
-        decode_float8(codes[ids]), scale[scales.entries_of(ids, rows_per_scale)], None
-    )
+    scale_of_id = scale[scales.entries_of(ids, rows_per_scale)]
+    return decode_multiples(decode_float8(codes[ids]), scale_of_id, offset=None)
 
 
 @float8_e4m3_table.register_fake

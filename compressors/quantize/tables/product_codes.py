@@ -194,11 +194,12 @@ class ProductCodes(StepSettings):
         description="Number of parts into which the columns are split, and of codes per row; at "
         "most one part per column.",
     )
-    bits: CodeBits = 8
+    bits: CodeBits = 8  # of a code
     codebook_type: CodebookType = Field(
-        "float32", description="How codebooks are stored; only float32 can be trained by any step."
+        "float32",
+        description="How codebooks are stored. float16 codebooks are trained only by refit_codes.",
     )
-    codebook_share: CodebookShare = 0.5
+    codebook_share: CodebookShare = 0.5  # largest share of the table's float32 bytes
 
     @property
     def storage(self) -> TableFormat:

@@ -1,7 +1,8 @@
 """Residual quantization of embedding tables: a row is the sum of one entry of each codebook.
 
 Each of the ``codebooks`` has ``2 ** bits`` entries as wide as the table; a row is stored as one
-code per codebook. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+code per codebook. In the code, ``books`` is the number of codebooks, and the tensor ``codebook``
+concatenates them. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
 ``rows * ceil(codebooks * bits / 8)`` bytes and codebooks of ``4 * codebooks * dim * 2 ** bits``.
 
 There are two ways to fit the codebooks, with the same storage format:
@@ -115,15 +116,19 @@ def least_squares(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor)
     """
     entries = len(codebook)
     indices = entry_indices(codes, entries)  # (rows, books)
-    pairs = torch.zeros(entries * entries, dtype=torch.float64)
-    right = torch.zeros(codebook.shape, dtype=torch.float64)
-    for first in indices.unbind(1):
-        right.index_add_(0, first, rows.double() * weight.unsqueeze(1))
-        for second in indices.unbind(1):
-            pairs.index_add_(0, first * entries + second, weight)
+    # The normal equations: the total weight of the rows that use two entries together, and the
+    # weighted sums of the rows that use an entry.
+    pair_weights = torch.zeros(entries * entries, dtype=torch.float64)
+    right_side = torch.zeros(codebook.shape, dtype=torch.float64)
+    for entry in indices.unbind(1):
+        right_side.index_add_(0, entry, rows.double() * weight.unsqueeze(1))
+        for other_entry in indices.unbind(1):
+            pair_weights.index_add_(0, entry * entries + other_entry, weight)
     damping = DAMPING * float(weight.mean())
-    matrix = pairs.reshape(entries, entries) + damping * torch.eye(entries, dtype=torch.float64)
-    solved: Tensor = torch.linalg.solve(matrix, right + damping * codebook.double())
+    matrix = pair_weights.reshape(entries, entries) + damping * torch.eye(
+        entries, dtype=torch.float64
+    )
+    solved: Tensor = torch.linalg.solve(matrix, right_side + damping * codebook.double())
     return solved.to(codebook.dtype)
 
 
@@ -244,7 +249,7 @@ class ResidualCodes(StepSettings):
     tables: TablePatterns = ("*",)
     min_rows: MinRows = 1
     codebooks: int = Field(2, ge=1, le=16, description="Number of codebooks, and of codes per row.")
-    bits: CodeBits = 8
+    bits: CodeBits = 8  # of a code
     refine: int = Field(
         8,
         ge=0,
@@ -252,9 +257,10 @@ class ResidualCodes(StepSettings):
         "0: each codebook is only fitted to the residuals of those before it.",
     )
     codebook_type: CodebookType = Field(
-        "float32", description="How codebooks are stored; only float32 can be trained by any step."
+        "float32",
+        description="How codebooks are stored. float16 codebooks are trained only by refit_codes.",
     )
-    codebook_share: CodebookShare = 0.5
+    codebook_share: CodebookShare = 0.5  # largest share of the table's float32 bytes
 
     @property
     def storage(self) -> TableFormat:

@@ -46,7 +46,13 @@ class RowwiseSettings(StepSettings):
     def grid(self) -> Grid:
         """The grid of levels, and the rule that fits ranges."""
         levels = self.levels[0] if self.symmetric else self.levels[1]
-        return Grid(levels, self.symmetric, self.clipping, self.scale, self.rows_per_scale)
+        return Grid(
+            levels,
+            symmetric=self.symmetric,
+            clipping=self.clipping,
+            scale=self.scale,
+            rows_per_scale=self.rows_per_scale,
+        )
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the stored layout of a table."""

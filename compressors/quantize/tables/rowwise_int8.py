@@ -117,5 +117,5 @@ class RowwiseInt8(RowwiseSettings):
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
-        stored = scales.encode_codes(block, params, self.grid, 8)
+        stored = scales.encode_codes(block, params, self.grid, FORMAT.bits)
         return {**stored, "codes": stored["codes"].view(code_type(symmetric=self.symmetric))}

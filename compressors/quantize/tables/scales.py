@@ -16,7 +16,13 @@ from compressors.quantize.kernels.levels import FittedRange, Grid, decode_multip
 
 
 class SharedScales(NamedTuple):
-    """The settings that determine the layout of scales; bundles of older versions lack some."""
+    """The settings that determine the layout of scales; bundles of older versions lack some.
+
+    Attributes:
+        dtype: dtype of the stored scales and offsets.
+        symmetric: whether the levels are symmetric around zero, without offsets.
+        rows_per_scale: number of neighbouring rows that share a scale; 0: all rows of the table.
+    """
 
     dtype: torch.dtype
     symmetric: bool

@@ -212,7 +212,7 @@ def test_a_killed_training_with_hints_and_a_head_resumes_and_ends_with_the_same_
 
     def kill(folder, progress, write=trainer.store_progress):
         write(folder, progress)
-        if len(progress.facts["epochs"]) == 3:  # the start and the first two epochs
+        if len(progress.json_values["epochs"]) == 3:  # the start and the first two epochs
             raise Killed
 
     killed_bench = bench.model_copy(update={"checkpoints": str(tmp_path / "cut")})

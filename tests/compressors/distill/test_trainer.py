@@ -247,7 +247,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_bits(
 
     def store_then_raise(folder: str, progress: TrainingProgress) -> None:
         store_progress(folder, progress)
-        if len(progress.facts["epochs"]) == 4:
+        if len(progress.json_values["epochs"]) == 4:
             raise Killed
 
     monkeypatch.setattr(trainer, "store_progress", store_then_raise)
@@ -268,15 +268,15 @@ def test_a_killed_training_resumes_and_ends_with_the_same_bits(
 
 def test_an_interrupted_write_of_progress_keeps_the_previous_progress(tmp_path, monkeypatch):
     tensors = {"now/a": torch.ones(3), "best/a": torch.ones(3)}
-    facts = {"epochs": [[0, math.nan, 0.5]]}
-    write_progress(str(tmp_path), TrainingProgress(tensors, facts))
+    json_values = {"epochs": [[0, math.nan, 0.5]]}
+    write_progress(str(tmp_path), TrainingProgress(tensors, json_values))
 
     def fail_to_replace(*_: object) -> None:
         raise Killed
 
     monkeypatch.setattr("compressors.distill.training.checkpoint.os.replace", fail_to_replace)
     later = TrainingProgress(
-        {"now/a": torch.zeros(3)}, {"epochs": [*facts["epochs"], [1, 0.3, 0.6]]}
+        {"now/a": torch.zeros(3)}, {"epochs": [*json_values["epochs"], [1, 0.3, 0.6]]}
     )
     with pytest.raises(Killed):
         write_progress(str(tmp_path), later)
@@ -284,14 +284,14 @@ def test_an_interrupted_write_of_progress_keeps_the_previous_progress(tmp_path, 
     result = read_progress(str(tmp_path), {"a": torch.empty(3)})
     assert result is not None
     assert torch.equal(result.tensors["now/a"], torch.ones(3))
-    assert len(result.facts["epochs"]) == 1
+    assert len(result.json_values["epochs"]) == 1
 
 
 def test_progress_of_another_network_is_not_read(tmp_path):
     assert read_progress(str(tmp_path / "none"), {}) is None
-    facts = {"epochs": [[0, 0.1, 0.5]]}
+    json_values = {"epochs": [[0, 0.1, 0.5]]}
     tensors = {"now/a": torch.ones(3), "best/a": torch.ones(3)}
-    write_progress(str(tmp_path), TrainingProgress(tensors, facts))
+    write_progress(str(tmp_path), TrainingProgress(tensors, json_values))
     assert read_progress(str(tmp_path), {"a": torch.empty(4)}) is None
     assert read_progress(str(tmp_path), {"b": torch.empty(3)}) is None
     assert read_progress(str(tmp_path), {"a": torch.empty(3)}) is not None
@@ -301,8 +301,10 @@ def test_progress_of_another_network_is_not_read(tmp_path):
 def test_only_the_newest_progress_is_kept(tmp_path_factory, epochs):
     folder = tmp_path_factory.mktemp("progress")
     for count in range(1, epochs + 1):
-        facts = {"epochs": [[number, 0.1, 0.5] for number in range(count)]}
-        write_progress(str(folder), TrainingProgress({"now/a": torch.full((2,), count)}, facts))
+        json_values = {"epochs": [[number, 0.1, 0.5] for number in range(count)]}
+        write_progress(
+            str(folder), TrainingProgress({"now/a": torch.full((2,), count)}, json_values)
+        )
     assert len(list(folder.iterdir())) == 2
     tensor_file = json.loads((folder / "progress.json").read_text())["tensors"]
     assert (folder / tensor_file).exists()
@@ -334,11 +336,11 @@ def test_progress_written_by_two_processes_can_be_read(tmp_path, monkeypatch):
         monkeypatch.setattr(
             "compressors.distill.training.checkpoint.os.getpid", lambda process=process: process
         )
-        facts = {"epochs": [[number, 0.1, 0.5] for number in range(epochs)]}
-        write_progress(str(tmp_path), TrainingProgress(complete, facts))
+        json_values = {"epochs": [[number, 0.1, 0.5] for number in range(epochs)]}
+        write_progress(str(tmp_path), TrainingProgress(complete, json_values))
         result = read_progress(str(tmp_path), state)
         assert result is not None
-        assert len(result.facts["epochs"]) == epochs
+        assert len(result.json_values["epochs"]) == epochs
     assert len(list(tmp_path.glob("*.safetensors"))) == 2  # one per process
 
 
@@ -424,7 +426,7 @@ def test_a_killed_training_with_updated_buffers_resumes_and_ends_with_the_same_b
 
     def store_then_raise(folder: str, progress: TrainingProgress) -> None:
         store_progress(folder, progress)
-        if len(progress.facts["epochs"]) == 3:
+        if len(progress.json_values["epochs"]) == 3:
             raise Killed
 
     monkeypatch.setattr(trainer, "store_progress", store_then_raise)
