@@ -84,12 +84,12 @@ def with_value(
 ) -> dict[str, Any]:
     """Return the configuration with one value replaced and the other arguments unchanged.
 
-    A default of the class is written out only if a number in it is replaced.
+    If the value is inside a default of the class, the default is copied into the configuration.
     """
-    first = path[0]
+    argument = path[0]
     changed: dict[Any, Any] = copy.deepcopy(dict(config))
-    if first not in changed:
-        changed[first] = copy.deepcopy(defaults_of(architecture)[str(first)])
+    if argument not in changed:
+        changed[argument] = copy.deepcopy(defaults_of(architecture)[str(argument)])
     container: Any = changed
     for key in path[:-1]:
         container = container[key]
