@@ -49,7 +49,11 @@ log = logging.getLogger(__name__)
 log_lines.install()  # escapes names from bundles in log messages
 
 STAGES_OF_EVERY_ORDER = 8
-"""Stages that do not depend on the recipe or the targets: pull, validate, ..., publish."""
+"""Number of stages that do not depend on the recipe or the targets.
+
+They are: pull, validate the data, prepare tensors, lower the untouched model, measure, evaluate the
+stages, judge, publish.
+"""
 
 # Prefect starts a server if Python code calls the flow and no server is configured.
 protect_ephemeral_server()

@@ -2,7 +2,7 @@
 
 A dry run cannot know which pruning steps will be within the quality budget, nor how many rows will
 be pruned, which depends on the training data. ``weight_byte_bounds`` therefore returns the fewest
-and the most bytes.
+and the most bytes. ``Part`` names a part of the bench, the data that a step may use.
 """
 
 from typing import Literal, NamedTuple
@@ -23,8 +23,8 @@ from tasks.orchestration.documents import NotApplicable, not_applicable
 PruningAssumption = Literal["all", "most", "none"]
 """Which pruning steps a dry run assumes to be within the quality budget.
 
-- ``all``: every step.
-- ``most``: every step, and each prunes as much as its settings allow.
+- ``all``: every step, each with the largest result that its settings allow.
+- ``most``: every step, and each prunes as much as its settings allow (the smallest result).
 - ``none``: no step.
 """
 
@@ -89,7 +89,10 @@ def weight_byte_bounds(
     model: Model,
     teachers: tuple[Artifact, ...],
 ) -> tuple[int, int]:
-    """Return the fewest and the most bytes of weights that a recipe can result in."""
+    """Return the fewest and the most bytes of weights that a recipe can result in.
+
+    The arguments are those of ``dry_run_recipe``.
+    """
     # One dry run is enough if the bytes depend neither on the budget nor on the data.
     is_uncertain = has_measurable_budget(order, bundle) or any(
         step.requires_budget for step in order.recipe()

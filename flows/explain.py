@@ -31,7 +31,13 @@ from tasks.orchestration.memory_estimate import Memory, peak_memory
 
 
 class ExplainedStep(Frozen):
-    """One step of the recipe: the bytes after it, or why it would be skipped."""
+    """One step of the recipe: the bytes after it, or why it would be skipped.
+
+    Attributes:
+        step: kind of the step, or ``AS_TRAINED`` for the untouched model.
+        bytes: bytes of the weights after the step; unchanged by a skipped step.
+        left_out: why the step would be skipped; None if it would be applied.
+    """
 
     step: str
     bytes: int
@@ -39,7 +45,13 @@ class ExplainedStep(Frozen):
 
 
 class ExplainedTarget(Frozen):
-    """One target, and why it would be skipped if it is optional and cannot be built here."""
+    """One target, and why it would be skipped if it is optional and cannot be built here.
+
+    Attributes:
+        target: name of the target.
+        wanted: whether the order requires the target, or it is optional.
+        missing: why it cannot be built on this machine; None if it can.
+    """
 
     target: str
     wanted: Requirement
@@ -148,6 +160,9 @@ def _explain_steps(
 ) -> tuple[Model, list[ExplainedStep], int]:
     """Dry-run the recipe as if the first option of every choice were within the budget.
 
+    A choice is a part of a recipe with several options, in order of preference
+    (``flows/presets.py``).
+
     Returns:
         The model after the last step, the steps that a report mentions, and the largest number of
         bytes that one step trains.
@@ -171,13 +186,14 @@ def _max_trained_bytes(
 ) -> int:
     """Return the largest number of bytes of tensors that one step of the order trains."""
     max_bytes = 0
-    (_, model), *results = stages
+    (_, model), *results = stages  # the untouched model, then the result of each applied step
     next_stages = iter(results)
     for index, step in enumerate(order.recipe()):
         if index in skip_reasons:
             continue
         training = getattr(step, "training", None)
         if training is not None:
+            # ``training.tables``: whether the step trains tables in addition to dense layers.
             names = set(trainable_tensors(model.module, tables=training.tables))
             tensors = (*model.module.named_parameters(), *model.module.named_buffers())
             trained_bytes = sum(tensor.nbytes for name, tensor in tensors if name in names)

@@ -27,6 +27,7 @@ def estimate_memory(order: Order, bundle: BundleRef) -> Memory:
         bytes_before=bundle.weight_bytes,
         bytes_after=bundle.weight_bytes,
         data_bytes=bundle.data_bytes,
+        # Whether any engine is built, which needs more memory.
         builds=any(TARGETS[target].is_built for target in order.targets.requirements()),
         trained_bytes=bundle.weight_bytes if trains_tables(order) else 0,
     )
@@ -56,7 +57,7 @@ def require_order_memory(order: Order, bundle: BundleRef) -> Memory:
             moment=estimate.moment,
             available_mib=max(available.bytes + used, 0) // MIB,
             limit=available.limit,
-            setting=SETTING,
+            setting=SETTING,  # the environment variable that sets the limit
         )
     return estimate
 

@@ -1,4 +1,8 @@
-"""``Order``: the parameter of the flow, which is also the form in Prefect's UI."""
+"""``Order``: the parameter of the flow, which is also the form in Prefect's UI.
+
+The recipe of an order is a list of choices; a choice has one or more options, and an option
+(``Group``) is a group of steps (``flows/presets.py``).
+"""
 
 import shlex
 from typing import Any, Self
@@ -24,7 +28,7 @@ class Order(Terms):
         (),
         title="Steps",
         description="Only with preset 'custom': the recipe, in order.",
-        json_schema_extra={"position": 4},
+        json_schema_extra={"position": 4},  # of the field in the form
     )
 
     @model_validator(mode="after")

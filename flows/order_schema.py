@@ -30,11 +30,14 @@ LONGEST_RECIPE = 24
 BATCH_THRESHOLDS = tuple(
     sorted(
         {*range(2, 18), 20, 24, 32, 33, 48, 64, 65, 96, 128, 129}
-        | {2**power + more for power in range(8, 18) for more in (0, 1)}
-        | {step * 10**power for power in (2, 3, 4) for step in (1, 2, 5)}
+        | {2**power + increment for power in range(8, 18) for increment in (0, 1)}
+        | {digit * 10**power for power in (2, 3, 4) for digit in (1, 2, 5)}
     )
 )
-"""Sizes in rows with which the schema compares each pair of batch sizes."""
+"""Sizes in rows with which the schema compares each pair of batch sizes.
+
+They are small numbers, powers of two and the numbers after them, and round decimal numbers.
+"""
 
 RATE_THRESHOLDS = tuple(number / 20 for number in range(1, 21))
 """Shares of positive labels with which the schema compares both ends of ``label_rate``."""
@@ -94,7 +97,10 @@ def _require_bound(metric: Metric, numbers: Schema) -> Schema:
 
 
 def _absolute_range(metric: Metric) -> Schema:
-    """Return the range of an absolute bound, as ``compressors/contracts/limits.py`` checks it."""
+    """Return the range of an absolute bound, as ``compressors/contracts/limits.py`` checks it.
+
+    ``metric.low`` is the smallest plausible bound, ``metric.high`` the largest possible value.
+    """
     # Metrics that are never compared with a reference measure how much scores change. For them the
     # best possible value (no change at all) is a valid bound; for other metrics it is not.
     is_change = metric.compared == "never"
@@ -108,7 +114,10 @@ def _absolute_range(metric: Metric) -> Schema:
 
 
 def _relative_range(metric: Metric) -> Schema:
-    """Return the range of a bound relative to the baseline or the champion."""
+    """Return the range of a bound relative to the baseline or the champion.
+
+    ``metric.largest`` is the largest loss or ratio that a limit may allow.
+    """
     if metric.compared == "ratio":
         return {"exclusiveMinimum": 0, "maximum": metric.largest}
     # The bound is on the change of the metric: from the largest loss to the largest gain.
@@ -120,11 +129,12 @@ def _relative_range(metric: Metric) -> Schema:
 
 def _target_rules() -> Iterator[Schema]:
     """Yield rules for targets: at least one is not off, and batch sizes grow."""
-    first = default_target()
-    others = [item.field for item in TARGETS.values() if item is not first]
+    default_field = default_target().field
+    others = [item.field for item in TARGETS.values() if item.field != default_field]
     is_target = {"enum": ["required", "optional"]}
     yield {
-        "if": {"properties": {first.field: is_target}},  # a target if the order omits it
+        # Required if the order omits it.
+        "if": {"properties": {default_field: is_target}},
         "else": {"anyOf": [_satisfies(other, is_target) for other in others]},
     }
     # Fields in ascending order, with their defaults.
@@ -163,12 +173,18 @@ def _recipe_rules() -> Iterator[Schema]:
 
 
 def _step_rules() -> Iterator[Schema]:
-    """Yield rules between the settings of one step, which the step's class checks too."""
+    """Yield rules between the settings of one step, which the step's class checks too.
+
+    The settings are described in the classes of the steps. ``soft_share`` is the weight of the
+    teacher's predictions in training, the labels get the rest; the rows ``traffic`` are logged
+    requests, which have no labels.
+    """
 
     def for_kind(kind: str, when: Schema, then: Schema) -> Schema:
         return _implies({"allOf": [_satisfies("kind", {"const": kind}), when]}, then)
 
     above_0 = {"exclusiveMinimum": 0}
+    # Rows with few lookups can be pruned only if lookups ("traffic") are the rows' scores.
     yield for_kind(
         "prune_rows", _satisfies("min_lookups", above_0), _field("importance", {"const": "traffic"})
     )

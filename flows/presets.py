@@ -82,7 +82,8 @@ PRESETS: dict[Preset, tuple[Choice, ...]] = {
     ),
     # Differs from small: if keeping a quarter of the channels is over the budget, 65 % are kept; up
     # to three more rounds keep 65 % of the remaining channels and distill; the ranges of int4 rows
-    # are fitted by least squares; the scores are recalibrated at the end.
+    # are fitted by least squares; the scores are recalibrated at the end, by the method with the
+    # smallest cross-validated log loss ("best").
     "smallest": (
         SHARE_RARE_ROWS,
         Choice((_KEEP_25_PERCENT, _KEEP_65_PERCENT)),

@@ -56,7 +56,10 @@ class Compressed:
         return self.stages[-1][1]
 
     def recipe(self) -> tuple[AnyStep, ...]:
-        """Return the steps that a report lists: all except those in ``UNREPORTED``."""
+        """Return the steps that a report lists.
+
+        These are all except those skipped for a reason in ``flows.step_selection.UNREPORTED``.
+        """
         return tuple(step for _, step in self._reported_steps())
 
     def skip_reasons_by_step(self) -> dict[str, Reason]:
@@ -191,7 +194,7 @@ def measure_budget_loss(run: Run, stage: Artifact) -> Estimate:
     return run.call(
         quality_loss,
         original=score_stage(AS_TRAINED, run.model.artifact),
-        now=score_stage("now", stage),
+        now=score_stage("now", stage),  # the model as compressed so far
         metric=run.model.metric,
         validation=validation.artifact,
         rows=validation.rows,
@@ -234,12 +237,12 @@ def _apply_step(
         original=run.model.artifact,
         teachers=tuple(teacher.artifact for teacher in run.teachers),
         seed=run.order.seed,
-        preset=run.order.preset != "custom",
+        preset=run.order.preset != "custom",  # a step of a preset is skipped if it does not fit
         excluded=dict(excluded),
         # Only training depends on the device, and every step that trains needs validation rows. All
         # other results are bit-identical on any device, so their cache keys do not contain it.
         device=load_settings().device if "validation" in step.needs else "cpu",
-        code=run.code,
+        code=run.code,  # digest of the model's code and the order's attempt
     )
 
 

@@ -21,7 +21,8 @@ from tasks.promotion.promotions import champion, champion_graph, promote_order, 
 def find_champions(order: Terms, bundle: BundleRef) -> dict[str, Artifact]:
     """Return the graph or engine of the current champion for each compared target.
 
-    The result is empty if no limit of the order compares with the champion.
+    A compared target is one for which the compressed model is compared with other models. The
+    returned value is empty if no limit of the order compares with the champion.
     """
     if not order.compares_with_champion():
         return {}

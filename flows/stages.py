@@ -41,7 +41,7 @@ class PreparedData:
     """The model's data, checked and converted to tensors.
 
     Attributes:
-        validation: the results of the data checks.
+        validation: the results of the data checks (not the validation split).
         test: the rows on which the result is measured.
         probe: the rows for which a lowered graph must return the scores of the PyTorch module.
         ranking: the catalogue and seen items of a retrieval model; None for other tasks.
@@ -55,7 +55,12 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class BuiltTargets:
-    """What was built: the graph or engine of each target, and why other targets were skipped."""
+    """What was built for each target.
+
+    Attributes:
+        artifacts: the graphs or engines, by target.
+        skipped: why other targets were skipped, by target.
+    """
 
     artifacts: dict[str, Artifact]
     skipped: dict[str, str]
@@ -63,7 +68,12 @@ class BuiltTargets:
 
 @dataclass(frozen=True)
 class MeasuredResult:
-    """Measurements of the served graphs by target, and the quality after each step."""
+    """The measurements of a result.
+
+    Attributes:
+        served: measurements of the served graphs or engines, by target.
+        stages: bytes and quality of the model after each step, measured in PyTorch.
+    """
 
     served: dict[str, Artifact]
     stages: Artifact
@@ -177,6 +187,7 @@ def measure_result(
             test=data.test.artifact,
             test_rows=data.test.rows,
             ranking=data.ranking,
+            # The metrics of limits that are not measured for every model.
             metrics=further_metrics(run.model.task, (item.metric for item in run.order.limits)),
             seed=run.order.seed,
         )
@@ -308,7 +319,7 @@ def _lower(run: Run, bundle: Artifact, target: str, data: PreparedData) -> Artif
         target=target,
         probe=data.probe.artifact,
         probe_rows=data.probe.rows,
-        most_rows=MAX_BATCH_ROWS,
+        most_rows=MAX_BATCH_ROWS,  # per batch
     )
 
 
@@ -321,6 +332,6 @@ def _build(run: Run, target: str, graph: Artifact) -> Artifact:
         lowered=graph,
         target=target,
         batch=run.order.targets.batch_sizes(),
-        longest=run.model.longest,
+        longest=run.model.longest,  # maximum list length of each jagged input
         seconds=run.order.targets.build_seconds,
     )

@@ -1,7 +1,8 @@
 """Select the steps of a recipe that fit the model, its data and the quality budget.
 
 The flow applies the steps; the dry run only predicts their result. Both use ``select_steps``, so
-that they agree.
+that they agree. A recipe is a list of choices, a choice has options in order of preference, and an
+option is a group of steps that are applied together (``flows/presets.py``).
 """
 
 from collections.abc import Callable
@@ -21,7 +22,11 @@ T = TypeVar("T")
 """The result of a step: a stored bundle (``Artifact``) or, in a dry run, a ``Model``."""
 
 UNREPORTED = ("nothing_left", "option_not_needed")
-"""Codes of the reasons for skipped steps that reports omit."""
+"""Codes of the reasons for skipped steps that reports omit.
+
+``nothing_left``: the step is only for units that no earlier step changed, and there are none.
+``option_not_needed``: an earlier option of the same choice was applied.
+"""
 
 
 def is_reported(skip_reason: Reason | None) -> bool:

@@ -56,6 +56,7 @@ class Targets(Frozen):
     model_config = ConfigDict(extra="allow", json_schema_extra=_add_target_fields)
     __pydantic_extra__: dict[str, Requirement]
 
+    # Numbers of rows per request.
     smallest_batch: int = Field(1, ge=1)
     best_batch: int = Field(64, ge=1, description="Engines are tuned for this size.")
     largest_batch: int = Field(1024, ge=1)
@@ -134,6 +135,8 @@ class Targets(Frozen):
 class Terms(Frozen):
     """Compress a model, compare the result with the limits for each target, and register it."""
 
+    # Prefect's form shows the fields in the sequence of their "position".
+
     model: str = Field(
         min_length=1,
         title="Model",
@@ -160,6 +163,7 @@ class Terms(Frozen):
     targets: Targets = Field(
         default_factory=Targets, title="Targets", json_schema_extra={"position": 3}
     )
+    # Requirements on the data beyond its signature, such as the least number of rows.
     rules: Rules = Field(
         default_factory=Rules, title="Data rules", json_schema_extra={"position": 5}
     )

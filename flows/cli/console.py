@@ -169,6 +169,7 @@ def show_explanation(explanation: "Explanation") -> None:
         {
             "step": item.step if item.left_out is None else f"{item.step} (left out)",
             "bytes of weights": f"{item.bytes:,}",
+            # of the bytes of the untouched model, which is the first item
             "share": f"{item.bytes / original_bytes:.2f}x" if original_bytes else "-",
         }
         for item in explanation.steps
@@ -195,7 +196,7 @@ def show_explanation(explanation: "Explanation") -> None:
         line(warning)
     for target in explanation.targets:
         note = "" if target.missing is None else f" - cannot be built here: {target.missing}"
-        line(f"target {target.target}, {target.wanted}{note}")
+        line(f"target {target.target}, {target.wanted}{note}")  # wanted: required or optional
     for limit in explanation.limits:
         line(f"limit {limit}")
     if explanation.budget is not None:

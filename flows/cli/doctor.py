@@ -99,7 +99,10 @@ def check_installation() -> tuple[DoctorFinding, ...]:
 
 
 def _check_target(target: Target) -> DoctorFinding:
-    """Check the library of a target's runtime or builder; only the default target requires it."""
+    """Check the library of a target's runtime or builder; only the default target requires it.
+
+    A runtime runs graphs or engines. A builder compiles a graph to an engine.
+    """
     library = target.load_runtime() or target.load_builder()
     remedy = "Install it again: make .venv" if target.is_default else ""
     version = (lambda: "graphs only") if library is None else library.version
@@ -250,6 +253,7 @@ def _check_prefect() -> str:
     elif api.auth_string is not None:
         user, _, password = api.auth_string.get_secret_value().partition(":")
         login = user, password
+    # Prefect lists work pools in response to a POST request, whose JSON body is ``posted``.
     answer = get(f"{base}/work_pools/filter", headers=headers, login=login, posted={"limit": 200})
     _require_accepted(answer, "Prefect", public_uri(api.url))
     pools = answer.value()

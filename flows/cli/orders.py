@@ -1,4 +1,8 @@
-"""Build an order from the command line: a model with options, or a file."""
+"""Build an order from the command line: a model with options, or a file.
+
+``Terms`` is an order without custom steps. Its subclass ``Order`` can have custom steps, and takes
+longer to import. Options can express only ``Terms``; a file is read as ``Order``.
+"""
 
 import functools
 import inspect
@@ -75,7 +79,15 @@ def order_from_options(
     if model is None:
         raise CommandRefused("model_missing")
     return build_terms(
-        model, preset, limit or [], target, optional or [], promote, seed, budget, teacher
+        model=model,
+        preset=preset,
+        limits=limit or [],
+        targets=target,
+        optional=optional or [],
+        promote=promote,
+        seed=seed,
+        budget=budget,
+        teacher=teacher,
     )
 
 
@@ -112,6 +124,17 @@ def build_terms(
 ) -> "Terms":
     """Build an order from the values of the options of ``order_from_options``.
 
+    Args:
+        model: name@version, name or artifact URI of a packed bundle.
+        preset: name of the preset.
+        limits: limits as text, such as ``auc vs baseline >= -0.002``.
+        targets: names of required targets, in addition to the default target.
+        optional: names of optional targets.
+        promote: whether an accepted result becomes champion.
+        seed: seed of all random numbers.
+        budget: largest loss of the metric on validation rows; None for the preset's default.
+        teacher: references to additional teachers.
+
     Raises:
         CommandRefused: a limit or a target is invalid, or there is no limit.
     """
@@ -127,6 +150,7 @@ def build_terms(
     try:
         parsed = tuple(Limit.parse(text) for text in limits)
     except ValidationError as fault:
+        # pydantic's messages lack the invalid value; the project's (``SENTENCES``) are complete.
         reasons = "; ".join(
             error["msg"]
             + (f" (found {error['input']!r})" if error["type"] not in SENTENCES else "")

@@ -1,7 +1,7 @@
 """``recpress registry promote``, ``rollback`` and ``restore``.
 
-The first two change which version is the champion; ``restore`` fills a lost registry again. Imports
-are inside the commands, so that ``--help`` is fast.
+The first two change which version is the champion, and append an entry to the ledger of promotions.
+``restore`` fills a lost registry again. Imports are in the commands, so that ``--help`` is fast.
 """
 
 import json
@@ -59,7 +59,9 @@ def registry_rollback(
     """
     from tasks.promotion.promotions import apply_rollback
 
-    command_start = context.obj  # set by flows/cli/app.py
+    # The time at which flows/cli/app.py started. If another command has rolled back after it, this
+    # command only completes that rollback.
+    command_start = context.obj
     change = apply_rollback(model, reason, from_version=from_version, command_start=command_start)
     entry = change.entry
     if as_json:

@@ -138,9 +138,13 @@ def _parse_setting(text: str) -> tuple[str, object]:
 
 
 def _print_plan(plan: "Plan") -> None:
-    """Print format, bytes and reason of each table."""
+    """Print format, bytes before and after, and reason of each table.
+
+    The percentage is the bytes after relative to those before.
+    """
     for line in plan.lines:
         share = f"{100 * line.bytes_after / max(line.bytes_before, 1):.1f} %"
+        # A tensor that is named only "weight" belongs to a module without a name.
         write_line(
             f"{line.module or 'weight'}: {line.format}, {line.bytes_before:,} -> "
             f"{line.bytes_after:,} bytes ({share}; {line.reason})"

@@ -25,7 +25,7 @@ To = Annotated[
     ),
 ]
 Unmeasured = Annotated[
-    bool, typer.Option(help="Include a TensorRT plan that was built but never measured.")
+    bool, typer.Option(help="Include a TensorRT engine that was built but never measured.")
 ]
 
 
@@ -60,6 +60,7 @@ def triton_show(
     else:
         for item in models:
             _print_model(item)
+    # A model is sound if the server would load the champion, and its files are undamaged.
     raise typer.Exit(0 if all(item.sound for item in models) else 1)
 
 

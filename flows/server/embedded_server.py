@@ -59,9 +59,14 @@ Notify = Callable[[str], object]
 class EmbeddedServer:
     """A started server process.
 
-    Attributes:
+    Args:
         process: the process.
         api_url: the URL of its API.
+        output: the file to which the process writes its output.
+        home: Prefect's home folder, with the database.
+        lock: holds the lock on the start of servers; closed when the server is ready.
+
+    ``process`` and ``api_url`` are also attributes.
     """
 
     def __init__(
@@ -242,6 +247,7 @@ def cpu_seconds(pid: int) -> float:
             fields = stat.read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             return 0.0
+        # proc(5): utime and stime, fields 14 and 15; the text after the name begins with field 3.
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     output = subprocess.run(  # macOS: [[days-]hours:]minutes:seconds
         ["ps", "-o", "time=", "-p", str(pid)],  # noqa: S607
@@ -317,7 +323,7 @@ def main() -> None:
     server = uvicorn.Server(config)
     server.run(sockets=[listener])
     if not server.started:
-        sys.exit(3)
+        sys.exit(3)  # as uvicorn's own command does if the start fails
 
 
 if __name__ == "__main__":
