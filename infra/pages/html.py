@@ -33,7 +33,7 @@ def render(template: str, **values: object) -> str:
 
 
 def many(count: int, thing: str) -> str:
-    """Format a count with a noun in the singular or plural: ``1 check``, ``2 checks``."""
+    """Format a count and its noun, in the plural unless it is one: ``1 check``, ``2 checks``."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 

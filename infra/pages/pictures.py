@@ -60,7 +60,7 @@ MIN_PERCENT_WITH_GAP = 0.8  # width of a segment; a gap around a thinner one wou
 
 
 class BarSegment(Frozen):
-    """One table or layer of a model, and its size in bytes."""
+    """One part of a model (a table or layer), drawn as a segment of a bar; ``size`` is in bytes."""
 
     name: str
     role: Role
@@ -68,7 +68,12 @@ class BarSegment(Frozen):
 
 
 class Mark(Frozen):
-    """A value ``at`` that is marked on a scale, and its label."""
+    """A value that is marked on the horizontal axis of a chart.
+
+    Attributes:
+        at: the value.
+        label: text next to the mark.
+    """
 
     at: float
     label: str
@@ -104,7 +109,7 @@ def draw_composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: st
         x = 0.0
         for part in _merge_smallest(parts):
             width = 100 * part.size / max_size if max_size else 0.0
-            cut = " cut" if width >= MIN_PERCENT_WITH_GAP else ""
+            cut = " cut" if width >= MIN_PERCENT_WITH_GAP else ""  # CSS class: with a gap around it
             shapes.append(
                 f'<rect class="{part.role}{cut}" x="{_percent(x)}" y="{top + 24}" '
                 f'width="{_percent(width)}" height="24">'
@@ -200,12 +205,16 @@ def draw_curves(
     high = math.log10(max(estimate.high for estimate in estimates))
     margin = max((high - low) * 0.14, 0.05)
     low, high = low - margin, high + margin
-    first, last = math.log2(min(below)), math.log2(max(below))
+    min_log, max_log = math.log2(min(below)), math.log2(max(below))
 
     def x_of(size: int) -> float:
-        return 20 + 68 * (math.log2(size) - first) / (last - first) if last > first else 54.0
+        """Return 20 % to 88 % of the width; the labels of the vertical axis are left of it."""
+        if max_log == min_log:
+            return 54.0  # the center
+        return 20 + 68 * (math.log2(size) - min_log) / (max_log - min_log)
 
     def y_of(value: float) -> float:
+        """Return 10 (the highest value) to 210 pixels from the top."""
         return 210 - 200 * (math.log10(value) - low) / (high - low)
 
     shapes = []
@@ -299,8 +308,8 @@ def _merge_smallest(parts: Sequence[BarSegment]) -> list[BarSegment]:
 def _round_numbers(low: float, high: float) -> list[float]:
     """Return the axis ticks in a range: 1, 2, 5, 10 ... or, for a wide one, 1, 10, 100 ..."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if high / low < 60 else (1,)
-    values = [float(f"{step}e{power}") for power in exponents for step in steps]
+    digits = (1, 2, 5) if high / low < 60 else (1,)
+    values = [float(f"{digit}e{power}") for power in exponents for digit in digits]
     return [value for value in values if low <= value <= high]
 
 

@@ -49,7 +49,20 @@ DIGEST_FIELDS = (
 
 
 class Entry(Frozen):
-    """One change of champion. ``previous`` is the version number of the champion before."""
+    """One change of champion: a promotion or a rollback.
+
+    Attributes:
+        sequence: number of the entry, from 1.
+        model: registered name of the model.
+        version: number of the champion's version in the registry.
+        order: digest of the order whose release became champion.
+        action: promotion or rollback.
+        previous: version number of the champion before; None if there was none.
+        at: time of the change.
+        by: the person or program that decided.
+        reason: why, as text; may be empty.
+        digest: checksum of the entry.
+    """
 
     sequence: int = Field(ge=1)
     model: str
@@ -204,8 +217,8 @@ class Ledger:
             )
         self._check_digest(entry, last, place)
         if entry.action == "rollback":
-            target = rollback_target(entries)
-            if target is None or not _have_same_champion(target, entry):
+            restored = rollback_target(entries)
+            if restored is None or not _have_same_champion(restored, entry):
                 raise ArtifactDamaged(
                     "ledger_rollback_unfounded",
                     place=place,
@@ -225,12 +238,15 @@ class Ledger:
 
     def _check_rollback(self, entries: tuple[Entry, ...], version: str, order: str) -> None:
         """Raise ``PromotionRefused`` unless a rollback of these entries restores this order."""
-        target = rollback_target(entries)
-        if target is None:
+        restored = rollback_target(entries)
+        if restored is None:
             raise PromotionRefused("nothing_to_roll_back", model=self._model)
-        if target.order != order:
+        if restored.order != order:
             raise PromotionRefused(
-                "rollback_to_other_version", model=self._model, expected=target.version, got=version
+                "rollback_to_other_version",
+                model=self._model,
+                expected=restored.version,
+                got=version,
             )
 
     def _outdated_error(self, entries: tuple[Entry, ...], expected: int) -> AlreadyThere:

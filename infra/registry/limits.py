@@ -1,7 +1,7 @@
 """Limits on lengths and characters of the names, tags and sources that MLflow stores.
 
 They are checked before MLflow is called, because its servers report some violations as database
-errors.
+errors. The limits of an order, on measurements, are in ``compressors/contracts/limits.py``.
 """
 
 import re

@@ -50,7 +50,15 @@ _REFUSED = {
 
 
 class Registered(Frozen):
-    """One registered version of a model; ``source`` is the URI of its release."""
+    """One registered version of a model.
+
+    Attributes:
+        model: registered name of the model.
+        version: number of the version.
+        source: URI of the version's release.
+        tags: texts by name, such as the digest of the order.
+        aliases: names that point to this version, such as ``champion``.
+    """
 
     model: str
     version: str
@@ -337,7 +345,9 @@ class Registry:
                 source=entry.source or "",
                 tags=dict(entry.tags),
                 aliases=tuple(
-                    sorted(alias for alias, at in aliases.items() if at == str(entry.version))
+                    sorted(
+                        alias for alias, number in aliases.items() if number == str(entry.version)
+                    )
                 ),
             )
             for entry in entries

@@ -36,7 +36,8 @@ BUSY_SECONDS = 20.0
 MIGRATION_TABLES = {"alembic_version", "workspaces"}
 """Tables that contain rows of MLflow's migrations, not of users."""
 
-# Queries: the version of a model by the value of one of its tags, and all tags of a version.
+# Queries: the version of a model by the value of one of its tags, and all tags of a version. MLflow
+# keeps the row of a deleted version, in the stage 'Deleted_Internal'.
 _BY_ORDER = """
 SELECT v.version, v.source FROM model_versions v
 JOIN model_version_tags t ON t.name = v.name AND t.version = v.version

@@ -68,8 +68,8 @@ FAULTS = (
     Fault(
         id="ledger-rollback-anywhere",
         file="infra/registry/ledger.py",
-        old="        if target.order != order:\n            raise PromotionRefused(",
-        new="        if not target.order:\n            raise PromotionRefused(",
+        old="        if restored.order != order:\n            raise PromotionRefused(",
+        new="        if not restored.order:\n            raise PromotionRefused(",
         effect="A rollback may go to a version that was not champion before.",
         tests=(
             f"{LEDGER}::test_rollback_to_another_version_than_the_previous_champion_is_refused",
