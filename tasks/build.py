@@ -1,4 +1,7 @@
-"""Build a target's engines from a lowered model, one engine per graph."""
+"""Build a target's engines from a lowered model, one engine per graph.
+
+The builder audits each engine: it checks, for example, that tables stay compressed in it.
+"""
 
 import logging
 from pathlib import Path
@@ -59,8 +62,8 @@ def build(
     folder = local(lowered)
     lowering = lowering_of(folder)
     with scratch_folder("build") as scratch:
-        release = Path(scratch) / "release"
-        release.mkdir()
+        output = Path(scratch) / "release"
+        output.mkdir()
         for graph in lowering.graphs:
             request = BuildRequest(
                 target=target,
@@ -71,11 +74,11 @@ def build(
                         module=table.module,
                         rows=table.rows,
                         initializers=table.names,
-                        every=table.every,
+                        every=table.every,  # rows per entry of each initializer
                     )
                     for table in graph.tables
                 ),
-                packed_bytes=graph.packed_bytes,
+                packed_bytes=graph.packed_bytes,  # of the weights in the graph, as compressed
                 sparse_layers=graph.sparse_layers,
                 seconds=seconds,
             )
@@ -84,11 +87,11 @@ def build(
             engine = builder.build(request, work)
             path = Path(engine.path)
             name = f"{graph.name}{path.suffix}"
-            path.rename(release / name)
-            (release / build_record(graph.name)).write_text(engine.record(name))
+            path.rename(output / name)
+            (output / build_record(graph.name)).write_text(engine.record(name))
             log.info("%s %s, %s: %d bytes", target, engine.version, name, engine.bytes)
-        (release / "lowering.json").write_text(lowering.model_dump_json(indent=1))
-        return store().put(release)
+        (output / "lowering.json").write_text(lowering.model_dump_json(indent=1))
+        return store().put(output)
 
 
 def _optimization_profiles(

@@ -99,6 +99,7 @@ def compress(
             parents=tuple(dict.fromkeys((original, source, *teachers))),
             plan=result.plan,
             notes=manifest.notes,
+            # Unchanged files are links to files of the source; their hashes are not computed again.
             linked=hard_links(folder, source_folder, manifest.files),
         )
         artifact = store().take_derived(folder, source, source_folder)

@@ -25,4 +25,5 @@ def gate(
         CompressionError: there are no limits, or a limit is on a number that was not measured.
     """
     numbers = None if measurement is None else measurement_of(measurement).numbers
+    # Only targets that were built are judged; without numbers the verdict is "built-unmeasured".
     return judge.verdict(target, limits, numbers, built=True)

@@ -113,7 +113,7 @@ def measure(
 
     candidate_numbers: list[judge.Number] = []
     baseline_numbers: list[judge.Number] = []
-    resolves: dict[str, float] = {}
+    resolves: dict[str, float] = {}  # by metric, the smallest change that these rows can detect
     for name in names:
         pair = quality.paired(name, "baseline", "candidate")
         with_champion = (
@@ -143,14 +143,14 @@ def measure(
     limited_sizes = {size for name in metrics if (size := metric(name).batch) is not None}
     for size in sorted({*usual_batches(output.kind), *limited_sizes}):
         _add_latency(
-            size,
-            timed_sessions,
-            request_graph.signature,
-            test,
-            test_rows,
-            seed,
-            candidate_numbers,
-            baseline_numbers,
+            size=size,
+            sessions=timed_sessions,
+            signature=request_graph.signature,
+            test=test,
+            test_rows=test_rows,
+            seed=seed,
+            candidate_numbers=candidate_numbers,
+            baseline_numbers=baseline_numbers,
         )
     measurement = Measurement(
         numbers=judge.Measured(
@@ -264,6 +264,16 @@ def _add_latency(
     """Time all models at one batch size, and append p50 and p99 to the two lists of numbers.
 
     A batch larger than the test data is skipped.
+
+    Args:
+        size: rows of the batch.
+        sessions: the graph or engine of each model, by the model's name.
+        signature: signature of the graph.
+        test: the prepared test split, from which the batch is read.
+        test_rows: number of rows of the test split.
+        seed: seed of the intervals.
+        candidate_numbers: receives the candidate's latencies and their ratios.
+        baseline_numbers: receives the baseline's latencies.
     """
     if size > test_rows:
         log.warning(
@@ -272,8 +282,9 @@ def _add_latency(
         return
     inputs = _arrays(next(batches(split_of(test, test_rows), signature, size)))
     models = list(sessions.values())
-    few_times = interleaved_ms(models, inputs, rounds=5, warmup=5)
-    round_ms = sum(float(np.median(times)) for times in few_times)
+    # A round is one call of each model. Five rounds estimate how long one takes.
+    pilot_times = interleaved_ms(models, inputs, rounds=5, warmup=5)
+    round_ms = sum(float(np.median(times)) for times in pilot_times)
     min_rounds = max(intervals.rounds_needed(quantile) for quantile in QUANTILES.values())
     rounds = max(min_rounds, min(MAX_ROUNDS, math.ceil(TIMING_BUDGET_MS / round_ms)))
     times = dict(zip(sessions, interleaved_ms(models, inputs, rounds), strict=True))

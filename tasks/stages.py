@@ -53,7 +53,8 @@ def measure_stages(
     quality = compare_stages(signature, scored, split_of(test, test_rows), seed)
     stages = []
     for index, stage in enumerate(scored):
-        # The first stage is compared with itself, for its quality; it has no change.
+        # ``paired`` compares two stages on the same rows, by name; a stage's name is its index. The
+        # first stage is compared with itself, for its quality; it has no change.
         pair = quality.paired(metric, str(max(index - 1, 0)), str(index))
         stages.append(
             Stage(

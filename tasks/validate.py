@@ -41,9 +41,9 @@ def validate(bundle: Artifact, rules: Rules) -> Artifact:
     """
     folder = local(bundle)
     manifest = read(folder)
-    tables = table_rows(check_weights(folder, manifest), manifest)
+    rows_of_table = table_rows(check_weights(folder, manifest), manifest)
     splits: dict[str, Path] = {split: data_path(manifest, split) for split in manifest.data}
-    validation = run_checks(splits, manifest.signature, tables, rules)
+    validation = run_checks(splits, manifest.signature, rows_of_table, rules)
     problems: tuple[BaselineProblem, ...] = ()
     if validation.success:  # splits that failed may not be readable; they are refused below
         module = model_of(folder, manifest).module

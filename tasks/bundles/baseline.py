@@ -1,6 +1,7 @@
 """Check that a model's quality can be measured at all: its labels and its scores. No Prefect.
 
-A problem is, for example, that all labels or all scores are equal.
+A problem is, for example, that all labels or all scores are equal. The baseline is the untouched
+model of a bundle, with which a compressed model is compared.
 """
 
 from collections.abc import Collection, Mapping
@@ -108,6 +109,7 @@ def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tup
     Raises:
         DataRefused: contains one line per problem.
     """
+    # A ``refused`` problem prevents packing; only a ``fatal`` one makes every run fail.
     errors = [item.reason for item in problems if (item.fatal if packed else item.refused)]
     if errors:
         raise DataRefused("not_measurable", problems=tuple(errors))

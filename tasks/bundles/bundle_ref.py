@@ -30,7 +30,7 @@ from tasks.orchestration.workspace import store
 
 
 class BundleRef(Frozen):
-    """The bundle that an order refers to, with the facts that flows need.
+    """The bundle that an order refers to, with the properties that flows need.
 
     Attributes:
         artifact: the bundle's artifact.
@@ -38,7 +38,7 @@ class BundleRef(Frozen):
         version: version of the bundle.
         metric: name of the metric in the signature.
         rows: number of rows of each split.
-        longest: maximum list length of each jagged input.
+        longest: maximum list length of each jagged input (a list of ids per row).
         architecture: digest of the source of the model's class.
         task: kind of the task, such as ``ctr``.
         grouped: whether the signature has groups.
@@ -109,7 +109,7 @@ def require_measurable(bundle: BundleRef, limits: tuple[Limit, ...]) -> None:
 
 
 def find_bundle(reference: str) -> BundleRef:
-    """Find a bundle and read the facts that flows need from its ``model.json``.
+    """Find a bundle and read the properties that flows need from its ``model.json``.
 
     This function is not a task, because its result is not cached: a name may refer to a newer
     bundle later. The other files are verified by the task ``pull``.

@@ -2,7 +2,8 @@
 
 A draft is a folder with a model and its data as the user wrote it. Packing checks a draft and
 stores it as a bundle. Sealing, a part of packing, writes the manifest ``model.json`` with the hash
-of every file.
+of every file. ``vocabularies`` and ``transforms`` of a draft name files or folders that are stored
+unchanged with the model.
 """
 
 import logging
@@ -312,20 +313,20 @@ def _store_separately(bundle_store: Store, path: Path) -> Artifact:
         if path.is_dir():
             # regular_files raises for symbolic links, which may point outside the folder.
             for name, _ in regular_files(path):
-                target = scratch / path.name / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _link_or_copy(path / name, target)
+                destination = scratch / path.name / name
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                _link_or_copy(path / name, destination)
         else:
             _link_or_copy(path, scratch / path.name)
         return bundle_store.put(scratch)
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def _link_or_copy(source: Path, destination: Path) -> None:
     """Create a hard link if the file system can, so that packing needs no second copy on disk."""
     try:
-        target.hardlink_to(source.resolve())
+        destination.hardlink_to(source.resolve())
     except OSError:
-        shutil.copyfile(source, target)
+        shutil.copyfile(source, destination)
 
 
 def _store_bundle(bundle_store: Store, manifest: Manifest, staged: Path) -> Artifact:

@@ -49,7 +49,13 @@ Progress = Callable[[int, int], None]
 
 
 class Tables(Frozen):
-    """Contents of ``tables.json``: the step, the compressed modules, and a line for each tensor."""
+    """Contents of ``tables.json``.
+
+    Attributes:
+        step: the method and its settings.
+        modules: the compressed tables, by name of the module.
+        plan: a line for each tensor.
+    """
 
     step: AnyStep
     modules: dict[str, ModuleRecord]
@@ -161,7 +167,7 @@ def quantize_artifact(
         _write_draft(job, plan, into, identity, workers, None) as result,
     ):
         artifact = store().take(result.files, result.seal())
-        result.drop()
+        result.drop()  # removes the unfinished artifact in ``into``
     return artifact
 
 

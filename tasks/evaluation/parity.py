@@ -1,4 +1,9 @@
-"""Compare a torch module with the graph exported from it, and diagnose differences. No Prefect."""
+"""Compare a torch module with the graph exported from it, and diagnose differences. No Prefect.
+
+Parity means that both return the same scores for the same rows, within a tolerance. ``Parity`` has
+the measured differences and their limits. ``ParityFailure`` describes a comparison that failed;
+``ParityLost`` is the error with this description.
+"""
 
 import contextlib
 import logging
@@ -107,6 +112,8 @@ class GraphCheck:
         """
         rows_from = "the data"
         module_scores, graph_scores = self.scores(inputs, rows_from)
+        # ``side``: which of the two depends on other rows. The difference counts as infinite until
+        # the shapes are known to be equal.
         for side, scores in (("network", module_scores), ("graph", graph_scores)):
             failure = ParityFailure(
                 code="parity_batch",
@@ -173,6 +180,7 @@ class GraphCheck:
         for rows in (single_row, inputs):
             traced = run_traced(program.exported_program, [rows[name] for name in names])
             values = [GraphValue(*value) for value in graph_values(self.path, _arrays(rows))]
+            # The allowed difference of a tensor, relative to its largest absolute value.
             allowed = allowed_share(self.plan, self.target)
             expected, output = self._module_scores(rows), traced.output.numpy()
             # The limit of the largest difference: "at most" in a failure of the whole comparison,

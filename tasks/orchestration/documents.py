@@ -246,7 +246,10 @@ class Reproduction(Frozen):
 
 
 class Report(Frozen):
-    """An order and its result; every registry version refers to a report."""
+    """An order and its result; every registry version refers to a report.
+
+    ``source`` and ``compressed`` are the bundles before and after, ``validation`` the data checks.
+    """
 
     schema_version: int = 1
     order: str = Field(description="Digest of the order: of everything that affects the result.")

@@ -1,7 +1,8 @@
 """Check whether a stored report allows its version to become champion. No Prefect.
 
 Another program may have written the report. Therefore its outcome is recomputed from the targets'
-verdicts, and each verdict from the judgements of its limits.
+verdicts, and each verdict from the judgements of its limits. A judgement is the outcome of one
+limit, ``accepted``, ``rejected`` or ``undecided``, with the number that was measured.
 """
 
 from compressors.contracts import overall

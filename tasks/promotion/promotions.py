@@ -3,7 +3,7 @@
 The ledger in the object store decides which version is the champion. The alias ``champion`` in the
 registry and the Triton model repository, if there is one, are copies that are repaired from it.
 
-A change of champion has four steps: copy the version's files to the Triton repository, append to
+A change of champion has four actions: copy the version's files to the Triton repository, append to
 the ledger, move the alias, and update the repository's configuration. In this order, a server
 always has the complete old or new champion, also if the process is killed in between.
 """
@@ -280,7 +280,7 @@ def _is_rolled_back(
         raise PromotionRefused("other_champion", model=model, expected=from_version, got=current)
     if last is None or last.action != "rollback":
         return False
-    if last.digest is None:  # an earlier recpress wrote it, whose last step was to move the alias
+    if last.digest is None:  # an earlier recpress wrote it, whose last action was to move the alias
         return CHAMPION not in version_of_entry(model, last).registered.aliases
     return (
         datetime.fromisoformat(last.at) > command_start

@@ -126,7 +126,7 @@ def servable_graphs(
         unmeasured: include targets that were built but never measured.
 
     Raises:
-        TritonRefused: the report lacks a fact that the configuration of a graph needs.
+        TritonRefused: the report lacks a value that the configuration of a graph needs.
     """
     outcomes = {"accepted", "built-unmeasured"} if unmeasured else {"accepted"}
     return tuple(
@@ -146,6 +146,7 @@ def copy_files(root: str, graphs: tuple[ServedVersion, ...]) -> None:
     if not graphs:
         log.warning("Triton cannot serve this version: it has no accepted graph that Triton loads")
     for graph in graphs:
+        # ``triton.stage`` copies the files that are missing, and returns their keys.
         for key in triton.stage(_model_folder(root, graph.name), store(), graph):
             log.info("%s: copied %s", graph.name, key)
 
@@ -283,7 +284,7 @@ def _graph_to_serve(
         capability = validate_json(EngineRecord, build).capability
         # With the GPU's compute capability in its name, other GPUs do not load the engine.
         file_name = f"{graph}-{capability}{engines.suffix}" if capability else stored
-        files = {file_name: stored}
+        files = {file_name: stored}  # name in the Triton repository -> name in the artifact
         batches, threads = _ordered_batches(report), None
     else:
         # Large weights are stored next to the graph and must be copied before it.

@@ -54,7 +54,7 @@ def is_ratio(name: str) -> bool:
 
 
 def is_kind(name: str, *kinds: MetricKind) -> bool:
-    """Return whether a metric is of one of these kinds."""
+    """Return whether a metric is of one of these kinds, such as "quality" or "latency"."""
     declared = find_metric(name)
     return declared is not None and declared.kind in kinds
 

@@ -32,6 +32,7 @@ TONES: dict[Outcome, Tone] = {
 """Colour of each outcome in charts and banners, as a CSS class."""
 TEXT_CLASSES = {"held": "good", "broken": "bad", "unsure": "open", "plain": "soft"}
 """CSS class of text in the colour of each tone."""
+NO_PICTURE = Markup()
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
             rows.append(_judgement_row(judgement, target, unit))
     if not rows:
         rows = [
-            _row(str(limit), "", Markup(), "", "not measured", "open", "")
+            _row(name=str(limit), outcome="not measured", tone=TEXT_CLASSES["unsure"])
             for limit in report.limits
         ]
     for target_name, number, unit in _numbers_without_limit(report, limited):
@@ -111,7 +112,16 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
         note = f"{'higher' if is_higher_better else 'lower'} is better"
         if len(report.measured) > 1:
             note = f"{target_name}, {note}"
-        rows.append(_row(title, note, picture, text, "no limit", "soft", ""))
+        rows.append(
+            _row(
+                name=title,
+                note=note,
+                picture=picture,
+                measured=text,
+                outcome="no limit",
+                tone=TEXT_CLASSES["plain"],
+            )
+        )
     return tuple(rows)
 
 
@@ -129,27 +139,44 @@ def _judgement_row(judgement: Judgement, target: TargetReport, unit: ScoreUnit |
                 measured,
                 tone,
                 judgement.reason,
-                _no_change_mark(limit),
-                Mark(at=bound, label=f"limit {bound:g}"),
-                "below" if limit.at_least is not None else "above",
+                reference=_no_change_mark(limit),
+                limit=Mark(at=bound, label=f"limit {bound:g}"),
+                refused="below" if limit.at_least is not None else "above",
             )
         )
         text = _format_measured(limit, measured, unit)
     return _row(
-        str(limit),
-        target.target,
-        picture,
-        text,
-        judgement.outcome,
-        TEXT_CLASSES[tone],
-        judgement.reason,
+        name=str(limit),
+        note=target.target,
+        picture=picture,
+        measured=text,
+        outcome=judgement.outcome,
+        tone=TEXT_CLASSES[tone],
+        reason=judgement.reason,
     )
 
 
 def _row(
-    name: str, note: str, picture: Markup, measured: str, outcome: str, tone: str, reason: str
+    *,
+    name: str,
+    note: str = "",
+    picture: Markup = NO_PICTURE,
+    measured: str = "",
+    outcome: str,
+    tone: str,
+    reason: str = "",
 ) -> LimitRow:
-    """Return a row; ``measured`` is the number, followed by its interval in brackets if any."""
+    """Return a row, with the point and the interval of ``measured`` in separate fields.
+
+    Args:
+        name: name of the limit or the number.
+        note: text below the name.
+        picture: SVG of the number.
+        measured: the number, followed by its interval in brackets if it has one.
+        outcome: outcome of the limit.
+        tone: CSS class of the outcome's colour.
+        reason: reason of the outcome.
+    """
     point, _, interval = measured.partition(" [")
     interval = interval and f"[{interval}"
     return LimitRow(name, note, picture, point, interval, outcome, tone, reason)

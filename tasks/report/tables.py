@@ -35,7 +35,10 @@ from tasks.report.cells import (
 from tasks.report.stages import stage_lines
 
 SLOWER_RATIO = 1.02
-"""Ratio of median latencies from which a remark says that a batch is slower than before."""
+"""A remark mentions a batch size if its ratio of median latencies, after to before, is above this.
+
+The lower end of the ratio's interval is compared, so that noise is not mentioned.
+"""
 
 
 def number_rows(report: Report) -> list[dict[str, str]]:
@@ -171,7 +174,7 @@ def list_remarks(report: Report) -> list[str]:
 
 
 def _slower_batches(measurement: Measurement) -> list[str]:
-    """List the batch sizes with a clearly higher median latency than before, with the ratio."""
+    """List the batch sizes with a higher median latency than before (``SLOWER_RATIO``)."""
     ratios = [
         (find_metric(number.metric), number.estimate)
         for number in measurement.numbers.numbers
