@@ -7,13 +7,13 @@ that the fault names. When you fix a bug, add the fault that restores it.
 fault.py       a fault: file, text, replacement, effect and tests
 runner.py      one fault in a copy of the repository
 formats.py     rounding, scales, clipping, selection of a table format
-layouts.py     bit packing, compiled kernels
+layouts.py     bit packing, compiled kernels, maps of rows
 lowering.py    graphs, graph passes, parity, audit
 metrics.py     metrics, intervals, rankings, score changes
 verdicts.py    limits, judgements, verdicts
 promotion.py   ledger, registry, promotions and rollbacks
-storage.py     object store, records, cache keys
-security.py    names, credentials, paths, JSON, access
+storage.py     object store, records, cache keys, schema versions
+security.py    names, credentials, paths, JSON, pages, access
 orders.py      flows, command line, orders, exit codes, outages
 training.py    distillation, pruning, calibration, training, data checks
 """

@@ -1,4 +1,7 @@
-"""One seeded fault: a small change of product code that the default test tier must detect."""
+"""One seeded fault: a small change of product code that the default test tier must detect.
+
+The product is the code of recpress without its tests.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

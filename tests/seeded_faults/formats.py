@@ -1,4 +1,7 @@
-"""Faults in table formats: rounding, scales, clipping, and the selection of a format."""
+"""Faults in table formats: rounding, scales, clipping, and the selection of a format.
+
+Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
+"""
 
 from tests.seeded_faults.fault import Fault
 

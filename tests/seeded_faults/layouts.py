@@ -1,4 +1,9 @@
-"""Faults in bit packing, compiled kernels and streamed files."""
+"""Faults in bit packing, compiled kernels and maps of rows.
+
+Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
+The planes of packed codes are the parts of a row that share their bytes: code ``j`` of every plane
+is in byte ``j``. Compiled loops are the numba kernels.
+"""
 
 from tests.seeded_faults.fault import Fault
 

@@ -1,4 +1,9 @@
-"""Faults in lowered graphs, graph passes, parity and the audit."""
+"""Faults in lowered graphs, graph passes, parity and the audit.
+
+Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
+Parity is the comparison of a graph with the torch module; the audit reads the graph that the
+runtime optimized.
+"""
 
 from tests.seeded_faults.fault import Fault
 

@@ -1,4 +1,7 @@
-"""Faults in metrics, intervals, rankings and score changes."""
+"""Faults in metrics, intervals, rankings and score changes.
+
+Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
+"""
 
 from tests.seeded_faults.fault import Fault
 

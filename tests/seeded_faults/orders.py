@@ -1,4 +1,7 @@
-"""Faults in flows, the command line, orders, exit codes and waiting for services."""
+"""Faults in flows, the command line, orders, exit codes and waiting for services.
+
+Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
+"""
 
 from tests.seeded_faults.fault import Fault
 
@@ -6,7 +9,6 @@ CLI = "tests/flows/test_cli.py"
 ORDER = "tests/flows/test_order.py"
 OUTAGES = "tests/tasks/test_outages.py"
 POLICY = "tests/tasks/test_policy.py"
-PROMOTION = "tests/tasks/test_promotion.py"
 
 FAULTS = (
     Fault(

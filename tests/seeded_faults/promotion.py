@@ -1,4 +1,8 @@
-"""Faults in the promotion ledger, the registry, and promotions and rollbacks."""
+"""Faults in the promotion ledger, the registry, and promotions and rollbacks.
+
+Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
+A judgement is the outcome of one limit; the verdict of a target is derived from its judgements.
+"""
 
 from tests.seeded_faults.fault import Fault
 
@@ -152,7 +156,7 @@ FAULTS = (
         file="tasks/promotion/promotions.py",
         old='    if outcome in {"rejected", "undecided"} and not unaccepted:\n',
         new='    if outcome in {"undecided"} and not unaccepted:\n',
-        effect="A rejected target is fetched without the option for rejected targets.",
+        effect="The graph or engine of a rejected target is fetched without --unaccepted.",
         tests=(f"{PROMOTION}::test_target_without_acceptance_is_fetched_only_with_its_option",),
     ),
 )

@@ -99,16 +99,16 @@ def copy_tracked_files(destination: Path) -> None:
     for name in filter(None, listed):
         if not (ROOT / name).is_file():
             continue  # deleted in the working tree
-        target = destination / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, target)
+        copied = destination / name
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copied)
         folders.add(Path(name).parent)
     for folder in folders:
         for pattern in CACHES:
             for cache in (ROOT / folder / "__pycache__").glob(pattern):
-                target = destination / folder / "__pycache__" / cache.name
-                target.parent.mkdir(exist_ok=True)
-                shutil.copy2(cache, target)
+                copied = destination / folder / "__pycache__" / cache.name
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copy2(cache, copied)
 
 
 def apply_fault(fault: Fault, tree: Path) -> None:

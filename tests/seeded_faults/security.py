@@ -1,4 +1,7 @@
-"""Faults in the handling of hostile names, credentials, paths, JSON and access."""
+"""Faults in the handling of hostile names, credentials, paths, JSON, pages and access.
+
+Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
+"""
 
 from tests.seeded_faults.fault import Fault
 

@@ -1,4 +1,8 @@
-"""Faults in the object store, records of results and orders, and cache keys."""
+"""Faults in the object store, records of results and orders, cache keys and schema versions.
+
+Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
+A record is a JSON file that ends with the hash of its content (its seal).
+"""
 
 from tests.seeded_faults.fault import Fault
 

@@ -1,4 +1,8 @@
-"""Faults in limits, judgements and verdicts."""
+"""Faults in limits, judgements and verdicts.
+
+Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
+A judgement is the outcome of one limit; the verdict of a target is derived from its judgements.
+"""
 
 from tests.seeded_faults.fault import Fault
 
@@ -97,7 +101,7 @@ FAULTS = (
         file="compressors/contracts/limits.py",
         old="    if (limit.at_least is not None) != spec.higher_is_better:\n        better",
         new="    if limit.bound == math.inf:\n        better",
-        effect="'auc vs baseline <= 0.002' is accepted as typed.",
+        effect="'auc vs baseline <= 0.002', which bounds the wrong side, is accepted.",
         tests=(f"{LIMITS}::test_implausible_limit_is_reported_with_the_likely_intents",),
     ),
     Fault(
