@@ -28,6 +28,7 @@ def run_one_step(checker: Checker, kind: str | None, target: str | None) -> None
     Without a step, the uncompressed network is lowered. Without a target, nothing is lowered.
     """
     rng = random.Random(checker.case.seed)
+    # TABLES and LAYERS draw steps for units with given names; VALUES and LAST need no names.
     model = checker.source
     if kind is not None:
         step = (
@@ -51,8 +52,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="check the network of one seed")
     parser.add_argument("--first", type=int, default=0, help="first seed of a range")
     parser.add_argument("--count", type=int, default=300, help="number of seeds")
-    parser.add_argument("--step", choices=sorted({**TABLES, **LAYERS, **VALUES, **LAST}))
-    parser.add_argument("--target", choices=TARGETS)
+    parser.add_argument(
+        "--step",
+        choices=sorted({**TABLES, **LAYERS, **VALUES, **LAST}),
+        help="apply only this step, with random settings",
+    )
+    parser.add_argument("--target", choices=TARGETS, help="lower only for this target")
     parser.add_argument(
         "--pass",
         dest="name",

@@ -1,4 +1,8 @@
-"""Write the bench of a random network: typical rows in the format of prepared data."""
+"""Write the bench of a random network: typical rows in the format of prepared data.
+
+Prepared data is what the task ``prepare`` writes for a split: a safetensors file with a tensor for
+each input, ``@label``, ``@group`` and ``@bounds/<input>`` (bounds of the lists of a jagged bag).
+"""
 
 from pathlib import Path
 
@@ -14,7 +18,14 @@ BENCH_ROWS = 64
 
 
 def write_bench(case: Case, module: nn.Module, tables: dict[str, int], folder: Path) -> Bench:
-    """Write a bench of typical rows in the format of prepared data, with learnable labels."""
+    """Write typical rows for each split, with labels that a step can learn.
+
+    Args:
+        case: the random network.
+        module: the network with its weights; its scores determine the labels.
+        tables: number of rows by table.
+        folder: folder for the splits.
+    """
     parts: dict[str, Split] = {}
     for seed, name in enumerate(("calibration", "train", "validation"), 70):
         rows = typical_rows(case.signature, tables, BENCH_ROWS, case.scales, seed)

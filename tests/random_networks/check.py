@@ -1,8 +1,9 @@
 """Compress a random network step by step, lower it, and compare every result with torch.
 
-A correct result is parity, or a refusal by one of recpress's error classes. Anything else is a
-``Fault``: a graph or module with other outputs, a step that violates the requirements of all steps
-(``ContractBroken``), or an unexpected exception.
+A correct result is parity (scores equal to torch's within the limits of
+``compressors/lower/parity.py``), or a refusal by one of recpress's error classes. Anything else is
+a ``Fault``: a graph or module with other outputs, a step that violates the requirements of all
+steps (``ContractBroken``), or an unexpected exception.
 
 A difference over the limit is excused only if rounding explains it. For this test torch evaluates
 the network again while the output of every layer is perturbed by the rounding error of the target's
@@ -290,6 +291,7 @@ class Checker:
             expected = self.reference_scores(model.module, graph, inputs)
             with torch.no_grad():
                 served = lowered.served(*inputs.values()).numpy()
+            # Both are torch; ``served`` also applies the policy for invalid ids.
             self._assert_same_scores(f"{where}: the policy in torch, {name} rows", expected, served)
             actual = session.scores({key: x.numpy() for key, x in inputs.items()})
             self.run_guarded(

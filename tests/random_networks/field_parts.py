@@ -1,4 +1,7 @@
-"""Parts of random networks that work on fields ``(rows, fields, dim)``, such as interactions."""
+"""Parts of random networks that work on fields ``(rows, fields, dim)``, such as interactions.
+
+``takes``, ``gives``, ``size``, ``draw`` and the setting ``form`` are explained in ``parts.py``.
+"""
 
 import random
 from typing import Any

@@ -3,6 +3,11 @@
 A seed determines the network on every machine. The weights of a module depend only on the seed and
 on the module's name, so removing some parts of a network does not change the weights of the others.
 Only the last layers, which ``spread_scores`` scales, depend on the whole network.
+
+A spec describes one part: ``name``, ``kind`` (its class), ``settings``, and the names of what it
+reads: ``takes`` (other parts) or ``inputs``. With ``shares`` it uses the table module of the named
+part, with ``ties`` only the table's weight. ``head`` holds the settings of the last layers
+(``RandomNetwork`` and ``Tower`` in ``network.py``).
 """
 
 import copy
@@ -254,7 +259,7 @@ def _click_model(seed: int, rng: random.Random) -> Case:
 
 
 def _two_tower_model(seed: int, rng: random.Random) -> Case:
-    width, unit = rng.choice((3, 8, 16)), rng.choice(("function", "division", "none"))
+    width, normalize = rng.choice((3, 8, 16)), rng.choice(("function", "division", "none"))
     towers = {}
     for side in ("query", "item"):
         towers[side] = Composer(rng, side[0], f"{side}.graph")
@@ -273,7 +278,10 @@ def _two_tower_model(seed: int, rng: random.Random) -> Case:
         },
     )
     config = {
-        side: {"parts": tower.parts, "head": {"reads": tower.leaves, "unit": unit, "width": width}}
+        side: {
+            "parts": tower.parts,
+            "head": {"reads": tower.leaves, "normalize": normalize, "width": width},
+        }
         for side, tower in towers.items()
     }
     scales = {**towers["query"].scales, **towers["item"].scales}

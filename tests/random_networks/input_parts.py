@@ -2,7 +2,8 @@
 
 These parts are called with input tensors instead of outputs of other parts. ``input_specs`` returns
 the inputs of a part with given settings as ``(kind of input, shape)``; the generator builds the
-signature from them.
+signature from them. ``takes``, ``gives``, ``size`` and ``draw`` are explained in ``parts.py``. In
+``DIMS`` and ``ROWS``, repeated values are drawn more often.
 """
 
 import random

@@ -61,7 +61,7 @@ def edge_rows(
     id_inputs = [item for item in signature.inputs if not isinstance(item, DenseInput)]
     # Only the number of edge cases is used here; it is the same for a table of 9 rows.
     edges = [(item.name, edge) for item in id_inputs for edge in range(len(_edges(item, high=9)))]
-    count = len(edges) + 6
+    count = len(edges) + 6  # 6 rows in which all inputs are edge cases
     rng = random.Random(f"edges {seed}")
     rows = typical_rows(signature, tables, count, scales, seed + 17)
     for item in id_inputs:
@@ -119,18 +119,18 @@ def _usual_ids(item: AnyInput, high: int, rng: random.Random) -> list[int]:
 
 def _edges(item: AnyInput, high: int) -> list[list[int]]:
     """Return edge-case lists of ids; their number does not depend on ``high``."""
-    bad = [-1, high, high + 7, 2**31 - 1, -(2**31)]
+    invalid_ids = [-1, high, high + 7, 2**31 - 1, -(2**31)]
     if item.dtype == "int64":
-        bad.append(2**40)
+        invalid_ids.append(2**40)
     width, last = _width(item), high - 1
     if isinstance(item, JaggedBag | PaddedBag):
         full = [[0] * width, [last] * width, [last], []]
         middle = [[last, *[0] * (width - 2), last][:width]] if width > 1 else [[0]]
         last_only = [[*[0] * (width - 1), last]]
-        refused = [[*[last] * (width - 1), value] for value in bad] + [[bad[0]]]
+        refused = [[*[last] * (width - 1), value] for value in invalid_ids] + [[invalid_ids[0]]]
         long = [[0] * (width + 1)] if isinstance(item, JaggedBag) else []
         return [*full, *middle, *last_only, *refused, *long]
-    return [[0] * width, [last] * width, *([*[0] * (width - 1), value] for value in bad)]
+    return [[0] * width, [last] * width, *([*[0] * (width - 1), value] for value in invalid_ids)]
 
 
 def _packed(item: AnyInput, lists: list[list[int]]) -> Rows:
@@ -139,8 +139,8 @@ def _packed(item: AnyInput, lists: list[list[int]]) -> Rows:
     if isinstance(item, JaggedBag):
         lengths = torch.tensor([len(ids) for ids in lists], dtype=torch.int64)
         values = torch.tensor([i for ids in lists for i in ids], dtype=dtype)
-        second = lengths if item.layout == "lengths" else lengths.cumsum(0) - lengths
-        return dict(zip(tensor_names(item), (values, second), strict=True))
+        bounds_or_lengths = lengths if item.layout == "lengths" else lengths.cumsum(0) - lengths
+        return dict(zip(tensor_names(item), (values, bounds_or_lengths), strict=True))
     if isinstance(item, PaddedBag):
         lists = [[*ids, *[item.padding_id] * (item.shape[0] - len(ids))] for ids in lists]
     ids = torch.tensor(lists, dtype=dtype)
@@ -152,11 +152,11 @@ def ids_of_rows(item: AnyInput, rows: Rows) -> list[list[int]]:
     if not isinstance(item, JaggedBag):
         ids = rows[item.name]
         return ids.reshape(len(ids), -1).tolist()
-    values, second = (rows[name].tolist() for name in tensor_names(item))
+    values, bounds_or_lengths = (rows[name].tolist() for name in tensor_names(item))
     if item.layout == "lengths":
-        starts = [sum(second[:row]) for row in range(len(second))]
+        starts = [sum(bounds_or_lengths[:row]) for row in range(len(bounds_or_lengths))]
     else:
-        starts = second
+        starts = bounds_or_lengths
     ends = [*starts[1:], len(values)]
     return [values[start:end] for start, end in zip(starts, ends, strict=True)]
 
@@ -175,17 +175,17 @@ def replace_invalid_ids(
         if isinstance(item, DenseInput):
             continue
         lists, high = ids_of_rows(item, rows), tables[item.table]
-        bad = []
+        is_refused = []
         for row, ids in enumerate(lists):
             outside = [not 0 <= i < high for i in ids]
             long = isinstance(item, JaggedBag) and len(ids) > item.shape[0]
-            bad.append((item.out_of_range == "error" and any(outside)) or long)
+            is_refused.append((item.out_of_range == "error" and any(outside)) or long)
             replacement = item.default_row if item.out_of_range == "default_row" else None
             lists[row] = [
                 i if not out else (min(max(i, 0), high - 1) if replacement is None else replacement)
                 for i, out in zip(ids, outside, strict=True)
             ]
-        item_refused = torch.tensor(bad)
+        item_refused = torch.tensor(is_refused)
         refused = item_refused if refused is None else refused | item_refused
         within |= _packed(item, lists)
     if refused is None:

@@ -52,10 +52,11 @@ def convert(value: Value, have: str, need: str) -> Value:
 
 
 class Graph(nn.Module):
-    """Parts in order; each spec names the parts or inputs that the part reads.
+    """Parts in order; each spec describes one part and names the parts or inputs that it reads.
 
-    In a spec, ``shares`` names a part whose table module the part uses, and ``ties`` a part whose
-    table weight it uses.
+    A spec has ``name``, ``kind`` (class of the part), ``settings``, and ``takes`` (parts that it
+    reads) or ``inputs`` (arguments of the network that it reads). ``shares`` names a part whose
+    table module the part uses, and ``ties`` a part whose table weight it uses.
     """
 
     def __init__(self, parts: list[dict[str, Any]]) -> None:
@@ -110,6 +111,9 @@ class RandomNetwork(nn.Module):
     In ``head``, ``reads`` names the parts whose outputs are concatenated for the output layer.
     ``wide`` names parts of width 1 that are added to the logit directly. ``squeeze`` is the way in
     which the last dimension of the logits is removed, or ``keep``.
+
+    ``widths`` and ``activation`` belong to the hidden layers, ``norm`` is whether a batch norm
+    precedes them, and ``probability`` is whether the output is a probability.
     """
 
     def __init__(self, parts: list[dict[str, Any]], head: dict[str, Any]) -> None:
@@ -123,9 +127,9 @@ class RandomNetwork(nn.Module):
         self.scale = None if head["norm"] else nn.Parameter(torch.ones(width))
         self.wide_scale = nn.Parameter(torch.ones(max(len(self.wide), 1)))
         layers: list[nn.Module] = []
-        for after in head["widths"]:
-            layers += [nn.Linear(width, after), activation(head["activation"], after)]
-            width = after
+        for next_width in head["widths"]:
+            layers += [nn.Linear(width, next_width), activation(head["activation"], next_width)]
+            width = next_width
         self.hidden = nn.Sequential(*layers)
         self.output = nn.Linear(width, 1)
         self.offset = nn.Parameter(torch.zeros(1))
@@ -165,22 +169,23 @@ class RandomNetwork(nn.Module):
 class Tower(nn.Module):
     """One tower of a retrieval model, with one vector per row.
 
-    In ``head``, ``unit`` is the way in which the vector is normalized to length 1, or ``none``.
+    In ``head``, ``reads`` names the parts whose outputs are concatenated, ``width`` is the width of
+    the vector, and ``normalize`` is the way in which it is scaled to length 1, or ``none``.
     """
 
     def __init__(self, parts: list[dict[str, Any]], head: dict[str, Any]) -> None:
         super().__init__()
         self.graph = Graph(parts)
-        self.reads, self.unit = head["reads"], head["unit"]
+        self.reads, self.normalize = head["reads"], head["normalize"]
         width = sum(self.graph.sizes[name][0] for name in self.reads)
         self.output = nn.Linear(width, head["width"])
 
     def forward(self, **inputs: Tensor) -> Tensor:
         values = self.graph.values(inputs)
         vector = self.output(torch.cat([values[name] for name in self.reads], dim=1))
-        if self.unit == "function":
+        if self.normalize == "function":
             return F.normalize(vector, dim=-1)
-        if self.unit == "division":
+        if self.normalize == "division":
             return vector / (vector.norm(dim=1, keepdim=True) + 1e-12)
         return vector
 

@@ -3,7 +3,9 @@
 A part is a small module. ``takes`` and ``gives`` are the kinds of its inputs and of its output: a
 ``vector`` is ``(rows, width)``, ``fields`` are ``(rows, fields, dim)``, and a ``sequence`` is
 ``(rows, length, dim)`` with a mask ``(rows, length)``. ``size`` is the shape of the output without
-the rows. ``draw`` draws settings; input sizes and settings are enough to build the part again.
+the rows. ``draw`` draws settings; input sizes and settings are enough to build the part again. The
+setting ``form`` selects one of several formulas of a part, or one of several ways to write it in
+PyTorch.
 """
 
 import random
@@ -134,13 +136,13 @@ class MLP(Part):
         super().__init__()
         layers: list[nn.Module] = []
         (width,) = sizes[0]
-        for after in widths:
-            layers.append(nn.Linear(width, after, bias=more["bias"]))
-            pair = [norm(more["norm"], after), activation(more["activation"], after)]
+        for next_width in widths:
+            layers.append(nn.Linear(width, next_width, bias=more["bias"]))
+            pair = [norm(more["norm"], next_width), activation(more["activation"], next_width)]
             layers += pair if more["norm_first"] else pair[::-1]
             if more["dropout"]:
                 layers.append(nn.Dropout(more["dropout"]))
-            width = after
+            width = next_width
         self.layers = nn.Sequential(*layers)
         self.size = (width,)
 
@@ -191,9 +193,9 @@ class CrossV1(Part):
         self.size = (width,)
 
     def forward(self, x: Tensor) -> Tensor:
-        first = x
+        x0 = x
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            x = first * torch.matmul(x, weight) + bias + x
+            x = x0 * torch.matmul(x, weight) + bias + x
         return x
 
 
@@ -217,9 +219,9 @@ class CrossV2(Part):
         self.size = (width,)
 
     def forward(self, x: Tensor) -> Tensor:
-        first = x
+        x0 = x
         for layer in self.layers:
-            x = first * layer(x) + x
+            x = x0 * layer(x) + x
         return x
 
 
@@ -297,12 +299,12 @@ class Experts(Part):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         stacked = torch.stack([expert(x) for expert in self.experts], dim=1)
-        share = self.gate(context).softmax(dim=1)  # (rows, experts)
+        gates = self.gate(context).softmax(dim=1)  # (rows, experts)
         if self.form == "einsum":
-            return torch.einsum("be,bed->bd", share, stacked)
+            return torch.einsum("be,bed->bd", gates, stacked)
         if self.form == "bmm":
-            return torch.bmm(share.unsqueeze(1), stacked).squeeze(1)
-        return (stacked * share.unsqueeze(-1)).sum(dim=1)
+            return torch.bmm(gates.unsqueeze(1), stacked).squeeze(1)
+        return (stacked * gates.unsqueeze(-1)).sum(dim=1)
 
 
 @part

@@ -69,7 +69,7 @@ def check_mixed_formats(checker: Checker, number: int, target: TargetName | None
 
 
 def _kinds(draws: dict[str, Any], retrieval: bool) -> list[str]:
-    """Return the formats for a task; formats that train need labels, which retrieval data lacks."""
+    """Return the kinds of steps in ``draws``; for retrieval models, without unsupported ones."""
     excluded = {"qat", "additive_codes", "drop_tables"} if retrieval else set()
     return sorted(draws.keys() - excluded)
 
@@ -77,7 +77,18 @@ def _kinds(draws: dict[str, Any], retrieval: bool) -> list[str]:
 def assign_formats(
     rng: random.Random, units: Sequence[str], kinds: Sequence[str], first: int
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """Assign formats to units; over a range of seeds every format is used."""
+    """Assign formats to units, and leave some units in float32.
+
+    Args:
+        rng: shuffles the units and selects those that stay in float32.
+        units: names of tables or layers.
+        kinds: kinds of the steps that apply a format; units receive them in turn.
+        first: number whose triple is the index of the first format, so that over a range of
+            numbers every format is used.
+
+    Returns:
+        Each used kind with the names of its units.
+    """
     shuffled = rng.sample(list(units), len(units))
     units_by_format: dict[str, list[str]] = {}
     for index, unit in enumerate(shuffled):

@@ -35,24 +35,24 @@ class QuantizedInputLinear(nn.Module):
     def __init__(self, layer: PackedLinear) -> None:
         super().__init__()
         stored = {name: value.detach().clone() for name, value in layer.named_buffers()}
-        self.layer, self.stored, self.form = layer, stored, layer.storage.name
+        self.layer, self.stored, self.format_name = layer, stored, layer.storage.name
         self.weight = decoded_layer(layer)
         self.bias = stored["bias"].float() if "bias" in stored else None
-        if self.form == "static_int8":  # stored as a multiple of the product of both scales
-            step = stored["weight_scale"] * stored["input_scale"]
-            self.bias = torch.round(self.bias / step) * step
+        if self.format_name == "static_int8":  # stored as a multiple of the product of both scales
+            bias_scale = stored["weight_scale"] * stored["input_scale"]
+            self.bias = torch.round(self.bias / bias_scale) * bias_scale
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self._quantize(x), self.weight, self.bias)
 
     def _quantize(self, x: Tensor) -> Tensor:
-        if self.form == "static_int8":
+        if self.format_name == "static_int8":
             scale = self.stored["input_scale"]
             return torch.clamp(torch.round(x / scale), -128, 127) * scale
-        if self.form == "float8_dense":
+        if self.format_name == "float8_dense":
             scale = self.stored["input_scale"]
             return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-        if self.form in ("weight_int8", "weight_int4"):
+        if self.format_name in ("weight_int8", "weight_int4"):
             layout = LayoutSettings.of(self.layer.settings)
             if layout.activations == "int8":
                 return _quantize_blocks(x, self._block_width(layout.block))
@@ -135,8 +135,8 @@ def decoded_network(packed: nn.Module, plain: nn.Module) -> tuple[nn.Module, lis
             old = reference.get_submodule(name)
             if isinstance(module, PackedLinear):
                 new: nn.Module = QuantizedInputLinear(module)
-                form = module.storage.name
-                faults += _error_over_limit(name, form, old.weight.detach(), new.weight)
+                format_name = module.storage.name
+                faults += _error_over_limit(name, format_name, old.weight.detach(), new.weight)
             else:
                 new = nn.Linear(module.in_features, module.out_features)
                 new.weight = nn.Parameter(decoded_layer(module), requires_grad=False)
@@ -166,10 +166,11 @@ def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[key] = new
 
 
-def _error_over_limit(name: str, form: str, weight: Tensor, decoded: Tensor) -> list[str]:
-    limit = MAX_DECODED_ERROR.get(form)
+def _error_over_limit(name: str, format_name: str, weight: Tensor, decoded: Tensor) -> list[str]:
+    limit = MAX_DECODED_ERROR.get(format_name)
     size = float(weight.square().mean().sqrt())
     error = float((decoded - weight).square().mean().sqrt())
     if limit is None or error <= limit * size + 1e-7:
         return []
-    return [f"{name} decoded from {form} differs by {error / max(size, 1e-30):.2g} of its size"]
+    ratio = error / max(size, 1e-30)
+    return [f"{name} decoded from {format_name} differs by {ratio:.2g} of its size"]

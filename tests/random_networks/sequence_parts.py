@@ -2,6 +2,8 @@
 
 A sequence is ``(rows, length, dim)`` with a mask ``(rows, length)``, True at valid positions. A row
 may have no valid position, like the history of a new user.
+
+``takes``, ``gives``, ``size``, ``draw`` and the setting ``form`` are explained in ``parts.py``.
 """
 
 import random
@@ -82,7 +84,10 @@ class MaskedMax(Part):
 
 @part
 class TargetAttention(Part):
-    """Attention of DIN: a small network scores each position against a target."""
+    """Attention of DIN: a small network scores each position against a second input.
+
+    In DIN this input, the target, is the item whose click is predicted.
+    """
 
     takes = ("sequence", "vector")
 
@@ -96,8 +101,8 @@ class TargetAttention(Part):
 
     def __init__(self, sizes: Sizes, *, width: int, weights: str, **more: Any) -> None:
         super().__init__()
-        (_, dim), (target,) = sizes
-        self.project = nn.Linear(target, dim)
+        (_, dim), (target_width,) = sizes
+        self.project = nn.Linear(target_width, dim)
         self.hidden, self.score = nn.Linear(4 * dim, width), nn.Linear(width, 1)
         self.activation = activation(more["activation"], width)
         self.weights, self.size = weights, (dim,)

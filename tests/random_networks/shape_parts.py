@@ -1,4 +1,7 @@
-"""Parts of random networks that reorder the elements of a vector, or transform each element."""
+"""Parts of random networks that reorder the elements of a vector, or transform each element.
+
+``takes``, ``gives``, ``size``, ``draw`` and the setting ``form`` are explained in ``parts.py``.
+"""
 
 import random
 from typing import Any
@@ -50,7 +53,8 @@ class Elementwise(Part):
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
-        return {"form": rng.choice(("log1p", "clip", "tanh", "scale", "unit", "softmax", "where"))}
+        forms = ("log1p", "clip", "tanh", "scale", "normalize", "softmax", "where")
+        return {"form": rng.choice(forms)}
 
     def __init__(self, sizes: Sizes, *, form: str) -> None:
         super().__init__()
@@ -65,7 +69,7 @@ class Elementwise(Part):
                 return x.clamp(-3, 3)
             case "tanh":
                 return torch.tanh(x * self.scale)
-            case "unit":
+            case "normalize":
                 return F.normalize(x, dim=-1)
             case "softmax":
                 return torch.softmax(x, dim=-1) * self.scale

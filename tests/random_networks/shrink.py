@@ -1,4 +1,8 @@
-"""Reduce a failing network while it still fails: fewer parts and inputs, simpler settings."""
+"""Reduce a failing network while it still fails: fewer parts and inputs, simpler settings.
+
+A side is the config of one tower, or of the whole network if it has none: ``parts`` (specs) and
+``head``, as ``network.py`` describes them.
+"""
 
 import copy
 import time
@@ -80,7 +84,7 @@ def _simpler_heads(case: Case, path: str, side: dict[str, Any]) -> Iterator[Case
         changed = copy.deepcopy(side)
         changed["head"]["reads"].remove(name)
         yield from _changed(case, path, changed)
-    simple = {"wide": [], "widths": [], "norm": False, "squeeze": "one", "unit": "none"}
+    simple = {"wide": [], "widths": [], "norm": False, "squeeze": "one", "normalize": "none"}
     for key, value in simple.items():
         if key in head and head[key] != value:
             changed = copy.deepcopy(side)

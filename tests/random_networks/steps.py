@@ -57,6 +57,8 @@ Draw = Callable[[random.Random, tuple[str, ...]], Any]
 
 
 def _uniform_format(kind: Any) -> Draw:
+    """Return a function that draws a step of class ``kind`` for a row-wise format."""
+
     def draw(rng: random.Random, names: tuple[str, ...]) -> Any:
         settings = {} if kind is Float8E4M3 else {"symmetric": rng.random() < 0.5}
         if kind is not Float8E4M3:
@@ -70,12 +72,15 @@ def _uniform_format(kind: Any) -> Draw:
 
 
 def _table_step(kind: Any, **ranges: tuple[Any, ...]) -> Draw:
+    """Return a function that draws a step of class ``kind``, each setting from its ``ranges``."""
+
     def draw(rng: random.Random, names: tuple[str, ...]) -> Any:
         return kind(tables=names, **{key: rng.choice(values) for key, values in ranges.items()})
 
     return draw
 
 
+# Steps for tables by kind: formats, and methods that replace a table.
 TABLES: dict[str, Draw] = {
     "rowwise_int8": _uniform_format(RowwiseInt8),
     "rowwise_int4": _uniform_format(RowwiseInt4),
@@ -130,6 +135,8 @@ COMPOSING = {
 
 
 def _dense_step(kind: Any, **ranges: tuple[Any, ...]) -> Draw:
+    """Return the same as ``_table_step``, for a step that names dense layers."""
+
     def draw(rng: random.Random, names: tuple[str, ...]) -> Any:
         return kind(layers=names, **{key: rng.choice(values) for key, values in ranges.items()})
 
@@ -141,6 +148,7 @@ BLOCKS = {
     "scale": ("float16", "float32"),
     "activations": ("float32", "int8"),
 }
+# Steps for dense layers by kind: formats, and low rank.
 LAYERS: dict[str, Draw] = {
     "static_int8": _dense_step(
         StaticInt8, calibrator=("min_max", "mse", "percentile"), weights=("min_max", "mse")
@@ -153,7 +161,9 @@ LAYERS: dict[str, Draw] = {
     "low_rank_dense": _dense_step(LowRankDense, rank=(0.25, 0.5), weighted=(True, False)),
     "qat": _dense_step(QAT, training=(SHORT_TRAINING,)),
 }
-TRAINS = {"qat"}  # also changes other layers, so it runs alone
+TRAINS = {"qat"}
+"""Formats whose step also trains weights and norms, so that it is checked alone."""
+# Steps that change values or shapes of the whole network, not the format.
 VALUES: dict[str, Callable[[random.Random], Any]] = {
     "fold": lambda _: Fold(),
     "equalize": lambda _: Equalize(),
