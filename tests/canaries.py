@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
+# Variables that are a secret, or an address that may contain one.
 SECRETS = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -37,7 +38,7 @@ class Canaries:
     values: Mapping[str, str]
 
     def of(self, name: str) -> str:
-        """Return the secret of a variable."""
+        """Return the secret of the variable ``name``."""
         return self.values[name]
 
     def in_address(self, name: str) -> str:

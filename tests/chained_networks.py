@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class NormFirst(nn.Module):
-    """A batch norm before a Linear, one after a Linear without bias, and one before a sum."""
+    """Batch norms: ``first`` before a Linear, ``second`` after one, ``third`` before a sum."""
 
     def __init__(self, width: int = 16, bias: bool = True) -> None:
         super().__init__()
@@ -66,8 +66,8 @@ class Block(nn.Module):
     def forward(self, user: Tensor, history: Tensor) -> Tensor:
         x = self.item(history) + self.user(user).unsqueeze(1)  # (rows, length, dim)
         y = self.first(x)
-        fit = self.query(y) @ self.key(y).transpose(1, 2)  # (rows, length, length)
-        x = x + self.mix((fit / fit.shape[-1]).softmax(dim=2) @ self.value(y))
+        attention = self.query(y) @ self.key(y).transpose(1, 2)  # (rows, length, length)
+        x = x + self.mix((attention / attention.shape[-1]).softmax(dim=2) @ self.value(y))
         x = x + self.down(F.relu(self.up(self.second(x))))
         score: Tensor = self.out(self.last(x[:, 0])).squeeze(1)
         return score

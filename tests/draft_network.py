@@ -32,7 +32,7 @@ class ClickNet(nn.Module):
     def forward(
         self, user: Tensor, item: Tensor, tags: Tensor, tags_offsets: Tensor, dense: Tensor
     ) -> Tensor:
-        """Return logits ``(rows,)``; ids are ``(rows,)``, ``dense`` is ``(rows, width)``."""
+        """Return logits ``(rows,)``; ids are ``(rows,)``, ``dense`` is ``(rows, dense)``."""
         bag = self.tags(tags, tags_offsets)  # (rows, dim)
         wide = torch.cat([self.user(user), self.item(item), bag, dense], dim=1)  # (rows, width)
         crossed = wide * self.cross(wide) + wide  # (rows, width)
@@ -68,7 +68,7 @@ class ItemTower(nn.Module):
         self.out = nn.Linear(2 * dim + dense, dim)
 
     def forward(self, item: Tensor, tags: Tensor, tags_offsets: Tensor, dense: Tensor) -> Tensor:
-        """Return vectors ``(rows, dim)``; ids are ``(rows,)``, ``dense`` is ``(rows, width)``."""
+        """Return vectors ``(rows, dim)``; ids are ``(rows,)``, ``dense`` is ``(rows, dense)``."""
         features = torch.cat([self.item(item), self.tags(tags, tags_offsets), dense], dim=1)
         vectors: Tensor = self.out(features)
         return vectors

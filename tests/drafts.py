@@ -1,7 +1,8 @@
 """Write small drafts of bundles, and run recpress on them in a child process.
 
-The weights are random, and labels are drawn with the network's probabilities. Therefore no other
-network fits the data better, and compression can only lower the quality.
+The weights are random, and labels are drawn with the network's probabilities (the network is
+"planted" in the data). Therefore no other network fits the data better, and compression can only
+lower the quality.
 """
 
 import json
@@ -74,8 +75,9 @@ def write_draft(
     with torch.no_grad():
         logits = _compute_logits(model, columns["train"])
         model.out.weight *= SPREAD / logits.std()
+        # Mean logit -0.5: fewer than half of the labels are positive.
         model.out.bias.copy_(-(logits * SPREAD / logits.std()).mean() - 0.5)
-    start = 0
+    start = 0  # number of the first row of a split; "at" is the column with the time of a row
     for split, columns_of_split in columns.items():
         with torch.no_grad():
             logits = _compute_logits(model, columns_of_split).numpy()

@@ -54,8 +54,8 @@ def tables(largest: float = 6e4) -> st.SearchStrategy[Tensor]:
         return torch.from_numpy((shifted * scales[:, None]).astype(np.float32))
 
     shapes = st.tuples(st.integers(1, 5), st.integers(1, 9))
-    unit = st.floats(-1, 1, width=32, allow_subnormal=False)
-    values = arrays.arrays(np.float32, shapes, elements=unit)
+    fractions = st.floats(-1, 1, width=32, allow_subnormal=False)
+    values = arrays.arrays(np.float32, shapes, elements=fractions)
     shift = st.floats(-0.99, 0.99)
     return st.tuples(values, st.floats(-8, np.log10(largest)), shift).map(scaled)
 
@@ -68,7 +68,7 @@ def random_normal(rows: int, dim: int, seed: int = 3) -> Tensor:
 def round_trip(table: Tensor, grid: Grid) -> tuple[Tensor, FittedRange]:
     """Quantize and dequantize a table; return the weights, and scale and offset of each row."""
     fitted = fit(table, grid)
-    entries = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
-    scale, offset = (None if part is None else part[entries] for part in fitted)
+    scale_indices = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
+    scale, offset = (None if part is None else part[scale_indices] for part in fitted)
     assert scale is not None
     return decode_multiples(nearest(table, fitted, grid), scale, offset), FittedRange(scale, offset)

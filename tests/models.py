@@ -254,8 +254,9 @@ class Attention(nn.Module):
     def forward(self, user: Tensor, history: Tensor) -> Tensor:
         rows = self.item(history)  # (rows, length, dim)
         keys, values = F.relu(self.key(rows)), self.value(rows)
-        fit = (keys * self.user(user).unsqueeze(1)).sum(dim=2)  # (rows, length)
-        attended = torch.matmul(fit.softmax(dim=1).unsqueeze(1), values).squeeze(1)  # (rows, dim)
+        scores = (keys * self.user(user).unsqueeze(1)).sum(dim=2)  # (rows, length)
+        weights = scores.softmax(dim=1).unsqueeze(1)  # (rows, 1, length)
+        attended = torch.matmul(weights, values).squeeze(1)  # (rows, dim)
         score: Tensor = self.out(attended).squeeze(1)
         return score
 

@@ -1,7 +1,8 @@
 """Networks for tests of channel pruning: layers that can be narrower, and layers that cannot.
 
 A width can be pruned if it is a constructor argument and no code depends on single channels.
-``SCHEMA``, ``HISTORY``, ``RATE`` and ``RETRIEVAL`` are the signatures of these networks.
+``SCHEMA`` (a logit), ``HISTORY`` (a padded bag instead of the user), ``RATE`` (a probability) and
+``RETRIEVAL`` (two towers) are the signatures of these networks.
 """
 
 from collections.abc import Sequence
@@ -50,7 +51,10 @@ RETRIEVAL = Signature.model_validate(
 
 
 class ResidualConcatNet(nn.Module):
-    """A residual sum of two layers, concatenated with a second branch that has a norm."""
+    """A residual sum of ``left`` and ``again``, concatenated with ``right``, which has a norm.
+
+    ``left`` and ``again`` have one width, the argument ``left``: their channels are added.
+    """
 
     def __init__(self, left: int = 16, right: int = 24, deep: int = 32) -> None:
         super().__init__()
@@ -197,7 +201,7 @@ class SplitConcatNet(nn.Module):
 class SharedLayerNet(nn.Module):
     """One layer under two names, a norm without weights, and the activation ``act``.
 
-    ``top`` is the upper bound of the channels that the output layer reads.
+    ``top`` is the upper bound to which the values that the output layer reads are clamped.
     """
 
     def __init__(
@@ -273,8 +277,8 @@ class TransformerBlock(nn.Module):
         y = self.norm(x)
         three = self.qkv(y).chunk(3, dim=-1) if self.fused else (self.q(y), self.k(y), self.v(y))
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in three)
-        fit = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
-        x = x + self.mix((fit @ v).transpose(1, 2).flatten(2))
+        attention = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
+        x = x + self.mix((attention @ v).transpose(1, 2).flatten(2))
         out: Tensor = x + self.down(F.gelu(self.up(self.norm_ffn(x))))
         return out
 
@@ -335,10 +339,10 @@ class LowRankCrossNet(nn.Module):
         self.out = nn.Linear(last, 1)
 
     def forward(self, user: Tensor, price: Tensor) -> Tensor:
-        first = torch.cat([self.user(user), price], dim=1)
-        x = first
+        x0 = torch.cat([self.user(user), price], dim=1)
+        x = x0
         for down, up in zip(self.down, self.up, strict=True):
-            x = first * up(down(x)) + x
+            x = x0 * up(down(x)) + x
         score: Tensor = self.out(self.deep(x))
         return score
 

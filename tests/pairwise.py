@@ -22,6 +22,7 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
         Combinations, each with one value of every axis, in the order of the axes.
     """
     indices = [range(len(axis)) for axis in axes]
+    # A pair is (axis, index of its value, later axis, index of its value), as in ``Pair``.
     uncovered = {
         (first, a, second, b): None
         for first, second in itertools.combinations(range(len(axes)), 2)

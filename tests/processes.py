@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-LISTENING = "0A"
+LISTENING = "0A"  # state of a listening socket in /proc/net/tcp
 
 
 def process_tree(pid: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Write a small draft of a retrieval model, with interactions drawn from the network's scores.
 
-Therefore no other network fits the data better, and compression can only lower the quality.
+Therefore (the network is "planted" in the data) no other network fits it better, and compression
+can only lower the quality.
 """
 
 import json
@@ -56,7 +57,8 @@ def write_retrieval_draft(
 ) -> Path:
     """Write ``model.json``, the weights and the parquet files; return the folder.
 
-    ``share`` ties the tables of tags of both towers, ``changes`` replace fields of the signature.
+    ``share`` ties the tables of tags of both towers (``module`` or ``weight``, see ``TowerNet``);
+    ``changes`` replace fields of the signature.
     """
     config = CONFIG | ({"share": share} if share else {})
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,17 +84,17 @@ def write_retrieval_draft(
         model.of_user.second.bias *= SPREAD / scores.std()
         scores = all_scores(model, lately, items)
     # Sorting scores plus Gumbel noise samples items without replacement from their softmax.
-    items_in_order = np.argsort(-(scores + random.gumbel(size=scores.shape)), axis=1)
-    first = 0
+    ranked_items = np.argsort(-(scores + random.gumbel(size=scores.shape)), axis=1)
+    start = 0
     for split, per_user in INTERACTIONS_PER_USER.items():
-        items_of_split = items_in_order[:, first : first + per_user]
-        first += per_user
+        items_of_split = ranked_items[:, start : start + per_user]
+        start += per_user
         user = np.repeat(np.arange(USERS), per_user)
-        order = random.permutation(user.size)
+        shuffled = random.permutation(user.size)
         columns = {
-            "user": pa.array(user[order]),
-            "lately": lately.take(pa.array(user[order])),
-            "item": pa.array(ids[items_of_split.reshape(-1)[order]]),
+            "user": pa.array(user[shuffled]),
+            "lately": lately.take(pa.array(user[shuffled])),
+            "item": pa.array(ids[items_of_split.reshape(-1)[shuffled]]),
         }
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
     weights = model.state_dict()

@@ -31,8 +31,8 @@ SMALLEST = {np.float16: np.float32(2.0**-24), np.float32: np.finfo(np.float32).t
 class StoredRows:
     """The stored tensors of a table.
 
-    ``codes`` uint8 ``(rows, bytes)``; ``scale`` ``(ranges, 1)`` in the stored type; ``offset``
-    likewise, or None.
+    ``codes`` uint8 ``(rows, bytes)``; ``scale`` ``(scales, 1)`` in the stored type, one for each
+    group of ``rows_per_scale`` rows; ``offset`` likewise, or None.
     """
 
     codes: Bytes
@@ -137,7 +137,7 @@ def encode_float8_rows(table: Floats, rows_per_scale: int, scale_type: str) -> S
         scale = _stored_scale(np.abs(rows).max() / np.float32(448), 448, stored_type)
         magnitude = np.minimum(np.abs(rows / np.float32(scale)), numbers[-1])
         upper = np.searchsorted(numbers, magnitude).clip(1)
-        middle = (numbers[upper - 1] + numbers[upper]) / 2  # exact: neighbours share a step
+        middle = (numbers[upper - 1] + numbers[upper]) / 2  # exact in float32
         odd = upper % 2 == 1  # of two neighbours the even byte has the even mantissa
         nearest = np.where((magnitude > middle) | ((magnitude == middle) & ~odd), upper, upper - 1)
         codes.append(nearest.astype(np.uint8) | np.where(np.signbit(rows), 128, 0).astype(np.uint8))

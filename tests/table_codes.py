@@ -73,9 +73,10 @@ def decoded_rows(step: TableStep, table: Tensor) -> Tensor:
 
 def tables(largest: int = 60) -> st.SearchStrategy[Tensor]:
     """Return a strategy for float32 tables of 2 to ``largest`` rows, of three scales."""
-    unit = st.floats(-1, 1, width=32, allow_subnormal=False).map(lambda x: np.float32(round(x, 2)))
+    fractions = st.floats(-1, 1, width=32, allow_subnormal=False)
+    fractions = fractions.map(lambda x: np.float32(round(x, 2)))
     shapes = st.tuples(st.integers(2, largest), st.integers(1, 9))
-    values = arrays.arrays(np.float32, shapes, elements=unit)
+    values = arrays.arrays(np.float32, shapes, elements=fractions)
     scales = st.sampled_from([1e-3, 1.0, 1e3])
     return st.tuples(values, scales).map(
         lambda values_and_scale: torch.from_numpy(values_and_scale[0]) * values_and_scale[1]

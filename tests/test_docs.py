@@ -1,4 +1,4 @@
-"""The documentation: links point to existing targets, and pages cover every method and setting."""
+"""The documentation: links point to existing files and headings; pages cover every setting."""
 
 import re
 import unicodedata

@@ -151,8 +151,8 @@ def test_difference_in_operators_names_the_operator_and_both_counts():
 
 def test_difference_in_the_last_bits_is_reported_with_equal_statistics():
     key = "mixed 1 | click | torch | scores"
-    kind, _, statistics = RECORD[key].split(" ", 2)
-    (line,) = differences_after_change(key, f"{kind} {'0' * 16} {statistics}")
+    dtype_and_shape, _, statistics = RECORD[key].split(" ", 2)
+    (line,) = differences_after_change(key, f"{dtype_and_shape} {'0' * 16} {statistics}")
     assert line.endswith("(mean and rms within 0.1%)")
 
 

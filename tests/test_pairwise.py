@@ -31,6 +31,7 @@ def test_a_cover_is_much_smaller_than_the_product():
     axes = AXES["mixed"]
     # The minimum is the product of the two longest axes; a greedy cover is slightly longer.
     assert 9 * 5 <= len(pairwise(*axes)) <= 1.2 * 9 * 5 < math.prod(map(len, axes)) / 6
+    # 10 axes of two values have 1,024 combinations; a cover needs at least 6.
     assert len(pairwise(*AXES["many of two"])) <= 12
 
 

@@ -46,6 +46,7 @@ def format_faults(findings: Findings) -> str:
 def test_a_random_network_has_parity_in_mixed_formats(seed, target):
     result = run_check(
         generate(seed),
+        # ``number`` selects the assignment of formats; that there are seven is arbitrary.
         lambda checker: check_mixed_formats(checker, number=seed % 7, target=target) and None,
     )
     assert not result.faults, format_faults(result)

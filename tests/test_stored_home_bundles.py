@@ -162,6 +162,7 @@ def test_a_stored_bundle_is_lowered_to_a_graph_with_the_stored_scores(
     probe = prepare.fn(bundle_ref.artifact, split)  # rows on which graph and module are compared
     rows = bundle_ref.rows[split]
     bundle = artifact(expected["bundle"])
+    # most_rows is the largest batch that the graph must accept.
     lowered = local(lower_model.fn(bundle, "onnxruntime", probe, rows, most_rows=65_536))
     inputs = fixture.inputs(expected["model"])
     for graph in lowering_of(lowered).graphs:

@@ -18,7 +18,7 @@ MISSING_ARTIFACT = Artifact(uri="file:///nowhere", sha256="a" * 64, bytes=1)
 USER = Tensor(name="user", dtype="int64")
 PRICE = Tensor(name="price", dtype="float32", shape=(3,))
 TAGS = (
-    Tensor(name="tags", dtype="int32", longest=5),
+    Tensor(name="tags", dtype="int32", longest=5),  # a jagged bag of at most 5 ids per row
     Tensor(name="tags_lengths", dtype="int64"),
 )
 SCORE = Tensor(name="score", dtype="float32")
@@ -36,7 +36,7 @@ def served_version(*inputs: Tensor, **more: Any) -> ServedVersion:
         "files": {"model.onnx": "model.onnx"},
         "inputs": inputs,
         "outputs": (SCORE,),
-        "batches": (1, 64, 1024),
+        "batches": (1, 64, 1024),  # the measured batch sizes
         "threads": 2,
     }
     return ServedVersion(**fields | more)

@@ -1,7 +1,9 @@
 """Requests that a web page of another origin or another local user can send to a Prefect API.
 
-Browsers allow pages to send all of them: with a preflight (JSON) or without one (plain text, a
-form, no body). ``http.client`` sends them, so no library adds or removes a header.
+In this file the secret is the authentication string of the API, ``user:password``.
+
+Browsers allow pages to send all of the requests: with a preflight (JSON) or without one (plain
+text, a form, no body). ``http.client`` sends them, so no library adds or removes a header.
 """
 
 import base64

@@ -69,10 +69,10 @@ def test_logits_equal_the_formula_of_the_paper():
     user = net.tables["user"].weight[[1, 2, 9]]
     pooled = torch.stack([bag[[1, 2]].mean(0), torch.zeros(4), bag[4]])
     x0 = torch.cat([user, table[[0, 6, 1]], pooled], dim=1)
-    one, two, first = *net.cross, net.perceptron[0]
-    x1 = x0 * (x0 @ one.weight.T + one.bias) + x0
-    x2 = x0 * (x1 @ two.weight.T + two.bias) + x1
-    deep = (x0 @ first.weight.T + first.bias).relu()
+    cross_1, cross_2, hidden = *net.cross, net.perceptron[0]
+    x1 = x0 * (x0 @ cross_1.weight.T + cross_1.bias) + x0
+    x2 = x0 * (x1 @ cross_2.weight.T + cross_2.bias) + x1
+    deep = (x0 @ hidden.weight.T + hidden.bias).relu()
     expected = torch.cat([x2, deep], dim=1) @ net.head.weight.T + net.head.bias
     # float32 sums are in another order; logits are of the order of 10
     torch.testing.assert_close(net(**INPUTS), expected.squeeze(1), rtol=1e-5, atol=1e-4)

@@ -80,13 +80,13 @@ def differences(expected: Entries, actual: Entries, *, exact: bool, trains: bool
         exact: whether the machine is equal to the one that wrote the record.
         trains: whether the case has a step that trains.
     """
-    lines, step = [], ""
+    lines, first_step = [], ""
     for key in sorted(expected.keys() | actual.keys()):
         first, second = expected.get(key), actual.get(key)
         if first == second or (first and second and _allowed(key, first, second, exact, trains)):
             continue
         if first and second and key.endswith(ALL):
-            step = step or f"{key}: the first step after which stored tensors differ"
+            first_step = first_step or f"{key}: the first step after which stored tensors differ"
         elif first is None:
             lines.append(f"{key}: not in the record, got {second}")
         elif second is None:
@@ -96,7 +96,7 @@ def differences(expected: Entries, actual: Entries, *, exact: bool, trains: bool
         else:
             near = f" (mean and rms within {NEAR:.1%})" if is_near(first, second, NEAR) else ""
             lines.append(f"{key}: recorded {first}, got {second}{near}")
-    return [step, *lines] if step else lines
+    return [first_step, *lines] if first_step else lines
 
 
 def _allowed(key: str, expected: str, actual: str, exact: bool, trains: bool) -> bool:

@@ -48,7 +48,7 @@ class ClickNet(nn.Module):
     def forward(
         self, user: Tensor, item: Tensor, tags: Tensor, tags_offsets: Tensor, dense: Tensor
     ) -> Tensor:
-        """Logits ``(rows,)`` of ids ``(rows,)``, a jagged bag and dense ``(rows, width)``."""
+        """Logits ``(rows,)`` of ids ``(rows,)``, a jagged bag and dense ``(rows, dense)``."""
         bag = self.tags(tags, tags_offsets)  # (rows, dim)
         wide = torch.cat([self.user(user), self.item(item), bag, dense], dim=1)  # (rows, width)
         crossed = wide * self.cross(wide) + wide  # (rows, width)
@@ -86,7 +86,7 @@ class ItemTower(nn.Module):
         self.out = nn.Linear(2 * dim + dense, dim)
 
     def forward(self, item: Tensor, tags: Tensor, tags_offsets: Tensor, dense: Tensor) -> Tensor:
-        """Vectors ``(rows, dim)`` of ids ``(rows,)``, a jagged bag and dense ``(rows, width)``."""
+        """Vectors ``(rows, dim)`` of ids ``(rows,)``, a jagged bag and dense ``(rows, dense)``."""
         x = torch.cat([self.item(item), self.tags(tags, tags_offsets), dense], dim=1)
         vectors: Tensor = self.out(x)
         return vectors

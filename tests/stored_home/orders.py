@@ -1,4 +1,7 @@
-"""The order files of the stored home, and the commands that run between the orders."""
+"""The order files of the stored home, and the commands that run between the orders.
+
+The models ``clicks``, ``ranker`` and ``finder`` are those of ``drafts.py``.
+"""
 
 from typing import Any
 
@@ -55,6 +58,7 @@ ORDERS: dict[str, dict[str, Any]] = {
         ],
         "attempt": 1,
     },
+    # Accepted: a ranking model with grades as labels, and a budget that all steps stay within.
     "graded": {
         "model": "ranker@1",
         "preset": "custom",
@@ -67,6 +71,7 @@ ORDERS: dict[str, dict[str, Any]] = {
         "budget": 0.5,
         "promote": True,
     },
+    # Accepted: a retrieval model, whose release has two graphs.
     "towers": {
         "model": "finder@1",
         "preset": "custom",
