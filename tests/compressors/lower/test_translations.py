@@ -1,6 +1,7 @@
 """Each module with translations works if it is imported alone, in a new process.
 
-Translations refer to custom ops, which exist only after the modules of their formats were imported.
+A translation replaces a custom op by ONNX operators when a model is exported. Translations refer to
+custom ops, which exist only after the modules of their formats were imported.
 """
 
 import subprocess

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compressors.contracts import Reason, Signature, Split
 from compressors.metrics.baseline_checks import SAMPLE_ROWS, label_problems, score_problems
 
+# Checks score a sample of ``SAMPLE_ROWS`` rows, which is half of the rows here.
 ROWS = 2 * SAMPLE_ROWS
 
 
@@ -209,7 +210,7 @@ def test_groups_of_equal_labels_are_refused_where_gauc_is_needed():
     require_reason([problem.reason], "optional_group_labels_equal", metrics=("gauc",))
     # validation uses only auc
     assert list(label_problems(signature, "validation", label, group)) == []
-    limited_by_gauc = signature_of("ctr", "logit", "user", "gauc")
-    (problem,) = label_problems(limited_by_gauc, "validation", label, group)
+    signature_with_gauc = signature_of("ctr", "logit", "user", "gauc")
+    (problem,) = label_problems(signature_with_gauc, "validation", label, group)
     assert problem.refused
     require_reason([problem.reason], "group_labels_equal", metrics=("gauc",))

@@ -1,4 +1,9 @@
-"""Intervals of metrics whose rows belong to groups: coverage, exactness, speed, too few groups."""
+"""Intervals of metrics whose rows belong to groups: coverage, exactness, speed, too few groups.
+
+In the result of ``estimate_pair``, ``resolves`` is half the width of the interval of the
+difference, and ``unresolved`` says why data with too few groups give no interval. A judgement is
+the outcome of one limit, with its reasons.
+"""
 
 import math
 import time
@@ -43,6 +48,7 @@ def test_intervals_cover_95_percent_in_4000_simulated_test_sets(users):
 
 
 def simulated_rows(users, seed=0):
+    """Label, baseline score, candidate score and user of each simulated row."""
     random = np.random.default_rng(seed)
     return simulate(random, heavy_tailed_sizes(random, users))
 
@@ -59,7 +65,7 @@ def metric_of_rows(metric, label, score, group):
 
 
 def metric_without_each_group(metric, label, score, group):
-    """The metric on all rows, and without each group."""
+    """The metric on all rows (``point``), and without each group (``left_out``)."""
     rows = PairedRows(label, score, score, group)
     return metric_named(metric).estimator("rows").of_groups(rows).before
 

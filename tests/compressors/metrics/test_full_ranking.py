@@ -1,6 +1,9 @@
 """Recall and NDCG over the full catalogue: ties, seen items, and the intervals of means.
 
 ``naive_recall_and_ndcg`` is a reference that tries every order of items with equal scores.
+
+Items that a user has seen in earlier rows are *hidden*: they are not ranked. ``resolves`` is half
+the width of the interval of a difference.
 """
 
 import itertools

@@ -1,4 +1,9 @@
-"""Bootstrap intervals of metrics and latencies: exact values, coverage, speed, invalid input."""
+"""Bootstrap intervals of metrics and latencies: exact values, coverage, speed, invalid input.
+
+``resolves`` is half the width of the interval of the difference. A latency is measured in rounds:
+each times one call of every model. In the fields of errors, ``units`` is what was counted, ``got``
+the count, and ``least`` the smallest accepted count.
+"""
 
 import time
 

@@ -1,4 +1,9 @@
-"""``judge`` and ``verdict``: outcomes of limits on measured numbers, and their reasons."""
+"""``judge`` and ``verdict``: outcomes of limits on measured numbers, and their reasons.
+
+A ``Number`` is the estimate of a metric, absolute or as the difference to the baseline or champion.
+``judge`` compares each limit with its number and returns one judgement per limit: its outcome and
+reasons. ``verdict`` combines the judgements of one target.
+"""
 
 import math
 
@@ -192,6 +197,7 @@ def test_quality_numbers_have_the_candidate_and_the_differences_to_baseline_and_
     first, second, third = (
         Estimate(point=x, low=x - 1, high=x + 1, rows=9) for x in (1.0, 2.0, 3.0)
     )
+    # ``resolves``, half the width of an interval, is not used here.
     pair = PairedEstimate(baseline=first, candidate=second, difference=third, resolves=1.0)
     measured = Measured(numbers=quality_numbers("gauc", pair, pair), has_champion=True)
     assert measured.of("gauc", "absolute") == second

@@ -17,9 +17,9 @@ EXACT = 1e-12
 
 
 @st.composite
-def clicks(draw, largest=60, graded=False):
+def clicks(draw, max_rows=60, graded=False):
     """Labels, scores with many ties, and groups, of equal length."""
-    rows = draw(st.integers(2, largest))
+    rows = draw(st.integers(2, max_rows))
     labels = st.integers(0, 4 if graded else 1)
     # Few distinct scores, as a heavily quantized model has, so most rows have ties.
     scores = st.sampled_from([-3.0, -0.5, 0.0, 0.1, 0.1000001, 2.0])

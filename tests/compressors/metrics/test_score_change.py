@@ -1,4 +1,9 @@
-"""Score changes (how much a candidate's scores differ): values, intervals and limits."""
+"""Score changes (how much a candidate's scores differ): values, intervals and limits.
+
+Changes of probabilities are absolute. Changes of other scores have the unit ``spread``, the
+standard deviation of the baseline's scores. In warnings, ``most`` and ``least`` are the largest
+change and the smallest correlation that give no warning.
+"""
 
 import numpy as np
 import pytest
@@ -26,9 +31,10 @@ def rows_of_users(users, seed=0, change=0.05):
     return before, (before + change_of_row).clip(0, 1), user
 
 
-def measured_of(estimates, unit="probability", extra=()):
+def measured_of(estimates, score_unit="probability", extra=()):
+    """Measured numbers: an absolute number of each estimate, and the numbers ``extra``."""
     numbers = [Number(metric=m, against="absolute", estimate=e) for m, e in estimates.items()]
-    return Measured(numbers=(*numbers, *extra), score_unit=unit)
+    return Measured(numbers=(*numbers, *extra), score_unit=score_unit)
 
 
 @pytest.mark.parametrize("has_groups", [True, False])
@@ -228,8 +234,8 @@ def test_an_accepted_verdict_reports_the_score_change():
     result, estimates = verdict_for_change(0.005, "auc >= 0.3")
     assert result.outcome == "accepted"
     assert codes_of(result.reasons) == ["one_limit_holds", "score_changes"]
-    largest = estimates["max_score_change"].point
-    require_reason(result.reasons, "largest_change_in", change=largest, unit="probability")
+    max_change = estimates["max_score_change"].point
+    require_reason(result.reasons, "largest_change_in", change=max_change, unit="probability")
     require_reason(result.reasons, "other_top1", share=estimates["changed_top1"].point, groups=300)
     correlation = require_reason(result.reasons, "correlation").fields["correlation"]
     # Rounded down to six places.

@@ -1,4 +1,8 @@
-"""``channels``: how many channels each width keeps, and pruning in rounds with training."""
+"""``channels``: how many channels each width keeps, and pruning in rounds with training.
+
+A width is a number of the configuration. It counts units, here single channels, of the layers that
+have this width.
+"""
 
 import hypothesis.strategies as st
 import pytest
@@ -29,6 +33,8 @@ from compressors.prune.structure import prunable_widths
 from compressors.prune.structure.channel_consumers import channel_layouts, find_consumers, trace
 from compressors.prune.structure.config_widths import Width, find_widths
 
+# The outputs of ``left`` and ``again`` are added, so both layers have the width ``left``. The sum
+# and the output of ``right`` are the inputs of ``deep``.
 WIDE = Reference(ResidualConcatNet, SCHEMA, {"left": 32, "right": 48, "deep": 64})
 
 
@@ -37,21 +43,25 @@ def total_multiply_adds(module: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("target", [0.3, 0.5, 0.8])
-def test_the_remaining_multiply_adds_are_at_most_the_target_and_close_to_it(
-    scope, target, tmp_path
+@pytest.mark.parametrize("requested_share", [0.3, 0.5, 0.8])
+def test_the_remaining_multiply_adds_are_at_most_the_requested_share_and_close_to_it(
+    scope, requested_share, tmp_path
 ):
     source, bench = WIDE.model(), WIDE.bench(tmp_path / "data")
-    step = Channels(flops=target, multiple=4, scope=scope)
+    step = Channels(flops=requested_share, multiple=4, scope=scope)
     result = run(step, source, bench, tmp_path / "out")
-    share = total_multiply_adds(result.module) / total_multiply_adds(source.module)
+    remaining_share = total_multiply_adds(result.module) / total_multiply_adds(source.module)
     # Widths change in steps of four channels, at most 7 % of these layers' multiply-adds.
-    assert target - 0.07 < share <= target
-    require_reason(result.plan.of("deep").reasons, "multiply_adds_left", share=pytest.approx(share))
+    assert requested_share - 0.07 < remaining_share <= requested_share
+    require_reason(
+        result.plan.of("deep").reasons,
+        "multiply_adds_left",
+        share=pytest.approx(remaining_share),
+    )
     assert all(value % 4 == 0 for value in result.network.architecture.config.values())
 
 
-def test_a_target_below_the_smallest_widths_raises_share_unreachable(tmp_path):
+def test_a_share_below_that_of_the_smallest_widths_raises_share_unreachable(tmp_path):
     with raises_code(StepRefused, "share_unreachable", units="multiply-adds"):
         run(Channels(flops=0.01), WIDE.model(), WIDE.bench(tmp_path), tmp_path / "out")
 
@@ -74,6 +84,7 @@ def test_global_scope_removes_most_channels_from_the_layer_with_small_weights(tm
         source.module.deep.weight[8:] *= 1e-3
         source.module.deep.bias[8:] *= 1e-3
         source.module.out.weight[:, 8:] *= 1e-3
+    # ``least`` is the smallest share of its channels that each width keeps.
     step = Channels(scope="global", keep=0.7, multiple=4, least=0.125)
     result = run(step, source, bench, tmp_path / "out")
     config = result.network.architecture.config
@@ -134,7 +145,7 @@ def test_activation_importance_is_the_share_of_energy_that_a_channel_adds_to_its
 
 
 # Two widths of consecutive layers: 40 outputs of ``a`` into ``b``, 24 outputs of ``b`` into ``c``.
-# The values of the dictionaries are channels per unit.
+# ``value`` is the number of units. The dictionaries have the channels of one unit of each layer: 1.
 WIDTHS = (
     Width(path=("a",), value=40, producers={"a": 1}, consumers={"b": 1}),
     Width(path=("b",), value=24, producers={"b": 1}, consumers={"c": 1}),
@@ -142,11 +153,13 @@ WIDTHS = (
 
 
 @given(st.integers(0, 99), st.sampled_from([1, 4, 8]), st.floats(0, 3), st.floats(0, 3))
-def test_a_lower_threshold_keeps_at_least_as_many_channels(seed, multiple, first, second):
+def test_a_lower_threshold_keeps_at_least_as_many_channels(
+    seed, multiple, threshold, other_threshold
+):
     random_values = torch.Generator().manual_seed(seed)
     importance = {w.path: torch.rand(w.value, generator=random_values) * 2 for w in WIDTHS}
     floors = {w.path: 0.1 * w.value for w in WIDTHS}
-    low, high = sorted((first, second))
+    low, high = sorted((threshold, other_threshold))
     more, fewer = (
         kept_above_threshold(importance, WIDTHS, floors, t, multiple) for t in (low, high)
     )
@@ -159,12 +172,17 @@ def test_a_lower_threshold_keeps_at_least_as_many_channels(seed, multiple, first
 def test_largest_counts_within_finds_the_largest_cost_within_the_limit(costs, limit):
     costs = sorted(costs)
     within_limit = [cost for cost in costs if cost <= limit]
+    width = ("n",)  # the only width; its count is also the cost
 
     def search() -> int:
         counts = largest_counts_within(
-            lambda k: {("n",): costs[k]}, len(costs), lambda c: c["n",], limit, "units of cost"
+            lambda index: {width: costs[index]},
+            len(costs),
+            lambda counts: counts[width],
+            limit,
+            "units of cost",
         )
-        return counts["n",]
+        return counts[width]
 
     if within_limit:
         assert search() == within_limit[-1]
@@ -175,8 +193,8 @@ def test_largest_counts_within_finds_the_largest_cost_within_the_limit(costs, li
 
 @given(st.floats(0.05, 0.99), st.sampled_from([1, 4, 8, 16]))
 def test_equal_shares_keep_between_one_and_all_channels(keep, multiple):
-    first = {width.path: width.value for width in WIDTHS}
-    counts = equal_shares(WIDTHS, first, keep, multiple)
+    initial_values = {width.path: width.value for width in WIDTHS}
+    counts = equal_shares(WIDTHS, initial_values, keep, multiple)
     for width in WIDTHS:
         assert 1 <= counts[width.path] <= width.value
 

@@ -48,6 +48,8 @@ from compressors.prune.structure.channel_consumers import (
 from compressors.prune.structure.config_widths import find_widths
 from compressors.quantize.dense.static_int8 import StaticInt8
 
+# ``left`` and ``again`` have one width, because their outputs are added. The sum and the output of
+# ``right``, after a norm and the PReLU ``slope``, are the inputs of ``deep``.
 RESIDUAL_CONCAT = Reference(ResidualConcatNet, SCHEMA)
 
 
@@ -168,9 +170,9 @@ def test_a_consumer_that_reads_each_channel_twice_loses_both_inputs(tmp_path):
 
 def test_a_consumer_that_reads_channels_in_reverse_order_loses_the_matching_inputs(tmp_path):
     source, result = prune_reference(Reference(FlippedChannelsNet, SCHEMA), tmp_path)
-    rows = {tuple(row) for row in source.module.hidden.weight.tolist()}
+    weight_rows = {tuple(row) for row in source.module.hidden.weight.tolist()}
     kept_channels = [tuple(row) for row in result.module.hidden.weight.tolist()]
-    assert set(kept_channels) < rows
+    assert set(kept_channels) < weight_rows
     # Column j of the consumer belongs to channel 15 - j of ``hidden``.
     positions = [source.module.hidden.weight.tolist().index(list(row)) for row in kept_channels]
     expected = source.module.out.weight[0, [15 - position for position in reversed(positions)]]

@@ -1,4 +1,9 @@
-"""``cluster_rows``: the most looked-up ("hot") rows are kept, the others share centroids."""
+"""``cluster_rows``: the most looked-up ("hot") rows are kept, the others share centroids.
+
+``cluster_rare_rows`` receives the number of hot rows and returns the stored rows ``unique``, hot
+rows first, and ``index``, the position of each table row in them. In the step ``ClusterRows``,
+``hot`` is the share of hot rows.
+"""
 
 import pytest
 import torch

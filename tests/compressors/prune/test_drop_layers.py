@@ -1,4 +1,9 @@
-"""``drop_layers``: which layers of a stack are removed, and the new indices of later layers."""
+"""``drop_layers``: which layers of a stack are removed, and the new indices of later layers.
+
+A stack is a sequence of layers, its members, whose number is an argument of the network or the
+length of such an argument. ``most_loss`` is the largest allowed decrease of the metric for all
+removed layers together.
+"""
 
 import models
 import pytest
@@ -33,6 +38,8 @@ from compressors.prune.dense.magnitude import Magnitude
 from compressors.prune.structure.config_depth import find_stacks, without_member
 from compressors.quantize.dense.static_int8 import StaticInt8
 
+# ``down`` and ``up`` are the low-rank factors of the cross layers. ``deep`` has three modules for
+# each hidden layer: linear, norm and relu.
 DEEP = Reference(LowRankCrossNet, SCHEMA, {"cross_layers": 3, "hidden": [20, 12, 12, 12]})
 BLOCKS = Reference(Transformer, HISTORY, {"layers": 4})
 
@@ -53,10 +60,10 @@ class AveragedCrossNet(LowRankCrossNet):
     """Divides each cross layer by the number of layers, so that removing one changes the others."""
 
     def forward(self, user: Tensor, price: Tensor) -> Tensor:
-        first = torch.cat([self.user(user), price], dim=1)
-        x = first
+        features = torch.cat([self.user(user), price], dim=1)
+        x = features
         for down, up in zip(self.down, self.up, strict=True):
-            x = first * up(down(x)) / len(self.down) + x
+            x = features * up(down(x)) / len(self.down) + x
         score: Tensor = self.out(x)
         return score
 

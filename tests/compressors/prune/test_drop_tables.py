@@ -1,4 +1,7 @@
-"""``drop_tables``: tables that do not improve the metric are replaced by their mean row."""
+"""``drop_tables``: tables that do not improve the metric are replaced by their mean row.
+
+``most_loss`` is the largest allowed decrease of the metric for all dropped tables together.
+"""
 
 import pytest
 import torch
@@ -26,11 +29,11 @@ def bench_with_predicted_labels(tmp_path, reference: Reference = RANKER) -> Benc
         with torch.no_grad():
             return module(**inputs).reshape(-1)
 
-    parts = {
-        part: write_split(signature, reference.rows_of_tables(), tmp_path / part, seed, predict)
-        for seed, part in enumerate(("train", "validation"))
+    splits = {
+        name: write_split(signature, reference.rows_of_tables(), tmp_path / name, seed, predict)
+        for seed, name in enumerate(("train", "validation"))
     }
-    return Bench(signature=signature, **parts)
+    return Bench(signature=signature, **splits)
 
 
 def ranker_with_constant_table(name: str):

@@ -133,6 +133,7 @@ def test_fine_tuning_keeps_zero_weights(tmp_path):
 def test_channels_removes_zero_channels_without_changing_predictions(reference, layer, tmp_path):
     """The weights of a norm after a zero channel become zero as well."""
     bench = reference.bench(tmp_path / "data")
+    # ``soft_share`` is the weight of the original model's predictions; the labels get the rest.
     step = L1Training(penalty="group", penalty_strength=0.4, training=TWENTY_EPOCHS, soft_share=0.5)
     sparse = run(step, reference.model(), bench, tmp_path / "sparse")
     weights = dict(sparse.module.named_parameters())

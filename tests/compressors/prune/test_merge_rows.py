@@ -1,6 +1,10 @@
 """``merge_rows``: rows within a distance of their group's leader are stored once, as their mean.
 
 The leader of a group is its row with the largest weight (number of lookups).
+
+The distance is ``within`` times the root mean square of the norms of the rows.
+``merge_similar_rows`` returns ``index``, the group of each row, and ``unique``, the mean row of
+each group.
 """
 
 import pytest

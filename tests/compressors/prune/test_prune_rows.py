@@ -71,8 +71,8 @@ def test_pruned_rows_share_their_mean_weighted_by_lookups(tmp_path):
     weight = RANKER.model().module.item.weight.detach()
     is_pruned = ~(rows == weight).all(dim=1)
     counts = lookup_counts(RANKER.model(), RANKER.bench(tmp_path / "data"), ["item"])["item"]
-    share = (counts[is_pruned] + 0.5) / (counts[is_pruned] + 0.5).sum()
-    expected = (share.unsqueeze(1) * weight[is_pruned].double()).sum(dim=0).float()
+    normalized_weight = (counts[is_pruned] + 0.5) / (counts[is_pruned] + 0.5).sum()
+    expected = (normalized_weight.unsqueeze(1) * weight[is_pruned].double()).sum(dim=0).float()
     torch.testing.assert_close(rows[is_pruned], expected.expand(240, -1))
 
 

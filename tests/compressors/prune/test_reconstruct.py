@@ -1,4 +1,4 @@
-"""Reconstruction: refitting layers after channel pruning keeps their outputs close to the old."""
+"""Reconstruction: refitting layers after channel pruning keeps their outputs almost unchanged."""
 
 import hypothesis.strategies as st
 import pytest
@@ -20,7 +20,10 @@ from compressors.prune.structure.narrowing import WidthCut, without_channels
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 99), st.floats(1e-6, 1.0))
 def test_ridge_weights_have_zero_gradient_of_the_ridge_objective(inputs, outputs, seed, ridge):
-    """The objective is the squared error of the outputs plus the squared distance to a prior."""
+    """The objective is the squared error of the outputs plus the squared distance to a prior.
+
+    The prior is the weights before the refit.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(20, inputs, generator=generator, dtype=torch.float64)
     expected = torch.randn(20, outputs, generator=generator, dtype=torch.float64)
@@ -69,7 +72,8 @@ def test_reconstruct_adds_the_weights_of_removed_duplicate_channels(tmp_path):
         source.module.hidden.bias[8:] = source.module.hidden.bias[:8]
     width = find_widths(source)[0]["width"]
     traces = trace(source.module, SCHEMA, {"user": 30}, width)
-    cut = WidthCut(width, find_consumers(width, traces, next(channel_layouts(width))), 8)
+    consumers = find_consumers(width, traces, next(channel_layouts(width)))
+    cut = WidthCut(width, consumers, count=8)
     kept_channels = {"hidden": torch.arange(16) < 8}
     narrow, _ = without_channels(source.private(), SCHEMA, [cut], kept_channels)
     reconstruct(narrow.module, source.module, bench, layers=["out"], outputs={}, rows=1000)

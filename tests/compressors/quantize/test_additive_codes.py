@@ -2,6 +2,12 @@
 
 Calls of ``fit`` have the positional arguments table, weight of each row, number of codebooks, and
 entries per codebook.
+
+Calls of ``encode`` have the table, the concatenated codebooks, the number of codebooks (``books``)
+and the width of the beam. The errors that ``fit`` returns are those of residual fitting, then of
+each round. ``shake`` is the noise added to the codebooks in the first round, in their standard
+deviations, and ``draws`` the number of fits, each with other noise. ``traffic`` is the power of the
+lookup counts that weights rows; ``sensitive`` weights them by gradients.
 """
 
 import itertools
@@ -104,14 +110,16 @@ def test_rounds_lower_the_weighted_error():
     assert min(errors) < 0.9 * errors[0]  # 0.84 was measured
 
 
-@given(seed=st.integers(0, 10**6), size=st.sampled_from([1e-4, 1.0, 1e3]))
-def test_fit_has_the_same_relative_error_for_a_table_multiplied_by_a_constant(seed, size):
-    """Trained tables have weights of any size; damping and noise must be relative to it."""
+@given(seed=st.integers(0, 10**6), factor=st.sampled_from([1e-4, 1.0, 1e3]))
+def test_fit_has_the_same_relative_error_for_a_table_multiplied_by_a_constant(seed, factor):
+    """Trained tables have weights of any magnitude; damping and noise must be relative to it."""
     table, weight = clustered_rows(60, 5, seed), torch.ones(60)
     first, _ = fit(table, weight, 2, 4, rounds=5)
-    second, _ = fit(table * size, weight, 2, 4, rounds=5)
+    second, _ = fit(table * factor, weight, 2, 4, rounds=5)
     first_error = error(table, encode(table, first, 2, 8), first).sum()
-    second_error = error(table * size, encode(table * size, second, 2, 8), second).sum() / size**2
+    second_error = (
+        error(table * factor, encode(table * factor, second, 2, 8), second).sum() / factor**2
+    )
     # rounding may change codes
     assert float(second_error) == pytest.approx(float(first_error), rel=0.05, abs=1e-6)
 

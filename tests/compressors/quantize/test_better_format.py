@@ -1,4 +1,7 @@
-"""No step increases bytes; a row-wise format is replaced by a better one that is no larger."""
+"""No step increases bytes; a row-wise format is replaced by a more precise one that is no larger.
+
+``RANK`` is the precision of each format; a higher number is more precise.
+"""
 
 import itertools
 from pathlib import Path

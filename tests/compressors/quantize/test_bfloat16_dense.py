@@ -52,7 +52,7 @@ def test_op_passes_opcheck_and_its_gradients_equal_plain_torch():
         assert result.grad.any()
 
 
-@given(table=tables(largest=3e38))
+@given(table=tables(largest=3e38))  # bounds absolute weights; bfloat16 ends at 3.39e38
 def test_rounding_error_is_at_most_half_the_last_of_eight_bits(table):
     model = RANKER.model().private()
     layer = torch.nn.Linear(table.shape[1], table.shape[0])
@@ -189,7 +189,7 @@ def test_parity_accepts_bfloat16_rounding_and_rejects_scores_three_percent_of_a_
     inputs = lowered.rows(1500)
     expected, plan = lowered.in_torch(inputs), lowered.model.plan
     check_parity(expected, lowered.in_onnx(inputs), plan, RTX)
-    spread = expected.std()
+    spread = expected.std()  # standard deviation of the scores over the rows
     wrong_scores = expected + np.float32(0.03) * spread
     with pytest.raises(ParityLost):
         check_parity(expected, wrong_scores.astype(np.float32), plan, RTX)
@@ -209,6 +209,7 @@ def test_tensorrt_engine_stores_the_layers_in_bfloat16(tmp_path: Path):
     request = BuildRequest(
         target=RTX,
         onnx=str(lowered.path),
+        # Smallest, optimal and largest shape of each input.
         profiles=tuple(
             Profile(input=name, low=(1, *shape), best=(16, *shape), high=(64, *shape))
             for name, shape in shapes.items()

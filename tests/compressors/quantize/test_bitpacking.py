@@ -1,7 +1,7 @@
 """Packing and unpacking of codes, and the bytes of packed rows.
 
-The codes of a row are cut into planes, 8 / ``width`` parts of equally many consecutive codes. Byte
-``j`` contains code ``j`` of every plane.
+``width`` is the number of bits of a code. The codes of a row are cut into planes, 8 / ``width``
+parts of equally many consecutive codes. Byte ``j`` contains code ``j`` of every plane.
 """
 
 import hypothesis.extra.numpy as arrays

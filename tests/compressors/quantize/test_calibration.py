@@ -1,4 +1,9 @@
-"""Calibration: histograms, the range of each calibrator, and the step that uses them."""
+"""Calibration: histograms, the range of each calibrator, and the step that uses them.
+
+``LEVELS`` is the largest int8 code, 127. In the step ``StaticInt8``, ``share`` is the share of
+inputs inside the range of ``percentile``. Layers whose relative output error is above
+``most_error`` stay float32.
+"""
 
 import itertools
 import math
@@ -280,9 +285,9 @@ def test_reported_error_is_the_relative_output_error_on_the_calibration_rows(by_
     source, x, results = by_calibrator
     with torch.no_grad():
         mean_square = float(source.module.first(x).double().square().mean())
-    share = (output_loss(source, results["mse"], x) / mean_square) ** 0.5
+    relative_error = (output_loss(source, results["mse"], x) / mean_square) ** 0.5
     # The step adds the same squares in batches.
-    expected = pytest.approx(share, rel=1e-4)
+    expected = pytest.approx(relative_error, rel=1e-4)
     require_reason(results["mse"].plan.of("first").reasons, "output_error", share=expected)
 
 

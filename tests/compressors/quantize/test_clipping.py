@@ -1,4 +1,9 @@
-"""Clipping rules never increase the squared error, and are close to an exhaustive search."""
+"""Clipping rules never increase the squared error, and are close to an exhaustive search.
+
+A grid describes evenly spaced levels. A range is a group of weights that share a scale
+(``rows_per_scale`` rows), and the interval that its levels cover. Clipping makes the interval
+smaller: a rule selects its ends, for symmetric grids as a share of the largest absolute weight.
+"""
 
 import pytest
 import torch
@@ -32,8 +37,10 @@ INT4 = GRIDS["15 symmetric"]
 def error(table: Tensor, grid: Grid) -> Tensor:
     """Squared error of every range, in float64."""
     squares = (round_trip(table, grid)[0] - table).double().square().sum(dim=1)
-    entries = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
-    return torch.zeros(int(entries[-1]) + 1, dtype=torch.float64).index_add_(0, entries, squares)
+    range_of_row = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
+    return torch.zeros(int(range_of_row[-1]) + 1, dtype=torch.float64).index_add_(
+        0, range_of_row, squares
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,8 +61,8 @@ def error(table: Tensor, grid: Grid) -> Tensor:
 def test_clipping_never_increases_the_error_of_a_range(grid, rule, table, scale, rows_per_scale):
     unclipped = changed_grid(grid, scale=scale, rows_per_scale=rows_per_scale)
     # Errors are compared in float32: sums of a few dozen squares have relative errors of 1e-6.
-    smallest_error = error(table, unclipped) * (1 + 1e-5) + 1e-45
-    assert torch.all(error(table, changed_grid(unclipped, clipping=rule)) <= smallest_error)
+    allowed_error = error(table, unclipped) * (1 + 1e-5) + 1e-45
+    assert torch.all(error(table, changed_grid(unclipped, clipping=rule)) <= allowed_error)
 
 
 def test_mse_finds_the_best_share_of_every_symmetric_row():
@@ -78,12 +85,14 @@ def test_mse_finds_the_best_share_of_every_symmetric_row():
 def test_mse_error_is_within_1_percent_of_a_search_over_all_pairs_of_ends(grid):
     table = random_normal(100, 16)
     low, high = range_bounds(table)
-    step = (high - low) / clipping.STEPS
-    moves = range(clipping.STEPS // 2)
+    move = (high - low) / clipping.STEPS
+    move_counts = range(clipping.STEPS // 2)
     errors_of_pairs = [
-        squared_error(table, asymmetric_range(low + first * step, high - second * step, grid), grid)
-        for first in moves
-        for second in moves
+        squared_error(
+            table, asymmetric_range(low + low_moves * move, high - high_moves * move, grid), grid
+        )
+        for low_moves in move_counts
+        for high_moves in move_counts
     ]
     smallest_error = torch.stack(errors_of_pairs).amin(dim=0).sum()
     # The search moves one end at a time, so it may miss the best pair. It then tries smaller moves,
@@ -132,13 +141,13 @@ def test_mse_clips_one_large_weight_among_many_small_ones():
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("largest", [5, 100])
-def test_mse_with_two_bits_and_one_scale_finds_the_optimal_step_despite_an_outlier(
-    symmetric, largest
+@pytest.mark.parametrize("outlier", [5, 100])
+def test_mse_with_two_bits_and_one_scale_finds_the_optimal_scale_despite_an_outlier(
+    symmetric, outlier
 ):
     """The size of a single outlier does not affect the scale, the distance of two levels."""
     table = random_normal(4000, 16)
-    table[7, 3] = largest
+    table[7, 3] = outlier
     grid = Grid(4, symmetric=symmetric, rows_per_scale=0)
     scale = float(fit(table, changed_grid(grid, clipping="mse")).scale)
     # 0.9957 is the distance of the best four evenly spaced levels for a normal distribution (Max

@@ -104,6 +104,7 @@ def bench_with_largest_input(folder: Path, size: float) -> Bench:
 @pytest.mark.parametrize(
     ("size", "headroom", "kept_layers"),
     [
+        # A layer is kept if an input or a sum, times the headroom, is above 65,504.
         (30_000, 2.0, set()),
         (33_000, 2.0, {"raised"}),
         (33_000, 1.0, set()),

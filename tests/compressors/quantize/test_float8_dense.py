@@ -18,7 +18,7 @@ from compressors.quantize.dense.float8_dense import LARGEST, Float8Dense, encode
 from compressors.quantize.tables.float8_e4m3 import decode_float8
 
 OP = torch.ops.recpress.float8_linear
-# All E4M3 numbers, from the bits of the format.
+# All E4M3 numbers, from the bits of the format, without the two codes of NaN. The largest is 448.
 NUMBERS = decode_float8(
     torch.tensor([code for code in range(256) if code & 127 != 127]).byte()
 ).numpy()

@@ -67,11 +67,11 @@ def test_stored_codes_and_scales_equal_the_numpy_reference(rows_per_scale, scale
 
 def test_no_weight_is_encoded_as_nan():
     table = random_normal(2000, 7) * torch.logspace(-9, 3, 2000).unsqueeze(1)
-    sizes = encode_table(Float8E4M3(), table).codes & 127
-    assert not bool((sizes == 127).any())
+    codes_without_sign = encode_table(Float8E4M3(), table).codes & 127
+    assert not bool((codes_without_sign == 127).any())
     # 126 is the code of 448, to which the scale maps each row's largest weight. In the first rows
     # the weights are too small for a float16 scale.
-    assert bool((sizes.amax(dim=1) == 126)[1200:].all())
+    assert bool((codes_without_sign.amax(dim=1) == 126)[1200:].all())
 
 
 def test_scales_reduce_the_error_of_small_weights_20_times():

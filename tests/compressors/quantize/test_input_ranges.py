@@ -1,6 +1,9 @@
 """Warnings about layers whose input channels share a scale and have very different ranges.
 
 A channel is coarse if its range has only few levels of the shared scale.
+
+In a warning, ``coarse`` is the number of coarse channels, ``range`` the largest absolute input, and
+``widest`` the channels with the largest ranges.
 """
 
 import json
@@ -86,7 +89,7 @@ def model_and_bench(tmp_path: Path, largest: float, spread: float = 0.05) -> tup
 
 STEPS = {
     "static_int8": StaticInt8(),
-    "weight_int8": WeightInt8(activations="int8", block=0),
+    "weight_int8": WeightInt8(activations="int8", block=0),  # one scale for all inputs
 }
 
 

@@ -1,4 +1,9 @@
-"""Compiled loops equal their specification in torch operators bit for bit."""
+"""Compiled loops equal their specification in torch operators bit for bit.
+
+The specification is ``clipping.fit``, which fits ranges, and ``levels.nearest``, which rounds to
+levels. Arguments of ``Grid`` are: number of levels, whether it is symmetric, clipping rule, dtype
+of scales, and rows per scale.
+"""
 
 import itertools
 import os
@@ -131,16 +136,18 @@ def test_ties_between_levels_are_rounded_as_in_the_specification(bits: int, symm
 
 
 @pytest.mark.parametrize("rule", ["min_max", "least_squares", "greedy", "mse"])
-@pytest.mark.parametrize("step", [RowwiseInt8, RowwiseInt4])
+@pytest.mark.parametrize("step_class", [RowwiseInt8, RowwiseInt4])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("rows_per_scale", [0, 1, 4])
-def test_a_steps_encoded_block_equals_the_specification(step, rule, symmetric, rows_per_scale):
-    method = step(clipping=rule, symmetric=symmetric, rows_per_scale=rows_per_scale)
+def test_a_steps_encoded_block_equals_the_specification(
+    step_class, rule, symmetric, rows_per_scale
+):
+    step = step_class(clipping=rule, symmetric=symmetric, rows_per_scale=rows_per_scale)
     rows = torch.randn(41, 10, generator=torch.Generator().manual_seed(1)).half()
-    result = method.encode(rows, method.fit(rows))
-    fitted = clipping.fit(rows, method.grid)
-    bits = 8 if step is RowwiseInt8 else 4
-    codes = expected_codes(nearest(rows, fitted, method.grid), bits, symmetric=symmetric)
+    result = step.encode(rows, step.fit(rows))
+    fitted = clipping.fit(rows, step.grid)
+    bits = 8 if step_class is RowwiseInt8 else 4
+    codes = expected_codes(nearest(rows, fitted, step.grid), bits, symmetric=symmetric)
     assert torch.equal(result["codes"].view(torch.uint8), codes)
     assert result.keys() == {"codes"} | (
         ({"scale"} | (set() if symmetric else {"offset"})) if rows_per_scale else set()

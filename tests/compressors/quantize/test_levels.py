@@ -1,4 +1,9 @@
-"""Evenly spaced levels: rounding error, scales and offsets, and errors for large weights."""
+"""Evenly spaced levels: rounding error, scales and offsets, and errors for large weights.
+
+A grid describes evenly spaced levels. A range is a group of weights that share a scale, the
+distance of two levels. A level is a multiple of the scale: from ``-half`` to ``half`` in a
+symmetric grid, otherwise from 0 to ``levels - 1``, added to an offset.
+"""
 
 import pytest
 import torch
@@ -54,8 +59,8 @@ def test_the_scale_is_no_larger_than_the_range_needs(grid, table, rows_per_scale
     _, (scale, offset) = round_trip(table, changed_grid(grid, rows_per_scale=rows_per_scale))
     groups = torch.arange(len(table)) // (rows_per_scale or len(table))
     low, high = (
-        torch.stack([part(table[groups == group]) for group in groups])
-        for part in (torch.min, torch.max)
+        torch.stack([extreme(table[groups == group]) for group in groups])
+        for extreme in (torch.min, torch.max)
     )
     if offset is None:
         needed = torch.maximum(-low, high) / grid.half
@@ -99,8 +104,8 @@ def test_a_row_of_equal_values_changes_only_by_rounding(grid, scale, value):
     decoded, stored = round_trip(torch.full((3, 6), value), changed_grid(grid, scale=scale))
     # The offset is rounded down to the previous float16 number, and the levels divide the
     # difference.
-    step = 2.0**-10 * abs(value) / (grid.levels - 1) + 2.0**-24
-    assert (decoded - value).abs().max() <= step / 2 + SLACK * abs(value)
+    largest_scale = 2.0**-10 * abs(value) / (grid.levels - 1) + 2.0**-24
+    assert (decoded - value).abs().max() <= largest_scale / 2 + SLACK * abs(value)
     assert torch.all(stored.offset.float() <= value + SLACK * abs(value))
 
 

@@ -1,4 +1,8 @@
-"""k-means: errors of rounds, weights, the nearest entry, and samples of large tables."""
+"""k-means: errors of rounds, weights, the nearest entry, and samples of large tables.
+
+``levels`` is the number of entries of a codebook. The errors of a fit are the weighted sums of
+squared errors at the start and after each round.
+"""
 
 import itertools
 
@@ -65,13 +69,13 @@ def test_a_codebook_never_has_a_larger_error_than_the_mean_of_all_points(rows, l
         assert error(flat, fit.codebook) <= error_of_the_mean(flat) + slack
 
 
-@given(rows=points(), more=st.integers(0, 5))
-def test_points_are_exact_if_there_are_as_many_entries_as_different_points(rows, more):
+@given(rows=points(), extra_entries=st.integers(0, 5))
+def test_points_are_exact_if_there_are_as_many_entries_as_different_points(rows, extra_entries):
     different = len(torch.unique(rows, dim=0))
-    fit = kmeans(rows, different + more)
+    fit = kmeans(rows, different + extra_entries)
     assert torch.equal(fit.codebook[nearest(rows, fit.codebook)], rows)
     values = rows.flatten()
-    scalar = scalar_kmeans(values, len(torch.unique(values)) + more).codebook
+    scalar = scalar_kmeans(values, len(torch.unique(values)) + extra_entries).codebook
     assert torch.equal(scalar[nearest(values[:, None], scalar)].flatten(), values)
 
 
@@ -103,9 +107,9 @@ def test_the_error_decreases_with_the_number_of_entries(dim):
 def test_scalar_kmeans_of_a_normal_sample_is_within_2_percent_of_the_optimum():
     """Max 1960 gives the least mean squared errors of a normal distribution for 4 and 16 levels."""
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(2))
-    for levels, least in ((4, 0.1175), (16, 0.009497)):
+    for levels, optimum in ((4, 0.1175), (16, 0.009497)):
         result = scalar_kmeans(values, levels).errors[-1] / len(values)
-        assert result == pytest.approx(least, rel=0.02)  # sampling error of 200,000 values
+        assert result == pytest.approx(optimum, rel=0.02)  # sampling error of 200,000 values
 
 
 @given(rows=points(), levels=st.integers(1, 9), seed=st.integers(0, 5))

@@ -36,11 +36,13 @@ def expected_counts(bench: Bench, name: str, table_size: int) -> torch.Tensor:
     return torch.bincount(ids, minlength=table_size).double()
 
 
-@pytest.mark.parametrize("first", [None, RowwiseInt8(), LowRank()], ids=lambda s: s and s.kind)
-def test_lookup_counts_equal_the_ids_in_the_data_for_each_table_format(first, tmp_path):
+@pytest.mark.parametrize(
+    "earlier_step", [None, RowwiseInt8(), LowRank()], ids=lambda s: s and s.kind
+)
+def test_lookup_counts_equal_the_ids_in_the_data_for_each_table_format(earlier_step, tmp_path):
     bench, model = RANKER.bench(tmp_path / "data"), RANKER.model()
-    if first is not None:
-        model = run(first, model, bench, tmp_path / "first")
+    if earlier_step is not None:
+        model = run(earlier_step, model, bench, tmp_path / "earlier_step")
     counts = lookup_counts(model, bench, NAMES)
     assert set(counts) == set(NAMES)
     rows_of_table = table_rows(model.module)

@@ -1,4 +1,8 @@
-"""Quantization-aware training: gradients, the stored layer, and the gain over static int8."""
+"""Quantization-aware training: gradients, the stored layer, and the gain over static int8.
+
+``soft_share`` is the weight of the teacher's scores (``soft_labels``) in training; the labels get
+the rest.
+"""
 
 from pathlib import Path
 
@@ -164,7 +168,7 @@ def test_a_training_resumed_after_a_kill_gives_the_same_bits(tmp_path, monkeypat
         return run(QAT(training=training), NORMED.model(), resumable_bench, tmp_path / name)
 
     uninterrupted = train_with_checkpoints("whole")
-    shuffled = compressors.distill.training.trainer.shuffled_rows
+    original_shuffled_rows = compressors.distill.training.trainer.shuffled_rows
 
     def store_then_raise(folder: str, progress: TrainingProgress) -> None:
         store_progress(folder, progress)
@@ -179,7 +183,7 @@ def test_a_training_resumed_after_a_kill_gives_the_same_bits(tmp_path, monkeypat
     monkeypatch.setattr(
         compressors.distill.training.trainer,
         "shuffled_rows",
-        lambda *a, **k: epochs.append(1) or shuffled(*a, **k),
+        lambda *a, **k: epochs.append(1) or original_shuffled_rows(*a, **k),
     )
     resumed = train_with_checkpoints("killed")
     assert len(epochs) == 2  # the third and the fourth
@@ -254,7 +258,7 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
         soft_labels=train,  # the scores of the network
     )
     source = SMALL_AND_LARGE.model()
-    rounded = {
+    static_int8_auc = {
         calibrator: quality(
             run(StaticInt8(calibrator=calibrator), source, bench, tmp_path / calibrator).module,
             SCHEMA,
@@ -265,10 +269,10 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
     training = Training(epochs=20, patience=20, batch=64, learning_rate=0.02, warmup=0)
     step = QAT(soft_share=soft_share, training=training)
     result = run(step, source, bench, tmp_path / "qat")
-    actual = quality(result.module, SCHEMA, test)
+    qat_auc = quality(result.module, SCHEMA, test)
     assert quality(source.module, SCHEMA, test) == 1.0
     # The AUC that is lost, 1 - AUC, is less than a third of that of the best calibrator.
-    assert 1 - actual < (1 - max(rounded.values())) / 3
+    assert 1 - qat_auc < (1 - max(static_int8_auc.values())) / 3
     # The input range ends below half of the large input, 60.
     assert float(result.module.out.input_scale) * 127 < 30
     (rows,) = batches(test, SCHEMA, ROWS)

@@ -1,4 +1,4 @@
-"""Row-wise int8, int4 and int2: stored tensors, lookups, gradients and older records."""
+"""Row-wise int8, int4 and int2: stored tensors, lookups, gradients, tables of earlier versions."""
 
 import hashlib
 

@@ -1,4 +1,7 @@
-"""Static int8: the op equals an integer Gemm, and its gradients pass through the rounding."""
+"""Static int8: the op equals an integer Gemm, and its gradients pass through the rounding.
+
+``EXACT_INPUTS`` is the number of products of int8 numbers whose sum is exact in float32.
+"""
 
 import hypothesis.extra.numpy as arrays
 import numpy as np
@@ -45,10 +48,10 @@ def integer_gemm(
     """An int8 Gemm with an int32 bias, computed in int64 and scaled in float64."""
     ratio = x.numpy() / input_scale.numpy()  # float32, as QuantizeLinear divides
     codes_of_inputs = np.clip(np.rint(ratio), -128, 127).astype(np.int64)
-    step = weight_scale.numpy() * input_scale.numpy()
-    offset = np.rint(bias.numpy() / step).astype(np.int64)
-    total = codes_of_inputs @ codes.numpy().astype(np.int64).T + offset
-    return total.astype(np.float64) * step.astype(np.float64)
+    product_scale = weight_scale.numpy() * input_scale.numpy()
+    bias_codes = np.rint(bias.numpy() / product_scale).astype(np.int64)
+    total = codes_of_inputs @ codes.numpy().astype(np.int64).T + bias_codes
+    return total.astype(np.float64) * product_scale.astype(np.float64)
 
 
 @pytest.mark.parametrize("inputs", [1, 7, EXACT_INPUTS, EXACT_INPUTS + 1, 5000])
@@ -106,16 +109,16 @@ def test_a_sum_of_more_inputs_than_float32_adds_exactly_is_exact():
     input_scale=st.floats(2.0**-20, 100, width=32),
 )
 def test_round_trip_error_is_at_most_half_the_channels_scale(weight, bias, input_scale):
-    table = torch.from_numpy(weight)
-    offset = torch.full((len(table),), bias)
-    codes, scale = encode(table, offset, torch.tensor(input_scale))
+    dense_weight = torch.from_numpy(weight)
+    bias_of_outputs = torch.full((len(dense_weight),), bias)
+    codes, scale = encode(dense_weight, bias_of_outputs, torch.tensor(input_scale))
     assert torch.all(scale > 0)
-    error = (codes.float() * scale[:, None] - table).abs()
+    error = (codes.float() * scale[:, None] - dense_weight).abs()
     # Quotient, rounding and product each have a relative error of 2^-24.
-    slack = 4 * 2.0**-24 * table.abs().amax(dim=1, keepdim=True)
+    slack = 4 * 2.0**-24 * dense_weight.abs().amax(dim=1, keepdim=True)
     assert torch.all(error <= scale[:, None] / 2 + slack)
     # The bias is an int32 that must leave range for the sum of products.
-    assert torch.all((offset / (scale * input_scale)).abs() <= 2**23 * (1 + 1e-6))
+    assert torch.all((bias_of_outputs / (scale * input_scale)).abs() <= 2**23 * (1 + 1e-6))
 
 
 def test_each_channel_has_a_separate_scale_and_zeros_remain_zeros():
@@ -136,9 +139,9 @@ def test_each_channel_has_a_separate_scale_and_zeros_remain_zeros():
     weight_scale=st.none() | st.floats(2.0**-10, 2, width=32),
 )
 def test_the_sum_of_two_neighbouring_products_fits_in_16_bits(weight, weight_scale):
-    table = torch.from_numpy(weight)
-    scale = None if weight_scale is None else torch.full((len(table),), weight_scale)
-    codes, _ = encode(table, None, torch.tensor(0.1), scale)
+    dense_weight = torch.from_numpy(weight)
+    scale = None if weight_scale is None else torch.full((len(dense_weight),), weight_scale)
+    codes, _ = encode(dense_weight, None, torch.tensor(0.1), scale)
     padded = torch.nn.functional.pad(codes.to(torch.int64), (0, codes.shape[1] % 2))
     pairs = padded.unflatten(1, (-1, 2))  # (out, pairs, 2)
     for x in ((255, 255), (255, 0), (0, 255)):  # a sum is largest where each input is 0 or 255

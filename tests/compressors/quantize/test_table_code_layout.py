@@ -1,4 +1,8 @@
-"""Tables with codebooks: layout, bytes, lookups and gradients."""
+"""Tables with codebooks: layout, bytes, lookups and gradients.
+
+``books`` is the number of codebooks, ``levels`` the entries of each, and ``width`` the bits of a
+stored code. Codebooks take at most ``codebook_share`` of the table's float32 bytes.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -101,13 +105,13 @@ def test_parts_differ_by_at_most_one_column_and_cover_every_column_once(dim, par
 
 
 @each_step
-@pytest.mark.parametrize("cut", [1, 7, 100])
-def test_codes_of_a_row_do_not_depend_on_its_block(step, cut):
+@pytest.mark.parametrize("block_rows", [1, 7, 100])
+def test_codes_of_a_row_do_not_depend_on_its_block(step, block_rows):
     table = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
     table[100:200] = table[:100]
     params = step.fit(table)
     at_once = step.encode(table, params)
-    parts = [step.encode(block, params) for block in table.split(cut)]
+    parts = [step.encode(block, params) for block in table.split(block_rows)]
     for name, tensor in at_once.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
 
@@ -174,10 +178,10 @@ def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, 
         scale = tensors.get("scale")
         return ops.kmeans_table, (tensors["codes"], tensors["codebook"], scale, ids, dim, width)
     books = step.storage.shape(rows, dim, step.settings()).books
-    first = (tensors["codes"], tensors["codebook"], ids)
+    common_arguments = (tensors["codes"], tensors["codebook"], ids)
     if step.kind == "product_codes":
-        return ops.product_codes, (*first, dim, books, width)
-    return ops.residual_codes, (*first, books, width)
+        return ops.product_codes, (*common_arguments, dim, books, width)
+    return ops.residual_codes, (*common_arguments, books, width)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def lookup_in_torch(
         return torch.stack(entries).sum(dim=0)
     widths = product_codes.part_widths(dim, step.parts)
     return torch.cat(
-        [part[..., :width] for part, width in zip(entries, widths, strict=True)], dim=-1
+        [part[..., :columns] for part, columns in zip(entries, widths, strict=True)], dim=-1
     )
 
 
@@ -224,7 +228,7 @@ def test_gradients_equal_plain_torch(step, dim):
     generator = torch.Generator().manual_seed(1)
     table = torch.randn(40, dim, generator=generator)
     ids = torch.tensor([[0, 5, 5], [2, 1, 39]])  # repeated ids add up
-    factor = torch.randn(2, 3, dim, generator=generator)
+    output_gradient = torch.randn(2, 3, dim, generator=generator)
     tensors = encode(step, table)
 
     def leaves() -> dict[str, Tensor]:
@@ -236,8 +240,8 @@ def test_gradients_equal_plain_torch(step, dim):
     with_op, with_torch = leaves(), leaves()
     rows = step.storage.lookup(with_op, ids, dim, step.settings())
     assert torch.equal(rows, lookup_in_torch(step, with_torch, ids, dim))
-    (rows * factor).sum().backward()
-    (lookup_in_torch(step, with_torch, ids, dim) * factor).sum().backward()
+    (rows * output_gradient).sum().backward()
+    (lookup_in_torch(step, with_torch, ids, dim) * output_gradient).sum().backward()
     for name in step.storage.learned:
         if name in with_op:
             # The same sums in another order; in float16 rounded once at the end.

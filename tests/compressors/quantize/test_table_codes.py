@@ -1,6 +1,10 @@
 """Tables with codebooks (k-means, product and residual codes): the error of the rows.
 
 Residual codes are called additive if rounds of least squares refine their codebooks.
+
+``refine`` is the largest number of these rounds. Calls of ``residual_codes.fit`` have the number of
+codebooks and the entries of each; those of ``product_codes.fit`` the number of parts and the
+entries; those of ``kmeans.fit`` the bits of a code and the type of the row scale.
 """
 
 from collections.abc import Callable

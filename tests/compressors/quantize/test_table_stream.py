@@ -1,4 +1,9 @@
-"""Tables encoded block by block: equal bytes for every block size, also beyond 32-bit offsets."""
+"""Tables encoded block by block: equal bytes for every block size, also beyond 32-bit offsets.
+
+A source reads the rows of a table. A job encodes them in blocks of ``block_rows`` rows, and a sink
+writes the pieces of each block: bytes and their offset ``at`` in the file. A record describes the
+module that replaces the table.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,7 +73,10 @@ class ComputedSource:
 
 
 class MemorySink:
-    """A sink that writes to memory and counts how often each byte was written."""
+    """A sink that writes to memory and counts how often each byte was written.
+
+    It already has the blocks ``existing``.
+    """
 
     def __init__(self, size: int, existing: Sequence[str] = ()) -> None:
         self.file, self.blocks, self.existing = bytearray(size), [], set(existing)
@@ -104,9 +112,9 @@ def encoding_job(
 
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 70), st.integers(1, 3), st.booleans())
 def test_streamed_tensors_equal_those_of_the_table_encoded_at_once(
-    rows: int, dim: int, block_rows: int, workers: int, has_small_codes: bool
+    rows: int, dim: int, block_rows: int, workers: int, is_int4: bool
 ):
-    step = RowwiseInt4(clipping="mse") if has_small_codes else RowwiseInt8(scale="float32")
+    step = RowwiseInt4(clipping="mse") if is_int4 else RowwiseInt8(scale="float32")
     weight = torch.randn(rows, dim, generator=torch.Generator().manual_seed(rows + dim))
     result = load(
         encode_to_memory(encoding_job(step, {"user.weight": weight}, block_rows), workers)
@@ -259,9 +267,9 @@ def test_rows_beyond_32_bit_offsets_are_written_at_their_positions(row: int, blo
         scales = torch.frombuffer(
             bytearray(pieces[starts["scale"] + block.begin * 2]), dtype=torch.float16
         )
-        amounts = torch.arange(block.begin, block.end) % 97 + 1.0
+        expected_weights = torch.arange(block.begin, block.end) % 97 + 1.0
         # A float16 scale is within 2^-11 of the largest weight over 127.
-        torch.testing.assert_close(scales.float() * 127, amounts, rtol=2**-10, atol=0)
+        torch.testing.assert_close(scales.float() * 127, expected_weights, rtol=2**-10, atol=0)
     assert file.place("t.codes", ROWS) == starts["codes"] + ROWS * DIM
 
 

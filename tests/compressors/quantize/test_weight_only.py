@@ -1,4 +1,7 @@
-"""Weight-only quantization to 8 and 4 bits: codes, the op, rounded inputs and GPTQ."""
+"""Weight-only quantization to 8 and 4 bits: codes, the op, rounded inputs and GPTQ.
+
+A block is ``block`` consecutive weights of a row that share a scale; 0: the whole row.
+"""
 
 from pathlib import Path
 
@@ -44,7 +47,7 @@ BLOCKS = (0, 16, 32, 128)
 
 sizes = st.tuples(st.integers(1, 70), st.integers(1, 9))
 blocks = st.sampled_from(BLOCKS)
-widths = st.sampled_from([4, 8])
+bit_widths = st.sampled_from([4, 8])
 seeds = st.integers(0, 2**20)
 rules = st.sampled_from(["min_max", "least_squares", "mse"])
 scale_types = st.sampled_from(["float16", "float32"])
@@ -68,7 +71,7 @@ def layer(
 # --- codes -----------------------------------------------------------------------------------
 
 
-@given(size=sizes, block=blocks, bits=widths, seed=seeds)
+@given(size=sizes, block=blocks, bits=bit_widths, seed=seeds)
 def test_unpack_restores_packed_codes_and_padding_is_zero(size, block, bits, seed):
     inputs, outputs = size
     largest_code = 2 ** (bits - 1) - 1
@@ -82,8 +85,8 @@ def test_unpack_restores_packed_codes_and_padding_is_zero(size, block, bits, see
     assert not unpack(codes, padded_length(inputs, block), bits)[:, inputs:].any()
 
 
-@given(size=sizes, block=blocks, bits=widths, clipping=rules, scale=scale_types, seed=seeds)
-def test_rounding_error_is_at_most_half_a_step_and_clipping_never_increases_it(
+@given(size=sizes, block=blocks, bits=bit_widths, clipping=rules, scale=scale_types, seed=seeds)
+def test_rounding_error_is_at_most_half_the_scale_and_clipping_never_increases_it(
     size, block, bits, clipping, scale, seed
 ):
     inputs, outputs = size
@@ -99,7 +102,7 @@ def test_rounding_error_is_at_most_half_a_step_and_clipping_never_increases_it(
             round_to_multiples(weight, scales, block, level_grid) * scale_of_weight - weight
         )
         result[rule] = split_into_blocks(rounding_error.square(), block).sum(dim=1)
-        if rule == "min_max":  # half a step, plus the rounding of a float16 scale
+        if rule == "min_max":  # half the scale, plus the rounding of a float16 scale
             scale_rounding = 1 / 32 if scale == "float16" else 1e-4
             assert (rounding_error.abs() <= (0.5 + scale_rounding) * scale_of_weight).all()
     # float32 sums of squares, in two orders
@@ -128,8 +131,8 @@ def test_stored_bytes_are_those_of_padded_codes_a_scale_per_block_and_the_bias(b
 def test_op_equals_a_dense_layer_with_decoded_weights(bits, block, shape):
     codes, scale, bias = layer(40, 6, bits, block)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    step = scale.repeat_interleave(block, dim=1)[:, :40] if block else scale
-    weight = unpack(codes, 40, bits).double() * step.double()
+    scale_of_weight = scale.repeat_interleave(block, dim=1)[:, :40] if block else scale
+    weight = unpack(codes, 40, bits).double() * scale_of_weight.double()
     result = OP(x, codes, scale, bias, bits, block, "float32")
     # float32 sums of 40 products
     torch.testing.assert_close(result.double(), x.double() @ weight.T + bias, rtol=1e-5, atol=1e-5)
@@ -137,24 +140,29 @@ def test_op_equals_a_dense_layer_with_decoded_weights(bits, block, shape):
     torch.testing.assert_close(without, result - bias, rtol=1e-5, atol=1e-5)
 
 
-@given(size=sizes, width=st.sampled_from([16, 32]), seed=seeds)
-def test_rounded_inputs_are_within_half_a_level_of_their_block(size, width, seed):
+@given(size=sizes, block=st.sampled_from([16, 32]), seed=seeds)
+def test_rounded_inputs_are_within_half_a_level_of_their_block(size, block, seed):
     inputs, rows = size
     x = random_normal(rows, inputs, seed) * torch.logspace(-3, 3, inputs)
     x[0] = 0
     x[0, 0] = 1e-42  # 127 divided by it is infinite
-    rounded = round_inputs(x, width)
+    rounded = round_inputs(x, block)
     assert rounded.shape == x.shape
     assert torch.isfinite(rounded).all()
     assert not rounded[0].any()
-    for begin in range(0, inputs, width):
-        part = slice(begin, begin + width)
+    for begin in range(0, inputs, block):
+        part = slice(begin, begin + block)
         largest = x[:, part].abs().amax(dim=1, keepdim=True)
         assert ((rounded - x)[:, part].abs() <= largest / 254 * (1 + 1e-5) + 1e-36).all()
 
 
-def onnx_layer(path: Path, inputs: int, bits: int, block: int, level: int, codes, scale) -> Session:
-    """A session of a graph with one MatMulNBits node, built without the exporter."""
+def onnx_layer(
+    path: Path, inputs: int, bits: int, block: int, accuracy_level: int, codes, scale
+) -> Session:
+    """A session of a graph with one MatMulNBits node, built without the exporter.
+
+    ``accuracy_level`` is ONNX Runtime's number of the type in which inputs are multiplied.
+    """
     initializers = [
         numpy_helper.from_array(codes, "codes"),
         numpy_helper.from_array(scale, "scale"),
@@ -168,7 +176,7 @@ def onnx_layer(path: Path, inputs: int, bits: int, block: int, level: int, codes
         N=len(codes),
         bits=bits,
         block_size=block,
-        accuracy_level=level,
+        accuracy_level=accuracy_level,
     )
     info = helper.make_tensor_value_info
     graph = helper.make_graph(
@@ -189,10 +197,12 @@ def onnx_layer(path: Path, inputs: int, bits: int, block: int, level: int, codes
 def test_op_equals_onnxruntimes_kernel(bits, block, inputs, activations, tmp_path):
     codes, scale, _ = layer(inputs, 24, bits, block)
     width = block_length(inputs, block)
-    shaped = codes.reshape(24, -1, width * bits // 8).numpy()
-    scales = scale.expand(24, shaped.shape[1]).numpy()
-    level = {"float32": 1, "int8": 4}[activations]  # ONNX Runtime's numbers of these types
-    kernel = onnx_layer(tmp_path / "g.onnx", inputs, bits, width, level, shaped, scales)
+    codes_by_block = codes.reshape(24, -1, width * bits // 8).numpy()
+    scales = scale.expand(24, codes_by_block.shape[1]).numpy()
+    accuracy_level = {"float32": 1, "int8": 4}[activations]  # ONNX Runtime's numbers of these types
+    kernel = onnx_layer(
+        tmp_path / "g.onnx", inputs, bits, width, accuracy_level, codes_by_block, scales
+    )
     for rows in (1, 37):  # ONNX Runtime has different kernels for one row and for many
         x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows))
         expected = OP(x, codes, scale, None, bits, block, activations).numpy()

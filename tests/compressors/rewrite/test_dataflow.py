@@ -1,6 +1,9 @@
 """Dataflow: the consumers of each layer's output, and layers whose weights must not change.
 
 A layer is *fixed* if its weights must not change, for example because other code reads them.
+
+A consumer is a layer that reads the output of another one; ``Consumer`` has its name and the
+operators between the two layers.
 """
 
 from collections.abc import Callable

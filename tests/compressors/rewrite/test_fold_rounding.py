@@ -168,7 +168,8 @@ def test_a_probability_near_one_may_change_by_one_float32_step() -> None:
     output_signature = signature("probability")
     expected = torch.tensor([[0.99998, 0.99999, 0.999985, 0.999992]])
     scores = torch.nextafter(expected, torch.ones(1))
-    rounded = expected.unsqueeze(0)  # (draws, scales, rows)
+    # (draws of the rounding, scales of the synthetic inputs, rows)
+    rounded = expected.unsqueeze(0)
 
     def difference(changed_scores: Tensor) -> str | None:
         return describe_score_difference(

@@ -1,4 +1,9 @@
-"""``equalize`` and ``smooth_quant`` move factors between layers: equal scores, less int8 loss."""
+"""``equalize`` and ``smooth_quant`` move factors between layers: equal scores, less int8 loss.
+
+The range of a channel is its largest absolute value. With ``search``, the strength ``alpha`` of
+each layer is searched for the smallest int8 error. The int8 loss is the change of scores by int8,
+see ``int8_loss``.
+"""
 
 from pathlib import Path
 
@@ -31,9 +36,12 @@ RANGES = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=6)
 
 
 @given(RANGES, RANGES)
-def test_equalization_factors_make_output_and_input_ranges_equal(first, second):
-    count = min(len(first), len(second))
-    outputs, inputs = torch.tensor(first[:count]).double(), torch.tensor(second[:count]).double()
+def test_equalization_factors_make_output_and_input_ranges_equal(output_ranges, input_ranges):
+    count = min(len(output_ranges), len(input_ranges))
+    outputs, inputs = (
+        torch.tensor(output_ranges[:count]).double(),
+        torch.tensor(input_ranges[:count]).double(),
+    )
     scale = equalization_factors(outputs, inputs)
     is_scaled = (outputs > DEAD * outputs.max()) & (inputs > DEAD * inputs.max())
     assert bool((scale > 0).all())
@@ -42,9 +50,12 @@ def test_equalization_factors_make_output_and_input_ranges_equal(first, second):
 
 
 @given(RANGES, RANGES, st.floats(0, 1))
-def test_smoothing_factors_equal_equation_4_of_the_paper(first, second, alpha):
-    count = min(len(first), len(second))
-    inputs, weights = torch.tensor(first[:count]).double(), torch.tensor(second[:count]).double()
+def test_smoothing_factors_equal_equation_4_of_the_paper(input_ranges, weight_ranges, alpha):
+    count = min(len(input_ranges), len(weight_ranges))
+    inputs, weights = (
+        torch.tensor(input_ranges[:count]).double(),
+        torch.tensor(weight_ranges[:count]).double(),
+    )
     scale = smoothing_factors(inputs, weights, alpha)
     is_scaled = (inputs > 0) & (weights > 0)
     assert bool((scale > 0).all())

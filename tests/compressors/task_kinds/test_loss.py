@@ -1,4 +1,7 @@
-"""Training losses of click and ranking models, and batches of rows in random order."""
+"""Training losses of click and ranking models, and batches of rows in random order.
+
+The hard loss compares scores with labels, the soft loss with the scores of a teacher.
+"""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -31,9 +34,15 @@ rows = st.lists(st.tuples(numbers, numbers, st.integers(0, 1)), min_size=1, max_
 @given(rows, st.floats(0.5, 8))
 def test_soft_loss_of_clicks_is_the_cross_entropy_at_the_temperature(values, temperature):
     score, teacher, _ = (np.array(column, np.float64) for column in zip(*values, strict=True))
-    student, target = (1 / (1 + np.exp(-x / temperature)) for x in (score, teacher))
+    student_probability, teacher_probability = (
+        1 / (1 + np.exp(-x / temperature)) for x in (score, teacher)
+    )
     expected = (
-        -np.mean(target * np.log(student) + (1 - target) * np.log1p(-student)) * temperature**2
+        -np.mean(
+            teacher_probability * np.log(student_probability)
+            + (1 - teacher_probability) * np.log1p(-student_probability)
+        )
+        * temperature**2
     )
     loss = soft_loss(CLICKS, torch.tensor(score), torch.tensor(teacher), batch([0.0]), temperature)
     assert float(loss) == pytest.approx(expected, rel=1e-6)
