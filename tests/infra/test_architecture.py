@@ -78,6 +78,7 @@ def test_module_that_is_not_allowed_is_refused_without_an_import(tmp_path, monke
 
 
 def test_empty_allow_list_refuses_every_module():
+    # The error shows an empty list as the word "nothing".
     with raises_code(BundleRefused, "architecture_not_allowed", allowed=("nothing",)):
         network_class("shopnets.ranker:Ranker", ())
 

@@ -1,4 +1,7 @@
-"""The estimate of available memory, and recognition of out-of-memory errors of all libraries."""
+"""The estimate of available memory, and recognition of out-of-memory errors of all libraries.
+
+The field ``doing`` of an error is the work for which memory was missing.
+"""
 
 import errno
 import subprocess
@@ -165,6 +168,7 @@ def test_available_memory_is_bounded_by_all_parents_of_a_version_2_control_group
     simulated_machine("a/b", unlimited, "0::/a/b\n")
     simulated_machine("a", limited, "0::/a/b\n")
     available = available_memory()
+    # The limit of 7 MiB, without 4 MiB that are used, of which 2 MiB are cached files.
     assert available.bytes == 5 * MIB, "cached files do not count as used"
     assert "control group" in available.limit
 
@@ -176,11 +180,12 @@ def test_available_memory_is_bounded_by_a_version_1_control_group(simulated_mach
         "memory.stat": STAT,
     }
     simulated_machine("memory/a", files, "5:cpu:/x\n4:memory:/a\n")
-    assert available_memory().bytes == 3 * MIB
+    assert available_memory().bytes == 3 * MIB  # 4 MiB - (3 MiB - 2 MiB of cached files)
 
 
 def test_memory_setting_replaces_all_other_limits(simulated_machine, monkeypatch):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", "1")
+    # The process already uses the 100 kB of ``VmRSS``.
     assert available_memory() == (MIB - 100 * 1024, "RECPRESS_MEMORY_MB=1")
 
 

@@ -5,6 +5,9 @@ of all files, and with a seal, the hash of ``model.json`` itself.
 
 A refusal is the error ``BundleRefused``. Tests check its code and fields, or a part of its message
 if the message is from a JSON or safetensors parser.
+
+A ``TensorFact`` is shape, dtype and size of one stored tensor. The field ``near`` of a reason has
+the most similar names that exist.
 """
 
 import contextlib
@@ -74,6 +77,7 @@ FIELDS = {
     "network": NETWORK,
     "data": DATA,
 }
+# With at most 60 bytes per shard, ``WEIGHTS`` are stored in two shards.
 EVERY_SHARDING = pytest.mark.parametrize("shard_bytes", [1 << 20, 60], ids=["one", "several"])
 
 

@@ -69,7 +69,9 @@ def wait_for_pids(path, seconds=20):
     raise AssertionError(f"{path} never appeared")
 
 
-def test_run_child_returns_the_response_of_another_session_and_logs_its_output(child, tmp_path):
+def test_run_child_returns_the_response_of_another_posix_session_and_logs_its_output(
+    child, tmp_path
+):
     work = (
         "def work(request):\n"
         "    print('received', request['number'])\n"
@@ -162,7 +164,10 @@ def test_processes_that_a_finished_child_started_are_killed(child, tmp_path):
 
 
 def start_and_kill_parent(tmp_path, module, seconds, grace):
-    """Kill a process that called ``run_child``; return the PIDs of child and grandchild."""
+    """Kill a process that called ``run_child``; return the PIDs of child and grandchild.
+
+    A child without a parent ends at most ``grace`` seconds after its limit of ``seconds``.
+    """
     pids = tmp_path / "pids"
     script = (
         "import sys, pathlib, infra.child as c\n"

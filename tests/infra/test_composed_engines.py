@@ -4,6 +4,9 @@ A builder may widen a table: convert its packed numbers to a wider type, in the 
 in scratch memory, the temporary memory of a call. The audit compares the scratch memory with that
 of a twin, an engine of the same graph with half the rows in large tables: it is "flat" if both are
 equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
+
+A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
+input.
 """
 
 import pytest
@@ -84,7 +87,7 @@ def test_engine_stores_composed_tables_packed(step: Step, tmp_path, monkeypatch)
     packed = run(RowwiseInt8(), model, bench, tmp_path / "packed")
     (served_graph,) = served_graphs(SIGNATURE)
     lowered = lower(packed.module, served_graph, "tensorrt-rtx", tmp_path / "model.onnx")
-    planned = sum(line.bytes_after for line in packed.plan.lines)
+    planned_bytes = sum(line.bytes_after for line in packed.plan.lines)
     request = BuildRequest(
         target="tensorrt-rtx",
         onnx=str(tmp_path / "model.onnx"),
@@ -93,12 +96,12 @@ def test_engine_stores_composed_tables_packed(step: Step, tmp_path, monkeypatch)
             TableWeights(module=table.module, rows=table.rows, initializers=table.names)
             for table in lowered.tables
         ),
-        packed_bytes=planned,
+        packed_bytes=planned_bytes,
         seconds=300,
     )
     audit = build_engine(request, tmp_path / "out").audit
     assert audit.layer_types["int8"] > 0
     # At most 4.9 KB more than planned were measured; the audit would allow 64 KiB and 10 %.
-    assert planned <= audit.weights_bytes < planned + 8_192
+    assert planned_bytes <= audit.weights_bytes < planned_bytes + 8_192
     if audit.scratch != "flat":  # parts with only sqrt(rows) rows are too small to be checked
-        assert planned < 100_000, audit.scratch_reason
+        assert planned_bytes < 100_000, audit.scratch_reason

@@ -1,6 +1,6 @@
 """Removal of credentials from messages, addresses, exceptions and log records.
 
-``SECRETS`` are random values of variables such as passwords; no output may contain one of them.
+``SECRETS`` are canaries: random values of variables such as passwords. No output may contain one.
 """
 
 import logging

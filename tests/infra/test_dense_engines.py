@@ -2,6 +2,9 @@
 
 The outcome of sparsity is "picked" if the builder chose sparse kernels, "did not pay" if it chose
 only dense ones, and "not told" if its log does not report the choice.
+
+A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
+input.
 """
 
 import json

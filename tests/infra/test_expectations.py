@@ -1,4 +1,9 @@
-"""Data checks run by Great Expectations: valid data passes, and each violation fails its check."""
+"""Data checks run by Great Expectations: valid data passes, and each violation fails its check.
+
+A check compares one column of a split, or the whole split, with a rule; its result is a finding.
+``intended`` is the number of planned checks and ``evaluated`` the number that could be carried out.
+The split ``traffic`` has logged requests, without labels.
+"""
 
 import datetime as dt
 import json

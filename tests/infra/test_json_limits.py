@@ -128,7 +128,9 @@ def test_safetensors_header_beyond_a_limit_is_refused_within_300_mib(tmp_path):
 
 def test_model_json_of_10000_tables_is_far_below_the_limits():
     module = {"kind": "table", "format": "rowwise_int8", "settings": {"rows": 10**6, "dim": 64}}
-    larger = Reason("other_format_smaller", format="rowwise_int8", bytes=10**9, step_bytes=10**9)
+    format_reason = Reason(
+        "other_format_smaller", format="rowwise_int8", bytes=10**9, step_bytes=10**9
+    )
     line = PlanLine(
         module="features.tables.1000",
         role="table",
@@ -136,7 +138,7 @@ def test_model_json_of_10000_tables_is_far_below_the_limits():
         bytes_before=10**10,
         bytes_after=10**9,
         steps=("dimensions", "product_codes"),
-        reasons=(Reason("selected", step="product_codes"), larger),
+        reasons=(Reason("selected", step="product_codes"), format_reason),
     )
     document = {
         "modules": {f"features.tables.{n}": module for n in range(10_000)},

@@ -1,4 +1,9 @@
-"""The promotion ledger: concurrent appends, rollbacks, and detection of damaged entries."""
+"""The promotion ledger: concurrent appends, rollbacks, and detection of damaged entries.
+
+An entry records one change of the champion: a promotion or a rollback. Its digest covers the digest
+of the previous entry. ``expected`` is the last sequence number that the caller has read; 0: an
+empty ledger.
+"""
 
 import threading
 import time
@@ -21,14 +26,24 @@ def ledger(tmp_path) -> Ledger:
 
 def promote(ledger: Ledger, version: str, expected: int | None = None) -> Entry:
     """Append a promotion of a version."""
-    return ledger.append(version, f"order-{version}", "promote", "ann", "better", expected)
+    return ledger.append(
+        version,
+        order=f"order-{version}",
+        action="promote",
+        by="ann",
+        reason="better",
+        expected=expected,
+    )
 
 
 def roll_back(ledger: Ledger) -> str:
     """Append a rollback; return the version that it restores."""
     target = rollback_target(ledger.entries())
     assert target is not None
-    return ledger.append(target.version, target.order, "rollback", "bob", "worse").version
+    rollback = ledger.append(
+        target.version, target.order, action="rollback", by="bob", reason="worse"
+    )
+    return rollback.version
 
 
 def test_entries_are_read_in_order_with_the_version_that_each_replaced(ledger):

@@ -1,4 +1,9 @@
-"""Charts as SVG: positions, lengths, escaping."""
+"""Charts as SVG: positions, lengths, escaping.
+
+A strip shows one value with its interval, a reference value and a limit; ``refused`` is the side of
+the limit whose values are rejected. A composition has stacked bars of bytes. A pair is two bars,
+before and after. The second argument of ``draw_strip`` is a tone, which selects the colour.
+"""
 
 import re
 from itertools import pairwise
@@ -38,11 +43,11 @@ def positions(svg, kind):
 
 @given(NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.sampled_from(["below", "above"]))
 def test_strip_places_value_interval_and_limit_in_order_within_the_chart(
-    low, point, high, reference, limit, side
+    low, point, high, reference, limit, refused_side
 ):
     value = estimate(low, point, high)
     marks = Mark(at=reference, label="no change"), Mark(at=limit, label="limit")
-    svg = draw_strip(value, "held", "title", *marks, refused=side)
+    svg = draw_strip(value, "held", "title", *marks, refused=refused_side)
     assert all(0 <= float(place) <= 100 for place in POSITIONS.findall(svg))
     interval, (position,) = positions(svg, "interval"), positions(svg, "point")
     if interval:
@@ -51,7 +56,9 @@ def test_strip_places_value_interval_and_limit_in_order_within_the_chart(
         assert value.low == value.high
     edge = positions(svg, "limit")[0]
     start, width = positions(svg, "refused")
-    assert (start + width if side == "below" else start) == pytest.approx(edge, abs=ROUNDING)
+    assert (start + width if refused_side == "below" else start) == pytest.approx(
+        edge, abs=ROUNDING
+    )
     # A point on one side of the limit in the chart is on the same side of it as a number.
     assert (position < edge - ROUNDING) <= (value.point < limit)
     assert (position > edge + ROUNDING) <= (value.point > limit)

@@ -14,6 +14,7 @@ from infra.errors import RegistryOutage, RegistryRefused, SettingRefused
 from infra.registry.limits import MAX_TAG_VALUE
 from infra.registry.mlflow_registry import ORDER_TAG, Registered, Registry
 
+# Digests of two orders.
 ORDER = "a" * 64
 OTHER_ORDER = "b" * 64
 
@@ -116,6 +117,7 @@ def test_concurrent_publishers_keep_the_lowest_version_and_delete_the_others(reg
 
     def first_query_finds_nothing(self, order, model):
         queries.append(order)
+        # Each of the three publishers queries twice, before and after it creates a version.
         return None if len(queries) in (1, 3, 5) else by_order(self, order, model)
 
     monkeypatch.setattr(Registry, "by_order", first_query_finds_nothing)

@@ -1,4 +1,9 @@
-"""docker-compose.yml: rules for its services, and how they run as local processes."""
+"""docker-compose.yml: rules for its services, and how they run as local processes.
+
+All services except ``setup`` are permanent. Of a ``Service``, ``after`` has the services that must
+be started before it, each with the required condition, and ``one_shot`` says that it ends by
+itself. ``client`` are environment variables for programs that use the services.
+"""
 
 import json
 import os

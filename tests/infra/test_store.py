@@ -1,4 +1,9 @@
-"""The object store in a local folder and on a real S3 server: the same tests for both."""
+"""The object store in a local folder and on a real S3 server: the same tests for both.
+
+An artifact is a stored folder, whose manifest has the hash of each chunk of its files. The root of
+a manifest is the hash over all files, which is the artifact's name; the root of a store is its
+address. A record is a small value with a key.
+"""
 
 import contextlib
 import errno
@@ -251,8 +256,8 @@ def test_manifest_with_a_changed_hash_is_damage(stored, folder):
     artifact = stored.store.put(folder)
     key = f"{artifact_key(artifact)}/manifest.json"
     manifest = json.loads(stored.raw(key))
-    changed = next(entry for entry in manifest["files"] if entry["path"] == "model.json")
-    changed["chunks"] = ["0" * 64]
+    changed_entry = next(entry for entry in manifest["files"] if entry["path"] == "model.json")
+    changed_entry["chunks"] = ["0" * 64]
     entries = tuple(FileEntry(**entry) for entry in manifest["files"])
     manifest["blobs"] = list(StoreManifest.of(entries).with_blobs().blobs)
     stored.overwrite(key, json.dumps(manifest).encode())

@@ -1,4 +1,10 @@
-"""Artifacts written block by block: chunk hashes of pieces in any order, resuming, publishing."""
+"""Artifacts written block by block: chunk hashes of pieces in any order, resuming, publishing.
+
+A draft is an artifact that is being written. A piece is bytes and their offset ``at`` in the large
+file; a block is a named list of pieces, which is written again or not at all after an interruption;
+a chunk is the unit of hashes. Arguments of ``open_draft`` are the folder of the result, the job
+that determines the content, and path and size of the large file.
+"""
 
 import itertools
 import json
@@ -66,7 +72,7 @@ def test_chunk_hashes_accept_offsets_beyond_32_bits():
     assert hashes._chunk_hashes == {8: sha256(bytes([1] * 8))}
 
 
-def test_chunk_hashes_of_pieces_added_by_two_threads_are_right():
+def test_chunk_hashes_of_pieces_added_by_two_threads_equal_the_expected_hashes():
     body = memoryview(BODY)
     for _ in range(5):
         hashes = ChunkHashes(len(body))
@@ -187,10 +193,12 @@ def test_incomplete_journal_line_is_ignored_and_later_lines_are_read(tmp_path: P
     interrupt(tmp_path / "out", 3)
     journal = tmp_path / ".out.journal"
     journal.write_bytes(journal.read_bytes()[:-9])
-    for before, after in ((2, 3), (3, 4)):
+    for count_before, count_after in ((2, 3), (3, 4)):
         with open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
-            assert sum(artifact_draft.has_block(str(start)) for start in BLOCK_STARTS) == before
-            write_missing_blocks(artifact_draft, after - before)
+            assert (
+                sum(artifact_draft.has_block(str(start)) for start in BLOCK_STARTS) == count_before
+            )
+            write_missing_blocks(artifact_draft, count_after - count_before)
     assert write_and_publish(tmp_path / "out") == expected
 
 

@@ -1,4 +1,8 @@
-"""Removal of temporary files: files of killed processes are removed, others are kept."""
+"""Removal of temporary files: files of killed processes are removed, others are kept.
+
+The name of a temporary file contains machine, PID and start time of the process that writes it.
+Arguments of ``open_draft`` are the folder of the result, the job, and path and size of a file.
+"""
 
 import os
 import re

@@ -4,6 +4,9 @@ A builder may widen a table: convert its packed numbers to a wider type, in the 
 in scratch memory, the temporary memory of a call. The audit compares the scratch memory with that
 of a twin, an engine of the same graph with half the rows in large tables: it is "flat" if both are
 equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
+
+A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
+input.
 """
 
 import hashlib
@@ -104,10 +107,10 @@ def build_lookup_model(table, rows, dim=DIM):
     if table == "int8 minus its column maximum":  # the maximum needs all rows, so all are widened
         top = g.node("ReduceMax", [wide, g.init("axis", np.array([0]))], "top", keepdims=0)
         wide = g.node("Sub", [wide, top], "centred")
-    rows_ = g.node("Gather", [wide, "ids"], "rows", axis=0)
+    looked_up = g.node("Gather", [wide, "ids"], "rows", axis=0)
     if table == "fp32":
-        rows_ = g.node("Cast", [rows_], "narrow", to=TensorProto.FLOAT16)
-    flat = g.node("Reshape", [rows_, g.init("shape", np.array([0, FIELDS * dim]))], "flat")
+        looked_up = g.node("Cast", [looked_up], "narrow", to=TensorProto.FLOAT16)
+    flat = g.node("Reshape", [looked_up, g.init("shape", np.array([0, FIELDS * dim]))], "flat")
     weight = g.init("weight", rng.standard_normal((FIELDS * dim, 1)).astype(half))
     g.node("MatMul", [flat, weight], "score")
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", FIELDS])
@@ -346,6 +349,9 @@ def test_bindings_without_their_native_libraries_count_as_missing(tmp_path, monk
 # --- functions of the audit --------------------------------------------------------------------
 
 MB = 1_000_000
+# Arguments of ``judge_scratch``: scratch bytes of the engine and of its twin, bytes of the rows
+# that the twin does not have, and bytes of an fp16 copy of each table. It returns outcome, reason,
+# and the tables that are proven not to be widened.
 
 
 def test_scratch_smaller_than_a_widened_copy_is_judged_flat():

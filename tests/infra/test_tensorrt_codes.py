@@ -4,6 +4,9 @@ A builder may widen a table: convert its packed numbers to a wider type, in the 
 in scratch memory, the temporary memory of a call. The audit compares the scratch memory with that
 of a twin, an engine of the same graph with half the rows in large tables: it is "flat" if both are
 equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
+
+A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
+input.
 """
 
 import onnx

@@ -4,6 +4,9 @@ A builder may widen a table: convert its packed numbers to a wider type, in the 
 in scratch memory, the temporary memory of a call. The audit compares the scratch memory with that
 of a twin, an engine of the same graph with half the rows in large tables: it is "flat" if both are
 equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
+
+A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
+input.
 """
 
 from pathlib import Path
@@ -135,12 +138,12 @@ def test_table_multiplied_before_its_gather_is_refused(name: str, tmp_path: Path
     nodes = model.graph.node
     codes = next(n for n in nodes if n.op_type == "DequantizeLinear" and "codes" in n.input[0])
     (table,) = (item for item in model.graph.initializer if item.name == codes.input[0])
-    unit = np.eye(table.dims[1], dtype=np.float16)
-    model.graph.initializer.append(onnx.numpy_helper.from_array(unit, "unit"))
+    identity = np.eye(table.dims[1], dtype=np.float16)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(identity, "identity"))
     for node in nodes:
         if codes.output[0] in node.input:
             node.input[0] = "multiplied"
-    product = onnx.helper.make_node("MatMul", [codes.output[0], "unit"], ["multiplied"])
+    product = onnx.helper.make_node("MatMul", [codes.output[0], "identity"], ["multiplied"])
     nodes.insert(list(nodes).index(codes) + 1, product)
     onnx.save(model, request.onnx)
     with raises_code(BuildRefused, "scratch_grows"):
