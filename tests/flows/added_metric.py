@@ -23,7 +23,11 @@ def squared_errors(label, probability) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Brier:
-    """Mean squared error of probabilities (Brier 1950)."""
+    """Mean squared error of probabilities (Brier 1950): the estimator of the metric.
+
+    A ``PairedRows`` has the scores of two models on the same rows: of the baseline, which is the
+    uncompressed model (``before``), and of the candidate (``after``).
+    """
 
     metric: Metric
 
@@ -40,6 +44,7 @@ class Brier:
         before, after = (
             mean_of_rows(squared_errors(pair.label, score), groups) for score in pair.scores
         )
+        # Every group determines the precision of the interval, so ``which`` names no kind of group.
         return grouped_pair(before, after, self.metric.high, counted=groups.rows.size, which="")
 
 
@@ -47,12 +52,12 @@ BRIER = Metric(
     name="brier",
     kind="quality",
     label="Brier score",
-    labels=("clicks",),
-    evaluations=("rows",),
+    labels=("clicks",),  # labels are 0 or 1
+    evaluations=("rows",),  # one score per row; not a ranking of the catalogue
     higher_is_better=False,
-    compared="difference",
-    largest=0.2,
-    low=0.0,
+    compared="difference",  # candidate minus baseline
+    largest=0.2,  # largest loss that a limit may allow; a constant 0.5 has a Brier score of 0.25
+    low=0.0,  # smallest and largest possible value
     high=1.0,
     estimators={"rows": Brier},
 )

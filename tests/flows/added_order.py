@@ -29,11 +29,11 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class AddedOrder:
-    """The result of the order.
+    """The result of the order of this module.
 
     Attributes:
-        report: the report.
-        compressed: the compressed model.
+        report: the report of the order.
+        compressed: the model after all steps of the order.
         losses: the training losses that the added task kind computed.
         packing_warnings: the warnings of ``pack`` for the model.
     """
@@ -45,7 +45,11 @@ class AddedOrder:
 
 
 def run_added_order(home: Path) -> AddedOrder:
-    """Run the order in a new home folder."""
+    """Pack a draft, and run the order in a new home (the folder with store and registry).
+
+    Args:
+        home: the parent of the home and of the draft.
+    """
     with (
         pytest.MonkeyPatch.context() as patch,
         registered_task_kind(),

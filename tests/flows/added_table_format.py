@@ -16,7 +16,10 @@ from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 @dataclass(frozen=True)
 class SignsFormat:
-    """Stores ``signs`` int8 ``(rows, dim)``, -1 or 1, and ``scale`` float32 ``(rows,)``."""
+    """Stores ``signs`` int8 ``(rows, dim)``, -1 or 1, and ``scale`` float32 ``(rows,)``.
+
+    ``learned`` are the names of the stored tensors that training may change: none.
+    """
 
     name: str = "signs"
     learned: tuple[str, ...] = ()
@@ -40,6 +43,8 @@ class Signs(StepSettings):
     kind: Literal["signs"] = "signs"
     tables: TablePatterns = ("*",)
     min_rows: MinRows = 1
+
+    # The next four functions are the protocol of a method that encodes tables in blocks of rows.
 
     @property
     def storage(self) -> TableFormat:

@@ -17,12 +17,15 @@ from compressors.metrics.baseline_problem import BaselineProblem
 from compressors.task_kinds.protocol import ScoredSample, TaughtRows
 
 LOSSES: list[float] = []
-"""The values of ``hard_loss``, so that a test can check that training used this task kind."""
+"""Each value of the loss against labels, so that a test can check which loss training used."""
 
 
 @dataclass(frozen=True)
 class Upvotes:
-    """The functions of the task kind. Its losses are squared errors of probabilities."""
+    """The functions of the task kind. Its losses are squared errors of probabilities.
+
+    ``hard_loss`` compares a student with the labels, ``soft_loss`` with the scores of a teacher.
+    """
 
     output: Output
 
@@ -32,7 +35,8 @@ class Upvotes:
         return loss
 
     def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
-        student, teacher = (torch.sigmoid(output / temperature) for output in rows[:2])
+        outputs = (rows.student, rows.teacher)
+        student, teacher = (torch.sigmoid(output / temperature) for output in outputs)
         return (student - teacher).square().mean()
 
     def score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
@@ -43,10 +47,10 @@ class Upvotes:
 KIND = TaskKind(
     name="upvotes",
     forms=("logit",),
-    labels="clicks",
+    labels="clicks",  # 0 or 1
     needs_label=True,
-    evaluation="rows",
-    usual=(),
+    evaluation="rows",  # one score per row
+    usual=(),  # no metric with a number in its name, such as ndcg@10, is always measured
     functions=Upvotes,
 )
 

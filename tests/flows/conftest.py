@@ -1,5 +1,8 @@
 """Fixtures for tests of flows: a Prefect server, one accepted order, and an empty home folder.
 
+A home is the folder with the object store, the registry and caches (``RECPRESS_HOME``). An order is
+accepted if its verdict is: the compressed model is within all limits.
+
 The accepted order runs in Prefect once per session. Tests that do not concern Prefect run the
 flow's function without Prefect's engine, which is faster (``orders.py``).
 """
@@ -83,7 +86,10 @@ def accepted_order(session_order: AcceptedOrder, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def without_champion(accepted_order: AcceptedOrder) -> Iterator[None]:
-    """Remove the champion of the accepted order's home, before and after this test."""
+    """Remove the champion of the accepted order's home, before and after this test.
+
+    The ledger decides which version is champion; ``repair`` updates the registry's alias to it.
+    """
     ledger = accepted_order.home / "store" / "ledger"
     shutil.rmtree(ledger, ignore_errors=True)
     repair("clicks")

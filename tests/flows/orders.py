@@ -1,4 +1,7 @@
-"""Helpers that run orders in tests, with or without Prefect, and return their results."""
+"""Helpers that run orders in tests, with or without Prefect, and return their results.
+
+A home is the folder with the object store, the registry and caches (``RECPRESS_HOME``).
+"""
 
 import functools
 import shutil
@@ -39,6 +42,7 @@ ACCEPTED = Limit(metric="auc", against="baseline", at_least=-0.02)
 
 EVENT_SECONDS = 30.0
 """How long to wait for the events that report task runs as completed."""
+
 BOTH_TARGETS = Targets(onnxruntime="required", tensorrt_rtx="required")
 
 
@@ -59,7 +63,7 @@ class FlowResult:
     tasks: tuple[tuple[str, str], ...]
 
     def states_of(self, task: str) -> list[str]:
-        """Return the states of the runs of one task."""
+        """Return the final states of the task runs whose name begins with ``task``."""
         return [state for name, state in self.tasks if name.startswith(task)]
 
 
@@ -106,9 +110,17 @@ def run_without_prefect(order: Order) -> FlowResult:
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """The result of a recipe; fields have the names of the same fields of a report.
+    """The result of a recipe. Fields that a report has too have the same names as there.
 
-    ``tasks`` has the name and the state of each task.
+    Attributes:
+        source: the bundle of the order.
+        compressed: the bundle after the last step.
+        plan: the plan of the compressed model.
+        stages: bytes and quality of the untouched model and after each applied step.
+        idle_reasons: the skipped steps, each with the reason.
+        remark_reasons: other decisions, such as those about the quality budget.
+        recipe: the applied steps.
+        tasks: name and final state of each task.
     """
 
     source: Artifact
@@ -122,14 +134,14 @@ class RecipeRun:
 
 
 def run_recipe(order: Order) -> RecipeRun:
-    """Run only the recipe of an order: no graph is lowered, and no limit is judged."""
+    """Apply the steps of an order and measure each stage; lower no graph, and judge no limit."""
     with without_prefect_engine() as tasks:
         run = Run(
             order,
             find_bundle(order.model),
             teachers=(),
             champions={},
-            progress=progress.Progress(stages=1),
+            progress=progress.Progress(stages=1),  # only the length of the progress bar
         )
         result = recipe.apply_recipe(run)
         stages = recipe.measure_recipe_stages(

@@ -1,4 +1,7 @@
-"""One declaration with an estimator adds a metric that every stage of an order can use."""
+"""One declaration with an estimator adds a metric that every stage of an order can use.
+
+The metric is the Brier score of ``added_metric.py``; the order is that of ``added_order.py``.
+"""
 
 from collections.abc import Iterator
 
@@ -24,6 +27,7 @@ def test_registered_metric_is_measured_judged_and_reported(
     added_order: AddedOrder, brier: None
 ) -> None:
     report = added_order.report
+    # A judgement is the outcome for one limit. The first two limits of the order name the metric.
     accepted, rejected = report.targets[0].verdict.judgements[:2]
     assert (accepted.outcome, rejected.outcome) == ("accepted", "rejected")
     assert report.measurement is not None

@@ -58,7 +58,11 @@ def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: 
 
 
 class PlainLowering:
-    """Lowers models to graphs that contain only standard ONNX operators."""
+    """Lowers models to graphs that contain only standard ONNX operators.
+
+    It has the members of the protocol ``LoweringTarget``. It looks up each table separately, stores
+    tensors with the types of the module, and lets no layer multiply by stored codes.
+    """
 
     merges_lookups = False
 
@@ -145,7 +149,8 @@ def has_packed_tables(path: Path) -> bool:
 class NoisySession(UnoptimizedSession):
     """Returns random scores for large batches if the graph has packed tables.
 
-    Small batches are right, so that the comparison of graph and module passes.
+    Scores of small batches are correct, so that the parity check (the comparison of the graph with
+    the module, on ``PARITY_ROWS`` rows) passes.
     """
 
     def __init__(self, path: Path, threads: int) -> None:
@@ -253,8 +258,8 @@ def test_registered_target_is_lowered_measured_judged_and_published(
     order = order_for(not_optimized="required")
     finished = run_without_prefect(order).finished
     report = finished.report
-    first, added = report.targets
-    assert (first.target, added.target) == ("onnxruntime", "not-optimized")
+    default, added = report.targets
+    assert (default.target, added.target) == ("onnxruntime", "not-optimized")
     assert added.verdict.outcome == report.outcome == "accepted", added.verdict.reason
     assert [item.limit for item in added.verdict.judgements] == list(LIMITS)
     (graph,) = added.lowering.graphs
@@ -266,13 +271,13 @@ def test_registered_target_is_lowered_measured_judged_and_published(
     assert sum(SCORED_ROWS) > 2 * measured.rows  # the untouched model and the result
     machine = measured.machine
     assert (machine.runtime, machine.version) == (TARGET.label, onnxruntime.__version__)
-    before, after = (
+    change_of_default, change_of_added = (
         report.measured[name].numbers.of("auc", "baseline") for name in ("onnxruntime", TARGET.name)
     )
-    assert before is not None
-    assert after is not None
+    assert change_of_default is not None
+    assert change_of_added is not None
     # Both targets compute the same function.
-    assert after.point == pytest.approx(before.point, abs=1e-5)
+    assert change_of_added.point == pytest.approx(change_of_default.point, abs=1e-5)
     assert measured.numbers.of("p50_ms@1", "absolute") is not None
 
     version = registry().version("clicks", finished.version)
@@ -282,10 +287,11 @@ def test_registered_target_is_lowered_measured_judged_and_published(
     assert (tmp_path / "served" / "model.onnx").exists()
 
     limits = (Limit.parse("auc vs champion >= -0.02"),)
-    again = run_without_prefect(order.model_copy(update={"limits": limits})).finished.report
-    assert again.champion == first.artifact
-    assert again.other_champions == {TARGET.name: added.artifact}
-    for measurement in again.measured.values():
+    # The published version is now the champion, with which a new candidate is compared.
+    compared = run_without_prefect(order.model_copy(update={"limits": limits})).finished.report
+    assert compared.champion == default.artifact
+    assert compared.other_champions == {TARGET.name: added.artifact}
+    for measurement in compared.measured.values():
         assert measurement.numbers.of("auc", "champion") is not None
 
 
@@ -356,7 +362,7 @@ def test_optional_target_that_cannot_load_the_untouched_model_is_skipped(
 
 
 def build_terms_for_added_target() -> Terms:
-    """Build the order of ``recpress compress clicks --target not-optimized``."""
+    """Return the order (without custom steps) of ``compress clicks --target not-optimized``."""
     return build_terms(
         "clicks",
         "safe",
@@ -371,8 +377,8 @@ def build_terms_for_added_target() -> Terms:
 def test_added_target_is_in_the_form_and_in_the_command_line(added_target: None) -> None:
     field = Targets.model_json_schema()["properties"]["not_optimized"]
     assert field["enum"] == ["required", "optional", "off"]
-    ordered = build_terms_for_added_target()
-    assert ordered.targets.requirements() == {
+    terms = build_terms_for_added_target()
+    assert terms.targets.requirements() == {
         "onnxruntime": "required",
         "not-optimized": "required",
     }
@@ -381,11 +387,12 @@ def test_added_target_is_in_the_form_and_in_the_command_line(added_target: None)
 def test_registering_a_target_does_not_change_the_digest_of_orders_without_it(
     request: pytest.FixtureRequest,
 ) -> None:
-    before = order_for(tensorrt="optional")
-    stored = before.model_dump_json()
-    request.getfixturevalue("added_target")
-    after = order_for(tensorrt="optional", not_optimized="off")
-    assert (digest(after), after.model_dump_json()) == (digest(before), stored)
+    order = order_for(tensorrt="optional")
+    order_json = order.model_dump_json()
+    request.getfixturevalue("added_target")  # registers the target
+    without_target = order_for(tensorrt="optional", not_optimized="off")
+    assert without_target.model_dump_json() == order_json
+    assert digest(without_target) == digest(order)
 
 
 def test_unregistered_target_is_refused_as_unknown() -> None:

@@ -34,7 +34,7 @@ def address_with_secret(name: str, host: str) -> str:
 
 
 def variables_with_secrets(**more: str) -> dict[str, str]:
-    """Return variables with secrets, except those that contain an address.
+    """Return environment variables with secrets, except those whose value is an address.
 
     Args:
         more: further variables, which replace those of the same name.
@@ -92,7 +92,7 @@ def failing_task() -> int:
 @flow(name="failing-task", **NO_RESULTS)
 @clean_exceptions()
 def flow_with_failing_task() -> None:
-    call(failing_task, "code")
+    call(failing_task, "code")  # any text, which is a part of the task's cache key
 
 
 @flow(name="failing-flow", **NO_RESULTS)
@@ -163,14 +163,21 @@ def test_commands_that_succeed_or_fail_do_not_store_or_print_a_secret(
     texts: dict[str, str] = {}
 
     def run(name: str, *arguments: str, codes: tuple[int, ...], **more: str) -> str:
-        """Run a command, store its output under a name, and assert its exit code."""
+        """Run a command, store its output in ``texts``, and return its standard output.
+
+        Args:
+            name: key of the output in ``texts``.
+            arguments: the arguments of ``recpress``.
+            codes: the allowed exit codes.
+            more: environment variables in addition to ``base``.
+        """
         process = recpress(*arguments, env=base | more, seconds=400)
         texts[f"{name}: stdout"], texts[f"{name}: stderr"] = process.stdout, process.stderr
         assert process.returncode in codes, (name, process.returncode, process.stderr)
         return process.stdout
 
     order = ("compress", "clicks", "--preset", "safe")
-    down = address_with_secret("MLFLOW_TRACKING_URI", "127.0.0.1:9")
+    closed_registry = address_with_secret("MLFLOW_TRACKING_URI", "127.0.0.1:9")
     endpoint = address_with_secret("AWS_ENDPOINT_URL", s3_server.endpoint.partition("://")[2])
     closed_endpoint = address_with_secret("AWS_ENDPOINT_URL", "127.0.0.1:9")
     postgres = "postgresql://somebody:{}@127.0.0.1:9/m"
@@ -179,15 +186,20 @@ def test_commands_that_succeed_or_fail_do_not_store_or_print_a_secret(
     run("pack", "bundle", "pack", str(draft), codes=(0,))
     accepted = run("accepted", *order, "--limit", LIMIT, "--json", codes=(0,))
     assert Finished.model_validate_json(accepted).report.outcome == "accepted"
-    run("again", *order, "--limit", LIMIT, "--promote", codes=(0,))
+    run("repeated, with promotion", *order, "--limit", LIMIT, "--promote", codes=(0,))
     run("explain", "explain", "clicks", "--limit", LIMIT, codes=(0,))
     run("list", "registry", "list", codes=(0,))
     run("show", "registry", "show", "clicks", "--version", "1", codes=(0,))
     run("doctor", "doctor", codes=(0, 1))
-    other = "auc vs baseline >= -0.21"
+    new_limit = "auc vs baseline >= -0.21"  # an order that no command has completed yet
     for debug in ({}, {"RECPRESS_DEBUG": "1"}):
         run(
-            "registry down", *order, "--limit", other, codes=(1,), MLFLOW_TRACKING_URI=down, **debug
+            "registry down",
+            *order,
+            *("--limit", new_limit),
+            codes=(1,),
+            MLFLOW_TRACKING_URI=closed_registry,
+            **debug,
         )
         variables = {
             "RECPRESS_STORE": "s3://models/canaries",
@@ -197,14 +209,15 @@ def test_commands_that_succeed_or_fail_do_not_store_or_print_a_secret(
         run("wrong S3 key", *order, "--limit", LIMIT, codes=(1, 2), **variables)
         variables["AWS_ENDPOINT_URL"] = closed_endpoint
         run("S3 down", *order, "--limit", LIMIT, codes=(1, 2), **variables)
-        run("S3 down, doctor", "doctor", codes=(1,), MLFLOW_TRACKING_URI=down, **variables)
+        variables_of_doctor = variables | {"MLFLOW_TRACKING_URI": closed_registry}
+        run("S3 down, doctor", "doctor", codes=(1,), **variables_of_doctor)
         for name in ("RECPRESS_STORE", "RECPRESS_TRITON"):
             for form in ("s3://me:{}@bucket/x", "http://me:{}@h/x?token={}", "s3:/me:{}@b"):
                 root = {name: form.format(*[SECRETS.in_address(name)] * 2), **debug}
                 run(f"{name} {form}", "doctor", codes=(0, 1, 2), **root)
                 run(f"{name} {form}, triton", "triton", "export", "clicks", codes=(1, 2), **root)
         invalid = "http://me:" + SECRETS.in_address("MLFLOW_TRACKING_URI") + "@[::1"
-        for uri in (invalid, "ftp" + down, down.replace("9", "99999")):
+        for uri in (invalid, "ftp" + closed_registry, closed_registry.replace("9", "99999")):
             run(
                 f"list {uri[:4]}",
                 "registry",
@@ -215,7 +228,7 @@ def test_commands_that_succeed_or_fail_do_not_store_or_print_a_secret(
             )
     damaged = home / "recpress" / "registry.db"
     damaged.write_bytes(b"SQLite format 3\0" + b"\1" * 5_000)
-    run("damaged registry", *order, "--limit", other, codes=(1, 2))
+    run("damaged registry", *order, "--limit", new_limit, codes=(1, 2))
     run("damaged registry, list", "registry", "list", codes=(1, 2))
     damaged.unlink()
     run("postgres down", "doctor", codes=(1,), MLFLOW_TRACKING_URI=database)

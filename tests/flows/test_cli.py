@@ -39,7 +39,7 @@ class CommandResult:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Return a function that runs ``main`` with arguments in this process."""
+    """Return a function that runs ``recpress`` with arguments in this process."""
 
     def run_command(*arguments: str) -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["recpress", *arguments])
@@ -76,9 +76,11 @@ def assert_refused(result: CommandResult, *words: str) -> None:
 
 def modules_imported_by(code: str, env: Mapping[str, str]) -> set[str]:
     """Return the top-level modules that a new process has loaded after it ran some code."""
-    show = "import sys; print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    print_modules = (
+        "import sys; print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
     process = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{show}"],
+        [sys.executable, "-c", f"{code}\n{print_modules}"],
         cwd=ROOT,
         env=dict(env),
         capture_output=True,
@@ -149,6 +151,7 @@ def test_rejected_order_exits_with_code_3_and_undecided_order_with_code_4(
         assert measured is not None
         change = measured.numbers.of("auc", "baseline")
         assert change is not None
+        # Between the estimate and the upper end of its 95 % interval, which decides neither way.
         limit = f"auc vs baseline >= {(change.point + change.high) / 2!r}"
     run_without_prefect(accepted_order.order.model_copy(update={"limits": (Limit.parse(limit),)}))
     result = call("compress", "clicks", "--preset", "small", "--limit", limit, *TARGETS, "--json")
@@ -459,8 +462,8 @@ def test_registry_command_line_and_prefect_name_the_uri_of_the_reports_page(
 def test_publishing_the_same_report_again_returns_the_same_artifact(
     accepted_order: AcceptedOrder,
 ) -> None:
-    again = publish.fn(accepted_order.result.finished.report)
-    assert again == accepted_order.result.finished
+    republished = publish.fn(accepted_order.result.finished.report)
+    assert republished == accepted_order.result.finished
 
 
 def test_reproduction_command_and_order_of_a_report_return_that_report(
@@ -594,8 +597,10 @@ def test_order_with_promote_promotes_a_result_that_was_completed_before(
     champions = [item["version"] for item in listed if "champion" in item["aliases"]]
     assert champions == [accepted_order.result.finished.version]
     assert f"Promoted: version {champions[0]} is champion (there was none)." in result.err
-    again = call("compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS, "--promote")
-    assert f"Version {champions[0]} is champion already." in again.err
+    repeated = call(
+        "compress", "clicks", "--preset", "small", "--limit", LIMIT, *TARGETS, "--promote"
+    )
+    assert f"Version {champions[0]} is champion already." in repeated.err
     rejected = ("--limit", "bytes vs baseline <= 0.015", *TARGETS, "--promote")
     result = call("compress", "clicks", "--preset", "small", *rejected)
     assert result.code == 3

@@ -52,6 +52,7 @@ def test_quantize_compresses_a_table_that_check_verifies_and_prints(
     out = tmp_path / "out"
     code, output, _ = call("quantize", source, out, "--format", "int8", "--tensor", "user")
     assert code == 0
+    # "user" has 500 rows of 8 float32 (16,000 bytes), then of 8 int8 codes and a float16 scale.
     assert "user: rowwise_int8, 16,000 -> 5,000 bytes (31.2 %; rowwise_int8 as ordered)" in output
     assert "mlp.weight: float32, 128 -> 128 bytes (100.0 %; not among user)" in output
     tensors = load_file(out / "files" / "model.safetensors")
@@ -79,14 +80,15 @@ def test_every_option_reaches_the_step(call: Call, source: Path, tmp_path: Path)
     code, output, _ = call("quantize", source, tmp_path / "out", *options, "--json")
     assert code == 0
     line = json.loads(output)["plan"]["lines"][0]
-    fields = {"rows": 4, "min_rows": 5}
+    fields = {"rows": 4, "min_rows": 5}  # the first line is that of "mlp.weight"
     assert line["reasons"] == [{"code": "too_few_rows", "fields": fields}]
     assert line["reason"] == "has 4 rows, fewer than min_rows 5"
     _, output, _ = call("check", tmp_path / "out", "--json")
     step = json.loads(output)[1]["step"]
     assert (step["scale"], step["clipping"], step["min_rows"]) == ("float32", "mse", 5)
+    # --set can also set a setting that has its own option.
     code, output, _ = call(
-        "quantize", source, tmp_path / "too", "--format", "int4", "--set", "clipping=mse"
+        "quantize", source, tmp_path / "set", "--format", "int4", "--set", "clipping=mse"
     )
     assert code == 0
 

@@ -25,12 +25,15 @@ from infra.services.compose import read_variables
 from infra.telemetry import TELEMETRY_OFF
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-LOCAL = {"localhost", "127.0.0.1"}
+LOCAL = {"localhost", "127.0.0.1"}  # names of this machine in the origins of FOREIGN
 JSON = {"Content-Type": "application/json"}
 
 
 def secrets_of(services: LocalServices) -> dict[str, str]:
-    """Return the secrets of the services by variable."""
+    """Return the six secrets that ``make up-local`` generates, by environment variable.
+
+    They are two passwords of databases, one of Prefect, and three keys of the object store.
+    """
     return read_variables(services.home / "services" / "secrets.env")
 
 

@@ -45,7 +45,10 @@ LOOSE_LIMIT = Limit.parse("auc vs baseline >= -0.02")
 
 
 def order_with_limits(accepted_order: AcceptedOrder, *limits: str) -> Order:
-    """Return the accepted order with other limits; all tasks before the gate are cached."""
+    """Return the accepted order with other limits.
+
+    All tasks before the gate (the task that compares measurements with limits) are cached.
+    """
     return accepted_order.order.model_copy(update={"limits": tuple(map(Limit.parse, limits))})
 
 
@@ -70,12 +73,13 @@ def test_order_within_its_limits_is_measured_accepted_and_registered(
     measured = report.measurement
     assert measured is not None
     assert measured.rows == ROWS["test"]
-    before = measured.baseline.of("auc", "absolute")
-    assert before is not None
-    # Another order of float32 sums may swap a few of the 2 million pairs of scores.
-    assert before.point == pytest.approx(planted_auc(accepted_order.draft), abs=1e-6)
-    # int8 rows with their scales and int8 layers have 0.28 of the bytes; the graph adds some. The
-    # few validation rows make int4 rows exceed the preset's budget.
+    baseline_auc = measured.baseline.of("auc", "absolute")
+    assert baseline_auc is not None
+    # Another sequence of float32 additions may swap a few of the 2 million pairs of scores.
+    assert baseline_auc.point == pytest.approx(planted_auc(accepted_order.draft), abs=1e-6)
+    # int8 rows with their scales and int8 layers have 0.28 of the bytes of float32: a row of 16
+    # weights has 18 bytes instead of 64. The graph adds some. int4 rows exceed the preset's budget
+    # on the few validation rows.
     assert report.targets[0].bytes < 0.35 * report.baseline_bytes
     assert report.idle_reasons["rowwise_int4"].code == "over_budget"
     lines = {line.module: line.format for line in report.plan.lines}
@@ -170,9 +174,9 @@ def test_limit_inside_the_interval_is_undecided_and_reports_rows_to_decide(
     change = measured.numbers.of("auc", "baseline")
     assert change is not None
     assert change.low < change.point
-    between = (change.point + change.low) / 2
+    limit_in_interval = (change.point + change.low) / 2
     result = run_without_prefect(
-        order_with_limits(accepted_order, f"auc vs baseline >= {between!r}")
+        order_with_limits(accepted_order, f"auc vs baseline >= {limit_in_interval!r}")
     )
     assert result.state == "Undecided"
     (judgement,) = result.finished.report.targets[0].verdict.judgements
@@ -369,7 +373,10 @@ def test_champion_limit_holds_without_a_champion_and_is_measured_with_one(
 
 @flow
 def only_prepare(bundle: Any) -> Any:
-    """Run the task ``prepare``, with a cache key that was never used."""
+    """Run the task ``prepare``, with a cache key that was never used.
+
+    The second argument of ``call`` is a part of the key.
+    """
     return call(prepare, f"retries {time.time_ns()}", bundle=bundle, split="validation")
 
 

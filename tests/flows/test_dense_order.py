@@ -1,4 +1,8 @@
-"""An order with int4, weight-only int8 and 2:4 sparse layers, for both targets."""
+"""An order with int4, weight-only int8 and 2:4 sparse layers, for both targets.
+
+The targets are ONNX Runtime, which serves the graph (``served``), and TensorRT-RTX, for which an
+engine is built but not measured (``built``).
+"""
 
 from orders import ACCEPTED, BOTH_TARGETS, AcceptedOrder, run_without_prefect
 
@@ -36,6 +40,7 @@ def test_report_describes_how_targets_run_int4_and_sparse_layers(
     assert graph.audit.nodes["MatMulNBits"] == 1
     assert graph.sparse_layers == ("first", "second")
     assert built.lowering.graphs[0].sparse_layers == ("first", "second")
+    # The log of this builder does not report whether the engine uses kernels for 2:4 zeros.
     assert built.audits["model"]["sparsity"] == "not told"
     text = markdown(report)
     assert "no effect, since ONNX Runtime stores and multiplies zeros" in text

@@ -1,5 +1,8 @@
 """``recpress doctor`` and its HTTP requests, against local servers that do not work.
 
+A finding of ``doctor`` is its result for one service or library: the state (``ok``, ``fault`` or
+``absent``), what was found, and a remedy.
+
 The servers are down, never respond, send slowly, refuse requests, report errors, or belong to
 another service.
 """

@@ -53,6 +53,7 @@ END_SECONDS = 200
 SHORT_PREFECT_LIMIT = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1"}
 """Prefect's own time limit for a start, which must have no effect."""
 SUSPENDED_SECONDS = 3  # longer than SHORT_PREFECT_LIMIT
+# The module of an embedded server, and that of a server that Prefect would start itself.
 SERVER_MODULES = ("flows.server.embedded_server", "prefect.server.api.server")
 
 
@@ -140,6 +141,7 @@ def test_run_whose_server_is_attacked_completes_and_no_file_has_the_secret(
 def attack(process: "subprocess.Popen[str]") -> tuple[int, str]:
     """Send requests without the secret to the embedded server of a command; all must fail.
 
+    The secret is an authentication string, ``recpress:`` and a random password.
     The start of the server is suspended for longer than Prefect's own time limit. The
     command is suspended during the requests, so that its run does not end.
 
@@ -220,7 +222,8 @@ def test_cpu_seconds_grow_for_a_busy_process_and_not_for_a_suspended_one() -> No
         time.sleep(0.5)
         before = cpu_seconds(process.pid)
         time.sleep(1)
-        assert cpu_seconds(process.pid) - before >= CPU_SECONDS  # which counts as progress
+        # A start that uses at least CPU_SECONDS between two checks counts as making progress.
+        assert cpu_seconds(process.pid) - before >= CPU_SECONDS
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(0.1)
         before = cpu_seconds(process.pid)
@@ -252,6 +255,7 @@ def invalid_database(tmp_path: Path) -> Path:
 def test_server_that_ends_at_start_raises_an_error_with_its_last_output(
     invalid_database: Path, starting_server: EmbeddedServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # uvicorn, which runs the server, exits with code 3 if the application fails to start.
     with raises_code(ServiceFailed, "embedded_server_not_started", exit_code=3) as raised:
         starting_server.wait_until_ready(lambda _: None)
     assert cli_errors.report_error(raised.value) == 1

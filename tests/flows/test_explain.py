@@ -1,4 +1,9 @@
-"""``recpress explain`` predicts the steps, bytes and memory of an order without running it."""
+"""``recpress explain`` predicts the steps, bytes and memory of an order without running it.
+
+Fields of an explanation: ``left_out`` of a step is the reason why it would be skipped,
+``bytes_between`` are the fewest and most bytes that the order can result in, and ``earlier`` is the
+version that the same order has produced before. A report has skipped steps in ``idle_reasons``.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""After an upgrade of recpress, completed orders in the same home do not run again."""
+"""After an upgrade of recpress, completed orders in the same home do not run again.
+
+An order's digest depends on the version of recpress. A request record maps the digest of an order
+without the version to the completed order.
+"""
 
 import importlib.metadata
 from pathlib import Path
@@ -52,6 +56,7 @@ def test_order_of_an_earlier_version_is_found_and_nothing_is_registered_or_promo
 
 
 def test_new_attempt_after_an_upgrade_is_not_found(upgraded_order: AcceptedOrder) -> None:
+    """The field ``attempt`` makes an order differ from an equal one, so that it runs again."""
     assert find_completed_result(upgraded_order.order.model_copy(update={"attempt": 7})) is None
 
 

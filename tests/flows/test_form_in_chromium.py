@@ -19,8 +19,8 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason=f"needs a browser: none of {BROWSERS} on PATH"),
 ]
 
-PAGE_MS = 60_000
-RUN_MS = 300_000
+PAGE_MS = 60_000  # longest wait for an element of a page
+RUN_MS = 300_000  # longest wait for the end of the flow run
 
 
 @pytest.fixture
@@ -84,9 +84,9 @@ def test_order_from_the_form_completes_and_its_report_is_shown_in_the_browser(
     limits = form_field(page, "Limits")
     limits.get_by_role("button", name="Add item").click()
     choose(form_field(limits, "Metric"), "auc")
-    least = form_field(limits, "At Least")
-    least.get_by_role("button", name="float").click()
-    least.locator("input").fill("-0.02")
+    bound = form_field(limits, "At Least")
+    bound.get_by_role("button", name="float").click()  # the value is a number, not null
+    bound.locator("input").fill("-0.02")
     page.screenshot(path=tmp_path / "form.png")
 
     page.get_by_role("button", name="Submit").click()

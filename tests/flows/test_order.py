@@ -1,4 +1,8 @@
-"""Orders: validation, the form in Prefect's UI, and the digest that identifies a result."""
+"""Orders: validation, the form in Prefect's UI, and the digest that identifies a result.
+
+Preset recipes consist of choices, a choice has one or more options, and an option is a group of
+steps that are applied together. ``Terms`` is the base class of ``Order``, without custom steps.
+"""
 
 import re
 import typing
@@ -33,10 +37,10 @@ BUNDLE = BundleRef(
     version="1",
     metric="auc",
     rows={"train": 10, "test": 10},
-    longest={},
+    longest={},  # longest list of each jagged input, of which there is none
     task="ctr",
     grouped=False,
-    architecture="b" * 64,
+    architecture="b" * 64,  # digest of the source of the model's class
 )
 CHAMPION = Artifact(uri="file:///s/artifacts/c", sha256="c" * 64, bytes=1)
 
@@ -146,10 +150,11 @@ def test_form_lists_presets_targets_references_and_usual_metrics(
     for target in ("onnxruntime", "tensorrt_rtx", "tensorrt"):
         assert form["Targets"]["properties"][target]["enum"] == ["required", "optional", "off"]
     assert form["Limit"]["properties"]["against"]["enum"] == ["absolute", "baseline", "champion"]
-    usual, other = form["Limit"]["properties"]["metric"]["anyOf"]
-    assert {"auc", "bytes", "p99_ms@64"} <= set(usual["enum"])
-    assert re.search(other["pattern"], "ndcg@5")
-    assert not re.search(other["pattern"], "ndcg@")
+    # The metrics that every order measures are listed; others only have to match a pattern.
+    usual_metrics, other_metrics = form["Limit"]["properties"]["metric"]["anyOf"]
+    assert {"auc", "bytes", "p99_ms@64"} <= set(usual_metrics["enum"])
+    assert re.search(other_metrics["pattern"], "ndcg@5")
+    assert not re.search(other_metrics["pattern"], "ndcg@")
 
 
 def test_form_schema_distinguishes_steps_by_their_kind(form: dict[str, typing.Any]) -> None:
@@ -163,7 +168,7 @@ def test_form_schema_distinguishes_steps_by_their_kind(form: dict[str, typing.An
 
 # --- the digest ------------------------------------------------------------------------------
 
-DIGEST = order_digest(ORDER, BUNDLE, {})
+DIGEST = order_digest(ORDER, BUNDLE, champions={})
 
 
 @pytest.mark.parametrize(

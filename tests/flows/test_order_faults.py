@@ -1,4 +1,4 @@
-"""Sentences about validation errors of an order name the field and the valid names."""
+"""Sentences about the validation errors of an order: each has the field and the valid names."""
 
 import json
 from typing import Any

@@ -1,4 +1,8 @@
-"""Orders and commands without enough memory: early errors, exit codes and messages."""
+"""Orders and commands without enough memory: early errors, exit codes and messages.
+
+Parameters named ``limit`` are resource limits of a child process, in MiB. The lowest ones are
+exceeded while modules are imported; with higher ones the command may succeed.
+"""
 
 import json
 import subprocess
@@ -119,9 +123,9 @@ def test_order_with_any_memory_limit_succeeds_or_exits_with_code_1_and_can_run_a
     assert "Traceback" not in process.stderr
     if process.returncode == 1:
         assert "memory" in process.stderr
-        again = recpress("compress", "clicks", "--preset", "fast",
-                         "--limit", "auc vs baseline >= -0.1", "--promote", env=env)  # fmt: skip
-        assert again.returncode == 0, again.stderr
+        options = ("--preset", "fast", "--limit", "auc vs baseline >= -0.1", "--promote")
+        unlimited = recpress("compress", "clicks", *options, env=env)
+        assert unlimited.returncode == 0, unlimited.stderr
     listed = recpress("registry", "list", "--json", env=env)
     (version,) = json.loads(listed.stdout)
     assert (version["version"], version["aliases"][-1]) == ("1", "champion"), listed.stdout
@@ -175,6 +179,9 @@ def check_pack_under_limit(tmp_path, limit: int, kind: str = "RLIMIT_AS") -> Non
         assert not list((tmp_path / "recpress/store").rglob("bundles/*.json")), stored
 
 
+# Allocates blocks of 1 MiB, 4 kB and 64 bytes until no memory is left, as a task might, and then
+# starts a thread. With the argument "with", recpress's reserve of memory is held from the start and
+# released by ``memory_errors`` when memory runs out.
 EXHAUST_MEMORY = """
 import resource, sys, threading
 from infra import memory, memory_reserve

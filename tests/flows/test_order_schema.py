@@ -36,7 +36,8 @@ KINDS: dict[str, Any] = {
     member.model_fields["kind"].default: member for member in tuple(METHODS.values())
 }
 MAX_SCHEMA_BYTES = 150_000
-"""A browser loads the schema with the form. Without the rules between fields it has 60 kB."""
+"""A browser loads the schema with the form. 60 kB of it describe single fields; the remainder are
+rules that several fields have to fulfil together, such as increasing batch sizes."""
 
 
 @cache
@@ -136,8 +137,8 @@ INVALID: dict[str, dict[str, Any]] = {
     "unknown reference": order_with_limits({**LIMIT, "against": "teacher"}),
     "no bound": order_with_limits({"metric": "auc"}),
     "two bounds": order_with_limits({"metric": "auc", "at_least": -0.1, "at_most": 0.1}),
-    "wrong side": order_with_limits({"metric": "auc", "at_most": -0.1}),
-    "wrong side of a size": order_with_limits({"metric": "bytes", "at_least": 0.5}),
+    "upper bound, higher is better": order_with_limits({"metric": "auc", "at_most": -0.1}),
+    "lower bound of a size": order_with_limits({"metric": "bytes", "at_least": 0.5}),
     "bound that allows chance level": order_with_limits({"metric": "auc", "at_least": -0.5}),
     "impossible gain": order_with_limits({"metric": "auc", "at_least": 0.2}),
     "auc in percent": order_with_limits({"metric": "auc", "against": "absolute", "at_least": 75}),
@@ -212,7 +213,11 @@ METRICS = sorted({*usual_metrics(), "ndcg@5", "recall@100", "p99_ms@256"})
 
 
 def bounds_near_limits(metric: str) -> list[float]:
-    """Return numbers at, below and above those that a limit on a metric is checked against."""
+    """Return numbers at, below and above those with which the bound of a limit is compared.
+
+    They are 0, the largest plausible improvement, and of the metric: ``low`` and ``high``, the
+    smallest and largest plausible value, and ``largest``, the largest plausible loss or ratio.
+    """
     declared = metric_named(metric)
     numbers = (0.0, LARGEST_GAIN, declared.low, declared.high, declared.largest)
     bounds = {value + more for value in numbers for more in (-1e-3, 0.0, 1e-3)}
@@ -223,18 +228,18 @@ def bounds_near_limits(metric: str) -> list[float]:
 def test_class_and_schema_agree_on_random_limits_near_their_bounds(data: st.DataObject) -> None:
     metric = data.draw(st.sampled_from(METRICS))
     reference = data.draw(st.sampled_from(REFERENCES))
-    side = data.draw(st.sampled_from(["at_least", "at_most"]))
+    bound_field = data.draw(st.sampled_from(["at_least", "at_most"]))
     bound = data.draw(st.sampled_from(bounds_near_limits(metric)))
-    order = order_with_limits({"metric": metric, **reference, side: bound})
+    order = order_with_limits({"metric": metric, **reference, bound_field: bound})
     assert passes_schema(order) == passes_class(order)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_class_and_schema_agree_on_every_limit_near_its_bounds(metric: str) -> None:
-    for reference, side in product(REFERENCES, ("at_least", "at_most")):
+    for reference, bound_field in product(REFERENCES, ("at_least", "at_most")):
         for bound in bounds_near_limits(metric):
-            order = order_with_limits({"metric": metric, **reference, side: bound})
+            order = order_with_limits({"metric": metric, **reference, bound_field: bound})
             assert passes_schema(order) == passes_class(order), order
 
 

@@ -34,6 +34,7 @@ from tasks.prepare import prepare
 LIMITS = (Limit.parse("bytes vs baseline <= 1"),)
 MODULE = "planted_module"
 
+# Settings with which Prefect stores and reads results of tasks that do not forbid it, as pickles.
 HOSTILE_SETTINGS: dict[str, Any] = {
     "PREFECT_RESULTS_PERSIST_BY_DEFAULT": True,
     "PREFECT_TASKS_DEFAULT_PERSIST_RESULT": True,
@@ -79,7 +80,12 @@ class CreatesFolder:
 
 
 def prefect_record(kind: str, trap: Path) -> bytes:
-    """Return a result in the format of Prefect; decoding it would create the folder ``trap``."""
+    """Return a result in the format of Prefect; decoding it would create the folder ``trap``.
+
+    Args:
+        kind: the serializer that the result names. ``json class`` has a class to be imported.
+        trap: the folder.
+    """
     pickled = pickle.dumps(CreatesFolder(trap))
     serializers: dict[str, Any] = {
         "pickle": {"type": "pickle", "picklelib": "cloudpickle", "picklelib_version": None},
@@ -301,7 +307,9 @@ def test_task_killed_before_its_record_was_written_runs_again(
         with pytest.raises(Killed):
             two_tasks(bundle, code)
     assert cache_keys(bundle, code)["prepare"] not in " ".join(store().keys("results/"))
-    first = store().keys("artifacts/")
+    artifacts_of_killed_run = store().keys("artifacts/")
     prepared, _ = two_tasks(bundle, code)
-    assert store().keys("artifacts/") == first  # the same bytes have the same hash
+    assert (
+        store().keys("artifacts/") == artifacts_of_killed_run
+    )  # the same bytes have the same hash
     assert store().find(prepared.sha256) == prepared

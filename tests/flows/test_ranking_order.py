@@ -22,20 +22,21 @@ def test_ranking_model_is_judged_on_its_groups(empty_home: Path) -> None:
     ndcg = report.measurement.numbers.of("ndcg@10", "absolute")
     assert ndcg is not None
     assert 0.5 < ndcg.point < 1
-    # Limits name a depth (3) and a batch size (7) that are not measured by default.
+    # Two limits have a depth (3 top ranks) and a batch size (7) that are not measured by default.
     judged = {str(item.limit): item.measured for item in report.targets[0].verdict.judgements}
     assert None not in judged.values()
     ndcg_3 = report.measurement.baseline.of("ndcg@3", "absolute")
     assert ndcg_3 is not None
     assert ndcg_3.point < ndcg.point
     assert report.measurement.baseline.of("p50_ms@7", "absolute") is not None
-    # Score changes are in standard deviations of the baseline's scores.
+    # The unit of score changes: standard deviations of the baseline's scores.
     assert report.measurement.numbers.score_unit == "spread"
     changed_top = report.measurement.numbers.of("changed_top1", "absolute")
     assert changed_top is not None
-    # Lists without a relevant item have a best row, but no NDCG.
+    # "changed_top1" is the share of lists (groups) whose row with the highest score has changed.
+    # Lists without a relevant item have such a row, but no NDCG.
     assert changed_top.groups is not None
     assert ndcg.groups is not None
     assert changed_top.groups >= ndcg.groups
-    # int8 tables change the first row of only a few lists.
+    # int8 tables change that row in only a few lists.
     assert 0 <= changed_top.point < 0.5

@@ -1,4 +1,8 @@
-"""Recipes that train and quantize: stages, the stored student, and steps that do not fit."""
+"""Recipes that train and quantize: stages, the stored student, and steps that do not fit.
+
+A stage is the untouched model or the model after an applied step. Skipped steps are in
+``idle_reasons``.
+"""
 
 from pathlib import Path
 
@@ -122,11 +126,13 @@ def test_preset_skips_steps_that_cannot_be_applied_with_a_reason(
 ) -> None:
     """No channel of the draft can be pruned, since another layer's width depends on ``hidden``."""
     report = accepted_order.result.finished.report
-    pruned = {f"prune_rows (step {number} of the recipe)" for number in (1, 2)}
+    # The preset has two options of "prune_rows": for rows looked up at most once, and for those
+    # never looked up.
+    pruning_steps = {f"prune_rows (step {number} of the recipe)" for number in (1, 2)}
     reasons = report.idle_reasons
-    assert set(reasons) == {"channels", "distill", "fold", "rowwise_int4", *pruned}
+    assert set(reasons) == {"channels", "distill", "fold", "rowwise_int4", *pruning_steps}
     # The draft's network is optimal for its synthetic data, so these lose more than the budget.
-    for name in ("rowwise_int4", *pruned):
+    for name in ("rowwise_int4", *pruning_steps):
         require_reason([reasons[name]], "over_budget", metric="auc", budget=0.001)
     assert reasons["channels"] == reasons["distill"]
     assert "'second' does not grow in proportion to hidden" in str(reasons["channels"])

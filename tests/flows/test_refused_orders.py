@@ -83,7 +83,15 @@ def assert_refused(result: CommandResult, *words: str) -> None:
 )
 def test_invalid_limit_option_raises_an_error_with_the_problem(limit_text, code, problem):
     with raises_code(CommandRefused, code, problem=problem):
-        build_terms("clicks", "safe", [limit_text], None, [], promote=False, seed=0)
+        build_terms(
+            "clicks",
+            "safe",
+            limits=[limit_text],
+            targets=None,  # the default target
+            optional=[],
+            promote=False,
+            seed=0,
+        )
 
 
 @pytest.mark.parametrize(("limit_text", "suggestion"), MEANINGLESS_LIMITS)
@@ -172,8 +180,8 @@ def test_pack_and_check_print_warnings_about_the_model(call: Call, tmp_path: Pat
     assert "warning: The model's log loss" in checked.out
     (warning,) = json.loads(call("bundle", "check", "clicks", "--json").out)["warnings"]
     assert "mean label" in warning
-    (again,) = json.loads(call("bundle", "pack", str(draft), "--json").out)["warnings"]
-    assert again == warning
+    (warning_of_pack,) = json.loads(call("bundle", "pack", str(draft), "--json").out)["warnings"]
+    assert warning_of_pack == warning
 
 
 def test_pack_refuses_a_metric_of_another_task_with_exit_code_2(call: Call, tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ BUNDLE = BundleRef(
     version="1",
     metric="auc",
     rows={"train": 10, "test": 10},
-    longest={},
+    longest={},  # longest list of each jagged input, of which there is none
     task="ctr",
     grouped=False,
-    architecture="b" * 64,
+    architecture="b" * 64,  # digest of the source of the model's class
 )
 
 
@@ -36,7 +36,7 @@ def order_with(**fields: object) -> Order:
 
 
 def terms_of_command(command: str) -> Terms:
-    """Return the terms that ``recpress compress`` reads from a command."""
+    """Return the terms (an order without custom steps) that ``recpress compress`` reads."""
     program, name, model, *options = shlex.split(command.replace("\\\n", ""))
     assert (program, name) == ("recpress", "compress")
     options_by_name: dict[str, list[str]] = {}
@@ -47,9 +47,9 @@ def terms_of_command(command: str) -> Terms:
     return orders.build_terms(
         model,
         preset,
-        options_by_name["limit"],
-        targets,
-        optional,
+        limits=options_by_name["limit"],
+        targets=targets,
+        optional=optional,
         promote=False,
         seed=int(seed),
         teacher=options_by_name.get("teacher"),
@@ -107,6 +107,7 @@ def test_orders_with_the_same_digest_have_the_same_reproduction() -> None:
 
 
 def test_reproduction_ignores_the_attempt() -> None:
+    """The field ``attempt`` only makes an order differ from an equal one, so that it runs again."""
     assert order_with(attempt=7).reproduction("clicks@1") == ORDER.reproduction("clicks@1")
 
 

@@ -1,4 +1,8 @@
-"""An order for a two-tower retrieval model: two graphs, evaluated by ranking all items."""
+"""An order for a two-tower retrieval model: two graphs, evaluated by ranking all items.
+
+The query tower ``of_user`` reads the user and the tags of recently used items (``lately``), the
+item tower ``of_item`` the item, its tags and dense features.
+"""
 
 import json
 from pathlib import Path
@@ -76,6 +80,7 @@ def test_baseline_recall_is_that_of_the_network_with_seen_items_masked(
     assert recall is not None
     assert recall.point == pytest.approx(planted_recall(home / "draft"), abs=1e-6)
     assert recall.low < recall.point < recall.high
+    # A clear difference, so that the comparison above would detect a missing mask.
     assert planted_recall(home / "draft", mask=False) < recall.point - 0.1
 
 

@@ -59,7 +59,7 @@ def assert_secret_is_not_stored_or_printed(server: S3Server, home: Path, *output
     """Assert that objects, files, Prefect and printed texts do not contain the secret key."""
     secret = server.secret_key
     objects = dict(objects_in(server, "models", "way/of/one"))
-    assert len(objects) > 20
+    assert len(objects) > 20  # the objects of the order were listed
     assert [key for key, body in objects.items() if secret.encode() in body] == []
     assert files_with(secret, home) == []
     assert secret not in texts_in_prefect()
@@ -78,7 +78,7 @@ def test_readme_commands_work_with_an_s3_store_and_do_not_store_or_print_its_sec
     monkeypatch.setenv("RECPRESS_STORE", STORE_URI)
     monkeypatch.chdir(empty_home)
     write_own_model(empty_home)
-    output, order = {}, []
+    output, compress_arguments = {}, []
     for line in readme_commands("recpress bundle pack ./draft").replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["export"]:
@@ -90,14 +90,15 @@ def test_readme_commands_work_with_an_s3_store_and_do_not_store_or_print_its_sec
                     monkeypatch.setenv(name, value)
         else:
             assert words[0] == "recpress", line
-            order = words[1:] if words[1] == "compress" else order
+            if words[1] == "compress":
+                compress_arguments = words[1:]
             code, output[words[1]] = run_main(monkeypatch, capsys, *words[1:])
             assert code == 0, output
     assert list(output) == ["bundle", "compress", "registry"]
     assert "onnxruntime: accepted" in output["compress"]
     assert store().uri_of(find_bundle("mymodel").artifact).startswith(f"{STORE_URI}/artifacts/")
 
-    code, output_json, errors = run_main_apart(monkeypatch, capsys, *order, "--json")
+    code, output_json, errors = run_main_apart(monkeypatch, capsys, *compress_arguments, "--json")
     assert code == 0, errors
     report = Finished.model_validate_json(output_json).report
     assert (empty_home / "serving" / "model.onnx").stat().st_size == report.targets[0].bytes

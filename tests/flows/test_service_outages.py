@@ -46,6 +46,7 @@ OUTAGE_SECONDS = 60
 
 def retried_task(call: Callable[[], int]) -> Any:
     """Return a task with the retries of the project's tasks, but short delays."""
+    # Options with "retr" in their names: retries, retry_delay_seconds and retry_condition_fn.
     options = {name: value for name, value in policy.TASK_OPTIONS.items() if "retr" in name}
     options["retry_delay_seconds"] = [0.2] * len(outages.DELAYS)
     return task(call, **options)
@@ -222,6 +223,7 @@ def test_order_completes_although_a_service_is_unavailable_for_a_time(
 def test_order_continues_after_its_worker_or_process_was_killed(
     packed: None, local_services: LocalServices, killed_processes: str
 ) -> None:
+    # The lengths of the three parameters differ, so each test has another seed.
     run = start_order(seed=20_000 + len(killed_processes), stage="static_int8")
     worker, process = (
         find_service_process(local_services, "worker start"),
@@ -236,7 +238,7 @@ def test_order_continues_after_its_worker_or_process_was_killed(
             return prefect.read_flow_run(run).state_name not in {"Running", "Crashed"}
 
     wait_until(is_rescheduled)
-    # Prefect marks a run as crashed after 140 s without a heartbeat.
+    # Prefect marks a run as crashed after 140 s without a heartbeat; 40 s are for a busy machine.
     assert time.monotonic() - kill_time < 180
     flow_run = wait_for_end(run)
     assert (flow_run.state_name, flow_run.run_count) == ("Completed", 2), read_messages(run)

@@ -33,6 +33,8 @@ from tasks.orchestration.workspace import local
 LOOSE_LIMIT = Limit.parse("auc vs baseline >= -0.2")
 ONE_EPOCH = Training(epochs=1, batch=256)
 ROWS = {"train": 1_000, "validation": 500, "traffic": 700, "test": 500}
+# The student is trained on rows of "both" splits, train and traffic. A hint is an auxiliary loss,
+# which compares the output of the student's layer "first" with that of the original's.
 STEPS = (
     Distill(rows="both", hints=("first",), student={"hidden": 32}, training=ONE_EPOCH),
     RowwiseInt8(),
@@ -85,9 +87,10 @@ def test_plan_states_the_teachers_and_training_rows_that_explain_predicted(
     require_reason(line.reasons, "several_teachers", teachers=3)
     assert line.reasons[2].code in ("trained_to_epoch", "training_unchanged")
     predicted = explain(ORDER).plan.lines
-    for before, after in zip(predicted, plan.lines, strict=True):
-        assert after.reasons[: len(before.reasons)] == before.reasons
-        assert after.model_copy(update={"reasons": before.reasons}) == before
+    # The plan adds reasons about the training to those that were predicted.
+    for expected, actual in zip(predicted, plan.lines, strict=True):
+        assert actual.reasons[: len(expected.reasons)] == expected.reasons
+        assert actual.model_copy(update={"reasons": expected.reasons}) == expected
 
 
 def test_each_teacher_scores_each_split_once_and_predictions_are_averaged_once(
@@ -96,8 +99,11 @@ def test_each_teacher_scores_each_split_once_and_predictions_are_averaged_once(
     # Three models on two splits, and three stages on the test rows.
     assert distilled_run[1].states_of("score") == ["Completed"] * (3 * 2 + 3)
     assert distilled_run[1].states_of("average") == ["Completed"] * 2
-    again = run_without_prefect(ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.1"),)}))
-    assert set(again.states_of("score") + again.states_of("average")) == {"Cached"}
+    with_other_limits = run_without_prefect(
+        ORDER.model_copy(update={"limits": (Limit.parse("auc >= 0.1"),)})
+    )
+    states = with_other_limits.states_of("score") + with_other_limits.states_of("average")
+    assert set(states) == {"Cached"}
 
 
 def test_bundles_have_the_teachers_among_their_parents(

@@ -80,7 +80,7 @@ def call(monkeypatch, capsys, tmp_path):
 
 
 def write_draft(folder: Path, name: str) -> None:
-    """Write a draft with two tables, of which one has this name."""
+    """Write a draft of the model ``named`` with two tables, of which one is called ``name``."""
     folder.mkdir()
     torch.manual_seed(0)
     save_file(Named(names=[name, "other"]).state_dict(), folder / "model.safetensors")

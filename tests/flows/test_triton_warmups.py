@@ -34,7 +34,8 @@ def test_published_model_scores_the_warm_up_requests_of_its_triton_configuration
         assert np.isfinite(scores).all()
         assert arrays["tags"].shape == (LONGEST,)
         batch_sizes.append(rows)
-    # The fastest of the measured sizes (1, 64 and 1024 rows) depends on the machine.
+    # Warm-up requests have the smallest, the preferred and the largest of the measured batch sizes
+    # (1, 64 and 1024 rows). The preferred one, with most rows per second, depends on the machine.
     assert {1, 1024} <= set(batch_sizes) <= {1, 64, 1024}
     # Triton must not batch requests, because a bag may have any number of values per row.
     assert message["max_batch_size"] == [0]

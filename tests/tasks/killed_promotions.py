@@ -3,7 +3,7 @@
 ``python killed_promotions.py HOME`` publishes three orders as versions 1 to 3 of the model "m" and
 promotes them. Then it reads commands from standard input, one per line:
 
-- ``kill COMMAND STEP``: for every STEP-th operation on files or the registry, run COMMAND in a
+- ``kill COMMAND STRIDE``: for every STRIDE-th operation on files or the registry, run COMMAND in a
   process that is killed at this operation, then run it again to its end. COMMAND is ``rollback``,
   ``rollback_from_3`` (a rollback that names version 3 as the champion to replace) or ``promote``
   (of version 2). Each makes version 2 the champion. With ``rollback+reader``, another process
@@ -47,8 +47,11 @@ LAST_OPERATIONS = 6
 
 They update the alias and the Triton repository.
 """
-MIN_FAST_STEP = 101
-"""From this step on, ``FAST_LAST_OPERATIONS`` applies: the default tier of tests has to be fast."""
+MIN_FAST_STRIDE = 101
+"""From this stride on, ``FAST_LAST_OPERATIONS`` applies.
+
+The default tier of tests uses larger strides than the slow tier, because it has to be fast.
+"""
 FAST_LAST_OPERATIONS = {"rollback": 3}
 """Replaces ``LAST_OPERATIONS``, by command; 1 for the other commands."""
 
@@ -111,15 +114,15 @@ def prepare() -> None:
         shutil.copytree(HOME / name, COPY / name)
 
 
-def kill_at_operations(name: str, step: int) -> None:
-    """Kill a command at every STEP-th operation and at the last ones, and repeat it.
+def kill_at_operations(name: str, stride: int) -> None:
+    """Kill a command at every ``stride``-th operation and at the last ones, and repeat it.
 
     Writes one line per kill: the number of the operation, the number of all operations, whether the
     process was killed, the result of the repeated command, and the final state.
 
     Args:
         name: the command, with ``+reader`` if another process reads the champion after the kill.
-        step: distance of the operations at which the command is killed.
+        stride: distance of the operations at which the command is killed.
     """
     command, _, reader = name.partition("+")
 
@@ -135,10 +138,10 @@ def kill_at_operations(name: str, step: int) -> None:
         return json.dumps({"repeated_result": result} | final_state())
 
     total = int(run_in_child(count_all_operations)[1])
-    is_fast = step >= MIN_FAST_STEP
+    is_fast = stride >= MIN_FAST_STRIDE
     last_operations = FAST_LAST_OPERATIONS.get(name, 1) if is_fast else LAST_OPERATIONS
     first_of_last = total + 1 - last_operations
-    for number in sorted({*range(1, total + 1, step), *range(first_of_last, total + 1)}):
+    for number in sorted({*range(1, total + 1, stride), *range(first_of_last, total + 1)}):
         restore_home()
 
         def run_and_kill(number: int = number) -> None:

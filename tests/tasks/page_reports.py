@@ -1,5 +1,8 @@
 """Reports for tests of the HTML page: their numbers are invented, their artifacts not stored.
 
+A judgement is the outcome for one limit. The fields of a parity are differences between scores of
+graph and module, and their limits; ``spread`` is the standard deviation of the module's scores.
+
 Many names and reasons contain HTML, to check that the page escapes them.
 """
 
@@ -103,7 +106,7 @@ def create_measurement() -> Measurement:
     return Measurement(
         numbers=Measured(numbers=tuple(after)),
         baseline=Measured(numbers=tuple(before)),
-        resolves={"auc": 0.0006},
+        resolves={"auc": 0.0006},  # smallest change of the metric that these rows can detect
         rows=20_000,
         machine=Machine(
             processor="A <b>processor</b>",
@@ -262,6 +265,7 @@ def create_report(tables: int = 12, **changes: Any) -> Report:
         lowering=create_lowering("tensorrt-rtx"),
         audits={
             "model": {
+                # Scratch memory of the engine, and of its twin, an engine for half the rows.
                 "scratch": "not checkable",
                 "scratch_bytes": 12_476_416,
                 "twin_scratch_bytes": None,
@@ -284,6 +288,7 @@ def create_report(tables: int = 12, **changes: Any) -> Report:
         "outcome": "rejected",
         "targets": (served, engine),
         "skipped": {"tensorrt": "needs the package <tensorrt>"},
+        # The sentences about skipped steps, as in the JSON of a report.
         "idle": {"static_int8": "no <dense> layer is large enough"},
         "baseline_bytes": 1_000_000,
         "measurement": create_measurement(),

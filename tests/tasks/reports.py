@@ -55,7 +55,7 @@ def store_files(folder: Path, **files: str) -> Artifact:
 
 
 def create_parity() -> Parity:
-    """Return the parity of a graph with small differences on 8 rows; its other fields are 0."""
+    """Return a parity (differences between graph and module) on 8 rows; its other fields are 0."""
     values: dict[str, Any] = {"rows": 8, "largest": 1e-7, "root_mean_square": 1e-8}
     return Parity.model_validate(dict.fromkeys(Parity.model_fields, 0) | values)
 
@@ -105,7 +105,7 @@ def create_measurement() -> Measurement:
                 number("p99_ms@64", "absolute", 0.625, 0.1),
             )
         ),
-        resolves={"auc": 0.0012},
+        resolves={"auc": 0.0012},  # half the width of the interval of the change, as above
         rows=1234,
         machine=MACHINE,
     )
@@ -154,9 +154,9 @@ def create_report(folder: Path, order: str, outcomes: dict[TargetName, Outcome])
         recipe=(RowwiseInt8().model_dump(mode="json"),),
         limits=(LIMIT,),
         plan=Plan(lines=(line,)),
-        outcome=overall(target.verdict for target in targets),
+        outcome=overall(target.verdict for target in targets),  # combines those of the targets
         targets=targets,
-        baseline_bytes=1000,
+        baseline_bytes=1000,  # of the untouched model for the first target
         measurement=create_measurement(),
         validation=store_files(folder / "validation", validation_json=validation.model_dump_json()),
         calibrated_on="train (10 rows)",

@@ -35,7 +35,11 @@ def test_graph_with_bfloat16_products_is_compared_and_its_copy_without_them_is_n
     )
     assert isinstance(compressed, Artifact)
     graph = lower_model.fn(
-        compressed, "tensorrt-rtx", test, probe_rows=ROWS["test"], most_rows=65_536
+        compressed,
+        "tensorrt-rtx",
+        test,
+        probe_rows=ROWS["test"],  # number of rows of ``test``, of which the first are compared
+        most_rows=65_536,  # the largest batch that the graph must accept
     )
     names = {path.name for path in local(graph).rglob("*") if path.is_file()}
     assert "model.onnx" in names
@@ -46,4 +50,4 @@ def test_graph_with_bfloat16_products_is_compared_and_its_copy_without_them_is_n
     # Relative to the spread of the scores, the differences are those of rounding to the 8
     # significant bits of bfloat16: larger than those of float32 sums, and below 2^-6.
     assert 1e-5 < lowered.rows_parity.root_mean_square / lowered.rows_parity.spread < 0.015
-    assert np.isfinite(lowered.edge_parity.largest)
+    assert np.isfinite(lowered.edge_parity.largest)  # on edge cases, such as ids out of range

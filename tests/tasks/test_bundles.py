@@ -225,9 +225,9 @@ def test_check_of_the_folder_of_a_bundle_returns_its_manifest_and_refuses_a_draf
     draft: Path,
 ) -> None:
     packed = pack(draft)
-    manifest, tensor_facts = check(str(local(packed.artifact)))
+    manifest, tensor_records = check(str(local(packed.artifact)))
     assert manifest == show("clicks")
-    assert tensor_facts["user.weight"].shape == (3000, 16)
+    assert tensor_records["user.weight"].shape == (3000, 16)
     for path in draft.glob("*.parquet"):
         path.unlink()
     with raises_code(BundleRefused, "is_draft", folder=str(draft)):
@@ -246,7 +246,7 @@ def test_missing_split_is_refused_with_the_existing_splits(
 # --- find_bundle -----------------------------------------------------------------------------
 
 
-def test_find_bundle_returns_facts_and_a_digest_that_changes_with_the_architecture(
+def test_find_bundle_returns_properties_and_a_digest_that_changes_with_the_architecture(
     draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = (Path(__file__).parents[1] / "draft_network.py").read_text()
@@ -260,7 +260,7 @@ def test_find_bundle_returns_facts_and_a_digest_that_changes_with_the_architectu
     pack(draft)
     bundle_ref = find_bundle("clicks")
     assert (bundle_ref.name, bundle_ref.version, bundle_ref.metric) == ("clicks", "1", "auc")
-    assert (bundle_ref.rows, bundle_ref.longest) == (ROWS, {"tags": 5})
+    assert (bundle_ref.rows, bundle_ref.longest) == (ROWS, {"tags": 5})  # longest list of tags
     assert bundle_ref.calibration() == "calibration"
     module.write_text(source.replace("torch.relu", "torch.tanh"))
     edited = find_bundle("clicks")
@@ -298,6 +298,7 @@ def change_signature(draft: Path, **changes: object) -> None:
 
 def test_score_other_than_the_dot_product_of_the_towers_is_refused(towers: Path) -> None:
     change_config(towers, bias=0.5)
+    # The network adds the bias to the dot product; the gap is the largest difference.
     with raises_code(ModelRefused, "towers_not_the_score", gap=0.5):
         pack(towers)
 

@@ -1,5 +1,7 @@
 """The code digest of a task covers the sources that the task imports, and no others.
 
+A task's sources are its module, all modules of the project that it imports, directly or through
+others, and the templates of the pages that these render.
 The digest is part of the key under which the result of a task is cached.
 """
 
@@ -89,16 +91,17 @@ def test_imported_sources_contain_estimators_and_task_kinds(task, file):
     assert file in source_names(inspect.unwrap(task.fn))
 
 
-@pytest.mark.parametrize("declared", TARGETS.values(), ids=lambda declared: declared.name)
-def test_imported_sources_contain_lowering_builder_and_runtime_of_every_target(declared):
-    def file(reference):
-        return reference.partition(":")[0].replace(".", "/") + ".py"
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_imported_sources_contain_lowering_builder_and_runtime_of_every_target(target):
+    def file_of(class_path):
+        """Return the file of a class named ``module:Class``."""
+        return class_path.partition(":")[0].replace(".", "/") + ".py"
 
-    assert file(declared.lowering) in source_names(inspect.unwrap(lower.lower_model.fn))
-    if declared.engines is not None:
-        assert file(declared.engines.builder) in source_names(inspect.unwrap(build.build.fn))
-    if declared.runtime is not None:
-        assert file(declared.runtime) in source_names(inspect.unwrap(measure.measure.fn))
+    assert file_of(target.lowering) in source_names(inspect.unwrap(lower.lower_model.fn))
+    if target.engines is not None:
+        assert file_of(target.engines.builder) in source_names(inspect.unwrap(build.build.fn))
+    if target.runtime is not None:
+        assert file_of(target.runtime) in source_names(inspect.unwrap(measure.measure.fn))
 
 
 def test_imported_sources_contain_templates_only_of_rendered_pages():

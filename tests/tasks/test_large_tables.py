@@ -54,16 +54,16 @@ print(json.dumps([before, status_bytes("VmHWM")]))
 
 
 def rows_at_borders(header: int) -> list[int]:
-    """Return the rows next to every border, and next to the end of the result's chunk there.
+    """Return the rows next to every border, and next to the end of the chunk that contains it.
 
     Args:
-        header: bytes before the codes in the result's file.
+        header: bytes before the codes in the result's file, which is hashed in chunks.
     """
     rows = {0, ROWS - 1}
     for border in BORDERS:
         byte = header + border * DIM
-        chunk = (-(-byte // CHUNK_BYTES) * CHUNK_BYTES - header) // DIM
-        for row in (border, chunk):
+        chunk_end = (-(-byte // CHUNK_BYTES) * CHUNK_BYTES - header) // DIM
+        for row in (border, chunk_end):
             rows |= {row - 1, row, row + 1}
     return sorted(row for row in rows if 0 <= row < ROWS)
 
@@ -111,7 +111,8 @@ def test_quantize_of_a_17_gb_table_is_correct_at_32_bit_borders_in_flat_memory(t
         with safe_open(into / "files" / "model.safetensors", framework="pt") as opened:
             scale = opened.get_tensor("t.scale")
             assert scale.shape == (ROWS, 1)
-            # Rows of zeros have the smallest scale, so all other rows are where they belong.
+            # Rows of zeros have the smallest positive float16 as scale, 2^-24. Only the written
+            # rows have a larger scale, so each of them was stored at its place.
             assert torch.nonzero(scale[:, 0] > 2.0**-24).flatten().tolist() == rows
             codes = opened.get_slice("t.codes")
             for number, row in enumerate(rows, start=1):

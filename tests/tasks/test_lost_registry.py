@@ -84,6 +84,7 @@ def test_champion_is_found_by_its_order_under_another_version_number(
     assert repaired.version == "2"
     assert loaded_version(triton) == ("2", graph_bytes("a"))
     assert {item.served for item in export("m", None)} == {"2"}
+    # Sound: a server that starts now loads the champion, and its files are undamaged.
     assert all(item.sound for item in triton_contents("m", None))
     assert promote("m", "2", reason="again").order == A
     assert len(Ledger(store(), "m").entries()) == 1
@@ -205,9 +206,9 @@ def test_ledger_entry_with_a_changed_value_is_refused(
 ) -> None:
     fill("ab", "ab")
     change_entry(2, old, new)
-    for use in (lambda: version_report("m", "@champion"), lambda: rollback("m", reason="")):
+    for function in (lambda: version_report("m", "@champion"), lambda: rollback("m", reason="")):
         with pytest.raises(ArtifactDamaged) as caught:
-            use()
+            function()
         assert "00000002.json" in str(caught.value)
     assert champion_alias() == "2"
 
@@ -252,9 +253,9 @@ def test_ledger_entry_without_digest_of_another_order_is_refused(
     publish_version(home, "c", outcomes={"onnxruntime": "rejected"})
     (entry,) = Ledger(store(), "m").entries()
     write_without_digests((entry.model_copy(update={"order": order}),))
-    for use in (lambda: repair("m"), lambda: version_report("m", "@champion")):
+    for function in (lambda: repair("m"), lambda: version_report("m", "@champion")):
         with pytest.raises(Refused) as caught:
-            use()
+            function()
         assert caught.value.code in {"not_accepted", "champion_not_registered", "order_invalid"}
     assert champion_alias() == "1"
 
@@ -263,7 +264,7 @@ def test_ledger_entry_without_digest_of_another_order_is_refused(
 
 
 def judgement(limit: str, low: float, outcome: str, *, measured: bool = True) -> Judgement:
-    """Return a judgement whose outcome may contradict its measurement.
+    """Return a judgement (the outcome for one limit) that may contradict its measurement.
 
     Args:
         limit: the limit as text.
@@ -286,7 +287,12 @@ LIMIT = "auc vs baseline >= -0.002"
 
 
 def change_verdict(finished: Finished, **fields: Any) -> tuple[TargetReport, ...]:
-    """Return a report's targets with changed fields in the verdict of the first one."""
+    """Return the targets of an order's report with changed fields in the first one's verdict.
+
+    Args:
+        finished: the published order.
+        fields: fields of the verdict to replace.
+    """
     first = finished.report.targets[0]
     verdict = first.verdict.model_copy(update=fields).model_dump()
     return (
@@ -298,6 +304,7 @@ def change_verdict(finished: Finished, **fields: Any) -> tuple[TargetReport, ...
 @pytest.mark.parametrize(
     ("verdict", "problem"),
     [
+        # The outcomes of several targets or limits "add up to" the worst of them.
         ({"outcome": "rejected"}, "add up to rejected"),
         ({"outcome": "undecided"}, "add up to undecided"),
         ({"outcome": "built-unmeasured"}, "add up to built-unmeasured"),

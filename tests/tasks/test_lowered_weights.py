@@ -66,12 +66,19 @@ def large_bundles(
 
 
 def lower_bundle(bundles: dict[str, Artifact], kind: str, target: str = "onnxruntime") -> Artifact:
+    """Lower one bundle of the fixture ``bundles``, and return the artifact of its graph.
+
+    Args:
+        bundles: the fixture.
+        kind: ``float`` or ``int8``.
+        target: the target of the graph.
+    """
     return lower_model.fn(
         bundles[kind],
         target,
         bundles["rows"],
         probe_rows=SPLIT_ROWS["test"],
-        most_rows=65_536,
+        most_rows=65_536,  # the largest batch that the graph must accept
     )
 
 
@@ -91,7 +98,8 @@ def test_large_graph_and_its_bundle_share_the_file_of_a_table(
     assert shared.startswith("model.onnx."), "a promotion copies only such files to Triton"
     assert hashes_by_path(artifact)[shared] in hashes_by_path(large_bundles[kind]).values()
     sizes = store().sizes("blobs/")
-    # Everything but the table: the graph, the small tables, and the description of the graph.
+    # Lowering stores less than a megabyte: all but the table, which are the graph, the small tables
+    # and the description of the graph.
     assert sum(size for key, size in sizes.items() if key not in before) < 2**20
     copied = store().get(artifact, tmp_path / "served")  # onnx.load refuses links
     graph = onnx.load(copied / "model.onnx").graph

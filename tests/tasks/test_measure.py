@@ -1,6 +1,6 @@
 """The task ``measure`` on the lowered graph of a packed bundle, without a flow."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,7 @@ def measure_graph(
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    """A draft that is packed, lowered for ONNX Runtime, and measured."""
     home = tmp_path_factory.mktemp("measure")
     with pytest.MonkeyPatch.context() as patch:
         set_environment(patch, home)
@@ -84,11 +85,15 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
         bundle = pack(draft).artifact
         test = prepare.fn(bundle, "test")
         graph = lower_model.fn(
-            bundle, "onnxruntime", test, probe_rows=ROWS["test"], most_rows=65_536
+            bundle,
+            "onnxruntime",
+            test,
+            probe_rows=ROWS["test"],  # number of rows of ``test``
+            most_rows=65_536,  # the largest batch that the graph must accept
         )
-        unmeasured = Graphs(home, bundle, graph, test, draft, Measurement.model_construct())
-        with_itself = measure_graph(unmeasured)
-    return Graphs(home, bundle, graph, test, draft, with_itself)
+        not_measured = Measurement.model_construct()  # without fields
+        graphs = Graphs(home, bundle, graph, test, draft, with_itself=not_measured)
+        return replace(graphs, with_itself=measure_graph(graphs))
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +105,7 @@ def test_lowering_describes_the_inputs_and_the_parity_of_its_graph(
     graphs: Graphs,
 ) -> None:
     (graph,) = lowering_of(local(graphs.graph)).graphs
+    # The width is that of output vectors; this output is one number per row.
     assert (graph.name, graph.output, graph.width) == ("model", "score", None)
     inputs = {item.name: (item.dtype, item.shape) for item in graph.inputs}
     assert inputs == {
@@ -109,7 +115,7 @@ def test_lowering_describes_the_inputs_and_the_parity_of_its_graph(
         "tags_offsets": ("int64", ()),
         "dense": ("float32", (4,)),
     }
-    # Nothing is quantized, so only the order of float32 sums differs.
+    # Nothing is quantized, so graph and module differ only in the sequence of float32 additions.
     assert graph.rows_parity.largest < 1e-5
     assert graph.rows_parity.rows == PROBE_ROWS
 
@@ -146,6 +152,7 @@ def test_measurement_has_all_metrics_of_candidate_and_baseline(
         metrics = {n.metric for n in graphs.with_itself.numbers.numbers if n.against == against}
         assert metrics == expected | (SCORE_CHANGE_METRICS if against == "absolute" else set())
     assert {n.metric for n in graphs.with_itself.baseline.numbers} == expected
+    # The smallest detectable change is known for each quality metric.
     assert graphs.with_itself.resolves.keys() == QUALITY_METRICS
     assert not graphs.with_itself.numbers.has_champion
 

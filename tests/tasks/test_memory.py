@@ -1,5 +1,8 @@
 """Estimate of an order's peak memory: it grows with the sizes, and is close to measured runs.
 
+An order has phases, such as lowering and training. The peak is the largest estimate of a phase, the
+sum of three parts: the process without data, copies of the weights, and copies of rows of data.
+
 A graph of more than ``EXTERNAL_BYTES`` links to the bundle's weight files instead of containing the
 weights. ONNX Runtime maps these files into memory, so the estimate is lower just above this size.
 """
@@ -19,6 +22,7 @@ sizes = st.integers(0, 10**13)  # bytes, up to 10 TB
 def test_peak_is_the_sum_of_its_parts_and_at_least_the_size_of_the_model(
     before, after, rows, builds
 ):
+    """``builds`` is whether an engine is built; the other arguments are bytes."""
     memory = peak_memory(bytes_before=before, bytes_after=after, data_bytes=rows, builds=builds)
     assert memory.peak == memory.process + memory.weights + memory.rows
     assert memory.peak >= max(before, after, rows)
@@ -31,12 +35,17 @@ def test_more_weights_or_rows_never_lower_the_peak_unless_the_graph_becomes_link
     before, after, rows, more
 ):
     peak = peak_memory(bytes_before=before, bytes_after=after, data_bytes=rows, builds=False).peak
-    for x, y, z in ((more, 0, 0), (0, more, 0), (0, 0, more)):
+    increases = ((more, 0, 0), (0, more, 0), (0, 0, more))
+    for added_before, added_after, added_rows in increases:
         larger = peak_memory(
-            bytes_before=before + x, bytes_after=after + y, data_bytes=rows + z, builds=False
+            bytes_before=before + added_before,
+            bytes_after=after + added_after,
+            data_bytes=rows + added_rows,
+            builds=False,
         )
         becomes_linked = [
-            size <= EXTERNAL_BYTES < size + added for size, added in ((before, x), (after, y))
+            size <= EXTERNAL_BYTES < size + added
+            for size, added in ((before, added_before), (after, added_after))
         ]
         if not any(becomes_linked):
             assert larger.peak >= peak
@@ -52,7 +61,9 @@ def test_moment_is_the_phase_with_the_largest_estimate():
     assert peak_memory(**{**large, "data_bytes": 10**10}).moment == "reading the rows"
     trained = peak_memory(**large, trained_bytes=10**9)
     assert trained.moment == "training"
-    assert trained.peak > 7 * 10**9  # weights, gradients, Adam's moments and copies of the weights
+    # More than seven times the 10^9 bytes that are trained: weights, gradients, Adam's two moments
+    # and copies of the weights.
+    assert trained.peak > 7 * 10**9
 
 
 def test_tables_linked_from_a_graph_count_less_than_half():

@@ -42,7 +42,9 @@ def publish_version(home: Path, order_digit: str) -> Finished:
 
 
 def publish_as_0_1_0(home: Path, order_digit: str) -> Finished:
-    """Publish an order like recpress 0.1.0, with absolute URIs in report, version and record.
+    """Publish an order like recpress 0.1.0, with absolute URIs.
+
+    They are in the report, in the registered version, and in the order's record of its result.
 
     Arguments as in ``publish_version``.
     """

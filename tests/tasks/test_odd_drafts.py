@@ -37,7 +37,7 @@ from tasks.bundles.table_files import quantize, step_named
 from tasks.orchestration.workspace import store
 
 ROWS = {"train": 200, "test": 200}
-UNPRIVILEGED_USER = 65_534
+UNPRIVILEGED_USER = 65_534  # the user "nobody"
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def draft(session_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def add_files(folder: Path, section: str, entries: dict[str, str]) -> None:
-    """Add entries (paths by name) to a section of ``model.json``."""
+    """Add entries (paths by name) to the section ``data`` or ``vocabularies`` of ``model.json``."""
     document = json.loads((folder / "model.json").read_text())
     document[section] = {**document.get(section, {}), **entries}
     (folder / "model.json").write_text(json.dumps(document))
@@ -208,7 +208,7 @@ def test_unreadable_file_is_refused_with_its_name_and_the_remedy(
     shared = top / f"unreadable-{name}-{os.getpid()}"
     shared.mkdir()
     for folder in (shared, *(p for p in shared.parents if p.is_relative_to(top.parent))):
-        folder.chmod(folder.stat().st_mode | 0o055)
+        folder.chmod(folder.stat().st_mode | 0o055)  # group and others may list and enter it
     folder = Path(shutil.copytree(session_draft, shared / "draft"))
     (folder / "extra.json").write_text("{}")
     (folder / "v.txt").write_text("x")
@@ -231,7 +231,8 @@ def test_unreadable_file_is_refused_with_its_name_and_the_remedy(
 # --- limits of the machine --------------------------------------------------------------------
 
 
-# Limits in bytes. tests/faults/test_full_disk.py has a lower one in the default tier.
+# Limits of the size of each file, in bytes; different files exceed them.
+# tests/faults/test_full_disk.py has a lower one in the default tier.
 @pytest.mark.parametrize("limit", [330_000, pytest.param(20_000, marks=pytest.mark.nightly)])
 def test_packing_beyond_the_file_size_limit_fails_without_losing_bundles(
     limit: int, draft: Path, tmp_path: Path

@@ -1,6 +1,7 @@
 """Damaged records of orders and bundles: they count as absent or are refused, never used.
 
-An order with a damaged record runs again. A bundle with a damaged record is refused. A record with
+A record of an order refers to its result, a record of a bundle to its artifact. An order with a
+damaged record runs again. A bundle with a damaged record is refused. A record with
 a checksum is "sealed"; those of recpress 0.1.0 are not.
 """
 

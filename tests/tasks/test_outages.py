@@ -1,4 +1,8 @@
-"""Retries during an outage: which faults count as one, the deadline, and the log messages."""
+"""Retries during an outage: which faults count as one, the deadline, and the log messages.
+
+A fault is an exception. An outage is a series of faults of a service that is unavailable for a
+time; calls are repeated after ``DELAYS`` (2, 5, 10, 20, then 30 s) until ``DEADLINE_SECONDS``.
+"""
 
 import time
 from collections.abc import Callable
@@ -87,7 +91,7 @@ def test_service_of_returns_a_name_only_for_faults_of_unavailable_services(
     assert service_of(fault) == service
 
 
-@pytest.mark.parametrize("seconds", [1, 60, 300, 560])
+@pytest.mark.parametrize("seconds", [1, 60, 300, 560])  # the deadline is 600 s
 def test_wait_out_returns_after_an_outage_shorter_than_the_deadline(
     clock: Clock, seconds: float
 ) -> None:
@@ -124,6 +128,7 @@ def test_log_names_the_unavailable_service_and_the_deadline(
     wait_out(fail_until(clock, 30, fault))
     lines = [record.getMessage() for record in caplog.records]
     retries = [line for line in lines if line != str(fault)]
+    # The fourth delay is 20 s.
     assert retries[3] == f"The registry did not respond; trying again in 20 s, until {until}"
     assert len(retries) == len(lines) - 1  # the cause is in the log once
 

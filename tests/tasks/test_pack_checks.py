@@ -206,9 +206,9 @@ def test_stored_bundle_with_a_metric_of_another_task_is_shown_but_refused_for_or
     limit = Limit.parse("bytes vs baseline <= 0.5")
     with raises_code(LimitRefused, "bundle_metric_unusable", name="clicks", version="1") as caught:
         require_measurable(bundle_ref, (limit,))
-    unfit = HasReason("metric_of_other_task", metrics=("ndcg@k",), metric="auc")
-    assert caught.value.fields["problem"] == unfit
-    with raises_code(BundleRefused, "metric_unfit", problem=unfit):
+    reason = HasReason("metric_of_other_task", metrics=("ndcg@k",), metric="auc")
+    assert caught.value.fields["problem"] == reason
+    with raises_code(BundleRefused, "metric_unfit", problem=reason):
         examine("clicks")
 
 
@@ -227,18 +227,18 @@ def test_limit_is_accepted_if_and_only_if_its_metric_is_measured(
         metric={"ctr": "auc", "ranking": "ndcg@10", "retrieval": "recall@20"}[task],
         rows={"test": rows},
         longest={},
-        architecture="",
+        architecture="",  # the digest of the model's class, which is not read
         task=task,
         grouped=grouped,
     )
-    for name, facts in usual_metrics().items():
+    for name, metric in usual_metrics().items():
         limit = Limit(metric=name, at_least=0)
-        measured = (
-            can_be_measured(facts, task, grouped=True)
-            and (grouped or not facts.needs_group)
-            and (facts.batch or 0) <= rows
+        is_measured = (
+            can_be_measured(metric, task, grouped=True)
+            and (grouped or not metric.needs_group)
+            and (metric.batch or 0) <= rows  # a metric of latency has a batch size
         )
-        if measured:
+        if is_measured:
             require_measurable(bundle_ref, (limit,))
         else:
             code = "limit_not_measured" if grouped else "limit_not_measured_without_groups"
@@ -273,7 +273,7 @@ def test_groups_with_equal_labels_are_refused(home: Path) -> None:
         pack(draft)
 
 
-def test_probability_declared_as_logit_is_refused_with_the_right_form(
+def test_probability_declared_as_logit_is_refused_with_the_fitting_form(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = write_changed_draft(home, monkeypatch, score="torch.sigmoid(score)")

@@ -1,6 +1,8 @@
 """Parity failures: a graph whose scores differ from those of the module it was exported from.
 
-The error contains the row, both scores, and the first tensor of the graph that differs.
+The error contains the row, both scores (``expected`` of the module, ``found`` of the graph), and
+the first tensor of the graph that differs. ``is_clear`` of that tensor is whether the difference is
+larger than the graph's formats explain.
 """
 
 import copy
@@ -137,7 +139,7 @@ def parity_failure(lowered: Graph, path: Path, inputs: dict[str, Tensor]) -> Par
     """Compare a module with a changed graph, and return the failure.
 
     Args:
-        lowered: the module, and the facts about its unchanged graph.
+        lowered: the module, and the result of lowering it, which describes the unchanged graph.
         path: file of the changed graph.
         inputs: the rows to compare.
     """
@@ -255,6 +257,8 @@ def test_nan_only_in_the_module_is_reported(mean_graph, monkeypatch):
 
 
 def test_score_that_depends_on_the_batch_is_reported_with_side_and_row(tmp_path):
+    """The side is the one whose scores depend on the batch: ``network`` or ``graph``."""
+
     class BatchCentredNet(MaskedMeanNet):
         def forward(self, items: Tensor) -> Tensor:
             score = super().forward(items)
@@ -263,7 +267,9 @@ def test_score_that_depends_on_the_batch_is_reported_with_side_and_row(tmp_path)
     model = Reference(BatchCentredNet, MEAN_SIGNATURE).model()
     path = tmp_path / "model.onnx"
     lowered = lower(model.module, only_graph(MEAN_SIGNATURE), "onnxruntime", path)
-    check = GraphCheck(model.module, lowered, None, "onnxruntime", 64, path, Session(path, 1))
+    no_plan, largest_batch = None, 64
+    session = Session(path, 1)
+    check = GraphCheck(model.module, lowered, no_plan, "onnxruntime", largest_batch, path, session)
     inputs = {"items": torch.randint(1, 30, (20, 5))}
     parity, expected = check.parity(inputs, "the data")
     with pytest.raises(ParityLost) as raised:

@@ -1,4 +1,7 @@
-"""Order of plan lines in reports: ``largest_first``."""
+"""Sequence of plan lines in reports: ``largest_first``.
+
+The largest table is the one with most bytes before compression.
+"""
 
 from compressors.contracts import PlanLine
 from compressors.contracts.reasons import Reason

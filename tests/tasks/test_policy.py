@@ -90,6 +90,7 @@ def example_error(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     "kind",
     [
+        # A class without sentences is only a base class of errors that are raised.
         *(kind for kind in with_subclasses(errors.Refused) if kind.sentences),
         *(kind for kind in with_subclasses(CompressionError) if kind.sentences),
         ValueError,

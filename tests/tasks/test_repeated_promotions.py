@@ -1,5 +1,8 @@
 """Interrupted, repeated and concurrent promotions and rollbacks: each has its effect once.
 
+A change is the result of a promotion or rollback: the ledger entry, and whether the command added
+it (``is_new``) or an earlier one did.
+
 ``triton_versions.py`` explains how orders are published with the fixture ``fill``.
 """
 
@@ -176,11 +179,11 @@ KILL_RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("step", "commands"), KILL_RUNS)
+@pytest.mark.parametrize(("stride", "commands"), KILL_RUNS)
 def test_command_killed_at_any_operation_and_repeated_has_its_effect_once(
-    run: SendCommand, step: str, commands: tuple[str, ...]
+    run: SendCommand, stride: str, commands: tuple[str, ...]
 ) -> None:
-    results = [item for command in commands for item in run(f"kill {command} {step}")]
+    results = [item for command in commands for item in run(f"kill {command} {stride}")]
     assert all(item["killed"] for item in results if item["command"] != "promote")
     # Versions 1 to 3 were promoted before each command. Each command makes version 2 the champion.
     for item in results:

@@ -1,5 +1,7 @@
-"""The report of an order as a table and as Markdown.
+"""The report of an order as rows of numbers and as Markdown.
 
+The column ``before`` is the untouched model, the columns named like targets are the results, and
+``change`` is the first result compared with ``before``: a difference, or a ratio such as 0.80x.
 The reports are those of ``reports.py``, whose numbers are invented.
 """
 

@@ -92,11 +92,13 @@ def measure_page(folder: Path, width: int, *flags: str) -> dict:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory) -> dict:
+    """Measurements of a page that is 1200 pixels wide."""
     return measure_page(tmp_path_factory.mktemp("wide"), 1200)
 
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory) -> dict:
+    """Measurements of a page that is 360 pixels wide, as on a phone."""
     return measure_page(tmp_path_factory.mktemp("narrow"), 360)
 
 
@@ -153,5 +155,6 @@ def test_charts_have_other_colours_in_dark_mode(wide, tmp_path):
     assert dark["text_colour"] != wide["text_colour"]
     colours = [{shape["fill"] for shape in measured["shapes"]} for measured in (dark, wide)]
     assert len(colours[0]) >= 5
+    # Shapes without a fill in the style, such as lines, have the default, black, or none.
     assert not (colours[0] & colours[1]) - {"rgb(0, 0, 0)", "none"}
     assert "prefers-color-scheme: dark" in STYLE

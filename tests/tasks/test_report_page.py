@@ -1,6 +1,7 @@
 """The HTML page of a report: contents of its sections, escaping, and well-formed markup.
 
-The reports are those of ``page_reports.py``, whose numbers are invented.
+The reports are those of ``page_reports.py``, whose numbers are invented. A judgement is the outcome
+for one limit.
 """
 
 import json
@@ -107,11 +108,11 @@ def test_page_begins_with_the_verdicts_of_order_and_targets(html):
 
 
 @pytest.mark.parametrize(
-    ("outcome", "tone"),
+    ("outcome", "css_class"),
     [("accepted", "held"), ("undecided", "unsure"), ("built-unmeasured", "unsure")],
 )
-def test_banner_has_the_css_class_of_the_outcome(outcome, tone):
-    assert f'<div class="verdict {tone}">' in page(create_report(outcome=outcome), PASSED)
+def test_banner_has_the_css_class_of_the_outcome(outcome, css_class):
+    assert f'<div class="verdict {css_class}">' in page(create_report(outcome=outcome), PASSED)
 
 
 def test_numbers_section_has_every_row_of_number_rows(html):
@@ -242,15 +243,15 @@ def test_targets_section_has_parity_and_audit_of_every_target(html):
         "This optional target was left out: needs the package <tensorrt>",
     ):
         assert expected in text
-    facts = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', targets))
-    expected_facts = {
+    audit_rows = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', targets))
+    expected_rows = {
         "Scratch memory": "not checkable",
         "Scratch memory, bytes": "12,476,416",
         "Scratch memory with half the rows, bytes": "none",
         "Layer outputs by type": "fp16 27, int8 9",
         "Tables proven not to be dequantized as a whole": "none",
     }
-    assert expected_facts.items() <= facts.items()
+    assert expected_rows.items() <= audit_rows.items()
 
 
 def test_page_and_markdown_show_quantized_layers_and_sparsity_without_effect():
@@ -294,6 +295,7 @@ def test_hashes_section_has_every_artifact_and_the_order(html):
 
 
 def test_again_section_has_command_and_order(html):
+    """The section "again" has what reproduces the report."""
     text = text_of(section(html, "again"))
     reproduction = create_report().reproduction
     assert reproduction.command in text

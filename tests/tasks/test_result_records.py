@@ -1,6 +1,7 @@
 """Records of task results: valid ones are read back, and every kind of invalid one is refused.
 
-The last field of a record is a checksum, the seal.
+A record has the result of a task for one cache key, so that the task need not run again. The last
+field of a record is a checksum, the seal.
 """
 
 import json

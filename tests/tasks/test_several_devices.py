@@ -1,6 +1,7 @@
-"""Data-parallel training in several processes: results, errors, and the shares of each batch.
+"""Data-parallel training in several processes: results, errors, and the parts of each batch.
 
-Each process is a rank. Here two ranks train on the CPU.
+Each process is a rank, which trains on its share of the rows of a batch. Its gradients are weighted
+by the share and summed over the ranks. Here two ranks train on the CPU.
 """
 
 import json

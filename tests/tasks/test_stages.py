@@ -1,4 +1,8 @@
-"""Bytes of the stages of a recipe (the models after each step), with and without plans."""
+"""Bytes of the stages of a recipe (the models after each step), with and without plans.
+
+A stage with a plan has the plan's bytes after the recipe. A stage without one has the bytes before
+the recipe in the next stage's plan, or without such a plan the bytes of its stored tensors.
+"""
 
 from pathlib import Path
 

@@ -70,7 +70,8 @@ def test_quantize_encodes_matched_tables_copies_others_and_plans_the_bytes(
         table.load_state_dict(state, assign=True)
         weight = original[f"{name}.weight"].float()
         error = (table(torch.arange(len(weight))) - weight).abs()
-        # Half the scale for rounding codes, and 2^-11 for rounding the scale to float16.
+        # Half the scale for rounding a code, and up to 127 (the largest code) times the error of
+        # the scale, which is rounded to float16 with a relative error of 2^-11.
         assert bool((error <= state["scale"].float() * (0.5 + 127 * 2**-11)).all())
     assert result.plan == tables.plan
     lines = {line.module: line for line in result.plan.lines}

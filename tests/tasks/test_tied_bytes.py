@@ -1,4 +1,8 @@
-"""Bytes of weights that two towers share (ties), before and after compression."""
+"""Bytes of weights that two towers share (ties), before and after compression.
+
+``packed_bytes`` of a lowering are the bytes of its weights, each counted once; ``repeated_bytes``
+are those of weights that a further graph contains, too.
+"""
 
 from pathlib import Path
 
@@ -53,7 +57,13 @@ def write_tied_draft(folder: Path, share: str) -> Path:
 
 def lower_bundle(bundle: Artifact, rows: Artifact) -> tuple[Lowering, Path]:
     """Lower a bundle for ONNX Runtime; returns the description and the folder of its graphs."""
-    graphs = lower_model.fn(bundle, "onnxruntime", rows, probe_rows=TEST_ROWS, most_rows=65_536)
+    graphs = lower_model.fn(
+        bundle,
+        "onnxruntime",
+        rows,
+        probe_rows=TEST_ROWS,  # number of rows of ``rows``
+        most_rows=65_536,  # the largest batch that a graph must accept
+    )
     folder = local(graphs)
     return lowering_of(folder), folder
 
@@ -102,11 +112,11 @@ def test_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
         require_reason(tags.reasons, "shares_weight")
 
     models = ((quantized, after, table.bytes_after), (bundle, before, TABLE_BYTES))
-    for artifact, weights, size in models if lowers_both else models[:1]:
+    for artifact, weight_bytes, table_bytes in models if lowers_both else models[:1]:
         lowering, folder = lower_bundle(artifact, rows)
-        assert lowering.packed_bytes == weights
-        assert lowering.repeated_bytes == size
-        assert lowering.served_packed_bytes == weights + size
+        assert lowering.packed_bytes == weight_bytes
+        assert lowering.repeated_bytes == table_bytes
+        assert lowering.served_packed_bytes == weight_bytes + table_bytes
         # A target loads both files, each with the table.
         graphs = [folder / graph.file for graph in lowering.graphs]
         assert served_bytes(folder) == sum(path.stat().st_size for path in graphs)

@@ -80,11 +80,11 @@ def test_repair_fills_a_repository_that_was_set_up_later(
 def test_changed_or_removed_file_is_replaced(home: Path, fill: Fill, triton: Path) -> None:
     one, two = fill("ab", "ab")
     config = triton / "m" / "config.pbtxt"
-    good = config.read_bytes()
+    original = config.read_bytes()
     config.chmod(0o644)
-    config.write_bytes(good.replace(f"[{two}]".encode(), f"[{one}]".encode()))
+    config.write_bytes(original.replace(f"[{two}]".encode(), f"[{one}]".encode()))
     version_report("m", "@champion")
-    assert config.read_bytes() == good
+    assert config.read_bytes() == original
     (triton / "m" / two / "model.onnx").unlink()
     promote("m", two, reason="again")
     assert loaded_version(triton) == (two, graph_bytes("b"))
@@ -198,7 +198,7 @@ WRITES = 4  # of a promotion, in order: graph file, ledger entry, alias, Triton'
 
 
 @parametrize_pairwise(
-    completed_by=["again", "repair"],
+    completed_by=["repeated promotion", "repair"],
     number=range(1, WRITES + 1),
     is_written={"before": False, "after": True},
 )
@@ -218,7 +218,7 @@ def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
     assert (triton / "m" / one / "model.onnx").read_bytes() == graph_bytes("a")
     if champion_number() == two:
         assert (triton / "m" / two / "model.onnx").read_bytes() == graph_bytes("b")
-    if completed_by == "again":
+    if completed_by == "repeated promotion":
         promote("m", two, reason="")
     else:
         repair("m")
@@ -332,6 +332,6 @@ def test_repository_in_a_bucket_is_updated_like_a_folder(
     (model,) = triton_contents("m", None)
     assert (model.state, model.files) == ("champion", {f"{two}/model.onnx": "changed"})
     (model,) = export("m", None)
-    assert model.sound
+    assert model.sound  # a server that starts now loads the champion, and its files are undamaged
     rollback("m", reason="")
     assert f"versions: [{one}]" in bucket.read("m/config.pbtxt").decode()

@@ -110,6 +110,8 @@ def test_each_tower_of_a_retrieval_model_is_a_triton_model(home: Path, triton: P
     assert '"item.onnx"' in config
 
 
+# The record of an engine, with invented numbers. The compute capability is that of the GPU on which
+# it was built and can run.
 ENGINE = Engine(
     path="model.plan",
     bytes=4,
@@ -181,6 +183,7 @@ def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
     two = publish_version(home, "b").version
     promote("m", two, reason="")
     assert "m_tensorrt: the champion of m has no graph of this name" in caplog.text
+    # Stale: not a graph of the champion. Sound: a server that starts now loads the champion.
     stale = {item.name: item for item in triton_contents("m", None)}["m_tensorrt"]
     assert (stale.state, stale.served, stale.sound) == ("stale", one, False)
 

@@ -31,7 +31,8 @@ def publish_version(home: Path, order_digit: str, **changes: Any) -> Finished:
     Args:
         home: the fixture ``home``.
         order_digit: the digit.
-        changes: fields of the report to replace; ``outcomes`` are the outcomes of the targets.
+        changes: fields of the report to replace, and ``outcomes``: the outcome of each target,
+            ``GOOD`` by default.
     """
     outcomes = changes.pop("outcomes", GOOD)
     changed: Report = create_report(home, order_digit * 64, outcomes).model_copy(update=changes)
