@@ -197,7 +197,9 @@ def total_multiply_adds(module: nn.Module, bench: Bench) -> float:
 def train_candidate(model: Model, bench: Bench, training: Training, soft_share: float) -> Model:
     """Train a copy of a pruned network, with the same settings for all candidates."""
     loss = mixed_loss(bench, soft_share, temperature=1.0, kind="benchmark")
-    return train_model(replace(model, module=_copy_module(model)), bench, loss, training, pruned=())
+    return train_model(
+        replace(model, module=_copy_module(model)), bench, loss, training, keep_zeros_in=()
+    )
 
 
 def select(

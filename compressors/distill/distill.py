@@ -173,7 +173,7 @@ class Distill(StepSettings):
         """
         rows = soft_label_rows(bench, self.rows, self.kind)
         original = None if model.original is None else private_copy(model.original).eval()
-        pruned = pruned_layers(model) if self.student is None else ()
+        keep_zeros_in = pruned_layers(model) if self.student is None else ()
         if self.student is not None:
             model = build_student(model, self.student, bench.seed)
         recorded_layers = self._recorded_layers()
@@ -214,7 +214,7 @@ class Distill(StepSettings):
                 bench,
                 loss,
                 self.training,
-                pruned=pruned,
+                keep_zeros_in=keep_zeros_in,
                 only=None
                 if self.dense
                 else trainable_tensors(model.module, tables=True, dense=False),

@@ -59,4 +59,4 @@ class FineTune(StepSettings):
         def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
             return hard_loss(bench.signature, output, batch)
 
-        return train_model(model, bench, loss, self.training, pruned=pruned_layers(model))
+        return train_model(model, bench, loss, self.training, keep_zeros_in=pruned_layers(model))

@@ -168,7 +168,12 @@ class RefitCodes(StepSettings):
                 update={"seed": bench.seed + number, **_checkpoint_folder(bench, number)}
             )
             train_model(
-                model, round_bench, loss, self.training, pruned=pruned_layers(model), only=names
+                model,
+                round_bench,
+                loss,
+                self.training,
+                keep_zeros_in=pruned_layers(model),
+                only=names,
             )
             rows = 0
             for phase in ("codebooks", "codes"):

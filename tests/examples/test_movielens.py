@@ -1,4 +1,8 @@
-"""The MovieLens example: network, split by time, vocabularies, training, and the written draft."""
+"""The MovieLens example: network, split by time, vocabularies, training, and the written draft.
+
+A draft is a folder with a model, its data and ``model.json``; ``recpress bundle pack`` stores it as
+a bundle.
+"""
 
 import json
 from types import SimpleNamespace

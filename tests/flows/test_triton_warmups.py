@@ -32,6 +32,7 @@ def test_published_model_scores_the_warm_up_requests_of_its_triton_configuration
         (scores,) = session.run(None, arrays)
         assert scores.shape == (rows,)
         assert np.isfinite(scores).all()
+        # The last row has a bag of the longest length, and the bags of the other rows are empty.
         assert arrays["tags"].shape == (LONGEST,)
         batch_sizes.append(rows)
     # Warm-up requests have the smallest, the preferred and the largest of the measured batch sizes

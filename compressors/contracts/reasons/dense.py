@@ -1,14 +1,17 @@
 """Reasons about steps that change the format of dense layers: int8, floats, low rank.
 
 ``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
-``Reason`` in ``reason.py`` fills in the fields in braces.
+``Reason`` in ``reason.py`` fills in the fields in braces; ``{name:,}`` joins a list with commas.
+The list ``widest`` of ``mixed_input_ranges`` has reasons with the code ``channel_range``.
 
 A low-rank layer has two factors, of shapes (inputs, rank) and (rank, outputs). GPTQ rounds weights
 one after the other and corrects the remaining ones. A level is one value of a quantized number.
 The headroom is the factor by which inputs of served rows may exceed those of the calibration rows.
 The output error of a layer is the root mean square of the changes of its outputs on the calibration
 rows, relative to that of the outputs. The setting ``most_error`` is its largest allowed value for
-int8; for low rank, it is the share of the outputs' squared size that may be lost.
+int8; for low rank, it is the share of the outputs' squared size that may be lost. The sums of a
+float16 layer are its outputs: sums of products of inputs and weights. ``start`` lists how the
+initial codes of quantization-aware training were chosen.
 """
 
 SENTENCES = {

@@ -64,7 +64,7 @@ def train(
     *,
     seed: int,
     checkpoints: str | None,
-    pruned: Collection[str] = (),
+    keep_zeros_in: Collection[str] = (),
     only: Collection[str] | None = None,
     whole_lists: bool = False,
     auxiliary: nn.Module | None = None,
@@ -85,8 +85,8 @@ def train(
         seed: seed of the order of rows and of dropout.
         checkpoints: folder for checkpoints, from which training resumes after a crash; None: no
             checkpoints.
-        pruned: layers whose zeros stay zero. In other layers a zero is an ordinary weight, such as
-            a gate that starts closed or a last layer that is initialized to zero.
+        keep_zeros_in: layers whose zeros stay zero. In other layers a zero is an ordinary weight,
+            such as a gate that starts closed or a last layer that is initialized to zero.
         only: names of the tensors to train, instead of those that ``settings`` selects.
         whole_lists: never split a group between two batches, even if the task is not ranking.
         auxiliary: a module of the loss that is trained too; it is not part of the result.
@@ -105,7 +105,9 @@ def train(
     """
     with moved_to(module, device), moved_to(auxiliary or nn.Identity(), device):
         train_rows = Rows(rows, signature) if isinstance(rows, Split) else rows
-        run = _Run(module, signature, train_rows, validation, loss, settings, seed, pruned, only)
+        run = _Run(
+            module, signature, train_rows, validation, loss, settings, seed, keep_zeros_in, only
+        )
         run.whole_lists, run.after_step, run.last = whole_lists, after_step, last
         if auxiliary is not None:
             run.add_auxiliary(auxiliary)
@@ -155,7 +157,7 @@ class _Run:
         loss: Loss,
         settings: Training,
         seed: int,
-        pruned: Collection[str] = (),
+        keep_zeros_in: Collection[str] = (),
         only: Collection[str] | None = None,
     ) -> None:
         self.module, self.signature, self.rows = module, signature, rows
@@ -175,7 +177,7 @@ class _Run:
         self.nonzero = {
             name: leaf.detach() != 0
             for name, leaf in self.leaves.items()
-            if name.rpartition(".")[0] in pruned and leaf.dim() == 2
+            if name.rpartition(".")[0] in keep_zeros_in and leaf.dim() == 2
         }
         self.scales = {
             name: leaf.detach().clone()

@@ -407,7 +407,7 @@ class Channels(StepSettings):
         if bench.checkpoints is not None:  # one checkpoint folder per round
             folder = f"{bench.checkpoints}/round-{number}"
             bench = bench.model_copy(update={"checkpoints": folder})
-        return train_model(model, bench, loss, training, pruned=pruned_layers(model))
+        return train_model(model, bench, loss, training, keep_zeros_in=pruned_layers(model))
 
 
 def _kept_units(

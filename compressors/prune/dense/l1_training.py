@@ -171,11 +171,13 @@ class L1Training(StepSettings):
             bench,
             loss,
             self.training,
-            pruned=pruned_layers(model),
+            keep_zeros_in=pruned_layers(model),
             after_step=_threshold_after_step(model.module, names, groups, self.penalty_strength),
             last=True,
         )
         outcomes = dict(trained.outcomes)
+        # The zeros take as many bytes as before until a later step prunes them, so the decision on
+        # each layer stays deferred.
         for name in names:
             zeros = _zero_reasons(trained.model.module, name, groups)
             outcomes[name] = Decision("deferred", (*zeros, *outcomes[name].reasons))
@@ -228,8 +230,9 @@ def _groups(
     model: Model, signature: Signature, penalized: Mapping[str, Decision]
 ) -> list[WeightGroups]:
     """Group the parameters of each prunable channel, and of each output of the other layers."""
-    # Only the groups of channels are used. No width is pruned now, so ``share`` only sets the size
-    # with which each width is checked.
+    # A width is a setting of the network that counts channels. prunable_widths checks each one by
+    # building the network with half of them; here only the resulting groups of channels are used.
+    # With ``searched``, it may check fewer than half.
     prunable = prunable_widths(model, signature, penalized, share=0.5, multiple=1, searched=True)
     groups = [
         _group_of_producers(model.module, consumers, producers)

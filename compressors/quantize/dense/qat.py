@@ -237,7 +237,7 @@ class QAT(StepSettings):
             seed=bench.seed,
             device=bench.device,
             checkpoints=bench.checkpoints,
-            pruned=pruned_layers(model),
+            keep_zeros_in=pruned_layers(model),
             only=_trained_tensors(module, units, learned),
         )
         for name, layer in learned.items():

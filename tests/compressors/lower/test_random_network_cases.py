@@ -108,6 +108,8 @@ def test_lower_reports_the_codes_of_a_float8_layer_with_two_inputs(target: Targe
     )
     (served_graph,) = served_graphs(USERS)
     (layer,) = lower(compressed.module, served_graph, target, tmp_path / "model.onnx").layers
+    # ``layers`` names the initializer with each layer's codes (its float8 weights), which the audit
+    # looks for. For this layer, lower() once named the scales, which are larger.
     assert layer.module == "hidden"
     assert layer.name.endswith("codes")
 
@@ -128,7 +130,8 @@ def test_recalibrated_probability_near_zero_is_equal_in_the_graph(tmp_path):
     scores = Session(tmp_path / "model.onnx", 1).scores({"user": users.numpy()})
     with torch.no_grad():
         expected = lowered.served(users).numpy()
-    # Near 1, float32 probabilities are 6e-8 apart, which is 0.006 in a tenth of a logit of 16.
+    # The result is sigmoid(0.1 * logit(p)). At a logit of 16, p is nearly 1, where float32 numbers
+    # are 6e-8 apart; one such step of p changes the result by 0.006 to 0.009.
     np.testing.assert_allclose(scores[:10], expected[:10], atol=1e-5)
     np.testing.assert_allclose(scores, expected, atol=1e-2)
 
