@@ -320,7 +320,8 @@ def train(
 def load_baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Model, Bench]:
     """Load a trained network and its bench from ``cache``; train the network first if missing.
 
-    The bench's soft labels are the network's logits on the training rows. The file ``facts.json``
+    The bench is what a compression step may use: the signature, the splits except test, and soft
+    labels. Its soft labels are the network's logits on the training rows. The file ``facts.json``
     has their split, the validation AUC and the seconds of training; it is written last.
     """
     splits, rows = prepare_splits(name, folder, cache)

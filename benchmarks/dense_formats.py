@@ -36,6 +36,8 @@ from compressors.core.runner import run
 from compressors.core.units import Unit
 
 STEP_ADAPTER = TypeAdapter(AnyStep)
+# A block is a group of weights of one row that share a scale; block 0 is the whole row. GPTQ rounds
+# weights one after the other, and corrects the remaining ones for the error on calibration rows.
 GPTQ = {"kind": "weight_int4", "rounding": "gptq"}
 LABELED_STEPS: list[tuple[str, dict[str, Any]]] = [
     ("float16", {"kind": "float16", "tables": ()}),  # no tables, only dense layers

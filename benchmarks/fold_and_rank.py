@@ -9,6 +9,9 @@ Each recipe runs on trained click models, without further training. Prints
 In a label, the number after ``low_rank_dense`` is the rank as a share of the full rank; "within"
 means that the number is a bound on the relative squared error instead. The factors minimize the
 error of the outputs on calibration rows, or the error of the weights ("by weights alone").
+``smooth_quant`` moves part of the range of a layer's inputs into its weights, by default half of it
+on a logarithmic scale; "searched" means that the part with the smallest int8 error is searched for
+each layer.
 
     python -m benchmarks.ctr --only frappe --data DATA
     python -m benchmarks.fold_and_rank --only frappe --data DATA

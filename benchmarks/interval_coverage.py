@@ -126,7 +126,7 @@ def coverage(
         for metric in metrics:
             intervals = estimate_pair(
                 metric, rows.label, rows.baseline, rows.candidate, group, samples=300
-            )
+            )  # ``samples``: number of bootstrap samples
             for column, (estimate, value) in enumerate(
                 zip((intervals.baseline, intervals.difference), true_values()[metric], strict=True)
             ):

@@ -4,7 +4,8 @@ Packs and compresses click and retrieval models of several sizes, each in a sepa
 thread of that process samples the size of its resident set. Prints the peak, the peak of the
 anonymous part (memory that is not mapped from files) and the stage of the peak, next to the
 estimate that was made before the run. The factors in ``tasks/orchestration/memory_estimate.py``
-were chosen by these results.
+were chosen by these results. An order is a request to compress a model, with the recipe, the limits
+and the targets.
 
     python -m benchmarks.peak_memory [--case NAME ...]
 """
@@ -50,7 +51,9 @@ class Case(NamedTuple):
 
 
 # The number in a name is the size of what makes the model large: MB of the table ("table"), of the
-# dense layers ("dense") or of both tables ("towers"), or millions of training rows ("rows").
+# dense layers ("dense") or of both tables ("towers"), or millions of training rows ("rows"). A
+# word after the number is the preset, "engine" if an engine is built, or "trained" for
+# ``TRAINING_STEPS``.
 CASES = {
     "tiny": Case(10_000, 32, 20_000, "fast"),
     "table-100": Case(400_000, 32, 20_000, "fast"),

@@ -162,6 +162,8 @@ def audit_result(graph: onnx.GraphProto, form: Form) -> tuple[int, str]:
     fused = sum(node.op_type in INT8_PRODUCTS for node in graph.node)
     if form.zero is None:
         return fused, "-"
+    # The audit compares the graph with a plan: here, one line for each of the two int8 layers.
+    # Names, bytes and reasons are placeholders.
     line = PlanLine(
         module="layer",
         role="dense",

@@ -1,9 +1,12 @@
 """How many bytes does an order add to the store?
 
+An order is a request to compress a model. The store contains bundles, the results of
+tasks, and the served files.
+
 Packs a click model with one large table, runs an order, and adds up the sizes of the files that the
 order added to the store ("growth"). A file with several hard links counts once. Prints the sum next
 to the size of the compressed bundle and of the served files (graphs and engines), and with
-``--files`` every added file of 1 MB or more.
+``--files`` every added file of 1 MB or more. The source is the packed bundle before compression.
 
     python -m benchmarks.store_bytes [--rows N ...] [--preset NAME] [--files]
 """

@@ -43,6 +43,10 @@ from tasks.prepare import prepare
 from tasks.score import score
 
 CODEBOOK_SHARE = 0.05  # largest bytes of a table's codebooks, as a share of its float32 bytes
+# A row is stored as ``parts`` or ``codebooks`` codes of ``bits`` bits: product codes replace each
+# of the row's parts by a codebook entry, residual codes sum one entry of each codebook.
+# ``refine=0``: a codebook is only fitted to the residuals of those before it; by default all are
+# then fitted together.
 STEPS: tuple[TableStep, ...] = (
     RowwiseInt8(),
     RowwiseInt4(),
@@ -73,7 +77,11 @@ def step_label(step: TableStep) -> str:
 
 
 def measure_tables(before: Model, after: Model) -> tuple[float, float]:
-    """Return bytes and squared error of all tables, as shares of the float32 tables."""
+    """Return bytes and squared error of all tables, as shares of the float32 tables.
+
+    A ``PackedTable`` is a compressed table; other tables stay in float32 and have no error. A
+    ``Bag`` is a table whose rows are pooled.
+    """
     originals = {unit.name: unit for unit in Unit.of(before.module) if unit.role == "table"}
     error = squares = 0.0
     for unit in Unit.of(after.module):

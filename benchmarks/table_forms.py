@@ -10,7 +10,10 @@ table. The benchmark composes the demo's tables, or those of another bundle. It 
 
 Each composition is measured with parts in float32, 8 and 4 bits, and after distillation with parts
 in float32 and 4 bits. The same validation rows select the best epoch of the distillation.
-Compositions in a group, such as 1/4, keep about this share of the bytes per row.
+Compositions in a group, such as 1/4, keep about this share of the bytes per row. The labels of
+``dimensions`` have the importance by which it selects the kept dimensions: their variance over all
+rows (default), the same with rows weighted by lookup counts ("traffic"), or the estimated change of
+the loss ("gradient").
 
     recpress demo && python -m benchmarks.table_forms [BUNDLE]
 """

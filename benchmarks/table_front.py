@@ -3,8 +3,8 @@
 Each recipe runs on the tuned networks of ``benchmarks/ctr.py`` with several seeds. The loss is the
 network's AUC minus the AUC of the compressed network, as mean over seeds ± half the width of its
 95 % interval (Student's t). Bytes are the stored bytes of all tables, including codes, scales,
-codebooks, row maps and projections, as a share of float32. Dense layers stay in float32. The
-recipes were selected by the validation rows of seed 0.
+codebooks, row maps (from ids to stored rows) and projections, as a share of float32. Dense layers
+stay in float32. The recipes were selected by the validation rows of seed 0.
 
     python -m benchmarks.table_front --seeds 5 --picture docs/pictures/table_front.png
 """

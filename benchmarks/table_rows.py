@@ -7,11 +7,13 @@ rows, and the share of training lookups whose row changes. Bytes and change of A
 before and after the remaining rows are quantized; for recipes that only quantize, and for
 ``tiers``, only after. ``drop_tables`` selects tables by the same validation rows, which favors it.
 
-Labels: the number after ``prune_rows`` is the share of kept rows; a pruned row is replaced by the
-nearest kept row ("nearest"), the mean of the pruned rows ("shared") or zeros. The number after
-"hot" is the share of hot rows, which ``cluster_rows`` does not cluster. "clusters" is the number of
-clusters as a share of the rows that are not hot. "within" is the largest distance of merged rows as
-a share of the root mean square length of the table's rows.
+Labels: the number after ``prune_rows`` is the share of kept rows. They are selected by their
+training lookups ("traffic"), their length ("norm"), or the estimated change of the loss without the
+row ("gradient"). A pruned row is replaced by the nearest kept row ("nearest"), the mean of the
+pruned rows ("shared") or zeros. The number after "hot" is the share of hot rows, which
+``cluster_rows`` does not cluster. "clusters" is the number of clusters as a share of the rows that
+are not hot. "within" is the largest distance of merged rows as a share of the root mean square
+length of the table's rows.
 
     recpress demo && python -m benchmarks.table_rows
 """

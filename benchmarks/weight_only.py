@@ -91,6 +91,7 @@ def build_sessions(width: int, folder: Path) -> dict[str, Session]:
     )
     split = Split(path=str(rows), sha256="0" * 64, rows=ROWS)  # the hash is not checked here
     bench = Bench(signature=signature(width), calibration=split)
+    # The layer outputs a vector for each row, like a tower, instead of the signature's one score.
     graph = replace(served_graphs(signature(width))[0], output=VECTOR)
     x = torch.randn(37, width)
     sessions = {}
@@ -144,7 +145,10 @@ def build_matmul_nbits(module: nn.Module, x: Tensor, folder: Path) -> Session:
 def check(
     name: str, session: Session, x: NDArray[np.float32], expected: NDArray[np.float32]
 ) -> None:
-    """Exit if the session's output differs from ``expected`` by more than the tolerance."""
+    """Exit if the session's output differs from ``expected`` by more than the tolerance.
+
+    The tolerance is a share of the standard deviation of the outputs.
+    """
     gap = float(np.abs(session.scores({"x": x}) - expected).max())
     tolerance = (5e-2 if name == "static_int8" else 1e-5) * float(expected.std())
     if gap > tolerance:

@@ -123,7 +123,7 @@ def low_rank_step(most_error: float) -> dict[str, Any]:
 
 
 INT4_TABLES: Steps = [{"kind": "rowwise_int4", "clipping": "least_squares"}]
-INT4_LAYERS: Steps = [{"kind": "fold"}, {"kind": "weight_int4", "block": 0}]
+INT4_LAYERS: Steps = [{"kind": "fold"}, {"kind": "weight_int4", "block": 0}]  # 0: scale per row
 STUDENT = student_step([200, 200], 3, 0.3)
 RECIPES: list[tuple[str, Steps]] = [
     ("int8 tables and layers", [{"kind": "rowwise_int8"}, *INT8_LAYERS]),

@@ -1,4 +1,7 @@
-"""The type ``Bench``: the data, teachers and settings that a step may use."""
+"""The type ``Bench``: the data, teachers and settings that a step may use.
+
+A step is one compression method with its settings. A bundle is a trained model as stored files.
+"""
 
 from typing import Literal
 

@@ -1,5 +1,8 @@
 """Limits of an order, and checks for limits that are likely mistakes.
 
+An order is a request to compress a model. The candidate is the compressed model, the baseline the
+uncompressed one, and the champion the version that is in production.
+
 ``limit_problems`` and ``limit_warnings`` check the limits of a new order; stored limits are read
 without these checks. The checks use the properties of a metric (``metrics/metric.py``), never its
 name. In particular, ``largest`` is the largest loss or ratio that a plausible limit on a comparison

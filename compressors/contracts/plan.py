@@ -1,4 +1,7 @@
-"""The plan of a recipe: one line for each table and dense layer."""
+"""The plan of a recipe (a list of compression steps): one line for each table and dense layer.
+
+The tables and dense layers of a network are called its units.
+"""
 
 from typing import Any, Literal, Self
 

@@ -20,7 +20,10 @@ Labels = Literal["clicks", "grades"]
 """Values of labels: ``clicks`` are 0 or 1; ``grades`` are relevance, at least 0."""
 
 Evaluation = Literal["rows", "queries"]
-"""How a model is evaluated: by one score per row, or by one ranking of the catalogue per query."""
+"""How a model is evaluated: by one score per row, or by one ranking of the catalogue per query.
+
+The catalogue is the list of all items that can be recommended; a query is a user or a search.
+"""
 
 ScoreUnit = Literal["probability", "spread"]
 """Unit of a change of scores; ``spread`` is the standard deviation of the baseline's scores.

@@ -10,7 +10,9 @@ from compressors.contracts.limits import Limit
 from compressors.contracts.reasoned import Reasoned
 
 Outcome = Literal["accepted", "rejected", "undecided", "built-unmeasured"]
-"""The result of the gate for a target, or for an order.
+"""The result of the gate for a target, or for an order (a request to compress a model).
+
+The gate compares the limits of the order with measurements of the compressed model.
 
 ``accepted``: all limits hold. ``rejected``: a limit is violated, or the target was not built.
 ``undecided``: the interval of a number contains its limit. ``built-unmeasured``: the target was

@@ -28,7 +28,7 @@ def dry_run(method: Method, source: Model, bench: Bench, *, smallest: bool = Fal
         NothingToCompress: the step can compress no unit of this model.
         CompressionError: the step cannot be applied to this model.
     """
-    model = source.private()
+    model = source.private()  # a copy of the module tree, so that ``source`` is not modified
     planned = plan_step(method, model, bench)
     if skipped := find_skippable_units(planned, method, source, bench):
         model = source.private()

@@ -1,4 +1,8 @@
-"""The value passed from step to step: a network with its class, description and plan."""
+"""The value passed from step to step: a network with its class, description and plan.
+
+A recipe is a list of steps, a unit is a table or dense layer of a network, and a bundle is a model
+as stored files.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -1,9 +1,9 @@
 """Compare the decisions of a step's plan with its result, and resolve them.
 
 A plan decides for each unit that the step changes it (``taken``), does not (``skipped``) or decides
-while it runs (``deferred``). An *outcome* is a decision that the step returns after it ran; most
-units have none. The final decision of a unit, ``taken`` or ``skipped``, follows from both and from
-what has changed.
+while it runs (``deferred``). Units that are ``taken`` or ``deferred`` are *selected*. An *outcome*
+is a decision that the step returns after it ran; most units have none. The final decision of a
+unit, ``taken`` or ``skipped``, follows from both and from what has changed.
 """
 
 from collections.abc import Collection, Mapping

@@ -1,8 +1,9 @@
 """The list of all compression methods, storage formats and compositions.
 
 To add a method, write its file, then list it here or call ``register``. ``AnyStep`` is the type of
-a recipe line, from which the Prefect UI builds its form; ``kind`` distinguishes the methods. A
-bundle is loaded by looking up the format of its tensors by name.
+a line of a recipe (a list of compression steps), from which the Prefect UI builds its form;
+``kind`` distinguishes the methods. A bundle is loaded by looking up the format of its tensors by
+name.
 """
 
 import functools

@@ -6,7 +6,8 @@ changes the whole network; a *table step* (``TableStep``) only encodes rows of a
 ``as_step`` converts it to a step.
 
 ``plan_step`` decides which units a step changes. ``run`` plans and applies the step, and raises
-``ContractBroken`` if the step does not follow its plan.
+``ContractBroken`` if the step does not follow its plan. A *part* of the bench is one of its splits,
+such as ``train``.
 """
 
 from collections.abc import Collection, Iterator, Mapping

@@ -1,9 +1,9 @@
 """Run a step on the units that support it, and skip the others with their reasons.
 
-A unit may not support a step: the network's forward code reads the unit's weight instead of calling
-it, or reads its attributes and gives other scores. Such a unit is excluded from the step, and its
-plan line gives the reason. If the recipe names the unit exactly (without a wildcard), the reason is
-raised as an error instead.
+A unit is a table or dense layer. A unit may not support a step (one line of a recipe): the
+network's forward code reads the unit's weight instead of calling it, or reads its attributes and
+gives other scores. Such a unit is excluded from the step, and its plan line gives the reason. If
+the recipe names the unit exactly (without a wildcard), the reason is raised as an error instead.
 
 Such units are detected in two ways. Before the step runs, each unit that it would replace is
 replaced by a module that exposes no weight, and the network runs on generated inputs

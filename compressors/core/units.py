@@ -121,7 +121,10 @@ def pack_table(old: nn.Module, table: nn.Module) -> nn.Module:
 
 
 def plain_bag(old: nn.EmbeddingBag, longest: int | None = None) -> Bag:
-    """Convert an ``nn.EmbeddingBag`` to a ``Bag`` (lookup and reduction) with the same weight."""
+    """Convert an ``nn.EmbeddingBag`` to a ``Bag`` (lookup and reduction) with the same weight.
+
+    ``longest`` is the largest number of ids of one bag; only the export of jagged input needs it.
+    """
     table = nn.Embedding(1, 1)  # its weight is replaced below: no large tensor is allocated
     table.num_embeddings, table.embedding_dim = old.num_embeddings, old.embedding_dim
     table.weight = old.weight

@@ -120,6 +120,7 @@ def read_codes(table: PackedTable) -> Tensor:
 def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return a row-wise table's codes nearest to optimal rows, and values: ``(rows, dim)`` each.
 
+    A value is ``multiple * scale + offset``; a symmetric table has no offset.
     Each column has its own code, so weights of columns do not matter.
     """
     bits, shared = _code_bits(table), scales.SharedScales.of(table.settings)

@@ -164,10 +164,10 @@ def fit_map(method: Method, output: str, logit: Floats, label: Floats, knots: in
     first_slope, last_slope = min(slopes[0], 1.0), min(slopes[-1], 1.0)
     line = torch.tensor(
         [first_slope, mapped[0] - first_slope * means[0]]
-    )  # slope and offset of first_slope piece
+    )  # slope and offset of the first piece
     bends = torch.tensor(
         np.stack([means, np.append(slopes, last_slope)])
-    )  # where pieces begin, slopes
+    )  # where the further pieces begin, and their slopes
     return Recalibration(method, output, knots=len(means), line=line, bends=bends)
 
 

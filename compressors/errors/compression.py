@@ -15,6 +15,9 @@ CompressionError       the order cannot be carried out as written; a retry would
 ``sentences`` of each class map a code to its message, in the syntax of ``str.format``.
 ``SentenceFormatter`` describes the formats of sequences, such as ``{reasons:; }``.
 
+An order is a request to compress a model: the recipe, the limits and the targets. Lowering writes
+the compressed module as a graph for one target, which is a runtime that serves it.
+
 Errors of ``construction.py`` and ``widths.py`` are always caught inside ``compressors``.
 """
 

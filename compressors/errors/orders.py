@@ -1,5 +1,8 @@
 """Errors about orders whose parts do not fit together.
 
+An order is a request to compress a model by a list of steps or a preset (a named list of steps). A
+budget is the quality that the result may lose.
+
 ``sentences`` map a code to its message, in the syntax of ``str.format``.
 """
 

@@ -135,7 +135,10 @@ class StepRefused(CompressionError):
 
 
 class ValueNotStorable(CompressionError):
-    """A weight, scale or offset is outside the range of the type in which a table is stored."""
+    """A weight, scale or offset is outside the range of the type in which a table is stored.
+
+    ``quantity`` is ``scale``, ``offset`` or ``scale or offset``.
+    """
 
     sentences: ClassVar = {
         "weight_beyond_bfloat16": "A weight of {weight:g} is beyond bfloat16's 3.39e38. "

@@ -98,6 +98,7 @@ def rank_within(energy: Tensor, most_error: float) -> int:
     if total == 0:
         return 1
     lost_share = 1 - energy.cumsum(0) / total  # (out,): share lost with 1, 2, ... directions
+    # 1e-12 is for rounding: the lost share is not exactly zero if no energy is lost.
     sufficient = (lost_share <= most_error + 1e-12).nonzero()
     return int(sufficient[0]) + 1
 

@@ -1,7 +1,8 @@
 """The registry of metrics: a metric by its name, and the metrics measured for a task kind.
 
 A family contains metrics that differ in the number in their names, such as ``ndcg@10`` and
-``ndcg@20``; a metric without a number is a family of one. "Usual" metrics are those that every
+``ndcg@20``; a metric without a number is a family of one. An order is a request to compress a
+model, with limits on metrics. "Usual" metrics are those that every
 order of a task kind measures. "Selecting" metrics (``Metric.selects``) are those that a signature
 may name as the metric by which the model is judged. The parameter ``task`` is the name of a task
 kind, and ``grouped`` is whether the signature names a group column.

@@ -44,10 +44,12 @@ def _change(
     )
 
 
+# Pearson correlation of both models' scores.
 CORRELATION = _change("score_correlation", "score correlation", higher_is_better=True)
 MEAN = _change("mean_score_change", "mean score change", high=100.0)
 # The maximum has no interval, because rows that were not measured can change more.
 LARGEST = _change("max_score_change", "largest score change", high=100.0, has_interval=False)
+# The share of groups in which another row has the highest score (of queries: another item).
 TOP1 = _change(
     "changed_top1",
     "share of changed top-1",
@@ -55,6 +57,7 @@ TOP1 = _change(
     is_share=True,
     needs_group=True,
 )
+# The share of a query's 20 items with the highest scores that the baseline also ranks there.
 TOP20 = _change(
     "top20_overlap",
     "overlap of the top 20",

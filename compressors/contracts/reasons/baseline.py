@@ -2,6 +2,9 @@
 
 ``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
 ``Reason`` in ``reason.py`` fills in the fields in braces.
+
+``optional_group_labels_equal`` is for a group column that the signature's metric does not need.
+``entropy`` is the log loss of the constant prediction ``rate``, the mean label.
 """
 
 SENTENCES = {

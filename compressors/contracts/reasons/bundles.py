@@ -5,7 +5,8 @@
 
 A draft is a bundle's ``model.json`` and weights before they are packed. Weights may be in several
 files, called shards; the index is the JSON file that maps each tensor to its shard. A field
-``near`` lists the existing names that are most similar.
+``near`` lists the existing names that are most similar. ``entry`` is the key of ``model.json`` that
+contains the path, and ``place`` the index of a value in its tensor.
 """
 
 _HOW_TO_SAVE = (

@@ -12,6 +12,11 @@ rows, relative to that of the outputs. The setting ``most_error`` is its largest
 int8; for low rank, it is the share of the outputs' squared size that may be lost. The sums of a
 float16 layer are its outputs: sums of products of inputs and weights. ``start`` lists how the
 initial codes of quantization-aware training were chosen.
+
+``what`` is "an input" or "a sum". ``rank_not_smaller`` is for a rank from the settings,
+``found_rank_not_smaller`` for one that the step computed. ``coarse`` is the number of input
+channels that keep few levels. ``step`` in ``above_most_error`` is the format that the layer would
+have.
 """
 
 SENTENCES = {

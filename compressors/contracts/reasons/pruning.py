@@ -7,7 +7,9 @@ A field ``width`` or ``argument`` names the argument of the model class that set
 layers. A field ``maker`` names the layer that outputs the channels, ``reader`` a module that they
 reach. A field ``why``, ``what`` or ``fault`` contains other reasons or the message of an error. A
 field ``importance`` names the criterion by which a step selects what it removes. If an argument
-counts groups of channels, such as attention heads, whole groups are removed.
+counts groups of channels, such as attention heads, whole groups are removed, and ``units_before``
+and ``units_after`` are the numbers of groups. ``part`` is "weight" or "channel", ``gap`` the
+largest difference of a score, and ``change`` the change of a metric.
 """
 
 SENTENCES = {

@@ -5,6 +5,7 @@
 
 Folding multiplies the factors and adds the offsets of a norm into a dense layer next to it. Scaling
 multiplies the inputs of a layer by factors and divides the outputs of the layer before by them.
+A dead channel is an output of a layer that is constant or that no other layer uses.
 The affine part of a norm is its learned factors and offsets. A field ``maker`` names a layer whose
 outputs are scaled or removed, ``reader`` a layer that reads them.
 """

@@ -19,6 +19,8 @@ SENTENCES = {
     "not_smaller": "{step} would take {bytes} bytes, but it takes only {present} now",
     "wrong_role": "{step} does not apply to a {role}",
     "skipped": "skipped by {step}: {why}",
+    # ``core/skipping.py`` runs a failing step on some units only, to find those on which it fails.
+    # The other units have this reason.
     "not_tried": "not tried",
     "not_servable": "{fault}",
     "step_failed": "{fault}",

@@ -3,7 +3,9 @@
 ``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
 ``Reason`` in ``reason.py`` fills in the fields in braces.
 
-Traffic is the logged requests, which have no labels.
+Traffic is the logged requests, which have no labels. A map is the function that recalibrates the
+network's output. ``trained_with_codes`` and ``refitted`` are about ``refit_codes``, which trains
+the codebooks of tables and selects new codes (indices into them): the former is for a dense layer.
 """
 
 SENTENCES = {

@@ -4,7 +4,8 @@
 ``Reason`` in ``reason.py`` fills in the fields in braces.
 
 A round is one repetition of a latency measurement. Groups are the values of the signature's group
-column, such as users. ``cause`` says why there is no interval.
+column, such as users. ``cause`` says why there is no interval. ``number`` is the measured value,
+``relation`` is ``>=`` or ``<=``, and ``changes`` contains other reasons of this file.
 """
 
 SENTENCES = {

@@ -1,7 +1,8 @@
 """The registry of targets: a target by its name, and the built-in targets.
 
 To add a target, write its lowering, and its builder and runtime if it has them. Then add a
-``Target`` here or call ``register``.
+``Target`` here or call ``register``. ``target.py`` describes its attributes. "Gated" in a
+description means that limits are compared with measurements of this target.
 """
 
 from typing import Annotated, Any

@@ -1,4 +1,8 @@
-"""The class ``Target``: the properties of a serving target."""
+"""The class ``Target``: the properties of a serving target.
+
+A serving target is a runtime that serves compressed models. An order is a request to compress a
+model for some targets.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal

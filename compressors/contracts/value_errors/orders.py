@@ -3,8 +3,10 @@
 ``SENTENCES`` maps the code of an error to its message, in the syntax of ``str.format``.
 ``value_error`` in ``coded.py`` creates the error and fills in the fields in braces.
 
-A data rule is a check of the order's data. ``label_rate`` is the allowed range, ``low`` to
-``high``, of the share of positive labels; ``min_rows`` is the smallest number of rows of a split.
+An order is a request to compress a model by a list of steps, or by a preset (a named list of steps;
+``custom`` means that the order lists them). A data rule is a check of the order's data.
+``label_rate`` is the allowed range, ``low`` to ``high``, of the share of positive labels;
+``min_rows`` is the smallest number of rows of a split.
 """
 
 SENTENCES = {

@@ -2,9 +2,9 @@
 
 The smaller tables are called parts: they have fewer rows or narrower rows, or several of them
 contribute to one row. A composition is a method of building a table from parts. It has stored
-tensors (a row map, a projection) and parts, which are plain float32 tables at first. Parts are
-ordinary units: a later step of the recipe can compress each one, with a separate line in the plan.
-So a low-rank table with int4 parts needs no combined method.
+tensors (such as a map from ids to rows of a part, or a projection) and parts, which are plain
+float32 tables at first. Parts are ordinary units: a later step of the recipe can compress each one,
+with a separate line in the plan. So a low-rank table with int4 parts needs no combined method.
 """
 
 from collections.abc import Mapping

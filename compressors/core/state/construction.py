@@ -84,6 +84,7 @@ def _construct_unchecked(
     """Build a network; attribute names are not checked."""
     _require_arguments(architecture, config)
     try:
+        # A copy of the limits, because each created tensor is subtracted from them.
         with parameters_on_meta(copy.copy(limits)) as placement:
             module = architecture(**copy.deepcopy(dict(config)))
     except TooLarge as error:

@@ -20,6 +20,7 @@ MAX_ENTRIES = 10_000
 
 MAX_DEPTH = 8
 """Objects and containers nested more deeply are not searched."""
+# Attributes of every module, such as its parameters, hooks and training flag.
 _INTERNAL = frozenset(vars(nn.Module()))
 _NOT_SEARCHED = type | ModuleType | FunctionType | BuiltinFunctionType | MethodType | np.ndarray
 

@@ -1,7 +1,7 @@
 """Shared code of steps that replace tables by compositions of smaller tables.
 
-The functions plan, fit, replace and dry-run. Each step supplies the design of a composition and the
-function that fits its tensors.
+The functions plan, fit, replace and dry-run. Each step supplies the design of a composition (its
+kind and settings for one table) and the function that fits its tensors.
 """
 
 from collections.abc import Callable, Collection, Mapping

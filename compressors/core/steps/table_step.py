@@ -20,7 +20,10 @@ from compressors.core.units import Unit, pack_table, swap
 from compressors.quantize.better_format import best_format, table_bytes
 
 Formats = Mapping[str, TableStep]
-"""By table name, the step that encodes it: the recipe's, or one with a better format."""
+"""By table name, the step that encodes it: the recipe's, or one with a better format.
+
+A better format is more precise and takes no more bytes (``compressors/quantize/better_format.py``).
+"""
 
 
 class EncodeTables:
