@@ -308,7 +308,7 @@ def write_draft(
         "data": {name: f"{name}.parquet" for name in (*tables, "items")},
     }
     record: dict[str, object] = {
-        "recipe": asdict(settings),
+        "recipe": asdict(settings),  # training settings; no compression recipe
         "everything": train_on_validation,
         "data": {"sha256": PAIR_HASHES},
         "torch": torch.__version__,

@@ -418,10 +418,10 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
         "network": Network(architecture=arch).model_dump(mode="json"),
         "data": {name: f"{name}.parquet" for name in tables},
         "vocabularies": {name: f"vocabularies/{name}.json" for name in vocabularies},
-        "transforms": {},
+        "transforms": {},  # files that map raw values to ids; none
     }
     record: dict[str, object] = {
-        "recipe": asdict(settings),
+        "recipe": asdict(settings),  # training settings; no compression recipe
         "data": {"package": f"{PACKAGE}=={VERSION}", "sha256": FILES},
         "torch": torch.__version__,
         "validation_auc": best["validation_auc"],

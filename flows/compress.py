@@ -2,7 +2,8 @@
 
 The result of every task is cached by a hash of its inputs. A flow that was killed therefore
 resumes where it stopped, and a repeated order only reads cached results. ``wait_out`` repeats a
-call for up to ten minutes while a service does not respond.
+call for up to ten minutes while a service does not respond. ``NO_RESULTS`` switches off the results
+of Prefect; the cached results are records in recpress's object store.
 """
 
 import logging
@@ -52,7 +53,7 @@ STAGES_OF_EVERY_ORDER = 8
 """Number of stages that do not depend on the recipe or the targets.
 
 They are: pull, validate the data, prepare tensors, lower the untouched model, measure, evaluate the
-stages, judge, publish.
+stages (the model after each step), judge, publish.
 """
 
 # Prefect starts a server if Python code calls the flow and no server is configured.

@@ -54,9 +54,9 @@ def require_order_memory(order: Order, bundle: BundleRef) -> Memory:
             name=bundle.name,
             version=bundle.version,
             needed_mib=needed // MIB,
-            moment=estimate.moment,
+            moment=estimate.moment,  # the phase of the peak, such as "training"
             available_mib=max(available.bytes + used, 0) // MIB,
-            limit=available.limit,
+            limit=available.limit,  # the limit that leaves the least memory, as text
             setting=SETTING,  # the environment variable that sets the limit
         )
     return estimate

@@ -120,7 +120,7 @@ def _has_only_options(order: Order) -> bool:
     """
     target_settings = Targets.model_fields
     return (
-        order.rules == Rules()
+        order.rules == Rules()  # requirements on the data beyond its signature
         and default_target().name in order.targets.requirements()  # options always include it
         and all(
             getattr(order.targets, name) == field.default for name, field in target_settings.items()

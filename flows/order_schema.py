@@ -137,7 +137,7 @@ def _target_rules() -> Iterator[Schema]:
         "if": {"properties": {default_field: is_target}},
         "else": {"anyOf": [_satisfies(other, is_target) for other in others]},
     }
-    # Fields in ascending order, with their defaults.
+    # Numbers of rows for which engines are built, in ascending order, with their defaults.
     sizes = (("smallest_batch", 1), ("best_batch", 64), ("largest_batch", 1024))
     for (smaller, _), (larger, default) in pairwise(sizes):
         for threshold in BATCH_THRESHOLDS:

@@ -1,4 +1,7 @@
-"""Apply the steps of a recipe within the quality budget, and measure the result of each step."""
+"""Apply the steps of a recipe within the quality budget, and measure the result of each step.
+
+``wait_out`` calls a function, and repeats the call while a service does not respond.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -264,4 +267,5 @@ def _soft_labels(run: Run, rows: PreparedRows) -> Artifact:
         run.call_for(teacher, score, bundle=teacher.artifact, split=rows.artifact, rows=rows.rows)
         for teacher in run.teachers
     )
+    # ``output``: the form of the scores (logit, probability or score), equal for all teachers.
     return run.call(average, scores=(original, *teacher_scores), output=run.teachers[0].output)

@@ -1,5 +1,8 @@
 """Find what an order refers to (bundle, teachers, champion), and its result if it ran before.
 
+The champion is the version in production. The ledger lists all changes of it. A release is what is
+published for one order.
+
 The command line calls this before it starts the flow. It imports neither Prefect nor torch, so the
 report of a repeated order is printed immediately.
 """

@@ -1,6 +1,7 @@
 """The stages of an order in sequence, one function each; ``flows/compress.py`` calls them.
 
-A function receives the run context and the results of earlier stages.
+A function receives the run context and the results of earlier stages. To lower a model is to write
+it as a graph for a target; to build is to make an engine from the graph, if the target needs one.
 """
 
 import contextlib
@@ -105,7 +106,7 @@ def prepare_data(run: Run) -> PreparedData:
     run.progress.stage("prepare tensors")
     test = run.prepare_split("test")
     ranking = run.prepare_ranking()
-    probe = run.prepare_split(run.model.calibration())
+    probe = run.prepare_split(run.model.calibration())  # the training split if there is none
     return PreparedData(validation, test, probe, ranking)
 
 

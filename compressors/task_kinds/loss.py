@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressors.contracts import Output, Signature, Split
 from compressors.core.batches import Batch, JoinedRows, Rows
-from compressors.task_kinds import builtin as builtin
+from compressors.task_kinds import builtin as builtin  # makes cache keys depend on the classes
 from compressors.task_kinds.protocol import TaskFunctions, TaughtRows
 
 
@@ -90,7 +90,7 @@ def shuffled_rows(
     """Yield the row numbers of each batch, int64, in random order; each row is in one batch.
 
     Args:
-        rows: the rows of the data.
+        rows: the rows of the data; ``JoinedRows`` are labelled rows and requests without labels.
         signature: the model's signature. If its loss is computed by list, all rows of a group are
             in one batch.
         size: number of rows of a batch; larger if its last group exceeds it.

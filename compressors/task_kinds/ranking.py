@@ -35,7 +35,7 @@ class Ranking:
         segment, groups = list_indices(batch, len(score))
         gains = torch.exp2(batch.label.to(torch.float32)) - 1
         total = sum_by_list(gains, segment, groups)
-        # A list without gains, which is not used, must not give 0 / 0.
+        # A list without gains, which is not used, must not give 0 / 0: EDGE is any small divisor.
         target = gains / total.clamp(min=EDGE)[segment]
         return listwise(score, target, segment, total > 0)
 

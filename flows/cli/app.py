@@ -1,6 +1,7 @@
 """The entry point of the command line, and most commands of ``recpress --help``.
 
-Imports are inside the commands, so that ``--help`` does not load torch or Prefect.
+Imports are inside the commands, so that ``--help`` does not load torch or Prefect. ``Terms`` is an
+order without custom steps; an order from a file is its subclass ``Order``.
 
 Exit codes: 0 accepted or completed, 1 failure, 2 invalid input, 3 rejected, 4 undecided or built
 but not measured.

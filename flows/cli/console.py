@@ -113,6 +113,7 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
 
         if server is not None:
             server.wait_until_ready(notify)
+        # Options create ``Terms``; the flow's parameter is the subclass with custom steps.
         if not isinstance(order, Order):
             order = Order.model_validate(order.model_dump())
         try:

@@ -1,7 +1,8 @@
 """``recpress doctor``: check the services and libraries that this installation uses.
 
 Each result says whether the service works, and what to do if not. Services on other machines are
-queried concurrently, with a time limit of 5 s each. Local checks have no time limit.
+queried concurrently, with a time limit of 5 s each. Local checks have no time limit. A champion is
+the version of a model that is in production.
 """
 
 import importlib

@@ -1,4 +1,8 @@
-"""The error class of ``recpress doctor``."""
+"""The error class of ``recpress doctor``.
+
+Fields of its sentences: ``root`` is the address of the object store, ``bundles`` the number of its
+bundles, ``problem`` the message of another error, and ``status`` an HTTP status.
+"""
 
 from typing import ClassVar
 

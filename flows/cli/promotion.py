@@ -1,6 +1,7 @@
 """``recpress registry promote``, ``rollback`` and ``restore``.
 
-The first two change which version is the champion, and append an entry to the ledger of promotions.
+The first two change which version is the champion (the version in production), and append an entry
+to the ledger, the list of these changes in the object store.
 ``restore`` fills a lost registry again. Imports are in the commands, so that ``--help`` is fast.
 """
 

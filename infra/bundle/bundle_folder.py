@@ -272,6 +272,7 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
         fact = facts.get(network.ties.get(weight, weight))
         if record is not None:
             count = record.settings.get("rows")
+            # A dense layer ("linear") is no table, and a bool is no number of rows.
             if record.kind == "linear" or type(count) is not int or count < 1:
                 problems.append(
                     Reason(

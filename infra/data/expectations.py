@@ -4,8 +4,10 @@ A validation succeeds only if every planned check was evaluated and passed. A ch
 inside Great Expectations counts as not evaluated.
 
 A check has a view: the values that it is evaluated on, such as the lengths of lists (``LENGTHS``)
-or each time minus the first time of a later split (``BEFORE``). Checks that read the same pandas
-frame run as one suite. The result of a check is a finding (``findings.py``).
+or each time minus the first time of a later split (``BEFORE``). ``COUNT`` is the number of rows,
+``TYPES`` the type of each column. Checks that read the same pandas frame run as one suite;
+``Check.entry`` is the name of the frame's column that a check reads. The result of a check is a
+finding (``findings.py``).
 """
 
 import datetime as dt

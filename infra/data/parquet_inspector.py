@@ -28,7 +28,7 @@ from infra.data.parquet_inspection import MEMORY_LIMIT
 from infra.errors import ChildFailed, DataRefused, OutOfMemory
 from infra.store.disk import translate_input_error
 
-START_SECONDS = 120.0
+START_SECONDS = 120.0  # time limit for the start of the child
 SECONDS = 60.0
 BYTES_PER_SECOND = 4 * 2**20
 """The time limit of a file is ``SECONDS`` plus its size divided by ``BYTES_PER_SECOND``.

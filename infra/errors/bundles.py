@@ -2,6 +2,16 @@
 
 ``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
 ``infra/errors/__init__.py``). Types only.
+
+Fields whose names do not explain them:
+
+- ``place``: what the problems refer to, such as a folder. ``problem``: the message of another
+  error; in ``metric_unfit``, a clause that ends with an instruction such as "Change 'metric'".
+- ``kind``: the type of the wrong value, or the class of the exception.
+- ``setting``: the value of RECPRESS_ALLOWED_MODULES that also allows the module. ``top``: the
+  top-level package of the module.
+- ``entry``: a field of ``model.json``, such as ``data.train``.
+- ``cause``: the exit code or the signal that ended the process.
 """
 
 from typing import ClassVar

@@ -2,6 +2,8 @@
 
 ``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
 ``infra/errors/__init__.py``). Types only.
+
+``problem`` is the message of another error, and ``got`` the text that the user wrote.
 """
 
 from typing import ClassVar

@@ -2,6 +2,14 @@
 
 ``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
 ``infra/errors/__init__.py``). Types only.
+
+Fields whose names do not explain them:
+
+- ``doing``: the work, as the subject of the sentence (``Building the network``); in
+  ``file_memory``, a verb such as ``read``. ``moment``: the phase of the peak, such as training.
+- ``limit``: the limit that leaves the least memory, as text. ``setting``: the variable that
+  replaces the limits.
+- ``output``: a sentence with the last output of the process.
 """
 
 from typing import ClassVar

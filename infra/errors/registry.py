@@ -2,6 +2,14 @@
 
 ``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
 ``infra/errors/__init__.py``). Types only.
+
+Fields whose names do not explain them:
+
+- ``order``, ``expected`` and ``got`` with ``:.12``: the first digits of an order's digest.
+- ``most``: the most characters allowed. ``got``: their number, or the wrong value.
+- ``problem``: the message of another error, or a clause. ``reasons``: those of the verdicts.
+- ``stated`` and ``computed``: the outcome in the report, and that of its targets' verdicts.
+- ``by``: the person or program that wrote the ledger entry.
 """
 
 from typing import ClassVar

@@ -2,6 +2,13 @@
 
 ``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
 ``infra/errors/__init__.py``). Types only.
+
+Fields whose names do not explain them:
+
+- ``problem``: the message of another error, or of the library's log.
+- A profile is TensorRT's range of shapes for an input: ``low`` to ``high``.
+- ``packed_bytes``: the bytes of all weights in the plan. ``line``: the missing line of the log.
+- ``twin_bytes``: the scratch memory of a second engine, which has half of the table's rows.
 """
 
 from typing import ClassVar

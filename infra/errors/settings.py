@@ -2,6 +2,14 @@
 
 ``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
 ``infra/errors/__init__.py``). Types only.
+
+Fields whose names do not explain them:
+
+- ``doing``: a verb such as ``read`` or ``write``. ``problem``: the message of another error.
+- ``root``: the address of a store or Triton repository. ``setting``: the variable or option that
+  contains it.
+- ``place``: what the request refers to, such as a key. ``kind``: the class of the exception.
+- ``remedy``: what to do, as a clause or as sentences.
 """
 
 from typing import ClassVar

@@ -2,6 +2,13 @@
 
 ``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
 ``infra/errors/__init__.py``). Types only.
+
+Fields whose names do not explain them:
+
+- ``doing``: a verb such as ``read`` or ``write``. ``problem``: the message of another error.
+- ``place`` and ``uri``: the address of an object or artifact in the store.
+- ``got`` and ``expected``: the actual and the required value.
+- ``known``: the existing bundles. ``by``, ``at``, ``action``, ``reason``: of the ledger entry.
 """
 
 from typing import ClassVar

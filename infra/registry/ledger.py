@@ -5,7 +5,8 @@ without an error. Every ledger entry is a key, ``ledger/<model>/<sequence>.json`
 conditional create: if two processes write the same number, exactly one succeeds. The registry's
 alias is updated from the ledger (``Registry.repair`` in ``mlflow_registry.py``).
 
-An entry identifies the champion by the digest of its order. The version number is only a label:
+The champion is the version in production. A release is what is published for one order. An entry
+identifies the champion by the digest of its order. The version number is only a label:
 another registry, or a restored one, may number its versions differently.
 """
 

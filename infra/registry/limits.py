@@ -1,7 +1,8 @@
 """Limits on lengths and characters of the names, tags and sources that MLflow stores.
 
 They are checked before MLflow is called, because its servers report some violations as database
-errors. The limits of an order, on measurements, are in ``compressors/contracts/limits.py``.
+errors. A source is the URI of a release, which is what is published for one order. The limits of an
+order, on measurements, are in ``compressors/contracts/limits.py``.
 """
 
 import re

@@ -1,9 +1,9 @@
 """The model registry in MLflow, which serving teams read. It stores URIs, never model files.
 
-A version's ``source`` is the URI of a release in the object store. All tags of a version are set
-by the call that creates it, so no reader receives only some of them. By default the registry is a
-SQLite file ("embedded": it needs mlflow-skinny, sqlalchemy and alembic, but no server); an
-``http(s)://`` address is an MLflow tracking server.
+A version's ``source`` is the URI of a release (what is published for one order) in the object
+store. All tags of a version are set by the call that creates it, so no reader receives only some of
+them. By default the registry is a SQLite file ("embedded": it needs mlflow-skinny, sqlalchemy and
+alembic, but no server); an ``http(s)://`` address is an MLflow tracking server.
 """
 
 import logging
