@@ -1,4 +1,7 @@
-"""Networks of the test drafts, in a module outside of recpress, like the module of a user."""
+"""Networks of the test drafts, in a module outside of recpress, like the module of a user.
+
+A draft is the folder that a user writes and ``recpress bundle pack`` reads.
+"""
 
 import torch
 from torch import Tensor, nn

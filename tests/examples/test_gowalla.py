@@ -79,6 +79,7 @@ def test_score_is_the_dot_product_of_the_towers():
 
 
 def test_training_without_a_metric_runs_all_epochs_and_is_reproducible():
+    # ``stop_after`` replaces ``epochs`` as the number of epochs to train.
     settings = Training(dim=8, epochs=4, stop_after=2)
     network, (epoch, _), messages = train_synthetic(settings)
     same_network, _, _ = train_synthetic(settings)

@@ -1,7 +1,7 @@
 """The MovieLens example: network, split by time, vocabularies, training, and the written draft.
 
 A draft is a folder with a model, its data and ``model.json``; ``recpress bundle pack`` stores it as
-a bundle.
+a bundle. The data are files of the installed wheel of RecBole, a library of recommenders.
 """
 
 import json
@@ -298,6 +298,7 @@ def test_progress_is_printed_to_standard_error(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "epoch  1" in err
+    # ``recipe`` has the settings of the training.
     assert json.loads((tmp_path / "draft.training.json").read_text())["recipe"]["seed"] == 3
 
 

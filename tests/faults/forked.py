@@ -305,7 +305,7 @@ def _child(job: dict[str, Any], folder: Path) -> None:
         os.environ.update(job["variables"])
         import tempfile
 
-        tempfile.tempdir = None
+        tempfile.tempdir = None  # so that it is read again, from this job's TMPDIR
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if any(name.startswith("PREFECT_") for name in job["variables"]):
             import_module("prefect.context").refresh_global_settings_context()

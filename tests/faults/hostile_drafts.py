@@ -1,6 +1,7 @@
 """Hostile drafts for ``recpress bundle pack``: each case changes a valid draft in one way.
 
-A draft is the folder that a user writes: ``model.json``, weights and parquet files.
+A draft is the folder that a user writes: ``model.json``, weights and parquet files. A vocabulary is
+a file or folder that maps raw values to ids, and a tie says which parameters share a tensor.
 A ``Change`` is a function that changes the draft in a folder. The functions below return changes;
 the docstring of each says what the returned function does. ``CASES`` lists all cases.
 """

@@ -25,7 +25,9 @@ ONLY_A_TAG = {
     "tags with control characters",
     "report with control characters",
 }
-"""Cases whose release is valid, so commands may use it; a tag is wrong or has control characters.
+"""Cases whose release is valid, so commands may use it.
+
+A tag is wrong, or a text of the tags or of the report has control characters.
 
 Before a release is served, it is compared with the tags.
 """

@@ -39,6 +39,7 @@ from compressors.task_kinds.loss import hard_loss, shuffled_rows
 def train_copy(
     model: Model, bench: Bench, training: Training = SHORT_TRAINING, folder: Path | None = None
 ) -> tuple[nn.Module, tuple[trainer.Epoch, ...]]:
+    """Train a copy of a model; return it and its epochs. Epoch 0 is the state before training."""
     module = model.private().module
 
     def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
@@ -116,6 +117,7 @@ def test_trainable_tensors_are_dense_layers_and_scales_and_tables_only_on_reques
     }
     assert trained_with_tables == dense | {"user", "item", "city", "genres", "history", "tags"}
     bench = RANKER.bench(tmp_path / "data")
+    # ``packed`` has int8 codes in place of the weights of ``hidden``.
     packed = run(StaticInt8(layers=("hidden",)), source, bench, tmp_path / "packed")
     trained_in_hidden = {
         n for n in trainable_tensors(packed.module, tables=False) if n.startswith("hidden")
@@ -228,7 +230,7 @@ def test_learning_rate_follows_warmup_schedule_and_factor(tmp_path):
 # --- resuming after a crash ------------------------------------------------------------------
 #
 # Stored progress has tensors of the current weights (``now/``) and of the best epoch (``best/``).
-# Its fact ``epochs`` has a number, a training loss and a validation quality per epoch.
+# ``json_values["epochs"]`` has a number, a training loss and a validation quality per epoch.
 
 
 class Killed(Exception):
@@ -262,7 +264,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_bits(
     # Epochs 4 to 6 of six; the cosine schedule also counts the batches once.
     assert len(shuffles) == 3 + (schedule == "cosine")
     assert equal_tensors(resumed, uninterrupted)
-    assert resumed_epochs[1:] == epochs[1:]
+    assert resumed_epochs[1:] == epochs[1:]  # the loss of epoch 0 is NaN, which equals nothing
     assert resumed_epochs[0].quality == epochs[0].quality
 
 

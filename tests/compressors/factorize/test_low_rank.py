@@ -67,6 +67,7 @@ def test_weights_of_rows_decide_which_direction_is_kept():
 
 def test_rank_is_a_share_of_the_dimension_or_a_number(tmp_path):
     bench = Bench(signature=RANKER.signature)
+    # ``narrow`` is the table of the reduced rows.
     for setting, rank in ((0.5, 3), (2, 2), (0.01, 1)):
         result = run(LowRank(rank=setting), RANKER.model(), bench, tmp_path / str(setting))
         assert result.module.user.narrow.embedding_dim == rank

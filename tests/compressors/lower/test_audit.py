@@ -1,6 +1,8 @@
 """The audit accepts graphs that keep the plan's formats and rejects those that lost them.
 
-A fault is a sentence of the audit about one violation, in the field ``faults`` of its error.
+A fault is a sentence of the audit about one violation, in the field ``faults`` of its error. A
+table or layer is packed if the graph reads its codes. It is widened if all of its codes are decoded
+to float32 first.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """Bags in served graphs: every mode, weights per id, padding, empty bags, both layouts.
 
-The graphs of both targets run in ONNX Runtime, with float32, packed and row-pruned tables.
+The graphs of both targets run in ONNX Runtime, with float32, packed (int8 or int4) and row-pruned
+tables. A row-pruned table is composed of a table of fewer rows and a map from ids to these rows.
 """
 
 import numpy as np

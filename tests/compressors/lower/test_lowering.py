@@ -23,6 +23,7 @@ from compressors.lower.parity import check_parity
 
 ORT: TargetName = "onnxruntime"
 RTX: TargetName = "tensorrt-rtx"
+# ``LONGEST`` is the declared length of the longest list in a jagged bag.
 # ``UNDIVIDED`` are the methods that change graphs and keep each table as one table. ``RECIPES`` has
 # each of them once, most with another method, so that they share a graph.
 KINDS = [method.model_fields["kind"].default for method in UNDIVIDED]

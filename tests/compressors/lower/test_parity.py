@@ -2,7 +2,8 @@
 
 A parity check compares the scores of a graph with those of its module. Its limits are shares of
 the scores' standard deviation (``SPREAD``), and depend on the target and on the plan's formats. The
-tests change scores by shares that are below or above a limit.
+tests change scores by shares that are below or above a limit. A table is packed if its plan line
+has another format than float32.
 """
 
 from collections.abc import Callable

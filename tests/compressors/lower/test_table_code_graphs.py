@@ -60,6 +60,7 @@ REFERENCE = Reference(
         inputs=(
             IdInput(name="item", table="item"),
             PaddedBag(name="genres", table="genres", shape=(4,)),
+            # ``LONGEST``: the declared length of the longest list
             JaggedBag(name="history", table="history", shape=(LONGEST,)),
         ),
         outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),

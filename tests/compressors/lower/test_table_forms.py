@@ -100,6 +100,7 @@ def reference(names: list[str]) -> Reference:
         elif index % 3 == 1:
             inputs.append(PaddedBag(**common, shape=(4,)))
         else:
+            # ``LONGEST``: the declared length of the longest list
             inputs.append(JaggedBag(**common, shape=(LONGEST,)))
     signature = Signature(
         inputs=tuple(inputs),

@@ -147,6 +147,7 @@ def test_training_steps_refuse_retrieval_models(kind, tmp_path):
     (method,) = (item for item in METHODS if item.model_fields["kind"].default == kind)
     bench = SHARED.bench(tmp_path / "data")
     split = bench.calibration
+    # All splits are present, so that the steps are not refused because of missing rows.
     full_bench = bench.model_copy(
         update={"train": split, "validation": split, "soft_labels": split}
     )

@@ -3,7 +3,8 @@
 ``naive_recall_and_ndcg`` is a reference that tries every order of items with equal scores.
 
 Items that a user has seen in earlier rows are *hidden*: they are not ranked. ``resolves`` is half
-the width of the interval of a difference.
+the width of the interval of a difference. In the fields of errors, ``least`` is the smallest
+accepted count, ``got`` the count, and ``first`` the number of the first invalid row.
 """
 
 import itertools

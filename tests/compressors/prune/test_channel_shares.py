@@ -216,7 +216,11 @@ def test_three_rounds_and_one_round_keep_nearly_the_same_multiply_adds(scope, tm
 
 
 def test_each_round_prunes_the_network_that_the_previous_round_trained(tmp_path, monkeypatch):
-    """Two rounds prune, train, prune and train."""
+    """Two rounds prune, train, prune and train.
+
+    ``soft_share`` is the weight of the original model's predictions in training; labels get the
+    rest. The field ``what`` of the reason ``last_round`` has the reasons of that round's training.
+    """
     bench = RANKER.bench(tmp_path / "data")
     training = SHORT_TRAINING.model_copy(update={"epochs": 2})
     step = Channels(multiple=4, rounds=2, importance="gradient", training=training, soft_share=0.5)

@@ -1,4 +1,8 @@
-"""``channels``: removed channels, the matching inputs of consumers, and channels that are kept."""
+"""``channels``: removed channels, the matching inputs of consumers, and channels that are kept.
+
+In the fields of reasons, a *maker* is the layer that outputs channels, a *reader* a consumer of
+them, and ``count`` a width that was tried.
+"""
 
 import hypothesis.strategies as st
 import models
@@ -144,6 +148,7 @@ def test_layers_whose_outputs_are_added_keep_the_same_channels():
 
 
 def test_importance_is_the_norm_of_the_channels_weights_and_those_of_its_consumers():
+    """``l2`` compares squares of norms, which have the order of the norms."""
     source = Reference(HiddenLayerNet, SCHEMA).model()
     consumers = consumers_of_width("width", source)
     squared_weights = {

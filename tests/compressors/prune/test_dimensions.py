@@ -2,6 +2,9 @@
 
 ``variance`` weights all rows equally, ``traffic`` by their lookups. ``gradient`` estimates with
 ``taylor`` how much the loss changes if a dimension is replaced by its mean.
+
+``selection`` is the matrix of zeros and ones that puts the kept columns in their places; a table
+stores it as ``projection``.
 """
 
 import pytest

@@ -84,6 +84,7 @@ def test_dropped_table_returns_its_mean_row_weighted_by_lookup_counts(tmp_path):
     with torch.no_grad():  # rows that differ, so that the mean depends on the lookup counts
         source.module.city.weight.add_(0.1 * torch.arange(9).unsqueeze(1))
     result = run(DropTables(tables=("city",), most_loss=1), source, bench, tmp_path / "out")
+    # The weight of a row is its lookup count plus 0.5, so that rows without lookups count too.
     counts = lookup_counts(source, bench, ["city"])["city"] + 0.5
     weight = source.module.city.weight.detach().double()
     expected = (counts / counts.sum()).unsqueeze(1).mul(weight).sum(dim=0).float()
@@ -95,6 +96,7 @@ def test_dropped_table_returns_its_mean_row_weighted_by_lookup_counts(tmp_path):
 def test_permutation_loss_is_zero_for_a_table_of_equal_rows(tmp_path):
     source, bench = ranker_with_constant_table("user"), bench_with_predicted_labels(tmp_path)
     before = quality(source.module, bench.signature, bench.validation)
+    # The decrease of the metric if the table's outputs are permuted between rows of the data.
     assert permutation_loss(source, bench, "user", before, repeats=2) == 0
     assert permutation_loss(source, bench, "item", before, repeats=2) > 0
 

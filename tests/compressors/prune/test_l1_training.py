@@ -161,6 +161,7 @@ def test_channels_removes_zero_channels_without_changing_predictions(reference, 
 
 def test_l1_training_of_packed_layers_raises_nothing_to_compress(tmp_path):
     bench = NORMED.bench(tmp_path / "data")
+    # ``packed`` has layers with int8 codes in place of float weights.
     packed = run(StaticInt8(), NORMED.model(), bench, tmp_path / "packed")
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(L1Training(training=SHORT_TRAINING), packed, bench, tmp_path / "out")

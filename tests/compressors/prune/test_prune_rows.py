@@ -1,7 +1,8 @@
 """``prune_rows`` and ``tiers``: rows that are kept, replaced, or moved to another table.
 
 ``prune_rows`` keeps the important rows and gives all others a replacement row. ``tiers`` keeps all
-rows, in a table of often looked-up ("hot") rows and one of the others ("cold").
+rows, in a table of often looked-up ("hot") rows and one of the others ("cold"). A row map has the
+position of each original row in the smaller table or tables.
 """
 
 import pytest
@@ -71,6 +72,7 @@ def test_pruned_rows_share_their_mean_weighted_by_lookups(tmp_path):
     weight = RANKER.model().module.item.weight.detach()
     is_pruned = ~(rows == weight).all(dim=1)
     counts = lookup_counts(RANKER.model(), RANKER.bench(tmp_path / "data"), ["item"])["item"]
+    # The weight of a row is its lookup count plus 0.5, so that rows without lookups count too.
     normalized_weight = (counts[is_pruned] + 0.5) / (counts[is_pruned] + 0.5).sum()
     expected = (normalized_weight.unsqueeze(1) * weight[is_pruned].double()).sum(dim=0).float()
     torch.testing.assert_close(rows[is_pruned], expected.expand(240, -1))

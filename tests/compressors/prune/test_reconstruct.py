@@ -76,6 +76,7 @@ def test_reconstruct_adds_the_weights_of_removed_duplicate_channels(tmp_path):
     cut = WidthCut(width, consumers, count=8)
     kept_channels = {"hidden": torch.arange(16) < 8}
     narrow, _ = without_channels(source.private(), SCHEMA, [cut], kept_channels)
+    # ``outputs`` has the remaining outputs of layers that lost some; ``out`` lost only inputs.
     reconstruct(narrow.module, source.module, bench, layers=["out"], outputs={}, rows=1000)
     summed_weights = source.module.out.weight[:, :8] + source.module.out.weight[:, 8:]
     # The damping is a thousandth of the mean square of the inputs, which affects small inputs.

@@ -111,7 +111,10 @@ def size_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("method", "sizes"), size_cases())
 def test_no_step_increases_the_bytes_of_a_network_or_of_a_unit(method, sizes) -> None:
-    """``tiers`` and ``recalibrate`` are excluded, because they add a row map and an output map."""
+    """``tiers`` and ``recalibrate`` are excluded, because they add numbers to the network.
+
+    ``tiers`` adds the position of each row in its two tables, ``recalibrate`` a map of the scores.
+    """
     step = default_step(method)
     for dim, rows in sizes:
         source = network(rows, dim).model()

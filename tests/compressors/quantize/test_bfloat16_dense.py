@@ -70,7 +70,7 @@ def test_a_layer_that_rounds_to_infinity_is_skipped_with_a_reason():
     with torch.no_grad():
         model.module.hidden.bias[0] = -3.4e38
     result = planned_and_applied(BFloat16Dense(), model, Bench(signature=RANKER.signature))
-    assert result.outcomes.keys() == {"hidden"}
+    assert result.outcomes.keys() == {"hidden"}  # the decisions that ``apply`` returned
     largest = float(torch.tensor(3.4e38))
     require_reason(
         result.outcomes["hidden"].reasons,

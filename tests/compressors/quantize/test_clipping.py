@@ -125,6 +125,7 @@ def test_greedy_removes_at_most_16_percent_of_a_range(grid):
     without_clipping, result = (
         fit(table, changed_grid(grid, clipping=rule)).scale for rule in ("min_max", "greedy")
     )
+    # Both scales are rounded to float16.
     assert torch.all(result.float() >= 0.84 * without_clipping.float() * (1 - 2.0**-9))
     if grid.levels < 20:  # with more levels, a bin is larger than the distance of two levels
         assert (result < without_clipping).float().mean() > 0.7

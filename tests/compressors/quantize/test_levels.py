@@ -2,7 +2,8 @@
 
 A grid describes evenly spaced levels. A range is a group of weights that share a scale, the
 distance of two levels. A level is a multiple of the scale: from ``-half`` to ``half`` in a
-symmetric grid, otherwise from 0 to ``levels - 1``, added to an offset.
+symmetric grid, otherwise from 0 to ``levels - 1``, added to an offset. ``SLACK`` is the relative
+error of float32 rounding.
 """
 
 import pytest

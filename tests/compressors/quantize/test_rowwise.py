@@ -1,4 +1,8 @@
-"""Row-wise int8, int4 and int2: stored tensors, lookups, gradients, tables of earlier versions."""
+"""Row-wise int8, int4 and int2: stored tensors, lookups, gradients, tables of earlier versions.
+
+The codes of a row are cut into planes, 8 / bits parts of consecutive codes. Byte ``j`` contains
+code ``j`` of every plane. With ``rows_per_scale`` 0, the whole table has one scale.
+"""
 
 import hashlib
 
@@ -137,6 +141,7 @@ def gradients(
             levels = unpack_planes(stored["codes"].view(torch.uint8).numpy(), table.dim, bits)
             if bits == 8 and step.symmetric:
                 levels = levels.view(np.int8)
+            # Symmetric 2-bit codes 0 to 3 are -1.5 to 1.5 times the scale.
             code_of_zero = {8: 0, 4: 8, 2: 1.5}[bits] * step.symmetric
             multiples = torch.from_numpy(levels).float()[ids] - code_of_zero
         scale_indices = ids // (step.rows_per_scale or table.rows)

@@ -128,6 +128,7 @@ def test_refined_codes_have_no_larger_error_than_greedy_codes(monkeypatch):
         return (residual_codes.decode(codes, codebook) - table).double().square().sum(dim=1)
 
     refined = each_error()
+    # Passes, which select each code of a row again, follow the greedy selection.
     monkeypatch.setattr(residual_codes, "MAX_PASSES", 0)
     greedy = each_error()
     assert torch.all(refined <= greedy * (1 + 1e-5))

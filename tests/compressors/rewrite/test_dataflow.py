@@ -3,7 +3,8 @@
 A layer is *fixed* if its weights must not change, for example because other code reads them.
 
 A consumer is a layer that reads the output of another one; ``Consumer`` has its name and the
-operators between the two layers.
+operators between the two layers. Reasons call it a *reader*; the code ``reader_closed`` means that
+the reader is fixed. Packed layers have integer codes in place of weights.
 """
 
 from collections.abc import Callable

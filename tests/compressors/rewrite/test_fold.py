@@ -1,7 +1,8 @@
 """``fold``: folded norms, removed dead channels, and reported columns with only zero weights.
 
 A channel is dead if its output is constant or multiplied by zero weights only. The plan line
-``(other)`` is for tensors that belong to no table or dense layer.
+``(other)`` is for tensors that belong to no table or dense layer. In the fields of reasons, a
+*maker* outputs channels, and a *reader* consumes them.
 """
 
 import copy

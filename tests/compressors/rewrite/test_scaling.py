@@ -3,6 +3,9 @@
 The range of a channel is its largest absolute value. With ``search``, the strength ``alpha`` of
 each layer is searched for the smallest int8 error. The int8 loss is the change of scores by int8,
 see ``int8_loss``.
+
+In the fields of reasons, a *maker* outputs channels, and a *reader* consumes them. The code
+``reader_closed`` means that the weights of the reader must not change.
 """
 
 from pathlib import Path
