@@ -6,8 +6,8 @@ statements and commits of SQLAlchemy and changes of files. The fields of a line 
 of the operation before which the process is killed), ``killed`` (False if it ended earlier),
 ``version`` (published afterwards, or the error) and ``left`` (files in the registry's folder).
 
-``WRITER`` is ``now`` for ``Registry``, or ``earlier`` for MLflow's migrations in place, which
-earlier versions of recpress used.
+``WRITER`` is ``now`` for ``Registry``, which creates the database in a temporary file. It is
+``earlier`` for MLflow's migrations of the database itself, which earlier versions of recpress used.
 """
 
 import json

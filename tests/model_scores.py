@@ -16,7 +16,10 @@ def scores_of(model: Model, reference: Reference, rows: int = 300) -> Tensor:
 
 
 def float32_rounding(scores: Tensor) -> float:
-    """Return the tolerance for sums of about 100 float32 products in another order."""
+    """Return the tolerance for sums of about 100 float32 products in another order.
+
+    It is 64 times the float32 epsilon, relative to the largest score (or to 1, if that is larger).
+    """
     return 64 * torch.finfo(torch.float32).eps * max(1.0, float(scores.abs().max()))
 
 

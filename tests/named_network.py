@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Named(nn.Module):
-    """Tables and a layer with given names."""
+    """Tables with the two given names, and a layer with the first one."""
 
     def __init__(self, *, names: list[str]) -> None:
         super().__init__()

@@ -133,7 +133,7 @@ class WeightReadingNet(HiddenLayerNet):
 
 
 class StatefulNet(HiddenLayerNet):
-    """Stores its width and scales by it."""
+    """Stores its width and scales by it, so the attribute must change with the layer."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__(width)
@@ -332,9 +332,9 @@ class LowRankCrossNet(nn.Module):
         self.up = nn.ModuleList(nn.Linear(cross_rank, width) for _ in range(cross_layers))
         layers: list[nn.Module] = []
         last = width
-        for units in hidden:
-            layers += [nn.Linear(last, units), nn.BatchNorm1d(units), nn.ReLU()]
-            last = units
+        for channels in hidden:
+            layers += [nn.Linear(last, channels), nn.BatchNorm1d(channels), nn.ReLU()]
+            last = channels
         self.deep = nn.Sequential(*layers)
         self.out = nn.Linear(last, 1)
 

@@ -53,6 +53,7 @@ def listening_sockets(pid: int) -> set[tuple[str, int]]:
     return result
 
 
+# The loopback addresses as /proc/net writes them: in hexadecimal, in the processor's byte order.
 LOOPBACK = {
     "0100007F",  # 127.0.0.1
     "00000000000000000000000001000000",  # ::1

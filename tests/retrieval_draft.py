@@ -2,6 +2,9 @@
 
 Therefore (the network is "planted" in the data) no other network fits it better, and compression
 can only lower the quality.
+
+A draft is a folder from which a bundle is packed. The input ``lately`` is the tags of a user's
+recent purchases.
 """
 
 import json
@@ -17,6 +20,7 @@ from draft_network import TowerNet
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+# DENSE is the width of the dense input, and LONGEST the largest number of tags in a list.
 USERS, ITEMS, TAGS, DENSE, LONGEST = 300, 400, 40, 3, 4
 CONFIG = {
     "users": USERS,

@@ -3,6 +3,10 @@
 The default tier checks mixed recipes, which together contain every method, on one target each. The
 nightly tier checks each method alone on all networks and targets.
 
+A case is a recipe on a network. The key of an entry is ``case | network | part | item``. The part
+is a target (its graph), ``torch`` (the module), ``stored`` (the tensors of the result), or a step
+of the recipe, such as ``step 06 fold``.
+
 If a difference is intended, run ``python -m tests.golden`` and give the reason for each changed
 entry in the commit message.
 """

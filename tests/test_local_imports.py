@@ -1,7 +1,7 @@
-"""Names that functions of tests import from the project exist.
+"""Names that functions of tests, benchmarks and examples import from the project exist.
 
 Such an import runs only with its function. A renamed function would otherwise be noticed only by
-the nightly tests that import it.
+the nightly tests that import it, or by no test.
 """
 
 import ast

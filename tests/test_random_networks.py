@@ -1,5 +1,7 @@
 """Random networks in every format on every target: one by default, 300 in the nightly tier.
 
+Parity means that the scores of a graph equal those of the module, except for rounding.
+
 To repeat and reduce a failure: ``python -m tests.random_networks --seed 17 --shrink``.
 """
 

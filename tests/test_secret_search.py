@@ -15,6 +15,7 @@ PLANTED = canaries()
 SECRET = PLANTED.of("MLFLOW_TRACKING_URI")
 
 
+# The base64 text of a secret depends on the number of bytes before it, modulo 3 (here 2 or 0).
 @pytest.mark.parametrize(
     "write",
     [
@@ -44,6 +45,7 @@ def test_find_secrets_finds_a_secret_in_every_form_and_place(
     else:
         with sqlite3.connect(tmp_path / "a.db") as database:
             database.execute("CREATE TABLE log (message TEXT)")
+            # Longer than a page of SQLite (4,096 bytes), so the file contains the text in pieces.
             database.execute("INSERT INTO log VALUES (?)", ("x" * 4_000 + text + "y" * 9_000,))
         database.close()
     lines = find_secrets(PLANTED, [tmp_path], texts)

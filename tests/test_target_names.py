@@ -9,6 +9,7 @@ from source_calls import PACKAGES, ROOT
 
 from compressors.contracts import TARGETS
 
+# ``field`` is the name of the target's setting in an order, such as ``tensorrt_rtx``.
 NAMES = {name for item in TARGETS.values() for name in (item.name, item.field)}
 LOWERINGS = "compressors.lower.targets."
 ALLOWED_FOLDERS = (

@@ -33,7 +33,7 @@ def served_version(*inputs: Tensor, **more: Any) -> ServedVersion:
         "order": "b" * 64,
         "target": "onnxruntime",
         "artifact": MISSING_ARTIFACT,
-        "files": {"model.onnx": "model.onnx"},
+        "files": {"model.onnx": "model.onnx"},  # path in Triton's folder: path in the artifact
         "inputs": inputs,
         "outputs": (SCORE,),
         "batches": (1, 64, 1024),  # the measured batch sizes

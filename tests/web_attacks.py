@@ -76,7 +76,7 @@ def basic_auth_header(auth_string: str) -> dict[str, str]:
 
 
 def write_requests() -> Iterator[tuple[str, str, object]]:
-    """Yield requests that create or change something: name, path, body."""
+    """Yield requests that create, change, list or delete objects: name, path, body."""
     flow, deployment = str(uuid4()), str(uuid4())
     yield "work pool", "/work_pools/", POOL
     yield "flow", "/flows/", {"name": "from-another-origin"}

@@ -3,6 +3,10 @@
 ``python -m tests.random_networks --first 0 --count 300`` checks 300 networks and prints the
 findings. ``--seed 17 --step rowwise_int4 --target tensorrt --shrink`` applies one step to the
 network of one seed, lowers it for one target, and prints the smallest network that still fails.
+
+A refusal is an error of one of recpress's classes, which is a correct result. A fault is a wrong
+result (``check.py``). The tables of steps are those of ``steps.py``: formats of tables (``TABLES``)
+and layers (``LAYERS``), steps that change values (``VALUES``), and steps applied last (``LAST``).
 """
 
 import argparse
@@ -63,6 +67,7 @@ def main() -> int:
         dest="name",
         choices=sorted(PASSES),
         default="whole",
+        # The choices are the keys of ``PASSES``; "whole" is the one of the nightly tier.
         help="checks of a network without --step and --target (default: those of the nightly tier)",
     )
     parser.add_argument("--shrink", action="store_true", help="print the smallest failing network")

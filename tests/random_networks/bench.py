@@ -31,7 +31,7 @@ def write_bench(case: Case, module: nn.Module, tables: dict[str, int], folder: P
         rows = typical_rows(case.signature, tables, BENCH_ROWS, case.scales, seed)
         with torch.no_grad():
             score = module(**rows).reshape(-1).nan_to_num()
-        if name == "train":
+        if name == "train":  # the network is its teacher, whose scores are the soft labels
             parts["soft_labels"] = _save_split(folder / "soft_labels", {"score": score})
         # Labels follow the network's scores, with every fifth label flipped, so training can learn.
         label = ((score > score.median()) ^ (torch.arange(BENCH_ROWS) % 5 == 0)).float()

@@ -117,7 +117,8 @@ class Checker:
         source: the uncompressed model.
         tables: number of rows by table.
         bench: the rows that steps may read.
-        rows: rows on which results are compared, by name: typical, edge, extreme, empty.
+        rows: rows on which results are compared, by name: typical, edge, extreme, empty
+            (``inputs.py``).
         number: number of steps applied so far.
     """
 
@@ -191,6 +192,7 @@ class Checker:
         rows = replace_invalid_ids(self.case.signature, self.tables, self.rows["edge"])[0]
         with torch.no_grad():
             first, second = model.module(**rows), reloaded(**rows)
+        # NaN is not equal to itself, so it is replaced by an arbitrary number.
         assert torch.equal(first.nan_to_num(7.0), second.nan_to_num(7.0)), (
             "a reloaded network has other scores"
         )
@@ -202,7 +204,13 @@ class Checker:
             self._assert_close(f"{kind} on {name} rows", before, after, rows, share=2e-4)
 
     def check_module(self, packed: Model, plain: Model, where: str) -> None:
-        """Compare a compressed module with the original module over decoded weights."""
+        """Compare a compressed module with the original modules with decoded weights.
+
+        Args:
+            packed: the compressed model.
+            plain: the model before its formats were applied.
+            where: the step or pass, for messages.
+        """
         reference, faults = decoded_network(packed.module, plain.module)
         for sentence in faults:
             self.add_fault(where, "decoded", sentence)
@@ -307,7 +315,7 @@ class Checker:
             self._check_parity(
                 scores["typical"][indices], batch_scores, plan, target, model, graph, rows, few=True
             )
-        if target == "onnxruntime":
+        if target == "onnxruntime":  # the audit checks formats in the graph that it optimized
             audit(optimized_graph(path), plan, lowered.tables, lowered.layers)
             self.findings.counts["audits"] += 1
 
@@ -319,7 +327,7 @@ class Checker:
         within, refused = replace_invalid_ids(graph.signature, self.tables, rows)
         with torch.no_grad():
             score = graph.part(module)(**within)
-        if graph.output != VECTOR:
+        if graph.output != VECTOR:  # not the graph of a tower, which returns vectors
             score = score.reshape(-1)
             score = torch.sigmoid(score) if graph.signature.single_output.form == "logit" else score
         score = score.clone()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tests.random_networks.parts import Part, Sizes, activation, draw_activation, part
 
-MAX_PAIRS = 40
+MAX_PAIRS = 40  # ``Pairs`` ignores further pairs of fields
 
 
 @part

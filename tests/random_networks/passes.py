@@ -1,4 +1,9 @@
-"""Checks of one random network: mixed formats on one target, single formats, and single steps."""
+"""Checks of one random network: mixed formats on one target, single formats, and single steps.
+
+The imported dicts of ``steps.py`` return a step by its kind: ``TABLES`` and ``LAYERS`` for formats,
+``VALUES`` for steps that change values instead of formats, and ``LAST`` for steps after all others.
+``COMPOSING`` are kinds that replace a table by smaller tables, ``TRAINS`` kinds that also train.
+"""
 
 import random
 from collections.abc import Callable, Sequence
@@ -53,6 +58,7 @@ def check_mixed_formats(checker: Checker, number: int, target: TargetName | None
         model = checker.apply_step(TABLES[kind](rng, names), model) or model
         if kind in COMPOSING and rng.random() < 0.7:
             inner = [u.name for u in Unit.of(model.module) if u.part_of in names]
+            # the format of the smaller tables that replaced these tables
             packing = rng.choice(("rowwise_int8", "rowwise_int4", "float16", "kmeans", "bfloat16"))
             if inner:
                 model = checker.apply_step(TABLES[packing](rng, tuple(inner)), model) or model
@@ -104,6 +110,7 @@ def called_units(checker: Checker) -> tuple[str, ...]:
     rows = replace_invalid_ids(checker.case.signature, checker.tables, checker.rows["typical"])[0]
     names = []
     for unit in Unit.of(checker.source.module):
+        # ``private`` copies the modules and shares their tensors, so ``source`` does not change.
         model = checker.source.private().module
         wrapper = _WithoutWeights(unit.module)
         swap(model, unit.name, wrapper)

@@ -3,6 +3,10 @@
 Every packed table and layer is replaced by its original class (``nn.Embedding``,
 ``nn.EmbeddingBag``, ``nn.Linear``) with decoded weights. Layers that quantize their inputs are
 replaced by an independent implementation of the format's documented arithmetic.
+
+Packed modules store their weights in a compressed format, a composed table consists of smaller
+tables, and a factored layer is a product of two matrices. ``private_copy`` copies modules and
+shares their tensors. Codes are the stored integers, or the bits of 8-bit floats.
 """
 
 import torch

@@ -245,7 +245,10 @@ class SequenceConv(Part):
 
 @part
 class LastStep(Part):
-    """The last valid position of a sequence, by a gather; zeros for an empty sequence."""
+    """The vector at the last valid position, by a gather; zeros for an empty sequence.
+
+    The valid positions are assumed to come first.
+    """
 
     takes = ("sequence",)
 

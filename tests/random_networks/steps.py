@@ -106,6 +106,7 @@ TABLES: dict[str, Draw] = {
         AdditiveCodes, codebooks=(2,), bits=(2, 4), rounds=(2,), beam=(2,), codebook_share=(1.0,)
     ),
     "bfloat16": _table_step(BFloat16),
+    # This step accepts tables and layers; here it names no layers, and in ``LAYERS`` no tables.
     "float16": _table_step(Float16, layers=((),)),
     "low_rank": _table_step(LowRank, rank=(0.25, 0.5)),
     "dimensions": _table_step(Dimensions, keep=(0.5, 0.7)),
@@ -143,6 +144,7 @@ def _dense_step(kind: Any, **ranges: tuple[Any, ...]) -> Draw:
     return draw
 
 
+# Settings of layers with quantized weights; ``block`` is how many inputs share a scale (0: all).
 BLOCKS = {
     "block": (0, 16, 32, 64),
     "scale": ("float16", "float32"),

@@ -1,6 +1,7 @@
 """Faults in table formats: rounding, scales, clipping, and the selection of a format.
 
 Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
+A grid is the set of levels to which the weights of a row are rounded. Rows may share a scale.
 """
 
 from tests.seeded_faults.fault import Fault

@@ -2,7 +2,8 @@
 
 Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
 The planes of packed codes are the parts of a row that share their bytes: code ``j`` of every plane
-is in byte ``j``. Compiled loops are the numba kernels.
+is in byte ``j``. Compiled loops are the numba kernels. A row map has, for each id, the number of the
+stored row that it reads.
 """
 
 from tests.seeded_faults.fault import Fault

@@ -1,6 +1,8 @@
 """Faults in the handling of hostile names, credentials, paths, JSON, pages and access.
 
 Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
+A draft is a folder from which a bundle is packed. The seal of a bundle is the last
+field of its ``model.json``: the hash of all bytes before it.
 """
 
 from tests.seeded_faults.fault import Fault

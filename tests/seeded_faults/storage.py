@@ -1,7 +1,9 @@
 """Faults in the object store, records of results and orders, cache keys and schema versions.
 
 Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
-A record is a JSON file that ends with the hash of its content (its seal).
+A record is a JSON file that ends with the hash of its content (its seal). The manifest of an
+artifact lists its files with a hash for each chunk; the hash of this list, the root, is the name of
+the artifact. The attempt of an order is a number that is increased to run an equal order again.
 """
 
 from tests.seeded_faults.fault import Fault

@@ -167,6 +167,7 @@ def _apply_recipe(name: str) -> dict[str, Any]:
     for document in steps:
         step = STEP.validate_python(document)
         splits = {}
+        # A step requires the data in ``needs``, and uses that in ``wants`` if the bundle has it.
         for part in {*step.needs, *step.wants}:
             split = {"soft_labels": "train", "calibration": bundle_ref.calibration()}.get(
                 part, part

@@ -1,7 +1,8 @@
 """Write the drafts of the stored home: a click model, a ranking model and a retrieval model.
 
-All data is generated from a seed. Labels follow the network's scores, so the original network is
-close to optimal and steps that train have a signal to learn from.
+A draft is a folder from which a bundle is packed. All data is generated from a seed. Labels follow
+the network's scores, so the original network is close to optimal and steps that train have a signal
+to learn from.
 """
 
 import json
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tests.stored_home.networks import ClickNet, TwoTowerNet
 
 MODULE = "tests.stored_home.networks"
-MAX_BAG = 4
+MAX_BAG = 4  # largest number of tags in a list
 DENSE = 3  # width of the dense input
 CLICK_CONFIG = {
     "users": 320,

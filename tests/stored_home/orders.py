@@ -56,7 +56,7 @@ ORDERS: dict[str, dict[str, Any]] = {
             {"metric": "auc", "against": "baseline", "at_least": 0.0},
             {"metric": "max_score_change", "against": "absolute", "at_most": 0.9},
         ],
-        "attempt": 1,
+        "attempt": 1,  # a number that is increased to run an equal order again
     },
     # Accepted: a ranking model with grades as labels, and a budget that all steps stay within.
     "graded": {

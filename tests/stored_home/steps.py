@@ -123,7 +123,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     ),
     # Dense layers.
     "static-int8": ("clicks", _dense("static_int8")),
-    "static-int8-searched": (
+    "static-int8-searched": (  # selects the calibrator for each layer
         "clicks",
         _dense("static_int8", calibrator="best", weights="mse"),
     ),

@@ -27,8 +27,9 @@ ROUNDING = 1e-5
 """Tolerance for another order of float sums, relative to the scores' standard deviation.
 
 It is slightly below the worst case of about 1.2e-5: four layers of at most 51 products, each
-rounded to 2 ** -24, give 4 * 51 * 6e-8. The largest measured difference of 93 bundles is 5e-7 with
-torch's kernels for SSE and 9e-7 with MKL's common path.
+rounded to 2 ** -24, give 4 * 51 * 6e-8, for sums as large as the standard deviation. The largest
+measured difference of 93 bundles is 5e-7 with torch's kernels for SSE and 9e-7 with MKL's common
+path.
 """
 _SCRATCH = tempfile.TemporaryDirectory(prefix="stored-home-")
 

@@ -31,8 +31,8 @@ HOSTILE = "<script>alert('|table|')</script>"
 
 PASSED = Validation(
     success=True,
-    evaluated=2,
-    intended=2,
+    evaluated=2,  # checks that could be evaluated
+    intended=2,  # planned checks
     findings=tuple(
         Finding(split=split, column="user", rule="no null", success=True, observed="all 9 value(s)")
         for split in ("train", "test")

@@ -1,4 +1,7 @@
-"""Packing, finding and checking bundles."""
+"""Packing, finding and checking bundles.
+
+A draft is a folder from which a bundle is packed: ``model.json``, the weights and parquet files.
+"""
 
 import json
 import shutil
@@ -78,6 +81,7 @@ def test_draft_of_schema_version_1_and_its_version_2_are_the_same_bundle(draft: 
     document = json.loads(path.read_text())
     path.write_text(json.dumps(as_version_1(document)))
     packed = pack(draft)
+    # In version 1 the output has no name; reading it as version 2 names it "score".
     document["signature"]["outputs"][0]["name"] = "score"
     path.write_text(json.dumps(document))
     assert pack(draft).artifact == packed.artifact

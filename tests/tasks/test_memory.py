@@ -77,6 +77,7 @@ def test_tables_linked_from_a_graph_count_less_than_half():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+# The number in a name is MB of the table or of the dense layers, or millions of training rows.
 @pytest.mark.parametrize("name", ["tiny", "table-100", "rows-1m", "dense-35"])
 def test_estimate_is_within_a_fifth_of_the_measured_peak(name):
     """The documentation promises a fifth. Repeated runs of one order differ by about 2 %."""

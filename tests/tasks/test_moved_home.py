@@ -190,7 +190,7 @@ def pack_as_0_1_0(home: Path) -> Artifact:
     root = store().root
     folder = home / "bundle of 0.1.0"
     store().get(packed.artifact, folder)
-    # The last line of a manifest is its checksum (its "seal") over all lines before.
+    # The last field of a manifest is its checksum (its "seal") over all lines before.
     body, seal_key, _ = (folder / "model.json").read_bytes().partition(b'  "seal"')
     assert seal_key
     body = body.replace(b'"artifacts/', f'"{root}/artifacts/'.encode())

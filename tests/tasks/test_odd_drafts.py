@@ -1,4 +1,8 @@
-"""Drafts with unusable files: packing is refused with a message, and nothing is stored."""
+"""Drafts with unusable files: packing is refused with a message, and nothing is stored.
+
+A draft is a folder from which a bundle is packed. Its weights may be several safetensors files with
+an index of their tensors, and a split of its data may be a folder of parquet files, its parts.
+"""
 
 import contextlib
 import errno

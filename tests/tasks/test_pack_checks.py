@@ -1,4 +1,8 @@
-"""Checks of ``pack`` on a model that loads: its construction, metric, labels and scores."""
+"""Checks of ``pack`` on a model that loads: its construction, metric, labels and scores.
+
+Notes are remarks on how the model's class was constructed, and are stored in the manifest. Warnings
+are problems of labels and scores that do not prevent packing.
+"""
 
 import html
 import json

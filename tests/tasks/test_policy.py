@@ -179,7 +179,10 @@ def test_local_result_never_reads_the_location_named_by_a_state_of_the_api(
 def content_key(
     prefect_task: Any = tables.quantize_tables, code: str = "c", /, **arguments: Any
 ) -> str:
-    """Return the cache key of a task's result for these arguments."""
+    """Return the cache key of a task's result for these arguments.
+
+    ``code`` stands for the digest of the sources that the task imports.
+    """
     return policy.content_key(prefect_task, code, arguments)
 
 
