@@ -4,8 +4,8 @@ A runtime may silently rewrite a graph into a slower or larger one: an int8 Gemm
 fuse computes in float32 after a DequantizeLinear, and a table that it folds into a constant is
 float32 again. The audit therefore reads the optimized graph, not the exported one.
 
-"Packed" weights are stored in fewer bits than float32; "widening" converts them to float32. A
-"product" is an operator that multiplies matrices.
+"Packed" weights are stored in fewer bits than float32, usually as integer "codes"; "widening"
+converts them to float32. A "product" is an operator that multiplies matrices.
 """
 
 import math

@@ -43,7 +43,7 @@ from compressors.lower.targets.registry import lowering_target
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
 MERGED_ELEMENTS = 1024  # the optimizer merges equal initializers up to this many elements
-EXTERNAL_BYTES = 2**29  # larger weights in total are stored outside the graph (protobuf: 2 GiB)
+EXTERNAL_BYTES = 2**29  # more weights are stored outside the .onnx file (protobuf limit: 2 GiB)
 TRACE_ROWS = 3  # batch size of the example inputs
 SHORT_TYPES = {  # of stored weights: folding a Cast of such a weight would store it as float32
     ir.DataType.FLOAT16,
@@ -166,7 +166,7 @@ def export_program(
     }
     output = signature.single_output
     if output.form == "probability" and recalibration_of(wrapper.model) is not None:
-        translations[torch.ops.aten.sigmoid.default] = exact_sigmoid
+        translations[torch.ops.aten.sigmoid.default] = exact_sigmoid  # the map takes its logit
     inputs = generate_inputs(signature, rows, TRACE_ROWS)
     names = input_names(signature)
     try:
@@ -243,7 +243,7 @@ def _is_shared_weight(value: ir.Value) -> bool:
 
 @dataclass(frozen=True)
 class _PackedTensor:
-    """A stored tensor of the unit ``module``, and the name of its initializer in a graph."""
+    """A stored tensor of a unit (table or layer) ``module``, and its initializer's name."""
 
     module: str
     format: str

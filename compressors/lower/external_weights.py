@@ -32,6 +32,7 @@ def link_weights(model: ir.Model, path: Path, files: Mapping[str, TensorFile]) -
         if not isinstance(weights, torch.Tensor) or weights.nbytes < LARGE_BYTES:
             continue
         file = file_of(weights, files)
+        # Other sizes: a target's conversion changed the tensor, so it is not the one in the file.
         if file is None or value.const_value.nbytes != weights.nbytes:
             continue
         link = path.with_name(f"{path.name}.{file.path.name}")
@@ -43,7 +44,7 @@ def link_weights(model: ir.Model, path: Path, files: Mapping[str, TensorFile]) -
             continue
         value.const_value = ir.ExternalTensor(
             link.name,
-            file.start(),
+            file.start(),  # offset of the tensor's first byte
             weights.nbytes,
             value.const_value.dtype,
             shape=value.const_value.shape,

@@ -20,9 +20,10 @@ from torch.export.graph_signature import InputKind
 from compressors.errors.parity_failure import TensorDifference
 
 ROUNDING = 1e-4
-"""Differences up to this are ignored, relative to a tensor's largest absolute value.
+"""Differences up to this, relative to a tensor's largest absolute value, are not clear.
 
-Float32 sums depend on the order of their terms.
+Float32 sums depend on the order of their terms. A difference that is not clear is reported only if
+no tensor has a clear one.
 """
 CANCELLATION = 1e-6
 """Rounding error that a sum may have, relative to the largest absolute value of its operands."""
@@ -94,8 +95,8 @@ def first_difference(
         allowed: largest allowed difference, relative to a tensor's largest absolute value.
 
     Returns:
-        The first value that differs by more than ``allowed``. If there is none, the value that
-        differs most; None if all are equal.
+        The first value that differs clearly: by more than ``allowed`` and ``ROUNDING``. If there
+        is none, the value that differs most; None if all are equal.
     """
     nodes = {node.name: node for node in traced.values}
     all_nodes = next(iter(nodes.values())).graph.nodes

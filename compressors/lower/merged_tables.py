@@ -55,7 +55,8 @@ class MergedTable(nn.Module):
             ``(inputs,)``.
         label: the names of the tables, separated by commas.
         names: the names of the inputs.
-        policy: what to do with an id out of range, as in ``IdInput.out_of_range``.
+        policy: what to do with an id out of range, as in ``IdInput.out_of_range``: ``clamp`` (use
+            the first or last row), ``default_row`` (use ``instead``) or ``error`` (refuse the row).
     """
 
     first: Tensor
@@ -133,7 +134,8 @@ def table_groups(
     """Group the inputs whose tables can be looked up together.
 
     Args:
-        model: the model in evaluation mode, with each EmbeddingBag replaced by a ``Bag``.
+        model: the model in evaluation mode, with each EmbeddingBag replaced by a ``Bag`` (a lookup
+            in a table followed by a reduction).
         part: the submodule that the graph runs: the model itself, or one of its towers.
         signature: a signature with the inputs of this graph only.
         rows_of_table: number of rows by table name.

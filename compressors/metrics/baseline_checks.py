@@ -87,7 +87,7 @@ def score_problems(
     Args:
         module: the loaded model, in evaluation mode.
         signature: its inputs and output.
-        test: the prepared test rows.
+        test: the test rows, prepared: as tensors of the model's inputs.
     """
     rows = Rows(test, signature)
     sample = rows.take(_sample(rows, signature))
@@ -105,7 +105,7 @@ def score_problems(
         yield BaselineProblem(Reason("scores_equal", rows=score.size, score=float(score[0])))
         return
     output = signature.single_output
-    functions = output.task_kind.load()
+    functions = output.task_kind.load()  # class with the task kind's score checks; None if none
     if functions is not None:
         group = None if sample.group is None else sample.group.numpy()
         yield from functions(output).score_problems(ScoredSample(label, score, group))

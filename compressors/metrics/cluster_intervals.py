@@ -201,7 +201,9 @@ def _degrees_of_freedom(value: GroupedValue, share: Floats) -> float:
     # ``shared[i]`` is the covariance of group i's mean and the weighted mean of all groups. The
     # deviation of group i is the first minus the second. Deviations of groups i and j have the
     # covariance ``base - shared[i] - shared[j]``, and ``diagonal[i]`` is the variance of one. The
-    # estimate is the sum of squared deviations times ``factor``.
+    # variance estimate is the sum of squared deviations times ``factor``: leaving out a group
+    # changes the mean by its deviation times share / (1 - share); ``interval`` multiplies the
+    # square of this change by 1 - share.
     shared = spread * share
     base = float(shared @ share)  # variance of the weighted mean
     factor = share**2 / (1 - share)

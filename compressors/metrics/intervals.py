@@ -109,8 +109,9 @@ def estimate_pair(
 
     Returns:
         The three estimates; ``rows`` of each is the number of all rows, ``groups`` the number of
-        groups that have a value. With fewer than 10 such groups, the interval is the whole range of
-        the metric, and ``unresolved`` gives the reason.
+        groups that have a value. If fewer than 10 groups determine the precision (for AUC, the
+        groups with rows of the rarer class), the interval is the whole range of the metric, and
+        ``unresolved`` gives the reason.
 
     Raises:
         MetricRefused: the metric has no such estimator or is undefined for the rows, the group

@@ -406,7 +406,7 @@ def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit 
     metric = declared.label + ("" if absolute else f" vs {limit.against}")
     relation = ">=" if limit.at_least is not None else "<="
     number, edge, rows = f"{point}{unit}", f"{edge}{unit}", estimate.rows
-    if not declared.has_interval and rows is not None:
+    if not declared.has_interval and rows is not None:  # the largest change of the measured rows
         return Reason(
             "most_of_rows", metric=metric, number=number, rows=rows, relation=relation, limit=edge
         )

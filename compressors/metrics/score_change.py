@@ -155,6 +155,7 @@ def change_of_rankings(
         ranked_items[block] = is_ranked.sum(dim=1).numpy()
         changed[block], overlap[block] = _compare_rankings(before, after, is_ranked, depth)
         x, y = before.double(), after.double()
+        # Nearly the mean score: sums of squares around it do not lose precision by cancellation.
         if shift is None:
             shift = float(x[is_ranked].mean())
         d = (y - x) * is_ranked
@@ -205,6 +206,7 @@ def _estimate_changes(
         correlation_estimate = Estimate(point=1.0, low=1.0, high=1.0, rows=rows, groups=groups)
     else:
         correlation_estimate = _clip_to_range(correlation, size, 1, smallest=-1)
+    # A mean change is at most 1 in probabilities; in any unit, at most the largest change.
     return {
         "score_correlation": correlation_estimate,
         "mean_score_change": _clip_to_range(mean, size, 1 if unit == "probability" else largest),
@@ -219,8 +221,8 @@ def _clip_to_range(
 ) -> Estimate:
     """Build an estimate whose interval is clipped to the metric's range.
 
-    The range is from ``smallest`` to ``largest``; ``size`` is the number of rows, and that of
-    groups or None.
+    The range is from ``smallest`` to ``largest``; if ``largest`` is 0, no score changed, and the
+    interval ends at the point. ``size`` is the number of rows, and that of groups or None.
     """
     rows, groups = size
     units = value.weight.size

@@ -21,7 +21,8 @@ def quality(module: nn.Module, signature: Signature, split: Split) -> float:
     Args:
         module: the network, in evaluation mode.
         signature: signature of a ``ctr`` or ``ranking`` model.
-        split: prepared rows with labels, and groups if the metric needs them.
+        split: prepared rows (as tensors of the model's inputs) with labels, and groups if the
+            metric needs them.
 
     Raises:
         MetricRefused: the metric is undefined for these rows.

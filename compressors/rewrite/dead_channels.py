@@ -117,7 +117,7 @@ def remove_dead_channels(
     """Remove dead channels and add their constants to biases; ``model`` is changed in place.
 
     Args:
-        model: a private copy.
+        model: a private copy: it may share tensors, which are replaced instead of changed.
         signature: describes its inputs.
         dead_channels: the dead channels of each width.
 

@@ -172,6 +172,7 @@ class Fold(StepSettings):
                 result[name] = Decision("taken", tuple(reasons[name]))
             elif decision.selected and self.rows:
                 constant = Reason("constant_channels", step=self.kind, rows=self.rows)
+                # Only ``apply`` finds constant channels; the numbers bound the layer's bytes.
                 result[name] = Decision("deferred", (constant,), (0, sizes[name]))
             elif decision.selected:
                 result[name] = Decision(
@@ -197,7 +198,7 @@ class Fold(StepSettings):
         return AppliedStep(after, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[Folding]) -> Model:
-        """Predict as ``apply``, but keep channels that are constant only on calibration rows."""
+        """Predict the result's shapes; channels constant only on calibration rows are kept."""
         return self._without_dead_channels(model, plan.payload)
 
     def _without_dead_channels(self, model: Model, folding: Folding) -> Model:

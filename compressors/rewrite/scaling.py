@@ -114,7 +114,7 @@ def rescale(module: nn.Module, link: Link, factors: Tensor) -> None:
     """Divide a producer's outputs by factors, and multiply its consumers' weights, in place.
 
     Args:
-        module: a private copy of the network.
+        module: a copy of the network; it may share tensors, which are replaced, not changed.
         link: the producer and its consumers.
         factors: float64 ``(channels,)``, positive.
     """

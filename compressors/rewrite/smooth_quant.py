@@ -10,7 +10,7 @@ dense layer (the *producer*) with all dense layers that consume its output: they
 Paper: Xiao et al. 2022, https://arxiv.org/abs/2211.10438, eq. 4.
 Differs: factors also move between two dense layers with a Relu or a similar operator between them.
 The migration strength (how much of the input range moves into the weights) can be searched for
-each layer by the error of int8 products, as AWQ does for weights (Lin et al. 2023,
+each link by the error of int8 products, as AWQ does for weights (Lin et al. 2023,
 https://arxiv.org/abs/2306.00978); no migration is one of the candidates.
 """
 

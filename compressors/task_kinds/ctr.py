@@ -80,7 +80,7 @@ class Ctr:
                         declared_loss=float(loss.mean()),
                         fitting_loss=float(other_loss.mean()),
                     ),
-                    refused=not is_probability,
+                    refused=not is_probability,  # scores in [0, 1] are valid probabilities
                 )
                 return
         rate = float(label.mean())

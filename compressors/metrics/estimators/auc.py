@@ -175,6 +175,7 @@ def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> G
     all_positives, all_negatives = float(positives.sum()), float(negatives.sum())
     total = float(wins[positive].sum())
     point = total / (all_positives * all_negatives)
+    # A correctly ordered pair inside a group is a win of both of its rows, so count it once.
     lost = groups.sums(wins) - wins_within_groups(positive, scores, groups.ids, groups.rows)
     left_out = ratio(total - lost, (all_positives - positives) * (all_negatives - negatives))
     influence = np.where(

@@ -57,6 +57,7 @@ class NdcgOfQueries:
 
 
 def _depth(metric: Metric) -> int:
+    """Return the number of first ranks that count, such as 10 for ``ndcg@10``."""
     if metric.depth is None:
         raise ValueError(f"{metric.name} has no depth")
     return metric.depth

@@ -215,7 +215,7 @@ class Channels(StepSettings):
             model = self._narrow(model, signature, consumers, kept_by_producer, counts)
             if self.reconstruct:
                 layers = sorted({name for width in prunable.widths for name in width.consumers})
-                outputs = {
+                outputs = {  # by producer, which of its output channels stay
                     producer: kept_by_producer[producer][units]
                     for item in consumers
                     for producer, units in item.units.items()
@@ -398,6 +398,7 @@ class Channels(StepSettings):
     def _prunable_widths(self, model: Model, signature: Signature) -> PrunableWidths:
         """Find the widths that can be pruned; see ``prunable_widths``."""
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
+        # Whether a search determines the share of each width, so that it may be below ``share``.
         searched = self.flops is not None or self.scope == "global"
         share = self.flops or self.keep
         return prunable_widths(model, signature, decisions, share, self.multiple, searched=searched)

@@ -60,7 +60,8 @@ def reconstruct(
     """Refit the weights of some layers so that their outputs are nearest to those before pruning.
 
     Args:
-        module: the pruned network, a private copy in evaluation mode; its layers are changed.
+        module: the pruned network in evaluation mode. Its layers get new weights; tensors that it
+            shares with other networks are not changed.
         before: the network before pruning.
         bench: with calibration rows.
         layers: names of float32 dense layers; other layers are skipped.

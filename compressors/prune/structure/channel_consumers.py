@@ -71,8 +71,9 @@ def trace(
         width: the width whose channels are followed.
 
     Raises:
-        NotAWidth: an operation other than a dense layer mixes the channels, or a layer of fixed
-            width reads them.
+        NotAWidth: an operation other than a dense layer mixes the channels, a layer of fixed width
+            reads them, they reach the score without a dense layer, or a layer is called only for
+            some rows, or with another number of rows than the batch has.
     """
     connections: Traces = {}
     for producer, size in width.producers.items():

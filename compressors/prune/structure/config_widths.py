@@ -116,6 +116,7 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason,
     before = shapes_of(model.architecture, config)
     widths: dict[str, Width] = {}
     reasons: dict[str, tuple[Reason, ...]] = {}
+    # Numbers with which no layer grows in proportion, such as a number of heads that split a width.
     not_proportional: dict[str, int] = {}
     for path, value in integers_of({**defaults_of(model.architecture), **config}):
         divides = value > 1 and any(outputs % value == 0 for outputs in output_widths.values())

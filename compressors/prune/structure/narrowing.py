@@ -7,7 +7,8 @@ the removed channels are zero. The scores of both must agree.
 
 A *width* is a number in the configuration that sets the number of channels of one or more layers
 (``config_widths.py``). A *unit* is one channel or one group of channels that the width counts, a
-*producer* is a layer that outputs the channels, a *consumer* takes them as inputs.
+*producer* is a layer that outputs the channels, a *consumer* takes them as inputs. A *private copy*
+of a network has its own modules and shares the tensors, which are replaced instead of changed.
 """
 
 from collections.abc import Callable, Mapping, Sequence

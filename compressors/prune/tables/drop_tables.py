@@ -38,8 +38,9 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 class ConstantComposition:
     """A table without parts that returns the same ``row``, float32 ``(dim,)``, for every id.
 
-    Methods: see the protocol ``Composition``. ``every=0``: the tensor belongs to the whole table,
-    not to its rows.
+    A composition defines how a table computes its rows from stored tensors and from inner tables,
+    its *parts*. Methods: see the protocol ``Composition``. ``learned``: names of the tensors that
+    training may change. ``every=0``: the tensor belongs to the whole table, not to its rows.
     """
 
     name: str = "constant"
@@ -167,6 +168,7 @@ class DropTables(StepSettings):
         for name in sorted(units, key=lambda name: importance[name]):
             candidate = model.private()
             unit = units[name]
+            # ``pack_table`` puts the new table into a ``Bag`` if it replaces an EmbeddingBag.
             constant = pack_table(unit.module, _mean_row_table(unit, counts[name]))
             swap(candidate.module, name, constant)
             change = quality(candidate.module, bench.signature, bench.validation) - baseline

@@ -159,5 +159,6 @@ class MergeRows(StepSettings):
             outcomes[unit.name] = Decision("taken", (reason,))
             stored = {"planes": byte_planes(place, len(unique))}
             table = design.table(rows, dim, stored, {"unique": unique})
+            # ``pack_table`` puts the new table into a ``Bag`` if it replaces an EmbeddingBag.
             swap(model.module, unit.name, pack_table(unit.module, table))
         return AppliedStep(model, outcomes)

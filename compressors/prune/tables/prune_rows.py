@@ -53,7 +53,8 @@ class KeptRowsComposition:
     """A table of the kept rows (part ``kept``), whose last row replaces all pruned rows, and a map.
 
     The map is ``within`` and ``before`` of ``kept_rows.kept_order``. Methods: see the protocol
-    ``Composition``. ``every``: number of rows per entry of a stored tensor.
+    ``Composition``. ``every``: number of rows per entry of a stored tensor. ``learned``: names of
+    the stored tensors that training may change.
     """
 
     name: str = "kept_rows"
@@ -208,7 +209,7 @@ class PruneRows(ComposingStep):
         return FittedParts({"within": within, "before": before}, {"kept": rows})
 
     def smallest_dry_run(self, model: Model, plan: StepPlan[Designs]) -> Model:
-        """Predict as ``dry_run``; with ``min_lookups``, as if no row reached that many lookups."""
+        """Predict the smallest shapes; with ``min_lookups``, as if no row had so many lookups."""
         if not self.min_lookups:
             return self.dry_run(model, plan)
         no_lookups = {

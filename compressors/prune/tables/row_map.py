@@ -49,8 +49,10 @@ def _(planes: Tensor, ids: Tensor) -> Tensor:
 class RowMapComposition:
     """Part ``unique`` with ``places`` rows, and ``planes``, the encoded row number of each id.
 
-    Methods: see the protocol ``Composition``. ``first``: the value of all entries of a placeholder,
-    which must be valid places.
+    A composition defines how a table computes its rows from stored tensors and from inner tables,
+    its *parts*. Methods: see the protocol ``Composition``. ``learned``: names of the stored tensors
+    that training may change. ``first``: the value of all entries of a placeholder, which must be
+    valid places.
     """
 
     name: str = "row_map"

@@ -39,7 +39,8 @@ class TiersComposition:
     """Parts ``hot`` and ``cold``, both in the original order of rows, and the map of hot rows.
 
     The map is ``within`` and ``before`` of ``kept_rows.kept_order``. Methods: see the protocol
-    ``Composition``. ``every``: number of rows per entry of a stored tensor.
+    ``Composition``. ``every``: number of rows per entry of a stored tensor. ``learned``: names of
+    the stored tensors that training may change.
     """
 
     name: str = "tiers"

@@ -44,6 +44,7 @@ def lookup_counts(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
         raise RowsMissing("lookup_counts_need_rows")
     copied_module = model.private().module
     units = {unit.name: unit for unit in Unit.of(copied_module)}
+    # Each table, or the composed table that contains it.
     outermost = {units[name].part_of or name for name in tables}
     counts = {name: torch.zeros(units[name].rows, dtype=torch.float64) for name in outermost}
     for name, count in counts.items():

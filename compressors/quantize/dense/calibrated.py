@@ -29,7 +29,7 @@ ZERO_INPUTS = Decision("skipped", (Reason("zero_inputs"),))
 Calibrator = Literal["min_max", "percentile", "entropy", "mse", "best"]
 
 Pack = Callable[[nn.Linear, Tensor], PackedLinear]
-"""Builds the replacement of a layer from the layer and its largest input, float32 scalar."""
+"""Builds the replacement of a layer from it and the end of its input range, float32 scalar."""
 
 
 class CalibratedLayer(NamedTuple):

@@ -180,6 +180,7 @@ def _build_packed(unit: Unit) -> nn.Module:
     weight, bias = to_float16(unit.weight), unit.bias
     if unit.role == "table":
         rows, dim = weight.shape
+        # ``pack_table`` puts the new table into a ``Bag`` if it replaces an EmbeddingBag.
         return pack_table(unit.module, PackedTable(TABLE_FORMAT, rows, dim, {}, {"weight": weight}))
     outputs, inputs = weight.shape
     stored = {

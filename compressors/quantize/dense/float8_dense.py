@@ -118,7 +118,8 @@ float8_linear.register_autograd(_backward, setup_context=_setup_context)
 class Float8DenseFormat:
     """Stores ``codes`` uint8 ``(out, in)``, two scales, and a float32 bias if the layer has one.
 
-    For methods and attributes, such as ``learned``, see the protocol ``LinearFormat``.
+    ``learned``: names of the tensors that training may change. For the methods, see the protocol
+    ``LinearFormat``.
     """
 
     name: str = "float8_dense"

@@ -212,7 +212,8 @@ static_int8_linear.register_autograd(_backward, setup_context=_setup_context)
 class StaticInt8Format:
     """Stores ``codes`` int8 ``(out, in)``, two scales and a float32 bias (zeros if none).
 
-    For methods and attributes, such as ``learned``, see the protocol ``LinearFormat``.
+    ``learned``: names of the tensors that training may change. For the methods, see the protocol
+    ``LinearFormat``.
     """
 
     name: str = "static_int8"

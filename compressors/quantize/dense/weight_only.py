@@ -157,8 +157,9 @@ def weight_only_linear(
 ) -> Tensor:
     """Compute a dense layer from its packed weights.
 
-    ``x`` float32 ``(*, in)``, ``codes`` uint8 ``(out, padded * bits / 8)``, ``scale``
-    ``(out, blocks)``, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
+    ``x`` float32 ``(*, in)``, ``codes`` uint8 ``(out, padded * bits / 8)``, where ``padded`` is
+    ``padded_length(in, block)``, ``scale`` ``(out, blocks)``, ``bias`` float32 ``(out,)`` ->
+    float32 ``(*, out)``.
     """
     weight, layer_inputs = _operands(x, codes, scale, bits, block, activations)
     return F.linear(layer_inputs, weight, bias)
@@ -234,7 +235,8 @@ class LayoutSettings(NamedTuple):
 class WeightOnlyFormat:
     """Stores packed ``codes`` uint8, ``scale`` ``(out, blocks)``, and a float32 ``bias`` if any.
 
-    For methods and attributes, such as ``learned``, see the protocol ``LinearFormat``.
+    ``learned``: names of the tensors that training may change. For the methods, see the protocol
+    ``LinearFormat``.
     """
 
     name: str

@@ -86,7 +86,7 @@ def nearest(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
 
     The results are integers in ``0 .. levels - 1``, or in ``-half .. half`` if the grid is
     symmetric. For an even number of symmetric levels they are odd multiples of 0.5. A weight
-    halfway between two integers is rounded to the even one, otherwise up.
+    halfway between two levels is rounded to the even integer, or up if levels are not integers.
 
     Args:
         rows: float, ``(rows, dim)``; the first row begins a range.

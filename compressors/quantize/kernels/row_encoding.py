@@ -49,6 +49,7 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
     scale = torch.empty(-(-count // rows_per_scale), 1, dtype=grid.dtype)
     offset = None if grid.symmetric else torch.empty_like(scale)
     top = np.float32(grid.half if grid.symmetric else grid.levels - 1)
+    # Without offsets the loops do not write to the last arrays, so any arrays are passed.
     stored_scale, stored_offset = _as_words(scale), _as_words(scale if offset is None else offset)
 
     def encode_rows(begin: int, end: int) -> int:

@@ -274,6 +274,7 @@ class AdditiveCodes(StepSettings):
             for seed in range(self.draws):
                 stored = self._encoded(unit.weight, weight, matrix, seed)
                 packed = PackedTable(FORMAT, rows, dim, self.settings(), stored)
+                # ``pack_table`` puts the new table into a ``Bag`` if it replaces an EmbeddingBag.
                 table = pack_table(unit.module, packed)
                 metric = self._validation_metric(model, bench, unit.name, table)
                 if best is None or metric > best[0]:

@@ -83,7 +83,8 @@ float8_e4m3_table.register_autograd(_backward, setup_context=_setup_context)
 class Float8E4M3Format:
     """Stores ``codes`` uint8 ``(rows, dim)``, the bits of 8-bit floats, and ``scale``.
 
-    For methods and attributes, such as ``learned``, see the protocol ``TableFormat``.
+    ``learned``: names of the tensors that training may change. For the methods, see the protocol
+    ``TableFormat``.
     """
 
     name: str = "float8_e4m3"

@@ -200,8 +200,8 @@ kmeans_table.register_autograd(_backward, setup_context=_setup_context)
 class KMeansFormat:
     """Stores packed ``codes`` uint8, ``codebook`` float32 ``(levels,)`` and ``scale``.
 
-    For methods and attributes, such as ``learned``, see the protocol ``TableFormat``. ``every=0``:
-    the codebook belongs to the whole table, not to its rows.
+    ``learned``: names of the tensors that training may change. ``every=0``: the codebook belongs to
+    the whole table, not to its rows. For the methods, see the protocol ``TableFormat``.
     """
 
     name: str = "kmeans"

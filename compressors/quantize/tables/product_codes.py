@@ -150,7 +150,8 @@ product_codes.register_autograd(_backward, setup_context=_setup_context)
 class ProductCodesFormat:
     """Stores packed ``codes`` uint8, and ``codebook`` ``(parts * levels, widest part)``.
 
-    For methods and attributes, such as ``learned``, see the protocol ``TableFormat``.
+    ``learned``: names of the tensors that training may change. For the methods, see the protocol
+    ``TableFormat``.
     """
 
     name: str = "product_codes"

@@ -211,7 +211,8 @@ residual_codes.register_autograd(_backward, setup_context=_setup_context)
 class ResidualCodesFormat:
     """Stores packed ``codes`` uint8, and ``codebook`` ``(codebooks * levels, dim)``.
 
-    For methods and attributes, such as ``learned``, see the protocol ``TableFormat``.
+    ``learned``: names of the tensors that training may change. For the methods, see the protocol
+    ``TableFormat``.
     """
 
     name: str = "residual_codes"

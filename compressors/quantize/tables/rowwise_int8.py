@@ -75,7 +75,8 @@ rowwise_int8.register_autograd(_backward, setup_context=_setup_context)
 class RowwiseInt8Format:
     """Stores ``codes`` ``(rows, dim)``, ``scale``, and ``offset`` if the levels are asymmetric.
 
-    For methods and attributes, such as ``learned``, see the protocol ``TableFormat``.
+    ``learned``: names of the tensors that training may change. For the methods, see the protocol
+    ``TableFormat``.
     """
 
     name: str = "rowwise_int8"

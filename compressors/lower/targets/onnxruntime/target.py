@@ -48,7 +48,7 @@ class OnnxRuntime:
     def tolerance(self, plan: Plan | None) -> Tolerance:
         """Return the limits of the parity check; see ``parity.py`` for the reasons."""
         formats = formats_of(plan)
-        if "float8_dense" in formats:  # its levels are up to 6 % of a value apart
+        if "float8_dense" in formats:  # rounding changes a value by up to 6 %
             return Tolerance(root_mean_square=0.005, largest=0.2, quantile_90=2e-3)
         if "static_int8" in formats:
             return Tolerance(root_mean_square=0.005, largest=0.2, quantile_90=1e-3)

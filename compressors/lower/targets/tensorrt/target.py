@@ -50,7 +50,7 @@ class TensorRT:
     def tolerance(self, plan: Plan | None) -> Tolerance:
         """Return the limits of the parity check; see ``parity.py`` for the reasons."""
         formats = formats_of(plan)
-        if "float8_dense" in formats:  # its levels are up to 6 % of a value apart
+        if "float8_dense" in formats:  # rounding changes a value by up to 6 %
             return Tolerance(root_mean_square=0.02, largest=0.3, quantile_90=0.03)
         if has_bfloat16_products(plan):
             return Tolerance(root_mean_square=0.015, largest=0.2, quantile_90=0.025)

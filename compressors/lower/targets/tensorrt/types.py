@@ -1,7 +1,8 @@
 """Convert stored tensors of tables to the types and shapes that TensorRT accepts.
 
 A DequantizeLinear accepts signed codes (int8, or two int4 per byte). One scale per row is a vector,
-the scale of a whole table is a scalar.
+the scale of a whole table is a scalar. Levels are *symmetric* if they are symmetric around zero;
+otherwise scales have offsets. Symmetric int8 codes are signed already.
 """
 
 import numpy as np
