@@ -52,7 +52,8 @@ def build(
         seconds: time limit of building and auditing one engine.
 
     Returns:
-        The artifact of the engines, a record of each build, and ``lowering.json``.
+        The artifact of the engines, a record of each build, and ``lowering.json``, the description
+        of the graphs.
 
     Raises:
         BuildRefused: the builder is not installed, refuses a graph, or an audit failed.

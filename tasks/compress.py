@@ -41,8 +41,10 @@ def compress(
     Args:
         source: the bundle to compress.
         step: the method and its settings.
-        splits: the prepared data and soft labels that the step needs; never test data.
-        original: the bundle the recipe started from. It is the teacher, and a parent of the result.
+        splits: the prepared data and soft labels that the step needs; never test data. ``traffic``
+            has logged requests, which have no labels.
+        original: the bundle the recipe started from. It is the teacher, and a parent of the result
+            (one of the bundles that it was made from).
         teachers: other models whose predictions this step or an earlier one learns from; they are
             parents of the result as well.
         seed: seed of all random numbers of the step.

@@ -121,6 +121,7 @@ def measure(
         )
         candidate_numbers += judge.quality_numbers(name, pair, with_champion)
         baseline_numbers.append(
+            # "absolute": the model's number, not a comparison with another model.
             judge.Number(metric=name, against="absolute", estimate=pair.baseline)
         )
         resolves[name] = pair.resolves

@@ -92,6 +92,7 @@ def restore(model: str | None) -> tuple[Registered, ...]:
     for name in names:
         versions = registry().versions(name)
         accepted = [item for item in versions if item.tags.get(OUTCOME_TAG) == "accepted"]
+        # ``versions`` lists the newest first.
         if accepted and not any(CANDIDATE in item.aliases for item in versions):
             registry().set_alias(name, CANDIDATE, accepted[0].version)
     for name in names:  # last, since it raises if no stored record has the champion's order

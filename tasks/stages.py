@@ -102,7 +102,7 @@ def compare_stages(
         test: the prepared rows.
         seed: seed of the bootstrap.
     """
-    if not signature.scores_rows:
+    if not signature.scores_rows:  # retrieval: the predictions are the metrics of each query
         stored = [load_file(local(stage.score) / "data.safetensors") for stage in scored]
         metrics_of_queries = {
             str(index): {metric: values.numpy() for metric, values in tensors.items()}

@@ -67,6 +67,7 @@ def encoded_forms(secret: str) -> set[bytes]:
     # The middle alone also counts, since the start and the end may be cut or encoded differently.
     middle = secret[secret.index("/") + 1 : secret.index("%")]
     result = {text.encode() for text in texts} | {middle.encode()}
+    # A program may drop the only character that is not ASCII before it encodes the secret.
     for body in (raw, raw.replace("é".encode(), b"")):
         for offset in range(3):
             encoded = base64.b64encode(b"\0" * offset + body)

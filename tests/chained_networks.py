@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 
 class NormFirst(nn.Module):
-    """Batch norms: ``first`` before a Linear, ``second`` after one, ``third`` before a sum."""
+    """Batch norms: ``first`` before a Linear, ``second`` after one, ``third`` before a sum.
+
+    ``bias`` is whether the layer ``deep`` has a bias.
+    """
 
     def __init__(self, width: int = 16, bias: bool = True) -> None:
         super().__init__()
@@ -76,8 +79,9 @@ class Block(nn.Module):
 class Chain(nn.Module):
     """A chain of dense layers with activations between them.
 
-    A positive factor per channel can be moved through some (relu, leaky relu, PReLU) and not
-    through others (gelu, tanh). The weight of ``weight_read`` is also read outside the layer.
+    A positive factor per channel can be moved through some (relu, leaky relu, PReLU, a clamp at 0,
+    reshapes that keep channels) and not through others (gelu, tanh). The weight of ``weight_read``
+    is also read outside the layer.
     """
 
     def __init__(self, width: int = 16) -> None:

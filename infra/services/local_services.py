@@ -39,9 +39,9 @@ from infra.services.compose import (
 )
 from infra.settings import load_settings
 
-START_SECONDS = 180
-POLL_SECONDS = 0.25
-TAIL_CHARACTERS = 3_000
+START_SECONDS = 180  # time limit until all services are ready
+POLL_SECONDS = 0.25  # pause between two checks of the services while they start
+TAIL_CHARACTERS = 3_000  # length of the end of a log in an error message
 RESTART_SECONDS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 """Delays before the first, second, ... restart of a service that ends soon after each start."""
 STEADY_SECONDS = 60.0
@@ -259,7 +259,7 @@ def _start(service: Service, logs: Path) -> "subprocess.Popen[bytes]":
     if "POSTGRES_DB" in environment:  # the image's entrypoint also creates a missing cluster
         postgres.prepare(environment)
         folder, run_as = Path(environment["PGDATA"]), postgres.user_arguments()
-        command += ["-c", "unix_socket_directories="]
+        command += ["-c", "unix_socket_directories="]  # none: clients connect by TCP only
     with (logs / f"{service.name}.log").open("ab") as log:
         return subprocess.Popen(
             command,

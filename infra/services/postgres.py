@@ -86,6 +86,8 @@ def prepare(environment: dict[str, str]) -> None:
         _run(["initdb", f"--pgdata={unfinished}", *options], environment, home, run_as)
     finally:
         password.unlink()
+    # In single-user mode with -j, a semicolon and an empty line end a statement. A failed statement
+    # does not change the exit code, so ``_run`` also searches the output for errors.
     sql = f'CREATE DATABASE "{environment["POSTGRES_DB"]}";\n\n'
     _run(
         ["postgres", "--single", "-j", "-D", str(unfinished), "postgres"],

@@ -144,6 +144,9 @@ class ArtifactFiles:
     def verify(self) -> None:
         """Compare every chunk with its hash, and check that the artifact has no other files.
 
+        If the files are read from blobs, which artifacts share, there is no listing of the
+        artifact's files, so other files are not detected.
+
         Raises:
             ArtifactDamaged: a file is missing, is changed, or does not belong to the artifact.
         """

@@ -207,6 +207,7 @@ def _collect_if_due(folder: Path) -> None:
     now = time.monotonic()
     if now - _last_collections.get(folder, -COLLECT_SECONDS) >= COLLECT_SECONDS:
         _last_collections[folder] = now
+        # EARLIER_KEYS: names of the temporary files of version 0.1.0, which do not name a process.
         remove_leftovers(folder, EARLIER_KEYS)
 
 

@@ -40,7 +40,10 @@ READ_SECONDS = 20
 ATTEMPTS = 3
 
 CLIENT_SECONDS = 60.0
-"""After this time a new client reads the credentials again: another program may renew them."""
+"""A ``Bucket`` created after this time uses a new client, which reads the credentials again.
+
+Another program may renew the credentials. An existing ``Bucket`` keeps its client.
+"""
 
 _TEMPORARY = {
     "BadDigest",

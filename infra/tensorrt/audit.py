@@ -2,7 +2,8 @@
 
 A builder may *widen* a table or layer: convert its packed weights (int8, int4, ...) to a wider
 type, so that the compression is lost. The audit detects this from the builder's log. *Packed bytes*
-are the bytes of all tensors as the plan stores them.
+are the bytes of all tensors as the plan stores them. The plan is recpress's list of the format of
+each table and layer, not TensorRT's serialized engine.
 
 *Weights.* The log contains the bytes of the engine's weights. If they exceed the packed bytes by
 more than a tolerance, a table, a scale or a dense layer was widened.
@@ -48,8 +49,8 @@ MAX_EXTRA_BYTES = 64 * 1024
 Measured with TensorRT-RTX 1.7: packed bytes + 2.5 KB for int8, int4 and fp16 tables and for int8
 and fp16 dense layers from 0.3 KB to 13 MB. The constant is for the padding of many small tensors,
 the 10 % for other builders, which were not measured. The smallest possible widening of a whole
-model (fp16 scales stored as fp32) adds 11 % to int8 tables with 16 columns, and more to narrower
-tables and codes.
+model (fp16 scales stored as fp32) adds 11 % to int8 tables with 16 columns (2 bytes to the 18 of a
+row), and more to tables with fewer columns or fewer bits per value.
 """
 
 _WIDE_BYTES = 2  # the narrowest type a table can be widened to

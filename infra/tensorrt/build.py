@@ -154,7 +154,8 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: the fields that ``build_engine`` passes: ``request``, ``folder``, ``file`` (the name
-            of the engine) and ``is_bound_to_gpu``.
+            of the engine) and ``is_bound_to_gpu`` (whether an engine for this target runs only on
+            GPUs of the compute capability on which it was built).
 
     Returns:
         The fields of ``Engine``.

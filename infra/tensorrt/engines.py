@@ -86,7 +86,8 @@ class EngineAudit(Frozen):
         tables_checked: tables that are proven not to be converted to a wider type, since an fp16
             copy of them does not fit into the scratch memory.
         weights_bytes: bytes of the engine's weights.
-        packed_bytes: bytes of all tensors as the plan stores them.
+        packed_bytes: bytes of all tensors as the plan (the format of each table and layer, not
+            TensorRT's serialized engine) stores them.
         layer_types: number of layer outputs per type in the parsed network.
         constant_bytes: bytes of constants per type in the parsed network, before the builder folds
             any.

@@ -210,7 +210,11 @@ def _describe_tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:
 
 
 def _build_warmup(served: ServedVersion, rows: int) -> dict[str, Any]:
-    """Build a warm-up request of zeros, which are valid ids and valid starts of jagged rows."""
+    """Build a warm-up request of zeros, which are valid ids and valid starts of jagged rows.
+
+    Besides the values, a jagged input has a second tensor with the start of each row in the values,
+    or with the lengths of the rows, from which the graph computes the starts.
+    """
     inputs = {
         name: {
             "data_type": Enum(TYPES[dtype]),

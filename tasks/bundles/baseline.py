@@ -60,7 +60,8 @@ def check_labels(
                 prepared = prepare(paths, split, signature, folder)
             except DataRefused as fault:
                 raise DataRefused("split_unusable", split=split, problem=str(fault)) from fault
-            if split in (ITEMS, TRAFFIC) or not prepared.rows:  # these two have no labels
+            # The catalogue (ITEMS) and logged requests (TRAFFIC) have no labels.
+            if split in (ITEMS, TRAFFIC) or not prepared.rows:
                 continue
             # The rows are not an artifact, so they have no hash; nothing reads it here.
             prepared_split = Split(path=str(folder), sha256="0" * 64, rows=prepared.rows)

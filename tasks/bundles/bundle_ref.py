@@ -257,7 +257,7 @@ def bundle_record(name: str, version: str) -> BundleRecord | None:
 
 
 def bundle_manifest(record: BundleRecord) -> Manifest:
-    """Read the manifest of a recorded bundle, and check its name and version.
+    """Read the manifest (``model.json``) of a recorded bundle, and check its name and version.
 
     Raises:
         ArtifactMissing: the artifact is not in the store.

@@ -58,7 +58,7 @@ def model_of(folder: Path, manifest: Manifest) -> Model:
     """Load the module of a verified bundle folder.
 
     Raises:
-        BundleRefused: the layer that a compressed module replaces is larger than any real layer.
+        BundleRefused: a layer that a compressed module replaces was larger than any real layer.
         OutOfMemory: such a layer, which the model's class first builds at its original size, does
             not fit in memory.
     """
@@ -109,7 +109,8 @@ def bench_of(
 
     Args:
         manifest: the manifest of the bundle to compress.
-        splits: the prepared splits and soft labels that the step needs.
+        splits: the prepared splits and soft labels that the step needs; ``traffic`` has logged
+            requests, which have no labels.
         teacher: the bundle of the untouched model.
         seed: seed of all random numbers of the step.
         checkpoints: folder for the checkpoints of a training step; None for no checkpoints.

@@ -150,7 +150,7 @@ def _pack(folder: Path) -> Packed:
         bundle_store = store()
         staged = scratch / "bundle"
         staged.mkdir()
-        for shard in sorted(folder.glob("*.safetensors*")):
+        for shard in sorted(folder.glob("*.safetensors*")):  # files of the weights, and their index
             _link_or_copy(shard, staged / shard.name)
         manifest = _seal_bundle(staged, draft, folder, statistics, notes, bundle_store)
         facts, module = _check_model(staged, manifest)

@@ -200,6 +200,7 @@ def _write_draft(
     """
     file = StreamedFile(job.layout())
     total = sum(size_of(rows.spec) for rows in job.sources.values())
+    # With other ``block_rows`` the result is the same, but the journal's blocks are other rows.
     resume_key = [identity, job.step, job.block_rows, code_digest(quantize)]
     with open_draft(into, resume_key, TENSORS, file.bytes) as result:
         report_bytes = None if progress is None else (lambda read: progress(read, total))

@@ -18,7 +18,7 @@ from compressors.core.batches import Batch, Rows, batches
 from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import input_names, served_graphs
 from compressors.metrics import intervals
-from compressors.metrics.estimators import builtin as builtin  # a source for the code digest
+from compressors.metrics.estimators import builtin as builtin  # so that the code digest covers it
 from compressors.metrics.full_ranking import (
     Interactions,
     RankedVectors,

@@ -99,6 +99,7 @@ def run_step(work: StepInputs, folder: Path) -> StepResult:
     if work.step.reads_original:
         model = replace(model, original=load_bundle(work.original).model.module)
     folder.mkdir(parents=True, exist_ok=True)
+    # The flow excludes units whose compressed form a target cannot serve.
     excluded = {unit: Reason("not_servable", fault=text) for unit, text in work.excluded.items()}
     result = run_or_skip(work.step, model, work.bench, folder, excluded)
     return StepResult(result.network, result.plan)

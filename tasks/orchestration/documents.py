@@ -248,7 +248,8 @@ class Reproduction(Frozen):
 class Report(Frozen):
     """An order and its result; every registry version refers to a report.
 
-    ``source`` and ``compressed`` are the bundles before and after, ``validation`` the data checks.
+    ``source`` and ``compressed`` are the bundles before and after, ``validation`` the data checks,
+    ``calibrated_on`` the split that calibrated the steps, with its rows, as text.
     """
 
     schema_version: int = 1

@@ -40,7 +40,10 @@ This is the case for graphs that are served without building an engine and are l
 LINKED_COMPRESSED_FACTOR = 2.4
 """Replaces ``LOWERING_COMPRESSED_FACTOR`` for a compressed model with such a graph."""
 PACKING_FACTOR = 1.5
-"""Factor of the compressed model's weights while they are packed."""
+"""Factor of the compressed model's weights while they are packed.
+
+To pack is to encode tables in a smaller format and to write them; no bundle is packed here.
+"""
 PUBLISHING_FACTOR = 2.0
 """Factor of the untouched model's weights while the release is published."""
 READING_FACTOR = 6.2

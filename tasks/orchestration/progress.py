@@ -50,6 +50,8 @@ def create_report_artifacts(finished: Finished) -> None:
 class Progress:
     """Shows the progress of a flow run: a progress bar on its page in Prefect, and log lines.
 
+    A stage here is a part of the flow, such as "measure". In reports it is the model after a step.
+
     Args:
         stages: expected number of stages; it grows if the run has more.
     """

@@ -193,6 +193,7 @@ def _promote(model: str, version: Version, reason: str, entries: tuple[Entry, ..
         _copy_to_triton(model, version)
         ledger = Ledger(store(), model)
         try:
+            # ``expected``: the number of entries; raises if the ledger has more.
             ledger.append(version.number, order, "promote", whoami(), reason, expected=len(entries))
         except AlreadyThere:
             champion = ledger.champion()

@@ -141,6 +141,7 @@ def _judgement_row(judgement: Judgement, target: TargetReport, unit: ScoreUnit |
                 judgement.reason,
                 reference=_no_change_mark(limit),
                 limit=Mark(at=bound, label=f"limit {bound:g}"),
+                # the side of the limit whose values are rejected
                 refused="below" if limit.at_least is not None else "above",
             )
         )
@@ -183,7 +184,11 @@ def _row(
 
 
 def _no_change_mark(limit: Limit) -> Mark | None:
-    """Return the mark of an unchanged model on the scale of a limit; None if it has no place."""
+    """Return the mark of an unchanged model on the scale of a limit; None if it has no place.
+
+    ``compared`` is how a metric of two models is compared: by difference, by ratio, or ``never``
+    for a score change, which is itself a comparison with the baseline.
+    """
     if limit.declared.compared == "never":
         return Mark(at=1.0 if limit.declared.higher_is_better else 0.0, label="no change")
     if limit.against == "absolute":

@@ -247,7 +247,7 @@ def _resolution(report: Report, measurement: Measurement) -> str:
     metric = report.metric
     rows = f"{measurement.rows:,} test rows"
     change = measurement.numbers.of(metric, "baseline")
-    if change is not None and change.unresolved is not None:
+    if change is not None and change.unresolved is not None:  # why there is no interval
         return f"The {rows} resolve no change of {metric_label(metric)}: {change.unresolved}."
     if change is not None and change.groups is not None:
         rows += f" of {change.groups:,} groups"

@@ -92,6 +92,7 @@ def test_columns_default_to_the_name():
     assert PaddedBag(name="genres", table="g", shape=(3,)).columns == ("genres",)
 
 
+# ``Text("int64")`` equals every text that contains ``int64``.
 @pytest.mark.parametrize(
     ("kind", "settings", "code", "fields"),
     [

@@ -5,6 +5,7 @@ import json
 from compressors.contracts import TARGETS, default_target
 from compressors.contracts.targets.runtime import Machine
 
+# A record of the time when ONNX Runtime was the only runtime: its version has a field of that name.
 STORED = (
     '{"processor":"p","cores":2,"system":"Linux x86_64","onnxruntime":"1.22.0","threads":1,'
     '"int8_dot":true}'
@@ -32,5 +33,6 @@ def test_exactly_one_target_is_the_default_and_it_is_measured() -> None:
 
 
 def test_targets_that_triton_serves_have_different_suffixes() -> None:
+    """The suffix ends the name of a Triton model, so a model can be served for several targets."""
     suffixes = [item.triton.suffix for item in TARGETS.values() if item.triton is not None]
     assert len(set(suffixes)) == len(suffixes) >= 2

@@ -32,7 +32,11 @@ def torch_bag(
 
 
 def converted_bag(old: nn.EmbeddingBag) -> Bag:
-    """Build a ``Bag`` that shares the weight of torch's module."""
+    """Build a ``Bag`` that shares the weight of torch's module.
+
+    ``pack_table`` returns the module that replaces a table: for an ``EmbeddingBag``, a ``Bag`` with
+    the same mode and padding that looks up its rows in ``table``.
+    """
     table = nn.Embedding(ROWS, DIM)
     table.weight = old.weight
     bag = pack_table(old, table)

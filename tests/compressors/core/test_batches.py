@@ -100,7 +100,7 @@ def test_generated_bags_have_every_length_from_zero_to_the_maximum():
     for item in JAGGED.values():
         lengths = {len(ids) for ids in bags(item, batch)}
         assert lengths == set(range(item.shape[0] + 1))
-    genres = (inputs["genres"] != 0).sum(dim=1)
+    genres = (inputs["genres"] != 0).sum(dim=1)  # a bag padded with id 0 to four ids
     assert genres.min() == 0
     assert genres.max() == 4
 
@@ -113,8 +113,9 @@ def test_generated_inputs_depend_on_the_seed_only():
 
 
 def test_each_input_with_ids_has_out_of_range_ids_in_two_separate_edge_rows():
-    edges = generate_edge_inputs(RANKER.signature, ROWS, 30, 4)
-    valid = generate_inputs(RANKER.signature, ROWS, 28, 4)
+    edges = generate_edge_inputs(RANKER.signature, ROWS, 30, seed=4)
+    # The same rows with valid ids. The last two edge rows have empty and full lists instead.
+    valid = generate_inputs(RANKER.signature, ROWS, 28, seed=4)
     id_inputs = [item for item in RANKER.signature.inputs if not isinstance(item, DenseInput)]
     for index, item in enumerate(id_inputs):
         if isinstance(item, JaggedBag):
@@ -132,7 +133,7 @@ def test_each_input_with_ids_has_out_of_range_ids_in_two_separate_edge_rows():
 
 
 def test_the_last_two_edge_rows_have_empty_and_full_lists():
-    inputs = generate_edge_inputs(RANKER.signature, ROWS, 30, 4)
+    inputs = generate_edge_inputs(RANKER.signature, ROWS, 30, seed=4)
     empty, full = (row_of(inputs, RANKER.signature, row) for row in (28, 29))
     assert empty["genres"].tolist() == [[0, 0, 0, 0]]
     assert (len(empty["history"]), len(empty["tags"])) == (0, 0)

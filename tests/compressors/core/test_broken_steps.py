@@ -1,4 +1,8 @@
-"""``runner.run`` raises an error for each way in which a step can break its contract."""
+"""``runner.run`` raises an error for each way in which a step can break its contract.
+
+A plan has a decision for each unit: ``taken`` (the step changes it), ``skipped``, or ``deferred``
+(the step decides while it runs).
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,7 +44,10 @@ class StepAttributes:
 
 @dataclass(frozen=True)
 class ChangingStep(StepAttributes):
-    """Runs ``change`` on the model's module; ``planned`` sets which units its plan selects."""
+    """Runs ``change`` on the model's module; ``planned`` sets which units its plan selects.
+
+    ``as float16`` selects the same units as the step ``Float16``.
+    """
 
     change: Any
     planned: Literal["as float16", "only user", "all units"] = "as float16"

@@ -199,8 +199,8 @@ def model_with_methods(index: int) -> Model:
     return run(RowwiseInt8(), model, bench, folder / "packed")
 
 
-# The parts of a table are lowered in the same way for every target, so in the default tier each
-# method has one target.
+# The parts of a table are lowered in the same way for every target, so in the default tier (tests
+# without the marker ``nightly``) each method has one target.
 @pytest.mark.parametrize(
     ("index", "target"),
     [

@@ -122,6 +122,7 @@ def test_offsets_beyond_32_bits_are_exact(overflow: int, dtype: torch.dtype, wid
         assert file.place("a", entry) == header_bytes + entry * entry_bytes
         assert file.place("b", entry) == header_bytes + (rows + entry) * entry_bytes
     assert file.bytes == header_bytes + 2 * rows * entry_bytes
+    # The first 8 bytes are the length of the JSON that follows.
     offsets = json.loads(file.header[8:])["b"]["data_offsets"]
     assert offsets == [rows * entry_bytes, 2 * rows * entry_bytes]
 

@@ -140,7 +140,10 @@ def default_reference(method: type[Step]) -> Reference:
 
 
 def case(*values: object, default: bool) -> typing.Any:
-    """Build one parametrized case of a test, in the default or in the nightly tier."""
+    """Build one parametrized case of a test, in the default or in the nightly tier.
+
+    A case in the nightly tier has the marker ``nightly``, which an ordinary run of pytest excludes.
+    """
     names = (getattr(value, "__name__", None) or value.network.__name__ for value in values)
     return pytest.param(*values, id="-".join(names), marks=() if default else pytest.mark.nightly)
 

@@ -1,7 +1,8 @@
 """``distill`` with hints, auxiliary heads and packed tables, and training of tables only.
 
 Hints train a student's layer to predict the output of the original's layer; an auxiliary head
-predicts the teacher's scores from a layer. Both are discarded after training.
+predicts the teacher's scores from a layer. Both are discarded after training. ``soft_share`` is the
+weight of the teacher's loss; the loss on labels has the rest.
 """
 
 from dataclasses import replace

@@ -1,4 +1,8 @@
-"""Distillation losses: the scores that minimize each, and the changes of scores that it ignores."""
+"""Distillation losses: the scores that minimize each, and the changes of scores that it ignores.
+
+A list is the rows of one group, such as the items of one query. List losses compare the rows of a
+list with each other.
+"""
 
 import hypothesis.strategies as st
 import numpy as np

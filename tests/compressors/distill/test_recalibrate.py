@@ -3,7 +3,8 @@
 The methods ``temperature`` and ``platt`` map a logit with a factor (slope), and ``platt`` also with
 an offset; both numbers are the tensor ``recalibration.line``. The method ``isotonic`` interpolates
 between knots: rows in order of their logit form at most ``knots`` groups, and each group is a knot,
-with the mean logit of its rows and the logit of the share of clicks.
+with the mean logit of its rows and the logit of the share of clicks. ``OUTPUT`` is the name of the
+map's line in the plan.
 """
 
 import numpy as np

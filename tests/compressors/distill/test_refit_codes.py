@@ -383,10 +383,10 @@ def test_reassignments_that_raise_the_loss_are_undone(bench, tmp_path, monkeypat
         return propose(table, -100 * gradient, curvature)  # codes that increase the loss
 
     step = RefitCodes(training=SHORT_TRAINING, rounds=1)
-    model = before.private()
+    model = before.private()  # a copy of the module tree, so that ``before`` keeps its codes
     tables = {"item": model.module.item, "genres": model.module.genres}
     monkeypatch.setattr("compressors.distill.refit_codes.propose", propose_worse_codes)
-    assert step._reassign_codes(model, bench, tables) == 0
+    assert step._reassign_codes(model, bench, tables) == 0  # number of rows with new codes
     assert torch.equal(model.module.item.codes, before.module.item.codes)
     monkeypatch.undo()
     assert step._reassign_codes(model, bench, tables) > 0

@@ -1,7 +1,8 @@
 """Training on rows with and without labels, and the mean predictions of several teachers.
 
 Traffic rows are logged requests, which have no labels. ``soft_share`` is the weight of the
-teacher's loss; the loss on labels has the rest.
+teacher's loss; the loss on labels has the rest. A list is the rows of one group, such as the items
+of one query; a batch contains whole lists if the loss compares rows of a list.
 """
 
 from pathlib import Path
