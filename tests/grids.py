@@ -16,8 +16,8 @@ from torch import Tensor
 from compressors.quantize.kernels.clipping import fit
 from compressors.quantize.kernels.levels import FittedRange, Grid, decode_multiples, nearest
 
-# Relative rounding error of a quotient, its rounding and a product in float32, each at most 2^-24;
-# with an offset also of a difference and a sum.
+# A bound for relative rounding errors in float32, each at most 2^-24: of a quotient, its rounding
+# and a product, with an offset also of a difference and a sum. These are five; 8 leaves a margin.
 SLACK = 8 * 2.0**-24
 
 SYMMETRIC = [Grid(255), Grid(15), Grid(4)]
@@ -30,7 +30,7 @@ each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 each_symmetric = pytest.mark.parametrize("grid", SYMMETRIC, ids=lambda grid: str(grid.levels))
 each_asymmetric = pytest.mark.parametrize("grid", ASYMMETRIC, ids=lambda grid: str(grid.levels))
 scale_types = st.sampled_from(["float16", "float32"])
-sharing = st.sampled_from([0, 1, 2, 4])
+sharing = st.sampled_from([0, 1, 2, 4])  # rows that share a scale; 0: all rows of the table
 rules = st.sampled_from(["min_max", "greedy", "mse"])
 
 

@@ -7,6 +7,10 @@ on a large disk.
 Enumeration: file systems in memory (tmpfs) of several sizes, from almost none to almost all of the
 needed space; they require the right to mount. Limits on the size of one file (RLIMIT_FSIZE) require
 no rights.
+
+A draft is the folder that a user writes and ``bundle pack`` packs as a bundle. A home is a folder
+with all files of one installation, and a snapshot is a copy of a home. The default tier has the
+tests without the markers ``slow`` and ``nightly``.
 """
 
 import subprocess
@@ -19,13 +23,15 @@ from forked import Completed, ForkServer
 from homes import Home, find_damage, read_state
 
 SUITE = "full disk"
-# Sizes of the file systems, sizes of the largest file, and the size after space is freed.
+# Sizes of the file systems, limits on the size of one file, and the size of the file system after
+# space is freed (64 MiB).
 KILOBYTES = (40, 100, 250, 400, 700, 1000, 1300, 1600, 1900, 2200, 2600)
 FILE_KILOBYTES = (4, 20, 64, 150, 300)
 LARGE = "64m"
 SAMPLE_KILOBYTES = 64  # limit on the size of a file in the default tier
 
 Outcomes = Callable[..., None]
+"""Type of the fixture ``outcomes``, which counts ``(suite, case, outcome, number=1)``."""
 
 
 class Disk:

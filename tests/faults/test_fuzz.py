@@ -5,6 +5,9 @@ There is no other exception, no crash of the process, and no message of more tha
 
 Enumeration: 10,000 inputs per parser in the nightly tier, 25 by default, with fixed seeds (see
 ``fuzzing`` and ``parsers``).
+
+The outcome of an input is a text such as ``refused``. The fixture ``outcomes`` counts
+``(suite, case, outcome, number=1)``. A home is a folder with all files of one installation.
 """
 
 from collections.abc import Callable
@@ -17,8 +20,8 @@ from homes import Home
 from parsers import PARSERS
 
 SUITE = "fuzz"
-INPUTS = 10_000
-SAMPLE = 25
+INPUTS = 10_000  # per parser in the nightly tier
+SAMPLE = 25  # per parser by default
 SHARDS = 2  # tests that share the inputs of one parser in the nightly tier
 MEMORY = 2 * 2**30
 NIGHTLY_SECONDS = 3000.0

@@ -7,6 +7,9 @@ text does not control the terminal. Commands may succeed on the cases of ``HARML
 
 Enumeration: the cases of ``hostile_drafts`` and ``hostile_registry``; all of them nightly, a few by
 default.
+
+A draft is the folder that a user writes and ``bundle pack`` reads. Code in it would create the file
+``RAN``. ``SECRET`` is the content of a file outside the draft.
 """
 
 import random
@@ -29,6 +32,7 @@ MEMORY = 4 * 2**30  # in addition to the process's memory; protects the machine 
 SHARDS = 4  # tests that share the drafts in the nightly tier
 
 Outcomes = Callable[..., None]
+"""Type of the fixture ``outcomes``, which counts ``(suite, case, outcome, number=1)``."""
 
 
 def problems(completed: Completed, allowed: set[int]) -> list[str]:
@@ -41,7 +45,8 @@ def problems(completed: Completed, allowed: set[int]) -> list[str]:
         failures.append(f"ended with {completed.code} {completed.text[-600:]}")
     elif completed.code and "recpress: " not in "".join(completed.messages):
         failures.append(f"no sentence: {completed.text[-300:]}")
-    # Wall time alone also depends on other processes of the machine.
+    # Wall time alone also depends on other processes of the machine, so a command violates the
+    # claim only if it also used half of this time on the CPU.
     if completed.seconds > SECONDS and completed.cpu_seconds > SECONDS / 2:
         failures.append(f"took {completed.seconds:.0f} s")
     if completed.peak_mib > PEAK_MIB:

@@ -7,6 +7,10 @@ duplicates. Content that is visible in between is intact, and temporary files ar
 Enumeration: an uninterrupted run lists the points (see ``kill_points``). Then one run is killed at
 each point. The order is also killed after random times, and killed twice in a row. The first use of
 a registry has hundreds of points in one temporary file; every eighth of them is tested.
+
+A draft is the folder that a user writes and ``bundle pack`` reads. The ledger is the list of
+promotions and rollbacks of a model in the store. A home is a folder with all files of one
+installation, and a snapshot is a copy of a home.
 """
 
 import random
@@ -96,7 +100,8 @@ class KillTest:
     def _run(self, fault: dict[str, Any] | None) -> Any:
         """Run the command; with a fault, count the points and kill as the fault says.
 
-        An empty fault only counts. See ``kill_points.arm`` for its keys.
+        An empty fault only counts. The key ``at`` is the number of the point at which to kill, and
+        ``after`` the time in seconds. See ``kill_points.arm``.
         """
         if fault is not None:
             fault = {"root": f"{self.home.root}/", **fault}

@@ -7,6 +7,10 @@ prints a traceback. A process that loses a race fails with a message (exit code 
 
 Enumeration: concurrent runs of the same order, of different orders with promotion, of promotions,
 rollbacks and restores; several rounds of each.
+
+The ledger is the list of promotions and rollbacks of a model in the store. A draft is the folder
+that a user writes and ``bundle pack`` reads. A home is a folder with all files of one installation,
+and a snapshot is a copy of a home.
 """
 
 import json
@@ -29,6 +33,7 @@ ROUNDS = 6
 SECONDS = 600.0  # time limit of a process
 
 Outcomes = Callable[..., None]
+"""Type of the fixture ``outcomes``, which counts ``(suite, case, outcome, number=1)``."""
 
 
 def promotions(round_: int) -> list[tuple[str, ...]]:
@@ -69,7 +74,8 @@ def check_promotions(
     entries = Ledger(store, "m").entries()  # raises if there is a gap or a broken chain
     assert [entry.sequence for entry in entries] == list(range(1, len(entries) + 1))
     confirmed = sum(item.code == 0 for item in completed)
-    # Promoting the champion again, or a rollback that another one completed, adds no entry.
+    # Promoting the champion again adds no entry. Neither does a rollback if the last entry is a
+    # rollback that a concurrent command appended: the champion is rolled back only once.
     assert len(entries) - entries_before <= confirmed
     aliases = read_state(home, store)["aliases"]
     assert aliases["m", "champion"] == entries[-1].version

@@ -9,6 +9,9 @@ Enumeration: a run without faults counts the requests of an operation. Then ther
 request and kind of fault, with the fault once and three times in a row (the number of tries of the
 client). Then faults occur, with fixed seeds, in 5 to 30 % of all requests of operations and in 2
 to 15 % of all requests of complete orders.
+
+A fault is ``500`` or ``503`` (an error response), ``slow``, ``reset`` (before the request arrives),
+``truncated``, ``lost`` (executed, but without a response) or ``flipped`` (one bit of the response).
 """
 
 import random
@@ -33,17 +36,18 @@ from infra.store.object_store import Store
 from infra.store.records import read_record, seal_record
 
 SUITE = "S3"
-ORDER_DIGEST = "0" * 64
+ORDER_DIGEST = "0" * 64  # of an order that does not exist: the ledger does not read it
 IN_A_ROW = 3  # attempts of the client for one request
 RATES = (0.05, 0.15, 0.3)  # shares of the requests with a fault
 SEEDS_PER_RATE = 25
-WRITERS = 6
+WRITERS = 6  # threads that append to one ledger
 APPENDS = 40 // WRITERS  # per writer
 ORDER_SEEDS = (1, 2, 3, 4)
 ORDER_RATES = (0.02, 0.05, 0.1, 0.15)  # one for each seed
 ATTEMPTS = 12  # runs of a command of an order; the last one has no faults
 
 Outcomes = Callable[..., None]
+"""Type of the fixture ``outcomes``, which counts ``(suite, case, outcome, number=1)``."""
 
 
 @pytest.fixture

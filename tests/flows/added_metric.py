@@ -44,7 +44,8 @@ class Brier:
         before, after = (
             mean_of_rows(squared_errors(pair.label, score), groups) for score in pair.scores
         )
-        # Every group determines the precision of the interval, so ``which`` names no kind of group.
+        # All groups determine the precision of the interval, not only those of one kind. ``which``
+        # would describe such a kind in the message about too few groups.
         return grouped_pair(before, after, self.metric.high, counted=groups.rows.size, which="")
 
 

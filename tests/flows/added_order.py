@@ -47,6 +47,8 @@ class AddedOrder:
 def run_added_order(home: Path) -> AddedOrder:
     """Pack a draft, and run the order in a new home (the folder with store and registry).
 
+    A draft is the folder that a user writes and ``pack`` stores as a bundle.
+
     Args:
         home: the parent of the home and of the draft.
     """

@@ -1,7 +1,8 @@
 """Fixtures for tests of flows: a Prefect server, one accepted order, and an empty home folder.
 
-A home is the folder with the object store, the registry and caches (``RECPRESS_HOME``). An order is
-accepted if its verdict is: the compressed model is within all limits.
+A home is the folder with the object store, the registry and caches (``RECPRESS_HOME``). A draft is
+the folder that a user writes and ``pack`` stores as a bundle. An order is accepted if its verdict
+is: the compressed model is within all limits.
 
 The accepted order runs in Prefect once per session. Tests that do not concern Prefect run the
 flow's function without Prefect's engine, which is faster (``orders.py``).

@@ -1,6 +1,7 @@
 """Helpers that run orders in tests, with or without Prefect, and return their results.
 
-A home is the folder with the object store, the registry and caches (``RECPRESS_HOME``).
+A home is the folder with the object store, the registry and caches (``RECPRESS_HOME``). A draft is
+the folder that a user writes and ``pack`` stores as a bundle.
 """
 
 import functools

@@ -82,8 +82,10 @@ def test_step_over_the_budget_is_skipped_with_the_training_that_follows_it(
 
 
 def test_step_on_tables_that_a_skipped_step_would_have_created_is_skipped_too() -> None:
+    # "tiers" splits a table into two, such as "item.hot" with the rows that are looked up often.
     order = order_with_budget(0.01, (Tiers(), RowwiseInt8(tables=("item.hot",)), StaticInt8()))
-    # Steps read no rows in this test, so any positive number of training rows is enough.
+    # Steps read no rows in this test, so any positive number of training rows is enough. Results of
+    # steps are texts here: the names of the applied steps after "model".
     bundle = SimpleNamespace(task="ctr", rows={"train": 9}, calibration=lambda: "train")
     missing = Reason("not_applicable", fault="needs a table named like 'item.hot'")
     over_budget = Reason("over_budget", loss=0.03, metric="auc", budget=0.01)

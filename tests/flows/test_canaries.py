@@ -29,7 +29,7 @@ LIMIT = "auc vs baseline >= -0.2"
 
 
 def address_with_secret(name: str, host: str) -> str:
-    """Return an address whose password is the secret of a variable."""
+    """Return an address whose password is the secret of a variable, percent-encoded."""
     return f"http://somebody:{SECRETS.in_address(name)}@{host}"
 
 

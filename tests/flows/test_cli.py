@@ -1,4 +1,8 @@
-"""The command line: output, exit codes, and the sentences of refused commands."""
+"""The command line: output, exit codes, and the sentences of refused commands.
+
+A draft is the folder that a user writes and ``bundle pack`` stores as a bundle. A home is the
+folder with the object store, the registry and caches.
+"""
 
 import json
 import pickle  # noqa: TID251 (to write files that must be refused)
@@ -247,7 +251,8 @@ def test_required_target_without_its_library_exits_with_code_2_and_the_install_c
     accepted_order: AcceptedOrder, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # makes its import fail
-    for name, value in EMBEDDED.items():  # the command sets them; monkeypatch restores them
+    # Variables for Prefect that the command sets for the whole process; monkeypatch restores them.
+    for name, value in EMBEDDED.items():
         monkeypatch.setenv(name, value)
     result = call("compress", "clicks", "--limit", LIMIT, "--target", "tensorrt", "--json")
     assert_refused(result, "pip install 'recpress[tensorrt]'")

@@ -25,7 +25,9 @@ from infra.services.compose import read_variables
 from infra.telemetry import TELEMETRY_OFF
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-LOCAL = {"localhost", "127.0.0.1"}  # names of this machine in the origins of FOREIGN
+# FOREIGN are origins of web pages that must not read responses; LOCAL are names of this machine in
+# some of them.
+LOCAL = {"localhost", "127.0.0.1"}
 JSON = {"Content-Type": "application/json"}
 
 

@@ -75,7 +75,8 @@ def test_order_within_its_limits_is_measured_accepted_and_registered(
     assert measured.rows == ROWS["test"]
     baseline_auc = measured.baseline.of("auc", "absolute")
     assert baseline_auc is not None
-    # Another sequence of float32 additions may swap a few of the 2 million pairs of scores.
+    # ``planted_auc`` computes the AUC without recpress. Another sequence of float32 additions may
+    # swap a few of the 2 million pairs of a positive and a negative row.
     assert baseline_auc.point == pytest.approx(planted_auc(accepted_order.draft), abs=1e-6)
     # int8 rows with their scales and int8 layers have 0.28 of the bytes of float32: a row of 16
     # weights has 18 bytes instead of 64. The graph adds some. int4 rows exceed the preset's budget

@@ -57,7 +57,7 @@ def client(local_services: LocalServices) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def flow_run(client: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> FlowRun:
-    """Pack a draft into the store, and let the worker run the order."""
+    """Pack a draft (the folder that a user writes) into the store; the worker runs the order."""
     folder = tmp_path_factory.mktemp("services")
     env = environment(folder, **client)
     packing = recpress("bundle", "pack", str(write_draft(folder / "draft")), env=env)

@@ -402,6 +402,7 @@ def test_doctor_json_contains_the_remedy(
 def test_doctor_reports_missing_modules_without_importing_any(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    # "architectures from" is the finding about the modules from which networks may be imported.
     (tmp_path / "loud_models.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))

@@ -59,7 +59,7 @@ SERVER_MODULES = ("flows.server.embedded_server", "prefect.server.api.server")
 
 @pytest.fixture(scope="module")
 def packed_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with a packed bundle."""
+    """A folder with a draft and with a home, ``recpress``, in which the draft is packed."""
     home = tmp_path_factory.mktemp("embedded")
     with pytest.MonkeyPatch.context() as patch:
         use_home(patch, home / "recpress")
@@ -304,7 +304,8 @@ def test_command_with_missing_credentials_exits_with_code_2_before_any_work(
 ) -> None:
     url = get_current_settings().api.url
     use_home(monkeypatch, packed_home / "recpress")
-    for name, value in EMBEDDED.items():  # the command sets them; monkeypatch restores them
+    # Variables for Prefect that the command sets for the whole process; monkeypatch restores them.
+    for name, value in EMBEDDED.items():
         monkeypatch.setenv(name, value)
     with temporary_settings(restore_defaults={PREFECT_API_AUTH_STRING}):
         code, out, err = run_main_apart(monkeypatch, capsys, *COMPRESS)
@@ -350,6 +351,7 @@ def test_configured_server_that_is_down_or_not_prefect_raises_an_error() -> None
 def test_server_that_prefect_starts_for_a_called_flow_requires_a_secret(
     prefect_server: None,
 ) -> None:
+    """Prefect itself starts the server of ``prefect_server``, as for a flow that is called."""
     settings = get_current_settings()
     assert settings.api.url is not None
     assert settings.api.auth_string is not None

@@ -23,7 +23,8 @@ def test_completed_order_exits_with_the_code_of_its_outcome(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report_of_outcome = create_report(tmp_path, "a" * 64, {"onnxruntime": outcome})
+    order_digest = "a" * 64
+    report_of_outcome = create_report(tmp_path, order_digest, {"onnxruntime": outcome})
     finished = Finished(
         report=report_of_outcome,
         release=report_of_outcome.source,

@@ -2,6 +2,8 @@
 
 Preset recipes consist of choices, a choice has one or more options, and an option is a group of
 steps that are applied together. ``Terms`` is the base class of ``Order``, without custom steps.
+The order digest identifies a result and depends on the version of recpress; the request digest
+does not, so that the result is found after an upgrade.
 """
 
 import re
@@ -39,7 +41,7 @@ BUNDLE = BundleRef(
     rows={"train": 10, "test": 10},
     longest={},  # longest list of each jagged input, of which there is none
     task="ctr",
-    grouped=False,
+    grouped=False,  # rows have no group, such as a session
     architecture="b" * 64,  # digest of the source of the model's class
 )
 CHAMPION = Artifact(uri="file:///s/artifacts/c", sha256="c" * 64, bytes=1)

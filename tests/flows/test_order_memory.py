@@ -80,6 +80,7 @@ def test_out_of_memory_error_names_stage_model_and_estimate():
 
 
 def test_missing_module_is_not_reported_as_out_of_memory(monkeypatch, capsys):
+    """``report_error`` imports the module. With a memory limit, a failed import means no memory."""
     monkeypatch.setitem(sys.modules, "flows.order_faults", None)
     assert cli_errors.report_error(ValueError("x")) == 1
     output = capsys.readouterr().err

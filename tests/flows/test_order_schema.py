@@ -1,6 +1,12 @@
 """The JSON schema that Prefect checks on submission and the class ``Order`` refuse the same orders.
 
-The tests use the validator that Prefect's server uses when a run is created.
+The tests use the validator that Prefect's server uses when a run is created. There are exceptions:
+only the schema refuses teachers that no step uses. And it may accept orders that the class refuses,
+since it compares batch sizes only with ``BATCH_THRESHOLDS`` and label rates only with
+``RATE_THRESHOLDS``, and has rules for the position of 'recalibrate' only in the first 24 steps.
+
+In names of cases, "traffic" are training rows without labels, and "nulls of the form" are the null
+values that the form submits for optional fields without a value.
 """
 
 import json

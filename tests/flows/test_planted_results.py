@@ -1,4 +1,8 @@
-"""Malicious files in place of stored task results: none is executed, imported or unpickled."""
+"""Malicious files in place of stored task results: none is executed, imported or unpickled.
+
+recpress stores the results of tasks as records, and forbids Prefect to store or read any: the
+options ``NO_RESULTS`` of each flow and task. A block is Prefect's description of a storage.
+"""
 
 import base64
 import json

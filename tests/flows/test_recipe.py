@@ -1,7 +1,7 @@
 """Recipes that train and quantize: stages, the stored student, and steps that do not fit.
 
 A stage is the untouched model or the model after an applied step. Skipped steps are in
-``idle_reasons``.
+``idle_reasons``. A draft is the folder that a user writes and ``pack`` stores as a bundle.
 """
 
 from pathlib import Path

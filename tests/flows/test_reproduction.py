@@ -25,7 +25,7 @@ BUNDLE = BundleRef(
     rows={"train": 10, "test": 10},
     longest={},  # longest list of each jagged input, of which there is none
     task="ctr",
-    grouped=False,
+    grouped=False,  # rows have no group, such as a session
     architecture="b" * 64,  # digest of the source of the model's class
 )
 

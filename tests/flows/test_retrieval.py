@@ -1,7 +1,8 @@
 """An order for a two-tower retrieval model: two graphs, evaluated by ranking all items.
 
 The query tower ``of_user`` reads the user and the tags of recently used items (``lately``), the
-item tower ``of_item`` the item, its tags and dense features.
+item tower ``of_item`` the item, its tags and dense features. ``planted_recall`` computes the recall
+without recpress; its argument ``mask`` excludes the items of a user's rows in other splits.
 """
 
 import json

@@ -50,6 +50,7 @@ def test_embedded_server_accepts_only_requests_with_its_secret(
 
 
 def test_embedded_server_allows_no_other_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``FOREIGN`` are origins of web pages that must not read responses."""
     auth = new_auth_string()
     headers = [basic_auth_header(auth) | {"Origin": origin} for origin in FOREIGN]
     for reply in send_to_embedded_server(monkeypatch, auth, *headers):

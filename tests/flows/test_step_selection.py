@@ -23,10 +23,10 @@ def bundle_with(**rows: int) -> BundleRef:
         version="1",
         metric="auc",
         rows={"test": 100, **rows},
-        longest={},
+        longest={},  # longest list of each jagged input, of which there is none
         architecture="b" * 64,  # digest of the source of the model's class
         task="ctr",
-        grouped=False,
+        grouped=False,  # rows have no group, such as a session
     )
 
 

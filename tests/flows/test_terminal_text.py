@@ -1,4 +1,8 @@
-"""Untrusted names and values are printed completely, but cannot control a terminal, log or page."""
+"""Untrusted names and values are printed completely, but cannot control a terminal, log or page.
+
+``printable`` escapes control, invisible and direction characters, but not tabs and line ends;
+``one_line`` escapes those, too.
+"""
 
 import ast
 import functools
@@ -245,6 +249,8 @@ def strip_styles(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-ln-z]|\x1b\[(?:[0-9];?)*m|\r", "", text)
 
 
+# Not "escape" and "return", which ``strip_styles`` would remove from the output (the next test has
+# them), and not "line", which the output has on two lines.
 @pytest.mark.parametrize("kind", sorted(HOSTILE.keys() - {"escape", "return", "line"}))
 def test_console_lines_tables_and_stages_print_hostile_text_escaped_on_a_terminal(
     kind, monkeypatch

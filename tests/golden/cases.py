@@ -96,7 +96,7 @@ class Case:
     sample: str = ""
 
 
-# Steps that a method requires before it, and settings with which it changes the networks.
+# Steps that a method requires before it, and settings with which it changes these small networks.
 BEFORE: dict[str, Steps] = {"refit_codes": (("product_codes", {}),)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "additive_codes": {"codebooks": 2, "rounds": 4, "beam": 4},

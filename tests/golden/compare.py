@@ -1,6 +1,8 @@
 """Read and write the record file, and compare its entries with new entries.
 
 If a target has the same entries as another target, the file stores a reference to that target.
+A key is ``case | network | part | item`` (see ``entries.py``). In the file, a group is all of a key
+but the item. The part of an entry of a graph begins with the name of its target.
 """
 
 import json

@@ -1,4 +1,8 @@
-"""Convert one case to entries of the record: ``case | network | part | item`` -> one line."""
+"""Convert one case to entries of the record: ``case | network | part | item`` -> one line.
+
+A part is a step, ``stored`` (the tensors after the last step), ``torch`` (the scores of the module)
+or a target, followed by the graph's name if there are several. An item is, for example, a tensor.
+"""
 
 import hashlib
 import math

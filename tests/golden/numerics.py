@@ -1,8 +1,11 @@
 """Describe a tensor in one line of text, and compare such lines across CPUs.
 
-A line has dtype, shape, a digest of the values, and two statistics. On the machine type that wrote
-the record the whole line must be equal. On another machine type float sums have another order, so
-the digest may differ; then dtype and shape must be equal and the statistics must be close.
+A line has dtype, shape, a digest of the values, and two statistics: mean and root mean square. For
+a tensor of at most one element it has dtype, shape and the value instead.
+
+On the machine type that wrote the record the whole line must be equal. On another machine type
+float sums have another order, so the digest may differ; then dtype and shape must be equal and the
+statistics must be close.
 """
 
 import hashlib

@@ -135,6 +135,9 @@ def write_graphs(
 ) -> list[WrittenGraph]:
     """Lower a model for one target; ONNX Runtime also scores its graphs.
 
+    The scores are of random ``valid`` inputs, and of ``edge`` inputs: ids outside of their tables,
+    and lists that are empty or have the longest length.
+
     Args:
         model: original or compressed model.
         reference: the reference network with its signature.

@@ -93,7 +93,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def artifact_key(artifact: Artifact) -> str:
-    """Return the key prefix of an artifact's manifest and of the links to its files."""
+    """Return the key prefix of an artifact's manifest and of the links to its files.
+
+    A link is a hard link to the blob of a file; only a store in a folder has links.
+    """
     return f"artifacts/{artifact.sha256}"
 
 

@@ -17,6 +17,10 @@ from infra.arrow_memory import ARROW_POOL
 def test_arrow_uses_the_system_pool_unless_the_variable_is_set(
     variables: dict[str, str], expected: str
 ) -> None:
+    """The default pool, mimalloc, reserves 1 GiB of address space, and too little may remain.
+
+    ``ARROW_POOL`` has the environment variable that selects the pool.
+    """
     env = {name: value for name, value in os.environ.items() if name not in ARROW_POOL} | variables
     code = "import infra.data.splits, pyarrow; print(pyarrow.default_memory_pool().backend_name)"
     output = subprocess.run(

@@ -1,6 +1,7 @@
 """The estimate of available memory, and recognition of out-of-memory errors of all libraries.
 
-The field ``doing`` of an error is the work for which memory was missing.
+The field ``doing`` of an error is the work for which memory was missing. ``raises_code`` with the
+code None accepts any code.
 """
 
 import errno

@@ -7,7 +7,11 @@ A refusal is the error ``BundleRefused``. Tests check its code and fields, or a 
 if the message is from a JSON or safetensors parser.
 
 A ``TensorFact`` is shape, dtype and size of one stored tensor. The field ``near`` of a reason has
-the most similar names that exist.
+the most similar names that exist, and ``place`` is an index in a tensor. ``place`` of a refusal is
+the beginning of its message.
+
+``ties`` map the name of a parameter that is not stored to the tensor that it shares. The sections
+``vocabularies`` and ``transforms`` refer to files that are stored unchanged with the model.
 """
 
 import contextlib

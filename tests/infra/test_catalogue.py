@@ -1,4 +1,9 @@
-"""Splits of a retrieval model: rows are joined with the features of their items, or refused."""
+"""Splits of a retrieval model: rows are joined with the features of their items, or refused.
+
+The catalogue is the split ``items``, with one row per item. Prepared tensors that are not inputs
+have names that begin with "@": ``@bounds/tags`` has the index of each row's first id in ``tags``,
+and the number of all ids at its end.
+"""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +19,8 @@ from infra.data.expectations import Rules, validate
 from infra.data.splits import check_ids, split_statistics
 from infra.errors import DataRefused
 
-SCHEMA = Signature.model_validate(SIGNATURE)
+SCHEMA = Signature.model_validate(SIGNATURE)  # which columns the splits must have
+# Rows of each table.
 TABLES = {"of_user.user": 9, "of_user.lately": 6, "of_item.item": 9, "of_item.tags": 6}
 LISTS = pa.list_(pa.int64())
 

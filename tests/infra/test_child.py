@@ -125,6 +125,8 @@ def test_child_that_exhausts_its_memory_is_out_of_memory(child, tmp_path, statem
         run_child(module, {}, tmp_path / "job", 30)
 
 
+# The second argument of a child is the file for its response. The exit code 2 means that the
+# response is a refusal, 3 that it is an error of exhausted memory.
 @pytest.mark.parametrize(
     "work",
     [

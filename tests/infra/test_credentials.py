@@ -1,6 +1,7 @@
 """Removal of credentials from messages, addresses, exceptions and log records.
 
 ``SECRETS`` are canaries: random values of variables such as passwords. No output may contain one.
+A bare address of a server has no login, and a bare URI of a database has no password.
 """
 
 import logging

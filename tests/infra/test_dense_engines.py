@@ -166,11 +166,14 @@ def lines_of_version_8(eligible: str, picked: str) -> list[str]:
     ],
 )
 def test_judge_sparsity_reads_the_outcome_from_the_log(log, outcome, reason):
-    judged, judged_reason = judge_sparsity(["something else", *log], 3, "10.9")
+    judged, judged_reason = judge_sparsity(
+        ["something else", *log], sparse_layers=3, version="10.9"
+    )
     assert judged == outcome
     assert judged_reason is not None
     assert re.search(reason, judged_reason)
 
 
 def test_judge_sparsity_returns_none_without_sparse_layers():
-    assert judge_sparsity(lines_of_version_8("first", "first"), 0, "10.9") == (None, None)
+    log = lines_of_version_8("first", "first")
+    assert judge_sparsity(log, sparse_layers=0, version="10.9") == (None, None)

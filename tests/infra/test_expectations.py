@@ -435,7 +435,10 @@ def test_row_numbers_of_findings_continue_through_all_parts(write, tmp_path):
 
 
 def test_expectation_that_raises_is_not_evaluated_and_refused(write, monkeypatch):
-    """Great Expectations raises when it compares text with numbers."""
+    """Great Expectations raises when it compares text with numbers.
+
+    ``ROWS`` is the view of the check: the values of a column without lists.
+    """
     broken = Check(
         "train", "session", "between", ROWS, "ExpectColumnValuesToBeBetween", {"max_value": 3}
     )

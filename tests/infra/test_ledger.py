@@ -242,5 +242,5 @@ def test_unexpected_key_among_the_entries_is_reported_as_damage(ledger, name):
 
 @pytest.mark.parametrize("model", ["", "..", "a/b", "a:b", "/a", "a\\b"])
 def test_model_name_that_is_not_one_path_component_is_refused(tmp_path, model):
-    with raises_code(StoreRefused, None):
+    with raises_code(StoreRefused, None):  # any code
         Ledger(Store(str(tmp_path)), model)

@@ -370,7 +370,7 @@ def test_tensors_beyond_the_available_memory_are_refused_before_they_are_allocat
 ):
     path = write_valid_file(tmp_path, valid_bytes)
     monkeypatch.setenv("RECPRESS_MEMORY_MB", "1")
-    # Both are less than a MiB.
+    # The needed and the available memory are less than a MiB, and the fields are rounded down.
     with raises_code(OutOfMemory, "step_memory", needed_mib=0, available_mib=0):
         prepare(path, signature(), tmp_path)
 

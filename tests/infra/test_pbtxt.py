@@ -2,7 +2,7 @@
 
 ``pbtxt_reader`` parses a value without quotes as a ``Word``: the name of an enumeration value,
 true, false, inf or nan. ``Word`` and ``Enum`` are strings, so an ``Enum`` equals the ``Word`` with
-its name.
+its name. ``entries`` converts a mapping to a map field: messages with ``key`` and ``value``.
 """
 
 import math

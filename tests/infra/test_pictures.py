@@ -2,7 +2,8 @@
 
 A strip shows one value with its interval, a reference value and a limit; ``refused`` is the side of
 the limit whose values are rejected. A composition has stacked bars of bytes. A pair is two bars,
-before and after. The second argument of ``draw_strip`` is a tone, which selects the colour.
+before and after; the third argument of ``draw_pair`` is the number of bytes of a bar with the full
+width. The second argument of ``draw_strip`` is a tone, which selects the colour.
 """
 
 import re

@@ -162,13 +162,14 @@ def test_version_is_returned_by_number_and_by_alias(registry):
     with raises_code(RegistryRefused, "alias_missing", alias="@champion", aliases=("@candidate",)):
         registry.version("ranker", "@champion")
     for ref in ("3", "one", "", "@"):
-        with raises_code(RegistryRefused, None, model="ranker"):
+        with raises_code(RegistryRefused, None, model="ranker"):  # any code
             registry.version("ranker", ref)
     with raises_code(RegistryRefused, "version_missing", version="9", newest=("2", "1")):
         registry.set_alias("ranker", "champion", "9")
 
 
 def test_repair_sets_or_removes_the_champion_alias(registry):
+    """``repair`` returns whether it has changed the alias."""
     publish(registry)
     publish(registry, OTHER_ORDER)
     assert registry.repair("ranker", "2") is True

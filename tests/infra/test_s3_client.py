@@ -23,7 +23,7 @@ def clock_seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_stores_share_one_client_for_a_minute(s3: S3Server, clock_seconds: list[float]) -> None:
-    first = Bucket("models", "a")._files
+    first = Bucket("models", "a")._files  # the client
     clock_seconds[0] = CLIENT_SECONDS - 1
     assert Bucket("datasets", "b")._files is first
     clock_seconds[0] = CLIENT_SECONDS

@@ -1,4 +1,9 @@
-"""Conversion of splits to tensors, and checks of ids and lists against their tables."""
+"""Conversion of splits to tensors, and checks of ids and lists against their tables.
+
+Prepared tensors that are not inputs have names that begin with "@": ``@label``, ``@group``,
+``@time``, and for each jagged input ``@bounds/NAME``, which has the index of each row's first id,
+and the number of all ids at its end.
+"""
 
 import datetime as dt
 import re

@@ -57,12 +57,17 @@ def kill_writer_at(
         send: sends a command to the process of ``tests/killed_registry.py``.
         folder: folder for the registries.
         writer: ``now``, or ``earlier`` for a registry that MLflow creates directly in the file.
-        points: shares of the writer's file operations after which it is killed.
+        points: shares of the writer's operations (SQL statements, commits and changes of files) at
+            which it is killed.
+
+    Returns:
+        For each point: ``killed`` (False if the writer ended earlier), ``version`` that a process
+        published afterwards, and ``left``, the files in the folder.
     """
     return send(" ".join([str(folder), writer, *map(str, points)]))
 
 
-# Points for ``kill_writer_at``: steps of 0.025, and of 0.002 from 0.9 to 1, because the last file
+# Points for ``kill_writer_at``: steps of 0.025, and of 0.002 from 0.9 to 1, because the last
 # operations create the link and remove the temporary file.
 FEW_POINTS = [0.5, 1.0]
 MANY_POINTS = [number / 40 for number in range(1, 36)] + [

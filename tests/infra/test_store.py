@@ -126,7 +126,7 @@ def test_put_of_the_same_content_returns_the_same_artifact_without_an_upload(
     stored, folder, tmp_path
 ):
     first = stored.store.put(folder)
-    stored.store._backend.upload = None  # a second upload would fail
+    stored.store._backend.upload = None  # replacing a stored file would fail
     again = stored.store.put(copy_folder(folder, tmp_path / "copy"))
     assert again == first
     assert stored.store.find(first.sha256) == first
@@ -401,6 +401,7 @@ def test_put_of_a_file_that_changes_meanwhile_stores_no_artifact(
         return entries
 
     monkeypatch.setattr("infra.store.object_store.hash_files", hash_and_change)
+    # Any code: it depends on how the file has changed.
     with raises_code(ConcurrentChange, None, path=Text(r"big\.safetensors$")):
         stored.store.put(big_folder)
     assert stored.store.keys("artifacts/") == ()

@@ -107,6 +107,7 @@ def test_second_artifact_with_the_same_large_file_stores_only_its_other_files(
 
 
 def test_file_that_a_bucket_has_is_not_sent_again(s3, tmp_path, monkeypatch):
+    """Files of at most ``SMALL_BYTES`` are sent without a check whether the bucket has them."""
     stored = bucket_store(f"medium-{time.time_ns()}")
     source = make_folder(tmp_path / "model", largest=SMALL_BYTES + 1)
     stored.store.put(source)
@@ -266,6 +267,7 @@ def test_file_that_is_a_link_to_its_blob_is_not_read_again(folder, tmp_path, mon
     (source / "table").hardlink_to(tmp_path / "store" / blob_key(stored, first, LARGE))
     (source / "model.json").write_text("[1]")
     manifest = StoreManifest.of(hash_files(source, regular_files(source)))
+    # None: comparing the bytes of a file with its blob would fail.
     monkeypatch.setattr("infra.store.artifact_files.has_content", None)
     second = stored.store.take(source, manifest)
     assert contents(stored.store.get(second, tmp_path / "out"))["model.json"] == b"[1]"

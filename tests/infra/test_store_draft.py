@@ -254,6 +254,7 @@ def test_store_takes_a_sealed_draft_without_hashing_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     store = Store(str(tmp_path / "store"))
+    # None: a call of one of these functions, which read and hash files, would fail.
     monkeypatch.setattr(store_draft, "hash_files", None)
     monkeypatch.setattr("infra.store.object_store.hash_files", None)
     monkeypatch.setattr("infra.store.artifact_files.verified_chunks", None)

@@ -37,6 +37,7 @@ def identifier_files(home: Path) -> list[str]:
 def test_import_of_any_module_sets_all_variables_before_the_libraries(
     module: str, tmp_path: Path
 ) -> None:
+    # The import hook checks one variable, because all are set by the same call.
     libraries = "'prefect', 'mlflow', 'great_expectations', 'onnxruntime'"
     code = f"""
 import sys, importlib.abc

@@ -1,7 +1,9 @@
 """Removal of temporary files: files of killed processes are removed, others are kept.
 
 The name of a temporary file contains machine, PID and start time of the process that writes it.
-Arguments of ``open_draft`` are the folder of the result, the job, and path and size of a file.
+Arguments of ``open_draft`` are the folder of the result, the job, and path and size of a file. A
+draft is an artifact that is being written. ``EARLIER_SIBLINGS`` is the pattern of names that
+version 0.1.0 gave to temporary folders next to their results.
 """
 
 import os
@@ -54,6 +56,7 @@ with scratch_folder("pack") as folder:
 
 def run_same_command_again(kind: str, top: Path) -> None:
     """Do what the next run of the same command does, including the removal of old files."""
+    # Otherwise the process would not remove files from a folder again within a minute.
     store_folder._last_collections.clear()
     if kind == "store key":
         Store(str(top / "store")).write("models/2", b"x")

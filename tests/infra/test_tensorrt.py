@@ -6,7 +6,8 @@ of a twin, an engine of the same graph with half the rows in large tables: it is
 equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
 
 A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
-input.
+input. Tables with fewer than ``TWIN_ROWS`` rows are not cut for the twin. ``GROWTH`` is the largest
+allowed difference in scratch memory, as a share of the bytes that the twin lacks.
 """
 
 import hashlib
@@ -406,7 +407,7 @@ def test_halve_keeps_the_first_half_of_large_tables_and_all_of_small_ones(kind):
     small = TableWeights(module="weight", rows=FIELDS * dim, initializers=("weight",))
     removed = halve(model, [large, small])
     after = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    kept_rows = rows // 4 * 2
+    kept_rows = rows // 4 * 2  # half, rounded down to an even number: 4-bit rows end on a byte
     for name, values in before.items():
         np.testing.assert_array_equal(after[name], values[:kept_rows] if name in names else values)
     row_bytes = {"int8": dim + 2, "int4": dim / 2 + 2, "fp16": dim * 2}[kind]

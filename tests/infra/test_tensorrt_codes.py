@@ -6,7 +6,7 @@ of a twin, an engine of the same graph with half the rows in large tables: it is
 equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
 
 A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
-input.
+input. ``every`` of a table is the number of rows that share one entry of an initializer, by name.
 """
 
 import onnx

@@ -6,7 +6,7 @@ of a twin, an engine of the same graph with half the rows in large tables: it is
 equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
 
 A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
-input.
+input. ``every`` of a table is the number of rows that share one entry of an initializer, by name.
 """
 
 from pathlib import Path
@@ -124,7 +124,8 @@ def test_engine_stores_each_table_format_packed(case: Case, tmp_path: Path):
     assert audit.scratch == "flat"
     assert audit.tables_checked == ("item",)
     assert audit.twin_scratch_bytes == audit.scratch_bytes
-    # At least the codes: without a float16 scale and a float16 offset per row.
+    # A lower bound for the codes: the row without the most that a format stores in addition, a
+    # float16 scale and a float16 offset.
     assert audit.constant_bytes[case.constant_type] >= ROWS * int(case.row_bytes - 4)
     # One scale per row in fp32 instead of fp16 would add 660 KB.
     assert request.packed_bytes <= audit.weights_bytes <= request.packed_bytes + 65_536

@@ -1,7 +1,8 @@
 """Triton repositories: contents of config.pbtxt, warm-up requests, and model folders.
 
 A plan is the file format of TensorRT engines. ``batches`` are the smallest, optimal and largest
-batch. ``longest`` is the largest number of values per row of a jagged input.
+batch. ``longest`` is the largest number of values per row of a jagged input. ``USER``, ``PRICE``
+and ``TAGS`` are declared inputs: an id, three numbers, and values and lengths of a jagged input.
 """
 
 import subprocess

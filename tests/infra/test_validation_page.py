@@ -33,7 +33,10 @@ VOID_TAGS = {"meta", "br", "link", "img", "input"}
 
 
 def page_of(*findings, intended=None):
-    """Render the page of a validation; by default ``intended`` is the number of findings."""
+    """Render the page of a validation; ``intended`` is the number of planned checks.
+
+    By default it is the number of findings, each of which is the result of one check.
+    """
     evaluated = sum(finding.evaluated for finding in findings)
     planned = len(findings) if intended is None else intended
     all_passed = all(finding.success for finding in findings) and evaluated == planned > 0
