@@ -15,7 +15,7 @@ PLANTED = canaries()
 SECRET = PLANTED.of("MLFLOW_TRACKING_URI")
 
 
-# The base64 text of a secret depends on the number of bytes before it, modulo 3 (here 2 or 0).
+# The base64 text of a secret depends on the number of bytes before it, modulo 3 (here 2, 0 and 1).
 @pytest.mark.parametrize(
     "write",
     [
@@ -25,7 +25,7 @@ SECRET = PLANTED.of("MLFLOW_TRACKING_URI")
         lambda secret: repr([secret]),
         lambda secret: base64.b64encode(f"user:{secret}".encode()).decode(),
         lambda secret: base64.b64encode(f"me:{secret}".encode()).decode(),
-        lambda secret: base64.b64encode(f"m:{secret}".encode()).decode(),
+        lambda secret: base64.b64encode(f"you:{secret}".encode()).decode(),
         lambda secret: base64.b64encode(json.dumps({"password": secret}).encode()).decode(),
     ],
 )

@@ -219,6 +219,10 @@ class Float8Dense(StepSettings):
             if ALL_LAYERS in self.layers and not largest[unit.name]:
                 outcomes[unit.name] = ZERO_INPUTS
                 continue
+            if not bool(torch.isfinite(input_scale)):
+                raise StepRefused(
+                    "layer_inputs_not_finite", layer=unit.name, value=float(largest[unit.name])
+                )
             if not input_scale >= SMALLEST:
                 raise StepRefused("layer_inputs_zero", layer=unit.name)
             weight, bias = unit.weight, unit.bias

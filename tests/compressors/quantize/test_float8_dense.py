@@ -1,5 +1,7 @@
 """Dense layers in 8-bit floats: rounding, scales, the op and its gradients."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,10 @@ from error_codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressors.contracts import Bench
+from compressors.contracts import Bench, DenseInput
 from compressors.core.batches import batches
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
@@ -142,3 +145,14 @@ def test_a_layer_with_zero_inputs_or_a_bench_without_rows_raises_an_error(tmp_pa
         run(step, source, RANKER.bench(tmp_path / "data"), tmp_path / "out")
     with raises_code(NothingToCompress, "rows_missing", missing=("calibration",)):
         run(Float8Dense(), source, Bench(signature=RANKER.signature), tmp_path / "out")
+
+
+def test_a_layer_with_infinite_inputs_is_refused(tmp_path):
+    source, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
+    file = Path(bench.calibration.path) / "data.safetensors"
+    tensors = load_file(file)
+    (name,) = [item.name for item in RANKER.signature.inputs if isinstance(item, DenseInput)]
+    tensors[name][0] = torch.finfo(torch.float32).max  # a sum of several of these is infinite
+    save_file(tensors, file)
+    with raises_code(StepRefused, "layer_inputs_not_finite"):
+        run(Float8Dense(), source, bench, tmp_path / "out")

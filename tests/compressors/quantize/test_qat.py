@@ -172,7 +172,7 @@ def test_a_training_resumed_after_a_kill_gives_the_same_bits(tmp_path, monkeypat
 
     def store_then_raise(folder: str, progress: TrainingProgress) -> None:
         store_progress(folder, progress)
-        if len(progress.facts["epochs"]) == 3:
+        if len(progress.json_values["epochs"]) == 3:
             raise Killed
 
     monkeypatch.setattr(compressors.distill.training.trainer, "store_progress", store_then_raise)
