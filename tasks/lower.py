@@ -12,7 +12,8 @@ from torch import Tensor
 
 from compressors.contracts import Artifact, JaggedBag, Plan, Signature, Split
 from compressors.contracts.targets import TARGETS
-from compressors.core.batches import batches, generate_edge_inputs
+from compressors.core.batches import batches
+from compressors.core.random_inputs import edge_rows, generate_edge_inputs
 from compressors.core.runner import rows_of_tables
 from compressors.core.units import Unit, stored_bytes
 from compressors.lower.export import Lowered, lower
@@ -131,9 +132,7 @@ def _check_graph(
             check.require_same_in_small_batch(expected[:size], inputs, rows_parity)
         tables = rows_of_tables(loaded.model.module, signature)
         # Two rows per input with ids out of range, one with empty lists, one with full lists.
-        edge = generate_edge_inputs(
-            signature, tables, max(EDGE_ROWS, 2 * len(signature.inputs) + 2)
-        )
+        edge = generate_edge_inputs(signature, tables, max(EDGE_ROWS, edge_rows(signature)))
         edge_parity, _ = check.parity(edge, "the edge cases")
         del session, check  # frees their memory: the audit opens a second session of this graph
     optimized = None

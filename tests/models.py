@@ -33,8 +33,9 @@ from compressors.contracts import (
     Split,
     TargetName,
 )
-from compressors.core.batches import batches, generate_inputs
+from compressors.core.batches import batches, model_inputs
 from compressors.core.model import Model
+from compressors.core.random_inputs import generate_data, generate_inputs
 from compressors.core.registries import METHODS as REGISTRY
 from compressors.core.runner import rows_of_tables, run
 from compressors.core.steps.decisions import AppliedStep
@@ -440,24 +441,24 @@ def write_split(
     score is above the median.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = generate_inputs(signature, rows_of_table, rows, seed=seed)
+    data = generate_data(signature, rows_of_table, rows, seed=seed)
     label = torch.arange(rows, dtype=torch.float32) % 2
     if score_function is not None:
-        scores = score_function(inputs)
+        scores = score_function(model_inputs(data, signature))
         label = (scores > scores.median()).to(torch.float32)
-    for item in signature.inputs:
+    for item in signature.data_inputs:
         if isinstance(item, JaggedBag):
-            bounds_or_lengths = inputs.pop(f"{item.name}_{item.layout}")
-            count = len(inputs[item.name])
+            bounds_or_lengths = data.pop(f"{item.name}_{item.layout}")
+            count = len(data[item.name])
             if item.layout == "offsets":
                 bounds = torch.cat([bounds_or_lengths, torch.tensor([count])])
             else:
                 bounds = torch.cat([torch.zeros(1, dtype=torch.int64), bounds_or_lengths.cumsum(0)])
-            inputs[f"@bounds/{item.name}"] = bounds
-    inputs["@label"] = label
+            data[f"@bounds/{item.name}"] = bounds
+    data["@label"] = label
     if signature.group is not None:
-        inputs["@group"] = torch.arange(rows) // 8
-    save_file(inputs, folder / "data.safetensors")
+        data["@group"] = torch.arange(rows) // 8
+    save_file(data, folder / "data.safetensors")
     return Split(path=str(folder), sha256="0" * 64, rows=rows)
 
 

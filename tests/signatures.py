@@ -12,8 +12,15 @@ def with_output(signature: Signature, **changes: Any) -> Signature:
 
 
 def as_version_1(document: dict[str, Any]) -> dict[str, Any]:
-    """Convert a ``model.json`` from version 2 to version 1, which had no name of the output."""
+    """Convert a ``model.json`` from version 2 to version 1.
+
+    Version 1 had no name of the output and no ``fields`` and ``more_tables`` of inputs.
+    """
     signature = dict(document["signature"])
+    signature["inputs"] = [
+        {name: value for name, value in item.items() if name not in ("fields", "more_tables")}
+        for item in signature["inputs"]
+    ]
     (output,) = signature.pop("outputs")
     signature |= {"task": output["kind"], "output": output["form"], "metric": output["metric"]}
     if "label" in output:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pbtxt_reader import parse_message
 
 from compressors.contracts import Artifact, JaggedBag, Signature
-from compressors.core.batches import generate_inputs
+from compressors.core.random_inputs import generate_inputs
 from compressors.lower.serving_wrapper import input_names
 from infra.triton.repository import ServedVersion, Tensor
 

@@ -9,7 +9,8 @@ reasons/              reasons of decisions and verdicts, as code and fields
 reasoned.py           base class of decisions that have reasons
 artifact.py           a stored object, named by its content hash
 memory_errors.py      recognize errors caused by too little memory
-inputs.py             the kinds of inputs of a model
+frozen.py             base class of immutable values
+inputs/               the kinds of inputs of a model
 named_object.py       import an object that a text ``module:name`` names
 task_kind.py          properties of each task kind, and the registry of task kinds
 metrics/              properties of each metric, and the registry of metrics
@@ -30,13 +31,21 @@ from compressors.contracts.bench import Bench as Bench
 from compressors.contracts.bench import Part as Part
 from compressors.contracts.bench import Split as Split
 from compressors.contracts.coded_error import CodedError as CodedError
+from compressors.contracts.frozen import Frozen as Frozen
 from compressors.contracts.inputs import AnyInput as AnyInput
+from compressors.contracts.inputs import BoundedInput as BoundedInput
+from compressors.contracts.inputs import DataInput as DataInput
 from compressors.contracts.inputs import DenseInput as DenseInput
-from compressors.contracts.inputs import Frozen as Frozen
+from compressors.contracts.inputs import IdField as IdField
 from compressors.contracts.inputs import IdInput as IdInput
+from compressors.contracts.inputs import IntegerInput as IntegerInput
 from compressors.contracts.inputs import JaggedBag as JaggedBag
+from compressors.contracts.inputs import KeyInput as KeyInput
+from compressors.contracts.inputs import MatrixInput as MatrixInput
 from compressors.contracts.inputs import PaddedBag as PaddedBag
+from compressors.contracts.inputs import ValueRange as ValueRange
 from compressors.contracts.inputs import tensor_names as tensor_names
+from compressors.contracts.inputs import value_ranges as value_ranges
 from compressors.contracts.limits import Limit as Limit
 from compressors.contracts.limits import limit_problems as limit_problems
 from compressors.contracts.limits import limit_warnings as limit_warnings

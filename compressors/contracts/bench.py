@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from compressors.contracts.artifact import Artifact, Sha256
-from compressors.contracts.inputs import Frozen
+from compressors.contracts.frozen import Frozen
 from compressors.contracts.signature import Signature
 
 

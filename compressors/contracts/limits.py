@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compressors.contracts.inputs import Frozen
+from compressors.contracts.frozen import Frozen
 from compressors.contracts.metrics import Metric, MetricName
 from compressors.contracts.metrics.families import find_metric, metric
 from compressors.contracts.reasons import Reason

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from compressors.contracts.inputs import Frozen
+from compressors.contracts.frozen import Frozen
 
 
 class Architecture(Frozen):

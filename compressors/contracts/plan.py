@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, computed_field, model_validator
 
-from compressors.contracts.inputs import Frozen
+from compressors.contracts.frozen import Frozen
 from compressors.contracts.reasoned import Reasoned
 from compressors.contracts.reasons import Reason, join_reasons, read_reasons
 

@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, computed_field, model_validator
 
-from compressors.contracts.inputs import Frozen
+from compressors.contracts.frozen import Frozen
 from compressors.contracts.reasons import Reason, join_reasons, read_reasons
 
 

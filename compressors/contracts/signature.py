@@ -5,7 +5,15 @@ from typing import Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from compressors.contracts.inputs import AnyInput, Frozen, IdInput, tensor_names
+from compressors.contracts.frozen import Frozen
+from compressors.contracts.inputs import (
+    AnyInput,
+    DataInput,
+    IdInput,
+    KeyInput,
+    data_inputs,
+    tensor_names,
+)
 from compressors.contracts.metrics import MetricName, metric_problem
 from compressors.contracts.task_kind import OutputForm, TaskKind, TaskName, task_kind
 from compressors.contracts.value_errors import value_error
@@ -89,9 +97,9 @@ class Signature(Frozen):
         group: column that groups rows, such as by user or by query.
         time: column with the time of a row.
         towers: the two towers of a ``retrieval`` model; None for other models.
-        item: the input with the item's id of a ``retrieval`` model; None for other models. Rows of
-            such a model are interactions of the users in column ``group``. If it has no ``label``,
-            all interactions are positive.
+        item: the input with the item's id of a ``retrieval`` model, an input of the item tower or
+            a key; None for other models. Rows of such a model are interactions of the users in
+            column ``group``. If it has no ``label``, all interactions are positive.
     """
 
     inputs: tuple[AnyInput, ...] = Field(min_length=1)
@@ -103,7 +111,8 @@ class Signature(Frozen):
 
     @model_validator(mode="after")
     def _require_unique_inputs_and_one_output(self) -> Self:
-        names = [name for item in self.inputs for name in tensor_names(item)]
+        names = [name for item in self.data_inputs for name in tensor_names(item)]
+        names += [item.name for item in self.inputs if item not in self.data_inputs]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise value_error("inputs_repeated", names=tuple(repeated))
@@ -131,23 +140,38 @@ class Signature(Frozen):
         if self.scores_rows:
             if self.towers is not None or self.item is not None:
                 raise value_error("towers_unexpected", task=task)
+            if keys := [entry.name for entry in self.inputs if isinstance(entry, KeyInput)]:
+                raise value_error("keys_unexpected", keys=tuple(keys), task=task)
             return self
         if self.towers is None or self.item is None:
             raise value_error("towers_missing", task=task)
         tower_inputs = (*self.towers.query.inputs, *self.towers.item.inputs)
-        inputs_by_name = {entry.name: entry for entry in self.inputs}
-        if sorted(tower_inputs) != sorted(inputs_by_name):
+        model_inputs = [entry.name for entry in self.model_inputs]
+        if sorted(tower_inputs) != sorted(model_inputs):
             raise value_error(
                 "tower_inputs_differ",
-                inputs=tuple(sorted(inputs_by_name)),
+                inputs=tuple(sorted(model_inputs)),
                 read=tuple(sorted(tower_inputs)),
             )
-        if self.item not in self.towers.item.inputs:
+        keys = [entry.name for entry in self.inputs if isinstance(entry, KeyInput)]
+        if self.item not in (*self.towers.item.inputs, *keys):
             raise value_error("item_not_in_tower", item=self.item)
-        item = inputs_by_name[self.item]
-        if not isinstance(item, IdInput) or item.shape:
+        if keys not in ([], [self.item]):
+            raise value_error("keys_unused", keys=tuple(keys), item=self.item)
+        item = next(entry for entry in self.inputs if entry.name == self.item)
+        if not isinstance(item, IdInput | KeyInput) or item.shape:
             raise value_error("item_no_single_id", item=self.item)
         return self
+
+    @property
+    def data_inputs(self) -> tuple[DataInput, ...]:
+        """The inputs that read the data: in place of a matrix, its fields."""
+        return tuple(part for item in self.inputs for part in data_inputs(item))
+
+    @property
+    def model_inputs(self) -> tuple[AnyInput, ...]:
+        """The inputs that the model receives: all except keys."""
+        return tuple(item for item in self.inputs if not isinstance(item, KeyInput))
 
     @property
     def single_output(self) -> Output:
@@ -192,6 +216,6 @@ class Signature(Frozen):
         if rows.towers is None or rows.item is None:
             return rows
         if split == ITEMS:
-            items = rows.without_labels().only(rows.towers.item.inputs)
+            items = rows.without_labels().only((*rows.towers.item.inputs, rows.item))
             return items.model_copy(update={"group": None, "time": None})
         return rows.only((*rows.towers.query.inputs, rows.item))

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from compressors.contracts.inputs import Frozen
+from compressors.contracts.frozen import Frozen
 from compressors.contracts.limits import Limit
 from compressors.contracts.reasoned import Reasoned
 

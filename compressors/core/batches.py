@@ -1,14 +1,16 @@
-"""Read prepared data as batches of model inputs, and generate random inputs.
+"""Read prepared data as batches of model inputs.
 
 A prepared split is a folder with one ``data.safetensors``: a tensor per input under the input's
-name, ``@label``, and ``@group`` and ``@time`` if the signature names them. A jagged bag (a list of
+name (for a matrix, per field under the field's name), ``@label``, and ``@group`` and ``@time`` if
+the signature names them. A jagged bag (a list of
 ids whose length differs between rows) is stored as the concatenated ids and ``@bounds/<name>``,
 int64 ``(rows + 1,)``: row ``r`` has the ids from ``bounds[r]`` to ``bounds[r + 1] - 1``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -17,9 +19,9 @@ from torch import Tensor
 from compressors.contracts import (
     AnyInput,
     DenseInput,
-    IdInput,
     JaggedBag,
-    PaddedBag,
+    KeyInput,
+    MatrixInput,
     Signature,
     Split,
     tensor_names,
@@ -56,21 +58,21 @@ def batches(
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         bounds = {
             item.name: file.get_tensor(f"@bounds/{item.name}")
-            for item in signature.inputs
+            for item in signature.data_inputs
             if isinstance(item, JaggedBag)
         }
         for begin in range(0, rows, size):
             end = min(begin + size, rows)
-            inputs: dict[str, Tensor] = {}
-            for item in signature.inputs:
+            data: dict[str, Tensor] = {}
+            for item in signature.data_inputs:
                 if isinstance(item, JaggedBag):
                     edges = bounds[item.name][begin : end + 1]
                     values = slices[item.name][int(edges[0]) : int(edges[-1])]
-                    inputs.update(jagged(item, values, edges - edges[0]))
+                    data.update(jagged(item, values, edges - edges[0]))
                 else:
-                    inputs[item.name] = slices[item.name][begin:end]
+                    data[item.name] = slices[item.name][begin:end]
             group = slices["@group"][begin:end] if "@group" in slices else None
-            yield Batch(inputs, slices["@label"][begin:end], group)
+            yield Batch(model_inputs(data, signature), slices["@label"][begin:end], group)
 
 
 class Rows:
@@ -96,19 +98,25 @@ class Rows:
 
     def take(self, rows: Tensor) -> Batch:
         """Return the rows with these numbers, int64 ``(batch,)``, as a batch."""
-        inputs: dict[str, Tensor] = {}
-        for item in self.signature.inputs:
+        data: dict[str, Tensor] = {}
+        for item in self.signature.data_inputs:
             values = self._tensors[item.name]
             if not isinstance(item, JaggedBag):
-                inputs[item.name] = values[rows]
+                data[item.name] = values[rows]
                 continue
             bounds = self._tensors[f"@bounds/{item.name}"]
             begin, length = bounds[rows], bounds[rows + 1] - bounds[rows]  # (batch,)
             edges = torch.cat([length.new_zeros(1), length.cumsum(0)])  # (batch + 1,)
             # Shift from an id's position in the batch to its position in the file.
             shift = torch.repeat_interleave(begin - edges[:-1], length)  # (all ids,)
-            inputs.update(jagged(item, values[torch.arange(int(edges[-1])) + shift], edges))
-        return Batch(inputs, self.label[rows], None if self.group is None else self.group[rows])
+            data.update(jagged(item, values[torch.arange(int(edges[-1])) + shift], edges))
+        group = None if self.group is None else self.group[rows]
+        return Batch(model_inputs(data, self.signature), self.label[rows], group)
+
+    def column(self, name: str) -> Tensor:
+        """Return the values of one input of the data for all rows, ``(rows, *shape)``."""
+        values: Tensor = self._tensors[name]
+        return values
 
 
 class JoinedRows:
@@ -161,12 +169,77 @@ class JoinedRows:
         return torch.cat([rows[labelled], rows[~labelled]])
 
 
+def model_inputs(data: Mapping[str, Tensor], signature: Signature) -> dict[str, Tensor]:
+    """Return the arguments of a model's forward method, from the tensors of a batch of the data.
+
+    The tensors of a matrix's fields are concatenated to the matrix. Keys are left out, because no
+    model receives them.
+
+    Args:
+        data: the tensors by name, as ``tensor_names`` of the signature's ``data_inputs`` names
+            them; each has ``rows`` entries, except the ids of jagged bags.
+        signature: the model's signature.
+    """
+    inputs: dict[str, Tensor] = {}
+    for item in signature.inputs:
+        if isinstance(item, MatrixInput):
+            fields = [data[field.name] for field in item.fields]
+            dtype = getattr(torch, item.dtype)
+            columns = [field.reshape(len(field), -1).to(dtype) for field in fields]
+            inputs[item.name] = torch.cat(columns, dim=1)
+        elif not isinstance(item, KeyInput):
+            inputs.update((name, data[name]) for name in tensor_names(item))
+    return inputs
+
+
+class DenseColumns(NamedTuple):
+    """A dense vector among a model's inputs: ``columns`` of the input tensor ``tensor``.
+
+    ``name`` is the name of the dense input, or of the field of a matrix.
+    """
+
+    name: str
+    tensor: str
+    columns: slice
+
+
+def dense_columns(signature: Signature) -> tuple[DenseColumns, ...]:
+    """Return the dense vectors of a model's inputs: dense inputs, and dense fields of matrices."""
+    result = []
+    for item in signature.model_inputs:
+        if isinstance(item, DenseInput):
+            result.append(DenseColumns(item.name, item.name, slice(0, item.shape[0])))
+        elif isinstance(item, MatrixInput):
+            begin = 0
+            for field in item.fields:
+                end = begin + (field.shape[0] if field.shape else 1)
+                if isinstance(field, DenseInput):
+                    result.append(DenseColumns(field.name, item.name, slice(begin, end)))
+                begin = end
+    return tuple(result)
+
+
+def change_columns(
+    inputs: Mapping[str, Tensor], part: DenseColumns, change: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Return inputs in which ``change`` was applied to one dense vector, float ``(rows, width)``.
+
+    The given tensors are not modified.
+    """
+    values = inputs[part.tensor]
+    if part.columns == slice(0, values.shape[1]):
+        return {**inputs, part.tensor: change(values)}
+    changed = values.clone()
+    changed[:, part.columns] = change(values[:, part.columns])
+    return {**inputs, part.tensor: changed}
+
+
 def concatenate_inputs(
     parts: Sequence[dict[str, Tensor]], signature: Signature
 ) -> dict[str, Tensor]:
     """Concatenate the inputs of several batches along the rows."""
     inputs: dict[str, Tensor] = {}
-    for item in signature.inputs:
+    for item in signature.model_inputs:
         names = tensor_names(item)
         tensors = [[part[name] for part in parts] for name in names]
         if isinstance(item, JaggedBag) and item.layout == "offsets":
@@ -183,7 +256,7 @@ def concatenate_inputs(
 def row_of(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> dict[str, Tensor]:
     """Return the inputs of row number ``row`` of a batch, as a batch of one row."""
     row_inputs: dict[str, Tensor] = {}
-    for item in signature.inputs:
+    for item in signature.model_inputs:
         if not isinstance(item, JaggedBag):
             row_inputs[item.name] = inputs[item.name][row : row + 1]
             continue
@@ -198,7 +271,7 @@ def row_of(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> dict
 
 def format_row(inputs: Mapping[str, Tensor], signature: Signature) -> dict[str, str]:
     """Format the inputs of a batch of one row, by input name; long lists are shortened."""
-    return {item.name: _format(inputs[item.name], item) for item in signature.inputs}
+    return {item.name: _format(inputs[item.name], item) for item in signature.model_inputs}
 
 
 def _format(values: Tensor, item: AnyInput) -> str:
@@ -219,110 +292,3 @@ def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]
     """
     second = bounds[:-1] if item.layout == "offsets" else bounds.diff()
     return dict(zip(tensor_names(item), (values, second), strict=True))
-
-
-def generate_inputs(
-    signature: Signature, rows_of_table: dict[str, int], rows: int, seed: int = 0
-) -> dict[str, Tensor]:
-    """Generate random inputs with valid ids, on which a network or a step can be checked.
-
-    Args:
-        signature: describes the inputs to generate.
-        rows_of_table: number of rows of each table, by name; ids are below it.
-        rows: number of rows to generate.
-        seed: seed of the random numbers.
-
-    Returns:
-        The inputs by the name of the model's forward argument. Lists have random lengths from 0 to
-        the longest of the signature.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    inputs: dict[str, Tensor] = {}
-    for item in signature.inputs:
-        inputs.update(_generate_input(item, rows_of_table, rows, generator))
-    return inputs
-
-
-def _generate_input(
-    item: AnyInput,
-    rows_of_table: dict[str, int],
-    rows: int,
-    generator: torch.Generator,
-    share: int | None = None,
-) -> dict[str, Tensor]:
-    """Generate one input; ``share`` sets the lengths of lists: 0 empty, 1 longest, None random."""
-    if isinstance(item, DenseInput):
-        return {item.name: torch.randn((rows, *item.shape), generator=generator)}
-    high, dtype = rows_of_table[item.table], getattr(torch, item.dtype)
-    if isinstance(item, IdInput | PaddedBag):
-        ids = torch.randint(high, (rows, *item.shape), generator=generator, dtype=dtype)
-        if isinstance(item, PaddedBag):
-            lengths = _lengths(item, (rows, 1), generator, share)
-            ids[torch.arange(item.shape[0]) >= lengths] = item.padding_id
-        return {item.name: ids}
-    lengths = _lengths(item, (rows,), generator, share)
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    values = torch.randint(high, (int(bounds[-1]),), generator=generator, dtype=dtype)
-    return jagged(item, values, bounds)
-
-
-def _lengths(
-    item: PaddedBag | JaggedBag,
-    shape: tuple[int, ...],
-    generator: torch.Generator,
-    share: int | None,
-) -> Tensor:
-    """Return the length of each list, int64: random, or ``share`` (0 or 1) times the longest."""
-    if share is not None:
-        return torch.full(shape, share * item.shape[0])
-    return torch.randint(item.shape[0] + 1, shape, generator=generator)
-
-
-def generate_edge_inputs(
-    signature: Signature, rows_of_table: dict[str, int], rows: int, seed: int = 1
-) -> dict[str, Tensor]:
-    """Generate inputs with ids below and above their table's range, to compare two graphs.
-
-    A graph handles such ids by a policy, for example by refusing the row. Each row has out-of-range
-    ids in at most one input: if the row is refused because of one input, the effect of another
-    input cannot be observed. Two rows per input with ids are needed. If there are at least two
-    more, all lists of the second-last row are empty, and all lists of the last row have the longest
-    length.
-
-    Raises:
-        ValueError: ``rows`` is less than twice the number of inputs with ids.
-    """
-    with_ids = [item for item in signature.inputs if not isinstance(item, DenseInput)]
-    shares = (0, 1) if rows >= 2 * len(with_ids) + 2 else ()
-    inputs = generate_inputs(signature, rows_of_table, rows - len(shares), seed)
-    if rows < 2 * len(with_ids):
-        raise ValueError(f"{len(with_ids)} inputs need {2 * len(with_ids)} rows; found {rows}")
-    for index, item in enumerate(with_ids):
-        for row, bad_id in ((2 * index, -1), (2 * index + 1, rows_of_table[item.table])):
-            _write_bad_id(item, inputs, row, bad_id)
-    last_rows = [_row_with_lists(signature, rows_of_table, seed, share) for share in shares]
-    return concatenate_inputs([inputs, *last_rows], signature)
-
-
-def _row_with_lists(
-    signature: Signature, rows_of_table: dict[str, int], seed: int, share: int
-) -> dict[str, Tensor]:
-    """Generate one row whose lists are all empty (share 0) or of the longest length (share 1)."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs: dict[str, Tensor] = {}
-    for item in signature.inputs:
-        inputs.update(_generate_input(item, rows_of_table, 1, generator, share))
-    return inputs
-
-
-def _write_bad_id(item: AnyInput, inputs: dict[str, Tensor], row: int, bad_id: int) -> None:
-    """Write an out-of-range id into one row: a negative one at a list's start, else at its end."""
-    ids = inputs[item.name]
-    if not isinstance(item, JaggedBag):
-        ids[row].reshape(-1)[0 if bad_id < 0 else -1] = bad_id
-        return
-    second = inputs[tensor_names(item)[1]]
-    begin = second if item.layout == "offsets" else second.cumsum(0) - second
-    end = torch.cat([begin[1:], begin.new_full((1,), ids.shape[0])])
-    if end[row] > begin[row]:  # an empty list has no position to write to
-        ids[begin[row] if bad_id < 0 else end[row] - 1] = bad_id

@@ -28,10 +28,10 @@ from compressors.contracts import (
     is_out_of_memory,
 )
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import generate_inputs
 from compressors.core.model import Model
 from compressors.core.outcomes import resolve_decisions
 from compressors.core.plan_lines import OUTPUT, build_plan, output_line, with_remarks
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.state.module_state import load, records_of, save
 from compressors.core.steps.decisions import EXCEPT, Decision, StepPlan
 from compressors.core.steps.step import Method, Step
@@ -285,11 +285,11 @@ def rows_of_tables(model: nn.Module, signature: Signature) -> dict[str, int]:
     """
     rows = table_rows(model)
     for item in signature.inputs:
-        table = getattr(item, "table", None)
-        if table is not None and table not in rows:
-            raise NothingToCompress(
-                "input_table_missing", input=item.name, table=table, tables=tuple(rows)
-            )
+        for table in item.all_tables:
+            if table not in rows:
+                raise NothingToCompress(
+                    "input_table_missing", input=item.name, table=table, tables=tuple(rows)
+                )
     return rows
 
 

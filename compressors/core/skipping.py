@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from compressors.contracts import Bench, is_out_of_memory
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import generate_inputs
 from compressors.core.model import Model
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import (
     PlannedStep,
     network_errors_as_refusals,

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import DenseInput, Signature, is_out_of_memory
-from compressors.core.batches import generate_inputs
+from compressors.contracts import Signature, is_out_of_memory
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import rows_of_tables
 from compressors.core.state.construction import differing_tensors
 from compressors.errors.compression import ModelRefused
@@ -42,11 +42,7 @@ def smoke_test(
     dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
     if other := dtypes - {"torch.float32"}:
         raise ModelRefused("weights_not_float32", architecture=path, dtypes=tuple(sorted(other)))
-    rows_of_table = rows_of_tables(model, signature)
-    inputs = generate_inputs(signature, rows_of_table, ROWS)
-    for item in signature.inputs:
-        if not isinstance(item, DenseInput):
-            inputs[item.name][-1:] = rows_of_table[item.table] - 1
+    inputs = generate_inputs(signature, rows_of_tables(model, signature), ROWS, with_largest=True)
     try:
         with torch.no_grad():
             score = model(**inputs)

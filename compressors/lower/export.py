@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import is_out_of_memory
-from compressors.core.batches import generate_inputs
 from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
 from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import rows_of_tables
 from compressors.core.state.tensor_files import TensorFile
 from compressors.errors.compression import AuditFailed, NotLowerable

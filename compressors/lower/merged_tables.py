@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, Signature, is_out_of_memory
-from compressors.core.batches import generate_inputs
 from compressors.core.modules.formats import PackedTable
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.units import private_copy, swap
 from compressors.lower.merged_codebooks import codes_of, merge_tables
 
@@ -145,8 +145,12 @@ def table_groups(
     """
     paths = {name: module for name, module in model.named_modules() if module is part}
     path = next(iter(paths))
-    id_inputs = [item for item in signature.inputs if isinstance(item, IdInput) and not item.shape]
-    tables_read = [item.table for item in signature.inputs if hasattr(item, "table")]
+    id_inputs = [
+        item
+        for item in signature.inputs
+        if isinstance(item, IdInput) and not (item.shape or item.more_tables or item.fields)
+    ]
+    tables_read = [table for item in signature.inputs for table in item.all_tables]
     members_by_key: dict[Any, list[tuple[IdInput, PackedTable]]] = {}
     for item in id_inputs:
         table = model.get_submodule(item.table)

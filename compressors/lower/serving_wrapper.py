@@ -4,10 +4,6 @@ A model is served as one graph, ``model``, or for ``retrieval`` as two: ``query`
 per tower. A graph has named inputs and one output: ``score`` float32 ``(rows,)``, which is a
 probability if the model outputs logits or probabilities; or a tower's ``vector``, float32
 ``(rows, dim)``.
-
-A graph cannot raise an error for an id out of range: for -1, ONNX Runtime returns the last row, and
-TensorRT does not check. So with the policy ``error`` the graph refuses the row: its score or vector
-is NaN, which valid rows never have.
 """
 
 from collections.abc import Sequence
@@ -17,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import AnyInput, DenseInput, JaggedBag, Signature, tensor_names
-from compressors.core.modules.formats import Bag, gather_padded, pad_positions
+from compressors.contracts import JaggedBag, Signature, tensor_names
+from compressors.core.modules.formats import Bag
 from compressors.core.units import plain_bag, private_copy, swap
 from compressors.lower.merged_tables import MergedTable, table_groups, with_merged_tables
+from compressors.lower.value_policy import apply_policy
 
 SCORE = "score"
 """Name of the output of the graph ``model``."""
@@ -101,17 +98,10 @@ class ServingWrapper(nn.Module):
             merged_inputs |= set(group.names)
             if newly_refused is not None:
                 refused = newly_refused if refused is None else refused | newly_refused
-        for item in self.signature.inputs:
-            if isinstance(item, DenseInput) or item.name in merged_inputs:
+        for item in self.signature.model_inputs:
+            if item.name in merged_inputs:
                 continue
-            ids = inputs[item.name]
-            rows = self.rows_of_table[item.table]
-            inside = ids.clamp(0, rows - 1)
-            outside = inside != ids  # one operator less than comparing with both bounds
-            if item.out_of_range == "default_row":
-                inside = torch.where(outside, item.default_row, ids)
-            inputs[item.name] = inside
-            newly_refused = _refused_rows(item, outside, inputs)
+            newly_refused = apply_policy(item, inputs, self.rows_of_table)
             if newly_refused is not None:
                 refused = newly_refused if refused is None else refused | newly_refused
         output: Tensor = self.served_graph.part(self.model)(**inputs)
@@ -127,32 +117,9 @@ class ServingWrapper(nn.Module):
         return score.to(torch.float32)
 
 
-def _refused_rows(item: AnyInput, outside: Tensor, inputs: dict[str, Tensor]) -> Tensor | None:
-    """Return which rows to refuse, bool ``(rows,)``; None if this input refuses none.
-
-    A row is refused if an id is out of range and the policy is ``error``, or if its list of ids is
-    too long. ``outside`` marks ids out of range; ``inputs`` are the graph's tensors by name.
-    """
-    if isinstance(item, JaggedBag):
-        bounds = inputs[tensor_names(item)[1]]
-        first_id = bounds if item.layout == "offsets" else bounds.cumsum(0) - bounds
-        count = outside.shape[0]
-        end_id = torch.cat([first_id[1:], first_id.new_full((1,), count)])
-        is_refused = (end_id - first_id) > item.shape[0]
-        if item.out_of_range == "error":
-            inside, position = pad_positions(first_id, end_id, count, item.shape[0])
-            # As floats: not every target can gather or reduce booleans.
-            outside_in_list = gather_padded(outside.to(torch.float32), position) * inside
-            is_refused = is_refused | (outside_in_list.sum(dim=1) > 0)
-        return is_refused
-    if isinstance(item, DenseInput) or item.out_of_range != "error":
-        return None
-    return outside if outside.dim() == 1 else outside.to(torch.float32).sum(dim=1) > 0
-
-
 def input_names(signature: Signature) -> tuple[str, ...]:
     """Return the names of the graph's inputs, in order."""
-    return tuple(name for item in signature.inputs for name in tensor_names(item))
+    return tuple(name for item in signature.model_inputs for name in tensor_names(item))
 
 
 def wrap_for_serving(
@@ -178,8 +145,10 @@ def wrap_for_serving(
     copy = private_copy(model).eval()
     longest_list: dict[str, int] = {}
     for item in served_graph.signature.inputs:
-        if isinstance(item, JaggedBag):
-            longest_list[item.table] = max(longest_list.get(item.table, 0), item.shape[0])
+        if not isinstance(item, JaggedBag):
+            continue
+        for table in item.all_tables:
+            longest_list[table] = max(longest_list.get(table, 0), item.shape[0])
     for name, module in list(copy.named_modules()):
         if isinstance(module, nn.EmbeddingBag):
             swap(copy, name, plain_bag(module, longest_list.get(name)))
@@ -203,7 +172,7 @@ def dynamic_shapes(signature: Signature, most_rows: int) -> tuple[dict[int, Any]
     """
     batch = torch.export.Dim("batch", min=1, max=most_rows)
     shapes: list[dict[int, Any]] = []
-    for item in signature.inputs:
+    for item in signature.model_inputs:
         if isinstance(item, JaggedBag):
             most_ids = most_rows * item.shape[0]
             shapes.append({0: torch.export.Dim(f"ids_{len(shapes)}", min=0, max=most_ids)})

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from compressors.contracts import Signature, is_out_of_memory
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import generate_inputs
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.units import table_rows
 from compressors.errors.steps import StepRefused
 from compressors.errors.widths import OtherConsumer

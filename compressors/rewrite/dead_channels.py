@@ -14,15 +14,17 @@ these channels, its *consumers* the layers and norms that take them as inputs.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import DenseInput, Signature, Split
+from compressors.contracts import Signature, Split
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import batches, generate_inputs
+from compressors.core.batches import batches, change_columns, dense_columns
 from compressors.core.model import Model
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.units import replace_parameter, table_rows
 from compressors.errors.steps import StepRefused
 from compressors.errors.widths import NotAWidth
@@ -253,8 +255,9 @@ def _inputs(
         return
     for scale in SCALES:
         inputs = generate_inputs(signature, table_rows(model.module), EXAMPLE_ROWS)
-        dense = {item.name for item in signature.inputs if isinstance(item, DenseInput)}
-        yield {name: x * scale if name in dense else x for name, x in inputs.items()}
+        for part in dense_columns(signature):
+            inputs = change_columns(inputs, part, partial(torch.mul, other=scale))
+        yield inputs
 
 
 def _dense(module: nn.Module, names: Collection[str]) -> list[str]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import DenseInput, Signature
-from compressors.core.batches import generate_inputs
+from compressors.contracts import Signature
+from compressors.core.batches import DenseColumns, change_columns, dense_columns
 from compressors.core.modules.formats import PackedLinear
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.units import Unit, table_rows
 
 CHECK_ROWS = 64  # synthetic rows whose scores are compared
@@ -68,16 +69,14 @@ the hook."""
 
 def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, int, ChangeFeature]]:
     """Yield the name of each table and dense input, its width and the function that changes it."""
-    for item in signature.inputs:
-        if isinstance(item, DenseInput) and len(item.shape) == 1:
-            name = item.name
+    for part in dense_columns(signature):
 
-            def change_dense(
-                inputs: Inputs, change: Change, _: ExitStack, name: str = name
-            ) -> Inputs:
-                return {**inputs, name: change(inputs[name])}
+        def change_dense(
+            inputs: Inputs, change: Change, _: ExitStack, part: DenseColumns = part
+        ) -> Inputs:
+            return change_columns(inputs, part, change)
 
-            yield name, item.shape[0], change_dense
+        yield part.name, part.columns.stop - part.columns.start, change_dense
     for unit in Unit.of(module):
         if unit.role != "table" or unit.part_of is not None:  # no parts of composed tables
             continue

@@ -248,8 +248,7 @@ def bundle_show(
     write_line(f"{manifest.name}@{manifest.version}: {outputs}")
     write_line(f"architecture {manifest.network.architecture.path}")
     for item in signature.inputs:
-        table = getattr(item, "table", None)
-        destination = f" -> table {table}" if table else ""
+        destination = f" -> table {', '.join(item.all_tables)}" if item.all_tables else ""
         shape = f" {list(item.shape)} a row" if item.shape else ""
         write_line(f"  input {item.name}: {item.kind} {item.dtype}{shape}{destination}")
     for split, data in manifest.data.items():

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from compressors.contracts import Artifact, DenseInput, Network, Plan, Signature
+from compressors.contracts import Artifact, Network, Plan, Signature
 from compressors.contracts.reasons import Reason
 from infra.bundle.json_limits import AnyModel
 from infra.bundle.json_reader import (
@@ -263,12 +263,11 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
     tables = [name.removesuffix(".weight") for name, fact in facts.items() if len(fact.shape) == 2]
     rows: dict[str, int] = {}
     problems: list[Reason] = []
-    for item in manifest.signature.inputs:
-        if isinstance(item, DenseInput):
-            continue
-        name, table = short(item.name), short(item.table)
-        record = network.modules.get(item.table)
-        weight = f"{item.table}.weight"
+    uses = ((item, table) for item in manifest.signature.data_inputs for table in item.all_tables)
+    for item, path in uses:
+        name, table = short(item.name), short(path)
+        record = network.modules.get(path)
+        weight = f"{path}.weight"
         fact = facts.get(network.ties.get(weight, weight))
         if record is not None:
             count = record.settings.get("rows")
@@ -284,9 +283,9 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
                     )
                 )
             else:
-                rows[item.table] = count
+                rows[path] = count
         elif fact is None or len(fact.shape) != 2:
-            similar = _similar_names(item.table, [*tables, *network.modules])
+            similar = _similar_names(path, [*tables, *network.modules])
             problems.append(
                 Reason(
                     "table_not_stored",
@@ -306,7 +305,7 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
                 )
             )
         else:
-            rows[item.table] = fact.shape[0]
+            rows[path] = fact.shape[0]
     raise_if_any("Inputs and weights do not fit", problems)
     return rows
 

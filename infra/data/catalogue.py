@@ -69,7 +69,7 @@ def _require_equal_queries(parquet: Path, tensors: dict[str, Array], signature: 
     violations = Violations()
     _, first, query = np.unique(tensors["@group"], return_index=True, return_inverse=True)
     first_row = first[query]  # (rows,): the first row with the same query
-    for item in signature.only(signature.towers.query.inputs).inputs:
+    for item in signature.only(signature.towers.query.inputs).data_inputs:
         values = tensors[item.name]
         if isinstance(item, JaggedBag):
             bounds = tensors[f"@bounds/{item.name}"]
@@ -110,7 +110,7 @@ def _join(
     is_missing = item_ids[position] != row_ids
     violations.add(column, "an item that is not in 'items'", np.flatnonzero(is_missing))
     violations.refuse(parquet)
-    for item in signature.only(signature.towers.item.inputs).inputs:
+    for item in signature.only(signature.towers.item.inputs).data_inputs:
         if item.name == signature.item:
             continue
         if not isinstance(item, JaggedBag):

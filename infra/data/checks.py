@@ -10,11 +10,23 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from compressors.contracts import ITEMS, AnyInput, DenseInput, Frozen, IdInput, Output, Signature
+from compressors.contracts import (
+    ITEMS,
+    BoundedInput,
+    DataInput,
+    DenseInput,
+    Frozen,
+    JaggedBag,
+    KeyInput,
+    Output,
+    PaddedBag,
+    Signature,
+    value_ranges,
+)
 from compressors.contracts.value_errors import value_error
 from infra.data.column_arrays import FLOAT32_MAX, INT32
 from infra.data.parquet import SCALARS, column_uses
-from infra.data.splits import requires_known_ids
+from infra.data.split_statistics import requires_known_values
 from infra.errors import DataRefused
 
 FLOAT64_MAX = 1.7976931348623157e308
@@ -160,7 +172,7 @@ def plan(
                 remedy=use.remedy,
             ),
         ]
-    for item in signature.inputs:
+    for item in signature.data_inputs:
         for column in item.columns:
             kind = kinds[split].get(column, "")
             checks += _plan_input_checks(split, item, column, kind, rows_of_table)
@@ -178,25 +190,30 @@ def plan(
 
 
 def _plan_input_checks(
-    split: str, item: AnyInput, column: str, kind: str, rows_of_table: dict[str, int]
+    split: str, item: DataInput, column: str, kind: str, rows_of_table: dict[str, int]
 ) -> list[Check]:
     """Plan the checks of one column of an input; ``kind`` is the column's type."""
     if isinstance(item, DenseInput):
         has_lists = len(item.columns) == 1 and (item.shape[0] > 1 or kind.startswith("list of "))
         view = VALUES if has_lists else ROWS
         rule, low, high = "finite in float32", -FLOAT32_MAX, FLOAT32_MAX
+    elif isinstance(item, KeyInput):
+        has_lists, view = False, ROWS
+        rule, low, high = "fits int32", int(INT32.min), int(INT32.max)
     else:
-        has_lists = not isinstance(item, IdInput)
+        has_lists = isinstance(item, PaddedBag | JaggedBag)
         view = VALUES if has_lists else ROWS
-        rows = rows_of_table.get(item.table)
-        if rows is None:
-            known = tuple(sorted(rows_of_table)) or ("none",)
-            raise DataRefused("table_unknown", input=item.name, table=item.table, tables=known)
-        if requires_known_ids(split, item):
-            rule, low, high = f"id in table {item.table!r} (0 to {rows - 1})", 0, rows - 1
+        for table in item.all_tables:
+            if table not in rows_of_table:
+                known = tuple(sorted(rows_of_table)) or ("none",)
+                raise DataRefused("table_unknown", input=item.name, table=table, tables=known)
+        if requires_known_values(split, item):
+            rule, low, high = _describe_range(item, column, rows_of_table)
         else:
             low, high = int(INT32.min), int(INT32.max)
-            rule = f"id fits int32 (outside the table: {item.out_of_range})"
+            place = "the table" if item.all_tables else "the range"
+            what = "id" if item.all_tables else "value"
+            rule = f"{what} fits int32 (outside {place}: {item.out_of_range})"
     checks = [
         _plan_not_null(split, column, view),
         _plan_between(split, column, rule, view, low, high),
@@ -209,6 +226,18 @@ def _plan_input_checks(
     else:
         length = _plan_between(split, column, f"lists of at most {limit} id(s)", LENGTHS, 0, limit)
     return [_plan_not_null(split, column, LENGTHS), length, *checks]
+
+
+def _describe_range(
+    item: BoundedInput, column: str, rows_of_table: dict[str, int]
+) -> tuple[str, int, int]:
+    """Return the rule for the values of a column, their smallest and their largest value."""
+    ranges = value_ranges(item, rows_of_table)
+    first, last, _ = ranges[item.columns.index(column) if len(ranges) > 1 else 0]
+    if not item.all_tables:
+        return f"value from {first} to {last}", first, last
+    tables = " and ".join(repr(table) for table in item.all_tables)
+    return f"id in table {tables} ({first} to {last})", first, last
 
 
 def _plan_label_checks(split: str, output: Output, rules: Rules) -> list[Check]:

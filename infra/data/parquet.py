@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from compressors.contracts import DenseInput, IdInput, Signature
+from compressors.contracts import DenseInput, IdInput, IntegerInput, KeyInput, Signature
 from infra.data.parquet_inspection import (
     BATCH_ROWS,
     decode_dictionary,
@@ -120,11 +120,13 @@ def column_uses(signature: Signature) -> tuple[ColumnUse, ...]:
     """List the columns that a signature reads: one entry per use, in the signature's order."""
     id_remedy = "Encode it to row numbers of the table and store it as int64."
     uses: list[ColumnUse] = []
-    for item in signature.inputs:
+    for item in signature.data_inputs:
         purpose = f"input {item.name!r}"
         for column in item.columns:
             if isinstance(item, IdInput):
                 uses.append(ColumnUse(column, purpose, ("integer",), id_remedy))
+            elif isinstance(item, IntegerInput | KeyInput):
+                uses.append(ColumnUse(column, purpose, ("integer",), "Store it as int64."))
             elif isinstance(item, DenseInput):
                 list_kinds = tuple(f"list of {kind}" for kind in NUMBERS)
                 kinds: tuple[str, ...] = list_kinds
@@ -245,7 +247,7 @@ def check_columns(contents: SplitContents, parquet: Path, signature: Signature) 
         lines = [
             f"column {item.columns[0]!r}: input {item.name!r} has {item.shape[0]} values in a "
             f"row, and the longest list has {contents.longest[item.columns[0]]}."
-            for item in signature.inputs
+            for item in signature.data_inputs
             if isinstance(item, DenseInput)
             and len(item.columns) == 1
             and item.shape[0] > max(1, 2 * contents.longest[item.columns[0]])

@@ -41,7 +41,7 @@ from infra.bundle.bundle_folder import (
 )
 from infra.bundle.shards import stored_tensors
 from infra.data.catalogue import require_items
-from infra.data.splits import SplitStatistics, check_ids, check_shapes, split_statistics
+from infra.data.split_statistics import SplitStatistics, check_ids, check_shapes, split_statistics
 from infra.errors import AlreadyThere, ArtifactMissing, BundleRefused, RecordRefused, Refused
 from infra.settings import load_settings
 from infra.store.chunks import regular_files

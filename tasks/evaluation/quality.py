@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compressors.contracts import Estimate, ScoreUnit, Signature, Split
+from compressors.contracts import ITEMS, Estimate, ScoreUnit, Signature, Split
 from compressors.core.batches import Batch, Rows, batches
 from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import input_names, served_graphs
@@ -164,7 +164,7 @@ def ranked_vectors(
     catalogue = split_of(ranking.items.artifact, ranking.items.rows)
     query, item = (graph.signature for graph in served_graphs(signature))
     item_batches = list(batches(catalogue, item, SCORING_ROWS))
-    ids = np.concatenate([batch.inputs[str(signature.item)].numpy() for batch in item_batches])
+    ids = Rows(catalogue, signature.of_split(ITEMS)).column(str(signature.item)).numpy()
     earlier = [
         _interactions(split_of(split.artifact, split.rows), signature) for split in ranking.seen
     ]
@@ -207,8 +207,8 @@ def _interactions(split: Split, signature: Signature) -> Interactions:
     Raises:
         MetricRefused: the rows have no groups, which are the queries.
     """
-    rows = Rows(split, signature.only([str(signature.item)]))
-    item = rows.take(torch.arange(len(rows))).inputs[str(signature.item)]
+    rows = Rows(split, signature)
     if rows.group is None:
         raise MetricRefused("retrieval_needs_groups")
+    item = rows.column(str(signature.item))
     return Interactions(rows.group.numpy(), item.numpy(), rows.label.numpy())

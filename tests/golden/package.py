@@ -26,8 +26,8 @@ from compressors.contracts import DenseInput as DenseInput
 from compressors.contracts import IdInput as IdInput
 from compressors.contracts import JaggedBag as JaggedBag
 from compressors.contracts import Signature as Signature
-from compressors.core.batches import generate_edge_inputs, generate_inputs
 from compressors.core.model import Model
+from compressors.core.random_inputs import generate_edge_inputs, generate_inputs
 from compressors.core.registries import METHODS
 from compressors.core.runner import run
 from compressors.core.state.module_state import map_tensors

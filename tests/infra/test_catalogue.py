@@ -16,7 +16,7 @@ from compressors.contracts import Output, Signature, Split
 from compressors.core.batches import batches
 from infra.data.catalogue import prepare, require_items
 from infra.data.expectations import Rules, validate
-from infra.data.splits import check_ids, split_statistics
+from infra.data.split_statistics import check_ids, split_statistics
 from infra.errors import DataRefused
 
 SCHEMA = Signature.model_validate(SIGNATURE)  # which columns the splits must have

@@ -23,7 +23,8 @@ from compressors.contracts import DenseInput, IdInput, JaggedBag, Output, Padded
 from infra.data import parquet_inspector
 from infra.data.parquet_inspection import MEMORY_LIMIT, inspect
 from infra.data.parquet_inspector import Inspector, inspect_parquet
-from infra.data.splits import check_shapes, prepare, split_statistics
+from infra.data.split_statistics import check_shapes, split_statistics
+from infra.data.splits import prepare
 from infra.errors import DataRefused, OutOfMemory
 
 COLUMNS = ("user", "genres", "price", "label")

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from compressors.contracts import DenseInput, IdInput, JaggedBag, Output, PaddedBag, Signature
-from infra.data.splits import check_ids, prepare, split_statistics
+from infra.data.split_statistics import check_ids, split_statistics
+from infra.data.splits import prepare
 from infra.errors import DataRefused, StoreUnavailable
 
 USER = IdInput(name="user", table="users")

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from compressors.contracts.inputs import Frozen
+from compressors.contracts.frozen import Frozen
 from compressors.contracts.value_errors import value_error
 
 

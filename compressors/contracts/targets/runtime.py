@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from compressors.contracts.inputs import Frozen
+from compressors.contracts.frozen import Frozen
 
 if TYPE_CHECKING:  # importing the contracts must not import these libraries
     import numpy as np

@@ -17,6 +17,21 @@ SENTENCES = {
     "so that a batch fits in memory",
     "bag_shape_form": "bag {name!r} needs shape [length] with a length of at least 1",
     "bag_columns_count": "bag {name!r} must read exactly one list column",
+    "id_fields_count": (
+        "input {name!r} reads {columns} column(s) but has {fields} entries in 'fields'; write one "
+        "entry for each column, or none"
+    ),
+    "integer_bounds": "input {name!r} has low {low}, which exceeds high {high}; exchange them",
+    "key_columns_count": "key {name!r} must read exactly one column, got {columns}",
+    "matrix_floats": (
+        "matrix {name!r} has dtype {dtype!r} and the fields {fields} of floats; use dtype "
+        "'float32', or remove these fields"
+    ),
+    "keys_unexpected": (
+        "input(s) {keys} of kind 'key' are only for a task that ranks a catalogue; remove them for "
+        "task {task!r}"
+    ),
+    "keys_unused": "the only key can be the input that 'item' names, {item!r}; got the keys {keys}",
     "inputs_repeated": "the name(s) {names} are used by several inputs; rename all but one of them",
     "task_unknown": "unknown task {task!r}; use one of {known}",
     "output_form": "task {task!r} needs output {forms: or }; got {got!r}",
@@ -38,6 +53,9 @@ SENTENCES = {
         "every input must belong to exactly one tower; the signature has inputs {inputs}, the "
         "towers list {read}"
     ),
-    "item_not_in_tower": "'item' names {item!r}, which must be among the item tower's inputs",
+    "item_not_in_tower": (
+        "'item' names {item!r}, which must be among the item tower's inputs or an input of kind "
+        "'key'"
+    ),
     "item_no_single_id": "'item' names {item!r}, which must be an id input of one column",
 }

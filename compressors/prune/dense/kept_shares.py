@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import Signature
-from compressors.core.batches import generate_inputs
 from compressors.core.modules.formats import PackedLinear
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.units import table_rows
 from compressors.errors.steps import StepRefused
 from compressors.prune.structure.channel_consumers import WidthConsumers

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from compressors.contracts import Signature
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import generate_inputs
 from compressors.core.modules.formats import PackedLinear
+from compressors.core.random_inputs import generate_inputs
 from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.config_widths import Width
 

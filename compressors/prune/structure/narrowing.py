@@ -13,19 +13,21 @@ of a network has its own modules and shares the tensors, which are replaced inst
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import DenseInput, Signature, is_out_of_memory
+from compressors.contracts import Signature, is_out_of_memory
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import generate_inputs
+from compressors.core.batches import change_columns, dense_columns
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.core.modules.output_calibration import attach, recalibration_of
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.state.construction import assign, construct
 from compressors.core.units import private_copy, replace_parameter, swap, table_rows
 from compressors.errors.widths import NotAWidth
@@ -271,10 +273,10 @@ def _scores(
     scores = []
     for scale in SCALES:
         rows = generate_inputs(signature, tables, CHECK_ROWS)
-        for item in signature.inputs:
-            if isinstance(item, DenseInput):
-                scaled = rows[item.name] * scale
-                rows[item.name] = scaled if change is None else change(scaled)
+        for part in dense_columns(signature):
+            rows = change_columns(rows, part, partial(torch.mul, other=scale))
+            if change is not None:
+                rows = change_columns(rows, part, change)
         scores.append(module(**rows).reshape(-1))
     return torch.stack(scores)
 

@@ -5,14 +5,8 @@ import torch
 from models import ATTENTION, BENCH_ROWS, RANKER, REFERENCES, write_split
 
 from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, tensor_names
-from compressors.core.batches import (
-    Batch,
-    batches,
-    generate_edge_inputs,
-    generate_inputs,
-    jagged,
-    row_of,
-)
+from compressors.core.batches import Batch, batches, jagged, row_of
+from compressors.core.random_inputs import generate_edge_inputs, generate_inputs
 from compressors.lower.serving_wrapper import input_names
 
 ROWS = RANKER.rows_of_tables()

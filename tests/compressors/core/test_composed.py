@@ -18,10 +18,10 @@ from test_steps import cached_run, method_on_references
 from torch import Tensor, nn
 
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import generate_inputs
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable, PartSpec, plain_table
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import run
 from compressors.core.state.module_state import load, map_tensors
 from compressors.core.steps.step import Step, TableStep

@@ -11,7 +11,7 @@ from models import Reference, write_split
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, IdInput, JaggedBag, Output, PaddedBag, Signature
-from compressors.core.batches import generate_inputs
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import run
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import input_names, served_graphs

@@ -18,7 +18,7 @@ from pairwise import pairwise
 from torch import Tensor
 
 from compressors.contracts import DenseInput, JaggedBag, TargetName
-from compressors.core.batches import generate_edge_inputs
+from compressors.core.random_inputs import generate_edge_inputs
 from compressors.lower.parity import check_parity
 
 ORT: TargetName = "onnxruntime"

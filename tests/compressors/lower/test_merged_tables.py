@@ -13,8 +13,8 @@ from models import Reference
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, Output, Signature, TargetName
-from compressors.core.batches import generate_edge_inputs, generate_inputs
 from compressors.core.model import Model
+from compressors.core.random_inputs import generate_edge_inputs, generate_inputs
 from compressors.core.registries import AnyStep
 from compressors.core.runner import run
 from compressors.lower.audit import audit

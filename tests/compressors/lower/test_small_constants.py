@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressors.contracts import Bench, IdInput, Output, PaddedBag, Signature, TargetName
-from compressors.core.batches import generate_inputs
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import run
 from compressors.lower.export import Lowered, lower
 from compressors.lower.passes.simplify import simplify

@@ -16,7 +16,7 @@ from models import METHODS, Reference
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, PaddedBag, Signature, TargetName
-from compressors.core.batches import generate_edge_inputs, generate_inputs
+from compressors.core.random_inputs import generate_edge_inputs, generate_inputs
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.lower.export import lower

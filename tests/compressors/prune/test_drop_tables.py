@@ -10,7 +10,7 @@ from models import COMPACT, RANKER, Reference, write_split
 from reason_codes import require_reason
 
 from compressors.contracts import Bench
-from compressors.core.batches import generate_inputs
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.lower.export import lower

@@ -1,0 +1,39 @@
+"""Keys: integers that identify an item and are not passed to the model."""
+
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from compressors.contracts.frozen import Frozen
+from compressors.contracts.inputs.common import check_scalar_shape, with_columns
+from compressors.contracts.value_errors import value_error
+
+
+class KeyInput(Frozen):
+    """One integer per row that identifies an item of the catalogue and enters no tower.
+
+    The tensor is int64 ``(rows,)``. Any int32 value is valid.
+    """
+
+    kind: Literal["key"] = "key"
+    name: str
+    columns: tuple[str, ...] = ()
+    dtype: Literal["int64"] = "int64"
+    shape: tuple[()] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_default_to_the_name(cls, data: Any) -> Any:
+        return with_columns(data)
+
+    @model_validator(mode="after")
+    def _require_one_column(self) -> Self:
+        if len(self.columns) != 1:
+            raise value_error("key_columns_count", name=self.name, columns=len(self.columns))
+        check_scalar_shape(self)
+        return self
+
+    @property
+    def all_tables(self) -> tuple[str, ...]:
+        """Empty: a key is not looked up in a table."""
+        return ()

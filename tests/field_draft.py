@@ -1,0 +1,134 @@
+"""Write a small draft of ``FieldsNet``: a matrix, bounded integers and fields of a joined table.
+
+Labels are drawn with the network's probabilities, so compression can only lower the quality.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from field_network import FieldsNet
+from safetensors.torch import save_file
+
+NETWORK_MODULE = "field_network"
+CONFIG = {
+    "users": 900,
+    "items": 600,
+    "brands": 50,
+    "tags": 200,
+    "longest": 4,
+    "dim": 16,
+    "hidden": 32,
+}
+ROWS = {"train": 3_000, "calibration": 800, "validation": 800, "test": 3_000}
+TABLES = {"joined": 1_500, "wide": 1_500, "brand": 50, "tags": 200}
+MAX_POSITION = 10
+SPREAD = 1.1  # standard deviation of the logits
+
+INPUTS: list[dict[str, Any]] = [
+    {
+        "kind": "id",
+        "name": "ids",
+        "columns": ["user", "item"],
+        "shape": [2],
+        "table": "joined",
+        "more_tables": ["wide"],
+        "fields": [
+            {"rows": CONFIG["users"]},
+            {"rows": CONFIG["items"], "offset": CONFIG["users"], "default_row": 7},
+        ],
+        "out_of_range": "default_row",
+    },
+    {
+        "kind": "matrix",
+        "name": "matrix",
+        "fields": [
+            {"kind": "id", "name": "brand", "table": "brand"},
+            {
+                "kind": "padded_bag",
+                "name": "tags",
+                "table": "tags",
+                "shape": [CONFIG["longest"]],
+                "out_of_range": "clamp",
+            },
+            {"kind": "dense", "name": "numbers", "columns": ["price", "age"], "shape": [2]},
+        ],
+    },
+    {"kind": "integer", "name": "position", "low": 1, "high": MAX_POSITION},
+]
+SIGNATURE: dict[str, Any] = {
+    "inputs": INPUTS,
+    "outputs": [
+        {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
+    ],
+}
+
+
+def write_field_draft(folder: Path, *, seed: int = 0) -> Path:
+    """Write ``model.json``, the weights and one parquet file per split; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = FieldsNet(**CONFIG).eval()
+    random = np.random.default_rng(seed)
+    columns = {split: draw_columns(rows, random) for split, rows in ROWS.items()}
+    with torch.no_grad():
+        spread = compute_logits(model, columns["train"]).std()
+        model.out.weight *= SPREAD / spread
+        model.out.bias *= SPREAD / spread
+        model.wide.weight *= SPREAD / spread
+    for split, columns_of_split in columns.items():
+        with torch.no_grad():
+            logits = compute_logits(model, columns_of_split).numpy()
+        is_click = random.random(len(logits)) < 1 / (1 + np.exp(-logits))
+        table = columns_of_split | {"click": pa.array(is_click.astype(np.int64))}
+        pq.write_table(pa.table(table), folder / f"{split}.parquet")
+    save_file(model.state_dict(), folder / "model.safetensors")
+    document = {
+        "schema_version": 2,
+        "name": "fields",
+        "version": "1",
+        "signature": SIGNATURE,
+        "network": {"architecture": {"path": f"{NETWORK_MODULE}:FieldsNet", "config": CONFIG}},
+        "data": {split: f"{split}.parquet" for split in ROWS},
+    }
+    (folder / "model.json").write_text(json.dumps(document, indent=1))
+    return folder
+
+
+def draw_columns(rows: int, random: np.random.Generator) -> dict[str, pa.Array]:
+    """Draw the inputs of some rows."""
+    lengths = random.integers(0, CONFIG["longest"] + 1, rows)
+    tags = [random.integers(1, CONFIG["tags"], length).tolist() for length in lengths]
+    return {
+        "user": pa.array(random.integers(0, CONFIG["users"], rows)),
+        "item": pa.array(random.integers(0, CONFIG["items"], rows)),
+        "brand": pa.array(random.integers(0, CONFIG["brands"], rows)),
+        "tags": pa.array(tags, pa.list_(pa.int64())),
+        "price": pa.array(random.normal(size=rows).astype(np.float32)),
+        "age": pa.array(random.normal(size=rows).astype(np.float32)),
+        "position": pa.array(random.integers(1, MAX_POSITION + 1, rows)),
+    }
+
+
+def compute_logits(model: FieldsNet, columns: dict[str, pa.Array]) -> torch.Tensor:
+    """Return the network's logits, float ``(rows,)``, without code of recpress."""
+    tags = columns["tags"].to_pylist()
+    padded = [row + [0] * (CONFIG["longest"] - len(row)) for row in tags]
+    names = ("user", "item", "brand", "price", "age", "position")
+    user, item, brand, price, age, position = (
+        torch.tensor(columns[name].to_numpy()) for name in names
+    )
+    matrix = torch.cat(
+        [
+            brand[:, None].float(),
+            torch.tensor(padded).float(),
+            torch.stack([price, age], dim=1).float(),
+        ],
+        dim=1,
+    )
+    logits: torch.Tensor = model(torch.stack([user, item], dim=1), matrix, position)
+    return logits
