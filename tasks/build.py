@@ -108,5 +108,8 @@ def _optimization_profiles(
             max_length = longest[item.name]
             sizes = [1, batch.best * max(max_length // 2, 1), batch.high * max_length]
         low, best, high = ((size, *item.shape) for size in sizes)
+        if item.shortest is not None:  # a sequence; best is half the longest, too
+            low = (low[0], item.shortest)
+            best = (best[0], max(item.shape[0] // 2, item.shortest))
         profiles.append(Profile(input=item.name, low=low, best=best, high=high))
     return tuple(profiles)

@@ -10,7 +10,7 @@ from pathlib import Path
 from prefect import task
 from torch import Tensor
 
-from compressors.contracts import Artifact, JaggedBag, Plan, Signature, Split
+from compressors.contracts import Artifact, JaggedBag, Plan, SequenceInput, Signature, Split
 from compressors.contracts.targets import TARGETS
 from compressors.core.batches import batches
 from compressors.core.random_inputs import edge_rows, generate_edge_inputs
@@ -172,14 +172,25 @@ def _first_batch(split: Split, signature: Signature, rows: int) -> dict[str, Ten
 
 
 def _graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput]:
-    """Describe a graph's inputs; dtypes and shapes are those of an example batch."""
+    """Describe a graph's inputs; dtypes and shapes are those of an example batch.
+
+    The example has a row with lists of the longest length, so sequences have their largest shape.
+    """
     longest = {item.name: item.shape[0] for item in signature.inputs if isinstance(item, JaggedBag)}
+    shortest = {
+        name: max(1, item.min_length)
+        for item in signature.inputs
+        if isinstance(item, SequenceInput) and item.shape[0] > max(1, item.min_length)
+        for name in item.tensors
+        if name != item.lengths
+    }
     return [
         GraphInput(
             name=name,
             dtype=str(example[name].dtype).removeprefix("torch."),
             shape=tuple(example[name].shape[1:]),
             longest=longest.get(name),
+            shortest=shortest.get(name),
         )
         for name in input_names(signature)
     ]

@@ -446,15 +446,6 @@ def write_split(
     if score_function is not None:
         scores = score_function(model_inputs(data, signature))
         label = (scores > scores.median()).to(torch.float32)
-    for item in signature.data_inputs:
-        if isinstance(item, JaggedBag):
-            bounds_or_lengths = data.pop(f"{item.name}_{item.layout}")
-            count = len(data[item.name])
-            if item.layout == "offsets":
-                bounds = torch.cat([bounds_or_lengths, torch.tensor([count])])
-            else:
-                bounds = torch.cat([torch.zeros(1, dtype=torch.int64), bounds_or_lengths.cumsum(0)])
-            data[f"@bounds/{item.name}"] = bounds
     data["@label"] = label
     if signature.group is not None:
         data["@group"] = torch.arange(rows) // 8

@@ -13,7 +13,12 @@ from compressors.core.random_inputs import generate_inputs
 from compressors.lower.serving_wrapper import input_names
 from infra.triton.repository import ServedVersion, Tensor
 
-DTYPES = {"TYPE_INT64": np.int64, "TYPE_INT32": np.int32, "TYPE_FP32": np.float32}
+DTYPES = {
+    "TYPE_INT64": np.int64,
+    "TYPE_INT32": np.int32,
+    "TYPE_FP32": np.float32,
+    "TYPE_BOOL": np.bool_,
+}
 MISSING_ARTIFACT = Artifact(uri="file:///nowhere", sha256="a" * 64, bytes=1)
 USER = Tensor(name="user", dtype="int64")
 PRICE = Tensor(name="price", dtype="float32", shape=(3,))

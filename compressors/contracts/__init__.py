@@ -32,6 +32,7 @@ from compressors.contracts.bench import Part as Part
 from compressors.contracts.bench import Split as Split
 from compressors.contracts.coded_error import CodedError as CodedError
 from compressors.contracts.frozen import Frozen as Frozen
+from compressors.contracts.inputs import RAGGED as RAGGED
 from compressors.contracts.inputs import AnyInput as AnyInput
 from compressors.contracts.inputs import BoundedInput as BoundedInput
 from compressors.contracts.inputs import DataInput as DataInput
@@ -41,8 +42,10 @@ from compressors.contracts.inputs import IdInput as IdInput
 from compressors.contracts.inputs import IntegerInput as IntegerInput
 from compressors.contracts.inputs import JaggedBag as JaggedBag
 from compressors.contracts.inputs import KeyInput as KeyInput
+from compressors.contracts.inputs import ListInput as ListInput
 from compressors.contracts.inputs import MatrixInput as MatrixInput
 from compressors.contracts.inputs import PaddedBag as PaddedBag
+from compressors.contracts.inputs import SequenceInput as SequenceInput
 from compressors.contracts.inputs import ValueRange as ValueRange
 from compressors.contracts.inputs import tensor_names as tensor_names
 from compressors.contracts.inputs import value_ranges as value_ranges

@@ -11,6 +11,7 @@ from compressors.contracts.inputs import (
     DataInput,
     IdInput,
     KeyInput,
+    SequenceInput,
     data_inputs,
     tensor_names,
 )
@@ -118,6 +119,32 @@ class Signature(Frozen):
             raise value_error("inputs_repeated", names=tuple(repeated))
         if len(self.outputs) != 1:
             raise value_error("outputs_count", count=len(self.outputs))
+        return self
+
+    @model_validator(mode="after")
+    def _require_sequences_of_equal_length(self) -> Self:
+        sequences = {item.name: item for item in self.inputs if isinstance(item, SequenceInput)}
+        for item in sequences.values():
+            if item.same_length_as is None:
+                continue
+            other = sequences.get(item.same_length_as)
+            if other is None or other is item or other.same_length_as is not None:
+                raise value_error(
+                    "sequence_not_there",
+                    name=item.name,
+                    other=item.same_length_as,
+                    known=tuple(
+                        entry.name
+                        for entry in sequences.values()
+                        if entry is not item and entry.same_length_as is None
+                    ),
+                )
+            if (item.shape, item.min_length, item.padding) != (
+                other.shape,
+                other.min_length,
+                other.padding,
+            ):
+                raise value_error("sequences_differ", name=item.name, other=other.name)
         return self
 
     @model_validator(mode="after")

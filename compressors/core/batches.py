@@ -2,8 +2,8 @@
 
 A prepared split is a folder with one ``data.safetensors``: a tensor per input under the input's
 name (for a matrix, per field under the field's name), ``@label``, and ``@group`` and ``@time`` if
-the signature names them. A jagged bag (a list of
-ids whose length differs between rows) is stored as the concatenated ids and ``@bounds/<name>``,
+the signature names them. A ragged input (a jagged bag or a sequence) has a list of ids per row,
+whose length differs between rows. It is stored as the concatenated ids and ``@bounds/<name>``,
 int64 ``(rows + 1,)``: row ``r`` has the ids from ``bounds[r]`` to ``bounds[r + 1] - 1``.
 """
 
@@ -17,11 +17,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compressors.contracts import (
+    RAGGED,
     AnyInput,
+    DataInput,
     DenseInput,
     JaggedBag,
-    KeyInput,
     MatrixInput,
+    SequenceInput,
     Signature,
     Split,
     tensor_names,
@@ -57,18 +59,19 @@ def batches(
     with safe_open(Path(split.path) / "data.safetensors", framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         bounds = {
-            item.name: file.get_tensor(f"@bounds/{item.name}")
+            item.name: file.get_tensor(bounds_name(item))
             for item in signature.data_inputs
-            if isinstance(item, JaggedBag)
+            if isinstance(item, RAGGED)
         }
         for begin in range(0, rows, size):
             end = min(begin + size, rows)
             data: dict[str, Tensor] = {}
             for item in signature.data_inputs:
-                if isinstance(item, JaggedBag):
+                if isinstance(item, RAGGED):
                     edges = bounds[item.name][begin : end + 1]
                     values = slices[item.name][int(edges[0]) : int(edges[-1])]
-                    data.update(jagged(item, values, edges - edges[0]))
+                    data[item.name] = values
+                    data[bounds_name(item)] = edges - edges[0]
                 else:
                     data[item.name] = slices[item.name][begin:end]
             group = slices["@group"][begin:end] if "@group" in slices else None
@@ -101,15 +104,16 @@ class Rows:
         data: dict[str, Tensor] = {}
         for item in self.signature.data_inputs:
             values = self._tensors[item.name]
-            if not isinstance(item, JaggedBag):
+            if not isinstance(item, RAGGED):
                 data[item.name] = values[rows]
                 continue
-            bounds = self._tensors[f"@bounds/{item.name}"]
+            bounds = self._tensors[bounds_name(item)]
             begin, length = bounds[rows], bounds[rows + 1] - bounds[rows]  # (batch,)
             edges = torch.cat([length.new_zeros(1), length.cumsum(0)])  # (batch + 1,)
             # Shift from an id's position in the batch to its position in the file.
             shift = torch.repeat_interleave(begin - edges[:-1], length)  # (all ids,)
-            data.update(jagged(item, values[torch.arange(int(edges[-1])) + shift], edges))
+            data[item.name] = values[torch.arange(int(edges[-1])) + shift]
+            data[bounds_name(item)] = edges
         group = None if self.group is None else self.group[rows]
         return Batch(model_inputs(data, self.signature), self.label[rows], group)
 
@@ -169,26 +173,34 @@ class JoinedRows:
         return torch.cat([rows[labelled], rows[~labelled]])
 
 
-def model_inputs(data: Mapping[str, Tensor], signature: Signature) -> dict[str, Tensor]:
-    """Return the arguments of a model's forward method, from the tensors of a batch of the data.
+def bounds_name(item: DataInput) -> str:
+    """Return the name of the tensor with the bounds of the lists of a ragged input."""
+    return f"@bounds/{item.name}"
 
-    The tensors of a matrix's fields are concatenated to the matrix. Keys are left out, because no
-    model receives them.
+
+def model_inputs(data: Mapping[str, Tensor], signature: Signature) -> dict[str, Tensor]:
+    """Return the arguments of a model's forward method for some rows of the data.
+
+    Lists of ragged inputs become the tensors of the input's kind, and the fields of a matrix become
+    the matrix. Keys are left out, because no model receives them.
 
     Args:
-        data: the tensors by name, as ``tensor_names`` of the signature's ``data_inputs`` names
-            them; each has ``rows`` entries, except the ids of jagged bags.
+        data: the tensors of the rows by name, in the layout of the module's docstring.
         signature: the model's signature.
     """
     inputs: dict[str, Tensor] = {}
-    for item in signature.inputs:
+    for item in signature.model_inputs:
         if isinstance(item, MatrixInput):
             fields = [data[field.name] for field in item.fields]
             dtype = getattr(torch, item.dtype)
             columns = [field.reshape(len(field), -1).to(dtype) for field in fields]
             inputs[item.name] = torch.cat(columns, dim=1)
-        elif not isinstance(item, KeyInput):
-            inputs.update((name, data[name]) for name in tensor_names(item))
+        elif isinstance(item, JaggedBag):
+            inputs.update(jagged(item, data[item.name], data[bounds_name(item)]))
+        elif isinstance(item, SequenceInput):
+            inputs.update(padded_sequence(item, data[item.name], data[bounds_name(item)]))
+        else:
+            inputs[item.name] = data[item.name]
     return inputs
 
 
@@ -242,6 +254,9 @@ def concatenate_inputs(
     for item in signature.model_inputs:
         names = tensor_names(item)
         tensors = [[part[name] for part in parts] for name in names]
+        if isinstance(item, SequenceInput):
+            inputs.update(zip(names, _concatenate_sequences(item, tensors), strict=True))
+            continue
         if isinstance(item, JaggedBag) and item.layout == "offsets":
             counts = torch.tensor([0, *(len(values) for values in tensors[0])]).cumsum(0)
             tensors[1] = [
@@ -258,7 +273,8 @@ def row_of(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> dict
     row_inputs: dict[str, Tensor] = {}
     for item in signature.model_inputs:
         if not isinstance(item, JaggedBag):
-            row_inputs[item.name] = inputs[item.name][row : row + 1]
+            names = tensor_names(item)
+            row_inputs.update((name, inputs[name][row : row + 1]) for name in names)
             continue
         values, second = (inputs[name] for name in tensor_names(item))
         begin = second if item.layout == "offsets" else second.cumsum(0) - second
@@ -282,6 +298,57 @@ def _format(values: Tensor, item: AnyInput) -> str:
     if len(texts) > MAX_SHOWN_VALUES:
         return f"[{', '.join(texts[:MAX_SHOWN_VALUES])}, ... {len(texts)} values]"
     return f"[{', '.join(texts)}]"
+
+
+def padded_sequence(item: SequenceInput, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
+    """Build a sequence's forward arguments, padded to the longest list of the rows.
+
+    Args:
+        item: the input.
+        values: the ids of all rows, one after another, int ``(ids,)``.
+        bounds: int64 ``(rows + 1,)``: row ``r`` has the ids from ``bounds[r]`` to
+            ``bounds[r + 1] - 1``.
+    """
+    lengths = bounds.diff()  # (rows,)
+    length = max(1, item.min_length, int(lengths.max())) if len(lengths) else 1
+    column = torch.arange(length, device=values.device)
+    position = column.expand(len(lengths), length)  # of each entry in its row's list
+    if item.padding == "left":
+        position = position - (length - lengths)[:, None]
+        is_id = position >= 0
+    else:
+        is_id = position < lengths[:, None]
+    ids = values.new_full((len(lengths), length), item.padding_id)
+    ids[is_id] = values
+    tensors = [ids]
+    if item.mask is not None:
+        tensors.append(is_id.to(getattr(torch, item.mask_dtype)))
+    if item.lengths is not None:
+        tensors.append(lengths)
+    if item.positions is not None:
+        tensors.append(torch.where(is_id, position + item.first_position, 0))
+    return dict(zip(tensor_names(item), tensors, strict=True))
+
+
+def _concatenate_sequences(item: SequenceInput, tensors: list[list[Tensor]]) -> list[Tensor]:
+    """Concatenate the tensors of a sequence of several batches, padded to the longest batch.
+
+    ``tensors`` has a list for each tensor of the input, with one tensor per batch.
+    """
+    length = max(ids.shape[1] for ids in tensors[0])
+    result = []
+    for number, pieces in enumerate(tensors):
+        padded = []
+        for piece in pieces:
+            if piece.dim() == 1:  # the lengths
+                padded.append(piece)
+                continue
+            missing = length - piece.shape[1]
+            sides = (missing, 0) if item.padding == "left" else (0, missing)
+            padding = item.padding_id if number == 0 else 0
+            padded.append(torch.nn.functional.pad(piece, sides, value=padding))
+        result.append(torch.cat(padded))
+    return result
 
 
 def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:

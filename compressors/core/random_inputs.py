@@ -1,21 +1,25 @@
 """Generate random inputs of a model, with valid ids or with ids out of range."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from compressors.contracts import (
+    RAGGED,
     BoundedInput,
-    DataInput,
     DenseInput,
-    JaggedBag,
     KeyInput,
+    ListInput,
     PaddedBag,
+    SequenceInput,
     Signature,
     ValueRange,
-    tensor_names,
     value_ranges,
 )
-from compressors.core.batches import concatenate_inputs, jagged, model_inputs
+from compressors.core.batches import bounds_name, concatenate_inputs, model_inputs
+
+ListLengths = Literal["random", "shortest", "longest"]
 
 
 def generate_inputs(
@@ -51,7 +55,10 @@ def generate_inputs(
 def generate_data(
     signature: Signature, rows_of_table: dict[str, int], rows: int, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Generate random data for ``model_inputs``; arguments as for ``generate_inputs``."""
+    """Generate random rows in the layout of prepared data (``core/batches.py``).
+
+    Arguments are those of ``generate_inputs``.
+    """
     return _generate_data(signature, rows_of_table, rows, seed)
 
 
@@ -60,39 +67,50 @@ def _generate_data(
     rows_of_table: dict[str, int],
     rows: int,
     seed: int,
-    share: int | None = None,
+    lengths: ListLengths = "random",
 ) -> dict[str, Tensor]:
-    """Generate random data; ``share`` sets the lengths of lists, as in ``_generate_input``."""
+    """Generate random rows whose lists have random, the shortest or the longest lengths."""
     generator = torch.Generator().manual_seed(seed)
     data: dict[str, Tensor] = {}
+    shared_lengths: dict[str, Tensor] = {}
     for item in signature.data_inputs:
-        data.update(_generate_input(item, rows_of_table, rows, generator, share))
+        if isinstance(item, DenseInput):
+            data[item.name] = torch.randn((rows, *item.shape), generator=generator)
+        elif not isinstance(item, KeyInput):
+            data |= _generate_integers(
+                item, value_ranges(item, rows_of_table), rows, generator, lengths, shared_lengths
+            )
     return data
 
 
-def _generate_input(
-    item: DataInput,
-    rows_of_table: dict[str, int],
+def _generate_integers(
+    item: BoundedInput,
+    ranges: tuple[ValueRange, ...],
     rows: int,
     generator: torch.Generator,
-    share: int | None = None,
+    lengths: ListLengths,
+    shared_lengths: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Generate one input; ``share`` sets the lengths of lists: 0 empty, 1 longest, None random."""
-    if isinstance(item, DenseInput):
-        return {item.name: torch.randn((rows, *item.shape), generator=generator)}
-    if isinstance(item, KeyInput):
-        return {}
-    dtype, ranges = getattr(torch, item.dtype), value_ranges(item, rows_of_table)
-    if not isinstance(item, JaggedBag):
+    """Generate the tensors of one input of integers.
+
+    ``shared_lengths`` has the lengths of the sequences so far, by the name of the sequence whose
+    lists have the same lengths.
+    """
+    dtype = getattr(torch, item.dtype)
+    if not isinstance(item, RAGGED):
         ids = _random_integers(ranges, (rows, *item.shape), dtype, generator)
         if isinstance(item, PaddedBag):
-            lengths = _lengths(item, (rows, 1), generator, share)
-            ids[torch.arange(item.shape[0]) >= lengths] = item.padding_id
+            list_lengths = _generate_lengths(item, (rows, 1), generator, lengths)
+            ids[torch.arange(item.shape[0]) >= list_lengths] = item.padding_id
         return {item.name: ids}
-    lengths = _lengths(item, (rows,), generator, share)
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    list_lengths = _generate_lengths(item, (rows,), generator, lengths)
+    if isinstance(item, SequenceInput):
+        if lengths == "random":
+            list_lengths[:1] = item.shape[0]  # so that a batch has the largest tensor
+        list_lengths = shared_lengths.setdefault(item.same_length_as or item.name, list_lengths)
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), list_lengths.cumsum(0)])
     values = _random_integers(ranges, (int(bounds[-1]),), dtype, generator)
-    return jagged(item, values, bounds)
+    return {item.name: values, bounds_name(item): bounds}
 
 
 def _random_integers(
@@ -109,16 +127,15 @@ def _random_integers(
     return torch.randint(first, last + 1, shape, generator=generator, dtype=dtype)
 
 
-def _lengths(
-    item: PaddedBag | JaggedBag,
-    shape: tuple[int, ...],
-    generator: torch.Generator,
-    share: int | None,
+def _generate_lengths(
+    item: ListInput, shape: tuple[int, ...], generator: torch.Generator, lengths: ListLengths
 ) -> Tensor:
-    """Return the length of each list, int64: random, or ``share`` (0 or 1) times the longest."""
-    if share is not None:
-        return torch.full(shape, share * item.shape[0])
-    return torch.randint(item.shape[0] + 1, shape, generator=generator)
+    """Return the length of each list, int64 of a given shape."""
+    shortest = item.min_length if isinstance(item, SequenceInput) else 0
+    longest = item.shape[0]
+    if lengths == "random":
+        return torch.randint(shortest, longest + 1, shape, generator=generator)
+    return torch.full(shape, shortest if lengths == "shortest" else longest)
 
 
 def generate_edge_inputs(
@@ -129,17 +146,19 @@ def generate_edge_inputs(
     A graph handles such integers by a policy, for example by refusing the row. Each row has
     out-of-range integers in at most one input: if the row is refused because of one input, the
     effect of another input cannot be observed. Two rows per input with integers are needed. If
-    there are at least two more, all lists of the second-last row are empty, and all lists of the
-    last row have the longest length.
+    there are at least two more, all lists of the second-last row have the shortest length, which
+    is 0 for bags, and all lists of the last row have the longest length.
 
     Raises:
         ValueError: ``rows`` is less than ``edge_rows``.
     """
     bounded = _bounded_inputs(signature)
-    shares = (0, 1) if rows >= 2 * len(bounded) + 2 else ()
+    extremes: tuple[ListLengths, ...] = ()
+    if rows >= edge_rows(signature):
+        extremes = ("shortest", "longest")
     if rows < 2 * len(bounded):
         raise ValueError(f"{len(bounded)} inputs need {2 * len(bounded)} rows; found {rows}")
-    data = generate_data(signature, rows_of_table, rows - len(shares), seed)
+    data = generate_data(signature, rows_of_table, rows - len(extremes), seed)
     for index, item in enumerate(bounded):
         ranges = value_ranges(item, rows_of_table)
         below, above = ranges[0].first - 1, ranges[-1].last + 1
@@ -147,8 +166,8 @@ def generate_edge_inputs(
             _write_out_of_range(item, data, row, value, at_start=value == below)
     inputs = model_inputs(data, signature)
     last_rows = [
-        model_inputs(_generate_data(signature, rows_of_table, 1, seed, share), signature)
-        for share in shares
+        model_inputs(_generate_data(signature, rows_of_table, 1, seed, lengths), signature)
+        for lengths in extremes
     ]
     return concatenate_inputs([inputs, *last_rows], signature)
 
@@ -168,11 +187,9 @@ def _write_out_of_range(
 ) -> None:
     """Write an out-of-range integer into one row of an input, as its first or last value."""
     values = data[item.name]
-    if not isinstance(item, JaggedBag):
+    if not isinstance(item, RAGGED):
         values[row].reshape(-1)[0 if at_start else -1] = value
         return
-    second = data[tensor_names(item)[1]]
-    begin = second if item.layout == "offsets" else second.cumsum(0) - second
-    end = torch.cat([begin[1:], begin.new_full((1,), values.shape[0])])
-    if end[row] > begin[row]:  # an empty list has no position to write to
-        values[begin[row] if at_start else end[row] - 1] = value
+    begin, end = data[bounds_name(item)][row : row + 2].tolist()
+    if end > begin:  # an empty list has no position to write to
+        values[begin if at_start else end - 1] = value

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import JaggedBag, Signature, tensor_names
+from compressors.contracts import JaggedBag, SequenceInput, Signature, tensor_names
 from compressors.core.modules.formats import Bag
 from compressors.core.units import plain_bag, private_copy, swap
 from compressors.lower.merged_tables import MergedTable, table_groups, with_merged_tables
@@ -172,7 +172,17 @@ def dynamic_shapes(signature: Signature, most_rows: int) -> tuple[dict[int, Any]
     """
     batch = torch.export.Dim("batch", min=1, max=most_rows)
     shapes: list[dict[int, Any]] = []
+    lengths: dict[str, Any] = {}
     for item in signature.model_inputs:
+        if isinstance(item, SequenceInput):
+            name = item.same_length_as or item.name
+            if item.shape[0] > max(1, item.min_length):
+                bounds = {"min": max(1, item.min_length), "max": item.shape[0]}
+                number = len(lengths)
+                lengths.setdefault(name, torch.export.Dim(f"length_{number}", **bounds))
+            per_id = {0: batch, 1: lengths[name]} if name in lengths else {0: batch}
+            shapes += [{0: batch} if tensor == item.lengths else per_id for tensor in item.tensors]
+            continue
         if isinstance(item, JaggedBag):
             most_ids = most_rows * item.shape[0]
             shapes.append({0: torch.export.Dim(f"ids_{len(shapes)}", min=0, max=most_ids)})

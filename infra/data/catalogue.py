@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from compressors.contracts import ITEMS, JaggedBag, Signature
+from compressors.contracts import ITEMS, RAGGED, Signature
 from infra.data import splits as data
 from infra.data.parquet import Array, Violations
 from infra.data.splits import Prepared
@@ -71,7 +71,7 @@ def _require_equal_queries(parquet: Path, tensors: dict[str, Array], signature: 
     first_row = first[query]  # (rows,): the first row with the same query
     for item in signature.only(signature.towers.query.inputs).data_inputs:
         values = tensors[item.name]
-        if isinstance(item, JaggedBag):
+        if isinstance(item, RAGGED):
             bounds = tensors[f"@bounds/{item.name}"]
             lengths = np.diff(bounds)
             differs = lengths != lengths[first_row]
@@ -113,7 +113,7 @@ def _join(
     for item in signature.only(signature.towers.item.inputs).data_inputs:
         if item.name == signature.item:
             continue
-        if not isinstance(item, JaggedBag):
+        if not isinstance(item, RAGGED):
             tensors[item.name] = items[item.name][position]
             continue
         bounds = items[f"@bounds/{item.name}"]

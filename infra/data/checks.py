@@ -16,10 +16,10 @@ from compressors.contracts import (
     DataInput,
     DenseInput,
     Frozen,
-    JaggedBag,
     KeyInput,
+    ListInput,
     Output,
-    PaddedBag,
+    SequenceInput,
     Signature,
     value_ranges,
 )
@@ -201,7 +201,7 @@ def _plan_input_checks(
         has_lists, view = False, ROWS
         rule, low, high = "fits int32", int(INT32.min), int(INT32.max)
     else:
-        has_lists = isinstance(item, PaddedBag | JaggedBag)
+        has_lists = isinstance(item, ListInput)
         view = VALUES if has_lists else ROWS
         for table in item.all_tables:
             if table not in rows_of_table:
@@ -224,7 +224,10 @@ def _plan_input_checks(
     if isinstance(item, DenseInput):
         length = _plan_between(split, column, f"lists of {limit} value(s)", LENGTHS, limit, limit)
     else:
-        length = _plan_between(split, column, f"lists of at most {limit} id(s)", LENGTHS, 0, limit)
+        shortest = item.min_length if isinstance(item, SequenceInput) else 0
+        counts = f"{shortest} to" if shortest else "at most"
+        rule = f"lists of {counts} {limit} id(s)"
+        length = _plan_between(split, column, rule, LENGTHS, shortest, limit)
     return [_plan_not_null(split, column, LENGTHS), length, *checks]
 
 

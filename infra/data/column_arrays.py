@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from compressors.contracts import TaskKind
-from infra.data.parquet import Array, Violations, null_positions, to_plain_times
+from compressors.contracts import SequenceInput, Signature, TaskKind
+from infra.data.parquet import Array, Violations, flatten, null_positions, to_plain_times
 
 INT32 = np.iinfo(np.int32)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -81,3 +81,24 @@ def convert_times(column: pa.Array, name: str, first: int, violations: Violation
     if times.dtype == np.float64:
         violations.add(name, "NaN or infinite", rows[~np.isfinite(times)])
     return np.asarray(times)
+
+
+def check_equal_lengths(
+    signature: Signature, batch: pa.RecordBatch, first: int, violations: Violations
+) -> None:
+    """Add violations for sequences that must have lists of equal length, but have not.
+
+    Args:
+        signature: the sequences, some with ``same_length_as``.
+        batch: a record batch of the split.
+        first: row number of the batch's first row in the split.
+        violations: collects the rows.
+    """
+    sequences = {item.name: item for item in signature.inputs if isinstance(item, SequenceInput)}
+    for item in sequences.values():
+        other = sequences.get(str(item.same_length_as))
+        if other is not None:
+            name, other_name = item.columns[0], other.columns[0]
+            lengths, expected = (flatten(batch.column(column))[2] for column in (name, other_name))
+            rule = f"a list has another length than that of column {other_name!r} in its row"
+            violations.add(name, rule, first + np.flatnonzero(lengths != expected))

@@ -1,5 +1,6 @@
 """Statistics of a split's integers and lists, and checks that they fit the signature."""
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from compressors.contracts import (
     Frozen,
     IdInput,
     IntegerInput,
-    JaggedBag,
     KeyInput,
+    ListInput,
     MatrixInput,
     PaddedBag,
+    SequenceInput,
     Signature,
     value_ranges,
 )
+from infra.data.column_arrays import check_equal_lengths
 from infra.data.parquet import (
+    Violations,
     batches,
     check_columns,
     column_uses,
@@ -45,12 +49,14 @@ class IdStatistics(Frozen):
     Attributes:
         min_id: smallest id; None if there is no id.
         max_id: largest id; None if there is no id.
-        longest: length of the longest list of a bag; 0 for an input without lists.
+        shortest: length of the shortest list; None without lists.
+        longest: length of the longest list; 0 without lists.
         nulls: number of null ids and null lists.
     """
 
     min_id: int | None = None
     max_id: int | None = None
+    shortest: int | None = None
     longest: int = 0
     nulls: int = 0
 
@@ -78,26 +84,21 @@ def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
         signature: the inputs and outputs, and the columns that they read.
 
     Raises:
-        DataRefused: a column is missing, has the wrong type, or cannot be read.
+        DataRefused: a column is missing, has the wrong type, or cannot be read; or the lists of two
+            sequences that must have equal lengths differ.
     """
     contents = inspect_split(parquet, signature)
     check_columns(contents, parquet, signature)
-    inputs = {item.name: IdStatistics() for item in signature.data_inputs if item.kind != "dense"}
-    columns = {
-        name: IdStatistics()
-        for item in signature.data_inputs
-        if item.name in inputs
-        for name in item.columns
-    }
+    of_integers = [item for item in signature.data_inputs if item.kind != "dense"]
+    columns = {name: IdStatistics() for item in of_integers for name in item.columns}
     label_column, label_count, label_sum = signature.single_output.label, 0, 0.0
     low: float | int | None = None
     high: float | int | None = None
-    for _, batch in batches(contents, (use.column for use in column_uses(signature))):
-        for item in signature.data_inputs:
-            for name in item.columns if item.name in inputs else ():
-                inputs[item.name] = _update_statistics(inputs[item.name], batch.column(name))
+    violations = Violations()
+    for first, batch in batches(contents, (use.column for use in column_uses(signature))):
         for name, known in columns.items():
-            columns[name] = _update_statistics(known, batch.column(name))
+            columns[name] = _combine(known, _statistics_of(batch.column(name)))
+        check_equal_lengths(signature, batch, first, violations)
         if label_column is not None:
             label = batch.column(label_column)
             label_count += len(label) - label.null_count
@@ -105,7 +106,12 @@ def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
         if signature.time is not None:
             limits = pc.min_max(to_plain_times(batch.column(signature.time))).as_py()
             low, high = _smaller(low, limits["min"]), _larger(high, limits["max"])
+    violations.refuse(parquet)
     mean = label_sum / label_count if label_count else None
+    inputs = {
+        item.name: reduce(_combine, [columns[name] for name in item.columns])
+        for item in of_integers
+    }
     return SplitStatistics(
         rows=contents.rows,
         label_mean=mean,
@@ -116,17 +122,28 @@ def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
     )
 
 
-def _update_statistics(known: IdStatistics, column: pa.Array) -> IdStatistics:
-    """Return the statistics of an input after one more batch of one of its columns."""
+def _statistics_of(column: pa.Array) -> IdStatistics:
+    """Compute the statistics of one column of a batch."""
     values, _, lengths = flatten(column)
     limits = pc.min_max(values).as_py()
-    nulls_in_lists = values.null_count if is_list(column) else 0
-    longest = int(lengths.max(initial=0)) if is_list(column) else 0
+    has_lists = is_list(column)
     return IdStatistics(
-        min_id=_smaller(known.min_id, limits["min"]),
-        max_id=_larger(known.max_id, limits["max"]),
-        longest=max(known.longest, longest),
-        nulls=known.nulls + column.null_count + nulls_in_lists,
+        min_id=limits["min"],
+        max_id=limits["max"],
+        shortest=int(lengths.min()) if has_lists and len(lengths) else None,
+        longest=int(lengths.max(initial=0)) if has_lists else 0,
+        nulls=column.null_count + (values.null_count if has_lists else 0),
+    )
+
+
+def _combine(first: IdStatistics, second: IdStatistics) -> IdStatistics:
+    """Return the statistics of the values of both."""
+    return IdStatistics(
+        min_id=_smaller(first.min_id, second.min_id),
+        max_id=_larger(first.max_id, second.max_id),
+        shortest=_smaller(first.shortest, second.shortest),
+        longest=max(first.longest, second.longest),
+        nulls=first.nulls + second.nulls,
     )
 
 
@@ -163,7 +180,7 @@ def check_shapes(statistics: dict[str, SplitStatistics], signature: Signature) -
             default=0,
         )
         most = max(MAX_UNUSED_LENGTH, MAX_LENGTH_FACTOR * longest)
-        if isinstance(item, PaddedBag | JaggedBag) and item.shape[0] > most:
+        if isinstance(item, ListInput) and item.shape[0] > most:
             lines.append(
                 f"input {item.name!r}: its shape allows lists of {item.shape[0]} ids, and the "
                 f"longest in the data has {longest}. Set shape to at most {most}."
@@ -254,7 +271,7 @@ def _setting_problems(item: BoundedInput, rows_of_table: dict[str, int]) -> list
                 )
         return lines
     special_ids = {"default_row": item.default_row}
-    if isinstance(item, PaddedBag):
+    if isinstance(item, PaddedBag | SequenceInput):
         special_ids["padding_id"] = item.padding_id
     for table in item.all_tables:
         rows = rows_of_table[table]
@@ -297,8 +314,13 @@ def _split_problems(
             f"rows ({first} to {last}). Fix the ids, or pack the table they belong to."
             for id_ in sorted(outside)
         ]
-    longest = statistics.inputs[item.name].longest
-    if isinstance(item, PaddedBag | JaggedBag) and longest > item.shape[0]:
+    shortest, longest = statistics.inputs[item.name].shortest, statistics.inputs[item.name].longest
+    if isinstance(item, SequenceInput) and shortest is not None and shortest < item.min_length:
+        lines.append(
+            f"split {split!r}, input {item.name!r}: a list has {shortest} ids, the input needs at "
+            f"least {item.min_length}. Remove such rows, or lower min_length."
+        )
+    if isinstance(item, ListInput) and longest > item.shape[0]:
         lines.append(
             f"split {split!r}, input {item.name!r}: a list has {longest} ids, the "
             f"input takes at most {item.shape[0]}. Cut the lists, or raise shape."

@@ -9,7 +9,7 @@ Layout of ``data.safetensors``, one file per split:
 
 field of a matrix       as an input of its kind, under the field's name
 other inputs            the input's name, ``(rows, *shape)``, the declared dtype
-jagged bag              the input's name, ``(all ids,)``, and ``@bounds/<name>``, int64
+jagged bag, sequence    the input's name, ``(all ids,)``, and ``@bounds/<name>``, int64
                         ``(rows + 1,)``: the ids of row ``i`` are ``[bounds[i], bounds[i + 1])``
 ``@label``              float32 ``(rows,)``; all 1 if the signature has no label
 ``@group``              int64 ``(rows,)``; integers are unchanged, other values are numbered in
@@ -28,17 +28,19 @@ import pyarrow as pa
 from safetensors.numpy import save_file
 
 from compressors.contracts import (
+    RAGGED,
     DataInput,
     DenseInput,
     Frozen,
     IdInput,
     IntegerInput,
-    JaggedBag,
     KeyInput,
     PaddedBag,
+    SequenceInput,
     Signature,
 )
 from infra.data.column_arrays import (
+    check_equal_lengths,
     convert_floats,
     convert_groups,
     convert_ids,
@@ -98,6 +100,7 @@ def prepare(parquet: Path, signature: Signature, into: Path) -> Prepared:
         batch_rows = slice(first, first + batch.num_rows)
         for item in signature.data_inputs:
             _write_batch(item, batch, first, out, violations)
+        check_equal_lengths(signature, batch, first, violations)
         if output.label is not None:
             column = batch.column(output.label)
             out["@label"][batch_rows] = convert_labels(
@@ -113,7 +116,7 @@ def prepare(parquet: Path, signature: Signature, into: Path) -> Prepared:
             out["@time"][batch_rows] = convert_times(column, signature.time, first, violations)
     violations.refuse(parquet)
     for item in signature.data_inputs:
-        if isinstance(item, JaggedBag):
+        if isinstance(item, RAGGED):
             out[item.name] = out[item.name][: out[f"@bounds/{item.name}"][-1]]
     return Prepared(rows=contents.rows, bytes=save(out, into), tensors=tuple(out))
 
@@ -144,9 +147,9 @@ def _bytes_needed(contents: SplitContents, signature: Signature) -> int:
     row_bytes = sum(
         math.prod(item.shape) * np.dtype(item.dtype).itemsize
         for item in signature.data_inputs
-        if not isinstance(item, JaggedBag)
+        if not isinstance(item, RAGGED)
     )
-    jagged = [item for item in signature.data_inputs if isinstance(item, JaggedBag)]
+    jagged = [item for item in signature.data_inputs if isinstance(item, RAGGED)]
     id_bytes = sum(
         contents.values[item.columns[0]] * np.dtype(item.dtype).itemsize for item in jagged
     )
@@ -158,7 +161,7 @@ def _allocate(contents: SplitContents, signature: Signature) -> dict[str, Array]
     """Return tensors for all rows of a split; most of their values are not initialized."""
     out: dict[str, Array] = {}
     for item in signature.data_inputs:
-        if isinstance(item, JaggedBag):
+        if isinstance(item, RAGGED):
             out[item.name] = np.empty(contents.values[item.columns[0]], item.dtype)
             out[f"@bounds/{item.name}"] = np.zeros(contents.rows + 1, np.int64)
         else:
@@ -218,6 +221,12 @@ def _write_batch(
         length = lengths[too_long[0]]
         rule = f"a list has {length} ids, input {item.name!r} takes at most {limit}"
         violations.add(name, rule, first + too_long)
+        return
+    shortest = item.min_length if isinstance(item, SequenceInput) else 0
+    if (too_short := np.flatnonzero(lengths < shortest)).size:
+        length = lengths[too_short[0]]
+        rule = f"a list has {length} ids, input {item.name!r} needs at least {shortest}"
+        violations.add(name, rule, first + too_short)
     elif isinstance(item, PaddedBag):
         target[:] = item.padding_id
         target[np.arange(limit) < lengths[:, None]] = ids

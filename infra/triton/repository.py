@@ -32,7 +32,12 @@ from infra.store.object_store import FileEntry, Store
 from infra.triton.pbtxt import Enum, entries, format_message
 
 CONFIG = "config.pbtxt"
-TYPES = {"int64": "TYPE_INT64", "int32": "TYPE_INT32", "float32": "TYPE_FP32"}
+TYPES = {
+    "int64": "TYPE_INT64",
+    "int32": "TYPE_INT32",
+    "float32": "TYPE_FP32",
+    "bool": "TYPE_BOOL",
+}
 QUEUE_MICROSECONDS = 0
 """How long Triton delays a request to batch it with others, in microseconds.
 
@@ -50,13 +55,20 @@ class Tensor(Frozen):
 
     ``shape`` omits the first dimension. If ``longest`` is None, the first dimension is the rows of
     a request. Otherwise the input is jagged: the first dimension is the concatenated values of all
-    rows, at most ``longest`` per row.
+    rows, at most ``longest`` per row. If ``is_dynamic``, ``shape`` is the largest: requests may be
+    smaller.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...] = ()
     longest: int | None = Field(None, ge=1)
+    is_dynamic: bool = False
+
+    @property
+    def dims(self) -> list[int]:
+        """``shape`` with -1 for each dimension whose size differs between requests."""
+        return [-1] * len(self.shape) if self.is_dynamic else list(self.shape)
 
 
 class ServedVersion(Frozen):
@@ -202,9 +214,9 @@ def _describe_tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:
     """Return the configuration's entry of one input or output."""
     fields: dict[str, Any] = {"name": tensor.name, "data_type": Enum(TYPES[tensor.dtype])}
     if not batched:
-        return fields | {"dims": [-1, *tensor.shape]}
+        return fields | {"dims": [-1, *tensor.dims]}
     if tensor.shape:
-        return fields | {"dims": list(tensor.shape)}
+        return fields | {"dims": tensor.dims}
     # Triton requires a dimension after the batch: clients send (rows, 1), the graph gets (rows,).
     return fields | {"dims": [1], "reshape": {"shape": []}}
 

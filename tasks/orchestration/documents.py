@@ -64,12 +64,15 @@ class GraphInput(Frozen):
         shape: shape without the first dimension, which varies. The first dimension is the rows, or
             for the values of a jagged bag the ids of all rows concatenated.
         longest: maximum number of ids per row of a jagged bag; None for other inputs.
+        shortest: smallest length of a sequence, whose largest length is ``shape[0]``; None if the
+            shape does not vary.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     longest: int | None = None
+    shortest: int | None = None
 
 
 class LoweredGraph(Frozen):

@@ -305,7 +305,13 @@ def _graph_to_serve(
             artifact=target.artifact,
             files=files,
             inputs=tuple(
-                Tensor(name=item.name, dtype=item.dtype, shape=item.shape, longest=item.longest)
+                Tensor(
+                    name=item.name,
+                    dtype=item.dtype,
+                    shape=item.shape,
+                    longest=item.longest,
+                    is_dynamic=item.shortest is not None,
+                )
                 for item in part.graph.inputs
             ),
             outputs=(Tensor(name=part.graph.output, dtype="float32", shape=width),),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from compressors.lower.findings import Parity
 from infra.pages.html import many
-from tasks.orchestration.documents import LoweredGraph, Report, TargetReport
+from tasks.orchestration.documents import GraphInput, LoweredGraph, Report, TargetReport
 from tasks.report.cells import (
     audit_heading,
     describe_dense_layers,
@@ -112,13 +112,20 @@ def _graph_facts(graph: LoweredGraph, audit: dict[str, object], runtime: str) ->
         if value is not None or not field.startswith("sparsity")
     }
     inputs = (
-        f"{item.name} {item.dtype} [{', '.join(['rows', *map(str, item.shape)])}]"
+        f"{item.name} {item.dtype} [{', '.join(['rows', *_dimensions(item)])}]"
         for item in graph.inputs
     )
     facts["Inputs"] = Fact("; ".join(inputs))
     width = "" if graph.width is None else f" [rows, {graph.width}]"
     facts["Output"] = Fact(f"{graph.output}{width}")
     return facts
+
+
+def _dimensions(item: GraphInput) -> list[str]:
+    """Format the dimensions of a graph's input after the first, such as ``1 to 50``."""
+    if item.shortest is not None:
+        return [f"{item.shortest} to {item.shape[0]}"]
+    return [str(size) for size in item.shape]
 
 
 def _format_parity(parity: Parity, rows: str) -> str:

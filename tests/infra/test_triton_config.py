@@ -81,6 +81,19 @@ def test_config_with_a_jagged_input_has_full_shapes_and_no_batching() -> None:
     assert {tuple(item["batch_size"]) for item in message["model_warmup"]} == {(1,)}
 
 
+def test_config_of_a_sequence_has_a_dynamic_dimension_and_warm_ups_of_the_longest() -> None:
+    items = Tensor(name="items", dtype="int64", shape=(50,), is_dynamic=True)
+    mask = Tensor(name="items_mask", dtype="bool", shape=(50,), is_dynamic=True)
+    message = parsed_config(USER, items, mask)
+    assert message["input"][1:] == [
+        {"name": ["items"], "data_type": ["TYPE_INT64"], "dims": [-1]},
+        {"name": ["items_mask"], "data_type": ["TYPE_BOOL"], "dims": [-1]},
+    ]
+    assert "dynamic_batching" in message
+    for rows, arrays in warmup_requests(config(served_version(USER, items, mask)).decode()):
+        assert arrays["items"].shape == arrays["items_mask"].shape == (rows, 50)
+
+
 def test_config_contains_version_device_threads_and_origin() -> None:
     message = parsed_config(USER)
     assert (message["name"], message["platform"]) == (["m"], ["onnxruntime_onnx"])

@@ -204,8 +204,8 @@ FAULTS = (
     Fault(
         id="data-too-long-lists-accepted",
         file="infra/data/split_statistics.py",
-        old="    if isinstance(item, PaddedBag | JaggedBag) and longest > item.shape[0]:\n",
-        new="    if isinstance(item, PaddedBag | JaggedBag) and longest > 2 * item.shape[0]:\n",
+        old="    if isinstance(item, ListInput) and longest > item.shape[0]:\n",
+        new="    if isinstance(item, ListInput) and longest > 2 * item.shape[0]:\n",
         effect="Lists longer than the input are accepted at pack.",
         tests=(f"{DATA}::test_check_ids_refuses_too_long_lists_of_clamped_ids",),
     ),

@@ -4,14 +4,15 @@
 input's name. ``shape`` is the shape of one row. ``table`` is the attribute path of the embedding
 table in which ids are looked up.
 
-common.py         fields and checks that several kinds share
-id_input.py       one id per row, or one for each of several columns
-dense_input.py    a vector of floats per row
-bags.py           lists of ids whose order does not matter, padded or concatenated
-integer_input.py  bounded integers that are not looked up in a table
-key_input.py      the identity of an item, which is not passed to the model
-matrix_input.py   one tensor whose columns hold several of these inputs
-ranges.py         the valid integers of an input
+common.py          fields and checks that several kinds share
+id_input.py        one id per row, or one for each of several columns
+dense_input.py     a vector of floats per row
+bags.py            lists of ids whose order does not matter, padded or concatenated
+sequence_input.py  ordered lists of ids, padded to the longest of a batch
+integer_input.py   bounded integers that are not looked up in a table
+key_input.py       the identity of an item, which is not passed to the model
+matrix_input.py    one tensor whose columns hold several of these inputs
+ranges.py          the valid integers of an input
 """
 
 from typing import Annotated
@@ -31,17 +32,26 @@ from compressors.contracts.inputs.matrix_input import MatrixInput as MatrixInput
 from compressors.contracts.inputs.ranges import BoundedInput as BoundedInput
 from compressors.contracts.inputs.ranges import ValueRange as ValueRange
 from compressors.contracts.inputs.ranges import value_ranges as value_ranges
+from compressors.contracts.inputs.sequence_input import SequenceInput as SequenceInput
 
-DataInput = IdInput | DenseInput | PaddedBag | JaggedBag | IntegerInput | KeyInput
+DataInput = IdInput | DenseInput | PaddedBag | JaggedBag | SequenceInput | IntegerInput | KeyInput
 """An input that reads columns of the data; a ``MatrixInput`` consists of several of them."""
+
+ListInput = PaddedBag | JaggedBag | SequenceInput
+"""An input with a list of ids per row; ``shape`` is ``(longest,)``."""
+
+RAGGED = (JaggedBag, SequenceInput)
+"""Kinds whose lists are stored one after another, with the bounds of each row's list."""
 
 AnyInput = Annotated[DataInput | MatrixInput, Field(discriminator="kind")]
 
 
 def tensor_names(item: AnyInput) -> tuple[str, ...]:
-    """Return the names of an input's tensors: two for a jagged bag, one for other kinds."""
+    """Return the names of an input's tensors: one, except for jagged bags and sequences."""
     if isinstance(item, JaggedBag):
         return (item.name, f"{item.name}_{item.layout}")
+    if isinstance(item, SequenceInput):
+        return item.tensors
     return (item.name,)
 
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 from compressors.contracts.inputs.bags import JaggedBag, PaddedBag
 from compressors.contracts.inputs.id_input import IdInput
 from compressors.contracts.inputs.integer_input import IntegerInput
+from compressors.contracts.inputs.sequence_input import SequenceInput
 
-BoundedInput = IdInput | PaddedBag | JaggedBag | IntegerInput
+BoundedInput = IdInput | PaddedBag | JaggedBag | SequenceInput | IntegerInput
 """An input whose integers have a valid range."""
 
 

@@ -22,6 +22,18 @@ SENTENCES = {
         "entry for each column, or none"
     ),
     "integer_bounds": "input {name!r} has low {low}, which exceeds high {high}; exchange them",
+    "sequence_lengths": (
+        "sequence {name!r} has min_length {low}, which exceeds its longest list, shape [{high}]; "
+        "change one of them"
+    ),
+    "sequence_not_there": (
+        "sequence {name!r} has the lengths of {other!r}, which is not another sequence; the "
+        "sequences are {known}"
+    ),
+    "sequences_differ": (
+        "sequences {name!r} and {other!r} have lists of the same length, but another shape, "
+        "min_length or padding; make them equal"
+    ),
     "key_columns_count": "key {name!r} must read exactly one column, got {columns}",
     "matrix_floats": (
         "matrix {name!r} has dtype {dtype!r} and the fields {fields} of floats; use dtype "

@@ -1,0 +1,120 @@
+"""Write a small draft of ``SequenceNet``, whose sequences have any length from 1 to 12.
+
+Labels are drawn with the network's probabilities, so compression can only lower the quality.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+from sequence_network import SequenceNet
+
+NETWORK_MODULE = "sequence_network"
+CONFIG = {"items": 800, "categories": 60, "longest": 12, "dim": 16, "hidden": 32}
+TABLES = {"item": 800, "category": 60}
+ROWS = {"train": 2_500, "calibration": 600, "validation": 600, "test": 2_500}
+SPREAD = 1.1  # standard deviation of the logits
+
+Padding = Literal["left", "right"]
+
+
+def signature(padding: Padding = "right") -> dict[str, Any]:
+    """Return the signature as a document."""
+    return {
+        "inputs": [
+            {
+                "kind": "sequence",
+                "name": "history",
+                "shape": [CONFIG["longest"]],
+                "table": "item",
+                "padding": padding,
+                "mask": "history_mask",
+                "positions": "history_positions",
+                "first_position": 1,
+                "out_of_range": "default_row",
+            },
+            {
+                "kind": "sequence",
+                "name": "categories",
+                "shape": [CONFIG["longest"]],
+                "table": "category",
+                "padding": padding,
+                "lengths": "category_count",
+                "same_length_as": "history",
+            },
+            {"kind": "id", "name": "item", "table": "item"},
+        ],
+        "outputs": [
+            {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
+        ],
+    }
+
+
+def write_sequence_draft(folder: Path, padding: Padding = "right", *, seed: int = 0) -> Path:
+    """Write ``model.json``, the weights and one parquet file per split; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = SequenceNet(**CONFIG).eval()
+    random = np.random.default_rng(seed)
+    columns = {split: draw_columns(rows, random) for split, rows in ROWS.items()}
+    logits = compute_logits(model, columns["train"])
+    with torch.no_grad():
+        model.out.weight *= SPREAD / logits.std()
+        model.out.bias *= SPREAD / logits.std()
+    for split, columns_of_split in columns.items():
+        probability = torch.sigmoid(compute_logits(model, columns_of_split)).numpy()
+        is_click = random.random(len(probability)) < probability
+        table = columns_of_split | {"click": pa.array(is_click.astype(np.int64))}
+        pq.write_table(pa.table(table), folder / f"{split}.parquet")
+    save_file(model.state_dict(), folder / "model.safetensors")
+    document = {
+        "schema_version": 2,
+        "name": "sequences",
+        "version": "1",
+        "signature": signature(padding),
+        "network": {"architecture": {"path": f"{NETWORK_MODULE}:SequenceNet", "config": CONFIG}},
+        "data": {split: f"{split}.parquet" for split in ROWS},
+    }
+    (folder / "model.json").write_text(json.dumps(document, indent=1))
+    return folder
+
+
+def draw_columns(rows: int, random: np.random.Generator) -> dict[str, pa.Array]:
+    """Draw the inputs of some rows; the two lists of a row have the same length."""
+    lengths = random.integers(1, CONFIG["longest"] + 1, rows)
+
+    def draw_lists(table_rows: int) -> pa.Array:
+        lists = [random.integers(1, table_rows, length).tolist() for length in lengths]
+        return pa.array(lists, pa.list_(pa.int64()))
+
+    return {
+        "history": draw_lists(CONFIG["items"]),
+        "categories": draw_lists(CONFIG["categories"]),
+        "item": pa.array(random.integers(1, CONFIG["items"], rows)),
+    }
+
+
+def compute_logits(model: SequenceNet, columns: dict[str, pa.Array]) -> torch.Tensor:
+    """Return the network's logits, float ``(rows,)``, row by row and so without padding."""
+    rows = zip(
+        *(columns[name].to_pylist() for name in ("history", "categories", "item")), strict=True
+    )
+    with torch.no_grad():
+        return torch.cat(
+            [
+                model(
+                    torch.tensor([history]),
+                    torch.ones(1, len(history)),
+                    torch.arange(1, len(history) + 1)[None],
+                    torch.tensor([categories]),
+                    torch.tensor([len(categories)]),
+                    torch.tensor([item]),
+                )
+                for history, categories, item in rows
+            ]
+        )
