@@ -21,6 +21,9 @@ from infra.errors import BundleRefused
 if TYPE_CHECKING:
     import torch
 
+OWN_PACKAGES = ("flows", "tasks", "compressors", "infra")
+"""Packages of this project. Python imports only one package of a name, so a user's is refused."""
+
 # module:Class
 _PATH = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
@@ -136,6 +139,9 @@ def _split_and_check(path: str, allowed: Sequence[str]) -> tuple[str, str]:
     if match is None:
         raise BundleRefused("architecture_form", path=path[:200])
     module_name, class_name = match.groups()
+    package = module_name.partition(".")[0]
+    if package in OWN_PACKAGES:
+        raise BundleRefused("architecture_name_taken", path=path, package=package)
     if not any(_is_within(module_name, root) for root in allowed):
         raise BundleRefused(
             "architecture_not_allowed",

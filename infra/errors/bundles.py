@@ -71,6 +71,9 @@ class BundleRefused(Refused):
         f"it again. {_SAVE}",
         "architecture_form": "architecture {path!r} must be written 'package.module:Class'; it is "
         "imported by that name and never evaluated.",
+        "architecture_name_taken": "architecture {path!r}: {package!r} is also a package of "
+        "recpress, and Python imports only one package of a name. Move the class to a module with "
+        "another name.",
         "architecture_not_allowed": f"architecture {{path!r}} is not allowed: {_ALLOW}",
         "architecture_defined_elsewhere": "architecture {path!r} is defined in {module}, which is "
         f"not allowed: {_ALLOW}",

@@ -61,11 +61,9 @@ class GraphInput(Frozen):
     Attributes:
         name: name of the input.
         dtype: dtype of the tensor, such as ``int64``.
-        shape: shape without the first dimension, which varies. The first dimension is the rows, or
-            for the values of a jagged bag the ids of all rows concatenated.
+        shape: shape without the first dimension: the rows, or the ids of all rows of a jagged bag.
         longest: maximum number of ids per row of a jagged bag; None for other inputs.
-        shortest: smallest length of a sequence, whose largest length is ``shape[0]``; None if the
-            shape does not vary.
+        shortest: smallest length of a sequence, whose longest is ``shape[0]``; None for others.
     """
 
     name: str
