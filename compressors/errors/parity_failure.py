@@ -123,8 +123,8 @@ class ParityFailure:
                     f"The {scorer} scores {self.rows} row(s) differently alone than among others, "
                     f"by up to {self.measured['largest']:.2g} "
                     f"(limit {self.limits['largest']:.2g}). "
-                    f"A served score must not depend on the batch: leave batch statistics and "
-                    f"branches on the batch size out of forward."
+                    f"A served score must not depend on the batch: leave batch statistics, padded "
+                    f"positions and branches on the batch size out of forward."
                 )
             case "parity_run":
                 return f"The {graph} does not run on {self.rows} rows: {self.reason}"

@@ -1,9 +1,9 @@
 """Lower a compressed module to an ONNX graph for one serving target.
 
 findings.py            result types of export, audit and parity check
+value_policy.py        the policy for integers out of range, as operators of the graph
 serving_wrapper.py     the exported module: policy for ids out of range, and output
-merged_codebooks.py    merge several tables with codebooks into one
-merged_tables.py       merge the lookups of several tables
+merged/                several tables looked up as one
 float8_tensors.py      convert stored 8-bit floats to a graph's type
 attention.py           translate scaled dot-product attention
 custom_operators.py    register the custom PyTorch ops of all formats

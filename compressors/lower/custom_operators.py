@@ -8,7 +8,7 @@ other ops are those of lowering itself.
 import torch
 
 import compressors.core.registries  # noqa: F401
-from compressors.lower import merged_codebooks, merged_tables  # noqa: F401
+from compressors.lower.merged import merged_codebooks, merged_tables  # noqa: F401
 
 OPS = torch.ops.recpress
 """Namespace of the custom ops, such as ``OPS.rowwise_int8``."""

@@ -29,7 +29,7 @@ from compressors.lower import attention
 from compressors.lower.external_weights import link_weights
 from compressors.lower.findings import LayerInitializer, TableInitializers
 from compressors.lower.graph_builders import exact_sigmoid, log_sigmoid, squeeze_fixed
-from compressors.lower.merged_tables import MergedTable
+from compressors.lower.merged.merged_tables import MergedTable
 from compressors.lower.passes.simplify import simplify
 from compressors.lower.passes.strip_metadata import StripMetadata
 from compressors.lower.serving_wrapper import (

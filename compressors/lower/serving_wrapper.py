@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compressors.contracts import JaggedBag, SequenceInput, Signature, tensor_names
 from compressors.core.modules.formats import Bag
 from compressors.core.units import plain_bag, private_copy, swap
-from compressors.lower.merged_tables import MergedTable, table_groups, with_merged_tables
+from compressors.lower.merged.merged_tables import MergedTable, table_groups, with_merged_tables
 from compressors.lower.value_policy import apply_policy
 
 SCORE = "score"

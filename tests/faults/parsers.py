@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from flows.cli import orders
 from infra.bundle.bundle_folder import parse_manifest, read_draft
 from infra.bundle.shards import stored_tensors
-from infra.data.splits import split_statistics
+from infra.data.split_statistics import split_statistics
 from infra.registry.ledger import Entry, Ledger
 from infra.registry.mlflow_registry import Registered
 from infra.services.compose import COMPOSE, needed_secrets, read_services, read_variables

@@ -22,7 +22,7 @@ from compressors.contracts import IdInput, Signature, is_out_of_memory
 from compressors.core.modules.formats import PackedTable
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.units import private_copy, swap
-from compressors.lower.merged_codebooks import codes_of, merge_tables
+from compressors.lower.merged.merged_codebooks import codes_of, merge_tables
 
 MAX_BYTES = 2**28
 """Largest size of a group in bytes.
