@@ -32,16 +32,16 @@ class MetricRefused(CompressionError):
             "{first:g}. Convert ratings to clicks first."
         ),
         "grades_outside": (
-            "ndcg needs labels in [0, 30] (a gain is 2**label - 1); got {lowest:g} to "
-            "{highest:g}. Convert ratings to relevance grades first."
+            "Metrics of lists need labels in [0, 30] (a gain of ndcg is 2**label - 1); got "
+            "{lowest:g} to {highest:g}. Convert ratings to relevance grades first."
         ),
         "depth_below_one": "Expected a depth k of at least 1, got {depth}.",
         "one_class_only": "{metric} needs positive and negative rows; got {positive} positive of "
         "{rows}. Use a larger or another test set.",
         "groups_of_one_class": "gauc needs a group with both a positive and a negative row; no "
         "group has both. Choose another group column, or the metric 'auc'.",
-        "relevant_items_missing": "ndcg needs a group with a relevant item (label above 0); no "
-        "group has one. Check the label and group columns.",
+        "relevant_items_missing": "Metrics of lists need a group with a relevant item (label above "
+        "0); no group has one. Check the label and group columns.",
         "metric_needs_groups": (
             "{metric} needs a group column, but this data has none. Name one in the "
             "bundle's signature, or use the metric 'auc'."
@@ -120,9 +120,9 @@ class LimitRefused(CompressionError):
         "bound_missing": "A limit on {metric!r} needs at_least or at_most.",
         "number_missing": (
             "Limit '{limit}' needs a metric that was not measured; measured: {measured}. "
-            "Remove the limit, or add the data that the metric needs (gauc, ndcg and "
-            "changed_top1 need a group column, changed_top1 also groups of at least two "
-            "rows)."
+            "Remove the limit, or add the data that the metric needs (gauc, changed_top1 and "
+            "metrics at a depth k need a group column, changed_top1 also groups of at least "
+            "two rows)."
         ),
         "number_broken": (
             "Expected finite numbers for {number}, with low <= high, got {point} [{low}, "

@@ -1,7 +1,8 @@
 """Metrics of models, their confidence intervals, and the decision on limits.
 
 point_estimates.py    AUC, log loss, NDCG and others, as functions of arrays
-full_ranking.py       recall and NDCG of a retrieval model over the whole catalogue
+top_k.py              MRR, MAP, hits, recall and precision of the first k ranks
+full_ranking.py       rankings of the whole catalogue by a retrieval model
 cluster_intervals.py  95 % intervals of metrics whose rows belong to groups
 intervals.py          95 % intervals of metrics, their differences, and latency
 estimators/           one estimator class for each quality metric

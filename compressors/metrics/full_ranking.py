@@ -1,9 +1,9 @@
 """Rank the whole catalogue for every query of a retrieval model, and find the relevant items.
 
-``estimators/`` computes recall and NDCG from the positions of the relevant items. Negatives are not
-sampled: every item of the catalogue is ranked, except the *hidden* items of a query, with which it
-had a positive interaction before. Scores are computed for a block of queries at a time, so memory
-does not grow with the number of queries.
+``estimators/`` computes recall, NDCG and other metrics from the positions of the relevant items.
+Negatives are not sampled: every item of the catalogue is ranked, except the *hidden* items of a
+query, with which it had a positive interaction before. Scores are computed for a block of queries
+at a time, so memory does not grow with the number of queries.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from compressors.contracts import metric
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.point_estimates import Floats
+from compressors.metrics.top_k import TieBlocks
 
 Ints = NDArray[np.int64]
 Float32s = NDArray[np.float32]
@@ -145,6 +146,19 @@ class RelevantPlaces:
         """Sum values of relevant items ``(pairs,)`` by query: float64 ``(queries,)``."""
         total = np.bincount(self.query, weights=values, minlength=self.relevant.size)
         return total.astype(np.float64, copy=False)
+
+    def tie_blocks(self) -> TieBlocks:
+        """Group the relevant items of the first ``depth`` ranks by query and score."""
+        counted = self.above < self.depth
+        place = self.query[counted] * self.depth + self.above[counted]
+        first_rank, pair, relevant = np.unique(place, return_index=True, return_counts=True)
+        return TieBlocks(
+            first_rank // self.depth,
+            first_rank % self.depth,
+            self.equal[counted][pair],
+            relevant.astype(np.int64),
+            self.relevant,
+        )
 
 
 def relevant_places(

@@ -97,11 +97,11 @@ def estimate_pair(
 
     Args:
         metric_name: a metric with an estimator of rows, such as ``auc`` or ``ndcg@10``.
-        label: 0 or 1 (``ndcg``: relevance >= 0), ``(rows,)``.
+        label: 0 or 1 (metrics at a depth k: relevance >= 0), ``(rows,)``.
         baseline: scores (log loss and entropy: probabilities) of the baseline, ``(rows,)``.
         candidate: scores of the candidate on the same rows, ``(rows,)``.
-        group: user or query of each row, ``(rows,)``; needed by ``gauc`` and ``ndcg``. With it the
-            intervals treat groups as the units.
+        group: user or query of each row, ``(rows,)``; needed by ``gauc`` and by metrics at a
+            depth k. With it the intervals treat groups as the units.
         samples: replicates of the bootstrap of rows without a group; at least 100. With 1000, the
             ends vary by about 5 % of the width between seeds.
         seed: seed of this bootstrap; the same seed gives the same intervals. Intervals of rows with

@@ -157,7 +157,7 @@ def wins_within_groups(positive: Bools, scores: Floats, ids: Ints, rows: Ints) -
         rows: number of rows of each group, ``(groups,)``.
     """
     order = np.lexsort((scores, ids))
-    run = _runs(ids[order], scores[order])
+    run = equal_score_runs(ids[order], scores[order])
     run_size = np.bincount(run)
     run_end = np.cumsum(run_size)
     group_start = np.cumsum(rows) - rows
@@ -227,12 +227,7 @@ def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> 
     """
     if k < 1:
         raise MetricRefused("depth_below_one", depth=k)
-    relevance, scores = _column("label", label), _column("score", score)
-    _require_same_length(relevance.size, scores.size)
-    if relevance.min() < 0 or relevance.max() > 30:
-        raise MetricRefused(
-            "grades_outside", lowest=float(relevance.min()), highest=float(relevance.max())
-        )
+    relevance, scores = check_grades_and_scores(label, score)
     gain = np.exp2(relevance) - 1
     ids, rows = number_groups(group, relevance.size)
     group_start = np.cumsum(rows) - rows
@@ -245,7 +240,7 @@ def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> 
     best = np.lexsort((-gain, ids))
     ideal_gain = discounted(best, gain[best])
     ranked = np.lexsort((-scores, ids))
-    run = _runs(ids[ranked], scores[ranked])
+    run = equal_score_runs(ids[ranked], scores[ranked])
     shared_gains = (np.bincount(run, weights=gain[ranked]) / np.bincount(run))[run]
     reached_gain = discounted(ranked, shared_gains)
     relevant = ideal_gain > 0
@@ -339,6 +334,21 @@ def check_labels_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, 
     return positive, scores
 
 
+def check_grades_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Floats, Floats]:
+    """Check relevance grades and scores; return both as float64 ``(rows,)``.
+
+    Raises:
+        MetricRefused: a label that is negative or above 30, NaN, no row, or unequal lengths.
+    """
+    grades, scores = _column("label", label), _column("score", score)
+    _require_same_length(grades.size, scores.size)
+    if grades.min() < 0 or grades.max() > 30:
+        raise MetricRefused(
+            "grades_outside", lowest=float(grades.min()), highest=float(grades.max())
+        )
+    return grades, scores
+
+
 def number_groups(group: ArrayLike, size: int) -> tuple[Ints, Ints]:
     """Number groups from 0 in sorted order.
 
@@ -358,7 +368,7 @@ def number_groups(group: ArrayLike, size: int) -> tuple[Ints, Ints]:
     return ids, rows
 
 
-def _runs(ids: Ints, scores: Floats) -> Ints:
+def equal_score_runs(ids: Ints, scores: Floats) -> Ints:
     """Number the runs of rows with equal group and score, from 0; rows are sorted by both."""
     new = np.ones(ids.size, dtype=np.intp)
     new[1:] = (ids[1:] != ids[:-1]) | (scores[1:] != scores[:-1])

@@ -215,7 +215,7 @@ REFERENCES: list[dict[str, Any]] = [
 
 
 # All usual metrics, and some with another depth, cut-off or batch size.
-METRICS = sorted({*usual_metrics(), "ndcg@5", "recall@100", "p99_ms@256"})
+METRICS = sorted({*usual_metrics(), "ndcg@5", "recall@100", "mrr@10", "map@100", "p99_ms@256"})
 
 
 def bounds_near_limits(metric: str) -> list[float]:

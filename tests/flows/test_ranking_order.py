@@ -13,7 +13,9 @@ from tasks.bundles.packing import pack
 def test_ranking_model_is_judged_on_its_groups(empty_home: Path) -> None:
     pack(write_draft(empty_home / "draft", name="ranker", task="ranking"))
     texts = ("ndcg@10 vs baseline >= -0.02", "ndcg@3 vs baseline >= -0.1",
-             "bytes vs baseline <= 0.5", "p50_ms@7 vs baseline <= 10")  # fmt: skip
+             "mrr@10 vs baseline >= -0.1", "map@100 >= 0.05", "hit@3 vs baseline >= -0.1",
+             "recall@3 vs baseline >= -0.1", "bytes vs baseline <= 0.5",
+             "p50_ms@7 vs baseline <= 10")  # fmt: skip
     limits = tuple(map(Limit.parse, texts))
     result = run_without_prefect(Order(model="ranker", preset="safe", limits=limits))
     report = result.finished.report

@@ -142,6 +142,7 @@ def test_meaningless_limit_in_parameters_of_the_flow_fails_the_run(
         "recall@20 vs baseline >= 0",
         "ndcg@10 >= 0.3",
         "ndcg@20 vs champion >= 0",
+        "mrr@10 >= 0.3",
         "p99_ms@1024 <= 5",
         "p50_ms@1024 vs baseline <= 1",
     ],
@@ -189,4 +190,4 @@ def test_pack_refuses_a_metric_of_another_task_with_exit_code_2(call: Call, tmp_
     document = json.loads((draft / "model.json").read_text())
     document["signature"]["outputs"][0]["metric"] = "auc"
     (draft / "model.json").write_text(json.dumps(document))
-    assert_refused(call("bundle", "pack", str(draft)), "signature", "needs metric ndcg@k", "'auc'")
+    assert_refused(call("bundle", "pack", str(draft)), "signature", "ndcg@k", "mrr@k", "'auc'")

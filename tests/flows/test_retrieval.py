@@ -29,7 +29,11 @@ from tasks.orchestration.documents import lowering_of
 from tasks.orchestration.workspace import local
 from tasks.promotion.promotions import fetch
 
-LIMITS = (Limit.parse("recall@20 vs baseline >= -0.05"), Limit.parse("bytes vs baseline <= 0.9"))
+LIMITS = (
+    Limit.parse("recall@20 vs baseline >= -0.05"),
+    Limit.parse("mrr@10 vs baseline >= -0.1"),
+    Limit.parse("bytes vs baseline <= 0.9"),
+)
 STEPS = (RowwiseInt4(), StaticInt8())
 
 
@@ -164,7 +168,7 @@ def test_report_contains_retrieval_metrics_latency_and_stages(
 ) -> None:
     finished = retrieval_run[1].finished
     metrics = [number.metric for number in finished.report.measurement.baseline.numbers]  # type: ignore[union-attr]
-    assert metrics[:3] == ["recall@20", "ndcg@20", "bytes"]
+    assert metrics[:4] == ["recall@20", "ndcg@20", "mrr@10", "bytes"]
     numbers = finished.report.measurement.numbers  # type: ignore[union-attr]
     for metric, lower_bound in (("score_correlation", 0.9), ("top20_overlap", 0.5)):
         estimate = numbers.of(metric, "absolute")
@@ -173,6 +177,7 @@ def test_report_contains_retrieval_metrics_latency_and_stages(
     require_reason(finished.report.targets[0].verdict.reasons, "top20_overlap")
     text = (local(finished.release) / "report.md").read_text()
     assert "Recall@20" in text
+    assert "MRR@10" in text
     assert "Latency is of the query graph" in text
     assert "onnxruntime, item: vectors differ from torch by at most" in text
     stages = finished.report.stages

@@ -12,6 +12,7 @@ INTERVALS = "tests/compressors/metrics/test_intervals.py"
 CLUSTERS = "tests/compressors/metrics/test_cluster_intervals.py"
 CHANGE = "tests/compressors/metrics/test_score_change.py"
 RANKING = "tests/compressors/metrics/test_full_ranking.py"
+TOP_K = "tests/compressors/metrics/test_top_k.py"
 
 FAULTS = (
     Fault(
@@ -132,6 +133,30 @@ FAULTS = (
         new="hits = (places.above < places.depth).astype(float)",
         effect="A model with equal scores for all items has recall 1.",
         tests=(f"{RANKING}::test_recall_of_equal_scores_is_that_of_a_random_ranking",),
+    ),
+    Fault(
+        id="map-divided-by-at-most-k",
+        file="compressors/metrics/top_k.py",
+        old="np.minimum(total / blocks.relevant_of_list, 1.0)",
+        new="np.minimum(total / np.minimum(blocks.relevant_of_list, k), 1.0)",
+        effect="MAP of lists with more than k relevant items is larger than that of trec_eval.",
+        tests=(f"{TOP_K}::test_metrics_of_rows_without_ties_equal_trec_eval",),
+    ),
+    Fault(
+        id="mrr-of-ties-is-that-of-the-best-order",
+        file="compressors/metrics/top_k.py",
+        old="none_yet[at] * (relevant / left) / (first.above[at] + position + 1)",
+        new="(position == 0) / (first.above[at] + 1)",
+        effect="A model with equal scores for all rows has an MRR of 1.",
+        tests=(f"{TOP_K}::test_with_ties_each_metric_is_the_mean_over_all_orders_of_tied_rows",),
+    ),
+    Fault(
+        id="average-precision-of-ties-ignores-other-items-of-the-block",
+        file="compressors/metrics/top_k.py",
+        old="others = (blocks.relevant - 1) / np.maximum(blocks.size - 1, 1)",
+        new="others = np.zeros(blocks.size.size)",
+        effect="MAP counts at each rank only the relevant items before the tied ones.",
+        tests=(f"{TOP_K}::test_with_ties_each_metric_is_the_mean_over_all_orders_of_tied_rows",),
     ),
     Fault(
         id="score-change-counts-sign",

@@ -188,12 +188,12 @@ def test_class_that_raises_in_its_constructor_is_refused_with_its_message(
 # --- the metric ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", ["auc", "gauc", "recall@20"])
+@pytest.mark.parametrize("metric", ["auc", "gauc", "logloss"])
 def test_ranking_model_with_a_metric_of_another_task_is_refused(home: Path, metric: str) -> None:
     draft = write_draft(home / "draft", task="ranking")
     change_output(draft, metric=metric)
     with raises_code(
-        BundleRefused, "fields_unusable", problems=Text(rf"needs metric ndcg@k.*{metric}")
+        BundleRefused, "fields_unusable", problems=Text(rf"needs metric .*ndcg@k.*{metric}")
     ):
         pack(draft)
     assert store().keys("bundles") == ()
@@ -210,7 +210,7 @@ def test_stored_bundle_with_a_metric_of_another_task_is_shown_but_refused_for_or
     limit = Limit.parse("bytes vs baseline <= 0.5")
     with raises_code(LimitRefused, "bundle_metric_unusable", name="clicks", version="1") as caught:
         require_measurable(bundle_ref, (limit,))
-    reason = HasReason("metric_of_other_task", metrics=("ndcg@k",), metric="auc")
+    reason = HasReason("metric_of_other_task", metric="auc")
     assert caught.value.fields["problem"] == reason
     with raises_code(BundleRefused, "metric_unfit", problem=reason):
         examine("clicks")

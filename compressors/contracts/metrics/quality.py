@@ -79,30 +79,61 @@ def _loss(name: str, label: str, *, largest: float, high: float, estimator: str)
     )
 
 
-def ndcg(k: int) -> Metric:
-    """Create NDCG at rank ``k``, of groups of rows or of each query's ranking of the catalogue."""
+def _of_first_ranks(name: str, label: str, k: int, *, rows: str, queries: str) -> Metric:
+    """Create a metric of the first ``k`` ranks of lists of rows or of rankings of the catalogue.
+
+    Args:
+        name: name in limits and signatures, before the ``@``.
+        label: name in sentences, before the ``@``.
+        k: number of ranks that are evaluated.
+        rows: ``file:class`` of the estimator of lists of rows.
+        queries: ``file:class`` of the estimator of each query's ranking of the catalogue.
+    """
     return _bounded_quality(
-        f"ndcg@{k}",
-        f"NDCG@{k}",
+        f"{name}@{k}",
+        f"{label}@{k}",
         "grades",
         largest=1.0,
         depth=k,
-        estimators={
-            "rows": f"{ESTIMATORS}.ndcg:NdcgOfRows",
-            "queries": f"{ESTIMATORS}.ndcg:NdcgOfQueries",
-        },
+        estimators={"rows": f"{ESTIMATORS}.{rows}", "queries": f"{ESTIMATORS}.{queries}"},
     )
 
 
+def ndcg(k: int) -> Metric:
+    """Create NDCG at rank ``k``."""
+    return _of_first_ranks("ndcg", "NDCG", k, rows="ndcg:NdcgOfRows", queries="ndcg:NdcgOfQueries")
+
+
 def recall(k: int) -> Metric:
-    """Create recall: the share of a query's relevant items in the top ``k`` of the catalogue."""
-    return _bounded_quality(
-        f"recall@{k}",
-        f"Recall@{k}",
-        "grades",
-        largest=1.0,
-        depth=k,
-        estimators={"queries": f"{ESTIMATORS}.recall:Recall"},
+    """Create recall: the share of the relevant items that are in the first ``k`` ranks."""
+    return _of_first_ranks(
+        "recall", "Recall", k, rows="recall:RecallOfRows", queries="recall:RecallOfQueries"
+    )
+
+
+def mrr(k: int) -> Metric:
+    """Create MRR: 1 / rank of the first relevant item, or 0 if that rank is above ``k``."""
+    return _of_first_ranks(
+        "mrr", "MRR", k, rows="top_k:ReciprocalRank", queries="top_k:ReciprocalRank"
+    )
+
+
+def mean_average_precision(k: int) -> Metric:
+    """Create MAP at rank ``k``, divided by the number of all relevant items as in trec_eval."""
+    return _of_first_ranks(
+        "map", "MAP", k, rows="top_k:AveragePrecision", queries="top_k:AveragePrecision"
+    )
+
+
+def hit(k: int) -> Metric:
+    """Create the share of lists with a relevant item in the first ``k`` ranks."""
+    return _of_first_ranks("hit", "Hit", k, rows="top_k:Hit", queries="top_k:Hit")
+
+
+def precision(k: int) -> Metric:
+    """Create precision: the share of the first ``k`` ranks with a relevant item."""
+    return _of_first_ranks(
+        "precision", "Precision", k, rows="top_k:Precision", queries="top_k:Precision"
     )
 
 
@@ -146,4 +177,8 @@ FAMILIES = (
     ),
     MetricFamily(name="recall@", number="k", member=recall),
     MetricFamily(name="ndcg@", number="k", member=ndcg),
+    MetricFamily(name="mrr@", number="k", member=mrr),
+    MetricFamily(name="map@", number="k", member=mean_average_precision),
+    MetricFamily(name="hit@", number="k", member=hit),
+    MetricFamily(name="precision@", number="k", member=precision),
 )

@@ -3,7 +3,9 @@
 protocols.py  the methods of estimators of rows and of queries
 auc.py        AUC of all rows, and within groups
 log_loss.py   log loss and normalized entropy of all rows
+lists.py      base classes of estimators of the first ranks of lists
 ndcg.py       NDCG of lists of rows, and of the catalogue for each query
-recall.py     recall of the catalogue for each query
+top_k.py      MRR, MAP, hits and precision of both
+recall.py     recall of both
 builtin.py    imports all of them, for the digests of the tasks that measure
 """

@@ -8,3 +8,4 @@ from compressors.metrics.estimators import auc as auc
 from compressors.metrics.estimators import log_loss as log_loss
 from compressors.metrics.estimators import ndcg as ndcg
 from compressors.metrics.estimators import recall as recall
+from compressors.metrics.estimators import top_k as top_k

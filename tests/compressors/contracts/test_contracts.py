@@ -247,6 +247,10 @@ def test_plan_returns_the_line_of_a_module():
         "bytes <= 500000",
         "p99_ms@64 vs baseline <= 1.2",
         "ndcg@10 >= 0.3",
+        "mrr@10 vs baseline >= -0.01",
+        "map@100 >= 0.3",
+        "hit@20 vs champion >= 0",
+        "precision@5 >= 0.1",
     ],
 )
 def test_limit_is_unchanged_by_formatting_and_parsing(text):
@@ -334,6 +338,9 @@ def test_of_split_returns_the_inputs_and_columns_of_each_split():
     assert signature().of_split("traffic") == with_output(signature(), label=None)
 
 
+OF_FIRST_RANKS = ("recall@k", "ndcg@k", "mrr@k", "map@k", "hit@k", "precision@k")
+
+
 # The field ``read`` of ``tower_inputs_differ`` lists the inputs of both towers.
 @pytest.mark.parametrize(
     ("changes", "code", "fields"),
@@ -344,11 +351,7 @@ def test_of_split_returns_the_inputs_and_columns_of_each_split():
         (
             {"metric": "auc"},
             "metric_not_measured",
-            {
-                "reason": HasReason(
-                    "metric_of_other_task", metrics=("recall@k", "ndcg@k"), metric="auc"
-                )
-            },
+            {"reason": HasReason("metric_of_other_task", metrics=OF_FIRST_RANKS, metric="auc")},
         ),
         (
             {"group": None},
@@ -367,9 +370,9 @@ def test_of_split_returns_the_inputs_and_columns_of_each_split():
             {"inputs": ("item", "user"), "read": ("item", "usr")},
         ),
         (
-            {"kind": "ranking", "label": "bought", "metric": "recall@20"},
+            {"kind": "ranking", "label": "bought", "metric": "auc"},
             "metric_not_measured",
-            {"reason": HasReason("metric_of_other_task", metrics=("ndcg@k",), metric="recall@20")},
+            {"reason": HasReason("metric_of_other_task", metrics=OF_FIRST_RANKS, metric="auc")},
         ),
         (
             {"kind": "ranking", "label": "bought", "metric": "ndcg@10"},

@@ -72,6 +72,7 @@ def suggested_limits(reason: Reason) -> tuple[str, ...]:
         # percent
         ("auc >= 80", ["auc >= 0.8"]),
         ("recall@20 >= 20", ["recall@20 >= 0.2"]),
+        ("hit@20 >= 90", ["hit@20 >= 0.9"]),
         ("auc vs baseline >= -2", ["auc vs baseline >= -0.02"]),
         ("bytes vs baseline <= 50", ["bytes vs baseline <= 0.5"]),
         # a loss, as a share or in percent, in place of the metric itself, and the reverse
@@ -108,6 +109,8 @@ def test_implausible_limit_is_reported_with_the_likely_intents(text, intents):
         "gauc vs baseline >= -0.2",
         "ndcg@10 >= 0.05",
         "recall@20 >= 0.004",
+        "mrr@10 vs baseline >= -0.01",
+        "map@100 >= 0.3",
         "logloss <= 0.002",  # clicks can be rare
         "logloss vs baseline <= 0.01",
         "logloss vs baseline <= -0.001",
@@ -273,11 +276,31 @@ def test_family_has_a_metric_for_every_number_up_to_most(family, number):
 
 @pytest.mark.parametrize(
     "name", ["", "ndcg", "ndcg@", "ndcg@0", "ndcg@05", "ndcg@-1", "ndcg@5 ", "ndcg@1e3", "auc@5",
-             "ndcg@10001", "p75_ms@1", "NDCG@10", "ndcg@10@10"]
+             "ndcg@10001", "p75_ms@1", "NDCG@10", "ndcg@10@10", "mrr", "map@0", "hits@10"]
 )  # fmt: skip
 def test_unknown_metric_name_is_refused(name):
     with raises_value_error("metric_unknown", metric=name):
         Limit(metric=name, at_least=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("mrr@10", "MRR@10"),
+        ("map@100", "MAP@100"),
+        ("hit@20", "Hit@20"),
+        ("recall@20", "Recall@20"),
+        ("precision@5", "Precision@5"),
+    ],
+)
+def test_metrics_of_the_first_ranks_are_measured_for_lists_and_for_full_rankings(name, label):
+    declared = metric(name)
+    assert declared.label == label
+    for task, is_measured in {"ranking": True, "retrieval": True, "ctr": False}.items():
+        assert can_be_measured(declared, task, grouped=True) == is_measured, task
+    assert set(declared.estimators) == {"rows", "queries"}
+    for evaluation in declared.estimators:
+        assert declared.estimator(evaluation).depth == declared.depth
 
 
 def test_metrics_of_limits_are_added_to_those_of_the_task_kind():
@@ -302,6 +325,8 @@ def test_measured_metrics_depend_on_task_kind_and_group(task, grouped, expected)
     score_changes |= {"changed_top1"} if grouped else set()
     score_changes |= {"top20_overlap"} if task == "retrieval" else set()
     families = {re.sub("[0-9]+$", "k", name) for name in expected}
+    if "ndcg@k" in families:
+        families |= {"recall@k", "mrr@k", "map@k", "hit@k", "precision@k"}
     assert set(measured_metrics(task, grouped=grouped, test_rows=63)) == {
         *families, *score_changes, "bytes", "p50_ms@batch", "p99_ms@batch",
     }  # fmt: skip
@@ -315,7 +340,13 @@ def test_measured_metrics_depend_on_task_kind_and_group(task, grouped, expected)
 
 
 @pytest.mark.parametrize("task", ["ctr", "ranking", "retrieval"])
-@pytest.mark.parametrize("name", [*SELECTABLE_METRICS, "ndcg@7", "recall@1000"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *SELECTABLE_METRICS,
+        *("ndcg@7", "recall@1000", "mrr@10", "map@100", "hit@20", "precision@5"),
+    ],
+)
 @pytest.mark.parametrize("group", [None, "user"])
 def test_signature_with_a_metric_that_its_task_kind_does_not_measure_is_refused(task, name, group):
     document = {

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -11,6 +12,7 @@ import torch
 from error_codes import raises_code
 from hypothesis import given
 from models import ATTENTION, BENCH_ROWS, NORMED, RANKER, SHORT_TRAINING, Reference
+from signatures import with_output
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Split
@@ -67,7 +69,14 @@ def equal_tensors(first: nn.Module, second: nn.Module) -> bool:
     )
 
 
-@pytest.mark.parametrize("reference", [RANKER, ATTENTION, NORMED], ids=["auc", "ndcg", "norm"])
+SELECTED_BY_MRR = replace(ATTENTION, signature=with_output(ATTENTION.signature, metric="mrr@5"))
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [RANKER, ATTENTION, SELECTED_BY_MRR, NORMED],
+    ids=["auc", "ndcg", "mrr", "norm"],
+)
 def test_training_improves_quality_and_returns_the_best_epoch(reference, tmp_path):
     bench = reference.bench(tmp_path)
     module, epochs = train_copy(reference.model(), bench)

@@ -17,11 +17,12 @@ from reason_codes import require_reason
 from benchmarks.interval_coverage import METRICS, coverage, heavy_tailed_sizes, simulate
 from compressors.contracts import Limit
 from compressors.contracts import metric as metric_named
-from compressors.metrics import point_estimates
+from compressors.metrics import point_estimates, top_k
 from compressors.metrics.intervals import PairedRows, estimate_pair
 from compressors.metrics.judge import Measured, judge, quality_numbers
 
-ALL_METRICS = (*METRICS, "gauc", "ndcg@10")
+OF_LISTS = ("ndcg@10", "mrr@10", "map@5", "hit@2", "recall@3", "precision@3")
+ALL_METRICS = (*METRICS, "gauc", *OF_LISTS)
 
 
 def assert_coverage(users, runs, slack):
@@ -55,12 +56,18 @@ def simulated_rows(users, seed=0):
 
 def metric_of_rows(metric, label, score, group):
     """The point estimate of a metric, by its name."""
+    blocks = lambda: top_k.tie_blocks_of_rows(label, score, group)  # noqa: E731
     return {
         "auc": lambda: point_estimates.auc(label, score),
         "logloss": lambda: point_estimates.logloss(label, score),
         "normalized_entropy": lambda: point_estimates.normalized_entropy(label, score),
         "gauc": lambda: point_estimates.gauc(label, score, group),
         "ndcg@10": lambda: point_estimates.ndcg(label, score, group, 10),
+        "mrr@10": lambda: top_k.reciprocal_rank(blocks(), 10).mean(),
+        "map@5": lambda: top_k.average_precision(blocks(), 5).mean(),
+        "hit@2": lambda: top_k.hit(blocks(), 2).mean(),
+        "recall@3": lambda: top_k.recall(blocks(), 3).mean(),
+        "precision@3": lambda: top_k.precision(blocks(), 3).mean(),
     }[metric]()
 
 
@@ -82,9 +89,10 @@ def test_values_without_each_group_equal_the_metric_of_the_other_rows(data):
         u for u in range(users) if 0 < label[user == u].sum() < (user == u).sum()
     ]
     assume(len(users_with_both_classes) >= 2)
+    users_with_a_positive_row = [u for u in range(users) if label[user == u].any()]
     groups_in_metric = {
         "gauc": users_with_both_classes,
-        "ndcg@10": [u for u in range(users) if label[user == u].any()],
+        **dict.fromkeys(OF_LISTS, users_with_a_positive_row),
     }
     for metric in ALL_METRICS:
         value = metric_without_each_group(metric, label, score, user)

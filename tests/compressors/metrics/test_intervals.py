@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from compressors.errors.metrics import MetricRefused
-from compressors.metrics import point_estimates
+from compressors.metrics import point_estimates, top_k
 from compressors.metrics.estimators.auc import auc_statistic
 from compressors.metrics.intervals import (
     estimate_pair,
@@ -25,7 +25,7 @@ from compressors.metrics.intervals import (
 )
 
 ROW_METRICS = ("auc", "logloss", "normalized_entropy")
-METRICS = (*ROW_METRICS, "gauc", "ndcg@10")
+METRICS = (*ROW_METRICS, "gauc", "ndcg@10", "mrr@10", "map@10")
 # The expected values are float64 sums in another order.
 EXACT = 1e-12
 
@@ -61,12 +61,15 @@ def test_weighted_auc_equals_the_auc_of_repeated_rows(data):
 @pytest.mark.parametrize("metric", METRICS)
 def test_points_of_estimate_pair_are_the_point_estimates_and_their_difference(metric):
     label, before, after, group = impressions(600)
+    blocks = lambda s: top_k.tie_blocks_of_rows(label, s, group)  # noqa: E731
     point_estimate = {
         "auc": lambda s: point_estimates.auc(label, s),
         "logloss": lambda s: point_estimates.logloss(label, s),
         "normalized_entropy": lambda s: point_estimates.normalized_entropy(label, s),
         "gauc": lambda s: point_estimates.gauc(label, s, group),
         "ndcg@10": lambda s: point_estimates.ndcg(label, s, group, 10),
+        "mrr@10": lambda s: top_k.reciprocal_rank(blocks(s), 10).mean(),
+        "map@10": lambda s: top_k.average_precision(blocks(s), 10).mean(),
     }[metric]
     interval = estimate_pair(metric, label, before, after, group, samples=200)
     assert interval.baseline.point == pytest.approx(point_estimate(before), abs=EXACT)
