@@ -1,7 +1,9 @@
 """Orders: validation, the form in Prefect's UI, and the digest that identifies a result.
 
-Preset recipes consist of choices, a choice has one or more options, and an option is a group of
-steps that are applied together. ``Terms`` is the base class of ``Order``, without custom steps.
+Preset recipes consist of choices. A choice has one or more options, which a budget tries one after
+the other until one fits; ``recipe()`` lists the steps of all of them. An option is a group of steps
+that are applied together. ``Terms`` is the base class of ``Order``, without custom steps.
+``attempt`` is the number of a forced repetition of an order, which gets a version of its own.
 The order digest identifies a result and depends on the version of recpress; the request digest
 does not, so that the result is found after an upgrade.
 """

@@ -109,6 +109,10 @@ def decoded_layer(layer: nn.Module) -> Tensor:
     return weight
 
 
+PACKED = (Bag, PackedTable, ComposedTable, PackedLinear, FactoredLinear)
+"""Modules of compressed units."""
+
+
 def decoded_network(packed: nn.Module, plain: nn.Module) -> tuple[nn.Module, list[str]]:
     """Return a copy of ``plain`` with the decoded weights of ``packed``.
 
@@ -151,9 +155,12 @@ def decoded_network(packed: nn.Module, plain: nn.Module) -> tuple[nn.Module, lis
 
 
 def _copy_other_tensors(packed: nn.Module, reference: nn.Module) -> None:
-    """Copy tensors outside of units, such as norms that a training step changed too."""
+    """Copy tensors outside of packed units, such as norms that a training step changed too."""
     state = packed.state_dict(keep_vars=True)
+    units = [name for name, module in packed.named_modules() if isinstance(module, PACKED)]
     for name, owner in reference.named_modules():
+        if any(name == unit or name.startswith(f"{unit}.") for unit in units):
+            continue
         for kind in (owner._parameters, owner._buffers):
             for key, value in list(kind.items()):
                 new = state.get(f"{name}.{key}" if name else key)

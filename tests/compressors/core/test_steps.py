@@ -5,7 +5,9 @@ end of the file has tests of single methods that need the runner.
 
 ``models`` lists the methods. ``ALONE`` are those that change an uncompressed network; ``NOT_ALONE``
 are the others. By what they change, ``FORMATS`` store units in another format, and ``VALUES``
-change values and keep the format. The choice of ``SEARCHES`` depends on values and data.
+change values and keep the format. ``SEARCHES`` choose the units that they change by values and
+data, so a test cannot select the units by their rows. A record (``network.modules``) describes how
+a module that is not as in the class is stored; a record of kind "norm" is of a folded norm.
 """
 
 import functools
