@@ -117,6 +117,12 @@ class Ledger:
             ArtifactDamaged: an entry is missing in the sequence, cannot be read, or does not
                 continue the entry before it.
         """
+        # A changed byte in the response of a listing can name an entry that does not exist, so the
+        # listing is read again before the ledger is reported as damaged.
+        return self._store.read_with_retry(self._read_all)
+
+    def _read_all(self) -> tuple[Entry, ...]:
+        """List and read all entries once; the same as ``entries`` otherwise."""
         last = 0
         for key in self._store.keys(self._folder):
             number = key.removeprefix(self._folder).removesuffix(".json")

@@ -244,3 +244,18 @@ def test_unexpected_key_among_the_entries_is_reported_as_damage(ledger, name):
 def test_model_name_that_is_not_one_path_component_is_refused(tmp_path, model):
     with raises_code(StoreRefused, None):  # any code
         Ledger(Store(str(tmp_path)), model)
+
+
+@pytest.mark.parametrize("changed", ["ledger/ranker/00000003.json", "ledger/ranker/0000000q.json"])
+def test_listing_with_a_changed_byte_is_read_again_before_the_ledger_counts_as_damaged(
+    s3, monkeypatch, changed
+):
+    store = Store(f"s3://models/ledger-{time.time_ns()}")
+    ledger = Ledger(store, "ranker")
+    expected = (promote(ledger, "1"), promote(ledger, "2"))
+    keys = store.keys("ledger/ranker/")
+    assert len(keys[1]) == len(changed)
+    responses = [(keys[0], changed), keys]
+    monkeypatch.setattr(store, "keys", lambda _: responses.pop(0))
+    assert ledger.entries() == expected
+    assert responses == []
