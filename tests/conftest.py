@@ -64,6 +64,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def _read_once() -> Iterator[None]:
+    """Read the large definitions of ONNX operators and of AWS's API only once in a run."""
     # Imported here because the process that only distributes tests does not need torch.
     from onnx_operators import operators_read_once
 

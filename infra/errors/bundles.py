@@ -134,8 +134,9 @@ class DataRefused(Refused):
         "columns that the model reads.",
         "footer_rows_differ": "{file} declares {expected} rows in its footer and has {got}. Write "
         "the file again.",
-        "expands_too_far": "{file} expands to more than {most_bytes} bytes, {factor} times its "
-        "size or 1 GiB. Write it without repeating one row so often, or as several files.",
+        "expands_too_far": "{file} expands to more than {most_bytes} bytes, the larger of {factor} "
+        "times its size and 1 GiB. Write it without repeating one row so often, or as several "
+        "files.",
         "file_broken_off": "{file} could not be read to its end: {problem}",
         "file_changed": "{file} changed while it was read: {expected} rows before, {got} now. "
         "Do not change the files of a split until it is packed.",

@@ -207,7 +207,8 @@ def test_repeated_order_reads_every_task_from_the_cache_and_registers_nothing(
     assert len(result.tasks) == len(accepted_order.result.tasks)
     assert result.finished == accepted_order.result.finished
     assert registered_versions("clicks") == versions
-    # Without the engine, as in most tests, the same tasks run under the same names.
+    # Without Prefect's engine, as in most tests, the same tasks are called under the same names;
+    # ``run_without_prefect`` reads the same cache.
     assert sorted(run_without_prefect(accepted_order.order).tasks) == sorted(result.tasks)
 
 
@@ -335,8 +336,9 @@ def test_optional_target_that_cannot_be_built_is_skipped_with_a_reason(
 def test_required_target_that_cannot_be_built_is_refused(
     accepted_order: AcceptedOrder, without_tensorrt: None
 ) -> None:
+    # The seed differs from that of the accepted order, so no task is cached.
     order = accepted_order.order.model_copy(
-        update={"model": "clicks", "targets": Targets(tensorrt="required"), "seed": 5}
+        update={"targets": Targets(tensorrt="required"), "seed": 5}
     )
     with raises_code(BuildRefused, "tensorrt_missing", target="tensorrt"):
         run_without_prefect(order)

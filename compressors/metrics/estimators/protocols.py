@@ -34,7 +34,7 @@ class RowEstimator(Protocol):
         """
 
     def of_groups(self, pair: PairedRows) -> GroupedPair:
-        """Compute both models' metrics with and without each group.
+        """Compute the metrics of baseline and candidate for all rows, and without each one group.
 
         Raises:
             MetricRefused: as ``point``.

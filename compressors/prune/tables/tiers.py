@@ -38,9 +38,12 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 class TiersComposition:
     """Parts ``hot`` and ``cold``, both in the original order of rows, and the map of hot rows.
 
-    The map is ``within`` and ``before`` of ``kept_rows.kept_order``. Methods: see the protocol
-    ``Composition``. ``every``: number of rows per entry of a stored tensor. ``learned``: names of
-    the stored tensors that training may change.
+    The map consists of ``within``, a row's rank among the hot (or, negative, the cold) rows of its
+    block, and ``before``, the number of hot rows before each block (``kept_rows.kept_order``).
+    ``kept_place`` computes from them a row's place in ``hot``, or -1 minus its place in ``cold``.
+
+    Methods: see the protocol ``Composition``. ``every``: number of rows per entry of a stored
+    tensor. ``learned``: names of the stored tensors that training may change.
     """
 
     name: str = "tiers"
