@@ -107,7 +107,7 @@ def ndcg(k: int) -> Metric:
 def recall(k: int) -> Metric:
     """Create recall: the share of the relevant items that are in the first ``k`` ranks."""
     return _of_first_ranks(
-        "recall", "Recall", k, rows="recall:RecallOfRows", queries="recall:RecallOfQueries"
+        "recall", "Recall", k, rows="top_k:RecallOfRows", queries="recall:RecallOfQueries"
     )
 
 

@@ -1,5 +1,6 @@
 """Base classes of estimators of metrics of the first ranks of a list of rows or of a ranking."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,9 +28,10 @@ class DepthEstimator:
         return self.metric.depth
 
 
-class ListEstimator(DepthEstimator):
+class ListEstimator(DepthEstimator, ABC):
     """A metric that is the mean over the lists with a relevant row; all have the same weight."""
 
+    @abstractmethod
     def of_lists(self, label: ArrayLike, score: ArrayLike, group: ArrayLike) -> Floats:
         """Compute the metric of each list with a relevant row, float64 ``(lists,)``.
 
@@ -38,7 +40,6 @@ class ListEstimator(DepthEstimator):
             score: score of each row, ``(rows,)``.
             group: the list that each row belongs to, ``(rows,)``.
         """
-        raise NotImplementedError
 
     def point(self, rows: ScoredRows) -> float:
         """Compute the mean over lists with a relevant row."""

@@ -1,21 +1,13 @@
-"""Estimators of recall: in lists of rows, and in a ranking of the catalogue for each query."""
+"""The estimator of recall in a ranking of the catalogue for each query.
+
+Recall of lists of rows is in ``top_k.py``.
+"""
 
 import numpy as np
 
-from compressors.metrics import top_k
 from compressors.metrics.estimators.lists import DepthEstimator
-from compressors.metrics.estimators.top_k import TopKEstimator
 from compressors.metrics.full_ranking import RelevantPlaces
 from compressors.metrics.point_estimates import Floats
-from compressors.metrics.top_k import TieBlocks
-
-
-class RecallOfRows(TopKEstimator):
-    """The share of a list's relevant rows that are among the first ``depth`` ranks."""
-
-    def of_blocks(self, blocks: TieBlocks) -> Floats:
-        """Compute the recall of each list."""
-        return top_k.recall(blocks, self.depth)
 
 
 class RecallOfQueries(DepthEstimator):
