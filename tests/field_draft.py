@@ -1,18 +1,13 @@
-"""Write a small draft of ``FieldsNet``: a matrix, bounded integers and fields of a joined table.
+"""Write a small draft of ``FieldsNet``: a matrix, bounded integers and fields of a joined table."""
 
-Labels are drawn with the network's probabilities, so compression can only lower the quality.
-"""
-
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from field_network import FieldsNet
-from safetensors.torch import save_file
+from planted_clicks import CLICK, SPREAD, write_click_draft
 
 NETWORK_MODULE = "field_network"
 CONFIG = {
@@ -27,7 +22,6 @@ CONFIG = {
 ROWS = {"train": 3_000, "calibration": 800, "validation": 800, "test": 3_000}
 TABLES = {"joined": 1_500, "wide": 1_500, "brand": 50, "tags": 200}
 MAX_POSITION = 10
-SPREAD = 1.1  # standard deviation of the logits
 
 INPUTS: list[dict[str, Any]] = [
     {
@@ -62,9 +56,7 @@ INPUTS: list[dict[str, Any]] = [
 ]
 SIGNATURE: dict[str, Any] = {
     "inputs": INPUTS,
-    "outputs": [
-        {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
-    ],
+    "outputs": [CLICK],
 }
 
 
@@ -76,27 +68,20 @@ def write_field_draft(folder: Path, *, seed: int = 0) -> Path:
     random = np.random.default_rng(seed)
     columns = {split: draw_columns(rows, random) for split, rows in ROWS.items()}
     with torch.no_grad():
-        spread = compute_logits(model, columns["train"]).std()
-        model.out.weight *= SPREAD / spread
-        model.out.bias *= SPREAD / spread
-        model.wide.weight *= SPREAD / spread
-    for split, columns_of_split in columns.items():
-        with torch.no_grad():
-            logits = compute_logits(model, columns_of_split).numpy()
-        is_click = random.random(len(logits)) < 1 / (1 + np.exp(-logits))
-        table = columns_of_split | {"click": pa.array(is_click.astype(np.int64))}
-        pq.write_table(pa.table(table), folder / f"{split}.parquet")
-    save_file(model.state_dict(), folder / "model.safetensors")
-    document = {
-        "schema_version": 2,
-        "name": "fields",
-        "version": "1",
-        "signature": SIGNATURE,
-        "network": {"architecture": {"path": f"{NETWORK_MODULE}:FieldsNet", "config": CONFIG}},
-        "data": {split: f"{split}.parquet" for split in ROWS},
-    }
-    (folder / "model.json").write_text(json.dumps(document, indent=1))
-    return folder
+        factor = SPREAD / compute_logits(model, columns["train"]).std()
+        for parameter in (model.out.weight, model.out.bias, model.wide.weight):
+            parameter *= factor
+        logits = {split: compute_logits(model, inputs) for split, inputs in columns.items()}
+    return write_click_draft(
+        folder,
+        name="fields",
+        model=model,
+        architecture={"path": f"{NETWORK_MODULE}:FieldsNet", "config": CONFIG},
+        signature=SIGNATURE,
+        columns=columns,
+        logits=logits,
+        random=random,
+    )
 
 
 def draw_columns(rows: int, random: np.random.Generator) -> dict[str, pa.Array]:

@@ -1,24 +1,18 @@
-"""Write a small draft of ``SequenceNet``, whose sequences have any length from 1 to 12.
+"""Write a small draft of ``SequenceNet``, whose sequences have any length from 1 to 12."""
 
-Labels are drawn with the network's probabilities, so compression can only lower the quality.
-"""
-
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
+from planted_clicks import CLICK, SPREAD, write_click_draft
 from sequence_network import SequenceNet
 
 NETWORK_MODULE = "sequence_network"
 CONFIG = {"items": 800, "categories": 60, "longest": 12, "dim": 16, "hidden": 32}
 TABLES = {"item": 800, "category": 60}
 ROWS = {"train": 2_500, "calibration": 600, "validation": 600, "test": 2_500}
-SPREAD = 1.1  # standard deviation of the logits
 
 Padding = Literal["left", "right"]
 
@@ -49,9 +43,7 @@ def signature(padding: Padding = "right") -> dict[str, Any]:
             },
             {"kind": "id", "name": "item", "table": "item"},
         ],
-        "outputs": [
-            {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
-        ],
+        "outputs": [CLICK],
     }
 
 
@@ -62,26 +54,20 @@ def write_sequence_draft(folder: Path, padding: Padding = "right", *, seed: int 
     model = SequenceNet(**CONFIG).eval()
     random = np.random.default_rng(seed)
     columns = {split: draw_columns(rows, random) for split, rows in ROWS.items()}
-    logits = compute_logits(model, columns["train"])
     with torch.no_grad():
-        model.out.weight *= SPREAD / logits.std()
-        model.out.bias *= SPREAD / logits.std()
-    for split, columns_of_split in columns.items():
-        probability = torch.sigmoid(compute_logits(model, columns_of_split)).numpy()
-        is_click = random.random(len(probability)) < probability
-        table = columns_of_split | {"click": pa.array(is_click.astype(np.int64))}
-        pq.write_table(pa.table(table), folder / f"{split}.parquet")
-    save_file(model.state_dict(), folder / "model.safetensors")
-    document = {
-        "schema_version": 2,
-        "name": "sequences",
-        "version": "1",
-        "signature": signature(padding),
-        "network": {"architecture": {"path": f"{NETWORK_MODULE}:SequenceNet", "config": CONFIG}},
-        "data": {split: f"{split}.parquet" for split in ROWS},
-    }
-    (folder / "model.json").write_text(json.dumps(document, indent=1))
-    return folder
+        factor = SPREAD / compute_logits(model, columns["train"]).std()
+        for parameter in (model.out.weight, model.out.bias):
+            parameter *= factor
+    return write_click_draft(
+        folder,
+        name="sequences",
+        model=model,
+        architecture={"path": f"{NETWORK_MODULE}:SequenceNet", "config": CONFIG},
+        signature=signature(padding),
+        columns=columns,
+        logits={split: compute_logits(model, inputs) for split, inputs in columns.items()},
+        random=random,
+    )
 
 
 def draw_columns(rows: int, random: np.random.Generator) -> dict[str, pa.Array]:

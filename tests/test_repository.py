@@ -138,6 +138,7 @@ def test_every_third_party_import_is_a_declared_dependency():
     names = {canonicalize_name(requirement.name) for requirement in declared_requirements()}
     owners = metadata.packages_distributions()
     own_folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    own_modules = {path.stem for path in ROOT.glob("*.py")}
     undeclared = set()
     for path, text in texts():
         if path.suffix != ".py":
@@ -154,6 +155,7 @@ def test_every_third_party_import_is_a_declared_dependency():
                 allowed = (
                     sys.stdlib_module_names
                     | own_folders
+                    | own_modules
                     | local_modules
                     | USED_THROUGH_OTHERS.keys()
                     | OPTIONAL

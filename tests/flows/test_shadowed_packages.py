@@ -9,6 +9,7 @@ from drafts import environment
 from error_codes import raises_code
 from field_draft import write_field_draft
 
+import recpress
 from infra.bundle.architecture import OWN_PACKAGES, network_class
 from infra.errors import BundleRefused
 
@@ -44,6 +45,10 @@ def test_bundle_is_packed_although_pythonpath_has_packages_of_the_same_names(
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("fields@1 ")
+
+
+def test_command_and_check_of_models_have_the_same_packages() -> None:
+    assert recpress.PACKAGES == OWN_PACKAGES
 
 
 @pytest.mark.parametrize("package", OWN_PACKAGES)
