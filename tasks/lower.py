@@ -178,11 +178,10 @@ def _graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[Grap
     """
     longest = {item.name: item.shape[0] for item in signature.inputs if isinstance(item, JaggedBag)}
     shortest = {
-        name: max(1, item.min_length)
+        name: item.shortest
         for item in signature.inputs
-        if isinstance(item, SequenceInput) and item.shape[0] > max(1, item.min_length)
-        for name in item.tensors
-        if name != item.lengths
+        if isinstance(item, SequenceInput) and item.is_dynamic
+        for name in item.tensors_of_ids
     }
     return [
         GraphInput(

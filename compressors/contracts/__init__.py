@@ -47,6 +47,7 @@ from compressors.contracts.inputs import MatrixInput as MatrixInput
 from compressors.contracts.inputs import PaddedBag as PaddedBag
 from compressors.contracts.inputs import SequenceInput as SequenceInput
 from compressors.contracts.inputs import ValueRange as ValueRange
+from compressors.contracts.inputs import all_tables as all_tables
 from compressors.contracts.inputs import tensor_names as tensor_names
 from compressors.contracts.inputs import value_ranges as value_ranges
 from compressors.contracts.limits import Limit as Limit

@@ -222,12 +222,11 @@ def dense_columns(signature: Signature) -> tuple[DenseColumns, ...]:
         if isinstance(item, DenseInput):
             result.append(DenseColumns(item.name, item.name, slice(0, item.shape[0])))
         elif isinstance(item, MatrixInput):
-            begin = 0
-            for field in item.fields:
-                end = begin + (field.shape[0] if field.shape else 1)
-                if isinstance(field, DenseInput):
-                    result.append(DenseColumns(field.name, item.name, slice(begin, end)))
-                begin = end
+            result += [
+                DenseColumns(field.name, item.name, columns)
+                for field, columns in zip(item.fields, item.slices, strict=True)
+                if isinstance(field, DenseInput)
+            ]
     return tuple(result)
 
 
@@ -310,7 +309,7 @@ def padded_sequence(item: SequenceInput, values: Tensor, bounds: Tensor) -> dict
             ``bounds[r + 1] - 1``.
     """
     lengths = bounds.diff()  # (rows,)
-    length = max(1, item.min_length, int(lengths.max())) if len(lengths) else 1
+    length = max(item.shortest, int(lengths.max())) if len(lengths) else item.shortest
     column = torch.arange(length, device=values.device)
     position = column.expand(len(lengths), length)  # of each entry in its row's list
     if item.padding == "left":

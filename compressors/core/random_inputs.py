@@ -53,23 +53,17 @@ def generate_inputs(
 
 
 def generate_data(
-    signature: Signature, rows_of_table: dict[str, int], rows: int, seed: int = 0
-) -> dict[str, Tensor]:
-    """Generate random rows in the layout of prepared data (``core/batches.py``).
-
-    Arguments are those of ``generate_inputs``.
-    """
-    return _generate_data(signature, rows_of_table, rows, seed)
-
-
-def _generate_data(
     signature: Signature,
     rows_of_table: dict[str, int],
     rows: int,
-    seed: int,
+    seed: int = 0,
     lengths: ListLengths = "random",
 ) -> dict[str, Tensor]:
-    """Generate random rows whose lists have random, the shortest or the longest lengths."""
+    """Generate random rows in the layout of prepared data (``core/batches.py``).
+
+    Arguments are those of ``generate_inputs``; ``lengths`` says whether lists have random, the
+    shortest or the longest lengths.
+    """
     generator = torch.Generator().manual_seed(seed)
     data: dict[str, Tensor] = {}
     shared_lengths: dict[str, Tensor] = {}
@@ -166,7 +160,7 @@ def generate_edge_inputs(
             _write_out_of_range(item, data, row, value, at_start=value == below)
     inputs = model_inputs(data, signature)
     last_rows = [
-        model_inputs(_generate_data(signature, rows_of_table, 1, seed, lengths), signature)
+        model_inputs(generate_data(signature, rows_of_table, 1, seed, lengths), signature)
         for lengths in extremes
     ]
     return concatenate_inputs([inputs, *last_rows], signature)

@@ -25,6 +25,7 @@ from compressors.contracts import (
     Network,
     Part,
     Signature,
+    all_tables,
     is_out_of_memory,
 )
 from compressors.contracts.reasons import Reason
@@ -285,7 +286,7 @@ def rows_of_tables(model: nn.Module, signature: Signature) -> dict[str, int]:
     """
     rows = table_rows(model)
     for item in signature.inputs:
-        for table in item.all_tables:
+        for table in all_tables(item):
             if table not in rows:
                 raise NothingToCompress(
                     "input_table_missing", input=item.name, table=table, tables=tuple(rows)

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import JaggedBag, SequenceInput, Signature, tensor_names
+from compressors.contracts import (
+    JaggedBag,
+    SequenceInput,
+    Signature,
+    all_tables,
+    tensor_names,
+)
 from compressors.core.modules.formats import Bag
 from compressors.core.units import plain_bag, private_copy, swap
 from compressors.lower.merged.merged_tables import MergedTable, table_groups, with_merged_tables
@@ -147,7 +153,7 @@ def wrap_for_serving(
     for item in served_graph.signature.inputs:
         if not isinstance(item, JaggedBag):
             continue
-        for table in item.all_tables:
+        for table in all_tables(item):
             longest_list[table] = max(longest_list.get(table, 0), item.shape[0])
     for name, module in list(copy.named_modules()):
         if isinstance(module, nn.EmbeddingBag):
@@ -176,12 +182,12 @@ def dynamic_shapes(signature: Signature, most_rows: int) -> tuple[dict[int, Any]
     for item in signature.model_inputs:
         if isinstance(item, SequenceInput):
             name = item.same_length_as or item.name
-            if item.shape[0] > max(1, item.min_length):
-                bounds = {"min": max(1, item.min_length), "max": item.shape[0]}
-                number = len(lengths)
-                lengths.setdefault(name, torch.export.Dim(f"length_{number}", **bounds))
-            per_id = {0: batch, 1: lengths[name]} if name in lengths else {0: batch}
-            shapes += [{0: batch} if tensor == item.lengths else per_id for tensor in item.tensors]
+            if item.is_dynamic and name not in lengths:
+                lengths[name] = torch.export.Dim(
+                    f"length_{len(lengths)}", min=item.shortest, max=item.shape[0]
+                )
+            per_id = {0: batch, 1: lengths[name]} if item.is_dynamic else {0: batch}
+            shapes += [per_id if t in item.tensors_of_ids else {0: batch} for t in item.tensors]
             continue
         if isinstance(item, JaggedBag):
             most_ids = most_rows * item.shape[0]

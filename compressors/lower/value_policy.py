@@ -108,8 +108,8 @@ def _apply_to_matrix(
     default: list[float] = []
     is_refusing: list[bool] = []
     has_default: list[bool] = []
-    for field in item.fields:
-        width = field.shape[0] if field.shape else 1
+    for field, columns in zip(item.fields, item.slices, strict=True):
+        width = columns.stop - columns.start
         policy = "clamp" if isinstance(field, DenseInput) else field.out_of_range
         is_refusing += [policy == "error"] * width
         has_default += [policy == "default_row"] * width

@@ -236,6 +236,7 @@ def bundle_show(
     as_json: Json = False,
 ) -> None:
     """Print the inputs, outputs, data and weight formats of a bundle."""
+    from compressors.contracts import all_tables
     from tasks.bundles.packing import show
     from tasks.orchestration.workspace import store
 
@@ -248,7 +249,8 @@ def bundle_show(
     write_line(f"{manifest.name}@{manifest.version}: {outputs}")
     write_line(f"architecture {manifest.network.architecture.path}")
     for item in signature.inputs:
-        destination = f" -> table {', '.join(item.all_tables)}" if item.all_tables else ""
+        tables = ", ".join(all_tables(item))
+        destination = f" -> table {tables}" if tables else ""
         shape = f" {list(item.shape)} a row" if item.shape else ""
         write_line(f"  input {item.name}: {item.kind} {item.dtype}{shape}{destination}")
     for split, data in manifest.data.items():

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from compressors.contracts import Artifact, Network, Plan, Signature
+from compressors.contracts import Artifact, Network, Plan, Signature, all_tables
 from compressors.contracts.reasons import Reason
 from infra.bundle.json_limits import AnyModel
 from infra.bundle.json_reader import (
@@ -263,7 +263,7 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
     tables = [name.removesuffix(".weight") for name, fact in facts.items() if len(fact.shape) == 2]
     rows: dict[str, int] = {}
     problems: list[Reason] = []
-    uses = ((item, table) for item in manifest.signature.data_inputs for table in item.all_tables)
+    uses = ((item, table) for item in manifest.signature.data_inputs for table in all_tables(item))
     for item, path in uses:
         name, table = short(item.name), short(path)
         record = network.modules.get(path)

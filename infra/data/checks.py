@@ -21,6 +21,7 @@ from compressors.contracts import (
     Output,
     SequenceInput,
     Signature,
+    all_tables,
     value_ranges,
 )
 from compressors.contracts.value_errors import value_error
@@ -203,7 +204,8 @@ def _plan_input_checks(
     else:
         has_lists = isinstance(item, ListInput)
         view = VALUES if has_lists else ROWS
-        for table in item.all_tables:
+        tables = all_tables(item)
+        for table in tables:
             if table not in rows_of_table:
                 known = tuple(sorted(rows_of_table)) or ("none",)
                 raise DataRefused("table_unknown", input=item.name, table=table, tables=known)
@@ -211,8 +213,7 @@ def _plan_input_checks(
             rule, low, high = _describe_range(item, column, rows_of_table)
         else:
             low, high = int(INT32.min), int(INT32.max)
-            place = "the table" if item.all_tables else "the range"
-            what = "id" if item.all_tables else "value"
+            place, what = ("the table", "id") if tables else ("the range", "value")
             rule = f"{what} fits int32 (outside {place}: {item.out_of_range})"
     checks = [
         _plan_not_null(split, column, view),
@@ -237,10 +238,10 @@ def _describe_range(
     """Return the rule for the values of a column, their smallest and their largest value."""
     ranges = value_ranges(item, rows_of_table)
     first, last, _ = ranges[item.columns.index(column) if len(ranges) > 1 else 0]
-    if not item.all_tables:
+    names = " and ".join(repr(table) for table in all_tables(item))
+    if not names:
         return f"value from {first} to {last}", first, last
-    tables = " and ".join(repr(table) for table in item.all_tables)
-    return f"id in table {tables} ({first} to {last})", first, last
+    return f"id in table {names} ({first} to {last})", first, last
 
 
 def _plan_label_checks(split: str, output: Output, rules: Rules) -> list[Check]:

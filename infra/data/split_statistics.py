@@ -20,6 +20,7 @@ from compressors.contracts import (
     PaddedBag,
     SequenceInput,
     Signature,
+    all_tables,
     value_ranges,
 )
 from infra.data.column_arrays import check_equal_lengths
@@ -37,7 +38,6 @@ from infra.errors import DataRefused
 
 MAX_UNUSED_LENGTH, MAX_LENGTH_FACTOR = 4096, 8
 """A bag's declared length is at most 4096, or 8 times the longest list in the data if larger."""
-
 
 EXACT_IN_FLOAT32 = 2**24
 """float32 represents every integer up to this one exactly."""
@@ -218,7 +218,7 @@ def check_ids(
     for item in signature.data_inputs:
         if isinstance(item, DenseInput | KeyInput):
             continue
-        unknown = [table for table in item.all_tables if table not in rows_of_table]
+        unknown = [table for table in all_tables(item) if table not in rows_of_table]
         if unknown:
             known = ", ".join(sorted(rows_of_table)) or "none"
             lines += [
@@ -243,7 +243,7 @@ def _inexact_ids(signature: Signature, rows_of_table: dict[str, int]) -> list[st
         for item in signature.inputs
         if isinstance(item, MatrixInput) and item.dtype == "float32"
         for field in item.fields
-        if not isinstance(field, DenseInput) and set(field.all_tables) <= set(rows_of_table)
+        if not isinstance(field, DenseInput) and set(all_tables(field)) <= set(rows_of_table)
         for largest in [max(column.last for column in value_ranges(field, rows_of_table))]
         if largest > EXACT_IN_FLOAT32
     ]
@@ -260,7 +260,7 @@ def _setting_problems(item: BoundedInput, rows_of_table: dict[str, int]) -> list
             lines += [
                 f"input {item.name!r}, column {column!r}: rows {low} to {high} are not in table "
                 f"{table!r} of {rows_of_table[table]} rows."
-                for table in item.all_tables
+                for table in all_tables(item)
                 if low < 0 or high >= rows_of_table[table]
             ]
             if not field.first <= field.default_row < field.first + field.rows:
@@ -273,7 +273,7 @@ def _setting_problems(item: BoundedInput, rows_of_table: dict[str, int]) -> list
     special_ids = {"default_row": item.default_row}
     if isinstance(item, PaddedBag | SequenceInput):
         special_ids["padding_id"] = item.padding_id
-    for table in item.all_tables:
+    for table in all_tables(item):
         rows = rows_of_table[table]
         lines += [
             f"input {item.name!r}: {setting} {value} is not in table {table!r} of {rows} rows "
@@ -307,7 +307,7 @@ def _split_problems(
                 for value in sorted(outside)
             ]
             continue
-        rows = {table: rows_of_table[table] for table in item.all_tables}
+        rows = {table: rows_of_table[table] for table in all_tables(item)}
         smallest = min(rows, key=rows.__getitem__)
         lines += [
             f"split {split!r}, {place}: id {id_} is not in table {smallest!r} of {rows[smallest]} "

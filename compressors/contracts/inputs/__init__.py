@@ -12,7 +12,7 @@ sequence_input.py  ordered lists of ids, padded to the longest of a batch
 integer_input.py   bounded integers that are not looked up in a table
 key_input.py       the identity of an item, which is not passed to the model
 matrix_input.py    one tensor whose columns hold several of these inputs
-ranges.py          the valid integers of an input
+ranges.py          the tables and the valid integers of an input
 """
 
 from typing import Annotated
@@ -31,6 +31,7 @@ from compressors.contracts.inputs.key_input import KeyInput as KeyInput
 from compressors.contracts.inputs.matrix_input import MatrixInput as MatrixInput
 from compressors.contracts.inputs.ranges import BoundedInput as BoundedInput
 from compressors.contracts.inputs.ranges import ValueRange as ValueRange
+from compressors.contracts.inputs.ranges import all_tables as all_tables
 from compressors.contracts.inputs.ranges import value_ranges as value_ranges
 from compressors.contracts.inputs.sequence_input import SequenceInput as SequenceInput
 

@@ -1,6 +1,6 @@
 """Bags: a list of ids per row whose order does not matter, padded or concatenated."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -31,20 +31,12 @@ class PaddedBag(Frozen):
     out_of_range: OutOfRange = "error"
     default_row: int = Field(0, ge=0)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _columns_default_to_the_name(cls, data: Any) -> Any:
-        return with_columns(data)
+    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:
         check_list_shape(self)
         return self
-
-    @property
-    def all_tables(self) -> tuple[str, ...]:
-        """The tables in which the ids are looked up."""
-        return (self.table, *self.more_tables)
 
 
 class JaggedBag(Frozen):
@@ -69,17 +61,9 @@ class JaggedBag(Frozen):
     out_of_range: OutOfRange = "error"
     default_row: int = Field(0, ge=0)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _columns_default_to_the_name(cls, data: Any) -> Any:
-        return with_columns(data)
+    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:
         check_list_shape(self)
         return self
-
-    @property
-    def all_tables(self) -> tuple[str, ...]:
-        """The tables in which the ids are looked up."""
-        return (self.table, *self.more_tables)

@@ -51,13 +51,12 @@ class Input(Protocol):
     def shape(self) -> tuple[int, ...]:
         """The shape of one row."""
 
-    @property
-    def all_tables(self) -> tuple[str, ...]:
-        """The attribute paths of the tables in which the ids of this input are looked up."""
-
 
 def with_columns(data: Any) -> Any:
-    """Return the data of an input with its name as ``columns`` if it has none."""
+    """Return the data of an input with its name as ``columns`` if it has none.
+
+    Each kind of input that reads columns registers this function as a validator.
+    """
     if isinstance(data, dict) and not data.get("columns") and isinstance(data.get("name"), str):
         return {**data, "columns": (data["name"],)}
     return data

@@ -1,6 +1,6 @@
 """Dense vectors: a fixed number of floats per row."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -22,10 +22,7 @@ class DenseInput(Frozen):
     dtype: Literal["float32"] = "float32"
     shape: tuple[int, ...]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _columns_default_to_the_name(cls, data: Any) -> Any:
-        return with_columns(data)
+    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:
@@ -40,8 +37,3 @@ class DenseInput(Frozen):
                 columns=len(self.columns),
             )
         return self
-
-    @property
-    def all_tables(self) -> tuple[str, ...]:
-        """Empty: the values are not ids."""
-        return ()

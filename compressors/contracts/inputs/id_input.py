@@ -1,6 +1,6 @@
 """Ids: one per row, or one for each of several columns."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -38,10 +38,7 @@ class IdInput(Frozen):
     out_of_range: OutOfRange = "error"
     default_row: int = Field(0, ge=0)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _columns_default_to_the_name(cls, data: Any) -> Any:
-        return with_columns(data)
+    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:
@@ -54,8 +51,3 @@ class IdInput(Frozen):
                 fields=len(self.fields),
             )
         return self
-
-    @property
-    def all_tables(self) -> tuple[str, ...]:
-        """The tables in which the ids are looked up."""
-        return (self.table, *self.more_tables)

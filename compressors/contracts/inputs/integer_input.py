@@ -1,6 +1,6 @@
 """Bounded integers that are not looked up in a table, such as counts, positions or domains."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -34,10 +34,7 @@ class IntegerInput(Frozen):
     high: int = Field(ge=-(2**31), lt=2**31)
     out_of_range: Literal["error", "clamp"] = "error"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _columns_default_to_the_name(cls, data: Any) -> Any:
-        return with_columns(data)
+    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape_and_bounds(self) -> Self:
@@ -45,8 +42,3 @@ class IntegerInput(Frozen):
         if self.low > self.high:
             raise value_error("integer_bounds", name=self.name, low=self.low, high=self.high)
         return self
-
-    @property
-    def all_tables(self) -> tuple[str, ...]:
-        """Empty: the values are not ids."""
-        return ()

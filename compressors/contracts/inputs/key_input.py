@@ -1,6 +1,6 @@
 """Keys: integers that identify an item and are not passed to the model."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -21,10 +21,7 @@ class KeyInput(Frozen):
     dtype: Literal["int64"] = "int64"
     shape: tuple[()] = ()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _columns_default_to_the_name(cls, data: Any) -> Any:
-        return with_columns(data)
+    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
 
     @model_validator(mode="after")
     def _require_one_column(self) -> Self:
@@ -32,8 +29,3 @@ class KeyInput(Frozen):
             raise value_error("key_columns_count", name=self.name, columns=len(self.columns))
         check_scalar_shape(self)
         return self
-
-    @property
-    def all_tables(self) -> tuple[str, ...]:
-        """Empty: a key is not looked up in a table."""
-        return ()

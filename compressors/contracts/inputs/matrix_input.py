@@ -47,10 +47,15 @@ class MatrixInput(Frozen):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(width,)``, the sum of the columns of all fields."""
-        return (sum(field.shape[0] if field.shape else 1 for field in self.fields),)
+        """``(width,)``, the number of columns of all fields."""
+        return (self.slices[-1].stop,)
 
     @property
-    def all_tables(self) -> tuple[str, ...]:
-        """The tables in which the ids of the fields are looked up."""
-        return tuple(table for field in self.fields for table in field.all_tables)
+    def slices(self) -> tuple[slice, ...]:
+        """The columns of the matrix that each field fills."""
+        result, begin = [], 0
+        for field in self.fields:
+            end = begin + (field.shape[0] if field.shape else 1)
+            result.append(slice(begin, end))
+            begin = end
+        return tuple(result)

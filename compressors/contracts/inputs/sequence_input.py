@@ -1,6 +1,6 @@
 """Sequences: a list of ids per row whose order matters, padded to the longest list of a batch."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -56,10 +56,7 @@ class SequenceInput(Frozen):
     out_of_range: OutOfRange = "error"
     default_row: int = Field(0, ge=0)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _columns_default_to_the_name(cls, data: Any) -> Any:
-        return with_columns(data)
+    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:
@@ -71,12 +68,22 @@ class SequenceInput(Frozen):
         return self
 
     @property
-    def all_tables(self) -> tuple[str, ...]:
-        """The tables in which the ids are looked up."""
-        return (self.table, *self.more_tables)
-
-    @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors: the ids, and the mask, lengths and positions if declared."""
         further = (self.mask, self.lengths, self.positions)
         return (self.name, *(name for name in further if name is not None))
+
+    @property
+    def tensors_of_ids(self) -> tuple[str, ...]:
+        """Names of the tensors with one value for each id, ``(rows, length)``."""
+        return tuple(name for name in self.tensors if name != self.lengths)
+
+    @property
+    def shortest(self) -> int:
+        """Smallest length of the tensors: empty lists have one padded position."""
+        return max(1, self.min_length)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the length of the tensors differs between batches."""
+        return self.shortest < self.shape[0]

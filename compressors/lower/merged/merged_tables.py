@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import IdInput, Signature, is_out_of_memory
+from compressors.contracts import IdInput, Signature, all_tables, is_out_of_memory
 from compressors.core.modules.formats import PackedTable
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.units import private_copy, swap
@@ -150,7 +150,7 @@ def table_groups(
         for item in signature.inputs
         if isinstance(item, IdInput) and not (item.shape or item.more_tables or item.fields)
     ]
-    tables_read = [table for item in signature.inputs for table in item.all_tables]
+    tables_read = [table for item in signature.inputs for table in all_tables(item)]
     members_by_key: dict[Any, list[tuple[IdInput, PackedTable]]] = {}
     for item in id_inputs:
         table = model.get_submodule(item.table)

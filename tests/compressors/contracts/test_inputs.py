@@ -15,6 +15,7 @@ from compressors.contracts import (
     PaddedBag,
     Signature,
     ValueRange,
+    all_tables,
     value_ranges,
 )
 
@@ -30,7 +31,7 @@ CLICK = Output(name="click", kind="ctr", form="logit", label="click", metric="au
 def test_matrix_has_the_columns_width_and_tables_of_its_fields():
     assert MATRIX.columns == ("user", "tags", "price", "discount", "position")
     assert MATRIX.shape == (1 + 3 + 2 + 1,)
-    assert MATRIX.all_tables == ("user", "small")
+    assert all_tables(MATRIX) == ("user", "small")
 
 
 def test_signature_lists_the_fields_of_a_matrix_as_inputs_of_the_data():
