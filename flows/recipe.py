@@ -174,17 +174,20 @@ def measure_recipe_stages(
     return run.call(
         measure_stages,
         scored=scored,
-        metric=run.model.metric,
+        metrics=run.model.metrics,
         test=test.artifact,
         test_rows=test.rows,
         seed=run.order.seed,
     )
 
 
-def measure_budget_loss(run: Run, stage: Artifact) -> Estimate:
-    """Measure how much of the metric a stage loses against the untouched model.
+def measure_budget_loss(run: Run, stage: Artifact) -> tuple[str, Estimate]:
+    """Measure how much of its metric a stage loses against the untouched model.
 
     The loss is measured on validation rows.
+
+    Returns:
+        The metric and its loss; with several outputs, those of the output that loses most.
     """
     validation = run.prepare_split("validation")
 
@@ -194,30 +197,36 @@ def measure_budget_loss(run: Run, stage: Artifact) -> Estimate:
         )
         return Scored(step=name, bundle=bundle, score=predictions)
 
-    return run.call(
-        quality_loss,
-        original=score_stage(AS_TRAINED, run.model.artifact),
-        now=score_stage("now", stage),  # the model as compressed so far
-        metric=run.model.metric,
-        validation=validation.artifact,
-        rows=validation.rows,
-        seed=run.order.seed,
-    )
+    original = score_stage(AS_TRAINED, run.model.artifact)
+    now = score_stage("now", stage)  # the model as compressed so far
+    losses = {
+        metric: run.call(
+            quality_loss,
+            original=original,
+            now=now,
+            metric=metric,
+            validation=validation.artifact,
+            rows=validation.rows,
+            seed=run.order.seed,
+        )
+        for metric in run.model.metrics
+    }
+    return max(losses.items(), key=lambda item: item[1].point)
 
 
 def find_budget_violation(run: Run, stage: Artifact) -> Reason | None:
     """Return why a stage is over the order's budget; None if it is within."""
     budget = run.order.quality_budget()
-    loss = measure_budget_loss(run, stage).point
-    if budget is None or loss <= budget:
+    metric, loss = measure_budget_loss(run, stage)
+    if budget is None or loss.point <= budget:
         return None
-    return Reason("over_budget", loss=loss, metric=run.model.metric, budget=budget)
+    return Reason("over_budget", loss=loss.point, metric=metric, budget=budget)
 
 
 def build_budget_remark(run: Run, budget: float, result: Artifact) -> Reason:
     """Return the remark that states the budget and the loss or gain of the result."""
-    metric = run.model.metric
-    loss = measure_budget_loss(run, result).point
+    metric, estimate = measure_budget_loss(run, result)
+    loss = estimate.point
     origin = Reason("budget_ordered")
     if run.order.budget is None:
         origin = Reason("budget_of_preset", preset=run.order.preset)
@@ -267,5 +276,5 @@ def _soft_labels(run: Run, rows: PreparedRows) -> Artifact:
         run.call_for(teacher, score, bundle=teacher.artifact, split=rows.artifact, rows=rows.rows)
         for teacher in run.teachers
     )
-    # ``output``: the form of the scores (logit, probability or score), equal for all teachers.
-    return run.call(average, scores=(original, *teacher_scores), output=run.teachers[0].output)
+    forms = run.teachers[0].forms  # equal for all teachers
+    return run.call(average, scores=(original, *teacher_scores), forms=forms)

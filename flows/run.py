@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from prefect import Task
 
-from compressors.contracts import Artifact, digest, task_kind
+from compressors.contracts import Artifact, Limit, digest, limits_of_outputs
 from flows.order import Order
 from infra.bundle.bundle_folder import SplitName
 from tasks.bundles.bundle_ref import BundleRef
@@ -45,6 +45,11 @@ class Run:
         """Digest of the model's code and the order's attempt, a part of every cache key."""
         return digest([self.model.architecture, self.order.attempt])
 
+    @cached_property
+    def limits(self) -> tuple[Limit, ...]:
+        """The order's limits; those on each of several outputs are separate limits."""
+        return limits_of_outputs(self.order.limits, self.model.outputs, grouped=self.model.grouped)
+
     def call(
         self,
         task: Task[..., R],
@@ -79,7 +84,7 @@ class Run:
 
         A retrieval evaluation needs both. None for tasks that have a score per row.
         """
-        if task_kind(self.model.task).scores_rows:
+        if self.model.scores_rows:
             return None
         earlier_splits: tuple[SplitName, ...] = ("train", "calibration", "validation")
         seen = tuple(

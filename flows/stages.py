@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from compressors.contracts import TARGETS, Artifact, Verdict
-from compressors.contracts.metrics import further_metrics
+from compressors.contracts.output_metrics import further_metrics
 from compressors.errors.compression import CompressionError
 from compressors.errors.orders import OrderRefused
 from flows.recipe import Compressed, apply_recipe, measure_recipe_stages
@@ -189,7 +189,7 @@ def measure_result(
             test_rows=data.test.rows,
             ranking=data.ranking,
             # The metrics of limits that are not measured for every model.
-            metrics=further_metrics(run.model.task, (item.metric for item in run.order.limits)),
+            metrics=further_metrics(run.model.outputs, (item.metric for item in run.limits)),
             seed=run.order.seed,
         )
         for target, candidate in built.artifacts.items()
@@ -206,7 +206,7 @@ def judge_targets(run: Run, built: BuiltTargets, measured: MeasuredResult) -> di
         target: run.call(
             gate,
             target=target,
-            limits=run.order.limits,
+            limits=run.limits,
             measurement=measured.served.get(target),
         )
         for target in built.artifacts
@@ -232,7 +232,7 @@ def publish_result(
         compressed=compressed.bundle,
         champions=run.champions,
         recipe=tuple(step.model_dump(mode="json") for step in compressed.recipe()),
-        limits=order.limits,
+        limits=run.limits,
         baselines=baselines.artifacts,
         built=built.artifacts,
         required={

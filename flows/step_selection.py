@@ -8,7 +8,7 @@ option is a group of steps that are applied together (``flows/presets.py``).
 from collections.abc import Callable
 from typing import TypeVar
 
-from compressors.contracts import Part, task_kind
+from compressors.contracts import Part
 from compressors.contracts.reasons import Reason
 from compressors.core.registries import AnyStep
 from compressors.errors.orders import OrderRefused
@@ -42,7 +42,7 @@ def require_budget_rows(order: Order, bundle: BundleRef) -> None:
     """
     if order.budget is None:
         return
-    if not task_kind(bundle.task).scores_rows:
+    if not bundle.scores_rows:
         raise OrderRefused("budget_for_retrieval")
     if "validation" not in bundle.rows:
         raise OrderRefused("budget_needs_validation", splits=tuple(bundle.rows))
@@ -50,7 +50,7 @@ def require_budget_rows(order: Order, bundle: BundleRef) -> None:
 
 def has_measurable_budget(order: Order, bundle: BundleRef) -> bool:
     """Return whether the order has a budget, and the bundle has rows to measure the loss."""
-    can_measure = "validation" in bundle.rows and task_kind(bundle.task).scores_rows
+    can_measure = "validation" in bundle.rows and bundle.scores_rows
     return order.quality_budget() is not None and can_measure
 
 
@@ -154,10 +154,10 @@ def missing_data_reason(
         and order.preset != "custom"
         and not has_measurable_budget(order, bundle)
     ):
-        if not task_kind(bundle.task).scores_rows:
+        if not bundle.scores_rows:
             return Reason("pruning_without_budget", task=bundle.task)
         return Reason("pruning_not_judged", splits=tuple(bundle.rows))
-    if not task_kind(bundle.task).scores_rows and "validation" in step.needs:
+    if not bundle.scores_rows and "validation" in step.needs:
         return Reason("no_loss", step=step.kind, task=bundle.task)
     needed = dict.fromkeys(split_name(part, bundle) for part in step.needs)
     missing = [split for split in needed if split not in bundle.rows]

@@ -21,7 +21,7 @@ from pydantic_core import InitErrorDetails
 from compressors.contracts import TARGETS, Frozen, Limit, Target, default_target, limit_problems
 from compressors.contracts.value_errors import value_error
 from infra.data.checks import Rules
-from tasks.orchestration.documents import BatchSizes
+from tasks.orchestration.graph_documents import BatchSizes
 
 Requirement = Literal["required", "optional", "off"]
 Preset = Literal["small", "fast", "safe", "smallest", "custom"]

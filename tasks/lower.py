@@ -17,7 +17,14 @@ from compressors.core.random_inputs import edge_rows, generate_edge_inputs
 from compressors.core.runner import rows_of_tables
 from compressors.core.units import Unit, stored_bytes
 from compressors.lower.export import Lowered, lower
-from compressors.lower.serving_wrapper import ServedGraph, input_names, served_graphs
+from compressors.lower.parity import worst_parity
+from compressors.lower.serving_wrapper import (
+    SCORE,
+    VECTOR,
+    ServedGraph,
+    input_names,
+    served_graphs,
+)
 from compressors.lower.targets.registry import lowering_target
 from compressors.prune.dense.sparse_2_4 import sparse_layers
 from infra.onnxruntime.sessions import OnnxRuntime
@@ -25,7 +32,7 @@ from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import LoadedBundle, load_bundle, split_of
 from tasks.evaluation.parity import GraphCheck, runnable_graph
-from tasks.orchestration.documents import GraphInput, LoweredGraph, Lowering
+from tasks.orchestration.graph_documents import GraphInput, LoweredGraph, Lowering
 from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import store
 from tasks.target_adapters import runtime_of_graphs
@@ -126,14 +133,15 @@ def _check_graph(
     with runnable_graph(path, target, plan) as runnable:
         session = comparison_runtime.open(runnable, load_settings().threads)
         check = GraphCheck(loaded.model.module, lowered, plan, target, most_rows, runnable, session)
-        rows_parity, expected = check.parity(_first_batch(probe, signature, PROBE_ROWS), "the data")
+        first_rows = _first_batch(probe, signature, PROBE_ROWS)
+        rows_parities, expected = check.parity(first_rows, "the data")
         for size in SMALL_BATCHES:
             inputs = _first_batch(probe, signature, size)
-            check.require_same_in_small_batch(expected[:size], inputs, rows_parity)
+            check.require_same_in_small_batch(expected[:size], inputs, rows_parities)
         tables = rows_of_tables(loaded.model.module, signature)
         # Two rows per input with ids out of range, one with empty lists, one with full lists.
         edge = generate_edge_inputs(signature, tables, max(EDGE_ROWS, edge_rows(signature)))
-        edge_parity, _ = check.parity(edge, "the edge cases")
+        edge_parities, _ = check.parity(edge, "the edge cases")
         del session, check  # frees their memory: the audit opens a second session of this graph
     optimized = None
     # ONNX Runtime copies each tensor to write the optimized graph. An untouched model has nothing
@@ -143,13 +151,15 @@ def _check_graph(
     audit = None
     if optimized is not None:
         audit = lowering_target(target).audit(optimized, plan, lowered.tables, lowered.layers)
+    is_tower = served.outputs == (VECTOR,)
     return LoweredGraph(
         name=served.name,
         inputs=tuple(_graph_inputs(edge, signature)),
-        output=served.output,
-        width=expected.shape[1] if expected.ndim == 2 else None,
-        rows_parity=rows_parity,
-        edge_parity=edge_parity,
+        output=VECTOR if is_tower else SCORE,
+        several_outputs=served.outputs if len(served.outputs) > 1 else (),
+        width=expected.shape[1] if is_tower else None,
+        rows_parity=worst_parity(rows_parities),
+        edge_parity=worst_parity(edge_parities),
         audit=audit,
         tables=lowered.tables,
         packed_bytes=_packed_bytes(loaded, served),

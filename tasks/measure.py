@@ -18,18 +18,28 @@ from compressors.contracts import (
     Signature,
     Split,
     metric,
-    quality_metrics,
-    usual_batches,
 )
 from compressors.contracts import target as declared_target
 from compressors.contracts.metrics.serving import BYTES, QUANTILES, latency
+from compressors.contracts.output_metrics import (
+    quality_metrics_of_outputs,
+    usual_batches_of_outputs,
+)
 from compressors.contracts.targets import Target
 from compressors.contracts.targets.runtime import Runtime, Session
 from compressors.core.batches import Batch, batches
 from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import served_graphs
-from compressors.metrics import intervals, judge
+from compressors.metrics import intervals
 from compressors.metrics.full_ranking import ranking_metrics
+from compressors.metrics.measured import (
+    Measured,
+    Number,
+    byte_numbers,
+    exact_estimate,
+    latency_numbers,
+    quality_numbers,
+)
 from infra.bundle.bundle_folder import read
 from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
@@ -42,7 +52,8 @@ from tasks.evaluation.quality import (
     ranked_vectors,
     row_quality,
 )
-from tasks.orchestration.documents import Measurement, Ranking, lowering_of, served_bytes
+from tasks.orchestration.documents import Measurement, Ranking
+from tasks.orchestration.graph_documents import lowering_of, served_bytes
 from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 from tasks.target_adapters import runtime_of
@@ -94,7 +105,7 @@ def measure(
         MetricRefused: the models have different graphs or inputs, or a score is not finite.
     """
     signature = read(local(bundle)).signature
-    output = signature.single_output
+    outputs = signature.outputs
     threads = load_settings().threads
     graphs = {"baseline": baseline, "candidate": candidate}
     if champion is not None:
@@ -106,43 +117,38 @@ def measure(
         for name, folder in folders.items()
     }
     _require_same_inputs(sessions)
-    names = quality_metrics(
-        output.kind, grouped=signature.group is not None, named=(output.metric, *metrics)
-    )
+    names = quality_metrics_of_outputs(outputs, grouped=signature.group is not None, named=metrics)
     quality = _evaluate(signature, sessions, split_of(test, test_rows), ranking, names, seed)
 
-    candidate_numbers: list[judge.Number] = []
-    baseline_numbers: list[judge.Number] = []
+    candidate_numbers: list[Number] = []
+    baseline_numbers: list[Number] = []
     resolves: dict[str, float] = {}  # by metric, the smallest change that these rows can detect
     for name in names:
         pair = quality.paired(name, "baseline", "candidate")
         with_champion = (
             quality.paired(name, "champion", "candidate") if champion is not None else None
         )
-        candidate_numbers += judge.quality_numbers(name, pair, with_champion)
+        candidate_numbers += quality_numbers(name, pair, with_champion)
         baseline_numbers.append(
             # "absolute": the model's number, not a comparison with another model.
-            judge.Number(metric=name, against="absolute", estimate=pair.baseline)
+            Number(metric=name, against="absolute", estimate=pair.baseline)
         )
         resolves[name] = pair.resolves
-    unit = output.task_kind.score_unit
-    for name, estimate in quality.score_change("baseline", "candidate", unit).items():
-        candidate_numbers.append(judge.Number(metric=name, against="absolute", estimate=estimate))
+    for name, estimate in quality.score_change("baseline", "candidate").items():
+        candidate_numbers.append(Number(metric=name, against="absolute", estimate=estimate))
     sizes = {name: served_bytes(folder) for name, folder in folders.items()}
-    candidate_numbers += judge.byte_numbers(
-        sizes["candidate"], sizes["baseline"], sizes.get("champion")
-    )
+    candidate_numbers += byte_numbers(sizes["candidate"], sizes["baseline"], sizes.get("champion"))
     baseline_numbers.append(
-        judge.Number(
+        Number(
             metric=BYTES.name,
             against="absolute",
-            estimate=judge.exact_estimate(float(sizes["baseline"])),
+            estimate=exact_estimate(float(sizes["baseline"])),
         )
     )
     request_graph = served_graphs(signature)[0]
     timed_sessions = {name: opened[request_graph.name] for name, opened in sessions.items()}
     limited_sizes = {size for name in metrics if (size := metric(name).batch) is not None}
-    for size in sorted({*usual_batches(output.kind), *limited_sizes}):
+    for size in sorted({*usual_batches_of_outputs(outputs), *limited_sizes}):
         _add_latency(
             size=size,
             sessions=timed_sessions,
@@ -153,11 +159,15 @@ def measure(
             candidate_numbers=candidate_numbers,
             baseline_numbers=baseline_numbers,
         )
+    units = {output.name: output.task_kind.score_unit for output in outputs}
     measurement = Measurement(
-        numbers=judge.Measured(
-            numbers=tuple(candidate_numbers), has_champion=champion is not None, score_unit=unit
+        numbers=Measured(
+            numbers=tuple(candidate_numbers),
+            has_champion=champion is not None,
+            score_unit=None if len(units) > 1 else units[outputs[0].name],
+            units_of_outputs=units if len(units) > 1 else {},
         ),
-        baseline=judge.Measured(numbers=tuple(baseline_numbers)),
+        baseline=Measured(numbers=tuple(baseline_numbers)),
         resolves=resolves,
         rows=test_rows,
         machine=machine(declared.label, runtime.version(), threads),
@@ -182,7 +192,7 @@ def _open_sessions(
     expected = [graph.name for graph in served_graphs(signature)]
     stored = [graph.name for graph in lowering_of(folder).graphs]
     if sorted(stored) != sorted(expected):
-        task_name = signature.single_output.kind
+        task_name = signature.outputs[0].kind
         raise MetricRefused(
             "graphs_differ", task=task_name, expected=tuple(expected), got=tuple(stored)
         )
@@ -224,7 +234,7 @@ def _evaluate(
     scores = {
         name: _score_rows(name, opened[graph.name], rows) for name, opened in sessions.items()
     }
-    return row_quality(rows, scores, seed)
+    return row_quality(signature, rows, scores, seed)
 
 
 def _tower_functions(sessions: Sessions) -> dict[str, Vectors]:
@@ -237,10 +247,15 @@ def _tower_functions(sessions: Sessions) -> dict[str, Vectors]:
 
 
 def _score_rows(name: str, session: Session, rows: list[Batch]) -> Array:
-    """Return the scores ``(rows,)`` of one model; raises for scores that are not finite."""
+    """Return the scores ``(rows,)`` or ``(rows, outputs)`` of one model.
+
+    Raises:
+        MetricRefused: a score is not finite.
+    """
     parts = [session.scores(_arrays(batch)) for batch in rows]
     scores = np.concatenate(parts)
-    not_finite = np.flatnonzero(~np.isfinite(scores))
+    is_finite = np.isfinite(scores).reshape(len(scores), -1).all(axis=1)
+    not_finite = np.flatnonzero(~is_finite)
     if not_finite.size:
         raise MetricRefused(
             "graph_scores_not_finite", model=name, count=not_finite.size, row=int(not_finite[0])
@@ -259,8 +274,8 @@ def _add_latency(
     test: Artifact,
     test_rows: int,
     seed: int,
-    candidate_numbers: list[judge.Number],
-    baseline_numbers: list[judge.Number],
+    candidate_numbers: list[Number],
+    baseline_numbers: list[Number],
 ) -> None:
     """Time all models at one batch size, and append p50 and p99 to the two lists of numbers.
 
@@ -299,7 +314,5 @@ def _add_latency(
             )
         candidate = intervals.latency(times["candidate"], quantile, seed=seed)
         baseline = intervals.latency(times["baseline"], quantile, seed=seed)
-        candidate_numbers += judge.latency_numbers(metric_name, candidate, ratio, champion_ratio)
-        baseline_numbers.append(
-            judge.Number(metric=metric_name, against="absolute", estimate=baseline)
-        )
+        candidate_numbers += latency_numbers(metric_name, candidate, ratio, champion_ratio)
+        baseline_numbers.append(Number(metric=metric_name, against="absolute", estimate=baseline))

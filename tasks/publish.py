@@ -159,7 +159,26 @@ def _version_tags(report: Report, release: Artifact) -> dict[str, str]:
         tags[f"recpress.graphs.{target.target}"] = ", ".join(
             graph.name for graph in target.lowering.graphs
         )
+    if report.other_metrics:
+        tags["recpress.outputs"] = _outputs_tag(report)
     return tags
+
+
+def _outputs_tag(report: Report) -> str:
+    """Return the quality of each of several outputs as JSON: by metric, its value and its change.
+
+    The numbers are those of the first measured target; null if there is none.
+    """
+    numbers = None if report.measurement is None else report.measurement.numbers
+    outputs = {}
+    for name in report.metrics:
+        value = None if numbers is None else numbers.of(name, "absolute")
+        change = None if numbers is None else numbers.of(name, "baseline")
+        outputs[name] = {
+            "value": None if value is None else value.point,
+            "change": None if change is None else change.point,
+        }
+    return json.dumps(outputs)
 
 
 def _plan_tag(report: Report) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from prefect import task
 
-from compressors.contracts import Artifact, quality_metrics
+from compressors.contracts import Artifact, quality_metrics_of_outputs
 from compressors.core.state.safetensors_stream import write
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import load_bundle, split_of
@@ -34,9 +34,9 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
         CompressionError: a vector is not finite, or all relevant items are earlier interactions.
     """
     loaded = load_bundle(bundle)
-    signature, output = loaded.manifest.signature, loaded.manifest.signature.single_output
+    signature = loaded.manifest.signature
     towers = torch_towers(loaded.model.module, signature)
-    names = quality_metrics(output.kind, grouped=True, named=(output.metric,))
+    names = quality_metrics_of_outputs(signature.outputs, grouped=True)
     split = split_of(test.artifact, test.rows)
     metrics = query_quality(towers, signature, split, ranking, names)
     tensors = {metric: torch.from_numpy(values) for metric, values in metrics.items()}

@@ -1,14 +1,15 @@
 """Compute the predictions of stored models for the rows of a split."""
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from prefect import task
 from safetensors.torch import load_file
 
 from compressors.contracts import Artifact
+from compressors.contracts.task_kind import OutputForm
 from compressors.core.batches import batches
+from compressors.core.scores import network_scores
 from compressors.core.state.safetensors_stream import write
 from compressors.distill.soft_labels import mean_predictions
 from compressors.errors.metrics import MetricRefused
@@ -31,8 +32,8 @@ def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
         rows: number of rows.
 
     Returns:
-        The artifact of ``data.safetensors`` with ``score`` float32 ``(rows,)``: the module's
-        output, without conversion of logits to probabilities.
+        The artifact of ``data.safetensors`` with ``score``: the module's scores, float32
+        ``(rows,)`` or ``(rows, outputs)``, without conversion of logits to probabilities.
 
     Raises:
         MetricRefused: a score is not a finite number.
@@ -41,7 +42,9 @@ def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
     signature = loaded.manifest.signature
     split_batches = batches(split_of(split, rows), signature, SCORING_ROWS)
     with torch.no_grad():
-        parts = [loaded.model.module(**batch.inputs).reshape(-1) for batch in split_batches]
+        parts = [
+            network_scores(loaded.model.module, batch.inputs, signature) for batch in split_batches
+        ]
     scores = torch.cat(parts).to(torch.float32)
     if not bool(scores.isfinite().all()):
         raise MetricRefused(
@@ -53,24 +56,21 @@ def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
     return _store_scores(scores)
 
 
-@task(task_run_name="average {output}", **TASK_OPTIONS)
-def average(
-    scores: tuple[Artifact, ...],
-    output: Literal["logit", "probability", "score"],
-) -> Artifact:
+@task(task_run_name="average the teachers", **TASK_OPTIONS)
+def average(scores: tuple[Artifact, ...], forms: tuple[OutputForm, ...]) -> Artifact:
     """Average the predictions of several teachers, row by row.
 
     Logits and scores are averaged as they are; probabilities are averaged as logits.
 
     Args:
         scores: the results of ``score`` for each teacher, for the same rows.
-        output: the form of the scores.
+        forms: the form of each output's scores.
 
     Returns:
         An artifact as returned by ``score``.
     """
     predictions = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
-    return _store_scores(mean_predictions(predictions, output))
+    return _store_scores(mean_predictions(predictions, forms))
 
 
 def _store_scores(scores: torch.Tensor) -> Artifact:

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from compressors.contracts import Artifact, Plan, Signature, Split
 from compressors.core.batches import batches
+from compressors.core.scores import score_columns
 from infra.bundle.bundle_folder import read
 from infra.bundle.shards import stored_tensors
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import split_of
 from tasks.evaluation.quality import ByQuery, Quality, row_quality
-from tasks.orchestration.documents import STAGES, Scored, Stage, Stages
+from tasks.orchestration.documents import STAGES, Scored, Stage, StageQuality, Stages
 from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
@@ -29,7 +30,7 @@ LABEL_BATCH_ROWS = 65_536
 @task(task_run_name="evaluate the stages", **TASK_OPTIONS)
 def measure_stages(
     scored: tuple[Scored, ...],
-    metric: str,
+    metrics: tuple[str, ...],
     test: Artifact,
     test_rows: int,
     seed: int,
@@ -38,7 +39,7 @@ def measure_stages(
 
     Args:
         scored: the stages in order with their predictions for the test rows.
-        metric: the metric to compare, as named in the signature.
+        metrics: the metric by which each output is judged.
         test: the prepared test split, for labels and groups.
         test_rows: number of rows of the test split.
         seed: seed of the bootstrap.
@@ -53,21 +54,28 @@ def measure_stages(
     quality = compare_stages(signature, scored, split_of(test, test_rows), seed)
     stages = []
     for index, stage in enumerate(scored):
-        # ``paired`` compares two stages on the same rows, by name; a stage's name is its index. The
-        # first stage is compared with itself, for its quality; it has no change.
-        pair = quality.paired(metric, str(max(index - 1, 0)), str(index))
+        first, *others = (_quality_of_stage(quality, metric, index) for metric in metrics)
         stages.append(
             Stage(
                 step=stage.step,
                 bundle=stage.bundle,
                 bytes=sizes[index],
-                quality=pair.candidate,
-                change=pair.difference if index else None,
+                quality=first.quality,
+                change=first.change,
+                other_outputs=dict(zip(metrics[1:], others, strict=True)),
             )
         )
     with scratch_folder("stages") as scratch:
         (Path(scratch) / STAGES).write_bytes(Stages.dump_json(tuple(stages), indent=1))
         return store().put(Path(scratch))
+
+
+def _quality_of_stage(quality: Quality, metric: str, index: int) -> StageQuality:
+    """Return one metric of a stage, and its change from the previous stage."""
+    # ``paired`` compares two stages on the same rows, by name; a stage's name is its index. The
+    # first stage is compared with itself, for its quality; it has no change.
+    pair = quality.paired(metric, str(max(index - 1, 0)), str(index))
+    return StageQuality(quality=pair.candidate, change=pair.difference if index else None)
 
 
 def bytes_of_stages(plans: Sequence[Plan | None], folders: Sequence[Path]) -> list[int]:
@@ -110,11 +118,15 @@ def compare_stages(
         }
         return ByQuery(metrics_of_queries, test.rows, seed)
     scores = {str(index): _read_scores(signature, stage) for index, stage in enumerate(scored)}
-    return row_quality(list(batches(test, signature, LABEL_BATCH_ROWS)), scores, seed)
+    rows = list(batches(test, signature, LABEL_BATCH_ROWS))
+    return row_quality(signature, rows, scores, seed)
 
 
 def _read_scores(signature: Signature, stage: Scored) -> np.ndarray:
-    """Return a stage's scores ``(rows,)``; logits are converted to probabilities for log loss."""
-    output = load_file(local(stage.score) / "data.safetensors")["score"]
-    is_logit = signature.single_output.form == "logit"
-    return (torch.sigmoid(output.double()) if is_logit else output).numpy()
+    """Return a stage's scores; logits are converted to probabilities for log loss."""
+    columns = score_columns(load_file(local(stage.score) / "data.safetensors")["score"])
+    scores = [
+        torch.sigmoid(column.double()) if output.form == "logit" else column
+        for output, column in zip(signature.outputs, columns, strict=True)
+    ]
+    return (torch.stack(scores, dim=1) if signature.has_several_outputs else scores[0]).numpy()

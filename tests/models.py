@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from multi_task_network import MultiTaskNet
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from compressors.core.model import Model
 from compressors.core.random_inputs import generate_data, generate_inputs
 from compressors.core.registries import METHODS as REGISTRY
 from compressors.core.runner import rows_of_tables, run
+from compressors.core.scores import network_scores, score_columns
 from compressors.core.steps.decisions import AppliedStep
 from compressors.core.steps.step import Method as Step
 from compressors.distill.distill import Distill
@@ -344,10 +346,17 @@ class Reference:
         return Bench(signature=self.signature, soft_labels=soft, **parts)
 
     def negated_scores(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the negated score of each row, or 1 minus its probability, float32 ``(rows,)``."""
+        """Return the negated scores of each row, or 1 minus its probabilities.
+
+        Float32 ``(rows,)``, or ``(rows, outputs)`` for several outputs.
+        """
         with torch.no_grad():
-            scores = self.model().module(**inputs).reshape(-1)
-        return 1 - scores if self.signature.single_output.form == "probability" else -scores
+            scores = network_scores(self.model().module, inputs, self.signature)
+        columns = [
+            1 - column if output.form == "probability" else -column
+            for output, column in zip(self.signature.outputs, score_columns(scores), strict=True)
+        ]
+        return columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
 
 
 def signature_of(*inputs: Any, group: str | None = None, **changes: Any) -> Signature:
@@ -422,6 +431,31 @@ NORMED = Reference(
         form="probability",
     ),
 )
+MULTI_TASK = Reference(
+    MultiTaskNet,
+    Signature(
+        inputs=(
+            IdInput(name="user", table="user"),
+            IdInput(name="item", table="item", out_of_range="clamp"),
+            DenseInput(name="price", shape=(3,)),
+        ),
+        outputs=(
+            Output(name="click", kind="ctr", form="logit", label="click", metric="auc"),
+            Output(
+                name="like",
+                kind="ctr",
+                form="logit",
+                label="like",
+                label_where="click",
+                metric="auc",
+                loss_weight=0.5,
+            ),
+            Output(name="buy", kind="ctr", form="probability", label="buy", metric="auc"),
+        ),
+    ),
+    {"users": 40, "items": 30, "dense": 3, "dim": 8, "hidden": 16},
+)
+"""Several outputs of different forms; not in ``REFERENCES``, as few methods treat outputs."""
 REFERENCES = (RANKER, TIED, BUFFERED, ATTENTION, NORMED)
 # With COMPACT, which is used instead of RANKER if a network is exported for many recipes.
 BY_NAME = {reference.network.__name__: reference for reference in (*REFERENCES, COMPACT)}
@@ -438,14 +472,18 @@ def write_split(
     """Write a split of random rows in the format that ``compressors.core.batches`` reads.
 
     Labels alternate between 0 and 1. With a ``score_function`` of the inputs, a label is 1 if the
-    score is above the median.
+    score is above the median of its output. A label of an output with ``label_where`` is NaN in
+    every third row.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = generate_data(signature, rows_of_table, rows, seed=seed)
     label = torch.arange(rows, dtype=torch.float32) % 2
     if score_function is not None:
         scores = score_function(model_inputs(data, signature))
-        label = (scores > scores.median()).to(torch.float32)
+        label = (scores > scores.median(dim=0).values).to(torch.float32)
+    for column, output in enumerate(signature.outputs):
+        if output.label_where is not None:
+            label.view(rows, -1)[::3, column] = torch.nan
     data["@label"] = label
     if signature.group is not None:
         data["@group"] = torch.arange(rows) // 8

@@ -43,11 +43,41 @@ def write_click_draft(
         logits: the network's logits for the rows of each split, float ``(rows,)``.
         random: draws the labels, split after split.
     """
-    for split, inputs in columns.items():
-        clicks: NDArray[np.bool_] = random.random(len(logits[split])) < (
-            logits[split].sigmoid().numpy()
-        )
-        table = {**inputs, "click": pa.array(clicks.astype(np.int64))}
+    tables = {
+        split: {**inputs, "click": pa.array(draw_clicks(logits[split].sigmoid(), random))}
+        for split, inputs in columns.items()
+    }
+    return write_files(
+        folder,
+        name=name,
+        model=model,
+        architecture=architecture,
+        signature=signature,
+        tables=tables,
+    )
+
+
+def draw_clicks(probability: Tensor, random: np.random.Generator) -> NDArray[np.int64]:
+    """Draw labels 0 and 1, int64 ``(rows,)``, with these probabilities of 1."""
+    clicks: NDArray[np.bool_] = random.random(len(probability)) < probability.numpy()
+    return clicks.astype(np.int64)
+
+
+def write_files(
+    folder: Path,
+    *,
+    name: str,
+    model: nn.Module,
+    architecture: Mapping[str, Any],
+    signature: Mapping[str, Any],
+    tables: Mapping[str, Mapping[str, pa.Array]],
+) -> Path:
+    """Write ``model.json``, the weights and one parquet file per split; return the folder.
+
+    The arguments are those of ``write_click_draft``; ``tables`` has the columns of each split, with
+    the labels.
+    """
+    for split, table in tables.items():
         pq.write_table(pa.table(table), folder / f"{split}.parquet")
     save_file(model.state_dict(), folder / "model.safetensors")
     document = {
@@ -56,7 +86,7 @@ def write_click_draft(
         "version": "1",
         "signature": signature,
         "network": {"architecture": architecture},
-        "data": {split: f"{split}.parquet" for split in columns},
+        "data": {split: f"{split}.parquet" for split in tables},
     }
     (folder / "model.json").write_text(json.dumps(document, indent=1))
     return folder

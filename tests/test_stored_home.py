@@ -28,7 +28,8 @@ from infra.data.expectations import Validation
 from infra.registry.ledger import Ledger
 from infra.tensorrt.engines import Engine
 from tasks.bundles.bundle_ref import resolve
-from tasks.orchestration.documents import Measurement, Report, Stages, lowering_of
+from tasks.orchestration.documents import Measurement, Report, Stages
+from tasks.orchestration.graph_documents import lowering_of
 from tasks.orchestration.order_records import find_finished_order
 from tasks.orchestration.result_records import read_result
 from tasks.orchestration.workspace import store

@@ -18,7 +18,7 @@ from infra.bundle.bundle_folder import MANIFEST, read
 from tasks.bundles.bundle_ref import find_bundle
 from tasks.bundles.loading import load_bundle
 from tasks.lower import lower_model
-from tasks.orchestration.documents import lowering_of
+from tasks.orchestration.graph_documents import lowering_of
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
 from tests.stored_home.scores import edge_inputs, graph_scores, module_scores, tensors_digest

@@ -16,6 +16,7 @@ task_kind.py          properties of each task kind, and the registry of task kin
 metrics/              properties of each metric, and the registry of metrics
 limits.py             the limits of an order
 signature.py          inputs and outputs of a model
+output_metrics.py     names of metrics and limits of a model with several outputs
 network.py            the description that, with the tensors, defines a module
 plan.py               the decisions of a recipe for each table and layer
 bench.py              the data, teachers and settings that a step may use, without test data
@@ -64,6 +65,12 @@ from compressors.contracts.metrics import usual_batches as usual_batches
 from compressors.contracts.network import Architecture as Architecture
 from compressors.contracts.network import ModuleRecord as ModuleRecord
 from compressors.contracts.network import Network as Network
+from compressors.contracts.output_metrics import (
+    limits_of_outputs as limits_of_outputs,
+)
+from compressors.contracts.output_metrics import (
+    quality_metrics_of_outputs as quality_metrics_of_outputs,
+)
 from compressors.contracts.plan import DROPPED as DROPPED
 from compressors.contracts.plan import Plan as Plan
 from compressors.contracts.plan import PlanLine as PlanLine

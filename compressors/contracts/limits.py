@@ -111,11 +111,13 @@ class Limit(Frozen):
     def parse(cls, text: str) -> Self:
         """Parse the text form of a limit: ``auc vs baseline >= -0.002``, ``bytes <= 500000``.
 
+        A limit on one of several outputs names it, as in ``auc[click] vs baseline >= -0.002``.
+
         Raises:
             ValueError: the text does not have this form.
         """
         match = re.fullmatch(
-            r"\s*(?P<metric>[\w@]+)(\s+vs\s+(?P<against>baseline|champion))?"
+            r"\s*(?P<metric>[\w@]+(\[\w+\])?)(\s+vs\s+(?P<against>baseline|champion))?"
             r"\s*(?P<sign>>=|<=)\s*(?P<value>\S+)\s*",
             text,
         )

@@ -1,5 +1,6 @@
 """The signature of a model: its inputs, its outputs, and the meaning of the data's columns."""
 
+import operator
 from collections.abc import Iterable
 from typing import Self
 
@@ -16,6 +17,8 @@ from compressors.contracts.inputs import (
     tensor_names,
 )
 from compressors.contracts.metrics import MetricName, metric_problem
+from compressors.contracts.metrics.families import OUTPUT_NAME, find_metric
+from compressors.contracts.metrics.metric import name_of_output
 from compressors.contracts.task_kind import OutputForm, TaskKind, TaskName, task_kind
 from compressors.contracts.value_errors import value_error
 
@@ -24,6 +27,9 @@ ITEMS = "items"
 
 TRAFFIC = "traffic"
 """Name of the split of logged requests: rows without labels, which a teacher scores."""
+
+MOST_OUTPUTS = 64
+"""Largest number of outputs of a model."""
 
 
 class Tower(Frozen):
@@ -61,14 +67,21 @@ class Output(Frozen):
         kind: name of its task kind.
         form: what its values are: logits or probabilities of label 1, or scores (higher is better).
         label: column with the labels; None if there is none.
-        metric: the metric by which the model is judged.
+        label_where: column of 0 and 1. If it is given, only the labels of rows with 1 are used, and
+            other rows may lack one: an output that predicts a purchase after a click has labels
+            only for clicked rows. Every row is scored.
+        metric: the metric by which the output is judged.
+        loss_weight: factor of this output's loss in the sum of the losses of several outputs.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")
+    name: str = Field(pattern=f"^{OUTPUT_NAME}$")
     kind: TaskName
     form: OutputForm
     label: str | None = None
+    # Fields with their default are left out, so that hashes of earlier bundles do not change.
+    label_where: str | None = Field(None, exclude_if=operator.not_)
     metric: MetricName
+    loss_weight: float = Field(1.0, gt=0, le=1e6, exclude_if=lambda weight: weight == 1)
 
     @model_validator(mode="after")
     def _require_form_and_label(self) -> Self:
@@ -77,6 +90,10 @@ class Output(Frozen):
             raise value_error("output_form", task=self.kind, forms=kind.forms, got=self.form)
         if kind.needs_label and self.label is None:
             raise value_error("label_missing", task=self.kind)
+        if self.label_where is not None and (self.label is None or not kind.needs_label):
+            raise value_error("label_condition_unused", output=self.name, task=self.kind)
+        if find_metric(self.metric) is not None and "[" in self.metric:
+            raise value_error("metric_of_an_output", output=self.name, metric=self.metric)
         return self
 
     @property
@@ -85,16 +102,25 @@ class Output(Frozen):
         return task_kind(self.kind)
 
 
+def judged_metrics(outputs: tuple[Output, ...]) -> tuple[str, ...]:
+    """Return the name of the metric by which each output is judged.
+
+    It is the metric's name, such as ``auc``; with several outputs, ``auc[click]``.
+    """
+    if len(outputs) == 1:
+        return (outputs[0].metric,)
+    return tuple(name_of_output(output.metric, output.name) for output in outputs)
+
+
 class Signature(Frozen):
     """The signature of a model.
 
-    A model is called with its inputs by name and returns its only output, ``(rows,)`` or
-    ``(rows, 1)``. Code that supports several outputs iterates over ``outputs``; other code uses
-    ``single_output``.
+    A model is called with its inputs by name. A model with one output returns it, ``(rows,)`` or
+    ``(rows, 1)``; ``core/scores.py`` says what a model with several outputs may return.
 
     Attributes:
         inputs: the model's inputs.
-        outputs: the model's outputs; exactly one in this version.
+        outputs: the model's outputs, in the order in which the model returns them.
         group: column that groups rows, such as by user or by query.
         time: column with the time of a row.
         towers: the two towers of a ``retrieval`` model; None for other models.
@@ -104,21 +130,35 @@ class Signature(Frozen):
     """
 
     inputs: tuple[AnyInput, ...] = Field(min_length=1)
-    outputs: tuple[Output, ...] = Field(json_schema_extra={"minItems": 1, "maxItems": 1})
+    outputs: tuple[Output, ...] = Field(json_schema_extra={"minItems": 1, "maxItems": MOST_OUTPUTS})
     group: str | None = None
     time: str | None = None
     towers: Towers | None = None
     item: str | None = None
 
     @model_validator(mode="after")
-    def _require_unique_inputs_and_one_output(self) -> Self:
+    def _require_unique_names(self) -> Self:
         names = [name for item in self.data_inputs for name in tensor_names(item)]
         names += [item.name for item in self.inputs if item not in self.data_inputs]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise value_error("inputs_repeated", names=tuple(repeated))
-        if len(self.outputs) != 1:
-            raise value_error("outputs_count", count=len(self.outputs))
+        if not 1 <= len(self.outputs) <= MOST_OUTPUTS:
+            raise value_error("outputs_count", count=len(self.outputs), most=MOST_OUTPUTS)
+        if len(self.outputs) == 1:  # the output of its graph has a fixed name
+            return self
+        outputs = [output.name for output in self.outputs]
+        inputs = {*names, *(name for item in self.model_inputs for name in tensor_names(item))}
+        repeated = sorted({name for name in outputs if outputs.count(name) > 1 or name in inputs})
+        if repeated:
+            raise value_error("outputs_repeated", names=tuple(repeated))
+        return self
+
+    @model_validator(mode="after")
+    def _require_outputs_of_rows(self) -> Self:
+        if len(self.outputs) > 1 and not self.scores_rows:
+            kind = next(item.kind for item in self.outputs if not item.task_kind.scores_rows)
+            raise value_error("outputs_of_ranked_catalogue", task=kind)
         return self
 
     @model_validator(mode="after")
@@ -163,7 +203,7 @@ class Signature(Frozen):
 
     @model_validator(mode="after")
     def _require_complete_towers(self) -> Self:
-        task = self.single_output.kind
+        task = self.outputs[0].kind
         if self.scores_rows:
             if self.towers is not None or self.item is not None:
                 raise value_error("towers_unexpected", task=task)
@@ -211,6 +251,22 @@ class Signature(Frozen):
         return output
 
     @property
+    def has_several_outputs(self) -> bool:
+        """Whether scores and labels have a column for each output, and metrics its name."""
+        return len(self.outputs) > 1
+
+    @property
+    def judged_metrics(self) -> tuple[str, ...]:
+        """The name of the metric by which each output is judged, such as ``auc[click]``."""
+        return judged_metrics(self.outputs)
+
+    @property
+    def judged_by(self) -> str:
+        """The number by which steps compare networks, for sentences (``validation_score.py``)."""
+        names = self.judged_metrics
+        return f"the mean of {', '.join(names)}" if len(names) > 1 else names[0]
+
+    @property
     def scores_rows(self) -> bool:
         """Whether the model has one score for each row, so that rows have a loss and a metric."""
         return all(output.task_kind.scores_rows for output in self.outputs)
@@ -222,7 +278,8 @@ class Signature(Frozen):
 
     def without_labels(self) -> Self:
         """Return the signature without label columns, for rows that have no labels."""
-        outputs = tuple(output.model_copy(update={"label": None}) for output in self.outputs)
+        changes = {"label": None, "label_where": None}
+        outputs = tuple(output.model_copy(update=changes) for output in self.outputs)
         return self.model_copy(update={"outputs": outputs})
 
     def only(self, names: Iterable[str]) -> Self:

@@ -2,9 +2,10 @@
 
 A prepared split is a folder with one ``data.safetensors``: a tensor per input under the input's
 name (for a matrix, per field under the field's name), ``@label``, and ``@group`` and ``@time`` if
-the signature names them. A ragged input (a jagged bag or a sequence) has a list of ids per row,
-whose length differs between rows. It is stored as the concatenated ids and ``@bounds/<name>``,
-int64 ``(rows + 1,)``: row ``r`` has the ids from ``bounds[r]`` to ``bounds[r + 1] - 1``.
+the signature names them. With several outputs, ``@label`` has a column for each. A ragged input (a
+jagged bag or a sequence) has a list of ids per row, whose length differs between rows. It is stored
+as the concatenated ids and ``@bounds/<name>``, int64 ``(rows + 1,)``: row ``r`` has the ids from
+``bounds[r]`` to ``bounds[r + 1] - 1``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +40,8 @@ class Batch:
 
     Attributes:
         inputs: keyword arguments of the model's forward method.
-        label: float ``(rows,)``.
+        label: float ``(rows,)``, or ``(rows, outputs)`` for several outputs; NaN where a row has no
+            label.
         group: int ``(rows,)``; None if the signature names no group.
     """
 
@@ -81,8 +83,8 @@ def batches(
 class Rows:
     """A prepared split with random access to its rows.
 
-    The file is memory-mapped, so only the rows of a batch are read. ``label`` is float ``(rows,)``,
-    ``group`` int ``(rows,)`` or None.
+    The file is memory-mapped, so only the rows of a batch are read. ``label`` and ``group`` are
+    those of all rows, as in ``Batch``.
     """
 
     def __init__(self, split: Split, signature: Signature) -> None:
@@ -134,7 +136,7 @@ class JoinedRows:
     def __init__(self, labelled: Rows | None, traffic: Rows) -> None:
         self._parts = [traffic] if labelled is None else [labelled, traffic]
         self._labelled_rows = 0 if labelled is None else len(labelled)
-        unknown = torch.full((len(traffic),), torch.nan, dtype=torch.float32)
+        unknown = torch.full_like(traffic.label, torch.nan, dtype=torch.float32)
         known = [] if labelled is None else [labelled.label.to(torch.float32)]
         self.label = torch.cat([*known, unknown])
         groups = [part.group for part in self._parts if part.group is not None]

@@ -33,6 +33,7 @@ from compressors.core.model import Model
 from compressors.core.outcomes import resolve_decisions
 from compressors.core.plan_lines import OUTPUT, build_plan, output_line, with_remarks
 from compressors.core.random_inputs import generate_inputs
+from compressors.core.scores import network_scores
 from compressors.core.state.module_state import load, records_of, save
 from compressors.core.steps.decisions import EXCEPT, Decision, StepPlan
 from compressors.core.steps.step import Method, Step
@@ -165,9 +166,9 @@ def run(
     before, after = Unit.of(source.module), Unit.of(module)
     decisions = resolve_decisions(step.kind, step.effect, plan.decisions, outcomes, before, after)
     inputs = generate_inputs(bench.signature, rows_of_tables(module, bench.signature), CHECK_ROWS)
-    expected = _scores(step, source, module, inputs)
+    expected = _scores(step, source, module, inputs, bench.signature)
     if not bool(torch.isfinite(expected).all()):
-        _require_finite_source(step, source, inputs)
+        _require_finite_source(step, source, inputs, bench.signature)
         raise ContractBroken("scores_not_finite", step=step.kind)
     ties = save(module, folder, files=source.files)
     network = Network(
@@ -175,7 +176,7 @@ def run(
     )
     loaded = load(source.architecture, network, folder)
     with torch.no_grad():
-        loaded_scores = loaded(**inputs)
+        loaded_scores = network_scores(loaded, inputs, bench.signature)
     if not torch.equal(loaded_scores, expected):
         difference = float((loaded_scores - expected).abs().max())
         raise ContractBroken("stored_scores_differ", step=step.kind, gap=difference)
@@ -226,7 +227,13 @@ def _require_parts(step: Method, bench: Bench) -> None:
         )
 
 
-def _scores(step: Method, source: Model, module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def _scores(
+    step: Method,
+    source: Model,
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    signature: Signature,
+) -> Tensor:
     """Return a module's scores; if it fails, run the source to decide which error to raise.
 
     Args:
@@ -234,6 +241,7 @@ def _scores(step: Method, source: Model, module: nn.Module, inputs: dict[str, Te
         source: the model before the step.
         module: the network after the step, or a copy of the source's.
         inputs: generated inputs.
+        signature: the signature of both.
 
     Raises:
         ModelRefused: the source network fails as well.
@@ -241,13 +249,13 @@ def _scores(step: Method, source: Model, module: nn.Module, inputs: dict[str, Te
     """
     try:
         with torch.no_grad():
-            scores: Tensor = module(**inputs)
+            scores = network_scores(module, inputs, signature)
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
         try:
             with torch.no_grad():
-                source.private().module(**inputs)
+                network_scores(source.private().module, inputs, signature)
         except Exception as source_fault:
             if is_out_of_memory(source_fault):
                 raise
@@ -260,13 +268,15 @@ def _scores(step: Method, source: Model, module: nn.Module, inputs: dict[str, Te
     return scores
 
 
-def _require_finite_source(step: Method, source: Model, inputs: dict[str, Tensor]) -> None:
+def _require_finite_source(
+    step: Method, source: Model, inputs: dict[str, Tensor], signature: Signature
+) -> None:
     """Raise if the source model gives scores that are not finite: then the step is not the cause.
 
     Raises:
         ModelRefused: some rows have a NaN or infinite score, or the source network fails.
     """
-    scores = _scores(step, source, source.private().module, inputs)
+    scores = _scores(step, source, source.private().module, inputs, signature)
     nonfinite_rows = int((~torch.isfinite(scores)).reshape(len(scores), -1).any(dim=1).sum())
     if nonfinite_rows:
         raise ModelRefused(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, is_out_of_memory
+from compressors.contracts import Bench, Signature, is_out_of_memory
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.random_inputs import generate_inputs
@@ -33,6 +33,7 @@ from compressors.core.runner import (
     rows_of_tables,
     run,
 )
+from compressors.core.scores import network_scores
 from compressors.core.steps.decisions import EXCEPT, is_named
 from compressors.core.steps.step import Method
 from compressors.core.units import Unit, swap
@@ -128,14 +129,18 @@ def find_unreplaceable_units(
         bench.signature, rows_of_tables(source.module, bench.signature), PROBE_ROWS
     )
     try:
-        expected = _scores(source.module, inputs)
+        expected = _scores(source.module, inputs, bench.signature)
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
         return {}  # run raises the error of the network
-    if not names or _why_not_replaceable(source, names, inputs, expected) is None:
+
+    def why_not_replaceable(units: Collection[str]) -> Reason | None:
+        return _why_not_replaceable(source, units, inputs, expected, bench.signature)
+
+    if not names or why_not_replaceable(names) is None:
         return {}
-    reasons = {name: _why_not_replaceable(source, [name], inputs, expected) for name in names}
+    reasons = {name: why_not_replaceable([name]) for name in names}
     return {name: why for name, why in reasons.items() if why is not None}
 
 
@@ -154,7 +159,11 @@ class _WithoutWeights(nn.Module):
 
 
 def _why_not_replaceable(
-    source: Model, names: Collection[str], inputs: Mapping[str, Tensor], expected: Tensor
+    source: Model,
+    names: Collection[str],
+    inputs: Mapping[str, Tensor],
+    expected: Tensor,
+    signature: Signature,
 ) -> Reason | None:
     """Return why the network fails or gives other scores if units expose no weight, or None."""
     module = source.private().module
@@ -162,7 +171,7 @@ def _why_not_replaceable(
         if unit.name in names:
             swap(module, unit.name, _WithoutWeights(unit))
     try:
-        scores = _scores(module, inputs)
+        scores = _scores(module, inputs, signature)
     except Exception as fault:  # the network's code may raise any exception
         if is_out_of_memory(fault):
             raise
@@ -175,9 +184,10 @@ def _why_not_replaceable(
 
 
 @torch.no_grad()
-def _scores(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+def _scores(module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature) -> Tensor:
     """Return the scores of a network with NaN replaced by 0, so that equal scores compare equal."""
-    scores: Tensor = module(**{name: tensor.clone() for name, tensor in inputs.items()})
+    copies = {name: tensor.clone() for name, tensor in inputs.items()}
+    scores = network_scores(module, copies, signature)
     return torch.nan_to_num(scores)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from compressors.contracts import Signature, is_out_of_memory
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import rows_of_tables
+from compressors.core.scores import network_scores, scores_of
 from compressors.core.state.construction import differing_tensors
 from compressors.errors.compression import ModelRefused
 from compressors.lower.serving_wrapper import input_names, served_graphs
@@ -34,7 +35,7 @@ def smoke_test(
         second_load: the same bundle, loaded a second time; both must give the same scores.
 
     Raises:
-        ModelRefused: its weights are not float32; it fails on inputs of this signature; its output
+        ModelRefused: its weights are not float32; it fails on inputs of this signature; an output
             is not one finite score per row; its towers do not give that score; or the same rows get
             another score in a second call or after a second load.
         NothingToCompress: an input names a table that the network does not have.
@@ -45,24 +46,42 @@ def smoke_test(
     inputs = generate_inputs(signature, rows_of_tables(model, signature), ROWS, with_largest=True)
     try:
         with torch.no_grad():
-            score = model(**inputs)
+            returned = model(**inputs)
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
         raise ModelRefused("network_fails", architecture=path, problem=repr(fault)) from fault
-    _check_score(score, path)
-    _require_repeatable(model, second_load, inputs, score, path)
+    score = _require_scores(returned, signature, path)
+    _require_repeatable(model, second_load, inputs, score, signature, path)
     if signature.towers is not None:
-        _check_towers(model, signature, inputs, score.reshape(-1), path)
+        _check_towers(model, signature, inputs, score, path)
 
 
-def _check_score(score: object, path: str) -> None:
-    """Raise ``ModelRefused`` unless the output is one finite score per row."""
-    shape = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
-    if not isinstance(score, Tensor) or shape not in ([ROWS], [ROWS, 1]):
-        raise ModelRefused("score_shape", architecture=path, rows=ROWS, got=str(shape))
-    if not bool(torch.isfinite(score).all()):
+def _require_scores(returned: object, signature: Signature, path: str) -> Tensor:
+    """Return the scores in what the network returned, ``(rows,)`` or ``(rows, outputs)``.
+
+    Raises:
+        ModelRefused: an output is not one finite score per row, or their number is wrong.
+    """
+    if not signature.has_several_outputs:
+        shape = list(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
+        if shape not in ([ROWS], [ROWS, 1]):
+            raise ModelRefused("score_shape", architecture=path, rows=ROWS, got=str(shape))
+    names = tuple(output.name for output in signature.outputs)
+    try:
+        scores = scores_of(returned, signature)
+    except (TypeError, ValueError, RuntimeError) as fault:
+        raise ModelRefused(
+            "outputs_shape", architecture=path, outputs=names, rows=ROWS, problem=str(fault)
+        ) from fault
+    if len(scores) != ROWS:
+        got = f"{len(scores)} rows"
+        raise ModelRefused(
+            "outputs_shape", architecture=path, outputs=names, rows=ROWS, problem=got
+        )
+    if not bool(torch.isfinite(scores).all()):
         raise ModelRefused("score_not_finite", architecture=path, rows=ROWS)
+    return scores
 
 
 def _require_repeatable(
@@ -70,17 +89,18 @@ def _require_repeatable(
     second_load: nn.Module | None,
     inputs: dict[str, Tensor],
     score: Tensor,
+    signature: Signature,
     path: str,
 ) -> None:
     """Raise ``ModelRefused`` if a second call or a second load gives other scores."""
     tolerance = REPEAT_TOLERANCE * (1 + float(score.abs().max()))
     with torch.no_grad():
-        gap = float((model(**inputs) - score).abs().max())
+        gap = float((network_scores(model, inputs, signature) - score).abs().max())
         if not gap <= tolerance:
             raise ModelRefused("calls_differ", architecture=path, gap=gap)
         if second_load is None:
             return
-        gap = float((second_load(**inputs) - score).abs().max())
+        gap = float((network_scores(second_load, inputs, signature) - score).abs().max())
     if not gap <= tolerance:
         raise ModelRefused(
             "loads_differ",

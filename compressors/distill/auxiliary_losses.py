@@ -40,6 +40,7 @@ class AuxiliaryLosses(nn.Module):
         student_widths: by layer, the size of the last dimension of the student's output.
         teacher_widths: the same for the teacher.
         seed: seed of the initial weights.
+        outputs: number of outputs of the model, which the auxiliary head predicts.
 
     Attributes:
         maps: the hint projections, in the order of ``hints``.
@@ -54,6 +55,7 @@ class AuxiliaryLosses(nn.Module):
         student_widths: dict[str, int],
         teacher_widths: dict[str, int],
         seed: int,
+        outputs: int = 1,
     ) -> None:
         super().__init__()
         self.hints, self.auxiliary = hints, auxiliary
@@ -62,19 +64,21 @@ class AuxiliaryLosses(nn.Module):
             self.maps = nn.ModuleList(
                 nn.Linear(student_widths[name], teacher_widths[name]) for name in hints
             )
-            self.head = None if auxiliary is None else nn.Linear(student_widths[auxiliary], 1)
+            self.head = None if auxiliary is None else nn.Linear(student_widths[auxiliary], outputs)
         self.outputs: dict[str, Tensor] = {}
 
     def predictions(self) -> Tensor:
-        """Return the head's predictions, ``(rows,)``, for the student's last forward pass.
+        """Return the head's predictions for the student's last forward pass.
+
+        They are ``(rows,)``, or ``(rows, outputs)`` for several outputs.
 
         Raises:
             DistillationRefused: there is no head.
         """
         if self.head is None or self.auxiliary is None:
             raise DistillationRefused("auxiliary_head_missing")
-        predictions: Tensor = self.head(self.outputs[self.auxiliary].float()).reshape(-1)
-        return predictions
+        predictions: Tensor = self.head(self.outputs[self.auxiliary].float())
+        return predictions.squeeze(1) if predictions.shape[1] == 1 else predictions
 
     def hint_loss(self, targets: dict[str, Tensor]) -> Tensor:
         """Return the distance of the student's hinted layers from the teacher's, a scalar.

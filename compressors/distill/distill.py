@@ -145,7 +145,8 @@ class Distill(StepSettings):
                 the model predicts no probabilities.
             DistillationRefused: a named layer does not exist, or the student cannot be built.
         """
-        if self.loss == "calibrated_listwise" and bench.signature.single_output.form == "score":
+        forms = [output.form for output in bench.signature.outputs]
+        if self.loss == "calibrated_listwise" and "score" in forms:
             raise NothingToCompress("loss_without_probability", step=self.kind)
         require_layers(model.module, self._recorded_layers())
         tables, reasons = self.training.tables, self._reasons(bench)
@@ -190,7 +191,12 @@ class Distill(StepSettings):
             require_layers(original, self.hints, "original")
             teacher_widths = measure_widths(original, self.hints, probe)
         auxiliary = AuxiliaryLosses(
-            self.hints, self.auxiliary, student_widths, teacher_widths, bench.seed
+            self.hints,
+            self.auxiliary,
+            student_widths,
+            teacher_widths,
+            bench.seed,
+            outputs=len(bench.signature.outputs),
         )
         loss = soft_label_loss(
             bench,

@@ -1,9 +1,10 @@
 """Distillation losses between student and teacher scores: five functions of tensors.
 
-All take ``score``, the student's scores, and ``teacher``, the teacher's, both float ``(rows,)``.
-List losses also take ``list_index`` int64 ``(rows,)``, the index of each row's list, and
-``num_lists``, the number of lists. Each loss has its minimum where the student's predictions equal
-the teacher's.
+The loss of a network with several outputs is the sum of their losses, each times the output's
+``loss_weight``. The five functions compute the loss of one output. All take ``score``, the
+student's scores, and ``teacher``, the teacher's, both float ``(rows,)``. List losses also take
+``list_index`` int64 ``(rows,)``, the index of each row's list, and ``num_lists``, the number of
+lists. Each loss has its minimum where the student's predictions equal the teacher's.
 
 ``margin``, ``listwise`` and ``rankdistil`` do not change if a constant is added to all scores of a
 list. So they transfer the ranking but not the calibration (that predicted probabilities equal
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressors.contracts import Signature
+from compressors.contracts import Output, Signature
 from compressors.core.batches import Batch
+from compressors.core.scores import score_columns, scores_of
 from compressors.task_kinds.loss import soft_loss
 from compressors.task_kinds.outputs import list_indices, log_shares, logits, sum_by_list
 
@@ -29,18 +31,18 @@ LIST_LOSSES = ("margin", "listwise", "rankdistil", "calibrated_listwise")
 def loss_of_teacher(
     name: SoftLoss,
     signature: Signature,
-    output: Tensor,
+    scores: Tensor,
     teacher: Tensor,
     batch: Batch,
     *,
     temperature: float,
     top: int,
 ) -> Tensor:
-    """Compute one of the losses between the outputs of two models.
+    """Compute one of the losses between the scores of two models.
 
     Lists are the groups of the batch; without a group column, the whole batch is one list.
 
-    Whether outputs are converted to logits before they are compared depends on the form that the
+    Whether scores are converted to logits before they are compared depends on the form that the
     signature declares and on the task. (``task`` follows its own rule, in ``soft_loss``.)
 
     - The form is ``score``: no conversion. ``pointwise`` is then the mean squared error.
@@ -51,9 +53,9 @@ def loss_of_teacher(
     Args:
         name: which loss; ``task`` is ``pointwise`` for CTR models and ``listwise`` for ranking
             models.
-        signature: declares the kind and the form (such as logit) of both outputs.
-        output: the student's outputs, float ``(rows,)`` or ``(rows, 1)``.
-        teacher: the teacher's outputs for the same rows, float ``(rows,)``.
+        signature: declares the kind and the form (such as logit) of each output.
+        scores: the student's scores, float ``(rows,)`` or ``(rows, outputs)``.
+        teacher: the teacher's scores for the same rows, in the same shape.
         batch: the rows, with their groups.
         temperature: scores are divided by it before they are compared; the loss is multiplied by
             its square, so that the scale of gradients does not change.
@@ -63,12 +65,35 @@ def loss_of_teacher(
         A scalar.
     """
     if name == "task":
-        return soft_loss(signature, output, teacher, batch, temperature)
-    declared = signature.single_output
+        return soft_loss(signature, scores, teacher, batch, temperature)
+    columns = zip(
+        signature.outputs,
+        score_columns(scores_of(scores, signature)),
+        score_columns(teacher),
+        strict=True,
+    )
+    losses = [
+        declared.loss_weight
+        * _loss_of_output(name, declared, score, taught, batch, temperature=temperature, top=top)
+        for declared, score, taught in columns
+    ]
+    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+
+def _loss_of_output(
+    name: SoftLoss,
+    declared: Output,
+    score: Tensor,
+    teacher: Tensor,
+    batch: Batch,
+    *,
+    temperature: float,
+    top: int,
+) -> Tensor:
+    """Compute a loss of one output; arguments as for ``loss_of_teacher``, scores ``(rows,)``."""
     compares_logits = declared.form != "score" and (
         declared.task_kind.predicts_probability or name in ("pointwise", "calibrated_listwise")
     )
-    score = output.reshape(-1)
     if compares_logits:
         score, teacher = logits(declared, score), logits(declared, teacher)
     score, teacher = score / temperature, teacher / temperature
@@ -82,7 +107,7 @@ def loss_of_teacher(
             loss = listwise(score, teacher, list_index, num_lists)
         case "rankdistil":
             loss = rankdistil(score, teacher, list_index, num_lists, top)
-        case "calibrated_listwise":
+        case _:
             loss = calibrated_listwise(score, teacher, list_index, num_lists)
     return loss * temperature**2
 

@@ -35,6 +35,7 @@ from compressors.core.modules.output_calibration import (
     recalibration_of,
 )
 from compressors.core.plan_lines import OUTPUT
+from compressors.core.scores import network_scores
 from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.errors.compression import CompressionError, NothingToCompress
@@ -210,18 +211,19 @@ class Recalibrate(StepSettings):
         """Select the model's output; the step changes no table and no dense layer.
 
         Raises:
-            NothingToCompress: the task has no probabilities.
+            NothingToCompress: the task has no probabilities, or there are several outputs.
             StepRefused: the model already has a recalibration map.
         """
-        if not bench.signature.single_output.task_kind.predicts_probability:
-            raise NothingToCompress(
-                "probability_missing", step=self.kind, task=bench.signature.single_output.kind
-            )
+        if bench.signature.has_several_outputs:
+            raise NothingToCompress("several_outputs", step=self.kind)
+        output = bench.signature.single_output
+        if not output.task_kind.predicts_probability:
+            raise NothingToCompress("probability_missing", step=self.kind, task=output.kind)
         existing_map = recalibration_of(model.module)
         if existing_map is not None:  # a second map would be hard to interpret
             raise StepRefused("recalibrated_already", step=self.kind, method=existing_map.method)
         taken = Decision("taken", (Reason("selected", step=self.kind),))
-        return StepPlan({OUTPUT: taken}, bench.signature.single_output.form)
+        return StepPlan({OUTPUT: taken}, output.form)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[OutputForm]) -> AppliedStep:
         """Fit the map on the validation rows.
@@ -233,10 +235,12 @@ class Recalibrate(StepSettings):
         """
         if bench.validation is None:
             raise RowsMissing("validation_rows_missing", step=self.kind)
-        signature, form = bench.signature, bench.signature.single_output.form
+        signature, form = bench.signature, plan.payload
         parts = list(batches(bench.validation, signature, SCORING_ROWS))
         with torch.no_grad():
-            predictions = torch.cat([model.module(**part.inputs).reshape(-1) for part in parts])
+            predictions = torch.cat(
+                [network_scores(model.module, part.inputs, signature) for part in parts]
+            )
         logit = logit_of(predictions, form).double().numpy()
         label = np.concatenate([part.label.numpy() for part in parts]).astype(np.float64)
         before = logloss(label, _sigmoid(logit))

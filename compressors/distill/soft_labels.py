@@ -3,7 +3,7 @@
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531 (soft targets with a temperature).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compressors.contracts import Bench, Split
+from compressors.contracts.task_kind import OutputForm
 from compressors.core.batches import Batch, JoinedRows, Rows
 from compressors.distill.losses import SoftLoss, loss_of_teacher
 from compressors.distill.training.trainer import Loss
@@ -75,15 +76,9 @@ def soft_label_loss(
             temperature=temperature,
             top=top,
         )
-        if rows == "train":
-            hard = hard_loss(bench.signature, output, batch)
-            return soft_share * soft + (1 - soft_share) * hard
-        is_labelled = ~batch.label.isnan()
-        if soft_share == 1 or not bool(is_labelled.any()):
-            return soft_share * soft
-        group = None if batch.group is None else batch.group[is_labelled]
-        labelled = Batch({}, batch.label[is_labelled], group)
-        hard = hard_loss(bench.signature, output.reshape(-1)[is_labelled], labelled)
+        if soft_share == 1:
+            return soft
+        hard = hard_loss(bench.signature, output, batch)
         return soft_share * soft + (1 - soft_share) * hard
 
     return loss
@@ -101,9 +96,7 @@ def soft_label_rows(bench: Bench, rows: TrainingRows, kind: str) -> Rows | Joine
     return JoinedRows(labelled, _rows(bench, bench.traffic, kind))
 
 
-def mean_predictions(
-    scores: list[Tensor], output: Literal["logit", "probability", "score"]
-) -> Tensor:
+def mean_predictions(scores: list[Tensor], forms: Sequence[OutputForm]) -> Tensor:
     """Average the predictions of several teachers: the mean of their logits or scores.
 
     Probabilities are converted to logits, averaged and converted back. This is the geometric mean
@@ -112,17 +105,24 @@ def mean_predictions(
     times the weight.
 
     Args:
-        scores: one float32 ``(rows,)`` per teacher, in the form that ``output`` names.
-        output: the form of the model's output.
+        scores: one float32 ``(rows,)`` or ``(rows, outputs)`` per teacher.
+        forms: the form of each output.
     """
     if len(scores) == 1:
         return scores[0]
-    stacked = torch.stack(scores).to(torch.float64)
-    if output != "probability":
-        return stacked.mean(dim=0).to(torch.float32)
+    stacked = torch.stack(scores).to(torch.float64)  # (teachers, rows) or (teachers, rows, outputs)
+    columns = [stacked] if stacked.dim() == 2 else stacked.unbind(dim=2)
+    means = [_mean(column, form) for column, form in zip(columns, forms, strict=True)]
+    mean = means[0] if stacked.dim() == 2 else torch.stack(means, dim=1)
+    return mean.to(torch.float32)
+
+
+def _mean(scores: Tensor, form: OutputForm) -> Tensor:
+    """Average the scores ``(teachers, rows)`` of one output over the teachers."""
+    if form != "probability":
+        return scores.mean(dim=0)
     # Probabilities are clamped to [EDGE, 1 - EDGE], so that their logits are finite.
-    mean_logit = torch.logit(stacked, eps=EDGE).mean(dim=0)
-    return torch.sigmoid(mean_logit).to(torch.float32)
+    return torch.sigmoid(torch.logit(scores, eps=EDGE).mean(dim=0))
 
 
 def _rows(bench: Bench, split: Split | None, kind: str) -> Rows:
@@ -132,7 +132,7 @@ def _rows(bench: Bench, split: Split | None, kind: str) -> Rows:
 
 
 def _predictions(split: Split | None, soft: Split | None, kind: str) -> Tensor:
-    """Read the stored predictions of the teacher for a split, float32 ``(rows,)``."""
+    """Read the teacher's stored scores of a split, ``(rows,)`` or ``(rows, outputs)``."""
     if split is None or soft is None:
         raise RowsMissing("soft_labels_missing", step=kind)
     with safe_open(Path(soft.path) / "data.safetensors", framework="pt") as file:

@@ -79,6 +79,8 @@ class NothingToCompress(CompressionError):
         "loss 'listwise'.",
         "probability_missing": "{step!r} needs a model of task 'ctr', whose output is a "
         f"probability; this model has task {{task!r}}, whose scores only order rows. {_LEAVE_OUT}",
+        "several_outputs": "{step!r} needs a model with one output; recalibration of several "
+        f"outputs is not written yet. {_LEAVE_OUT}",
         "training_unavailable": "{step!r} needs a model of task 'ctr' or 'ranking'; this model has "
         f"task 'retrieval', whose training is not written yet. {_LEAVE_OUT}",
         "row_metric_missing": "{step!r} needs a model of task 'ctr' or 'ranking'; this model has "
@@ -208,6 +210,9 @@ class ModelRefused(CompressionError):
         "nothing) and with the first and last id of a table.",
         "score_shape": "{architecture} must return one finite score per row, (rows,) or (rows, 1); "
         "on {rows} rows it returned {got}.",
+        "outputs_shape": "{architecture} must return one score per row for each of its outputs "
+        "{outputs}: a tensor (rows, outputs), or a tuple or mapping of tensors (rows,) or "
+        "(rows, 1). On {rows} rows it did not: {problem}.",
         "score_not_finite": "{architecture} must return one finite score per row, (rows,) or "
         "(rows, 1); on {rows} rows it returned NaN or infinity.",
         "calls_differ": "Expected {architecture} to give the same rows the same scores, got scores "

@@ -134,6 +134,8 @@ class LimitRefused(CompressionError):
         "two is wrong.",
         "bundle_metric_unusable": "Bundle {name}@{version}: {problem} in the draft's model.json, "
         "raise its version and run 'recpress bundle pack' again.",
+        "limit_output_unknown": "Limit '{limit}' names output {output!r}, which this bundle does "
+        "not have. Use one of {outputs}.",
         "limit_not_measured": "Limit '{limit}' is on a metric that is not measured for this bundle "
         "(task {task}, {rows} test rows, a group column). Use one of {metrics}.",
         "limit_not_measured_without_groups": "Limit '{limit}' is on a metric that is not measured "

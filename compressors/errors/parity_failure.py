@@ -57,6 +57,7 @@ class ParityFailure:
         rows_from: the source of the compared rows: the data, or generated edge cases.
         row: index of the row with the largest difference.
         component: index in that row's vector, for graphs that output vectors.
+        output: name of the output that differs, for graphs with several.
         inputs: the inputs of that row, shortened, by name.
         expected: the module's score of that row, or the component of its vector; for
             ``parity_batch`` the score in a large batch.
@@ -80,6 +81,7 @@ class ParityFailure:
     rows_from: str = "the compared rows"
     row: int | None = None
     component: int | None = None
+    output: str = ""
     inputs: Mapping[str, str] = field(default_factory=dict)
     expected: float | None = None
     found: float | None = None
@@ -111,6 +113,8 @@ class ParityFailure:
             if self.graph == "model"
             else (f"{self.target} graph {self.graph!r}")
         )
+        if self.output:
+            graph += f", output {self.output!r},"
         match self.code:
             case "parity_shape":
                 first, second = self.shapes or ((), ())

@@ -164,8 +164,8 @@ def export_program(
         **attention.translations(),
         **lowering.translations(),
     }
-    output = signature.single_output
-    if output.form == "probability" and recalibration_of(wrapper.model) is not None:
+    has_probabilities = any(output.form == "probability" for output in signature.outputs)
+    if has_probabilities and recalibration_of(wrapper.model) is not None:
         translations[torch.ops.aten.sigmoid.default] = exact_sigmoid  # the map takes its logit
     inputs = generate_inputs(signature, rows, TRACE_ROWS)
     names = input_names(signature)
@@ -213,7 +213,7 @@ def _export(
                 dynamic_shapes=(shapes,),
                 opset_version=OPSET,
                 input_names=list(names),
-                output_names=[wrapper.served_graph.output],
+                output_names=list(wrapper.served_graph.outputs),
                 optimize=False,
                 verbose=False,
             )

@@ -4,6 +4,7 @@ This file imports no ONNX library, so that reports can use its types without one
 """
 
 import math
+import operator
 
 from pydantic import Field
 
@@ -79,6 +80,7 @@ class Parity(Frozen):
 
     Attributes:
         rows: number of compared scores.
+        output: name of the compared output, for a graph with several.
         largest: largest absolute difference.
         root_mean_square: root mean square of the differences.
         quantile_90: 0.9 quantile of the absolute differences.
@@ -96,3 +98,4 @@ class Parity(Frozen):
     rms_limit: float
     largest_limit: float
     quantile_90_limit: float
+    output: str = Field("", exclude_if=operator.not_)

@@ -47,10 +47,10 @@ Run = Callable[[Mapping[str, Tensor]], Sequence[GraphValue]]
 
 
 class TracedValues(NamedTuple):
-    """The values that a traced program computed, by node, and its output."""
+    """The values that a traced program computed, by node, and its outputs."""
 
     values: dict[fx.Node, Tensor]
-    output: Tensor
+    outputs: tuple[Tensor, ...]
 
 
 def run_traced(program: torch.export.ExportedProgram, inputs: Sequence[Tensor]) -> TracedValues:
@@ -79,19 +79,22 @@ def run_traced(program: torch.export.ExportedProgram, inputs: Sequence[Tensor]) 
             return value
 
     with torch.no_grad():
-        output = Recorder(program.graph_module).run(*arguments)
-    return TracedValues(values, output[0])
+        outputs = Recorder(program.graph_module).run(*arguments)
+    return TracedValues(values, tuple(outputs))
 
 
 def first_difference(
-    traced: TracedValues, graph_values: Sequence[GraphValue], output: str, allowed: float
+    traced: TracedValues,
+    graph_values: Sequence[GraphValue],
+    outputs: Sequence[str],
+    allowed: float,
 ) -> TensorDifference | None:
     """Return the first value of a graph that differs from the traced program's.
 
     Args:
         traced: the values that the program computed.
         graph_values: the graph's values in topological order.
-        output: the name of the graph's output.
+        outputs: the names of the graph's outputs.
         allowed: largest allowed difference, relative to a tensor's largest absolute value.
 
     Returns:
@@ -101,9 +104,11 @@ def first_difference(
     nodes = {node.name: node for node in traced.values}
     all_nodes = next(iter(nodes.values())).graph.nodes
     (result,) = [node for node in all_nodes if node.op == "output"]
-    scores = result.args[0][0]
-    if isinstance(scores, fx.Node) and scores in traced.values:
-        nodes[output] = scores
+    nodes |= {
+        name: scores
+        for name, scores in zip(outputs, result.args[0], strict=True)
+        if isinstance(scores, fx.Node) and scores in traced.values
+    }
     worst: tuple[float, TensorDifference] | None = None
     for value in graph_values:
         node = nodes.get(value.name)

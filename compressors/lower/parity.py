@@ -15,6 +15,7 @@ Both score the same rows. Differences are compared with limits that are relative
   a tenth of a level off move them by 3 to 5 % of their spread.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -99,6 +100,43 @@ def check_parity(
         )
         raise ParityLost(_with_worst_row(failure, differences, expected, actual))
     return parity
+
+
+def check_outputs(
+    expected: FloatArray,
+    actual: FloatArray,
+    outputs: Sequence[str],
+    plan: Plan | None,
+    target: str,
+) -> tuple[Parity, ...]:
+    """Compare each output of the module with that of the graph; returns a parity per output.
+
+    Args:
+        expected: the module's scores or vectors. Several outputs are columns, ``(rows, outputs)``,
+            each with limits that are relative to its own spread.
+        actual: the graph's, in the same shape.
+        outputs: the names of the graph's outputs.
+        plan: as for ``check_parity``.
+        target: as for ``check_parity``.
+
+    Raises:
+        ParityLost: as ``check_parity``; its failure names the output if there are several.
+    """
+    if len(outputs) == 1 or expected.shape != actual.shape:
+        return (check_parity(expected, actual, plan, target),)
+    parities = []
+    for column, name in enumerate(outputs):
+        try:
+            parity = check_parity(expected[:, column], actual[:, column], plan, target)
+        except ParityLost as fault:
+            raise ParityLost(replace(fault.failure, output=name)) from None
+        parities.append(parity.model_copy(update={"output": name}))
+    return tuple(parities)
+
+
+def worst_parity(parities: Sequence[Parity]) -> Parity:
+    """Return the parity whose root mean square is closest to its limit, or furthest above it."""
+    return max(parities, key=lambda parity: parity.root_mean_square / parity.rms_limit)
 
 
 def allowed_share(plan: Plan | None, target: str) -> float:

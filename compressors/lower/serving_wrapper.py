@@ -1,9 +1,10 @@
 """Wrap a model in the module that is exported; it adds the policy for ids out of range.
 
 A model is served as one graph, ``model``, or for ``retrieval`` as two: ``query`` and ``item``, one
-per tower. A graph has named inputs and one output: ``score`` float32 ``(rows,)``, which is a
-probability if the model outputs logits or probabilities; or a tower's ``vector``, float32
-``(rows, dim)``.
+per tower. A graph has named inputs and outputs. The graph of a tower has the output ``vector``,
+float32 ``(rows, dim)``. The graph ``model`` has an output for each output of the model, float32
+``(rows,)``: a probability if the model outputs logits or probabilities, else a score. It is called
+``score`` if there is one, and has the name that the signature gives it if there are several.
 """
 
 from collections.abc import Sequence
@@ -15,18 +16,20 @@ from torch import Tensor, nn
 
 from compressors.contracts import (
     JaggedBag,
+    Output,
     SequenceInput,
     Signature,
     all_tables,
     tensor_names,
 )
 from compressors.core.modules.formats import Bag
+from compressors.core.scores import output_tensors
 from compressors.core.units import plain_bag, private_copy, swap
 from compressors.lower.merged.merged_tables import MergedTable, table_groups, with_merged_tables
 from compressors.lower.value_policy import apply_policy
 
 SCORE = "score"
-"""Name of the output of the graph ``model``."""
+"""Name of the only output of the graph ``model``."""
 VECTOR = "vector"
 """Name of the output of a tower's graph."""
 
@@ -39,13 +42,13 @@ class ServedGraph:
         name: ``model``, ``query`` or ``item``.
         signature: the model's signature with the inputs of this graph only.
         module: attribute path of the submodule that the graph runs; empty for the whole model.
-        output: name of the output, ``score`` or ``vector``.
+        outputs: names of the outputs: ``score``, or those of several outputs; or ``vector``.
     """
 
     name: str
     signature: Signature
     module: str
-    output: str
+    outputs: tuple[str, ...]
 
     def part(self, model: nn.Module) -> nn.Module:
         """Return the submodule of a model that this graph runs."""
@@ -59,15 +62,17 @@ def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
     advance.
     """
     if signature.towers is None:
-        return (ServedGraph("model", signature, "", SCORE),)
+        names = tuple(output.name for output in signature.outputs)
+        outputs = names if signature.has_several_outputs else (SCORE,)
+        return (ServedGraph("model", signature, "", outputs),)
     return tuple(
-        ServedGraph(name, signature.only(tower.inputs), tower.module, VECTOR)
+        ServedGraph(name, signature.only(tower.inputs), tower.module, (VECTOR,))
         for name, tower in signature.towers.named().items()
     )
 
 
 class ServingWrapper(nn.Module):
-    """The exported module: applies the id policy, runs one graph's submodule, converts the output.
+    """The exported module: applies the id policy, runs one graph's submodule, converts the outputs.
 
     Its inputs are tensors in the order of ``input_names(served_graph.signature)``.
 
@@ -93,7 +98,8 @@ class ServingWrapper(nn.Module):
         self.signature = served_graph.signature
         self.rows_of_table = rows_of_table
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return the output, or a tuple of several, in the order of ``served_graph.outputs``."""
         inputs = dict(zip(input_names(self.signature), tensors, strict=True))
         refused: Tensor | None = None
         merged_inputs: set[str] = set()
@@ -110,17 +116,35 @@ class ServingWrapper(nn.Module):
             newly_refused = apply_policy(item, inputs, self.rows_of_table)
             if newly_refused is not None:
                 refused = newly_refused if refused is None else refused | newly_refused
-        output: Tensor = self.served_graph.part(self.model)(**inputs)
-        if self.served_graph.output == VECTOR:
+        output = self.served_graph.part(self.model)(**inputs)
+        if self.served_graph.outputs == (VECTOR,):
             if refused is not None:
                 output = torch.where(refused.unsqueeze(1), torch.nan, output)
-            return output.to(torch.float32)
-        score = output.squeeze(1) if output.dim() == 2 else output  # from (rows, 1)
-        if self.signature.single_output.form == "logit":
-            score = torch.sigmoid(score)
-        if refused is not None:
-            score = torch.where(refused, torch.nan, score)
-        return score.to(torch.float32)
+            vector: Tensor = output.to(torch.float32)
+            return vector
+        if self.signature.has_several_outputs:
+            scores = output_tensors(output, self.signature)
+        else:
+            scores = (output.squeeze(1) if output.dim() == 2 else output,)  # from (rows, 1)
+        served = tuple(
+            _served_score(declared, score, refused)
+            for declared, score in zip(self.signature.outputs, scores, strict=True)
+        )
+        return served if self.signature.has_several_outputs else served[0]
+
+
+def _served_score(declared: Output, score: Tensor, refused: Tensor | None) -> Tensor:
+    """Return an output ``(rows,)`` as it is served; rows in ``refused`` are NaN."""
+    if declared.form == "logit":
+        score = torch.sigmoid(score)
+    if refused is not None:
+        score = torch.where(refused, torch.nan, score)
+    return score.to(torch.float32)
+
+
+def stack_outputs(returned: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return what a ``ServingWrapper`` returned as one tensor; several outputs are its columns."""
+    return returned if isinstance(returned, Tensor) else torch.stack(returned, dim=1)
 
 
 def input_names(signature: Signature) -> tuple[str, ...]:

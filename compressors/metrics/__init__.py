@@ -9,6 +9,8 @@ estimators/           one estimator class for each quality metric
 score_change.py       how much a candidate's scores differ from the baseline's
 baseline_problem.py   a problem of the uncompressed model, as a data class
 baseline_checks.py    checks of the uncompressed model on its test rows
+measured.py           the measured numbers of one target
+score_reasons.py      describes how much scores changed, for verdicts
 judge.py              decide whether limits hold: accepted, rejected or undecided
 validation_score.py   the metric on validation data, for steps that select by it
 """

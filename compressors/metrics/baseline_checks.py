@@ -7,6 +7,7 @@ model consists of whole groups.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from compressors.contracts import Signature, Split, metric, quality_metrics
+from compressors.contracts import Output, Signature, Split, metric, quality_metrics
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import Rows
+from compressors.core.scores import network_scores, score_columns
 from compressors.metrics.baseline_problem import BaselineProblem
 from compressors.task_kinds import builtin as builtin
 from compressors.task_kinds.protocol import ScoredSample
@@ -35,17 +37,45 @@ def label_problems(
     Args:
         signature: signature of the model.
         split: name of the split.
-        label: label of each row, float ``(rows,)``.
+        label: labels, float ``(rows,)`` or ``(rows, outputs)``; NaN where a row has none.
         group: group of each row, int ``(rows,)``, or None.
     """
-    output, is_test = signature.single_output, split == "test"
+    for output, labels in zip(signature.outputs, _columns(label), strict=True):
+        if output.label is None:
+            continue
+        has_label = ~np.isnan(labels)
+        if not has_label.any():
+            yield BaselineProblem(
+                Reason(
+                    "labels_missing",
+                    split=split,
+                    rows=labels.size,
+                    output=output.name,
+                    column=str(output.label_where),
+                ),
+                refused=split in ("test", "validation"),
+                fatal=split == "test",
+            )
+            continue
+        groups = None if group is None else group[has_label]
+        yield from _label_problems(signature, output, split, labels[has_label], groups)
+
+
+def _label_problems(
+    signature: Signature, output: Output, split: str, label: Array, group: Array | None
+) -> Iterator[BaselineProblem]:
+    """Yield the problems of the labels of one output, of the rows that have a label."""
+    is_test = split == "test"
     is_evaluated = is_test or split == "validation"
-    if output.label is None:
-        return
     if not output.task_kind.needs_label:  # rows are interactions, labels above 0 are positive
         if not (label > 0).any():
             yield BaselineProblem(
-                Reason("interactions_missing", split=split, rows=label.size, column=output.label),
+                Reason(
+                    "interactions_missing",
+                    split=split,
+                    rows=label.size,
+                    column=str(output.label),
+                ),
                 refused=is_evaluated,
                 fatal=is_test,
             )
@@ -57,7 +87,7 @@ def label_problems(
                 split=split,
                 rows=label.size,
                 label=float(label[0]),
-                column=output.label,
+                column=str(output.label),
             ),
             refused=is_evaluated,
             fatal=is_test,
@@ -86,14 +116,32 @@ def score_problems(
 
     Args:
         module: the loaded model, in evaluation mode.
-        signature: its inputs and output.
+        signature: its inputs and outputs.
         test: the test rows, prepared: as tensors of the model's inputs.
     """
     rows = Rows(test, signature)
     sample = rows.take(_sample(rows, signature))
     with torch.no_grad():
-        score = module(**sample.inputs).reshape(-1).to(torch.float32).numpy().astype(np.float64)
-    label = sample.label.numpy().astype(np.float64)
+        scores = network_scores(module, sample.inputs, signature).to(torch.float32)
+    group = None if sample.group is None else sample.group.numpy()
+    for output, score, label in zip(
+        signature.outputs,
+        score_columns(scores.double()),
+        score_columns(sample.label.double()),
+        strict=True,
+    ):
+        for problem in _score_problems(output, score.numpy(), label.numpy(), group):
+            if not signature.has_several_outputs:
+                yield problem
+                continue
+            reason = Reason("problem_of_output", output=output.name, problem=problem.reason)
+            yield replace(problem, reason=reason)
+
+
+def _score_problems(
+    output: Output, score: Array, label: Array, group: Array | None
+) -> Iterator[BaselineProblem]:
+    """Yield the problems of the scores of one output; labels may be NaN."""
     if nonfinite := int((~np.isfinite(score)).sum()):
         yield BaselineProblem(
             Reason("scores_not_finite", count=nonfinite, rows=score.size),
@@ -104,11 +152,17 @@ def score_problems(
     if score.size > 1 and score.min() == score.max():
         yield BaselineProblem(Reason("scores_equal", rows=score.size, score=float(score[0])))
         return
-    output = signature.single_output
     functions = output.task_kind.load()  # class with the task kind's score checks; None if none
-    if functions is not None:
-        group = None if sample.group is None else sample.group.numpy()
-        yield from functions(output).score_problems(ScoredSample(label, score, group))
+    has_label = ~np.isnan(label)
+    if functions is not None and has_label.any():
+        groups = None if group is None else group[has_label]
+        sample = ScoredSample(label[has_label], score[has_label], groups)
+        yield from functions(output).score_problems(sample)
+
+
+def _columns(values: Array) -> list[Array]:
+    """Return the values of each output, ``(rows,)``."""
+    return [values] if values.ndim == 1 else list(values.T)
 
 
 def _has_mixed_group(label: Array, group: Array) -> bool:

@@ -7,148 +7,19 @@ it, rejected if none does, and undecided otherwise. Exact numbers (bytes) have a
 """
 
 import math
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import model_validator
-
-from compressors.contracts import (
-    Estimate,
-    Frozen,
-    Judgement,
-    Limit,
-    Outcome,
-    ScoreUnit,
-    Verdict,
-)
-from compressors.contracts.metrics import score_changes, serving
+from compressors.contracts import Estimate, Judgement, Limit, Outcome, ScoreUnit, Verdict
 from compressors.contracts.reasons import Reason
-from compressors.contracts.value_errors import value_error
 from compressors.errors.metrics import LimitRefused
-from compressors.metrics.intervals import PairedEstimate
-
-Against = Literal["absolute", "baseline", "champion"]
+from compressors.metrics.measured import Measured
+from compressors.metrics.score_reasons import score_summary, score_warning
 
 MAX_SHRINKING = 1000.0
 """Largest factor by which an interval may have to shrink so that a limit is decided.
 
 It takes a million times the rows. If a larger factor is needed, no number of rows is reported.
 """
-
-SCORE_UNITS: dict[ScoreUnit, str] = {
-    "probability": "probability",
-    "spread": "standard deviations of the baseline's scores",
-}
-"""Description of each unit of score changes."""
-
-LEAST_CORRELATION = 0.99
-"""A smaller correlation of scores causes a warning if no limit covers score changes."""
-
-LARGEST_CHANGE: dict[ScoreUnit, float] = {"probability": 0.1, "spread": 1.0}
-"""A larger change of a score causes a warning if no limit covers score changes."""
-
-
-class Number(Frozen):
-    """One measured number, with the metric names and references of a ``Limit``.
-
-    Attributes:
-        metric: name of the metric.
-        against: ``absolute`` if it is the candidate's number. ``baseline`` or ``champion`` if it is
-            the difference from that model (quality) or the ratio to it (bytes and latency).
-        estimate: the number with its interval.
-    """
-
-    metric: str
-    against: Against
-    estimate: Estimate
-
-    def __str__(self) -> str:
-        return self.metric if self.against == "absolute" else f"{self.metric} vs {self.against}"
-
-
-class Measured(Frozen):
-    """All numbers of one target.
-
-    Attributes:
-        numbers: the numbers; each metric and reference occurs once.
-        has_champion: whether a champion exists. If not, a limit against it is accepted; if it does,
-            a missing number is an error.
-        score_unit: unit of the mean and the largest score change; None in stored measurements that
-            have no score changes.
-    """
-
-    numbers: tuple[Number, ...]
-    has_champion: bool = False
-    score_unit: ScoreUnit | None = None
-
-    @model_validator(mode="after")
-    def _require_distinct_numbers(self) -> Self:
-        names = [str(number) for number in self.numbers]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise value_error("numbers_repeated", numbers=tuple(repeated))
-        return self
-
-    def of(self, metric: str, against: Against) -> Estimate | None:
-        """Return the number that a limit refers to, or None."""
-        for number in self.numbers:
-            if (number.metric, number.against) == (metric, against):
-                return number.estimate
-        return None
-
-
-def quality_numbers(
-    metric: str, to_baseline: PairedEstimate, to_champion: PairedEstimate | None = None
-) -> tuple[Number, ...]:
-    """Return the candidate's quality and its differences, from ``intervals.estimate_pair``."""
-    numbers = [
-        Number(metric=metric, against="absolute", estimate=to_baseline.candidate),
-        Number(metric=metric, against="baseline", estimate=to_baseline.difference),
-    ]
-    if to_champion is not None:
-        numbers.append(Number(metric=metric, against="champion", estimate=to_champion.difference))
-    return tuple(numbers)
-
-
-def byte_numbers(candidate: int, baseline: int, champion: int | None = None) -> tuple[Number, ...]:
-    """Return the candidate's bytes and their exact ratios.
-
-    Raises:
-        LimitRefused: a size below 1 byte.
-    """
-    if min(candidate, baseline, baseline if champion is None else champion) < 1:
-        raise LimitRefused(
-            "sizes_below_one", candidate=candidate, baseline=baseline, champion=champion
-        )
-    numbers = [
-        Number(metric=serving.BYTES.name, against="absolute", estimate=exact_estimate(candidate)),
-        Number(
-            metric=serving.BYTES.name,
-            against="baseline",
-            estimate=exact_estimate(candidate / baseline),
-        ),
-    ]
-    if champion is not None:
-        ratio = exact_estimate(candidate / champion)
-        numbers.append(Number(metric=serving.BYTES.name, against="champion", estimate=ratio))
-    return tuple(numbers)
-
-
-def latency_numbers(
-    metric: str, candidate: Estimate, to_baseline: Estimate, to_champion: Estimate | None = None
-) -> tuple[Number, ...]:
-    """Return a latency such as ``p99_ms@64``, in ms from ``intervals.latency``, and its ratios."""
-    numbers = [
-        Number(metric=metric, against="absolute", estimate=candidate),
-        Number(metric=metric, against="baseline", estimate=to_baseline),
-    ]
-    if to_champion is not None:
-        numbers.append(Number(metric=metric, against="champion", estimate=to_champion))
-    return tuple(numbers)
-
-
-def exact_estimate(value: float) -> Estimate:
-    """Return an estimate without uncertainty: every measurement gives the same number."""
-    return Estimate(point=value, low=value, high=value)
 
 
 def judge(limits: tuple[Limit, ...], measured: Measured) -> tuple[Judgement, ...]:
@@ -215,66 +86,6 @@ def verdict(
     return Verdict(target=target, outcome="accepted", judgements=judgements, reasons=reasons)
 
 
-def score_summary(measured: Measured) -> list[Reason]:
-    """Return the score changes as one reason; an empty list if they were not measured."""
-    correlation, mean, largest_change, top, overlap = (
-        measured.of(change.name, "absolute")
-        for change in (
-            score_changes.CORRELATION,
-            score_changes.MEAN,
-            score_changes.LARGEST,
-            score_changes.TOP1,
-            score_changes.TOP20,
-        )
-    )
-    if correlation is None or mean is None or largest_change is None:
-        return []
-    unit = None if measured.score_unit is None else SCORE_UNITS[measured.score_unit]
-    largest = largest_change.point
-    changes = [
-        Reason("correlation", correlation=_floored(correlation.point)),
-        Reason("mean_change", change=mean.point),
-        Reason("largest_change_in", change=largest, unit=unit)
-        if unit
-        else Reason("largest_change", change=largest),
-    ]
-    if top is not None and top.groups is not None:
-        changes.append(Reason("other_top1", share=top.point, groups=top.groups))
-    if overlap is not None:
-        changes.append(Reason("top20_overlap", share=overlap.point))
-    return [Reason("score_changes", changes=tuple(changes))]
-
-
-def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[Reason]:
-    """Return a warning about large score changes that no limit covers, else an empty list."""
-    if any(limit.declared.kind == "score_change" for limit in limits):
-        return []
-    correlation = measured.of(score_changes.CORRELATION.name, "absolute")
-    largest_change = measured.of(score_changes.LARGEST.name, "absolute")
-    unit = measured.score_unit
-    changes = []
-    if correlation is not None and correlation.point < LEAST_CORRELATION:
-        low, least = _floored(correlation.point), LEAST_CORRELATION
-        changes.append(Reason("low_correlation", correlation=low, least=least))
-    if (
-        largest_change is not None
-        and unit is not None
-        and largest_change.point > LARGEST_CHANGE[unit]
-    ):
-        change, limit = largest_change.point, LARGEST_CHANGE[unit]
-        changes.append(
-            Reason("probability_change", change=change, most=limit)
-            if unit == "probability"
-            else Reason("score_change", change=change, most=limit)
-        )
-    return [Reason("large_score_changes", changes=tuple(changes))] if changes else []
-
-
-def _floored(correlation: float) -> float:
-    """Round a correlation down to six digits, so that it is printed as 1 only if it is 1."""
-    return math.floor(correlation * 1e6) / 1e6
-
-
 def _judge_one(limit: Limit, measured: Measured) -> Judgement:
     bound = _bound(limit)
     estimate = measured.of(limit.metric, limit.against)
@@ -305,7 +116,7 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
         rows_to_decide=rows,
         groups_to_decide=groups,
         reasons=(
-            _measured_and_limit(limit, estimate, measured.score_unit),
+            _measured_and_limit(limit, estimate, measured.unit_of(limit.metric)),
             _conclusion(estimate, outcome, rows, groups),
         ),
     )

@@ -1,12 +1,12 @@
 """Evaluate a network on validation data, for steps that compare candidates by the metric."""
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from compressors.contracts import Signature, Split, metric
+from compressors.contracts import Output, Signature, Split, metric
 from compressors.core.batches import batches
 from compressors.core.placement import device_of, to_device
+from compressors.core.scores import network_scores, score_columns
 from compressors.metrics.estimators import builtin as builtin
 from compressors.metrics.estimators.protocols import RowEstimator, ScoredRows
 
@@ -18,6 +18,9 @@ SCORING_ROWS = 8192
 def quality(module: nn.Module, signature: Signature, split: Split) -> float:
     """Evaluate the signature's metric on a split; higher is better.
 
+    With several outputs, it is the mean of their metrics, weighted by ``loss_weight``. Rows without
+    the label of an output are left out of its metric.
+
     Args:
         module: the network, in evaluation mode.
         signature: signature of a ``ctr`` or ``ranking`` model.
@@ -28,9 +31,25 @@ def quality(module: nn.Module, signature: Signature, split: Split) -> float:
         MetricRefused: the metric is undefined for these rows.
     """
     parts, device = list(batches(split, signature, SCORING_ROWS)), device_of(module)
-    outputs = [module(**to_device(part, device).inputs).reshape(-1) for part in parts]
-    scores = torch.cat(outputs).cpu().numpy()
-    label = np.concatenate([part.label.numpy() for part in parts])
-    groups = [part.group.numpy() for part in parts if part.group is not None]
-    estimator: RowEstimator = metric(signature.single_output.metric).estimator("rows")
-    return estimator.point(ScoredRows(label, scores, np.concatenate(groups) if groups else None))
+    outputs = [network_scores(module, to_device(part, device).inputs, signature) for part in parts]
+    scores = score_columns(torch.cat(outputs).cpu())
+    labels = score_columns(torch.cat([part.label for part in parts]))
+    groups = [part.group for part in parts if part.group is not None]
+    group = torch.cat(groups) if groups else None
+    total = 0.0
+    for output, score, label in zip(signature.outputs, scores, labels, strict=True):
+        value = _quality_of_output(output, score, label, group)
+        if not signature.has_several_outputs:
+            return value
+        total += output.loss_weight * value
+    return total / sum(output.loss_weight for output in signature.outputs)
+
+
+def _quality_of_output(output: Output, score: Tensor, label: Tensor, group: Tensor | None) -> float:
+    estimator: RowEstimator = metric(output.metric).estimator("rows")
+    used = ~label.isnan()
+    if not bool(used.all()):
+        score, label = score[used], label[used]
+        group = None if group is None else group[used]
+    groups = None if group is None else group.numpy()
+    return estimator.point(ScoredRows(label.numpy(), score.numpy(), groups))

@@ -15,6 +15,7 @@ from compressors.contracts import Signature
 from compressors.core.batches import DenseColumns, change_columns, dense_columns
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.random_inputs import generate_inputs
+from compressors.core.scores import network_scores
 from compressors.core.units import Unit, table_rows
 
 CHECK_ROWS = 64  # synthetic rows whose scores are compared
@@ -156,8 +157,8 @@ def _scores_unchanged(
         changed[..., column] = SHIFT - 2 * changed[..., column]
         return changed
 
-    before = module(**generate_inputs(signature, table_sizes, CHECK_ROWS))
+    before = network_scores(module, generate_inputs(signature, table_sizes, CHECK_ROWS), signature)
     with ExitStack() as hooks:
         inputs = change_feature(generate_inputs(signature, table_sizes, CHECK_ROWS), shift, hooks)
-        after = module(**inputs)
+        after = network_scores(module, inputs, signature)
     return torch.equal(before, after)

@@ -1,16 +1,19 @@
 """Training losses by task kind, and batches of rows in random order.
 
-A loss takes the network's raw output in the form that the signature names (a logit, a probability,
-or any score) and returns a scalar, averaged over rows or, for ranking, over lists of rows.
+A loss takes the network's scores in the form that the signature names (logits, probabilities, or
+any scores) and returns a scalar, averaged over rows or, for ranking, over lists of rows. The loss
+of a network with several outputs is the sum of their losses, each times its ``loss_weight``.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from compressors.contracts import Output, Signature, Split
 from compressors.core.batches import Batch, JoinedRows, Rows
+from compressors.core.scores import score_columns, scores_of
 from compressors.task_kinds import builtin as builtin  # makes cache keys depend on the classes
 from compressors.task_kinds.protocol import TaskFunctions, TaughtRows
 
@@ -28,38 +31,65 @@ def functions_of(output: Output) -> TaskFunctions:
     return functions
 
 
-def hard_loss(signature: Signature, output: Tensor, batch: Batch) -> Tensor:
-    """Compute the loss against the labels.
+def hard_loss(signature: Signature, scores: Tensor, batch: Batch) -> Tensor:
+    """Compute the loss against the labels; rows without the label of an output are left out of it.
 
     Args:
-        signature: signature with the output's task kind and form.
-        output: the network's output, float ``(rows,)`` or ``(rows, 1)``.
+        signature: signature with the task kind and form of each output.
+        scores: the network's scores, float ``(rows,)`` or ``(rows, outputs)``.
         batch: the rows' labels, and for ranking their groups.
 
     Returns:
-        A scalar.
+        A scalar; 0 if no row has a label.
     """
-    return functions_of(signature.single_output).hard_loss(output.reshape(-1), batch)
+    scores = scores_of(scores, signature)
+    losses = [
+        output.loss_weight * _labelled_loss(output, score, replace(batch, label=label))
+        for output, score, label in zip(
+            signature.outputs, score_columns(scores), score_columns(batch.label), strict=True
+        )
+    ]
+    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+
+def _labelled_loss(output: Output, score: Tensor, batch: Batch) -> Tensor:
+    """Compute the loss of one output, from the rows of the batch whose label is not NaN."""
+    is_labelled = ~batch.label.isnan()
+    if not bool(is_labelled.all()):
+        group = None if batch.group is None else batch.group[is_labelled]
+        score, batch = score[is_labelled], Batch({}, batch.label[is_labelled], group)
+    if not len(score):
+        return score.sum()  # 0, connected to the network, so that it has a gradient
+    return functions_of(output).hard_loss(score, batch)
 
 
 def soft_loss(
-    signature: Signature, output: Tensor, teacher: Tensor, batch: Batch, temperature: float
+    signature: Signature, scores: Tensor, teacher: Tensor, batch: Batch, temperature: float
 ) -> Tensor:
     """Compute the distillation loss against the teacher (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
-        signature: signature with the task kind and form of both outputs.
-        output: the student's output, float ``(rows,)`` or ``(rows, 1)``.
-        teacher: the teacher's output for the same rows, float ``(rows,)``.
+        signature: signature with the task kind and form of each output.
+        scores: the student's scores, float ``(rows,)`` or ``(rows, outputs)``.
+        teacher: the teacher's scores for the same rows, in the same shape.
         batch: the rows; for ranking, their groups are used.
-        temperature: divides both outputs before they are converted to probabilities; the loss is
+        temperature: divides both scores before they are converted to probabilities; the loss is
             multiplied by its square, so that the size of gradients does not change.
 
     Returns:
         A scalar.
     """
-    rows = TaughtRows(output.reshape(-1), teacher, batch)
-    return functions_of(signature.single_output).soft_loss(rows, temperature)
+    losses = [
+        output.loss_weight
+        * functions_of(output).soft_loss(TaughtRows(score, taught, batch), temperature)
+        for output, score, taught in zip(
+            signature.outputs,
+            score_columns(scores_of(scores, signature)),
+            score_columns(teacher),
+            strict=True,
+        )
+    ]
+    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
 
 def shuffled_batches(

@@ -245,7 +245,12 @@ def bundle_show(
         write(manifest.model_dump_json(indent=1))
         return
     signature = manifest.signature
-    outputs = "; ".join(f"{output.kind}, {output.metric}" for output in signature.outputs)
+    outputs = "; ".join(
+        f"{output.name}: {output.kind}, {output.metric}"
+        if signature.has_several_outputs
+        else f"{output.kind}, {output.metric}"
+        for output in signature.outputs
+    )
     write_line(f"{manifest.name}@{manifest.version}: {outputs}")
     write_line(f"architecture {manifest.network.architecture.path}")
     for item in signature.inputs:

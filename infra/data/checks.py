@@ -5,7 +5,7 @@ signature, the column types, the tables and the rules, so the number of planned 
 compared with the number of evaluated checks.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -48,6 +48,7 @@ ROWS = "rows"  # the values of a column without lists
 LENGTHS = "lengths"  # the lengths of the lists of a column
 BEFORE = "before"  # each time minus the first time of a later split
 VALUES = "values"  # the elements of the lists of a column
+LABELLED = "labelled"  # the values of a column in the rows whose label is used
 
 
 class Rules(Frozen):
@@ -95,6 +96,7 @@ class Check:
         settings: arguments of that class, without the column.
         against: in the view ``BEFORE``, the later split whose first time is the bound.
         remedy: what to do if the check fails.
+        where: in the view ``LABELLED``, the column that is 1 in these rows.
     """
 
     split: str
@@ -105,6 +107,7 @@ class Check:
     settings: dict[str, Any] = field(default_factory=dict)
     against: str | None = None
     remedy: str = ""
+    where: str | None = None
 
     @property
     def frame(self) -> tuple[str, str | None]:
@@ -112,8 +115,11 @@ class Check:
 
         - ``(VALUES, column)`` in the view ``VALUES``: one frame per list column.
         - ``(TYPES, None)`` in the view ``TYPES``: one frame with the types of all columns.
+        - ``(LABELLED, column)`` in the view ``LABELLED``: one frame per condition ``where``.
         - ``(ROWS, None)`` in all other views: one frame with one entry per row.
         """
+        if self.view == LABELLED:
+            return (LABELLED, self.where)
         if self.view in (TYPES, VALUES):
             return (self.view, self.column if self.view == VALUES else None)
         return (ROWS, None)
@@ -186,7 +192,7 @@ def plan(
         checks.append(_plan_not_null(split, signature.group, ROWS))
     if signature.time is not None:
         checks += _plan_time_checks(split, signature.time, kinds)
-    unique = {(check.entry, check.rule, check.view): check for check in checks}
+    unique = {(check.entry, check.rule, check.view, check.where): check for check in checks}
     return list(unique.values())
 
 
@@ -245,37 +251,57 @@ def _describe_range(
 
 
 def _plan_label_checks(split: str, output: Output, rules: Rules) -> list[Check]:
-    """Plan the checks of an output's label; none if the output has no label."""
-    label = output.label
+    """Plan the checks of an output's label; none if the output has no label.
+
+    With ``label_where``, only labels of rows for which that column is 1 are checked.
+    """
+    label, where = output.label, output.label_where
     if label is None:
         return []
+    checks = []
+    if where is not None:
+        settings = {"value_set": [0, 1]}
+        checks += [
+            _plan_not_null(split, where, ROWS),
+            Check(split, where, "0 or 1", ROWS, "ExpectColumnValuesToBeInSet", settings),
+        ]
+    view = ROWS if where is None else LABELLED
     if output.task_kind.labels == "grades":
-        return [
-            _plan_not_null(split, label, ROWS),
-            _plan_between(split, label, "at least 0, finite in float32", ROWS, 0, FLOAT32_MAX),
+        planned = [
+            _plan_not_null(split, label, view),
+            _plan_between(split, label, "at least 0, finite in float32", view, 0, FLOAT32_MAX),
             Check(
                 split,
                 label,
                 "some label is above 0",
-                ROWS,
+                view,
                 "ExpectColumnMaxToBeBetween",
                 {"min_value": 0, "strict_min": True},
             ),
         ]
-    low, high = rules.label_rate or (0.0, 1.0)
-    strict = rules.label_rate is None
-    range_text = "strictly between 0 and 1" if strict else f"from {low:g} to {high:g}"
-    return [
-        _plan_not_null(split, label, ROWS),
-        Check(split, label, "0 or 1", ROWS, "ExpectColumnValuesToBeInSet", {"value_set": [0, 1]}),
-        Check(
-            split,
-            label,
-            f"label rate {range_text}",
-            ROWS,
-            "ExpectColumnMeanToBeBetween",
-            {"min_value": low, "max_value": high, "strict_min": strict, "strict_max": strict},
-        ),
+    else:
+        low, high = rules.label_rate or (0.0, 1.0)
+        strict = rules.label_rate is None
+        range_text = "strictly between 0 and 1" if strict else f"from {low:g} to {high:g}"
+        bounds = {"min_value": low, "max_value": high, "strict_min": strict, "strict_max": strict}
+        flags = {"value_set": [0, 1]}
+        planned = [
+            _plan_not_null(split, label, view),
+            Check(split, label, "0 or 1", view, "ExpectColumnValuesToBeInSet", flags),
+            Check(
+                split,
+                label,
+                f"label rate {range_text}",
+                view,
+                "ExpectColumnMeanToBeBetween",
+                bounds,
+            ),
+        ]
+    if where is None:
+        return planned
+    return checks + [
+        replace(check, rule=f"{check.rule} (rows where {where!r} is 1)", where=where)
+        for check in planned
     ]
 
 
@@ -304,7 +330,12 @@ def _plan_time_checks(split: str, time: str, kinds: dict[str, dict[str, str]]) -
 
 
 def _plan_not_null(split: str, column: str, view: str) -> Check:
-    rule = {ROWS: "no null or NaN", LENGTHS: "no null list", VALUES: "no null or NaN in a list"}
+    rule = {
+        ROWS: "no null or NaN",
+        LABELLED: "no null or NaN",
+        LENGTHS: "no null list",
+        VALUES: "no null or NaN in a list",
+    }
     return Check(split, column, rule[view], view, "ExpectColumnValuesToNotBeNull")
 
 

@@ -1,9 +1,10 @@
 """Convert a parquet column to an array, and collect its invalid values.
 
-Every function converts the values of one column in one record batch. It returns an array (values,),
-whose entries for invalid values are arbitrary. ``name`` is the column's name, and ``violations``
-collects invalid values with their rows. ``rows`` is int64 (values,), the row number of each value
-in the split; ``first`` is the row number of the first value.
+Every function converts the values of one column in one record batch (``convert_labels`` reads a
+second one). It returns an array (values,), whose entries for invalid values are arbitrary. ``name``
+is the column's name, and ``violations`` collects invalid values with their rows. ``rows`` is int64
+(values,), the row number of each value in the split; ``first`` is the row number of the first
+value.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from compressors.contracts import SequenceInput, Signature, TaskKind
+from compressors.contracts import Output, SequenceInput, Signature
 from infra.data.parquet import Array, Violations, flatten, null_positions, to_plain_times
 
 INT32 = np.iinfo(np.int32)
@@ -38,17 +39,38 @@ def convert_floats(column: pa.Array, name: str, rows: Array, violations: Violati
 
 
 def convert_labels(
-    column: pa.Array, name: str, kind: TaskKind, first: int, violations: Violations
+    output: Output, batch: pa.RecordBatch, first: int, violations: Violations
 ) -> Array:
-    """Convert a label column to float64; values that are not labels of ``kind`` are violations."""
+    """Convert the labels of an output to float64; NaN where ``output.label_where`` is 0.
+
+    Args:
+        output: an output with a label.
+        batch: rows of the data.
+        first: row number of the batch's first row in the split.
+        violations: collects values that are no label of the task kind, and values of the column
+            ``label_where`` other than 0 and 1.
+    """
+    name, kind = str(output.label), output.task_kind
+    column = batch.column(name)
+    is_used = np.ones(len(column), bool)
     rows = first + np.arange(len(column))
+    if output.label_where is not None:
+        condition = convert_floats(
+            batch.column(output.label_where), output.label_where, rows, violations
+        )
+        is_flag = (condition == 0) | (condition == 1) | np.isnan(condition)
+        violations.add(output.label_where, "a condition is 0 or 1", rows[~is_flag])
+        is_used = condition == 1
+        column, rows = column.filter(pa.array(is_used)), rows[is_used]
     labels = convert_floats(column, name, rows, violations)
     if kind.labels == "clicks":
         is_invalid = (labels != 0) & (labels != 1) & ~np.isnan(labels)
         violations.add(name, f"a {kind.name} label is 0 or 1", rows[is_invalid])
     else:
         violations.add(name, f"a {kind.name} label is at least 0", rows[labels < 0])
-    return labels
+    result = np.full(len(is_used), np.nan)
+    result[is_used] = labels
+    return result
 
 
 def convert_groups(

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from compressors.contracts import Signature
-from infra.data.checks import BEFORE, COUNT, LENGTHS, TYPES, Check, Rules, plan
+from infra.data.checks import BEFORE, COUNT, LABELLED, LENGTHS, TYPES, Check, Rules, plan
 from infra.data.findings import Finding, Validation, refuse_failures
 from infra.data.parquet import (
     MOMENTS,
@@ -192,6 +192,8 @@ def _reason_not_to_evaluate(
         return ""
     if check.column not in inspection.usable:
         return "the column has the wrong type"
+    if check.where is not None and check.where not in inspection.usable:
+        return f"column {check.where!r} is missing, or has the wrong type"
     if inspection.contents.rows == 0:
         return "the split has no rows"
     if check.view == BEFORE and starts[str(check.against)] is None:
@@ -218,6 +220,8 @@ def _build_frame(
     view, list_column = key
     if view == TYPES:
         return pd.DataFrame({name: [kind] for name, kind in inspection.kinds.items()})
+    if view == LABELLED:
+        return _build_labelled_frame(str(list_column), suite, inspection)
     if list_column is not None:
         values, rows, _ = flatten(_read_columns(inspection.contents, (list_column,))[list_column])
         return pd.DataFrame({list_column: _to_series(values).set_axis(rows)})
@@ -233,6 +237,21 @@ def _build_frame(
             column = pc.subtract(to_plain_times(column), starts[str(check.against)])
         columns[entry] = _to_series(column)
     return pd.DataFrame(columns, index=pd.RangeIndex(inspection.contents.rows))
+
+
+def _build_labelled_frame(
+    where: str, suite: list[Check], inspection: _InspectedSplit
+) -> "pd.DataFrame":
+    """Build the frame of the rows for which column ``where`` is 1."""
+    import pandas as pd
+
+    names = {str(check.column) for check in suite}
+    arrays = _read_columns(inspection.contents, names | {where})
+    is_used = pc.equal(arrays[where].cast(pa.float64(), safe=False), 1.0).fill_null(False)
+    rows = np.flatnonzero(is_used.to_numpy(zero_copy_only=False))
+    return pd.DataFrame(
+        {name: _to_series(arrays[name].filter(is_used)).set_axis(rows) for name in sorted(names)}
+    )
 
 
 def _read_columns(contents: SplitContents, columns: Iterable[str]) -> dict[str, pa.Array]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from compressors.contracts import DenseInput, IdInput, IntegerInput, KeyInput, Signature
+from compressors.contracts import DenseInput, IdInput, IntegerInput, KeyInput, Output, Signature
 from infra.data.parquet_inspection import (
     BATCH_ROWS,
     decode_dictionary,
@@ -138,9 +138,19 @@ def column_uses(signature: Signature) -> tuple[ColumnUse, ...]:
             else:
                 uses.append(ColumnUse(column, purpose, ("list of integer",), id_remedy))
     uses.extend(
-        ColumnUse(output.label, "the label", NUMBERS, "Store it as a number.")
+        ColumnUse(output.label, _label_of(output, signature), NUMBERS, "Store it as a number.")
         for output in signature.outputs
         if output.label is not None
+    )
+    uses.extend(
+        ColumnUse(
+            output.label_where,
+            f"the condition of {_label_of(output, signature)}",
+            NUMBERS,
+            "Store it as 0 and 1.",
+        )
+        for output in signature.outputs
+        if output.label_where is not None
     )
     if signature.group is not None and not signature.scores_rows:
         # Other values than integers would be numbered separately in each split, but this task
@@ -155,6 +165,11 @@ def column_uses(signature: Signature) -> tuple[ColumnUse, ...]:
         kinds = ("integer", "float", *MOMENTS)
         uses.append(ColumnUse(signature.time, "the time", kinds, "Store a timestamp or a number."))
     return tuple(uses)
+
+
+def _label_of(output: Output, signature: Signature) -> str:
+    """Name the label of an output in messages."""
+    return f"the label of {output.name!r}" if signature.has_several_outputs else "the label"
 
 
 def inspect_split(parquet: Path, signature: Signature) -> SplitContents:

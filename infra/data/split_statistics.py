@@ -69,7 +69,6 @@ class SplitStatistics(Frozen):
     """
 
     rows: int
-    label_mean: float | None
     time_min: float | int | None = None
     time_max: float | int | None = None
     inputs: dict[str, IdStatistics] = Field(default_factory=dict)
@@ -91,7 +90,6 @@ def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
     check_columns(contents, parquet, signature)
     of_integers = [item for item in signature.data_inputs if item.kind != "dense"]
     columns = {name: IdStatistics() for item in of_integers for name in item.columns}
-    label_column, label_count, label_sum = signature.single_output.label, 0, 0.0
     low: float | int | None = None
     high: float | int | None = None
     violations = Violations()
@@ -99,22 +97,16 @@ def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
         for name, known in columns.items():
             columns[name] = _combine(known, _statistics_of(batch.column(name)))
         check_equal_lengths(signature, batch, first, violations)
-        if label_column is not None:
-            label = batch.column(label_column)
-            label_count += len(label) - label.null_count
-            label_sum += pc.sum(label.cast(pa.float64(), safe=False)).as_py() or 0.0
         if signature.time is not None:
             limits = pc.min_max(to_plain_times(batch.column(signature.time))).as_py()
             low, high = _smaller(low, limits["min"]), _larger(high, limits["max"])
     violations.refuse(parquet)
-    mean = label_sum / label_count if label_count else None
     inputs = {
         item.name: reduce(_combine, [columns[name] for name in item.columns])
         for item in of_integers
     }
     return SplitStatistics(
         rows=contents.rows,
-        label_mean=mean,
         time_min=low,
         time_max=high,
         inputs=inputs,

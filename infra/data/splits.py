@@ -11,7 +11,8 @@ field of a matrix       as an input of its kind, under the field's name
 other inputs            the input's name, ``(rows, *shape)``, the declared dtype
 jagged bag, sequence    the input's name, ``(all ids,)``, and ``@bounds/<name>``, int64
                         ``(rows + 1,)``: the ids of row ``i`` are ``[bounds[i], bounds[i + 1])``
-``@label``              float32 ``(rows,)``; all 1 if the signature has no label
+``@label``              float32 ``(rows,)``, or ``(rows, outputs)`` for several outputs; all 1 if
+                        an output has no label; NaN in rows for which ``label_where`` is 0
 ``@group``              int64 ``(rows,)``; integers are unchanged, other values are numbered in
                         the order of their first appearance
 ``@time``               ``(rows,)``; timestamps as int64 microseconds since 1970, numbers as
@@ -94,18 +95,17 @@ def prepare(parquet: Path, signature: Signature, into: Path) -> Prepared:
         parquet, [f"input {name!r}: names that begin with '@' are reserved." for name in reserved]
     )
     require_memory(_bytes_needed(contents, signature), f"Converting {parquet} to tensors")
-    out, output = _allocate(contents, signature), signature.single_output
+    out = _allocate(contents, signature)
     violations, codes = Violations(), dict[Any, int]()
     for first, batch in batches(contents, (use.column for use in column_uses(signature))):
         batch_rows = slice(first, first + batch.num_rows)
         for item in signature.data_inputs:
             _write_batch(item, batch, first, out, violations)
         check_equal_lengths(signature, batch, first, violations)
-        if output.label is not None:
-            column = batch.column(output.label)
-            out["@label"][batch_rows] = convert_labels(
-                column, output.label, output.task_kind, first, violations
-            )
+        labels = out["@label"].reshape(contents.rows, -1)  # a view: (rows, outputs)
+        for index, output in enumerate(signature.outputs):
+            if output.label is not None:
+                labels[batch_rows, index] = convert_labels(output, batch, first, violations)
         if signature.group is not None:
             column = batch.column(signature.group)
             out["@group"][batch_rows] = convert_groups(
@@ -153,8 +153,9 @@ def _bytes_needed(contents: SplitContents, signature: Signature) -> int:
     id_bytes = sum(
         contents.values[item.columns[0]] * np.dtype(item.dtype).itemsize for item in jagged
     )
-    # Per row: 8 bytes for the bounds of each jagged bag, and 20 for label, group and time.
-    return contents.rows * (row_bytes + 8 * len(jagged) + 20) + id_bytes
+    # Per row: 8 bytes for the bounds of each jagged bag, 4 for each label, 16 for group and time.
+    labels = 4 * len(signature.outputs)
+    return contents.rows * (row_bytes + 8 * len(jagged) + labels + 16) + id_bytes
 
 
 def _allocate(contents: SplitContents, signature: Signature) -> dict[str, Array]:
@@ -166,7 +167,8 @@ def _allocate(contents: SplitContents, signature: Signature) -> dict[str, Array]
             out[f"@bounds/{item.name}"] = np.zeros(contents.rows + 1, np.int64)
         else:
             out[item.name] = np.empty((contents.rows, *item.shape), item.dtype)
-    out["@label"] = np.ones(contents.rows, np.float32)
+    outputs = (len(signature.outputs),) if signature.has_several_outputs else ()
+    out["@label"] = np.ones((contents.rows, *outputs), np.float32)
     if signature.group is not None:
         out["@group"] = np.empty(contents.rows, np.int64)
     if signature.time is not None:

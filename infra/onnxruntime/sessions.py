@@ -28,7 +28,7 @@ NUMPY_TYPES = {
 
 
 class Session:
-    """Session of one served graph. It takes arrays by input name and returns the first output."""
+    """Session of one served graph. It takes arrays by input name and returns the outputs."""
 
     def __init__(self, path: Path, threads: int) -> None:
         """Load the graph at ``path`` with full graph optimization.
@@ -44,7 +44,9 @@ class Session:
         self.inputs = tuple(item.name for item in self._session.get_inputs())
 
     def scores(self, inputs: Mapping[str, NDArray[Any]]) -> FloatArray:
-        """Compute the first output: scores, float32 ``(rows,)``, or vectors, ``(rows, dim)``.
+        """Compute the outputs: scores, float32 ``(rows,)``, or vectors, ``(rows, dim)``.
+
+        Several outputs are the columns of one array, ``(rows, outputs)``, in the graph's order.
 
         Rows with ids outside their table are NaN if the graph was exported to refuse such ids.
 
@@ -57,10 +59,11 @@ class Session:
             if is_out_of_memory(fault):
                 raise
             raise ScoringFailed("scoring_failed", problem=str(fault)) from fault
-        scores: FloatArray = outputs[0]
-        return scores
+        return _stack(outputs)
 
-    def bind(self, inputs: Mapping[str, NDArray[Any]]) -> Callable[[], FloatArray]:
+    def bind(
+        self, inputs: Mapping[str, NDArray[Any]]
+    ) -> Callable[[], FloatArray | tuple[FloatArray, ...]]:
         """Return a function that scores the same inputs at each call, for latency measurements.
 
         The inputs are bound once (IO binding), as in a server that already has them in the
@@ -77,23 +80,29 @@ class Session:
             for name in self.inputs:
                 value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs[name]))
                 binding.bind_ortvalue_input(name, value)
-            binding.bind_output(self._session.get_outputs()[0].name)
+            for output in self._session.get_outputs():
+                binding.bind_output(output.name)
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
             raise ScoringFailed("inputs_refused", problem=str(fault)) from fault
 
-        def call() -> FloatArray:
+        def call() -> FloatArray | tuple[FloatArray, ...]:
             try:
                 self._session.run_with_iobinding(binding)
-                scores: FloatArray = binding.get_outputs()[0].numpy()
+                outputs = tuple(value.numpy() for value in binding.get_outputs())
             except Exception as fault:
                 if is_out_of_memory(fault):
                     raise
                 raise ScoringFailed("scoring_failed", problem=str(fault)) from fault
-            return scores
+            return outputs[0] if len(outputs) == 1 else outputs
 
         return call
+
+
+def _stack(outputs: list[FloatArray]) -> FloatArray:
+    """Return the only output, or several as columns."""
+    return outputs[0] if len(outputs) == 1 else np.stack(outputs, axis=1)
 
 
 class OnnxRuntime:

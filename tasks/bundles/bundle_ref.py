@@ -14,11 +14,14 @@ from compressors.contracts import (
     Frozen,
     JaggedBag,
     Limit,
+    Output,
     artifact_name,
+    limits_of_outputs,
     measured_metrics,
     metric_problem,
 )
 from compressors.contracts.metrics.families import can_be_measured
+from compressors.contracts.signature import judged_metrics
 from compressors.errors.metrics import LimitRefused
 from infra.bundle.architecture import source_digest
 from infra.bundle.bundle_folder import MANIFEST, Manifest, SplitName, parse_manifest
@@ -36,11 +39,10 @@ class BundleRef(Frozen):
         artifact: the bundle's artifact.
         name: name of the bundle.
         version: version of the bundle.
-        metric: name of the metric in the signature.
+        outputs: the outputs in the signature.
         rows: number of rows of each split.
         longest: maximum list length of each jagged input (a list of ids per row).
         architecture: digest of the source of the model's class.
-        task: kind of the task, such as ``ctr``.
         grouped: whether the signature has groups.
         weight_bytes: bytes of the weight files.
         data_bytes: bytes of the parquet files of the largest split.
@@ -49,14 +51,28 @@ class BundleRef(Frozen):
     artifact: Artifact
     name: str
     version: str
-    metric: str
+    outputs: tuple[Output, ...]
     rows: dict[str, int]
     longest: dict[str, int]
     architecture: str
-    task: str
     grouped: bool
     weight_bytes: int = 0
     data_bytes: int = 0
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The name of the metric by which each output is judged, such as ``auc``."""
+        return judged_metrics(self.outputs)
+
+    @property
+    def task(self) -> str:
+        """The kinds of the outputs, such as ``ctr``, each once and separated by commas."""
+        return ", ".join(dict.fromkeys(output.kind for output in self.outputs))
+
+    @property
+    def scores_rows(self) -> bool:
+        """Whether each output is one score per row, so that rows have a loss and a metric."""
+        return all(output.task_kind.scores_rows for output in self.outputs)
 
     def calibration(self) -> SplitName:
         """Return the name of the calibration split; the training split if the bundle has none."""
@@ -68,7 +84,7 @@ SCHEMA_VERSION = 2
 
 
 def require_measurable(bundle: BundleRef, limits: tuple[Limit, ...]) -> None:
-    """Raise if the signature's metric, or the metric of a limit, cannot be measured.
+    """Raise if a metric of the signature, or the metric of a limit, cannot be measured.
 
     Called before a long run, which measures at its end.
 
@@ -79,33 +95,47 @@ def require_measurable(bundle: BundleRef, limits: tuple[Limit, ...]) -> None:
     Raises:
         LimitRefused: a metric cannot be measured for this bundle; lists the metrics that can.
     """
-    task, grouped = bundle.task, bundle.grouped
-    if problem := metric_problem(task, bundle.metric, grouped=grouped):
-        raise LimitRefused(
-            "bundle_metric_unusable", name=bundle.name, version=bundle.version, problem=problem
-        )
-    measured = measured_metrics(task, grouped=grouped, test_rows=bundle.rows["test"])
-    for limit in limits:
-        if not can_be_measured(
-            limit.declared, task, grouped=grouped, test_rows=bundle.rows["test"]
-        ):
-            raise (
-                LimitRefused(
-                    "limit_not_measured",
-                    limit=str(limit),
-                    task=task,
-                    rows=bundle.rows["test"],
-                    metrics=measured,
-                )
-                if grouped
-                else LimitRefused(
-                    "limit_not_measured_without_groups",
-                    limit=str(limit),
-                    task=task,
-                    rows=bundle.rows["test"],
-                    metrics=measured,
-                )
+    for output in bundle.outputs:
+        if problem := metric_problem(output.kind, output.metric, grouped=bundle.grouped):
+            raise LimitRefused(
+                "bundle_metric_unusable", name=bundle.name, version=bundle.version, problem=problem
             )
+    for limit in limits_of_outputs(limits, bundle.outputs, grouped=bundle.grouped):
+        _require_measured(limit, bundle)
+
+
+def _require_measured(limit: Limit, bundle: BundleRef) -> None:
+    """Raise if the metric of a limit cannot be measured for any output, or for the one it names.
+
+    Raises:
+        LimitRefused: lists the outputs, or the metrics that can be measured.
+    """
+    of_output = limit.declared.output
+    names = tuple(output.name for output in bundle.outputs)
+    if of_output is not None and of_output not in names:
+        raise LimitRefused(
+            "limit_output_unknown", limit=str(limit), output=of_output, outputs=names
+        )
+    rows, grouped = bundle.rows["test"], bundle.grouped
+    outputs = [item for item in bundle.outputs if of_output in (None, item.name)]
+    if any(
+        can_be_measured(limit.declared, output.kind, grouped=grouped, test_rows=rows)
+        for output in outputs
+    ):
+        return
+    task = outputs[0].kind
+    metrics = measured_metrics(task, grouped=grouped, test_rows=rows)
+    raise (
+        LimitRefused("limit_not_measured", limit=str(limit), task=task, rows=rows, metrics=metrics)
+        if grouped
+        else LimitRefused(
+            "limit_not_measured_without_groups",
+            limit=str(limit),
+            task=task,
+            rows=rows,
+            metrics=metrics,
+        )
+    )
 
 
 def find_bundle(reference: str) -> BundleRef:
@@ -119,20 +149,17 @@ def find_bundle(reference: str) -> BundleRef:
     """
     artifact = resolve(reference)
     manifest = parse_manifest(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
-    path, output = manifest.network.architecture.path, manifest.signature.single_output
+    path, signature = manifest.network.architecture.path, manifest.signature
     return BundleRef(
         artifact=artifact,
         name=manifest.name,
         version=manifest.version,
-        metric=output.metric,
+        outputs=signature.outputs,
         rows={split: data.rows for split, data in manifest.data.items()},
         longest={
-            item.name: item.shape[0]
-            for item in manifest.signature.inputs
-            if isinstance(item, JaggedBag)
+            item.name: item.shape[0] for item in signature.inputs if isinstance(item, JaggedBag)
         },
-        task=output.kind,
-        grouped=manifest.signature.group is not None,
+        grouped=signature.group is not None,
         weight_bytes=sum(record.bytes for record in manifest.files.values()),
         data_bytes=max((data.artifact.bytes for data in manifest.data.values()), default=0),
         architecture=source_digest(path, load_settings().allowed_modules),

@@ -5,9 +5,9 @@ order can name further models.
 """
 
 from pathlib import Path
-from typing import Literal
 
 from compressors.contracts import Artifact, Frozen, Signature
+from compressors.contracts.task_kind import OutputForm
 from compressors.errors.orders import OrderRefused
 from infra.bundle.architecture import source_digest
 from infra.bundle.bundle_folder import MANIFEST, Manifest, parse_manifest
@@ -21,11 +21,11 @@ REGISTERED = "registry:"
 
 
 class Teacher(Frozen):
-    """A teacher: its bundle, the form of its output, and a digest of its class's source."""
+    """A teacher: its bundle, the form of each output, and a digest of its class's source."""
 
     artifact: Artifact
     name: str
-    output: Literal["logit", "probability", "score"]
+    forms: tuple[OutputForm, ...]
     architecture: str
 
 
@@ -75,7 +75,7 @@ def _read_teacher(artifact: Artifact) -> Teacher:
     return Teacher(
         artifact=artifact,
         name=f"{manifest.name}@{manifest.version}",
-        output=manifest.signature.single_output.form,
+        forms=tuple(output.form for output in manifest.signature.outputs),
         architecture=source_digest(path, load_settings().allowed_modules),
     )
 
@@ -99,6 +99,11 @@ def first_difference(teacher: Signature, student: Signature) -> str | None:
     """Describe the first difference of a teacher's inputs and outputs from the student's."""
     if len(teacher.outputs) != len(student.outputs):
         return f"it has {len(teacher.outputs)} outputs, not {len(student.outputs)}"
+    outputs, expected_outputs = (
+        [output.name for output in signature.outputs] for signature in (teacher, student)
+    )
+    if student.has_several_outputs and outputs != expected_outputs:
+        return f"its outputs are {', '.join(outputs)}, not {', '.join(expected_outputs)}"
     for output, expected in zip(teacher.outputs, student.outputs, strict=True):
         if output.kind != expected.kind:
             return f"its task is {output.kind!r}, not {expected.kind!r}"

@@ -7,7 +7,7 @@ the measured differences and their limits. ``ParityFailure`` describes a compari
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,13 @@ from compressors.lower.bfloat16_products import write_checkable
 from compressors.lower.export import Lowered, export_program
 from compressors.lower.findings import Parity
 from compressors.lower.first_difference import GraphValue, first_difference, run_traced
-from compressors.lower.parity import FloatArray, absolute_differences, allowed_share, check_parity
-from compressors.lower.serving_wrapper import input_names
+from compressors.lower.parity import (
+    FloatArray,
+    absolute_differences,
+    allowed_share,
+    check_outputs,
+)
+from compressors.lower.serving_wrapper import input_names, stack_outputs
 from compressors.lower.targets.registry import lowering_target
 from infra.errors import InfraError
 from infra.onnxruntime.sessions import graph_values
@@ -57,8 +62,10 @@ class GraphCheck:
     path: Path
     session: Session
 
-    def parity(self, inputs: dict[str, Tensor], rows_from: str) -> tuple[Parity, FloatArray]:
-        """Compare the outputs of module and graph; returns the parity and the module's outputs.
+    def parity(
+        self, inputs: dict[str, Tensor], rows_from: str
+    ) -> tuple[tuple[Parity, ...], FloatArray]:
+        """Compare module and graph; returns a parity for each output, and the module's outputs.
 
         Args:
             inputs: one batch, by input name.
@@ -70,12 +77,16 @@ class GraphCheck:
         """
         expected, actual = self.scores(inputs, rows_from)
         try:
-            return check_parity(expected, actual, self.plan, self.target), expected
+            outputs = self.lowered.served.served_graph.outputs
+            return check_outputs(expected, actual, outputs, self.plan, self.target), expected
         except ParityLost as fault:
             raise self.parity_error(fault.failure, inputs, rows_from) from None
 
     def scores(self, inputs: dict[str, Tensor], rows_from: str) -> tuple[FloatArray, FloatArray]:
-        """Return the outputs of the module and of the graph, ``(rows,)`` or ``(rows, dim)``.
+        """Return the outputs of the module and of the graph.
+
+        These are scores ``(rows,)``, ``(rows, outputs)`` if there are several, or vectors
+        ``(rows, dim)``.
 
         Args:
             inputs: one batch, by input name.
@@ -98,20 +109,21 @@ class GraphCheck:
             raise self.parity_error(failure, inputs, rows_from) from fault
 
     def require_same_in_small_batch(
-        self, expected: FloatArray, inputs: dict[str, Tensor], parity: Parity
+        self, expected: FloatArray, inputs: dict[str, Tensor], parities: Sequence[Parity]
     ) -> None:
         """Raise if a score of the module or the graph depends on other rows of the batch.
 
         Args:
             expected: the module's scores of these rows, computed in a large batch.
             inputs: the same rows as a separate, small batch.
-            parity: the parity of the large batch, which contains the tolerance.
+            parities: the parity of each output in the large batch, which contains the tolerance.
 
         Raises:
             ParityLost: contains which of the two depends on other rows, and the difference.
         """
         rows_from = "the data"
         module_scores, graph_scores = self.scores(inputs, rows_from)
+        outputs = self.lowered.served.served_graph.outputs
         # ``side``: which of the two depends on other rows. The difference counts as infinite until
         # the shapes are known to be equal.
         for side, scores in (("network", module_scores), ("graph", graph_scores)):
@@ -120,25 +132,33 @@ class GraphCheck:
                 target=self.target,
                 side=side,
                 rows=len(expected),
-                limits={"largest": parity.largest_limit},
+                limits={"largest": max(parity.largest_limit for parity in parities)},
                 shapes=(expected.shape, scores.shape),
                 measured={"largest": np.inf},
             )
             if scores.shape != expected.shape:
                 raise self.parity_error(failure, inputs, rows_from)
-            gap = absolute_differences(expected, scores)
-            if gap.max(initial=0.0) <= parity.largest_limit:
-                continue
-            index = np.unravel_index(int(np.argmax(gap)), gap.shape)
-            failure = replace(
-                failure,
-                row=int(index[0]),
-                component=int(index[1]) if len(index) > 1 else None,
-                expected=float(expected[index]),
-                found=float(scores[index]),
-                measured={"largest": float(gap[index])},
-            )
-            raise self.parity_error(failure, inputs, rows_from)
+            if len(outputs) == 1:
+                pairs = [("", expected, scores)]
+            else:
+                columns = zip(outputs, expected.T, scores.T, strict=True)
+                pairs = [(name, first, second) for name, first, second in columns]
+            for (name, first, second), parity in zip(pairs, parities, strict=True):
+                gap = absolute_differences(first, second)
+                if gap.max(initial=0.0) <= parity.largest_limit:
+                    continue
+                index = np.unravel_index(int(np.argmax(gap)), gap.shape)
+                failure = replace(
+                    failure,
+                    row=int(index[0]),
+                    component=int(index[1]) if len(index) > 1 else None,
+                    output=name,
+                    expected=float(first[index]),
+                    found=float(second[index]),
+                    measured={"largest": float(gap[index])},
+                    limits={"largest": parity.largest_limit},
+                )
+                raise self.parity_error(failure, inputs, rows_from)
 
     def parity_error(
         self, failure: ParityFailure, inputs: dict[str, Tensor], rows_from: str
@@ -182,7 +202,8 @@ class GraphCheck:
             values = [GraphValue(*value) for value in graph_values(self.path, _arrays(rows))]
             # The allowed difference of a tensor, relative to its largest absolute value.
             allowed = allowed_share(self.plan, self.target)
-            expected, output = self._module_scores(rows), traced.output.numpy()
+            outputs = traced.outputs if len(traced.outputs) > 1 else traced.outputs[0]
+            expected, output = self._module_scores(rows), stack_outputs(outputs).numpy()
             # The limit of the largest difference: "at most" in a failure of the whole comparison,
             # "largest" in one of small batches. A failure because of NaN has no limits; then only
             # rounding differences are allowed.
@@ -191,7 +212,7 @@ class GraphCheck:
                 expected.shape != output.shape
                 or absolute_differences(expected, output).max() > limit
             )
-            tensor = first_difference(traced, values, served.output, allowed)
+            tensor = first_difference(traced, values, served.outputs, allowed)
             # A clear difference is larger than rounding explains.
             is_clear = tensor is not None and tensor.is_clear
             if is_export_wrong or is_clear:
@@ -202,7 +223,7 @@ class GraphCheck:
     def _module_scores(self, inputs: Mapping[str, Tensor]) -> FloatArray:
         names = input_names(self.lowered.served.served_graph.signature)
         with torch.no_grad():
-            scores: Tensor = self.lowered.served(*(inputs[name] for name in names))
+            scores = stack_outputs(self.lowered.served(*(inputs[name] for name in names)))
         result: FloatArray = scores.numpy()
         return result
 

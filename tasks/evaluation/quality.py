@@ -1,7 +1,8 @@
 """Compare the quality of two models at a time on the same test rows. No Prefect.
 
-Models of the tasks ``ctr`` and ``ranking`` are compared by one score per row. ``retrieval`` models
-rank the whole catalogue for every query, and are compared by the metrics of these rankings.
+Models of the tasks ``ctr`` and ``ranking`` are compared by one score per row and output.
+``retrieval`` models rank the whole catalogue for every query, and are compared by the metrics of
+these rankings.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compressors.contracts import ITEMS, Estimate, ScoreUnit, Signature, Split
+from compressors.contracts import ITEMS, Estimate, Output, Signature, Split
+from compressors.contracts import metric as declared_metric
+from compressors.contracts.metrics.metric import name_of_output
 from compressors.core.batches import Batch, Rows, batches
 from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import input_names, served_graphs
@@ -42,47 +45,69 @@ class Quality(Protocol):
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
         """Estimate one metric of two models, and its difference with a paired interval."""
 
-    def score_change(
-        self, baseline: str, candidate: str, unit: ScoreUnit
-    ) -> Mapping[str, Estimate]:
+    def score_change(self, baseline: str, candidate: str) -> Mapping[str, Estimate]:
         """Measure how much the scores of two models differ; returns estimates by metric.
 
         Args:
             baseline: name of the model to compare with.
             candidate: name of the compared model.
-            unit: unit of mean and largest changes: probability, or the standard deviation of the
-                baseline's scores (``spread``).
         """
 
 
 @dataclass(frozen=True)
 class ByRow:
-    """The quality of models with one score per row.
+    """The quality of models whose outputs are one score per row.
 
     Attributes:
-        label: labels ``(rows,)``.
+        outputs: the outputs of the models.
+        label: labels ``(rows,)``, or ``(rows, outputs)`` for several outputs; NaN where a row has
+            none, which then does not count for the metrics of this output.
         group: group ids ``(rows,)``; None if the signature has no groups.
-        scores: scores ``(rows,)`` of each model.
+        scores: scores of each model, in the shape of the labels.
         seed: seed of the bootstrap.
     """
 
+    outputs: tuple[Output, ...]
     label: Array
     group: Array | None
     scores: Mapping[str, Array]
     seed: int
 
-    def score_change(
-        self, baseline: str, candidate: str, unit: ScoreUnit
-    ) -> Mapping[str, Estimate]:
-        """Measure how much the scores of two models differ, row by row."""
-        return change_of_rows(self.scores[baseline], self.scores[candidate], self.group, unit)
+    def score_change(self, baseline: str, candidate: str) -> Mapping[str, Estimate]:
+        """Measure how much the scores of two models differ, row by row.
+
+        The unit of mean and largest changes is that of the output's task kind.
+        """
+        changes: dict[str, Estimate] = {}
+        for index, output in enumerate(self.outputs):
+            before, after = (
+                self._column(self.scores[model], index) for model in (baseline, candidate)
+            )
+            unit = output.task_kind.score_unit
+            for name, estimate in change_of_rows(before, after, self.group, unit).items():
+                changes[name if self._is_single else name_of_output(name, output.name)] = estimate
+        return changes
 
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
         """Estimate one metric of two models, and its difference with a paired interval."""
-        before, after = self.scores[baseline], self.scores[candidate]
-        return intervals.estimate_pair(
-            metric, self.label, before, after, self.group, seed=self.seed
+        name, _, _ = metric.partition("[")
+        of_output = declared_metric(metric).output
+        index = 0 if self._is_single else [item.name for item in self.outputs].index(str(of_output))
+        label = self._column(self.label, index)
+        is_used = ~np.isnan(label)
+        before, after = (
+            self._column(self.scores[model], index)[is_used] for model in (baseline, candidate)
         )
+        group = None if self.group is None else self.group[is_used]
+        return intervals.estimate_pair(name, label[is_used], before, after, group, seed=self.seed)
+
+    @property
+    def _is_single(self) -> bool:
+        return len(self.outputs) == 1
+
+    def _column(self, values: Array, index: int) -> Array:
+        """Return the values of one output, ``(rows,)``."""
+        return values if self._is_single else values[:, index]
 
 
 @dataclass(frozen=True)
@@ -101,15 +126,10 @@ class ByQuery:
     seed: int
     vectors: Mapping[str, RankedVectors] = field(default_factory=dict)
 
-    def score_change(
-        self,
-        baseline: str,
-        candidate: str,
-        unit: ScoreUnit,
-    ) -> Mapping[str, Estimate]:
+    def score_change(self, baseline: str, candidate: str) -> Mapping[str, Estimate]:
         """Measure how much the scores of all items differ, query by query.
 
-        The unit is always the standard deviation of the query's scores; ``unit`` is ignored.
+        The unit is the standard deviation of the query's scores.
         """
         return change_of_rankings(self.vectors[baseline], self.vectors[candidate], self.rows)
 
@@ -119,17 +139,22 @@ class ByQuery:
         return intervals.paired_means(before, after, self.rows, seed=self.seed)
 
 
-def row_quality(rows: list[Batch], scores: Mapping[str, Array], seed: int) -> ByRow:
+def row_quality(
+    signature: Signature, rows: list[Batch], scores: Mapping[str, Array], seed: int
+) -> ByRow:
     """Combine the scores of test rows with their labels and groups.
 
     Args:
+        signature: the signature of the models.
         rows: all batches of the test rows.
-        scores: scores ``(rows,)`` of each model, in the order of the batches.
+        scores: scores of each model, ``(rows,)`` or ``(rows, outputs)``, in the order of the
+            batches.
         seed: seed of the bootstrap.
     """
     label = np.concatenate([batch.label.numpy() for batch in rows])
     groups = [batch.group.numpy() for batch in rows if batch.group is not None]
-    return ByRow(label, np.concatenate(groups) if groups else None, scores, seed)
+    group = np.concatenate(groups) if groups else None
+    return ByRow(signature.outputs, label, group, scores, seed)
 
 
 def query_quality(

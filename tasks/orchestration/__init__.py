@@ -1,7 +1,8 @@
 """Code that all tasks share: stored documents, retries, cached results and progress.
 
 workspace.py        opens the object store and copies its artifacts to this machine
-documents.py        types of the JSON documents that tasks store
+graph_documents.py  types of the JSON documents of graphs and engines
+documents.py        types of the other JSON documents that tasks store
 new_report.py       builds the report of an order from the results of its tasks
 code_digest.py      computes the digest of the sources that a task imports
 result_records.py   stores results of tasks, so that a repeated task returns its result

@@ -5,7 +5,6 @@
 """
 
 import operator
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import (
@@ -28,14 +27,13 @@ from compressors.contracts import (
 )
 from compressors.contracts.reasoned import Reasoned
 from compressors.contracts.reasons import Reason, read_reasons
-from compressors.contracts.targets import engine_suffixes
 from compressors.contracts.targets.runtime import Machine
 from compressors.errors.compression import CompressionError
-from compressors.lower.findings import GraphAudit, Parity, TableInitializers
-from compressors.metrics import judge
+from compressors.metrics.measured import Measured
 from infra.bundle.json_limits import validate_json
 from infra.bundle.json_reader import escape_message, read_document
 from infra.errors import RecordRefused
+from tasks.orchestration.graph_documents import Lowering
 from tasks.orchestration.workspace import local, store
 
 REPORT = "report.json"
@@ -45,91 +43,6 @@ ORDER_FILE = "order.json"
 STAGES = "stages.json"
 AS_TRAINED = "as trained"
 """Name of the first stage: the untouched model."""
-
-
-class BatchSizes(Frozen):
-    """Batch sizes that an engine accepts: smallest, the one it is optimized for, largest."""
-
-    low: int
-    best: int
-    high: int
-
-
-class GraphInput(Frozen):
-    """One input of a graph.
-
-    Attributes:
-        name: name of the input.
-        dtype: dtype of the tensor, such as ``int64``.
-        shape: shape without the first dimension: the rows, or the ids of all rows of a jagged bag.
-        longest: maximum number of ids per row of a jagged bag; None for other inputs.
-        shortest: smallest length of a sequence, whose longest is ``shape[0]``; None for others.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    longest: int | None = None
-    shortest: int | None = None
-
-
-class LoweredGraph(Frozen):
-    """One exported graph and the results of its checks.
-
-    Attributes:
-        name: ``model``, or ``query`` or ``item`` for the towers of a retrieval model.
-        inputs: the inputs, in order.
-        output: name of the output.
-        width: length of the output vectors; None if the output is one number per row.
-        rows_parity: largest differences from the torch module on rows of data.
-        edge_parity: the same on synthetic edge cases, such as ids out of range.
-        audit: quantized operators in the graph as the runtime optimizes it; None if no step
-            changed the model, or if no runtime serves the graph itself.
-        tables: the graph's constants with the weights of each table.
-        packed_bytes: bytes of the weights in this graph, as compressed, each counted once.
-        sparse_layers: layers with 2:4 zeros (two zeros among every four weights of an output).
-    """
-
-    name: str
-    inputs: tuple[GraphInput, ...]
-    output: str
-    width: int | None = None
-    rows_parity: Parity
-    edge_parity: Parity
-    audit: GraphAudit | None
-    tables: tuple[TableInitializers, ...]
-    packed_bytes: int
-    sparse_layers: tuple[str, ...] = ()
-
-    @property
-    def file(self) -> str:
-        """Name of the graph's file; large weights are in separate files next to it."""
-        return f"{self.name}.onnx"
-
-
-class Lowering(Frozen):
-    """Contents of ``lowering.json``, which is stored next to the graphs of a model.
-
-    Attributes:
-        target: name of the target.
-        name: ``name@version`` of the bundle.
-        graphs: one graph ``model``; for a retrieval model ``query``, then ``item``. A request waits
-            for the first graph only.
-        packed_bytes: bytes of the model's weights, as compressed. A tensor that two graphs read
-            counts once, as in plans; in ``served_packed_bytes`` it counts twice.
-        repeated_bytes: the difference of these two numbers.
-    """
-
-    target: str
-    name: str
-    graphs: tuple[LoweredGraph, ...] = Field(min_length=1)
-    packed_bytes: int
-    repeated_bytes: int = 0
-
-    @property
-    def served_packed_bytes(self) -> int:
-        """Bytes of the weights in all graphs, as compressed, counted in each graph."""
-        return sum(graph.packed_bytes for graph in self.graphs)
 
 
 class Measurement(Frozen):
@@ -145,8 +58,8 @@ class Measurement(Frozen):
         machine: the machine and the runtime.
     """
 
-    numbers: judge.Measured
-    baseline: judge.Measured
+    numbers: Measured
+    baseline: Measured
     resolves: dict[str, float]
     rows: int
     machine: Machine
@@ -194,6 +107,18 @@ class Scored(Frozen):
     score: Artifact
 
 
+class StageQuality(Frozen):
+    """One metric of a stage, on the test rows.
+
+    Attributes:
+        quality: the metric.
+        change: its change from the previous stage; None for the untouched model.
+    """
+
+    quality: Estimate
+    change: Estimate | None = None
+
+
 class Stage(Frozen):
     """A stage (the model after a step of a recipe) and its measurements in torch.
 
@@ -201,8 +126,9 @@ class Stage(Frozen):
         step: kind of the step, or ``AS_TRAINED`` for the untouched model.
         bundle: the model.
         bytes: bytes of the model's weights.
-        quality: the signature's metric on the test rows.
+        quality: the signature's metric, of the first output, on the test rows.
         change: change of the metric from the previous stage; None for the untouched model.
+        other_outputs: the same numbers for the metrics of further outputs, by the metric's name.
     """
 
     step: str
@@ -210,6 +136,12 @@ class Stage(Frozen):
     bytes: int
     quality: Estimate
     change: Estimate | None = None
+    other_outputs: dict[str, StageQuality] = Field(default_factory=dict, exclude_if=operator.not_)
+
+    def of(self, metric: str) -> StageQuality:
+        """Return the quality of the output with this metric; of the first one if it is no other."""
+        first = StageQuality(quality=self.quality, change=self.change)
+        return self.other_outputs.get(metric, first)
 
 
 Stages = TypeAdapter(tuple[Stage, ...])
@@ -260,7 +192,10 @@ class Report(Frozen):
     )
     name: str
     bundle_version: str
-    metric: str
+    metric: str = Field(description="The metric by which the first output is judged.")
+    other_metrics: tuple[str, ...] = Field(
+        (), exclude_if=operator.not_, description="The metrics of further outputs."
+    )
     source: Artifact
     compressed: Artifact
     champion: Artifact | None = Field(
@@ -306,6 +241,11 @@ class Report(Frozen):
     validation: Artifact
     calibrated_on: str
     reproduction: Reproduction
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metric by which each output is judged."""
+        return (self.metric, *self.other_metrics)
 
     @property
     def first_measured(self) -> TargetReport | None:
@@ -396,26 +336,6 @@ def page_reference(release: Artifact) -> str:
     if store().folder is None:
         return page_uri(release)
     return f"{store().reference(release)}/files/{PAGE}"
-
-
-def build_record(graph: str) -> str:
-    """Return the name of the file next to an engine that describes its build and its audit."""
-    return "build.json" if graph == "model" else f"{graph}.build.json"
-
-
-def lowering_of(folder: Path) -> Lowering:
-    """Read ``lowering.json`` in a folder of graphs or engines."""
-    return read_document(Lowering, folder / "lowering.json")
-
-
-def served_bytes(folder: Path) -> int:
-    """Return the bytes of the files that a target loads: all engines, or all graphs with weights.
-
-    A tensor that two graphs read is in both files and counts twice.
-    """
-    suffixes = engine_suffixes()
-    engines = [path for path in folder.iterdir() if path.suffix in suffixes]
-    return sum(path.stat().st_size for path in engines or folder.glob("*.onnx*"))
 
 
 def measurement_of(artifact: Artifact) -> Measurement:

@@ -16,11 +16,9 @@ from tasks.orchestration.documents import (
     Reproduction,
     Stages,
     TargetReport,
-    build_record,
-    lowering_of,
     measurement_of,
-    served_bytes,
 )
+from tasks.orchestration.graph_documents import build_record, lowering_of, served_bytes
 from tasks.orchestration.workspace import local
 
 
@@ -73,7 +71,8 @@ def build_report(
         recpress_version=recpress_version(),
         name=bundle.name,
         bundle_version=bundle.version,
-        metric=bundle.metric,
+        metric=bundle.metrics[0],
+        other_metrics=bundle.metrics[1:],
         source=bundle.artifact,
         compressed=compressed,
         champion=champions.get(first),

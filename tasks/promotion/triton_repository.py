@@ -23,13 +23,8 @@ from infra.settings import load_settings
 from infra.store.object_store import Store
 from infra.triton import repository as triton
 from infra.triton.repository import ServedVersion, Tensor, servable_targets, triton_name
-from tasks.orchestration.documents import (
-    LoweredGraph,
-    Measurement,
-    Report,
-    TargetReport,
-    build_record,
-)
+from tasks.orchestration.documents import Measurement, Report, TargetReport
+from tasks.orchestration.graph_documents import LoweredGraph, build_record
 from tasks.orchestration.workspace import store
 
 log = logging.getLogger(__name__)
@@ -314,7 +309,9 @@ def _graph_to_serve(
                 )
                 for item in part.graph.inputs
             ),
-            outputs=(Tensor(name=part.graph.output, dtype="float32", shape=width),),
+            outputs=tuple(
+                Tensor(name=name, dtype="float32", shape=width) for name in part.graph.outputs
+            ),
             batches=batches,
             threads=threads,
             capability=capability,

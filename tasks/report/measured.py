@@ -15,7 +15,7 @@ from compressors.contracts import (
 )
 from compressors.contracts.metrics.families import find_metric
 from compressors.contracts.metrics.serving import QUANTILES, latency
-from compressors.metrics.judge import Number
+from compressors.metrics.measured import Number
 from infra.pages import pictures
 from infra.pages.html import many
 from infra.pages.pictures import Curve, Mark, Tone
@@ -86,10 +86,10 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
     rows, limited = [], set()
     for target in report.targets:
         measurement = report.measured.get(target.target)
-        unit = None if measurement is None else measurement.numbers.score_unit
         for judgement in target.verdict.judgements:
             limit = judgement.limit
             limited.add((target.target, limit.metric, limit.against))
+            unit = None if measurement is None else measurement.numbers.unit_of(limit.metric)
             rows.append(_judgement_row(judgement, target, unit))
     if not rows:
         rows = [
@@ -223,7 +223,7 @@ def _numbers_without_limit(
             has_limit = (target, number.metric, number.against) in limited
             is_change = number.against != "absolute" or is_kind(number.metric, "score_change")
             if is_quality and is_change and not has_limit:
-                yield target, number, measurement.numbers.score_unit
+                yield target, number, measurement.numbers.unit_of(number.metric)
 
 
 def latency_section(report: Report) -> LatencySection:

@@ -168,7 +168,7 @@ def _cards(report: Report, validation: Validation) -> tuple[Card, ...]:
         )
     measurement = report.measurement
     # In this sequence until there are enough cards; p99 at batch 64 is preferred to p50 at batch 1.
-    for metric in (report.metric, latency("p99", 64).name, latency("p50", 1).name):
+    for metric in (*report.metrics, latency("p99", 64).name, latency("p50", 1).name):
         if measurement is None or len(cards) == MAX_NUMBER_CARDS:
             break
         change = measurement.numbers.of(metric, "baseline")

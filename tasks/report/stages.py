@@ -37,16 +37,20 @@ def stage_rows(report: Report) -> list[dict[str, str]]:
     previous = None
     original_bytes = report.stages[0].bytes if report.stages else 0
     for stage in report.stages:
+        qualities = {metric_label(name): stage.of(name) for name in report.metrics}
         rows.append(
             {
                 "after": stage.step,
                 "bytes": f"{stage.bytes:,}",
                 "share": f"{stage.bytes / original_bytes:.2f}x" if original_bytes else "-",
-                metric_label(report.metric): f"{stage.quality.point:.5f}",
+                **{label: f"{item.quality.point:.5f}" for label, item in qualities.items()},
                 "change in bytes": f"{stage.bytes - previous.bytes:+,}" if previous else "",
-                f"change in {metric_label(report.metric)}": ""
-                if stage.change is None
-                else format_change(stage.change, ratio=False),
+                **{
+                    f"change in {label}": ""
+                    if item.change is None
+                    else format_change(item.change, ratio=False)
+                    for label, item in qualities.items()
+                },
             }
         )
         previous = stage

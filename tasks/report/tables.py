@@ -10,13 +10,8 @@ from compressors.contracts.metrics.families import find_metric
 from compressors.contracts.metrics.serving import BYTES, MEDIAN
 from infra.pages.html import many
 from infra.printable import printable
-from tasks.orchestration.documents import (
-    ORDER_FILE,
-    LoweredGraph,
-    Measurement,
-    Report,
-    TargetReport,
-)
+from tasks.orchestration.documents import ORDER_FILE, Measurement, Report, TargetReport
+from tasks.orchestration.graph_documents import LoweredGraph
 from tasks.report.cells import (
     audit_heading,
     cell,
@@ -243,8 +238,12 @@ def describe_resolution(report: Report) -> str:
 
 
 def _resolution(report: Report, measurement: Measurement) -> str:
-    """Return the sentence of ``describe_resolution`` for one measured target."""
-    metric = report.metric
+    """Return the sentences of ``describe_resolution`` for one measured target, one per output."""
+    sentences = (_resolution_of_metric(metric, measurement) for metric in report.metrics)
+    return " ".join(sentences)
+
+
+def _resolution_of_metric(metric: str, measurement: Measurement) -> str:
     rows = f"{measurement.rows:,} test rows"
     change = measurement.numbers.of(metric, "baseline")
     if change is not None and change.unresolved is not None:  # why there is no interval
@@ -344,7 +343,7 @@ def _metric_cells(metric: str, measurement: Measurement) -> tuple[str, str, str]
     numbers = measurement.numbers
     after = numbers.of(metric, "absolute")
     if is_kind(metric, "score_change"):
-        unit = numbers.score_unit
+        unit = numbers.unit_of(metric)
         return "", "", "" if after is None else format_score_change(metric, after, unit)
     is_latency = is_kind(metric, "latency")
     before = measurement.baseline.of(metric, "absolute")

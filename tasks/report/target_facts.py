@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from compressors.lower.findings import Parity
 from infra.pages.html import many
-from tasks.orchestration.documents import GraphInput, LoweredGraph, Report, TargetReport
+from tasks.orchestration.documents import Report, TargetReport
+from tasks.orchestration.graph_documents import GraphInput, LoweredGraph
 from tasks.report.cells import (
     audit_heading,
     describe_dense_layers,
@@ -117,7 +118,8 @@ def _graph_facts(graph: LoweredGraph, audit: dict[str, object], runtime: str) ->
     )
     facts["Inputs"] = Fact("; ".join(inputs))
     width = "" if graph.width is None else f" [rows, {graph.width}]"
-    facts["Output"] = Fact(f"{graph.output}{width}")
+    label = "Outputs" if graph.several_outputs else "Output"
+    facts[label] = Fact(", ".join(f"{name}{width}" for name in graph.outputs))
     return facts
 
 
@@ -130,8 +132,9 @@ def _dimensions(item: GraphInput) -> list[str]:
 
 def _format_parity(parity: Parity, rows: str) -> str:
     """Format the differences between a graph and its torch module, with their limits."""
+    of_output = f" (of {parity.output}, the closest to its limit)" if parity.output else ""
     return (
-        f"differ by at most {parity.largest:.2g} (allowed {parity.largest_limit:.2g}), root mean "
-        f"square {parity.root_mean_square:.2g} (allowed {parity.rms_limit:.2g}), on "
+        f"differ{of_output} by at most {parity.largest:.2g} (allowed {parity.largest_limit:.2g}), "
+        f"root mean square {parity.root_mean_square:.2g} (allowed {parity.rms_limit:.2g}), on "
         f"{parity.rows:,} {rows}"
     )

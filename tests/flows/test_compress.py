@@ -34,7 +34,7 @@ from infra.registry.mlflow_registry import Registry
 from infra.settings import load_settings
 from tasks import prepare as preparing
 from tasks.bundles.packing import pack
-from tasks.orchestration.documents import Lowering
+from tasks.orchestration.graph_documents import Lowering
 from tasks.orchestration.policy import call
 from tasks.orchestration.workspace import store
 from tasks.prepare import prepare

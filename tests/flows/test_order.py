@@ -17,7 +17,7 @@ from error_codes import raises_value_error
 from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
-from compressors.contracts import Artifact, Limit
+from compressors.contracts import Artifact, Limit, Output
 from compressors.core.registries import METHODS, AnyStep
 from compressors.distill.recalibrate import Recalibrate
 from compressors.quantize.dense.float16 import Float16
@@ -39,10 +39,9 @@ BUNDLE = BundleRef(
     artifact=Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1),
     name="clicks",
     version="1",
-    metric="auc",
+    outputs=(Output(name="click", kind="ctr", form="logit", label="click", metric="auc"),),
     rows={"train": 10, "test": 10},
     longest={},  # longest list of each jagged input, of which there is none
-    task="ctr",
     grouped=False,  # rows have no group, such as a session
     architecture="b" * 64,  # digest of the source of the model's class
 )
@@ -207,7 +206,7 @@ def test_order_digest_differs_for_every_change_that_affects_the_result(
 
 
 def test_order_digest_differs_for_other_teachers_and_other_teacher_code() -> None:
-    teacher = Teacher(artifact=CHAMPION, name="clicks@2", output="logit", architecture="b" * 64)
+    teacher = Teacher(artifact=CHAMPION, name="clicks@2", forms=("logit",), architecture="b" * 64)
     edited = teacher.model_copy(update={"architecture": "d" * 64})
     other = teacher.model_copy(update={"artifact": BUNDLE.artifact})
     digests = {order_digest(ORDER, BUNDLE, {}, (one,)) for one in (teacher, edited, other)}

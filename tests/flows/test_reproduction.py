@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from compressors.contracts import Artifact, Limit
+from compressors.contracts import Artifact, Limit, Output
 from compressors.quantize.dense.float16 import Float16
 from flows.cli import orders
 from flows.order import Order
@@ -21,10 +21,9 @@ BUNDLE = BundleRef(
     artifact=Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1),
     name="clicks",
     version="1",
-    metric="auc",
+    outputs=(Output(name="click", kind="ctr", form="logit", label="click", metric="auc"),),
     rows={"train": 10, "test": 10},
     longest={},  # longest list of each jagged input, of which there is none
-    task="ctr",
     grouped=False,  # rows have no group, such as a session
     architecture="b" * 64,  # digest of the source of the model's class
 )

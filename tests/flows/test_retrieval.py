@@ -25,7 +25,7 @@ from flows.order import Order
 from infra.registry.mlflow_registry import Registry
 from infra.settings import load_settings
 from tasks.bundles.packing import pack
-from tasks.orchestration.documents import lowering_of
+from tasks.orchestration.graph_documents import lowering_of
 from tasks.orchestration.workspace import local
 from tasks.promotion.promotions import fetch
 

@@ -129,7 +129,7 @@ def test_soft_labels_are_the_mean_logits_of_the_teachers(
     rows = prepare.fn(bundles[0], "traffic")
     scores = tuple(score.fn(bundle, rows, ROWS["traffic"]) for bundle in bundles)
     logits = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
-    mean = load_file(local(average.fn(scores, "logit")) / "data.safetensors")["score"]
+    mean = load_file(local(average.fn(scores, ("logit",))) / "data.safetensors")["score"]
     torch.testing.assert_close(mean, torch.stack(logits).mean(dim=0))
     assert float((logits[0] - logits[1]).abs().mean()) > 0.1  # the teachers differ
 

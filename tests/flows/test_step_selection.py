@@ -6,7 +6,7 @@ from the training split if the bundle has no calibration split.
 
 import pytest
 
-from compressors.contracts import Artifact
+from compressors.contracts import Artifact, Output
 from compressors.contracts.reasons import Reason
 from compressors.prune.dense.magnitude import Magnitude
 from compressors.quantize.dense.float16 import Float16
@@ -21,11 +21,10 @@ def bundle_with(**rows: int) -> BundleRef:
         artifact=Artifact(uri="file:///nowhere", sha256="0" * 64, bytes=1),
         name="clicks",
         version="1",
-        metric="auc",
+        outputs=(Output(name="click", kind="ctr", form="logit", label="click", metric="auc"),),
         rows={"test": 100, **rows},
         longest={},  # longest list of each jagged input, of which there is none
         architecture="b" * 64,  # digest of the source of the model's class
-        task="ctr",
         grouped=False,  # rows have no group, such as a session
     )
 

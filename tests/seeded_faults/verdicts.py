@@ -114,7 +114,7 @@ FAULTS = (
     ),
     Fault(
         id="large-score-changes-without-warning",
-        file="compressors/metrics/judge.py",
+        file="compressors/metrics/score_reasons.py",
         old="correlation.point < LEAST_CORRELATION:",
         new="correlation.point < -LEAST_CORRELATION:",
         effect="Large score changes that no limit covers give no warning.",

@@ -246,7 +246,7 @@ def _compute_scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
         Descriptions of the bundles and of the graphs, by hash; inputs and scores as tensors by key.
     """
     from tasks.bundles.loading import load_bundle
-    from tasks.orchestration.documents import lowering_of
+    from tasks.orchestration.graph_documents import lowering_of
     from tasks.orchestration.workspace import store
     from tests.stored_home.drafts import scored_inputs
     from tests.stored_home.scores import edge_inputs, graph_scores, module_scores, tensors_digest

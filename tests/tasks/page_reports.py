@@ -12,19 +12,12 @@ from compressors.contracts import Artifact, Estimate, Judgement, Limit, Plan, Pl
 from compressors.contracts.reasons import Reason
 from compressors.contracts.targets.runtime import Machine
 from compressors.lower.findings import GraphAudit, Parity
-from compressors.metrics.judge import Measured, Number
+from compressors.metrics.measured import Measured, Number
 from flows.order import Order
 from flows.terms import Targets
 from infra.data.expectations import Finding, Validation
-from tasks.orchestration.documents import (
-    GraphInput,
-    LoweredGraph,
-    Lowering,
-    Measurement,
-    Report,
-    Stage,
-    TargetReport,
-)
+from tasks.orchestration.documents import Measurement, Report, Stage, TargetReport
+from tasks.orchestration.graph_documents import GraphInput, LoweredGraph, Lowering
 
 HOSTILE = "<script>alert('|table|')</script>"
 """A name that contains HTML and the separator of Markdown tables."""

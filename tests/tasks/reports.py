@@ -20,18 +20,11 @@ from compressors.contracts import (
 from compressors.contracts.reasons import Reason
 from compressors.contracts.targets.runtime import Machine
 from compressors.lower.findings import Parity
-from compressors.metrics import judge
+from compressors.metrics.measured import Measured, Number
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.data.expectations import Validation
-from tasks.orchestration.documents import (
-    GraphInput,
-    LoweredGraph,
-    Lowering,
-    Measurement,
-    Report,
-    Reproduction,
-    TargetReport,
-)
+from tasks.orchestration.documents import Measurement, Report, Reproduction, TargetReport
+from tasks.orchestration.graph_documents import GraphInput, LoweredGraph, Lowering
 from tasks.orchestration.workspace import store
 
 LIMIT = Limit.parse("auc vs baseline >= -0.002")
@@ -84,13 +77,13 @@ def create_lowering(target: TargetName) -> Lowering:
 def create_measurement() -> Measurement:
     """Return a measurement of AUC and one latency, each with its change from the baseline."""
 
-    def number(metric: str, against: Any, point: float, half_width: float) -> judge.Number:
+    def number(metric: str, against: Any, point: float, half_width: float) -> Number:
         low, high = point - half_width, point + half_width
         estimate = Estimate(point=point, low=low, high=high, rows=1234)
-        return judge.Number(metric=metric, against=against, estimate=estimate)
+        return Number(metric=metric, against=against, estimate=estimate)
 
     return Measurement(
-        numbers=judge.Measured(
+        numbers=Measured(
             numbers=(
                 number("auc", "absolute", 0.75, 0.01),
                 number("auc", "baseline", -0.0005, 0.0012),
@@ -98,7 +91,7 @@ def create_measurement() -> Measurement:
                 number("p99_ms@64", "baseline", 0.8, 0.1),
             )
         ),
-        baseline=judge.Measured(
+        baseline=Measured(
             numbers=(
                 number("auc", "absolute", 0.7505, 0.01),
                 number("bytes", "absolute", 1000, 0),

@@ -11,7 +11,7 @@ from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
 from tasks.bundles.packing import pack
 from tasks.compress import compress
 from tasks.lower import lower_model
-from tasks.orchestration.documents import lowering_of
+from tasks.orchestration.graph_documents import lowering_of
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
 

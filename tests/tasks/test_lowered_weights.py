@@ -15,7 +15,7 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from tasks.bundles.packing import pack
 from tasks.compress import compress
 from tasks.lower import lower_model
-from tasks.orchestration.documents import lowering_of
+from tasks.orchestration.graph_documents import lowering_of
 from tasks.orchestration.workspace import local, store
 from tasks.prepare import prepare
 

@@ -12,11 +12,12 @@ from error_codes import raises_code
 from compressors.contracts import Artifact
 from compressors.contracts.metrics import usual_batches
 from compressors.errors.metrics import MetricRefused
-from compressors.metrics import judge
+from compressors.metrics.measured import exact_estimate
 from tasks import measure as measuring
 from tasks.bundles.packing import pack
 from tasks.lower import PROBE_ROWS, lower_model
-from tasks.orchestration.documents import Measurement, lowering_of, measurement_of, served_bytes
+from tasks.orchestration.documents import Measurement, measurement_of
+from tasks.orchestration.graph_documents import lowering_of, served_bytes
 from tasks.orchestration.workspace import local, store
 from tasks.prepare import prepare
 
@@ -134,7 +135,7 @@ def test_model_compared_with_itself_differs_only_in_latency(graphs: Graphs) -> N
         change = graphs.with_itself.numbers.of(metric, "baseline")
         assert change is not None
         assert (change.low, change.point, change.high) == (0.0, 0.0, 0.0), metric
-    assert graphs.with_itself.numbers.of("bytes", "baseline") == judge.exact_estimate(1.0)
+    assert graphs.with_itself.numbers.of("bytes", "baseline") == exact_estimate(1.0)
     for size in usual_batches("ctr"):
         ratio = graphs.with_itself.numbers.of(f"p50_ms@{size}", "baseline")
         assert ratio is not None

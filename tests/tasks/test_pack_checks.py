@@ -16,7 +16,7 @@ from error_codes import HasReason, Text, raises_code
 from reason_codes import codes_of
 from safetensors.torch import load_file, save_file
 
-from compressors.contracts import Artifact, Limit
+from compressors.contracts import Artifact, Limit, Output
 from compressors.contracts.metrics import usual_metrics
 from compressors.contracts.metrics.families import can_be_measured
 from compressors.errors.compression import ModelRefused
@@ -224,15 +224,19 @@ def test_limit_is_accepted_if_and_only_if_its_metric_is_measured(
 ) -> None:
     if task != "ctr" and not grouped:
         return  # such a signature is refused
+    output = {
+        "ctr": Output(name="y", kind="ctr", form="logit", label="y", metric="auc"),
+        "ranking": Output(name="y", kind="ranking", form="score", label="y", metric="ndcg@10"),
+        "retrieval": Output(name="y", kind="retrieval", form="score", metric="recall@20"),
+    }[task]
     bundle_ref = BundleRef(
         artifact=Artifact(uri=f"artifacts/{'0' * 64}", sha256="0" * 64, bytes=1),  # is not read
         name="n",
         version="1",
-        metric={"ctr": "auc", "ranking": "ndcg@10", "retrieval": "recall@20"}[task],
+        outputs=(output,),
         rows={"test": rows},
         longest={},
         architecture="",  # the digest of the model's class, which is not read
-        task=task,
         grouped=grouped,
     )
     for name, metric in usual_metrics().items():

@@ -12,7 +12,7 @@ from reports import create_report
 
 from compressors.contracts import Estimate, Outcome, Plan, TargetName
 from compressors.contracts.reasons import Reason
-from compressors.metrics import judge
+from compressors.metrics.measured import Number
 from tasks.orchestration.documents import Finished, Report, Stage, report_of
 from tasks.orchestration.order_records import finished_key
 from tasks.orchestration.workspace import store
@@ -147,10 +147,10 @@ def with_score_changes(order_report: Report) -> Report:
     """Add score changes, as of a ranking order, to a report."""
     assert order_report.measurement is not None
 
-    def number(metric: str, point: float, half_width: float) -> judge.Number:
+    def number(metric: str, point: float, half_width: float) -> Number:
         low, high = point - half_width, point + half_width
         estimate = Estimate(point=point, low=low, high=high, rows=1234, groups=120)
-        return judge.Number(metric=metric, against="absolute", estimate=estimate)
+        return Number(metric=metric, against="absolute", estimate=estimate)
 
     numbers = order_report.measurement.numbers
     changed = numbers.model_copy(

@@ -21,7 +21,7 @@ from page_reports import (
 
 from compressors.contracts import Estimate, Limit, Plan, Verdict
 from compressors.contracts.reasons import Reason
-from compressors.metrics.judge import Number
+from compressors.metrics.measured import Number
 from compressors.quantize.dense.static_int8 import StaticInt8
 from flows.order import Order
 from infra.data.expectations import Finding

@@ -25,7 +25,7 @@ from tasks.bundles.loading import load_bundle
 from tasks.bundles.packing import pack
 from tasks.compress import compress
 from tasks.lower import lower_model
-from tasks.orchestration.documents import Lowering, lowering_of, served_bytes
+from tasks.orchestration.graph_documents import Lowering, lowering_of, served_bytes
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
 from tasks.report.tables import markdown, number_rows

@@ -16,13 +16,14 @@ from triton_configs import loaded_version
 from triton_versions import Fill, graph_bytes, publish_version
 
 from compressors.contracts import Estimate, Outcome
-from compressors.metrics import judge
+from compressors.metrics.measured import Measured, Number
 from flows.cli import app
 from flows.cli.doctor import check_installation
 from infra.errors import PromotionRefused, SettingRefused, TritonRefused
 from infra.registry.ledger import Ledger
 from infra.tensorrt.engines import Engine, EngineAudit
-from tasks.orchestration.documents import Finished, GraphInput
+from tasks.orchestration.documents import Finished
+from tasks.orchestration.graph_documents import GraphInput
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import export, promote, triton_contents
 
@@ -33,14 +34,14 @@ def with_latency(**milliseconds: float) -> Any:
     """Return a measurement with median latencies; ``b64=0.2`` is 0.2 ms at batch size 64."""
     without_latency = create_measurement()
     numbers = tuple(
-        judge.Number(
+        Number(
             metric=f"p50_ms@{name[1:]}",
             against="absolute",
             estimate=Estimate(point=point, low=point, high=point),
         )
         for name, point in milliseconds.items()
     )
-    measured = judge.Measured(numbers=(*without_latency.numbers.numbers, *numbers))
+    measured = Measured(numbers=(*without_latency.numbers.numbers, *numbers))
     return without_latency.model_copy(update={"numbers": measured})
 
 

@@ -11,7 +11,6 @@ serving.py        bytes and latency of the served artifact
 
 from compressors.contracts.metrics.families import FAMILIES as FAMILIES
 from compressors.contracts.metrics.families import MetricName as MetricName
-from compressors.contracts.metrics.families import further_metrics as further_metrics
 from compressors.contracts.metrics.families import measured_metrics as measured_metrics
 from compressors.contracts.metrics.families import metric as metric
 from compressors.contracts.metrics.families import metric_problem as metric_problem

@@ -5,7 +5,8 @@ A family contains metrics that differ in the number in their names, such as ``nd
 model, with limits on metrics. "Usual" metrics are those that every
 order of a task kind measures. "Selecting" metrics (``Metric.selects``) are those that a signature
 may name as the metric by which the model is judged. The parameter ``task`` is the name of a task
-kind, and ``grouped`` is whether the signature names a group column.
+kind, and ``grouped`` is whether the signature names a group column. For a model with several
+outputs, the metric of one output has its name in brackets, such as ``auc[click]``.
 
 To add a metric, write its declaration and its estimator. Then add its family to ``FAMILIES`` of
 ``quality.py``, ``score_changes.py`` or ``serving.py``, or call ``register``.
@@ -41,9 +42,17 @@ def register(family: MetricFamily) -> None:
     find_metric.cache_clear()
 
 
+OUTPUT_NAME = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
+"""Regular expression of the name of an output."""
+
+
 @cache
 def find_metric(name: str) -> Metric | None:
     """Return the metric with this name; None if no family contains it."""
+    of_output = re.fullmatch(rf"([^\[\]]+)\[({OUTPUT_NAME})\]", name)
+    if of_output is not None:
+        member = find_metric(of_output[1])
+        return member.of_output(of_output[2]) if member and member.is_of_output else None
     prefix, separator, number = name.partition("@")
     family = FAMILIES.get(prefix + separator)
     if family is None:
@@ -102,10 +111,9 @@ def quality_metrics(task: str, *, grouped: bool, named: Iterable[str] = ()) -> t
     return tuple(dict.fromkeys([*usual, *additional]))
 
 
-def further_metrics(task: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return the metrics among ``names`` that are not measured for every model of a task kind."""
-    usual = {item.name for item in _usual_metrics(task, grouped=True)}
-    return tuple(sorted(set(names) - usual))
+def usual_metrics_of_task(task: str) -> tuple[Metric, ...]:
+    """Return the metrics that are measured for every model of a task kind whose data has groups."""
+    return _usual_metrics(task, grouped=True)
 
 
 def can_be_measured(
@@ -198,7 +206,7 @@ class _NameSchema:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        others = "|".join(name_pattern(item) for item in FAMILIES.values() if item.number)
+        others = "|".join(name_pattern(item) for item in FAMILIES.values())
         return {
             "anyOf": [
                 {
@@ -206,14 +214,20 @@ class _NameSchema:
                     "type": "string",
                     "enum": list(usual_metrics()),
                 },
-                {"title": "At another depth or batch", "type": "string", "pattern": others},
+                {
+                    "title": "At another depth or batch, or of one output: auc[NAME]",
+                    "type": "string",
+                    "pattern": others,
+                },
             ]
         }
 
 
 def name_pattern(family: MetricFamily) -> str:
     """Return a regular expression that matches the names of a family, for JSON schemas."""
-    return f"^{re.escape(family.name)}[1-9][0-9]*$" if family.number else f"^{family.name}$"
+    number = "[1-9][0-9]*" if family.number else ""
+    output = rf"(\[{OUTPUT_NAME}\])?" if family.any_member().is_of_output else ""
+    return f"^{re.escape(family.name)}{number}{output}$"
 
 
 MetricName = Annotated[str, AfterValidator(_require_known), _NameSchema()]

@@ -1,7 +1,7 @@
 """The class ``Metric``, and families of metrics that differ only in a number in their names."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from compressors.contracts.named_object import named_object
@@ -42,6 +42,8 @@ class Metric:
         depth: number of top ranks that are evaluated; None if there is no such number.
         batch: number of rows of a timed request; None if it is not a latency.
         quantile: quantile of the latencies of many requests; None if it is not a latency.
+        output: the output of the model that is measured, as in ``auc[click]``; None if the model
+            has one output, or if the metric describes the whole model (bytes and latency).
         estimators: the class of the estimator, or its ``module:name``, which is imported at first
             use, for each way of evaluating a model: ``rows`` (one score for each row) or
             ``queries`` (a ranking of the catalogue for each query). Empty unless ``kind`` is
@@ -69,7 +71,23 @@ class Metric:
     depth: int | None = None
     batch: int | None = None
     quantile: float | None = None
+    output: str | None = None
     estimators: Mapping[Evaluation, Any] = field(default_factory=dict)
+
+    @property
+    def is_of_output(self) -> bool:
+        """Whether each output of a model has its own value; the others describe the whole model."""
+        return self.kind in ("quality", "score_change")
+
+    def of_output(self, output: str) -> "Metric":
+        """Return this metric for one of several outputs; its name is then like ``auc[click]``."""
+        return replace(
+            self,
+            name=name_of_output(self.name, output),
+            label=f"{self.label} of {output}",
+            heading=self.heading and f"{self.heading} of {output}",
+            output=output,
+        )
 
     def estimator(self, evaluation: Evaluation) -> Any:
         """Return the estimator for a way of evaluating models; None if the metric has none.
@@ -78,6 +96,11 @@ class Metric:
         """
         estimator_class = named_object(self.estimators.get(evaluation))
         return None if estimator_class is None else estimator_class(self)
+
+
+def name_of_output(metric: str, output: str) -> str:
+    """Return the name of a metric of one of several outputs, such as ``auc[click]``."""
+    return f"{metric}[{output}]"
 
 
 @dataclass(frozen=True, kw_only=True)

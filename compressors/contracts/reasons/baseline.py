@@ -10,6 +10,10 @@
 SENTENCES = {
     "interactions_missing": "Expected interactions with a label above 0 in split {split!r}, got "
     "none in {rows:,} rows, so retrieval cannot be evaluated. Check column {column!r}",
+    "labels_missing": "Expected rows with a label of output {output!r} in split {split!r}, got "
+    "{rows:,} rows of which none has 1 in column {column!r}, which 'label_where' names. Check this "
+    "column, or how the split was drawn",
+    "problem_of_output": "Output {output!r}: {problem}",
     "labels_equal": "Expected rows with different labels in split {split!r}, got {rows:,} rows "
     "that all have label {label:g}: no metric can distinguish models. Check column {column!r}, or "
     "how the split was drawn",

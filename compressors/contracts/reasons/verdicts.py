@@ -32,6 +32,7 @@ SENTENCES = {
     "not_built": "not built, or its audit failed, so there is nothing to serve",
     "one_limit_holds": "the one limit holds",
     "all_limits_hold": "all {limits} limits hold",
+    "score_changes_of_output": "scores of {output} against the baseline: {changes:,}",
     "score_changes": "scores against the baseline: {changes:,}",
     "correlation": "correlation {correlation:.6g}",
     "mean_change": "mean change {change:.2g}",
@@ -42,6 +43,11 @@ SENTENCES = {
     "large_score_changes": (
         "warning: some scores change much ({changes}), and no limit covers that. Add "
         "max_score_change or score_correlation to the limits if single scores matter"
+    ),
+    "large_score_changes_of_output": (
+        "warning: some scores of {output} change much ({changes}), and no limit covers that. Add "
+        "max_score_change[{output}] or score_correlation[{output}] to the limits if single scores "
+        "matter"
     ),
     "low_correlation": (
         "the correlation with the baseline's scores is {correlation:.6g}, below {least:g}"

@@ -29,17 +29,22 @@ class Session(Protocol):
     def scores(self, inputs: "Mapping[str, NDArray[Any]]") -> "FloatArray":
         """Return scores, float32 ``(rows,)``, or vectors of a tower, float32 ``(rows, dim)``.
 
+        Several outputs are the columns of one array, float32 ``(rows, outputs)``, in the graph's
+        order.
+
         The graph returns NaN for a row that it refuses, such as one with an id out of range.
 
         Raises:
             InfraError: the runtime failed on these inputs.
         """
 
-    def bind(self, inputs: "Mapping[str, NDArray[Any]]") -> "Callable[[], FloatArray]":
+    def bind(
+        self, inputs: "Mapping[str, NDArray[Any]]"
+    ) -> "Callable[[], FloatArray | tuple[FloatArray, ...]]":
         """Return a function that computes the scores of fixed inputs, to measure latency.
 
         The inputs are copied to the runtime's memory beforehand. A call of the function returns
-        when the result is computed.
+        when the result is computed: one array, or a tuple of the outputs if there are several.
 
         Raises:
             InfraError: the runtime does not accept these inputs.

@@ -47,9 +47,20 @@ SENTENCES = {
     "inputs_repeated": "the name(s) {names} are used by several inputs; rename all but one of them",
     "task_unknown": "unknown task {task!r}; use one of {known}",
     "output_form": "task {task!r} needs output {forms: or }; got {got!r}",
-    "outputs_count": (
-        "a model must have one output, got {count}. Models with several outputs are "
-        "not supported yet"
+    "outputs_count": ("a model must have 1 to {most} outputs, got {count}"),
+    "outputs_repeated": (
+        "the output name(s) {names} are used by several outputs, or by an input; rename all but one"
+    ),
+    "outputs_of_ranked_catalogue": (
+        "a model with several outputs needs one score per row for each of them; task {task!r} "
+        "ranks a catalogue. Pack this output as a model of its own"
+    ),
+    "label_condition_unused": (
+        "'label_where' of output {output!r} needs a label, in a task that has one for each row; "
+        "task {task!r} has none. Remove it, or add 'label'"
+    ),
+    "metric_of_an_output": (
+        "the metric of output {output!r} must have no output in brackets; got {metric!r}"
     ),
     "label_missing": "task {task!r} needs a label column, but label is missing",
     "metric_not_measured": "{reason}",  # a ``Reason`` of ``reasons/limits.py``

@@ -23,6 +23,7 @@ from compressors.contracts import Signature, Split
 from compressors.core.batches import Batch, JoinedRows, Rows
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placement import device_of, moved_to, to_device
+from compressors.core.scores import network_scores
 from compressors.distill.training import data_parallel
 from compressors.distill.training.checkpoint import TrainingProgress, read_progress, store_progress
 from compressors.distill.training.settings import Training
@@ -318,8 +319,8 @@ class _Run:
             return torch.zeros((), device=self.device)
         batch = to_device(self.rows.take(row_numbers), self.device)
         with self._precision():
-            output = self.module(**batch.inputs)
-        loss = self.loss(output.float(), batch, row_numbers)
+            scores = network_scores(self.module, batch.inputs, self.signature)
+        loss = self.loss(scores.float(), batch, row_numbers)
         total = loss
         for table in self._penalized():
             total = total + self.settings.table_l2 / 2 * table.square().sum()

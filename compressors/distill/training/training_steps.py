@@ -146,7 +146,7 @@ def train_model(
         after_step=after_step,
         last=last,
     )
-    outcome = describe_outcome(epochs, bench.signature.single_output.metric, settings, last=last)
+    outcome = describe_outcome(epochs, bench.signature.judged_by, settings, last=last)
     # "deferred": training may change no tensor of a unit, so the runner compares them afterwards.
     decision = Decision("deferred", outcome)
     return AppliedStep(model, {name: decision for name in trained if name is not None})

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from compressors.contracts import IdInput, Signature, all_tables, is_out_of_memory
 from compressors.core.modules.formats import PackedTable
 from compressors.core.random_inputs import generate_inputs
+from compressors.core.scores import network_scores
 from compressors.core.units import private_copy, swap
 from compressors.lower.merged.merged_codebooks import codes_of, merge_tables
 
@@ -233,12 +234,13 @@ def _predictions_unchanged(
 ) -> bool:
     """Return whether predictions stay the same if only the tables can read a group's inputs."""
     inputs = generate_inputs(signature, rows_of_table, TEST_ROWS)
-    expected = model.get_submodule(path)(**inputs)
+    expected = network_scores(model.get_submodule(path), inputs, signature)
     rows, _ = MergedTable(group, rows_of_table)([inputs[item.name] for item in group.inputs])
     hidden = {item.name: _HiddenRows(row) for item, row in zip(group.inputs, rows, strict=True)}
     test_model = with_merged_tables(model, [group], _RowsReader)
     try:
-        predictions = test_model.get_submodule(path)(**{**inputs, **hidden})
+        changed: dict[str, Any] = {**inputs, **hidden}
+        predictions = network_scores(test_model.get_submodule(path), changed, signature)
     except Exception as error:  # any use of the ids other than a lookup fails here
         if is_out_of_memory(error):
             raise

@@ -122,7 +122,7 @@ class DropLayers(StepSettings):
                     }
                     # Of members with equal quality, the first one is removed.
                     selected = max(qualities, key=lambda member: (qualities[member], -member))
-                metric = bench.signature.single_output.metric
+                metric = bench.signature.judged_by
                 change = qualities[selected] - baseline_quality
                 layer = remaining[selected]
                 if (

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from compressors.contracts import Bench
 from compressors.core.batches import batches
 from compressors.core.model import Model
+from compressors.core.scores import network_scores
 from compressors.core.units import Unit, private_copy, replace_parameter
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.prune.structure.channel_consumers import WidthConsumers
@@ -154,7 +155,8 @@ def _taylor(
         leaves[name] = replace_parameter(copied.get_submodule(owner), attribute, weight)
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for batch in shuffled_batches(bench.train, bench.signature, BATCH, bench.seed, limit=rows):
-        loss = hard_loss(bench.signature, copied(**batch.inputs), batch)
+        scores = network_scores(copied, batch.inputs, bench.signature)
+        loss = hard_loss(bench.signature, scores, batch)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
             if grad is not None:

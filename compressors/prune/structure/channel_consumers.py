@@ -31,6 +31,7 @@ from compressors.contracts import Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.random_inputs import generate_inputs
+from compressors.core.scores import network_scores
 from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.config_widths import Width
 
@@ -84,7 +85,7 @@ def trace(
             rows = min(CHANNELS_PER_BATCH, channels - begin)  # one row per channel
             inputs = generate_inputs(signature, rows_of_table, rows)
             with torch.no_grad(), _nan_trace(module, producer, channels, begin, rows) as reached:
-                score = module(**inputs)
+                score = network_scores(module, inputs, signature)
             if bool(score.isnan().any()):
                 raise NotAWidth(Reason("channels_reach_score", maker=producer))
             for consumer, columns in reached.items():

@@ -28,6 +28,7 @@ from compressors.core.modules.factored import FactoredLinear
 from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.core.modules.output_calibration import attach, recalibration_of
 from compressors.core.random_inputs import generate_inputs
+from compressors.core.scores import network_scores, score_columns
 from compressors.core.state.construction import assign, construct
 from compressors.core.units import private_copy, replace_parameter, swap, table_rows
 from compressors.errors.widths import NotAWidth
@@ -208,7 +209,7 @@ def synthetic_scores(module: nn.Module, signature: Signature, tables: dict[str, 
         tables: number of rows of each table.
 
     Returns:
-        Float ``(scales, rows)``.
+        Float ``(scales, rows)``; with several outputs, one entry for each output of each scale.
     """
     return _scores(module, signature, tables, change=None)
 
@@ -269,15 +270,15 @@ def _scores(
     tables: dict[str, int],
     change: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """Return scores of synthetic rows, float ``(scales, rows)``; ``change`` maps dense inputs."""
-    scores = []
+    """Return scores of synthetic rows as ``synthetic_scores``; ``change`` maps dense inputs."""
+    scores: list[Tensor] = []
     for scale in SCALES:
         rows = generate_inputs(signature, tables, CHECK_ROWS)
         for part in dense_columns(signature):
             rows = change_columns(rows, part, partial(torch.mul, other=scale))
             if change is not None:
                 rows = change_columns(rows, part, change)
-        scores.append(module(**rows).reshape(-1))
+        scores += score_columns(network_scores(module, rows, signature))
     return torch.stack(scores)
 
 
@@ -326,7 +327,11 @@ def _in_logits(scores: Tensor, signature: Signature) -> Tensor:
     Click probabilities are small, so even a large relative error is a small difference of them.
     """
     exact = scores.double()
-    return torch.logit(exact, eps=1e-7) if signature.single_output.form == "probability" else exact
+    is_probability = torch.tensor([output.form == "probability" for output in signature.outputs])
+    scales = exact.shape[-2] // len(is_probability)
+    return torch.where(
+        is_probability.repeat(scales).unsqueeze(1), torch.logit(exact, eps=1e-7), exact
+    )
 
 
 def _change_to_next_float32(scores: Tensor, signature: Signature) -> Tensor:

@@ -23,6 +23,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.composed import Design
 from compressors.core.modules.formats import Bag
+from compressors.core.scores import network_scores
 from compressors.core.steps.composition_steps import (
     ComposingStep,
     Designs,
@@ -174,7 +175,8 @@ def taylor(
         leaves[name] = replace_parameter(table, "weight", unit.weight)
     total = {name: torch.zeros_like(mean) for name, mean in means.items()}
     for batch in shuffled_batches(bench.train, bench.signature, BATCH, bench.seed, limit=rows):
-        loss = hard_loss(bench.signature, copied(**batch.inputs), batch)
+        scores = network_scores(copied, batch.inputs, bench.signature)
+        loss = hard_loss(bench.signature, scores, batch)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
             if grad is not None:

@@ -140,7 +140,7 @@ class DropTables(StepSettings):
         condition = Reason(
             "dropped_if",
             step=self.kind,
-            metric=bench.signature.single_output.metric,
+            metric=bench.signature.judged_by,
             most_loss=self.most_loss,
         )
 
@@ -163,7 +163,7 @@ class DropTables(StepSettings):
         importance = {
             name: permutation_loss(model, bench, name, baseline, self.repeats) for name in units
         }
-        metric = bench.signature.single_output.metric
+        metric = bench.signature.judged_by
         outcomes: dict[str, Decision] = {}
         for name in sorted(units, key=lambda name: importance[name]):
             candidate = model.private()

@@ -16,6 +16,7 @@ from compressors.contracts import Signature, Split
 from compressors.core.batches import Batch, Rows
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import PackedTable
+from compressors.core.scores import network_scores
 from compressors.distill.training.trainer import Loss
 from compressors.task_kinds.loss import hard_loss, shuffled_rows
 
@@ -56,7 +57,7 @@ def loss_gradients(
         for row_numbers in shuffled_rows(rows, signature, BATCH, seed=0):
             lookups.clear()
             batch = rows.take(row_numbers)
-            output = module(**batch.inputs)
+            output = network_scores(module, batch.inputs, signature)
             leaves = [leaf for _, _, leaf in lookups]
             batch_terms = _terms(signature, batch)
             terms += batch_terms
@@ -120,7 +121,7 @@ def sensitivity(
     with record_lookups(tables) as recorded_lookups:
         for row_numbers in shuffled_rows(data, signature, BATCH, seed=0):
             recorded_lookups.clear()
-            output = module(**data.take(row_numbers).inputs)
+            output = network_scores(module, data.take(row_numbers).inputs, signature)
             leaves = [leaf for _, _, leaf in recorded_lookups]
             grads = torch.autograd.grad(output.sum(), leaves, allow_unused=True)
             for (name, ids, _), grad in zip(recorded_lookups, grads, strict=True):
@@ -185,7 +186,8 @@ def mean_loss(module: nn.Module, signature: Signature, split: Split, loss: Loss)
         for row_numbers in shuffled_rows(rows, signature, BATCH, seed=0):
             batch = rows.take(row_numbers)
             batch_terms = _terms(signature, batch)
-            total += float(loss(module(**batch.inputs), batch, row_numbers)) * batch_terms
+            scores = network_scores(module, batch.inputs, signature)
+            total += float(loss(scores, batch, row_numbers)) * batch_terms
             terms += batch_terms
     return total / terms
 

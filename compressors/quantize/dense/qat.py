@@ -242,7 +242,7 @@ class QAT(StepSettings):
         )
         for name, layer in learned.items():
             swap(module, name, layer.packed())
-        outcome = describe_outcome(epochs, bench.signature.single_output.metric, self.training)
+        outcome = describe_outcome(epochs, bench.signature.judged_by, self.training)
         outcomes = {unit.name: ZERO_INPUTS for unit in selected if unit.name not in initial}
         for name in learned:
             start = initial[name].reasons()

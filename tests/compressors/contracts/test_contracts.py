@@ -186,11 +186,47 @@ def test_signature_without_an_input_is_refused():
         Signature(inputs=(), outputs=(CLICK,))
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_signature_without_exactly_one_output_is_refused(count):
+@pytest.mark.parametrize("count", [0, 65])
+def test_signature_with_no_output_or_more_than_64_is_refused(count):
     outputs = tuple(CLICK | {"name": f"o{number}"} for number in range(count))
-    with raises_value_error("outputs_count", count=count):
+    with raises_value_error("outputs_count", count=count, most=64):
         Signature(inputs=(USER,), outputs=outputs)
+
+
+@pytest.mark.parametrize("second", ["click", USER.name])
+def test_several_outputs_need_names_that_no_output_or_input_has(second):
+    with raises_value_error("outputs_repeated", names=(second,)):
+        Signature(inputs=(USER,), outputs=(CLICK, CLICK | {"name": second}))
+    alone = Signature(inputs=(USER,), outputs=(CLICK | {"name": USER.name},))
+    assert alone.judged_metrics == ("auc",)
+
+
+def test_metrics_of_several_outputs_have_their_names():
+    outputs = (CLICK, CLICK | {"name": "like", "loss_weight": 2})
+    several = Signature(inputs=(USER,), outputs=outputs)
+    assert several.judged_metrics == ("auc[click]", "auc[like]")
+    assert several.judged_by == "the mean of auc[click], auc[like]"
+    assert several.outputs[1].loss_weight == 2
+    assert "loss_weight" not in several.outputs[0].model_dump()  # hashes of bundles stay the same
+    assert "label_where" not in several.outputs[0].model_dump()
+
+
+def test_several_outputs_must_score_rows():
+    ranked = {"name": "x", "kind": "retrieval", "form": "score", "metric": "recall@20"}
+    with raises_value_error("outputs_of_ranked_catalogue", task="retrieval"):
+        Signature(inputs=(USER,), outputs=(CLICK, ranked), group="user")
+
+
+def test_condition_of_a_label_needs_a_label():
+    ranked = {"kind": "retrieval", "form": "score", "metric": "recall@20", "name": "x"}
+    for changes in ({"label_where": "click"}, {"label_where": "click", "label": "bought"}):
+        with raises_value_error("label_condition_unused", output="x", task="retrieval"):
+            Output.model_validate(ranked | changes)
+
+
+def test_metric_of_an_output_has_no_brackets():
+    with raises_value_error("metric_of_an_output", output="click", metric="auc[click]"):
+        Output.model_validate(CLICK | {"metric": "auc[click]"})
 
 
 def test_single_output_raises_if_there_are_several():

@@ -17,7 +17,7 @@ from compressors.contracts import (
     measured_metrics,
     quality_metrics,
 )
-from compressors.contracts.metrics import FAMILIES, further_metrics, metric, usual_metrics
+from compressors.contracts.metrics import FAMILIES, metric, usual_metrics
 from compressors.contracts.metrics.families import can_be_measured, find_metric
 from compressors.contracts.task_kind import TASK_KINDS
 from flows.terms import Terms
@@ -305,7 +305,6 @@ def test_metrics_of_the_first_ranks_are_measured_for_lists_and_for_full_rankings
 
 def test_metrics_of_limits_are_added_to_those_of_the_task_kind():
     listed = ("ndcg@5", "bytes", "p99_ms@256", "ndcg@10")
-    assert further_metrics("ranking", listed) == ("ndcg@5", "p99_ms@256")
     assert quality_metrics("ranking", grouped=True, named=listed) == ("ndcg@10", "ndcg@5")
 
 

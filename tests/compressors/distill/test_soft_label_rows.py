@@ -207,13 +207,13 @@ logits = st.lists(st.floats(-10, 10, width=32), min_size=3, max_size=3)
 @given(st.lists(logits, min_size=1, max_size=4))
 def test_mean_predictions_average_logits_independent_of_order(logits_of_teachers):
     tensors = [torch.tensor(scores) for scores in logits_of_teachers]
-    predictions = mean_predictions(tensors, "logit")
+    predictions = mean_predictions(tensors, ("logit",))
     np.testing.assert_allclose(
         predictions, np.mean(logits_of_teachers, axis=0), rtol=1e-5, atol=1e-5
     )
-    torch.testing.assert_close(mean_predictions(tensors[::-1], "logit"), predictions)
+    torch.testing.assert_close(mean_predictions(tensors[::-1], ("logit",)), predictions)
     probabilities = [torch.sigmoid(scores) for scores in tensors]
-    mean_of_probabilities = mean_predictions(probabilities, "probability")
+    mean_of_probabilities = mean_predictions(probabilities, ("probability",))
     # For a logit of 10, the rounding of p to float32 changes 1 - p by 1e-3 of its value.
     torch.testing.assert_close(
         torch.logit(mean_of_probabilities), predictions, rtol=2e-2, atol=2e-2
@@ -222,12 +222,12 @@ def test_mean_predictions_average_logits_independent_of_order(logits_of_teachers
 
 def test_mean_of_one_teachers_predictions_is_the_same_tensor():
     probabilities = torch.tensor([0.1, 1.0, 0.0])
-    assert mean_predictions([probabilities], "probability") is probabilities
+    assert mean_predictions([probabilities], ("probability",)) is probabilities
 
 
 def test_mean_of_probabilities_zero_and_one_is_finite():
     probabilities = [torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])]
-    predictions = mean_predictions(probabilities, "probability")
+    predictions = mean_predictions(probabilities, ("probability",))
     assert predictions.isfinite().all()
     assert 0 < float(predictions[0]) < 0.5 < float(predictions[1]) < 1
 

@@ -19,7 +19,8 @@ from compressors.contracts import Limit
 from compressors.contracts import metric as metric_named
 from compressors.metrics import point_estimates, top_k
 from compressors.metrics.intervals import PairedRows, estimate_pair
-from compressors.metrics.judge import Measured, judge, quality_numbers
+from compressors.metrics.judge import judge
+from compressors.metrics.measured import Measured, quality_numbers
 
 OF_LISTS = ("ndcg@10", "mrr@10", "map@5", "hit@2", "recall@3", "precision@3")
 ALL_METRICS = (*METRICS, "gauc", *OF_LISTS)

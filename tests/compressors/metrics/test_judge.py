@@ -17,15 +17,14 @@ from compressors.contracts import Estimate, Limit
 from compressors.contracts.reasons import Reason
 from compressors.errors.metrics import LimitRefused
 from compressors.metrics.intervals import PairedEstimate
-from compressors.metrics.judge import (
+from compressors.metrics.judge import judge, verdict
+from compressors.metrics.measured import (
     Measured,
     Number,
     byte_numbers,
     exact_estimate,
-    judge,
     latency_numbers,
     quality_numbers,
-    verdict,
 )
 
 STRICTNESS = {"accepted": 0, "undecided": 1, "rejected": 2}

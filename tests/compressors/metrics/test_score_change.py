@@ -16,7 +16,8 @@ from compressors.contracts.reasons import Reason
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.full_ranking import Interactions, RankedVectors, ranking_queries
 from compressors.metrics.intervals import estimate_pair
-from compressors.metrics.judge import Measured, Number, judge, quality_numbers, verdict
+from compressors.metrics.judge import judge, verdict
+from compressors.metrics.measured import Measured, Number, quality_numbers
 from compressors.metrics.score_change import change_of_rankings, change_of_rows
 
 SCORE_CHANGES = [name for name, item in usual_metrics().items() if item.kind == "score_change"]

@@ -1,0 +1,96 @@
+"""Metrics and limits of a model's outputs: with several outputs, each metric has one per output.
+
+``outputs`` are the outputs of a signature, and ``grouped`` is whether it names a group column. A
+model with one output has the metric ``auc``, a model with several ``auc[click]`` and ``auc[like]``.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from compressors.contracts.limits import Limit
+from compressors.contracts.metrics import metric, quality_metrics, usual_batches
+from compressors.contracts.metrics.families import can_be_measured, usual_metrics_of_task
+from compressors.contracts.metrics.metric import Metric, name_of_output
+from compressors.contracts.signature import Output
+
+Outputs = tuple[Output, ...]
+
+
+def quality_metrics_of_outputs(
+    outputs: Outputs, *, grouped: bool, named: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """Return the quality metrics measured for a model.
+
+    Args:
+        outputs: the model's outputs.
+        grouped: whether the signature names a group column.
+        named: names of further metrics to measure, as ``limits_of_outputs`` returns them; only
+            quality metrics are used.
+    """
+    declared = [metric(name) for name in named]
+    names: list[str] = []
+    for output in outputs:
+        of_output = [item for item in declared if item.output in (None, output.name)]
+        measured = quality_metrics(
+            output.kind,
+            grouped=grouped,
+            named=(output.metric, *(_without_output(item) for item in of_output)),
+        )
+        names += [_qualified(name, output, outputs) for name in measured]
+    return tuple(names)
+
+
+def further_metrics(outputs: Outputs, names: Iterable[str]) -> tuple[str, ...]:
+    """Return the metrics among ``names`` that are not measured for every model of these kinds."""
+    usual = {
+        _qualified(item.name, output, outputs) if item.is_of_output else item.name
+        for output in outputs
+        for item in usual_metrics_of_task(output.kind)
+    }
+    return tuple(sorted(set(names) - usual))
+
+
+def usual_batches_of_outputs(outputs: Outputs) -> tuple[int, ...]:
+    """Return the batch sizes at which the latency of every model of these kinds is measured."""
+    return tuple(sorted({size for output in outputs for size in usual_batches(output.kind)}))
+
+
+def limits_of_outputs(
+    limits: Iterable[Limit], outputs: Outputs, *, grouped: bool
+) -> tuple[Limit, ...]:
+    """Return limits whose metrics have the names under which they are measured.
+
+    A limit on a metric without an output, such as ``auc``, applies to each of several outputs for
+    which the metric can be measured. For one output, ``auc[click]`` is ``auc``. A limit on a metric
+    that cannot be measured, or on an unknown output, is unchanged.
+    """
+    return tuple(item for limit in limits for item in _limits(limit, outputs, grouped))
+
+
+def _limits(limit: Limit, outputs: Outputs, grouped: bool) -> Iterator[Limit]:
+    declared = limit.declared
+    if len(outputs) == 1:
+        is_known = declared.output == outputs[0].name
+        yield _with_metric(limit, _without_output(declared)) if is_known else limit
+        return
+    measurable = [
+        output for output in outputs if can_be_measured(declared, output.kind, grouped=grouped)
+    ]
+    if not declared.is_of_output or declared.output is not None or not measurable:
+        yield limit
+        return
+    for output in measurable:
+        yield _with_metric(limit, name_of_output(limit.metric, output.name))
+
+
+def _with_metric(limit: Limit, name: str) -> Limit:
+    return limit.model_copy(update={"metric": name})
+
+
+def _without_output(item: Metric) -> str:
+    """Return the name of a metric without the output in brackets."""
+    return item.name.partition("[")[0]
+
+
+def _qualified(name: str, output: Output, outputs: Outputs) -> str:
+    """Return the name of an output's metric; with one output, that of the metric."""
+    return name if len(outputs) == 1 else name_of_output(name, output.name)

@@ -1,0 +1,73 @@
+"""Call a network, and bring what it returns into one form: a column of scores for each output.
+
+A network with one output returns it, float ``(rows,)`` or ``(rows, 1)``. A network with ``n``
+outputs returns one of these, in the order of the signature's outputs:
+
+- a tensor ``(rows, n)``;
+- a tuple or list of ``n`` tensors, ``(rows,)`` or ``(rows, 1)`` each;
+- a mapping from the outputs' names to such tensors, in any order; other entries are ignored.
+
+Its *scores* are then a tensor, float ``(rows,)`` for one output and ``(rows, n)`` for several.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.contracts import Signature
+
+
+def network_scores(module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature) -> Tensor:
+    """Call a network with its inputs and return its scores; raises what ``scores_of`` raises."""
+    return scores_of(module(**inputs), signature)
+
+
+def scores_of(returned: Any, signature: Signature) -> Tensor:
+    """Return the scores in what a network returned.
+
+    Raises:
+        TypeError, ValueError: as ``output_tensors``.
+    """
+    tensors = output_tensors(returned, signature)
+    if not signature.has_several_outputs:
+        return tensors[0]
+    return returned if isinstance(returned, Tensor) else torch.stack(tensors, dim=1)
+
+
+def output_tensors(returned: Any, signature: Signature) -> tuple[Tensor, ...]:
+    """Return the tensor ``(rows,)`` of each output in what a network returned.
+
+    Raises:
+        TypeError: the network returned another type, such as None.
+        ValueError: it returned another number of outputs than the signature has, an output that is
+            not one value per row, or no output of a name.
+    """
+    names = [output.name for output in signature.outputs]
+    if isinstance(returned, Tensor) and len(names) == 1:
+        return (returned.reshape(-1),)
+    if isinstance(returned, Tensor):
+        if returned.dim() != 2 or returned.shape[1] != len(names):
+            raise ValueError(f"expected (rows, {len(names)}), got {tuple(returned.shape)}")
+        return returned.unbind(dim=1)
+    if isinstance(returned, Mapping):
+        if missing := [name for name in names if name not in returned]:
+            raise ValueError(f"expected outputs {names}, got {list(returned)}: no {missing[0]!r}")
+        tensors = [returned[name] for name in names]
+    elif isinstance(returned, tuple | list):
+        tensors = list(returned)
+    else:
+        raise TypeError(f"expected a tensor, tuple or mapping, got {type(returned).__name__}")
+    if len(tensors) != len(names):
+        raise ValueError(f"expected {len(names)} output(s), got {len(tensors)}")
+    for name, tensor in zip(names, tensors, strict=True):
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape[1:]) not in ((), (1,)):
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"expected one value per row in output {name!r}, got {shape}")
+    return tuple(tensor.reshape(-1) for tensor in tensors)
+
+
+def score_columns(scores: Tensor) -> tuple[Tensor, ...]:
+    """Split scores ``(rows,)`` or ``(rows, outputs)`` into one tensor ``(rows,)`` per output."""
+    return (scores,) if scores.dim() == 1 else scores.unbind(dim=1)

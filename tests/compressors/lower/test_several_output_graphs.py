@@ -1,0 +1,108 @@
+"""Graphs of a network with three outputs: names, scores, refused rows and parity per output."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from error_codes import raises_code
+from models import MULTI_TASK, default_step
+
+from compressors.core.random_inputs import generate_inputs
+from compressors.core.registries import METHODS
+from compressors.core.runner import run
+from compressors.core.scores import network_scores
+from compressors.errors.compression import ParityLost
+from compressors.lower.export import lower
+from compressors.lower.parity import check_outputs, worst_parity
+from compressors.lower.serving_wrapper import served_graphs, stack_outputs
+from infra.onnxruntime.sessions import Session
+
+NAMES = ("click", "like", "buy")
+RECIPES = ((), ("rowwise_int8", "fold", "static_int8"), ("rowwise_int4", "float16"))
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """Return the network after each recipe, by its steps."""
+    folder = tmp_path_factory.mktemp("recipes")
+    bench, models = MULTI_TASK.bench(folder / "data"), {(): MULTI_TASK.model()}
+    for recipe in RECIPES[1:]:
+        model = MULTI_TASK.model()
+        for kind in recipe:
+            step = default_step(METHODS[kind])
+            model = run(step, model, bench, folder / "-".join((*recipe, kind)))
+        models[recipe] = model
+    return models
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize("recipe", RECIPES, ids="+".join)
+def test_graph_has_the_outputs_of_the_signature_with_the_scores_of_the_module(
+    recipe, target, compressed, tmp_path
+):
+    (served,) = served_graphs(MULTI_TASK.signature)
+    assert served.outputs == NAMES
+    model, path = compressed[recipe], tmp_path / "model.onnx"
+    lowered = lower(model.module, served, target, path)
+    graph = onnx.load(path).graph
+    assert tuple(item.name for item in graph.output) == NAMES
+    for rows in (1, 64):
+        inputs = generate_inputs(MULTI_TASK.signature, MULTI_TASK.rows_of_tables(), rows, seed=5)
+        scores = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
+        assert scores.shape == (rows, 3)
+        with torch.no_grad():
+            raw = network_scores(model.module, inputs, MULTI_TASK.signature)
+            expected = stack_outputs(lowered.served(*inputs.values())).numpy()
+        raw[:, :2] = raw[:, :2].sigmoid()  # logits are served as probabilities
+        np.testing.assert_allclose(expected, raw.numpy(), atol=1e-6)  # float32 rounding
+        if rows > 1:  # one score has no spread
+            check_outputs(expected, scores, NAMES, model.plan, target)
+
+
+def test_a_refused_row_is_nan_in_every_output(tmp_path):
+    (served,) = served_graphs(MULTI_TASK.signature)
+    path = tmp_path / "model.onnx"
+    lower(MULTI_TASK.model().module, served, "onnxruntime", path)
+    inputs = generate_inputs(MULTI_TASK.signature, MULTI_TASK.rows_of_tables(), 4, seed=5)
+    inputs["user"][2] = 40  # the table has rows 0 to 39, and this input refuses others
+    inputs["item"][1] = 99  # this input clamps ids
+    scores = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
+    assert np.isnan(scores).tolist() == [[False] * 3, [False] * 3, [True] * 3, [False] * 3]
+
+
+def test_parity_of_each_output_is_relative_to_its_own_spread():
+    random = np.random.default_rng(0)
+    expected = random.normal(size=(500, 2)).astype(np.float32) * [1.0, 0.01]
+    expected = expected.astype(np.float32)
+    within = expected + np.float32(1e-7)
+    parities = check_outputs(expected, within, ("wide", "narrow"), None, "onnxruntime")
+    assert [parity.output for parity in parities] == ["wide", "narrow"]
+    assert worst_parity(parities).output == "narrow"
+    # Half of the spread of the narrow output is within the limit of the wide one.
+    wrong = within.copy()
+    wrong[:, 1] += np.float32(0.0001)
+    with raises_code(ParityLost, "parity_limit") as caught:
+        check_outputs(expected, wrong, ("wide", "narrow"), None, "onnxruntime")
+    assert caught.value.failure.output == "narrow"
+    assert "output 'narrow'" in str(caught.value)
+
+
+def test_shapes_that_differ_are_reported_for_all_outputs():
+    scores = np.zeros((5, 2), np.float32)
+    with raises_code(ParityLost, "parity_shape"):
+        check_outputs(scores, scores[:, 0], ("a", "b"), None, "onnxruntime")
+
+
+def test_network_that_returns_a_mapping_has_the_same_graph_outputs(tmp_path):
+    reference = replace(MULTI_TASK, config={**MULTI_TASK.config, "returns": "mapping"})
+    (served,) = served_graphs(reference.signature)
+    inputs = generate_inputs(MULTI_TASK.signature, MULTI_TASK.rows_of_tables(), 16, seed=5)
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    scores = []
+    for number, source in enumerate((MULTI_TASK, reference)):
+        path = tmp_path / f"{number}.onnx"
+        lower(source.model().module, served, "onnxruntime", path)
+        scores.append(Session(path, threads=1).scores(arrays))
+    np.testing.assert_array_equal(*scores)
