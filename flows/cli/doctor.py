@@ -17,7 +17,7 @@ from flows.cli.doctor_errors import CheckFailed
 from infra.credentials import MLFLOW_PASSWORD, MLFLOW_USER, mask_credentials
 from infra.errors import InfraError, NoAnswer, Refused
 from infra.errors.settings import PREFECT_CREDENTIALS
-from infra.services.http_probe import HttpAnswer, HttpRequest, get
+from infra.services.http_probe import HttpAnswer, HttpRequest, send_request
 from infra.settings import load_settings, public_uri
 from tasks.orchestration.workspace import store
 from tasks.promotion.champion import champion_versions, registry
@@ -146,7 +146,7 @@ def _start_check(
     if not is_remote:
         return lambda: _run_check(what, check, remedy)
     request = HttpRequest(check)
-    return lambda: _run_check(what, request.answer, remedy)
+    return lambda: _run_check(what, request.wait, remedy)
 
 
 def _run_check(
@@ -216,7 +216,7 @@ def _check_registry() -> str:
     path = "/api/2.0/mlflow/registered-models/search?max_results=1000"
     answer = _mlflow_get(base + path)
     _require_accepted(answer, "MLflow", public_uri(uri))
-    body = answer.value()
+    body = answer.parse_json()
     if not isinstance(body, dict) or body.keys() - {"registered_models", "next_page_token"}:
         raise CheckFailed("answer_foreign", service="MLflow", address=public_uri(uri))
     more = "+" if body.get("next_page_token") else ""
@@ -236,9 +236,9 @@ def _mlflow_get(uri: str) -> HttpAnswer:
     """Send a GET request with the credentials that MLflow's client uses: a login, else a token."""
     user, password = os.environ.get(MLFLOW_USER), os.environ.get(MLFLOW_PASSWORD)
     if user and password:
-        return get(uri, login=(user, password))
+        return send_request(uri, auth=(user, password))
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    return get(uri, headers={"Authorization": f"Bearer {token}"} if token else {})
+    return send_request(uri, headers={"Authorization": f"Bearer {token}"} if token else {})
 
 
 def _check_prefect() -> str:
@@ -248,20 +248,22 @@ def _check_prefect() -> str:
     api = Settings().api  # read again, since Prefect caches settings in this process
     if not api.url:
         return "embedded, started with each command"
-    base, headers, login = api.url.rstrip("/"), dict[str, str](), None
+    base, headers, auth = api.url.rstrip("/"), dict[str, str](), None
     if api.key is not None:
         headers = {"Authorization": f"Bearer {api.key.get_secret_value()}"}
     elif api.auth_string is not None:
         user, _, password = api.auth_string.get_secret_value().partition(":")
-        login = user, password
-    # Prefect lists work pools in response to a POST request, whose JSON body is ``posted``.
-    answer = get(f"{base}/work_pools/filter", headers=headers, login=login, posted={"limit": 200})
+        auth = user, password
+    # Prefect lists work pools in response to a POST request, with a JSON body.
+    answer = send_request(
+        f"{base}/work_pools/filter", headers=headers, auth=auth, json_body={"limit": 200}
+    )
     _require_accepted(answer, "Prefect", public_uri(api.url))
-    pools = answer.value()
+    pools = answer.parse_json()
     if not isinstance(pools, list):
         raise CheckFailed("answer_foreign", service="Prefect", address=public_uri(api.url))
-    response = get(f"{base}/admin/version", headers=headers, login=login)
-    version = str(response.value())[:20] if response.status == 200 else "?"
+    response = send_request(f"{base}/admin/version", headers=headers, auth=auth)
+    version = str(response.parse_json())[:20] if response.status == 200 else "?"
     ready = ", ".join(str(pool.get("name")) for pool in pools if pool.get("status") == "READY")
     workers = f"workers of {ready}" if ready else "no worker online"
     return f"Prefect {version} at {public_uri(api.url)}: {workers}, {answer.ms:.0f} ms"

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO
 
 from infra.errors import NoAnswer, ServiceFailed
-from infra.services.http_probe import get
+from infra.services.http_probe import send_request
 from infra.store.lock import hold_lock
 
 NOTIFY_AFTER_SECONDS = 10.0
@@ -159,7 +159,7 @@ class EmbeddedServer:
 
     def _is_ready(self) -> bool:
         try:
-            return get(f"{self.api_url}/health", seconds=_REQUEST_SECONDS).status == 200
+            return send_request(f"{self.api_url}/health", timeout=_REQUEST_SECONDS).status == 200
         except NoAnswer:
             return False
 

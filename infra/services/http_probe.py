@@ -20,7 +20,7 @@ from compressors.contracts import Frozen
 from infra.errors import NoAnswer
 from infra.settings import public_uri
 
-SECONDS = 5.0
+TIMEOUT_SECONDS = 5.0
 """Default deadline of a request."""
 MAX_BYTES = 1_000_000
 """At most so many bytes of a response's body are read."""
@@ -35,7 +35,7 @@ class HttpAnswer(Frozen):
     body: bytes
     ms: float
 
-    def value(self) -> Any:
+    def parse_json(self) -> Any:
         """Parse the body as JSON; None if it is not JSON."""
         try:
             return json.loads(self.body)
@@ -60,18 +60,18 @@ class HttpRequest(Generic[T]):
         self._started = time.monotonic()
         self._thread.start()
 
-    def answer(self, seconds: float = SECONDS) -> T:
+    def wait(self, timeout: float = TIMEOUT_SECONDS) -> T:
         """Wait for the request and return the result of ``send``.
 
         Raises:
-            NoAnswer: the request is not complete ``seconds`` after it was started.
+            NoAnswer: the request is not complete ``timeout`` seconds after it was started.
             Exception: the exception that ``send`` raised.
         """
-        self._thread.join(max(0.0, self._started + seconds - time.monotonic()))
+        self._thread.join(max(0.0, self._started + timeout - time.monotonic()))
         if self._fault is not None:
             raise self._fault
         if not self._results:
-            raise NoAnswer("no_answer_in_time", seconds=seconds)
+            raise NoAnswer("no_answer_in_time", seconds=timeout)
         return self._results[0]
 
     def _work(self) -> None:
@@ -81,30 +81,30 @@ class HttpRequest(Generic[T]):
             self._fault = fault
 
 
-def get(
+def send_request(
     uri: str,
     *,
     headers: Mapping[str, str] | None = None,
-    posted: Mapping[str, Any] | None = None,
-    login: tuple[str, str] | None = None,
-    seconds: float = SECONDS,
+    json_body: Mapping[str, Any] | None = None,
+    auth: tuple[str, str] | None = None,
+    timeout: float = TIMEOUT_SECONDS,
 ) -> HttpAnswer:
-    """Send one request and return the HTTP answer, also if it is an error or a redirect.
+    """Send a GET or POST request and return the HTTP answer, also if it is an error or a redirect.
 
     Args:
         uri: ``http(s)://``, with or without ``user:password@``.
         headers: additional headers of the request.
-        posted: a JSON body; the request is then a POST.
-        login: user and password for basic authentication; those of the URI take precedence.
-        seconds: total deadline, from the lookup of the host name to the end of the body.
+        json_body: the body of a POST request; without it, the request is a GET.
+        auth: user and password for basic authentication; those of the URI take precedence.
+        timeout: total deadline in seconds, from the lookup of the host name to the end of the body.
 
     Raises:
         NoAnswer: the service did not respond before the deadline, or the connection failed. The
             message gives the reason, without credentials.
     """
-    request = HttpRequest(lambda: _send_and_read(uri, headers or {}, posted, login, seconds))
+    request = HttpRequest(lambda: _send_and_read(uri, headers or {}, json_body, auth, timeout))
     try:
-        return request.answer(seconds)
+        return request.wait(timeout)
     except NoAnswer:
         problem = TimeoutError.__name__
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as fault:
@@ -115,36 +115,37 @@ def get(
 def _send_and_read(
     uri: str,
     headers: Mapping[str, str],
-    posted: Mapping[str, Any] | None,
-    login: tuple[str, str] | None,
-    seconds: float,
+    json_body: Mapping[str, Any] | None,
+    auth: tuple[str, str] | None,
+    timeout: float,
 ) -> HttpAnswer:
     """Send the request and read at most ``MAX_BYTES`` of the body.
 
     Raises:
-        TimeoutError: the body is not complete after ``seconds``; the connection is closed.
+        TimeoutError: the body is not complete after ``timeout`` seconds; the connection is closed.
     """
     address = httpx.URL(uri)
     if address.userinfo:
-        login = address.username, address.password
+        auth = address.username, address.password
     # Without user and password, because httpx logs the address.
     address = address.copy_with(userinfo=b"")
     # No decompression: a compressed body could expand beyond the limit.
     request_headers = {"Accept": "application/json", "Accept-Encoding": "identity", **headers}
-    method = "GET" if posted is None else "POST"
+    method = "GET" if json_body is None else "POST"
     body = bytearray()
     with httpx.Client(
-        verify=_certificates(), proxy=_proxy(address), trust_env=False, timeout=seconds
+        verify=_certificates(), proxy=_proxy(address), trust_env=False, timeout=timeout
     ) as client:
         start = time.monotonic()
         with client.stream(
-            method, address, headers=request_headers, json=posted, auth=login
+            method, address, headers=request_headers, json=json_body, auth=auth
         ) as response:
             for chunk in response.iter_raw():
                 body += chunk
                 if len(body) >= MAX_BYTES:
                     break
-                if time.monotonic() > start + seconds:
+                # The timeout of httpx restarts with every chunk.
+                if time.monotonic() > start + timeout:
                     raise TimeoutError
     ms = 1000 * (time.monotonic() - start)
     return HttpAnswer(status=response.status_code, body=bytes(body[:MAX_BYTES]), ms=ms)

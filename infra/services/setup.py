@@ -1,9 +1,12 @@
 """Set up the services before the first run: buckets, work pools, deployments, automations.
 
 ``python -m infra.services.setup`` creates missing buckets and pools, and creates or updates the
-deployments and automations of this folder. It reads these environment variables: ``AWS_*`` (with a
-key that may create buckets), ``PREFECT_API_URL``, and ``RECPRESS_CODE``, the folder from which
-workers run the code.
+deployments and automations of this folder. It reads these environment variables:
+
+- ``AWS_*``: endpoint, region and a key that may create buckets.
+- ``PREFECT_API_URL``: the address of Prefect's API.
+- ``PREFECT_API_AUTH_STRING``: ``user:password`` of the Prefect server; unset if it needs none.
+- ``RECPRESS_CODE``: the folder from which workers run the code. ``prefect.yaml`` contains it.
 """
 
 import json
@@ -18,15 +21,16 @@ from compressors.contracts import digest
 from infra.credentials import mask_credentials
 from infra.errors import ChildFailed, ServiceFailed, SettingRefused
 from infra.services.compose import ROOT
-from infra.services.http_probe import get
+from infra.services.http_probe import send_request
 
 BUCKETS = ("recpress", "mlflow")
 POOLS = ("recpress-cpu", "recpress-gpu")
 DEPLOYMENTS = Path(__file__).parent / "prefect.yaml"
 AUTOMATIONS = Path(__file__).parent / "automations.yaml"
 
-_BUCKET_EXISTS = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
-SECONDS = 120
+_BUCKET_EXISTS_CODES = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
+"""Error codes of S3 for a bucket that exists."""
+TIMEOUT_SECONDS = 120
 """Time limit of each command and request."""
 
 
@@ -46,9 +50,10 @@ def create_buckets(names: tuple[str, ...] = BUCKETS) -> None:
         except FileExistsError:
             continue
         except (ClientError, BotoCoreError, OSError) as fault:
+            # s3fs replaces a ClientError by an OSError with the ClientError as its cause.
             cause = fault if isinstance(fault, ClientError) else fault.__cause__
             code = getattr(cause, "response", {}).get("Error", {}).get("Code", "")
-            if code in _BUCKET_EXISTS:
+            if code in _BUCKET_EXISTS_CODES:
                 continue
             raise SettingRefused(
                 "bucket_not_creatable", bucket=name, problem=code or type(fault).__name__
@@ -62,7 +67,8 @@ def create_pools(names: tuple[str, ...] = POOLS) -> None:
     so a new worker does not start another run in parallel. Existing pools are not changed.
 
     Raises:
-        ChildFailed: Prefect refused, or did not respond.
+        ChildFailed: a command of Prefect failed; contains its output.
+        subprocess.TimeoutExpired: a command took longer than ``TIMEOUT_SECONDS``.
     """
     for name in names:
         if _run_prefect("work-pool", "inspect", name, must_succeed=False).returncode:
@@ -74,7 +80,8 @@ def deploy() -> None:
     """Create or update the deployments of ``infra/services/prefect.yaml``.
 
     Raises:
-        ChildFailed: Prefect refused, or did not respond.
+        ChildFailed: a command of Prefect failed; contains its output.
+        subprocess.TimeoutExpired: a command took longer than ``TIMEOUT_SECONDS``.
     """
     _run_prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS))
 
@@ -86,7 +93,9 @@ def create_automations() -> None:
     detect changes, the description of an automation contains a digest of its entry in the file.
 
     Raises:
-        ChildFailed: Prefect refused, or did not respond.
+        ChildFailed: a command of Prefect failed; contains its output.
+        subprocess.TimeoutExpired: a command took longer than ``TIMEOUT_SECONDS``.
+        NoAnswer, ServiceFailed: the server did not return the existing automations.
     """
     import yaml
 
@@ -109,28 +118,37 @@ def _list_automations() -> list[dict[str, Any]]:
     """List the server's automations through its API.
 
     The CLI is not used, because its JSON contains line breaks inside strings.
+
+    Raises:
+        NoAnswer: the server did not respond within the time limit.
+        ServiceFailed: the server did not return a list.
     """
     user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
-    answer = get(
+    answer = send_request(
         os.environ["PREFECT_API_URL"].rstrip("/") + "/automations/filter",
-        login=(user, password) if user else None,
-        posted={"limit": 200},
-        seconds=SECONDS,
+        auth=(user, password) if user else None,
+        json_body={"limit": 200},  # the most per response by default
+        timeout=TIMEOUT_SECONDS,
     )
-    automations = answer.value()
+    automations = answer.parse_json()
     if answer.status != HTTPStatus.OK or not isinstance(automations, list):
         raise ServiceFailed("automations_not_listed", status=answer.status)
     return automations
 
 
 def _run_prefect(*arguments: str, must_succeed: bool = True) -> "subprocess.CompletedProcess[str]":
-    """Run a command of Prefect's command line, since this package must not import Prefect."""
+    """Run a command of Prefect's command line, since this package must not import Prefect.
+
+    Raises:
+        ChildFailed: the command failed, and ``must_succeed`` is set.
+        subprocess.TimeoutExpired: it did not end within ``TIMEOUT_SECONDS``.
+    """
     process = subprocess.run(
         [sys.executable, "-m", "prefect", *arguments],
         cwd=ROOT,  # the folder of the deployments' entrypoints
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=TIMEOUT_SECONDS,
         check=False,
     )
     if must_succeed and process.returncode:
@@ -141,7 +159,7 @@ def _run_prefect(*arguments: str, must_succeed: bool = True) -> "subprocess.Comp
 
 
 def main() -> None:
-    """Create or update all objects and print their names."""
+    """Create or update everything; print the names of the buckets and work pools."""
     create_buckets()
     create_pools()
     deploy()

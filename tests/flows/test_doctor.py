@@ -28,7 +28,7 @@ from s3_server import S3Server
 
 from flows.cli.doctor import DoctorFinding, check_installation
 from infra.errors import NoAnswer
-from infra.services.http_probe import MAX_BYTES, HttpRequest, get
+from infra.services.http_probe import MAX_BYTES, HttpRequest, send_request
 
 SECRET = "canary-of-a-password"
 LIMIT_SECONDS = 2.5
@@ -127,8 +127,8 @@ def test_three_services_that_never_respond_take_one_time_limit(
     silent_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_installation()  # loads the libraries, so that the measured time does not include that
-    monkeypatch.setattr(HttpRequest.answer, "__defaults__", (LIMIT_SECONDS,))
-    monkeypatch.setitem(get.__kwdefaults__, "seconds", LIMIT_SECONDS)
+    monkeypatch.setattr(HttpRequest.wait, "__defaults__", (LIMIT_SECONDS,))
+    monkeypatch.setitem(send_request.__kwdefaults__, "timeout", LIMIT_SECONDS)
     set_services(monkeypatch, f"http://127.0.0.1:{silent_port}")
     start = time.monotonic()
     findings = examine_services()
@@ -206,7 +206,7 @@ def test_get_sends_credentials_and_does_not_follow_a_redirect(
             return 302, {"Location": other}, b""
 
         with http_server(reply_redirect) as uri:
-            answer = get(uri.replace("://", f"://somebody:{SECRET}@"))
+            answer = send_request(uri.replace("://", f"://somebody:{SECRET}@"))
     assert answer.status == 302
     assert received == [f"Basic {b64encode(f'somebody:{SECRET}'.encode()).decode()}"]
     assert redirected == []
@@ -284,7 +284,7 @@ def test_request_to_a_server_that_sends_slowly_ends_at_its_total_deadline(head: 
     with slow_server(head) as (uri, _):
         start = time.monotonic()
         with raises_code(NoAnswer, "no_answer", address=uri, problem="TimeoutError"):
-            get(uri, seconds=0.5)
+            send_request(uri, timeout=0.5)
         # The server sends for 5 s; 2 s more than the deadline are for a busy machine.
         assert 0.5 <= time.monotonic() - start < 2.5
 
@@ -292,7 +292,7 @@ def test_request_to_a_server_that_sends_slowly_ends_at_its_total_deadline(head: 
 def test_connection_to_a_server_that_sends_slowly_is_closed_after_the_deadline() -> None:
     with slow_server(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n") as (uri, is_closed):
         with raises_code(NoAnswer, "no_answer", address=uri, problem="TimeoutError"):
-            get(uri, seconds=0.5)
+            send_request(uri, timeout=0.5)
         assert is_closed.wait(2)
 
 
@@ -300,7 +300,7 @@ def test_body_is_read_to_its_first_megabyte_and_not_decompressed() -> None:
     body = b"x" * (MAX_BYTES + 100_000)
     headers = {"Content-Encoding": "gzip"}  # the body is not gzip, so decompression would fail
     with http_server(lambda _: (200, headers, body)) as uri:
-        assert get(uri).body == body[:MAX_BYTES]
+        assert send_request(uri).body == body[:MAX_BYTES]
 
 
 def test_login_in_the_uri_takes_precedence_over_the_argument() -> None:
@@ -311,8 +311,8 @@ def test_login_in_the_uri_takes_precedence_over_the_argument() -> None:
         return 200, {}, b""
 
     with http_server(reply) as uri:
-        get(uri, login=("a", "b"))
-        get(uri.replace("://", "://some%40body:c%3Ad@"), login=("a", "b"))
+        send_request(uri, auth=("a", "b"))
+        send_request(uri.replace("://", "://some%40body:c%3Ad@"), auth=("a", "b"))
     expected = [b64encode(login).decode() for login in (b"a:b", b"some@body:c:d")]
     assert received == [f"Basic {login}" for login in expected]
 
@@ -325,7 +325,7 @@ def test_log_records_do_not_contain_the_password_of_the_uri(
     logging.setLogRecordFactory(logging.LogRecord)  # without the masking of secrets
     try:
         with http_server(lambda _: (200, {}, b"")) as uri:
-            get(uri.replace("://", f"://somebody:{SECRET}@"))
+            send_request(uri.replace("://", f"://somebody:{SECRET}@"))
     finally:
         logging.setLogRecordFactory(masking_factory)
     assert "HTTP Request" in caplog.text
@@ -340,8 +340,8 @@ def test_posted_json_arrives_and_an_error_status_is_returned_with_its_body() -> 
         return 422, {}, b'{"detail": 1}'
 
     with http_server(reply) as uri:
-        answer = get(uri, posted={"limit": 1})
-    assert (answer.status, answer.value()) == (422, {"detail": 1})
+        answer = send_request(uri, json_body={"limit": 1})
+    assert (answer.status, answer.parse_json()) == (422, {"detail": 1})
     assert received == [("POST", "application/json")]
 
 
@@ -359,16 +359,16 @@ def test_proxy_of_the_environment_is_used_unless_the_address_is_excluded(
 
     with http_server(proxy) as through, http_server(lambda _: (200, {}, b"")) as uri:
         monkeypatch.setenv("http_proxy", through.removeprefix("http://"))
-        assert get(f"{uri}/x").status == 203
+        assert send_request(f"{uri}/x").status == 203
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        assert get(f"{uri}/x").status == 200
+        assert send_request(f"{uri}/x").status == 200
     assert paths == [f"{uri}/x"]
 
 
 @pytest.mark.parametrize("uri", [f"http://a:{SECRET}/x@h:1/", "gopher://h/", "http://"])
 def test_invalid_address_raises_no_answer_without_its_password(uri: str) -> None:
     with pytest.raises(NoAnswer) as fault:
-        get(uri)
+        send_request(uri)
     assert fault.value.code == "no_answer"
     assert SECRET not in str(fault.value)
 
@@ -376,7 +376,7 @@ def test_invalid_address_raises_no_answer_without_its_password(uri: str) -> None
 def test_http_request_raises_no_answer_in_time_at_its_limit() -> None:
     start = time.monotonic()
     with raises_code(NoAnswer, "no_answer_in_time", seconds=0.2):
-        HttpRequest(lambda: time.sleep(2)).answer(0.2)
+        HttpRequest(lambda: time.sleep(2)).wait(0.2)
     assert time.monotonic() - start < 1
 
 
@@ -385,7 +385,7 @@ def test_http_request_raises_the_error_of_its_thread_when_the_answer_is_read() -
         raise PermissionError("no")
 
     with pytest.raises(PermissionError, match="no"):
-        HttpRequest(raise_permission_error).answer()
+        HttpRequest(raise_permission_error).wait()
 
 
 def test_doctor_json_contains_the_remedy(

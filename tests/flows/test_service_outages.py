@@ -29,7 +29,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 
 from infra import errors
 from infra.errors import NoAnswer
-from infra.services.http_probe import get
+from infra.services.http_probe import send_request
 from tasks.orchestration import outages, policy
 
 MAX_SECONDS = 600
@@ -312,7 +312,7 @@ def registry_server(port: int, folder: Path) -> Iterator[None]:
 def is_healthy(port: int) -> bool:
     """Return whether the MLflow server on a port responds."""
     try:
-        return get(f"http://127.0.0.1:{port}/health").status == 200
+        return send_request(f"http://127.0.0.1:{port}/health").status == 200
     except NoAnswer:
         return False
 
