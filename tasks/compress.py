@@ -11,7 +11,7 @@ from compressors.core.registries import AnyStep
 from compressors.errors.compression import CompressionError, ModelRefused, NothingToCompress
 from infra.bundle.bundle_folder import SplitName, read, seal
 from infra.settings import load_settings
-from infra.store.chunks import hard_links
+from infra.store.chunks import find_hard_links
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import bench_of, split_of
 from tasks.orchestration.code_digest import code_digest
@@ -102,7 +102,7 @@ def compress(
             plan=result.plan,
             notes=manifest.notes,
             # Unchanged files are links to files of the source; their hashes are not computed again.
-            linked=hard_links(folder, source_folder, manifest.files),
+            linked=find_hard_links(folder, source_folder, manifest.files),
         )
         artifact = store().take_derived(folder, source, source_folder)
     shutil.rmtree(checkpoints, ignore_errors=True)  # exists only if the step trains

@@ -150,14 +150,14 @@ def _order_lock(order: "Terms", *, quiet: bool) -> Iterator[None]:
     from flows.resolve import current_order_digest
     from infra.errors import SettingRefused
     from infra.settings import load_settings
-    from infra.store.lock import locked_name
+    from infra.store.lock import hold_named_lock
 
     digest, path = current_order_digest(order), load_settings().home / "orders.lock"
     text = f"Order {digest[:12]} is running in another process. Waiting for its result."
     with ExitStack() as stack:
         try:
             notify_waiting = functools.partial(console.print_progress, text, quiet=quiet)
-            stack.enter_context(locked_name(path, digest, notify_waiting))
+            stack.enter_context(hold_named_lock(path, digest, notify_waiting))
         except OSError as fault:
             raise SettingRefused(
                 "lock_not_writable", path=str(path), problem=fault.strerror

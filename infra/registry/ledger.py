@@ -27,7 +27,7 @@ from infra.errors import (
     PromotionRefused,
     StoreRefused,
 )
-from infra.store.manifest import plain_path
+from infra.store.manifest import require_portable_path
 from infra.store.object_store import Store
 
 Action = Literal["promote", "rollback"]
@@ -101,7 +101,7 @@ class Ledger:
 
     def __init__(self, store: Store, model: str) -> None:
         try:
-            plain_path(model)
+            require_portable_path(model)
         except ValueError as fault:
             raise StoreRefused("model_name_no_path", problem=str(fault)) from fault
         if "/" in model or ":" in model:

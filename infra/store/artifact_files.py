@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from infra.errors import AlreadyThere, ArtifactDamaged
 from infra.store.backend import Backend
-from infra.store.chunks import map_in_order, sha256, verified_chunks
-from infra.store.disk import translate
-from infra.store.manifest import CHUNK_BYTES, FileEntry, StoreManifest, blob_of
+from infra.store.chunks import map_in_order, read_verified_chunks, sha256
+from infra.store.disk import translate_os_error
+from infra.store.manifest import CHUNK_BYTES, FileEntry, StoreManifest, compute_blob_name
 
 BLOBS = "blobs"
 SMALL_BYTES = 2**16
@@ -27,8 +27,8 @@ The check is a listing, which takes as long as such an upload.
 Content = TypeVar("Content")
 
 
-def files_below(root: str) -> str:
-    """Return the key prefix of an artifact's files by path.
+def build_files_prefix(root: str) -> str:
+    """Build the key prefix of an artifact's files by path.
 
     For a manifest of version 2 they are hard links to blobs; for version 1, the files themselves.
 
@@ -51,7 +51,7 @@ def read_with_retry(backend: Backend, read: Callable[[], Content]) -> Content:
     try:
         return read()
     except ArtifactDamaged:
-        if backend.local_path("") is not None:
+        if not _is_bucket(backend):
             raise
     return read()
 
@@ -70,46 +70,58 @@ def add_files(backend: Backend, folder: Path, manifest: StoreManifest, *, move: 
     Args:
         backend: where to store the files.
         folder: the folder that contains the files.
-        manifest: paths and hashes of the files.
-        move: whether to move the files, if that is possible, instead of copying them.
+        manifest: paths and hashes of the files. Its ``chunk_bytes`` is ``CHUNK_BYTES``, as in each
+            manifest that ``StoreManifest.of`` builds.
+        move: whether to move the files, if that is possible, instead of copying them. A moved file
+            is not compared with its hashes.
 
     Raises:
-        ConcurrentChange: a file does not match its hashes.
+        ConcurrentChange: a file that is copied cannot be read or does not match its hashes.
     """
     for entry in manifest.files:
-        key = f"{BLOBS}/{blob_of(entry, manifest.chunk_bytes)}"
+        key = f"{BLOBS}/{compute_blob_name(entry, manifest.chunk_bytes)}"
         _add_blob(backend, folder, entry, key, move=move)
     for entry, blob in zip(manifest.files, manifest.blobs, strict=True):
-        backend.link(f"{BLOBS}/{blob}", files_below(manifest.root) + entry.path)
+        backend.link(f"{BLOBS}/{blob}", build_files_prefix(manifest.root) + entry.path)
 
 
 def _add_blob(backend: Backend, folder: Path, entry: FileEntry, key: str, *, move: bool) -> None:
     """Store one file as the blob ``key``, unless the backend has an intact one."""
-    is_small = backend.local_path("") is None and entry.bytes <= SMALL_BYTES
-    if not is_small and _is_stored(backend, folder, entry, key):
+    is_upload_faster = _is_bucket(backend) and entry.bytes <= SMALL_BYTES  # than the check
+    if not is_upload_faster and _is_stored(backend, folder, entry, key):
         return
+    # Moved without comparing hashes, to read the file only once: the caller, who computed them, no
+    # longer uses the file, and readers verify every chunk. A damaged blob of this key is replaced.
     if move and backend.move(folder / entry.path, key):
         return
     try:
-        backend.upload_new(key, entry.bytes, verified_chunks(folder, entry))
+        backend.upload_new(key, entry.bytes, read_verified_chunks(folder, entry))
     except AlreadyThere:
         if not _is_stored(backend, folder, entry, key):  # damaged since it was stored
-            backend.upload(key, entry.bytes, verified_chunks(folder, entry))
+            backend.upload(key, entry.bytes, read_verified_chunks(folder, entry))
 
 
 def _is_stored(backend: Backend, folder: Path, entry: FileEntry, key: str) -> bool:
     """Return whether the backend has an intact blob for this file.
 
     In a bucket only the size is compared, because the bucket verifies checksums itself. In a local
-    folder all bytes are compared, because a power failure may have lost some of them.
+    folder all bytes are compared, because a power failure may have lost some of them; except if the
+    file is a hard link to the blob, so that the hashes in ``entry`` are known to match.
     """
     size, local = backend.size(key), backend.local_path(key)
     if size != entry.bytes or local is None:
         return size == entry.bytes
+    # The hashes of a hard link to the blob were computed from the blob's bytes (``Store.put``), or
+    # copied from the manifest of an artifact that was just verified (``Store.take_derived``).
     with suppress(OSError):  # the read below reports the problem
         if (folder / entry.path).samefile(local):
             return True
     return has_content(backend, key, entry, CHUNK_BYTES)
+
+
+def _is_bucket(backend: Backend) -> bool:
+    """Return whether the backend is a bucket, whose keys are not local files."""
+    return backend.local_path("") is None
 
 
 class ArtifactFiles:
@@ -118,15 +130,17 @@ class ArtifactFiles:
     Args:
         backend: where the files are stored.
         manifest: paths and hashes of the files, already verified.
-        use_links: whether to read the hard links at the files' paths instead of the blobs. An
-            artifact of manifest version 1 has no blobs, so it is always read from these paths.
+        use_links: whether to read the files at their paths, which are hard links to the blobs,
+            instead of the blobs. Set it if other programs open the files at these paths, so that
+            what they read is verified. An artifact of manifest version 1 has no blobs, so it is
+            always read from these paths.
     """
 
     def __init__(
         self, backend: Backend, manifest: StoreManifest, *, use_links: bool = False
     ) -> None:
         self._backend, self._manifest = backend, manifest
-        self._below = files_below(manifest.root)
+        self._files_prefix = build_files_prefix(manifest.root)
         self._uri = f"{backend.uri}/artifacts/{manifest.root}"
         self._blobs = (
             {}
@@ -139,30 +153,30 @@ class ArtifactFiles:
 
     def key(self, entry: FileEntry) -> str:
         """Return the key to read this file from."""
-        return self._blobs.get(entry.path, self._below + entry.path)
+        return self._blobs.get(entry.path, self._files_prefix + entry.path)
 
     def verify(self) -> None:
-        """Compare every chunk with its hash, and check that the artifact has no other files.
+        """Compare the size of every file and the hash of every chunk with the manifest.
 
-        If the files are read from blobs, which artifacts share, there is no listing of the
-        artifact's files, so other files are not detected.
+        If the files are read at their paths, a file that is not in the manifest is an error too.
+        Blobs cannot be checked for other files, because all artifacts share them.
 
         Raises:
             ArtifactDamaged: a file is missing, is changed, or does not belong to the artifact.
         """
         read_with_retry(self._backend, lambda: self._check_sizes(refuse_extra=True))
-        for _ in self.chunks(self._manifest.files):
-            pass
+        for _ in self.read_chunks(self._manifest.files):
+            pass  # ``read_chunks`` verifies each chunk
 
     def copy(self, into: Path) -> None:
         """Write all files to the folder ``into``; each chunk is verified before it is written.
 
         Raises:
             ArtifactDamaged: a file is missing or changed.
-            SettingRefused, StoreUnavailable: ``into`` cannot be written.
+            SettingRefused, StoreUnavailable: ``into`` cannot be written, or has a file already.
         """
         read_with_retry(self._backend, self._check_sizes)
-        chunks = self.chunks(self._manifest.files)
+        chunks = self.read_chunks(self._manifest.files)
         for entry in self._manifest.files:
             path = into / entry.path
             try:
@@ -171,10 +185,15 @@ class ArtifactFiles:
                     for _ in entry.chunks:
                         file.write(next(chunks))
             except OSError as fault:
-                raise translate(fault, path, "write") from fault
+                raise translate_os_error(fault, path, "write") from fault
 
-    def chunks(self, entries: tuple[FileEntry, ...]) -> Iterator[bytes]:
-        """Yield all chunks of these files in order, each verified."""
+    def read_chunks(self, entries: tuple[FileEntry, ...]) -> Iterator[bytes]:
+        """Yield all chunks of these files in order, each verified.
+
+        Raises:
+            ArtifactMissing: a file does not exist.
+            ArtifactDamaged: a chunk differs from its hash, in a bucket twice in a row.
+        """
         chunk_bytes = self._manifest.chunk_bytes
 
         def read(chunk: tuple[FileEntry, int]) -> bytes:
@@ -210,7 +229,7 @@ class ArtifactFiles:
         if self._blobs:
             sizes = dict(zip(map(self.key, files), map_in_order(self._size, files), strict=True))
         else:
-            sizes = dict(self._backend.sizes(self._below))
+            sizes = dict(self._backend.sizes(self._files_prefix))
         for entry in files:
             key = self.key(entry)
             size = sizes.get(key)
@@ -228,7 +247,7 @@ class ArtifactFiles:
         extra = sizes.keys() - set(map(self.key, files))
         if refuse_extra and extra:
             raise ArtifactDamaged(
-                "file_unexpected", uri=self._uri, file=min(extra).removeprefix(self._below)
+                "file_unexpected", uri=self._uri, file=min(extra).removeprefix(self._files_prefix)
             )
 
     def _size(self, entry: FileEntry) -> int | None:

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 from infra.errors import SettingRefused
 from infra.settings import public_uri
 from infra.store.folder import Folder
-from infra.store.manifest import plain_path
+from infra.store.manifest import require_portable_path
 from infra.store.s3 import Bucket
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -92,7 +92,7 @@ def backend_for(root: str, setting: str) -> Backend:
         if not _BUCKET.fullmatch(bucket):
             raise SettingRefused("root_bucket_invalid", setting=setting, root=public_uri(root))
         try:
-            return Bucket(bucket, plain_path(prefix) if prefix else "")
+            return Bucket(bucket, require_portable_path(prefix) if prefix else "")
         except ValueError:
             raise SettingRefused(
                 "root_prefix_invalid", setting=setting, root=public_uri(root)

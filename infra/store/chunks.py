@@ -1,6 +1,9 @@
-"""Read, hash and verify files in chunks with a few threads.
+"""List, hash, read and verify the files of a folder, in chunks and with a few threads.
 
-For files of any size, only a few chunks are in memory.
+``list_regular_files`` lists the files of a folder and ``hash_files`` hashes them.
+``read_verified_chunks`` reads a file and compares each chunk with its hash. ``find_hard_links``
+finds files whose hashes are known already, ``read_open_file`` reads a part of a file, and
+``map_in_order`` runs a function in threads. For files of any size, only a few chunks are in memory.
 """
 
 import hashlib
@@ -13,9 +16,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from infra.errors import ConcurrentChange, InfraError, StoreRefused
-from infra.store.manifest import CHUNK_BYTES, FileEntry, plain_path
+from infra.store.manifest import CHUNK_BYTES, FileEntry, require_portable_path
 
 WORKERS = 4
+"""Number of threads of ``map_in_order``."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,10 +27,16 @@ Value = TypeVar("Value")
 
 
 def map_in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Apply ``work`` to each item with ``WORKERS`` threads and yield the results in order.
+    """Apply ``work`` to each item in threads; yield the results in order, a few in memory at once.
 
-    At most ``WORKERS + 1`` results are in memory. ``Executor.map`` would submit all calls at once,
-    and each result that is not yet consumed can be a chunk of 8 MiB.
+    At most ``WORKERS + 1`` results exist at a time: no further call starts until the caller takes
+    the next result. ``Executor.map`` would submit all calls at once, and each result that is not
+    yet consumed can be a chunk of 8 MiB.
+
+    Args:
+        work: called in a thread for each item. An exception that it raises is raised to the caller
+            in place of the result, and calls that have not started are cancelled.
+        items: consumed in the caller's thread, at most ``WORKERS`` items ahead of the results.
     """
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="chunks") as pool:
         futures: deque[Future[Result]] = deque()
@@ -43,18 +53,19 @@ def map_in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
 
 
 def sha256(data: bytes) -> str:
-    """Return the SHA-256 of a chunk as hex digits."""
+    """Return the SHA-256 of a chunk's bytes as hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
-def regular_files(folder: Path) -> list[tuple[str, int]]:
+def list_regular_files(folder: Path) -> list[tuple[str, int]]:
     """List every file below ``folder`` as (relative path with ``/``, bytes), sorted by path.
 
     Empty folders are ignored, as in git and in object stores.
 
     Raises:
         StoreRefused: ``folder`` is not a folder or has no file; or an entry below it is a symlink,
-            is not a regular file, cannot be read, or has a name that ``plain_path`` rejects.
+            is not a regular file, cannot be read, or has a name that cannot be stored: a backslash,
+            a control character or a character that UTF-8 cannot encode.
     """
     files: list[tuple[str, int]] = []
 
@@ -67,7 +78,7 @@ def regular_files(folder: Path) -> list[tuple[str, int]]:
                 if entry.is_dir(follow_symlinks=False):
                     walk(below / entry.name, path + "/")
                 elif entry.is_file(follow_symlinks=False):
-                    plain_path(path)
+                    require_portable_path(path)  # a ValueError, translated below
                     files.append((path, entry.stat(follow_symlinks=False).st_size))
                 else:
                     raise StoreRefused("file_of_other_kind", path=str(folder / path))
@@ -102,39 +113,47 @@ def hash_files(
         One entry per file, in the order of ``files``.
 
     Raises:
-        ConcurrentChange: a file changed its size during the call, or cannot be read.
+        ConcurrentChange: a file is shorter than its listed size, so another process changed it
+            after the listing; or it cannot be opened or read, for any reason.
     """
     chunk_starts = [(path, start) for path, size in files for start in range(0, size, chunk_bytes)]
     sizes = dict(files)
 
     def hash_chunk(chunk: tuple[str, int]) -> str:
         path, start = chunk
-        return sha256(_read_range(folder / path, start, min(start + chunk_bytes, sizes[path])))
+        return sha256(
+            _read_exact_range(folder / path, start, min(start + chunk_bytes, sizes[path]))
+        )
 
-    chunks: dict[str, list[str]] = {path: [] for path, _ in files}
-    for (path, _), value in zip(chunk_starts, map_in_order(hash_chunk, chunk_starts), strict=True):
-        chunks[path].append(value)
+    chunk_hashes: dict[str, list[str]] = {path: [] for path, _ in files}
+    digests = map_in_order(hash_chunk, chunk_starts)
+    for (path, _), digest in zip(chunk_starts, digests, strict=True):
+        chunk_hashes[path].append(digest)
     return tuple(
-        FileEntry(path=path, bytes=size, chunks=tuple(chunks[path])) for path, size in files
+        FileEntry(path=path, bytes=size, chunks=tuple(chunk_hashes[path])) for path, size in files
     )
 
 
-def hard_links(folder: Path, other: Path, values: Mapping[str, Value]) -> dict[str, Value]:
+def find_hard_links(folder: Path, other: Path, values: Mapping[str, Value]) -> dict[str, Value]:
     """Find the files of ``folder`` that are hard links to files of another folder.
+
+    Use it to reuse what is known about a file, such as its hashes, without reading the link.
 
     Args:
         folder: the folder that may contain links; its subfolders are not searched.
         other: the other folder, whose files must not change.
-        values: a value of the caller for each file of ``other``, by relative path.
+        values: what the caller knows about each file of ``other``, by relative path, such as its
+            hash or its ``FileEntry``; returned unchanged for the links.
 
     Returns:
-        For the name of each hard link in ``folder``, the value of the file that it links to.
+        For the name of each hard link in ``folder``, the value of the file that it links to. Empty
+        if ``other`` does not exist.
     """
     if not other.is_dir():
         return {}
     by_inode: dict[tuple[int, int], Value] = {}
     for path, value in values.items():
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # a file that does not exist has no links
             status = (other / path).lstat()
             by_inode[status.st_dev, status.st_ino] = value
     links: dict[str, Value] = {}
@@ -145,22 +164,27 @@ def hard_links(folder: Path, other: Path, values: Mapping[str, Value]) -> dict[s
     return links
 
 
-def verified_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
+def read_verified_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
     """Yield the chunks of one file, each after comparing it with its hash.
 
+    Args:
+        folder: the folder that contains the file.
+        entry: path, size and hashes of the file, in chunks of ``CHUNK_BYTES``.
+
     Raises:
-        ConcurrentChange: the file has changed since it was hashed.
+        ConcurrentChange: the file has changed since it was hashed, or cannot be read.
     """
     path = folder / entry.path
 
     def read_verified(index: int) -> bytes:
         start = index * CHUNK_BYTES
-        data = _read_range(path, start, min(start + CHUNK_BYTES, entry.bytes))
+        data = _read_exact_range(path, start, min(start + CHUNK_BYTES, entry.bytes))
         if sha256(data) != entry.chunks[index]:
             raise _change_error(path)
         return data
 
     yield from map_in_order(read_verified, range(len(entry.chunks)))
+    # Bytes that were appended to the file are in none of the verified chunks.
     try:
         has_other_size = path.lstat().st_size != entry.bytes
     except OSError as fault:
@@ -169,8 +193,11 @@ def verified_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
         raise _change_error(path)
 
 
-def read_range(file: int, start: int, stop: int) -> bytes:
-    """Read bytes [start, stop) of an open file, or fewer if the file ends earlier."""
+def read_open_file(file: int, start: int, stop: int) -> bytes:
+    """Read bytes [start, stop) of the file descriptor ``file``, or fewer if the file ends earlier.
+
+    One call of ``os.pread`` may return fewer bytes, so it is repeated until all are read.
+    """
     stop = min(stop, os.fstat(file).st_size)  # os.pread allocates the requested size first
     pieces = []
     while start < stop and (piece := os.pread(file, stop - start, start)):
@@ -179,12 +206,16 @@ def read_range(file: int, start: int, stop: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _read_range(path: Path, start: int, stop: int) -> bytes:
-    """Read exactly bytes [start, stop) of a file; raise ``ConcurrentChange`` if that fails."""
+def _read_exact_range(path: Path, start: int, stop: int) -> bytes:
+    """Read exactly bytes [start, stop) of the file ``path``.
+
+    Raises:
+        ConcurrentChange: the file cannot be opened or read, has become a symlink, or ends earlier.
+    """
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            data = read_range(file, start, stop)
+            data = read_open_file(file, start, stop)
         finally:
             os.close(file)
     except OSError as fault:

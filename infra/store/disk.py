@@ -29,7 +29,7 @@ MACHINE_ERRORS = _FULL | _BUSY | {errno.EFBIG, errno.EIO, errno.ENOMEM}
 _RUST_MODULES = {"safetensors", "safetensors_rust"}
 
 
-def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
+def translate_os_error(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
     """Return the project's error to raise for an ``OSError``.
 
     Args:
@@ -65,14 +65,14 @@ def translate(fault: OSError, path: Path, doing: str) -> Refused | InfraError:
 
 @contextmanager
 def translate_os_errors(path: Path, doing: str) -> Iterator[None]:
-    """Replace every ``OSError`` that the block raises by the result of ``translate``."""
+    """Replace every ``OSError`` that the block raises by the result of ``translate_os_error``."""
     try:
         yield
     except Exception as fault:
         error = find_os_error(fault)
         if error is None:
             raise
-        raise translate(error, path, doing) from fault
+        raise translate_os_error(error, path, doing) from fault
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def translate_input_error(fault: OSError, named: Path | None = None) -> Refused 
 
     Returns:
         ``FileRefused`` if the file is missing, forbidden or of the wrong kind; else as
-        ``translate``.
+        ``translate_os_error``.
     """
     file_name = fault.filename2 or fault.filename
     path = Path(os.fsdecode(file_name)) if isinstance(file_name, str | bytes) else named
@@ -134,4 +134,4 @@ def translate_input_error(fault: OSError, named: Path | None = None) -> Refused 
         return FileRefused("path_unusable", path=str(path), problem=cause)
     if fault.errno in _KIND:
         return FileRefused("file_of_wrong_kind", path=str(path), problem=cause)
-    return translate(fault, path, "use")
+    return translate_os_error(fault, path, "use")

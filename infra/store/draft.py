@@ -31,15 +31,22 @@ from pathlib import Path
 from compressors.contracts import digest
 from infra.bundle.json_limits import read_bounded, validate_json
 from infra.errors import ArtifactDamaged, ArtifactMissing, StoreRefused
-from infra.store.chunks import hash_files, read_range, regular_files, sha256
-from infra.store.disk import translate, translate_os_errors
-from infra.store.folder import require_free
-from infra.store.manifest import CHUNK_BYTES, MAX_MANIFEST_BYTES, FileEntry, StoreManifest, root_of
+from infra.store.chunks import hash_files, list_regular_files, read_open_file, sha256
+from infra.store.disk import translate_os_error, translate_os_errors
+from infra.store.folder import require_empty_or_missing
+from infra.store.manifest import (
+    CHUNK_BYTES,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    StoreManifest,
+    compute_root,
+)
 from infra.store.temporary import is_old
 
 MANIFEST = "manifest.json"
 FILES = "files"
 MAX_HEADER_BYTES = 8192
+"""At most so many bytes are read to decide whether a file is a journal of this module."""
 
 _HEADER = re.compile(rb'\["[0-9a-f]{64}", ".*", \d+\]$')
 """The first line of a journal: a JSON list of job digest, path and size of the large file."""
@@ -176,13 +183,13 @@ class ArtifactDraft:
             pieces: the bytes of the block with their offsets in the large file.
 
         Raises:
-            StoreUnavailable: the disk is full or failing.
+            SettingRefused, StoreUnavailable: the bytes cannot be written, or the disk is full.
             ArtifactDamaged: a byte was written before, or is outside the file.
         """
         checksums = []
         with translate_os_errors(self.folder, "write"):
             for start, data in pieces:
-                _pwrite(self._file, start, data)
+                _write_at(self._file, start, data)
                 self._hashes.add(start, data)
                 checksums.append((start, len(data), zlib.crc32(data)))
             os.write(self._journal, (json.dumps([block, checksums]) + "\n").encode())
@@ -200,7 +207,8 @@ class ArtifactDraft:
             except ValueError:
                 continue  # a run was killed while it wrote the line
             pieces = [
-                (start, read_range(self._file, start, start + size)) for start, size, _ in checksums
+                (start, read_open_file(self._file, start, start + size))
+                for start, size, _ in checksums
             ]
             if block not in self._blocks and all(
                 len(data) == size and zlib.crc32(data) == checksum
@@ -224,14 +232,15 @@ class ArtifactDraft:
 
         Raises:
             ArtifactDamaged: a byte of the large file was never written.
+            SettingRefused, StoreUnavailable: a file cannot be written.
         """
         entries = [FileEntry(path=self._path, bytes=self._size, chunks=self._hashes.all())]
         with translate_os_errors(self.folder, "write"):
             for path, body in self._small_files.items():
                 (self.files / path).write_bytes(body)
                 starts = range(0, len(body), CHUNK_BYTES)
-                chunks = tuple(sha256(body[start : start + CHUNK_BYTES]) for start in starts)
-                entries.append(FileEntry(path=path, bytes=len(body), chunks=chunks))
+                hashes = tuple(sha256(body[start : start + CHUNK_BYTES]) for start in starts)
+                entries.append(FileEntry(path=path, bytes=len(body), chunks=hashes))
             for entry in entries:
                 (self.files / entry.path).chmod(0o444)
         return StoreManifest.of(tuple(sorted(entries, key=lambda entry: entry.path)))
@@ -241,14 +250,15 @@ class ArtifactDraft:
 
         Raises:
             StoreRefused: ``into`` is no longer empty.
+            SettingRefused, StoreUnavailable: the disk cannot store the manifest.
         """
         with translate_os_errors(self.folder, "write"):
             (self.folder / MANIFEST).write_text(manifest.model_dump_json())
             try:
                 self.folder.rename(self.into)
             except OSError as fault:
-                require_free(self.into)
-                raise translate(fault, self.into, "write") from fault
+                require_empty_or_missing(self.into)
+                raise translate_os_error(fault, self.into, "write") from fault
 
     def drop(self) -> None:
         """Remove the unfinished folder. Call it after ``Store.take`` has moved the files."""
@@ -268,6 +278,8 @@ def verify_result(into: Path) -> StoreManifest:
     Raises:
         ArtifactMissing: there is no manifest, so no result was published.
         ArtifactDamaged: the manifest cannot be read, or a file differs from it.
+        StoreRefused: the folder has no files, or has an entry that is not a regular file.
+        ConcurrentChange: a file changed during the call, or cannot be read.
     """
     try:
         raw = read_bounded(into / MANIFEST, MAX_MANIFEST_BYTES)
@@ -277,13 +289,13 @@ def verify_result(into: Path) -> StoreManifest:
     except ValueError as fault:
         raise ArtifactDamaged("result_manifest_unreadable", path=str(into / MANIFEST)) from fault
     files = into / FILES
-    hashed_files = hash_files(files, regular_files(files), manifest.chunk_bytes)
+    hashed_files = hash_files(files, list_regular_files(files), manifest.chunk_bytes)
     actual, expected = (
         {entry.path: entry for entry in entries} for entries in (hashed_files, manifest.files)
     )
     paths = sorted(actual | expected)
     differing = [path for path in paths if actual.get(path) != expected.get(path)]
-    if differing or manifest.root != root_of(manifest.files, manifest.chunk_bytes):
+    if differing or manifest.root != compute_root(manifest.files, manifest.chunk_bytes):
         raise ArtifactDamaged(
             "result_damaged", folder=str(into), file=differing[0] if differing else MANIFEST
         )
@@ -307,10 +319,10 @@ def open_draft(into: Path, job: object, path: str, size: int) -> Iterator[Artifa
     """
     header = json.dumps([digest(job), path, size]).encode()
     journal_path = into.parent / f".{into.name}.journal"
-    _collect_abandoned(into)
-    with _journal(into, journal_path) as journal:
+    _remove_abandoned(into)
+    with _open_journal(into, journal_path) as journal:
         try:
-            require_free(into)
+            require_empty_or_missing(into)
             with translate_os_errors(journal_path, "write"):
                 draft = _start_or_resume(into, journal, header, path, size)
             try:
@@ -323,19 +335,20 @@ def open_draft(into: Path, job: object, path: str, size: int) -> Iterator[Artifa
                 journal_path.unlink(missing_ok=True)
 
 
-def _collect_abandoned(into: Path) -> None:
+def _remove_abandoned(into: Path) -> None:
     """Remove unfinished files in the folder of ``into`` that no run will resume.
 
     These are files that no process writes and that have not changed for a week
     (``temporary.MAX_AGE_SECONDS``). Newer ones are kept, because a repeated command resumes them.
     """
-    with suppress(OSError):
+    with suppress(OSError):  # the caller does not depend on the removal
         for journal_path in into.parent.glob(".*.journal"):
             name = journal_path.name.removeprefix(".").removesuffix(".journal")
             unfinished = _unfinished_folder(journal_path.with_name(name))
             is_recent = not is_old(journal_path) or (unfinished.exists() and not is_old(unfinished))
             if name == into.name or is_recent:
                 continue
+            # Suppressed: a process holds the lock, or another one removed the journal.
             with suppress(OSError), journal_path.open("rb") as journal:
                 fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _HEADER.match(journal.readline(MAX_HEADER_BYTES)):
@@ -344,8 +357,13 @@ def _collect_abandoned(into: Path) -> None:
 
 
 @contextmanager
-def _journal(into: Path, journal_path: Path) -> Iterator[int]:
-    """Open the journal, lock it for this process, and yield its file descriptor."""
+def _open_journal(into: Path, journal_path: Path) -> Iterator[int]:
+    """Open the journal, lock it for this process, and yield its file descriptor.
+
+    Raises:
+        StoreRefused: another process has locked it.
+        SettingRefused, StoreUnavailable: the journal cannot be created.
+    """
     with translate_os_errors(journal_path, "write"):
         into.parent.mkdir(parents=True, exist_ok=True)
         journal = os.open(journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -368,7 +386,7 @@ def _start_or_resume(
     into: Path, journal: int, header: bytes, path: str, size: int
 ) -> ArtifactDraft:
     """Return the draft of an interrupted run whose journal has this header, or an empty draft."""
-    content = read_range(journal, 0, os.fstat(journal).st_size)
+    content = read_open_file(journal, 0, os.fstat(journal).st_size)
     first_line, *lines = content.split(b"\n")
     file = _unfinished_folder(into) / FILES / path
     is_resumed = first_line == header and file.is_file() and file.stat().st_size == size
@@ -395,7 +413,7 @@ def _unfinished_folder(into: Path) -> Path:
     return into.parent / f".{into.name}.part"
 
 
-def _pwrite(file: int, start: int, data: memoryview) -> None:
+def _write_at(file: int, start: int, data: memoryview) -> None:
     """Write all of ``data`` at an offset; one call of ``os.pwrite`` may write only a part."""
     while len(data):
         written = os.pwrite(file, data, start)

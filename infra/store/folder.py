@@ -18,17 +18,17 @@ from pathlib import Path
 from urllib.parse import quote
 
 from infra.errors import AlreadyThere, RecordRefused, StoreRefused
-from infra.store.chunks import read_range
+from infra.store.chunks import read_open_file
 from infra.store.disk import translate_os_errors
-from infra.store.temporary import EARLIER_KEYS, owned_name, remove_leftovers
+from infra.store.temporary import EARLIER_KEYS, generate_owned_name, remove_leftovers
 
 TEMPORARY = ".tmp"
 """Folder below the root that contains temporary files."""
 
-COLLECT_SECONDS = 60.0
+CLEANUP_INTERVAL_SECONDS = 60.0
 """Least time between two removals of killed runs' temporary files from one folder."""
 
-_last_collections: dict[Path, float] = {}
+_last_cleanups: dict[Path, float] = {}
 """Time of the last removal from each folder, by the monotonic clock."""
 
 
@@ -83,7 +83,7 @@ class Folder:
             try:
                 if not stat.S_ISREG(os.fstat(file).st_mode):
                     raise self._not_a_file_error(key)
-                return read_range(file, start, stop)
+                return read_open_file(file, start, stop)
             finally:
                 os.close(file)
 
@@ -101,7 +101,10 @@ class Folder:
                 raise self._not_a_file_error(key) from fault
 
     def move(self, file: Path, key: str) -> bool:
-        """Move a local file to a key; returns False if it is on another disk."""
+        """Move a local file to a key; returns False if it is on another disk.
+
+        An existing value is replaced.
+        """
         path = self._root / key
         with translate_os_errors(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,10 @@ class Folder:
         return True
 
     def upload(self, key: str, size: int, chunks: Iterable[bytes]) -> None:
-        """Write or replace a key; if ``chunks`` raises, the key is unchanged."""
+        """Write or replace a key; if ``chunks`` raises, the key is unchanged.
+
+        ``size`` is not needed here and not checked.
+        """
         path = self._root / key
         with self._write_temporary(path, chunks) as temporary:
             temporary.replace(path)
@@ -171,14 +177,15 @@ class Folder:
                         file.write(chunk)
                 yield temporary
             finally:
+                # An error of the block is more important, and a later run removes the file.
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
 
     def _temporary_path(self) -> Path:
         """Return an unused path for a temporary file on the same disk as the keys."""
-        temporary = self._root / TEMPORARY / owned_name("key", "tmp")
+        temporary = self._root / TEMPORARY / generate_owned_name("key", "tmp")
         temporary.parent.mkdir(exist_ok=True)
-        _collect_if_due(temporary.parent)
+        _remove_leftovers_if_due(temporary.parent)
         return temporary
 
     def _not_a_file_error(self, key: str) -> RecordRefused:
@@ -202,20 +209,20 @@ class Folder:
                     sizes[key] = entry.stat(follow_symlinks=False).st_size
 
 
-def _collect_if_due(folder: Path) -> None:
-    """Remove temporary files of killed runs unless this was done within ``COLLECT_SECONDS``."""
+def _remove_leftovers_if_due(folder: Path) -> None:
+    """Remove temporary files of killed runs, at most once per ``CLEANUP_INTERVAL_SECONDS``."""
     now = time.monotonic()
-    if now - _last_collections.get(folder, -COLLECT_SECONDS) >= COLLECT_SECONDS:
-        _last_collections[folder] = now
+    if now - _last_cleanups.get(folder, -CLEANUP_INTERVAL_SECONDS) >= CLEANUP_INTERVAL_SECONDS:
+        _last_cleanups[folder] = now
         # EARLIER_KEYS: names of the temporary files of version 0.1.0, which do not name a process.
         remove_leftovers(folder, EARLIER_KEYS)
 
 
-def require_free(into: Path) -> None:
+def require_empty_or_missing(into: Path) -> None:
     """Raise unless ``into`` is an empty folder or does not exist.
 
     Raises:
-        StoreRefused: ``into`` is not a folder, or is not empty.
+        StoreRefused: ``into`` is a symlink or a file, or is not empty.
     """
     if into.is_symlink() or (into.exists() and not into.is_dir()):
         raise StoreRefused("output_no_folder", path=str(into))

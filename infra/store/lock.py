@@ -29,7 +29,7 @@ def hold_lock(path: Path, waiting: Callable[[], object] = lambda: None) -> Itera
 
 
 @contextmanager
-def locked_name(path: Path, name: str, waiting: Callable[[], None]) -> Iterator[None]:
+def hold_named_lock(path: Path, name: str, waiting: Callable[[], None]) -> Iterator[None]:
     """Lock ``name`` exclusively for the duration of the block; one file serves for many names.
 
     The lock is on one byte of the file, whose offset is a hash of ``name``. It excludes other

@@ -17,12 +17,16 @@ from compressors.contracts import Frozen, Sha256, digest
 from compressors.contracts.value_errors import value_error
 
 CHUNK_BYTES = 8 * 2**20
+"""Size of a chunk in every new manifest; only the last chunk of a file may be smaller."""
 MAX_CHUNK_BYTES = 2**30
+"""Most bytes of a chunk in a manifest that is read: a chunk is read into memory as a whole."""
 MAX_MANIFEST_BYTES = 64 * 2**20  # enough for files of 8 TB: 67 bytes of JSON per chunk of 8 MiB
 
 
-def plain_path(path: str) -> str:
-    """Return ``path`` if it is a relative path, with forward slashes, that stays in its folder.
+def require_portable_path(path: str) -> str:
+    """Return ``path`` if it is a relative path that can be a file in any folder and an S3 key.
+
+    The parts of the path are separated by forward slashes, and it stays in its folder.
 
     Raises:
         ValueError: the path is empty or absolute; or it contains a ``.``, ``..`` or empty part, a
@@ -43,7 +47,7 @@ def plain_path(path: str) -> str:
 class FileEntry(Frozen):
     """One file of an artifact: its path, its size in bytes, and the hash of each chunk in order."""
 
-    path: Annotated[str, AfterValidator(plain_path)]
+    path: Annotated[str, AfterValidator(require_portable_path)]
     bytes: int = Field(ge=0)
     chunks: tuple[Sha256, ...]
 
@@ -51,8 +55,8 @@ class FileEntry(Frozen):
 class StoreManifest(Frozen):
     """The files of an artifact, sorted by path.
 
-    ``root`` is the hash that names the artifact (``root_of``). ``blobs`` contains the name of each
-    file's blob, in the order of ``files``; it is empty in version 1.
+    ``root`` is the hash that names the artifact (``compute_root``). ``blobs`` contains the name of
+    each file's blob (``compute_blob_name``), in the order of ``files``; it is empty in version 1.
     """
 
     schema_version: Literal[1, 2] = 1
@@ -64,11 +68,11 @@ class StoreManifest(Frozen):
     @classmethod
     def of(cls, files: tuple[FileEntry, ...]) -> Self:
         """Build the version 1 manifest of these files, hashed in chunks of ``CHUNK_BYTES``."""
-        return cls(files=files, chunk_bytes=CHUNK_BYTES, root=root_of(files, CHUNK_BYTES))
+        return cls(files=files, chunk_bytes=CHUNK_BYTES, root=compute_root(files, CHUNK_BYTES))
 
     def with_blobs(self) -> Self:
         """Return this manifest in version 2, with the names of the files' blobs."""
-        blobs = tuple(blob_of(entry, self.chunk_bytes) for entry in self.files)
+        blobs = tuple(compute_blob_name(entry, self.chunk_bytes) for entry in self.files)
         return self.model_copy(update={"schema_version": 2, "blobs": blobs})
 
     @property
@@ -78,10 +82,15 @@ class StoreManifest(Frozen):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
+        """Check that paths are sorted and distinct, and that chunk counts and blobs are right.
+
+        No path is both a file and a folder of another file. The root is not checked here, but when
+        a manifest is read.
+        """
         paths = [entry.path for entry in self.files]
         if paths != sorted(set(paths)):
             raise value_error("files_not_sorted")
-        folders = {path[:cut] for path in paths for cut in _slashes(path)}
+        folders = {path[:cut] for path in paths for cut in _find_slashes(path)}
         if conflicts := sorted(folders.intersection(paths)):
             raise value_error("file_and_folder", path=conflicts[0])
         for entry in self.files:
@@ -94,22 +103,22 @@ class StoreManifest(Frozen):
                     expected=expected,
                     got=len(entry.chunks),
                 )
-        blobs = tuple(blob_of(entry, self.chunk_bytes) for entry in self.files)
+        blobs = tuple(compute_blob_name(entry, self.chunk_bytes) for entry in self.files)
         if self.blobs != (blobs if self.schema_version > 1 else ()):
             raise value_error("blobs_differ", version=self.schema_version)
         return self
 
 
-def root_of(files: tuple[FileEntry, ...], chunk_bytes: int) -> str:
+def compute_root(files: tuple[FileEntry, ...], chunk_bytes: int) -> str:
     """Compute an artifact's name: SHA-256 over its files, their chunk hashes and the chunk size."""
     return digest({"chunk_bytes": chunk_bytes, "files": files})
 
 
-def blob_of(entry: FileEntry, chunk_bytes: int) -> str:
+def compute_blob_name(entry: FileEntry, chunk_bytes: int) -> str:
     """Compute the name of a file's blob: SHA-256 over its chunk hashes and the chunk size."""
     return digest({"chunk_bytes": chunk_bytes, "chunks": entry.chunks})
 
 
-def _slashes(path: str) -> list[int]:
+def _find_slashes(path: str) -> list[int]:
     """Return the index of each slash in a path."""
     return [index for index, letter in enumerate(path) if letter == "/"]

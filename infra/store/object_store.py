@@ -41,21 +41,21 @@ from infra.store.artifact_files import (
     BLOBS,
     ArtifactFiles,
     add_files,
-    files_below,
+    build_files_prefix,
     has_content,
     read_with_retry,
 )
 from infra.store.backend import backend_for
-from infra.store.chunks import hard_links, hash_files, regular_files
-from infra.store.disk import translate
-from infra.store.folder import TEMPORARY, require_free
+from infra.store.chunks import find_hard_links, hash_files, list_regular_files
+from infra.store.disk import translate_os_error
+from infra.store.folder import TEMPORARY, require_empty_or_missing
 from infra.store.manifest import (
     CHUNK_BYTES,
     MAX_MANIFEST_BYTES,
     FileEntry,
     StoreManifest,
-    plain_path,
-    root_of,
+    compute_root,
+    require_portable_path,
 )
 from infra.store.temporary import drop_folder, folder_next_to
 
@@ -97,7 +97,7 @@ class Store:
             StoreRefused: the folder is missing or empty, or contains a symlink or a device.
             ConcurrentChange: a file changed while it was being stored. No artifact was created.
         """
-        manifest = StoreManifest.of(hash_files(folder, regular_files(folder)))
+        manifest = StoreManifest.of(hash_files(folder, list_regular_files(folder)))
         return self._store(folder, manifest, move=False)
 
     def take(self, folder: Path, manifest: StoreManifest | None = None) -> Artifact:
@@ -113,7 +113,7 @@ class Store:
             StoreRefused, ConcurrentChange: as ``put``.
         """
         if manifest is None:
-            manifest = StoreManifest.of(hash_files(folder, regular_files(folder)))
+            manifest = StoreManifest.of(hash_files(folder, list_regular_files(folder)))
         return self._store(folder, manifest, move=True)
 
     def take_derived(self, folder: Path, parent: Artifact, parent_folder: Path) -> Artifact:
@@ -134,8 +134,8 @@ class Store:
         linked: dict[str, FileEntry] = {}
         if parent_manifest.chunk_bytes == CHUNK_BYTES:
             parent_entries = {entry.path: entry for entry in parent_manifest.files}
-            linked = hard_links(folder, parent_folder, parent_entries)
-        files = regular_files(folder)
+            linked = find_hard_links(folder, parent_folder, parent_entries)
+        files = list_regular_files(folder)
         entries = hash_files(folder, [file for file in files if file[0] not in linked])
         entries += tuple(entry.model_copy(update={"path": path}) for path, entry in linked.items())
         manifest = StoreManifest.of(tuple(sorted(entries, key=lambda entry: entry.path)))
@@ -248,15 +248,15 @@ class Store:
             ArtifactMissing, ArtifactDamaged: as ``manifest``, or a file is missing or damaged.
             StoreRefused: ``into`` is not empty.
         """
-        require_free(into)
+        require_empty_or_missing(into)
         manifest = self.manifest(artifact)
         with folder_next_to(into) as partial:
             ArtifactFiles(self._backend, manifest).copy(partial)
             try:
                 partial.rename(into)  # replaces an empty folder, fails on any other
             except OSError as fault:
-                require_free(into)
-                raise translate(fault, into, "write") from fault
+                require_empty_or_missing(into)
+                raise translate_os_error(fault, into, "write") from fault
         return into
 
     def local(self, artifact: Artifact, cache: Path) -> Path:
@@ -298,7 +298,7 @@ class Store:
         entry = _find_entry(artifact, manifest, path)
         if entry.bytes > MAX_MANIFEST_BYTES:
             raise ArtifactMissing("artifact_file_large", uri=artifact.uri, path=path)
-        return b"".join(ArtifactFiles(self._backend, manifest).chunks((entry,)))
+        return b"".join(ArtifactFiles(self._backend, manifest).read_chunks((entry,)))
 
     def chunks(self, artifact: Artifact, path: str) -> Iterator[bytes]:
         """Yield the verified chunks of one file of an artifact in order. The file has any size.
@@ -309,7 +309,7 @@ class Store:
         """
         manifest = self.manifest(artifact)
         entry = _find_entry(artifact, manifest, path)
-        return ArtifactFiles(self._backend, manifest).chunks((entry,))
+        return ArtifactFiles(self._backend, manifest).read_chunks((entry,))
 
     def create(self, key: str, body: bytes) -> None:
         """Write a new small record; readers see either no record or the complete one.
@@ -363,7 +363,7 @@ class Store:
 
     def _links_folder(self, manifest: StoreManifest) -> Path | None:
         """Return the local folder with an artifact's files by path; None if there is none."""
-        folder = self._backend.local_path(files_below(manifest.root).rstrip("/"))
+        folder = self._backend.local_path(build_files_prefix(manifest.root).rstrip("/"))
         is_used = manifest.schema_version == 1 or (folder is not None and folder.exists())
         return folder if is_used else None
 
@@ -394,7 +394,7 @@ class Store:
             raise ArtifactDamaged("manifest_unusable", uri=uri, problem=problem) from fault
         except ValueError as fault:
             raise ArtifactDamaged("manifest_unusable", uri=uri, problem=str(fault)) from fault
-        if not name == manifest.root == root_of(manifest.files, manifest.chunk_bytes):
+        if not name == manifest.root == compute_root(manifest.files, manifest.chunk_bytes):
             raise ArtifactDamaged("manifest_changed", uri=uri)
         return manifest
 
@@ -426,7 +426,7 @@ def _find_entry(artifact: Artifact, manifest: StoreManifest, path: str) -> FileE
 def _validate_key(key: str) -> str:
     """Return ``key`` if it is a plain relative path; raise ``StoreRefused`` otherwise."""
     try:
-        return plain_path(key)
+        return require_portable_path(key)
     except ValueError as fault:
         raise StoreRefused("key_form", problem=str(fault)) from fault
 
@@ -443,6 +443,7 @@ def _validate_record(key: str, body: bytes) -> str:
 def _is_intact(folder: Path, manifest: StoreManifest) -> bool:
     """Return whether a cached copy is complete and unchanged; False if it cannot be read."""
     try:
-        return hash_files(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files
+        files = list_regular_files(folder)
+        return hash_files(folder, files, manifest.chunk_bytes) == manifest.files
     except (Refused, InfraError):
         return False

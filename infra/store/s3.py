@@ -35,9 +35,9 @@ MAX_PARTS = 9_000
 
 # Limits of one request. They are small, because an outage must be reported within seconds; tasks
 # retry in addition.
-CONNECT_SECONDS = 3
-READ_SECONDS = 20
-ATTEMPTS = 3
+CONNECT_SECONDS = 3  # limit of opening a connection
+READ_SECONDS = 20  # longest pause between two parts of a response
+ATTEMPTS = 3  # sends of one request, the first included
 
 CLIENT_SECONDS = 60.0
 """A ``Bucket`` created after this time uses a new client, which reads the credentials again.
@@ -45,7 +45,7 @@ CLIENT_SECONDS = 60.0
 Another program may renew the credentials. An existing ``Bucket`` keeps its client.
 """
 
-_TEMPORARY = {
+_RETRYABLE_CODES = {
     "BadDigest",
     "ConditionalRequestConflict",
     "IncompleteBody",
@@ -56,12 +56,14 @@ _TEMPORARY = {
     "XAmzContentSHA256Mismatch",
 }
 """Error codes of S3 after which the same request may succeed."""
-# Modules that parse responses; error codes of missing objects; HTTP statuses that ``_translate``
-# handles without a code; error codes of wrong credentials.
-_PARSERS = {"botocore.parsers", "aiobotocore.parsers"}
-_MISSING = {"NoSuchBucket", "NoSuchKey"}
-_KNOWN_STATUS = {401, 403, 412, 416}
-_CREDENTIALS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+
+# Modules that parse responses; error codes of missing buckets and objects; HTTP statuses that do
+# not need an error code (401 and 403: credentials, 412: the key exists, 416: the object ends before
+# the range); error codes of wrong credentials.
+_PARSER_MODULES = {"botocore.parsers", "aiobotocore.parsers"}
+_MISSING_CODES = {"NoSuchBucket", "NoSuchKey"}
+_HANDLED_STATUSES = {401, 403, 412, 416}
+_CREDENTIAL_CODES = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 
 
 class Bucket:
@@ -122,7 +124,7 @@ class Bucket:
             try:
                 self._call("put_object", key, Key=self._prefix + key, Body=body, IfNoneMatch="*")
             except StoreOutage as fault:
-                # S3 returns this while another client creates the key; a retry may succeed.
+                # S3 returns this while another client creates the key: wait 0.1 s, then 0.2 s.
                 if fault.code != "create_conflict" or attempt + 1 == ATTEMPTS:
                     raise
                 time.sleep(0.1 * 2**attempt)
@@ -165,6 +167,7 @@ class Bucket:
             chunks: the content, in order.
             condition: parameters of the completing request, such as ``IfNoneMatch``.
         """
+        # Rounded up, so that there are at most MAX_PARTS parts.
         chunks_per_part = max(1, -(-size // (CHUNK_BYTES * MAX_PARTS)))
         upload: dict[str, Any] = {"Key": self._prefix + key}
         upload["UploadId"] = self._call("create_multipart_upload", key, **upload)["UploadId"]
@@ -175,7 +178,9 @@ class Bucket:
             return {"PartNumber": number, "ETag": response["ETag"]}
 
         try:
-            parts = list(map_in_order(send, enumerate(_group(chunks, chunks_per_part), start=1)))
+            parts = list(
+                map_in_order(send, enumerate(_join_chunks(chunks, chunks_per_part), start=1))
+            )
             completion = {"MultipartUpload": {"Parts": parts}, **upload, **condition}
             self._call("complete_multipart_upload", key, **completion)
         except BaseException:
@@ -249,9 +254,9 @@ class Bucket:
             return ArtifactMissing("file_missing", path=place)
         if code == "ConditionalRequestConflict":
             return StoreOutage("create_conflict", place=place)
-        if code in _TEMPORARY or status >= 500:
+        if code in _RETRYABLE_CODES or status >= 500:
             return StoreOutage("store_failed", place=place, problem=code or str(status))
-        if code in _CREDENTIALS or status in {401, 403} or _lacks_credentials(fault):
+        if code in _CREDENTIAL_CODES or status in {401, 403} or _lacks_credentials(fault):
             return SettingRefused(
                 "store_credentials_refused",
                 place=place,
@@ -294,7 +299,7 @@ def _client(environment: tuple[tuple[str, str], ...], process: int, period: floa
     return files
 
 
-def _group(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
+def _join_chunks(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
     """Join each ``count`` consecutive chunks into one; the last one may have fewer."""
     group: list[bytes] = []
     for chunk in chunks:
@@ -334,7 +339,7 @@ def _is_unreadable(fault: BaseException) -> bool:
     botocore raises the same classes for an invalid address, so the traceback decides.
     """
     frames = traceback.walk_tb(fault.__traceback__)
-    return any(frame.f_globals.get("__name__") in _PARSERS for frame, _ in frames)
+    return any(frame.f_globals.get("__name__") in _PARSER_MODULES for frame, _ in frames)
 
 
 def _find_response(fault: BaseException | None) -> Mapping[str, Any]:
@@ -372,7 +377,9 @@ def _is_unknown_code(fault: BaseException) -> bool:
     botocore does not retry such a request. A server other than S3 sends the same code again.
     """
     code, status = _code_and_status(fault)
-    known = code in _TEMPORARY | _MISSING | _CREDENTIALS or status in _KNOWN_STATUS
+    known = (
+        code in _RETRYABLE_CODES | _MISSING_CODES | _CREDENTIAL_CODES or status in _HANDLED_STATUSES
+    )
     return 400 <= status < 500 and not known
 
 

@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 
 from infra.errors import StoreUnavailable
-from infra.store.disk import translate
+from infra.store.disk import translate_os_error
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ MAX_AGE_SECONDS = 7 * 86_400
 """``remove_leftovers`` removes a file of another machine after this time without a change."""
 
 MAX_STEM_BYTES = 120
+"""The stem is truncated to this length, because file systems allow 255 bytes in a name."""
 
 _OWNED = re.compile(r".*\.(?P<machine>[0-9a-f]{12})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.\w+")
 
@@ -42,7 +43,7 @@ EARLIER_KEYS = re.compile(r"[0-9a-f]{32}")
 _EARLIER_SCRATCH = re.compile(r"recpress-(pack|items|demo)-[a-z0-9_]{8}")
 
 
-def owned_name(stem: str, ending: str) -> str:
+def generate_owned_name(stem: str, ending: str) -> str:
     """Return a unique file name that identifies this process as the owner.
 
     Args:
@@ -57,8 +58,8 @@ def owned_name(stem: str, ending: str) -> str:
 def remove_leftovers(folder: Path, earlier: re.Pattern[str]) -> int:
     """Remove the temporary files and folders of killed runs from ``folder``.
 
-    Only files with a name that ``owned_name`` creates, or that matches ``earlier``, are removed. A
-    file that cannot be removed is skipped, since the caller does not depend on the removal.
+    Only files with a name of ``generate_owned_name``, or a name that matches ``earlier``, are
+    removed. A file that cannot be removed is skipped, since the caller does not depend on it.
 
     Args:
         folder: the folder to search, without its subfolders.
@@ -102,11 +103,11 @@ def scratch_folder(purpose: str, within: Path | None = None) -> Iterator[Path]:
     except FileNotFoundError as fault:
         raise StoreUnavailable("temporary_folder_missing", problem=fault.strerror) from fault
     remove_leftovers(base, _EARLIER_SCRATCH)
-    folder = base / owned_name(f"recpress-{purpose}", "tmp")
+    folder = base / generate_owned_name(f"recpress-{purpose}", "tmp")
     try:
         folder.mkdir(mode=0o700, parents=within is not None)
     except OSError as fault:
-        raise translate(fault, folder, "write") from fault
+        raise translate_os_error(fault, folder, "write") from fault
     try:
         yield folder
     finally:
@@ -125,17 +126,17 @@ def folder_next_to(into: Path) -> Iterator[Path]:
     into = into.absolute()
     missing_parents = [parent for parent in into.parents if not parent.exists()]
     remove_leftovers(into.parent, EARLIER_SIBLINGS)
-    partial = into.parent / owned_name(f".{into.name}", "part")
+    partial = into.parent / generate_owned_name(f".{into.name}", "part")
     try:
         try:
             partial.mkdir(parents=True)
         except OSError as fault:
-            raise translate(fault, partial, "write") from fault
+            raise translate_os_error(fault, partial, "write") from fault
         yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in missing_parents:  # innermost first
-            with suppress(OSError):
+            with suppress(OSError):  # another process uses the folder, or it was not created
                 parent.rmdir()
         raise
 
@@ -143,20 +144,22 @@ def folder_next_to(into: Path) -> Iterator[Path]:
 def drop_folder(folder: Path) -> None:
     """Remove a folder if it exists; rename it first, so that no reader finds it incomplete.
 
+    Files that cannot be removed remain below the new name; ``folder_next_to`` removes them later.
+
     Raises:
         SettingRefused, StoreUnavailable: the folder cannot be renamed.
     """
-    renamed = folder.with_name(owned_name(f".{folder.name}", "damaged"))
+    renamed = folder.with_name(generate_owned_name(f".{folder.name}", "damaged"))
     try:
         folder.rename(renamed)
     except FileNotFoundError:
         return
     except OSError as fault:
-        raise translate(fault, folder, "write") from fault
+        raise translate_os_error(fault, folder, "write") from fault
     shutil.rmtree(renamed, ignore_errors=True)
 
 
-def last_change(path: Path) -> float:
+def read_last_change(path: Path) -> float:
     """Return the last modification time of a file, or of the newest file below a folder.
 
     Returns:
@@ -167,17 +170,17 @@ def last_change(path: Path) -> float:
     """
     newest = path.lstat().st_mtime
     if path.is_dir() and not path.is_symlink():
-        for below, folders, files in os.walk(path):
+        for parent, folders, files in os.walk(path):
             for name in (*folders, *files):
-                with suppress(FileNotFoundError):
-                    newest = max(newest, (Path(below) / name).lstat().st_mtime)
+                with suppress(FileNotFoundError):  # removed after the listing
+                    newest = max(newest, (Path(parent) / name).lstat().st_mtime)
     return newest
 
 
 def is_old(path: Path) -> bool:
     """Return whether a path has not changed for ``MAX_AGE_SECONDS``; False if unreadable."""
     try:
-        return last_change(path) < time.time() - MAX_AGE_SECONDS
+        return read_last_change(path) < time.time() - MAX_AGE_SECONDS
     except OSError:
         return False
 
@@ -224,6 +227,7 @@ def _start_time(pid: int) -> int:
 def _machine_id() -> str:
     """Return twelve hex digits that identify this boot, host and PID namespace."""
     parts = [os.uname().nodename]
+    # Systems without /proc have only the host name.
     with suppress(OSError):
         parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
     with suppress(OSError):

@@ -44,7 +44,7 @@ from infra.data.catalogue import require_items
 from infra.data.split_statistics import SplitStatistics, check_ids, check_shapes, split_statistics
 from infra.errors import AlreadyThere, ArtifactMissing, BundleRefused, RecordRefused, Refused
 from infra.settings import load_settings
-from infra.store.chunks import regular_files
+from infra.store.chunks import list_regular_files
 from infra.store.disk import translate_input_errors
 from infra.store.object_store import Store
 from infra.store.temporary import scratch_folder
@@ -311,8 +311,8 @@ def _store_separately(bundle_store: Store, path: Path) -> Artifact:
     """Store one file, or one folder of part files, as a separate artifact."""
     with scratch_folder("pack") as scratch:
         if path.is_dir():
-            # regular_files raises for symbolic links, which may point outside the folder.
-            for name, _ in regular_files(path):
+            # list_regular_files raises for symbolic links, which may point outside the folder.
+            for name, _ in list_regular_files(path):
                 destination = scratch / path.name / name
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 _link_or_copy(path / name, destination)

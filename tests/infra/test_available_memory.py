@@ -21,7 +21,7 @@ from compressors.errors.compression import ModelRefused
 from infra import memory
 from infra.errors import DataRefused, OutOfMemory, SettingRefused
 from infra.memory import as_out_of_memory, available_memory, memory_errors, require_memory
-from infra.store.disk import translate, translate_input_error
+from infra.store.disk import translate_input_error, translate_os_error
 
 MIB = 2**20
 TOO_MUCH = 2**46  # bytes: more than any address space that these processes may use
@@ -111,7 +111,7 @@ def test_memory_errors_converts_only_out_of_memory_errors():
 def test_enomem_of_a_file_is_out_of_memory(tmp_path):
     fault = OSError(errno.ENOMEM, "Cannot allocate memory", str(tmp_path))
     assert isinstance(translate_input_error(fault), OutOfMemory)
-    assert isinstance(translate(fault, tmp_path, "read"), OutOfMemory)
+    assert isinstance(translate_os_error(fault, tmp_path, "read"), OutOfMemory)
 
 
 # Prints the available memory of a process with a limit: the limit's name, its value in bytes.

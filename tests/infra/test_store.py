@@ -48,7 +48,7 @@ from infra.errors import (
     StoreUnavailable,
 )
 from infra.store import chunks as store_chunks
-from infra.store.manifest import plain_path, root_of
+from infra.store.manifest import compute_root, require_portable_path
 from infra.store.object_store import CHUNK_BYTES, FileEntry, Store, StoreManifest
 
 
@@ -279,7 +279,7 @@ def test_manifest_with_a_changed_hash_is_damage(stored, folder):
 def test_manifest_path_outside_the_artifact_is_refused(stored, tmp_path, path):
     entry = {"path": path, "bytes": 0, "chunks": ()}
     files = (FileEntry.model_construct(**entry),)
-    root = root_of(files, CHUNK_BYTES)
+    root = compute_root(files, CHUNK_BYTES)
     body = {"schema_version": 1, "chunk_bytes": CHUNK_BYTES, "files": [entry], "root": root}
     stored.overwrite(f"artifacts/{root}/manifest.json", json.dumps(body).encode())
     artifact = Artifact(uri=f"{stored.store.root}/artifacts/{root}", sha256=root, bytes=0)
@@ -309,9 +309,9 @@ def test_inconsistent_manifest_is_refused(files, code, fields):
 
 
 @given(st.text(alphabet="ab./\\\0é", max_size=8))
-def test_every_path_that_plain_path_accepts_is_inside_its_folder(path):
+def test_every_path_that_require_portable_path_accepts_is_inside_its_folder(path):
     try:
-        plain_path(path)
+        require_portable_path(path)
     except ValueError:
         return
     normalized = os.path.normpath(f"/folder/{path}")
@@ -381,7 +381,7 @@ def test_interrupted_put_leaves_no_artifact_and_a_second_put_completes_it(
 def artifact_name_of(folder: Path) -> str:
     """Return the name of the artifact with the files of a folder."""
     return StoreManifest.of(
-        store_chunks.hash_files(folder, store_chunks.regular_files(folder))
+        store_chunks.hash_files(folder, store_chunks.list_regular_files(folder))
     ).root
 
 

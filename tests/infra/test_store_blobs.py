@@ -28,7 +28,7 @@ from stored_places import (
 from compressors.contracts import Artifact
 from infra.errors import AlreadyThere, ArtifactDamaged, StoreRefused
 from infra.store.artifact_files import SMALL_BYTES
-from infra.store.chunks import hash_files, regular_files
+from infra.store.chunks import hash_files, list_regular_files
 from infra.store.object_store import CHUNK_BYTES, Store, StoreManifest
 
 LARGE = "shards/tables/big.safetensors"
@@ -58,7 +58,9 @@ def with_another_json(folder: Path, into: Path, text: str = "[1]") -> Path:
 
 def take_with_manifest(stored: Stored, folder: Path) -> Artifact:
     """Move the files of a folder to a store."""
-    return stored.store.take(folder, StoreManifest.of(hash_files(folder, regular_files(folder))))
+    return stored.store.take(
+        folder, StoreManifest.of(hash_files(folder, list_regular_files(folder)))
+    )
 
 
 def count_written(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -83,7 +85,7 @@ def count_written(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def store_as_version_1(stored: Stored, folder: Path) -> Artifact:
     """Write an artifact with a manifest of version 1, as version 0.1.0 did."""
-    manifest = StoreManifest.of(hash_files(folder, regular_files(folder)))
+    manifest = StoreManifest.of(hash_files(folder, list_regular_files(folder)))
     for path, body in contents(folder).items():
         stored.overwrite(f"artifacts/{manifest.root}/files/{path}", body)
     text = manifest.model_dump_json(exclude={"blobs"}).encode()
@@ -266,7 +268,7 @@ def test_file_that_is_a_link_to_its_blob_is_not_read_again(folder, tmp_path, mon
     source.mkdir()
     (source / "table").hardlink_to(tmp_path / "store" / blob_key(stored, first, LARGE))
     (source / "model.json").write_text("[1]")
-    manifest = StoreManifest.of(hash_files(source, regular_files(source)))
+    manifest = StoreManifest.of(hash_files(source, list_regular_files(source)))
     # None: comparing the bytes of a file with its blob would fail.
     monkeypatch.setattr("infra.store.artifact_files.has_content", None)
     second = stored.store.take(source, manifest)

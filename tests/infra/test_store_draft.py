@@ -257,7 +257,7 @@ def test_store_takes_a_sealed_draft_without_hashing_it_again(
     # None: a call of one of these functions, which read and hash files, would fail.
     monkeypatch.setattr(store_draft, "hash_files", None)
     monkeypatch.setattr("infra.store.object_store.hash_files", None)
-    monkeypatch.setattr("infra.store.artifact_files.verified_chunks", None)
+    monkeypatch.setattr("infra.store.artifact_files.read_verified_chunks", None)
     with open_draft(tmp_path / "work", "job", "data", len(BODY)) as artifact_draft:
         write_missing_blocks(artifact_draft)
         manifest = artifact_draft.seal()

@@ -22,7 +22,12 @@ from infra.store import folder as store_folder
 from infra.store import temporary
 from infra.store.draft import open_draft
 from infra.store.object_store import Store
-from infra.store.temporary import MAX_AGE_SECONDS, owned_name, remove_leftovers, scratch_folder
+from infra.store.temporary import (
+    MAX_AGE_SECONDS,
+    generate_owned_name,
+    remove_leftovers,
+    scratch_folder,
+)
 
 # Instead of the pattern of names that version 0.1.0 gave to temporary files: matches nothing.
 NO_EARLIER_NAMES = re.compile(r"(?!)")
@@ -57,7 +62,7 @@ with scratch_folder("pack") as folder:
 def run_same_command_again(kind: str, top: Path) -> None:
     """Do what the next run of the same command does, including the removal of old files."""
     # Otherwise the process would not remove files from a folder again within a minute.
-    store_folder._last_collections.clear()
+    store_folder._last_cleanups.clear()
     if kind == "store key":
         Store(str(top / "store")).write("models/2", b"x")
     elif kind == "fetched folder":
@@ -137,7 +142,7 @@ def test_zombie_process_does_not_count_as_running(tmp_path: Path) -> None:
 
 
 def test_file_of_an_earlier_process_with_the_same_pid_is_removed(tmp_path: Path) -> None:
-    current_name = owned_name("key", "tmp")
+    current_name = generate_owned_name("key", "tmp")
     start = temporary._start_time(os.getpid())
     earlier_name = current_name.replace(f"-{start}-", f"-{start - 1}-")
     for name in (current_name, earlier_name):
@@ -150,7 +155,7 @@ def name_from_another_machine(monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the name of a temporary file that another machine would create."""
     with monkeypatch.context() as patch:
         patch.setattr(temporary, "_machine_id", lambda: "0123456789ab")
-        return owned_name(".out", "part")
+        return generate_owned_name(".out", "part")
 
 
 def test_folder_of_another_machine_is_removed_after_the_age_limit_of_all_its_files(
@@ -206,14 +211,14 @@ def test_remove_leftovers_removes_a_symlink_and_keeps_its_target(
     (tmp_path / "kept" / "f").touch()
     start = temporary._start_time(os.getpid())
     # The name of a file of a process that has ended: with the same PID and another start time.
-    link = tmp_path / owned_name("x", "tmp").replace(f"-{start}-", "-1-")
+    link = tmp_path / generate_owned_name("x", "tmp").replace(f"-{start}-", "-1-")
     link.symlink_to(tmp_path / "kept")
     assert remove_leftovers(tmp_path, NO_EARLIER_NAMES) == 1
     assert (tmp_path / "kept" / "f").exists()
 
 
-def test_owned_name_of_a_long_stem_is_a_valid_file_name(tmp_path: Path) -> None:
-    name = owned_name("ü" * 250, "part")
+def test_generate_owned_name_of_a_long_stem_is_a_valid_file_name(tmp_path: Path) -> None:
+    name = generate_owned_name("ü" * 250, "part")
     assert len(name.encode()) < 200
     (tmp_path / name).mkdir()
 
@@ -236,14 +241,14 @@ def leave_unfinished_draft(into: Path, days: float) -> None:
     """Create the files of a killed run of ``tables quantize`` that changed ``days`` days ago."""
     with open_draft(into, "job", "data", 5) as unfinished:
         unfinished.write("0", [(0, memoryview(b"12345"))])
-    last_change = time.time() - days * 86_400
+    read_last_change = time.time() - days * 86_400
     unfinished_folder = into.with_name(f".{into.name}.part")
     for path in (
         *unfinished_folder.rglob("*"),
         unfinished_folder,
         into.with_name(f".{into.name}.journal"),
     ):
-        os.utime(path, (last_change, last_change))
+        os.utime(path, (read_last_change, read_last_change))
 
 
 def hidden_files(folder: Path) -> list[str]:

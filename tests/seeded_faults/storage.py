@@ -27,7 +27,7 @@ FAULTS = (
     Fault(
         id="store-manifest-root-not-verified",
         file="infra/store/object_store.py",
-        old="        if not name == manifest.root == root_of(manifest.files, manifest.chunk_bytes):\n",
+        old="        if not name == manifest.root == compute_root(manifest.files, manifest.chunk_bytes):\n",
         new="        if not name == manifest.root:\n",
         effect="A modified manifest is accepted as the artifact of its name.",
         tests=(f"{STORE}::test_manifest_with_a_changed_hash_is_damage",),
@@ -59,8 +59,8 @@ FAULTS = (
     Fault(
         id="store-cached-copy-not-verified",
         file="infra/store/object_store.py",
-        old="        return hash_files(folder, regular_files(folder), manifest.chunk_bytes) == manifest.files\n",
-        new="        return bool(regular_files(folder))\n",
+        old="        return hash_files(folder, files, manifest.chunk_bytes) == manifest.files\n",
+        new="        return bool(files)\n",
         effect="A damaged local copy of a remote artifact is used.",
         tests=(f"{STORE}::test_local_fetches_a_damaged_cached_copy_again",),
     ),

@@ -35,7 +35,7 @@ from infra.errors import (
     StoreUnavailable,
 )
 from infra.store import chunks
-from infra.store.disk import find_os_error, translate, translate_input_error
+from infra.store.disk import find_os_error, translate_input_error, translate_os_error
 from tasks.bundles.packing import check, pack, show
 from tasks.bundles.table_files import quantize, step_named
 from tasks.orchestration.workspace import store
@@ -311,7 +311,7 @@ def test_os_error_is_translated_with_path_and_remedy(
     assert type(error) is expected
     assert "/srv/some/file" in str(error)
     assert str(error).rstrip().endswith(".")
-    assert isinstance(translate(fault, Path("/srv"), "write"), Refused | InfraError)
+    assert isinstance(translate_os_error(fault, Path("/srv"), "write"), Refused | InfraError)
     exit_code = 1 if issubclass(expected, InfraError) else 2
     assert cli_errors.report_error(fault) == exit_code
     assert "Errno" not in capsys.readouterr().err
