@@ -1,4 +1,4 @@
-"""Grids (evenly spaced levels) and random tables for tests of uniform quantization formats.
+"""Grids (evenly spaced levels) for tests of uniform quantization formats.
 
 ``each_grid`` and similar names parametrize a test. ``scale_types``, ``sharing`` and ``rules`` are
 Hypothesis strategies for the settings ``scale``, ``rows_per_scale`` and ``clipping``.
@@ -6,8 +6,6 @@ Hypothesis strategies for the settings ``scale``, ``rows_per_scale`` and ``clipp
 
 from typing import Any
 
-import hypothesis.extra.numpy as arrays
-import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -38,31 +36,6 @@ def changed_grid(grid: Grid, **changes: Any) -> Grid:
     """Return a copy of a grid with other values in some fields."""
     fields = {name: getattr(grid, name) for name in Grid.__dataclass_fields__}
     return Grid(**{**fields, **changes})
-
-
-def tables(largest: float = 6e4) -> st.SearchStrategy[Tensor]:
-    """Return a strategy for float32 tables whose rows have very different scales and offsets.
-
-    Weights of the first row are at most ``largest`` in absolute value. The bound of each later row
-    is a thousandth of the bound of the row before it.
-    """
-
-    def scaled(values_power_shift: tuple[np.ndarray, float, float]) -> Tensor:
-        table, power, shift = values_power_shift
-        scales = np.float32(10.0) ** (power - 3 * np.arange(len(table), dtype=np.float32))
-        shifted = table * np.float32(1 - abs(shift)) + np.float32(shift)
-        return torch.from_numpy((shifted * scales[:, None]).astype(np.float32))
-
-    shapes = st.tuples(st.integers(1, 5), st.integers(1, 9))
-    fractions = st.floats(-1, 1, width=32, allow_subnormal=False)
-    values = arrays.arrays(np.float32, shapes, elements=fractions)
-    shift = st.floats(-0.99, 0.99)
-    return st.tuples(values, st.floats(-8, np.log10(largest)), shift).map(scaled)
-
-
-def random_normal(rows: int, dim: int, seed: int = 3) -> Tensor:
-    """Return normal weights float32 ``(rows, dim)`` from a seed."""
-    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
 def round_trip(table: Tensor, grid: Grid) -> tuple[Tensor, FittedRange]:

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from repository_files import ROOT, repository_files
 
-SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".jinja", ""}
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".jinja", ""}
+"""Only files with these suffixes are read: stored fixtures and records have other ones."""
 
 # What to write instead of each word or phrase.
 REPLACEMENTS = {
@@ -47,7 +48,7 @@ REPLACEMENTS = {
     "takes up": "continues, occupies",
 }
 
-# Standard uses, as regular expressions of a line.
+# Uses of a word that are allowed: a line that matches one of its regular expressions is accepted.
 ALLOWED = {
     "tell": (r"\.tell\(\)",),  # the position in a file
     "nobody": (r"[\"`]nobody[\"`]",),  # a Unix user
@@ -55,7 +56,9 @@ ALLOWED = {
         r"behind (a|the) (\w+ )?(proxy|gateway|load balancer|firewall|flag)",
         r"\"behind\"",  # a state in the output of `recpress registry triton`, as in git
     ),
-    "told": (r"not told",),  # a value in stored reports of engines
+    # The value "not told" of the field ``sparsity`` of an engine's audit. It stays, because stored
+    # audits contain it, and the field accepts only its listed values when they are read.
+    "told": (r"not told",),
 }
 
 NOT_PROSE = {
@@ -65,40 +68,42 @@ NOT_PROSE = {
 }
 
 
-def files() -> list[Path]:
-    """Return all text files of the repository, without stored fixtures."""
+def list_text_files() -> list[Path]:
+    """List the files of the repository whose words are checked."""
     return [
         path
         for path in repository_files()
-        if path.suffix in SUFFIXES
-        and (name := path.relative_to(ROOT).as_posix()) not in NOT_PROSE
-        and not name.startswith(("tests/stored_home/0", "tests/golden/record"))
+        if path.suffix in TEXT_SUFFIXES and path.relative_to(ROOT).as_posix() not in NOT_PROSE
     ]
 
 
-def plain_words(line: str) -> str:
-    """Return the words of a line in lower case, with names split at underscores and capitals."""
+def split_words(line: str) -> str:
+    """Return the words of a line in lower case, separated by spaces.
+
+    Names are split at underscores and capitals. Digits and punctuation are removed.
+    """
     return " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", line)).lower()
 
 
-def forbidden_words(line: str) -> list[str]:
-    """Return the words of a line that are not allowed."""
-    words = f" {plain_words(line)} "
+def find_forbidden_words(line: str) -> list[str]:
+    """Return the words and phrases of ``REPLACEMENTS`` in a line, except allowed uses."""
+    words = f" {split_words(line)} "
     return [
         word
         for word in REPLACEMENTS
-        if f" {word} " in words and not any(re.search(use, line) for use in ALLOWED.get(word, ()))
+        if f" {word} " in words
+        and not any(re.search(pattern, line) for pattern in ALLOWED.get(word, ()))
     ]
 
 
 def test_no_line_uses_a_word_of_the_former_dialect() -> None:
-    result = [
+    violations = [
         f"{path.relative_to(ROOT)}:{number}: {word!r}: write {REPLACEMENTS[word]}"
-        for path in files()
+        for path in list_text_files()
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        for word in forbidden_words(line)
+        for word in find_forbidden_words(line)
     ]
-    assert result == [], "\n" + "\n".join(result)
+    assert violations == [], "\n" + "\n".join(violations)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,7 @@ def test_no_line_uses_a_word_of_the_former_dialect() -> None:
 def test_words_are_found_in_names_and_prose_but_not_inside_others(
     line: str, expected: list[str]
 ) -> None:
-    assert forbidden_words(line) == expected
+    assert find_forbidden_words(line) == expected
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,7 @@ def test_words_are_found_in_names_and_prose_but_not_inside_others(
         ("wip", False),
         ("tables: Add scales", False),
         ("tables: add scales.", False),
-        ("tables: " + "x" * 64, True),
+        ("tables: " + "x" * 64, True),  # 72 characters, the limit
         ("tables: " + "x" * 65, False),
     ],
 )
@@ -140,7 +145,8 @@ def test_commit_message_hook_accepts_an_area_and_a_short_summary(
     (hook,) = (item for item in hooks if item["id"] == "commit-subject")
     assert (hook["language"], hook["stages"]) == ("pygrep", ["commit-msg"])
     assert hook["args"] == ["--multiline", "--negate"]
-    # As pre-commit's pygrep does with --multiline.
+    # pre-commit's pygrep searches the file of the message. With --multiline, it matches the pattern
+    # against the whole file, with these two flags; with --negate, the hook passes if it matches.
     pattern = re.compile(hook["entry"], re.MULTILINE | re.DOTALL)
     message = f"{subject}\n\nThe body. It has sentences.\n"
     assert (pattern.search(message) is not None) == is_accepted

@@ -7,18 +7,9 @@ smaller: a rule selects its ends, for symmetric grids as a share of the largest 
 
 import pytest
 import torch
-from grids import (
-    GRIDS,
-    changed_grid,
-    each_asymmetric,
-    each_grid,
-    random_normal,
-    round_trip,
-    scale_types,
-    sharing,
-    tables,
-)
+from grids import GRIDS, changed_grid, each_asymmetric, each_grid, round_trip, scale_types, sharing
 from hypothesis import given
+from random_tables import random_normal, tables
 from torch import Tensor
 
 from compressors.quantize.kernels import clipping

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from error_codes import raises_code
-from grids import SLACK, random_normal, scale_types, sharing, tables
+from grids import SLACK, scale_types, sharing
 from hypothesis import given
+from random_tables import random_normal, tables
 from rowwise_reference import encode_float8_rows
 from torch import Tensor
 

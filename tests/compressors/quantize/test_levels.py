@@ -15,15 +15,14 @@ from grids import (
     each_asymmetric,
     each_grid,
     each_symmetric,
-    random_normal,
     round_trip,
     rules,
     scale_types,
     sharing,
-    tables,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from random_tables import random_normal, tables
 from torch import Tensor
 
 from compressors.errors.steps import ValueNotStorable

@@ -10,11 +10,11 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from grids import random_normal
 from hypothesis import given
 from hypothesis import strategies as st
 from pairwise import parametrize_pairwise
 from pydantic import ValidationError
+from random_tables import random_normal
 from rowwise_reference import StoredRows, decode_rows, encode_rows, pack_planes, unpack_planes
 from torch import Tensor
 
