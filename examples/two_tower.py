@@ -1,12 +1,14 @@
 """A two-tower retrieval model over ids: the score is the dot product of user and item vectors.
 
-Papers: Yi et al. 2019, https://doi.org/10.1145/3298689.3346996 (in-batch negatives, corrected for
-their sampling frequency); Wu et al. 2022, https://arxiv.org/abs/2201.02327 (sampled softmax over
-cosine similarities for recommendation).
+Papers: Yi et al. 2019, https://doi.org/10.1145/3298689.3346996 (in-batch negatives with the logQ
+correction: the logarithm of an item's sampling probability is subtracted from its logit); Wu et al.
+2022, https://arxiv.org/abs/2201.02327 (sampled softmax over cosine similarities for
+recommendation).
 Differs: the only inputs are ids, and a residual layer replaces the deep towers of the first paper.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,24 +19,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Ints = NDArray[np.int64]
+"""An array of int64, such as pairs of user and item."""
 
 
 class IdTower(nn.Module):
     """Maps an id to a vector of norm ``scale``.
 
     Args:
-        name: name of the argument of ``forward``.
-        rows: number of table rows.
+        name: name of the argument of ``forward`` that contains the ids.
+        num_ids: number of ids, which is the number of table rows.
         dim: width of the table and of the vectors.
         hidden: width of a residual layer after the table; 0 means no layer.
         scale: norm of the vectors.
     """
 
-    def __init__(self, name: str, rows: int, dim: int, hidden: int, scale: float) -> None:
+    def __init__(self, name: str, num_ids: int, dim: int, hidden: int, scale: float) -> None:
         super().__init__()
         self.name = name
         self.scale = scale
-        self.table = nn.Embedding(rows, dim)
+        self.table = nn.Embedding(num_ids, dim)
         # Vectors are normalized; with small norms, the first updates change directions strongly.
         nn.init.normal_(self.table.weight, std=0.02)
         self.layers: nn.Sequential | None = None
@@ -45,15 +48,18 @@ class IdTower(nn.Module):
             self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), last)
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Return vectors float ``(rows, dim)`` of ids int ``(rows,)``."""
-        vector: Tensor = self.table(inputs[self.name])  # (rows, dim)
+        """Return vectors float ``(batch, dim)`` of ids int ``(batch,)``."""
+        vector: Tensor = self.table(inputs[self.name])  # (batch, dim)
         if self.layers is not None:
             vector = vector + self.layers(vector)
         return F.normalize(vector, dim=1) * self.scale
 
 
 class TwoTower(nn.Module):
-    """A user tower and an item tower.
+    """A user tower (``query``) and an item tower (``item``).
+
+    As usual in retrieval, the tower of the side that searches is the query tower, also in the
+    signature of the bundle. Its only input is the id ``user``.
 
     Args:
         users: number of users.
@@ -72,7 +78,7 @@ class TwoTower(nn.Module):
         self.item = IdTower("item", items, dim, hidden, scale=1.0)
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
-        """Return scores float ``(rows,)`` of ids int ``(rows,)``; higher scores rank first."""
+        """Return scores float ``(batch,)`` of ids int ``(batch,)``; higher scores rank first."""
         score: Tensor = (self.query(user=user) * self.item(item=item)).sum(dim=1)
         return score
 
@@ -87,10 +93,13 @@ class Training:
     temperature: float = 0.1
     batch: int = 1024
     learning_rate: float = 3e-3
-    # The learning rate decays to 0 over `epochs`. A second run with the same decay ends after
-    # `stop_after` epochs, the best epoch of the first run.
+    # The learning rate decays linearly and would reach 0 after `epochs` epochs.
     epochs: int = 8
+    # Train for only so many epochs, without validation; None trains for `epochs`. A first run
+    # selects the best epoch on validation rows. A second run on all rows, validation rows included,
+    # has none left to select with, so it repeats the decay of the first run up to that epoch.
     stop_after: int | None = None
+    # Stop after so many epochs without a better metric.
     patience: int = 2
     seed: int = 1
     # One thread is fastest: the products are too small to parallelize.
@@ -111,7 +120,8 @@ def train(
         pairs: user and item, int64 ``(rows, 2)``.
         settings: training settings.
         measure: metric to maximize, evaluated after every epoch; the network ends with the
-            weights of the best epoch. None trains until ``settings.stop_after``.
+            weights of the best epoch. None trains for all epochs, or for
+            ``settings.stop_after`` epochs, and keeps the last weights.
         log: called with each line of progress.
 
     Returns:
@@ -119,43 +129,48 @@ def train(
     """
     generator = torch.Generator().manual_seed(settings.seed)
     interactions = torch.from_numpy(pairs)
-    # In-batch negatives are sampled by item frequency; its logarithm is subtracted from the logits.
+    # The logQ correction: an item is a negative in proportion to its frequency in the interactions,
+    # so without the correction the network would rank popular items too low.
     counts = torch.bincount(interactions[:, 1], minlength=network.item.table.num_embeddings)
     log_frequency = (counts.clamp(min=1) / len(interactions)).log().float()
     tables = [network.query.table, network.item.table]
     dense = [p for name, p in network.named_parameters() if ".layers." in name]
-    # Sparse updates change only the table rows of a batch, which is ten times faster.
+    # SparseAdam changes only the table rows of a batch. Adam would change every row in each step,
+    # which takes about ten times as long for tables of this size.
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SparseAdam([table.weight for table in tables], settings.learning_rate)
     ]
     if dense:
         optimizers.append(torch.optim.Adam(dense, settings.learning_rate))
-    num_batches, batch_index = settings.epochs * -(-len(interactions) // settings.batch), 0
+    num_batches = settings.epochs * math.ceil(len(interactions) / settings.batch)
+    batch_index = 0
     last_epoch = settings.stop_after or settings.epochs
     best, best_epoch, state = -1.0, last_epoch, dict[str, Tensor]()
     for epoch in range(1, last_epoch + 1):
         network.train()
+        # SparseAdam needs sparse gradients. They are disabled after each epoch, because other
+        # optimizers, which may train the network later, do not accept them.
         for table in tables:
             table.sparse = True
         total = 0.0
-        for rows in torch.split(
+        for batch_rows in torch.split(
             torch.randperm(len(interactions), generator=generator), settings.batch
         ):
-            user, item = interactions[rows, 0], interactions[rows, 1]
+            user, item = interactions[batch_rows, 0], interactions[batch_rows, 1]
             logits = network.query(user=user) @ network.item(item=item).T  # (batch, batch)
             logits = logits - log_frequency[item]
             # The same item in another row is not a negative.
             duplicate = (item == item.unsqueeze(1)).fill_diagonal_(False)
             logits = logits.masked_fill(duplicate, -torch.inf)
-            loss = F.cross_entropy(logits, torch.arange(len(rows)))
-            torch.autograd.backward(loss)
+            loss = F.cross_entropy(logits, torch.arange(len(batch_rows)))
+            torch.autograd.backward(loss)  # loss.backward() has no type annotations
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * (1 - batch_index / num_batches)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             batch_index += 1
-            total += loss.item() * len(rows)
+            total += loss.item() * len(batch_rows)
         network.eval()
         for table in tables:
             table.sparse = False
