@@ -15,7 +15,7 @@ from pathlib import Path
 
 from drafts import ALLOWED, ROOT, environment
 
-from infra.services.postgres import program_folders
+from infra.services.postgres import find_program_folders
 
 START_SECONDS = 240
 STOP_SECONDS = 120
@@ -33,7 +33,7 @@ class LocalServices:
 
 def missing_programs() -> str:
     """Return a sentence with the missing programs; empty if the services can run."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, program_folders())])
+    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, find_program_folders())])
     missing = [
         name
         for name in ("initdb", "postgres", "pg_isready", "wget")

@@ -33,7 +33,7 @@ Condition = Literal["service_started", "service_healthy", "service_completed_suc
 # "$$", "${NAME}", or "${NAME:-default}" and the like: the groups are the name, the operator (one of
 # ":-", "-", ":?" and "?") and the text after it.
 _VARIABLE = re.compile(r"\$(?:\$|\{(\w+)(?:(:?[-?])([^}]*))?\})")
-_SECONDS = re.compile(r"(\d+)s")
+_DURATION = re.compile(r"(\d+)s")
 
 
 class Service(Frozen):
@@ -85,8 +85,11 @@ MALFORMED_DOCUMENT = (AttributeError, LookupError, RecursionError, TypeError, Va
 """Exceptions while a document is read in which a field is missing or has another type."""
 
 
-def needed_secrets(text: str) -> tuple[str, ...]:
-    """Return the required variables of a compose file, ``${NAME:?message}``; all are secrets."""
+def find_required_secrets(text: str) -> tuple[str, ...]:
+    """Find the required variables of a compose file, ``${NAME:?message}``; all are secrets.
+
+    Each name is returned once, in the order of the file.
+    """
     return tuple(
         dict.fromkeys(
             name for name, operator, _ in _VARIABLE.findall(text) if operator.endswith("?")
@@ -94,8 +97,11 @@ def needed_secrets(text: str) -> tuple[str, ...]:
     )
 
 
-def port_variables(text: str) -> tuple[str, ...]:
-    """Return the variables of a compose file that set published ports, ``${NAME_PORT}``."""
+def find_port_variables(text: str) -> tuple[str, ...]:
+    """Find the variables of a compose file that set published ports, ``${NAME_PORT}``.
+
+    Each name is returned once, in the order of the file.
+    """
     return tuple(
         dict.fromkeys(name for name, _, _ in _VARIABLE.findall(text) if name.endswith("_PORT"))
     )
@@ -138,7 +144,7 @@ def read_services(
         state: the local folder for volumes and configs.
         compose: the compose file.
         ports: returns a free local port for each port that the file does not publish; by default
-            ``free_ports``.
+            ``choose_free_ports``.
 
     Raises:
         SettingRefused: a required variable is missing, or a part of the file cannot be run as a
@@ -148,7 +154,9 @@ def read_services(
 
     try:
         document = yaml.safe_load(compose.read_text(encoding="utf-8"))
-        return _read_services(_substitute(document, variables), state, compose, ports or free_ports)
+        return _read_services(
+            _substitute(document, variables), state, compose, ports or choose_free_ports
+        )
     except (yaml.YAMLError, *MALFORMED_DOCUMENT) as fault:
         raise SettingRefused(
             "services_form", path=str(compose), kind=type(fault).__name__, problem=str(fault)[:300]
@@ -202,7 +210,11 @@ def _read_services(
 def _build_service(
     name: str, entry: dict[str, Any], local_ports: dict[int, int], replacements: "_Replacements"
 ) -> Service:
-    """Convert the entry of one service in the compose file."""
+    """Convert the entry of one service in the compose file.
+
+    Raises:
+        SettingRefused: the health check is a shell command, or a duration is not in seconds.
+    """
     health = entry.get("healthcheck", {})
     test = health.get("test", ["CMD"])
     if test[0] != "CMD":
@@ -255,6 +267,9 @@ def _map_ports(
 
     The file states the local port of a published port. The gRPC port of a published port keeps its
     offset. Every other port gets a free local port.
+
+    Raises:
+        SettingRefused: a port is published on another address than 127.0.0.1.
     """
     published: dict[int, int] = {}
     for line in entry.get("ports", ()):
@@ -271,8 +286,8 @@ def _map_ports(
     return published | grpc | choose_ports(port for port in exposed if port not in grpc)
 
 
-def free_ports(ports: Iterable[int]) -> dict[int, int]:
-    """Return port -> free local port for each of ``ports``.
+def choose_free_ports(ports: Iterable[int]) -> dict[int, int]:
+    """Choose a random free local port for each of ``ports``; returns port -> local port.
 
     If one port is ``GRPC_OFFSET`` above another one, their local ports have the same offset.
     """
@@ -284,14 +299,19 @@ def free_ports(ports: Iterable[int]) -> dict[int, int]:
         while port not in chosen:
             # At most 31,999: Linux assigns ports from 32,768 to outgoing connections.
             local = 12_000 + secrets.randbelow(20_000)
-            if local not in chosen.values() and is_free(local) and is_free(local + GRPC_OFFSET):
+            if (
+                local not in chosen.values()
+                and is_port_free(local)
+                and is_port_free(local + GRPC_OFFSET)
+            ):
                 chosen[port] = local
     return chosen
 
 
-def is_free(port: int) -> bool:
+def is_port_free(port: int) -> bool:
     """Return whether a server could listen on this port of 127.0.0.1 now."""
     with socket.socket() as probe:
+        # As servers do: without it, connections that were closed recently would occupy the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
@@ -304,7 +324,7 @@ def _substitute(value: Any, variables: Mapping[str, str]) -> Any:
     """Replace ``${NAME}`` in all texts of a document, as Docker Compose does."""
     match value:
         case str():
-            return _VARIABLE.sub(lambda match: _variable_value(match, variables), value)
+            return _VARIABLE.sub(lambda match: _resolve_variable(match, variables), value)
         case dict():
             return {name: _substitute(item, variables) for name, item in value.items()}
         case list():
@@ -312,10 +332,13 @@ def _substitute(value: Any, variables: Mapping[str, str]) -> Any:
     return value
 
 
-def _variable_value(match: "re.Match[str]", variables: Mapping[str, str]) -> str:
-    """Return the value of a match of ``_VARIABLE``.
+def _resolve_variable(match: "re.Match[str]", variables: Mapping[str, str]) -> str:
+    """Return the text that replaces a match of ``_VARIABLE``: ``$`` or the variable's value.
 
     If the operator contains a colon, an empty value counts as missing.
+
+    Raises:
+        SettingRefused: the variable is required and missing.
     """
     name, operator, default_or_message = match.groups()
     if name is None:
@@ -329,8 +352,8 @@ def _variable_value(match: "re.Match[str]", variables: Mapping[str, str]) -> str
 
 
 def _parse_seconds(text: str) -> float:
-    """Parse a duration such as ``5s``."""
-    match = _SECONDS.fullmatch(text)
+    """Parse a duration in whole seconds, such as ``5s``; raise ``SettingRefused`` for others."""
+    match = _DURATION.fullmatch(text)
     if not match:
         raise SettingRefused("duration_form", got=short(text))
     return float(match[1])

@@ -30,10 +30,10 @@ from infra.services.compose import (
     ROOT,
     Service,
     Services,
-    free_ports,
-    is_free,
-    needed_secrets,
-    port_variables,
+    choose_free_ports,
+    find_port_variables,
+    find_required_secrets,
+    is_port_free,
     read_services,
     read_variables,
 )
@@ -44,6 +44,7 @@ POLL_SECONDS = 0.25  # pause between two checks of the services while they start
 TAIL_CHARACTERS = 3_000  # length of the end of a log in an error message
 RESTART_SECONDS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 """Delays before the first, second, ... restart of a service that ends soon after each start."""
+RESTART_POLL_SECONDS = 1.0  # pause between two checks whether a service has ended
 STEADY_SECONDS = 60.0
 """If a service ran for this long before it ended, the first delay applies again."""
 
@@ -119,11 +120,11 @@ class LocalProcesses:
         now = time.monotonic()
         for name, service in self._services.items():
             process = self._processes[name]
-            code = process.poll()
+            code = process.poll()  # None while the process runs
             if service.one_shot or code is None:
                 continue
             if name not in self._restart_at:
-                _signal(process, signal.SIGKILL, group=True)
+                _send_signal(process, signal.SIGKILL, group=True)
                 if now - self._start_times[name] >= STEADY_SECONDS:
                     self._restarts[name] = 0
                 count = self._restarts.get(name, 0)
@@ -136,19 +137,19 @@ class LocalProcesses:
 
     def _run(self, service: Service) -> None:
         """Start the process of a service."""
-        self._processes[service.name] = _start(service, self._logs)
+        self._processes[service.name] = _start_process(service, self._logs)
         self._start_times[service.name] = time.monotonic()
 
     def stop(self) -> None:
         """Stop all services, the last one first; kill processes that do not stop in time."""
         for name, process in reversed(self._processes.items()):
             service = self._services[name]
-            _signal(process, signal.Signals[service.stop_signal], group=False)
+            _send_signal(process, signal.Signals[service.stop_signal], group=False)
             try:
                 process.wait(service.stop_seconds)
             except subprocess.TimeoutExpired:
                 _print(f"{name} did not stop within {service.stop_seconds:g} s and is killed")
-            _signal(process, signal.SIGKILL, group=True)  # and its remaining child processes
+            _send_signal(process, signal.SIGKILL, group=True)  # and its remaining child processes
             process.wait()
         self._processes.clear()  # their ids may soon belong to other processes
 
@@ -192,13 +193,17 @@ def prepare_services(state: Path, *, any_ports: bool) -> Services:
     text = COMPOSE.read_text(encoding="utf-8")
     variables = read_variables(ROOT / ".env") | dict(os.environ)
     if any_ports:
-        names = port_variables(text)
-        variables |= dict(zip(names, map(str, free_ports(range(len(names))).values()), strict=True))
+        names = find_port_variables(text)
+        variables |= dict(
+            zip(names, map(str, choose_free_ports(range(len(names))).values()), strict=True)
+        )
     # A secret that the variables do not set has the value of an earlier run, or a random one.
     secrets_file = state / "secrets.env"
     stored_secrets = read_variables(secrets_file)
     stored_secrets |= {
-        name: secrets.token_hex(24) for name in needed_secrets(text) if name not in stored_secrets
+        name: secrets.token_hex(24)
+        for name in find_required_secrets(text)
+        if name not in stored_secrets
     }
     variables |= {name: value for name, value in stored_secrets.items() if not variables.get(name)}
     lines = [f"{name}={variables[name]}\n" for name in sorted(stored_secrets)]
@@ -220,7 +225,9 @@ def _require_programs(services: Services) -> None:
     programs = {service.command[0] for service in services.services}
     programs |= {service.health[0] for service in services.services if service.health}
     programs |= {"initdb"} if "postgres" in programs else set()
-    missing = sorted(name for name in programs if shutil.which(name, path=_search_path()) is None)
+    missing = sorted(
+        name for name in programs if shutil.which(name, path=_build_search_path()) is None
+    )
     if missing:
         advice = dict.fromkeys(INSTALL.get(name, f"Install {name}.") for name in missing)
         raise SettingRefused("programs_missing", programs=tuple(missing), remedy=" ".join(advice))
@@ -230,35 +237,39 @@ def _require_ports(services: Services) -> None:
     """Raise ``SettingRefused`` if a local port is in use."""
     for service in services.services:
         for container_port, port in service.ports.items():
-            if not is_free(port):
+            if not is_port_free(port):
                 raise SettingRefused(
                     "port_taken", port=port, service=service.name, container_port=container_port
                 )
 
 
-def _search_path() -> str:
-    """Return the PATH of services: this Python environment, then PATH, then Postgres's folders."""
+def _build_search_path() -> str:
+    """Build the PATH of services: this Python environment, then PATH, then Postgres's folders."""
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-    return os.pathsep.join([*folders, *map(str, postgres.program_folders())])
+    return os.pathsep.join([*folders, *map(str, postgres.find_program_folders())])
 
 
-def _environment(service: Service) -> dict[str, str]:
-    """Return the environment of a service.
+def _build_environment(service: Service) -> dict[str, str]:
+    """Build the environment variables of a service.
 
     Like a container, the service does not inherit the settings of recpress and other services.
     """
     removed = ("AWS_", "RECPRESS_", "PREFECT_", "MLFLOW_", "POSTGRES_", "PG", "S3_", "WEED_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
-    return {**inherited, **service.environment, "PATH": _search_path()}
+    return {**inherited, **service.environment, "PATH": _build_search_path()}
 
 
-def _start(service: Service, logs: Path) -> "subprocess.Popen[bytes]":
-    """Start the process of a service; create the cluster first if it is a Postgres server."""
-    environment, command = _environment(service), list(service.command)
+def _start_process(service: Service, logs: Path) -> "subprocess.Popen[bytes]":
+    """Start the process of a service; create the cluster first if it is a Postgres server.
+
+    Raises:
+        ChildFailed, SettingRefused: as ``postgres.create_cluster``.
+    """
+    environment, command = _build_environment(service), list(service.command)
     folder, run_as = ROOT, dict[str, Any]()
     if "POSTGRES_DB" in environment:  # the image's entrypoint also creates a missing cluster
-        postgres.prepare(environment)
-        folder, run_as = Path(environment["PGDATA"]), postgres.user_arguments()
+        postgres.create_cluster(environment)
+        folder, run_as = Path(environment["PGDATA"]), postgres.select_user()
         command += ["-c", "unix_socket_directories="]  # none: clients connect by TCP only
     with (logs / f"{service.name}.log").open("ab") as log:
         return subprocess.Popen(
@@ -278,7 +289,7 @@ def _is_healthy(service: Service) -> bool:
     try:
         process = subprocess.run(
             service.health,
-            env=_environment(service),
+            env=_build_environment(service),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=service.health_seconds,
@@ -289,7 +300,9 @@ def _is_healthy(service: Service) -> bool:
     return process.returncode == 0
 
 
-def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals, *, group: bool) -> None:
+def _send_signal(
+    process: "subprocess.Popen[bytes]", number: signal.Signals, *, group: bool
+) -> None:
     """Send a signal to a process, or to all processes of its group."""
     with contextlib.suppress(ProcessLookupError):  # the process has already ended
         if group:
@@ -336,6 +349,7 @@ def up(*, any_ports: bool) -> None:
 
     Raises:
         ServiceFailed: a service did not start, or ended before all were ready.
+        ChildFailed: the Postgres cluster could not be created.
         SettingRefused: a program, folder or setting is missing, or the services run already.
     """
     state = load_settings().home / "services"
@@ -346,11 +360,11 @@ def up(*, any_ports: bool) -> None:
         signal.signal(signal.SIGINT, _interrupt)
         try:
             processes.start()
-            for line in instructions(services.client, state / "client.env"):
+            for line in format_instructions(services.client, state / "client.env"):
                 _print(line)
             while True:
                 processes.restart_ended()
-                time.sleep(1)
+                time.sleep(RESTART_POLL_SECONDS)
         except KeyboardInterrupt:
             _print("stopping")
         finally:
@@ -360,8 +374,8 @@ def up(*, any_ports: bool) -> None:
             processes.stop()
 
 
-def instructions(client: Mapping[str, str], file: Path) -> list[str]:
-    """Return the lines that explain how to use the services; they contain no secret.
+def format_instructions(client: Mapping[str, str], file: Path) -> list[str]:
+    """Format the lines that explain how to use the services; they contain no secret.
 
     Args:
         client: environment variables for programs that use the services.

@@ -15,11 +15,13 @@ from infra.credentials import mask_credentials
 from infra.errors import ChildFailed, SettingRefused
 
 UNPRIVILEGED = ("postgres", "nobody")  # users that run Postgres if this process is root
+# Debian; Red Hat; Homebrew on ARM and on Intel.
 INSTALL_FOLDERS = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt", "/usr/local/opt")
+TAIL_CHARACTERS = 1_500  # length of the end of the output in an error message
 
 
-def program_folders() -> list[Path]:
-    """Return the folders of Postgres's programs that are usually not in PATH.
+def find_program_folders() -> list[Path]:
+    """Find the folders of Postgres's programs that are usually not in PATH.
 
     They are in descending alphabetical order: of two versions with two digits, the later is first.
     """
@@ -32,8 +34,12 @@ def program_folders() -> list[Path]:
     return sorted(folders, reverse=True)
 
 
-def user_arguments() -> dict[str, Any]:
-    """Return ``subprocess`` arguments that run a process as a user that Postgres accepts.
+def select_user() -> dict[str, Any]:
+    """Select the user that runs Postgres, which refuses to run as root.
+
+    Returns:
+        Arguments of ``subprocess`` that run a process as this user; empty if the current user is
+        not root.
 
     Raises:
         SettingRefused: the current user is root, and no unprivileged user exists.
@@ -49,7 +55,7 @@ def user_arguments() -> dict[str, Any]:
     raise SettingRefused("postgres_user_missing", users=UNPRIVILEGED)
 
 
-def prepare(environment: dict[str, str]) -> None:
+def create_cluster(environment: dict[str, str]) -> None:
     """Create the cluster (Postgres's data folder) if it is missing.
 
     Args:
@@ -60,11 +66,12 @@ def prepare(environment: dict[str, str]) -> None:
         ChildFailed: a program of Postgres failed; the message contains its output.
         SettingRefused: the user that runs Postgres has no access to the folder.
     """
-    cluster, run_as = Path(environment["PGDATA"]), user_arguments()
+    cluster, run_as = Path(environment["PGDATA"]), select_user()
     home = cluster.parent
     home.mkdir(parents=True, exist_ok=True)
     if run_as:
         os.chown(home, run_as["user"], run_as["group"])
+    # Checked by the user that runs Postgres, who also needs access to all parents of the folder.
     if subprocess.run(["test", "-w", str(home)], check=False, **run_as).returncode:  # noqa: S607
         raise SettingRefused(
             "postgres_folder_unreachable", user=run_as.get("user", os.geteuid()), folder=str(home)
@@ -106,7 +113,11 @@ def _run(
     run_as: dict[str, Any],
     text: str = "",
 ) -> None:
-    """Run a command with ``text`` as its input; raise ``ChildFailed`` if it fails."""
+    """Run a command with ``text`` as its input.
+
+    Raises:
+        ChildFailed: the exit code is not 0, or the command printed an error.
+    """
     process = subprocess.run(
         command,
         env=environment,
@@ -121,4 +132,4 @@ def _run(
         output = mask_credentials(process.stdout + process.stderr).replace(
             environment["POSTGRES_PASSWORD"], "***"
         )
-        raise ChildFailed("command_failed", command=command[0], output=output[-1500:])
+        raise ChildFailed("command_failed", command=command[0], output=output[-TAIL_CHARACTERS:])

@@ -22,7 +22,7 @@ from infra.bundle.shards import stored_tensors
 from infra.data.split_statistics import split_statistics
 from infra.registry.ledger import Entry, Ledger
 from infra.registry.mlflow_registry import Registered
-from infra.services.compose import COMPOSE, needed_secrets, read_services, read_variables
+from infra.services.compose import COMPOSE, find_required_secrets, read_services, read_variables
 from infra.store.object_store import Store
 from infra.store.records import read_record, seal_record
 from infra.triton.pbtxt import format_message
@@ -293,7 +293,7 @@ def compose_file(folder: Path) -> Parser:
     """Return the parser of ``docker-compose.yml`` for ``make up-local``."""
     text = COMPOSE.read_text(encoding="utf-8")
     file = folder / "docker-compose.yml"
-    variables = dict.fromkeys(needed_secrets(text), "x")
+    variables = dict.fromkeys(find_required_secrets(text), "x")
     document = yaml.safe_load(text)
     small = {**document, "services": dict(list(document["services"].items())[:3])}
 

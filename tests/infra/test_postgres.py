@@ -12,7 +12,7 @@ from error_codes import raises_code
 from infra.errors import ChildFailed, SettingRefused
 from infra.services import postgres
 
-PATH = os.pathsep.join([os.environ.get("PATH", ""), *map(str, postgres.program_folders())])
+PATH = os.pathsep.join([os.environ.get("PATH", ""), *map(str, postgres.find_program_folders())])
 needs_initdb = pytest.mark.skipif(
     shutil.which("initdb", path=PATH) is None, reason="needs PostgreSQL's programs"
 )
@@ -37,7 +37,7 @@ def open_folder() -> Iterator[Path]:
 def test_prepare_refuses_a_folder_that_the_postgres_user_cannot_enter(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     with raises_code(SettingRefused, "postgres_folder_unreachable", folder=str(tmp_path / "db")):
-        postgres.prepare(variables(tmp_path))
+        postgres.create_cluster(variables(tmp_path))
     assert list((tmp_path / "db").iterdir()) == []
 
 
@@ -45,7 +45,7 @@ def test_prepare_refuses_a_folder_that_the_postgres_user_cannot_enter(tmp_path: 
 def test_prepare_creates_a_cluster_once_that_requires_passwords(
     open_folder: Path,
 ) -> None:
-    postgres.prepare(variables(open_folder))
+    postgres.create_cluster(variables(open_folder))
     cluster = open_folder / "db" / "cluster"
     rules = [
         line.split()[-1]
@@ -55,7 +55,7 @@ def test_prepare_creates_a_cluster_once_that_requires_passwords(
     assert set(rules) == {"scram-sha-256"}
     assert [path.name for path in cluster.parent.iterdir()] == ["cluster"]
     created_at = (cluster / "PG_VERSION").stat().st_mtime_ns
-    postgres.prepare(variables(open_folder, POSTGRES_PASSWORD="another"))
+    postgres.create_cluster(variables(open_folder, POSTGRES_PASSWORD="another"))
     assert (cluster / "PG_VERSION").stat().st_mtime_ns == created_at
 
 
@@ -63,6 +63,6 @@ def test_prepare_creates_a_cluster_once_that_requires_passwords(
 def test_failed_initdb_raises_and_leaves_no_cluster(open_folder: Path) -> None:
     # Postgres reserves names that begin with ``pg_``.
     with raises_code(ChildFailed, "command_failed", command="initdb"):
-        postgres.prepare(variables(open_folder, POSTGRES_USER="pg_reserved"))
+        postgres.create_cluster(variables(open_folder, POSTGRES_USER="pg_reserved"))
     assert not (open_folder / "db" / "cluster").exists()
     assert not (open_folder / "db" / "password").exists()

@@ -31,10 +31,10 @@ from infra.services.compose import (
     ROOT,
     Service,
     Services,
-    free_ports,
-    is_free,
-    needed_secrets,
-    port_variables,
+    choose_free_ports,
+    find_port_variables,
+    find_required_secrets,
+    is_port_free,
     read_services,
     read_variables,
 )
@@ -44,7 +44,7 @@ from infra.telemetry import TELEMETRY_OFF
 TEXT = COMPOSE.read_text(encoding="utf-8")
 DOCUMENT: dict[str, Any] = yaml.safe_load(TEXT)
 ENTRIES: dict[str, dict[str, Any]] = DOCUMENT["services"]
-SECRETS = {name: f"{name.lower()}-of-this-test" for name in needed_secrets(TEXT)}
+SECRETS = {name: f"{name.lower()}-of-this-test" for name in find_required_secrets(TEXT)}
 PERMANENT_SERVICES = [name for name in ENTRIES if name != "setup"]
 
 
@@ -96,7 +96,7 @@ def test_every_published_port_is_on_loopback_and_set_by_a_variable() -> None:
 
 def test_no_secret_has_a_default_and_the_example_file_lists_all() -> None:
     example = read_variables(ROOT / ".env.example")
-    assert set(example) == set(needed_secrets(TEXT))
+    assert set(example) == set(find_required_secrets(TEXT))
     assert len(example) == 6
     assert set(example.values()) == {""}
     for name, operator, _ in re.findall(r"\$\{(\w+)(:?[-?])?([^}]*)\}", TEXT):
@@ -142,7 +142,7 @@ def test_health_port_of_each_worker_is_on_loopback() -> None:
 def test_instructions_contain_the_file_of_secrets_and_no_secret(
     services: Services, tmp_path: Path
 ) -> None:
-    text = "\n".join(local_services.instructions(services.client, tmp_path / "client.env"))
+    text = "\n".join(local_services.format_instructions(services.client, tmp_path / "client.env"))
     assert "http://127.0.0.1:4200 and requires the authentication string" in text
     assert f'(. {tmp_path}/client.env; echo "$PREFECT_API_AUTH_STRING")' in text
     assert [value for value in SECRETS.values() if value in text] == []
@@ -340,7 +340,7 @@ def test_read_services_replaces_container_addresses_and_paths_with_local_ones(
 def test_published_ports_follow_their_variables_and_grpc_ports_keep_their_offset(
     tmp_path: Path,
 ) -> None:
-    assert set(port_variables(TEXT)) > {"PREFECT_PORT", "MLFLOW_PORT", "S3_PORT"}
+    assert set(find_port_variables(TEXT)) > {"PREFECT_PORT", "MLFLOW_PORT", "S3_PORT"}
     variables = SECRETS | {"PREFECT_PORT": "14200", "S3_PORT": "18888"}
     services = read_services(variables, tmp_path)
     assert services.client["PREFECT_API_URL"] == "http://127.0.0.1:14200/api"
@@ -410,9 +410,9 @@ def test_read_variables_refuses_a_malformed_line_without_showing_it(tmp_path: Pa
 
 
 def test_free_ports_are_free_and_keep_the_grpc_offset() -> None:
-    local_ports = free_ports([5, 7, 10_005])
+    local_ports = choose_free_ports([5, 7, 10_005])
     assert local_ports[10_005] == local_ports[5] + 10_000
-    assert all(is_free(port) for port in local_ports.values())
+    assert all(is_port_free(port) for port in local_ports.values())
     assert len(set(local_ports.values())) == 3
 
 
@@ -469,7 +469,7 @@ def run(tmp_path: Path) -> Iterator[Callable[..., local_services.LocalProcesses]
 def test_services_start_after_their_dependencies_and_stop_together(
     run: Any, tmp_path: Path
 ) -> None:
-    port = free_ports([1])[1]
+    port = choose_free_ports([1])[1]
     marker = tmp_path / "setup-ran"
     server = make_service(
         "server",
@@ -490,9 +490,9 @@ def test_services_start_after_their_dependencies_and_stop_together(
     processes = run(last, setup, server)
     processes.start(60)
     processes.check()
-    assert not is_free(port)
+    assert not is_port_free(port)
     processes.stop()
-    assert is_free(port)
+    assert is_port_free(port)
     assert marker.exists()
 
 
@@ -511,7 +511,7 @@ def test_killed_service_is_restarted_with_growing_delays(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(local_services, "RESTART_SECONDS", (0.0, 0.2, 0.4))
-    port = free_ports([1])[1]
+    port = choose_free_ports([1])[1]
     server = make_service(
         "server",
         python(SERVER.format(port=port)),
@@ -557,7 +557,7 @@ def test_service_that_is_not_healthy_in_time_is_reported(run: Any) -> None:
 def test_service_that_ignores_the_stop_signal_is_killed_with_its_children(
     run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    port = free_ports([1])[1]
+    port = choose_free_ports([1])[1]
     code = f"""
     import signal, subprocess, sys, time
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -575,9 +575,9 @@ def test_service_that_ignores_the_stop_signal_is_killed_with_its_children(
     processes.stop()
     assert "stubborn did not stop within 0.5 s and is killed" in capsys.readouterr().out
     end = time.monotonic() + 5
-    while not is_free(port) and time.monotonic() < end:
+    while not is_port_free(port) and time.monotonic() < end:
         time.sleep(0.1)
-    assert is_free(port)
+    assert is_port_free(port)
 
 
 # --- missing programs, ports in use, malformed secrets --------------------------------------
@@ -586,7 +586,7 @@ def test_service_that_ignores_the_stop_signal_is_killed_with_its_children(
 def test_missing_programs_are_refused_with_how_to_install_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_services, "_search_path", lambda: str(tmp_path))
+    monkeypatch.setattr(local_services, "_build_search_path", lambda: str(tmp_path))
     with raises_code(SettingRefused, "programs_missing") as raised:
         local_services.prepare_services(tmp_path / "state", any_ports=True)
     assert {"initdb", "weed"} <= set(raised.value.fields["programs"])
