@@ -4,8 +4,8 @@ Error messages of libraries quote the address or the request that the library re
 may contain a login, which is a user and a password: ``scheme://user:password@host``. Three rules
 keep credentials out of messages:
 
-- A library receives an address without its password (``bare_login``, ``bare_database``), and the
-  password separately (``move_login``, ``pass_to_driver``).
+- A library receives an address without its password (``remove_login``,
+  ``remove_database_secrets``), and the password separately (``move_login``, ``pass_to_driver``).
 - Credentials in the message of a library are masked before it becomes part of another message
   (``mask_credentials``).
 - The exception of a library is not the cause of another exception (``raise ... from None``),
@@ -62,14 +62,14 @@ _SECRET_OPTION = re.compile(r"(?i)^(password|passwd|pwd|sslpassword|token|authto
 def mask_credentials(message: object, *addresses: str) -> str:
     """Replace credentials in a text by ``***``.
 
-    These are the credentials in environment variables (``secrets``), in ``addresses``, and in any
-    address that the text contains.
+    These are the credentials in environment variables (``find_secrets``), in ``addresses``, and in
+    any address that the text contains.
 
     Args:
         message: an exception or a text.
         addresses: addresses whose credentials are removed too.
     """
-    text, known_secrets = str(message), secrets()
+    text, known_secrets = str(message), find_secrets()
     if addresses:  # skipped for log records, which are many
         further = {
             form
@@ -83,20 +83,20 @@ def mask_credentials(message: object, *addresses: str) -> str:
     return _QUERY.sub(rf"\g<1>{HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", text))
 
 
-def first_line(message: object, *addresses: str, max_characters: int = 400) -> str:
+def mask_first_line(message: object, *addresses: str, max_characters: int = 400) -> str:
     """Return the first line of a message without credentials, truncated to ``max_characters``."""
     return mask_credentials(message, *addresses).strip().partition("\n")[0][:max_characters]
 
 
-def secrets() -> tuple[str, ...]:
-    """Return the credentials in environment variables, in all forms that messages may contain.
+def find_secrets() -> tuple[str, ...]:
+    """Find the credentials in environment variables, in all forms that messages may contain.
 
     A credential is the value of a variable whose name indicates a secret; or, in a variable that
     contains an address, the password or a secret parameter of its query. Its forms are: unchanged,
     percent-encoded, escaped as by ``repr`` and, for a login, base64 as in HTTP basic
     authentication. Longer texts are first, so that replacing one leaves no part of another.
     """
-    return _secrets(
+    return _find_secrets(
         tuple(
             (name, value)
             for name, value in os.environ.items()
@@ -111,8 +111,8 @@ def _is_secret(name: str) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """Return ``secrets()`` for these variables; cached, because the environment rarely changes."""
+def _find_secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """Find the secrets in these variables; cached, because the environment rarely changes."""
     all_forms: set[str] = set()
     for name, value in variables:
         if _is_secret(name):
@@ -157,7 +157,7 @@ def _address_secrets(uri: str) -> Iterator[str]:
             yield value
 
 
-def bare_login(uri: str) -> tuple[str, str | None, str | None]:
+def remove_login(uri: str) -> tuple[str, str | None, str | None]:
     """Remove the login from an ``http(s)`` address.
 
     Returns:
@@ -173,7 +173,7 @@ def bare_login(uri: str) -> tuple[str, str | None, str | None]:
     return bare, unquote(user), unquote(password) if colon else None
 
 
-def bare_database(uri: str) -> tuple[str, dict[str, str]]:
+def remove_database_secrets(uri: str) -> tuple[str, dict[str, str]]:
     """Remove the password and other secret options from a database URI.
 
     Returns:
@@ -208,7 +208,8 @@ def pass_to_driver(uri: str, options: Mapping[str, str]) -> None:
 
     Args:
         uri: the URI without secrets, with which the engine is created.
-        options: the values that ``bare_database`` removed, by the name of the driver's argument.
+        options: the values that ``remove_database_secrets`` removed, by the name of the driver's
+            argument.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine, make_url
@@ -221,6 +222,7 @@ def pass_to_driver(uri: str, options: Mapping[str, str]) -> None:
 
     @event.listens_for(Engine, "do_connect")
     def connect(dialect: Any, _: Any, arguments: list[Any], parameters: dict[str, Any]) -> None:
+        # The event is sent for the connects of every engine of this process.
         if dialect.name != url.get_backend_name():
             return
         positional, keywords = dialect.create_connect_args(url)
@@ -244,7 +246,7 @@ def move_login(uri: str) -> str:
     Raises:
         ValueError: ``uri`` is not an address.
     """
-    bare, user, password = bare_login(uri)
+    bare, user, password = remove_login(uri)
     if user is not None:
         os.environ[MLFLOW_USER] = user
         os.environ[MLFLOW_PASSWORD] = password or ""
@@ -264,6 +266,9 @@ def clean_exceptions() -> Iterator[None]:
     """Remove credentials from an exception that the block or function raises, and its causes.
 
     The class of the exception is unchanged, so that callers can catch it as before.
+
+    Raises:
+        RuntimeError: the text of the exception cannot be cleaned; contains the cleaned text.
     """
     try:
         yield
@@ -279,7 +284,7 @@ def _clean_exception(fault: BaseException) -> None:
         RuntimeError: the text of the exception cannot be cleaned; contains the cleaned text.
     """
     if isinstance(fault, CodedError):  # the sentence may truncate or omit fields
-        fault.fields = {name: _cleaned_field(value) for name, value in fault.fields.items()}
+        fault.fields = {name: _clean_field(value) for name, value in fault.fields.items()}
     whole = "".join(traceback.format_exception_only(fault))
     if mask_credentials(whole) != whole:
         fault.args = tuple(
@@ -299,12 +304,12 @@ def _clean_exception(fault: BaseException) -> None:
             fault.__cause__ = fault.__context__ = None
 
 
-def _cleaned_field(value: Any) -> Any:
+def _clean_field(value: Any) -> Any:
     """Return the value of an error's field without credentials."""
     if isinstance(value, list | tuple):
-        return tuple(map(_cleaned_field, value))
+        return tuple(map(_clean_field, value))
     if isinstance(value, Mapping):
-        return {name: _cleaned_field(item) for name, item in value.items()}
+        return {name: _clean_field(item) for name, item in value.items()}
     if isinstance(value, int | float | None) or mask_credentials(value) == str(value):
         return value
     return mask_credentials(value)

@@ -7,8 +7,11 @@ them to everything that a command prints.
 
 import re
 
-LONGEST_SENTENCE = 900
-"""Most characters of one sentence; an error message may contain 20 sentences."""
+MAX_SENTENCE_CHARACTERS = 900
+"""Most characters of one sentence.
+
+The limit is for sentences, not for messages, because an error message may contain 20 of them.
+"""
 
 _CONTROL = re.compile(
     "["
@@ -35,10 +38,10 @@ def one_line(text: str) -> str:
 
 
 def truncate_sentence(sentence: str) -> str:
-    """Truncate a sentence, which may quote untrusted text, to ``LONGEST_SENTENCE`` characters."""
-    if len(sentence) <= LONGEST_SENTENCE:
+    """Truncate a sentence that may quote untrusted text to ``MAX_SENTENCE_CHARACTERS``."""
+    if len(sentence) <= MAX_SENTENCE_CHARACTERS:
         return sentence
-    return f"{sentence[: LONGEST_SENTENCE - 3]}..."
+    return f"{sentence[: MAX_SENTENCE_CHARACTERS - 3]}..."
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -90,7 +90,7 @@ class RecpressSettings(BaseSettings):
     @property
     def registry_uri(self) -> str:
         """URI of the registry: ``MLFLOW_TRACKING_URI``, or a SQLite file in ``home``."""
-        return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(self.home / "registry.db")
+        return os.environ.get("MLFLOW_TRACKING_URI") or build_sqlite_uri(self.home / "registry.db")
 
     @property
     def cache(self) -> Path:
@@ -118,7 +118,7 @@ def load_settings() -> RecpressSettings:
         ) from None
 
 
-def sqlite_uri(file: Path) -> str:
+def build_sqlite_uri(file: Path) -> str:
     """Build the SQLAlchemy URI of a SQLite file, for any absolute path.
 
     In the usual form ``sqlite:///PATH`` the path ends at its first ``?``. So a path that contains
@@ -131,7 +131,7 @@ def sqlite_uri(file: Path) -> str:
     return f"sqlite+pysqlite:///file:{quote(str(file))}?uri=true"
 
 
-def sqlite_file(uri: str) -> Path | None:
+def parse_sqlite_uri(uri: str) -> Path | None:
     """Return the path of the SQLite file that a SQLAlchemy URI refers to.
 
     SQLAlchemy uses the path of the form ``sqlite:///PATH`` literally, up to the first ``?``. With
@@ -171,7 +171,7 @@ def public_uri(uri: str) -> str:
         is_address = re.match(r"[A-Za-z][\w+.-]*:", uri) and "@" in uri
         return (uri.rpartition("@")[2] if is_address else uri).partition("?")[0]
     if scheme.partition("+")[0] == "sqlite":
-        file = sqlite_file(uri)
+        file = parse_sqlite_uri(uri)
         return f"{scheme}://" if file is None else f"sqlite:///{file}"
     host, slash, path = rest.partition("?")[0].partition("/")
     if "@" in path:  # a password that contains a slash: only the text after the last @ is safe

@@ -156,7 +156,7 @@ class Ledger:
         Args:
             version: the version number in the registry.
             order: the digest of the order; for a rollback, the ``order`` of the entry that
-                ``rollback_target`` returns.
+                ``find_rollback_target`` returns.
             action: promotion or rollback.
             by: the person or program that decided.
             reason: why.
@@ -165,7 +165,7 @@ class Ledger:
 
         Raises:
             AlreadyThere: the ledger has an entry after ``expected``; the error contains that entry.
-            PromotionRefused: a rollback to another order than that of ``rollback_target``.
+            PromotionRefused: a rollback to another order than that of ``find_rollback_target``.
             ArtifactDamaged: as ``entries``.
             ConcurrentChange: other processes appended first ``ATTEMPTS`` times in a row.
         """
@@ -224,7 +224,7 @@ class Ledger:
             )
         self._check_digest(entry, last, place)
         if entry.action == "rollback":
-            restored = rollback_target(entries)
+            restored = find_rollback_target(entries)
             if restored is None or not _have_same_champion(restored, entry):
                 raise ArtifactDamaged(
                     "ledger_rollback_unfounded",
@@ -245,7 +245,7 @@ class Ledger:
 
     def _check_rollback(self, entries: tuple[Entry, ...], version: str, order: str) -> None:
         """Raise ``PromotionRefused`` unless a rollback of these entries restores this order."""
-        restored = rollback_target(entries)
+        restored = find_rollback_target(entries)
         if restored is None:
             raise PromotionRefused("nothing_to_roll_back", model=self._model)
         if restored.order != order:
@@ -279,19 +279,23 @@ class Ledger:
         return self._key(int(number)) if number.isascii() and number.isdigit() else None
 
 
-def rollback_target(entries: tuple[Entry, ...]) -> Entry | None:
-    """Return the promotion that a rollback restores, or None if there is no earlier champion.
+def find_rollback_target(entries: tuple[Entry, ...]) -> Entry | None:
+    """Find the promotion that a rollback restores; None if there is no earlier champion.
 
     A promotion pushes its entry on a stack, a rollback pops one, and the entry below the top is
     returned. So two rollbacks undo two promotions, and a rollback never restores an order
     that was itself rolled back. Promoting the current champion again does not change the stack.
     """
-    stack = _champion_stack(entries)
+    stack = _build_champion_stack(entries)
     return stack[-2] if len(stack) > 1 else None
 
 
-def rolled_back_orders(entries: tuple[Entry, ...]) -> tuple[str, ...]:
-    """Return digests of orders rolled back since the last promotion, latest first."""
+def list_rolled_back_orders(entries: tuple[Entry, ...]) -> tuple[str, ...]:
+    """List the digests of the orders that were rolled back since the last promotion.
+
+    Returns:
+        The order that was rolled back last is first; empty if the last entry is a promotion.
+    """
     removed: list[str] = []
     for end in range(len(entries), 0, -1):
         if entries[end - 1].action != "rollback":
@@ -300,7 +304,7 @@ def rolled_back_orders(entries: tuple[Entry, ...]) -> tuple[str, ...]:
     return tuple(removed)
 
 
-def _champion_stack(entries: tuple[Entry, ...]) -> list[Entry]:
+def _build_champion_stack(entries: tuple[Entry, ...]) -> list[Entry]:
     """Return the promotions that were not rolled back, oldest first; the champion is last."""
     stack: list[Entry] = []
     for entry in entries:

@@ -25,10 +25,11 @@ def require_fit(model: str, order: str, source: str, tags: dict[str, str]) -> No
     """Raise ``RegistryRefused`` if the registry cannot store a field of one version.
 
     Args:
-        model: the registered model's name.
-        order: digest of the order.
-        source: URI of the release.
-        tags: tags of the version.
+        model: the registered model's name; see ``require_name``.
+        order: digest of the order; see ``require_order``.
+        source: URI of the release, of at most ``MAX_SOURCE`` characters.
+        tags: tags of the version. A name has 1 to ``MAX_TAG_KEY`` characters, which are letters,
+            digits, spaces and ``_-./:``; a value has at most ``MAX_TAG_VALUE`` characters.
     """
     require_name(model)
     require_order(order)
@@ -46,7 +47,11 @@ def require_fit(model: str, order: str, source: str, tags: dict[str, str]) -> No
 
 
 def require_name(model: str) -> None:
-    """Raise ``RegistryRefused`` if the registry does not accept a model name."""
+    """Raise ``RegistryRefused`` unless ``model`` can be the name of a model.
+
+    It has 1 to ``MAX_NAME`` characters, without ``/``, ``:``, quotes, backquotes and control
+    characters, and without whitespace at its ends.
+    """
     if not _NAME.fullmatch(model) or model.strip() != model or len(model) > MAX_NAME:
         raise RegistryRefused("model_name_invalid", name=model[:60], most=MAX_NAME)
 

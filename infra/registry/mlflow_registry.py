@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from compressors.contracts import Frozen
-from infra.credentials import bare_database, first_line, move_login, pass_to_driver
+from infra.credentials import mask_first_line, move_login, pass_to_driver, remove_database_secrets
 from infra.errors import RegistryOutage, RegistryRefused, RegistryUnavailable, SettingRefused
 from infra.registry.limits import require_fit, require_name, require_order, shorten_description
-from infra.registry.sqlite_file import prepare, read_order, registry_lock
-from infra.settings import public_uri, sqlite_file
+from infra.registry.sqlite_file import create_or_migrate, read_order, registry_lock
+from infra.settings import parse_sqlite_uri, public_uri
 
 ORDER_TAG = "recpress.order"
 CHAMPION = "champion"
@@ -36,9 +36,9 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-# Error codes of MLflow: wrong credentials, and requests that fail again if they are repeated.
-_FORBIDDEN = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
-_REFUSED = {
+# Error codes of MLflow: missing or wrong credentials, and requests that would fail again.
+_CREDENTIAL_CODES = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}
+_PERMANENT_CODES = {
     "BAD_REQUEST",
     "ENDPOINT_NOT_FOUND",
     "INVALID_PARAMETER_VALUE",
@@ -142,14 +142,21 @@ class Registry:
         return self._search(f"name = '{model}'", aliases)
 
     def check(self) -> None:
-        """Raise if the registry does not respond."""
+        """Raise if the registry cannot be used; later calls for the same object check nothing.
+
+        A registry that is a file is created if it is missing.
+
+        Raises:
+            RegistryUnavailable: the registry does not respond, or its file is locked.
+            SettingRefused: the address, the credentials or the file cannot be used.
+        """
         with self._translate_errors():
             _ = self._client
 
     def models(self) -> tuple[str, ...]:
         """List the names of all models, sorted."""
         with self._translate_errors():
-            models = _all_pages(
+            models = _fetch_all_pages(
                 lambda token: self._client.search_registered_models(page_token=token)
             )
         return tuple(sorted(model.name for model in models))
@@ -222,7 +229,7 @@ class Registry:
         Importing MLflow takes about two seconds, so a registry that is a file is read directly.
         Then ``aliases`` of the result is empty, and the result is None if the file cannot be read.
         """
-        file = sqlite_file(self._uri)
+        file = parse_sqlite_uri(self._uri)
         if file is None:
             return self.by_order(order, model)
         require_order(order)
@@ -243,7 +250,11 @@ class Registry:
             self._client.set_registered_model_tag(model, CONFIRMED_TAG, decision)
 
     def read_confirmation(self, model: str) -> str | None:
-        """Return the digest of the ledger entry that ``confirm`` recorded last, or None."""
+        """Return the digest of the ledger entry that ``confirm`` recorded last, or None.
+
+        Raises:
+            RegistryRefused: there is no such model.
+        """
         require_name(model)
         with self._translate_errors():
             tags: dict[str, str] = self._client.get_registered_model(model).tags
@@ -260,10 +271,10 @@ class Registry:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         with self._locked_file() as file:
             if file is not None:
-                prepare(file)
+                create_or_migrate(file)
             uri = self._uri
             if file is None and not uri.startswith("http"):
-                uri, options = bare_database(uri)
+                uri, options = remove_database_secrets(uri)
                 pass_to_driver(uri, options)
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             # The first query makes MLflow check the tables. No model has an empty name, so the
@@ -275,14 +286,14 @@ class Registry:
     def _write_lock(self) -> Iterator[None]:
         """Hold the write lock of a registry that is a file."""
         with self._translate_errors():
-            _ = self._client  # takes the same lock to prepare the file, so it must come first
+            _ = self._client  # takes the same lock to create the file, so it must come first
         with self._locked_file():
             yield
 
     @contextmanager
     def _locked_file(self) -> Iterator[Path | None]:
         """Hold the lock of a registry that is a file and yield the file; else yield None."""
-        file = sqlite_file(self._uri)
+        file = parse_sqlite_uri(self._uri)
         if file is None:
             yield None
             return
@@ -335,7 +346,7 @@ class Registry:
     def _search(self, condition: str, aliases: dict[str, str]) -> tuple[Registered, ...]:
         """Return the versions that match a condition in MLflow's syntax, newest first."""
         with self._translate_errors():
-            entries = _all_pages(
+            entries = _fetch_all_pages(
                 lambda token: self._client.search_model_versions(condition, page_token=token)
             )
         versions = (
@@ -369,11 +380,11 @@ class Registry:
             yield
         except MlflowException as fault:
             message = self._clean_message(fault.message)
-            if fault.error_code in _FORBIDDEN:
+            if fault.error_code in _CREDENTIAL_CODES:
                 raise SettingRefused("registry_credentials_refused", problem=message) from None
             if "local path as a model version source" in message:
                 raise RegistryRefused("source_is_local") from None
-            if fault.error_code in _REFUSED:
+            if fault.error_code in _PERMANENT_CODES:
                 raise RegistryRefused("registry_refused", problem=message) from None
             if "out-of-date database schema" in message:
                 raise SettingRefused("registry_version_differs", problem=message) from None
@@ -395,16 +406,16 @@ class Registry:
         It is a ``RegistryOutage``, after which tasks wait and retry, only if the registry is a
         server: waiting does not repair a file.
         """
-        if sqlite_file(self._uri) is None:
+        if parse_sqlite_uri(self._uri) is None:
             return RegistryOutage("registry_no_answer", problem=problem)
         return RegistryUnavailable("registry_no_answer", problem=problem)
 
     def _clean_message(self, message: object) -> str:
         """Return the first line of a message without credentials and the options in the URI."""
-        return first_line(str(message).replace(self._uri, public_uri(self._uri)), self._uri)
+        return mask_first_line(str(message).replace(self._uri, public_uri(self._uri)), self._uri)
 
 
-def _all_pages(fetch_page: Callable[[str | None], Any]) -> list[Any]:
+def _fetch_all_pages(fetch_page: Callable[[str | None], Any]) -> list[Any]:
     """Collect the entries of every page; ``fetch_page`` receives the token of the next page."""
     entries: list[Any] = []
     token: str | None = None

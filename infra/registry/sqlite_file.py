@@ -7,8 +7,8 @@ in one step: by a hard link if no file exists yet, else by a copy into the exist
 one SQLite transaction. A copy, unlike a rename, keeps the connections of other processes valid, so
 none of their writes is lost.
 
-``registry_lock`` ensures that one process at a time calls ``prepare``. Read this file when a
-registry cannot be opened, or when MLflow changes how it migrates.
+``registry_lock`` ensures that one process at a time calls ``create_or_migrate``. Read this file
+when a registry cannot be opened, or when MLflow changes how it migrates.
 """
 
 import functools
@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 from compressors.contracts import is_out_of_memory
-from infra.credentials import first_line
+from infra.credentials import mask_first_line
 from infra.errors import RegistryUnavailable, SettingRefused
 from infra.store.lock import hold_lock
 
@@ -64,7 +64,7 @@ class DatabaseSchema:
 
 @contextmanager
 def registry_lock(file: Path) -> Iterator[None]:
-    """Hold the lock of a registry file: one process at a time prepares it or writes to it.
+    """Hold the lock of a registry file: one process at a time migrates it or writes to it.
 
     Raises:
         SettingRefused: the folder cannot be created or written.
@@ -79,15 +79,15 @@ def registry_lock(file: Path) -> Iterator[None]:
         yield
 
 
-def prepare(file: Path) -> None:
+def create_or_migrate(file: Path) -> None:
     """Create or migrate ``file`` for the installed MLflow. The caller holds ``registry_lock``.
 
     A missing or empty file is created. A file that a killed process left incomplete is created
     again if it has no rows of users. A registry of an earlier MLflow is migrated.
 
     Raises:
-        SettingRefused: ``file`` is not a database, was written by a later MLflow, or is incomplete
-            and has rows of users. The file is not changed.
+        SettingRefused: ``file`` is not a database, cannot be opened for writing, was written by a
+            later MLflow, or is incomplete and has rows of users. The file is not changed.
         RegistryUnavailable: another program keeps the file locked.
     """
     file = file.resolve()
@@ -155,7 +155,13 @@ def _create(file: Path) -> None:
 
 
 def _replace(file: Path) -> None:
-    """Rebuild an empty or incomplete file, or migrate a complete one of an earlier MLflow."""
+    """Rebuild an empty or incomplete file, or migrate a complete one of an earlier MLflow.
+
+    Raises:
+        SettingRefused: the file has rows of users, and is incomplete or of a later MLflow, or
+            cannot be migrated.
+        RegistryUnavailable: another program keeps the file locked.
+    """
     with closing(_connect(file)) as database, _temporary_file(file) as temporary:
         # In this locking mode SQLite keeps the lock until the connection is closed.
         with _translate_lock_errors(file):
@@ -192,14 +198,14 @@ def _migrate(file: Path, temporary: Path, schema: DatabaseSchema) -> None:
 
     upgrade: Callable[[Any], None] = utils._upgrade_db  # what "mlflow db upgrade" calls
     try:
-        with _engine(temporary) as engine:
+        with _open_engine(temporary) as engine:
             upgrade(engine)
         with closing(_connect(temporary)) as database:
             migrated = _read_schema(temporary, database)
     except Exception as fault:  # MLflow's migrations may raise exceptions of several libraries
         if is_out_of_memory(fault):
             raise
-        why = f"MLflow cannot migrate it: {first_line(fault)}"
+        why = f"MLflow cannot migrate it: {mask_first_line(fault)}"
         raise _incomplete_error(file, schema, why) from None
     if not _is_current(migrated):
         raise _incomplete_error(file, schema, "MLflow's migration did not create every table")
@@ -256,7 +262,7 @@ def _revisions() -> tuple[str, frozenset[str]]:
 
 
 def _required_tables() -> frozenset[str]:
-    """Return the names of all tables of the installed MLflow."""
+    """List the names of all tables of the installed MLflow."""
     import mlflow.store.db.utils  # noqa: F401 (registers every table)
     from mlflow.store.db.base_sql_model import Base
 
@@ -268,12 +274,12 @@ def _initialize(temporary: Path) -> None:
     from mlflow.store.db import utils
 
     initialize: Callable[[Any], None] = utils._initialize_tables
-    with _engine(temporary) as engine:
+    with _open_engine(temporary) as engine:
         initialize(engine)
 
 
 @contextmanager
-def _engine(temporary: Path) -> Iterator[Any]:
+def _open_engine(temporary: Path) -> Iterator[Any]:
     """Yield a fast SQLAlchemy engine for a temporary file, which need not survive a crash."""
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
@@ -305,7 +311,11 @@ def _connect(file: Path, mode: str = "rw") -> sqlite3.Connection:
 
 @contextmanager
 def _translate_lock_errors(file: Path) -> Iterator[None]:
-    """Raise ``RegistryUnavailable`` if the block fails, since another program locks the file."""
+    """Translate SQLite's operational errors in the block, such as a lock of another program.
+
+    Raises:
+        RegistryUnavailable: SQLite could not execute a statement.
+    """
     try:
         yield
     except sqlite3.OperationalError as fault:
@@ -327,8 +337,8 @@ def _temporary_file(file: Path) -> Iterator[Path]:
 def _remove_leftovers(file: Path) -> None:
     """Remove temporary files of killed processes; this process holds the lock and has none yet."""
     for path in file.parent.iterdir():
-        name = path.name.partition(TEMPORARY)
-        if name[0].startswith(f".{file.name}.") and name[1]:
+        stem, suffix, _ = path.name.partition(TEMPORARY)  # "-journal" may follow the suffix
+        if stem.startswith(f".{file.name}.") and suffix:
             path.unlink(missing_ok=True)
 
 

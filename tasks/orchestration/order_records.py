@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from compressors.contracts import Artifact, Frozen, Sha256
 from infra.errors import ArtifactMissing, RecordRefused
 from infra.registry.mlflow_registry import Registry
-from infra.settings import load_settings, public_uri, sqlite_file
+from infra.settings import load_settings, parse_sqlite_uri, public_uri
 from infra.store.records import read_record, seal_record
 from tasks.orchestration.documents import Finished, Report, report_of
 from tasks.orchestration.workspace import store
@@ -200,7 +200,7 @@ def _registered_version(report: Report) -> str:
 def _registry_reference() -> str:
     """Return the registry as written in records: see ``FinishedRecord.registry``."""
     uri = load_settings().registry_uri
-    file, root = sqlite_file(uri), store().folder
+    file, root = parse_sqlite_uri(uri), store().folder
     return public_uri(uri) if file is None or root is None else os.path.relpath(file, root)
 
 

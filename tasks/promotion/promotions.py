@@ -23,7 +23,7 @@ from infra.errors import (
     PromotionRefused,
     Refused,
 )
-from infra.registry.ledger import Entry, Ledger, rollback_target, rolled_back_orders
+from infra.registry.ledger import Entry, Ledger, find_rollback_target, list_rolled_back_orders
 from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, Registered
 from infra.triton.repository import ServedVersion
 from tasks.orchestration.documents import PAGE, Report, TargetReport
@@ -235,7 +235,7 @@ def apply_rollback(
         from_order = registry().version(model, from_version).tags.get(ORDER_TAG)
     if _is_rolled_back(model, entries, from_version, from_order, command_start):
         return _complete(model, is_new=False)
-    earlier = rollback_target(entries)
+    earlier = find_rollback_target(entries)
     if earlier is None:
         raise PromotionRefused("earlier_champion_missing", model=model, entries=len(entries))
     version = version_of_entry(model, earlier)
@@ -275,7 +275,7 @@ def _is_rolled_back(
     if from_version is not None:
         if last is not None and last.order == from_order:
             return False
-        if from_order in rolled_back_orders(entries):
+        if from_order in list_rolled_back_orders(entries):
             return True
         current = "none" if last is None else f"version {last.version}"
         raise PromotionRefused("other_champion", model=model, expected=from_version, got=current)

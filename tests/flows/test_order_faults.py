@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from flows.order import Order
 from flows.order_faults import format_errors
-from infra.printable import LONGEST_SENTENCE
+from infra.printable import MAX_SENTENCE_CHARACTERS
 
 LIMIT = {"metric": "auc", "at_least": -0.01}
 GOOD = {"model": "clicks", "limits": [LIMIT], "preset": "custom", "steps": [{"kind": "fold"}]}
@@ -96,4 +96,4 @@ def test_1000_errors_are_reported_as_20_sentences_and_the_number_of_others() -> 
 
 def test_sentence_about_a_long_value_has_a_bounded_length() -> None:
     (sentence,) = sentences_for(steps=[{"kind": "x" * 100_000}])
-    assert len(sentence) <= LONGEST_SENTENCE
+    assert len(sentence) <= MAX_SENTENCE_CHARACTERS

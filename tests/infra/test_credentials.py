@@ -17,13 +17,13 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from infra.credentials import (
-    bare_database,
-    bare_login,
     clean_exceptions,
     clean_log_records,
     mask_credentials,
     move_registry_login,
     pass_to_driver,
+    remove_database_secrets,
+    remove_login,
 )
 from infra.errors import InfraError, Refused, RegistryRefused, RegistryUnavailable, SettingRefused
 from infra.registry.mlflow_registry import Registry
@@ -159,12 +159,12 @@ def test_mlflow_uses_the_moved_login(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bare_database_separates_passwords_from_the_uri(
     uri: str, bare: str, options: dict[str, str]
 ) -> None:
-    assert bare_database(uri) == (bare, options)
+    assert remove_database_secrets(uri) == (bare, options)
 
 
 def test_error_for_an_invalid_database_uri_does_not_quote_it() -> None:
     with pytest.raises(ValueError, match="not a database URI") as raised:
-        bare_database(f"postgresql://me:{ENCODED}@db:port/m")
+        remove_database_secrets(f"postgresql://me:{ENCODED}@db:port/m")
     assert_no_secret(formatted_exception(raised.value))
 
 
@@ -188,9 +188,9 @@ def test_pass_to_driver_adds_the_password_only_for_its_uri(tmp_path) -> None:
 
 
 def test_bare_login_decodes_the_login_and_keeps_the_rest_of_the_address() -> None:
-    assert bare_login("https://a%3Ab:c@h:1/p?q=1") == ("https://h:1/p?q=1", "a:b", "c")
-    assert bare_login("https://token@h") == ("https://h", "token", None)
-    assert bare_login("https://h/x@y") == ("https://h/x@y", None, None)
+    assert remove_login("https://a%3Ab:c@h:1/p?q=1") == ("https://h:1/p?q=1", "a:b", "c")
+    assert remove_login("https://token@h") == ("https://h", "token", None)
+    assert remove_login("https://h/x@y") == ("https://h/x@y", None, None)
 
 
 # --- Exceptions ------------------------------------------------------------------------------

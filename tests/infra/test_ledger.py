@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import AlreadyThere, ArtifactDamaged, PromotionRefused, StoreRefused
-from infra.registry.ledger import Entry, Ledger, rollback_target
+from infra.registry.ledger import Entry, Ledger, find_rollback_target
 from infra.store.object_store import Store
 
 
@@ -38,7 +38,7 @@ def promote(ledger: Ledger, version: str, expected: int | None = None) -> Entry:
 
 def roll_back(ledger: Ledger) -> str:
     """Append a rollback; return the version that it restores."""
-    target = rollback_target(ledger.entries())
+    target = find_rollback_target(ledger.entries())
     assert target is not None
     rollback = ledger.append(
         target.version, target.order, action="rollback", by="bob", reason="worse"
@@ -122,7 +122,7 @@ def test_two_rollbacks_undo_two_promotions(ledger):
         promote(ledger, version)
     assert roll_back(ledger) == "2"
     assert roll_back(ledger) == "1"
-    assert rollback_target(ledger.entries()) is None
+    assert find_rollback_target(ledger.entries()) is None
     with raises_code(PromotionRefused, "nothing_to_roll_back", model="ranker"):
         ledger.append("2", "order-2", "rollback", "bob", "worse")
 
@@ -179,19 +179,19 @@ def test_rollback_after_a_promotion_restores_the_champion_before_it(actions):
         entries.append(entry(len(entries) + 1, version, action, previous))
 
     for action in actions:
-        target = rollback_target(tuple(entries))
+        target = find_rollback_target(tuple(entries))
         if action != "back":
             add(action, "promote")
         elif target is not None:
             add(target.version, "rollback")
     champion = entries[-1].version if entries else None
-    target = rollback_target(tuple(entries))
+    target = find_rollback_target(tuple(entries))
     add("new", "promote")
-    restored = rollback_target(tuple(entries))
+    restored = find_rollback_target(tuple(entries))
     assert (restored.version if restored else None) == champion
     if restored is not None:
         add(restored.version, "rollback")
-        assert rollback_target(tuple(entries)) == target
+        assert find_rollback_target(tuple(entries)) == target
 
 
 # --- damage ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from sqlalchemy import create_engine, text
 
 from infra.errors import SettingRefused
 from infra.registry.mlflow_registry import Registry
-from infra.settings import load_settings, public_uri, sqlite_file, sqlite_uri
+from infra.settings import build_sqlite_uri, load_settings, parse_sqlite_uri, public_uri
 
 UNUSUAL_NAMES = (
     "a?b",
@@ -35,14 +35,14 @@ UNUSUAL_NAMES = (
 
 
 @pytest.mark.parametrize("name", UNUSUAL_NAMES)
-def test_sqlite_uri_opens_its_file_for_any_path(
+def test_build_sqlite_uri_opens_its_file_for_any_path(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / name / "registry.db"
     file.parent.mkdir()
-    uri = sqlite_uri(file)
-    assert sqlite_file(uri) == file
+    uri = build_sqlite_uri(file)
+    assert parse_sqlite_uri(uri) == file
     engine = create_engine(uri)
     with engine.begin() as connection:
         connection.execute(text("create table t (x integer)"))
@@ -73,15 +73,15 @@ def test_sqlite_uri_opens_its_file_for_any_path(
     ],
 )
 def test_sqlite_file_returns_the_file_that_sqlalchemy_opens(uri: str, file: str | None) -> None:
-    assert sqlite_file(uri) == (None if file is None else Path(file))
+    assert parse_sqlite_uri(uri) == (None if file is None else Path(file))
 
 
 def test_sqlite_file_of_a_relative_uri_is_relative_to_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert sqlite_file("sqlite:///registry.db") == tmp_path / "registry.db"
-    assert sqlite_file("sqlite:///file:registry.db?uri=true") == tmp_path / "registry.db"
+    assert parse_sqlite_uri("sqlite:///registry.db") == tmp_path / "registry.db"
+    assert parse_sqlite_uri("sqlite:///file:registry.db?uri=true") == tmp_path / "registry.db"
 
 
 def test_home_with_special_characters_contains_its_registry(
@@ -111,7 +111,7 @@ def test_home_is_normalized_to_one_path(
     settings = load_settings()
     assert settings.home == tmp_path / "x"
     assert settings.store_root == str(tmp_path / "x" / "store")
-    assert sqlite_file(settings.registry_uri) == tmp_path / "x" / "registry.db"
+    assert parse_sqlite_uri(settings.registry_uri) == tmp_path / "x" / "registry.db"
 
 
 @pytest.mark.parametrize("home", ["~no-such-user-here/x", os.fsdecode(b"/srv/\xff")])
@@ -125,5 +125,5 @@ def test_home_that_is_not_a_valid_path_is_refused(
 
 def test_public_uri_keeps_the_path_of_a_sqlite_uri() -> None:
     file = Path("/srv/me@work/a?b/registry.db")
-    assert public_uri(sqlite_uri(file)) == f"sqlite:///{file}"
+    assert public_uri(build_sqlite_uri(file)) == f"sqlite:///{file}"
     assert public_uri("sqlite:////srv/me@work/registry.db") == "sqlite:////srv/me@work/registry.db"

@@ -177,7 +177,7 @@ def earlier(tmp_path: Path) -> Path:
     from mlflow.store.db.utils import InitialBase, _get_alembic_config
 
     file = tmp_path / "registry.db"
-    with sqlite_file._engine(file) as engine:
+    with sqlite_file._open_engine(file) as engine:
         InitialBase.metadata.create_all(engine)
         config = _get_alembic_config("sqlite://")
         with engine.begin() as connection:

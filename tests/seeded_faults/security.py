@@ -72,7 +72,7 @@ FAULTS = (
     Fault(
         id="refusal-quotes-without-end",
         file="infra/printable.py",
-        old='    return f"{sentence[: LONGEST_SENTENCE - 3]}..."\n',
+        old='    return f"{sentence[: MAX_SENTENCE_CHARACTERS - 3]}..."\n',
         new="    return sentence\n",
         effect="A refusal prints a value of 100,000 characters.",
         tests=(f"{BUNDLE}::test_refusal_with_long_values_has_a_bounded_length",),
@@ -171,7 +171,7 @@ FAULTS = (
         old='    if "?" not in str(file):\n',
         new='    if "?" not in str(file) or True:\n',
         effect="A '?' in RECPRESS_HOME moves the registry to another folder.",
-        tests=("tests/infra/test_settings.py::test_sqlite_uri_opens_its_file_for_any_path",),
+        tests=("tests/infra/test_settings.py::test_build_sqlite_uri_opens_its_file_for_any_path",),
     ),
     Fault(
         id="pages-not-escaped",
