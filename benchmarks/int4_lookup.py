@@ -35,7 +35,7 @@ from compressors.quantize.kernels import bitpacking
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.onnxruntime.sessions import OnnxRuntime, Session
-from infra.timing import interleaved_ms, machine
+from infra.timing import describe_machine, measure_interleaved_ms
 
 FIELDS = 10  # lookups per row of a batch
 SMALLEST_BLOCK = 16  # smallest block size that GatherBlockQuantized accepts
@@ -136,7 +136,7 @@ def measure(rows: int, dim: int, batches: list[int], rounds: int) -> None:
             tolerance = 2e-3 * float(expected.abs().max()) if "Block" in name else 1e-6
             gap = float(np.abs(result - expected[torch.from_numpy(ids)].numpy()).max())
             assert gap <= tolerance, f"{name} differs by {gap}"
-        times = interleaved_ms(list(sessions.values()), {"ids": ids}, rounds)
+        times = measure_interleaved_ms(list(sessions.values()), {"ids": ids}, rounds)
         medians = [1000 * float(np.median(samples)) for samples in times]
         peer = medians[list(sessions).index("int4 GatherBlockQuantized")]
         for name, median in zip(sessions, medians, strict=True):
@@ -156,7 +156,7 @@ def main() -> None:
             parser.error(f"Expected a dim of 16, 32, 64, ... for GatherBlockQuantized, got {dim}.")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns once per missing operator
     warnings.simplefilter("ignore")
-    host = machine("ONNX Runtime", OnnxRuntime().version(), threads=1)
+    host = describe_machine("ONNX Runtime", OnnxRuntime().version(), threads=1)
     print(f"{host.processor}, {host.runtime} {host.version}, 1 thread, {args.rows:,} rows,")
     print(f"{FIELDS} ids per row of the batch, median of {args.rounds} interleaved calls;")
     print("ratio to GatherBlockQuantized")

@@ -27,7 +27,7 @@ from compressors.contracts import Plan, PlanLine, Reason
 from compressors.errors.compression import AuditFailed
 from compressors.lower.audit import INT8_PRODUCTS, audit
 from infra.onnxruntime.sessions import OnnxRuntime, Session, optimized_graph
-from infra.timing import interleaved_ms, machine
+from infra.timing import describe_machine, measure_interleaved_ms
 
 INPUT_SCALE = np.float32(0.03)
 OPSET = 21
@@ -200,7 +200,7 @@ def measure(
             gap = np.abs(session.scores({"x": x}) - expected)
             # The error is about one quantization step of the inputs, also after two layers.
             assert gap.mean() < 2 * INPUT_SCALE, f"{form.name} differs by {gap.mean()} on average"
-        times = interleaved_ms(sessions, {"x": x}, args.rounds)
+        times = measure_interleaved_ms(sessions, {"x": x}, args.rounds)
         medians = [float(np.median(samples)) for samples in times]
         for form, median, (fused, outcome) in zip(forms, medians, audit_results, strict=True):
             print(
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--rounds", type=int, default=100)
     args = parser.parse_args()
-    host = machine("ONNX Runtime", OnnxRuntime().version(), threads=1)
+    host = describe_machine("ONNX Runtime", OnnxRuntime().version(), threads=1)
     vnni = "with" if host.int8_dot else "without"
     print(f"{host.processor} ({vnni} int8 dot products), {host.runtime} {host.version}, 1 thread,")
     print(f"layers of {args.width} x {args.width}, median of {args.rounds} interleaved calls")

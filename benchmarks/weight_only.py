@@ -42,7 +42,7 @@ from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.quantize.dense.weight_int4 import WeightInt4
 from compressors.quantize.dense.weight_int8 import WeightInt8
 from infra.onnxruntime.sessions import OnnxRuntime, Session
-from infra.timing import interleaved_ms, machine
+from infra.timing import describe_machine, measure_interleaved_ms
 
 ROWS = 256  # calibration rows
 STEPS: dict[str, Step] = {
@@ -164,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns once per missing operator
     warnings.simplefilter("ignore")
-    host = machine("ONNX Runtime", OnnxRuntime().version(), threads=1)
+    host = describe_machine("ONNX Runtime", OnnxRuntime().version(), threads=1)
     print(f"{host.processor}, {host.runtime} {host.version}, 1 thread, layers of width x width,")
     print(
         f"us per call, the 10 % quantile of {args.rounds} interleaved calls, and the ratio to the"
@@ -179,7 +179,7 @@ def main() -> None:
             sessions = build_sessions(width, Path(scratch))
         for batch in args.batches:
             x = np.random.default_rng(batch).standard_normal((batch, width)).astype(np.float32)
-            times = interleaved_ms(list(sessions.values()), {"x": x}, args.rounds)
+            times = measure_interleaved_ms(list(sessions.values()), {"x": x}, args.rounds)
             fastest = [1000 * float(np.quantile(samples, 0.1)) for samples in times]
             columns.append(
                 {

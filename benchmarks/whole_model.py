@@ -54,7 +54,7 @@ from compressors.lower.serving_wrapper import served_graphs
 from compressors.metrics import point_estimates
 from examples.dcnv2 import DCNv2
 from infra.onnxruntime.sessions import OnnxRuntime, Session
-from infra.timing import interleaved_ms, machine
+from infra.timing import describe_machine, measure_interleaved_ms
 
 Steps = list[dict[str, Any]]
 Arrays = dict[str, NDArray[Any]]
@@ -66,7 +66,7 @@ ROUNDS = 10
 # Batch size -> consecutive calls of one session in a round.
 CALLS = {1: 400, 256: 40}
 THREADS = 2
-HOST = machine("ONNX Runtime", OnnxRuntime().version(), THREADS)
+HOST = describe_machine("ONNX Runtime", OnnxRuntime().version(), THREADS)
 
 
 def student_step(hidden: list[int], cross: int, dropout: float) -> dict[str, Any]:
@@ -363,7 +363,7 @@ def medians_ms(sessions: list[Session], inputs: Arrays, calls: int) -> list[floa
     for _ in range(ROUNDS):
         for session, samples in zip(sessions, times, strict=True):
             time.sleep(0.1)
-            (block,) = interleaved_ms([session], inputs, calls, warmup=calls // 8)
+            (block,) = measure_interleaved_ms([session], inputs, calls, warmup=calls // 8)
             samples += block.tolist()
     return [float(np.median(samples)) for samples in times]
 

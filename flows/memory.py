@@ -5,7 +5,7 @@ from collections.abc import Callable
 from compressors.contracts import TARGETS
 from flows.order import Order
 from infra.errors import OutOfMemory
-from infra.memory import SETTING, available_memory, resident_bytes
+from infra.memory import SETTING, estimate_available_memory, read_resident_bytes
 from tasks.bundles.bundle_ref import BundleRef
 from tasks.orchestration.memory_estimate import MIB, Memory, peak_memory
 
@@ -46,7 +46,7 @@ def require_order_memory(order: Order, bundle: BundleRef) -> Memory:
         OutOfMemory: the order needs more than is available.
     """
     estimate = estimate_memory(order, bundle)
-    available, used = available_memory(), resident_bytes()
+    available, used = estimate_available_memory(), read_resident_bytes()
     needed = estimate.peak - bundle.weight_bytes
     if available is not None and needed - used > available.bytes:
         raise OutOfMemory(

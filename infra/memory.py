@@ -31,15 +31,18 @@ class Available(NamedTuple):
     limit: str
 
 
-def available_memory() -> Available | None:
-    """Return the memory that this process may still use; None if it is unknown.
+def estimate_available_memory() -> Available | None:
+    """Estimate the memory that this process may still use; None if it is unknown.
+
+    The estimate is the smallest of the values that the module docstring lists. It is negative if
+    the process uses more than a limit allows.
 
     Raises:
         SettingRefused: the setting is not a positive number.
     """
     setting = load_settings().memory_mb
     if setting is not None:
-        return Available(int(setting * MIB) - resident_bytes(), f"{SETTING}={setting:g}")
+        return Available(int(setting * MIB) - read_resident_bytes(), f"{SETTING}={setting:g}")
     known = [
         Available(free, limit)
         for limit, free in (
@@ -63,7 +66,7 @@ def require_memory(needed: int, doing: str) -> None:
     Raises:
         OutOfMemory: contains the needed and the available memory, and the limit.
     """
-    available = available_memory()
+    available = estimate_available_memory()
     if available is not None and needed > available.bytes:
         raise OutOfMemory(
             "step_memory",
@@ -89,7 +92,7 @@ def as_out_of_memory(fault: BaseException, doing: str = "The work") -> OutOfMemo
         return fault
     if not is_out_of_memory(fault):
         return None
-    available = available_memory()
+    available = estimate_available_memory()
     if available is None:
         return OutOfMemory("memory_exhausted", doing=doing)
     left = max(available.bytes, 0) // MIB
@@ -116,9 +119,9 @@ def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
         raise error from fault
 
 
-def resident_bytes() -> int:
-    """Return the resident memory of this process in bytes."""
-    return status_bytes("VmRSS")
+def read_resident_bytes() -> int:
+    """Read the resident memory of this process in bytes; 0 if it is unknown."""
+    return read_status_bytes("VmRSS")
 
 
 def _left_of_limit(limit: int, field: str) -> int | None:
@@ -129,11 +132,11 @@ def _left_of_limit(limit: int, field: str) -> int | None:
         field: the field of ``/proc/self/status`` with the memory that counts towards the limit.
     """
     soft, _ = resource.getrlimit(limit)
-    return None if soft == resource.RLIM_INFINITY else soft - status_bytes(field)
+    return None if soft == resource.RLIM_INFINITY else soft - read_status_bytes(field)
 
 
-def status_bytes(field: str) -> int:
-    """Return a field of ``/proc/self/status``, such as ``VmRSS``, in bytes; 0 if unknown."""
+def read_status_bytes(field: str) -> int:
+    """Read a field of ``/proc/self/status``, such as ``VmRSS``, in bytes; 0 if unknown."""
     return _read_field(_PROC / "self" / "status", field) or 0
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from compressors.contracts.targets.runtime import Machine, Session
 
 
-def interleaved_ms(
+def measure_interleaved_ms(
     sessions: Sequence[Session],
     inputs: Mapping[str, NDArray[Any]],
     rounds: int,
@@ -33,7 +33,7 @@ def interleaved_ms(
         sessions: the sessions to compare; ``bind`` returns a function that runs one call.
         inputs: one array per input name.
         rounds: number of measured calls of each session.
-        warmup: number of calls of each session before the measurement.
+        warmup: number of calls of each session before the measurement; the first calls are slower.
 
     Returns:
         float32 (rounds,) per session: the duration of each call in milliseconds.
@@ -51,14 +51,15 @@ def interleaved_ms(
     return tuple(times)
 
 
-def machine(runtime: str, version: str, threads: int) -> Machine:
-    """Describe this machine and the runtime of a measurement.
+def describe_machine(runtime: str, version: str, threads: int) -> Machine:
+    """Describe this machine and the runtime of a measurement, for the report.
 
     Args:
         runtime: name of the runtime for people, such as ``ONNX Runtime``.
         version: version of the runtime's library.
         threads: number of threads that one call uses.
     """
+    # /proc/cpuinfo lists the instruction sets of x86 as "flags" and those of ARM as "Features".
     features = set((_read_cpuinfo("flags") or _read_cpuinfo("Features")).split())
     return Machine(
         processor=_read_cpuinfo("model name") or platform.processor() or platform.machine(),

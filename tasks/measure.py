@@ -43,7 +43,7 @@ from compressors.metrics.measured import (
 from infra.bundle.bundle_folder import read
 from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
-from infra.timing import interleaved_ms, machine
+from infra.timing import describe_machine, measure_interleaved_ms
 from tasks.bundles.loading import SCORING_ROWS, split_of
 from tasks.evaluation.quality import (
     ByQuery,
@@ -170,7 +170,7 @@ def measure(
         baseline=Measured(numbers=tuple(baseline_numbers)),
         resolves=resolves,
         rows=test_rows,
-        machine=machine(declared.label, runtime.version(), threads),
+        machine=describe_machine(declared.label, runtime.version(), threads),
     )
     with scratch_folder("measure") as scratch:
         (Path(scratch) / "measurement.json").write_text(measurement.model_dump_json(indent=1))
@@ -299,11 +299,11 @@ def _add_latency(
     inputs = _arrays(next(batches(split_of(test, test_rows), signature, size)))
     models = list(sessions.values())
     # A round is one call of each model. Five rounds estimate how long one takes.
-    pilot_times = interleaved_ms(models, inputs, rounds=5, warmup=5)
+    pilot_times = measure_interleaved_ms(models, inputs, rounds=5, warmup=5)
     round_ms = sum(float(np.median(times)) for times in pilot_times)
     min_rounds = max(intervals.rounds_needed(quantile) for quantile in QUANTILES.values())
     rounds = max(min_rounds, min(MAX_ROUNDS, math.ceil(TIMING_BUDGET_MS / round_ms)))
-    times = dict(zip(sessions, interleaved_ms(models, inputs, rounds), strict=True))
+    times = dict(zip(sessions, measure_interleaved_ms(models, inputs, rounds), strict=True))
     for name, quantile in QUANTILES.items():
         metric_name = latency(name, size).name
         ratio = intervals.latency_ratio(times["baseline"], times["candidate"], quantile, seed=seed)

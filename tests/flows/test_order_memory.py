@@ -186,7 +186,7 @@ def check_pack_under_limit(tmp_path, limit: int, kind: str = "RLIMIT_AS") -> Non
 EXHAUST_MEMORY = """
 import resource, sys, threading
 from infra import memory, memory_reserve
-used = int(memory.status_bytes("VmData"))
+used = int(memory.read_status_bytes("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (used + 300 * 2**20,) * 2)
 if sys.argv[1] == "with":
     memory_reserve.hold_reserve()

@@ -20,7 +20,7 @@ from compressors.contracts import is_out_of_memory
 from compressors.errors.compression import ModelRefused
 from infra import memory
 from infra.errors import DataRefused, OutOfMemory, SettingRefused
-from infra.memory import as_out_of_memory, available_memory, memory_errors, require_memory
+from infra.memory import as_out_of_memory, estimate_available_memory, memory_errors, require_memory
 from infra.store.disk import translate_input_error, translate_os_error
 
 MIB = 2**20
@@ -117,10 +117,10 @@ def test_enomem_of_a_file_is_out_of_memory(tmp_path):
 # Prints the available memory of a process with a limit: the limit's name, its value in bytes.
 PRINT_AVAILABLE = """
 import resource, sys
-from infra.memory import available_memory
+from infra.memory import estimate_available_memory
 limit = getattr(resource, sys.argv[1])
 resource.setrlimit(limit, (int(sys.argv[2]),) * 2)
-available = available_memory()
+available = estimate_available_memory()
 print(available.bytes, available.limit)
 """
 
@@ -160,7 +160,7 @@ STAT = "anon 1\nfile 3\ninactive_file 1048576\nactive_file 1048576\n"
 
 
 def test_available_memory_without_limits_is_that_of_the_machine(simulated_machine):
-    assert available_memory() == (8000 * 1024, "the memory of this machine")
+    assert estimate_available_memory() == (8000 * 1024, "the memory of this machine")
 
 
 def test_available_memory_is_bounded_by_all_parents_of_a_version_2_control_group(simulated_machine):
@@ -168,7 +168,7 @@ def test_available_memory_is_bounded_by_all_parents_of_a_version_2_control_group
     limited = {"memory.max": str(7 * MIB), "memory.current": str(4 * MIB), "memory.stat": STAT}
     simulated_machine("a/b", unlimited, "0::/a/b\n")
     simulated_machine("a", limited, "0::/a/b\n")
-    available = available_memory()
+    available = estimate_available_memory()
     # The limit of 7 MiB, without 4 MiB that are used, of which 2 MiB are cached files.
     assert available.bytes == 5 * MIB, "cached files do not count as used"
     assert "control group" in available.limit
@@ -181,20 +181,20 @@ def test_available_memory_is_bounded_by_a_version_1_control_group(simulated_mach
         "memory.stat": STAT,
     }
     simulated_machine("memory/a", files, "5:cpu:/x\n4:memory:/a\n")
-    assert available_memory().bytes == 3 * MIB  # 4 MiB - (3 MiB - 2 MiB of cached files)
+    assert estimate_available_memory().bytes == 3 * MIB  # 4 MiB - (3 MiB - 2 MiB of cached files)
 
 
 def test_memory_setting_replaces_all_other_limits(simulated_machine, monkeypatch):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", "1")
     # The process already uses the 100 kB of ``VmRSS``.
-    assert available_memory() == (MIB - 100 * 1024, "RECPRESS_MEMORY_MB=1")
+    assert estimate_available_memory() == (MIB - 100 * 1024, "RECPRESS_MEMORY_MB=1")
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", "1e300"])
 def test_memory_setting_that_is_not_a_positive_number_is_refused(monkeypatch, text):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", text)
     with raises_code(SettingRefused, "variable_invalid", name="RECPRESS_MEMORY_MB"):
-        available_memory()
+        estimate_available_memory()
 
 
 def test_require_memory_raises_with_needed_memory_and_limit(monkeypatch):

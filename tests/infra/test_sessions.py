@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from infra.errors import ScoringFailed
 from infra.onnxruntime.sessions import Session
-from infra.timing import interleaved_ms
+from infra.timing import measure_interleaved_ms
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_bound_inputs_give_the_scores_of_passed_inputs_at_each_call(session: Ses
 
 def test_interleaved_ms_times_each_session_once_per_round(session: Session) -> None:
     rows = {name: np.ones(3, np.float32) for name in "xy"}
-    times = interleaved_ms([session, session], rows, rounds=4, warmup=1)
+    times = measure_interleaved_ms([session, session], rows, rounds=4, warmup=1)
     assert [durations.shape for durations in times] == [(4,), (4,)]
     assert all(bool((durations > 0).all()) for durations in times)
 

@@ -42,14 +42,14 @@ resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from tasks.bundles.table_files import quantize
 
-def status_bytes(name):
+def read_status_bytes(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 Path("/proc/self/clear_refs").write_text("5")  # reset the maximum
-before = status_bytes("VmRSS")
+before = read_status_bytes("VmRSS")
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), RowwiseInt8(), block_rows=int(sys.argv[4]))
-print(json.dumps([before, status_bytes("VmHWM")]))
+print(json.dumps([before, read_status_bytes("VmHWM")]))
 """
 
 

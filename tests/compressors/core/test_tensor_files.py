@@ -181,7 +181,7 @@ def test_single_file_has_the_usual_name(large_bytes, tmp_path):
     assert not (tmp_path / INDEX).exists()
 
 
-def resident_bytes(path: Path) -> int:
+def read_resident_bytes(path: Path) -> int:
     """Return the bytes of a mapped file that are resident in this process (Linux)."""
     total = 0
     is_of_file = False
@@ -203,7 +203,7 @@ def test_encoding_a_mapped_table_gives_equal_codes_and_leaves_its_pages_unmapped
     (file,) = tensor_files(table, tmp_path).values()
     encoded = encode_table(step, table.table.weight, file)
     # The tolerance of half the table is far more than the pages that a read of the header maps.
-    assert resident_bytes(path) < weight.nbytes / 2
+    assert read_resident_bytes(path) < weight.nbytes / 2
     expected = encode_table(step, weight)
     for (name, tensor), (_, other) in zip(
         encoded.named_buffers(), expected.named_buffers(), strict=True
