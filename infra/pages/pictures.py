@@ -55,6 +55,12 @@ Role = Literal["table", "dense", "other"]
 """CSS class of a unit's colour: an embedding table, a dense layer, or anything else."""
 Tone = Literal["held", "broken", "unsure", "plain"]
 """CSS class of an estimate's colour: the limit is met, missed, undecided, or there is no limit."""
+BAR_PITCH = 58  # pixels from the top of one bar's label to the next
+BAR_TRIM = 6  # pixels of the last pitch that are cut off, because no label follows
+LINE_PITCH = 18  # pixels from one line of text below an axis to the next
+MARGIN_SHARE = 0.14  # share of an axis's range that is added at both ends
+MIN_LOG_MARGIN = 0.05  # least margin of a logarithmic axis, in powers of ten
+MIN_VISIBLE_PERCENT = 0.6  # width of the thinnest bar of a positive size
 MAX_SEGMENTS = 40  # per bar; more segments would be too thin to distinguish
 MIN_PERCENT_WITH_GAP = 0.8  # width of a segment; a gap around a thinner one would hide it
 
@@ -104,7 +110,7 @@ def draw_composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: st
     max_size = max((sum(part.size for part in parts) for _, parts in bars), default=0)
     shapes = []
     for index, (name, parts) in enumerate(bars):
-        top = 58 * index
+        top = BAR_PITCH * index
         shapes.append(f'<text class="name" x="0" y="{top + 15}">{escape(name)}</text>')
         x = 0.0
         for part in _merge_smallest(parts):
@@ -116,7 +122,7 @@ def draw_composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: st
                 f"<title>{escape(part.name)}: {part.size:,} bytes</title></rect>"
             )
             x += width
-    return _svg(58 * len(bars) - 6, title, shapes)
+    return _svg(BAR_PITCH * len(bars) - BAR_TRIM, title, shapes)
 
 
 def draw_pair(before: int, after: int, full_width: int, role: Role) -> str:
@@ -159,7 +165,8 @@ def draw_strip(
     marks = [mark.at for mark in (reference, limit) if mark is not None]
     low = min(estimate.low, *marks, estimate.point)
     high = max(estimate.high, *marks, estimate.point)
-    margin = (high - low) * 0.14 or max(abs(high) * 0.14, 1e-9)
+    # If all values are equal, the margin is a share of the value; it is positive also for zero.
+    margin = (high - low) * MARGIN_SHARE or max(abs(high) * MARGIN_SHARE, 1e-9)
     low, high = low - margin, high + margin
 
     def x_of(value: float) -> float:
@@ -203,7 +210,7 @@ def draw_curves(
     estimates = [estimate for curve in all_curves for _, estimate in curve.points]
     low = math.log10(min(estimate.low for estimate in estimates))
     high = math.log10(max(estimate.high for estimate in estimates))
-    margin = max((high - low) * 0.14, 0.05)
+    margin = max((high - low) * MARGIN_SHARE, MIN_LOG_MARGIN)
     low, high = low - margin, high + margin
     min_log, max_log = math.log2(min(below)), math.log2(max(below))
 
@@ -218,20 +225,20 @@ def draw_curves(
         return 210 - 200 * (math.log10(value) - low) / (high - low)
 
     shapes = []
-    for value in _round_numbers(10**low, 10**high):
+    for value in _choose_ticks(10**low, 10**high):
         y = y_of(value)
         shapes.append(f'<line class="grid" x1="0%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
         shapes.append(f'<text x="0" y="{y - 4:.1f}">{value:g} {escape(unit)}</text>')
     for size, lines in below.items():
         for index, line in enumerate(lines):
             shapes.append(
-                f'<text x="{_percent(x_of(size))}" y="{232 + 18 * index}" '
+                f'<text x="{_percent(x_of(size))}" y="{232 + LINE_PITCH * index}" '
                 f'text-anchor="middle">{escape(line)}</text>'
             )
     drawn_curves = [_draw_curve(curve, all_curves, x_of, y_of) for curve in all_curves]
     # All lines first, then all points, then all labels: so lines cover no points or labels.
     shapes += [item for layer in zip(*drawn_curves, strict=True) for item in layer]
-    return _svg(214 + 18 * max(map(len, below.values())), title, shapes)
+    return _svg(214 + LINE_PITCH * max(map(len, below.values())), title, shapes)
 
 
 def _draw_curve(
@@ -244,7 +251,7 @@ def _draw_curve(
 
     ``x_of`` and ``y_of`` return the position of a size (percent) and of a value (pixels).
     """
-    # Curves are moved apart horizontally, so that no whisker hides another.
+    # Curves are moved apart horizontally, by 0.9 %, so that no whisker hides another.
     offset = 0.9 * (all_curves.index(curve) - (len(all_curves) - 1) / 2)
     lines, points, labels = [], [], []
     for (size, estimate), (next_size, next_estimate) in pairwise(curve.points):
@@ -281,7 +288,10 @@ def _svg(height: int, title: str, shapes: Sequence[str]) -> str:
 
 
 def _draw_mark(percent: float, label: str, css_class: str, text_y: int) -> list[str]:
-    """Draw a vertical line at a horizontal position, with a label aligned to stay in the chart."""
+    """Draw a vertical line at a horizontal position, with a label aligned to stay in the chart.
+
+    The label begins at a line on the left, ends at a line on the right, and is centered between.
+    """
     anchor = "start" if percent < 30 else "end" if percent > 70 else "middle"
     x = _percent(percent)
     return [
@@ -305,8 +315,8 @@ def _merge_smallest(parts: Sequence[BarSegment]) -> list[BarSegment]:
     return sorted((part for part in shown if part.size), key=lambda part: roles.index(part.role))
 
 
-def _round_numbers(low: float, high: float) -> list[float]:
-    """Return the axis ticks in a range: 1, 2, 5, 10 ... or, for a wide one, 1, 10, 100 ..."""
+def _choose_ticks(low: float, high: float) -> list[float]:
+    """Choose the axis ticks in a range: 1, 2, 5, 10 ... or, for a wide one, 1, 10, 100 ..."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     digits = (1, 2, 5) if high / low < 60 else (1,)
     values = [float(f"{digit}e{power}") for power in exponents for digit in digits]
@@ -314,8 +324,8 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def _visible_percent(size: int, full_width: int) -> float:
-    """Return ``size`` in percent of ``full_width``, at least 0.6 for any positive size."""
-    return max(100 * size / full_width, 0.6) if size and full_width else 0.0
+    """Compute ``size`` in percent of ``full_width``, large enough to be visible if positive."""
+    return max(100 * size / full_width, MIN_VISIBLE_PERCENT) if size and full_width else 0.0
 
 
 def _percent(value: float) -> str:

@@ -156,7 +156,7 @@ def test_mlflow_uses_the_moved_login(monkeypatch: pytest.MonkeyPatch) -> None:
         ("postgresql://me@db/m", "postgresql://me@db/m", {}),
     ],
 )
-def test_bare_database_separates_passwords_from_the_uri(
+def test_remove_database_secrets_separates_passwords_from_the_uri(
     uri: str, bare: str, options: dict[str, str]
 ) -> None:
     assert remove_database_secrets(uri) == (bare, options)
@@ -187,7 +187,7 @@ def test_pass_to_driver_adds_the_password_only_for_its_uri(tmp_path) -> None:
     assert [item.get("password") for item in parameters_seen] == ["secret", None]
 
 
-def test_bare_login_decodes_the_login_and_keeps_the_rest_of_the_address() -> None:
+def test_remove_login_decodes_the_login_and_keeps_the_rest_of_the_address() -> None:
     assert remove_login("https://a%3Ab:c@h:1/p?q=1") == ("https://h:1/p?q=1", "a:b", "c")
     assert remove_login("https://token@h") == ("https://h", "token", None)
     assert remove_login("https://h/x@y") == ("https://h/x@y", None, None)

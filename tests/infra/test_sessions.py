@@ -33,7 +33,7 @@ def test_bound_inputs_give_the_scores_of_passed_inputs_at_each_call(session: Ses
     np.testing.assert_array_equal(call(), np.array([1, -1, -3], np.float32))
 
 
-def test_interleaved_ms_times_each_session_once_per_round(session: Session) -> None:
+def test_measure_interleaved_ms_times_each_session_once_per_round(session: Session) -> None:
     rows = {name: np.ones(3, np.float32) for name in "xy"}
     times = measure_interleaved_ms([session, session], rows, rounds=4, warmup=1)
     assert [durations.shape for durations in times] == [(4,), (4,)]
