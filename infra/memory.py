@@ -47,9 +47,18 @@ def estimate_available_memory() -> Available | None:
         Available(free, limit)
         for limit, free in (
             ("the memory of this machine", _read_field(_PROC / "meminfo", "MemAvailable")),
-            ("the memory limit of the container (control group)", _left_in_control_groups()),
-            ("the address-space limit (ulimit -v)", _left_of_limit(resource.RLIMIT_AS, "VmSize")),
-            ("the data-segment limit (ulimit -d)", _left_of_limit(resource.RLIMIT_DATA, "VmData")),
+            (
+                "the memory limit of the container (control group)",
+                _compute_left_in_control_groups(),
+            ),
+            (
+                "the address-space limit (ulimit -v)",
+                _compute_left_of_limit(resource.RLIMIT_AS, "VmSize"),
+            ),
+            (
+                "the data-segment limit (ulimit -d)",
+                _compute_left_of_limit(resource.RLIMIT_DATA, "VmData"),
+            ),
         )
         if free is not None
     ]
@@ -124,8 +133,8 @@ def read_resident_bytes() -> int:
     return read_status_bytes("VmRSS")
 
 
-def _left_of_limit(limit: int, field: str) -> int | None:
-    """Return the bytes that a limit of this process leaves; None if there is no limit.
+def _compute_left_of_limit(limit: int, field: str) -> int | None:
+    """Compute the bytes that a limit of this process leaves; None if there is no limit.
 
     Args:
         limit: a constant ``RLIMIT_*`` of ``resource``.
@@ -150,8 +159,8 @@ def _read_field(file: Path, name: str) -> int | None:
     return next((int(words[1]) * 1024 for words in values if len(words) > 1), None)
 
 
-def _left_in_control_groups() -> int | None:
-    """Return the bytes that the limits of the control group and all its parents leave.
+def _compute_left_in_control_groups() -> int | None:
+    """Compute the bytes that the limits of the control group and all its parents leave.
 
     Returns:
         None if no limit is known.
@@ -172,7 +181,7 @@ def _left_in_control_groups() -> int | None:
             continue
         group = root / path.strip("/")
         while True:  # including the root, which is the container's group inside a container
-            if (free := _left_in_group(group, limit, used)) is not None:
+            if (free := _compute_left_in_group(group, limit, used)) is not None:
                 free_bytes.append(free)
             if group in (root, root.parent):
                 break
@@ -180,8 +189,8 @@ def _left_in_control_groups() -> int | None:
     return min(free_bytes, default=None)
 
 
-def _left_in_group(group: Path, limit: str, used: str) -> int | None:
-    """Return the bytes that the limit of one control group leaves; None if it has none.
+def _compute_left_in_group(group: Path, limit: str, used: str) -> int | None:
+    """Compute the bytes that the limit of one control group leaves; None if it has none.
 
     ``limit`` and ``used`` are the names of the files with the limit and the used memory.
     """

@@ -52,7 +52,7 @@ def measure_interleaved_ms(
 
 
 def describe_machine(runtime: str, version: str, threads: int) -> Machine:
-    """Describe this machine and the runtime of a measurement, for the report.
+    """Describe this machine and the runtime of a measurement.
 
     Args:
         runtime: name of the runtime for people, such as ``ONNX Runtime``.

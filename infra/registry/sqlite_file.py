@@ -136,7 +136,7 @@ def _is_complete(file: Path) -> bool:
 
 def _is_current(schema: DatabaseSchema) -> bool:
     """Return whether the schema is complete and of the installed MLflow."""
-    return schema.revision == _revisions()[0] and _required_tables() <= schema.tables
+    return schema.revision == _read_revisions()[0] and _list_required_tables() <= schema.tables
 
 
 def _create(file: Path) -> None:
@@ -158,7 +158,7 @@ def _replace(file: Path) -> None:
     """Rebuild an empty or incomplete file, or migrate a complete one of an earlier MLflow.
 
     Raises:
-        SettingRefused: the file has rows of users, and is incomplete or of a later MLflow, or
+        SettingRefused: the file is of a later MLflow; or it has rows of users, and is incomplete or
             cannot be migrated.
         RegistryUnavailable: another program keeps the file locked.
     """
@@ -175,7 +175,7 @@ def _replace(file: Path) -> None:
         if schema.rows == 0:
             _initialize(temporary)
         else:
-            if schema.revision in {None, _revisions()[0]}:
+            if schema.revision in {None, _read_revisions()[0]}:
                 raise _incomplete_error(
                     file, schema, "a process was killed while it created tables"
                 )
@@ -188,7 +188,7 @@ def _replace(file: Path) -> None:
 
 def _require_known(file: Path, schema: DatabaseSchema) -> None:
     """Raise ``SettingRefused`` if the schema is of a later MLflow."""
-    if schema.revision is not None and schema.revision not in _revisions()[1]:
+    if schema.revision is not None and schema.revision not in _read_revisions()[1]:
         raise SettingRefused("registry_schema_unknown", file=str(file), schema=schema.revision)
 
 
@@ -251,8 +251,8 @@ def _count_rows(database: sqlite3.Connection, table: str) -> int:
 
 
 @functools.cache
-def _revisions() -> tuple[str, frozenset[str]]:
-    """Return the newest revision of the installed MLflow, and all its revisions."""
+def _read_revisions() -> tuple[str, frozenset[str]]:
+    """Read the newest revision of the installed MLflow, and all its revisions."""
     import mlflow
     from alembic.script import ScriptDirectory
 
@@ -261,7 +261,7 @@ def _revisions() -> tuple[str, frozenset[str]]:
     return newest, frozenset(script.revision for script in scripts.walk_revisions())
 
 
-def _required_tables() -> frozenset[str]:
+def _list_required_tables() -> frozenset[str]:
     """List the names of all tables of the installed MLflow."""
     import mlflow.store.db.utils  # noqa: F401 (registers every table)
     from mlflow.store.db.base_sql_model import Base

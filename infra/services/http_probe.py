@@ -134,7 +134,7 @@ def _send_and_read(
     method = "GET" if json_body is None else "POST"
     body = bytearray()
     with httpx.Client(
-        verify=_certificates(), proxy=_proxy(address), trust_env=False, timeout=timeout
+        verify=_load_certificates(), proxy=_select_proxy(address), trust_env=False, timeout=timeout
     ) as client:
         start = time.monotonic()
         with client.stream(
@@ -152,13 +152,13 @@ def _send_and_read(
 
 
 @functools.cache
-def _certificates() -> ssl.SSLContext:
+def _load_certificates() -> ssl.SSLContext:
     """Load the certificates that the system trusts; by default httpx uses those of certifi."""
     return ssl.create_default_context()
 
 
-def _proxy(address: httpx.URL) -> str | None:
-    """Return the proxy in ``http_proxy`` or ``https_proxy`` unless ``no_proxy`` excludes the host.
+def _select_proxy(address: httpx.URL) -> str | None:
+    """Select the proxy in ``http_proxy`` or ``https_proxy`` unless ``no_proxy`` excludes the host.
 
     httpx can read these variables itself, but it also reads ``all_proxy`` and fails if that is a
     SOCKS proxy.

@@ -19,12 +19,12 @@ from infra.errors import (
 
 # Error numbers by cause: no space, too many open files, no permission, an unusable path, a file of
 # the wrong kind (such as a folder instead of a file).
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_BUSY = {errno.EMFILE, errno.ENFILE}
-_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP}
-_NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}
-_KIND = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.ENODEV, errno.ESPIPE}
-MACHINE_ERRORS = _FULL | _BUSY | {errno.EFBIG, errno.EIO, errno.ENOMEM}
+_FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT}
+_OPEN_FILES_ERRORS = {errno.EMFILE, errno.ENFILE}
+_FORBIDDEN_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP}
+_PATH_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}
+_KIND_ERRORS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.ENODEV, errno.ESPIPE}
+MACHINE_ERRORS = _FULL_ERRORS | _OPEN_FILES_ERRORS | {errno.EFBIG, errno.EIO, errno.ENOMEM}
 """Error numbers that the machine causes, not the input: space, limits, a failing disk."""
 _RUST_MODULES = {"safetensors", "safetensors_rust"}
 
@@ -46,19 +46,19 @@ def translate_os_error(fault: OSError, path: Path, doing: str) -> Refused | Infr
         return ArtifactMissing("file_missing", path=str(path))
     if fault.errno == errno.ENOENT:
         return SettingRefused("folder_missing", doing=doing, path=str(path), problem=cause)
-    if fault.errno in _FULL:
+    if fault.errno in _FULL_ERRORS:
         return StoreUnavailable("disk_full", path=str(path))
     if fault.errno == errno.EFBIG:
         return StoreUnavailable("file_size_limit", path=str(path))
     if fault.errno == errno.ENOMEM:
         return OutOfMemory("file_memory", doing=doing, path=str(path))
-    if fault.errno in _BUSY:
+    if fault.errno in _OPEN_FILES_ERRORS:
         return StoreUnavailable("open_files_limit", doing=doing, path=str(path), problem=cause)
-    if fault.errno in _FORBIDDEN:
+    if fault.errno in _FORBIDDEN_ERRORS:
         return SettingRefused("path_forbidden", doing=doing, path=str(path), problem=cause)
-    if fault.errno in _NAME:
+    if fault.errno in _PATH_ERRORS:
         return SettingRefused("path_unusable", doing=doing, path=str(path), problem=cause)
-    if fault.errno in _KIND:
+    if fault.errno in _KIND_ERRORS:
         return SettingRefused("path_of_wrong_kind", doing=doing, path=str(path), problem=cause)
     return StoreUnavailable("disk_failed", doing=doing, path=str(path), problem=cause)
 
@@ -128,10 +128,10 @@ def translate_input_error(fault: OSError, named: Path | None = None) -> Refused 
     cause = fault.strerror or str(fault)
     if fault.errno == errno.ENOENT:
         return FileRefused("file_missing", path=str(path))
-    if fault.errno in _FORBIDDEN - {errno.EROFS}:
+    if fault.errno in _FORBIDDEN_ERRORS - {errno.EROFS}:
         return FileRefused("file_forbidden", path=str(path), problem=cause)
-    if fault.errno in _NAME:
+    if fault.errno in _PATH_ERRORS:
         return FileRefused("path_unusable", path=str(path), problem=cause)
-    if fault.errno in _KIND:
+    if fault.errno in _KIND_ERRORS:
         return FileRefused("file_of_wrong_kind", path=str(path), problem=cause)
     return translate_os_error(fault, path, "use")

@@ -109,8 +109,8 @@ class Bucket:
         def send() -> bytes:
             try:
                 return bytes(sync(self._files.loop, self._read_range, key, start, stop))
-            except _client_errors() as fault:
-                if _code_and_status(fault)[1] == 416:  # the object ends before ``start``
+            except _list_client_errors() as fault:
+                if _find_code_and_status(fault)[1] == 416:  # the object ends before ``start``
                     return b""
                 raise
 
@@ -220,7 +220,7 @@ class Bucket:
             attempts += 1
             try:
                 return send()
-            except _client_errors() as fault:
+            except _list_client_errors() as fault:
                 if attempts == ATTEMPTS or not is_retried(fault):
                     raise self._translate(fault, name) from None
 
@@ -244,7 +244,7 @@ class Bucket:
         The server's message is omitted, because some servers quote the request in it and a request
         contains an access key. For the same reason ``fault`` must not become the ``__cause__``.
         """
-        code, status = _code_and_status(fault)
+        code, status = _find_code_and_status(fault)
         place = f"{self.uri}/{name}"
         if status == 412 or isinstance(fault, FileExistsError):
             return AlreadyThere("key_exists", place=place)
@@ -311,7 +311,7 @@ def _join_chunks(chunks: Iterable[bytes], count: int) -> Iterator[bytes]:
         yield b"".join(group)
 
 
-def _client_errors() -> tuple[type[Exception], ...]:
+def _list_client_errors() -> tuple[type[Exception], ...]:
     """Return the exception classes with which s3fs and its libraries report a failed request.
 
     An exception of any other class is a programming error and is not caught.
@@ -354,7 +354,7 @@ def _find_response(fault: BaseException | None) -> Mapping[str, Any]:
     return {}
 
 
-def _code_and_status(fault: BaseException) -> tuple[str, int]:
+def _find_code_and_status(fault: BaseException) -> tuple[str, int]:
     """Return error code and HTTP status of the response; ``("", 0)`` if there was none."""
     response = _find_response(fault)
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
@@ -376,7 +376,7 @@ def _is_unknown_code(fault: BaseException) -> bool:
 
     botocore does not retry such a request. A server other than S3 sends the same code again.
     """
-    code, status = _code_and_status(fault)
+    code, status = _find_code_and_status(fault)
     known = (
         code in _RETRYABLE_CODES | _MISSING_CODES | _CREDENTIAL_CODES or status in _HANDLED_STATUSES
     )
