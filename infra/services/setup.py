@@ -68,7 +68,6 @@ def create_pools(names: tuple[str, ...] = POOLS) -> None:
 
     Raises:
         ChildFailed: a command of Prefect failed; contains its output.
-        subprocess.TimeoutExpired: a command took longer than ``TIMEOUT_SECONDS``.
     """
     for name in names:
         if _run_prefect("work-pool", "inspect", name, must_succeed=False).returncode:
@@ -81,7 +80,6 @@ def deploy() -> None:
 
     Raises:
         ChildFailed: a command of Prefect failed; contains its output.
-        subprocess.TimeoutExpired: a command took longer than ``TIMEOUT_SECONDS``.
     """
     _run_prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS))
 
@@ -94,7 +92,6 @@ def create_automations() -> None:
 
     Raises:
         ChildFailed: a command of Prefect failed; contains its output.
-        subprocess.TimeoutExpired: a command took longer than ``TIMEOUT_SECONDS``.
         NoAnswer, ServiceFailed: the server did not return the existing automations.
     """
     import yaml
@@ -140,20 +137,24 @@ def _run_prefect(*arguments: str, must_succeed: bool = True) -> "subprocess.Comp
     """Run a command of Prefect's command line, since this package must not import Prefect.
 
     Raises:
-        ChildFailed: the command failed, and ``must_succeed`` is set.
-        subprocess.TimeoutExpired: it did not end within ``TIMEOUT_SECONDS``.
+        ChildFailed: the command failed, and ``must_succeed`` is set; or it did not end within
+            ``TIMEOUT_SECONDS``.
     """
-    process = subprocess.run(
-        [sys.executable, "-m", "prefect", *arguments],
-        cwd=ROOT,  # the folder of the deployments' entrypoints
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
+    command = " ".join(("prefect", *arguments))
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "prefect", *arguments],
+            cwd=ROOT,  # the folder of the deployments' entrypoints
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        output = f"it did not end within {TIMEOUT_SECONDS} seconds"
+        raise ChildFailed("command_failed", command=command, output=output) from None
     if must_succeed and process.returncode:
         output = mask_credentials(process.stdout + process.stderr)[-2000:]
-        command = " ".join(("prefect", *arguments))
         raise ChildFailed("command_failed", command=command, output=output)
     return process
 

@@ -1,4 +1,4 @@
-"""Documents that describe exported graphs and engines: their types, and functions that read them."""
+"""Documents that describe exported graphs and engines: their types, and how to read them."""
 
 import operator
 from pathlib import Path

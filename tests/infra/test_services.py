@@ -24,7 +24,7 @@ import yaml
 from error_codes import Text, raises_code
 from pydantic import TypeAdapter
 
-from infra.errors import ServiceFailed, SettingRefused
+from infra.errors import ChildFailed, ServiceFailed, SettingRefused
 from infra.services import local_services, setup
 from infra.services.compose import (
     COMPOSE,
@@ -205,6 +205,15 @@ def test_deploy_runs_in_the_folder_of_the_entrypoints(
     for deployment in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]:
         path, _, flow = deployment["entrypoint"].partition(":")
         assert f"def {flow}(" in (folder / path).read_text()
+
+
+def test_command_of_prefect_without_an_end_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never_ends(command: list[str], **options: Any) -> None:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(setup.subprocess, "run", never_ends)
+    with raises_code(ChildFailed, "command_failed", output=Text("did not end within")):
+        setup.deploy()
 
 
 def test_each_worker_sets_its_device_and_deployments_do_not_override_it() -> None:
