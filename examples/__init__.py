@@ -5,6 +5,9 @@
 dcnv2.py       DCN-v2, a click model built from plain keyword arguments
 movielens.py   trains DCN-v2 on MovieLens 100K and writes the draft of a bundle:
                ``python -m examples.movielens FOLDER``
+mmoe.py        MMoE, a model with several outputs
+movielens_tasks.py  trains MMoE with two outputs on MovieLens 100K and writes the draft of a bundle:
+               ``python -m examples.movielens_tasks FOLDER``
 two_tower.py   a two-tower retrieval model over ids, and its training loop
 gowalla.py     trains the two-tower model on Gowalla check-ins and writes the draft of a bundle:
                ``python -m examples.gowalla FOLDER --data FOLDER``

@@ -164,6 +164,7 @@ def read_ratings(folder: Path) -> pd.DataFrame:
                 [genre for genre in genres.split() if genre != "unknown"]
                 for genres in ratings["class"]
             ],
+            "stars": ratings["rating"].astype(float).astype("int64"),
             "click": (ratings["rating"].astype(float) >= CLICK_FROM).astype("int64"),
             "timestamp": seconds,
         }

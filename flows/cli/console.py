@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,8 @@ EMBEDDED = {
 }
 """Environment variables for Prefect if the flow runs in the process of the command."""
 
+HEADING_WIDTH = 10
+"""Characters after which a heading of a table that is too wide is wrapped."""
 INTERVALS_MIN_WIDTH = 100
 """Tables in narrower terminals omit confidence intervals."""
 
@@ -243,15 +246,22 @@ def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False
     )
-    for index, column in enumerate(rows[0]):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        # Cells contain intervals in brackets. The report has them even if the terminal does not.
-        cells = (
-            cell.partition(" [")[0] if width < INTERVALS_MIN_WIDTH else cell
+    # Cells contain intervals in brackets. The report has them even if the terminal does not.
+    cells = [
+        [
+            one_line(cell.partition(" [")[0] if width < INTERVALS_MIN_WIDTH else cell)
             for cell in row.values()
-        )
-        table.add_row(*map(one_line, cells))
+        ]
+        for row in rows
+    ]
+    # Cells are never wrapped; headings are if the table is too wide, as with several outputs.
+    widths = [max(map(len, column)) for column in zip(rows[0], *cells, strict=True)]
+    is_too_wide = sum(widths) + 2 * len(widths) > width
+    for index, column in enumerate(rows[0]):
+        heading = "\n".join(textwrap.wrap(column, HEADING_WIDTH)) if is_too_wide else column
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for row_cells in cells:
+        table.add_row(*row_cells)
     return table
 
 

@@ -32,11 +32,19 @@ class NumberTable:
 
 
 def stage_rows(report: Report) -> list[dict[str, str]]:
-    """Return one row per stage, by column: bytes, quality, and changes from the previous stage."""
+    """Return one row per stage, by column: bytes, quality, and changes from the previous stage.
+
+    With several outputs there is a quality and a change for each, and no change in bytes.
+    """
     rows = []
     previous = None
     original_bytes = report.stages[0].bytes if report.stages else 0
     for stage in report.stages:
+        change_in_bytes = {
+            "change in bytes": f"{stage.bytes - previous.bytes:+,}" if previous else ""
+        }
+        if report.other_metrics:  # the columns of several outputs need its place
+            change_in_bytes = {}
         qualities = {metric_label(name): stage.of(name) for name in report.metrics}
         rows.append(
             {
@@ -44,7 +52,7 @@ def stage_rows(report: Report) -> list[dict[str, str]]:
                 "bytes": f"{stage.bytes:,}",
                 "share": f"{stage.bytes / original_bytes:.2f}x" if original_bytes else "-",
                 **{label: f"{item.quality.point:.5f}" for label, item in qualities.items()},
-                "change in bytes": f"{stage.bytes - previous.bytes:+,}" if previous else "",
+                **change_in_bytes,
                 **{
                     f"change in {label}": ""
                     if item.change is None

