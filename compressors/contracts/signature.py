@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterable
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
@@ -115,8 +115,8 @@ def judged_metrics(outputs: tuple[Output, ...]) -> tuple[str, ...]:
 class Signature(Frozen):
     """The signature of a model.
 
-    A model is called with its inputs by name. A model with one output returns it, ``(rows,)`` or
-    ``(rows, 1)``; ``core/scores.py`` says what a model with several outputs may return.
+    A model with one output returns it, ``(rows,)`` or ``(rows, 1)``; ``core/scores.py`` says what a
+    model with several outputs may return.
 
     Attributes:
         inputs: the model's inputs.
@@ -127,6 +127,8 @@ class Signature(Frozen):
         item: the input with the item's id of a ``retrieval`` model, an input of the item tower or
             a key; None for other models. Rows of such a model are interactions of the users in
             column ``group``. If it has no ``label``, all interactions are positive.
+        call: how ``forward`` receives the input tensors: as ``keywords`` (by name), at
+            ``positions`` (in the order of the inputs), or in one ``mapping`` from names to tensors.
     """
 
     inputs: tuple[AnyInput, ...] = Field(min_length=1)
@@ -135,6 +137,10 @@ class Signature(Frozen):
     time: str | None = None
     towers: Towers | None = None
     item: str | None = None
+    # The default is left out, so that hashes of earlier bundles do not change.
+    call: Literal["keywords", "positions", "mapping"] = Field(
+        "keywords", exclude_if=lambda call: call == "keywords"
+    )
 
     @model_validator(mode="after")
     def _require_unique_names(self) -> Self:

@@ -16,12 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import Signature
+from compressors.contracts import Signature, tensor_names
+
+
+def call_network(module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature) -> Any:
+    """Call a network, or a tower, with its inputs in the form that ``signature.call`` names.
+
+    Args:
+        module: the network or tower.
+        inputs: its input tensors by name; others are ignored.
+        signature: the signature with only the inputs of the network or tower.
+    """
+    names = [name for item in signature.model_inputs for name in tensor_names(item)]
+    arguments = {name: inputs[name] for name in names}
+    match signature.call:
+        case "positions":
+            return module(*arguments.values())
+        case "mapping":
+            return module(arguments)
+        case _:
+            return module(**arguments)
 
 
 def network_scores(module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature) -> Tensor:
     """Call a network with its inputs and return its scores; raises what ``scores_of`` raises."""
-    return scores_of(module(**inputs), signature)
+    return scores_of(call_network(module, inputs, signature), signature)
 
 
 def scores_of(returned: Any, signature: Signature) -> Tensor:

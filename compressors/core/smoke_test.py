@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from compressors.contracts import Signature, is_out_of_memory
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import rows_of_tables
-from compressors.core.scores import network_scores, scores_of
+from compressors.core.scores import call_network, network_scores, scores_of
 from compressors.core.state.construction import differing_tensors
 from compressors.errors.compression import ModelRefused
 from compressors.lower.serving_wrapper import input_names, served_graphs
@@ -46,7 +46,7 @@ def smoke_test(
     inputs = generate_inputs(signature, rows_of_tables(model, signature), ROWS, with_largest=True)
     try:
         with torch.no_grad():
-            returned = model(**inputs)
+            returned = call_network(model, inputs, signature)
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
@@ -119,7 +119,7 @@ def _check_towers(
         try:
             tower = graph.part(model)
             with torch.no_grad():
-                vector = tower(**{name: inputs[name] for name in input_names(graph.signature)})
+                vector = call_network(tower, inputs, graph.signature)
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressors.contracts import Signature
 from compressors.core.batches import Batch
+from compressors.core.scores import call_network
 from compressors.distill.training.trainer import Loss
 from compressors.errors.steps import DistillationRefused
 
@@ -153,7 +155,11 @@ def require_layers(module: nn.Module, names: tuple[str, ...], where: str = "netw
 
 @torch.no_grad()
 def measure_widths(
-    module: nn.Module, names: tuple[str, ...], batch: Batch, head: str | None = None
+    module: nn.Module,
+    names: tuple[str, ...],
+    batch: Batch,
+    signature: Signature,
+    head: str | None = None,
 ) -> dict[str, int]:
     """Measure the size of the last dimension of each named layer's output.
 
@@ -161,6 +167,7 @@ def measure_widths(
         module: the network; it is set to evaluation mode.
         names: names of the layers.
         batch: rows for the forward pass.
+        signature: the signature of the network.
         head: the layer whose output the auxiliary head receives, or None. This output must be
             two-dimensional.
 
@@ -169,7 +176,7 @@ def measure_widths(
             output of ``head`` has more than two.
     """
     with record_outputs(module.eval(), names) as outputs:
-        module(**batch.inputs)
+        call_network(module, batch.inputs, signature)
     for name in names:
         output = outputs.get(name)
         if (
@@ -191,6 +198,7 @@ def with_hint_loss(
     original: nn.Module,
     hints: tuple[str, ...],
     hint_weight: float,
+    signature: Signature,
 ) -> Loss:
     """Return a loss that adds the hint loss, multiplied by ``hint_weight``, to another loss.
 
@@ -203,11 +211,12 @@ def with_hint_loss(
         original: the teacher.
         hints: names of the hinted layers.
         hint_weight: factor of the hint loss; it may be above 1.
+        signature: the signature of the teacher.
     """
 
     def total_loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
         with torch.no_grad(), record_outputs(original, hints) as targets:
-            original(**batch.inputs)
+            call_network(original, batch.inputs, signature)
         return loss(output, batch, row_numbers) + hint_weight * auxiliary.hint_loss(targets)
 
     return total_loss

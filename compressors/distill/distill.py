@@ -180,7 +180,7 @@ class Distill(StepSettings):
         recorded_layers = self._recorded_layers()
         probe = rows.take(torch.arange(min(PROBE_ROWS, len(rows))))
         student_widths = (
-            measure_widths(model.module, recorded_layers, probe, self.auxiliary)
+            measure_widths(model.module, recorded_layers, probe, bench.signature, self.auxiliary)
             if recorded_layers
             else {}
         )
@@ -189,7 +189,7 @@ class Distill(StepSettings):
             if original is None:
                 raise DistillationRefused("hints_need_original", step=self.kind)
             require_layers(original, self.hints, "original")
-            teacher_widths = measure_widths(original, self.hints, probe)
+            teacher_widths = measure_widths(original, self.hints, probe, bench.signature)
         auxiliary = AuxiliaryLosses(
             self.hints,
             self.auxiliary,
@@ -214,7 +214,9 @@ class Distill(StepSettings):
             moved_to(teacher, bench.device),
         ):
             if self.hints:
-                loss = with_hint_loss(loss, auxiliary, teacher, self.hints, self.hint_share)
+                loss = with_hint_loss(
+                    loss, auxiliary, teacher, self.hints, self.hint_share, bench.signature
+                )
             return train_model(
                 model,
                 bench,

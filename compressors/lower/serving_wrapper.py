@@ -23,7 +23,7 @@ from compressors.contracts import (
     tensor_names,
 )
 from compressors.core.modules.formats import Bag
-from compressors.core.scores import output_tensors
+from compressors.core.scores import call_network, output_tensors
 from compressors.core.units import plain_bag, private_copy, swap
 from compressors.lower.merged.merged_tables import MergedTable, table_groups, with_merged_tables
 from compressors.lower.value_policy import apply_policy
@@ -116,7 +116,7 @@ class ServingWrapper(nn.Module):
             newly_refused = apply_policy(item, inputs, self.rows_of_table)
             if newly_refused is not None:
                 refused = newly_refused if refused is None else refused | newly_refused
-        output = self.served_graph.part(self.model)(**inputs)
+        output = call_network(self.served_graph.part(self.model), inputs, self.signature)
         if self.served_graph.outputs == (VECTOR,):
             if refused is not None:
                 output = torch.where(refused.unsqueeze(1), torch.nan, output)

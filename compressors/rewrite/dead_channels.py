@@ -25,6 +25,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.batches import batches, change_columns, dense_columns
 from compressors.core.model import Model
 from compressors.core.random_inputs import generate_inputs
+from compressors.core.scores import call_network
 from compressors.core.units import replace_parameter, table_rows
 from compressors.errors.steps import StepRefused
 from compressors.errors.widths import NotAWidth
@@ -241,7 +242,7 @@ def _ranges(
             part = model.module.get_submodule(name)
             hooks.callback(part.register_forward_pre_hook(record(name), with_kwargs=True).remove)
         for inputs in _inputs(model, signature, sample):
-            model.module(**inputs)
+            call_network(model.module, inputs, signature)
     return low, high
 
 

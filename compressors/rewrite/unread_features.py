@@ -15,7 +15,7 @@ from compressors.contracts import Signature
 from compressors.core.batches import DenseColumns, change_columns, dense_columns
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.random_inputs import generate_inputs
-from compressors.core.scores import network_scores
+from compressors.core.scores import call_network, network_scores
 from compressors.core.units import Unit, table_rows
 
 CHECK_ROWS = 64  # synthetic rows whose scores are compared
@@ -138,7 +138,8 @@ def _read_columns(
         for part in module.modules():
             if isinstance(part, nn.Linear | PackedLinear):
                 hooks.callback(part.register_forward_hook(check, with_kwargs=True).remove)
-        module(**change_feature(generate_inputs(signature, table_sizes, width), mark, hooks))
+        inputs = change_feature(generate_inputs(signature, table_sizes, width), mark, hooks)
+        call_network(module, inputs, signature)
     return [bool(column) for column in is_read]
 
 

@@ -18,8 +18,9 @@ from compressors.contracts import ITEMS, Estimate, Output, Signature, Split
 from compressors.contracts import metric as declared_metric
 from compressors.contracts.metrics.metric import name_of_output
 from compressors.core.batches import Batch, Rows, batches
+from compressors.core.scores import call_network
 from compressors.errors.metrics import MetricRefused
-from compressors.lower.serving_wrapper import input_names, served_graphs
+from compressors.lower.serving_wrapper import ServedGraph, served_graphs
 from compressors.metrics import intervals
 from compressors.metrics.estimators import builtin as builtin  # so that the code digest covers it
 from compressors.metrics.full_ranking import (
@@ -204,18 +205,16 @@ def ranked_vectors(
 def torch_towers(model: nn.Module, signature: Signature) -> dict[str, Vectors]:
     """Return the towers of a torch module, by name."""
 
-    def tower(part: nn.Module, names: tuple[str, ...]) -> Vectors:
+    def tower(graph: ServedGraph) -> Vectors:
         def compute_vectors(inputs: Mapping[str, Tensor]) -> Array:
             with torch.no_grad():
-                vectors: Array = part(**{name: inputs[name] for name in names}).numpy()
+                returned = call_network(graph.part(model), inputs, graph.signature)
+            vectors: Array = returned.numpy()
             return vectors
 
         return compute_vectors
 
-    return {
-        graph.name: tower(graph.part(model), input_names(graph.signature))
-        for graph in served_graphs(signature)
-    }
+    return {graph.name: tower(graph) for graph in served_graphs(signature)}
 
 
 def _query_vectors(tower: Vectors, queries: RankingQueries, test: Rows) -> Array:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compressors.contracts import Bench
 from compressors.core.batches import batches
 from compressors.core.model import Model
-from compressors.core.scores import network_scores
+from compressors.core.scores import call_network, network_scores
 from compressors.core.units import Unit, private_copy, replace_parameter
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.prune.structure.channel_consumers import WidthConsumers
@@ -194,7 +194,7 @@ def _contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tens
     ]
     try:
         for batch in batches(bench.calibration, bench.signature, BATCH, rows):
-            module(**batch.inputs)
+            call_network(module, batch.inputs, bench.signature)
     finally:
         for handle in handles:
             handle.remove()

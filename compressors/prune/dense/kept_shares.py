@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from compressors.contracts import Signature
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.random_inputs import generate_inputs
+from compressors.core.scores import call_network
 from compressors.core.units import table_rows
 from compressors.errors.steps import StepRefused
 from compressors.prune.structure.channel_consumers import WidthConsumers
@@ -60,7 +61,7 @@ def multiply_adds(module: nn.Module, signature: Signature) -> dict[str, float]:
     }
     inputs = generate_inputs(signature, table_rows(module), ROWS)
     with torch.no_grad(), _count_calls(layers) as calls:
-        module(**inputs)
+        call_network(module, inputs, signature)
     return {
         name: calls[name] / ROWS * layer.in_features * layer.out_features
         for name, layer in layers.items()

@@ -17,8 +17,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import Bench
+from compressors.contracts import Bench, Signature
 from compressors.core.batches import Batch, batches
+from compressors.core.scores import call_network
 from compressors.core.units import replace_parameter
 from compressors.errors.steps import RowsMissing
 
@@ -79,7 +80,7 @@ def reconstruct(
     def read_batches() -> Iterator[Batch]:
         return batches(split, signature, BATCH, rows)
 
-    for name in _call_order(module, read_batches, layers):
+    for name in _call_order(module, next(read_batches()), layers, signature):
         layer = module.get_submodule(name)
         old = before.get_submodule(name)
         if not isinstance(layer, nn.Linear) or not isinstance(old, nn.Linear):
@@ -89,9 +90,9 @@ def reconstruct(
         product = torch.zeros(size, layer.out_features, dtype=torch.float64)
         for batch in read_batches():
             with _recorded(old, inputs=False) as targets:
-                before(**batch.inputs)
+                call_network(before, batch.inputs, signature)
             with _recorded(layer, inputs=True) as layer_inputs:
-                module(**batch.inputs)
+                call_network(module, batch.inputs, signature)
             # A layer may be called more than once.
             for x, y in zip(layer_inputs, targets, strict=True):
                 if layer.bias is not None:
@@ -113,7 +114,7 @@ def _contiguous_copy(part: Tensor) -> Tensor:
 
 
 def _call_order(
-    module: nn.Module, read_batches: Callable[[], Iterator[Batch]], layers: Sequence[str]
+    module: nn.Module, rows: Batch, layers: Sequence[str], signature: Signature
 ) -> list[str]:
     """Return the names of the layers that the network calls, in the order of their first calls."""
     called: dict[str, None] = {}
@@ -128,7 +129,7 @@ def _call_order(
         for name in layers:
             layer = module.get_submodule(name)
             hooks.callback(layer.register_forward_pre_hook(record(name)).remove)
-        module(**next(read_batches()).inputs)
+        call_network(module, rows.inputs, signature)
     return list(called)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Signature, Split
 from compressors.core.batches import batches
+from compressors.core.scores import call_network
 from compressors.core.units import Unit
 
 BATCH = 1024
@@ -51,7 +52,7 @@ def read_layer_inputs(
     ]
     try:
         for row_batch in batches(rows, signature, batch, limit):
-            module(**row_batch.inputs)
+            call_network(module, row_batch.inputs, signature)
     finally:
         for handle in handles:
             handle.remove()

@@ -17,6 +17,7 @@ from compressors.core.batches import Batch, batches
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import Bag
+from compressors.core.scores import call_network
 from compressors.core.units import Unit, plain_bag, swap
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.loss_gradients import Sensitivity, loss_gradients, sensitivity
@@ -51,7 +52,7 @@ def lookup_counts(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
         _count_lookups(units[name].module, count)
     with torch.no_grad():
         for batch in batches(bench.train, bench.signature, BATCH):
-            copied_module(**batch.inputs)
+            call_network(copied_module, batch.inputs, bench.signature)
         # Counts of parts are derived from those of the composed table. A hook on a part would also
         # count lookups whose rows the composed table discards, such as padding within a bag.
         names = {unit.module: unit.name for unit in units.values()}

@@ -118,7 +118,7 @@ def test_hints_for_layers_without_vector_outputs_raise_distillation_refused(tmp_
         layer="total",
         got="torch.float32 of shape (96,)",
     ):
-        measure_widths(FlatOutputNet(), ("total",), batch)
+        measure_widths(FlatOutputNet(), ("total",), batch, NORMED.signature)
 
 
 def test_hint_loss_is_zero_for_matching_outputs_and_independent_of_scale():

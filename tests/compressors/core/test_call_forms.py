@@ -1,0 +1,100 @@
+"""Networks that take their inputs by position or in one mapping instead of by name."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models import ALONE, MULTI_TASK, NOT_ALONE, default_step
+from multi_task_network import MultiTaskNet
+
+from compressors.core.random_inputs import generate_inputs
+from compressors.core.registries import METHODS
+from compressors.core.runner import run
+from compressors.core.scores import network_scores
+from compressors.core.smoke_test import smoke_test
+from compressors.distill.distill import Distill
+from compressors.lower.export import lower
+from compressors.lower.serving_wrapper import served_graphs
+from compressors.prune.dense.sparse_2_4 import Sparse24
+from infra.onnxruntime.sessions import Session
+
+
+class OfPositions(MultiTaskNet):
+    """Takes its inputs by position."""
+
+    def forward(self, first, second, third, /):
+        return super().forward(user=first, item=second, price=third)
+
+
+class OfMapping(MultiTaskNet):
+    """Takes one mapping from names to tensors."""
+
+    def forward(self, x):
+        assert set(x) == {"user", "item", "price"}
+        return super().forward(**x)
+
+
+def reference(network, call):
+    signature = MULTI_TASK.signature.model_copy(update={"call": call})
+    return replace(MULTI_TASK, network=network, signature=signature)
+
+
+BY_POSITION, BY_MAPPING = reference(OfPositions, "positions"), reference(OfMapping, "mapping")
+FORMS = pytest.mark.parametrize("form", [BY_POSITION, BY_MAPPING], ids=["positions", "mapping"])
+# Methods that call the network in different places: for inputs of layers, lookups, reconstruction,
+# channels, gradients, losses, and hints of the teacher's layers.
+STEPS = (
+    *(default_step(METHODS[kind]) for kind in ("static_int8", "prune_rows", "channels", "qat")),
+    Sparse24(reconstruct=True),
+    Distill(hints=("experts.0.0",), training=default_step(Distill).training),
+)
+
+
+def inputs():
+    return generate_inputs(MULTI_TASK.signature, MULTI_TASK.rows_of_tables(), 9, seed=3)
+
+
+@torch.no_grad()
+def scores(model, form):
+    return network_scores(model.module, inputs(), form.signature)
+
+
+@FORMS
+@pytest.mark.parametrize(
+    "step",
+    [
+        *STEPS,
+        *(
+            pytest.param(default_step(method), marks=pytest.mark.nightly)
+            for method in ALONE
+            if method not in NOT_ALONE and method.__name__ != "Equalize"  # it needs 'fold' first
+        ),
+    ],
+    ids=lambda step: step.kind,
+)
+def test_step_gives_the_scores_of_a_network_with_keywords(form, step, tmp_path):
+    results = []
+    for name, each in (("keywords", MULTI_TASK), ("other", form)):
+        source = replace(each.model(), original=each.model().module)
+        result = run(step, source, each.bench(tmp_path / name), tmp_path / f"{name}-out")
+        results.append(scores(result, each))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@FORMS
+def test_graph_takes_the_inputs_by_name(form, tmp_path):
+    smoke_test(form.model().module, form.signature, "m:Net")
+    (served,) = served_graphs(form.signature)
+    lower(form.model().module, served, "onnxruntime", tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", threads=1)
+    assert session.inputs == ("user", "item", "price")
+    result = session.scores({name: tensor.numpy() for name, tensor in inputs().items()})
+    expected = scores(MULTI_TASK.model(), MULTI_TASK)
+    expected[:, :2] = expected[:, :2].sigmoid()
+    np.testing.assert_allclose(result, expected.numpy(), atol=1e-6)  # float32 rounding
+
+
+def test_default_is_left_out_of_documents():
+    assert "call" not in MULTI_TASK.signature.model_dump()
+    assert BY_MAPPING.signature.model_dump()["call"] == "mapping"
