@@ -25,15 +25,17 @@ from flows.step_selection import (
     select_steps,
     split_name,
 )
-from infra.bundle.bundle_folder import read
+from infra.bundle.bundle_folder import SplitName, read
 from infra.settings import load_settings
+from tasks.bundles.teachers import Teacher
 from tasks.compress import compress as compress_step
 from tasks.evaluation.budget import quality_loss
 from tasks.orchestration.documents import AS_TRAINED, NotApplicable, PreparedRows, Ranking, Scored
 from tasks.orchestration.outages import wait_out
 from tasks.orchestration.workspace import local
+from tasks.prepare import prepare_for_teacher
 from tasks.rank import rank
-from tasks.score import average, score
+from tasks.score import average, read_scores, score
 from tasks.stages import measure_stages
 
 
@@ -262,19 +264,65 @@ def _splits(run: Run, step: AnyStep) -> dict[Part, Artifact]:
     """Return the splits that a step may read; others must not become part of its cache key."""
     splits: dict[Part, Artifact] = {}
     for part in parts_of_step(step, run.model):
-        rows = run.prepare_split(split_name(part, run.model))
-        splits[part] = _soft_labels(run, rows) if part in SOFT_LABELS else rows.artifact
+        name = split_name(part, run.model)
+        rows = run.prepare_split(name)
+        is_teaching = part in SOFT_LABELS
+        splits[part] = _soft_labels(run, rows, name) if is_teaching else rows.artifact
     return splits
 
 
-def _soft_labels(run: Run, rows: PreparedRows) -> Artifact:
+def _soft_labels(run: Run, rows: PreparedRows, split: SplitName) -> Artifact:
     """Return the average of the predictions of the untouched model and of the teachers."""
     original = run.call(score, bundle=run.model.artifact, split=rows.artifact, rows=rows.rows)
     if not run.teachers:
         return original
-    teacher_scores = (
-        run.call_for(teacher, score, bundle=teacher.artifact, split=rows.artifact, rows=rows.rows)
-        for teacher in run.teachers
+    forms = tuple(output.form for output in run.model.outputs)
+    return run.call(
+        average,
+        scores=(original, *(_teacher_scores(run, item, rows, split) for item in run.teachers)),
+        forms=forms,
+        forms_of_teachers=(forms, *(teacher.forms for teacher in run.teachers)),
     )
-    forms = run.teachers[0].forms  # equal for all teachers
-    return run.call(average, scores=(original, *teacher_scores), forms=forms)
+
+
+def _teacher_scores(run: Run, teacher: Teacher, rows: PreparedRows, split: SplitName) -> Artifact:
+    """Return the predictions of an additional teacher for the rows of a split of the student."""
+    if teacher.columns:
+        return run.call(
+            read_scores,
+            bundle=run.model.artifact,
+            split=split,
+            columns=teacher.columns,
+            forms=teacher.forms,
+        )
+    inputs = teacher_inputs(run, teacher, rows, split)
+    return run.call_for(teacher, score, bundle=teacher.artifact, split=inputs, rows=rows.rows)
+
+
+def teacher_inputs(run: Run, teacher: Teacher, rows: PreparedRows, split: SplitName) -> Artifact:
+    """Return the rows of a split as inputs of a teacher: the student's, if they are the same."""
+    if not teacher.has_other_inputs:
+        return rows.artifact
+    return run.call_for(
+        teacher,
+        prepare_for_teacher,
+        bundle=run.model.artifact,
+        split=split,
+        teacher=teacher.artifact,
+    )
+
+
+def check_teachers(run: Run) -> None:
+    """Read the data of all teachers, so that an order whose data lacks it fails at its beginning.
+
+    Raises:
+        DataRefused: a column is missing, or a value cannot be used.
+    """
+    parts = {part for step in run.order.recipe() for part in parts_of_step(step, run.model)}
+    splits = {split_name(part, run.model) for part in parts if part in SOFT_LABELS}
+    for split in sorted(splits & set(run.model.rows)):
+        for teacher in run.teachers:
+            if teacher.columns:
+                _teacher_scores(run, teacher, run.prepare_split(split), split)
+            elif teacher.has_other_inputs:
+                teacher_inputs(run, teacher, run.prepare_split(split), split)

@@ -14,7 +14,7 @@ from compressors.contracts import TARGETS, Artifact, Verdict
 from compressors.contracts.output_metrics import further_metrics
 from compressors.errors.compression import CompressionError
 from compressors.errors.orders import OrderRefused
-from flows.recipe import Compressed, apply_recipe, measure_recipe_stages
+from flows.recipe import Compressed, apply_recipe, check_teachers, measure_recipe_stages
 from flows.resolve import order_digest, promote_if_ordered, request_digest
 from flows.run import Run
 from infra.errors import InfraError, OutOfMemory, Refused
@@ -92,7 +92,8 @@ def pull_model(run: Run) -> None:
             require_builder(target)
     run.call(pull, artifact=run.model.artifact)
     for teacher in run.teachers:
-        run.call_for(teacher, pull, artifact=teacher.artifact)
+        if not teacher.columns:  # its columns are in the data of the model
+            run.call_for(teacher, pull, artifact=teacher.artifact)
 
 
 def prepare_data(run: Run) -> PreparedData:
@@ -106,6 +107,7 @@ def prepare_data(run: Run) -> PreparedData:
     run.progress.stage("prepare tensors")
     test = run.prepare_split("test")
     ranking = run.prepare_ranking()
+    check_teachers(run)
     probe = run.prepare_split(run.model.calibration())  # the training split if there is none
     return PreparedData(validation, test, probe, ranking)
 
@@ -247,7 +249,7 @@ def publish_result(
         measurements=measured.served,
         validation=data.validation,
         reproduction=order.reproduction(
-            f"{model.name}@{model.version}", tuple(teacher.artifact.uri for teacher in run.teachers)
+            f"{model.name}@{model.version}", tuple(teacher.reference for teacher in run.teachers)
         ),
     )
     report = wait_out(write_report)

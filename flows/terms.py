@@ -196,8 +196,8 @@ class Terms(Frozen):
         (),
         title="Other teachers",
         description="Steps that learn from predictions use the average of the predictions of the "
-        "original and these models: packed bundles, or registry:name@version, with the same inputs "
-        "and output.",
+        "original and of these: packed bundles, registry:name@version, or column:NAME for scores "
+        "in the data.",
         json_schema_extra={"position": 10},
     )
 

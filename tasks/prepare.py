@@ -1,4 +1,4 @@
-"""Convert one split of a bundle's data from parquet to tensors."""
+"""Convert one split of a bundle's data from parquet to tensors, for it or for its teacher."""
 
 import logging
 from pathlib import Path
@@ -6,8 +6,11 @@ from pathlib import Path
 from prefect import task
 
 from compressors.contracts import Artifact
-from infra.bundle.bundle_folder import SplitName, read
+from infra.bundle.bundle_folder import SplitName, read, table_rows
+from infra.bundle.shards import stored_tensors
 from infra.data.catalogue import prepare as prepare_split
+from infra.data.split_statistics import check_ids, split_statistics
+from infra.errors import DataRefused
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import data_path
 from tasks.orchestration.policy import TASK_OPTIONS
@@ -37,3 +40,37 @@ def prepare(bundle: Artifact, split: SplitName) -> Artifact:
         prepared = prepare_split(paths, split, manifest.signature, Path(scratch))
         log.info("%s: %d rows, %d bytes of tensors", split, prepared.rows, prepared.bytes)
         return store().put(Path(scratch))
+
+
+@task(task_run_name="prepare {split} for a teacher", **TASK_OPTIONS)
+def prepare_for_teacher(bundle: Artifact, split: SplitName, teacher: Artifact) -> Artifact:
+    """Convert one split of a student's data to the inputs of a teacher that reads other columns.
+
+    Args:
+        bundle: the student's bundle, with the data.
+        split: name of the split.
+        teacher: the teacher's bundle, whose signature is used, without labels.
+
+    Returns:
+        The artifact of the tensors: a prepared split.
+
+    Raises:
+        DataRefused: the student's data lacks a column that the teacher reads, or a value is not
+            valid for the teacher's inputs or tables; names the teacher.
+    """
+    manifest, teachers_folder = read(local(bundle)), local(teacher)
+    teachers_manifest = read(teachers_folder)
+    signature = teachers_manifest.signature.without_labels()
+    path = data_path(manifest, split)
+    facts = {name: tensor.fact for name, tensor in stored_tensors(teachers_folder).items()}
+    try:
+        statistics = split_statistics(path, signature)
+        check_ids({split: statistics}, signature, table_rows(facts, teachers_manifest))
+        with scratch_folder("prepare") as scratch:
+            prepare_split({split: path}, split, signature, Path(scratch))
+            return store().put(Path(scratch))
+    except DataRefused as fault:
+        name = f"{teachers_manifest.name}@{teachers_manifest.version}"
+        raise DataRefused(
+            "teacher_data_unusable", teacher=name, split=split, problem=str(fault)
+        ) from fault

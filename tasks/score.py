@@ -1,4 +1,4 @@
-"""Compute the predictions of stored models for the rows of a split."""
+"""Compute the predictions of stored models for the rows of a split, or read them from the data."""
 
 from pathlib import Path
 
@@ -6,15 +6,18 @@ import torch
 from prefect import task
 from safetensors.torch import load_file
 
-from compressors.contracts import Artifact
+from compressors.contracts import Artifact, DenseInput
 from compressors.contracts.task_kind import OutputForm
 from compressors.core.batches import batches
 from compressors.core.scores import network_scores
 from compressors.core.state.safetensors_stream import write
-from compressors.distill.soft_labels import mean_predictions
+from compressors.distill.soft_labels import convert_scores, mean_predictions
 from compressors.errors.metrics import MetricRefused
+from infra.bundle.bundle_folder import SplitName, read
+from infra.data.splits import prepare
+from infra.errors import DataRefused
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import SCORING_ROWS, load_bundle, split_of
+from tasks.bundles.loading import SCORING_ROWS, data_path, load_bundle, split_of
 from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
@@ -56,25 +59,74 @@ def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
     return _store_scores(scores)
 
 
+@task(task_run_name="read the scores of {split}", **TASK_OPTIONS)
+def read_scores(
+    bundle: Artifact, split: SplitName, columns: tuple[str, ...], forms: tuple[OutputForm, ...]
+) -> Artifact:
+    """Read scores of a teacher from columns of a bundle's data.
+
+    Args:
+        bundle: the bundle with the data.
+        split: name of the split.
+        columns: the column of each output.
+        forms: the form of each column's scores.
+
+    Returns:
+        An artifact as returned by ``score``.
+
+    Raises:
+        DataRefused: a column is missing, or has values that are no finite numbers, or, for
+            probabilities, values outside [0, 1].
+    """
+    manifest = read(local(bundle))
+    reading = DenseInput(name="scores", columns=columns, shape=(len(columns),))
+    changes = {"inputs": (reading,), "group": None, "time": None, "towers": None, "item": None}
+    signature = manifest.signature.without_labels().model_copy(update=changes)
+    with scratch_folder("scores") as scratch:
+        prepare(data_path(manifest, split), signature, Path(scratch))
+        scores = load_file(Path(scratch) / "data.safetensors")["scores"].clone()
+    for index, (column, form) in enumerate(zip(columns, forms, strict=True)):
+        values = scores[:, index]
+        outside = torch.nonzero((values < 0) | (values > 1)).reshape(-1)
+        if form == "probability" and len(outside):
+            raise DataRefused(
+                "column_no_probability",
+                column=column,
+                split=split,
+                count=len(outside),
+                row=int(outside[0]),
+                value=float(values[outside[0]]),
+            )
+    return _store_scores(scores if manifest.signature.has_several_outputs else scores[:, 0])
+
+
 @task(task_run_name="average the teachers", **TASK_OPTIONS)
-def average(scores: tuple[Artifact, ...], forms: tuple[OutputForm, ...]) -> Artifact:
+def average(
+    scores: tuple[Artifact, ...],
+    forms: tuple[OutputForm, ...],
+    forms_of_teachers: tuple[tuple[OutputForm, ...], ...],
+) -> Artifact:
     """Average the predictions of several teachers, row by row.
 
     Logits and scores are averaged as they are; probabilities are averaged as logits.
 
     Args:
-        scores: the results of ``score`` for each teacher, for the same rows.
-        forms: the form of each output's scores.
+        scores: the results of ``score`` or ``read_scores`` for each teacher, for the same rows.
+        forms: the form of each output of the result.
+        forms_of_teachers: for each teacher, the form of each output's scores.
 
     Returns:
         An artifact as returned by ``score``.
     """
-    predictions = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
+    predictions = [
+        convert_scores(load_file(local(item) / "data.safetensors")["score"], given, forms)
+        for item, given in zip(scores, forms_of_teachers, strict=True)
+    ]
     return _store_scores(mean_predictions(predictions, forms))
 
 
 def _store_scores(scores: torch.Tensor) -> Artifact:
     with scratch_folder("score") as scratch:
         folder = Path(scratch)
-        write(folder / "data.safetensors", {"score": scores})
+        write(folder / "data.safetensors", {"score": scores.contiguous()})
         return store().put(folder)

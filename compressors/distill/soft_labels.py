@@ -14,6 +14,7 @@ from torch import Tensor
 from compressors.contracts import Bench, Split
 from compressors.contracts.task_kind import OutputForm
 from compressors.core.batches import Batch, JoinedRows, Rows
+from compressors.core.scores import score_columns
 from compressors.distill.losses import SoftLoss, loss_of_teacher
 from compressors.distill.training.trainer import Loss
 from compressors.errors.steps import RowsMissing
@@ -115,6 +116,30 @@ def mean_predictions(scores: list[Tensor], forms: Sequence[OutputForm]) -> Tenso
     means = [_mean(column, form) for column, form in zip(columns, forms, strict=True)]
     mean = means[0] if stacked.dim() == 2 else torch.stack(means, dim=1)
     return mean.to(torch.float32)
+
+
+def convert_scores(
+    scores: Tensor, given: Sequence[OutputForm], wanted: Sequence[OutputForm]
+) -> Tensor:
+    """Convert a teacher's scores to the forms of the student's outputs.
+
+    Args:
+        scores: float ``(rows,)`` or ``(rows, outputs)``.
+        given: the form of each output of the teacher.
+        wanted: the form of each output of the student: the same, or ``logit`` for ``probability``
+            or the reverse.
+    """
+    if tuple(given) == tuple(wanted):
+        return scores
+    columns = []
+    for column, form, needed in zip(score_columns(scores), given, wanted, strict=True):
+        if (form, needed) == ("probability", "logit"):
+            columns.append(torch.logit(column.double(), eps=EDGE).to(torch.float32))
+        elif (form, needed) == ("logit", "probability"):
+            columns.append(torch.sigmoid(column))
+        else:
+            columns.append(column)
+    return columns[0] if scores.dim() == 1 else torch.stack(columns, dim=1)
 
 
 def _mean(scores: Tensor, form: OutputForm) -> Tensor:

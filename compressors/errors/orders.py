@@ -34,8 +34,24 @@ class OrderRefused(CompressionError):
         ),
         "teacher_reference_malformed": "Teacher {reference!r} is not of the form "
         "'registry:name@version', such as 'registry:clicks@3' or 'registry:clicks@@champion'.",
-        "teacher_signature_differs": (
-            "Teacher {reference!r} has another signature: {difference}. Teachers must have "
-            "the same inputs and the same output form as the model."
+        "teacher_outputs_differ": (
+            "Teacher {reference!r} has other outputs: {difference}. Teachers must have the "
+            "outputs of the model."
+        ),
+        "teacher_form_differs": (
+            "Teacher {reference!r} gives values of form {form!r}, which cannot be converted to "
+            "the model's {expected!r}. Only logits and probabilities can be converted."
+        ),
+        "teacher_column_malformed": (
+            "Teacher {reference!r} is not of the form 'column:NAME' or 'column:NAME=FORM', with "
+            "FORM logit, probability or score."
+        ),
+        "teacher_columns_count": (
+            "Teacher {reference!r} must name a column for each of the outputs {outputs}, separated "
+            "by commas."
+        ),
+        "teacher_column_without_data": (
+            "Teacher {reference!r} names a column of the training data, but the bundle has none. "
+            "Add train data to model.json and pack again."
         ),
     }

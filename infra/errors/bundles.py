@@ -147,6 +147,11 @@ class DataRefused(Refused):
         "has {tables}. Name one of them.",
         "column_too_long": "column {column!r} holds more than 2**31 list elements or characters in "
         "one split. Write it as large_list or large_string, or split the data.",
+        "teacher_data_unusable": "Teacher {teacher} cannot read split {split!r} of the model: "
+        "{problem} The data must have the columns that the teacher reads, with the teacher's ids.",
+        "column_no_probability": "Column {column!r} of split {split!r} is named as probabilities; "
+        "{count:,} value(s) are outside [0, 1], first in row {row}: {value:g}. Name another form, "
+        "as in 'column:{column}=logit'.",
         "checks_missing": "No split was given, so no check was run. Give at least one split.",
         "checks_failed": "The data failed its checks:{problems:list}",
         "catalogue_missing": "{place} has no {split!r} data. Task 'retrieval' ranks the whole "

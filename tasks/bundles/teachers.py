@@ -1,12 +1,15 @@
-"""Find the bundles of an order's additional teachers. No Prefect, no torch.
+"""Find the additional teachers of an order: bundles, or columns of scores in the data.
 
 The student is the model that the order compresses. Its uncompressed version is always a teacher; an
-order can name further models.
+order can name further ones. A teacher has the student's outputs. It may read other inputs, if the
+student's data has their columns. No Prefect, no torch.
 """
 
+import re
 from pathlib import Path
+from typing import get_args
 
-from compressors.contracts import Artifact, Frozen, Signature
+from compressors.contracts import Artifact, Frozen, Signature, digest
 from compressors.contracts.task_kind import OutputForm
 from compressors.errors.orders import OrderRefused
 from infra.bundle.architecture import source_digest
@@ -18,45 +21,102 @@ from tasks.promotion.promotions import version_report
 
 REGISTERED = "registry:"
 """Prefix of a reference to a registered version instead of a packed bundle."""
+COLUMN = "column:"
+"""Prefix of a reference to columns of the student's data with scores, one column per output."""
+_FORM = "|".join(get_args(OutputForm))
 
 
 class Teacher(Frozen):
-    """A teacher: its bundle, the form of each output, and a digest of its class's source."""
+    """An additional teacher.
+
+    Attributes:
+        artifact: its bundle; for columns, the student's training data.
+        name: ``name@version``, or the reference to the columns.
+        forms: the form of each output's scores.
+        architecture: digest of its class's source; for columns, of their names and form.
+        columns: the columns with its scores, one per output; empty for a bundle.
+        has_other_inputs: whether its signature reads other inputs than the student's.
+    """
 
     artifact: Artifact
     name: str
     forms: tuple[OutputForm, ...]
     architecture: str
+    columns: tuple[str, ...] = ()
+    has_other_inputs: bool = False
+
+    @property
+    def reference(self) -> str:
+        """A reference with which another order names this teacher."""
+        return self.name if self.columns else self.artifact.uri
 
 
 def find_teachers(references: tuple[str, ...], bundle: BundleRef) -> tuple[Teacher, ...]:
-    """Find the bundles of teachers, and check that they have the student's inputs and outputs.
+    """Find teachers, and check that they have the student's outputs.
 
     Args:
         references: one for each teacher: ``name@version`` or ``name`` of a packed bundle, or its
-            URI (``tasks.bundles.bundle_ref.resolve``); or ``registry:name@version`` for the
-            compressed model of a registered version. An alias begins with ``@``, so the reference
-            to a champion is ``registry:name@@champion``.
+            URI (``tasks.bundles.bundle_ref.resolve``); ``registry:name@version`` for the
+            compressed model of a registered version (an alias begins with ``@``, so the reference
+            to a champion is ``registry:name@@champion``); or ``column:NAME`` for scores in the
+            student's data, of the form of the student's outputs, or ``column:NAME=FORM``. Several
+            outputs need as many names, separated by commas.
         bundle: the student's bundle.
 
     Raises:
         ArtifactMissing, RegistryRefused: there is no such bundle or version.
-        OrderRefused: a teacher has other inputs, another form of output, or is listed twice.
+        OrderRefused: a reference is malformed; a teacher has other outputs, or scores in a form
+            that cannot be converted; or a teacher is listed twice.
     """
     if not references:
         return ()
-    expected = _read_signature(bundle.artifact)
+    student = _read_manifest(bundle.artifact)
     # Starts with the student, so that it is refused as its own teacher.
-    teachers: dict[str, Teacher] = {bundle.artifact.sha256: _read_teacher(bundle.artifact)}
+    teachers = {bundle.artifact.sha256: _read_teacher(bundle.artifact, student.signature)}
     for reference in references:
-        artifact = _resolve_teacher(reference)
-        if artifact.sha256 in teachers:
-            raise OrderRefused(
-                "teacher_repeated", reference=reference, name=teachers[artifact.sha256].name
-            )
-        _require_same_signature(reference, _read_signature(artifact), expected)
-        teachers[artifact.sha256] = _read_teacher(artifact)
+        if reference.startswith(COLUMN):
+            teacher = _columns(reference, student)
+            key = teacher.architecture
+        else:
+            artifact = _resolve_teacher(reference)
+            key = artifact.sha256
+            if key not in teachers:
+                _require_same_outputs(reference, _read_manifest(artifact), student.signature)
+            teacher = _read_teacher(artifact, student.signature)
+        if key in teachers:
+            raise OrderRefused("teacher_repeated", reference=reference, name=teachers[key].name)
+        _require_convertible(reference, teacher, student.signature)
+        teachers[key] = teacher
     return tuple(teachers.values())[1:]
+
+
+def _columns(reference: str, student: Manifest) -> Teacher:
+    """Return the teacher whose scores are columns of the student's data.
+
+    Raises:
+        OrderRefused: the reference is malformed, has another number of names than the student has
+            outputs, or the bundle has no training data.
+    """
+    match = re.fullmatch(rf"{COLUMN}([^=]+)(?:=({_FORM}))?", reference)
+    if match is None:
+        raise OrderRefused("teacher_column_malformed", reference=reference)
+    names = tuple(name.strip() for name in match[1].split(","))
+    outputs = student.signature.outputs
+    if len(names) != len(outputs):
+        expected = tuple(output.name for output in outputs)
+        raise OrderRefused("teacher_columns_count", reference=reference, outputs=expected)
+    forms = tuple(match[2] or output.form for output in outputs)
+    if "train" not in student.data:
+        raise OrderRefused("teacher_column_without_data", reference=reference)
+    return Teacher.model_validate(
+        {
+            "artifact": student.data["train"].artifact,
+            "name": reference,
+            "forms": forms,
+            "architecture": digest([COLUMN, names, forms]),
+            "columns": names,
+        }
+    )
 
 
 def _resolve_teacher(reference: str) -> Artifact:
@@ -69,7 +129,7 @@ def _resolve_teacher(reference: str) -> Artifact:
     return report.compressed
 
 
-def _read_teacher(artifact: Artifact) -> Teacher:
+def _read_teacher(artifact: Artifact, student: Signature) -> Teacher:
     manifest = _read_manifest(artifact)
     path = manifest.network.architecture.path
     return Teacher(
@@ -77,26 +137,23 @@ def _read_teacher(artifact: Artifact) -> Teacher:
         name=f"{manifest.name}@{manifest.version}",
         forms=tuple(output.form for output in manifest.signature.outputs),
         architecture=source_digest(path, load_settings().allowed_modules),
+        has_other_inputs=manifest.signature.inputs != student.inputs,
     )
-
-
-def _read_signature(artifact: Artifact) -> Signature:
-    return _read_manifest(artifact).signature
 
 
 def _read_manifest(artifact: Artifact) -> Manifest:
     return parse_manifest(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
 
 
-def _require_same_signature(reference: str, teacher: Signature, student: Signature) -> None:
-    """Raise if a teacher has other inputs or another form of output than the student."""
-    difference = first_difference(teacher, student)
+def _require_same_outputs(reference: str, teacher: Manifest, student: Signature) -> None:
+    """Raise if a teacher has other outputs than the student."""
+    difference = output_difference(teacher.signature, student)
     if difference is not None:
-        raise OrderRefused("teacher_signature_differs", reference=reference, difference=difference)
+        raise OrderRefused("teacher_outputs_differ", reference=reference, difference=difference)
 
 
-def first_difference(teacher: Signature, student: Signature) -> str | None:
-    """Describe the first difference of a teacher's inputs and outputs from the student's."""
+def output_difference(teacher: Signature, student: Signature) -> str | None:
+    """Describe the first difference of a teacher's outputs from the student's; None if equal."""
     if len(teacher.outputs) != len(student.outputs):
         return f"it has {len(teacher.outputs)} outputs, not {len(student.outputs)}"
     outputs, expected_outputs = (
@@ -107,19 +164,16 @@ def first_difference(teacher: Signature, student: Signature) -> str | None:
     for output, expected in zip(teacher.outputs, student.outputs, strict=True):
         if output.kind != expected.kind:
             return f"its task is {output.kind!r}, not {expected.kind!r}"
-        if output.form != expected.form:
-            return f"its output is a {output.form}, not a {expected.form}"
-    names, expected_names = (
-        [item.name for item in signature.inputs] for signature in (teacher, student)
-    )
-    if names != expected_names:
-        return f"its inputs are {', '.join(names)}, not {', '.join(expected_names)}"
-    for item, expected_item in zip(teacher.inputs, student.inputs, strict=True):
-        expected_fields = expected_item.model_dump()
-        for field, value in item.model_dump().items():
-            if field not in expected_fields or value != expected_fields[field]:
-                return (
-                    f"{field!r} of its input {item.name!r} is {value!r}, "
-                    f"not {expected_fields.get(field)!r}"
-                )
     return None
+
+
+def _require_convertible(reference: str, teacher: Teacher, student: Signature) -> None:
+    """Raise if scores of a teacher cannot be converted to the form of the student's.
+
+    Logits and probabilities can be converted to each other, other scores to nothing.
+    """
+    for form, output in zip(teacher.forms, student.outputs, strict=True):
+        if form != output.form and "score" in (form, output.form):
+            raise OrderRefused(
+                "teacher_form_differs", reference=reference, form=form, expected=output.form
+            )

@@ -129,7 +129,9 @@ def test_soft_labels_are_the_mean_logits_of_the_teachers(
     rows = prepare.fn(bundles[0], "traffic")
     scores = tuple(score.fn(bundle, rows, ROWS["traffic"]) for bundle in bundles)
     logits = [load_file(local(item) / "data.safetensors")["score"] for item in scores]
-    mean = load_file(local(average.fn(scores, ("logit",))) / "data.safetensors")["score"]
+    mean = load_file(local(average.fn(scores, ("logit",), (("logit",),) * 3)) / "data.safetensors")[
+        "score"
+    ]
     torch.testing.assert_close(mean, torch.stack(logits).mean(dim=0))
     assert float((logits[0] - logits[1]).abs().mean()) > 0.1  # the teachers differ
 
@@ -151,7 +153,7 @@ def test_order_with_other_teachers_is_not_the_completed_order(
         (
             ("lists@1",),
             STEPS,
-            "teacher_signature_differs",
+            "teacher_outputs_differ",
             {"difference": "its task is 'ranking', not 'ctr'"},
         ),
         (("second@1", "second"), STEPS, "teacher_repeated", {"name": "second@1"}),
