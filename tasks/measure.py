@@ -5,7 +5,6 @@ with the champion, which are measured in the same run and on the same machine.
 """
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from compressors.contracts import (
     metric,
 )
 from compressors.contracts import target as declared_target
-from compressors.contracts.metrics.serving import BYTES, QUANTILES, latency
+from compressors.contracts.metrics.serving import BYTES
 from compressors.contracts.output_metrics import (
     quality_metrics_of_outputs,
     usual_batches_of_outputs,
@@ -30,21 +29,20 @@ from compressors.contracts.targets.runtime import Runtime, Session
 from compressors.core.batches import Batch, batches
 from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import served_graphs
-from compressors.metrics import intervals
 from compressors.metrics.full_ranking import ranking_metrics
 from compressors.metrics.measured import (
     Measured,
     Number,
     byte_numbers,
     exact_estimate,
-    latency_numbers,
     quality_numbers,
 )
 from infra.bundle.bundle_folder import read
 from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
-from infra.timing import describe_machine, measure_interleaved_ms
+from infra.timing import describe_machine
 from tasks.bundles.loading import SCORING_ROWS, split_of
+from tasks.evaluation.latency import measure_latency
 from tasks.evaluation.quality import (
     ByQuery,
     Quality,
@@ -60,11 +58,6 @@ from tasks.target_adapters import runtime_of
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
-
-TIMING_BUDGET_MS = 15_000.0
-"""Milliseconds for measuring the latency of one batch size, of all models together."""
-MAX_ROUNDS = 1000
-"""Most calls of each model at one batch size, unless a quantile's interval needs more."""
 
 
 @task(task_run_name="measure {target}", **TASK_OPTIONS)
@@ -148,17 +141,19 @@ def measure(
     request_graph = served_graphs(signature)[0]
     timed_sessions = {name: opened[request_graph.name] for name, opened in sessions.items()}
     limited_sizes = {size for name in metrics if (size := metric(name).batch) is not None}
+    not_timed: dict[str, float] = {}
     for size in sorted({*usual_batches_of_outputs(outputs), *limited_sizes}):
-        _add_latency(
-            size=size,
-            sessions=timed_sessions,
-            signature=request_graph.signature,
-            test=test,
-            test_rows=test_rows,
-            seed=seed,
-            candidate_numbers=candidate_numbers,
-            baseline_numbers=baseline_numbers,
-        )
+        if size > test_rows:
+            log.warning(
+                "Latency at batch %d is not measured: there are only %d test rows", size, test_rows
+            )
+            continue
+        split = split_of(test, test_rows)
+        inputs = _arrays(next(batches(split, request_graph.signature, size)))
+        timed = measure_latency(timed_sessions, inputs, size, metrics, seed)
+        candidate_numbers += timed.candidate
+        baseline_numbers += timed.baseline
+        not_timed |= timed.not_timed
     units = {output.name: output.task_kind.score_unit for output in outputs}
     measurement = Measurement(
         numbers=Measured(
@@ -169,6 +164,7 @@ def measure(
         ),
         baseline=Measured(numbers=tuple(baseline_numbers)),
         resolves=resolves,
+        not_timed=not_timed,
         rows=test_rows,
         machine=describe_machine(declared.label, runtime.version(), threads),
     )
@@ -265,54 +261,3 @@ def _score_rows(name: str, session: Session, rows: list[Batch]) -> Array:
 
 def _arrays(batch: Batch) -> dict[str, Array]:
     return {name: tensor.numpy() for name, tensor in batch.inputs.items()}
-
-
-def _add_latency(
-    size: int,
-    sessions: dict[str, Session],
-    signature: Signature,
-    test: Artifact,
-    test_rows: int,
-    seed: int,
-    candidate_numbers: list[Number],
-    baseline_numbers: list[Number],
-) -> None:
-    """Time all models at one batch size, and append p50 and p99 to the two lists of numbers.
-
-    A batch larger than the test data is skipped.
-
-    Args:
-        size: rows of the batch.
-        sessions: the graph or engine of each model, by the model's name.
-        signature: signature of the graph.
-        test: the prepared test split, from which the batch is read.
-        test_rows: number of rows of the test split.
-        seed: seed of the intervals.
-        candidate_numbers: receives the candidate's latencies and their ratios.
-        baseline_numbers: receives the baseline's latencies.
-    """
-    if size > test_rows:
-        log.warning(
-            "Latency at batch %d is not measured: there are only %d test rows", size, test_rows
-        )
-        return
-    inputs = _arrays(next(batches(split_of(test, test_rows), signature, size)))
-    models = list(sessions.values())
-    # A round is one call of each model. Five rounds estimate how long one takes.
-    pilot_times = measure_interleaved_ms(models, inputs, rounds=5, warmup=5)
-    round_ms = sum(float(np.median(times)) for times in pilot_times)
-    min_rounds = max(intervals.rounds_needed(quantile) for quantile in QUANTILES.values())
-    rounds = max(min_rounds, min(MAX_ROUNDS, math.ceil(TIMING_BUDGET_MS / round_ms)))
-    times = dict(zip(sessions, measure_interleaved_ms(models, inputs, rounds), strict=True))
-    for name, quantile in QUANTILES.items():
-        metric_name = latency(name, size).name
-        ratio = intervals.latency_ratio(times["baseline"], times["candidate"], quantile, seed=seed)
-        champion_ratio = None
-        if "champion" in times:
-            champion_ratio = intervals.latency_ratio(
-                times["champion"], times["candidate"], quantile, seed=seed
-            )
-        candidate = intervals.latency(times["candidate"], quantile, seed=seed)
-        baseline = intervals.latency(times["baseline"], quantile, seed=seed)
-        candidate_numbers += latency_numbers(metric_name, candidate, ratio, champion_ratio)
-        baseline_numbers.append(Number(metric=metric_name, against="absolute", estimate=baseline))

@@ -1,6 +1,7 @@
 """Compare models on the same rows. No Prefect.
 
 parity.py   compares a torch module with the graph exported from it
+latency.py  times several models at one batch size
 quality.py  compares the quality of several models on the test rows
 budget.py   measures the loss of quality on validation rows
 """

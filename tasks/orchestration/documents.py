@@ -56,6 +56,8 @@ class Measurement(Frozen):
             changes cannot be detected with these rows.
         rows: number of test rows.
         machine: the machine and the runtime.
+        not_timed: latencies that were not measured because that would have taken too long, with the
+            seconds that they would have taken.
     """
 
     numbers: Measured
@@ -63,6 +65,7 @@ class Measurement(Frozen):
     resolves: dict[str, float]
     rows: int
     machine: Machine
+    not_timed: dict[str, float] = Field(default_factory=dict, exclude_if=operator.not_)
 
 
 class PreparedRows(Frozen):

@@ -203,13 +203,20 @@ def shared_weight_remarks(report: Report) -> list[str]:
 
 
 def latency_remarks(report: Report) -> list[str]:
-    """Explain which of several graphs was timed; empty if there is one graph."""
+    """Explain which of several graphs was timed, and which latencies were not measured."""
+    remarks = [
+        f"{metric_label(name)} was not measured for {measurement.machine.runtime}: it would have "
+        f"taken about {seconds:,.0f} s. It is measured if a limit names it."
+        for measurement in report.measured.values()
+        for name, seconds in measurement.not_timed.items()
+    ]
     names = [graph.name for target in report.targets[:1] for graph in target.lowering.graphs]
     if len(names) == 1:
-        return []
+        return remarks
     return [
+        *remarks,
         f"Bytes are of all graphs ({', '.join(names)}). Latency is of the {names[0]} graph alone: "
-        f"a request waits for it, while the items' vectors are computed in advance."
+        f"a request waits for it, while the items' vectors are computed in advance.",
     ]
 
 

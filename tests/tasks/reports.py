@@ -49,7 +49,7 @@ def store_files(folder: Path, **files: str) -> Artifact:
 
 def create_parity() -> Parity:
     """Return a parity (differences between graph and module) on 8 rows; its other fields are 0."""
-    values: dict[str, Any] = {"rows": 8, "largest": 1e-7, "root_mean_square": 1e-8}
+    values: dict[str, Any] = {"rows": 8, "largest": 1e-7, "root_mean_square": 1e-8, "output": ""}
     return Parity.model_validate(dict.fromkeys(Parity.model_fields, 0) | values)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import page_reports
 import pyarrow.parquet as pq
 import pytest
 from drafts import ALLOWED, ROWS, planted_auc, write_draft
@@ -11,15 +12,18 @@ from error_codes import raises_code
 
 from compressors.contracts import Artifact
 from compressors.contracts.metrics import usual_batches
+from compressors.contracts.metrics.serving import QUANTILES
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.measured import exact_estimate
 from tasks import measure as measuring
 from tasks.bundles.packing import pack
+from tasks.evaluation import latency
 from tasks.lower import PROBE_ROWS, lower_model
 from tasks.orchestration.documents import Measurement, measurement_of
 from tasks.orchestration.graph_documents import lowering_of, served_bytes
 from tasks.orchestration.workspace import local, store
 from tasks.prepare import prepare
+from tasks.report.tables import latency_remarks
 
 QUALITY_METRICS = {"auc", "logloss", "normalized_entropy"}
 SCORE_CHANGE_METRICS = {"score_correlation", "mean_score_change", "max_score_change"}
@@ -148,7 +152,7 @@ def test_measurement_has_all_metrics_of_candidate_and_baseline(
     graphs: Graphs,
 ) -> None:
     expected = QUALITY_METRICS | {"bytes"}
-    expected |= {f"{name}_ms@{size}" for name in measuring.QUANTILES for size in (1, 64, 1024)}
+    expected |= {f"{name}_ms@{size}" for name in QUANTILES for size in (1, 64, 1024)}
     for against in ("absolute", "baseline"):
         metrics = {n.metric for n in graphs.with_itself.numbers.numbers if n.against == against}
         assert metrics == expected | (SCORE_CHANGE_METRICS if against == "absolute" else set())
@@ -180,7 +184,7 @@ def test_bytes_are_the_size_of_the_served_graph_file(graphs: Graphs) -> None:
 def test_champion_adds_changes_from_the_champion(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "usual_batches", lambda _: (1,))
+    monkeypatch.setattr(measuring, "usual_batches_of_outputs", lambda _: (1,))
     measurement = measure_graph(graphs, champion=graphs.graph)
     assert measurement.numbers.has_champion
     for metric in (*QUALITY_METRICS, "bytes", "p99_ms@1"):
@@ -190,11 +194,30 @@ def test_champion_adds_changes_from_the_champion(
 def test_latency_at_a_batch_larger_than_the_test_data_is_left_out(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "usual_batches", lambda _: (ROWS["test"] + 1,))
+    monkeypatch.setattr(measuring, "usual_batches_of_outputs", lambda _: (ROWS["test"] + 1,))
     measurement = measure_graph(graphs)
     assert {
         number.metric for number in measurement.numbers.numbers
     } == QUALITY_METRICS | SCORE_CHANGE_METRICS | {"bytes"}
+
+
+@pytest.mark.parametrize("slow_round_ms", [0.0, 1000.0])
+def test_quantile_that_would_take_too_long_is_measured_only_if_a_limit_names_it(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch, slow_round_ms: float
+) -> None:
+    monkeypatch.setattr(latency, "MAX_TIMING_MS", 0.0)
+    monkeypatch.setattr(latency, "TIMING_BUDGET_MS", 1.0)
+    monkeypatch.setattr(latency, "SLOW_ROUND_MS", slow_round_ms)
+    measurement = measure_graph(graphs, metrics=("p99_ms@64",))
+    names = {number.metric for number in measurement.numbers.numbers}
+    assert {"p50_ms@1", "p50_ms@64", "p50_ms@1024", "p99_ms@64"} <= names
+    assert names.isdisjoint({"p99_ms@1", "p99_ms@1024"})
+    assert measurement.not_timed.keys() == {"p99_ms@1", "p99_ms@1024"}
+    assert all(seconds > 0 for seconds in measurement.not_timed.values())
+    report = page_reports.create_report().model_copy(update={"measurement": measurement})
+    text = " ".join(latency_remarks(report))
+    assert "p99 ms, batch 1024 was not measured for ONNX Runtime: it would have taken" in text
+    assert "p99 ms, batch 64 was not measured" not in text
 
 
 def test_champion_with_other_inputs_or_graphs_is_refused(

@@ -10,7 +10,8 @@ BATCHES = (1, 64, 1024)
 LARGEST_BATCH = 65_536
 """Largest batch size for which a limit on latency can be given."""
 MEDIAN = 0.5
-QUANTILES = {"p50": MEDIAN, "p99": 0.99}
+MEDIAN_NAME = "p50"
+QUANTILES = {MEDIAN_NAME: MEDIAN, "p99": 0.99}
 """The measured quantiles of latency, by their names in metrics."""
 
 BYTES = Metric(
