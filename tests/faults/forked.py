@@ -212,7 +212,7 @@ def serve() -> None:
         os.environ.setdefault(name, value)
     for name in IMPORTED:
         import_module(name)
-    import_module("tasks.measure").MAX_ROUNDS = MEASURED_ROUNDS
+    import_module("tasks.evaluation.latency").MAX_ROUNDS = MEASURED_ROUNDS
     with operators_read_once():
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 

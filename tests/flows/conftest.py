@@ -21,8 +21,8 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.order import Order
-from tasks import measure
 from tasks.bundles.packing import pack
+from tasks.evaluation import latency
 from tasks.orchestration import outages
 from tasks.promotion.promotions import repair
 
@@ -50,7 +50,7 @@ def _short_outage_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_latency_round() -> Iterator[None]:
     """Measure latency in one round: no test of flows checks a time in milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "MAX_ROUNDS", 1)
+        patch.setattr(latency, "MAX_ROUNDS", 1)
         yield
 
 
