@@ -50,7 +50,9 @@ TASKS = ("click", "like")
 class Training:
     """Training settings, selected by the mean of the validation AUCs; see ``movielens.Training``.
 
-    ``experts``, ``expert``, ``tower`` and ``dropout`` are arguments of ``MMoE``.
+    ``experts``, ``expert``, ``tower`` and ``dropout`` are arguments of ``MMoE``. ``forget_user``
+    and ``forget_item`` are the shares of training rows in which this id is replaced by the unknown
+    id.
     """
 
     dim: int = 16
@@ -164,7 +166,8 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
         log: called with each line of progress.
 
     Raises:
-        DataMissing: the wheel with the data is missing, or its version or files differ.
+        DataMissing: the Python package that contains the data is missing, or has another version
+            or other files.
     """
     splits = split_by_time(read_ratings(data_folder()))
     vocabularies = build_vocabularies(splits["train"])

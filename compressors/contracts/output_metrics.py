@@ -1,4 +1,4 @@
-"""Metrics and limits of a model's outputs: with several outputs, each metric has one per output.
+"""Names of metrics and limits by output: of several outputs, each has its own AUC, for example.
 
 ``outputs`` are the outputs of a signature, and ``grouped`` is whether it names a group column. A
 model with one output has the metric ``auc``, a model with several ``auc[click]`` and ``auc[like]``.
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from compressors.contracts.limits import Limit
 from compressors.contracts.metrics import metric, quality_metrics, usual_batches
 from compressors.contracts.metrics.families import can_be_measured, usual_metrics_of_task
-from compressors.contracts.metrics.metric import Metric, name_of_output
+from compressors.contracts.metrics.metric import Metric, metric_name_of_output
 from compressors.contracts.signature import Output
 
 Outputs = tuple[Output, ...]
@@ -23,8 +23,8 @@ def quality_metrics_of_outputs(
     Args:
         outputs: the model's outputs.
         grouped: whether the signature names a group column.
-        named: names of further metrics to measure, as ``limits_of_outputs`` returns them; only
-            quality metrics are used.
+        named: names of further metrics to measure, such as those in the limits that
+            ``limits_of_outputs`` returns; only quality metrics are used.
     """
     declared = [metric(name) for name in named]
     names: list[str] = []
@@ -40,7 +40,7 @@ def quality_metrics_of_outputs(
 
 
 def further_metrics(outputs: Outputs, names: Iterable[str]) -> tuple[str, ...]:
-    """Return the metrics among ``names`` that are not measured for every model of these kinds."""
+    """Return the metrics among ``names`` that are not measured for every model of these tasks."""
     usual = {
         _qualified(item.name, output, outputs) if item.is_of_output else item.name
         for output in outputs
@@ -50,7 +50,7 @@ def further_metrics(outputs: Outputs, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def usual_batches_of_outputs(outputs: Outputs) -> tuple[int, ...]:
-    """Return the batch sizes at which the latency of every model of these kinds is measured."""
+    """Return the batch sizes at which the latency of every model of these tasks is measured."""
     return tuple(sorted({size for output in outputs for size in usual_batches(output.kind)}))
 
 
@@ -79,7 +79,7 @@ def _limits(limit: Limit, outputs: Outputs, grouped: bool) -> Iterator[Limit]:
         yield limit
         return
     for output in measurable:
-        yield _with_metric(limit, name_of_output(limit.metric, output.name))
+        yield _with_metric(limit, metric_name_of_output(limit.metric, output.name))
 
 
 def _with_metric(limit: Limit, name: str) -> Limit:
@@ -92,5 +92,5 @@ def _without_output(item: Metric) -> str:
 
 
 def _qualified(name: str, output: Output, outputs: Outputs) -> str:
-    """Return the name of an output's metric; with one output, that of the metric."""
-    return name if len(outputs) == 1 else name_of_output(name, output.name)
+    """Return a metric's name, with the output in brackets if the model has several outputs."""
+    return name if len(outputs) == 1 else metric_name_of_output(name, output.name)

@@ -18,7 +18,7 @@ from compressors.contracts.inputs import (
 )
 from compressors.contracts.metrics import MetricName, metric_problem
 from compressors.contracts.metrics.families import OUTPUT_NAME, find_metric
-from compressors.contracts.metrics.metric import name_of_output
+from compressors.contracts.metrics.metric import metric_name_of_output
 from compressors.contracts.task_kind import OutputForm, TaskKind, TaskName, task_kind
 from compressors.contracts.value_errors import value_error
 
@@ -109,7 +109,7 @@ def judged_metrics(outputs: tuple[Output, ...]) -> tuple[str, ...]:
     """
     if len(outputs) == 1:
         return (outputs[0].metric,)
-    return tuple(name_of_output(output.metric, output.name) for output in outputs)
+    return tuple(metric_name_of_output(output.metric, output.name) for output in outputs)
 
 
 class Signature(Frozen):

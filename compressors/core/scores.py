@@ -1,6 +1,7 @@
-"""Call a network, and bring what it returns into one form: a column of scores for each output.
+"""Call a network, and convert what it returns to scores: one column for each output.
 
-A network with one output returns it, float ``(rows,)`` or ``(rows, 1)``. A network with ``n``
+A network with one output returns it, float ``(rows,)`` or ``(rows, 1)``, or a tuple or mapping with
+only it. A network with ``n``
 outputs returns one of these, in the order of the signature's outputs:
 
 - a tensor ``(rows, n)``;
@@ -20,12 +21,12 @@ from compressors.contracts import Signature, tensor_names
 
 
 def call_network(module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature) -> Any:
-    """Call a network, or a tower, with its inputs in the form that ``signature.call`` names.
+    """Call a network, or a tower, with its inputs in the way that ``signature.call`` names.
 
     Args:
         module: the network or tower.
         inputs: its input tensors by name; others are ignored.
-        signature: the signature with only the inputs of the network or tower.
+        signature: the signature, restricted to the inputs of the network or tower.
     """
     names = [name for item in signature.model_inputs for name in tensor_names(item)]
     arguments = {name: inputs[name] for name in names}
@@ -58,10 +59,13 @@ def scores_of(returned: Any, signature: Signature) -> Tensor:
 def output_tensors(returned: Any, signature: Signature) -> tuple[Tensor, ...]:
     """Return the tensor ``(rows,)`` of each output in what a network returned.
 
+    The only tensor of a network with one output is flattened, whatever its shape (``smoke_test.py``
+    checks it).
+
     Raises:
         TypeError: the network returned another type, such as None.
         ValueError: it returned another number of outputs than the signature has, an output that is
-            not one value per row, or no output of a name.
+            not one value per row, or no output that the signature names.
     """
     names = [output.name for output in signature.outputs]
     if isinstance(returned, Tensor) and len(names) == 1:

@@ -7,7 +7,7 @@ import math
 
 from compressors.contracts import Limit, Metric, ScoreUnit
 from compressors.contracts.metrics import score_changes
-from compressors.contracts.metrics.metric import name_of_output
+from compressors.contracts.metrics.metric import metric_name_of_output
 from compressors.contracts.reasons import Reason
 from compressors.metrics.measured import Measured
 
@@ -100,7 +100,7 @@ def _score_warning(measured: Measured, output: str | None) -> list[Reason]:
 
 def _name(change: Metric, output: str | None) -> str:
     """Return the name of a metric, for one of several outputs if ``output`` is not None."""
-    return change.name if output is None else name_of_output(change.name, output)
+    return change.name if output is None else metric_name_of_output(change.name, output)
 
 
 def _floored(correlation: float) -> float:

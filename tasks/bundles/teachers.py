@@ -1,8 +1,8 @@
 """Find the additional teachers of an order: bundles, or columns of scores in the data.
 
 The student is the model that the order compresses. Its uncompressed version is always a teacher; an
-order can name further ones. A teacher has the student's outputs. It may read other inputs, if the
-student's data has their columns. No Prefect, no torch.
+order can name further ones. A teacher must have the same outputs as the student. It may read other
+inputs, if the student's data has their columns. No Prefect, no torch.
 """
 
 import re
@@ -33,7 +33,8 @@ class Teacher(Frozen):
         artifact: its bundle; for columns, the student's training data.
         name: ``name@version``, or the reference to the columns.
         forms: the form of each output's scores.
-        architecture: digest of its class's source; for columns, of their names and form.
+        architecture: digest of its class's source, a part of cache keys. A teacher of columns has
+            no class; then it is the digest of their names and forms.
         columns: the columns with its scores, one per output; empty for a bundle.
         has_other_inputs: whether its signature reads other inputs than the student's.
     """
@@ -170,7 +171,7 @@ def output_difference(teacher: Signature, student: Signature) -> str | None:
 def _require_convertible(reference: str, teacher: Teacher, student: Signature) -> None:
     """Raise if scores of a teacher cannot be converted to the form of the student's.
 
-    Logits and probabilities can be converted to each other, other scores to nothing.
+    Logits and probabilities can be converted to each other; other scores cannot be converted.
     """
     for form, output in zip(teacher.forms, student.outputs, strict=True):
         if form != output.form and "score" in (form, output.form):

@@ -22,7 +22,10 @@ from infra.timing import measure_interleaved_ms
 log = logging.getLogger(__name__)
 
 TIMING_BUDGET_MS = 15_000.0
-"""Milliseconds for one batch size, of all models together; more if an interval needs it."""
+"""Milliseconds to spend on one batch size, of all models together.
+
+It is exceeded if the interval of a quantile needs more rounds; a round is one call of each model.
+"""
 MAX_TIMING_MS = 60_000.0
 """Most milliseconds for one batch size. A quantile whose interval needs more is not measured.
 
@@ -31,9 +34,9 @@ The median and the quantiles that limits name are measured in any case.
 MAX_ROUNDS = 1000
 """Most calls of each model at one batch size, unless a quantile's interval needs more."""
 WARMUP_CALLS = 20
-"""Calls of each model before the measurement; fewer if fewer are measured."""
+"""Calls of each model before the measurement; at most the number of measured calls."""
 SLOW_ROUND_MS = 1000.0
-"""A round that takes this long is not repeated to estimate how long a round takes."""
+"""If the first round takes longer, its time is the estimate of how long a round takes."""
 
 Array = NDArray[Any]
 
@@ -68,7 +71,7 @@ def measure_latency(
         inputs: a batch of ``size`` rows.
         size: rows of the batch.
         limited: names of metrics that limits name.
-        seed: seed of the intervals.
+        seed: seed of the bootstrap.
     """
     models = list(sessions.values())
     round_ms = _round_ms(models, inputs)

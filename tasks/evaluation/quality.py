@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import ITEMS, Estimate, Output, Signature, Split
 from compressors.contracts import metric as declared_metric
-from compressors.contracts.metrics.metric import name_of_output
+from compressors.contracts.metrics.metric import metric_name_of_output
 from compressors.core.batches import Batch, Rows, batches
 from compressors.core.scores import call_network
 from compressors.errors.metrics import MetricRefused
@@ -86,7 +86,9 @@ class ByRow:
             )
             unit = output.task_kind.score_unit
             for name, estimate in change_of_rows(before, after, self.group, unit).items():
-                changes[name if self._is_single else name_of_output(name, output.name)] = estimate
+                changes[name if self._is_single else metric_name_of_output(name, output.name)] = (
+                    estimate
+                )
         return changes
 
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:

@@ -1,8 +1,8 @@
-"""Teachers that are no bundle with the student's inputs: columns of scores, and other signatures.
+"""Teachers other than bundles with the student's inputs: score columns, bundles with other inputs.
 
-The student is ``ClickNet`` on planted clicks (``drafts.py``). One teacher is a gradient boosting of
-scikit-learn, whose probabilities are a column of the data; the other is a network that reads a
-column that the student does not.
+The student is ``ClickNet``, whose clicks are drawn with its own probabilities (``drafts.py``). One
+teacher is a gradient boosting model of scikit-learn, whose probabilities are a column of the data.
+The other is a network that reads a column that the student does not.
 """
 
 import json
@@ -39,20 +39,20 @@ STEP = Distill(training=Training(epochs=1, batch=256))
 LIMIT = Limit.parse("auc vs baseline >= -0.3")
 
 
-class PriceNet(nn.Module):
-    """A teacher that reads only the column ``hint`` and returns a probability."""
+class OtherNet(nn.Module):
+    """A teacher that reads only the column ``price`` and returns a probability."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(1, 1)
 
-    def forward(self, hint: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.layer(hint)).squeeze(1)
+    def forward(self, price: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.layer(price)).squeeze(1)
 
 
 @pytest.fixture
 def student(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Pack the student, whose data has the columns ``boosted`` and ``hint``; return its draft."""
+    """Pack the student, whose data has the columns ``boosted`` and ``price``; return its draft."""
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network,test_other_teachers")
     draft = write_draft(empty_home / "student", rows=ROWS)
     tables = {split: pq.read_table(draft / f"{split}.parquet") for split in ROWS}
@@ -64,30 +64,30 @@ def student(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     boosting.fit(features["train"], tables["train"]["label"].to_numpy())
     for split, table in tables.items():
         boosted = boosting.predict_proba(features[split])[:, 1]
-        hint = np.linspace(-2, 2, len(table), dtype=np.float32)
+        price = np.linspace(-2, 2, len(table), dtype=np.float32)
         table = table.append_column("boosted", pa.array(boosted))
-        pq.write_table(table.append_column("hint", pa.array(hint)), draft / f"{split}.parquet")
+        pq.write_table(table.append_column("price", pa.array(price)), draft / f"{split}.parquet")
     pack(draft)
     return draft
 
 
 @pytest.fixture
 def teacher(student: Path, empty_home: Path) -> nn.Module:
-    """Pack ``PriceNet``, whose data is that of the student; return the network."""
+    """Pack ``OtherNet``, whose data is that of the student; return the network."""
     torch.manual_seed(0)
-    network, folder = PriceNet(), empty_home / "teacher"
+    network, folder = OtherNet(), empty_home / "teacher"
     folder.mkdir()
     save_file(network.state_dict(), folder / "model.safetensors")
     click = {"name": "click", "kind": "ctr", "form": "probability", "label": "label"}
     document = {
         "schema_version": 2,
-        "name": "price",
+        "name": "other",
         "version": "1",
         "signature": {
-            "inputs": [{"kind": "dense", "name": "hint", "shape": [1]}],
+            "inputs": [{"kind": "dense", "name": "price", "shape": [1]}],
             "outputs": [click | {"metric": "auc"}],
         },
-        "network": {"architecture": {"path": "test_other_teachers:PriceNet", "config": {}}},
+        "network": {"architecture": {"path": "test_other_teachers:OtherNet", "config": {}}},
         "data": {split: str(student / f"{split}.parquet") for split in ROWS},
     }
     (folder / "model.json").write_text(json.dumps(document))
@@ -125,14 +125,14 @@ def test_order_learns_from_a_column_of_probabilities(student: Path) -> None:
 
 
 def test_order_learns_from_a_model_that_reads_other_columns(teacher: nn.Module) -> None:
-    result = run_without_prefect(order("price@1"))
+    result = run_without_prefect(order("other@1"))
     assert result.states_of("prepare train for a teacher") == ["Completed", "Cached"]
     assert result.finished.report.outcome == "accepted"
-    rows = prepare_for_teacher.fn(resolve("clicks"), "train", resolve("price@1"))
-    predictions = scores_in(score.fn(resolve("price@1"), rows, ROWS["train"]))
-    hint = torch.linspace(-2, 2, ROWS["train"])[:, None]
+    rows = prepare_for_teacher.fn(resolve("clicks"), "train", resolve("other@1"))
+    predictions = scores_in(score.fn(resolve("other@1"), rows, ROWS["train"]))
+    price = torch.linspace(-2, 2, ROWS["train"])[:, None]
     with torch.no_grad():
-        torch.testing.assert_close(predictions, teacher(hint))
+        torch.testing.assert_close(predictions, teacher(price))
 
 
 def test_digest_of_an_order_depends_on_column_and_form(student: Path) -> None:
@@ -143,7 +143,7 @@ def test_digest_of_an_order_depends_on_column_and_form(student: Path) -> None:
             order(),
             order("column:boosted=probability"),
             order("column:boosted=logit"),
-            order("column:hint"),
+            order("column:price"),
         )
     }
     assert len(digests) == 4
@@ -154,7 +154,7 @@ def test_digest_of_an_order_depends_on_column_and_form(student: Path) -> None:
     [
         ("column:", "teacher_column_malformed"),
         ("column:boosted=odds", "teacher_column_malformed"),
-        ("column:boosted,hint", "teacher_columns_count"),
+        ("column:boosted,price", "teacher_columns_count"),
         ("column:boosted=score", "teacher_form_differs"),
     ],
 )
@@ -170,8 +170,8 @@ def test_column_that_is_missing_or_has_no_probabilities_is_refused_at_the_start(
 ) -> None:
     with pytest.raises(DataRefused, match="other"):
         run_without_prefect(order("column:other"))
-    with raises_code(DataRefused, "column_no_probability", column="hint", row=0):
-        run_without_prefect(order("column:hint=probability"))
+    with raises_code(DataRefused, "column_no_probability", column="price", row=0):
+        run_without_prefect(order("column:price=probability"))
 
 
 def test_teacher_whose_columns_the_student_lacks_is_refused_by_name(
@@ -179,12 +179,14 @@ def test_teacher_whose_columns_the_student_lacks_is_refused_by_name(
 ) -> None:
     for split in ROWS:
         path = student / f"{split}.parquet"
-        pq.write_table(pq.read_table(path).drop_columns(["hint"]), path)
+        pq.write_table(pq.read_table(path).drop_columns(["price"]), path)
     document = json.loads((student / "model.json").read_text()) | {"version": "2"}
     (student / "model.json").write_text(json.dumps(document))
     pack(student)
-    with raises_code(DataRefused, "teacher_data_unusable", teacher="price@1", problem=Text("hint")):
-        run_without_prefect(order("price@1"))
+    with raises_code(
+        DataRefused, "teacher_data_unusable", teacher="other@1", problem=Text("price")
+    ):
+        run_without_prefect(order("other@1"))
 
 
 def test_conversion_of_forms_is_the_logit_or_its_inverse() -> None:

@@ -83,7 +83,7 @@ class Metric:
         """Return this metric for one of several outputs; its name is then like ``auc[click]``."""
         return replace(
             self,
-            name=name_of_output(self.name, output),
+            name=metric_name_of_output(self.name, output),
             label=f"{self.label} of {output}",
             heading=self.heading and f"{self.heading} of {output}",
             output=output,
@@ -98,7 +98,7 @@ class Metric:
         return None if estimator_class is None else estimator_class(self)
 
 
-def name_of_output(metric: str, output: str) -> str:
+def metric_name_of_output(metric: str, output: str) -> str:
     """Return the name of a metric of one of several outputs, such as ``auc[click]``."""
     return f"{metric}[{output}]"
 

@@ -1,4 +1,4 @@
-"""Networks with several outputs: what they may return, losses, and every method on one of them."""
+"""Networks with several outputs: what they may return, losses, and every step on such a network."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from error_codes import raises_code
-from models import ALONE, MULTI_TASK, default_step
+from models import ALONE as METHODS_WITHOUT_EARLIER_STEPS
+from models import MULTI_TASK, default_step
 from torch.nn import functional as F
 
 from compressors.core.batches import Batch, JoinedRows, Rows, batches
@@ -173,7 +174,9 @@ def test_labelled_rows_and_traffic_keep_the_labels_of_each_output(tmp_path):
 # --- every method ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ALONE, ids=lambda method: method.__name__)
+@pytest.mark.parametrize(
+    "method", METHODS_WITHOUT_EARLIER_STEPS, ids=lambda method: method.__name__
+)
 def test_every_method_keeps_three_outputs(method, tmp_path):
     step, bench = default_step(method), MULTI_TASK.bench(tmp_path / "data")
     source = MULTI_TASK.model()
