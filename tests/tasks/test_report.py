@@ -13,9 +13,10 @@ from reports import create_report
 from compressors.contracts import Estimate, Outcome, Plan, TargetName
 from compressors.contracts.reasons import Reason
 from compressors.metrics.measured import Number
-from tasks.orchestration.documents import Finished, Report, Stage, report_of
+from tasks.orchestration.documents import Finished, Report, Stage, StageQuality, report_of
 from tasks.orchestration.order_records import finished_key
 from tasks.orchestration.workspace import store
+from tasks.report.stages import stage_rows
 from tasks.report.tables import describe_resolution, list_remarks, markdown, number_rows
 
 OUTCOMES: dict[TargetName, Outcome] = {
@@ -126,6 +127,38 @@ def test_effect_of_a_step_is_the_change_from_the_previous_stage(order_report: Re
     page = markdown(order_report.model_copy(update={"stages": stages}))
     assert "| as trained | 1,000 | 1.00x | 0.75000 |  |  |" in page
     assert ("| channels | 400 | 0.40x | 0.74800 | -600 | -0.00200 [-0.00300, -0.00100] |") in page
+
+
+def test_effect_of_a_step_is_shown_for_each_of_several_outputs(order_report: Report) -> None:
+    def estimate(point: float) -> Estimate:
+        return Estimate(point=point, low=point, high=point)
+
+    stages = tuple(
+        Stage(
+            step=step,
+            bundle=order_report.source,
+            bytes=1000,
+            quality=estimate(0.75),
+            change=change and estimate(-0.001),
+            other_outputs={
+                "auc[buy]": StageQuality(
+                    quality=estimate(0.625), change=change and estimate(-0.002)
+                )
+            },
+        )
+        for step, change in (("as trained", None), ("channels", True))
+    )
+    changes = {"stages": stages, "metric": "auc[click]", "other_metrics": ("auc[buy]",)}
+    rows = stage_rows(order_report.model_copy(update=changes))
+    assert rows[1] == {
+        "after": "channels",
+        "bytes": "1,000",
+        "share": "1.00x",
+        "AUC of click": "0.75000",
+        "AUC of buy": "0.62500",
+        "change in AUC of click": "-0.00100",
+        "change in AUC of buy": "-0.00200",
+    }
 
 
 def test_report_of_a_stored_release_equals_the_report(order_report: Report, tmp_path: Path) -> None:

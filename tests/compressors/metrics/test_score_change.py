@@ -273,6 +273,32 @@ def test_a_limit_on_score_change_replaces_the_warning_and_is_named_when_it_fails
     require_reason(result.reasons, "number_in_interval", metric="mean score change")
 
 
+def test_each_of_several_outputs_has_a_summary_and_a_warning_unless_a_limit_covers_it():
+    before, after, user = rows_of_users(300, change=0.1)
+    small, large = (
+        change_of_rows(before, scores, user, "probability") for scores in (before, after)
+    )
+    estimates = {f"{name}[calm]": value for name, value in small.items()}
+    estimates |= {f"{name}[wild]": value for name, value in large.items()}
+    numbers = [Number(metric=m, against="absolute", estimate=e) for m, e in estimates.items()]
+    units = {"calm": "probability", "wild": "probability"}
+    measured = Measured(numbers=tuple(numbers), units_of_outputs=units)
+    assert measured.unit_of("mean_score_change[wild]") == "probability"
+
+    def reasons_with(limit):
+        result = verdict("onnxruntime", (Limit.parse(limit),), measured, built=True)
+        return {
+            (reason.code, reason.fields["output"])
+            for reason in result.reasons
+            if "output" in reason.fields
+        }
+
+    summaries = {("score_changes_of_output", "calm"), ("score_changes_of_output", "wild")}
+    warning = ("large_score_changes_of_output", "wild")
+    assert reasons_with("score_correlation[calm] >= 0.999") == {*summaries, warning}
+    assert reasons_with("max_score_change[wild] <= 0.9") == summaries
+
+
 def test_measurements_stored_before_score_changes_load_and_are_judged():
     old = Measured(numbers=auc_numbers()).model_dump()
     del old["score_unit"]
