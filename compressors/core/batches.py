@@ -97,6 +97,18 @@ class Rows:
     def __len__(self) -> int:
         return len(self.label)
 
+    def lengths(self) -> Tensor | None:
+        """Return the length of the longest sequence of each row, int64 ``(rows,)``.
+
+        None if the network reads no sequence of dynamic length.
+        """
+        lengths = [
+            self._tensors[bounds_name(item)].diff()
+            for item in self.signature.data_inputs
+            if isinstance(item, SequenceInput) and item.is_dynamic
+        ]
+        return torch.stack(lengths).amax(dim=0) if lengths else None
+
     def in_order(self, rows: Tensor) -> Tensor:
         """Return the row numbers in an order that ``take`` accepts: unchanged, it accepts any."""
         return rows
@@ -148,6 +160,11 @@ class JoinedRows:
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def lengths(self) -> Tensor | None:
+        """Return the length of the longest sequence of each row, as ``Rows.lengths``."""
+        lengths = [item for part in self._parts if (item := part.lengths()) is not None]
+        return torch.cat(lengths) if lengths else None
 
     def take(self, rows: Tensor) -> Batch:
         """Return the rows with these numbers, int64 ``(batch,)``, as a batch.

@@ -17,6 +17,9 @@ from compressors.core.scores import score_columns, scores_of
 from compressors.task_kinds import builtin as builtin  # makes cache keys depend on the classes
 from compressors.task_kinds.protocol import TaskFunctions, TaughtRows
 
+BUCKET_BATCHES = 32
+"""Number of batches whose rows are sorted together by the length of their sequences."""
+
 
 def functions_of(output: Output) -> TaskFunctions:
     """Return the losses and score checks of an output's task kind.
@@ -119,6 +122,10 @@ def shuffled_rows(
 ) -> Iterator[Tensor]:
     """Yield the row numbers of each batch, int64, in random order; each row is in one batch.
 
+    Rows of a network with sequences are in batches of similar lengths, because each sequence is
+    padded to the longest of its batch: ``BUCKET_BATCHES`` batches of random rows are sorted by
+    length before they are split. Lists that must not be split are not sorted.
+
     Args:
         rows: the rows of the data; ``JoinedRows`` are labelled rows and requests without labels.
         signature: the model's signature. If its loss is computed by list, all rows of a group are
@@ -130,12 +137,31 @@ def shuffled_rows(
     generator = torch.Generator().manual_seed(seed)
     if rows.group is None or not (whole_lists or signature.has_lists):
         row_numbers = torch.randperm(len(rows), generator=generator)
-        yield from _without_single_rows(torch.split(row_numbers, size))
+        lengths = rows.lengths()
+        if lengths is None:
+            yield from _without_single_rows(torch.split(row_numbers, size))
+        else:
+            batches = _batches_of_similar_length(row_numbers, lengths, size, generator)
+            yield from _without_single_rows(batches)
         return
     order = rows.group.argsort(stable=True)  # makes rows of a group adjacent
     counts = torch.unique(rows.group, return_counts=True)[1]
     begins = counts.cumsum(0) - counts
     yield from _without_single_rows(_batches_of_groups(order, begins, counts, size, generator))
+
+
+def _batches_of_similar_length(
+    row_numbers: Tensor, lengths: Tensor, size: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield batches of ``size`` rows, sorted by length within ``BUCKET_BATCHES`` batches.
+
+    ``row_numbers`` are in random order; ``lengths`` has the length of each row of the data.
+    """
+    for bucket in torch.split(row_numbers, size * BUCKET_BATCHES):
+        by_length = bucket[lengths[bucket].argsort(stable=True)]
+        batches = torch.split(by_length, size)
+        for number in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[number]
 
 
 def _batches_of_groups(

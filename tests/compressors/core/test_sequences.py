@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from models import write_split
 from sequence_draft import CONFIG, TABLES, signature
 
-from compressors.contracts import Output, SequenceInput, Signature
-from compressors.core.batches import Rows, batches, concatenate_inputs, padded_sequence
+from compressors.contracts import IdInput, Output, SequenceInput, Signature
+from compressors.core.batches import JoinedRows, Rows, batches, concatenate_inputs, padded_sequence
 from compressors.core.random_inputs import edge_rows, generate_edge_inputs, generate_inputs
+from compressors.task_kinds.loss import shuffled_rows
 
 SEQUENCES = Signature.model_validate(signature())
 CLICK = Output(name="click", kind="ctr", form="logit", label="click", metric="auc")
@@ -138,3 +139,40 @@ def test_name_of_a_mask_that_another_input_has_is_refused():
     second = SequenceInput(name="c", table="t", shape=(5,), mask="m")
     with raises_value_error("inputs_repeated", names=("m",)):
         Signature(inputs=(sequence(), second), outputs=(CLICK,))
+
+
+# --- batches for training ------------------------------------------------------------------------
+
+
+def padding_share(rows, batches_of_rows):
+    """Return the share of positions in the batches that are padding."""
+    lengths = rows.lengths()
+    ids = sum(int(lengths[numbers].sum()) for numbers in batches_of_rows)
+    positions = sum(len(numbers) * int(lengths[numbers].max()) for numbers in batches_of_rows)
+    return 1 - ids / positions
+
+
+def test_training_batches_have_rows_of_similar_lengths(tmp_path):
+    one = SequenceInput(name="h", table="t", shape=(200,))
+    model = Signature(inputs=(one,), outputs=(CLICK,))
+    rows = Rows(write_split(model, {"t": 9}, tmp_path, rows=4_000), model)
+    batches_of_rows = list(shuffled_rows(rows, model, 32, seed=1))
+    assert sorted(torch.cat(batches_of_rows).tolist()) == list(range(4_000))
+    assert torch.cat(batches_of_rows).tolist() != list(range(4_000))
+    random = torch.split(torch.randperm(4_000), 32)
+    # Lengths are uniform, so random batches of 32 rows are padded to nearly twice their mean.
+    assert padding_share(rows, random) > 0.4
+    assert padding_share(rows, batches_of_rows) < 0.1
+    # Short and long batches alternate: the first ten are not sorted by length.
+    means = [float(rows.lengths()[numbers].float().mean()) for numbers in batches_of_rows[:10]]
+    assert means != sorted(means)
+    assert all(map(torch.equal, batches_of_rows, shuffled_rows(rows, model, 32, seed=1)))
+    joined = JoinedRows(rows, rows)
+    assert torch.equal(joined.lengths(), torch.cat([rows.lengths(), rows.lengths()]))
+
+
+def test_rows_without_sequences_have_no_lengths(tmp_path):
+    model = Signature(inputs=(IdInput(name="u", table="t"),), outputs=(CLICK,))
+    rows = Rows(write_split(model, {"t": 9}, tmp_path), model)
+    assert rows.lengths() is None
+    assert JoinedRows(rows, rows).lengths() is None
