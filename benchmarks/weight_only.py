@@ -92,7 +92,7 @@ def build_sessions(width: int, folder: Path) -> dict[str, Session]:
     split = Split(path=str(rows), sha256="0" * 64, rows=ROWS)  # the hash is not checked here
     bench = Bench(signature=signature(width), calibration=split)
     # The layer outputs a vector for each row, like a tower, instead of the signature's one score.
-    graph = replace(served_graphs(signature(width))[0], output=VECTOR)
+    graph = replace(served_graphs(signature(width))[0], outputs=(VECTOR,))
     x = torch.randn(37, width)
     sessions = {}
     for number, (name, step) in enumerate({"fp32 Gemm": None, **STEPS}.items()):

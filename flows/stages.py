@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from compressors.contracts import TARGETS, Artifact, Verdict
-from compressors.contracts.output_metrics import further_metrics
+from compressors.contracts.output_metrics import metrics_to_measure
 from compressors.errors.compression import CompressionError
 from compressors.errors.orders import OrderRefused
 from flows.recipe import Compressed, apply_recipe, check_teachers, measure_recipe_stages
@@ -190,8 +190,7 @@ def measure_result(
             test=data.test.artifact,
             test_rows=data.test.rows,
             ranking=data.ranking,
-            # The metrics of limits that are not measured for every model.
-            metrics=further_metrics(run.model.outputs, (item.metric for item in run.limits)),
+            metrics=metrics_to_measure(run.model.outputs, run.limits),
             seed=run.order.seed,
         )
         for target, candidate in built.artifacts.items()

@@ -183,7 +183,7 @@ def _open_sessions(
     """Open every graph of a stored model in the target's runtime.
 
     Raises:
-        MetricRefused: the model does not have the graphs that the signature requires.
+        MetricRefused: the model does not have the graphs and outputs of the signature.
     """
     expected = [graph.name for graph in served_graphs(signature)]
     stored = [graph.name for graph in lowering_of(folder).graphs]
@@ -192,6 +192,10 @@ def _open_sessions(
         raise MetricRefused(
             "graphs_differ", task=task_name, expected=tuple(expected), got=tuple(stored)
         )
+    outputs = {graph.name: graph.outputs for graph in lowering_of(folder).graphs}
+    for graph in served_graphs(signature):
+        if outputs[graph.name] != graph.outputs:  # scores are compared by their position
+            raise MetricRefused("outputs_differ", expected=graph.outputs, got=outputs[graph.name])
     return {name: runtime.open(folder / target.served_file(name), threads) for name in expected}
 
 

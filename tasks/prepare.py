@@ -44,12 +44,12 @@ def prepare(bundle: Artifact, split: SplitName) -> Artifact:
 
 @task(task_run_name="prepare {split} for a teacher", **TASK_OPTIONS)
 def prepare_for_teacher(bundle: Artifact, split: SplitName, teacher: Artifact) -> Artifact:
-    """Convert one split of a student's data to the inputs of a teacher that reads other columns.
+    """Convert one split of a student's data to the inputs of a teacher, and check them.
 
     Args:
         bundle: the student's bundle, with the data.
         split: name of the split.
-        teacher: the teacher's bundle, whose signature is used, without labels.
+        teacher: the teacher's bundle, whose inputs are used.
 
     Returns:
         The artifact of the tensors: a prepared split.
@@ -60,7 +60,8 @@ def prepare_for_teacher(bundle: Artifact, split: SplitName, teacher: Artifact) -
     """
     manifest, teachers_folder = read(local(bundle)), local(teacher)
     teachers_manifest = read(teachers_folder)
-    signature = teachers_manifest.signature.without_labels()
+    not_read = {"group": None, "time": None}  # scores do not depend on them
+    signature = teachers_manifest.signature.without_labels().model_copy(update=not_read)
     path = data_path(manifest, split)
     facts = {name: tensor.fact for name, tensor in stored_tensors(teachers_folder).items()}
     try:

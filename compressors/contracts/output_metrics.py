@@ -10,6 +10,7 @@ from compressors.contracts.limits import Limit
 from compressors.contracts.metrics import metric, quality_metrics, usual_batches
 from compressors.contracts.metrics.families import can_be_measured, usual_metrics_of_task
 from compressors.contracts.metrics.metric import Metric, metric_name_of_output
+from compressors.contracts.metrics.serving import MEDIAN
 from compressors.contracts.signature import Output
 
 Outputs = tuple[Output, ...]
@@ -47,6 +48,17 @@ def further_metrics(outputs: Outputs, names: Iterable[str]) -> tuple[str, ...]:
         for item in usual_metrics_of_task(output.kind)
     }
     return tuple(sorted(set(names) - usual))
+
+
+def metrics_to_measure(outputs: Outputs, limits: Iterable[Limit]) -> tuple[str, ...]:
+    """Return the metrics of limits that are measured only because a limit names them.
+
+    They are those of ``further_metrics``, and slow quantiles of latency, which are not measured
+    for a slow model unless a limit names them (``tasks/evaluation/latency.py``).
+    """
+    named = [limit.declared for limit in limits]
+    slow = {item.name for item in named if item.quantile not in (None, MEDIAN)}
+    return tuple(sorted({*further_metrics(outputs, (item.name for item in named)), *slow}))
 
 
 def usual_batches_of_outputs(outputs: Outputs) -> tuple[int, ...]:

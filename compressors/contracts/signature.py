@@ -152,6 +152,8 @@ class Signature(Frozen):
         if not 1 <= len(self.outputs) <= MOST_OUTPUTS:
             raise value_error("outputs_count", count=len(self.outputs), most=MOST_OUTPUTS)
         if len(self.outputs) == 1:  # the output of its graph has a fixed name
+            if self.outputs[0].loss_weight != 1:
+                raise value_error("loss_weight_unused", output=self.outputs[0].name)
             return self
         outputs = [output.name for output in self.outputs]
         inputs = {*names, *(name for item in self.model_inputs for name in tensor_names(item))}

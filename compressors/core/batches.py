@@ -43,11 +43,14 @@ class Batch:
         label: float ``(rows,)``, or ``(rows, outputs)`` for several outputs; NaN where a row has no
             label.
         group: int ``(rows,)``; None if the signature names no group.
+        output_weights: factors of the losses of the outputs, in addition to ``loss_weight``; None
+            for 1.
     """
 
     inputs: dict[str, Tensor]
     label: Tensor
     group: Tensor | None
+    output_weights: tuple[float, ...] | None = None
 
 
 def batches(

@@ -72,7 +72,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return batch
     group = None if batch.group is None else batch.group.to(device)
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    return Batch(inputs, batch.label.to(device), group)
+    return Batch(inputs, batch.label.to(device), group, batch.output_weights)
 
 
 def device_of(module: nn.Module) -> torch.device:

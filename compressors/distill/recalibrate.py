@@ -241,8 +241,11 @@ class Recalibrate(StepSettings):
             predictions = torch.cat(
                 [network_scores(model.module, part.inputs, signature) for part in parts]
             )
+        labels = torch.cat([part.label for part in parts])
+        has_label = ~labels.isnan()
+        predictions = predictions[has_label]
         logit = logit_of(predictions, form).double().numpy()
-        label = np.concatenate([part.label.numpy() for part in parts]).astype(np.float64)
+        label = labels[has_label].numpy().astype(np.float64)
         before = logloss(label, _sigmoid(logit))
         chosen: Method | None = None
         if self.method == "best":

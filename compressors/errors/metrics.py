@@ -93,6 +93,10 @@ class MetricRefused(CompressionError):
             "A model of task {task!r} is served as {expected}, but a model to compare it "
             f"with is served as {{got}}. {_WITHOUT_CHAMPION}"
         ),
+        "outputs_differ": (
+            "The model has the outputs {expected}, but a model to compare it with has {got}. "
+            f"{_WITHOUT_CHAMPION}"
+        ),
         "inputs_differ": (
             "The {model} has the inputs {got}, but the candidate has {expected}: they "
             f"cannot be compared on the same rows. {_WITHOUT_CHAMPION}"

@@ -46,10 +46,15 @@ def hard_loss(signature: Signature, scores: Tensor, batch: Batch) -> Tensor:
         A scalar; 0 if no row has a label.
     """
     scores = scores_of(scores, signature)
+    weights = batch.output_weights or (1.0,) * len(signature.outputs)
     losses = [
-        output.loss_weight * _labelled_loss(output, score, replace(batch, label=label))
-        for output, score, label in zip(
-            signature.outputs, score_columns(scores), score_columns(batch.label), strict=True
+        output.loss_weight * weight * _labelled_loss(output, score, replace(batch, label=label))
+        for output, weight, score, label in zip(
+            signature.outputs,
+            weights,
+            score_columns(scores),
+            score_columns(batch.label),
+            strict=True,
         )
     ]
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]

@@ -44,8 +44,8 @@ Teachers = Annotated[
     list[str] | None,
     typer.Option(
         "--teacher",
-        help="An additional teacher: name@version, artifact URI, or "
-        "registry:name@version. Repeatable.",
+        help="An additional teacher: name@version, artifact URI, "
+        "registry:name@version, or column:NAME for scores in the data. Repeatable.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]

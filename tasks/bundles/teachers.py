@@ -36,7 +36,9 @@ class Teacher(Frozen):
         architecture: digest of its class's source, a part of cache keys. A teacher of columns has
             no class; then it is the digest of their names and forms.
         columns: the columns with its scores, one per output; empty for a bundle.
-        has_other_inputs: whether its signature reads other inputs than the student's.
+        needs_own_rows: whether rows of the student's data are prepared and checked for it, because
+            its inputs or its network's arguments, such as the sizes of tables, differ from the
+            student's.
     """
 
     artifact: Artifact
@@ -44,7 +46,7 @@ class Teacher(Frozen):
     forms: tuple[OutputForm, ...]
     architecture: str
     columns: tuple[str, ...] = ()
-    has_other_inputs: bool = False
+    needs_own_rows: bool = False
 
     @property
     def reference(self) -> str:
@@ -73,7 +75,7 @@ def find_teachers(references: tuple[str, ...], bundle: BundleRef) -> tuple[Teach
         return ()
     student = _read_manifest(bundle.artifact)
     # Starts with the student, so that it is refused as its own teacher.
-    teachers = {bundle.artifact.sha256: _read_teacher(bundle.artifact, student.signature)}
+    teachers = {bundle.artifact.sha256: _read_teacher(bundle.artifact, student)}
     for reference in references:
         if reference.startswith(COLUMN):
             teacher = _columns(reference, student)
@@ -83,7 +85,7 @@ def find_teachers(references: tuple[str, ...], bundle: BundleRef) -> tuple[Teach
             key = artifact.sha256
             if key not in teachers:
                 _require_same_outputs(reference, _read_manifest(artifact), student.signature)
-            teacher = _read_teacher(artifact, student.signature)
+            teacher = _read_teacher(artifact, student)
         if key in teachers:
             raise OrderRefused("teacher_repeated", reference=reference, name=teachers[key].name)
         _require_convertible(reference, teacher, student.signature)
@@ -102,6 +104,8 @@ def _columns(reference: str, student: Manifest) -> Teacher:
     if match is None:
         raise OrderRefused("teacher_column_malformed", reference=reference)
     names = tuple(name.strip() for name in match[1].split(","))
+    if not all(names):
+        raise OrderRefused("teacher_column_malformed", reference=reference)
     outputs = student.signature.outputs
     if len(names) != len(outputs):
         expected = tuple(output.name for output in outputs)
@@ -130,15 +134,16 @@ def _resolve_teacher(reference: str) -> Artifact:
     return report.compressed
 
 
-def _read_teacher(artifact: Artifact, student: Signature) -> Teacher:
+def _read_teacher(artifact: Artifact, student: Manifest) -> Teacher:
     manifest = _read_manifest(artifact)
-    path = manifest.network.architecture.path
+    architecture = manifest.network.architecture
     return Teacher(
         artifact=artifact,
         name=f"{manifest.name}@{manifest.version}",
         forms=tuple(output.form for output in manifest.signature.outputs),
-        architecture=source_digest(path, load_settings().allowed_modules),
-        has_other_inputs=manifest.signature.inputs != student.inputs,
+        architecture=source_digest(architecture.path, load_settings().allowed_modules),
+        needs_own_rows=manifest.signature.inputs != student.signature.inputs
+        or architecture != student.network.architecture,
     )
 
 

@@ -288,9 +288,10 @@ def _checks_of_graph(
         runtime: name of the runtime.
     """
     parity = graph.rows_parity
+    of_output = f" of {parity.output}, the output closest to its limit," if parity.output else ""
     lines = [
-        f"- {where}: {graph.output}s differ from torch by at most {parity.largest:.2g} (root mean "
-        f"square {parity.root_mean_square:.2g}) on {parity.rows} rows"
+        f"- {where}: {graph.output}s{of_output} differ from torch by at most {parity.largest:.2g} "
+        f"(root mean square {parity.root_mean_square:.2g}) on {parity.rows} rows"
     ]
     if graph.audit is not None:
         lines.append(

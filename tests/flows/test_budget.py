@@ -86,7 +86,7 @@ def test_step_on_tables_that_a_skipped_step_would_have_created_is_skipped_too() 
     order = order_with_budget(0.01, (Tiers(), RowwiseInt8(tables=("item.hot",)), StaticInt8()))
     # Steps read no rows in this test, so any positive number of training rows is enough. Results of
     # steps are texts here: the names of the applied steps after "model".
-    bundle = SimpleNamespace(task="ctr", rows={"train": 9}, calibration=lambda: "train")
+    bundle = SimpleNamespace(scores_rows=True, rows={"train": 9}, calibration=lambda: "train")
     missing = Reason("not_applicable", fault="needs a table named like 'item.hot'")
     over_budget = Reason("over_budget", loss=0.03, metric="auc", budget=0.01)
 

@@ -321,10 +321,12 @@ def test_bundle_schema_accepts_a_valid_draft_and_rejects_invalid_ones(
     validate(draft, schema, raise_on_error=True)
     output = draft["signature"]["outputs"][0]
     several = draft["signature"] | {"outputs": [output, output | {"name": "second"}]}
+    validate(draft | {"signature": several}, schema, raise_on_error=True)
+    none = draft["signature"] | {"outputs": []}
     unknown = draft["signature"] | {"outputs": [output | {"kind": "unknown"}]}
     for other in (
         draft | {"schema_version": 1},
-        draft | {"signature": several},
+        draft | {"signature": none},
         draft | {"signature": unknown},
     ):
         with pytest.raises(SchemaError):

@@ -154,6 +154,7 @@ def test_digest_of_an_order_depends_on_column_and_form(student: Path) -> None:
     [
         ("column:", "teacher_column_malformed"),
         ("column:boosted=odds", "teacher_column_malformed"),
+        ("column:boosted,,price", "teacher_column_malformed"),
         ("column:boosted,price", "teacher_columns_count"),
         ("column:boosted=score", "teacher_form_differs"),
     ],

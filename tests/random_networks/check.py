@@ -327,7 +327,7 @@ class Checker:
         within, refused = replace_invalid_ids(graph.signature, self.tables, rows)
         with torch.no_grad():
             score = graph.part(module)(**within)
-        if graph.output != VECTOR:  # not the graph of a tower, which returns vectors
+        if graph.outputs != (VECTOR,):  # not the graph of a tower, which returns vectors
             score = score.reshape(-1)
             score = torch.sigmoid(score) if graph.signature.single_output.form == "logit" else score
         score = score.clone()
@@ -394,7 +394,7 @@ class Checker:
             if target != "onnxruntime" and formats - {"float32"}:
                 precision = "bfloat16" if has_bfloat16_products(plan) else "float16"
             gap_tensor = torch.from_numpy(expected - actual)
-            squash = graph.output != VECTOR and graph.signature.single_output.form == "logit"
+            squash = graph.outputs != (VECTOR,) and graph.signature.single_output.form == "logit"
             if not self.is_rounding(gap_tensor, part, within, precision, squash=squash):
                 raise
 

@@ -263,7 +263,7 @@ def test_find_bundle_returns_properties_and_a_digest_that_changes_with_the_archi
     change_draft(draft, network=network)
     pack(draft)
     bundle_ref = find_bundle("clicks")
-    assert (bundle_ref.name, bundle_ref.version, bundle_ref.metric) == ("clicks", "1", "auc")
+    assert (bundle_ref.name, bundle_ref.version, bundle_ref.metrics) == ("clicks", "1", ("auc",))
     assert (bundle_ref.rows, bundle_ref.longest) == (ROWS, {"tags": 5})  # longest list of tags
     assert bundle_ref.calibration() == "calibration"
     module.write_text(source.replace("torch.relu", "torch.tanh"))

@@ -1,5 +1,6 @@
 """The task ``measure`` on the lowered graph of a packed bundle, without a flow."""
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -242,6 +243,22 @@ def test_champion_with_other_inputs_or_graphs_is_refused(
     several = lowering.model_copy(update={"graphs": towers})
     (other / "lowering.json").write_text(several.model_dump_json())
     with raises_code(MetricRefused, "graphs_differ", expected=("model",), got=("query", "item")):
+        measure_graph(graphs, champion=store().put(other))
+
+
+@pytest.mark.parametrize("outputs", [("click", "like"), ("like",)])
+def test_champion_with_other_outputs_is_refused(
+    graphs: Graphs, tmp_path: Path, outputs: tuple[str, ...]
+) -> None:
+    """Scores of two models are compared by the position of the output."""
+    other = tmp_path / "other"
+    shutil.copytree(local(graphs.graph), other)
+    lowering = lowering_of(other)
+    graph = lowering.graphs[0].model_copy(update={"several_outputs": outputs})
+    text = lowering.model_copy(update={"graphs": (graph,)}).model_dump_json()
+    (other / "lowering.json").unlink()
+    (other / "lowering.json").write_text(text)
+    with raises_code(MetricRefused, "outputs_differ", expected=("score",), got=outputs):
         measure_graph(graphs, champion=store().put(other))
 
 

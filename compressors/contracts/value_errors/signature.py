@@ -48,6 +48,10 @@ SENTENCES = {
     "task_unknown": "unknown task {task!r}; use one of {known}",
     "output_form": "task {task!r} needs output {forms: or }; got {got!r}",
     "outputs_count": ("a model must have 1 to {most} outputs, got {count}"),
+    "loss_weight_unused": (
+        "'loss_weight' of output {output!r} is for models with several outputs; this model has "
+        "one: remove it"
+    ),
     "outputs_repeated": (
         "the output name(s) {names} are used by several outputs, or by an input; rename all but one"
     ),

@@ -5,8 +5,10 @@ of the decoded weights, not those of codes or scales. A *list* is the rows of on
 query) of a ranking model; its loss is computed for all of its rows together.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from compressors.contracts import Signature, Split
 from compressors.core.batches import Batch, Rows
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import PackedTable
-from compressors.core.scores import network_scores
+from compressors.core.scores import network_scores, score_columns
 from compressors.distill.training.trainer import Loss
 from compressors.task_kinds.loss import hard_loss, shuffled_rows
 
@@ -62,7 +64,7 @@ def loss_gradients(
             batch_terms = _terms(signature, batch)
             terms += batch_terms
             summed = loss(output, batch, row_numbers) * batch_terms
-            summed_hard = hard_loss(signature, output, batch) * batch_terms
+            summed_hard = hard_loss(signature, output, _weighted(batch)) * batch_terms
             gradients = torch.autograd.grad(summed, leaves, retain_graph=True, allow_unused=True)
             hard_gradients = torch.autograd.grad(summed_hard, leaves, allow_unused=True)
             for (name, ids, _), grad, hard in zip(lookups, gradients, hard_gradients, strict=True):
@@ -168,6 +170,19 @@ def record_lookups(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _weighted(batch: Batch) -> Batch:
+    """Return the batch with weights of the outputs for sums of squared gradients of rows.
+
+    The loss of an output is the mean over its labelled rows. If these are a share ``p`` of all
+    rows, it is the mean over all rows of the row's loss divided by ``p``, whose square is ``1 / p``
+    times too large on average. The weight is the square root of ``p``.
+    """
+    shares = [float((~label.isnan()).float().mean()) for label in score_columns(batch.label)]
+    if min(shares) == 1:
+        return batch
+    return replace(batch, output_weights=tuple(math.sqrt(share) for share in shares))
 
 
 def _shape(table: nn.Module) -> tuple[int, int]:

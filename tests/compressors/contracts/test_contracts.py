@@ -211,6 +211,11 @@ def test_metrics_of_several_outputs_have_their_names():
     assert "label_where" not in several.outputs[0].model_dump()
 
 
+def test_loss_weight_of_the_only_output_is_refused():
+    with raises_value_error("loss_weight_unused", output="click"):
+        Signature(inputs=(USER,), outputs=(CLICK | {"loss_weight": 2},))
+
+
 def test_several_outputs_must_score_rows():
     ranked = {"name": "x", "kind": "retrieval", "form": "score", "metric": "recall@20"}
     with raises_value_error("outputs_of_ranked_catalogue", task="retrieval"):

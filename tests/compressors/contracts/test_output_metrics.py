@@ -7,6 +7,7 @@ from compressors.contracts import Limit, Output, limits_of_outputs, metric
 from compressors.contracts.metrics.families import find_metric
 from compressors.contracts.output_metrics import (
     further_metrics,
+    metrics_to_measure,
     quality_metrics_of_outputs,
     usual_batches_of_outputs,
 )
@@ -90,6 +91,11 @@ def test_further_metrics_are_those_of_limits_that_no_order_measures_anyway():
     assert further_metrics(OUTPUTS, listed) == ("ndcg@10[click]", "ndcg@5[grade]", "p99_ms@256")
     listed = ("ndcg@5", "bytes", "p99_ms@256", "ndcg@10")
     assert further_metrics((GRADE,), listed) == ("ndcg@5", "p99_ms@256")
+
+
+def test_limits_on_a_p99_are_named_even_if_every_order_measures_it():
+    limits = tuple(map(Limit.parse, ("p99_ms@64 <= 5", "p50_ms@64 <= 5", "ndcg@3[grade] >= 0.1")))
+    assert metrics_to_measure(OUTPUTS, limits) == ("ndcg@3[grade]", "p99_ms@64")
 
 
 def test_latency_is_measured_at_the_batches_of_every_kind():

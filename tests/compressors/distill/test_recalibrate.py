@@ -7,6 +7,8 @@ with the mean logit of its rows and the logit of the share of clicks. ``OUTPUT``
 map's line in the plan.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,7 @@ from compressors.contracts import Bench
 from compressors.core.batches import batches
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
+from compressors.core.modules.output_calibration import recalibration_of
 from compressors.core.plan_lines import OUTPUT
 from compressors.core.runner import run
 from compressors.distill.fine_tune import FineTune
@@ -211,6 +214,30 @@ def test_recalibrate_lowers_the_log_loss_and_keeps_the_auc(reference, method, tm
     assert line.bytes_after == sum(
         t.nbytes for n, t in result.module.state_dict().items() if n.startswith("recalibration.")
     )
+
+
+def test_rows_without_a_label_do_not_change_the_map(tmp_path):
+    bench = bench_with_drawn_labels(COMPACT, tmp_path, 0.5, 0.3)
+    maps = []
+    for name, removed in (("few", slice(0, None, 3)), ("none", slice(0, 0))):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = Path(bench.validation.path) / "data.safetensors"
+        tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+        if name == "few":
+            tensors["@label"][removed] = torch.nan
+        else:  # the same rows are left out of the data
+            keep = torch.ones(ROWS, dtype=torch.bool)
+            keep[::3] = False
+            tensors = {key: tensor[keep].contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, folder / "data.safetensors")
+        split = bench.validation.model_copy(
+            update={"path": str(folder), "rows": len(tensors["@label"])}
+        )
+        other = bench.model_copy(update={"validation": split})
+        result = run(Recalibrate(method="platt"), COMPACT.model(), other, tmp_path / f"{name}-out")
+        maps.append(recalibration_of(result.module).line)
+    torch.testing.assert_close(*maps)
 
 
 def test_the_graph_contains_the_output_map(tmp_path):

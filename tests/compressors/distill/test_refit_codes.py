@@ -7,6 +7,7 @@ the damping of reassignments (a term added to the curvature) to 0, so that the p
 those of ``predicted_change``.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ import models
 import pytest
 import torch
 from error_codes import raises_code
-from models import ATTENTION, COMPACT, NORMED, RANKER, SHORT_TRAINING, Reference
+from models import (
+    ATTENTION,
+    COMPACT,
+    MULTI_TASK,
+    NORMED,
+    RANKER,
+    SHORT_TRAINING,
+    Reference,
+    write_split,
+)
+from multi_task_network import MultiTaskNet
 from pydantic import ValidationError
 from reason_codes import require_reason
 from safetensors.torch import save_file
@@ -249,6 +260,36 @@ def test_a_share_above_one_raises_a_validation_error():
 
 
 # --- gradients and reassigned codes ------------------------------------------------------------
+
+
+def test_rows_without_a_label_do_not_enlarge_the_squared_gradients(tmp_path):
+    """The reference is autograd on the labelled rows, one at a time."""
+    like = MULTI_TASK.signature.outputs[1].model_copy(update={"loss_weight": 1.0})
+    signature = MULTI_TASK.signature.model_copy(update={"outputs": (like,)})
+    split = write_split(signature, MULTI_TASK.rows_of_tables(), tmp_path)
+
+    class LikeNet(MultiTaskNet):
+        def forward(self, **inputs: Tensor) -> Tensor:
+            return super().forward(**inputs)[1]
+
+    module = replace(MULTI_TASK, network=LikeNet).model().module
+
+    def loss(output: Tensor, batch, row_numbers: Tensor) -> Tensor:
+        return hard_loss(signature, output, batch)
+
+    found = loss_gradients(module, signature, split, loss, {"item": module.item})["item"]
+    rows = Rows(split, signature)
+    labelled = torch.nonzero(~rows.label.isnan()).reshape(-1)
+    assert len(labelled) < len(rows)
+    gradient, squares = torch.zeros_like(found[0]), torch.zeros_like(found[1])
+    for number in labelled:
+        batch = rows.take(number.reshape(1))
+        loss_of_row = hard_loss(signature, module(**batch.inputs), batch)
+        (of_row,) = torch.autograd.grad(loss_of_row, [module.item.weight])
+        gradient += of_row / len(labelled)
+        squares += of_row.square() / len(labelled)
+    torch.testing.assert_close(found[0], gradient, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(found[1], squares, rtol=1e-4, atol=1e-10)
 
 
 def test_loss_gradients_equal_torchs_gradients_of_the_decoded_table(ranker_bench, tmp_path):
