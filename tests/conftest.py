@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from botocore_models import models_read_once
-from groups import GROUPS, GroupScheduling, group_of
+from groups import FAULTS, GROUPS, GroupScheduling, group_of, has_nightly_tests
 from hypothesis import HealthCheck, settings
 from s3_server import S3Server, running_server
 
@@ -36,9 +36,10 @@ settings.register_profile("default", max_examples=25, derandomize=True, **_PATIE
 settings.load_profile("default")  # `pytest --hypothesis-profile nightly` overrides this
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sort tests so that the longest groups start first."""
-    group_indices = {name: index for index, name in enumerate(GROUPS)}
+    first = (FAULTS,) if has_nightly_tests(config) else ()
+    group_indices = {name: index for index, name in enumerate((*first, *GROUPS))}
     items.sort(key=lambda item: group_indices.get(group_of(item.nodeid), len(group_indices)))
 
 

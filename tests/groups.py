@@ -5,6 +5,7 @@ xdist 3.8 marks groups in a private attribute of each test that pytest 9.2 no lo
 """
 
 from pathlib import Path
+from typing import Any
 
 from xdist.scheduler import LoadScopeScheduling
 
@@ -39,6 +40,7 @@ GROUPS = {
     },
     "runs": {"test_composed", "test_dry_run_of_steps", "test_steps"},
 }
+FAULTS = "faults"
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
@@ -46,12 +48,21 @@ def group_of(nodeid: str) -> str:
     """Return the name of the group of a test."""
     path = Path(nodeid.partition("::")[0])
     if path.parent.name == "faults":  # these tests share one process that forks others
-        return "faults"
+        return FAULTS
     return GROUP_OF.get(path.stem, path.stem)
 
 
+def has_nightly_tests(config: Any) -> bool:
+    """Return whether a run of pytest selects the tests of the nightly tier."""
+    return "not nightly" not in config.getvalue("markexpr")
+
+
 class GroupScheduling(LoadScopeScheduling):
-    """Sends whole groups to processes, in the order of collection."""
+    """Sends whole groups to processes, in the order of collection.
+
+    In the nightly tier the fault tests take about two hours, so each of them is a group.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
-        return group_of(nodeid)
+        group = group_of(nodeid)
+        return nodeid if group == FAULTS and has_nightly_tests(self.config) else group
