@@ -59,8 +59,8 @@ def scores_of(returned: Any, signature: Signature) -> Tensor:
 def output_tensors(returned: Any, signature: Signature) -> tuple[Tensor, ...]:
     """Return the tensor ``(rows,)`` of each output in what a network returned.
 
-    The only tensor of a network with one output is flattened, whatever its shape (``smoke_test.py``
-    checks it).
+    The only tensor of a network with one output is flattened, regardless of its shape, which
+    ``smoke_test.py`` checks.
 
     Raises:
         TypeError: the network returned another type, such as None.
