@@ -1,5 +1,7 @@
 """Smoke test: check, before a bundle is written, that its network runs as the signature says."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +65,7 @@ def _require_scores(returned: object, signature: Signature, path: str) -> Tensor
     Raises:
         ModelRefused: an output is not one finite score per row, or their number is wrong.
     """
-    if not signature.has_several_outputs:
+    if not signature.has_several_outputs and not isinstance(returned, tuple | list | Mapping):
         shape = list(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
         if shape not in ([ROWS], [ROWS, 1]):
             raise ModelRefused("score_shape", architecture=path, rows=ROWS, got=str(shape))

@@ -122,10 +122,11 @@ class ServingWrapper(nn.Module):
                 output = torch.where(refused.unsqueeze(1), torch.nan, output)
             vector: Tensor = output.to(torch.float32)
             return vector
-        if self.signature.has_several_outputs:
-            scores = output_tensors(output, self.signature)
-        else:
+        scores: tuple[Tensor, ...]
+        if isinstance(output, Tensor) and not self.signature.has_several_outputs:
             scores = (output.squeeze(1) if output.dim() == 2 else output,)  # from (rows, 1)
+        else:
+            scores = output_tensors(output, self.signature)
         served = tuple(
             _served_score(declared, score, refused)
             for declared, score in zip(self.signature.outputs, scores, strict=True)

@@ -20,10 +20,13 @@ from compressors.distill.losses import loss_of_teacher
 from compressors.distill.recalibrate import Recalibrate
 from compressors.distill.soft_labels import mean_predictions
 from compressors.errors.compression import ModelRefused, NothingToCompress
+from compressors.lower.export import lower
+from compressors.lower.serving_wrapper import served_graphs
 from compressors.metrics.validation_score import quality
 from compressors.rewrite.equalize import Equalize
 from compressors.rewrite.fold import Fold
 from compressors.task_kinds.loss import hard_loss, soft_loss
+from infra.onnxruntime.sessions import Session
 
 SIGNATURE = MULTI_TASK.signature
 CLICK, LIKE, BUY = SIGNATURE.outputs
@@ -85,6 +88,23 @@ def test_smoke_test_refuses_a_network_that_lacks_an_output():
     four = SIGNATURE.model_copy(update={"outputs": outputs})
     with raises_code(ModelRefused, "outputs_shape", outputs=("click", "like", "buy", "share")):
         smoke_test(module_returning("tuple"), four, "m:MultiTaskNet")
+
+
+def test_one_output_of_a_mapping_can_be_packed_and_is_served_as_the_score(tmp_path):
+    network = module_returning("mapping")
+    signature = SIGNATURE.model_copy(update={"outputs": (BUY,)})
+    smoke_test(network, signature, "m:MultiTaskNet")
+    (served,) = served_graphs(signature)
+    lower(network, served, "onnxruntime", tmp_path / "model.onnx")
+    inputs = inputs_of()
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    with torch.no_grad():
+        expected = network(**inputs)["buy"].reshape(-1).numpy()
+    scores = Session(tmp_path / "model.onnx", threads=1).scores(arrays)
+    np.testing.assert_allclose(scores, expected, atol=1e-6)  # float32 rounding
+    other = SIGNATURE.model_copy(update={"outputs": (BUY.model_copy(update={"name": "share"}),)})
+    with raises_code(ModelRefused, "outputs_shape", outputs=("share",)):
+        smoke_test(network, other, "m:MultiTaskNet")
 
 
 # --- losses and metrics -----------------------------------------------------------------------
