@@ -7,14 +7,7 @@ their bounds. Peak memory is an estimate from sizes (``tasks.orchestration.memor
 
 from collections.abc import Mapping
 
-from compressors.contracts import (
-    TARGETS,
-    Artifact,
-    Frozen,
-    Plan,
-    Signature,
-    limits_of_outputs,
-)
+from compressors.contracts import TARGETS, Artifact, Frozen, Plan, Signature
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.units import stored_bytes
@@ -126,10 +119,7 @@ def explain(terms: Terms) -> Explanation:
         model=f"{bundle.name}@{bundle.version}",
         task=bundle.task,
         rows=bundle.rows,
-        limits=tuple(
-            str(limit)
-            for limit in limits_of_outputs(order.limits, bundle.outputs, grouped=bundle.grouped)
-        ),
+        limits=tuple(map(str, bundle.limits(order.limits))),
         budget=order.quality_budget() if has_measurable_budget(order, bundle) else None,
         bytes_between=weight_byte_bounds(order, bundle, signature, loaded.model, teacher_artifacts),
         teachers=tuple(teacher.name for teacher in teachers),

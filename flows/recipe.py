@@ -295,11 +295,11 @@ def _teacher_scores(run: Run, teacher: Teacher, rows: PreparedRows, split: Split
             columns=teacher.columns,
             forms=teacher.forms,
         )
-    inputs = teacher_inputs(run, teacher, rows, split)
+    inputs = _teacher_inputs(run, teacher, rows, split)
     return run.call_for(teacher, score, bundle=teacher.artifact, split=inputs, rows=rows.rows)
 
 
-def teacher_inputs(run: Run, teacher: Teacher, rows: PreparedRows, split: SplitName) -> Artifact:
+def _teacher_inputs(run: Run, teacher: Teacher, rows: PreparedRows, split: SplitName) -> Artifact:
     """Return the rows of a split as inputs of a teacher: the student's, if they are the same."""
     if not teacher.needs_own_rows:
         return rows.artifact
@@ -325,4 +325,4 @@ def check_teachers(run: Run) -> None:
             if teacher.columns:
                 _teacher_scores(run, teacher, run.prepare_split(split), split)
             elif teacher.needs_own_rows:
-                teacher_inputs(run, teacher, run.prepare_split(split), split)
+                _teacher_inputs(run, teacher, run.prepare_split(split), split)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from prefect import Task
 
-from compressors.contracts import Artifact, Limit, digest, limits_of_outputs
+from compressors.contracts import Artifact, Limit, digest
 from flows.order import Order
 from infra.bundle.bundle_folder import SplitName
 from tasks.bundles.bundle_ref import BundleRef
@@ -48,7 +48,7 @@ class Run:
     @cached_property
     def limits(self) -> tuple[Limit, ...]:
         """The order's limits; those on each of several outputs are separate limits."""
-        return limits_of_outputs(self.order.limits, self.model.outputs, grouped=self.model.grouped)
+        return self.model.limits(self.order.limits)
 
     def call(
         self,

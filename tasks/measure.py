@@ -185,15 +185,15 @@ def _open_sessions(
     Raises:
         MetricRefused: the model does not have the graphs and outputs of the signature.
     """
-    expected = [graph.name for graph in served_graphs(signature)]
-    stored = [graph.name for graph in lowering_of(folder).graphs]
-    if sorted(stored) != sorted(expected):
-        task_name = signature.outputs[0].kind
+    graphs, stored = served_graphs(signature), lowering_of(folder).graphs
+    expected = tuple(graph.name for graph in graphs)
+    got = tuple(graph.name for graph in stored)
+    if sorted(got) != sorted(expected):
         raise MetricRefused(
-            "graphs_differ", task=task_name, expected=tuple(expected), got=tuple(stored)
+            "graphs_differ", task=signature.outputs[0].kind, expected=expected, got=got
         )
-    outputs = {graph.name: graph.outputs for graph in lowering_of(folder).graphs}
-    for graph in served_graphs(signature):
+    outputs = {graph.name: graph.outputs for graph in stored}
+    for graph in graphs:
         if outputs[graph.name] != graph.outputs:  # scores are compared by their position
             raise MetricRefused("outputs_differ", expected=graph.outputs, got=outputs[graph.name])
     return {name: runtime.open(folder / target.served_file(name), threads) for name in expected}
@@ -234,7 +234,7 @@ def _evaluate(
     scores = {
         name: _score_rows(name, opened[graph.name], rows) for name, opened in sessions.items()
     }
-    return row_quality(signature, rows, scores, seed)
+    return row_quality(signature, test, scores, seed)
 
 
 def _tower_functions(sessions: Sessions) -> dict[str, Vectors]:

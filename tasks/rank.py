@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from prefect import task
 
-from compressors.contracts import Artifact, quality_metrics_of_outputs
+from compressors.contracts import Artifact
+from compressors.contracts.output_metrics import quality_metrics_of_outputs
 from compressors.core.state.safetensors_stream import write
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import load_bundle, split_of

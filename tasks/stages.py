@@ -12,8 +12,7 @@ from prefect import task
 from safetensors.torch import load_file
 
 from compressors.contracts import Artifact, Plan, Signature, Split
-from compressors.core.batches import batches
-from compressors.core.scores import score_columns
+from compressors.core.scores import join_columns, score_columns
 from infra.bundle.bundle_folder import read
 from infra.bundle.shards import stored_tensors
 from infra.store.temporary import scratch_folder
@@ -22,9 +21,6 @@ from tasks.evaluation.quality import ByQuery, Quality, row_quality
 from tasks.orchestration.documents import STAGES, Scored, Stage, StageQuality, Stages
 from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
-
-LABEL_BATCH_ROWS = 65_536
-"""Rows of each batch when labels and groups are read."""
 
 
 @task(task_run_name="evaluate the stages", **TASK_OPTIONS)
@@ -118,8 +114,7 @@ def compare_stages(
         }
         return ByQuery(metrics_of_queries, test.rows, seed)
     scores = {str(index): _read_scores(signature, stage) for index, stage in enumerate(scored)}
-    rows = list(batches(test, signature, LABEL_BATCH_ROWS))
-    return row_quality(signature, rows, scores, seed)
+    return row_quality(signature, test, scores, seed)
 
 
 def _read_scores(signature: Signature, stage: Scored) -> np.ndarray:
@@ -129,4 +124,4 @@ def _read_scores(signature: Signature, stage: Scored) -> np.ndarray:
         torch.sigmoid(column.double()) if output.form == "logit" else column
         for output, column in zip(signature.outputs, columns, strict=True)
     ]
-    return (torch.stack(scores, dim=1) if signature.has_several_outputs else scores[0]).numpy()
+    return join_columns(scores).numpy()

@@ -39,7 +39,7 @@ from compressors.core.model import Model
 from compressors.core.random_inputs import generate_data, generate_inputs
 from compressors.core.registries import METHODS as REGISTRY
 from compressors.core.runner import rows_of_tables, run
-from compressors.core.scores import network_scores, score_columns
+from compressors.core.scores import join_columns, network_scores, score_columns
 from compressors.core.steps.decisions import AppliedStep
 from compressors.core.steps.step import Method as Step
 from compressors.distill.distill import Distill
@@ -356,7 +356,7 @@ class Reference:
             1 - column if output.form == "probability" else -column
             for output, column in zip(self.signature.outputs, score_columns(scores), strict=True)
         ]
-        return columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
+        return join_columns(columns)
 
 
 def signature_of(*inputs: Any, group: str | None = None, **changes: Any) -> Signature:

@@ -61,16 +61,10 @@ from compressors.contracts.metrics import measured_metrics as measured_metrics
 from compressors.contracts.metrics import metric as metric
 from compressors.contracts.metrics import metric_problem as metric_problem
 from compressors.contracts.metrics import quality_metrics as quality_metrics
-from compressors.contracts.metrics import usual_batches as usual_batches
 from compressors.contracts.network import Architecture as Architecture
 from compressors.contracts.network import ModuleRecord as ModuleRecord
 from compressors.contracts.network import Network as Network
-from compressors.contracts.output_metrics import (
-    limits_of_outputs as limits_of_outputs,
-)
-from compressors.contracts.output_metrics import (
-    quality_metrics_of_outputs as quality_metrics_of_outputs,
-)
+from compressors.contracts.output_metrics import limits_of_outputs as limits_of_outputs
 from compressors.contracts.plan import DROPPED as DROPPED
 from compressors.contracts.plan import Plan as Plan
 from compressors.contracts.plan import PlanLine as PlanLine

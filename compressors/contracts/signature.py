@@ -16,8 +16,8 @@ from compressors.contracts.inputs import (
     data_inputs,
     tensor_names,
 )
-from compressors.contracts.metrics import MetricName, metric_problem
-from compressors.contracts.metrics.families import OUTPUT_NAME, find_metric
+from compressors.contracts.metrics import MetricName, metric, metric_problem
+from compressors.contracts.metrics.families import OUTPUT_NAME
 from compressors.contracts.metrics.metric import metric_name_of_output
 from compressors.contracts.task_kind import OutputForm, TaskKind, TaskName, task_kind
 from compressors.contracts.value_errors import value_error
@@ -92,7 +92,7 @@ class Output(Frozen):
             raise value_error("label_missing", task=self.kind)
         if self.label_where is not None and (self.label is None or not kind.needs_label):
             raise value_error("label_condition_unused", output=self.name, task=self.kind)
-        if find_metric(self.metric) is not None and "[" in self.metric:
+        if metric(self.metric).output is not None:
             raise value_error("metric_of_an_output", output=self.name, metric=self.metric)
         return self
 

@@ -11,7 +11,7 @@ outputs returns one of these, in the order of the signature's outputs:
 Its *scores* are then a tensor, float ``(rows,)`` for one output and ``(rows, n)`` for several.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,9 +51,9 @@ def scores_of(returned: Any, signature: Signature) -> Tensor:
         TypeError, ValueError: as ``output_tensors``.
     """
     tensors = output_tensors(returned, signature)
-    if not signature.has_several_outputs:
-        return tensors[0]
-    return returned if isinstance(returned, Tensor) else torch.stack(tensors, dim=1)
+    if isinstance(returned, Tensor) and signature.has_several_outputs:
+        return returned  # its columns need not be copied
+    return join_columns(tensors)
 
 
 def output_tensors(returned: Any, signature: Signature) -> tuple[Tensor, ...]:
@@ -94,3 +94,8 @@ def output_tensors(returned: Any, signature: Signature) -> tuple[Tensor, ...]:
 def score_columns(scores: Tensor) -> tuple[Tensor, ...]:
     """Split scores ``(rows,)`` or ``(rows, outputs)`` into one tensor ``(rows,)`` per output."""
     return (scores,) if scores.dim() == 1 else scores.unbind(dim=1)
+
+
+def join_columns(columns: Sequence[Tensor]) -> Tensor:
+    """Join the tensors of the outputs, the inverse of ``score_columns``; one is unchanged."""
+    return columns[0] if len(columns) == 1 else torch.stack(tuple(columns), dim=1)

@@ -77,7 +77,7 @@ def loss_of_teacher(
         * _loss_of_output(name, declared, score, taught, batch, temperature=temperature, top=top)
         for declared, score, taught in columns
     ]
-    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+    return torch.stack(losses).sum()
 
 
 def _loss_of_output(

@@ -14,7 +14,7 @@ from torch import Tensor
 from compressors.contracts import Bench, Split
 from compressors.contracts.task_kind import OutputForm
 from compressors.core.batches import Batch, JoinedRows, Rows
-from compressors.core.scores import score_columns
+from compressors.core.scores import join_columns, score_columns
 from compressors.distill.losses import SoftLoss, loss_of_teacher
 from compressors.distill.training.trainer import Loss
 from compressors.errors.steps import RowsMissing
@@ -111,11 +111,12 @@ def mean_predictions(scores: list[Tensor], forms: Sequence[OutputForm]) -> Tenso
     """
     if len(scores) == 1:
         return scores[0]
-    stacked = torch.stack(scores).to(torch.float64)  # (teachers, rows) or (teachers, rows, outputs)
-    columns = [stacked] if stacked.dim() == 2 else stacked.unbind(dim=2)
-    means = [_mean(column, form) for column, form in zip(columns, forms, strict=True)]
-    mean = means[0] if stacked.dim() == 2 else torch.stack(means, dim=1)
-    return mean.to(torch.float32)
+    by_output = zip(*map(score_columns, scores), strict=True)
+    means = [
+        _mean(torch.stack(of_teachers).to(torch.float64), form)
+        for of_teachers, form in zip(by_output, forms, strict=True)
+    ]
+    return join_columns(means).to(torch.float32)
 
 
 def convert_scores(
@@ -139,7 +140,7 @@ def convert_scores(
             columns.append(torch.sigmoid(column))
         else:
             columns.append(column)
-    return columns[0] if scores.dim() == 1 else torch.stack(columns, dim=1)
+    return join_columns(columns)
 
 
 def _mean(scores: Tensor, form: OutputForm) -> Tensor:

@@ -23,7 +23,7 @@ from compressors.contracts import (
     tensor_names,
 )
 from compressors.core.modules.formats import Bag
-from compressors.core.scores import call_network, output_tensors
+from compressors.core.scores import call_network, join_columns, output_tensors
 from compressors.core.units import plain_bag, private_copy, swap
 from compressors.lower.merged.merged_tables import MergedTable, table_groups, with_merged_tables
 from compressors.lower.value_policy import apply_policy
@@ -145,7 +145,7 @@ def _served_score(declared: Output, score: Tensor, refused: Tensor | None) -> Te
 
 def stack_outputs(returned: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Return what a ``ServingWrapper`` returned as one tensor; several outputs are its columns."""
-    return returned if isinstance(returned, Tensor) else torch.stack(returned, dim=1)
+    return returned if isinstance(returned, Tensor) else join_columns(returned)
 
 
 def input_names(signature: Signature) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ def hard_loss(signature: Signature, scores: Tensor, batch: Batch) -> Tensor:
             strict=True,
         )
     ]
-    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+    return torch.stack(losses).sum()
 
 
 def _labelled_loss(output: Output, score: Tensor, batch: Batch) -> Tensor:
@@ -97,7 +97,7 @@ def soft_loss(
             strict=True,
         )
     ]
-    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+    return torch.stack(losses).sum()
 
 
 def shuffled_batches(

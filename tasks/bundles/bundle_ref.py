@@ -74,6 +74,10 @@ class BundleRef(Frozen):
         """Whether each output is one score per row, so that rows have a loss and a metric."""
         return all(output.task_kind.scores_rows for output in self.outputs)
 
+    def limits(self, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
+        """Return an order's limits under the names that are measured for this bundle's outputs."""
+        return limits_of_outputs(limits, self.outputs, grouped=self.grouped)
+
     def calibration(self) -> SplitName:
         """Return the name of the calibration split; the training split if the bundle has none."""
         return "calibration" if "calibration" in self.rows else "train"
@@ -100,7 +104,7 @@ def require_measurable(bundle: BundleRef, limits: tuple[Limit, ...]) -> None:
             raise LimitRefused(
                 "bundle_metric_unusable", name=bundle.name, version=bundle.version, problem=problem
             )
-    for limit in limits_of_outputs(limits, bundle.outputs, grouped=bundle.grouped):
+    for limit in bundle.limits(limits):
         _require_measured(limit, bundle)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compressors.contracts import Plan, is_out_of_memory
 from compressors.contracts.targets.runtime import Session
 from compressors.core.batches import format_row, row_of
+from compressors.core.scores import join_columns
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.bfloat16_products import write_checkable
@@ -202,8 +203,7 @@ class GraphCheck:
             values = [GraphValue(*value) for value in graph_values(self.path, _arrays(rows))]
             # The allowed difference of a tensor, relative to its largest absolute value.
             allowed = allowed_share(self.plan, self.target)
-            outputs = traced.outputs if len(traced.outputs) > 1 else traced.outputs[0]
-            expected, output = self._module_scores(rows), stack_outputs(outputs).numpy()
+            expected, output = self._module_scores(rows), join_columns(traced.outputs).numpy()
             # The limit of the largest difference: "at most" in a failure of the whole comparison,
             # "largest" in one of small batches. A failure because of NaN has no limits; then only
             # rounding differences are allowed.

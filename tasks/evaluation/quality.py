@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressors.contracts import ITEMS, Estimate, Output, Signature, Split
 from compressors.contracts import metric as declared_metric
 from compressors.contracts.metrics.metric import metric_name_of_output
-from compressors.core.batches import Batch, Rows, batches
+from compressors.core.batches import Rows, batches
 from compressors.core.scores import call_network
 from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import ServedGraph, served_graphs
@@ -93,7 +93,6 @@ class ByRow:
 
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
         """Estimate one metric of two models, and its difference with a paired interval."""
-        name, _, _ = metric.partition("[")
         of_output = declared_metric(metric).output
         index = 0 if self._is_single else [item.name for item in self.outputs].index(str(of_output))
         label = self._column(self.label, index)
@@ -102,7 +101,7 @@ class ByRow:
             self._column(self.scores[model], index)[is_used] for model in (baseline, candidate)
         )
         group = None if self.group is None else self.group[is_used]
-        return intervals.estimate_pair(name, label[is_used], before, after, group, seed=self.seed)
+        return intervals.estimate_pair(metric, label[is_used], before, after, group, seed=self.seed)
 
     @property
     def _is_single(self) -> bool:
@@ -143,21 +142,19 @@ class ByQuery:
 
 
 def row_quality(
-    signature: Signature, rows: list[Batch], scores: Mapping[str, Array], seed: int
+    signature: Signature, split: Split, scores: Mapping[str, Array], seed: int
 ) -> ByRow:
-    """Combine the scores of test rows with their labels and groups.
+    """Combine the scores of the rows of a split with their labels and groups.
 
     Args:
         signature: the signature of the models.
-        rows: all batches of the test rows.
-        scores: scores of each model, ``(rows,)`` or ``(rows, outputs)``, in the order of the
-            batches.
+        split: the prepared rows.
+        scores: scores of each model, ``(rows,)`` or ``(rows, outputs)``, in the order of the rows.
         seed: seed of the bootstrap.
     """
-    label = np.concatenate([batch.label.numpy() for batch in rows])
-    groups = [batch.group.numpy() for batch in rows if batch.group is not None]
-    group = np.concatenate(groups) if groups else None
-    return ByRow(signature.outputs, label, group, scores, seed)
+    rows = Rows(split, signature)
+    group = None if rows.group is None else rows.group.numpy()
+    return ByRow(signature.outputs, rows.label.numpy(), group, scores, seed)
 
 
 def query_quality(
