@@ -3,6 +3,7 @@
 ``flows``, ``tasks``, ``compressors`` and ``infra`` never import these modules.
 
 dcnv2.py       DCN-v2, a click model built from plain keyword arguments
+movielens_data.py  reads and splits MovieLens 100K, and writes its rows and vocabularies
 movielens.py   trains DCN-v2 on MovieLens 100K and writes the draft of a bundle:
                ``python -m examples.movielens FOLDER``
 mmoe.py        MMoE, a model with several outputs

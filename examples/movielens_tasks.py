@@ -1,9 +1,8 @@
 """Train MMoE with two outputs on MovieLens 100K and write data and model as the draft of a bundle.
 
 Run ``python -m examples.movielens_tasks FOLDER``. Data, fields and split are those of
-``examples/movielens.py``. The outputs are ``click``, a rating of 4 or 5, and ``like``, a rating of
-5. A row without a click has no label of ``like``: this output predicts how likely a click becomes a
-like.
+``movielens_data.py``. The outputs are ``click``, a rating of 4 or 5, and ``like``, a rating of 5. A
+row without a click has no label of ``like``: it predicts how likely a click becomes a like.
 """
 
 import argparse
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,22 +23,19 @@ from torch.nn import functional as F
 from compressors.contracts import Architecture, Network, Signature
 from compressors.metrics.point_estimates import auc
 from examples.mmoe import MMoE
-from examples.movielens import (
-    BAG,
-    CALIBRATION_ROWS,
-    FIELDS,
-    UNKNOWN,
+from examples.movielens import deterministic, mask_ids, signature
+from examples.movielens_data import (
     DataMissing,
     Rows,
     build_vocabularies,
     convert_to_rows,
     data_folder,
-    deterministic,
     encode,
-    mask_ids,
     read_ratings,
-    signature,
     split_by_time,
+    table_rows,
+    take_calibration_rows,
+    write_data,
 )
 
 TASKS = ("click", "like")
@@ -176,20 +171,11 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
         like = pa.array(frame["stars"] == 5, mask=frame["click"].to_numpy() == 0)
         tables[name] = encode(frame, vocabularies).append_column("like", like.cast(pa.int64()))
         log(f"{name}: {len(frame)} rows, {frame['click'].mean():.1%} clicks")
-    permutation = np.random.default_rng(settings.seed).permutation(len(tables["train"]))
-    tables["calibration"] = tables["train"].take(np.sort(permutation[:CALIBRATION_ROWS]))
-    (folder / "vocabularies").mkdir(parents=True, exist_ok=True)
-    manifest = folder / "model.json"
-    manifest.unlink(missing_ok=True)
-    for name, table in tables.items():
-        pq.write_table(table, folder / f"{name}.parquet")
-    for name, ids in vocabularies.items():
-        text = json.dumps({"unknown": UNKNOWN, "ids": ids}, indent=1)
-        (folder / "vocabularies" / f"{name}.json").write_text(text + "\n")
+    tables["calibration"] = take_calibration_rows(tables["train"], settings.seed)
+    files = write_data(folder, tables, vocabularies)
 
     config: dict[str, object] = {
-        "fields": [{"name": name, "rows": len(vocabularies[name]) + 1} for name in FIELDS],
-        "bags": [{"name": BAG, "rows": len(vocabularies[BAG]) + 1}],
+        **table_rows(vocabularies),
         "tasks": list(TASKS),
         "dim": settings.dim,
         "experts": settings.experts,
@@ -208,10 +194,9 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
         "version": "1",
         "signature": signature_of_tasks().model_dump(mode="json"),
         "network": Network(architecture=architecture).model_dump(mode="json"),
-        "data": {name: f"{name}.parquet" for name in tables},
-        "vocabularies": {name: f"vocabularies/{name}.json" for name in vocabularies},
+        **files,
     }
-    manifest.write_text(json.dumps(draft, indent=1) + "\n")
+    (folder / "model.json").write_text(json.dumps(draft, indent=1) + "\n")
 
 
 def labelled_rows(table: pa.Table) -> LabelledRows:

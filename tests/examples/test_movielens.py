@@ -16,21 +16,22 @@ import torch
 from safetensors.torch import load_file
 
 from compressors.contracts import Network, Signature, tensor_names
-from examples import movielens
+from examples import movielens, movielens_data
 from examples.dcnv2 import DCNv2
-from examples.movielens import FIELDS, Training, main, write_draft
+from examples.movielens import Training, main, write_draft
+from examples.movielens_data import FIELDS
 
 SMALL = Training(dim=4, cross_layers=1, hidden=(8,), epochs=2, batch=4096)
 
 
 @pytest.fixture(scope="module")
 def frame():
-    return movielens.read_ratings(movielens.data_folder())
+    return movielens_data.read_ratings(movielens_data.data_folder())
 
 
 @pytest.fixture(scope="module")
 def splits(frame):
-    return movielens.split_by_time(frame)
+    return movielens_data.split_by_time(frame)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_splits_are_in_strict_order_of_time(splits, frame):
 
 
 def test_split_boundary_within_a_second_moves_to_its_end():
-    splits = movielens.split_by_time(ratings_at([1, 2, 3, 4, 5, 6, 7, 7, 8, 9]))
+    splits = movielens_data.split_by_time(ratings_at([1, 2, 3, 4, 5, 6, 7, 7, 8, 9]))
     assert [list(part["timestamp"]) for part in splits.values()] == [
         [1, 2, 3, 4, 5, 6, 7, 7],
         [],
@@ -165,7 +166,7 @@ def test_split_boundary_within_a_second_moves_to_its_end():
 
 
 def test_vocabularies_contain_only_training_tokens_with_ids_from_1(splits):
-    vocabularies = movielens.build_vocabularies(splits["train"])
+    vocabularies = movielens_data.build_vocabularies(splits["train"])
     assert vocabularies["user"].keys() == set(splits["train"]["user"])
     assert set(splits["test"]["user"]) - vocabularies["user"].keys()
     for ids in vocabularies.values():
@@ -175,8 +176,8 @@ def test_vocabularies_contain_only_training_tokens_with_ids_from_1(splits):
 
 
 def test_tokens_that_are_not_in_training_data_are_encoded_as_0(splits):
-    vocabularies = movielens.build_vocabularies(splits["train"])
-    ids = movielens.encode(splits["test"], vocabularies)["user"].to_numpy()
+    vocabularies = movielens_data.build_vocabularies(splits["train"])
+    ids = movielens_data.encode(splits["test"], vocabularies)["user"].to_numpy()
     unseen = ~splits["test"]["user"].isin(vocabularies["user"].keys())
     np.testing.assert_array_equal(ids == 0, unseen)
 
@@ -186,7 +187,7 @@ def test_inputs_of_selected_rows_contain_their_genres():
     tokens = {name: ["a", "a", "a", "a"] for name in FIELDS}
     lists = [["y", "x"], [], ["x"], ["z"]]
     frame = pd.DataFrame({**tokens, "genres": lists, "click": [1, 0, 0, 1], "timestamp": 0})
-    rows = movielens.convert_to_rows(movielens.encode(frame, vocabularies))
+    rows = movielens_data.convert_to_rows(movielens_data.encode(frame, vocabularies))
     inputs = rows.inputs(torch.tensor([3, 1, 0]))
     assert inputs["genres"].tolist() == [0, 2, 1]
     assert inputs["genres_offsets"].tolist() == [0, 1, 1]
@@ -208,28 +209,28 @@ def test_missing_or_other_wheel_exits_with_code_2_and_the_pip_command(
 ):
     def distribution(name):
         if version is None:
-            raise movielens.metadata.PackageNotFoundError(name)
+            raise movielens_data.metadata.PackageNotFoundError(name)
         return SimpleNamespace(version=version)
 
-    monkeypatch.setattr(movielens.metadata, "distribution", distribution)
+    monkeypatch.setattr(movielens_data.metadata, "distribution", distribution)
     assert main([str(tmp_path / "draft")]) == 2
     assert "pip install --no-deps recbole==1.2.1" in capsys.readouterr().err
 
 
 def test_data_files_with_another_digest_are_refused(tmp_path, monkeypatch):
     class Wheel:
-        version = movielens.VERSION
+        version = movielens_data.VERSION
 
         def locate_file(self, path):
             return tmp_path / path
 
     folder = tmp_path / "recbole/dataset_example/ml-100k"
     folder.mkdir(parents=True)
-    for name in movielens.FILES:
+    for name in movielens_data.FILES:
         (folder / name).write_text("user_id:token\n")
-    monkeypatch.setattr(movielens.metadata, "distribution", lambda name: Wheel())
-    with pytest.raises(movielens.DataMissing, match="with SHA-256"):
-        movielens.data_folder()
+    monkeypatch.setattr(movielens_data.metadata, "distribution", lambda name: Wheel())
+    with pytest.raises(movielens_data.DataMissing, match="with SHA-256"):
+        movielens_data.data_folder()
 
 
 # --- the draft -------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ def test_network_of_the_draft_is_built_from_its_files_and_scores_rows(draft):
     network = DCNv2(**Network.model_validate(manifest["network"]).architecture.config)
     network.load_state_dict(load_file(draft / "model.safetensors"))
     table = pq.read_table(draft / manifest["data"]["test"])
-    rows = movielens.convert_to_rows(table)
+    rows = movielens_data.convert_to_rows(table)
     inputs = rows.inputs(torch.arange(100))
     assert set(inputs) == {name for item in signature.inputs for name in tensor_names(item)}
     assert network.eval()(**inputs).isfinite().all()
