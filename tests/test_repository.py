@@ -110,8 +110,10 @@ def targets() -> set[str]:
 def test_every_package_that_make_installs_is_pinned_to_the_installed_version():
     pinned = pinned_versions()
     recbole = metadata.version("recbole")  # installed without its requirements
+    libraries = metadata.distributions(path=[str(Path(sys.prefix) / "libraries")])
     needed = required_versions(declared_requirements(*INSTALLED_EXTRAS)) | {
-        "recbole": Version(recbole)
+        "recbole": Version(recbole),
+        **{canonicalize_name(item.name): Version(item.version) for item in libraries},
     }
     # A local version such as 2.13.0+cpu counts as the pinned version.
     differing = {
@@ -137,6 +139,10 @@ def test_every_pin_is_a_version_that_pyproject_accepts():
 def test_every_third_party_import_is_a_declared_dependency():
     names = {canonicalize_name(requirement.name) for requirement in declared_requirements()}
     owners = metadata.packages_distributions()
+    libraries = {  # installed in a separate folder
+        Requirement(line).name.replace("-", "_")
+        for line in project()["project"]["optional-dependencies"]["libraries"]
+    }
     own_folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
     own_modules = {path.stem for path in ROOT.glob("*.py")}
     undeclared = set()
@@ -159,6 +165,7 @@ def test_every_third_party_import_is_a_declared_dependency():
                     | local_modules
                     | USED_THROUGH_OTHERS.keys()
                     | OPTIONAL
+                    | libraries
                 )
                 distributions = {canonicalize_name(owner) for owner in owners.get(top, [])}
                 if top not in allowed and not distributions & names:

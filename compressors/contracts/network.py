@@ -1,17 +1,54 @@
-"""The type ``Network``: the description that, with the stored tensors, defines a module."""
+"""The type ``Network``: the description that, with the stored tensors, defines a module.
 
+JSON has no objects. An argument that is an object, such as a dataclass with settings or a feature
+column of a library, is described by its class and the arguments that create it (``CLASS`` and
+``ARGUMENTS``). Without ``ARGUMENTS``, the value is the class itself::
+
+    {"$class": "shop.settings:Settings", "$arguments": {"dim": 16, "hidden": [64, 32]}}
+    {"$class": "torch.nn:ReLU"}
+"""
+
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field
 
 from compressors.contracts.frozen import Frozen
 
+CLASS, ARGUMENTS = "$class", "$arguments"
+"""Keys of the description of an object in ``Architecture.config``."""
+
 
 class Architecture(Frozen):
     """Import path of the network's class, and its keyword arguments."""
 
     path: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="module:Class")
-    config: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments.")
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description='Keyword arguments. An object is {"$class": "module:Class", "$arguments": '
+        '{...}}, a class {"$class": "module:Class"}.',
+    )
+
+    @property
+    def argument_classes(self) -> tuple[str, ...]:
+        """The paths of all classes that the arguments name, sorted."""
+        return tuple(sorted(set(_class_paths(self.config))))
+
+
+def is_class_description(value: Any) -> bool:
+    """Return whether a value of a configuration describes an object or a class."""
+    return isinstance(value, Mapping) and CLASS in value
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    """Yield the class paths in a value of a configuration."""
+    if is_class_description(value):
+        yield str(value[CLASS])
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _class_paths(item)
 
 
 class ModuleRecord(Frozen):

@@ -38,8 +38,9 @@ def smoke_test(
 
     Raises:
         ModelRefused: its weights are not float32; it fails on inputs of this signature; an output
-            is not one finite score per row; its towers do not give that score; or the same rows get
-            another score in a second call or after a second load.
+            is not one finite score per row, or it cannot score one row alone; its towers do not
+            give that score; or the same rows get another score in a second call or after a second
+            load.
         NothingToCompress: an input names a table that the network does not have.
     """
     dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
@@ -55,6 +56,7 @@ def smoke_test(
         raise ModelRefused("network_fails", architecture=path, problem=repr(fault)) from fault
     score = _require_scores(returned, signature, path)
     _require_repeatable(model, second_load, inputs, score, signature, path)
+    _require_single_row(model, signature, path)
     if signature.towers is not None:
         _check_towers(model, signature, inputs, score, path)
 
@@ -110,6 +112,21 @@ def _require_repeatable(
             gap=gap,
             names=tuple(differing_tensors(model, second_load)[:5]),
         )
+
+
+def _require_single_row(model: nn.Module, signature: Signature, path: str) -> None:
+    """Raise ``ModelRefused`` unless the network scores a request of one row."""
+    inputs = generate_inputs(signature, rows_of_tables(model, signature), 1)
+    try:
+        with torch.no_grad():
+            scores = network_scores(model, inputs, signature)
+    except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
+        raise ModelRefused("single_row_fails", architecture=path, problem=repr(fault)) from fault
+    if len(scores) != 1:
+        problem = f"{len(scores)} scores"
+        raise ModelRefused("single_row_fails", architecture=path, problem=problem)
 
 
 def _check_towers(

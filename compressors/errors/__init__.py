@@ -5,6 +5,7 @@ compression.py     the base class, and errors that several packages raise
 construction.py    errors of building a network from its class
 widths.py          exceptions with the reason why layers or channels cannot be removed
 steps.py           errors of applying a step to a network
+inspection.py      errors of deriving the inputs and outputs of a trained network
 metrics.py         errors of computing metrics and judging limits
 orders.py          errors about parts of an order that do not fit together
 """

@@ -10,6 +10,7 @@ CompressionError       the order cannot be carried out as written; a retry would
 ├─ StepRefused         a step cannot change this network (``steps.py``, which has four more)
 ├─ MetricRefused       a metric cannot be computed from this data (``metrics.py``)
 ├─ LimitRefused        limits cannot be judged (``metrics.py``)
+├─ InspectionFailed    inputs or outputs of a network cannot be derived (``inspection.py``)
 └─ OrderRefused        the parts of an order do not fit together (``orders.py``)
 
 ``sentences`` of each class map a code to its message, in the syntax of ``str.format``.
@@ -204,6 +205,9 @@ class ModelRefused(CompressionError):
         ),
         "network_fails": "{architecture} fails on generated rows that its signature allows (any id "
         "below its table's rows): {problem}. Correct the inputs in model.json, or the network.",
+        "single_row_fails": "Expected a score of {architecture} for a request of one row, got "
+        "{problem}. A frequent cause is squeeze() without a dimension, which also removes that of "
+        "the rows: write squeeze(1).",
         "scores_not_finite": "Expected a finite score of {architecture} for every row that its "
         "signature allows; got NaN or infinity for {count} of {rows} rows before {step!r} was "
         "applied. Check what the network does with an empty list (a mean or a softmax over "

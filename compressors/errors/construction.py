@@ -17,6 +17,10 @@ class ConstructionFailed(CodedError):
         "the network was trained with.",
         "arguments_wrong": "{problem}. The 'config' of model.json must be the class's keyword "
         "arguments: {arguments}.",
+        "argument_form": "an object in the 'config' of model.json must have the keys \"$class\" "
+        'and "$arguments" (a dictionary) and no other key; got {keys}.',
+        "argument_class_unknown": "its 'config' names the class {path}, which was not checked when "
+        "the bundle was read. Load the bundle again.",
         "constructor_raised": "its constructor raised {error} at {place}: {problem}. Correct "
         "'config' in model.json or the class, and check that {architecture}(**config) works in "
         "Python.",

@@ -5,6 +5,7 @@ errors.py         messages and exit codes of failed commands
 options.py        options that several commands share
 orders.py         builds an order from options or a file
 demo.py           the order of ``recpress demo``
+new.py            ``recpress new``
 promotion.py      ``recpress registry promote``, ``rollback``, ``restore``
 tables.py         ``recpress tables``
 triton.py         ``recpress triton``

@@ -22,6 +22,7 @@ import typer
 from flows.cli import orders
 from flows.cli.console import write, write_line, write_table
 from flows.cli.errors import report_error, require_memory_limits
+from flows.cli.new import new
 from flows.cli.options import Json, RegisteredModel, Version
 from flows.cli.promotion import promotion_app
 from flows.cli.tables import tables_app
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 bundle_app = typer.Typer(no_args_is_help=True, help="Pack, check and show model bundles.")
 registry_app = typer.Typer(no_args_is_help=True, help="List, fetch and promote results.")
+app.command()(new)
 app.add_typer(bundle_app, name="bundle")
 registry_app.add_typer(promotion_app)
 app.add_typer(registry_app, name="registry")

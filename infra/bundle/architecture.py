@@ -13,13 +13,18 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from compressors.contracts import is_out_of_memory
 from infra.errors import BundleRefused
 
 if TYPE_CHECKING:
     import torch
+T = TypeVar("T")
+
+LAYERS = "torch.nn"
+"""The module whose layer classes the arguments of a network's class may always name."""
 
 OWN_PACKAGES = ("flows", "tasks", "compressors", "infra")
 """Packages of this project. Python imports only one package of a name, so a user's is refused."""
@@ -40,14 +45,105 @@ def network_class(path: str, allowed: Sequence[str]) -> "type[torch.nn.Module]":
         BundleRefused: the module is not allowed (then nothing was imported) or cannot be imported;
             or the class is not a subclass of ``torch.nn.Module`` defined in an allowed module.
     """
-    module_name, class_name = _split_and_check(path, allowed)
     import torch
 
+    return _import_class(path, allowed, torch.nn.Module)
+
+
+def argument_classes(paths: Sequence[str], allowed: Sequence[str]) -> dict[str, type]:
+    """Import the classes that the arguments of a network's class name.
+
+    A layer class of ``torch.nn``, such as ``torch.nn:ReLU``, is always allowed.
+
+    Args:
+        paths: the classes in the form ``module:Class``.
+        allowed: modules that may be imported, as in ``network_class``.
+
+    Returns:
+        The classes by path.
+
+    Raises:
+        BundleRefused: as ``network_class``; the classes need not be networks.
+    """
+    return {path: _argument_class(path, allowed) for path in paths}
+
+
+def _argument_class(path: str, allowed: Sequence[str]) -> type:
+    import torch
+
+    module_name, _, class_name = path.partition(":")
+    if module_name == LAYERS:
+        layer = vars(torch.nn).get(class_name)
+        if isinstance(layer, type) and issubclass(layer, torch.nn.Module):
+            return layer
+    return _import_class(path, allowed, object)
+
+
+def _import_class(path: str, allowed: Sequence[str], base: "type[T]") -> "type[T]":
+    """Import a class from an allow-listed module.
+
+    Args:
+        path: the class in the form ``module:Class``.
+        allowed: modules that may be imported, as in ``network_class``.
+        base: the class, or a base class of it.
+
+    Raises:
+        BundleRefused: the module is not allowed (then nothing was imported) or cannot be imported;
+            or the class is not a subclass of ``base`` that is defined in an allowed module.
+    """
+    module = import_allowed_module(path, allowed)
+    module_name, _, class_name = path.partition(":")
+    # Not getattr(), which would call a __getattr__ function of the module.
+    loaded = vars(module).get(class_name)
+    if loaded is None:
+        classes = [
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, base)
+        ]
+        if not classes:
+            raise BundleRefused(
+                "architecture_without_classes", path=path, module=module_name, name=class_name
+            )
+        close = difflib.get_close_matches(class_name, classes, n=3) or classes[:5]
+        raise BundleRefused(
+            "architecture_class_missing",
+            path=path,
+            module=module_name,
+            name=class_name,
+            classes=tuple(close),
+        )
+    if not isinstance(loaded, type):
+        raise BundleRefused("architecture_no_class", path=path, kind=type(loaded).__name__)
+    if not issubclass(loaded, base):
+        raise BundleRefused("architecture_no_module_class", path=path)
+    if not any(is_within(loaded.__module__, root) for root in allowed):
+        raise BundleRefused(
+            "architecture_defined_elsewhere",
+            path=path,
+            module=loaded.__module__,
+            allowed=_names_or_nothing(allowed),
+            setting=_extended_setting(loaded.__module__, allowed),
+        )
+    return loaded
+
+
+def import_allowed_module(path: str, allowed: Sequence[str]) -> ModuleType:
+    """Import the module of a path ``module:name`` if it is allowed.
+
+    Args:
+        path: a class, function or variable in the form ``module:name``.
+        allowed: modules that may be imported, as in ``network_class``.
+
+    Raises:
+        BundleRefused: the module is not allowed (then nothing was imported) or cannot be imported.
+    """
+    module_name, _ = _split_and_check(path, allowed)
     importlib.invalidate_caches()
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(module_name)
     except ModuleNotFoundError as fault:
-        if fault.name is None or not _is_within(module_name, fault.name):
+        if fault.name is None or not is_within(module_name, fault.name):
             raise BundleRefused(
                 "architecture_dependency_missing", path=path, module=module_name, missing=fault.name
             ) from fault
@@ -62,42 +158,9 @@ def network_class(path: str, allowed: Sequence[str]) -> "type[torch.nn.Module]":
             kind=type(fault).__name__,
             problem=str(fault),
         ) from fault
-    # Not getattr(), which would call a __getattr__ function of the module.
-    network = vars(module).get(class_name)
-    if network is None:
-        classes = [
-            name
-            for name, value in vars(module).items()
-            if isinstance(value, type) and issubclass(value, torch.nn.Module)
-        ]
-        if not classes:
-            raise BundleRefused(
-                "architecture_without_classes", path=path, module=module_name, name=class_name
-            )
-        close = difflib.get_close_matches(class_name, classes, n=3) or classes[:5]
-        raise BundleRefused(
-            "architecture_class_missing",
-            path=path,
-            module=module_name,
-            name=class_name,
-            classes=tuple(close),
-        )
-    if not isinstance(network, type) or not issubclass(network, torch.nn.Module):
-        if isinstance(network, type):
-            raise BundleRefused("architecture_no_module_class", path=path)
-        raise BundleRefused("architecture_no_class", path=path, kind=type(network).__name__)
-    if not any(_is_within(network.__module__, root) for root in allowed):
-        raise BundleRefused(
-            "architecture_defined_elsewhere",
-            path=path,
-            module=network.__module__,
-            allowed=_names_or_nothing(allowed),
-            setting=_extended_setting(network.__module__, allowed),
-        )
-    return network
 
 
-def source_digest(path: str, allowed: Sequence[str]) -> str:
+def source_digest(path: str, allowed: Sequence[str], arguments: Sequence[str] = ()) -> str:
     """Hash the source code of a network's class; cache keys contain the hash.
 
     The hash covers every ``.py`` file of the module's innermost package and its sub-packages,
@@ -107,6 +170,7 @@ def source_digest(path: str, allowed: Sequence[str]) -> str:
     Args:
         path: the class in the form ``module:Class``.
         allowed: modules that may be imported, as in ``network_class``.
+        arguments: paths of the classes that its arguments name; those of ``torch.nn`` do not count.
 
     Returns:
         SHA-256 as hex digits.
@@ -114,6 +178,15 @@ def source_digest(path: str, allowed: Sequence[str]) -> str:
     Raises:
         BundleRefused: the module is not allowed, does not exist, or has no source file.
     """
+    own = [item for item in arguments if item.partition(":")[0] != LAYERS]
+    digests = dict.fromkeys(_package_digest(item, allowed) for item in (path, *own))
+    if len(digests) == 1:
+        return next(iter(digests))
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _package_digest(path: str, allowed: Sequence[str]) -> str:
+    """Hash the source files of the package of a class."""
     module_name, _ = _split_and_check(path, allowed)
     importlib.invalidate_caches()
     spec, package = _find_spec(path, module_name)
@@ -142,7 +215,7 @@ def _split_and_check(path: str, allowed: Sequence[str]) -> tuple[str, str]:
     package = module_name.partition(".")[0]
     if package in OWN_PACKAGES:
         raise BundleRefused("architecture_name_taken", path=path, package=package)
-    if not any(_is_within(module_name, root) for root in allowed):
+    if not any(is_within(module_name, root) for root in allowed):
         raise BundleRefused(
             "architecture_not_allowed",
             path=path,
@@ -153,7 +226,7 @@ def _split_and_check(path: str, allowed: Sequence[str]) -> tuple[str, str]:
     return module_name, class_name
 
 
-def _is_within(module_name: str, root: str) -> bool:
+def is_within(module_name: str, root: str) -> bool:
     """Return whether a module is ``root`` or one of its submodules."""
     return module_name == root or module_name.startswith(f"{root}.")
 
@@ -191,7 +264,7 @@ def _find_spec(path: str, module_name: str) -> tuple[ModuleSpec, ModuleSpec | No
             raise _module_missing_error(path, module_name)
         locations = None if package is None else package.submodule_search_locations
         name = ".".join(parts[:depth])
-        specs = (finder.find_spec(name, locations) for finder in sys.meta_path)
+        specs = (_find(finder, name, locations) for finder in sys.meta_path)
         spec = next((candidate for candidate in specs if candidate is not None), None)
         if spec is None:
             raise _module_missing_error(path, module_name)
@@ -200,3 +273,15 @@ def _find_spec(path: str, module_name: str) -> tuple[ModuleSpec, ModuleSpec | No
     if spec is None:
         raise _module_missing_error(path, module_name)
     return spec, package
+
+
+def _find(finder: Any, name: str, locations: Sequence[str] | None) -> ModuleSpec | None:
+    """Call a finder for a module whose parent packages are not imported."""
+    spec: ModuleSpec | None
+    try:
+        spec = finder.find_spec(name, locations)
+    except KeyError:
+        # For a folder without __init__.py, PathFinder reads the path of the parent package from
+        # sys.modules. Without the name of the parent, it searches only the given locations.
+        spec = finder.find_spec(name.rpartition(".")[2], locations)
+    return spec

@@ -183,7 +183,7 @@ def inspect_split(parquet: Path, signature: Signature) -> SplitContents:
         DataRefused: there is no parquet file; or a file cannot be read within the limits of
             ``parquet_inspection``; or parts differ in the type of a column.
     """
-    files = _part_files(parquet)
+    files = part_files(parquet)
     columns = [use.column for use in column_uses(signature)]
     rows, kinds, batch_rows = 0, dict[str, str](), BATCH_ROWS
     values, longest = dict[str, int](), dict[str, int]()
@@ -210,7 +210,7 @@ def inspect_split(parquet: Path, signature: Signature) -> SplitContents:
     return SplitContents(files, rows, kinds, values, longest, frozenset(repeated), batch_rows)
 
 
-def _part_files(parquet: Path) -> tuple[Path, ...]:
+def part_files(parquet: Path) -> tuple[Path, ...]:
     """Return the parquet files of a split in reading order."""
     if parquet.is_file():
         return (parquet,)

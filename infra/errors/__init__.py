@@ -15,6 +15,7 @@ Refused                  the input cannot be used; a retry will not help
 ├─ CommandRefused        options of a command, or an order, cannot be used
 ├─ SettingRefused        a setting is missing or unusable
 ├─ BundleRefused         a bundle is unsafe, incomplete or inconsistent
+├─ DraftRefused          a draft cannot be written from a network and data
 ├─ DataRefused           data failed its checks or does not fit the signature
 ├─ FileRefused           a file the user named is missing, unreadable or of the wrong kind
 ├─ StoreRefused          a key, URI, record or folder does not have the form the store needs
@@ -37,6 +38,7 @@ base.py       the two base classes
 settings.py   settings
 commands.py   options and orders
 bundles.py    bundles, data and files
+drafts.py     drafts that are written from a network
 store.py      the object store and its records
 registry.py   the registry, promotions and Triton repositories
 runtimes.py   engines and scoring
@@ -49,6 +51,7 @@ from infra.errors.bundles import BundleRefused as BundleRefused
 from infra.errors.bundles import DataRefused as DataRefused
 from infra.errors.bundles import FileRefused as FileRefused
 from infra.errors.commands import CommandRefused as CommandRefused
+from infra.errors.drafts import DraftRefused as DraftRefused
 from infra.errors.processes import ChildFailed as ChildFailed
 from infra.errors.processes import NoAnswer as NoAnswer
 from infra.errors.processes import OutOfMemory as OutOfMemory

@@ -86,7 +86,7 @@ class BundleRefused(Refused):
         "architecture_class_missing": "architecture {path!r}: {module} has no class {name}; it "
         "has {classes}.",
         "architecture_without_classes": "architecture {path!r}: {module} has no class {name}, "
-        "and no other torch.nn.Module class.",
+        "and no other class that could be meant.",
         "architecture_no_class": "architecture {path!r} is a {kind}, not a torch.nn.Module class. "
         "Name the class that builds the network.",
         "architecture_no_module_class": "architecture {path!r} is a class, but not a "

@@ -28,6 +28,8 @@ class CommandRefused(Refused):
         "limit_unreadable": "{problem}",
         "target_unknown": "Target {target!r} is not among {targets}.",
         "setting_form": "Expected --set NAME=VALUE, such as --set scale=float32, got {got!r}.",
+        "pair_form": "Expected {option} KEY=VALUE, got {got!r}.",
+        "pair_repeated": "Expected each key of {option} once, got {key!r} twice.",
         "setting_unknown": "{method} has no setting {setting!r}; it has {settings}.",
         "table_format_unknown": "There is no table format {format!r}; there are {formats}.",
         "tables_missing": "{path} does not exist. Name a safetensors file, or a folder of shards.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from compressors.contracts import (
+    Architecture,
     Artifact,
     Frozen,
     JaggedBag,
@@ -153,7 +154,7 @@ def find_bundle(reference: str) -> BundleRef:
     """
     artifact = resolve(reference)
     manifest = parse_manifest(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
-    path, signature = manifest.network.architecture.path, manifest.signature
+    signature = manifest.signature
     return BundleRef(
         artifact=artifact,
         name=manifest.name,
@@ -166,8 +167,18 @@ def find_bundle(reference: str) -> BundleRef:
         grouped=signature.group is not None,
         weight_bytes=sum(record.bytes for record in manifest.files.values()),
         data_bytes=max((data.artifact.bytes for data in manifest.data.values()), default=0),
-        architecture=source_digest(path, load_settings().allowed_modules),
+        architecture=architecture_digest(manifest.network.architecture),
     )
+
+
+def architecture_digest(architecture: Architecture) -> str:
+    """Hash the source code of a network's class and of the classes that its arguments name.
+
+    Raises:
+        BundleRefused: a class is not in an allowed module, or has no source file.
+    """
+    allowed = load_settings().allowed_modules
+    return source_digest(architecture.path, allowed, architecture.argument_classes)
 
 
 def resolve(reference: str) -> Artifact:

@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressors.contracts import Artifact, Bench, Part, Split
+from torch import nn
+
+from compressors.contracts import Architecture, Artifact, Bench, Part, Split
 from compressors.core.model import Model
+from compressors.core.state.argument_values import register_argument_classes
 from compressors.core.state.module_state import largest_replaced, load
 from compressors.core.state.tensor_files import tensor_files
-from infra.bundle.architecture import network_class
+from infra.bundle.architecture import argument_classes, network_class
 from infra.bundle.bundle_folder import Manifest, SplitName, read
 from infra.errors import BundleRefused
 from infra.memory import require_memory
@@ -67,10 +70,21 @@ def model_of(folder: Path, manifest: Manifest) -> Model:
     if largest > MAX_LAYER_BYTES:
         raise BundleRefused("layer_too_large", name=name, most_bytes=MAX_LAYER_BYTES, got=largest)
     require_memory(largest, f"Building {name}")
-    architecture = network_class(network.architecture.path, load_settings().allowed_modules)
+    architecture = import_architecture(network.architecture)
     module = load(architecture, network, folder)
     files = tensor_files(module, folder)
     return Model(module, architecture, network, manifest.plan, files=files)
+
+
+def import_architecture(architecture: Architecture) -> type[nn.Module]:
+    """Import the class of a network and the classes that its arguments name.
+
+    Raises:
+        BundleRefused: a class is not in an allowed module, or cannot be imported.
+    """
+    allowed = load_settings().allowed_modules
+    register_argument_classes(argument_classes(architecture.argument_classes, allowed))
+    return network_class(architecture.path, allowed)
 
 
 def data_path(manifest: Manifest, split: SplitName) -> Path:

@@ -23,7 +23,6 @@ from compressors.contracts.reasons import Reason
 from compressors.core.smoke_test import smoke_test
 from compressors.core.state.module_state import construction_notes, map_tensors
 from compressors.core.state.tensor_files import write_tensors
-from infra.bundle.architecture import network_class
 from infra.bundle.bundle_folder import (
     MANIFEST,
     DataReference,
@@ -57,7 +56,7 @@ from tasks.bundles.bundle_ref import (
     resolve,
     write_bundle_record,
 )
-from tasks.bundles.loading import data_path, model_of
+from tasks.bundles.loading import data_path, import_architecture, model_of
 from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
@@ -129,8 +128,7 @@ def pack(folder: Path) -> Packed:
 def _pack(folder: Path) -> Packed:
     draft = read_draft(folder)
     _require_inside_draft(folder, draft)
-    architecture = draft.network.architecture
-    network = network_class(architecture.path, load_settings().allowed_modules)
+    network = import_architecture(draft.network.architecture)
     if "test" not in draft.data:
         raise BundleRefused("test_data_missing", folder=str(folder))
     require_items(draft.data, draft.signature, folder)

@@ -12,10 +12,8 @@ from typing import get_args
 from compressors.contracts import Artifact, Frozen, Signature, digest
 from compressors.contracts.task_kind import OutputForm
 from compressors.errors.orders import OrderRefused
-from infra.bundle.architecture import source_digest
 from infra.bundle.bundle_folder import MANIFEST, Manifest, parse_manifest
-from infra.settings import load_settings
-from tasks.bundles.bundle_ref import BundleRef, resolve
+from tasks.bundles.bundle_ref import BundleRef, architecture_digest, resolve
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import version_report
 
@@ -141,7 +139,7 @@ def _read_teacher(artifact: Artifact, student: Manifest) -> Teacher:
         artifact=artifact,
         name=f"{manifest.name}@{manifest.version}",
         forms=tuple(output.form for output in manifest.signature.outputs),
-        architecture=source_digest(architecture.path, load_settings().allowed_modules),
+        architecture=architecture_digest(architecture),
         needs_own_rows=manifest.signature.inputs != student.signature.inputs
         or architecture != student.network.architecture,
     )

@@ -169,6 +169,28 @@ def test_source_digest_changes_when_a_file_is_renamed(package):
     assert source_digest("shopnets:Ranker", ALLOWED) != before
 
 
+def test_source_digest_covers_folders_without_init_file_and_imports_nothing(package):
+    (package / "__init__.py").unlink()
+    (package / "nested").mkdir()
+    write(package / "nested" / "ranker.py", NETWORK)
+    before = source_digest("shopnets.nested.ranker:Ranker", ALLOWED)
+    write(package / "nested" / "layers.py", "")
+    assert source_digest("shopnets.nested.ranker:Ranker", ALLOWED) != before
+    assert "shopnets" not in sys.modules
+
+
+def test_source_digest_covers_the_packages_of_argument_classes(package, tmp_path):
+    write(tmp_path / "shopnets2.py", "class Settings:\n    pass\n")
+    allowed = ("shopnets", "shopnets2")
+    path, arguments = "shopnets.ranker:Ranker", ("shopnets2:Settings",)
+    before = source_digest(path, allowed, arguments)
+    assert (
+        before != source_digest(path, allowed) == source_digest(path, allowed, ("torch.nn:ReLU",))
+    )
+    write(tmp_path / "shopnets2.py", "class Settings:\n    dim = 3\n")
+    assert source_digest(path, allowed, arguments) != before
+
+
 def test_source_digest_imports_no_module(package):
     write(package / "__init__.py", "raise RuntimeError('imported')\n")
     assert len(source_digest("shopnets.ranker:Ranker", ALLOWED)) == 64

@@ -27,7 +27,7 @@ FAULTS = (
     Fault(
         id="allow-list-checked-after-import",
         file="infra/bundle/architecture.py",
-        old="    if not any(_is_within(module_name, root) for root in allowed):\n        raise BundleRefused(\n"
+        old="    if not any(is_within(module_name, root) for root in allowed):\n        raise BundleRefused(\n"
         '            "architecture_not_allowed",',
         new="    if not allowed:\n        raise BundleRefused(\n"
         '            "architecture_not_allowed",',
@@ -37,10 +37,21 @@ FAULTS = (
     Fault(
         id="architecture-getattr-runs-code",
         file="infra/bundle/architecture.py",
-        old="network = vars(module).get(class_name)",
-        new="network = getattr(module, class_name, None)",
+        old="loaded = vars(module).get(class_name)",
+        new="loaded = getattr(module, class_name, None)",
         effect="The __getattr__ of a module determines the class of a bundle.",
         tests=(f"{ARCHITECTURE}::test_network_class_does_not_call_the_getattr_of_a_module",),
+    ),
+    Fault(
+        id="argument-classes-of-any-module",
+        file="infra/bundle/architecture.py",
+        old="    return _import_class(path, allowed, object)",
+        new="    return _import_class(path, (module_name,), object)",
+        effect="A bundle creates objects of modules that are not allowed.",
+        tests=(
+            "tests/infra/test_live_model.py::"
+            "test_argument_class_of_another_module_raises_before_it_is_imported",
+        ),
     ),
     Fault(
         id="attribute-names-run-as-code",

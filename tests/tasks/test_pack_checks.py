@@ -169,6 +169,14 @@ def test_random_attribute_that_changes_no_score_is_accepted(
     pack(write_changed_draft(home, monkeypatch, init=init))
 
 
+def test_network_that_fails_on_one_row_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = "torch.stack([score, 0 * score], dim=1).squeeze()[:, 0]"
+    with raises_code(ModelRefused, "single_row_fails", problem=Text("too many indices")):
+        pack(write_changed_draft(home, monkeypatch, score=score))
+
+
 def test_dropout_in_evaluation_mode_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score = "nn.functional.dropout(score, 0.5)"
     with raises_code(ModelRefused, "calls_differ"):

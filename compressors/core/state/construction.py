@@ -27,6 +27,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from compressors.contracts import is_out_of_memory
+from compressors.core.state.argument_values import decode_arguments
 from compressors.core.state.meta_device import (
     ACCELERATOR,
     ConstructionLimits,
@@ -86,11 +87,11 @@ def _construct_unchecked(
     try:
         # A copy of the limits, because each created tensor is subtracted from them.
         with parameters_on_meta(copy.copy(limits)) as placement:
-            module = architecture(**copy.deepcopy(dict(config)))
+            module = architecture(**decode_arguments(config))
     except TooLarge as error:
         raise ConstructionFailed("tensors_too_large", problem=str(error)) from error
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, ConstructionFailed):
             raise
         reason = f"its constructor reads weight values ({_source_line(error)})"
         return _construct_with_note(architecture, config, reason, limits)
@@ -234,11 +235,11 @@ def _construct_on_cpu(
     """Build a network with its initial weights; also return the context it was built in."""
     try:
         with on_cpu(copy.copy(limits)) as placement:
-            module = architecture(**copy.deepcopy(dict(config)))
+            module = architecture(**decode_arguments(config))
     except TooLarge as error:
         raise ConstructionFailed("tensors_too_large", problem=str(error)) from error
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, ConstructionFailed):
             raise
         raise _construction_error(architecture, error) from error
     return module, placement

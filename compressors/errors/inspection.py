@@ -1,0 +1,35 @@
+"""Errors of inspecting a trained network to describe its inputs and outputs."""
+
+from typing import ClassVar
+
+from compressors.errors.compression import CompressionError
+
+
+class InspectionFailed(CompressionError):
+    """The inputs or outputs of a network cannot be derived from a call with the user's data."""
+
+    sentences: ClassVar = {
+        "arguments_unknown": "Expected a column of the data for each argument of {architecture}"
+        ".forward, got no column for {names}. The columns are {columns}. Name those that fill each "
+        "argument, such as --input {first}=COLUMN, or --input {first}=COLUMN,COLUMN for several. "
+        "Lengths, masks, positions and offsets of lists are --input {first}=lengths(LISTS), and so "
+        "on, with the argument of the lists.",
+        "arguments_variable": "Expected an argument of {architecture}.forward for each input, got "
+        "*{name}. Wrap the network in a class whose forward names its inputs.",
+        "columns_missing": "Expected columns of the data in --input {name}, got {missing}. The "
+        "columns are {columns}.",
+        "network_fails": "{architecture} fails on {rows} rows of the data: {problem}. Its inputs "
+        "were {inputs}. If a column fills another argument, name it with --input.",
+        "list_with_offset": "Expected the ids of the lists in column {column} as the rows of "
+        "{tables}, got rows that are {offset} larger. Add {offset} in the data.",
+        "padding_matters": "Expected a network that ignores padding, because the lists of column "
+        "{column} have {shortest} to {longest} ids; got other outputs with more padding "
+        "({padding_id}) on the right, and on the left. Pad the lists in the data to one length, as "
+        "in training, or let the network mask {padding_id}.",
+        "outputs_unknown": "Expected one number per row from {architecture}, or a tuple or mapping "
+        "of them; got {got}.",
+        "labels_count": "Expected a label for each of the {expected} outputs of {architecture}, "
+        "got {got}. Give --label COLUMN for each, in their order.",
+        "labels_unnamed": "Expected labels for outputs of {architecture}, which are {names}; got "
+        "{got}. Give --label OUTPUT=COLUMN.",
+    }

@@ -1,0 +1,13 @@
+"""Inspect a trained network with rows of the user's data, to write its signature.
+
+The network is called with a sample of rows, and again with other values in one column; the lookups
+and outputs that change are those that read the column.
+
+sample.py            the sampled columns, and the tensors they fill
+forward_arguments.py how the network's forward receives its inputs, and which columns fill them
+observed_call.py     call a network and record its lookups
+lookups.py           find the tables in which each column is looked up
+list_inputs.py       find how a network treats the padding and the order of lists
+inputs.py            the inputs of the signature
+outputs.py           the outputs of the signature
+"""

@@ -1,0 +1,254 @@
+"""Find how a network's ``forward`` receives its inputs, and which columns fill each of them."""
+
+import fnmatch
+import inspect
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from torch import nn
+
+from compressors.errors.inspection import InspectionFailed
+from compressors.inspection.sample import Sample
+
+CallForm = Literal["keywords", "mapping"]
+MaskType = Literal["float32", "bool", "int64"]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One input tensor of a network.
+
+    Attributes:
+        name: the argument of ``forward``, or the key in its mapping.
+        columns: the columns that fill the tensor, in their order.
+        widths: for each column, the number of columns of the tensor that a list fills; 0 for a
+            number. Only the parts of a matrix have several columns of which one is a list.
+        offsets: name of the argument with the position of each row's first id, if lists are
+            concatenated; None otherwise.
+        lengths: name of the argument with the length of each list; None if there is none.
+        mask: name of the argument that is 1 at ids and 0 at padding; None if there is none.
+        positions: name of the argument with the place of each id; None if there is none.
+        first_position: the place of the first id.
+        mask_dtype: dtype of the mask.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    widths: tuple[int, ...]
+    offsets: str | None = None
+    lengths: str | None = None
+    mask: str | None = None
+    positions: str | None = None
+    first_position: int = 0
+    mask_dtype: MaskType = "float32"
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """The arguments that accompany the lists, except offsets."""
+        names = (self.mask, self.lengths, self.positions)
+        return tuple(name for name in names if name is not None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The inputs of a network, and how ``forward`` receives them."""
+
+    call: CallForm
+    arguments: tuple[Argument, ...]
+
+
+# What a user writes for an argument that accompanies the list of another one, such as
+# lengths(history).
+_COMPANION = re.compile(r"(offsets|lengths|mask|positions|positions_from_1)\((\w+)\)")
+
+# Names of the arguments that accompany a list, with the list's name in place of {}. The names
+# without it are accepted if the network has only one list.
+_COMPANIONS = {
+    "offsets": ("{}_offsets", "offsets"),
+    "lengths": ("{}_lengths", "{}_length", "lengths", "length"),
+    "mask": ("{}_mask", "mask", "attention_mask"),
+    "positions": ("{}_positions", "positions", "position_ids"),
+}
+
+
+def layouts(
+    network: nn.Module, sample: Sample, given: Mapping[str, Sequence[str]], excluded: Sequence[str]
+) -> Iterator[Layout]:
+    """Yield the layouts to try, the most probable first.
+
+    Args:
+        network: the network.
+        sample: the columns of the data.
+        given: columns by argument, as the user named them. A column may be a pattern such as
+            ``d*``; ``lengths(history)``, and the same with ``offsets``, ``mask``, ``positions`` or
+            ``positions_from_1``, is computed from the lists that fill the argument ``history``.
+        excluded: columns that are no inputs unless the user names them, such as labels.
+
+    Raises:
+        InspectionFailed: an argument has no column, or the user named a column that is missing.
+    """
+    computed = {
+        name: match.groups()
+        for name, columns in given.items()
+        if (match := _COMPANION.fullmatch(",".join(columns)))
+    }
+    named = {
+        name: _resolve_columns(name, columns, sample)
+        for name, columns in given.items()
+        if name not in computed
+    }
+    parameters = _parameters(network)
+    required = [name for name, parameter in parameters.items() if _is_required(parameter)]
+    known: dict[str, tuple[str, ...]] = {
+        name: (name,) for name in parameters if name in sample and name not in computed
+    }
+    known |= named
+    lists = [name for name in known if name in parameters and _is_list(known[name], sample)]
+    companions_of = {
+        name: {
+            **_companions(name, parameters, {*known, *computed}, only=len(lists) == 1),
+            **{role: argument for argument, (role, of) in computed.items() if of == name},
+        }
+        for name in lists
+    }
+    companions = {argument for roles in companions_of.values() for argument in roles.values()}
+    missing = [name for name in required if name not in known and name not in companions]
+    if not missing and all(name in parameters for name in named):
+        arguments = [
+            _argument(name, known[name], sample, companions_of.get(name, {}))
+            for name in parameters
+            if name in known
+        ]
+        yield Layout("keywords", tuple(arguments))
+        return
+    if len(required) != 1:
+        raise _arguments_unknown(network, missing, sample)
+    # The only argument is one matrix or a mapping from names to tensors.
+    if not named and (matrix := _described_matrix(network, required[0], sample)) is not None:
+        yield Layout("keywords", (matrix,))
+        return
+    of_mapping = named or {name: (name,) for name in sample if name not in excluded}
+    yield Layout(
+        "mapping", tuple(_argument(name, columns, sample) for name, columns in of_mapping.items())
+    )
+    if not named:
+        columns = [name for name in sample if name not in excluded and not sample[name].is_list]
+        yield Layout("keywords", (_argument(required[0], columns, sample),))
+
+
+def _described_matrix(network: nn.Module, name: str, sample: Sample) -> Argument | None:
+    """Return the matrix whose columns the attribute ``feature_index`` describes.
+
+    Models of DeepCTR-Torch have it: the first column of each feature, and the one after its last.
+
+    Raises:
+        InspectionFailed: the data has no column for a feature.
+    """
+    index = getattr(network, "feature_index", None)
+    if not isinstance(index, Mapping):
+        return None
+    if missing := [feature for feature in index if feature not in sample]:
+        raise _arguments_unknown(network, missing, sample)
+    widths = (
+        stop - start if sample[feature].is_list else 0 for feature, (start, stop) in index.items()
+    )
+    return Argument(name, tuple(index), tuple(widths))
+
+
+def _parameters(network: nn.Module) -> dict[str, inspect.Parameter]:
+    """Return the parameters of ``forward`` by name.
+
+    Raises:
+        InspectionFailed: it takes any number of arguments.
+    """
+    parameters = dict(inspect.signature(network.forward).parameters)
+    for name, parameter in parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise InspectionFailed(
+                "arguments_variable", architecture=type(network).__name__, name=name
+            )
+    return parameters
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty
+
+
+def _resolve_columns(name: str, patterns: Sequence[str], sample: Sample) -> tuple[str, ...]:
+    """Return the columns that the patterns of one argument name, in their order.
+
+    Raises:
+        InspectionFailed: a pattern names no column.
+    """
+    columns: list[str] = []
+    missing = []
+    for pattern in patterns:
+        matching = [pattern] if pattern in sample else fnmatch.filter(sample, pattern)
+        columns += matching
+        if not matching:
+            missing.append(pattern)
+    if missing:
+        raise InspectionFailed(
+            "columns_missing", name=name, missing=tuple(missing), columns=tuple(sample)
+        )
+    return tuple(dict.fromkeys(columns))
+
+
+def _is_list(columns: Sequence[str], sample: Sample) -> bool:
+    return len(columns) == 1 and sample[columns[0]].kind == "integer_list"
+
+
+def _companions(
+    name: str,
+    parameters: Mapping[str, inspect.Parameter],
+    known: Container[str],
+    *,
+    only: bool,
+) -> dict[str, str]:
+    """Return the arguments that accompany a list, by their role."""
+    found = {}
+    for role, patterns in _COMPANIONS.items():
+        for pattern in patterns:
+            argument = pattern.format(name)
+            if argument in parameters and argument not in known and (only or "{}" in pattern):
+                found[role] = argument
+                break
+    return found
+
+
+def _argument(
+    name: str,
+    columns: Sequence[str],
+    sample: Sample,
+    companions: Mapping[str, str] = MappingProxyType({}),
+) -> Argument:
+    """Return an argument that columns fill; among several, a list has the longest length."""
+    widths = [
+        sample[column].longest if sample[column].is_list and len(columns) > 1 else 0
+        for column in columns
+    ]
+    return Argument(
+        name,
+        tuple(columns),
+        tuple(widths),
+        offsets=companions.get("offsets"),
+        lengths=companions.get("lengths"),
+        mask=companions.get("mask"),
+        positions=companions.get("positions_from_1", companions.get("positions")),
+        first_position=int("positions_from_1" in companions),
+    )
+
+
+def _arguments_unknown(
+    network: nn.Module, missing: Sequence[str], sample: Sample
+) -> InspectionFailed:
+    return InspectionFailed(
+        "arguments_unknown",
+        architecture=type(network).__name__,
+        names=tuple(missing),
+        first=next(iter(missing), "NAME"),
+        columns=tuple(sample),
+    )

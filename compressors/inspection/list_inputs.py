@@ -1,0 +1,200 @@
+"""Find how a network treats the lists of one column: their padding, and the order of their ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressors.contracts import JaggedBag, PaddedBag, SequenceInput
+from compressors.errors.inspection import InspectionFailed
+from compressors.inspection.forward_arguments import Argument, CallForm
+from compressors.inspection.lookups import same_outputs
+from compressors.inspection.observed_call import (
+    CallFailed,
+    Lookup,
+    Padded,
+    Tensors,
+    argument_tensors,
+    observe,
+)
+from compressors.inspection.sample import Padding, Sample, SampleColumn
+
+FURTHER = 3
+"""Positions that are added to find whether the length of the tensor affects the output."""
+
+
+@dataclass(frozen=True)
+class ListCall:
+    """One call of a network whose lists are to be described.
+
+    Attributes:
+        network: the network.
+        call: how its ``forward`` receives the tensors.
+        arguments: the argument that the lists fill, and after it those with lists of the same
+            lengths, which are always padded alike.
+        sample: the sampled columns.
+        tensors: all input tensors.
+        lookups: the lookups of the call with ``tensors``.
+    """
+
+    network: nn.Module
+    call: CallForm
+    arguments: tuple[Argument, ...]
+    sample: Sample
+    tensors: Tensors
+    lookups: tuple[Lookup, ...]
+
+    @property
+    def argument(self) -> Argument:
+        """The argument to be described."""
+        return self.arguments[0]
+
+    @property
+    def column(self) -> SampleColumn:
+        """Its column of lists."""
+        return self.sample[self.argument.columns[0]]
+
+    def outputs(self, sample: Sample, padded: Padded) -> Any:
+        """Return the outputs for another sample or padding; None if the network fails."""
+        tensors = dict(self.tensors)
+        for argument in self.arguments:
+            dtype = self.tensors[argument.name].dtype
+            tensors |= argument_tensors(argument, sample, dtype, padded)
+        try:
+            return observe(self.network, self.call, tensors).returned
+        except CallFailed:
+            return None
+
+
+def with_equal_lengths(
+    argument: Argument, others: Sequence[Argument], sample: Sample
+) -> tuple[Argument, ...]:
+    """Return an argument, and the other ones whose lists have its lengths in every row.
+
+    Lists that all have one length are padded in the data, and are in no group.
+    """
+    lengths = _lengths(argument, sample)
+    if len(set(lengths)) < 2 or argument.offsets is not None:
+        return (argument,)
+    equal = [
+        other
+        for other in others
+        if other != argument and other.offsets is None and _lengths(other, sample) == lengths
+    ]
+    return (argument, *equal)
+
+
+def _lengths(argument: Argument, sample: Sample) -> tuple[int, ...]:
+    """Return the length of each list; none if the argument has no single column of lists."""
+    column = sample[argument.columns[0]]
+    if len(argument.columns) > 1 or not column.is_list:
+        return ()
+    return tuple(len(values) for values in column.values)
+
+
+def describe_list(
+    lists: ListCall, tables: tuple[str, ...], padding_id: int
+) -> tuple[PaddedBag | JaggedBag | SequenceInput, str]:
+    """Return the input of an argument that one column of lists fills, and the reason for its kind.
+
+    A network that gives the same scores with further padding receives a sequence, or a padded bag
+    if the order of the ids does not matter either. Otherwise all lists must have one length.
+
+    Args:
+        lists: the call of the network.
+        tables: the tables in which the ids are looked up.
+        padding_id: the id of padding.
+
+    Raises:
+        InspectionFailed: the lists have different lengths, and padding changes the outputs.
+    """
+    argument, column = lists.argument, lists.column
+    common: dict[str, Any] = {
+        "name": argument.name,
+        "columns": argument.columns,
+        "table": tables[0],
+        "more_tables": tables[1:],
+    }
+    longest = max(1, column.longest)
+    if argument.offsets is not None:
+        return JaggedBag(**common, shape=(longest,)), "concatenated lists with offsets"
+    bag = PaddedBag(**common, shape=(longest,), padding_id=padding_id)
+    if column.shortest == column.longest and not argument.companions:
+        return bag, f"every list has {longest} ids"
+    side = _padding_side(lists, padding_id)
+    if side is None:
+        raise InspectionFailed(
+            "padding_matters",
+            column=column.name,
+            shortest=column.shortest,
+            longest=column.longest,
+            padding_id=padding_id,
+        )
+    is_alone = len(lists.arguments) == 1 and not argument.companions
+    if side == "right" and is_alone and _is_unordered(lists, padding_id):
+        return bag, "the order of the ids does not change the output"
+    first_position = _first_position(lists)
+    sequence = SequenceInput(
+        **common,
+        shape=(longest,),
+        min_length=column.shortest,
+        padding=side,
+        padding_id=padding_id,
+        mask=argument.mask,
+        mask_dtype=argument.mask_dtype,
+        lengths=argument.lengths,
+        positions=argument.positions,
+        first_position=first_position,
+    )
+    reason = f"padding on the {side} does not change the output"
+    return sequence, f"{reason}; positions from {first_position}" if argument.positions else reason
+
+
+def _padding_side(lists: ListCall, padding_id: int) -> Padding | None:
+    """Return the side on which further padding changes no output; None if there is none."""
+    length = _longest(lists)
+    sides: tuple[Padding, ...] = ("right", "left")
+    for side in sides:
+        outputs = lists.outputs(lists.sample, Padded(length, side, padding_id))
+        longer = lists.outputs(lists.sample, Padded(length + FURTHER, side, padding_id))
+        if outputs is not None and longer is not None and same_outputs(outputs, longer):
+            return side
+    return None
+
+
+def _is_unordered(lists: ListCall, padding_id: int) -> bool:
+    """Return whether the outputs stay the same if the ids of each list are reversed."""
+    column = lists.column
+    reverse = replace(column, values=tuple(values[::-1].copy() for values in column.values))
+    padded = Padded(_longest(lists), "right", padding_id)
+    outputs = lists.outputs(lists.sample, padded)
+    reversed_outputs = lists.outputs({**lists.sample, column.name: reverse}, padded)
+    return reversed_outputs is not None and same_outputs(outputs, reversed_outputs)
+
+
+def _first_position(lists: ListCall) -> int:
+    """Return the position of the first id.
+
+    It is 1 if positions are looked up in a table with one row more than the longest list, because
+    position 0 is then that of padding.
+    """
+    argument = lists.argument
+    if argument.positions is None or argument.first_position == 1:
+        return argument.first_position
+    positions = lists.tensors[argument.positions]
+    tables = {lookup.table for lookup in lists.lookups if torch.equal(lookup.ids, positions)}
+    rows = {getattr(lists.network.get_submodule(table), "num_embeddings", 0) for table in tables}
+    return int(rows == {lists.column.longest + 1})
+
+
+def _longest(lists: ListCall) -> int:
+    """Return the length of the longest list in the sample, at least 1."""
+    return max(1, *(len(values) for values in lists.column.values))
+
+
+def padding_id_of(network: nn.Module, table: str) -> int:
+    """Return the ``padding_idx`` of a table, or 0 if it has none."""
+    padding = getattr(network.get_submodule(table), "padding_idx", None)
+    return 0 if padding is None else int(padding)

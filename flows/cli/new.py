@@ -1,0 +1,154 @@
+"""The command ``recpress new``: write a draft from a trained network and its data."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.cli.console import write, write_line, write_table
+from flows.cli.options import Json
+
+if TYPE_CHECKING:
+    from tasks.bundles.new_draft import NewDraft
+
+CANDIDATES = 10
+"""Most columns that the question about the label lists."""
+
+
+def new(
+    folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="The trained network as MODULE:NAME: a variable, or a function that returns it; "
+            "with --weights its class.",
+            metavar="MODULE:NAME",
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(help="Folder with train.parquet and test.parquet, or folders of these names."),
+    ],
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column with the labels; for several outputs one --label for each, in their "
+            "order, or OUTPUT=COLUMN.",
+            metavar="COLUMN",
+        ),
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Column that groups rows, such as by user or query.")
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="Column with the time of a row.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="Metric that decides quality (default: auc, or ndcg@10 for grades)."),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="Columns that fill an argument of another name: ids=user,item or dense=d*.",
+            metavar="ARGUMENT=COLUMNS",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model (default: that of its class).")
+    ] = None,
+    version: Annotated[str, typer.Option(help="Version of the model.")] = "1",
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights of the class, a .safetensors file.")
+    ] = None,
+    config: Annotated[str, typer.Option(help="Keyword arguments of the class, as JSON.")] = "{}",
+    as_json: Json = False,
+) -> None:
+    """Write the draft of a bundle from a trained network and its data."""
+    from tasks.bundles.new_draft import DraftRequest, label_candidates, new_draft
+
+    labels = _pairs("--label", label or [], key_is_optional=True)
+    if not labels and sys.stdin.isatty():
+        candidates = label_candidates(data)
+        write_line(f"Columns of numbers: {', '.join(candidates[:CANDIDATES])}")
+        answer = typer.prompt("Column with the labels", default=(candidates or ("",))[0])
+        labels = {answer: answer}
+    request = DraftRequest(
+        folder=folder,
+        model=model,
+        data=data,
+        labels=labels,
+        metric=metric,
+        group=group,
+        time=time,
+        inputs={
+            argument: tuple(names.split(","))
+            for argument, names in _pairs("--input", columns or []).items()
+        },
+        name=name,
+        version=version,
+        weights=weights,
+        config=config,
+    )
+    written = new_draft(request)
+    if as_json:
+        write(written.draft.model_dump_json(indent=1))
+    else:
+        _show(written)
+
+
+def _pairs(option: str, values: list[str], *, key_is_optional: bool = False) -> dict[str, str]:
+    """Parse the values ``KEY=VALUE`` of an option; a value without key is its key too.
+
+    Raises:
+        CommandRefused: a value has another form, or a key occurs twice.
+    """
+    from infra.errors import CommandRefused
+
+    pairs: dict[str, str] = {}
+    for given in values:
+        key, separator, value = given.partition("=")
+        if not separator and key_is_optional:
+            value = key
+        if not key or not value:
+            raise CommandRefused("pair_form", option=option, got=given)
+        if key in pairs:
+            raise CommandRefused("pair_repeated", option=option, key=key)
+        pairs[key] = value
+    return pairs
+
+
+def _show(written: "NewDraft") -> None:
+    """Print the signature of a draft, and the next commands."""
+    draft = written.draft
+    rows = [
+        [
+            item.name,
+            f"{item.kind} of {len(item.fields)} parts" if item.kind == "matrix" else item.kind,
+            ", ".join(item.columns[:4]) + (", ..." if len(item.columns) > 4 else ""),
+            written.reasons[item.name],
+        ]
+        for item in draft.signature.inputs
+    ]
+    write_table(["input", "kind", "columns", "reason"], rows)
+    write_table(
+        ["output", "kind", "form", "label", "metric"],
+        [
+            [item.name, item.kind, item.form, item.label or "", item.metric]
+            for item in draft.signature.outputs
+        ],
+    )
+    tables = ", ".join(f"{name} ({rows:,})" for name, rows in sorted(written.rows_of_table.items()))
+    write_line(f"Tables (rows): {tables or 'none'}")
+    if written.unused:
+        write_line(f"No effect on the output: {', '.join(written.unused)}")
+    write_line(
+        f"Wrote {written.folder}/model.json and {written.weight_bytes:,} bytes of weights. A "
+        "network built from them has the same scores."
+    )
+    write_line("Next:")
+    write_line(f"  recpress bundle pack {written.folder}")
+    write_line(
+        f"  recpress compress {draft.name} --preset fast --target onnxruntime "
+        f'--limit "{draft.signature.outputs[0].metric} vs baseline >= -0.002"'
+    )

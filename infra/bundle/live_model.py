@@ -1,0 +1,231 @@
+"""Import a trained network from a user's module, and describe how it was constructed.
+
+A bundle builds a network from its class and arguments that JSON can represent, but a network in
+memory does not store its arguments. So ``import_network`` records the arguments of constructors
+while the user's code runs, and ``describe_architecture`` writes those of the network, also where
+they are objects (``compressors/contracts/network.py``).
+"""
+
+import dataclasses
+import enum
+import importlib
+import inspect
+import math
+import numbers
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from compressors.contracts import ARGUMENTS, CLASS, Architecture, is_out_of_memory
+from infra.bundle.architecture import (
+    LAYERS,
+    argument_classes,
+    import_allowed_module,
+    is_within,
+)
+from infra.errors import DraftRefused
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class ConstructorCalls:
+    """The objects that were constructed while the calls were recorded, with their arguments.
+
+    Only layers and objects of allowed modules are recorded, since a bundle can name no others, and
+    a script may construct many large objects.
+
+    Attributes:
+        allowed: modules that may be imported, as in ``network_class``.
+        arguments: by ``id`` of an object, the object and its constructor's arguments by name. The
+            object is stored so that no later object receives its ``id``.
+    """
+
+    allowed: Sequence[str]
+    arguments: dict[int, tuple[object, dict[str, Any]]] = field(default_factory=dict)
+
+    def record(self, frame: FrameType, event: str, _: object) -> None:
+        """Record one call of an ``__init__``; a profile function of ``sys.setprofile``."""
+        code = frame.f_code
+        if event != "call" or code.co_name != "__init__" or code.co_argcount == 0:
+            return
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        values = dict(frame.f_locals)
+        constructed = values[names[0]]
+        if id(constructed) in self.arguments:  # the constructor of a base class
+            return
+        if not _can_be_named(type(constructed), self.allowed):
+            return
+        arguments = {name: values[name] for name in names[1:] if name in values}
+        further = iter(code.co_varnames[len(names) :])
+        if code.co_flags & inspect.CO_VARARGS and values.get(name := next(further)):
+            arguments[f"*{name}"] = values[name]
+        if code.co_flags & inspect.CO_VARKEYWORDS:
+            arguments |= values.get(next(further), {})
+        self.arguments[id(constructed)] = (constructed, arguments)
+
+
+def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, ConstructorCalls]":
+    """Import a trained network, or call a function without arguments that returns one.
+
+    Args:
+        path: the variable or function in the form ``module:name``.
+        allowed: modules that may be imported, as in ``network_class``.
+
+    Returns:
+        The network in evaluation mode, and the recorded constructor calls.
+
+    Raises:
+        BundleRefused: the module is not allowed or cannot be imported.
+        DraftRefused: there is no such name, the function fails, or the value is no network.
+    """
+    import torch
+
+    calls = ConstructorCalls(allowed)
+    # Standard output has only the results of the command, not what the user's code prints.
+    with _recorded(calls), redirect_stdout(sys.stderr):
+        module = import_allowed_module(path, allowed)
+        name = path.partition(":")[2]
+        if name not in vars(module):
+            raise DraftRefused("model_missing", path=path, names=_candidates(vars(module)))
+        value = vars(module)[name]
+        if inspect.isclass(value):
+            raise DraftRefused("model_is_class", path=path)
+        if not isinstance(value, torch.nn.Module) and callable(value):
+            try:
+                value = value()
+            except (Exception, SystemExit) as fault:  # the user's code may raise any exception
+                if is_out_of_memory(fault):
+                    raise
+                raise DraftRefused(
+                    "model_function_failed", path=path, problem=repr(fault)
+                ) from fault
+    if not isinstance(value, torch.nn.Module):
+        raise DraftRefused("model_no_network", path=path, kind=type(value).__name__)
+    return value.eval(), calls
+
+
+def _candidates(names: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of networks and functions that a module defines."""
+    import torch
+
+    return tuple(
+        name
+        for name, value in names.items()
+        if isinstance(value, torch.nn.Module)
+        or (inspect.isfunction(value) and value.__module__ == names.get("__name__"))
+    )
+
+
+def _can_be_named(of: type, allowed: Sequence[str]) -> bool:
+    """Return whether a bundle may name a class as that of an argument."""
+    import torch
+
+    return issubclass(of, torch.nn.Module) or any(
+        is_within(of.__module__, root) for root in allowed
+    )
+
+
+@contextmanager
+def _recorded(calls: ConstructorCalls) -> Iterator[None]:
+    """Record constructor calls of this thread; another profile function is paused."""
+    previous = sys.getprofile()
+    sys.setprofile(calls.record)
+    try:
+        yield
+    finally:
+        sys.setprofile(previous)
+
+
+def describe_architecture(network: "nn.Module", calls: ConstructorCalls) -> Architecture:
+    """Return the class of a network and the arguments it was constructed with.
+
+    Arguments that equal their default are left out.
+
+    Raises:
+        DraftRefused: the network was not constructed while calls were recorded, or an argument
+            cannot be stored.
+    """
+    path = class_path(type(network))
+    arguments = _recorded_arguments(network, calls)
+    if arguments is None:
+        raise DraftRefused("model_not_constructed", architecture=path)
+    config = {
+        name: _encode(value, calls, place=f"{type(network).__name__}({name})")
+        for name, value in arguments.items()
+    }
+    return Architecture(path=path, config=config)
+
+
+def class_path(of: type) -> str:
+    """Return the path ``module:Class`` of a class, which for layers of torch is ``torch.nn:Class``.
+
+    Raises:
+        DraftRefused: the class cannot be imported by this path.
+    """
+    import torch
+
+    if vars(torch.nn).get(of.__name__) is of:
+        return f"{LAYERS}:{of.__name__}"
+    module = importlib.import_module(of.__module__)
+    if of.__module__ == "__main__" or vars(module).get(of.__name__) is not of:
+        raise DraftRefused("class_not_importable", name=of.__qualname__, module=of.__module__)
+    return f"{of.__module__}:{of.__name__}"
+
+
+def _recorded_arguments(value: object, calls: ConstructorCalls) -> dict[str, Any] | None:
+    """Return the arguments that differ from their defaults; None if no call was recorded."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):  # a named tuple
+        return dict(value._asdict())
+    if isinstance(value, enum.Enum):
+        return {"value": value.value}
+    if id(value) not in calls.arguments:
+        return None
+    parameters = inspect.signature(type(value)).parameters
+    return {
+        name: argument
+        for name, argument in calls.arguments[id(value)][1].items()
+        if name not in parameters or parameters[name].default is not argument
+    }
+
+
+def _encode(value: Any, calls: ConstructorCalls, *, place: str) -> Any:
+    """Return the JSON value that describes an argument.
+
+    Args:
+        value: the argument, or a part of it.
+        calls: the recorded constructor calls.
+        place: where the value is, for the error message.
+
+    Raises:
+        DraftRefused: JSON and the constructors of classes cannot represent the value.
+    """
+    import torch
+
+    if value is None or (isinstance(value, bool | str) and not isinstance(value, enum.Enum)):
+        return value
+    if isinstance(value, numbers.Integral) and not isinstance(value, enum.Enum):
+        return int(value)
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, torch.device):
+        return str(value)
+    if isinstance(value, type):
+        return {CLASS: class_path(value)}
+    arguments = _recorded_arguments(value, calls)
+    if arguments is not None and not any(name.startswith("*") for name in arguments):
+        encoded = {
+            name: _encode(item, calls, place=f"{place}.{name}") for name, item in arguments.items()
+        }
+        return {CLASS: class_path(type(value)), ARGUMENTS: encoded}
+    if isinstance(value, list | tuple):
+        return [_encode(item, calls, place=f"{place}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _encode(item, calls, place=f"{place}[{key!r}]") for key, item in value.items()}
+    if dataclasses.is_dataclass(value):  # of a module that is not allowed: raises
+        argument_classes((class_path(type(value)),), calls.allowed)
+    raise DraftRefused("argument_not_stored", place=place, kind=type(value).__name__)

@@ -1,0 +1,165 @@
+"""Sample rows of a user's data, and summarize its columns, before a signature exists."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from infra.data.parquet import SplitContents, batches, flatten, part_files
+from infra.data.parquet_inspector import inspect_parquet
+from infra.errors import DraftRefused
+
+SAMPLE_ROWS = 256
+"""Rows of the sample. A chance match of ids with another column, or of logits with the range of
+probabilities, is then improbable."""
+
+USABLE = {
+    "integer": "integer",
+    "boolean": "integer",
+    "float": "float",
+    "list of integer": "integer_list",
+    "list of float": "float_list",
+}
+"""The types of columns that a network can read, and their kind in a summary."""
+
+OTHER = "other"
+"""The kind of a column of any other type."""
+
+TRAIN = "train"
+
+
+@dataclass
+class ColumnSummary:
+    """The sampled values of one column, and statistics of all its values in all splits.
+
+    Attributes:
+        kind: a value of ``USABLE``, or ``OTHER``.
+        values: int64 or float32 ``(rows,)``, or one such array per row; none of another type.
+        shortest: length of the shortest list; 0 without lists.
+        longest: length of the longest list; 0 without lists.
+        low: smallest integer; 0 for floats.
+        high: largest integer; 0 for floats.
+    """
+
+    kind: str
+    values: Any = field(default_factory=list)
+    shortest: int = 0
+    longest: int = 0
+    low: int = 0
+    high: int = 0
+
+
+def data_files(folder: Path, splits: tuple[str, ...]) -> dict[str, Path]:
+    """Return the files or folders of the splits in a folder, by split.
+
+    Args:
+        folder: contains ``train.parquet`` or a folder ``train`` with parquet files, and the same
+            for ``test`` and other splits.
+        splits: the names of splits to look for.
+
+    Raises:
+        DraftRefused: there is no train or test data.
+    """
+    found = {
+        split: path
+        for split in splits
+        for path in (folder / split, folder / f"{split}.parquet")
+        if path.exists()
+    }
+    if missing := [split for split in (TRAIN, "test") if split not in found]:
+        got = tuple(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ()
+        raise DraftRefused("data_missing", folder=str(folder), got=got or f"no {missing[0]} data")
+    return found
+
+
+def summarize_columns(files: Mapping[str, Path]) -> dict[str, ColumnSummary]:
+    """Sample rows of the training data, and compute the ranges of all columns in all splits.
+
+    Nulls count as 0; packing refuses them with their row numbers.
+
+    Args:
+        files: the file or folder of each split, with ``train``.
+
+    Raises:
+        DataRefused: a file cannot be read.
+        DraftRefused: a split has no rows, or columns of other types than the training data.
+    """
+    summaries: dict[str, ColumnSummary] = {}
+    for split in sorted(files, key=lambda name: name != TRAIN):  # the training data first
+        contents = _inspect(files[split])
+        kinds = {name: USABLE.get(kind, OTHER) for name, kind in contents.kinds.items()}
+        if split == TRAIN:
+            summaries = {name: ColumnSummary(kind) for name, kind in kinds.items()}
+        for name, summary in summaries.items():
+            if name in kinds and kinds[name] != summary.kind:
+                raise DraftRefused(
+                    "columns_differ",
+                    column=name,
+                    kind=kinds[name],
+                    split=split,
+                    expected=summary.kind,
+                )
+        names = [name for name in summaries if kinds.get(name, OTHER) != OTHER]
+        for first, batch in batches(contents, names):
+            for name in names:
+                _add(summaries[name], batch.column(name), is_first=split == TRAIN and first == 0)
+    return summaries
+
+
+def _inspect(path: Path) -> SplitContents:
+    """Read the files of a split once, and return the types of their columns.
+
+    Raises:
+        DataRefused: there is no file, or a file cannot be read.
+        DraftRefused: there are no rows.
+    """
+    files = part_files(path)
+    counts = [inspect_parquet(file, []) for file in files]
+    names = [name for name, kind in counts[0].kinds if kind in USABLE]
+    counts = [inspect_parquet(file, names) for file in files]
+    rows = sum(count.rows for count in counts)
+    if rows == 0:
+        raise DraftRefused("data_without_rows", path=str(path))
+    batch_rows = min(count.batch_rows for count in counts)
+    return SplitContents(files, rows, dict(counts[0].kinds), {}, {}, frozenset(), batch_rows)
+
+
+def _add(summary: ColumnSummary, column: pa.Array, *, is_first: bool) -> None:
+    """Add a record batch to a summary; sample the rows of the first one."""
+    is_list = summary.kind.endswith("_list")
+    values, _, lengths = flatten(column)
+    if is_list and len(lengths):
+        shortest = int(lengths.min())
+        summary.shortest = shortest if is_first else min(summary.shortest, shortest)
+        summary.longest = max(summary.longest, int(lengths.max()))
+    if summary.kind.startswith("integer") and len(values):
+        ends = pc.min_max(values.cast(pa.int64())).as_py()
+        if ends["min"] is not None:
+            summary.low = ends["min"] if is_first else min(summary.low, ends["min"])
+            summary.high = ends["max"] if is_first else max(summary.high, ends["max"])
+    if is_first:
+        summary.values = _sampled(summary, column)
+
+
+def _sampled(summary: ColumnSummary, column: pa.Array) -> Any:
+    """Return the values of ``SAMPLE_ROWS`` rows spread over a record batch."""
+    rows = np.unique(np.linspace(0, len(column) - 1, SAMPLE_ROWS).astype(np.int64))
+    chosen = column.take(pa.array(rows))
+    if not summary.kind.endswith("_list"):
+        return _numbers(summary, chosen)
+    values, _, lengths = flatten(chosen)
+    return tuple(np.split(_numbers(summary, values), np.cumsum(lengths)[:-1]))
+
+
+def _numbers(summary: ColumnSummary, values: pa.Array) -> NDArray[Any]:
+    """Return values as int64 or float32, with 0 for nulls."""
+    dtype, fill = (np.int64, 0) if summary.kind.startswith("integer") else (np.float32, 0.0)
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.int64())
+    result: NDArray[Any] = values.fill_null(fill).to_numpy(zero_copy_only=False).astype(dtype)
+    return result

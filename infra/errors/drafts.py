@@ -1,0 +1,50 @@
+"""Errors of writing a draft from a trained network in the user's module.
+
+``sentences`` of the class maps the code of each error to its message, with the fields in braces
+(see ``infra/errors/__init__.py``). ``path`` is a network in the form ``module:name``.
+"""
+
+from typing import ClassVar
+
+from infra.errors.base import Refused
+
+
+class DraftRefused(Refused):
+    """A draft cannot be written from this network and data."""
+
+    sentences: ClassVar = {
+        "model_missing": "Expected a network or a function that returns one as {path}, got no such "
+        "name. The module has {names}.",
+        "model_is_class": "Expected a trained network as {path}, got a class. Give weights with "
+        "--weights FILE.safetensors (and its arguments with --config JSON), or name a function "
+        "that returns a trained network.",
+        "model_function_failed": "Expected a trained network from {path}(), got the error "
+        "{problem}. Check that the function works in Python.",
+        "model_no_network": "Expected a torch.nn.Module as {path}, got a {kind}. Name a trained "
+        "network, or a function that returns one.",
+        "model_not_constructed": "Expected a network that is constructed while its module is "
+        "imported, or by the function, so that the arguments of {architecture} are known; got one "
+        "that was unpickled or copied. Construct it, and load its weights with load_state_dict.",
+        "class_not_importable": "Expected a class that can be imported, got {name} of {module}. "
+        "Define it at the top level of a module.",
+        "argument_not_stored": "Expected numbers, texts, lists, dictionaries, classes, or objects "
+        "that are constructed in Python as the arguments of a network; got a {kind} in {place}. "
+        "Give, for example, a layer such as torch.nn.ReLU() in place of a function.",
+        "weights_unfit": "The weights in {path} do not fit {architecture}: {problem}",
+        "config_no_json": "Expected a JSON object as --config, got {problem}.",
+        "folder_not_empty": "Expected a new or empty folder for the draft, got {folder}, which has "
+        "files. Name another folder.",
+        "data_missing": "Expected train.parquet and test.parquet (or folders train and test with "
+        "parquet files) in {folder}, got {got}.",
+        "data_without_rows": "Expected rows of data in {path}, got none.",
+        "columns_differ": "Expected the same columns in all splits, got {column} as {kind} in "
+        "{split} and as {expected} in train. Write all splits alike.",
+        "label_missing": "Expected a column with the labels. Give it with --label COLUMN; the "
+        "columns are {columns}.",
+        "column_missing": "Expected a column of the data as {option}, got {column}. The columns "
+        "are {columns}.",
+        "rebuilt_differs": "Expected the scores of {path} from a network that is built from the "
+        "draft, got other ones. The class {architecture} depends on more than its arguments and "
+        "weights, such as a global variable, or an attribute that was set later. Make it an "
+        "argument.",
+    }

@@ -1,0 +1,341 @@
+"""Inputs derived from calls of small networks, each of which reads its columns in one way."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from error_codes import Text, raises_code
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from compressors.contracts import (
+    DenseInput,
+    IdField,
+    IdInput,
+    IntegerInput,
+    JaggedBag,
+    MatrixInput,
+    PaddedBag,
+    SequenceInput,
+)
+from compressors.errors.inspection import InspectionFailed
+from compressors.inspection.inputs import DerivedInputs, derive_inputs
+from compressors.inspection.sample import Sample, SampleColumn
+
+ROWS, USERS, ITEMS = 64, 40, 30
+random = np.random.default_rng(0)
+
+
+def integers(name: str, low: int, high: int) -> SampleColumn:
+    """A column of integers from ``low`` to ``high``."""
+    values = random.integers(low, high + 1, ROWS)
+    return SampleColumn(name, "integer", values, low=low, high=high)
+
+
+def lists(name: str, shortest: int, longest: int, rows: int = ITEMS) -> SampleColumn:
+    """A column of lists with ids from 1."""
+    lengths = random.integers(shortest, longest + 1, ROWS)
+    values = tuple(random.integers(1, rows, length) for length in lengths)
+    return SampleColumn(name, "integer_list", values, shortest, longest, low=1, high=rows - 1)
+
+
+SAMPLE: Sample = {
+    column.name: column
+    for column in (
+        integers("user", 0, USERS - 1),
+        integers("item", 0, ITEMS - 1),
+        integers("hour", 0, 23),
+        integers("orders", 0, 99),
+        SampleColumn("price", "float", random.random(ROWS, np.float32)),
+        SampleColumn("age", "float", random.random(ROWS, np.float32)),
+        lists("seen", 2, 6),
+        lists("fixed", 5, 5),
+    )
+}
+
+
+def derive(network: nn.Module, sample: Sample = SAMPLE, **given: str) -> DerivedInputs:
+    """Derive the inputs; ``given`` has the columns of an argument, separated by commas."""
+    torch.manual_seed(0)
+    columns = {name: tuple(value.split(",")) for name, value in given.items()}
+    return derive_inputs(network.eval(), sample, columns, ())
+
+
+class TwoTables(nn.Module):
+    """Read an id in two tables, and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.wide = nn.Embedding(USERS, 4), nn.Embedding(USERS, 1)
+        self.out = nn.Linear(5, 1)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        return self.wide(user) + self.out(torch.cat([self.deep(user), price], dim=1))
+
+
+def test_id_has_all_tables_and_number_is_dense():
+    derived = derive(TwoTables())
+    assert derived.call == "keywords"
+    assert derived.inputs == (
+        IdInput(name="user", table="wide", more_tables=("deep",)),
+        DenseInput(name="price", shape=(1,)),
+    )
+
+
+def test_columns_of_other_names_are_named_by_the_user():
+    derived = derive(TwoTables(), user="item", price="age")
+    assert [item.columns for item in derived.inputs] == [("item",), ("age",)]
+
+
+class JoinedTable(nn.Module):
+    """Read two ids in parts of one table, and integers as numbers and as one-hot vectors."""
+
+    def __init__(self, offset: int = USERS) -> None:
+        super().__init__()
+        self.joined = nn.Embedding(USERS + ITEMS, 4)
+        self.register_buffer("offsets", torch.tensor([0, offset]))
+        self.out = nn.Linear(8 + 24 + 1, 1)
+
+    def forward(self, ids: Tensor, hour: Tensor, count: Tensor) -> Tensor:
+        rows = self.joined(ids + self.offsets).flatten(1)
+        one_hot = nn.functional.one_hot(hour, 24).float()
+        return self.out(torch.cat([rows, one_hot, count], dim=1))
+
+
+def test_joined_table_has_fields_and_integers_are_bounded_or_dense():
+    derived = derive(JoinedTable(), ids="user,item", count="orders")
+    assert derived.inputs == (
+        IdInput(
+            name="ids",
+            columns=("user", "item"),
+            shape=(2,),
+            table="joined",
+            fields=(IdField(rows=USERS), IdField(rows=ITEMS, offset=USERS)),
+        ),
+        IntegerInput(name="hour", low=0, high=23),
+        DenseInput(name="count", columns=("orders",), shape=(1,)),
+    )
+
+
+@given(offset=st.integers(0, USERS))
+def test_any_offset_of_a_field_is_found(offset):
+    (item, *_) = derive(JoinedTable(offset), ids="user,item", count="orders").inputs
+    expected = [0, offset] if offset else []
+    assert [field.offset for field in item.fields] == expected
+
+
+class Matrix(nn.Module):
+    """Read ids, numbers and a list from one float matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.items = nn.Embedding(USERS, 4), nn.Embedding(ITEMS, 4)
+        self.out = nn.Linear(9, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bag = self.items(x[:, 1:6].long()).mean(dim=1)
+        return self.out(torch.cat([self.user(x[:, 0].long()), bag, x[:, 6:]], dim=1))
+
+
+def test_matrix_has_a_part_for_each_column():
+    (item,) = derive(Matrix(), x="user,fixed,price").inputs
+    assert item == MatrixInput(
+        name="x",
+        fields=(
+            IdInput(name="user", table="user"),
+            PaddedBag(name="fixed", shape=(5,), table="items"),
+            DenseInput(name="price", shape=(1,)),
+        ),
+    )
+
+
+class Mapping(nn.Module):
+    """Read some entries of a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(USERS, 1)
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        return self.user(x["user"]) + x["price"] + 0 * x["age"]
+
+
+def test_mapping_has_the_entries_that_are_read_and_those_without_effect_are_listed():
+    derived = derive(Mapping())
+    assert derived.call == "mapping"
+    assert [item.name for item in derived.inputs] == ["user", "price", "age"]
+    assert derived.unused == ("age",)
+
+
+class Pooled(nn.Module):
+    """Mean of a list without id 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item = nn.Embedding(ITEMS, 4)
+        self.out = nn.Linear(4, 1)
+
+    def forward(self, seen: Tensor) -> Tensor:
+        is_item = (seen != 0).unsqueeze(2)
+        return self.out((self.item(seen) * is_item).sum(dim=1) / is_item.sum(dim=1))
+
+
+def test_list_without_order_is_a_padded_bag():
+    assert derive(Pooled()).inputs == (PaddedBag(name="seen", shape=(6,), table="item"),)
+
+
+class Weighted(Pooled):
+    """Mean of a list whose ids have weights by their place from the left or from the right."""
+
+    def __init__(self, *, from_right: bool) -> None:
+        super().__init__()
+        self.from_right = from_right
+
+    def forward(self, seen: Tensor) -> Tensor:
+        weights = torch.arange(1, seen.shape[1] + 1).flip(0) if self.from_right else None
+        weights = 1.0 / (torch.arange(1, seen.shape[1] + 1) if weights is None else weights)
+        is_item = (seen != 0) * weights
+        return self.out((self.item(seen) * is_item.unsqueeze(2)).sum(dim=1))
+
+
+@pytest.mark.parametrize(("from_right", "side"), [(False, "right"), (True, "left")])
+def test_list_with_order_is_a_sequence_padded_where_padding_has_no_effect(from_right, side):
+    (item,) = derive(Weighted(from_right=from_right)).inputs
+    assert item == SequenceInput(name="seen", shape=(6,), table="item", min_length=2, padding=side)
+
+
+class Recurrent(nn.Module):
+    """Last state of a GRU, which padding changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item = nn.Embedding(ITEMS, 4)
+        self.gru, self.out = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 1)
+
+    def forward(self, seen: Tensor) -> Tensor:
+        return self.out(self.gru(self.item(seen))[0][:, -1])
+
+
+def test_network_that_padding_changes_needs_lists_of_one_length():
+    with raises_code(InspectionFailed, "padding_matters", column="seen", shortest=2, longest=6):
+        derive(Recurrent())
+    assert derive(Recurrent(), seen="fixed").inputs == (
+        PaddedBag(name="seen", columns=("fixed",), shape=(5,), table="item"),
+    )
+
+
+class Attention(nn.Module):
+    """Mean of the items and their places, in two lists of equal lengths, where a mask is set."""
+
+    def __init__(self, dtype: torch.dtype, positions: int) -> None:
+        super().__init__()
+        self.item, self.place = nn.Embedding(ITEMS, 4), nn.Embedding(positions, 4)
+        self.out = nn.Linear(4, 1)
+        self.dtype = dtype
+
+    def forward(
+        self, seen: Tensor, seen_mask: Tensor, seen_positions: Tensor, other: Tensor, count: Tensor
+    ) -> Tensor:
+        if seen_mask.dtype != self.dtype:
+            raise TypeError(f"expected {self.dtype}")
+        both = self.item(seen) + self.place(seen_positions) + self.item(other) * 2
+        return self.out((both * seen_mask.unsqueeze(2)).sum(dim=1) / count.unsqueeze(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize(("positions", "first"), [(7, 1), (6, 0)])
+def test_sequence_has_its_mask_positions_and_lengths(dtype, positions, first):
+    sample = {
+        "seen": SAMPLE["seen"],
+        "other": replace(SAMPLE["seen"], name="other"),
+    }
+    derived = derive(Attention(dtype, positions), sample, count="lengths(other)")
+    assert derived.inputs == (
+        SequenceInput(
+            name="seen",
+            shape=(6,),
+            table="item",
+            min_length=2,
+            mask="seen_mask",
+            mask_dtype=str(dtype).removeprefix("torch."),
+            positions="seen_positions",
+            first_position=first,
+        ),
+        SequenceInput(
+            name="other",
+            shape=(6,),
+            table="item",
+            min_length=2,
+            lengths="count",
+            same_length_as="seen",
+            mask_dtype=derived.inputs[1].mask_dtype,
+        ),
+    )
+
+
+class Bag(nn.Module):
+    """Sum of concatenated lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(ITEMS, 1, mode="sum")
+
+    def forward(self, seen: Tensor, seen_offsets: Tensor) -> Tensor:
+        return self.bag(seen, seen_offsets)
+
+
+def test_list_with_offsets_is_a_jagged_bag():
+    assert derive(Bag()).inputs == (JaggedBag(name="seen", shape=(6,), table="bag"),)
+
+
+def test_constant_id_is_found_by_its_value():
+    constant = replace(SAMPLE["user"], values=np.full(ROWS, USERS - 1))
+    (item, _) = derive(TwoTables(), {**SAMPLE, "user": constant}).inputs
+    assert item.table in ("deep", "wide")
+    assert len(item.more_tables) == 1
+
+
+class Hashed(nn.Module):
+    """Read the remainder of an integer in a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.day = nn.Embedding(7, 1)
+
+    def forward(self, hour: Tensor) -> Tensor:
+        return self.day(hour % 7)
+
+
+def test_integer_from_which_rows_are_computed_has_the_bounds_of_the_data():
+    assert derive(Hashed()).inputs == (IntegerInput(name="hour", low=0, high=23),)
+
+
+def test_argument_without_a_column_raises():
+    with raises_code(
+        InspectionFailed, "arguments_unknown", names=("ids", "count"), architecture="JoinedTable"
+    ):
+        derive(JoinedTable())
+
+
+def test_unknown_column_raises():
+    with raises_code(InspectionFailed, "columns_missing", name="ids", missing=("buyer",)):
+        derive(JoinedTable(), ids="buyer,item", count="orders")
+
+
+def test_network_that_fails_raises_with_its_error():
+    with raises_code(InspectionFailed, "network_fails", problem=Text("index out of range")):
+        derive(TwoTables(), {**SAMPLE, "user": integers("user", USERS, USERS + 5)})
+
+
+class AnyArguments(nn.Module):
+    """Take any arguments."""
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return inputs["price"]
+
+
+def test_network_with_any_arguments_raises():
+    with raises_code(InspectionFailed, "arguments_variable", name="inputs"):
+        derive(AnyArguments())

@@ -1,0 +1,96 @@
+"""``recpress new``: its output, its prompt, and input that it refuses with exit code 2."""
+
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import run_main, run_main_apart
+from shop_data import shop_data
+
+MODELS = "new_draft_models"
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arguments of a command that writes a draft of ``ShopNet``, without the label."""
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", MODELS)
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))
+    monkeypatch.delitem(sys.modules, MODELS, raising=False)
+    data = shop_data(tmp_path / "data")
+    return ["new", str(tmp_path / "new"), "--model", f"{MODELS}:shop", "--data", str(data)]
+
+
+def test_new_prints_the_signature_and_the_next_commands(arguments, monkeypatch, capsys):
+    code, out = run_main(monkeypatch, capsys, *arguments, "--label", "click", "--name", "shop")
+    assert code == 0, out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    cells = [row for row in rows if row and row[0]]  # the reasons continue on further lines
+    assert [row[:3] for row in cells[:5]] == [
+        ["user", "id", "user"],
+        ["item", "id", "item"],
+        ["tags", "padded_bag", "tags"],
+        ["price", "dense", "price"],
+        ["age", "dense", "age"],
+    ]
+    assert cells[-1] == ["click", "ctr", "probability", "click", "auc"]
+    assert "Tables (rows): tables.item (30), tables.user (40), tags (20)" in out
+
+
+def test_next_command_of_new_packs_the_draft(arguments, monkeypatch, capsys):
+    _, out = run_main(monkeypatch, capsys, *arguments, "--label", "click", "--name", "shop")
+    program, *command = shlex.split(out.partition("Next:")[2].strip().splitlines()[0])
+    assert program == "recpress"
+    code, packed = run_main(monkeypatch, capsys, *command)
+    assert code == 0, packed
+    assert packed.startswith("shop@1")
+
+
+def test_new_with_json_prints_only_the_model_json(arguments, monkeypatch, capsys):
+    code, out, _ = run_main_apart(
+        monkeypatch, capsys, *arguments, "--label", "click", "--json", "--group", "user"
+    )
+    assert code == 0
+    assert json.loads(out)["signature"]["group"] == "user"
+
+
+class Terminal(io.StringIO):
+    """Standard input of a person who types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_new_prompts_for_the_label_in_a_terminal(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Terminal("\n"))
+    code, out = run_main(monkeypatch, capsys, *arguments)
+    assert code == 0, out
+    assert "Columns of numbers: click, user, item, price, age" in out
+
+
+def test_new_without_a_label_and_a_terminal_exits_with_code_2(arguments, monkeypatch, capsys):
+    code, out = run_main(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "--label" in out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--label", "click", "--label", "click"],
+        ["--label", "=click"],
+        ["--label", "click", "--input", "user"],
+        ["--label", "click", "--metric", "accuracy"],
+        ["--label", "click", "--name", "Two Words"],
+        ["--label", "click", "--metric", "gauc"],
+    ],
+    ids=["label twice", "no output", "no column", "metric", "name", "metric without a group"],
+)
+def test_new_with_unusable_options_exits_with_code_2_and_writes_nothing(
+    arguments, options, monkeypatch, capsys
+):
+    code, out = run_main(monkeypatch, capsys, *arguments, *options)
+    assert (code, "Traceback" in out) == (2, False), out
+    assert not Path(arguments[1]).exists()

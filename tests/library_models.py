@@ -1,0 +1,87 @@
+"""Models of torch-rechub and DeepCTR-Torch, as a user of these libraries constructs them.
+
+It is not a test file: ``recpress new`` imports it as ``library_models:NAME``. Weights are random.
+The libraries are in ``.venv/libraries`` (``LIBRARIES``), which must be on the import path.
+"""
+
+from collections.abc import Callable
+
+import torch
+from deepctr_torch import models as deepctr
+from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
+from torch import nn
+from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
+from torch_rechub.models import multi_task, ranking
+
+USERS, ITEMS, GENRES, LONGEST = 50, 80, 18, 6
+
+ids = [
+    SparseFeature("user", USERS, 8),
+    SparseFeature("item", ITEMS, 8),
+    SparseFeature("genre", GENRES, 8),
+]
+numbers = [DenseFeature("price"), DenseFeature("age")]
+history = [SequenceFeature("history", ITEMS, 8, pooling="concat", shared_with="item")]
+pooled = [SequenceFeature("recent", ITEMS, 8, pooling="mean", shared_with="item", padding_idx=0)]
+mlp = {"dims": [16, 8]}
+
+columns = [
+    SparseFeat("user", USERS, 8),
+    SparseFeat("item", ITEMS, 8),
+    SparseFeat("genre", GENRES, 8),
+    DenseFeat("price", 1),
+    DenseFeat("age", 1),
+]
+with_list = [
+    *columns,
+    VarLenSparseFeat(SparseFeat("recent", ITEMS, 8, embedding_name="item"), LONGEST, "mean"),
+]
+layers = {"dnn_hidden_units": (16, 8)}
+
+RECHUB: dict[str, Callable[[], nn.Module]] = {
+    "wide_deep": lambda: ranking.WideDeep(numbers, [*ids, *pooled], mlp),
+    "deep_fm": lambda: ranking.DeepFM(numbers, ids, mlp),
+    "dcn": lambda: ranking.DCN([*ids, *numbers], 2, mlp),
+    "dcn_v2": lambda: ranking.DCNv2([*ids, *numbers], 2, mlp, use_low_rank_mixture=False),
+    "auto_int": lambda: ranking.AutoInt(ids, numbers, num_layers=1, mlp_params=mlp),
+    "din": lambda: ranking.DIN(
+        [ids[0], ids[2]], history, [ids[1]], mlp, {"dims": [8], "activation": "dice"}
+    ),
+    "mmoe": lambda: multi_task.MMOE(
+        [*ids, *numbers], ["classification"] * 2, 2, {"dims": [16]}, [{"dims": [8]}] * 2
+    ),
+    "shared_bottom": lambda: multi_task.SharedBottom(
+        [*ids, *numbers], ["classification"] * 2, {"dims": [16]}, [{"dims": [8]}] * 2
+    ),
+}
+DEEPCTR: dict[str, Callable[[], nn.Module]] = {
+    "deepctr_deep_fm": lambda: deepctr.DeepFM(with_list, with_list, **layers),
+    "deepctr_xdeep_fm": lambda: deepctr.xDeepFM(columns, columns, cin_layer_size=(8,), **layers),
+    "deepctr_dcn": lambda: deepctr.DCN(columns, columns, **layers),
+    "deepctr_auto_int": lambda: deepctr.AutoInt(columns, columns, **layers),
+    "deepctr_wide_deep": lambda: deepctr.WDL(columns, columns, **layers),
+    "deepctr_nfm": lambda: deepctr.NFM(columns, columns, **layers),
+    "deepctr_pnn": lambda: deepctr.PNN(columns, **layers),
+    "deepctr_fibinet": lambda: deepctr.FiBiNET(columns, columns, **layers),
+}
+TWO_OUTPUTS = ("mmoe", "shared_bottom")
+
+
+def _seeded(construct: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Return a function that constructs a model with seeded weights of a trained model's size.
+
+    The libraries draw the weights of tables with a standard deviation of 0.0001.
+    """
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        module = construct()
+        for table in module.modules():
+            if isinstance(table, nn.Embedding):
+                nn.init.normal_(table.weight, std=0.3)
+        return module
+
+    return model
+
+
+globals().update({name: _seeded(construct) for name, construct in {**RECHUB, **DEEPCTR}.items()})

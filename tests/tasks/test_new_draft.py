@@ -1,0 +1,197 @@
+"""Drafts that are derived from networks and data, compared with drafts that are written by hand.
+
+A draft written by hand gives the class, its arguments, the weights and the data. The new draft must
+have the same signature, except where the difference is a choice of the user.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import field_draft
+import multi_task_draft
+import pytest
+import sequence_draft
+from error_codes import Text, raises_code
+from shop_data import shop_data
+
+from compressors.contracts import Signature
+from infra.errors import BundleRefused, DraftRefused
+from tasks.bundles.new_draft import DraftRequest, label_candidates, new_draft
+from tasks.bundles.packing import pack
+
+MODELS = "new_draft_models"
+
+
+@pytest.fixture(autouse=True)
+def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow the modules of the tests' networks."""
+    modules = (MODELS, "sequence_network", "field_network", "multi_task_network")
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ",".join(modules))
+
+
+def request(folder: Path, written: Path, **options: Any) -> DraftRequest:
+    """Return a request with the class, weights and data of a hand-written draft."""
+    architecture = json.loads((written / "model.json").read_text())["network"]["architecture"]
+    return DraftRequest(
+        folder=folder,
+        model=architecture["path"],
+        config=json.dumps(architecture["config"]),
+        weights=written / "model.safetensors",
+        data=written,
+        **{"labels": {"click": "click"}, **options},
+    )
+
+
+def signature_of(folder: Path) -> dict[str, Any]:
+    """Return the signature in ``model.json``."""
+    signature: dict[str, Any] = json.loads((folder / "model.json").read_text())["signature"]
+    return signature
+
+
+def parsed(signature: dict[str, Any]) -> Signature:
+    """Return a signature with the defaults of all fields."""
+    return Signature.model_validate(signature)
+
+
+def without_policies(item: dict[str, Any]) -> dict[str, Any]:
+    """Return an input without what happens to ids out of range, which the user chooses."""
+    fields = [without_policies(part) for part in item.get("fields", [])]
+    result = {k: v for k, v in item.items() if k not in ("out_of_range", "default_row", "fields")}
+    return {**result, "fields": fields} if fields else result
+
+
+def test_draft_with_sequences_equals_the_hand_written_one(home: Path) -> None:
+    written = sequence_draft.write_sequence_draft(home / "written")
+    inputs = {"category_count": ("lengths(categories)",)}
+    new_draft(request(home / "new", written, inputs=inputs))
+    expected = [without_policies(item) for item in signature_of(written)["inputs"]]
+    handwritten = {**signature_of(written), "inputs": expected}
+    assert parsed(signature_of(home / "new")) == parsed(handwritten)
+    assert pack(home / "new").tables == pack(written).tables
+
+
+def test_draft_with_a_matrix_and_a_joined_table_equals_the_hand_written_one(home: Path) -> None:
+    written = field_draft.write_field_draft(home / "written")
+    inputs = {"ids": ("user", "item"), "matrix": ("brand", "tags", "price", "age")}
+    new_draft(request(home / "new", written, inputs=inputs))
+    expected = [without_policies(item) for item in signature_of(written)["inputs"]]
+    expected[0]["more_tables"], expected[0]["table"] = ["joined"], "wide"  # in order of the calls
+    *ids_and_tags, _ = expected[1]["fields"]
+    numbers = [{"kind": "dense", "name": name, "shape": [1]} for name in ("price", "age")]
+    expected[1]["fields"] = [*ids_and_tags, *numbers]
+    derived = signature_of(home / "new")["inputs"]
+    if derived[0]["table"] == "joined":
+        expected[0]["more_tables"], expected[0]["table"] = ["wide"], "joined"
+    assert derived == expected
+    pack(home / "new")
+
+
+@pytest.mark.parametrize("returns", ["tuple", "mapping", "tensor"])
+def test_draft_with_several_outputs_has_those_with_labels(home: Path, returns: str) -> None:
+    written = multi_task_draft.write_multi_task_draft(home / "written", returns=returns)
+    labels = {"click": "click", "like": "liked", "buy": "bought"}
+    inputs = {"price": ("price", "age")}
+    if returns == "mapping":
+        del labels["like"]
+    new_draft(request(home / "new", written, labels=labels, inputs=inputs))
+    expected = [
+        {k: v for k, v in output.items() if k not in ("label_where", "loss_weight")}
+        for output in signature_of(written)["outputs"]
+        if output["name"] in labels
+    ]
+    derived = signature_of(home / "new")["outputs"]
+    assert sorted(derived, key=str) == sorted(expected, key=str)
+
+
+def shop_request(home: Path, model: str = "shop", **options: Any) -> DraftRequest:
+    """Return a request for a network of ``new_draft_models``."""
+    data = home / "data" if (home / "data").exists() else shop_data(home / "data")
+    return DraftRequest(
+        folder=home / "new",
+        model=f"{MODELS}:{model}",
+        data=data,
+        **{"labels": {"click": "click"}, **options},
+    )
+
+
+def test_network_with_objects_as_arguments_packs_and_loads(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, MODELS, raising=False)
+    written = new_draft(shop_request(home))
+    assert [(item.kind, item.columns) for item in written.draft.signature.inputs] == [
+        ("id", ("user",)),
+        ("id", ("item",)),
+        ("padded_bag", ("tags",)),
+        ("dense", ("price",)),
+        ("dense", ("age",)),
+    ]
+    assert written.draft.signature.call == "mapping"
+    assert written.draft.signature.outputs[0].form == "probability"
+    packed = pack(home / "new")
+    assert packed.tables == {"tables.user": 40, "tables.item": 30, "tags": 20}
+
+
+def test_tied_tensor_is_stored_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, MODELS, raising=False)
+    written = new_draft(shop_request(home, "tied"))
+    assert written.draft.network.ties == {"again.weight": "item.weight"}
+    pack(home / "new")
+
+
+def test_network_that_depends_on_more_than_its_arguments_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, MODELS, raising=False)
+    with raises_code(DraftRefused, "rebuilt_differs", architecture=Text("PatchedNet")):
+        new_draft(shop_request(home, "patched"))
+    assert not (home / "new").exists()
+
+
+def test_class_of_a_module_that_is_not_allowed_is_refused_before_anything_is_written(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "examples")
+    with raises_code(BundleRefused, "architecture_not_allowed", module=MODELS):
+        new_draft(shop_request(home))
+    assert not (home / "new").exists()
+
+
+def test_folder_with_files_is_refused_and_unchanged(home: Path) -> None:
+    (home / "new").mkdir()
+    (home / "new" / "mine.txt").write_text("mine")
+    with raises_code(DraftRefused, "folder_not_empty", folder=str(home / "new")):
+        new_draft(shop_request(home))
+    assert [path.name for path in (home / "new").iterdir()] == ["mine.txt"]
+
+
+def test_request_without_labels_or_with_an_unknown_column_is_refused(home: Path) -> None:
+    with raises_code(DraftRefused, "label_missing"):
+        new_draft(shop_request(home, labels={}))
+    with raises_code(DraftRefused, "column_missing", option="--label", column="clicks"):
+        new_draft(shop_request(home, labels={"clicks": "clicks"}))
+    with raises_code(DraftRefused, "column_missing", option="--group", column="shopper"):
+        new_draft(shop_request(home, group="shopper"))
+
+
+def test_data_without_a_test_split_is_refused(home: Path) -> None:
+    (shop_data(home / "data") / "test.parquet").unlink()
+    with raises_code(DraftRefused, "data_missing", got=("train.parquet",)):
+        new_draft(shop_request(home))
+
+
+def test_weights_that_do_not_fit_are_refused(home: Path) -> None:
+    written = multi_task_draft.write_multi_task_draft(home / "written")
+    fitting = request(home / "new", written, labels={"click": "click"})
+    config = {**json.loads(fitting.config), "dim": 5}
+    with raises_code(DraftRefused, "weights_unfit", problem=Text("size mismatch")):
+        new_draft(fitting.model_copy(update={"config": json.dumps(config)}))
+    with raises_code(DraftRefused, "config_no_json"):
+        new_draft(fitting.model_copy(update={"config": "{dim: 5}"}))
+
+
+def test_label_candidates_have_columns_of_0_and_1_first(home: Path) -> None:
+    candidates = label_candidates(shop_data(home / "data"))
+    assert candidates == ("click", "user", "item", "price", "age")
