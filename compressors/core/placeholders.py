@@ -23,12 +23,12 @@ from compressors.errors.steps import StepRefused
 
 
 def placeholder(spec: TensorSpec) -> Tensor:
-    """Return the number ``spec.first``, in most cases 0, expanded to ``spec.shape``."""
+    """Return a tensor of ``spec.shape`` that stores one number: ``spec.first``, its fill value."""
     return torch.full((), spec.first, dtype=spec.dtype).expand(spec.shape)
 
 
 def is_placeholder(tensor: Tensor) -> bool:
-    """Whether a tensor has at least two entries that are one number expanded to its shape."""
+    """Return whether a tensor with several entries stores only one number (its strides are 0)."""
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
@@ -53,27 +53,28 @@ def dry_run_packed(
     """Replace units by placeholders in another format, and return the model.
 
     Args:
-        model: a private copy; its units are replaced in place.
+        model: a copy that may be changed; its units are replaced in place.
         units: the units of the model to replace.
         table: the new format of tables.
         linear: the new format of dense layers.
-        settings: arguments of the format's layout.
+        settings: settings of the format, such as a block size, from which its ``layout`` computes
+            the shapes of the stored tensors.
 
     Raises:
         StepRefused: a unit has a role for which no format is given.
     """
     for unit in units:
-        first, second = unit.weight.shape  # (rows, dim) or (out, in)
+        rows, columns = unit.weight.shape  # (rows, dim) of a table, (out, in) of a layer
         if unit.role == "table" and table is not None:
-            layout = table.layout(first, second, settings or {})
+            layout = table.layout(rows, columns, settings or {})
             stored = {name: placeholder(spec) for name, spec in layout.items()}
-            packed = PackedTable(table, first, second, settings or {}, stored)
+            packed = PackedTable(table, rows, columns, settings or {}, stored)
             swap(model.module, unit.name, pack_table(unit.module, packed))
         elif unit.role == "dense" and linear is not None:
             bias = unit.bias is not None
-            layout = linear.layout(second, first, settings or {}, bias=bias)
+            layout = linear.layout(columns, rows, settings or {}, bias=bias)
             stored = {name: placeholder(spec) for name, spec in layout.items()}
-            layer = PackedLinear(linear, second, first, bias=bias, settings=settings, stored=stored)
+            layer = PackedLinear(linear, columns, rows, bias=bias, settings=settings, stored=stored)
             swap(model.module, unit.name, layer)
         else:
             raise StepRefused("format_missing", role=unit.role, unit=unit.name)

@@ -140,7 +140,8 @@ def plain_bag(old: nn.EmbeddingBag, longest: int | None = None) -> Bag:
 def private_copy(model: nn.Module) -> nn.Module:
     """Copy the module tree but share its tensors, so that no table is in memory twice.
 
-    Parameters in plain lists are shared too: they may belong to tables replaced by packed ones.
+    Parameters in Python lists and dictionaries, which torch does not register, are shared too: a
+    module may still refer to the weight of a table that a packed table replaced.
     """
     listed = (tensor for _, tensor in plain_tensors(model) if isinstance(tensor, nn.Parameter))
     tensors = (*model.parameters(), *model.buffers(), *listed)
@@ -150,13 +151,15 @@ def private_copy(model: nn.Module) -> nn.Module:
 def _walk(model: nn.Module) -> Iterator[Unit]:
     """Yield every unit of a module, in the order of its submodules."""
     users: dict[int, list[nn.Module]] = {}  # by id of a parameter, the modules that have it
-    names: dict[nn.Module, str] = {}
+    names: dict[nn.Module, str] = {}  # of a bag's table, the name of the bag
     for name, module in model.named_modules():
-        names[module] = name
+        names.setdefault(module, name)
+        if isinstance(module, Bag):
+            names[module.table] = name
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(module)
-    bag_tables: set[nn.Module] = set()  # a bag and its table are one unit
-    owners: dict[nn.Module, str] = {}  # of each part, the name of its outermost unit
+    bag_tables: set[nn.Module] = set()  # tables of the bags so far; a bag and its table are a unit
+    owners: dict[nn.Module, str] = {}  # by part of a unit, the name of its outermost unit
     # Ids of tensors whose bytes were counted: those of a tied weight count for its first unit.
     counted: set[int] = set()
     for name, module in model.named_modules():
@@ -181,7 +184,7 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
             part_of = owners.get(module)  # all tensors of a factored layer are those of its parts
             yield Unit(name, role, module, form, 0, rows, shared_with=None, part_of=part_of)
             continue
-        same_unit = {module, *bag_tables}
+        same_unit = {module, table}
         shared = [
             names[user]
             for parameter in module.parameters()

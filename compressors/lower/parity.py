@@ -1,18 +1,21 @@
 """Parity check: compare the scores of a lowered graph with those of the module.
 
 Both score the same rows. Differences are compared with limits that are relative to the spread
-(standard deviation) of the module's scores. The targets define the limits, for these reasons:
+(standard deviation) of the module's scores. Each target defines its limits, because the operators
+of its graph differ from those of the module in another way:
 
 * A graph without int8 arithmetic differs only by float rounding.
-* With int8 inputs, a value close to the boundary between two levels may be rounded to either, so a
-  few scores differ by about one level. In ONNX Runtime's graph the values before that rounding are
-  the module's, so 90 % of the scores must be equal up to float rounding.
-* TensorRT's graph rounds looked-up weights to float16 once, which moves many values across a
+* With int8 activations, a value close to a rounding boundary may be rounded to either neighbour. A
+  few scores then differ by the effect of one quantization step. In ONNX Runtime's graph the values
+  before that rounding equal those of the module, so 90 % of the scores must be equal up to float
+  rounding.
+* TensorRT's graph rounds looked-up table rows to float16, which moves many values across a rounding
   boundary by a small amount.
-* A layer that TensorRT multiplies in bfloat16 rounds its inputs and outputs to 8 bits, which the
-  module does not: 0.2 to 0.5 % of the spread in small networks.
-* A wrong lowering moves all scores: an input scale 15 % off, a table 3 % too large or a zero point
-  a tenth of a level off move them by 3 to 5 % of their spread.
+* A layer that TensorRT multiplies in bfloat16 rounds its inputs and outputs to bfloat16 (8
+  significant bits), which the module does not: 0.2 to 0.5 % of the spread in small networks.
+* A wrong lowering changes all scores by 3 to 5 % of their spread: for example, an input scale that
+  is 15 % off, a table that is 3 % too large, or a zero point that is a tenth of a quantization step
+  off.
 """
 
 from collections.abc import Sequence
@@ -46,24 +49,24 @@ def check_parity(
         The differences and their limits.
 
     Raises:
-        ParityLost: the shapes differ, NaN (a refused row) is in different places, or a difference
-            exceeds its limit.
+        ParityLost: the shapes differ, NaN (the score of a row with an id out of range) is in
+            different places, or a difference exceeds its limit.
     """
     if expected.shape != actual.shape:
         shapes = expected.shape, actual.shape
         raise ParityLost(ParityFailure(code="parity_shape", target=target, shapes=shapes))
-    refused = np.isnan(expected)
-    if not np.array_equal(refused, np.isnan(actual)):
+    is_nan = np.isnan(expected)
+    if not np.array_equal(is_nan, np.isnan(actual)):
         raise ParityLost(
             _with_worst_row(
                 ParityFailure(code="parity_nan", target=target),
-                refused != np.isnan(actual),
+                is_nan != np.isnan(actual),
                 expected,
                 actual,
             )
         )
     differences = absolute_differences(expected, actual)
-    gap = differences[~refused]
+    gap = differences[~is_nan]
     finite = expected[np.isfinite(expected)]  # one infinite score would make every limit infinite
     spread = float(finite.std(dtype=np.float64)) if finite.size else 0.0
     rms_share, largest_share, quantile_90_share = lowering_target(target).tolerance(plan)
@@ -109,7 +112,7 @@ def check_outputs(
     plan: Plan | None,
     target: str,
 ) -> tuple[Parity, ...]:
-    """Compare each output of the module with that of the graph; returns a parity per output.
+    """Compare each output of the module with that of the graph; return one result per output.
 
     Args:
         expected: the module's scores or vectors. Several outputs are columns, ``(rows, outputs)``,
@@ -140,9 +143,10 @@ def worst_parity(parities: Sequence[Parity]) -> Parity:
 
 
 def allowed_share(plan: Plan | None, target: str) -> float:
-    """Return how much a tensor in a graph may differ, relative to its largest absolute value.
+    """Return how much a tensor inside a graph may differ, relative to its largest absolute value.
 
-    It is the largest limit of the target's scores, although that is relative to their spread.
+    Targets define no limits for inner tensors. The largest of the limits for scores is used, which
+    is a fraction of the scores' standard deviation.
     """
     return max(lowering_target(target).tolerance(plan))
 

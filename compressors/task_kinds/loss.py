@@ -14,7 +14,10 @@ from torch import Tensor
 from compressors.contracts import Output, Signature, Split
 from compressors.core.batches import Batch, JoinedRows, Rows
 from compressors.core.scores import score_columns, scores_of
-from compressors.task_kinds import builtin as builtin  # makes cache keys depend on the classes
+
+# Not used here. A task's cache key hashes all sources that it imports, and the classes of the task
+# kinds, which are loaded by name, must be among them.
+from compressors.task_kinds import builtin as builtin
 from compressors.task_kinds.protocol import TaskFunctions, TaughtRows
 
 BUCKET_BATCHES = 32
@@ -35,12 +38,15 @@ def functions_of(output: Output) -> TaskFunctions:
 
 
 def hard_loss(signature: Signature, scores: Tensor, batch: Batch) -> Tensor:
-    """Compute the loss against the labels; rows without the label of an output are left out of it.
+    """Compute the loss against the labels.
+
+    A row without a label of an output does not count in the loss of that output.
 
     Args:
         signature: signature with the task kind and form of each output.
         scores: the network's scores, float ``(rows,)`` or ``(rows, outputs)``.
-        batch: the rows' labels, and for ranking their groups.
+        batch: the rows' labels, and for ranking their groups. Its ``output_weights``, if given,
+            multiply the losses of the outputs in addition to ``loss_weight``.
 
     Returns:
         A scalar; 0 if no row has a label.

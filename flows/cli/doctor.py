@@ -118,9 +118,9 @@ def _check_architectures(modules: tuple[str, ...]) -> DoctorFinding:
     setting = ", ".join(modules) + " (RECPRESS_ALLOWED_MODULES)"
     missing = [name for name in modules if importlib.util.find_spec(name.partition(".")[0]) is None]
     if not missing:
-        return DoctorFinding(what="architectures from", state="ok", found=setting)
+        return DoctorFinding(what="allowed modules", state="ok", found=setting)
     return DoctorFinding(
-        what="architectures from",
+        what="allowed modules",
         state="fault",
         found=f"{setting}: there is no module {', '.join(missing)}",
         remedy="Correct the name, or add the folder that contains it to PYTHONPATH.",

@@ -36,8 +36,8 @@ class SettingRefused(Refused):
         "{doing} (RECPRESS_STORE, RECPRESS_HOME), or change its permissions.",
         "path_unusable": "Could not {doing} {path}: {problem}. Use a shorter path without links "
         "that form a loop.",
-        "path_of_wrong_kind": "Could not {doing} {path}: {problem}. A file is where a folder is "
-        "needed, or the other way round; move it away.",
+        "path_of_wrong_kind": "Could not {doing} {path}: {problem}. Move it away if it is "
+        "a file in place of a folder, or a folder in place of a file.",
         "lock_not_writable": "{path} cannot be written: {problem}. Set RECPRESS_HOME to a folder "
         "you may write.",
         # --- the object store and the Triton repository
@@ -46,9 +46,11 @@ class SettingRefused(Refused):
         f"{_ROOT}",
         "root_file_uri_form": "{setting} {root!r} cannot be used: a file URI has three slashes and "
         f"an absolute path. {_ROOT}",
-        "root_bucket_invalid": "{setting} {root!r} cannot be used: the bucket's name is not valid. "
+        "root_bucket_invalid": "{setting} {root!r} cannot be used: a bucket's name has 3 to 63 "
+        "letters, digits, dots, hyphens and underscores. "
         f"{_ROOT}",
-        "root_prefix_invalid": "{setting} {root!r} cannot be used: the prefix is not a plain path. "
+        "root_prefix_invalid": "{setting} {root!r} cannot be used: the prefix must be names "
+        "separated by single slashes, without '.', '..', backslashes and control characters. "
         f"{_ROOT}",
         "bucket_missing": "There is no bucket {bucket!r} at this endpoint. Create it, or correct "
         "RECPRESS_STORE or AWS_ENDPOINT_URL.",
@@ -56,12 +58,13 @@ class SettingRefused(Refused):
         "AWS_ENDPOINT_URL, and that AWS_ACCESS_KEY_ID may create buckets.",
         "store_credentials_refused": "The object store refused the credentials for {place} "
         "({problem}). Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) to a key "
-        "that may use bucket {bucket!r}, and check AWS_ENDPOINT_URL and the clock.",
+        "that may use bucket {bucket!r}. Check AWS_ENDPOINT_URL, and the clock of this machine, "
+        "which signatures of requests contain.",
         "store_unusable": "The object store cannot be used for {place} ({problem}). Check "
         "AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the bucket's name.",
         "triton_repository_missing": "There is no Triton repository to work on. Set "
-        "RECPRESS_TRITON, or add --to, to a folder or s3://bucket/prefix.",
-        "triton_repository_holds_store": "{setting} {repository} holds the object store "
+        "RECPRESS_TRITON or --to to a folder or s3://bucket/prefix.",
+        "triton_repository_holds_store": "{setting} {repository} contains the object store "
         "{store}, and Triton would load every folder as a model. Give a folder or prefix that "
         "contains nothing else.",
         # --- the registry
@@ -104,10 +107,10 @@ class SettingRefused(Refused):
         "prefect_answer_foreign": "Expected Prefect's API at {address}, got a response of another "
         "service ({problem}). Correct PREFECT_API_URL, or unset it for the embedded server.",
         # --- services that run as plain processes
-        "services_running": "The services of {folder} are already running. Stop them, or set "
+        "services_running": "The local services in {folder} are already running. Stop them, or set "
         "another RECPRESS_HOME.",
-        "services_form": "Expected services that can run as local processes in {path}, got {kind}: "
-        "{problem}. Compare it with the file in the repository.",
+        "services_form": "Expected services that can run as local processes in {path}, got the "
+        "error {kind}: {problem}. Restore the file from the repository of recpress.",
         "health_check_form": "The health check of {service!r} must be a list that begins with CMD.",
         "duration_form": "Expected whole seconds such as 5s as a duration, got {got}.",
         "port_not_loopback": "The port {port!r} must be published on 127.0.0.1.",

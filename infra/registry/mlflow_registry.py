@@ -25,7 +25,10 @@ from infra.settings import parse_sqlite_uri, public_uri
 ORDER_TAG = "recpress.order"
 CHAMPION = "champion"
 CONFIRMED_TAG = "recpress.confirmed"
-"""Tag of a model: digest of the last ledger entry whose change of champion was completed."""
+"""Tag of a model: the last decision in the promotion ledger after which the alias was set.
+
+The ledger is the log of all decisions about the champion. The tag has the digest of its entry.
+"""
 
 _SCHEME = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?://|https?://")
 
@@ -56,7 +59,7 @@ class Registered(Frozen):
         model: registered name of the model.
         version: number of the version.
         source: URI of the version's release.
-        tags: texts by name, such as the digest of the order.
+        tags: text by the tag's name, such as the digest of the order.
         aliases: names that point to this version, such as ``champion``.
     """
 
@@ -85,6 +88,7 @@ class Registry:
         if not _SCHEME.match(uri):
             raise SettingRefused("registry_scheme_unknown", scheme=uri.partition(":")[0])
         try:
+            # MLflow prints the URI, so user and password go to its environment variables.
             self._uri = move_login(uri) if uri.startswith("http") else uri
         except ValueError:
             raise SettingRefused("registry_address_malformed") from None
@@ -92,7 +96,7 @@ class Registry:
     def publish(
         self, model: str, order: str, source: str, tags: dict[str, str], description: str
     ) -> Registered:
-        """Return the version of this order, after registering it if there is none.
+        """Register a release as a version, or return the version that the order already has.
 
         Args:
             model: the registered model's name; created if missing.
@@ -262,7 +266,7 @@ class Registry:
 
     @cached_property
     def _client(self) -> Any:
-        """The client of MLflow; creates or migrates a registry that is a file."""
+        """The client of MLflow; creates or migrates a SQLite registry."""
         from mlflow import MlflowClient
 
         for name in ("mlflow", "alembic"):
@@ -274,6 +278,7 @@ class Registry:
                 create_or_migrate(file)
             uri = self._uri
             if file is None and not uri.startswith("http"):
+                # MLflow prints the URI, so passwords go to the database driver separately.
                 uri, options = remove_database_secrets(uri)
                 pass_to_driver(uri, options)
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -284,7 +289,7 @@ class Registry:
 
     @contextmanager
     def _write_lock(self) -> Iterator[None]:
-        """Hold the write lock of a registry that is a file."""
+        """Hold the write lock of a SQLite registry."""
         with self._translate_errors():
             _ = self._client  # takes the same lock to create the file, so it must come first
         with self._locked_file():
@@ -292,7 +297,7 @@ class Registry:
 
     @contextmanager
     def _locked_file(self) -> Iterator[Path | None]:
-        """Hold the lock of a registry that is a file and yield the file; else yield None."""
+        """Hold the lock of a SQLite registry and yield its file; for others, yield None."""
         file = parse_sqlite_uri(self._uri)
         if file is None:
             yield None

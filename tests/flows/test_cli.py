@@ -629,7 +629,7 @@ def test_doctor_reports_each_service_and_exits_with_code_1_if_the_store_fails(
     assert result.code == 0, result.out
     assert findings["object store"]["state"] == "ok"
     assert findings["ONNX Runtime"]["state"] == "ok"
-    assert ALLOWED in findings["architectures from"]["found"]
+    assert ALLOWED in findings["allowed modules"]["found"]
     monkeypatch.setenv("RECPRESS_STORE", "ftp://nowhere")
     broken = call("doctor", "--json")
     assert broken.code == 1

@@ -402,13 +402,13 @@ def test_doctor_json_contains_the_remedy(
 def test_doctor_reports_missing_modules_without_importing_any(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # "architectures from" is the finding about the modules from which networks may be imported.
+    # "allowed modules" is the finding about the modules from which networks may be imported.
     (tmp_path / "loud_models.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))
     for allowed, state in (("loud_models", "ok"), ("loud_models,no_such_models", "fault")):
         monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", allowed)
-        (finding,) = (item for item in check_installation() if item.what == "architectures from")
+        (finding,) = (item for item in check_installation() if item.what == "allowed modules")
         assert finding.state == state
     assert "there is no module no_such_models" in finding.found
     assert "PYTHONPATH" in finding.remedy

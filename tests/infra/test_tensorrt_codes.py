@@ -1,12 +1,13 @@
 """TensorRT-RTX engines of tables with codebooks: the codes stay packed.
 
 A builder may widen a table: convert its packed numbers to a wider type, in the engine's weights or
-in scratch memory, the temporary memory of a call. The audit compares the scratch memory with that
-of a twin, an engine of the same graph with half the rows in large tables: it is "flat" if both are
-equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
+in scratch memory, the temporary memory of a call. The audit of an engine
+(``infra/tensorrt/audit.py``) builds a twin: the same graph with half the rows in large tables.
+Scratch memory is "flat" if engine and twin need the same amount, and a widened copy is larger.
 
 A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
-input. ``every`` of a table is the number of rows that share one entry of an initializer, by name.
+input. ``every`` of a table has, by name of an initializer, the number of table rows that share one
+of its entries: 1, or the number of rows that share a scale.
 """
 
 import onnx

@@ -1,4 +1,11 @@
-"""Model classes that build a network from a list of parts; bundles of random networks name them."""
+"""Model classes that build a network from a list of parts.
+
+``model.json`` of a random network names one of these classes. A value between parts has one of
+three kinds: ``vector``, ``(rows, width)`` of size ``(width,)``; ``fields``, ``(rows, fields, dim)``
+of size ``(fields, dim)``; and ``sequence``, ``(rows, length, dim)`` with a mask ``(rows, length)``,
+of size ``(length, dim)``. ``takes`` and ``gives`` of a part's class are the kinds of its inputs and
+of its output.
+"""
 
 from typing import Any
 
@@ -13,7 +20,7 @@ from tests.random_networks import shape_parts as _shape_parts
 from tests.random_networks.parts import PARTS, Part, Size, activation
 
 __all__ = ["RandomNetwork", "Tower", "TwoTowers"]
-assert all((_field_parts, _input_parts, _sequence_parts, _shape_parts))
+assert all((_field_parts, _input_parts, _sequence_parts, _shape_parts))  # imports that are used
 
 Value = Tensor | tuple[Tensor, Tensor]
 
@@ -33,10 +40,7 @@ def convert_size(size: Size, have: str, need: str) -> Size:
 
 
 def convert(value: Value, have: str, need: str) -> Value:
-    """Convert a value of kind ``have`` to kind ``need``, so that any part can follow any other.
-
-    The kinds are ``vector``, ``fields`` and ``sequence`` (``parts.py``).
-    """
+    """Convert a value of kind ``have`` to kind ``need``, so that any part can follow any other."""
     if have == need:
         return value
     if have == "sequence":
@@ -54,9 +58,9 @@ def convert(value: Value, have: str, need: str) -> Value:
 class Graph(nn.Module):
     """Parts in order; each spec describes one part and names the parts or inputs that it reads.
 
-    A spec has ``name``, ``kind`` (class of the part), ``settings``, and ``takes`` (parts that it
-    reads) or ``inputs`` (arguments of the network that it reads). ``shares`` names a part whose
-    table module the part uses, and ``ties`` a part whose table weight it uses.
+    A spec has ``name``, ``kind`` (class of the part), ``settings``, and ``takes`` (names of the
+    parts whose outputs it reads) or ``inputs`` (arguments of the network that it reads). ``shares``
+    names a part whose table module the part uses, and ``ties`` a part whose table weight it uses.
     """
 
     def __init__(self, parts: list[dict[str, Any]]) -> None:
@@ -106,7 +110,7 @@ class Graph(nn.Module):
 
 
 class RandomNetwork(nn.Module):
-    """A click model of random parts with one logit or probability per row.
+    """A CTR model of random parts with one logit or probability per row.
 
     In ``head``, ``reads`` names the parts whose outputs are concatenated for the output layer.
     ``wide`` names parts of width 1 that are added to the logit directly. ``squeeze`` is the way in
@@ -122,7 +126,7 @@ class RandomNetwork(nn.Module):
         self.reads, self.wide = head["reads"], head["wide"]
         self.squeeze, self.probability = head["squeeze"], head["probability"]
         width = sum(self.graph.sizes[name][0] for name in self.reads)
-        # Brings all values to one scale: a norm with fitted statistics, or a fixed scale.
+        # The inputs of the output layer are scaled by a batch norm, or by learned factors.
         self.norm = nn.BatchNorm1d(width) if head["norm"] else None
         self.scale = None if head["norm"] else nn.Parameter(torch.ones(width))
         self.wide_scale = nn.Parameter(torch.ones(max(len(self.wide), 1)))

@@ -105,9 +105,9 @@ FORMAT = RowwiseInt8Format()
 
 
 class RowwiseInt8(RowwiseSettings):
-    """Store embedding tables as one byte per weight and one scale per row."""
+    """Store embedding tables as one byte per weight, with a scale per row or group of rows."""
 
-    levels: ClassVar[tuple[int, int]] = (255, 256)
+    levels: ClassVar[tuple[int, int]] = (255, 256)  # numbers of codes: symmetric, asymmetric
 
     kind: Literal["rowwise_int8"] = "rowwise_int8"
 
@@ -117,6 +117,9 @@ class RowwiseInt8(RowwiseSettings):
         return FORMAT
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
+        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors.
+
+        ``params`` is the result of ``fit``: scales that the rows of the whole table share, if any.
+        """
         stored = scales.encode_codes(block, params, self.grid, FORMAT.bits)
         return {**stored, "codes": stored["codes"].view(code_type(symmetric=self.symmetric))}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compressors.core.modules.formats import Bag, PackedTable, gather_padded, pad_positions
 from compressors.core.registries import TABLE_FORMATS
 from compressors.core.steps.table_encoder import encode_table
-from compressors.core.units import pack_table
+from compressors.core.units import Unit, pack_table
 from compressors.quantize.dense import float16
 
 ROWS, DIM = 9, 3
@@ -149,3 +149,21 @@ def test_padding_a_jagged_bag_keeps_the_order_of_ids_and_appends_zeros(lists, ex
     for row, ids in enumerate(lists):
         assert padded_ids[row].tolist() == ids + [0] * (longest - len(ids))
         assert is_id[row].tolist() == [index < len(ids) for index in range(longest)]
+
+
+def test_bags_with_one_weight_each_name_the_other_as_its_sharer():
+    sums = nn.EmbeddingBag(10, 4, mode="sum")
+    tied, alone = nn.Embedding(10, 4), nn.Embedding(10, 4)
+    again = nn.Embedding(10, 4)
+    again.weight = tied.weight
+    bags = {
+        "first": pack_table(sums, tied),
+        "second": pack_table(sums, again),
+        "third": pack_table(sums, alone),
+    }
+    units = Unit.of(nn.ModuleDict(bags))
+    assert {unit.name: unit.shared_with for unit in units} == {
+        "first": "second",
+        "second": "first",
+        "third": None,
+    }

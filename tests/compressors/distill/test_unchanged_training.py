@@ -40,7 +40,7 @@ def bench_with_predictions_as_labels(folder: Path) -> Bench:
     [Distill(training=HARMFUL), FineTune(training=HARMFUL), RefitCodes(training=HARMFUL, rounds=1)],
     ids=lambda step: step.kind,
 )
-def test_a_training_without_improvement_adds_a_reason_to_the_plan(
+def test_training_without_improvement_adds_a_reason_to_the_plan(
     step: AnyStep, tmp_path: Path
 ) -> None:
     bench, source = bench_with_predictions_as_labels(tmp_path / "data"), RANKER.model()
@@ -50,7 +50,8 @@ def test_a_training_without_improvement_adds_a_reason_to_the_plan(
     assert plan is not None
     (reason,) = plan.reasons
     assert reason.fields["step"] == step.kind
-    # A step that returns no reason for its units "found nothing".
+    # A step that reports no reason per unit gets "step_found_nothing". Otherwise the plan has
+    # "step_changed_nothing", whose fields contain the reason of the step.
     if reason.code != "step_found_nothing":
         assert reason.code == "step_changed_nothing"
         require_reason([reason], "training_unchanged")
@@ -65,7 +66,7 @@ def test_training_that_changes_weights_adds_no_reason_to_the_plan(tmp_path: Path
         assert plan.reasons == ()
 
 
-def test_merge_rows_without_equal_rows_adds_a_remark_to_the_plan(tmp_path: Path) -> None:
+def test_merge_rows_without_equal_rows_adds_a_reason_to_the_plan(tmp_path: Path) -> None:
     plan = run(MergeRows(), RANKER.model(), RANKER.bench(tmp_path / "data"), tmp_path / "out").plan
     assert plan is not None
     (remark,) = plan.remarks  # the reasons of the plan as sentences
