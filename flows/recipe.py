@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
-from compressors.contracts import Artifact, Estimate, Part
+from compressors.contracts import SOFT_LABELS, Artifact, Estimate, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.registries import AnyStep
 from flows.dry_run import min_weight_bytes
@@ -16,7 +16,6 @@ from flows.order import Order
 from flows.presets import PREVIOUS_PRESET
 from flows.run import Run
 from flows.step_selection import (
-    SOFT_LABELS,
     has_measurable_budget,
     is_reported,
     learns_from_teachers,
@@ -163,14 +162,8 @@ def measure_recipe_stages(
 
     The numbers are only reported; they do not affect which steps are applied.
     """
-
-    def predict(bundle: Artifact) -> Artifact:
-        if ranking is None:
-            return run.call(score, bundle=bundle, split=test.artifact, rows=test.rows)
-        return run.call(rank, bundle=bundle, test=test, ranking=ranking)
-
     scored = tuple(
-        Scored(step=step, bundle=bundle, score=predict(bundle))
+        Scored(step=step, bundle=bundle, score=_predict(run, bundle, test, ranking))
         for step, bundle in compressed.stages
     )
     return run.call(
@@ -183,6 +176,13 @@ def measure_recipe_stages(
     )
 
 
+def _predict(run: Run, bundle: Artifact, rows: PreparedRows, ranking: Ranking | None) -> Artifact:
+    """Return a model's scores of some rows; with a ranking, the metrics of each query."""
+    if ranking is None:
+        return run.call(score, bundle=bundle, split=rows.artifact, rows=rows.rows)
+    return run.call(rank, bundle=bundle, test=rows, ranking=ranking)
+
+
 def measure_budget_loss(run: Run, stage: Artifact) -> tuple[str, Estimate]:
     """Measure how much of its metric a stage loses against the untouched model.
 
@@ -193,10 +193,10 @@ def measure_budget_loss(run: Run, stage: Artifact) -> tuple[str, Estimate]:
     """
     validation = run.prepare_split("validation")
 
+    ranking = run.prepare_ranking("validation")
+
     def score_stage(name: str, bundle: Artifact) -> Scored:
-        predictions = run.call(
-            score, bundle=bundle, split=validation.artifact, rows=validation.rows
-        )
+        predictions = _predict(run, bundle, validation, ranking)
         return Scored(step=name, bundle=bundle, score=predictions)
 
     original = score_stage(AS_TRAINED, run.model.artifact)

@@ -79,14 +79,19 @@ class Run:
         artifact = self.call(prepare, bundle=self.model.artifact, split=split)
         return PreparedRows(artifact=artifact, rows=self.model.rows[split])
 
-    def prepare_ranking(self) -> Ranking | None:
+    def prepare_ranking(self, split: SplitName = "test") -> Ranking | None:
         """Return the catalogue of items, and the splits whose items users have seen before.
 
         A retrieval evaluation needs both. None for tasks that have a score per row.
+
+        Args:
+            split: the split whose rows are evaluated, ``test`` or ``validation``.
         """
         if self.model.scores_rows:
             return None
-        earlier_splits: tuple[SplitName, ...] = ("train", "calibration", "validation")
+        earlier_splits: tuple[SplitName, ...] = ("train", "calibration")
+        if split == "test":
+            earlier_splits = (*earlier_splits, "validation")
         seen = tuple(
             self.prepare_split(split) for split in earlier_splits if split in self.model.rows
         )

@@ -8,7 +8,7 @@ option is a group of steps that are applied together (``flows/presets.py``).
 from collections.abc import Callable
 from typing import TypeVar
 
-from compressors.contracts import Part
+from compressors.contracts import SOFT_LABELS, Part, required_parts
 from compressors.contracts.reasons import Reason
 from compressors.core.registries import AnyStep
 from compressors.errors.orders import OrderRefused
@@ -38,20 +38,15 @@ def require_budget_rows(order: Order, bundle: BundleRef) -> None:
     """Raise if the order sets a budget and the bundle has no rows to measure the loss.
 
     Raises:
-        CompressionError: there are no validation rows, or the task has no score per row.
+        CompressionError: there are no validation rows.
     """
-    if order.budget is None:
-        return
-    if not bundle.scores_rows:
-        raise OrderRefused("budget_for_retrieval")
-    if "validation" not in bundle.rows:
+    if order.budget is not None and "validation" not in bundle.rows:
         raise OrderRefused("budget_needs_validation", splits=tuple(bundle.rows))
 
 
 def has_measurable_budget(order: Order, bundle: BundleRef) -> bool:
     """Return whether the order has a budget, and the bundle has rows to measure the loss."""
-    can_measure = "validation" in bundle.rows and bundle.scores_rows
-    return order.quality_budget() is not None and can_measure
+    return order.quality_budget() is not None and "validation" in bundle.rows
 
 
 def select_steps(
@@ -154,12 +149,11 @@ def missing_data_reason(
         and order.preset != "custom"
         and not has_measurable_budget(order, bundle)
     ):
-        if not bundle.scores_rows:
-            return Reason("pruning_without_budget", task=bundle.task)
         return Reason("pruning_not_judged", splits=tuple(bundle.rows))
-    if not bundle.scores_rows and "validation" in step.needs:
+    if not bundle.scores_rows and "validation" in step.needs and not step.trains_towers:
         return Reason("no_loss", step=step.kind, task=bundle.task)
-    needed = dict.fromkeys(split_name(part, bundle) for part in step.needs)
+    parts = required_parts(step.needs, scores_rows=bundle.scores_rows)
+    needed = dict.fromkeys(split_name(part, bundle) for part in parts)
     missing = [split for split in needed if split not in bundle.rows]
     if not missing:
         return None
@@ -169,14 +163,7 @@ def missing_data_reason(
 def parts_of_step(step: AnyStep, bundle: BundleRef) -> tuple[Part, ...]:
     """Return the parts of the bench a step needs, and those it can use if they are available."""
     available = (part for part in step.wants if split_name(part, bundle) in bundle.rows)
-    return (*step.needs, *available)
-
-
-SOFT_LABELS: tuple[Part, ...] = ("soft_labels", "traffic_soft_labels")
-"""Parts of the bench that contain predictions of teachers, for the training rows and for traffic.
-
-Traffic are logged requests, which have no labels.
-"""
+    return (*required_parts(step.needs, scores_rows=bundle.scores_rows), *available)
 
 
 def learns_from_teachers(step: AnyStep) -> bool:

@@ -1,4 +1,4 @@
-"""Rank the catalogue with a stored retrieval model for every test query."""
+"""Rank the catalogue with a stored retrieval model for every query of test or validation rows."""
 
 from pathlib import Path
 
@@ -18,14 +18,15 @@ from tasks.orchestration.workspace import store
 
 @task(task_run_name="rank", **TASK_OPTIONS)
 def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
-    """Rank the catalogue for every test query with the torch module's two towers.
+    """Rank the catalogue for every query of some rows with the torch module's two towers.
 
-    The metrics show the effect of each step of a recipe. They do not affect the verdict, which is
-    based on rankings by the served graphs in the target's runtime.
+    The metrics of test rows show the effect of each step of a recipe. They do not affect the
+    verdict, which is based on rankings by the served graphs in the target's runtime. The metrics of
+    validation rows are compared with the quality budget.
 
     Args:
         bundle: the model.
-        test: the prepared test rows.
+        test: the prepared test or validation rows.
         ranking: the catalogue, and the earlier interactions whose items are not ranked again.
 
     Returns:

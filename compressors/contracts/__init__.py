@@ -28,9 +28,11 @@ from compressors.contracts.artifact import Artifact as Artifact
 from compressors.contracts.artifact import Sha256 as Sha256
 from compressors.contracts.artifact import artifact_name as artifact_name
 from compressors.contracts.artifact import digest as digest
+from compressors.contracts.bench import SOFT_LABELS as SOFT_LABELS
 from compressors.contracts.bench import Bench as Bench
 from compressors.contracts.bench import Part as Part
 from compressors.contracts.bench import Split as Split
+from compressors.contracts.bench import required_parts as required_parts
 from compressors.contracts.coded_error import CodedError as CodedError
 from compressors.contracts.frozen import Frozen as Frozen
 from compressors.contracts.inputs import RAGGED as RAGGED

@@ -3,6 +3,7 @@
 A step is one compression method with its settings. A bundle is a trained model as stored files.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
@@ -30,6 +31,23 @@ Part = Literal[
     "train", "calibration", "validation", "soft_labels", "traffic", "traffic_soft_labels"
 ]
 """Name of a field of ``Bench`` that is a split."""
+
+
+SOFT_LABELS: tuple[Part, ...] = ("soft_labels", "traffic_soft_labels")
+"""Parts with predictions of teachers, for the training rows and for traffic (logged requests)."""
+
+
+def required_parts(needs: Iterable[Part], *, scores_rows: bool) -> tuple[Part, ...]:
+    """Return the parts that a step needs for a model.
+
+    Predictions of teachers are stored for models with one score per row only. For a model with two
+    towers, a step computes the vectors of the original network while it trains.
+
+    Args:
+        needs: the parts that the step declares.
+        scores_rows: whether the model has one score per row.
+    """
+    return tuple(part for part in needs if scores_rows or part not in SOFT_LABELS)
 
 
 class Bench(Frozen):

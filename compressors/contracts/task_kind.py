@@ -42,7 +42,7 @@ class TaskKind:
         labels: values of the labels.
         needs_label: whether the data needs a label column.
         evaluation: how a model is evaluated. A model evaluated by ``queries`` has two towers and a
-            catalogue, and cannot be trained after compression yet.
+            catalogue.
         has_lists: whether the loss compares the rows of a group ("list"), so that a batch contains
             whole groups.
         usual: metrics with a number in their names, such as ``ndcg@10``, that every order measures.
@@ -123,7 +123,7 @@ for _kind in (
         needs_label=False,
         evaluation="queries",
         usual=("recall@20", "ndcg@20"),
-        functions=None,
+        functions="compressors.task_kinds.retrieval:Retrieval",
     ),
 ):
     register(_kind)

@@ -10,6 +10,7 @@ as the concatenated ids and ``@bounds/<name>``, int64 ``(rows + 1,)``: row ``r``
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,12 +46,16 @@ class Batch:
         group: int ``(rows,)``; None if the signature names no group.
         output_weights: factors of the losses of the outputs, in addition to ``loss_weight``; None
             for 1.
+        item: id of the row's item, int ``(rows,)``; None if the signature names no item.
+        item_log_share: logarithm of the share of rows that have this item, float32 ``(rows,)``.
     """
 
     inputs: dict[str, Tensor]
     label: Tensor
     group: Tensor | None
     output_weights: tuple[float, ...] | None = None
+    item: Tensor | None = None
+    item_log_share: Tensor | None = None
 
 
 def batches(
@@ -96,9 +101,19 @@ class Rows:
         self.signature = signature
         self.label = self._tensors["@label"]
         self.group = self._tensors.get("@group")
+        self.item = None if signature.item is None else self._tensors.get(signature.item)
 
     def __len__(self) -> int:
         return len(self.label)
+
+    @cached_property
+    def item_log_share(self) -> Tensor | None:
+        """Logarithm of the share of all rows that have the row's item, float32 ``(rows,)``."""
+        if self.item is None:
+            return None
+        _, item, counts = torch.unique(self.item, return_inverse=True, return_counts=True)
+        share: Tensor = counts[item] / len(self)
+        return share.log()
 
     def lengths(self) -> Tensor | None:
         """Return the length of the longest sequence of each row, int64 ``(rows,)``.
@@ -131,8 +146,17 @@ class Rows:
             shift = torch.repeat_interleave(begin - edges[:-1], length)  # (all ids,)
             data[item.name] = values[torch.arange(int(edges[-1])) + shift]
             data[bounds_name(item)] = edges
-        group = None if self.group is None else self.group[rows]
-        return Batch(model_inputs(data, self.signature), self.label[rows], group)
+        group, item_id, share = (
+            None if values is None else values[rows]
+            for values in (self.group, self.item, self.item_log_share)
+        )
+        return Batch(
+            model_inputs(data, self.signature),
+            self.label[rows],
+            group,
+            item=item_id,
+            item_log_share=share,
+        )
 
     def column(self, name: str) -> Tensor:
         """Return the values of one input of the data for all rows, ``(rows, *shape)``."""

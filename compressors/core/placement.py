@@ -70,9 +70,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy a batch to a device; for the CPU, return it unchanged."""
     if device.type == "cpu":
         return batch
-    group = None if batch.group is None else batch.group.to(device)
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    return Batch(inputs, batch.label.to(device), group, batch.output_weights)
+    group, item, share = (
+        None if values is None else values.to(device)
+        for values in (batch.group, batch.item, batch.item_log_share)
+    )
+    label = batch.label.to(device)
+    return Batch(inputs, label, group, batch.output_weights, item, share)
 
 
 def device_of(module: nn.Module) -> torch.device:

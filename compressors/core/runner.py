@@ -27,6 +27,7 @@ from compressors.contracts import (
     Signature,
     all_tables,
     is_out_of_memory,
+    required_parts,
 )
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
@@ -219,7 +220,8 @@ def network_errors_as_refusals(step: Method) -> Iterator[None]:
 
 def _require_parts(step: Method, bench: Bench) -> None:
     """Raise ``NothingToCompress`` if the bench lacks a part that the step needs."""
-    missing = [part for part in step.needs if getattr(bench, part) is None]
+    needs = required_parts(step.needs, scores_rows=bench.signature.scores_rows)
+    missing = [part for part in needs if getattr(bench, part) is None]
     if missing:
         present = [part for part in get_args(Part) if getattr(bench, part) is not None]
         raise NothingToCompress(

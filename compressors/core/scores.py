@@ -44,6 +44,27 @@ def network_scores(module: nn.Module, inputs: Mapping[str, Tensor], signature: S
     return scores_of(call_network(module, inputs, signature), signature)
 
 
+def training_output(
+    module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature
+) -> Tensor:
+    """Call a network and return what its loss compares.
+
+    Returns:
+        The scores; for a model with two towers, the vectors of the query and of the item of each
+        row, float ``(rows, 2, dim)``.
+
+    Raises:
+        TypeError, ValueError: as ``scores_of``.
+    """
+    if signature.towers is None:
+        return network_scores(module, inputs, signature)
+    vectors = [
+        call_network(module.get_submodule(tower.module), inputs, signature.only(tower.inputs))
+        for tower in signature.towers.named().values()
+    ]
+    return torch.stack(vectors, dim=1)
+
+
 def scores_of(returned: Any, signature: Signature) -> Tensor:
     """Return the scores in what a network returned.
 

@@ -51,6 +51,7 @@ class Distill(StepSettings):
 
     effect: ClassVar[Effect] = "values"  # units keep their format; weights and widths change
     recovers_quality: ClassVar[bool] = True
+    trains_towers: ClassVar[bool] = True
 
     kind: Literal["distill"] = "distill"
     soft_share: float = Field(
@@ -148,6 +149,7 @@ class Distill(StepSettings):
         forms = [output.form for output in bench.signature.outputs]
         if self.loss == "calibrated_listwise" and "score" in forms:
             raise NothingToCompress("loss_without_probability", step=self.kind)
+        self._require_tower_settings(bench)
         require_layers(model.module, self._recorded_layers())
         tables, reasons = self.training.tables, self._reasons(bench)
         decisions = choose_trainable(
@@ -207,6 +209,7 @@ class Distill(StepSettings):
             top=self.top,
             rows=self.rows,
             predictions=None if self.auxiliary is None else auxiliary.predictions,
+            original=original,
         )
         teacher = original if self.hints and original is not None else nn.Identity()
         with (
@@ -234,6 +237,34 @@ class Distill(StepSettings):
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Build the smaller student, if there is one; training changes no shapes."""
         return model if self.student is None else student_dry_run(model, self.student)
+
+    def _require_tower_settings(self, bench: Bench) -> None:
+        """Raise ``NothingToCompress`` for a setting that a model with two towers cannot use."""
+        if bench.signature.scores_rows:
+            return
+        expected: dict[str, tuple[object, ...]] = {
+            "loss": ("task", "listwise", "margin"),
+            "rows": ("train",),
+            "auxiliary": (None,),
+            "hints": ((),),
+        }
+        for setting, values in expected.items():
+            if (value := getattr(self, setting)) not in values:
+                raise NothingToCompress(
+                    "towers_setting",
+                    step=self.kind,
+                    setting=setting,
+                    value=value,
+                    expected=tuple(map(str, values)),
+                )
+        if bench.teachers:
+            raise NothingToCompress(
+                "towers_setting",
+                step=self.kind,
+                setting="teachers",
+                value=len(bench.teachers),
+                expected=("no further teacher",),
+            )
 
     def _recorded_layers(self) -> tuple[str, ...]:
         """Return the layers whose outputs are recorded: those with hints or an auxiliary head."""

@@ -25,6 +25,7 @@ class FineTune(StepSettings):
 
     effect: ClassVar[Effect] = "values"  # units keep their format; their weights change
     recovers_quality: ClassVar[bool] = True
+    trains_towers: ClassVar[bool] = True
 
     kind: Literal["fine_tune"] = "fine_tune"
     training: Training = Field(default_factory=Training, description="Settings of the training.")

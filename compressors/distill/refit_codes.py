@@ -61,6 +61,7 @@ class RefitCodes(StepSettings):
 
     effect: ClassVar[Effect] = "values"  # units keep their format; codes and weights change
     recovers_quality: ClassVar[bool] = True
+    trains_towers: ClassVar[bool] = True
 
     kind: Literal["refit_codes"] = "refit_codes"
     tables: tuple[str, ...] = Field(
@@ -148,7 +149,9 @@ class RefitCodes(StepSettings):
         """
         if bench.train is None or bench.validation is None:
             raise RowsMissing("training_needs_rows")
-        loss = soft_label_loss(bench, self.soft_share, self.temperature, self.kind)
+        loss = soft_label_loss(
+            bench, self.soft_share, self.temperature, self.kind, original=model.original
+        )
         units_with_codes = (
             (unit.name, _table_with_codes(unit)) for unit in plan.units(model.module)
         )
@@ -158,7 +161,7 @@ class RefitCodes(StepSettings):
         if self.dense:
             names += trainable_tensors(model.module, tables=False)
         best, best_state = (
-            quality(model.module, bench.signature, bench.validation),
+            quality(model.module, bench.signature, bench.validation, bench.train),
             _tensors_of(model),
         )
         for number in range(self.rounds):
@@ -181,7 +184,7 @@ class RefitCodes(StepSettings):
                     rows = self._reassign_codes(model, bench, tables)
                 for name, table in tables.items():
                     _cast(table, stored_types[name])
-                metric = quality(model.module, bench.signature, bench.validation)
+                metric = quality(model.module, bench.signature, bench.validation, bench.train)
                 log.info("round %d, %s: validation %.5f", number + 1, phase, metric)
                 if metric > best:
                     best, best_state = metric, _tensors_of(model)
@@ -204,7 +207,7 @@ class RefitCodes(StepSettings):
         module, signature = model.module, bench.signature
         # Only soft labels are used. Their gradient is zero if the rows equal those of the original,
         # while labels and penalties would move the rows away from the original.
-        loss = soft_label_loss(bench, 1.0, self.temperature, self.kind)
+        loss = soft_label_loss(bench, 1.0, self.temperature, self.kind, original=model.original)
         loss_before = mean_loss(module, signature, bench.train, loss)
         gradients = loss_gradients(module, signature, bench.train, loss, tables)
         proposals = {name: propose(table, *gradients[name]) for name, table in tables.items()}

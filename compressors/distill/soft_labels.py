@@ -9,17 +9,20 @@ from typing import Literal
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from compressors.contracts import Bench, Split
+from compressors.contracts import Bench, Signature, Split
 from compressors.contracts.task_kind import OutputForm
 from compressors.core.batches import Batch, JoinedRows, Rows
-from compressors.core.scores import join_columns, score_columns
+from compressors.core.placement import moved_to
+from compressors.core.scores import join_columns, score_columns, training_output
+from compressors.core.units import private_copy
 from compressors.distill.losses import SoftLoss, loss_of_teacher
 from compressors.distill.training.trainer import Loss
 from compressors.errors.steps import RowsMissing
-from compressors.task_kinds.loss import hard_loss
+from compressors.task_kinds.loss import hard_loss, soft_loss
 from compressors.task_kinds.outputs import EDGE
+from compressors.task_kinds.retrieval import margin_loss
 
 TrainingRows = Literal["train", "traffic", "both"]
 """Which rows to train on: rows with labels, rows of logged traffic without labels, or both."""
@@ -35,6 +38,7 @@ def soft_label_loss(
     top: int = 10,
     rows: TrainingRows = "train",
     predictions: Callable[[], Tensor] | None = None,
+    original: nn.Module | None = None,
 ) -> Loss:
     """Build the loss on soft labels and labels.
 
@@ -52,10 +56,17 @@ def soft_label_loss(
         rows: which rows are used.
         predictions: function that returns the predictions to compare with the teacher; if None,
             the network's output is compared.
+        original: the original network, whose vectors are the soft labels of a model with two
+            towers; not used for other models.
 
     Raises:
-        RowsMissing: there are no soft labels, or their number differs from that of the rows.
+        RowsMissing: there are no soft labels, or their number differs from that of the rows; or a
+            model with two towers has no original.
     """
+    if not bench.signature.scores_rows:
+        if original is None:
+            raise RowsMissing("soft_labels_missing", step=kind)
+        return _vector_loss(bench.signature, original, soft_share, temperature, name)
     teacher = torch.cat(
         [
             _predictions(split, soft_split, kind)
@@ -81,6 +92,30 @@ def soft_label_loss(
             return soft
         hard = hard_loss(bench.signature, output, batch)
         return soft_share * soft + (1 - soft_share) * hard
+
+    return loss
+
+
+def _vector_loss(
+    signature: Signature,
+    original: nn.Module,
+    soft_share: float,
+    temperature: float,
+    name: SoftLoss,
+) -> Loss:
+    """Build the loss on the original's vectors and the labels, for a model with two towers."""
+    teacher = private_copy(original).eval()
+
+    def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
+        with moved_to(teacher, str(output.device)), torch.no_grad():
+            vectors = training_output(teacher, batch.inputs, signature).float()
+        if name == "margin":
+            soft = margin_loss(output, vectors, batch)
+        else:
+            soft = soft_loss(signature, output, vectors, batch, temperature)
+        if soft_share == 1:
+            return soft
+        return soft_share * soft + (1 - soft_share) * hard_loss(signature, output, batch)
 
     return loss
 
@@ -168,14 +203,20 @@ def _predictions(split: Split | None, soft: Split | None, kind: str) -> Tensor:
     return teacher
 
 
-def mixed_loss(bench: Bench, soft_share: float, temperature: float, kind: str) -> Loss:
+def mixed_loss(
+    bench: Bench,
+    soft_share: float,
+    temperature: float,
+    kind: str,
+    original: nn.Module | None = None,
+) -> Loss:
     """Build the loss of ``soft_label_loss``, or only the loss on the labels if ``soft_share`` is 0.
 
     Raises:
         RowsMissing: as for ``soft_label_loss``.
     """
     if soft_share:
-        return soft_label_loss(bench, soft_share, temperature, kind)
+        return soft_label_loss(bench, soft_share, temperature, kind, original=original)
 
     def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
         return hard_loss(bench.signature, output, batch)

@@ -82,8 +82,10 @@ class NothingToCompress(CompressionError):
         f"probability; this model has task {{task!r}}, whose scores only order rows. {_LEAVE_OUT}",
         "several_outputs": "{step!r} needs a model with one output; recalibration of several "
         f"outputs is not written yet. {_LEAVE_OUT}",
-        "training_unavailable": "{step!r} needs a model of task 'ctr' or 'ranking'; this model has "
-        f"task 'retrieval', whose training is not written yet. {_LEAVE_OUT}",
+        "training_unavailable": "Expected a task with a training loss for {step!r}, got "
+        f"{{task!r}}. {_LEAVE_OUT}",
+        "towers_setting": "{step!r} of a model with two towers learns from the vectors of the "
+        "original on the training rows; got {setting} {value!r}. Expected {expected}.",
         "row_metric_missing": "{step!r} needs a model of task 'ctr' or 'ranking'; this model has "
         f"task 'retrieval', which is evaluated by full rankings only. {_LEAVE_OUT}",
         "row_metric_for_layers_missing": "{step!r} needs a model of task 'ctr' or 'ranking', or "

@@ -15,10 +15,6 @@ class OrderRefused(CompressionError):
     """The steps, teachers, budget or targets of an order do not fit the model or each other."""
 
     sentences: ClassVar = {
-        "budget_for_retrieval": (
-            "A budget is measured on the scores of validation rows, which task 'retrieval' "
-            "does not have yet. Leave the budget out; limits are still checked."
-        ),
         "budget_needs_validation": "A budget is measured on validation data; this model has "
         "{splits}. Add it to model.json and pack again, or leave the budget out.",
         "step_not_applicable": "{reason}",  # a ``Reason`` of ``contracts/reasons``

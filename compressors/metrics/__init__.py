@@ -12,5 +12,6 @@ baseline_checks.py    checks of the uncompressed model on its test rows
 measured.py           the measured numbers of one target
 score_reasons.py      describes how much scores changed, for verdicts
 judge.py              decide whether limits hold: accepted, rejected or undecided
+validation_ranking.py the metric of a ranking of the items in validation and training data
 validation_score.py   the metric on validation data, for steps that select by it
 """

@@ -4,18 +4,24 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import Output, Signature, Split, metric
-from compressors.core.batches import batches
+from compressors.core.batches import JoinedRows, Rows, batches
 from compressors.core.placement import device_of, to_device
 from compressors.core.scores import network_scores, score_columns
 from compressors.metrics.estimators import builtin as builtin
 from compressors.metrics.estimators.protocols import RowEstimator, ScoredRows
+from compressors.metrics.validation_ranking import ranking_quality
 
 SCORING_ROWS = 8192
 """Rows per batch."""
 
 
 @torch.no_grad()
-def quality(module: nn.Module, signature: Signature, split: Split) -> float:
+def quality(
+    module: nn.Module,
+    signature: Signature,
+    split: Split,
+    train: Split | Rows | JoinedRows | None = None,
+) -> float:
     """Evaluate the signature's metric on a split; higher is better.
 
     With several outputs, it is the mean of their metrics, weighted by ``loss_weight``. Rows without
@@ -23,13 +29,18 @@ def quality(module: nn.Module, signature: Signature, split: Split) -> float:
 
     Args:
         module: the network, in evaluation mode.
-        signature: signature of a ``ctr`` or ``ranking`` model.
+        signature: the model's signature.
         split: prepared rows (as tensors of the model's inputs) with labels, and groups if the
             metric needs them.
+        train: the training rows. Only for ``retrieval``: their items are ranked too, except for a
+            query that has them in these rows (``validation_ranking.py``).
 
     Raises:
         MetricRefused: the metric is undefined for these rows.
     """
+    if not signature.scores_rows:
+        train_rows = Rows(train, signature) if isinstance(train, Split) else train
+        return ranking_quality(module, signature, Rows(split, signature), train_rows)
     parts, device = list(batches(split, signature, SCORING_ROWS)), device_of(module)
     outputs = [network_scores(module, to_device(part, device).inputs, signature) for part in parts]
     scores = score_columns(torch.cat(outputs).cpu())

@@ -7,3 +7,4 @@ of this file.
 
 from compressors.task_kinds import ctr as ctr
 from compressors.task_kinds import ranking as ranking
+from compressors.task_kinds import retrieval as retrieval

@@ -44,13 +44,16 @@ def hard_loss(signature: Signature, scores: Tensor, batch: Batch) -> Tensor:
 
     Args:
         signature: signature with the task kind and form of each output.
-        scores: the network's scores, float ``(rows,)`` or ``(rows, outputs)``.
+        scores: the network's scores, float ``(rows,)`` or ``(rows, outputs)``; for ``retrieval``
+            the vectors of query and item, ``(rows, 2, dim)``.
         batch: the rows' labels, and for ranking their groups. Its ``output_weights``, if given,
             multiply the losses of the outputs in addition to ``loss_weight``.
 
     Returns:
         A scalar; 0 if no row has a label.
     """
+    if not signature.scores_rows:
+        return functions_of(signature.single_output).hard_loss(scores, batch)
     scores = scores_of(scores, signature)
     weights = batch.output_weights or (1.0,) * len(signature.outputs)
     losses = [
@@ -84,7 +87,8 @@ def soft_loss(
 
     Args:
         signature: signature with the task kind and form of each output.
-        scores: the student's scores, float ``(rows,)`` or ``(rows, outputs)``.
+        scores: the student's scores, float ``(rows,)`` or ``(rows, outputs)``; for ``retrieval``
+            the vectors of query and item, ``(rows, 2, dim)``.
         teacher: the teacher's scores for the same rows, in the same shape.
         batch: the rows; for ranking, their groups are used.
         temperature: divides both scores before they are converted to probabilities; the loss is
@@ -93,6 +97,9 @@ def soft_loss(
     Returns:
         A scalar.
     """
+    if not signature.scores_rows:
+        rows = TaughtRows(scores, teacher, batch)
+        return functions_of(signature.single_output).soft_loss(rows, temperature)
     losses = [
         output.loss_weight
         * functions_of(output).soft_loss(TaughtRows(score, taught, batch), temperature)

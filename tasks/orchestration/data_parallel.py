@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import distributed, multiprocessing
 
-from compressors.contracts import Artifact, Bench, Frozen, Network, Plan, Reason
+from compressors.contracts import SOFT_LABELS, Artifact, Bench, Frozen, Network, Plan, Reason
 from compressors.core.placement import require_device
 from compressors.core.registries import AnyStep
 from compressors.core.skipping import run_or_skip
@@ -96,7 +96,10 @@ def run_step(work: StepInputs, folder: Path) -> StepResult:
         CompressionError: as ``compressors.core.skipping.run_or_skip``.
     """
     model = load_bundle(work.source).model
-    if work.step.reads_original:
+    learns_from_vectors = not work.bench.signature.scores_rows and any(
+        part in SOFT_LABELS for part in work.step.needs
+    )
+    if work.step.reads_original or learns_from_vectors:
         model = replace(model, original=load_bundle(work.original).model.module)
     folder.mkdir(parents=True, exist_ok=True)
     # The flow excludes units whose compressed form a target cannot serve.

@@ -135,8 +135,8 @@ FAULTS = (
     Fault(
         id="parity-ignores-nan",
         file="compressors/lower/parity.py",
-        old="    if not np.array_equal(refused, np.isnan(actual)):\n",
-        new="    if np.isnan(actual).all() and not refused.all():\n",
+        old="    if not np.array_equal(is_nan, np.isnan(actual)):\n",
+        new="    if np.isnan(actual).all() and not is_nan.all():\n",
         effect="NaN in the graph's scores passes where the module has a number.",
         tests=(f"{PARITY}::test_nan_in_different_rows_fails",),
     ),

@@ -44,6 +44,7 @@ class StepSettings(Frozen):
             quality budget then evaluates both steps together.
         requires_budget: whether a preset includes it only if its loss of quality can be measured on
             validation rows.
+        trains_towers: whether it can train a model with two towers.
         kind: the method's tag in recipes, plans and reports.
     """
 
@@ -51,6 +52,7 @@ class StepSettings(Frozen):
     keeps_zeros: ClassVar[bool] = False
     recovers_quality: ClassVar[bool] = False
     requires_budget: ClassVar[bool] = False
+    trains_towers: ClassVar[bool] = False
 
     kind: str
 

@@ -23,7 +23,7 @@ from compressors.contracts import Signature, Split
 from compressors.core.batches import Batch, JoinedRows, Rows
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placement import device_of, moved_to, to_device
-from compressors.core.scores import network_scores
+from compressors.core.scores import training_output
 from compressors.distill.training import data_parallel
 from compressors.distill.training.checkpoint import TrainingProgress, read_progress, store_progress
 from compressors.distill.training.settings import Training
@@ -310,7 +310,7 @@ class _Run:
     def _quality(self) -> float:
         """Return the validation metric, the same on all ranks."""
         return data_parallel.from_first_rank(
-            quality(self.module, self.signature, self.validation), self.device
+            quality(self.module, self.signature, self.validation, self.rows), self.device
         )
 
     def _backward(self, row_numbers: Tensor) -> Tensor:
@@ -319,8 +319,8 @@ class _Run:
             return torch.zeros((), device=self.device)
         batch = to_device(self.rows.take(row_numbers), self.device)
         with self._precision():
-            scores = network_scores(self.module, batch.inputs, self.signature)
-        loss = self.loss(scores.float(), batch, row_numbers)
+            output = training_output(self.module, batch.inputs, self.signature)
+        loss = self.loss(output.float(), batch, row_numbers)
         total = loss
         for table in self._penalized():
             total = total + self.settings.table_l2 / 2 * table.square().sum()

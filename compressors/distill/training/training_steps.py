@@ -64,13 +64,14 @@ def choose_trainable(
 
 
 def require_loss(bench: Bench, kind: str) -> None:
-    """Raise if the task has no training loss yet.
+    """Raise if the task has no training loss.
 
     Raises:
-        NothingToCompress: the task is ``retrieval``.
+        NothingToCompress: a task kind of the signature's outputs has no functions.
     """
-    if not bench.signature.scores_rows:
-        raise NothingToCompress("training_unavailable", step=kind)
+    if any(output.task_kind.load() is None for output in bench.signature.outputs):
+        tasks = tuple(output.kind for output in bench.signature.outputs)
+        raise NothingToCompress("training_unavailable", step=kind, task=tasks[0])
 
 
 def nothing_to_train(unit: Unit, kind: str) -> Reason:

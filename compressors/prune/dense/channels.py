@@ -404,7 +404,7 @@ class Channels(StepSettings):
         return prunable_widths(model, signature, decisions, share, self.multiple, searched=searched)
 
     def _train(self, model: Model, bench: Bench, training: Training, number: int) -> AppliedStep:
-        loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
+        loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)
         if bench.checkpoints is not None:  # one checkpoint folder per round
             folder = f"{bench.checkpoints}/round-{number}"
             bench = bench.model_copy(update={"checkpoints": folder})

@@ -164,7 +164,7 @@ class L1Training(StepSettings):
         """
         penalized = plan.payload
         names = [name for name, decision in penalized.items() if decision.selected]
-        loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind)
+        loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)
         groups = _groups(model, bench.signature, penalized) if self.penalty == "group" else []
         trained = train_model(
             model,

@@ -18,7 +18,7 @@ from compressors.contracts import Signature, Split
 from compressors.core.batches import Batch, Rows
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import PackedTable
-from compressors.core.scores import network_scores, score_columns
+from compressors.core.scores import network_scores, score_columns, training_output
 from compressors.distill.training.trainer import Loss
 from compressors.task_kinds.loss import hard_loss, shuffled_rows
 
@@ -59,7 +59,7 @@ def loss_gradients(
         for row_numbers in shuffled_rows(rows, signature, BATCH, seed=0):
             lookups.clear()
             batch = rows.take(row_numbers)
-            output = network_scores(module, batch.inputs, signature)
+            output = training_output(module, batch.inputs, signature)
             leaves = [leaf for _, _, leaf in lookups]
             batch_terms = _terms(signature, batch)
             terms += batch_terms
@@ -201,8 +201,8 @@ def mean_loss(module: nn.Module, signature: Signature, split: Split, loss: Loss)
         for row_numbers in shuffled_rows(rows, signature, BATCH, seed=0):
             batch = rows.take(row_numbers)
             batch_terms = _terms(signature, batch)
-            scores = network_scores(module, batch.inputs, signature)
-            total += float(loss(scores, batch, row_numbers)) * batch_terms
+            output = training_output(module, batch.inputs, signature)
+            total += float(loss(output, batch, row_numbers)) * batch_terms
             terms += batch_terms
     return total / terms
 

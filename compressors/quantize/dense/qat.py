@@ -15,7 +15,7 @@ it.
 """
 
 from collections.abc import Collection
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
-from compressors.core.batches import Batch
 from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.placeholders import dry_run_packed
@@ -33,10 +32,10 @@ from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, ch
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, innermost, swap
-from compressors.distill.soft_labels import soft_label_loss
+from compressors.distill.soft_labels import mixed_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
-from compressors.distill.training.trainer import Loss, train
+from compressors.distill.training.trainer import train
 from compressors.distill.training.training_steps import (
     describe_outcome,
     pruned_layers,
@@ -51,7 +50,6 @@ from compressors.quantize.dense.calibrated import (
     calibrate_layers,
 )
 from compressors.quantize.dense.static_int8 import FORMAT, clip_to_scale, encode, packed_int8
-from compressors.task_kinds.loss import hard_loss
 
 
 def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
@@ -136,6 +134,8 @@ class LearnedInt8(nn.Module):
 
 class QAT(StepSettings):
     """Train dense layers with rounded weights and inputs, and store them in int8."""
+
+    trains_towers: ClassVar[bool] = True
 
     kind: Literal["qat"] = "qat"
     layers: LayerPatterns = ("*",)
@@ -232,7 +232,9 @@ class QAT(StepSettings):
             bench.signature,
             bench.train,
             bench.validation,
-            self._loss(bench),
+            mixed_loss(
+                bench, self.soft_share, self.temperature, self.kind, original=model.original
+            ),
             self.training,
             seed=bench.seed,
             device=bench.device,
@@ -253,15 +255,6 @@ class QAT(StepSettings):
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by placeholders in the format, without training."""
         return dry_run_packed(model, plan.units(model.module), linear=FORMAT)
-
-    def _loss(self, bench: Bench) -> Loss:
-        if self.soft_share:
-            return soft_label_loss(bench, self.soft_share, self.temperature, self.kind)
-
-        def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
-            return hard_loss(bench.signature, output, batch)
-
-        return loss
 
 
 def _build_learned(layer: nn.Module, initial: PackedLinear) -> LearnedInt8:

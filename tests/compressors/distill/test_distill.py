@@ -1,16 +1,18 @@
 """``distill``: training on a teacher's scores, smaller students, and invalid students."""
 
+from dataclasses import replace
+
 import models
 import pytest
 import torch
 from error_codes import raises_code
 from models import BENCH_ROWS, NORMED, RANKER, SHORT_TRAINING, Reference
 from reason_codes import codes_of, require_reason
-from signatures import with_output
 from torch import Tensor, nn
 
 from compressors.contracts import Split
 from compressors.contracts.reasons import Reason
+from compressors.contracts.task_kind import TASK_KINDS
 from compressors.core.batches import batches
 from compressors.core.dry_run import dry_run
 from compressors.core.runner import run
@@ -171,11 +173,12 @@ def test_missing_soft_labels_or_another_number_of_them_raise_an_error(tmp_path):
         run(Distill(), NORMED.model(), without_labels, tmp_path / "out")
 
 
-def test_training_of_retrieval_models_raises_training_unavailable(tmp_path):
+def test_training_for_a_task_kind_without_losses_raises_training_unavailable(tmp_path, monkeypatch):
     bench = RANKER.bench(tmp_path / "data")
-    signature = with_output(RANKER.signature, kind="retrieval")
-    with raises_code(NothingToCompress, "training_unavailable"):
-        FineTune().plan(RANKER.model(), bench.model_copy(update={"signature": signature}))
+    kind = bench.signature.single_output.task_kind
+    monkeypatch.setitem(TASK_KINDS, kind.name, replace(kind, functions=None))
+    with raises_code(NothingToCompress, "training_unavailable", task=kind.name):
+        FineTune().plan(RANKER.model(), bench)
 
 
 def test_a_pruned_network_can_be_distilled(tmp_path):

@@ -11,14 +11,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from error_codes import raises_code
-from models import METHODS, Reference
+from models import METHODS, Reference, write_split
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, PaddedBag, Signature, TargetName
 from compressors.core.random_inputs import generate_edge_inputs, generate_inputs
 from compressors.core.runner import run
-from compressors.errors.compression import NothingToCompress
+from compressors.distill.fine_tune import FineTune
+from compressors.distill.training.settings import Training
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
 from infra.onnxruntime.sessions import Session
@@ -142,14 +142,15 @@ def test_graph_of_a_tower_contains_only_weights_of_that_tower():
     assert not any(name.startswith("query.hidden") for name in weights["item"])
 
 
-@pytest.mark.parametrize("kind", ["fine_tune", "distill"])
-def test_training_steps_refuse_retrieval_models(kind, tmp_path):
-    (method,) = (item for item in METHODS if item.model_fields["kind"].default == kind)
+def test_training_keeps_a_table_that_both_towers_share(tmp_path):
+    model = SHARED.model()
     bench = SHARED.bench(tmp_path / "data")
-    split = bench.calibration
-    # All splits are present, so that the steps are not refused because of missing rows.
-    full_bench = bench.model_copy(
-        update={"train": split, "validation": split, "soft_labels": split}
+    other = write_split(SIGNATURE, ROWS_OF_TABLE, tmp_path / "other", seed=3)
+    bench = bench.model_copy(update={"train": bench.calibration, "validation": other})
+    training = Training(epochs=1, batch=16, warmup=0, learning_rate=0.1, tables=True)
+    trained = (
+        FineTune(training=training)
+        .apply(model.private(), bench, FineTune(training=training).plan(model, bench))
+        .model.module
     )
-    with raises_code(NothingToCompress, "training_unavailable"):
-        run(method(), SHARED.model(), full_bench, tmp_path / "out")
+    assert trained.query.table.weight is trained.item.table.weight

@@ -1,0 +1,114 @@
+"""Evaluate a model with two towers on validation data, for steps that compare candidates."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressors.contracts import Signature
+from compressors.core.batches import JoinedRows, Rows
+from compressors.core.placement import device_of, to_device
+from compressors.core.scores import call_network
+from compressors.errors.metrics import MetricRefused
+from compressors.metrics.full_ranking import (
+    Float32s,
+    Interactions,
+    Ints,
+    RankedVectors,
+    ranking_metrics,
+    ranking_queries,
+)
+
+MAX_QUERIES = 5_000
+"""Largest number of queries that are ranked, so that an evaluation takes seconds."""
+
+ROWS_AT_ONCE = 8192
+
+
+@torch.no_grad()
+def ranking_quality(
+    module: nn.Module, signature: Signature, validation: Rows, train: Rows | JoinedRows | None
+) -> float:
+    """Rank the items of the training and validation rows for the validation queries.
+
+    The items of a query's training rows are not ranked for it.
+
+    Args:
+        module: the network, in evaluation mode.
+        signature: signature of a ``retrieval`` model.
+        validation: the validation rows.
+        train: the training rows, or None.
+
+    Returns:
+        The mean of the signature's metric over up to ``MAX_QUERIES`` queries, which are evenly
+        spaced in the order of their ids.
+
+    Raises:
+        MetricRefused: the rows have no groups, which are the queries; or no query has a relevant
+            item that is not in its training rows.
+    """
+    known = [train, validation] if isinstance(train, Rows) else [validation]
+    rows_of_item = [(rows, *_first_rows(rows)) for rows in known]
+    catalogue = np.unique(np.concatenate([ids for _, ids, _ in rows_of_item]))
+    vectors: Float32s | None = None
+    for rows, ids, first in rows_of_item:
+        of_rows = _vectors(module, signature, "item", rows, first)
+        if vectors is None:
+            vectors = np.empty((catalogue.size, of_rows.shape[1]), np.float32)
+        vectors[np.searchsorted(catalogue, ids)] = of_rows
+    assert vectors is not None  # noqa: S101 - there is at least one part
+    group = _ids(validation, validation.group)
+    selected = np.flatnonzero(np.isin(group, _evenly_spaced(np.unique(group))))
+    queries = ranking_queries(
+        _interactions(validation, selected), map(_interactions, known[:-1]), catalogue
+    )
+    of_queries = _vectors(module, signature, "query", validation, selected[queries.row])
+    metric = signature.single_output.metric
+    values = ranking_metrics(RankedVectors(of_queries, vectors, queries), [metric])
+    return float(values[metric].mean())
+
+
+def _evenly_spaced(queries: Ints) -> Ints:
+    """Return at most ``MAX_QUERIES`` of the sorted queries."""
+    places = np.linspace(0, queries.size - 1, min(MAX_QUERIES, queries.size)).astype(np.int64)
+    return queries[places]
+
+
+def _first_rows(rows: Rows) -> tuple[Ints, Ints]:
+    """Return the ids of all items, and the first row of each."""
+    ids, first = np.unique(_ids(rows, rows.item), return_index=True)
+    return ids, first
+
+
+def _interactions(rows: Rows, selected: Ints | None = None) -> Interactions:
+    """Return queries, items and labels of the selected rows, by default of all."""
+    columns = (_ids(rows, rows.group), _ids(rows, rows.item), rows.label.numpy())
+    group, item, label = (values if selected is None else values[selected] for values in columns)
+    return Interactions(group, item, label)
+
+
+def _ids(rows: Rows, values: Tensor | None) -> Ints:
+    """Return the queries or items of all rows.
+
+    Raises:
+        MetricRefused: the rows have none.
+    """
+    if values is None:
+        raise MetricRefused("retrieval_needs_groups")
+    ids: Ints = values.numpy()
+    return ids
+
+
+def _vectors(
+    module: nn.Module, signature: Signature, tower: str, rows: Rows, numbers: Ints
+) -> Float32s:
+    """Return the vectors of one tower for the rows with these numbers, float32 ``(rows, dim)``."""
+    assert signature.towers is not None  # noqa: S101 - a retrieval signature has towers
+    described = signature.towers.named()[tower]
+    part, inputs = module.get_submodule(described.module), signature.only(described.inputs)
+    device = device_of(module)
+    pieces = [
+        call_network(part, to_device(rows.take(chunk), device).inputs, inputs).float().cpu()
+        for chunk in torch.split(torch.from_numpy(numbers), ROWS_AT_ONCE)
+    ]
+    vectors: Float32s = torch.cat(pieces).numpy()
+    return vectors

@@ -1,0 +1,233 @@
+"""Steps that train a model with two towers, on interactions drawn from the network's scores.
+
+``TOWERS`` is such a network. Noise in a tensor lowers its recall, which training recovers; random
+weights have the recall of a random order.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from error_codes import raises_code
+from models import Reference
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressors.contracts import Bench, IdInput, Signature, Split
+from compressors.core.batches import Rows
+from compressors.core.model import Model
+from compressors.core.runner import run
+from compressors.core.units import private_copy
+from compressors.distill.distill import Distill
+from compressors.distill.fine_tune import FineTune
+from compressors.distill.refit_codes import RefitCodes
+from compressors.distill.training.settings import Training
+from compressors.errors.compression import NothingToCompress
+from compressors.metrics.validation_ranking import MAX_QUERIES, ranking_quality
+from compressors.metrics.validation_score import quality
+from compressors.quantize.dense.qat import QAT
+from compressors.quantize.tables.product_codes import ProductCodes
+
+USERS, ITEMS, DIM = 400, 120, 8
+PER_USER = {"train": 12, "validation": 5, "calibration": 2}
+
+
+class Tower(nn.Module):
+    """A table and a layer."""
+
+    def __init__(self, name: str, rows: int, dim: int) -> None:
+        super().__init__()
+        self.name = name
+        self.table = nn.Embedding(rows, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        vector: Tensor = self.out(self.table(inputs[self.name]))
+        return vector
+
+
+class TwoTowers(nn.Module):
+    """Towers of ids; a score is the dot product of their vectors."""
+
+    def __init__(self, dim: int = DIM) -> None:
+        super().__init__()
+        self.query, self.item = Tower("user", USERS, dim), Tower("item", ITEMS, dim)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        score: Tensor = (self.query(user=user) * self.item(item=item)).sum(dim=1)
+        return score
+
+
+SIGNATURE = Signature.model_validate(
+    {
+        "inputs": [
+            IdInput(name="user", table="query.table").model_dump(),
+            IdInput(name="item", table="item.table").model_dump(),
+        ],
+        "outputs": [{"name": "score", "kind": "retrieval", "form": "score", "metric": "recall@5"}],
+        "group": "user",
+        "item": "item",
+        "towers": {
+            "query": {"module": "query", "inputs": ["user"]},
+            "item": {"module": "item", "inputs": ["item"]},
+        },
+    }
+)
+TOWERS = Reference(TwoTowers, SIGNATURE)
+TRAINING = Training(
+    epochs=4, batch=64, learning_rate=0.02, schedule="cosine", warmup=0, tables=True
+)
+
+
+def trained_model(seed: int = 0) -> Model:
+    """Return the network with weights of a trained one: large scores."""
+    model = TOWERS.model(seed)
+    with torch.no_grad():
+        for tower in (model.module.query, model.module.item):
+            tower.table.weight.mul_(1.0)
+            tower.out.weight.copy_(torch.eye(DIM))
+            tower.out.bias.zero_()
+    return model
+
+
+def bench_of(model: Model, folder: Path) -> Bench:
+    """Write interactions drawn from the softmax of each user's scores, without repetition."""
+    with torch.no_grad():
+        users, items = torch.arange(USERS), torch.arange(ITEMS)
+        scores = model.module.query(user=users) @ model.module.item(item=items).T
+    random = np.random.default_rng(0)
+    gumbel = random.gumbel(size=scores.shape)
+    order = np.argsort(-(scores.numpy() + gumbel), axis=1)  # samples without replacement
+    parts, begin = {}, 0
+    for part, count in PER_USER.items():
+        chosen = order[:, begin : begin + count]
+        begin += count
+        tensors = {
+            "user": torch.arange(USERS).repeat_interleave(count),
+            "item": torch.from_numpy(np.ascontiguousarray(chosen).reshape(-1)),
+        }
+        tensors |= {"@label": torch.ones(len(tensors["user"])), "@group": tensors["user"].clone()}
+        (folder / part).mkdir(parents=True)
+        save_file(tensors, folder / part / "data.safetensors")
+        parts[part] = Split(
+            path=str(folder / part), sha256=str(begin) * 32, rows=len(tensors["user"])
+        )
+    return Bench(signature=SIGNATURE, **parts)
+
+
+def recall(model: Model, bench: Bench) -> float:
+    """Return Recall@5 on the validation rows."""
+    assert bench.validation is not None
+    return quality(model.module, SIGNATURE, bench.validation, bench.train)
+
+
+def test_quality_is_the_recall_of_a_ranking_without_items_of_the_training_rows(tmp_path):
+    model = trained_model()
+    bench = bench_of(model, tmp_path)
+    assert bench.train is not None
+    assert bench.validation is not None
+    train, validation = (Rows(split, SIGNATURE) for split in (bench.train, bench.validation))
+    known = set(zip(train.group.tolist(), train.item.tolist(), strict=True))
+    catalogue = sorted({*train.item.tolist(), *validation.item.tolist()})
+    with torch.no_grad():
+        scores = (
+            model.module.query(user=torch.arange(USERS))
+            @ model.module.item(item=torch.tensor(catalogue)).T
+        )
+    recalls = []
+    for user in range(USERS):
+        relevant = set(validation.item[validation.group == user].tolist())
+        ranked = [
+            catalogue[place]
+            for place in scores[user].argsort(descending=True).tolist()
+            if (user, catalogue[place]) not in known
+        ]
+        recalls.append(len(relevant & set(ranked[:5])) / len(relevant))
+    assert recall(model, bench) == pytest.approx(np.mean(recalls), abs=1e-9)
+
+
+def test_at_most_5000_queries_are_ranked(tmp_path, monkeypatch):
+    model = trained_model()
+    bench = bench_of(model, tmp_path)
+    assert MAX_QUERIES == 5_000
+    monkeypatch.setattr("compressors.metrics.validation_ranking.MAX_QUERIES", 2)
+    validation = Rows(bench.validation, SIGNATURE)
+    value = ranking_quality(model.module, SIGNATURE, validation, None)
+    # Recall@5 of a user with 3 relevant items is a number of thirds; of two users, of sixths.
+    assert value * 6 == pytest.approx(round(value * 6), abs=1e-9)
+
+
+def damaged(model: Model, names: tuple[str, ...]) -> Model:
+    """Return the network with noise in some tensors; its recall is far below the original's."""
+    module = private_copy(model.module)
+    generator = torch.Generator().manual_seed(3)
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        tensor = getattr(owner, leaf).detach()
+        noise = torch.randn(tensor.shape, generator=generator) * tensor.std()
+        changed = tensor + noise
+        is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
+        setattr(owner, leaf, nn.Parameter(changed) if is_parameter else changed)
+    return replace(model, module=module)
+
+
+def test_fine_tune_trains_random_towers(tmp_path):
+    bench = bench_of(trained_model(), tmp_path / "data")
+    start = TOWERS.model(seed=1)
+    training = TRAINING.model_copy(update={"learning_rate": 0.1, "epochs": 8})
+    result = run(FineTune(training=training), start, bench, tmp_path / "out")
+    random_order = 5 / (ITEMS - PER_USER["train"])
+    assert recall(start, bench) < 2 * random_order
+    assert recall(result, bench) > 3 * random_order
+
+
+@pytest.mark.parametrize("loss", ["task", "margin"])
+def test_distill_recovers_a_damaged_layer_from_the_vectors_of_the_original(loss, tmp_path):
+    original = trained_model()
+    bench = bench_of(original, tmp_path / "data")
+    start = replace(damaged(original, ("item.out.weight",)), original=original.module)
+    training = TRAINING.model_copy(update={"tables": False})
+    step = Distill(loss=loss, training=training, soft_share=1.0)
+    result = run(step, start, bench, tmp_path / "out")
+    before, lost, recovered = (recall(model, bench) for model in (original, start, result))
+    assert lost < 0.8 * before
+    assert recovered > 0.95 * before
+
+
+def test_refit_codes_recovers_damaged_codebooks(tmp_path):
+    original = trained_model()
+    bench = bench_of(original, tmp_path / "data")
+    codes = ProductCodes(parts=4, bits=6, codebook_share=1.0)
+    packed = run(codes, original, bench, tmp_path / "codes")
+    names = ("item.table.codebook",)
+    start = replace(damaged(packed, names), original=original.module)
+    step = RefitCodes(rounds=1, share=0, training=TRAINING.model_copy(update={"tables": False}))
+    result = run(step, start, bench, tmp_path / "out")
+    before, lost, recovered = (recall(model, bench) for model in (packed, start, result))
+    assert lost < 0.8 * before
+    assert recovered > 0.5 * (before + lost)
+
+
+def test_qat_trains_the_layers_of_both_towers(tmp_path):
+    original = trained_model()
+    bench = bench_of(original, tmp_path / "data")
+    training = TRAINING.model_copy(update={"tables": False, "epochs": 1})
+    result = run(
+        QAT(training=training), replace(original, original=original.module), bench, tmp_path / "out"
+    )
+    assert {line.format for line in result.plan.lines if line.module.endswith("out")} == {
+        "static_int8"
+    }
+    assert recall(result, bench) > 0.9 * recall(original, bench)
+
+
+def test_steps_without_the_original_or_with_unusable_settings_are_refused(tmp_path):
+    original = trained_model()
+    bench = bench_of(original, tmp_path / "data")
+    with raises_code(NothingToCompress, "towers_setting", setting="loss", value="pointwise"):
+        run(Distill(loss="pointwise"), original, bench, tmp_path / "out")
+    with raises_code(NothingToCompress, "towers_setting", setting="hints", value=("query.out",)):
+        run(Distill(hints=("query.out",)), original, bench, tmp_path / "out")
