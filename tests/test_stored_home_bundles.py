@@ -21,7 +21,12 @@ from tasks.lower import lower_model
 from tasks.orchestration.graph_documents import lowering_of
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
-from tests.stored_home.scores import edge_inputs, graph_scores, module_scores, tensors_digest
+from tests.stored_home.scores import (
+    graph_scores,
+    module_scores,
+    out_of_range_inputs,
+    tensors_digest,
+)
 from tests.stored_home.settings import registered_steps
 from tests.stored_home.stored import (
     EXPECTED,
@@ -129,7 +134,7 @@ def test_a_stored_graph_has_its_stored_scores_in_onnx_runtime(sha: str, fixture:
     inputs = fixture.inputs(expected["model"])
     for graph in lowering.graphs:
         names = tuple(item.name for item in graph.inputs)
-        for kind, inputs_of_kind in (("rows", inputs), ("edge", edge_inputs(inputs))):
+        for kind, inputs_of_kind in (("rows", inputs), ("edge", out_of_range_inputs(inputs))):
             scores = graph_scores(folder / graph.file, names, inputs_of_kind)
             key = f"onnx/{sha}/{graph.name}/{kind}"
             require_equal(scores, fixture.scores(key), fixture, bundle_of(sha, fixture.expected))

@@ -3,7 +3,8 @@
 A ``Judgement`` is the outcome of one limit, a ``Verdict`` that of all limits of a target. The 95 %
 interval decides, not the point estimate. A limit is accepted if all values of the interval satisfy
 it, rejected if none does, and undecided otherwise. Exact numbers (bytes) have an interval of width
-0 and are never undecided. A number equal to the limit satisfies it.
+0 and are never undecided. An estimate without an interval is undecided; its ``unresolved`` says why
+there is none. A number equal to the limit satisfies it.
 """
 
 import math
@@ -60,7 +61,9 @@ def verdict(
 
     Returns:
         The verdict: ``rejected`` if any limit is rejected, else ``undecided`` if any is undecided,
-        else ``accepted``; ``built-unmeasured`` for a built target without numbers.
+        else ``accepted``; ``built-unmeasured`` for a built target without numbers. Its reasons
+        include a summary of how much scores changed, and a warning if they changed much and no
+        limit covers that.
 
     Raises:
         LimitRefused: as ``judge``, and for numbers of a target that was not built.
@@ -240,7 +243,7 @@ def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int 
         return Reason("limit_met") if outcome == "accepted" else Reason("limit_missed")
     if estimate.unresolved is not None:
         return Reason("no_interval", cause=estimate.unresolved)
-    if estimate.rows is None:
+    if estimate.rows is None:  # a latency, which is measured in rounds
         return Reason("more_rounds_decide")
     if rows is None:
         return Reason("on_the_limit")

@@ -201,7 +201,11 @@ def pickle_problem(path: Path) -> Reason | None:
 
 
 def draft_file_problem(path: Path) -> Reason | None:
-    """Return why a file next to a draft's ``model.json`` cannot be packed; None if it can."""
+    """Return why a file of a draft cannot be part of a bundle; None if it can.
+
+    A draft is the folder with ``model.json`` and weights that a user writes, and that ``pack``
+    stores as a bundle.
+    """
     if not path.is_file() and ".safetensors" in path.name:
         file = short(path.name)
         if path.is_dir():

@@ -249,7 +249,12 @@ def _compute_scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
     from tasks.orchestration.graph_documents import lowering_of
     from tasks.orchestration.workspace import store
     from tests.stored_home.drafts import scored_inputs
-    from tests.stored_home.scores import edge_inputs, graph_scores, module_scores, tensors_digest
+    from tests.stored_home.scores import (
+        graph_scores,
+        module_scores,
+        out_of_range_inputs,
+        tensors_digest,
+    )
 
     inputs = {name: scored_inputs(name) for name in ("clicks", "ranker", "finder")}
     tensors = {
@@ -281,7 +286,10 @@ def _compute_scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
             graphs[sha256] = {"model": name, "graphs": [g.name for g in lowering.graphs]}
             for graph in lowering.graphs:
                 names = tuple(item.name for item in graph.inputs)
-                for kind, values in (("rows", inputs[name]), ("edge", edge_inputs(inputs[name]))):
+                for kind, values in (
+                    ("rows", inputs[name]),
+                    ("edge", out_of_range_inputs(inputs[name])),
+                ):
                     scores = graph_scores(folder / graph.file, names, values)
                     tensors[f"onnx/{sha256}/{graph.name}/{kind}"] = _tensor(scores)
     return bundles, graphs, tensors

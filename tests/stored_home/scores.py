@@ -1,8 +1,12 @@
 """Compute the scores of stored bundles and graphs on fixed inputs, and describe the environment.
 
+The stored home is a folder of this repository with bundles and graphs that an earlier version
+wrote, their scores, and the environment in which they were computed. Tests compare those scores
+with the scores that today's code computes.
+
 The last bits of a score depend on the order of float sums, and so on the kernels that torch, MKL
 and ONNX Runtime choose for the processor. ``environment`` returns the processor and the library
-versions. If both are equal to the stored ones, scores must be equal bit by bit. Measured on one
+versions. If they equal the stored environment, scores must be equal bit by bit. Measured on one
 processor: torch's kernels for AVX2 and AVX-512 give equal bits in all 93 bundles; its kernels for
 SSE give different last bits in 73.
 
@@ -33,7 +37,10 @@ FloatArray = NDArray[np.float32]
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """Return the processor and the library versions that determine the last bits of a score."""
+    """Return the processor and the library versions that determine the last bits of a score.
+
+    ``processor`` is the SHA-256 of the processor's feature flags.
+    """
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
@@ -55,7 +62,7 @@ def module_scores(module: nn.Module, inputs: Mapping[str, Tensor]) -> FloatArray
 
 
 def graph_scores(path: Path, names: tuple[str, ...], inputs: Mapping[str, Tensor]) -> FloatArray:
-    """Compute the scores or vectors of a stored graph in ONNX Runtime.
+    """Compute the scores of a stored graph in ONNX Runtime, or the vectors of a tower's graph.
 
     Args:
         path: the ONNX file.
@@ -65,7 +72,7 @@ def graph_scores(path: Path, names: tuple[str, ...], inputs: Mapping[str, Tensor
     return Session(path, threads=1).scores({name: inputs[name].numpy() for name in names})
 
 
-def edge_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def out_of_range_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the inputs with some ids outside their tables, to cover the policy for such ids."""
     changed = {name: tensor.clone() for name, tensor in inputs.items()}
     changed["user"][0] = CLICK_CONFIG["users"]

@@ -1,7 +1,8 @@
 """Messages of errors in the inputs and the signature of a model.
 
-``SENTENCES`` maps the code of an error to its message, in the syntax of ``str.format``.
-``value_error`` in ``coded.py`` creates the error and fills in the fields in braces.
+``SENTENCES`` maps the code of an error to its message, in the syntax of ``str.format``; a format
+such as ``{values: or }`` joins a sequence with " or " (``SentenceFormatter``). ``value_error`` in
+``coded.py`` creates the error and fills in the fields in braces.
 """
 
 SENTENCES = {
@@ -27,23 +28,24 @@ SENTENCES = {
         "change one of them"
     ),
     "sequence_not_there": (
-        "sequence {name!r} has the lengths of {other!r}, which is not another sequence; the "
+        "'same_length_as' of sequence {name!r} names {other!r}, which is not another sequence; the "
         "sequences are {known}"
     ),
     "sequences_differ": (
-        "sequences {name!r} and {other!r} have lists of the same length, but another shape, "
-        "min_length or padding; make them equal"
+        "sequences {name!r} and {other!r} share their lengths ('same_length_as') but differ in "
+        "shape, min_length or padding; make these equal"
     ),
     "key_columns_count": "key {name!r} must read exactly one column, got {columns}",
     "matrix_floats": (
-        "matrix {name!r} has dtype {dtype!r} and the fields {fields} of floats; use dtype "
+        "matrix {name!r} has dtype {dtype!r}, but its fields {fields} have floats; use dtype "
         "'float32', or remove these fields"
     ),
     "keys_unexpected": (
         "input(s) {keys} of kind 'key' are only for a task that ranks a catalogue; remove them for "
         "task {task!r}"
     ),
-    "keys_unused": "the only key can be the input that 'item' names, {item!r}; got the keys {keys}",
+    "keys_unused": "only the input that 'item' names, {item!r}, may have the kind 'key'; got the "
+    "keys {keys}",
     "inputs_repeated": "the name(s) {names} are used by several inputs; rename all but one of them",
     "task_unknown": "unknown task {task!r}; use one of {known}",
     "output_form": "task {task!r} needs output {forms: or }; got {got!r}",
@@ -57,14 +59,15 @@ SENTENCES = {
     ),
     "outputs_of_ranked_catalogue": (
         "a model with several outputs needs one score per row for each of them; task {task!r} "
-        "ranks a catalogue. Pack this output as a model of its own"
+        "ranks a catalogue. Write a separate model for this output"
     ),
     "label_condition_unused": (
-        "'label_where' of output {output!r} needs a label, in a task that has one for each row; "
-        "task {task!r} has none. Remove it, or add 'label'"
+        "'label_where' of output {output!r} selects labelled rows, but task {task!r} has no labels "
+        "of rows here. Remove it, or add 'label'"
     ),
     "metric_of_an_output": (
-        "the metric of output {output!r} must have no output in brackets; got {metric!r}"
+        "the metric of output {output!r} must be written without the name of an output, such as "
+        "'auc' instead of 'auc[click]'; got {metric!r}"
     ),
     "label_missing": "task {task!r} needs a label column, but label is missing",
     "metric_not_measured": "{reason}",  # a ``Reason`` of ``reasons/limits.py``

@@ -1,7 +1,9 @@
 """Shared code of steps that replace tables by compositions of smaller tables.
 
-The functions plan, fit, replace and dry-run. Each step supplies the design of a composition (its
-kind and settings for one table) and the function that fits its tensors.
+A composition computes each row of a table from smaller tables, its parts: for example, a row of a
+low-rank table is a row of a narrow table, its part, times a matrix, which the composition stores
+itself. The functions plan, fit, replace and dry-run. Each step supplies the design of a composition
+(its kind and settings for one table) and the function that fits its tensors.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -38,7 +40,7 @@ class FittedParts(NamedTuple):
     """The fitted tensors of a composition.
 
     Attributes:
-        stored: the composition's stored tensors, without those of its parts, by name.
+        stored: the tensors that the composition stores itself, such as a matrix, by name.
         parts: float32 weight ``(rows, dim)`` of each part, by name.
         reasons: facts about the fit, for the table's plan line.
     """
@@ -55,7 +57,7 @@ Designs = Mapping[str, Design]
 class ComposingStep(StepSettings):
     """Settings of a method that replaces tables by compositions whose shapes it plans."""
 
-    effect: ClassVar[Effect] = "parts"
+    effect: ClassVar[Effect] = "parts"  # a table is replaced by a composition of smaller tables
 
     def dry_run(self, model: Model, plan: StepPlan[Designs]) -> Model:
         """Replace every selected table by its composition with placeholder tensors."""

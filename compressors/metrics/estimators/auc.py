@@ -49,7 +49,7 @@ class Auc:
         return auc(rows.label, rows.score)
 
     def of_rows(self, pair: PairedRows) -> RowStatistics:
-        """Return both AUCs as functions of how often a resample contains each row."""
+        """Return the AUCs of baseline and candidate as functions of bootstrap counts of rows."""
         positive, before = check_labels_and_scores(pair.label, pair.baseline)
         _, after = check_labels_and_scores(pair.label, pair.candidate)
         require_rows_of_both_classes(positive)
@@ -62,7 +62,7 @@ class Auc:
         )
 
     def of_groups(self, pair: PairedRows) -> GroupedPair:
-        """Compute both AUCs with and without each group."""
+        """Compute the AUCs of baseline and candidate, also with each group left out (jackknife)."""
         classes = groups_of_both_classes(self.metric, pair)
         before, after = (
             _without_each_group(pair.label, score, classes.groups) for score in pair.scores
@@ -83,7 +83,7 @@ class GroupAuc:
         return gauc(rows.label, rows.score, require_groups(self.metric, rows.group))
 
     def of_groups(self, pair: PairedRows) -> GroupedPair:
-        """Compute both means with and without each group."""
+        """Compute the means of baseline and candidate, also with each group left out."""
         group = require_groups(self.metric, pair.group)
         values = [group_auc(pair.label, score, group) for score in pair.scores]
         if not values[0][0].size:
@@ -155,7 +155,11 @@ def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:
 
 
 def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> GroupedValue:
-    """Compute the AUC with and without each group, that is, without the pairs of its rows."""
+    """Compute the AUC, and the AUC without the pairs of each group's rows (jackknife).
+
+    The result also has the influence of each row: the derivative of the AUC with respect to the
+    row's weight, times the number of rows.
+    """
     positive, scores = check_labels_and_scores(label, score)
     # For each row, the number of rows of the other class with which it is ordered correctly.
     wins = np.empty(scores.size)

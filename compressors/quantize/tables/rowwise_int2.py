@@ -28,7 +28,7 @@ FORMAT = packed_rows_format("rowwise_int2", bits=2, zero=1.5)
 
 
 def pack_multiples(multiples: Tensor, *, symmetric: bool) -> Tensor:
-    """Pack multiples of the scale ``(rows, dim)`` into planar uint8 ``(rows, ceil(dim / 4))``."""
+    """Pack multiples of the scale ``(rows, dim)`` into packed uint8 ``(rows, ceil(dim / 4))``."""
     codes = multiples + FORMAT.zero if symmetric else multiples
     return bitpacking.pack(codes.to(torch.uint8), FORMAT.bits)
 

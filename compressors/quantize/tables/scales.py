@@ -160,13 +160,13 @@ def gradients(
 
 
 class DecodeCodes(Protocol):
-    """A function that decodes the planar codes of a format (see ``bitpacking.py``)."""
+    """A function that decodes the packed codes of a format (see ``bitpacking.py``)."""
 
     def __call__(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
-        """Decode planar codes ``(*, bytes)`` to multiples of the scale, float32 ``(*, dim)``."""
+        """Decode packed codes ``(*, bytes)`` to multiples of the scale, float32 ``(*, dim)``."""
 
 
-def look_up_planar_rows(
+def look_up_packed_rows(
     codes: Tensor,
     scale: Tensor,
     offset: Tensor | None,
@@ -175,14 +175,14 @@ def look_up_planar_rows(
     rows_per_scale: int,
     decode_codes: DecodeCodes,
 ) -> Tensor:
-    """Look up rows of a table of planar codes ``(rows, bytes)``: ids -> float32 ``(*ids, dim)``."""
+    """Look up rows of a table of packed codes ``(rows, bytes)``: ids -> float32 ``(*ids, dim)``."""
     entries = entries_of(ids, rows_per_scale)
     multiples = decode_codes(codes[ids], dim, symmetric=offset is None)
     return decode_multiples(multiples, scale[entries], None if offset is None else offset[entries])
 
 
-def register_planar_op(op: Any, decode_codes: DecodeCodes) -> None:
-    """Register the fake kernel and the gradient of a ``custom_op`` that looks up planar codes."""
+def register_packed_op(op: Any, decode_codes: DecodeCodes) -> None:
+    """Register the fake kernel and the gradient of a ``custom_op`` that looks up packed codes."""
 
     def fake(
         codes: Tensor,
