@@ -142,3 +142,44 @@ number = 3
 def fails() -> nn.Module:
     """Raise the error that a script without its checkpoint raises."""
     raise FileNotFoundError("checkpoint.safetensors")
+
+
+class Level(enum.IntEnum):
+    """A number with a name."""
+
+    LOW = 1
+    HIGH = 2
+
+
+@dataclass
+class Width:
+    """Settings that scripts change after they are created."""
+
+    dim: int = 4
+
+
+class ChangingNet(nn.Module):
+    """A network that changes the list that it is given."""
+
+    def __init__(self, widths: list[int], settings: Width, level: Level) -> None:
+        super().__init__()
+        widths.insert(0, settings.dim)
+        self.user = nn.Embedding(USERS, widths[0] * level)
+
+
+def changed() -> ChangingNet:
+    """Return a network whose settings were changed after they were created."""
+    settings = Width()
+    settings.dim = 8
+    return ChangingNet([3], settings, Level.HIGH)
+
+
+class AnyArguments(nn.Module):
+    """A network with any number of arguments."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.user = nn.Embedding(USERS, sum(widths))
+
+
+any_arguments = AnyArguments(1, 2)

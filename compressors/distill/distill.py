@@ -230,7 +230,7 @@ class Distill(StepSettings):
                 if self.dense
                 else trainable_tensors(model.module, tables=True, dense=False),
                 rows=rows,
-                whole_lists=self.loss in LIST_LOSSES,
+                whole_lists=self.loss in LIST_LOSSES and bench.signature.scores_rows,
                 auxiliary=auxiliary if recorded_layers else None,
             )
 

@@ -3,6 +3,8 @@
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531 (soft targets with a temperature).
 """
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 from compressors.contracts import Bench, Signature, Split
 from compressors.contracts.task_kind import OutputForm
 from compressors.core.batches import Batch, JoinedRows, Rows
-from compressors.core.placement import moved_to
 from compressors.core.scores import join_columns, score_columns, training_output
 from compressors.core.units import private_copy
 from compressors.distill.losses import SoftLoss, loss_of_teacher
@@ -104,10 +105,16 @@ def _vector_loss(
     name: SoftLoss,
 ) -> Loss:
     """Build the loss on the original's vectors and the labels, for a model with two towers."""
-    teacher = private_copy(original).eval()
+    on_cpu = private_copy(original).eval()
+
+    @functools.cache
+    def teacher_on(device: torch.device) -> nn.Module:
+        # ``to`` replaces tensors in place, and those of the copy are shared with the original.
+        return on_cpu if device.type == "cpu" else copy.deepcopy(on_cpu).to(device)
 
     def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
-        with moved_to(teacher, str(output.device)), torch.no_grad():
+        with torch.no_grad():
+            teacher = teacher_on(output.device)
             vectors = training_output(teacher, batch.inputs, signature).float()
         if name == "margin":
             soft = margin_loss(output, vectors, batch)

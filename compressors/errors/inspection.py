@@ -12,16 +12,27 @@ class InspectionFailed(CompressionError):
         "arguments_unknown": "Expected a column of the data for each argument of {architecture}"
         ".forward, got no column for {names}. The columns are {columns}. Name those that fill each "
         "argument, such as --input {first}=COLUMN, or --input {first}=COLUMN,COLUMN for several. "
-        "Lengths, masks, positions and offsets of lists are --input {first}=lengths(LISTS), and so "
-        "on, with the argument of the lists.",
+        "Lengths, masks and positions of lists are --input {first}=lengths(LISTS), and so on, with "
+        "the argument of the lists; offsets must be called LISTS_offsets.",
         "arguments_variable": "Expected an argument of {architecture}.forward for each input, got "
         "*{name}. Wrap the network in a class whose forward names its inputs.",
         "columns_missing": "Expected columns of the data in --input {name}, got {missing}. The "
         "columns are {columns}.",
         "network_fails": "{architecture} fails on {rows} rows of the data: {problem}. Its inputs "
         "were {inputs}. If a column fills another argument, name it with --input.",
-        "list_with_offset": "Expected the ids of the lists in column {column} as the rows of "
-        "{tables}, got rows that are {offset} larger. Add {offset} in the data.",
+        "list_computed": "Expected the ids of the lists in column {column} as rows of a table; the "
+        "network computes the rows in another way. Do this in the data.",
+        "list_unused": "Expected the lists in column {column} in a table, or lists of one length "
+        "as numbers; got lists of {shortest} to {longest} values that no table reads. Pad them in "
+        "the data, or leave the argument out.",
+        "float_ids": "Expected integers in column {column}, because the network looks its values "
+        "up in a table; got floats. Store the column as int64.",
+        "offsets_differ": "Expected one offset for all tables that column {column} is looked up "
+        "in, got {offsets}. Use one table, or two columns.",
+        "values_not_finite": "Expected finite numbers in column {column}, got NaN or infinity in "
+        "the sampled rows. Replace them in the data.",
+        "outputs_not_finite": "Expected finite outputs of {architecture}, got NaN or infinity for "
+        "{count} of {rows} sampled rows. Check what the network does with empty lists.",
         "padding_matters": "Expected a network that ignores padding, because the lists of column "
         "{column} have {shortest} to {longest} ids; got other outputs with more padding "
         "({padding_id}) on the right, and on the left. Pad the lists in the data to one length, as "

@@ -8,6 +8,7 @@ forward_arguments.py how the network's forward receives its inputs, and which co
 observed_call.py     call a network and record its lookups
 lookups.py           find the tables in which each column is looked up
 list_inputs.py       find how a network treats the padding and the order of lists
+first_call.py        find a layout and dtypes with which the network runs
 inputs.py            the inputs of the signature
 outputs.py           the outputs of the signature
 """

@@ -62,12 +62,12 @@ class Layout:
 
 # What a user writes for an argument that accompanies the list of another one, such as
 # lengths(history).
-_COMPANION = re.compile(r"(offsets|lengths|mask|positions|positions_from_1)\((\w+)\)")
+_COMPANION = re.compile(r"(lengths|mask|positions|positions_from_1)\((\w+)\)")
 
 # Names of the arguments that accompany a list, with the list's name in place of {}. The names
 # without it are accepted if the network has only one list.
 _COMPANIONS = {
-    "offsets": ("{}_offsets", "offsets"),
+    "offsets": ("{}_offsets",),
     "lengths": ("{}_lengths", "{}_length", "lengths", "length"),
     "mask": ("{}_mask", "mask", "attention_mask"),
     "positions": ("{}_positions", "positions", "position_ids"),
@@ -83,8 +83,8 @@ def layouts(
         network: the network.
         sample: the columns of the data.
         given: columns by argument, as the user named them. A column may be a pattern such as
-            ``d*``; ``lengths(history)``, and the same with ``offsets``, ``mask``, ``positions`` or
-            ``positions_from_1``, is computed from the lists that fill the argument ``history``.
+            ``d*``. ``lengths(history)`` is computed from the lists that fill the argument
+            ``history``, and so are ``mask``, ``positions`` and ``positions_from_1``.
         excluded: columns that are no inputs unless the user names them, such as labels.
 
     Raises:
@@ -96,14 +96,17 @@ def layouts(
         if (match := _COMPANION.fullmatch(",".join(columns)))
     }
     named = {
-        name: _resolve_columns(name, columns, sample)
+        name: _resolve_columns(name, columns, sample, excluded)
         for name, columns in given.items()
         if name not in computed
     }
     parameters = _parameters(network)
     required = [name for name, parameter in parameters.items() if _is_required(parameter)]
+    # A network with an optional argument for the labels computes its loss; scoring needs none.
     known: dict[str, tuple[str, ...]] = {
-        name: (name,) for name in parameters if name in sample and name not in computed
+        name: (name,)
+        for name in parameters
+        if name in sample and name not in computed and (name in required or name not in excluded)
     }
     known |= named
     lists = [name for name in known if name in parameters and _is_list(known[name], sample)]
@@ -130,7 +133,7 @@ def layouts(
     if not named and (matrix := _described_matrix(network, required[0], sample)) is not None:
         yield Layout("keywords", (matrix,))
         return
-    of_mapping = named or {name: (name,) for name in sample if name not in excluded}
+    of_mapping = {name: (name,) for name in sample if name not in excluded} | named
     yield Layout(
         "mapping", tuple(_argument(name, columns, sample) for name, columns in of_mapping.items())
     )
@@ -148,7 +151,9 @@ def _described_matrix(network: nn.Module, name: str, sample: Sample) -> Argument
         InspectionFailed: the data has no column for a feature.
     """
     index = getattr(network, "feature_index", None)
-    if not isinstance(index, Mapping):
+    if not isinstance(index, Mapping) or not all(
+        isinstance(place, tuple) and len(place) == 2 for place in index.values()
+    ):
         return None
     if missing := [feature for feature in index if feature not in sample]:
         raise _arguments_unknown(network, missing, sample)
@@ -177,8 +182,12 @@ def _is_required(parameter: inspect.Parameter) -> bool:
     return parameter.default is parameter.empty
 
 
-def _resolve_columns(name: str, patterns: Sequence[str], sample: Sample) -> tuple[str, ...]:
+def _resolve_columns(
+    name: str, patterns: Sequence[str], sample: Sample, excluded: Container[str]
+) -> tuple[str, ...]:
     """Return the columns that the patterns of one argument name, in their order.
+
+    A pattern matches no column that is excluded.
 
     Raises:
         InspectionFailed: a pattern names no column.
@@ -186,7 +195,8 @@ def _resolve_columns(name: str, patterns: Sequence[str], sample: Sample) -> tupl
     columns: list[str] = []
     missing = []
     for pattern in patterns:
-        matching = [pattern] if pattern in sample else fnmatch.filter(sample, pattern)
+        others = [column for column in sample if column not in excluded]
+        matching = [pattern] if pattern in sample else fnmatch.filter(others, pattern)
         columns += matching
         if not matching:
             missing.append(pattern)

@@ -1,9 +1,9 @@
 """Derive the inputs of a signature from a trained network and rows of the user's data."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
 from compressors.contracts import (
@@ -17,11 +17,11 @@ from compressors.contracts import (
     SequenceInput,
 )
 from compressors.errors.inspection import InspectionFailed
+from compressors.inspection.first_call import first_call
 from compressors.inspection.forward_arguments import (
     Argument,
     CallForm,
     Layout,
-    MaskType,
     layouts,
 )
 from compressors.inspection.list_inputs import (
@@ -30,15 +30,13 @@ from compressors.inspection.list_inputs import (
     padding_id_of,
     with_equal_lengths,
 )
-from compressors.inspection.lookups import Reading, is_looked_up, read_column, same_outputs
+from compressors.inspection.lookups import (
+    Reading,
+    output_tensors,
+    read_column,
+)
 from compressors.inspection.observed_call import (
-    CallFailed,
-    Lookup,
-    Observation,
     Tensors,
-    accessed_keys,
-    argument_tensors,
-    observe,
 )
 from compressors.inspection.sample import Sample, SampleColumn
 
@@ -81,35 +79,39 @@ def derive_inputs(
         InspectionFailed: no column is known for an argument; the network fails on the rows; or an
             input has no kind that a signature can express.
     """
-    layout, tensors, before = _first_call(
-        network, layouts(network, sample, given, excluded), sample
-    )
-    inputs: list[AnyInput] = []
-    reasons: dict[str, str] = {}
-    unused: list[str] = []
-    for argument in layout.arguments:
-        readings = {
+    layout, tensors, before = first_call(network, layouts(network, sample, given, excluded), sample)
+    _require_finite(network, layout, sample, before.returned)
+    readings = {
+        argument.name: {
             column: read_column(network, layout.call, argument, column, sample, tensors, before)
             for column in argument.columns
         }
+        for argument in layout.arguments
+    }
+    _require_integers(readings, sample)
+    table_rows = _TableRows(network, readings, sample)
+    inputs: list[AnyInput] = []
+    reasons: dict[str, str] = {}
+    for argument in layout.arguments:
         columns = [sample[name] for name in argument.columns]
-        unused += [
-            name
-            for name, reading in readings.items()
-            if not (reading.changes_output or reading.offsets or reading.is_computed)
-        ]
-        if len(columns) == 1 and columns[0].is_list and (tables := _tables(readings)):
-            _require_no_offset(columns[0], readings[columns[0].name])
+        of_argument = readings[argument.name]
+        described: tuple[AnyInput, str]
+        if len(columns) == 1 and columns[0].is_list:
             equal = with_equal_lengths(argument, layout.arguments, sample)
             lists = ListCall(network, layout.call, equal, sample, tensors, before.lookups)
-            described: tuple[AnyInput, str] = describe_list(
-                lists, tables, padding_id_of(network, tables[0])
-            )
+            described = _list_input(lists, of_argument[columns[0].name])
         else:
-            tensor = tensors[argument.name]
-            described = _numbers_input(network, argument, columns, readings, tensor)
+            described = _numbers_input(
+                table_rows, argument, columns, of_argument, tensors[argument.name]
+            )
         inputs.append(described[0])
         reasons[argument.name] = described[1]
+    unused = [
+        column
+        for of_argument in readings.values()
+        for column, reading in of_argument.items()
+        if not (reading.changes_output or reading.offsets or reading.is_computed)
+    ]
     return DerivedInputs(
         call=layout.call,
         inputs=_with_equal_sequences(inputs, layout.arguments, sample),
@@ -140,151 +142,105 @@ def _with_equal_sequences(
     return tuple(result)
 
 
-def _first_call(
-    network: nn.Module, candidates: Iterator[Layout], sample: Sample
-) -> tuple[Layout, Tensors, Observation]:
-    """Return the first layout with which the network runs, its tensors and the result.
-
-    Raises:
-        InspectionFailed: the network fails with all layouts.
-    """
-    failure: tuple[CallFailed, Layout] | None = None
-    for candidate in candidates:
-        layout = candidate
-        if layout.call == "mapping":
-            tensors = _tensors(layout, sample, {})
-            accessed = accessed_keys(network, tensors)
-            layout = replace(
-                layout, arguments=tuple(a for a in layout.arguments if a.name in accessed)
-            )
-            if not layout.arguments:
-                continue
-        for with_mask in _mask_dtypes(layout):
-            try:
-                return with_mask, *_call_with_dtypes(network, with_mask, sample)
-            except CallFailed as fault:
-                failure = failure or (fault, layout)
-    if failure is None:
-        raise InspectionFailed(
-            "arguments_unknown",
-            architecture=type(network).__name__,
-            names=("its only argument",),
-            first="NAME",
-            columns=tuple(sample),
-        )
-    last, layout = failure
-    raise InspectionFailed(
-        "network_fails",
-        architecture=type(network).__name__,
-        rows=len(next(iter(sample.values())).values),
-        problem=repr(last.problem),
-        inputs=tuple(f"{a.name} ({', '.join(a.columns)})" for a in layout.arguments),
-    ) from last.problem
-
-
-def _mask_dtypes(layout: Layout) -> Iterator[Layout]:
-    """Yield a layout with each dtype that its masks may have."""
-    yield layout
-    others: tuple[MaskType, ...] = ("bool", "int64")
-    for dtype in others if any(argument.mask for argument in layout.arguments) else ():
-        arguments = tuple(replace(argument, mask_dtype=dtype) for argument in layout.arguments)
-        yield replace(layout, arguments=arguments)
-
-
-def _tensors(layout: Layout, sample: Sample, floats: Mapping[str, bool]) -> Tensors:
-    """Return the input tensors; integers are int64 unless ``floats`` says float32."""
-    tensors: Tensors = {}
-    for argument in layout.arguments:
-        is_integer = all(sample[name].is_integer for name in argument.columns)
-        as_float = floats.get(argument.name, not is_integer)
-        dtype = torch.float32 if as_float else torch.int64
-        tensors |= argument_tensors(argument, sample, dtype)
-    return tensors
-
-
-def _call_with_dtypes(
-    network: nn.Module, layout: Layout, sample: Sample
-) -> tuple[Tensors, Observation]:
-    """Find which columns of integers the network receives as floats, and call it.
-
-    Integers that are looked up remain integers. Other ones become floats if the network then runs,
-    or returns the same.
-
-    Raises:
-        CallFailed: the network fails with all dtypes.
-    """
-    floats: dict[str, bool] = {}
-    while True:
-        tensors = _tensors(layout, sample, floats)
-        try:
-            before = observe(network, layout.call, tensors)
-            break
-        except CallFailed as fault:
-            floats = _with_one_more_float(network, layout, sample, floats, fault)
-    for argument in layout.arguments:
-        if not _may_be_float(argument, sample, tensors, before.lookups):
-            continue
-        converted = {**floats, argument.name: True}
-        other = _tensors(layout, sample, converted)
-        try:
-            after = observe(network, layout.call, other)
-        except CallFailed:
-            continue
-        if same_outputs(before.returned, after.returned):
-            floats, tensors, before = converted, other, after
-    return tensors, before
-
-
-def _with_one_more_float(
-    network: nn.Module,
-    layout: Layout,
-    sample: Sample,
-    floats: Mapping[str, bool],
-    fault: CallFailed,
-) -> dict[str, bool]:
-    """Return the dtypes with one more argument as floats, with which the network comes further.
-
-    Raises:
-        CallFailed: there is none; contains the first error.
-    """
-    tensors = _tensors(layout, sample, floats)
-    for argument in layout.arguments:
-        if not _may_be_float(argument, sample, tensors, fault.lookups):
-            continue
-        converted = {**floats, argument.name: True}
-        try:
-            observe(network, layout.call, _tensors(layout, sample, converted))
-        except CallFailed as other:
-            if other.operations <= fault.operations:
-                continue
-        return converted
-    raise fault
-
-
-def _may_be_float(
-    argument: Argument, sample: Sample, tensors: Tensors, lookups: tuple[Lookup, ...]
-) -> bool:
-    """Return whether an argument has integers that are in no lookup."""
-    tensor = tensors[argument.name]
-    is_list = len(argument.columns) == 1 and sample[argument.columns[0]].is_list
-    return not tensor.is_floating_point() and not is_list and not is_looked_up(tensor, lookups)
-
-
 def _tables(readings: Mapping[str, Reading]) -> tuple[str, ...]:
     """Return the tables that any column of an argument is looked up in, in order."""
     return tuple(dict.fromkeys(table for reading in readings.values() for table in reading.offsets))
 
 
-def _require_no_offset(column: SampleColumn, reading: Reading) -> None:
-    """Raise if the network adds a number to the ids of lists, which a signature cannot express."""
-    if offset := next((value for value in reading.offsets.values() if value), 0):
+def _require_finite(network: nn.Module, layout: Layout, sample: Sample, returned: object) -> None:
+    """Raise if a column that fills an input, or an output, is not finite."""
+    for name in dict.fromkeys(name for item in layout.arguments for name in item.columns):
+        column = sample[name]
+        values = np.concatenate(column.values) if column.is_list else column.values
+        if not np.isfinite(values).all():
+            raise InspectionFailed("values_not_finite", column=name)
+    for tensor in output_tensors(returned):
+        broken = ~tensor.reshape(len(tensor), -1).isfinite().all(dim=1)
+        if bool(broken.any()):
+            raise InspectionFailed(
+                "outputs_not_finite",
+                architecture=type(network).__name__,
+                count=int(broken.sum()),
+                rows=len(tensor),
+            )
+
+
+def _require_integers(readings: Mapping[str, Mapping[str, Reading]], sample: Sample) -> None:
+    """Raise if floats are looked up in a table."""
+    for of_argument in readings.values():
+        for name, reading in of_argument.items():
+            if not sample[name].is_integer and (reading.is_computed or reading.offsets):
+                raise InspectionFailed("float_ids", column=name)
+
+
+class _TableRows:
+    """The rows of each table, and where the rows of each column begin in it.
+
+    Args:
+        network: the network.
+        readings: by argument and column, how the network reads the column.
+        sample: the sampled columns.
+    """
+
+    def __init__(
+        self, network: nn.Module, readings: Mapping[str, Mapping[str, Reading]], sample: Sample
+    ) -> None:
+        self.network, self.sample = network, sample
+        self._begins: dict[str, set[int]] = {}
+        self._shared: set[str] = set()  # tables of which a column reads a part
+        for of_argument in readings.values():
+            for name, reading in of_argument.items():
+                for table, offset in reading.offsets.items():
+                    self._begins.setdefault(table, set()).add(offset + sample[name].low)
+                    if offset:
+                        self._shared.add(table)
+
+    def field(self, column: str, reading: Reading) -> IdField | None:
+        """Return the valid ids of a column; None if they are all rows of its tables.
+
+        In a table that several columns share, the rows of one end before the row of the smallest
+        id of the next.
+
+        Raises:
+            InspectionFailed: the network adds different numbers for different tables.
+        """
+        if len(set(reading.offsets.values())) > 1:
+            raise InspectionFailed("offsets_differ", column=column, offsets=dict(reading.offsets))
+        table, offset = next(iter(reading.offsets.items()))
+        if table not in self._shared:
+            return None
+        rows: int = self.network.get_submodule(table).num_embeddings  # type: ignore[assignment]
+        begin = offset + self.sample[column].low
+        end = min((other for other in self._begins[table] if other > begin), default=rows)
+        first = max(0, -offset)
+        return IdField(rows=end - offset - first, first=first, offset=offset)
+
+
+def _list_input(lists: ListCall, reading: Reading) -> tuple[AnyInput, str]:
+    """Return the input of an argument that one column of lists fills, and the reason for its kind.
+
+    Raises:
+        InspectionFailed: the lists have different lengths and no table reads them, or rows of a
+            table are computed from them; or as ``describe_list``.
+    """
+    column, tables = lists.column, tuple(reading.offsets)
+    if tables and not any(reading.offsets.values()):
+        return describe_list(lists, tables, padding_id_of(lists.network, tables[0]))
+    if tables or reading.is_computed:
+        raise InspectionFailed("list_computed", column=column.name)
+    tensor = lists.tensors[lists.argument.name]
+    if column.shortest != column.longest or not tensor.is_floating_point():
         raise InspectionFailed(
-            "list_with_offset", column=column.name, tables=tuple(reading.offsets), offset=offset
+            "list_unused", column=column.name, shortest=column.shortest, longest=column.longest
         )
+    item = DenseInput(
+        name=lists.argument.name, columns=lists.argument.columns, shape=(column.longest,)
+    )
+    return item, "numbers that are not looked up in a table"
 
 
 def _numbers_input(
-    network: nn.Module,
+    table_rows: _TableRows,
     argument: Argument,
     columns: Sequence[SampleColumn],
     readings: Mapping[str, Reading],
@@ -301,11 +257,11 @@ def _numbers_input(
     same_tables = all(tuple(reading.offsets) == tables for reading in readings.values())
     if same_tables and not tensor.is_floating_point():
         return (
-            _id_input(network, argument.name, argument.columns, readings),
+            _id_input(table_rows, argument.name, argument.columns, readings),
             f"looked up in {', '.join(tables)}",
         )
     parts = tuple(
-        _matrix_part(network, column, width, readings[column.name])
+        _matrix_part(table_rows, column, width, readings[column.name])
         for column, width in zip(columns, argument.widths, strict=True)
     )
     dtype = "float32" if tensor.is_floating_point() else "int64"
@@ -314,21 +270,22 @@ def _numbers_input(
 
 
 def _matrix_part(
-    network: nn.Module, column: SampleColumn, width: int, reading: Reading
+    table_rows: _TableRows, column: SampleColumn, width: int, reading: Reading
 ) -> MatrixPart:
     """Return the part of a matrix that one column fills."""
+    if column.is_list and (reading.is_computed or any(reading.offsets.values())):
+        raise InspectionFailed("list_computed", column=column.name)
     if reading.offsets and column.is_list:
-        _require_no_offset(column, reading)
         table, *more = reading.offsets
         return PaddedBag(
             name=column.name,
             shape=(width,),
             table=table,
             more_tables=tuple(more),
-            padding_id=padding_id_of(network, table),
+            padding_id=padding_id_of(table_rows.network, table),
         )
     if reading.offsets:
-        return _id_input(network, column.name, (column.name,), {column.name: reading})
+        return _id_input(table_rows, column.name, (column.name,), {column.name: reading})
     if reading.is_computed:
         return _integer_input(column.name, [column])
     return DenseInput(name=column.name, shape=(max(1, width),))
@@ -346,27 +303,16 @@ def _integer_input(name: str, columns: Sequence[SampleColumn]) -> IntegerInput:
 
 
 def _id_input(
-    network: nn.Module, name: str, columns: Sequence[str], readings: Mapping[str, Reading]
+    table_rows: _TableRows, name: str, columns: Sequence[str], readings: Mapping[str, Reading]
 ) -> IdInput:
-    """Return the input of ids.
-
-    In a table that several columns share, the rows of one end where those of the next begin.
-    """
+    """Return the input of ids."""
     tables = tuple(readings[columns[0]].offsets)
-    offsets = [readings[column].offsets[tables[0]] for column in columns]
-    fields: tuple[IdField, ...] = ()
-    if any(offsets):
-        rows: int = network.get_submodule(tables[0]).num_embeddings  # type: ignore[assignment]
-        ends = [min((o for o in offsets if o > offset), default=rows) for offset in offsets]
-        fields = tuple(
-            IdField(rows=end - offset, offset=offset)
-            for offset, end in zip(offsets, ends, strict=True)
-        )
+    fields = [table_rows.field(column, readings[column]) for column in columns]
     return IdInput(
         name=name,
         columns=tuple(columns),
         shape=(len(columns),) if len(columns) > 1 else (),
         table=tables[0],
         more_tables=tables[1:],
-        fields=fields,
+        fields=tuple(field for field in fields if field is not None),
     )

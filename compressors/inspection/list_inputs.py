@@ -87,11 +87,14 @@ def with_equal_lengths(
 
 
 def _lengths(argument: Argument, sample: Sample) -> tuple[int, ...]:
-    """Return the length of each list; none if the argument has no single column of lists."""
+    """Return the shortest and longest length in all data, and the length of each sampled list.
+
+    The result is empty if the argument has no single column of lists.
+    """
     column = sample[argument.columns[0]]
     if len(argument.columns) > 1 or not column.is_list:
         return ()
-    return tuple(len(values) for values in column.values)
+    return (column.shortest, column.longest, *(len(values) for values in column.values))
 
 
 def describe_list(

@@ -79,6 +79,18 @@ class _AccessedKeys(dict[str, Tensor]):
         self.accessed.add(key)
         return super().get(key, default)
 
+    def pop(self, key: str, *default: Any) -> Any:
+        self.accessed.add(key)
+        return super().pop(key, *default)
+
+    def items(self) -> Any:
+        self.accessed.update(self)
+        return super().items()
+
+    def values(self) -> Any:
+        self.accessed.update(self)
+        return super().values()
+
 
 def observe(network: nn.Module, call: CallForm, tensors: Tensors) -> Observation:
     """Call a network and record its lookups.
@@ -90,7 +102,8 @@ def observe(network: nn.Module, call: CallForm, tensors: Tensors) -> Observation
     operations = _CountedOperations()
     with _recorded_lookups(network, lookups), torch.no_grad(), operations:
         try:
-            returned = network(dict(tensors)) if call == "mapping" else network(**tensors)
+            copies = {name: tensor.clone() for name, tensor in tensors.items()}
+            returned = network(copies) if call == "mapping" else network(**copies)
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from compressors.contracts import Output
+from compressors.contracts import Output, metric_problem
 from compressors.contracts.task_kind import OutputForm
 from compressors.errors.inspection import InspectionFailed
 from compressors.inspection.sample import Sample
@@ -114,10 +114,20 @@ def _labels_by_output(
     return {name: labels[name] for name in outputs.names if name in labels}
 
 
+def _is_of_lists(metric: str | None) -> bool:
+    """Return whether a metric is measured for rankings and not for clicks."""
+    return (
+        metric is not None
+        and metric_problem("ctr", metric, grouped=True) is not None
+        and metric_problem("ranking", metric, grouped=True) is None
+    )
+
+
 def _output(name: str, label: str, sample: Sample, scores: Tensor, metric: str | None) -> Output:
     """Return one output of the signature."""
-    values = np.unique(sample[label].values)
-    is_click = set(values.tolist()) <= {0, 1} and (metric is None or "auc" in metric)
+    column = sample[label]
+    values = {column.low, column.high} if column.is_integer else set(np.unique(column.values))
+    is_click = values <= {0, 1} and not _is_of_lists(metric)
     form: OutputForm = "score"
     if is_click:
         form = "probability" if bool(((scores >= 0) & (scores <= 1)).all()) else "logit"

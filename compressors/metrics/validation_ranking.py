@@ -39,8 +39,8 @@ def ranking_quality(
         train: the training rows, or None.
 
     Returns:
-        The mean of the signature's metric over up to ``MAX_QUERIES`` queries, which are evenly
-        spaced in the order of their ids.
+        The mean of the signature's metric over up to ``MAX_QUERIES`` queries with a positive row,
+        which are evenly spaced in the order of their ids.
 
     Raises:
         MetricRefused: the rows have no groups, which are the queries; or no query has a relevant
@@ -57,7 +57,10 @@ def ranking_quality(
         vectors[np.searchsorted(catalogue, ids)] = of_rows
     assert vectors is not None  # noqa: S101 - there is at least one part
     group = _ids(validation, validation.group)
-    selected = np.flatnonzero(np.isin(group, _evenly_spaced(np.unique(group))))
+    positive = np.unique(group[validation.label.numpy() > 0])
+    if not positive.size:
+        raise MetricRefused("new_items_missing")
+    selected = np.flatnonzero(np.isin(group, _evenly_spaced(positive)))
     queries = ranking_queries(
         _interactions(validation, selected), map(_interactions, known[:-1]), catalogue
     )

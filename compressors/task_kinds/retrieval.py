@@ -27,7 +27,7 @@ class Retrieval:
 
     Source: Yi et al. 2019, https://doi.org/10.1145/3298689.3346996, eq. 3 (logQ correction).
     Differs: the shares are counted in the training rows instead of estimated in a stream; other
-    items of the same query in the batch are positive, and are no negatives.
+    positive items of the same query in the batch are no negatives.
     """
 
     output: Output
@@ -95,12 +95,13 @@ def scores_of_pairs(vectors: Tensor) -> Tensor:
 def is_excluded(batch: Batch, rows: int, device: torch.device) -> Tensor:
     """Return which items of the batch are no negatives of a query, bool ``(rows, rows)``.
 
-    They are the query's item in another row, and other items of the query.
+    They are the query's item in another row, and other positive items of the query.
     """
     excluded = torch.zeros(rows, rows, dtype=torch.bool, device=device)
-    for values in (batch.item, batch.group):
-        if values is not None:
-            excluded |= values[:, None] == values[None, :]
+    if batch.item is not None:
+        excluded |= batch.item[:, None] == batch.item[None, :]
+    if batch.group is not None:
+        excluded |= (batch.group[:, None] == batch.group[None, :]) & (batch.label > 0)[None, :]
     excluded.fill_diagonal_(fill_value=False)
     return excluded
 

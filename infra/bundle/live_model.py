@@ -66,7 +66,17 @@ class ConstructorCalls:
             arguments[f"*{name}"] = values[name]
         if code.co_flags & inspect.CO_VARKEYWORDS:
             arguments |= values.get(next(further), {})
-        self.arguments[id(constructed)] = (constructed, arguments)
+        copies = {name: _copy_containers(value) for name, value in arguments.items()}
+        self.arguments[id(constructed)] = (constructed, copies)
+
+
+def _copy_containers(value: Any) -> Any:
+    """Copy nested lists and dictionaries, which a constructor may change, but not their items."""
+    if type(value) is list:
+        return [_copy_containers(item) for item in value]
+    if type(value) is dict:
+        return {key: _copy_containers(item) for key, item in value.items()}
+    return value
 
 
 def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, ConstructorCalls]":
@@ -77,7 +87,7 @@ def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, Const
         allowed: modules that may be imported, as in ``network_class``.
 
     Returns:
-        The network in evaluation mode, and the recorded constructor calls.
+        The network on the CPU in evaluation mode, and the recorded constructor calls.
 
     Raises:
         BundleRefused: the module is not allowed or cannot be imported.
@@ -106,7 +116,8 @@ def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, Const
                 ) from fault
     if not isinstance(value, torch.nn.Module):
         raise DraftRefused("model_no_network", path=path, kind=type(value).__name__)
-    return value.eval(), calls
+    value.eval()
+    return value.cpu(), calls
 
 
 def _candidates(names: Mapping[str, Any]) -> tuple[str, ...]:
@@ -154,6 +165,9 @@ def describe_architecture(network: "nn.Module", calls: ConstructorCalls) -> Arch
     arguments = _recorded_arguments(network, calls)
     if arguments is None:
         raise DraftRefused("model_not_constructed", architecture=path)
+    if variable := next((name for name in arguments if name.startswith("*")), None):
+        place = f"{type(network).__name__}({variable})"
+        raise DraftRefused("argument_not_stored", place=place, kind="tuple")
     config = {
         name: _encode(value, calls, place=f"{type(network).__name__}({name})")
         for name, value in arguments.items()
@@ -185,12 +199,33 @@ def _recorded_arguments(value: object, calls: ConstructorCalls) -> dict[str, Any
         return {"value": value.value}
     if id(value) not in calls.arguments:
         return None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Fields may have been set after the object was constructed.
+        return {
+            item.name: getattr(value, item.name)
+            for item in dataclasses.fields(value)
+            if item.init and not _has_default(item, getattr(value, item.name))
+        }
     parameters = inspect.signature(type(value)).parameters
     return {
         name: argument
         for name, argument in calls.arguments[id(value)][1].items()
-        if name not in parameters or parameters[name].default is not argument
+        if name not in parameters or not _is_default(parameters[name].default, argument)
     }
+
+
+def _has_default(item: "dataclasses.Field[Any]", value: Any) -> bool:
+    """Return whether a field of a dataclass has its default value."""
+    if item.default_factory is not dataclasses.MISSING:
+        return bool(item.default_factory() == value)
+    return item.default is value
+
+
+def _is_default(default: Any, argument: Any) -> bool:
+    """Return whether an argument is the default of its parameter; lists are compared by value."""
+    if type(argument) in (list, dict):
+        return type(default) is type(argument) and bool(default == argument)
+    return default is argument
 
 
 def _encode(value: Any, calls: ConstructorCalls, *, place: str) -> Any:
@@ -210,7 +245,11 @@ def _encode(value: Any, calls: ConstructorCalls, *, place: str) -> Any:
         return value
     if isinstance(value, numbers.Integral) and not isinstance(value, enum.Enum):
         return int(value)
-    if isinstance(value, numbers.Real) and math.isfinite(value):
+    if (
+        isinstance(value, numbers.Real)
+        and math.isfinite(value)
+        and not isinstance(value, enum.Enum)
+    ):
         return float(value)
     if isinstance(value, torch.device):
         return str(value)

@@ -20,7 +20,7 @@ probabilities, is then improbable."""
 
 USABLE = {
     "integer": "integer",
-    "boolean": "integer",
+    "boolean": "float",
     "float": "float",
     "list of integer": "integer_list",
     "list of float": "float_list",
@@ -80,14 +80,15 @@ def data_files(folder: Path, splits: tuple[str, ...]) -> dict[str, Path]:
 def summarize_columns(files: Mapping[str, Path]) -> dict[str, ColumnSummary]:
     """Sample rows of the training data, and compute the ranges of all columns in all splits.
 
-    Nulls count as 0; packing refuses them with their row numbers.
+    Nulls count as 0; packing refuses them with their row numbers. A column whose type differs
+    between splits or part files, or that a part lacks, has the kind ``OTHER``.
 
     Args:
         files: the file or folder of each split, with ``train``.
 
     Raises:
         DataRefused: a file cannot be read.
-        DraftRefused: a split has no rows, or columns of other types than the training data.
+        DraftRefused: a split has no rows.
     """
     summaries: dict[str, ColumnSummary] = {}
     for split in sorted(files, key=lambda name: name != TRAIN):  # the training data first
@@ -96,15 +97,10 @@ def summarize_columns(files: Mapping[str, Path]) -> dict[str, ColumnSummary]:
         if split == TRAIN:
             summaries = {name: ColumnSummary(kind) for name, kind in kinds.items()}
         for name, summary in summaries.items():
-            if name in kinds and kinds[name] != summary.kind:
-                raise DraftRefused(
-                    "columns_differ",
-                    column=name,
-                    kind=kinds[name],
-                    split=split,
-                    expected=summary.kind,
-                )
-        names = [name for name in summaries if kinds.get(name, OTHER) != OTHER]
+            if kinds.get(name, summary.kind) != summary.kind:
+                summary.kind = OTHER
+        names = [name for name in summaries if kinds.get(name, OTHER) == summaries[name].kind]
+        names = [name for name in names if summaries[name].kind != OTHER]
         for first, batch in batches(contents, names):
             for name in names:
                 _add(summaries[name], batch.column(name), is_first=split == TRAIN and first == 0)
@@ -120,13 +116,17 @@ def _inspect(path: Path) -> SplitContents:
     """
     files = part_files(path)
     counts = [inspect_parquet(file, []) for file in files]
-    names = [name for name, kind in counts[0].kinds if kind in USABLE]
+    kinds = {
+        name: kind if all(part.kinds.count((name, kind)) == 1 for part in counts) else OTHER
+        for name, kind in counts[0].kinds
+    }
+    names = [name for name, kind in kinds.items() if kind in USABLE]
     counts = [inspect_parquet(file, names) for file in files]
     rows = sum(count.rows for count in counts)
     if rows == 0:
         raise DraftRefused("data_without_rows", path=str(path))
     batch_rows = min(count.batch_rows for count in counts)
-    return SplitContents(files, rows, dict(counts[0].kinds), {}, {}, frozenset(), batch_rows)
+    return SplitContents(files, rows, kinds, {}, {}, frozenset(), batch_rows)
 
 
 def _add(summary: ColumnSummary, column: pa.Array, *, is_first: bool) -> None:
@@ -138,7 +138,7 @@ def _add(summary: ColumnSummary, column: pa.Array, *, is_first: bool) -> None:
         summary.shortest = shortest if is_first else min(summary.shortest, shortest)
         summary.longest = max(summary.longest, int(lengths.max()))
     if summary.kind.startswith("integer") and len(values):
-        ends = pc.min_max(values.cast(pa.int64())).as_py()
+        ends = pc.min_max(values).as_py()
         if ends["min"] is not None:
             summary.low = ends["min"] if is_first else min(summary.low, ends["min"])
             summary.high = ends["max"] if is_first else max(summary.high, ends["max"])

@@ -37,14 +37,14 @@ class DraftRefused(Refused):
         "data_missing": "Expected train.parquet and test.parquet (or folders train and test with "
         "parquet files) in {folder}, got {got}.",
         "data_without_rows": "Expected rows of data in {path}, got none.",
-        "columns_differ": "Expected the same columns in all splits, got {column} as {kind} in "
-        "{split} and as {expected} in train. Write all splits alike.",
         "label_missing": "Expected a column with the labels. Give it with --label COLUMN; the "
         "columns are {columns}.",
         "column_missing": "Expected a column of the data as {option}, got {column}. The columns "
         "are {columns}.",
         "rebuilt_differs": "Expected the scores of {path} from a network that is built from the "
-        "draft, got other ones. The class {architecture} depends on more than its arguments and "
+        "draft, got {problem}. The class {architecture} depends on more than its arguments and "
         "weights, such as a global variable, or an attribute that was set later. Make it an "
         "argument.",
+        "state_no_tensor": "Expected only tensors in the network's state_dict(), got a {kind} as "
+        "{name}. Store it as an argument of the constructor.",
     }

@@ -6,21 +6,31 @@ outputs, and its arguments are recorded while it is constructed (``infra/bundle/
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressors.contracts import Frozen, MatrixInput, Network, Signature
+from compressors.contracts import (
+    ITEMS,
+    Frozen,
+    MatrixInput,
+    Network,
+    Signature,
+    is_out_of_memory,
+)
 from compressors.core.scores import call_network
 from compressors.core.state.argument_values import decode_arguments
 from compressors.core.state.module_state import load
+from compressors.errors.compression import CompressionError
+from compressors.errors.construction import ConstructionFailed
 from compressors.inspection.inputs import DerivedInputs, derive_inputs
 from compressors.inspection.lookups import same_outputs
 from compressors.inspection.outputs import derive_outputs, named_scores
@@ -30,13 +40,15 @@ from infra.bundle.bundle_folder import MANIFEST, SCHEMA_VERSION, Draft, SplitNam
 from infra.bundle.json_reader import parse
 from infra.bundle.live_model import class_path, describe_architecture, import_network
 from infra.data.data_sample import OTHER, ColumnSummary, data_files, summarize_columns
-from infra.errors import DraftRefused
+from infra.errors import BundleRefused, DraftRefused, Refused
 from infra.settings import load_settings
 from infra.store.disk import translate_input_errors
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import import_architecture
 
 WEIGHTS = "model.safetensors"
+SPLITS = tuple(split for split in get_args(SplitName) if split != ITEMS)
+"""The splits that are looked for in a data folder; ``items`` belongs to retrieval models only."""
 
 
 class DraftRequest(Frozen):
@@ -100,7 +112,7 @@ def label_candidates(data: Path) -> tuple[str, ...]:
         DraftRefused, DataRefused: the data is missing or cannot be read.
     """
     with translate_input_errors(data):
-        sample = _sample(summarize_columns(data_files(data, get_args(SplitName))))
+        sample = _sample(summarize_columns(data_files(data, SPLITS)))
     numbers = [column for column in sample.values() if not column.is_list]
     binary = [
         column.name
@@ -119,14 +131,15 @@ def new_draft(request: DraftRequest) -> NewDraft:
         InspectionFailed: an input or output cannot be derived.
         DataRefused: the data cannot be read.
     """
-    with translate_input_errors(request.folder):
+    # Standard output has only the result of the command, not what the user's constructors print.
+    with translate_input_errors(request.folder), redirect_stdout(sys.stderr):
         return _new_draft(request)
 
 
 def _new_draft(request: DraftRequest) -> NewDraft:
     if request.folder.exists() and any(request.folder.iterdir()):
         raise DraftRefused("folder_not_empty", folder=str(request.folder))
-    files = data_files(request.data, get_args(SplitName))
+    files = data_files(request.data, SPLITS)
     summaries = summarize_columns(files)
     _require_columns(request, summaries)
     sample = _sample(summaries)
@@ -221,13 +234,17 @@ def _loaded(request: DraftRequest, weights: Path) -> tuple[nn.Module, Network]:
         raise DraftRefused("config_no_json", problem=str(fault)) from fault
     if not isinstance(config, dict):
         raise DraftRefused("config_no_json", problem=f"a {type(config).__name__}")
-    described = Network.model_validate({"architecture": {"path": request.model, "config": config}})
     architecture = network_class(request.model, load_settings().allowed_modules)
+    described = Network.model_validate({"architecture": {"path": request.model, "config": config}})
     import_architecture(described.architecture)
     try:
         module = architecture(**decode_arguments(config)).eval()
         module.load_state_dict(load_file(weights), strict=True)
-    except (TypeError, RuntimeError, ValueError, SafetensorError) as fault:
+    except (BundleRefused, ConstructionFailed, OSError):
+        raise
+    except Exception as fault:  # of the user's class, or of weights that do not fit
+        if is_out_of_memory(fault):
+            raise
         raise DraftRefused(
             "weights_unfit", path=str(weights), architecture=request.model, problem=str(fault)
         ) from fault
@@ -251,11 +268,13 @@ def _ties(module: nn.Module) -> dict[str, str]:
 
 def _stored_tensors(module: nn.Module, network: Network) -> dict[str, Tensor]:
     """Return copies of a network's tensors on the CPU, without those of its ties."""
-    return {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in module.state_dict().items()
-        if name not in network.ties
-    }
+    stored = {}
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise DraftRefused("state_no_tensor", name=name, kind=type(tensor).__name__)
+        if name not in network.ties:
+            stored[name] = tensor.detach().cpu().contiguous().clone()
+    return stored
 
 
 def _signature(
@@ -310,10 +329,20 @@ def _require_same_scores(
     Raises:
         DraftRefused: the values differ.
     """
-    rebuilt = load(import_architecture(draft.network.architecture), draft.network, folder)
-    with torch.no_grad():
-        returned = call_network(rebuilt, derived.tensors, draft.signature)
-    if not same_outputs(returned, derived.returned):
-        raise DraftRefused(
-            "rebuilt_differs", path=request.model, architecture=draft.network.architecture.path
-        )
+    architecture = draft.network.architecture
+    problem = "other scores"
+    try:
+        rebuilt = load(import_architecture(architecture), draft.network, folder)
+        with torch.no_grad():
+            returned = call_network(rebuilt, derived.tensors, draft.signature)
+        if same_outputs(returned, derived.returned):
+            return
+    except (CompressionError, Refused):
+        raise
+    except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
+        problem = f"the error {fault!r}"
+    raise DraftRefused(
+        "rebuilt_differs", path=request.model, architecture=architecture.path, problem=problem
+    )

@@ -183,3 +183,16 @@ def test_decoding_uses_no_class_that_was_not_registered():
 def test_decoding_a_malformed_description_raises(value):
     with raises_code(ConstructionFailed, "argument_form"):
         decode_arguments({"settings": value})
+
+
+def test_arguments_that_are_changed_later_are_described_as_given():
+    assert described("changed").config == {
+        "widths": [3],
+        "settings": {"$class": "new_draft_models:Width", "$arguments": {"dim": 8}},
+        "level": {"$class": "new_draft_models:Level", "$arguments": {"value": 2}},
+    }
+
+
+def test_variable_arguments_raise():
+    with raises_code(DraftRefused, "argument_not_stored", place="AnyArguments(*widths)"):
+        described("any_arguments")

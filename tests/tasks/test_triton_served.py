@@ -303,12 +303,12 @@ def test_bad_input_prints_one_sentence_and_exits_with_code_2(
         assert err.startswith("recpress: ")
         assert message in err
 
-    assert_refused("Set RECPRESS_TRITON, or add --to", "m")
+    assert_refused("Set RECPRESS_TRITON or --to", "m")
     assert_refused("m has no champion in the ledger", "m", "--to", str(home / "t"))
     assert_refused("without '/' and ':'", "a/b", "--to", str(home / "t"))
     assert_refused("--to 'gs://b' cannot be used", "m", "--to", "gs://b")
     promote("m", publish_version(home, "a").version, reason="")
-    assert_refused("holds the object store", "m", "--to", str(home))
+    assert_refused("contains the object store", "m", "--to", str(home))
     other_config = home / "t" / "m" / "config.pbtxt"
     other_config.parent.mkdir(parents=True)
     other_config.write_text('name: "m"\n')

@@ -22,7 +22,7 @@ SENTENCES = {
         "rows are pruned only if validation data can measure the loss of quality; this "
         "model has {splits} data. Add validation data to model.json and pack again"
     ),
-    "no_loss": ("{step!r} trains, but task {task!r} has no training loss yet. Leave the step out"),
+    "no_loss": "{step!r} cannot train a model of task {task!r}. Leave the step out",
     "data_missing": "{step!r} needs {missing: and } data; this model has {splits}. Add it to "
     "model.json and pack again, or leave the step out",
     "budget_ordered": "as ordered",

@@ -22,8 +22,8 @@ from compressors.core.scores import network_scores, score_columns, training_outp
 from compressors.distill.training.trainer import Loss
 from compressors.task_kinds.loss import hard_loss, shuffled_rows
 
-BATCH = 8192
-"""Rows per batch."""
+BATCH, BATCH_OF_TOWERS = 8192, 1024
+"""Rows per batch; fewer for two towers, whose loss has a score for each pair of rows."""
 
 SENSITIVITY_ROWS = 65_536
 """Largest number of rows for ``sensitivity``: more do not change the estimate much."""
@@ -56,7 +56,7 @@ def loss_gradients(
     result = {name: (torch.zeros(shape), torch.zeros(shape)) for name, shape in shapes.items()}
     rows, terms = Rows(split, signature), 0
     with record_lookups(tables) as lookups:
-        for row_numbers in shuffled_rows(rows, signature, BATCH, seed=0):
+        for row_numbers in shuffled_rows(rows, signature, _batch_rows(signature), seed=0):
             lookups.clear()
             batch = rows.take(row_numbers)
             output = training_output(module, batch.inputs, signature)
@@ -198,13 +198,17 @@ def mean_loss(module: nn.Module, signature: Signature, split: Split, loss: Loss)
     """Return the mean loss over a split, with equal weight for each row or, for ranking, list."""
     rows, total, terms = Rows(split, signature), 0.0, 0
     with torch.no_grad():
-        for row_numbers in shuffled_rows(rows, signature, BATCH, seed=0):
+        for row_numbers in shuffled_rows(rows, signature, _batch_rows(signature), seed=0):
             batch = rows.take(row_numbers)
             batch_terms = _terms(signature, batch)
             output = training_output(module, batch.inputs, signature)
             total += float(loss(output, batch, row_numbers)) * batch_terms
             terms += batch_terms
     return total / terms
+
+
+def _batch_rows(signature: Signature) -> int:
+    return BATCH if signature.scores_rows else BATCH_OF_TOWERS
 
 
 def _terms(signature: Signature, batch: Batch) -> int:

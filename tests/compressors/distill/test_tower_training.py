@@ -19,12 +19,14 @@ from compressors.contracts import Bench, IdInput, Signature, Split
 from compressors.core.batches import Rows
 from compressors.core.model import Model
 from compressors.core.runner import run
+from compressors.core.steps.decisions import AppliedStep
 from compressors.core.units import private_copy
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.refit_codes import RefitCodes
 from compressors.distill.training.settings import Training
 from compressors.errors.compression import NothingToCompress
+from compressors.errors.metrics import MetricRefused
 from compressors.metrics.validation_ranking import MAX_QUERIES, ranking_quality
 from compressors.metrics.validation_score import quality
 from compressors.quantize.dense.qat import QAT
@@ -231,3 +233,29 @@ def test_steps_without_the_original_or_with_unusable_settings_are_refused(tmp_pa
         run(Distill(loss="pointwise"), original, bench, tmp_path / "out")
     with raises_code(NothingToCompress, "towers_setting", setting="hints", value=("query.out",)):
         run(Distill(hints=("query.out",)), original, bench, tmp_path / "out")
+
+
+def test_batches_of_a_list_loss_are_not_those_of_one_query(tmp_path, monkeypatch):
+    original = trained_model()
+    bench = bench_of(original, tmp_path / "data")
+    whole_lists = []
+    monkeypatch.setattr(
+        "compressors.distill.distill.train_model",
+        lambda model, *_, **options: (
+            whole_lists.append(options["whole_lists"]) or AppliedStep(model)
+        ),
+    )
+    start = replace(original, original=original.module)
+    step = Distill(loss="margin")
+    step.apply(start, bench, step.plan(start, bench))
+    assert whole_lists == [False]
+
+
+def test_validation_rows_without_a_positive_label_raise(tmp_path):
+    model = trained_model()
+    bench = bench_of(model, tmp_path)
+    assert bench.validation is not None
+    validation = Rows(bench.validation, SIGNATURE)
+    validation.label = torch.zeros(len(validation))
+    with raises_code(MetricRefused, "new_items_missing"):
+        ranking_quality(model.module, SIGNATURE, validation, None)

@@ -339,3 +339,149 @@ class AnyArguments(nn.Module):
 def test_network_with_any_arguments_raises():
     with raises_code(InspectionFailed, "arguments_variable", name="inputs"):
         derive(AnyArguments())
+
+
+class WithLabels(nn.Module):
+    """Take the labels too, as networks that compute their loss do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(USERS, 1)
+
+    def forward(self, user: Tensor, price: Tensor, hour: Tensor | None = None) -> Tensor:
+        return self.user(user) + price
+
+
+def test_labels_are_no_input_of_an_optional_argument_or_of_a_pattern():
+    derived = derive_inputs(WithLabels().eval(), SAMPLE, {}, ("hour",))
+    assert [item.name for item in derived.inputs] == ["user", "price"]
+    by_pattern = derive_inputs(WithLabels().eval(), SAMPLE, {"price": ("*e",)}, ("age",))
+    assert by_pattern.inputs[1].columns == ("price",)
+
+
+class ThreeArguments(nn.Module):
+    """Read parts of one table by several arguments; ids of ``item`` begin at 1."""
+
+    def __init__(self, *, second: int = 0) -> None:
+        super().__init__()
+        self.joined = nn.Embedding(USERS + ITEMS + 24, 1)
+        self.other = nn.Embedding(USERS + ITEMS + 24 + second, 1)
+        self.second = second
+
+    def forward(self, user: Tensor, item: Tensor, hour: Tensor) -> Tensor:
+        rows = [user, item + USERS - 1, hour + USERS + ITEMS]
+        return sum(self.joined(row) + self.other(row + self.second) for row in rows)
+
+
+def test_columns_of_several_arguments_share_a_table():
+    sample = {**SAMPLE, "item": integers("item", 1, ITEMS)}
+    fields = [item.fields for item in derive(ThreeArguments(), sample).inputs]
+    assert fields == [
+        (IdField(rows=USERS),),
+        (IdField(rows=ITEMS + 1, offset=USERS - 1),),  # with id 0, which the data does not have
+        (IdField(rows=24, offset=USERS + ITEMS),),
+    ]
+
+
+def test_different_offsets_of_one_column_raise():
+    sample = {**SAMPLE, "item": integers("item", 1, ITEMS)}
+    with raises_code(InspectionFailed, "offsets_differ", column="user"):
+        derive(ThreeArguments(second=3), sample)
+
+
+class FromOne(nn.Module):
+    """Read ids that begin at 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(USERS, 1)
+
+    def forward(self, user: Tensor) -> Tensor:
+        return self.user(user - 1)
+
+
+def test_ids_from_one_have_a_first_id():
+    (item,) = derive(FromOne(), {"user": integers("user", 1, USERS)}).inputs
+    assert item.fields == (IdField(rows=USERS, first=1, offset=-1),)
+
+
+class Lists(nn.Module):
+    """Read lists as numbers, or rows of a table computed from them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.item, self.out = nn.Embedding(ITEMS + 1, 1), nn.Linear(5, 1)
+
+    def forward(self, fixed: Tensor) -> Tensor:
+        if self.kind == "numbers":
+            return self.out(fixed)
+        return self.item(fixed + 1 if self.kind == "shifted" else fixed.clamp(max=3)).sum(dim=1)
+
+
+def test_lists_of_one_length_may_be_numbers():
+    assert derive(Lists("numbers")).inputs == (DenseInput(name="fixed", shape=(5,)),)
+
+
+@pytest.mark.parametrize("kind", ["shifted", "clamped"])
+def test_rows_computed_from_lists_raise(kind):
+    with raises_code(InspectionFailed, "list_computed", column="fixed"):
+        derive(Lists(kind))
+
+
+class Weights(nn.Module):
+    """Read lists of numbers."""
+
+    def forward(self, seen: Tensor) -> Tensor:
+        return seen.float().sum(dim=1)
+
+
+def test_lists_of_several_lengths_that_no_table_reads_raise():
+    with raises_code(InspectionFailed, "list_unused", column="seen", shortest=2, longest=6):
+        derive(Weights())
+
+
+class FloatIds(nn.Module):
+    """Look up ids that are stored as floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(USERS, 1)
+
+    def forward(self, user: Tensor) -> Tensor:
+        return self.user(user[:, 0].long())
+
+
+def test_floats_that_are_looked_up_raise():
+    user = SAMPLE["user"]
+    floats = replace(user, kind="float", values=user.values.astype(np.float32))
+    with raises_code(InspectionFailed, "float_ids", column="user"):
+        derive(FloatIds(), {"user": floats})
+
+
+class Changing(nn.Module):
+    """Change the inputs in place, and return NaN for a price above 0.9."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined = nn.Embedding(USERS + ITEMS, 1)
+
+    def forward(self, ids: Tensor, price: Tensor) -> Tensor:
+        ids += torch.tensor([0, USERS])
+        return self.joined(ids).sum(dim=1) + torch.where(price > 0.9, torch.nan, price)
+
+
+def test_network_that_changes_its_inputs_is_described_and_nan_raises():
+    small = replace(SAMPLE["price"], values=SAMPLE["price"].values * 0.5)
+    (item, _) = derive(Changing(), {**SAMPLE, "price": small}, ids="user,item").inputs
+    assert [field.offset for field in item.fields] == [0, USERS]
+    with raises_code(InspectionFailed, "outputs_not_finite", rows=ROWS):
+        derive(Changing(), ids="user,item")
+    missing = replace(small, values=np.where(small.values < 0.1, np.nan, small.values))
+    with raises_code(InspectionFailed, "values_not_finite", column="price"):
+        derive(Changing(), {**SAMPLE, "price": missing}, ids="user,item")
+
+
+def test_mapping_keeps_its_other_entries_if_one_is_named():
+    derived = derive(Mapping(), user="user", price="age")
+    assert [item.columns for item in derived.inputs] == [("user",), ("age",), ("age",)]

@@ -58,7 +58,7 @@ def test_hard_loss_is_the_softmax_over_other_items_of_other_queries(rows, seed):
         negatives = [
             other
             for other in range(len(rows))
-            if item[other] != item[row] and query[other] != query[row]
+            if item[other] != item[row] and not (query[other] == query[row] and label[other])
         ]
         candidates = scores[row, [row, *negatives]]
         if label[row]:

@@ -1,0 +1,160 @@
+"""Find a layout and dtypes with which a network runs, and call it with the sampled rows."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from compressors.errors.inspection import InspectionFailed
+from compressors.inspection.forward_arguments import Argument, Layout, MaskType
+from compressors.inspection.lookups import is_looked_up, same_outputs
+from compressors.inspection.observed_call import (
+    CallFailed,
+    Lookup,
+    Observation,
+    Tensors,
+    accessed_keys,
+    argument_tensors,
+    observe,
+)
+from compressors.inspection.sample import Sample
+
+
+def first_call(
+    network: nn.Module, candidates: Iterator[Layout], sample: Sample
+) -> tuple[Layout, Tensors, Observation]:
+    """Return the first layout with which the network runs, its tensors and the result.
+
+    Raises:
+        InspectionFailed: the network fails with all layouts.
+    """
+    failure: tuple[CallFailed, Layout] | None = None
+    for candidate in candidates:
+        layout = candidate
+        for with_mask in _mask_dtypes(layout):
+            try:
+                tensors, before = _call_with_dtypes(network, with_mask, sample)
+            except CallFailed as fault:
+                is_mapping = layout.call != "mapping" or accessed_keys(
+                    network, _tensors(layout, sample, {})
+                )
+                failure = failure or ((fault, layout) if is_mapping else None)
+                continue
+            if layout.call == "mapping":
+                return *_only_accessed(network, with_mask, tensors), before
+            return with_mask, tensors, before
+    if failure is None:
+        raise InspectionFailed(
+            "arguments_unknown",
+            architecture=type(network).__name__,
+            names=("its only argument",),
+            first="NAME",
+            columns=tuple(sample),
+        )
+    last, layout = failure
+    raise InspectionFailed(
+        "network_fails",
+        architecture=type(network).__name__,
+        rows=len(next(iter(sample.values())).values),
+        problem=repr(last.problem),
+        inputs=tuple(f"{a.name} ({', '.join(a.columns)})" for a in layout.arguments),
+    ) from last.problem
+
+
+def _only_accessed(network: nn.Module, layout: Layout, tensors: Tensors) -> tuple[Layout, Tensors]:
+    """Return the arguments of a mapping that the network reads, and their tensors."""
+    accessed = accessed_keys(network, tensors)
+    arguments = tuple(item for item in layout.arguments if item.name in accessed)
+    kept = {name: tensor for name, tensor in tensors.items() if name in accessed}
+    return replace(layout, arguments=arguments), kept
+
+
+def _mask_dtypes(layout: Layout) -> Iterator[Layout]:
+    """Yield a layout with each dtype that its masks may have."""
+    yield layout
+    others: tuple[MaskType, ...] = ("bool", "int64")
+    for dtype in others if any(argument.mask for argument in layout.arguments) else ():
+        arguments = tuple(replace(argument, mask_dtype=dtype) for argument in layout.arguments)
+        yield replace(layout, arguments=arguments)
+
+
+def _tensors(layout: Layout, sample: Sample, floats: Mapping[str, bool]) -> Tensors:
+    """Return the input tensors; integers are int64 unless ``floats`` says float32."""
+    tensors: Tensors = {}
+    for argument in layout.arguments:
+        is_integer = all(sample[name].is_integer for name in argument.columns)
+        as_float = floats.get(argument.name, not is_integer)
+        dtype = torch.float32 if as_float else torch.int64
+        tensors |= argument_tensors(argument, sample, dtype)
+    return tensors
+
+
+def _call_with_dtypes(
+    network: nn.Module, layout: Layout, sample: Sample
+) -> tuple[Tensors, Observation]:
+    """Find which columns of integers the network receives as floats, and call it.
+
+    Integers that are looked up remain integers. Other ones become floats if the network then runs,
+    or returns the same.
+
+    Raises:
+        CallFailed: the network fails with all dtypes.
+    """
+    floats: dict[str, bool] = {}
+    while True:
+        tensors = _tensors(layout, sample, floats)
+        try:
+            before = observe(network, layout.call, tensors)
+            break
+        except CallFailed as fault:
+            floats = _with_one_more_float(network, layout, sample, floats, fault)
+    for argument in layout.arguments:
+        if not _may_be_float(argument, sample, tensors, before.lookups):
+            continue
+        converted = {**floats, argument.name: True}
+        other = _tensors(layout, sample, converted)
+        try:
+            after = observe(network, layout.call, other)
+        except CallFailed:
+            continue
+        if same_outputs(before.returned, after.returned):
+            floats, tensors, before = converted, other, after
+    return tensors, before
+
+
+def _with_one_more_float(
+    network: nn.Module,
+    layout: Layout,
+    sample: Sample,
+    floats: Mapping[str, bool],
+    fault: CallFailed,
+) -> dict[str, bool]:
+    """Return the dtypes with one more argument as floats, with which the network comes further.
+
+    Raises:
+        CallFailed: there is none; contains the first error.
+    """
+    tensors = _tensors(layout, sample, floats)
+    for argument in layout.arguments:
+        if not _may_be_float(argument, sample, tensors, fault.lookups):
+            continue
+        converted = {**floats, argument.name: True}
+        try:
+            observe(network, layout.call, _tensors(layout, sample, converted))
+        except CallFailed as other:
+            if other.operations <= fault.operations:
+                continue
+        return converted
+    raise fault
+
+
+def _may_be_float(
+    argument: Argument, sample: Sample, tensors: Tensors, lookups: tuple[Lookup, ...]
+) -> bool:
+    """Return whether an argument has integers that are in no lookup."""
+    tensor = tensors[argument.name]
+    columns = [sample[name] for name in argument.columns]
+    has_one_length = all(column.shortest == column.longest for column in columns)
+    is_integer = not tensor.is_floating_point()
+    return is_integer and has_one_length and not is_looked_up(tensor, lookups)
