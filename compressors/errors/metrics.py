@@ -74,7 +74,7 @@ class MetricRefused(CompressionError):
         "items_not_in_catalogue": "Some test items are not in the catalogue, so no ranking can "
         "contain them.",
         "new_items_missing": (
-            "Every test row has an item that the same query already had in earlier splits, "
+            "Every evaluated row has an item that its query already had in earlier splits, "
             "so there is nothing to rank. Check the group column, which names the query, "
             "and the splits."
         ),
