@@ -58,11 +58,21 @@ def training_output(
     """
     if signature.towers is None:
         return network_scores(module, inputs, signature)
-    vectors = [
-        call_network(module.get_submodule(tower.module), inputs, signature.only(tower.inputs))
-        for tower in signature.towers.named().values()
-    ]
+    vectors = [tower_vectors(module, inputs, signature, name) for name in signature.towers.named()]
     return torch.stack(vectors, dim=1)
+
+
+def tower_vectors(
+    module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature, name: str
+) -> Tensor:
+    """Call the tower ``query`` or ``item`` of a network; return its vectors ``(rows, dim)``."""
+    if signature.towers is None:
+        raise ValueError("expected a signature with towers")
+    tower = signature.towers.named()[name]
+    vectors: Tensor = call_network(
+        module.get_submodule(tower.module), inputs, signature.only(tower.inputs)
+    )
+    return vectors
 
 
 def scores_of(returned: Any, signature: Signature) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from compressors.contracts import Signature
 from compressors.core.batches import JoinedRows, Rows
 from compressors.core.placement import device_of, to_device
-from compressors.core.scores import call_network
+from compressors.core.scores import tower_vectors
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.full_ranking import (
     Float32s,
@@ -62,7 +62,7 @@ def ranking_quality(
         raise MetricRefused("new_items_missing")
     selected = np.flatnonzero(np.isin(group, _evenly_spaced(positive)))
     queries = ranking_queries(
-        _interactions(validation, selected), map(_interactions, known[:-1]), catalogue
+        interactions(validation, selected), map(interactions, known[:-1]), catalogue
     )
     of_queries = _vectors(module, signature, "query", validation, selected[queries.row])
     metric = signature.single_output.metric
@@ -82,8 +82,12 @@ def _first_rows(rows: Rows) -> tuple[Ints, Ints]:
     return ids, first
 
 
-def _interactions(rows: Rows, selected: Ints | None = None) -> Interactions:
-    """Return queries, items and labels of the selected rows, by default of all."""
+def interactions(rows: Rows, selected: Ints | None = None) -> Interactions:
+    """Return queries, items and labels of the selected rows, by default of all.
+
+    Raises:
+        MetricRefused: the rows have no groups, which are the queries.
+    """
     columns = (_ids(rows, rows.group), _ids(rows, rows.item), rows.label.numpy())
     group, item, label = (values if selected is None else values[selected] for values in columns)
     return Interactions(group, item, label)
@@ -105,12 +109,11 @@ def _vectors(
     module: nn.Module, signature: Signature, tower: str, rows: Rows, numbers: Ints
 ) -> Float32s:
     """Return the vectors of one tower for the rows with these numbers, float32 ``(rows, dim)``."""
-    assert signature.towers is not None  # noqa: S101 - a retrieval signature has towers
-    described = signature.towers.named()[tower]
-    part, inputs = module.get_submodule(described.module), signature.only(described.inputs)
     device = device_of(module)
     pieces = [
-        call_network(part, to_device(rows.take(chunk), device).inputs, inputs).float().cpu()
+        tower_vectors(module, to_device(rows.take(chunk), device).inputs, signature, tower)
+        .float()
+        .cpu()
         for chunk in torch.split(torch.from_numpy(numbers), ROWS_AT_ONCE)
     ]
     vectors: Float32s = torch.cat(pieces).numpy()

@@ -18,13 +18,11 @@ from compressors.contracts import ITEMS, Estimate, Output, Signature, Split
 from compressors.contracts import metric as declared_metric
 from compressors.contracts.metrics.metric import metric_name_of_output
 from compressors.core.batches import Rows, batches
-from compressors.core.scores import call_network
-from compressors.errors.metrics import MetricRefused
-from compressors.lower.serving_wrapper import ServedGraph, served_graphs
+from compressors.core.scores import tower_vectors
+from compressors.lower.serving_wrapper import served_graphs
 from compressors.metrics import intervals
 from compressors.metrics.estimators import builtin as builtin  # so that the code digest covers it
 from compressors.metrics.full_ranking import (
-    Interactions,
     RankedVectors,
     RankingQueries,
     ranking_metrics,
@@ -32,6 +30,7 @@ from compressors.metrics.full_ranking import (
 )
 from compressors.metrics.intervals import PairedEstimate
 from compressors.metrics.score_change import change_of_rankings, change_of_rows
+from compressors.metrics.validation_ranking import interactions
 from tasks.bundles.loading import SCORING_ROWS, split_of
 from tasks.orchestration.documents import Ranking
 
@@ -191,9 +190,10 @@ def ranked_vectors(
     item_batches = list(batches(catalogue, item, SCORING_ROWS))
     ids = Rows(catalogue, signature.of_split(ITEMS)).column(str(signature.item)).numpy()
     earlier = [
-        _interactions(split_of(split.artifact, split.rows), signature) for split in ranking.seen
+        interactions(Rows(split_of(split.artifact, split.rows), signature))
+        for split in ranking.seen
     ]
-    queries = ranking_queries(_interactions(test, signature), earlier, ids)
+    queries = ranking_queries(interactions(Rows(test, signature)), earlier, ids)
     return RankedVectors(
         _query_vectors(towers["query"], queries, Rows(test, query)),
         np.concatenate([towers["item"](batch.inputs) for batch in item_batches]),
@@ -204,16 +204,15 @@ def ranked_vectors(
 def torch_towers(model: nn.Module, signature: Signature) -> dict[str, Vectors]:
     """Return the towers of a torch module, by name."""
 
-    def tower(graph: ServedGraph) -> Vectors:
+    def tower(name: str) -> Vectors:
         def compute_vectors(inputs: Mapping[str, Tensor]) -> Array:
             with torch.no_grad():
-                returned = call_network(graph.part(model), inputs, graph.signature)
-            vectors: Array = returned.numpy()
+                vectors: Array = tower_vectors(model, inputs, signature, name).numpy()
             return vectors
 
         return compute_vectors
 
-    return {graph.name: tower(graph) for graph in served_graphs(signature)}
+    return {graph.name: tower(graph.name) for graph in served_graphs(signature)}
 
 
 def _query_vectors(tower: Vectors, queries: RankingQueries, test: Rows) -> Array:
@@ -222,16 +221,3 @@ def _query_vectors(tower: Vectors, queries: RankingQueries, test: Rows) -> Array
     return np.concatenate(
         [tower(test.take(part).inputs) for part in torch.split(rows, SCORING_ROWS)]
     )
-
-
-def _interactions(split: Split, signature: Signature) -> Interactions:
-    """Read the group, item and label of every row of a split.
-
-    Raises:
-        MetricRefused: the rows have no groups, which are the queries.
-    """
-    rows = Rows(split, signature)
-    if rows.group is None:
-        raise MetricRefused("retrieval_needs_groups")
-    item = rows.column(str(signature.item))
-    return Interactions(rows.group.numpy(), item.numpy(), rows.label.numpy())
