@@ -64,7 +64,6 @@ DEEPCTR: dict[str, Callable[[], nn.Module]] = {
     "deepctr_pnn": lambda: deepctr.PNN(columns, **layers),
     "deepctr_fibinet": lambda: deepctr.FiBiNET(columns, columns, **layers),
 }
-TWO_OUTPUTS = ("mmoe", "shared_bottom")
 
 
 def _seeded(construct: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

@@ -14,7 +14,6 @@ from compressors.inspection.observed_call import (
     Lookup,
     Observation,
     Tensors,
-    accessed_keys,
     argument_tensors,
     observe,
 )
@@ -30,19 +29,16 @@ def first_call(
         InspectionFailed: the network fails with all layouts.
     """
     failure: tuple[CallFailed, Layout] | None = None
-    for candidate in candidates:
-        layout = candidate
+    for layout in candidates:
         for with_mask in _mask_dtypes(layout):
             try:
                 tensors, before = _call_with_dtypes(network, with_mask, sample)
             except CallFailed as fault:
-                is_mapping = layout.call != "mapping" or accessed_keys(
-                    network, _tensors(layout, sample, {})
-                )
-                failure = failure or ((fault, layout) if is_mapping else None)
+                if layout.call != "mapping" or fault.accessed:
+                    failure = failure or (fault, layout)
                 continue
             if layout.call == "mapping":
-                return *_only_accessed(network, with_mask, tensors), before
+                return *_only_accessed(with_mask, tensors, before.accessed), before
             return with_mask, tensors, before
     if failure is None:
         raise InspectionFailed(
@@ -52,19 +48,20 @@ def first_call(
             first="NAME",
             columns=tuple(sample),
         )
-    last, layout = failure
+    last, failed = failure
     raise InspectionFailed(
         "network_fails",
         architecture=type(network).__name__,
         rows=len(next(iter(sample.values())).values),
         problem=repr(last.problem),
-        inputs=tuple(f"{a.name} ({', '.join(a.columns)})" for a in layout.arguments),
+        inputs=tuple(f"{a.name} ({', '.join(a.columns)})" for a in failed.arguments),
     ) from last.problem
 
 
-def _only_accessed(network: nn.Module, layout: Layout, tensors: Tensors) -> tuple[Layout, Tensors]:
+def _only_accessed(
+    layout: Layout, tensors: Tensors, accessed: frozenset[str]
+) -> tuple[Layout, Tensors]:
     """Return the arguments of a mapping that the network reads, and their tensors."""
-    accessed = accessed_keys(network, tensors)
     arguments = tuple(item for item in layout.arguments if item.name in accessed)
     kept = {name: tensor for name, tensor in tensors.items() if name in accessed}
     return replace(layout, arguments=arguments), kept

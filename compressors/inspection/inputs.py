@@ -32,8 +32,8 @@ from compressors.inspection.list_inputs import (
 )
 from compressors.inspection.lookups import (
     Reading,
-    output_tensors,
     read_column,
+    tensors_in,
 )
 from compressors.inspection.observed_call import (
     Tensors,
@@ -154,7 +154,7 @@ def _require_finite(network: nn.Module, layout: Layout, sample: Sample, returned
         values = np.concatenate(column.values) if column.is_list else column.values
         if not np.isfinite(values).all():
             raise InspectionFailed("values_not_finite", column=name)
-    for tensor in output_tensors(returned):
+    for tensor in tensors_in(returned):
         broken = ~tensor.reshape(len(tensor), -1).isfinite().all(dim=1)
         if bool(broken.any()):
             raise InspectionFailed(
@@ -224,9 +224,9 @@ def _list_input(lists: ListCall, reading: Reading) -> tuple[AnyInput, str]:
             table are computed from them; or as ``describe_list``.
     """
     column, tables = lists.column, tuple(reading.offsets)
-    if tables and not any(reading.offsets.values()):
+    if tables:
         return describe_list(lists, tables, padding_id_of(lists.network, tables[0]))
-    if tables or reading.is_computed:
+    if reading.is_computed:
         raise InspectionFailed("list_computed", column=column.name)
     tensor = lists.tensors[lists.argument.name]
     if column.shortest != column.longest or not tensor.is_floating_point():
@@ -273,7 +273,7 @@ def _matrix_part(
     table_rows: _TableRows, column: SampleColumn, width: int, reading: Reading
 ) -> MatrixPart:
     """Return the part of a matrix that one column fills."""
-    if column.is_list and (reading.is_computed or any(reading.offsets.values())):
+    if column.is_list and reading.is_computed:
         raise InspectionFailed("list_computed", column=column.name)
     if reading.offsets and column.is_list:
         table, *more = reading.offsets

@@ -120,10 +120,10 @@ def _offset(column: SampleColumn, ids: Tensor, changed: Tensor) -> int | None:
         changed: the ids after the values of the column were changed.
     """
     rows = len(column.values)
-    if not column.is_integer or ids.numel() % rows != 0 or ids.shape != changed.shape:
-        return 0 if column.is_list and _contains(column, ids) else None
     if column.is_list:
         return 0 if _contains(column, ids) else None
+    if not column.is_integer or ids.numel() % rows != 0 or ids.shape != changed.shape:
+        return None
     by_row = ids.reshape(rows, -1)
     differs = (by_row != changed.reshape(rows, -1)).any(dim=0)
     differences = by_row[:, differs] - torch.from_numpy(column.values)[:, None]
@@ -135,7 +135,7 @@ def _offset(column: SampleColumn, ids: Tensor, changed: Tensor) -> int | None:
 def _contains(column: SampleColumn, ids: Tensor) -> bool:
     """Return whether ids are a list of a row, for every row; padding and other ids do not count."""
     if ids.numel() == sum(map(len, column.values)):
-        flat = np.concatenate(column.values) if column.values else np.zeros(0)
+        flat = np.concatenate(column.values)
         return bool(np.array_equal(np.sort(ids.reshape(-1).numpy()), np.sort(flat)))
     rows = len(column.values)
     if ids.numel() % rows:
@@ -146,20 +146,20 @@ def _contains(column: SampleColumn, ids: Tensor) -> bool:
     )
 
 
-def output_tensors(returned: Any) -> list[Tensor]:
+def tensors_in(returned: Any) -> list[Tensor]:
     """Return the tensors in what a network returned, which may be a tensor, sequence or mapping."""
     if isinstance(returned, Tensor):
         return [returned]
     if isinstance(returned, Mapping):
         returned = list(returned.values())
     if isinstance(returned, tuple | list):
-        return [tensor for item in returned for tensor in output_tensors(item)]
+        return [tensor for item in returned for tensor in tensors_in(item)]
     return []
 
 
 def same_outputs(first: Any, second: Any) -> bool:
     """Return whether two calls returned equal values, up to rounding."""
-    pairs = zip(output_tensors(first), output_tensors(second), strict=False)
+    pairs = zip(tensors_in(first), tensors_in(second), strict=False)
     return all(_is_close(a.double(), b.double()) for a, b in pairs)
 
 
@@ -173,7 +173,7 @@ def _is_close(first: Tensor, second: Tensor) -> bool:
 
 def _equal_outputs(first: Any, second: Any) -> bool:
     """Return whether two calls returned the same bits."""
-    pairs = zip(output_tensors(first), output_tensors(second), strict=False)
+    pairs = zip(tensors_in(first), tensors_in(second), strict=False)
     return all(torch.equal(a, b) for a, b in pairs)
 
 

@@ -5,15 +5,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressors.contracts import is_out_of_memory
+from compressors.contracts import JaggedBag, SequenceInput, is_out_of_memory
+from compressors.core.batches import jagged, padded_sequence
 from compressors.inspection.forward_arguments import Argument, CallForm
-from compressors.inspection.sample import Padding, Sample, pad_lists, scalar_tensor
+from compressors.inspection.sample import Padding, Sample, SampleColumn, scalar_tensor
 
 Tensors = dict[str, Tensor]
+
+ANY_TABLE = "table"
+"""Name of the table of an input that only describes how lists become tensors."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,14 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a call of the network returned, and its lookups in order."""
+    """What a call of the network returned, its lookups in order, and the keys that it read.
+
+    Keys are those of the mapping that it received; there are none if it received keywords.
+    """
 
     returned: Any
     lookups: tuple[Lookup, ...]
+    accessed: frozenset[str]
 
 
 class CallFailed(Exception):
@@ -38,13 +47,21 @@ class CallFailed(Exception):
     Attributes:
         problem: the error.
         lookups: the lookups before the error.
+        accessed: the keys of the mapping that it read before the error.
         operations: number of tensor operations before the error.
     """
 
-    def __init__(self, problem: Exception, lookups: tuple[Lookup, ...], operations: int) -> None:
+    def __init__(
+        self,
+        problem: Exception,
+        lookups: tuple[Lookup, ...],
+        accessed: frozenset[str],
+        operations: int,
+    ) -> None:
         super().__init__(repr(problem))
         self.problem = problem
         self.lookups = lookups
+        self.accessed = accessed
         self.operations = operations
 
 
@@ -93,34 +110,23 @@ class _AccessedKeys(dict[str, Tensor]):
 
 
 def observe(network: nn.Module, call: CallForm, tensors: Tensors) -> Observation:
-    """Call a network and record its lookups.
+    """Call a network with copies of tensors, and record what it looks up and reads.
 
     Raises:
         CallFailed: the network raised an error.
     """
     lookups: list[Lookup] = []
     operations = _CountedOperations()
+    copies = _AccessedKeys({name: tensor.clone() for name, tensor in tensors.items()})
     with _recorded_lookups(network, lookups), torch.no_grad(), operations:
         try:
-            copies = {name: tensor.clone() for name, tensor in tensors.items()}
-            returned = network(copies) if call == "mapping" else network(**copies)
+            returned = network(copies) if call == "mapping" else network(**dict(copies))
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
-            raise CallFailed(fault, tuple(lookups), operations.count) from fault
-    return Observation(returned, tuple(lookups))
-
-
-def accessed_keys(network: nn.Module, tensors: Tensors) -> set[str]:
-    """Return the keys of the mapping that a network reads until it returns or raises an error."""
-    mapping = _AccessedKeys(tensors)
-    with torch.no_grad():
-        try:
-            network(mapping)
-        except Exception as fault:
-            if is_out_of_memory(fault):
-                raise
-    return mapping.accessed
+            accessed = frozenset(copies.accessed)
+            raise CallFailed(fault, tuple(lookups), accessed, operations.count) from fault
+    return Observation(returned, tuple(lookups), frozenset(copies.accessed))
 
 
 @contextmanager
@@ -171,33 +177,43 @@ def argument_tensors(
         return {argument.name: scalar_tensor(columns, dtype)}
     if len(columns) > 1:  # a matrix
         parts = [
-            pad_lists(column.values, width, 0)
+            _padded(Argument(argument.name, (column.name,), (0,)), column, Padded(width))[
+                argument.name
+            ]
             if column.is_list
             else torch.from_numpy(column.values)[:, None]
             for column, width in zip(columns, argument.widths, strict=True)
         ]
         return {argument.name: torch.cat([part.to(dtype) for part in parts], dim=1)}
     (column,) = columns
-    lengths = torch.tensor([len(values) for values in column.values])
     if argument.offsets is not None:
-        offsets = torch.cumsum(lengths, 0) - lengths
-        ids = torch.cat([torch.from_numpy(values) for values in column.values])
-        return {argument.name: ids.to(dtype), argument.offsets: offsets}
-    padded = padded or Padded(max(1, int(lengths.max())))
-    tensors = {
-        argument.name: pad_lists(column.values, padded.length, padded.padding_id, padded.side).to(
-            dtype
-        )
-    }
-    places = torch.arange(padded.length)
-    first = padded.length - lengths[:, None] if padded.side == "left" else 0
-    is_id = (places >= first) & (places < first + lengths[:, None])
-    if argument.mask is not None:
-        tensors[argument.mask] = is_id.to(getattr(torch, argument.mask_dtype))
-    if argument.lengths is not None:
-        tensors[argument.lengths] = lengths
-    if argument.positions is not None:
-        tensors[argument.positions] = torch.where(
-            is_id, places - first + argument.first_position, 0
-        )
-    return tensors
+        item = JaggedBag(name=argument.name, table=ANY_TABLE, shape=(max(1, column.longest),))
+        tensors = jagged(item, *_values_and_bounds(column))
+    else:
+        longest = max(1, *(len(values) for values in column.values))
+        tensors = _padded(argument, column, padded or Padded(longest))
+    return {**tensors, argument.name: tensors[argument.name].to(dtype)}
+
+
+def _padded(argument: Argument, column: SampleColumn, padded: Padded) -> Tensors:
+    """Return lists padded to one length, with the tensors that accompany them."""
+    item = SequenceInput(
+        name=argument.name,
+        table=ANY_TABLE,
+        shape=(padded.length,),
+        min_length=padded.length,  # so that the tensor has this length
+        padding=padded.side,
+        padding_id=padded.padding_id,
+        mask=argument.mask,
+        mask_dtype=argument.mask_dtype,
+        lengths=argument.lengths,
+        positions=argument.positions,
+        first_position=argument.first_position,
+    )
+    return padded_sequence(item, *_values_and_bounds(column))
+
+
+def _values_and_bounds(column: SampleColumn) -> tuple[Tensor, Tensor]:
+    """Return the values of all lists, and where each begins, int64 ``(rows + 1,)``."""
+    lengths = torch.tensor([0, *(len(values) for values in column.values)])
+    return torch.from_numpy(np.concatenate(column.values)), lengths.cumsum(0)

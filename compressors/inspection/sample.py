@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 ColumnKind = Literal["integer", "float", "integer_list", "float_list"]
@@ -49,17 +47,6 @@ Sample = Mapping[str, SampleColumn]
 """The sampled columns by name."""
 
 Padding = Literal["left", "right"]
-
-
-def pad_lists(
-    lists: Sequence[NDArray[Any]], length: int, padding_id: int, side: Padding = "right"
-) -> Tensor:
-    """Return lists as one tensor ``(rows, length)``, padded with ``padding_id`` on one side."""
-    padded = np.full((len(lists), length), padding_id, lists[0].dtype if lists else np.int64)
-    for row, values in enumerate(lists):
-        begin = 0 if side == "right" else length - len(values)
-        padded[row, begin : begin + len(values)] = values
-    return torch.from_numpy(padded)
 
 
 def scalar_tensor(columns: Sequence[SampleColumn], dtype: torch.dtype) -> Tensor:

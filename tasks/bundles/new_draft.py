@@ -20,15 +20,19 @@ from torch import Tensor, nn
 
 from compressors.contracts import (
     ITEMS,
+    Architecture,
     Frozen,
     MatrixInput,
     Network,
     Signature,
+    all_tables,
     is_out_of_memory,
 )
+from compressors.core.runner import rows_of_tables
 from compressors.core.scores import call_network
 from compressors.core.state.argument_values import decode_arguments
-from compressors.core.state.module_state import load
+from compressors.core.state.module_state import load, tensors_of
+from compressors.core.state.tensor_files import SINGLE
 from compressors.errors.compression import CompressionError
 from compressors.errors.construction import ConstructionFailed
 from compressors.inspection.inputs import DerivedInputs, derive_inputs
@@ -46,7 +50,6 @@ from infra.store.disk import translate_input_errors
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import import_architecture
 
-WEIGHTS = "model.safetensors"
 SPLITS = tuple(split for split in get_args(SplitName) if split != ITEMS)
 """The splits that are looked for in a data folder; ``items`` belongs to retrieval models only."""
 
@@ -143,7 +146,10 @@ def _new_draft(request: DraftRequest) -> NewDraft:
     summaries = summarize_columns(files)
     _require_columns(request, summaries)
     sample = _sample(summaries)
-    module, network = _imported(request)
+    module, architecture = _imported(request)
+    _require_only_tensors(module)
+    tensors, ties = tensors_of(module)
+    network = Network(architecture=architecture, ties=ties)
     excluded = (*request.labels.values(), *filter(None, [request.time]))
     derived = derive_inputs(module, sample, request.inputs, excluded)
     document = {
@@ -154,22 +160,23 @@ def _new_draft(request: DraftRequest) -> NewDraft:
         "network": network.model_dump(mode="json", exclude_defaults=True),
         "data": {split: str(path.resolve()) for split, path in files.items()},
     }
-    parse(Draft, document, request.folder / MANIFEST)
+    parse(Draft, document, request.folder / MANIFEST)  # errors name the user's folder
     with scratch_folder("new") as scratch:
-        save_file(_stored_tensors(module, network), scratch / WEIGHTS)
+        # Copies, because safetensors refuses tensors that share memory.
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, scratch / SINGLE)
         (scratch / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
         draft = read_draft(scratch)
         _require_same_scores(request, scratch, draft, derived)
         request.folder.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS, MANIFEST):
+        for name in (SINGLE, MANIFEST):
             shutil.move(scratch / name, request.folder / name)
     return NewDraft(
         folder=request.folder,
         draft=draft,
-        rows_of_table=_rows_of_tables(module, draft.signature),
+        rows_of_table=_rows_of_inputs(module, draft.signature),
         reasons=derived.reasons,
         unused=derived.unused,
-        weight_bytes=(request.folder / WEIGHTS).stat().st_size,
+        weight_bytes=(request.folder / SINGLE).stat().st_size,
     )
 
 
@@ -210,18 +217,18 @@ def _require_columns(request: DraftRequest, summaries: Mapping[str, ColumnSummar
             )
 
 
-def _imported(request: DraftRequest) -> tuple[nn.Module, Network]:
-    """Return the trained network, and the description that a bundle builds it from."""
+def _imported(request: DraftRequest) -> tuple[nn.Module, Architecture]:
+    """Return the trained network, and the class and arguments that a bundle builds it from."""
     allowed = load_settings().allowed_modules
     if request.weights is not None:
         return _loaded(request, request.weights)
     module, calls = import_network(request.model, allowed)
     architecture = describe_architecture(module, calls)
     import_architecture(architecture)  # raises if the class is in a module that is not allowed
-    return module, Network(architecture=architecture, ties=_ties(module))
+    return module, architecture
 
 
-def _loaded(request: DraftRequest, weights: Path) -> tuple[nn.Module, Network]:
+def _loaded(request: DraftRequest, weights: Path) -> tuple[nn.Module, Architecture]:
     """Build the network of a class and load its weights.
 
     Raises:
@@ -234,11 +241,11 @@ def _loaded(request: DraftRequest, weights: Path) -> tuple[nn.Module, Network]:
         raise DraftRefused("config_no_json", problem=str(fault)) from fault
     if not isinstance(config, dict):
         raise DraftRefused("config_no_json", problem=f"a {type(config).__name__}")
-    architecture = network_class(request.model, load_settings().allowed_modules)
-    described = Network.model_validate({"architecture": {"path": request.model, "config": config}})
-    import_architecture(described.architecture)
+    network_type = network_class(request.model, load_settings().allowed_modules)
+    architecture = Architecture(path=request.model, config=config)
+    import_architecture(architecture)
     try:
-        module = architecture(**decode_arguments(config)).eval()
+        module = network_type(**decode_arguments(config)).eval()
         module.load_state_dict(load_file(weights), strict=True)
     except (BundleRefused, ConstructionFailed, OSError):
         raise
@@ -248,33 +255,14 @@ def _loaded(request: DraftRequest, weights: Path) -> tuple[nn.Module, Network]:
         raise DraftRefused(
             "weights_unfit", path=str(weights), architecture=request.model, problem=str(fault)
         ) from fault
-    path = class_path(type(module))
-    return module, Network(
-        architecture=described.architecture.model_copy(update={"path": path}), ties=_ties(module)
-    )
+    return module, architecture.model_copy(update={"path": class_path(network_type)})
 
 
-def _ties(module: nn.Module) -> dict[str, str]:
-    """Return the names of tensors that are another tensor of the state dict, and its name."""
-    first: dict[int, str] = {}
-    ties: dict[str, str] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) in first:
-            ties[name] = first[id(tensor)]
-        else:
-            first[id(tensor)] = name
-    return ties
-
-
-def _stored_tensors(module: nn.Module, network: Network) -> dict[str, Tensor]:
-    """Return copies of a network's tensors on the CPU, without those of its ties."""
-    stored = {}
+def _require_only_tensors(module: nn.Module) -> None:
+    """Raise ``DraftRefused`` if a network's state dict has other values than tensors."""
     for name, tensor in module.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise DraftRefused("state_no_tensor", name=name, kind=type(tensor).__name__)
-        if name not in network.ties:
-            stored[name] = tensor.detach().cpu().contiguous().clone()
-    return stored
 
 
 def _signature(
@@ -310,15 +298,10 @@ def _document_of(item: Any) -> dict[str, Any]:
     return {"kind": item.kind, **fields}
 
 
-def _rows_of_tables(module: nn.Module, signature: Signature) -> dict[str, int]:
+def _rows_of_inputs(module: nn.Module, signature: Signature) -> dict[str, int]:
     """Return the number of rows of each table that an input reads."""
-    tables = {
-        table
-        for item in signature.data_inputs
-        for table in (getattr(item, "table", None), *getattr(item, "more_tables", ()))
-        if table is not None
-    }
-    return {table: int(cast("Any", module.get_submodule(table)).num_embeddings) for table in tables}
+    rows = rows_of_tables(module, signature)
+    return {table: rows[table] for item in signature.inputs for table in all_tables(item)}
 
 
 def _require_same_scores(

@@ -485,3 +485,21 @@ def test_network_that_changes_its_inputs_is_described_and_nan_raises():
 def test_mapping_keeps_its_other_entries_if_one_is_named():
     derived = derive(Mapping(), user="user", price="age")
     assert [item.columns for item in derived.inputs] == [("user",), ("age",), ("age",)]
+
+
+class ChangingMapping(nn.Module):
+    """Change an entry of a mapping in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(USERS + 1, 1)
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        x["user"] += 1
+        return self.user(x["user"])
+
+
+def test_tensors_of_a_mapping_are_those_before_the_network_changed_them():
+    derived = derive(ChangingMapping())
+    assert derived.tensors["user"].tolist() == SAMPLE["user"].values.tolist()
+    assert derived.inputs[0].fields == (IdField(rows=USERS, offset=1),)
