@@ -258,12 +258,14 @@ def bundle_show(
     for item in signature.inputs:
         tables = ", ".join(all_tables(item))
         destination = f" -> table {tables}" if tables else ""
-        shape = f" {list(item.shape)} a row" if item.shape else ""
-        write_line(f"  input {item.name}: {item.kind} {item.dtype}{shape}{destination}")
+        # Only a column of lists has a shape: that of the longest list.
+        at_most = "at most " if len(item.columns) == 1 else ""
+        values = f", {at_most}{item.shape[0]} values per row" if item.shape else ""
+        write_line(f"  input {item.name}: {item.kind} {item.dtype}{values}{destination}")
     for split, data in manifest.data.items():
         write_line(f"  {split}: {data.rows:,} rows, {store().uri_of(data.artifact)}")
     for name, record in manifest.network.modules.items():
-        write_line(f"  {name}: {record.format}")
+        write_line(f"  weights of {name}: {record.format}")
     _print_notices(manifest.notes)
 
 

@@ -306,7 +306,7 @@ def test_bundle_check_and_show_describe_a_bundle(accepted_order: AcceptedOrder, 
     by_uri = call("bundle", "check", accepted_order.packed.artifact.uri, "--json")
     assert json.loads(by_uri.out)["version"] == "1"
     shown = call("bundle", "show", "clicks@1")
-    assert "input tags: jagged_bag int64 [5] a row -> table tags" in shown.out
+    assert "input tags: jagged_bag int64, at most 5 values per row -> table tags" in shown.out
     assert "draft_network:ClickNet" in shown.out
     assert json.loads(call("bundle", "show", "clicks", "--json").out)["name"] == "clicks"
 
