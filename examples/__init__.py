@@ -2,6 +2,7 @@
 
 ``flows``, ``tasks``, ``compressors`` and ``infra`` never import these modules.
 
+training.py    the training loop with early stopping that the training scripts share
 dcnv2.py       DCN-v2, a click model built from plain keyword arguments
 movielens_data.py  reads and splits MovieLens 100K, and writes its rows and vocabularies
 movielens.py   trains DCN-v2 on MovieLens 100K and writes the draft of a bundle:

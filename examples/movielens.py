@@ -4,12 +4,10 @@ Run ``python -m examples.movielens FOLDER``; ``movielens_data.py`` reads and spl
 """
 
 import argparse
-import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,6 +39,7 @@ from examples.movielens_data import (
     take_calibration_rows,
     write_data,
 )
+from examples.training import Epoch, deterministic, train_with_early_stopping
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,6 @@ class Training:
     batch_norm: bool = False
     batch: int = 1024
     learning_rate: float = 1e-3
-    # Coefficient of the penalty table_l2 / 2 * ||table||^2, which is added to the loss of every
-    # batch for all rows of all tables. Without it the model memorizes the few training rows.
     table_l2: float = 0.05
     # Shares of training rows in which the id of the user, or of the film, is replaced by the
     # unknown id. Most users and some films of the test set are unknown, so the table row of the
@@ -65,25 +62,11 @@ class Training:
     epochs: int = 40
     patience: int = 3
     seed: int = 1
-    # The number of threads changes the order of float sums, and thereby the last digits. One
-    # thread is also the fastest: the layers are too small to parallelize.
+    # One thread is the fastest: the layers are too small to parallelize.
     threads: int = 1
 
 
 # --- training --------------------------------------------------------------------------------
-
-
-@contextmanager
-def deterministic(threads: int) -> Iterator[None]:
-    """Make torch deterministic within the ``with`` block, and restore its settings afterwards."""
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
 
 
 @torch.no_grad()
@@ -111,53 +94,27 @@ def train(
     validation: Rows,
     settings: Training,
     log: Callable[[str], None],
-) -> tuple[DCNv2, list[dict[str, float]]]:
-    """Train a network; return it with the weights of its best epoch, and all epochs' metrics.
+) -> tuple[DCNv2, list[Epoch]]:
+    """Train a network; return it with the weights of its best epoch, and all epochs.
 
-    The learning rate is divided by 10 after each epoch that does not improve the best validation
-    AUC; training stops after ``settings.patience`` such epochs in a row.
+    The metric of an epoch is the validation AUC.
     """
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     network = DCNv2(**config)  # type: ignore[arg-type]  # plain JSON, checked by DCNv2 itself
-    tables = [
-        table.weight
-        for table in network.modules()
-        if isinstance(table, nn.Embedding | nn.EmbeddingBag)
-    ]
-    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
     shares = {"user": settings.forget_user, "item": settings.forget_item}
-    best, state, epochs_without_gain = -1.0, network.state_dict(), 0
-    epochs: list[dict[str, float]] = []
-    for epoch in range(1, settings.epochs + 1):
-        network.train()
-        total = 0.0
-        permutation = torch.randperm(len(rows), generator=generator)  # (rows,)
-        for part in torch.split(permutation, settings.batch):
-            logits = network(**mask_ids(rows.inputs(part), shares, generator))  # (batch,)
-            loss = F.binary_cross_entropy_with_logits(logits, rows.clicks[part])
-            penalty = torch.stack([weight.square().sum() for weight in tables]).sum()
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss + settings.table_l2 / 2 * penalty)
-            optimizer.step()
-            total += loss.item() * len(part)
-        valid_auc = auc(validation.clicks.numpy(), score(network, validation).numpy())
-        epochs.append(
-            {"epoch": epoch, "train_logloss": total / len(rows), "validation_auc": valid_auc}
-        )
-        loss_and_auc = f"train logloss {total / len(rows):.4f}  validation AUC {valid_auc:.4f}"
-        log(f"epoch {epoch:2d}  {loss_and_auc}")
-        if valid_auc > best:
-            best, epochs_without_gain = valid_auc, 0
-            state = copy.deepcopy(network.state_dict())
-            continue
-        epochs_without_gain += 1
-        if epochs_without_gain == settings.patience:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] /= 10
-    network.load_state_dict(state)
-    return network.eval(), epochs
+
+    def loss_of(part: Tensor) -> Tensor:
+        logits = network(**mask_ids(rows.inputs(part), shares, generator))  # (batch,)
+        return F.binary_cross_entropy_with_logits(logits, rows.clicks[part])
+
+    def validation_auc() -> float:
+        return auc(validation.clicks.numpy(), score(network, validation).numpy())
+
+    epochs = train_with_early_stopping(
+        network, len(rows), loss_of, validation_auc, settings, generator, log
+    )
+    return network, epochs
 
 
 # --- the draft of a bundle -------------------------------------------------------------------
@@ -229,9 +186,9 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
 
-    best = max(epochs, key=lambda epoch: epoch["validation_auc"])
+    best = max(epochs, key=lambda epoch: epoch.metric)
     log(
-        f"best epoch {best['epoch']}: validation AUC {best['validation_auc']:.4f}, "
+        f"best epoch {best.number}: validation AUC {best.metric:.4f}, "
         f"{sum(weight.numel() for weight in weights.values())} weights, "
         f"{seconds:.0f} s of training"
     )
@@ -248,10 +205,10 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
         "recipe": asdict(settings),  # training settings; no compression recipe
         "data": {"package": f"{PACKAGE}=={VERSION}", "sha256": FILES},
         "torch": torch.__version__,
-        "validation_auc": best["validation_auc"],
+        "validation_auc": best.metric,
         "training_seconds": round(seconds, 1),
         "seconds": round(time.monotonic() - started, 1),
-        "epochs": epochs,
+        "epochs": [asdict(epoch) for epoch in epochs],
     }
     # Next to the folder, not in it: a bundle contains only files that its manifest names.
     folder.with_name(f"{folder.name}.training.json").write_text(json.dumps(record, indent=1) + "\n")

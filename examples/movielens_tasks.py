@@ -6,7 +6,6 @@ row without a click has no label of ``like``: it predicts how likely a click bec
 """
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from compressors.contracts import Architecture, Network, Signature
 from compressors.metrics.point_estimates import auc
 from examples.mmoe import MMoE
-from examples.movielens import deterministic, mask_ids, signature
+from examples.movielens import mask_ids, signature
 from examples.movielens_data import (
     DataMissing,
     Rows,
@@ -37,6 +36,7 @@ from examples.movielens_data import (
     take_calibration_rows,
     write_data,
 )
+from examples.training import deterministic, train_with_early_stopping
 
 TASKS = ("click", "like")
 
@@ -109,39 +109,24 @@ def train(
 ) -> MMoE:
     """Train a network and return it with the weights of its best epoch.
 
-    The learning rate is divided by 10 after each epoch that does not improve the mean of the
-    validation AUCs; training stops after ``settings.patience`` such epochs in a row.
+    The metric of an epoch is the mean of the validation AUCs.
     """
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     network = MMoE(**config)  # type: ignore[arg-type]  # plain JSON, checked by MMoE itself
-    tables = [*network.tables.parameters(), *network.bags.parameters()]
-    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
     shares = {"user": settings.forget_user, "item": settings.forget_item}
-    best, state, epochs_without_gain = -1.0, network.state_dict(), 0
-    for epoch in range(1, settings.epochs + 1):
-        network.train()
-        permutation = torch.randperm(len(training.rows), generator=generator)
-        for part in torch.split(permutation, settings.batch):
-            logits = network(**mask_ids(training.rows.inputs(part), shares, generator))
-            penalty = torch.stack([weight.square().sum() for weight in tables]).sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(logits, training.labels[part])
-            torch.autograd.backward(loss + settings.table_l2 / 2 * penalty)
-            optimizer.step()
-        values = aucs(network, validation)
-        log(f"epoch {epoch:2d}  validation AUC {values[0]:.4f} click  {values[1]:.4f} like")
-        if (mean := float(np.mean(values))) > best:
-            best, epochs_without_gain = mean, 0
-            state = copy.deepcopy(network.state_dict())
-            continue
-        epochs_without_gain += 1
-        if epochs_without_gain == settings.patience:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] /= 10
-    network.load_state_dict(state)
-    return network.eval()
+
+    def loss_of_rows(part: Tensor) -> Tensor:
+        logits = network(**mask_ids(training.rows.inputs(part), shares, generator))
+        return loss_of(logits, training.labels[part])
+
+    def mean_auc() -> float:
+        return float(np.mean(aucs(network, validation)))
+
+    train_with_early_stopping(
+        network, len(training.rows), loss_of_rows, mean_auc, settings, generator, log
+    )
+    return network
 
 
 def signature_of_tasks() -> Signature:
