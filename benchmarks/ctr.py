@@ -23,12 +23,12 @@ Printed results are the mean over seeds ± half the width of its 95 % interval (
 """
 
 import argparse
-import gzip
 import hashlib
 import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -45,34 +45,16 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from compressors.contracts import Architecture, Bench, IdInput, Network, Output, Signature, Split
 from compressors.core.model import Model
 from compressors.metrics import point_estimates
+from examples import frappe
 from examples.dcnv2 import DCNv2
+from examples.public_data import DATA_VARIABLE, DataMissing
 from infra.settings import load_settings
 
 Name = Literal["frappe", "movielens-tag"]
 Part = Literal["train", "validation", "test"]
 Ints = NDArray[np.int64]
 
-DATA_VARIABLE = "RECPRESS_DATA"
-"""Environment variable with the folder of the data sets."""
-
 PARTS: tuple[Part, ...] = get_args(Part)
-FRAPPE_FILES = {
-    "train": "derived/train.rebuilt.seed2025.csv.gz",
-    "validation": "frappe.validation.libfm.gz",
-    "test": "frappe.test.libfm.gz",
-}
-FRAPPE_FIELDS = {  # rows of each table, in the order of the public file's ids
-    "user": 957,
-    "item": 4082,
-    "daytime": 7,
-    "weekday": 7,
-    "isweekend": 2,
-    "homework": 3,
-    "cost": 2,
-    "weather": 9,
-    "country": 80,
-    "city": 233,
-}
 SCORING_ROWS = 8192
 """Rows per batch of ``predict``."""
 
@@ -113,10 +95,6 @@ TRAINING_SETTINGS: dict[Name, TrainingSettings] = {  # selected by validation AU
 }
 
 
-class DataMissing(Exception):
-    """The folder of the data sets does not exist or is not configured."""
-
-
 @dataclass(frozen=True)
 class Baseline:
     """A trained network and its validation AUC."""
@@ -153,17 +131,11 @@ def read(name: Name, folder: Path) -> tuple[dict[Part, tuple[Ints, Ints]], dict[
         By part, ids int64 ``(rows, fields)``, which start at 0 in each field, and labels int64
         ``(rows,)``; and by field, the number of table rows.
     """
+    parts: Mapping[str, tuple[Ints, Ints]]
     if name == "frappe":
-        source = folder / "frappe"
-        table = _read_integers(source / FRAPPE_FILES["train"])
-        raw = {"train": (table[:, 1:], table[:, 0])}
-        for part in ("validation", "test"):
-            raw[part] = _read_libfm(source / FRAPPE_FILES[part])
-        rows = dict(FRAPPE_FIELDS)
-        offsets = np.cumsum([0, *rows.values()])[:-1]  # the file has one id space for all fields
-        parts = {part: (ids - offsets, label) for part, (ids, label) in raw.items()}
+        parts, rows = frappe.read_splits(folder / "frappe"), dict(frappe.FIELDS)
     else:
-        table = _read_integers(folder / "movielenslatest-x1-test" / "test.csv.gz")
+        table = frappe.read_integers(folder / "movielenslatest-x1-test" / "test.csv.gz")
         table = table[np.random.default_rng(0).permutation(len(table))]
         encoded = [np.unique(column, return_inverse=True) for column in table[:, 1:].T]
         fields = ("user", "item", "tag")
@@ -177,19 +149,6 @@ def read(name: Name, folder: Path) -> tuple[dict[Part, tuple[Ints, Ints]], dict[
     for part, (ids, _) in parts.items():
         assert bool(((ids >= 0) & (ids < np.array(list(rows.values())))).all()), (name, part)
     return {part: parts[part] for part in PARTS}, rows
-
-
-def _read_integers(path: Path) -> Ints:
-    with gzip.open(path, "rt") as file:
-        return np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.int64)
-
-
-def _read_libfm(path: Path) -> tuple[Ints, Ints]:
-    """Read ids ``(rows, fields)`` and labels ``(rows,)``; a line is ``label id:1 id:1 ...``."""
-    with gzip.open(path, "rt") as file:
-        lines = [line.split() for line in file]
-    ids = [[int(feature.partition(":")[0]) for feature in line[1:]] for line in lines]
-    return np.array(ids), np.array([int(float(line[0]) > 0) for line in lines])
 
 
 def signature(rows: dict[str, int]) -> Signature:

@@ -19,7 +19,6 @@ import torch
 from pydantic import TypeAdapter
 
 from benchmarks.ctr import (
-    DataMissing,
     Name,
     argument_parser,
     auc,
@@ -34,6 +33,7 @@ from compressors.core.model import Model
 from compressors.core.registries import AnyStep
 from compressors.core.runner import run
 from compressors.core.units import Unit
+from examples.public_data import DataMissing
 
 STEP_ADAPTER = TypeAdapter(AnyStep)
 # A block is a group of weights of one row that share a scale; block 0 is the whole row. GPTQ rounds

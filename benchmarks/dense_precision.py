@@ -23,7 +23,6 @@ from typing import get_args
 import torch
 
 from benchmarks.ctr import (
-    DataMissing,
     Name,
     argument_parser,
     auc,
@@ -39,6 +38,7 @@ from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
 from compressors.quantize.dense.float16 import Float16
 from compressors.quantize.dense.qat import QAT
 from compressors.quantize.dense.static_int8 import StaticInt8
+from examples.public_data import DataMissing
 
 STEPS: dict[str, Step] = {
     **{

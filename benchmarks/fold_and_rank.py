@@ -27,7 +27,6 @@ from typing import get_args
 import torch
 
 from benchmarks.ctr import (
-    DataMissing,
     Name,
     argument_parser,
     auc,
@@ -48,6 +47,7 @@ from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.rewrite.equalize import Equalize
 from compressors.rewrite.fold import Fold
 from compressors.rewrite.smooth_quant import SmoothQuant
+from examples.public_data import DataMissing
 from infra.onnxruntime.sessions import optimized_graph
 
 INT8 = StaticInt8()

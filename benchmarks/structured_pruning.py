@@ -34,7 +34,6 @@ import torch_pruning
 from torch import Tensor, nn
 
 from benchmarks.ctr import (
-    DataMissing,
     argument_parser,
     auc,
     data_folder,
@@ -55,6 +54,7 @@ from compressors.prune.dense.importance import Importance
 from compressors.prune.dense.kept_shares import multiply_adds
 from compressors.task_kinds.loss import hard_loss, shuffled_batches
 from examples.dcnv2 import DCNv2
+from examples.public_data import DataMissing
 
 SHARE = 0.5  # of the original's multiply-adds
 MULTIPLE = 8  # of all widths

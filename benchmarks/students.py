@@ -45,7 +45,6 @@ from torch import Tensor, nn
 
 from benchmarks.ctr import (
     TRAINING_SETTINGS,
-    DataMissing,
     Name,
     Part,
     architecture,
@@ -69,6 +68,7 @@ from compressors.distill.losses import SoftLoss
 from compressors.distill.soft_labels import mean_predictions
 from compressors.distill.training.settings import Training
 from compressors.metrics import point_estimates
+from examples.public_data import DataMissing
 
 NAME: Name = "frappe"
 ORIGINALS = 5  # trained networks, of seeds 0 to 4

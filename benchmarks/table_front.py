@@ -20,7 +20,6 @@ import torch
 from pydantic import TypeAdapter
 
 from benchmarks.ctr import (
-    DataMissing,
     Name,
     argument_parser,
     auc,
@@ -35,6 +34,7 @@ from compressors.core.model import Model
 from compressors.core.registries import AnyStep
 from compressors.core.runner import run
 from compressors.core.units import Unit
+from examples.public_data import DataMissing
 
 GOAL = 0.0005
 """Largest mean loss of AUC that the goals of this comparison allow; a dotted line in the plot."""

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from examples.perceptron import perceptron
+
 
 class DCNv2(nn.Module):
     """Cross layers, and a multilayer perceptron parallel to them or on top of them.
@@ -70,15 +72,8 @@ class DCNv2(nn.Module):
         if not width:
             raise ValueError("DCNv2 needs at least one field, bag or dense input.")
         self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(cross_layers))
-        layers: list[nn.Module] = []
-        last = width
-        for hidden_width in hidden:
-            layers.append(nn.Linear(last, hidden_width))
-            if batch_norm:
-                layers.append(nn.BatchNorm1d(hidden_width))
-            layers += [nn.ReLU(), nn.Dropout(dropout)]
-            last = hidden_width
-        self.perceptron = nn.Sequential(*layers)
+        self.perceptron = perceptron(width, hidden, dropout=dropout, batch_norm=batch_norm)
+        last = hidden[-1] if hidden else width
         self.head = nn.Linear(last if structure == "stacked" else width + last, 1)
 
     def forward(self, **inputs: Tensor) -> Tensor:

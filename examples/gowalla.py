@@ -9,11 +9,9 @@ the data and the results.
 Validation rows are drawn from the public training file with a seed. No choice uses the test file.
 """
 
-import argparse
 import gzip
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +32,8 @@ from compressors.metrics.full_ranking import (
     ranking_metrics,
     ranking_queries,
 )
+from examples.draft import CALIBRATION_ROWS, draft_parser, run_script
+from examples.public_data import DataMissing, data_folder
 from examples.two_tower import Ints, Training, TwoTower, compute_vectors, train
 
 USERS, ITEMS = 29_858, 40_981
@@ -42,14 +42,8 @@ PAIR_HASHES = {  # SHA-256 of the sorted pairs as int64; the published results r
     "test": "dac9527045e35230c82e4a5c54715b5e60f8a7bbe935ffdb4ee2ebe21c32ddb7",
 }
 VALIDATION_SHARE = 0.1  # of the public training rows
-CALIBRATION_ROWS = 4096
 VALIDATION_USERS = 5000  # users for whom recall is measured after every epoch
-DATA_VARIABLE = "RECPRESS_DATA"
-"""Environment variable with the folder of the public data sets."""
-
-
-class DataMissing(Exception):
-    """The data is missing, or differs from the data of the published results."""
+REMEDY = "Put train.txt and test.txt of LightGCN's published split into a folder."
 
 
 @dataclass(frozen=True)
@@ -62,23 +56,6 @@ class Splits:
 
 
 # --- data ------------------------------------------------------------------------------------
-
-
-def data_folder(option: Path | None) -> Path:
-    """Return the folder of ``--data``, else the folder ``gowalla`` in ``RECPRESS_DATA``.
-
-    Raises:
-        DataMissing: the folder does not exist, or neither is set.
-    """
-    root = os.environ.get(DATA_VARIABLE)
-    folder = option or (Path(root) / "gowalla" if root else None)
-    if folder is None or not folder.is_dir():
-        raise DataMissing(
-            f"Expected a folder with the Gowalla check-ins, got "
-            f"{folder or f'neither --data nor {DATA_VARIABLE}'}. Put train.txt and test.txt of "
-            f"LightGCN's published split into a folder, and pass it with --data."
-        )
-    return folder
 
 
 def read_pairs(folder: Path, part: str) -> Ints:
@@ -327,37 +304,24 @@ def write_draft(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the draft; progress goes to standard error. Returns 0, or 2 if the data is missing."""
-    defaults = Training()
-    parser = argparse.ArgumentParser(prog="python -m examples.gowalla", description=main.__doc__)
-    parser.add_argument("folder", type=Path, help="folder of the draft of the bundle")
-    parser.add_argument(
-        "--data", type=Path, help=f"folder of the public files; default {DATA_VARIABLE}/gowalla"
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=defaults.epochs, help="largest number of epochs"
-    )
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser = draft_parser("examples.gowalla", main.__doc__)
     parser.add_argument(
         "--everything",
         action="store_true",
         help="train on the validation rows as well, after they have selected the number of epochs",
     )
     args = parser.parse_args(argv)
+    settings = Training(seed=args.seed)
+    if args.epochs is not None:
+        settings = replace(settings, epochs=args.epochs)
 
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    settings = replace(defaults, epochs=args.epochs, seed=args.seed)
-    try:
-        data = data_folder(args.data)
+    def write(log: Callable[[str], None]) -> None:
+        data = data_folder(args.data, "gowalla", REMEDY)
         write_draft(
             args.folder.absolute(), data, settings, train_on_validation=args.everything, log=log
         )
-    except DataMissing as error:
-        log(str(error))
-        return 2
-    log(f"wrote {args.folder}")
-    return 0
+
+    return run_script(args.folder, write)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from compressors.contracts import Architecture, Network, Signature
 from compressors.metrics.point_estimates import auc
 from examples.dcnv2 import DCNv2
+from examples.draft import run_script
 from examples.movielens_data import (
     BAG,
     FIELDS,
@@ -27,7 +28,6 @@ from examples.movielens_data import (
     PACKAGE,
     UNKNOWN,
     VERSION,
-    DataMissing,
     Rows,
     build_vocabularies,
     convert_to_rows,
@@ -227,17 +227,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     args = parser.parse_args(argv)
 
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     settings = Training(epochs=args.epochs, seed=args.seed)
-    try:
+
+    def write(log: Callable[[str], None]) -> None:
         write_draft(args.folder.absolute(), settings, log)
-    except DataMissing as error:
-        log(str(error))
-        return 2
-    log(f"wrote {args.folder}")
-    return 0
+
+    return run_script(args.folder, write)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from examples.draft import CALIBRATION_ROWS
+from examples.public_data import DataMissing
+
 PACKAGE = "recbole"
 VERSION = "1.2.1"
 FILES = {  # SHA-256; the published results refer to these files
@@ -34,12 +37,7 @@ BAG = "genres"
 LONGEST_BAG = 8  # padded length of a film's list of genres; the longest list has 6
 CLICK_FROM = 4  # stars
 TRAIN_SHARE, VALIDATION_SHARE = 0.7, 0.1  # of all rows; the remaining rows are the test set
-CALIBRATION_ROWS = 4096
 UNKNOWN = 0  # id of tokens that are not in training data
-
-
-class DataMissing(Exception):
-    """The demo's data is not installed, or differs from the data of the published results."""
 
 
 @dataclass(frozen=True)

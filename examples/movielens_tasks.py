@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from compressors.contracts import Architecture, Network, Signature
 from compressors.metrics.point_estimates import auc
+from examples.draft import run_script
 from examples.mmoe import MMoE
 from examples.movielens import mask_ids, signature
 from examples.movielens_data import (
-    DataMissing,
     Rows,
     build_vocabularies,
     convert_to_rows,
@@ -203,16 +203,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     args = parser.parse_args(argv)
 
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+    settings = Training(epochs=args.epochs, seed=args.seed)
 
-    try:
-        write_draft(args.folder.absolute(), Training(epochs=args.epochs, seed=args.seed), log)
-    except DataMissing as error:
-        log(str(error))
-        return 2
-    log(f"wrote {args.folder}")
-    return 0
+    def write(log: Callable[[str], None]) -> None:
+        write_draft(args.folder.absolute(), settings, log)
+
+    return run_script(args.folder, write)
 
 
 if __name__ == "__main__":

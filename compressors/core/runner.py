@@ -99,6 +99,8 @@ def plan_step(
         for unit in units
         if unit.name in skipped
     }
+    if not decisions:
+        raise NothingToCompress("units_absent", step=step.kind)
     if not any(decision.selected for decision in decisions.values()):
         raise NothingToCompress(
             "units_missing",

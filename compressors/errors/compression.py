@@ -59,6 +59,8 @@ class NothingToCompress(CompressionError):
             "{reasons:; }. Remove this step, let it select more units, or move it before "
             "the step that changed them."
         ),
+        "units_absent": "{step!r} compresses tables or dense layers of a kind that this model does "
+        f"not have. {_LEAVE_OUT}",
         "name_unmatched": (
             "Expected a {role} that {pattern!r} of {step!r} matches, got {names}. Correct "
             "the name, or leave it out."

@@ -11,7 +11,8 @@ import torch
 
 from compressors.metrics.full_ranking import RankedVectors, ranking_metrics, ranking_queries
 from examples import gowalla
-from examples.gowalla import DataMissing, main, read_pairs, to_interactions
+from examples.gowalla import main, read_pairs, to_interactions
+from examples.public_data import DATA_VARIABLE, DataMissing
 from examples.two_tower import Training, TwoTower, compute_vectors, train
 from tasks.bundles.packing import pack
 
@@ -89,7 +90,7 @@ def test_training_without_a_metric_runs_all_epochs_and_is_reproducible():
 
 
 def test_missing_data_exits_with_code_2_and_mentions_the_option(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv(gowalla.DATA_VARIABLE, raising=False)
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
     assert main([str(tmp_path / "draft")]) == 2
     assert "pass it with --data" in capsys.readouterr().err
     assert main([str(tmp_path / "draft"), "--data", str(tmp_path / "nowhere")]) == 2
@@ -117,9 +118,9 @@ def test_pairs_of_valid_txt_are_added_to_the_training_pairs(tmp_path, monkeypatc
 
 @pytest.fixture
 def data():
-    root = os.environ.get(gowalla.DATA_VARIABLE)
+    root = os.environ.get(DATA_VARIABLE)
     if root is None or not (Path(root) / "gowalla").is_dir():
-        pytest.skip(f"no gowalla folder below {gowalla.DATA_VARIABLE}")
+        pytest.skip(f"no gowalla folder below {DATA_VARIABLE}")
     return Path(root) / "gowalla"
 
 
