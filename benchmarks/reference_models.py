@@ -1,0 +1,192 @@
+"""What do the presets change in the reference models?
+
+Trains each model of ``examples/`` with several seeds, compresses it with presets, and prints the
+bytes served, the change of its quality metrics on test rows, and the ratio of median latencies, all
+against the uncompressed model in ONNX Runtime with one thread. Changes are means over the seeds ±
+half the width of their 95 % interval (Student's t); other values are means.
+
+    python -m benchmarks.reference_models din --seeds 5 [--presets fast small] [--data FOLDER]
+
+Drafts, stores and registries of the runs stay in ``--cache``; runs that are there are not repeated.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from urllib.parse import unquote
+
+from benchmarks.ctr import interval_half_width
+from examples.public_data import DATA_VARIABLE
+from infra.settings import load_settings
+
+BATCHES = (1, 64, 1024)
+"""Rows per call for which an order measures latency."""
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """A model of ``examples/``.
+
+    Attributes:
+        script: module and arguments of its training script, without the folder.
+        bundle: name of the bundle that the script writes.
+        metrics: quality metrics to print; the first one is that of the limit.
+    """
+
+    script: tuple[str, ...]
+    bundle: str
+    metrics: tuple[str, ...]
+
+
+MODELS: Mapping[str, ReferenceModel] = {
+    "deepfm": ReferenceModel(
+        ("examples.frappe", "--model", "deepfm"), "frappe-deepfm", ("auc", "logloss")
+    ),
+    "dlrm": ReferenceModel(
+        ("examples.frappe", "--model", "dlrm"), "frappe-dlrm", ("auc", "logloss")
+    ),
+    "mq2008": ReferenceModel(("examples.mq2008",), "mq2008-perceptron", ("ndcg@10",)),
+    "din": ReferenceModel(
+        ("examples.movielens_histories", "--model", "din"),
+        "ml100k-din",
+        ("auc", "logloss"),
+    ),
+    "sasrec": ReferenceModel(
+        ("examples.movielens_histories", "--model", "sasrec"),
+        "ml100k-sasrec",
+        ("ndcg@10", "recall@20"),
+    ),
+    "mmoe": ReferenceModel(
+        ("examples.movielens_tasks",),
+        "ml100k-mmoe",
+        ("auc[click]", "auc[like]"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one order measured.
+
+    Attributes:
+        baseline: values of the uncompressed model, by metric.
+        compressed: values of the compressed model, by metric.
+        changes: changes of the quality metrics, and ratios of bytes and latencies, by metric.
+    """
+
+    baseline: Mapping[str, float]
+    compressed: Mapping[str, float]
+    changes: Mapping[str, float]
+
+
+def run_recpress(home: Path, *arguments: str) -> str:
+    """Run a command of recpress and return its output."""
+    environment = {
+        **os.environ,
+        "RECPRESS_HOME": str(home),
+        "RECPRESS_ALLOWED_MODULES": "examples",
+        "COLUMNS": "400",  # lines are not wrapped
+    }
+    command = [sys.executable, "-m", "flows.cli.app", *arguments]
+    return subprocess.run(
+        command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
+def train_and_pack(model: ReferenceModel, seed: int, folder: Path) -> None:
+    """Train the network of a seed and pack it, unless ``folder`` has it already."""
+    if (folder / "packed").exists():
+        return
+    module, *arguments = model.script
+    command = [sys.executable, "-m", module, str(folder / "draft"), "--seed", str(seed)]
+    subprocess.run([*command, *arguments], check=True)
+    run_recpress(folder / "home", "bundle", "pack", str(folder / "draft"))
+    (folder / "packed").touch()
+
+
+def compress(model: ReferenceModel, preset: str, folder: Path) -> Result:
+    """Compress a packed model and read the report; a stored report is not measured again."""
+    path = folder / f"{preset}.json"
+    if not path.exists():
+        output = run_recpress(
+            folder / "home",
+            *("compress", model.bundle, "--preset", preset, "--target", "onnxruntime"),
+            # So loose that every result is accepted: the question is how much it changes.
+            *("--limit", f"{model.metrics[0]} vs baseline >= -0.4"),
+            *("--limit", "bytes vs baseline <= 1"),
+        )
+        found = re.search(r"file://(\S+)/report\.html", output)
+        if found is None:
+            sys.exit(f"Expected the address of a report, got:\n{output}")
+        path.write_text((Path(unquote(found[1])) / "report.json").read_text())
+    measurement = json.loads(path.read_text())["measurement"]
+
+    def values(entry: Mapping[str, list[dict[str, object]]], against: str) -> dict[str, float]:
+        return {
+            str(number["metric"]): float(number["estimate"]["point"])  # type: ignore[index]
+            for number in entry["numbers"]
+            if number["against"] == against
+        }
+
+    return Result(
+        values(measurement["baseline"], "absolute"),
+        values(measurement["numbers"], "absolute"),
+        values(measurement["numbers"], "baseline"),
+    )
+
+
+def row(model: ReferenceModel, preset: str, results: list[Result]) -> str:
+    """Return a line of the printed table."""
+    served = mean(result.compressed["bytes"] for result in results)
+    share = mean(result.changes["bytes"] for result in results)
+    cells = [f"`{preset}`", f"{served:,.0f} ({share:.2f}x)"]
+    for metric in model.metrics:
+        changes = [result.changes[metric] for result in results]
+        cells.append(f"{mean(changes):+.5f} ± {interval_half_width(changes):.5f}")
+    latencies = [mean(result.changes[f"p50_ms@{batch}"] for result in results) for batch in BATCHES]
+    cells.append(" / ".join(f"{ratio:.2f}x" for ratio in latencies))
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Train, compress, and print a table for each model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", choices=MODELS)
+    parser.add_argument("--seeds", type=int, default=5, help="number of networks per model")
+    parser.add_argument("--presets", nargs="+", default=["fast", "small"])
+    parser.add_argument("--data", type=Path, help=f"folder of the data sets (or {DATA_VARIABLE})")
+    parser.add_argument("--cache", type=Path, help="folder of the runs")
+    args = parser.parse_args()
+    cache = args.cache or load_settings().home / "benchmarks" / "reference_models"
+    if args.data is not None:
+        os.environ[DATA_VARIABLE] = str(args.data)
+    for name in args.models:
+        model = MODELS[name]
+        results: dict[str, list[Result]] = {preset: [] for preset in args.presets}
+        for seed in range(1, args.seeds + 1):
+            folder = cache / name / f"seed{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            train_and_pack(model, seed, folder)
+            for preset in args.presets:
+                results[preset].append(compress(model, preset, folder))
+                print(name, seed, row(model, preset, results[preset][-1:]), file=sys.stderr)
+        baseline = [result.baseline for result in results[args.presets[0]]]
+        print(f"\n{name}, {args.seeds} networks; uncompressed:", end=" ")
+        for metric in ("bytes", *model.metrics, *(f"p50_ms@{batch}" for batch in BATCHES)):
+            print(f"{metric} {mean(values[metric] for values in baseline):,.5g}", end="  ")
+        changes = " | ".join(f"change of {metric}" for metric in model.metrics)
+        print(f"\n\n| preset | bytes served | {changes} | p50 at batch 1 / 64 / 1024 |")
+        print("|---" * (3 + len(model.metrics)) + "|")
+        for preset, measured in results.items():
+            print(row(model, preset, measured), flush=True)
+
+
+if __name__ == "__main__":
+    main()
