@@ -21,8 +21,8 @@ from compressors.contracts import (
 from compressors.contracts import target as declared_target
 from compressors.contracts.metrics.serving import BYTES
 from compressors.contracts.output_metrics import (
+    default_batch_sizes_of_outputs,
     quality_metrics_of_outputs,
-    usual_batches_of_outputs,
 )
 from compressors.contracts.targets import Target
 from compressors.contracts.targets.runtime import Runtime, Session
@@ -110,7 +110,9 @@ def measure(
         for name, folder in folders.items()
     }
     _require_same_inputs(sessions)
-    names = quality_metrics_of_outputs(outputs, grouped=signature.group is not None, named=metrics)
+    names = quality_metrics_of_outputs(
+        outputs, grouped=signature.group is not None, additional=metrics
+    )
     quality = _evaluate(signature, sessions, split_of(test, test_rows), ranking, names, seed)
 
     candidate_numbers: list[Number] = []
@@ -142,7 +144,7 @@ def measure(
     timed_sessions = {name: opened[request_graph.name] for name, opened in sessions.items()}
     limited_sizes = {size for name in metrics if (size := metric(name).batch) is not None}
     not_timed: dict[str, float] = {}
-    for size in sorted({*usual_batches_of_outputs(outputs), *limited_sizes}):
+    for size in sorted({*default_batch_sizes_of_outputs(outputs), *limited_sizes}):
         if size > test_rows:
             log.warning(
                 "Latency at batch %d is not measured: there are only %d test rows", size, test_rows

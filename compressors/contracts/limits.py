@@ -206,7 +206,7 @@ def _mistake(limit: Limit) -> Reason | None:
     """Return why a limit is likely a mistake, or None.
 
     A limit on a difference of a quality metric may neither demand an improvement of
-    ``LARGEST_GAIN`` or more, nor allow a loss of ``largest`` or more.
+    ``LARGEST_GAIN`` or more, nor allow a loss of ``Metric.loosest_bound`` or more.
     """
     spec, bound, name = limit.declared, limit.bound, limit.metric
     if (limit.at_least is not None) != spec.higher_is_better:
@@ -217,12 +217,12 @@ def _mistake(limit: Limit) -> Reason | None:
     if spec.compared == "ratio":
         if bound <= 0:
             return Reason("ratio_not_positive")
-        if bound > spec.largest:
+        if bound > spec.loosest_bound:
             return Reason("ratio_too_large", ratio=bound, against=limit.against, metric=name)
         return None
     if _demanded_gain(limit) >= LARGEST_GAIN:
         return Reason("gain_too_large", metric=name, against=limit.against, gain=abs(bound))
-    if -_demanded_gain(limit) >= spec.largest:
+    if -_demanded_gain(limit) >= spec.loosest_bound:
         return Reason("loss_too_large", metric=name, loss=abs(bound))
     return None
 

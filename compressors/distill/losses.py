@@ -74,8 +74,10 @@ def loss_of_teacher(
     )
     losses = [
         declared.loss_weight
-        * _loss_of_output(name, declared, score, taught, batch, temperature=temperature, top=top)
-        for declared, score, taught in columns
+        * _loss_of_output(
+            name, declared, score, teacher_score, batch, temperature=temperature, top=top
+        )
+        for declared, score, teacher_score in columns
     ]
     return torch.stack(losses).sum()
 

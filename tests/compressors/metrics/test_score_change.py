@@ -11,7 +11,7 @@ from error_codes import raises_code, raises_value_error
 from reason_codes import codes_of, require_reason
 
 from compressors.contracts import Limit
-from compressors.contracts.metrics import usual_metrics
+from compressors.contracts.metrics import default_metrics
 from compressors.contracts.reasons import Reason
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.full_ranking import Interactions, RankedVectors, ranking_queries
@@ -20,7 +20,7 @@ from compressors.metrics.judge import judge, verdict
 from compressors.metrics.measured import Measured, Number, quality_numbers
 from compressors.metrics.score_change import change_of_rankings, change_of_rows
 
-SCORE_CHANGES = [name for name, item in usual_metrics().items() if item.kind == "score_change"]
+SCORE_CHANGES = [name for name, item in default_metrics().items() if item.kind == "score_change"]
 
 
 def rows_of_users(users, seed=0, change=0.05):
