@@ -356,7 +356,7 @@ def _quantized(folder: Path) -> tuple[Path, bytes]:
     """Run ``recpress tables quantize``; return its output folder and the manifest."""
     draft = drafts.write_draft(folder / "draft", rows=ROWS)
     result = folder / "quantized"
-    step = table_files.step_named("int8", {})
+    step = table_files.build_table_step("int8", {})
     table_files.quantize(draft / "model.safetensors", result, step)
     return result, (result / "manifest.json").read_bytes()
 
