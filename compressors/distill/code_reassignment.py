@@ -24,7 +24,7 @@ from compressors.quantize.kernels.levels import (
     Grid,
     decode_multiples,
     expand_to_rows,
-    nearest,
+    nearest_multiples,
 )
 from compressors.quantize.kernels.lloyd import nearest_with_weights
 from compressors.quantize.tables import kmeans, product_codes, residual_codes, scales
@@ -113,7 +113,7 @@ def read_codes(table: PackedTable) -> Tensor:
     if bits == 8:
         return codes.clone()
     if isinstance(storage, ProductCodesFormat | ResidualCodesFormat):
-        count = storage.shape(table.rows, table.dim, table.settings).books
+        count = storage.shape(table.rows, table.dim, table.settings).num_codebooks
     return unpack(codes, count, bits)
 
 
@@ -130,7 +130,7 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     grid = Grid(2**bits - has_zero_level, shared.symmetric, rows_per_scale=shared.rows_per_scale)
     stored = dict(table.named_buffers())
     fitted = FittedRange(stored["scale"], stored.get("offset"))
-    multiples = nearest(optimal_rows, fitted, grid)
+    multiples = nearest_multiples(optimal_rows, fitted, grid)
     offset = fitted.offset
     if offset is not None:
         offset = expand_to_rows(offset, table.rows, grid.rows_per_scale)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from compressors.quantize.kernels.levels import (
-    PIECE,
+    SUM_VALUES,
     FittedRange,
     Grid,
     asymmetric_range,
@@ -143,10 +143,10 @@ def _select_better(
 def sum_in_order(values: Tensor) -> Tensor:
     """Sum each row of ``(ranges, values)``, one number after the other: ``(ranges, 1)``.
 
-    Ranges with more than ``PIECE`` values contain several rows. The compiled loops do not fit such
-    ranges, so torch may sum them in any order.
+    Ranges with more than ``SUM_VALUES`` values contain several rows. The compiled loops do not fit
+    such ranges, so torch may sum them in any order.
     """
-    if values.shape[1] > PIECE:
+    if values.shape[1] > SUM_VALUES:
         return values.sum(dim=1, keepdim=True)
     total = torch.zeros_like(values[:, :1])
     for index in range(values.shape[1]):

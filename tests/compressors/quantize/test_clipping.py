@@ -7,7 +7,15 @@ smaller: a rule selects its ends, for symmetric grids as a share of the largest 
 
 import pytest
 import torch
-from grids import GRIDS, changed_grid, each_asymmetric, each_grid, round_trip, scale_types, sharing
+from grids import (
+    GRIDS,
+    changed_grid,
+    each_asymmetric,
+    each_grid,
+    round_trip,
+    rows_per_scale_values,
+    scale_types,
+)
 from hypothesis import given
 from random_tables import random_normal, tables
 from torch import Tensor
@@ -48,7 +56,7 @@ def error(table: Tensor, grid: Grid) -> Tensor:
         for rule_index, rule in enumerate(("greedy", "mse"))
     ],
 )
-@given(table=tables(), scale=scale_types, rows_per_scale=sharing)
+@given(table=tables(), scale=scale_types, rows_per_scale=rows_per_scale_values)
 def test_clipping_never_increases_the_error_of_a_range(grid, rule, table, scale, rows_per_scale):
     unclipped = changed_grid(grid, scale=scale, rows_per_scale=rows_per_scale)
     # Errors are compared in float32: sums of a few dozen squares have relative errors of 1e-6.
@@ -155,7 +163,7 @@ def test_a_range_fitted_in_chunks_is_close_to_the_range_fitted_at_once(grid, rul
     chosen = changed_grid(grid, rows_per_scale=0, clipping=rule)
     at_once = fit(table, chosen)
     # 640 values in chunks of 100: the last chunk is shorter.
-    monkeypatch.setattr("compressors.quantize.kernels.levels.CHUNK", 100)
+    monkeypatch.setattr("compressors.quantize.kernels.levels.PART_VALUES", 100)
     in_chunks = fit(table, chosen)
     # Sums of squares in another order may lead to a range that differs by one move of the search.
     for name in ("scale", "offset"):
