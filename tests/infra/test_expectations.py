@@ -341,7 +341,7 @@ def write_traffic(write, tmp_path, first, **changes):
     }
 
 
-def test_split_traffic_is_checked_like_train_but_for_its_label(write, tmp_path):
+def test_split_traffic_is_checked_like_train_except_for_its_label(write, tmp_path):
     validation = validate(write_traffic(write, tmp_path, 1_500), SCHEMA, TABLES)
     assert validation.success
     checked_columns = {item.column for item in validation.findings if item.split == "traffic"}

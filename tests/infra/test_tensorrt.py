@@ -415,7 +415,7 @@ def test_halve_keeps_the_first_half_of_large_tables_and_all_of_small_ones(kind):
     assert removed == pytest.approx((rows - kept_rows) * row_bytes, abs=1)
 
 
-def test_halve_cuts_shared_scales_to_those_of_the_kept_rows():
+def test_halve_keeps_only_the_shared_scales_of_the_kept_rows():
     rows = TWIN_ROWS + 32
     model, _ = build_lookup_model("int8", rows)
     (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == "scale")

@@ -108,7 +108,7 @@ def test_padded_bags_with_weights_per_id_equal_torchs_embedding_bag(padding_idx)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_of_the_table_equal_those_of_torchs_embedding_bag(mode):
+def test_table_gradients_equal_the_gradients_of_torchs_embedding_bag(mode):
     values, offsets = jagged([[1, 2, 2], [], [5], [0, 4]], include_last_offset=False)
     old = torch_bag(mode, 0)
     old(values, offsets).square().sum().backward()

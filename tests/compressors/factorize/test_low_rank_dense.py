@@ -86,7 +86,7 @@ def test_factors_have_the_smallest_output_error_of_all_matrices_of_their_rank(
     torch.testing.assert_close(directions.T @ directions, torch.eye(outputs).double())
 
 
-def test_factors_equal_those_of_whitening_with_the_cholesky_factor():
+def test_factors_equal_the_factors_after_whitening_with_the_cholesky_factor():
     weight, x = (
         random_normal(6, 9, seed=1),
         random_normal(200, 9, seed=2) @ random_normal(9, 9, seed=3),
@@ -153,7 +153,7 @@ def relative_change_of_scores(first: Model, second: Model, reference: Reference)
     return float((scores_of(second, reference) - before).square().mean().sqrt() / before.std())
 
 
-def test_a_rank_equal_to_that_of_the_inputs_hardly_changes_scores_if_weighted(tmp_path):
+def test_weighted_factors_of_the_rank_of_the_inputs_hardly_change_scores(tmp_path):
     """The inputs of the layer have nearly rank 3, but its weights have rank 24."""
     source, result = factorize_reference(LOW_RANK_INPUTS, tmp_path / "a", layers=("wide",), rank=3)
     _, without_data = factorize_reference(

@@ -123,13 +123,13 @@ DEFAULT_CASES.append((EPS[1], "rowwise_int8", "tensorrt"))
         ),
     ],
 )
-def test_masked_means_in_graphs_equal_those_of_torch(eps, table_format, target):
+def test_masked_means_are_equal_in_graphs_and_torch(eps, table_format, target):
     assert_masked_means_equal(eps, table_format, target)
 
 
 @pytest.mark.nightly
 @parametrize_pairwise(eps=OTHER_EPS, table_format=list(STEPS), target=TARGETS)
-def test_masked_means_with_other_epsilons_equal_those_of_torch(eps, table_format, target):
+def test_masked_means_with_other_epsilons_are_equal_in_graphs_and_torch(eps, table_format, target):
     assert_masked_means_equal(eps, table_format, target)
 
 

@@ -61,12 +61,12 @@ def test_the_remaining_multiply_adds_are_at_most_the_requested_share_and_close_t
     assert all(value % 4 == 0 for value in result.network.architecture.config.values())
 
 
-def test_a_share_below_that_of_the_smallest_widths_raises_share_unreachable(tmp_path):
+def test_a_share_below_the_share_of_the_smallest_widths_raises_share_unreachable(tmp_path):
     with raises_code(StepRefused, "share_unreachable", units="multiply-adds"):
         run(Channels(flops=0.01), WIDE.model(), WIDE.bench(tmp_path), tmp_path / "out")
 
 
-def test_remaining_multiply_adds_equal_those_of_the_pruned_network(tmp_path):
+def test_remaining_multiply_adds_equal_the_multiply_adds_of_the_pruned_network(tmp_path):
     source = WIDE.model()
     widths = tuple(find_widths(source)[0].values())
     counts = {("left",): 8, ("right",): 20, ("deep",): 40}  # by path in the configuration

@@ -147,7 +147,7 @@ def test_layers_whose_outputs_are_added_keep_the_same_channels():
     assert torch.equal(kept_channels["left"], kept_channels["again"])
 
 
-def test_importance_is_the_norm_of_the_channels_weights_and_those_of_its_consumers():
+def test_importance_is_the_norm_of_the_weights_of_the_channel_and_of_its_consumers():
     """``l2`` compares squares of norms, which have the order of the norms."""
     source = Reference(HiddenLayerNet, SCHEMA).model()
     consumers = consumers_of_width("width", source)

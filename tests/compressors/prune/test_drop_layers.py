@@ -142,7 +142,7 @@ def test_removing_a_layer_decreases_the_index_of_all_modules_of_later_layers():
     require_reason([caught.value.reason], "rest_does_not_fit", layer=1)
 
 
-def test_bytes_of_the_plan_are_those_of_the_stored_tensors_after_dropped_layers(tmp_path):
+def test_bytes_in_the_plan_equal_the_bytes_of_the_stored_tensors_after_dropped_layers(tmp_path):
     result = drop_layers(BLOCKS, tmp_path, count=2)
     assert result.network.architecture.config == {"layers": 2}
     stored = sum(t.numel() * t.element_size() for t in map_tensors(tmp_path / "out").values())

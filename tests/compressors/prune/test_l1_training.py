@@ -95,7 +95,7 @@ def test_only_matching_layers_are_penalized_and_all_layers_are_trained(tmp_path)
     require_reason(result.plan.of("hidden").reasons, "penalty", strength=0.1, part="weight")
 
 
-def test_training_returns_the_last_epoch_even_if_the_metric_fell(tmp_path, caplog):
+def test_training_returns_the_last_epoch_if_an_earlier_one_had_a_better_metric(tmp_path, caplog):
     """The labels are the network's predictions: every epoch with a penalty lowers the metric."""
     source = NORMED.model()
     rows = write_split(

@@ -37,7 +37,7 @@ def test_fake_quantize_rounds_as_the_stored_layer():
     assert torch.equal(fake_quantize(x, scale, -128, 127), quantize(x, scale) * scale)
 
 
-def test_fake_quantize_gradients_are_those_of_learned_step_size_quantization():
+def test_fake_quantize_gradients_equal_learned_step_size_quantization():
     x = torch.tensor([0.26, -0.74, 5.0, -5.0], requires_grad=True)
     scale = torch.tensor(0.1, requires_grad=True)
     fake_quantize(x, scale, -8, 7).backward(torch.tensor([1.0, 10.0, 100.0, 1000.0]))
@@ -132,7 +132,7 @@ def test_qat_without_improvement_stores_the_tensors_of_static_int8(tmp_path):
     assert trained.plan.reasons == (Reason("training_changed_nothing", step="qat", why=unchanged),)
 
 
-def test_the_metric_in_the_plan_is_that_of_the_stored_network(tmp_path):
+def test_the_metric_in_the_plan_is_measured_with_the_stored_network(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     result = run(QAT(training=SHORT_TRAINING), RANKER.model(), bench, tmp_path / "out")
     actual = quality(result.module, RANKER.signature, bench.validation)

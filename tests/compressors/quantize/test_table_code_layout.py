@@ -65,7 +65,7 @@ def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
     ],
     ids=lambda value: step_id(value) if hasattr(value, "kind") else str(value),
 )
-def test_bytes_are_those_of_padded_codes_scales_and_codebooks(step, shape, size):
+def test_stored_bytes_are_the_bytes_of_padded_codes_scales_and_codebooks(step, shape, size):
     assert size_of(step, *shape) == size
 
 
