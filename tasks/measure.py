@@ -44,8 +44,8 @@ from infra.timing import describe_machine
 from tasks.bundles.loading import SCORING_ROWS, split_of
 from tasks.evaluation.latency import measure_latency
 from tasks.evaluation.quality import (
-    ByQuery,
     Quality,
+    QueryQuality,
     Vectors,
     ranked_vectors,
     row_quality,
@@ -230,7 +230,7 @@ def _evaluate(
             for name, opened in sessions.items()
         }
         values = {name: ranking_metrics(ranked, names) for name, ranked in vectors.items()}
-        return ByQuery(values, test.rows, seed, vectors)
+        return QueryQuality(values, test.rows, seed, vectors)
     rows = list(batches(test, signature, SCORING_ROWS))
     (graph,) = served_graphs(signature)
     scores = {

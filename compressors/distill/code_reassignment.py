@@ -46,8 +46,8 @@ FormatWithCodes = RowwiseFormat | CodebookFormat
 """Formats whose codes can be selected again."""
 
 
-class Proposal(NamedTuple):
-    """Proposed codes of a table and the estimated gain of each row.
+class ProposedCodes(NamedTuple):
+    """New codes of a table and the estimated gain of each row.
 
     Attributes:
         codes: uint8 or int8 ``(rows, codes)``, not packed.
@@ -58,7 +58,7 @@ class Proposal(NamedTuple):
     gain: Tensor
 
 
-def propose(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposal:
+def propose(table: PackedTable, gradient: Tensor, curvature: Tensor) -> ProposedCodes:
     """Propose, for every row, the codes that minimize the approximated loss.
 
     Args:
@@ -84,10 +84,10 @@ def propose(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposal
     decrease = (current_rows - optimal_rows).square() - (new_values - optimal_rows).square()
     gain = (column_weights * decrease).sum(dim=1) / 2
     better = has_lookups & (gain > 0) & (new_codes != codes).any(dim=1)
-    return Proposal(new_codes, torch.where(better, gain, torch.zeros_like(gain)))
+    return ProposedCodes(new_codes, torch.where(better, gain, torch.zeros_like(gain)))
 
 
-def reassign_codes(table: PackedTable, proposal: Proposal, share: float) -> tuple[Tensor, int]:
+def reassign_codes(table: PackedTable, proposal: ProposedCodes, share: float) -> tuple[Tensor, int]:
     """Return a table's codes, with proposed codes for the rows with the largest gains.
 
     Args:

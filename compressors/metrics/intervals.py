@@ -163,7 +163,7 @@ def paired_means(
 
 def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
     """Build the estimates of rows with groups; intervals are clipped to the metric's range."""
-    largest = pair.largest
+    largest = pair.max_value
     change = pair.after.minus(pair.before)
     if pair.unresolved is None:
         ends = [interval(value) for value in (pair.before, pair.after, change)]

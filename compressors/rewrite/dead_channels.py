@@ -83,14 +83,14 @@ class DeadChannels:
 
 
 def find_dead_channels(
-    model: Model, signature: Signature, free: Collection[str], sample: Sample | None
+    model: Model, signature: Signature, changeable_layers: Collection[str], sample: Sample | None
 ) -> tuple[DeadChannels, ...]:
     """Find the dead channels that can be removed.
 
     Args:
         model: the network; it is not changed.
         signature: describes its inputs.
-        free: names of the dense layers that may change.
+        changeable_layers: names of the dense layers that may change.
         sample: calibration rows; a channel that is constant on them counts as dead. If None, a
             channel is dead only if the weights prove it.
     """
@@ -100,7 +100,9 @@ def find_dead_channels(
         if max(width.producers.values()) > 1:  # groups of channels (heads) are not searched
             continue
         layers = {*width.producers, *_dense(model.module, width.consumers)}
-        if not layers <= set(free) or not (sample or _may_have_dead_channels(model.module, width)):
+        if not layers <= set(changeable_layers) or not (
+            sample or _may_have_dead_channels(model.module, width)
+        ):
             continue
         try:
             traces = trace(model.module, signature, table_rows(model.module), width)

@@ -101,11 +101,11 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
         if is_kind(number.metric, "score_change"):
             title = metric_label(number.metric)
             text = format_score_change(number.metric, number.estimate, unit)
-            no_change = Mark(at=1.0 if is_higher_better else 0.0, label="no change")
+            no_change = Mark(value=1.0 if is_higher_better else 0.0, label="no change")
         else:
             title = f"{metric_label(number.metric)} vs {number.against}"
             text = format_change(number.estimate, ratio=False)
-            no_change = Mark(at=0, label="no change")
+            no_change = Mark(value=0, label="no change")
         picture = Markup(
             pictures.draw_strip(number.estimate, "plain", f"{title} is {text}; no limit", no_change)
         )
@@ -140,7 +140,7 @@ def _judgement_row(judgement: Judgement, target: TargetReport, unit: ScoreUnit |
                 tone,
                 judgement.reason,
                 reference=_no_change_mark(limit),
-                limit=Mark(at=bound, label=f"limit {bound:g}"),
+                limit=Mark(value=bound, label=f"limit {bound:g}"),
                 # the side of the limit whose values are rejected
                 refused="below" if limit.at_least is not None else "above",
             )
@@ -190,10 +190,10 @@ def _no_change_mark(limit: Limit) -> Mark | None:
     for a score change, which is itself a comparison with the baseline.
     """
     if limit.declared.compared == "never":
-        return Mark(at=1.0 if limit.declared.higher_is_better else 0.0, label="no change")
+        return Mark(value=1.0 if limit.declared.higher_is_better else 0.0, label="no change")
     if limit.against == "absolute":
         return None
-    return Mark(at=1.0 if limit.declared.compared == "ratio" else 0.0, label="no change")
+    return Mark(value=1.0 if limit.declared.compared == "ratio" else 0.0, label="no change")
 
 
 def _format_measured(limit: Limit, measured: Estimate, score_unit: ScoreUnit | None) -> str:

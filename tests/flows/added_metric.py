@@ -46,7 +46,9 @@ class Brier:
         )
         # All groups determine the precision of the interval, not only those of one kind. ``which``
         # would describe such a kind in the message about too few groups.
-        return grouped_pair(before, after, self.metric.high, counted=groups.rows.size, which="")
+        return grouped_pair(
+            before, after, self.metric.high, counted_groups=groups.rows.size, group_description=""
+        )
 
 
 BRIER = Metric(

@@ -103,8 +103,8 @@ FAULTS = (
     Fault(
         id="few-groups-give-an-interval",
         file="compressors/metrics/cluster_intervals.py",
-        old="    if counted < MIN_GROUPS:\n",
-        new="    if counted < 2:\n",
+        old="    if counted_groups < MIN_GROUPS:\n",
+        new="    if counted_groups < 2:\n",
         effect="Two groups are enough for an interval, so a limit is decided on too little data.",
         tests=(f"{CLUSTERS}::test_fewer_than_ten_groups_are_undecided_with_a_reason",),
     ),

@@ -59,7 +59,7 @@ def find_metric(name: str) -> Metric | None:
         return None
     if not family.number:
         return family.member()
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", number) or int(number) > family.most:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", number) or int(number) > family.max_number:
         return None
     return family.member(int(number))
 

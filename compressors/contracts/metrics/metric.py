@@ -114,14 +114,14 @@ class MetricFamily:
             number.
         default_numbers: the numbers that are measured for every model, in addition to those in
             ``TaskKind.default_metrics``.
-        most: the largest allowed number.
+        max_number: the largest allowed number.
     """
 
     name: str
     member: Callable[..., Metric]
     number: str = ""
     default_numbers: tuple[int, ...] = ()
-    most: int = 10_000
+    max_number: int = 10_000
 
     @property
     def spelling(self) -> str:

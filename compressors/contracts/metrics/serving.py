@@ -56,7 +56,7 @@ FAMILIES = (
             number="batch",
             member=partial(latency, quantile),
             default_numbers=BATCHES,
-            most=LARGEST_BATCH,
+            max_number=LARGEST_BATCH,
         )
         for quantile in QUANTILES
     ),

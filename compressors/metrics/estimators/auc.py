@@ -68,7 +68,12 @@ class Auc:
             _without_each_group(pair.label, score, classes.groups) for score in pair.scores
         )
         return grouped_pair(
-            before, after, self.metric.high, classes.scarce, classes.which, classes.groups.rows.size
+            before,
+            after,
+            self.metric.high,
+            classes.counted_groups,
+            classes.group_description,
+            classes.groups.rows.size,
         )
 
 
@@ -99,15 +104,15 @@ class BothClasses(NamedTuple):
     Attributes:
         positive: whether each row is positive, bool ``(rows,)``.
         groups: the groups of the rows.
-        scarce: the number of groups with a positive row, or of groups with a negative row if that
-            is smaller. It determines the precision of the interval.
-        which: describes these groups, such as "with a positive row".
+        counted_groups: the number of groups with a positive row, or of groups with a negative row
+            if that is smaller. It determines the precision of the interval.
+        group_description: describes these groups, such as "with a positive row".
     """
 
     positive: Bools
     groups: Groups
-    scarce: int
-    which: str
+    counted_groups: int
+    group_description: str
 
 
 def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
@@ -121,9 +126,9 @@ def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
     require_both_classes(metric.name, positive)
     positives = groups.sums(positive)
     with_positive, with_negative = int((positives > 0).sum()), int((positives < groups.rows).sum())
-    scarce = min(with_positive, with_negative)
-    scarce_class = "positive" if scarce == with_positive else "negative"
-    return BothClasses(positive, groups, scarce, f"with a {scarce_class} row")
+    counted_groups = min(with_positive, with_negative)
+    rarer_class = "positive" if counted_groups == with_positive else "negative"
+    return BothClasses(positive, groups, counted_groups, f"with a {rarer_class} row")
 
 
 def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:

@@ -264,7 +264,7 @@ def test_family_has_a_metric_for_every_number_up_to_most(family, number):
     The largest of all is the batch size 65,536 of the latency metrics.
     """
     member = find_metric(f"{family.name}{number}")
-    if number > family.most:
+    if number > family.max_number:
         assert member is None
         return
     assert member is not None

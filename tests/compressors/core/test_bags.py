@@ -151,7 +151,7 @@ def test_padding_a_jagged_bag_keeps_the_order_of_ids_and_appends_zeros(lists, ex
         assert is_id[row].tolist() == [index < len(ids) for index in range(longest)]
 
 
-def test_bags_with_one_weight_each_name_the_other_as_its_sharer():
+def test_units_of_two_bags_with_the_same_weight_are_shared_with_each_other():
     sums = nn.EmbeddingBag(10, 4, mode="sum")
     tied, alone = nn.Embedding(10, 4), nn.Embedding(10, 4)
     again = nn.Embedding(10, 4)

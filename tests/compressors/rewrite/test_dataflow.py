@@ -88,7 +88,7 @@ def test_a_layer_without_consumers_has_a_reason_that_names_the_operator():
 
 
 def test_layers_called_twice_or_read_elsewhere_are_fixed():
-    assert dataflow_of(CHAIN).fixed == {
+    assert dataflow_of(CHAIN).fixed_reasons == {
         "called_twice": Reason("called_again"),
         "weight_read": Reason("weight_read_elsewhere"),
     }
@@ -107,7 +107,7 @@ def test_dataflow_of_a_norm_whose_output_three_layers_of_a_transformer_read():
     assert flow.direct_consumers("first") == ("query", "key", "value")
     assert flow.consumers["up"] == (Consumer("down", ("relu",)),)
     assert flow.direct_consumers("last") == ("out",)
-    assert flow.dims["query"] == 3  # rows, positions and channels
+    assert flow.input_dims["query"] == 3  # rows, positions and channels
 
 
 class TiedWeightsNet(nn.Module):
@@ -132,10 +132,10 @@ class TiedWeightsNet(nn.Module):
 
 def test_layers_with_shared_computed_or_unused_weights_are_fixed():
     flow = dataflow_of(Reference(TiedWeightsNet, SCHEMA))
-    assert flow.fixed["a"] == Reason("shares_tensor", other="b")
-    assert flow.fixed["b"] == Reason("shares_tensor", other="a")
+    assert flow.fixed_reasons["a"] == Reason("shares_tensor", other="b")
+    assert flow.fixed_reasons["b"] == Reason("shares_tensor", other="a")
     assert "c" not in flow.consumers  # its weight is computed at every call
-    assert flow.fixed["c"] == flow.fixed["spare"] == Reason("not_called")
+    assert flow.fixed_reasons["c"] == flow.fixed_reasons["spare"] == Reason("not_called")
 
 
 class ViewsNet(nn.Module):
