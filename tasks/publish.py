@@ -167,7 +167,7 @@ def _version_tags(report: Report, release: Artifact) -> dict[str, str]:
 def _outputs_tag(report: Report) -> str:
     """Return the quality of each of several outputs as JSON: by metric, its value and its change.
 
-    The numbers are those of the first measured target; null if there is none.
+    The numbers were measured on the first measured target; null if there is none.
     """
     numbers = None if report.measurement is None else report.measurement.numbers
     outputs = {}

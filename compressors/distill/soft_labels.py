@@ -109,7 +109,7 @@ def _vector_loss(
 
     @functools.cache
     def teacher_on(device: torch.device) -> nn.Module:
-        # ``to`` replaces tensors in place, and those of the copy are shared with the original.
+        # ``to`` replaces tensors in place, and the copy shares its tensors with the original.
         return on_cpu if device.type == "cpu" else copy.deepcopy(on_cpu).to(device)
 
     def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def _has_mixed_group(label: Array, group: Array) -> bool:
 
 
 def _sample(rows: Rows, signature: Signature) -> torch.Tensor:
-    """Return evenly spaced row numbers of a split, or those of whole groups for ranking."""
+    """Return evenly spaced row numbers of a split; for ranking, all rows of some groups."""
     if len(rows) <= SAMPLE_ROWS:
         return torch.arange(len(rows))
     if not signature.has_lists or rows.group is None:

@@ -1,12 +1,12 @@
 """95 % intervals of metrics whose rows belong to groups (users, queries), by the jackknife.
 
 Rows of one user are not independent, so the precision of a metric depends on the number of users,
-not on that of rows. The metric is computed exactly for all rows without each group in turn, in one
-pass after one sort and without resampling. The interval is computed from these leave-one-out
+not on the number of rows. The metric is computed exactly for all rows without each group in turn,
+in one pass after one sort and without resampling. The interval is computed from these leave-one-out
 values:
 
 - center: the metric minus its jackknife bias. For example, the AUC of few users differs on average
-  from that of many, because more of its pairs of rows belong to the same user.
+  from the AUC of many, because more of its pairs of rows belong to the same user.
 - variance: the sum over groups of the squared change when the group is left out, times one minus
   the group's share of the rows.
 - quantile: Student's t with Satterthwaite degrees of freedom. A few large groups determine the

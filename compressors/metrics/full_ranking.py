@@ -224,9 +224,10 @@ def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, F
 
 
 def _count_above_and_equal(scores: torch.Tensor, relevant: Ints, k: int) -> tuple[Ints, Ints]:
-    """Count, for each relevant item, the items above it and those of equal score.
+    """Count, for each relevant item, the items above it and the items of equal score.
 
-    The item itself is one of the latter. For an item after rank ``k``, the counts are ``k`` and 1.
+    The second number includes the item itself. For an item after rank ``k``, the counts are ``k``
+    and 1.
     """
     items = scores.shape[1]
     top = scores.topk(min(k, items), dim=1).values  # (queries, k), best first

@@ -5,11 +5,11 @@ variation that affects both models, such as easy and hard rows, cancels, and the
 difference is many times narrower than that of either model.
 
 A unit in this file is what varies independently: a row, a group or a query. (In plans, a unit is a
-table or dense layer.) Rows without a group are units. Their intervals are those of the percentile
-bootstrap, in which every replicate draws the same rows for both models. Source: Efron and
-Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13. Rows with a group (users, queries)
-are not independent: their intervals treat whole groups as the units (``cluster_intervals.py``).
-Intervals of latencies resample the rounds of the measurement.
+table or dense layer.) Rows without a group are units. Their intervals are computed by the
+percentile bootstrap, in which every replicate draws the same rows for both models. Source: Efron
+and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13. Rows with a group (users,
+queries) are not independent: their intervals treat whole groups as the units
+(``cluster_intervals.py``). Intervals of latencies resample the rounds of the measurement.
 """
 
 import math

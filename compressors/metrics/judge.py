@@ -159,9 +159,9 @@ def recompute_outcome(verdict: Verdict) -> Outcome:
 def _rows_to_decide(rows: int, reach: float, distance: float) -> int | None:
     """Return the number of rows with which the half-width ``reach`` shrinks to ``distance``.
 
-    ``distance`` is that of the point from the limit. The result is None if a million times the rows
-    or more would be needed: then it depends on the values of further rows, not on their number, on
-    which side of the limit the point is.
+    ``distance`` is the distance of the point from the limit. The result is None if a million times
+    the rows or more would be needed: then the values of the additional rows decide on which side of
+    the limit the point is, not their number.
     """
     if distance * MAX_SHRINKING <= reach:
         return None

@@ -283,7 +283,7 @@ def _require_all_patterns_match(step: TableStep, sources: dict[str, StoredRows])
 
 
 def _plan_line(job: EncodingJob, name: str, reason: Reason | None) -> PlanLine:
-    """Return the plan line of a tensor; ``reason`` is that of a tensor that is only copied."""
+    """Return the plan line of a tensor; ``reason`` is why it is only copied; None if not."""
     spec = job.sources[name].spec
     before = size_of(spec)
     if reason is not None:

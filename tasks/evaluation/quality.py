@@ -76,7 +76,7 @@ class RowQuality:
     def score_change(self, baseline: str, candidate: str) -> Mapping[str, Estimate]:
         """Measure how much the scores of two models differ, row by row.
 
-        The unit of mean and largest changes is that of the output's task kind.
+        Mean and largest changes are in the unit of the output's task kind (``score_unit``).
         """
         changes: dict[str, Estimate] = {}
         for index, output in enumerate(self.outputs):

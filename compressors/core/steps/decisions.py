@@ -179,7 +179,7 @@ def defer(
 
     Args:
         units: the units of the model.
-        decisions: by unit; those of units that are not selected are returned unchanged.
+        decisions: by unit; the decisions of other units are returned unchanged.
         reason: why the units are selected.
         fewest_bytes: returns the smallest number of bytes of a unit after the step. The lower bound
             is at most the unit's present bytes.

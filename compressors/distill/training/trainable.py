@@ -83,7 +83,7 @@ def replace_trained_tensors(module: nn.Module, names: tuple[str, ...]) -> dict[s
 def replace_buffers(module: nn.Module) -> tuple[str, ...]:
     """Replace buffers that training may change, such as those of norms, by copies.
 
-    Buffers of packed modules are not replaced here: training changes only those of them that
+    Buffers of packed modules are not replaced here: training changes only the ones that
     ``trainable_tensors`` names.
 
     Returns:

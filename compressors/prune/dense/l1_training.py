@@ -12,7 +12,7 @@ the scale of the gradient, as AdamW's decay is, so that one strength means the s
 network: a weight stays at zero while the ratio of its mean gradient to its root mean square
 gradient is below the strength. A group contains all parameters of one channel: the weights, the
 bias, and the scale and shift of the norm after it. If the outputs of several layers are combined
-channel by channel (a residual sum), it contains those of all these layers.
+channel by channel (a residual sum), the group contains these weights of all the layers.
 
 Zeros are stored like any other weight, so this step alone lowers neither bytes nor multiply-adds
 nor latency on any target. ``fine_tune`` and ``distill`` keep the zeros; ``channels`` with

@@ -5,8 +5,8 @@ Rows closer to each other than a tolerance become one row: their mean, weighted 
 Source: leader clustering (Hartigan 1975, ch. 3). The most looked-up row is a leader, and rows
 within the tolerance of it join its group; the next leader is the most looked-up row without a
 group.
-Differs: only rows in the same cell of a grid are compared, so that the cost for millions of rows is
-that of sorting them. The grid covers the principal directions of the table. Two similar rows on
+Differs: only rows in the same cell of a grid are compared, so that millions of rows cost as much
+time as sorting them. The grid covers the principal directions of the table. Two similar rows on
 both sides of a cell border may stay separate, but rows farther from their leader than the tolerance
 are never merged.
 """

@@ -53,8 +53,8 @@ def lookup_counts(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
     with torch.no_grad():
         for batch in batches(bench.train, bench.signature, BATCH):
             call_network(copied_module, batch.inputs, bench.signature)
-        # Counts of parts are derived from those of the composed table. A hook on a part would also
-        # count lookups whose rows the composed table discards, such as padding within a bag.
+        # Counts of parts are derived from the counts of the composed table. A hook on a part would
+        # also count lookups whose rows the composed table discards, such as padding within a bag.
         names = {unit.module: unit.name for unit in units.values()}
         for name in outermost:
             table = units[name].module

@@ -1,8 +1,8 @@
 """Gradient and curvature of the loss, and sensitivity of the output, for the weights of tables.
 
-Derivatives are taken with respect to the looked-up rows. So for a compressed table they are those
-of the decoded weights, not those of codes or scales. A *list* is the rows of one group (such as a
-query) of a ranking model; its loss is computed for all of its rows together.
+Derivatives are taken with respect to the looked-up rows. So for a compressed table they are
+derivatives with respect to the decoded weights, not to codes or scales. A *list* is the rows of one
+group (such as a query) of a ranking model; its loss is computed for all of its rows together.
 """
 
 import math
