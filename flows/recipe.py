@@ -247,7 +247,7 @@ def _apply_step(
         compress_step,
         source=source,
         step=step,
-        splits=_splits(run, step),
+        splits=_splits_of_step(run, step),
         original=run.model.artifact,
         teachers=tuple(teacher.artifact for teacher in run.teachers),
         seed=run.order.seed,
@@ -260,7 +260,7 @@ def _apply_step(
     )
 
 
-def _splits(run: Run, step: AnyStep) -> dict[Part, Artifact]:
+def _splits_of_step(run: Run, step: AnyStep) -> dict[Part, Artifact]:
     """Return the splits that a step may read; others must not become part of its cache key."""
     splits: dict[Part, Artifact] = {}
     for part in parts_of_step(step, run.model):

@@ -151,7 +151,7 @@ def measure(
             )
             continue
         split = split_of(test, test_rows)
-        inputs = _arrays(next(batches(split, request_graph.signature, size)))
+        inputs = _to_arrays(next(batches(split, request_graph.signature, size)))
         timed = measure_latency(timed_sessions, inputs, size, metrics, seed)
         candidate_numbers += timed.candidate
         baseline_numbers += timed.baseline
@@ -254,7 +254,7 @@ def _score_rows(name: str, session: Session, rows: list[Batch]) -> Array:
     Raises:
         MetricRefused: a score is not finite.
     """
-    parts = [session.scores(_arrays(batch)) for batch in rows]
+    parts = [session.scores(_to_arrays(batch)) for batch in rows]
     scores = np.concatenate(parts)
     is_finite = np.isfinite(scores).reshape(len(scores), -1).all(axis=1)
     not_finite = np.flatnonzero(~is_finite)
@@ -265,5 +265,5 @@ def _score_rows(name: str, session: Session, rows: list[Batch]) -> Array:
     return scores
 
 
-def _arrays(batch: Batch) -> dict[str, Array]:
+def _to_arrays(batch: Batch) -> dict[str, Array]:
     return {name: tensor.numpy() for name, tensor in batch.inputs.items()}

@@ -36,14 +36,14 @@ def quality_metrics_of_outputs(
             grouped=grouped,
             additional=(output.metric, *(_without_output(item) for item in of_output)),
         )
-        names += [_qualified(name, output, outputs) for name in measured]
+        names += [_name_for_output(name, output, outputs) for name in measured]
     return tuple(names)
 
 
 def additional_metrics(outputs: Outputs, names: Iterable[str]) -> tuple[str, ...]:
     """Return the metrics among ``names`` that are not measured for every model of these tasks."""
     default_names = {
-        _qualified(item.name, output, outputs) if item.is_of_output else item.name
+        _name_for_output(item.name, output, outputs) if item.is_of_output else item.name
         for output in outputs
         for item in default_metrics_of_task(output.kind)
     }
@@ -78,10 +78,10 @@ def limits_of_outputs(
     which the metric can be measured. For one output, ``auc[click]`` is ``auc``. A limit on a metric
     that cannot be measured, or on an unknown output, is unchanged.
     """
-    return tuple(item for limit in limits for item in _limits(limit, outputs, grouped))
+    return tuple(item for limit in limits for item in _resolve_limit(limit, outputs, grouped))
 
 
-def _limits(limit: Limit, outputs: Outputs, grouped: bool) -> Iterator[Limit]:
+def _resolve_limit(limit: Limit, outputs: Outputs, grouped: bool) -> Iterator[Limit]:
     declared = limit.declared
     if len(outputs) == 1:
         is_known = declared.output == outputs[0].name
@@ -106,6 +106,6 @@ def _without_output(item: Metric) -> str:
     return item.name.partition("[")[0]
 
 
-def _qualified(name: str, output: Output, outputs: Outputs) -> str:
+def _name_for_output(name: str, output: Output, outputs: Outputs) -> str:
     """Return a metric's name, with the output in brackets if the model has several outputs."""
     return name if len(outputs) == 1 else metric_name_of_output(name, output.name)

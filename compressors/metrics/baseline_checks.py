@@ -40,7 +40,7 @@ def find_label_problems(
         label: labels, float ``(rows,)`` or ``(rows, outputs)``; NaN where a row has none.
         group: group of each row, int ``(rows,)``, or None.
     """
-    for output, labels in zip(signature.outputs, _columns(label), strict=True):
+    for output, labels in zip(signature.outputs, _split_outputs(label), strict=True):
         if output.label is None:
             continue
         has_label = ~np.isnan(labels)
@@ -160,7 +160,7 @@ def _score_problems(
         yield from functions(output).find_score_problems(sample)
 
 
-def _columns(values: Array) -> list[Array]:
+def _split_outputs(values: Array) -> list[Array]:
     """Return the values of each output, ``(rows,)``."""
     return [values] if values.ndim == 1 else list(values.T)
 

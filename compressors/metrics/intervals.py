@@ -132,7 +132,7 @@ def estimate_pair(
     if declared.needs_group:
         raise MetricRefused("metric_needs_groups", metric=metric_name)
     units, before, after = estimator.of_rows(rows)
-    return _paired(units, before, after, np.size(label), samples, seed)
+    return _bootstrap_pair(units, before, after, np.size(label), samples, seed)
 
 
 def paired_means(
@@ -158,7 +158,9 @@ def paired_means(
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise MetricRefused("values_not_finite")
     require_units("queries with a new item", before.size)
-    return _paired(before.size, mean_statistic(before), mean_statistic(after), rows, samples, seed)
+    return _bootstrap_pair(
+        before.size, mean_statistic(before), mean_statistic(after), rows, samples, seed
+    )
 
 
 def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
@@ -189,7 +191,7 @@ def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
     )
 
 
-def _paired(
+def _bootstrap_pair(
     units: int, before: Statistic, after: Statistic, rows: int, samples: int, seed: int
 ) -> PairedEstimate:
     """Build the estimates of two models by a bootstrap of ``units`` independent units.
@@ -227,7 +229,7 @@ def latency(ms: ArrayLike, quantile: float, samples: int = 1000, seed: int = 0) 
         MetricRefused: fewer rounds than ``rounds_needed(quantile)``, or a time that is not
             positive and finite.
     """
-    times = _times("latency", ms, quantile, samples)
+    times = _check_times("latency", ms, quantile, samples)
     values = _quantiles(times[None], quantile, samples, seed)
     return _estimate(float(np.quantile(times, quantile)), values[0], None)
 
@@ -257,8 +259,8 @@ def latency_ratio(
     Raises:
         MetricRefused: as ``latency``, for either model.
     """
-    before = _times("baseline latency", baseline_ms, quantile, samples)
-    after = _times("candidate latency", candidate_ms, quantile, samples)
+    before = _check_times("baseline latency", baseline_ms, quantile, samples)
+    after = _check_times("candidate latency", candidate_ms, quantile, samples)
     if before.size == after.size:
         values = _quantiles(np.stack([before, after]), quantile, samples, seed)
     else:
@@ -358,7 +360,7 @@ def _require_samples(samples: int) -> None:
         raise MetricRefused("bootstrap_samples_few", least=MIN_SAMPLES, got=samples)
 
 
-def _times(what: str, ms: ArrayLike, quantile: float, samples: int) -> Floats:
+def _check_times(what: str, ms: ArrayLike, quantile: float, samples: int) -> Floats:
     """Check durations and return them as float64 ``(rounds,)``."""
     _require_samples(samples)
     if not 0 < quantile < 1:

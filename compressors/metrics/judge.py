@@ -248,17 +248,17 @@ def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int 
     if rows is None:
         return Reason("on_the_limit")
     if groups is None or estimate.groups is None:
-        return Reason("more_rows_decide", needed=_rounded(rows), rows=estimate.rows)
+        return Reason("more_rows_decide", needed=_round_up(rows), rows=estimate.rows)
     return Reason(
         "more_groups_decide",
-        needed=_rounded(rows),
-        needed_groups=_rounded(groups),
+        needed=_round_up(rows),
+        needed_groups=_round_up(groups),
         rows=estimate.rows,
         groups=estimate.groups,
     )
 
 
-def _rounded(count: int) -> int:
+def _round_up(count: int) -> int:
     """Round up to two significant digits, because the estimate is not more precise."""
     second_digit: int = 10 ** max(0, len(str(count)) - 2)
     return math.ceil(count / second_digit) * second_digit

@@ -113,7 +113,7 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     reasons: dict[str, Reason] = {}
     fixed_reasons: dict[str, Reason] = {}
     input_dims: dict[str, int] = {}
-    for graph, placeholders in _graphs(module, signature):
+    for graph, placeholders in _export_graphs(module, signature):
         called = _called_modules(
             graph, {node: owners.get(key, set()) for node, key in placeholders.items()}
         )
@@ -143,7 +143,7 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     return Dataflow(changeable, reasons, fixed_reasons, input_dims)
 
 
-def _graphs(
+def _export_graphs(
     module: nn.Module, signature: Signature
 ) -> list[tuple[torch.fx.Graph, dict[Node, int]]]:
     """Export each served graph; map its weight placeholders to the ``id`` of their tensors.

@@ -184,8 +184,8 @@ def plan(
             kind = kinds[split].get(column, "")
             checks += _plan_input_checks(split, item, column, kind, rows_of_table)
             if split == ITEMS and item.name == signature.item:
-                rule, expects = "each item once", "ExpectColumnValuesToBeUnique"
-                checks.append(Check(split, column, rule, ROWS, expects))
+                rule, expectation = "each item once", "ExpectColumnValuesToBeUnique"
+                checks.append(Check(split, column, rule, ROWS, expectation))
     for output in signature.outputs:
         checks += _plan_label_checks(split, output, rules)
     if signature.group is not None:

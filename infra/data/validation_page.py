@@ -99,7 +99,7 @@ def validation_page(validation: Validation, title: str) -> str:
         TEMPLATE,
         title=title,
         verdict=summary(validation),
-        counts=_counts(validation),
+        counts=_format_counts(validation),
         lists=check_lists(validation),
     )
 
@@ -134,7 +134,7 @@ def check_lists(validation: Validation) -> CheckLists:
     )
 
 
-def _counts(validation: Validation) -> tuple[tuple[str, str], ...]:
+def _format_counts(validation: Validation) -> tuple[tuple[str, str], ...]:
     """Return the labels and values of the page's counts."""
     splits = {finding.split for finding in validation.findings}
     return (

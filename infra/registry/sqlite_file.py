@@ -143,7 +143,7 @@ def _create(file: Path) -> None:
     """Create the registry in a temporary file and link ``file`` to it."""
     with _temporary_file(file) as temporary:
         _initialize(temporary)
-        _flush(temporary)
+        _flush_to_disk(temporary)
         # SQLite would apply the journals of a deleted registry to the new one.
         for suffix in ("-journal", "-wal", "-shm"):
             file.with_name(file.name + suffix).unlink(missing_ok=True)
@@ -151,7 +151,7 @@ def _create(file: Path) -> None:
             os.link(temporary, file)  # a rename would replace a file that another program created
         except FileExistsError:
             return
-        _flush(file.parent)
+        _flush_to_disk(file.parent)
 
 
 def _replace(file: Path) -> None:
@@ -342,7 +342,7 @@ def _remove_leftovers(file: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -54,10 +54,12 @@ def list_versions(model: str | None) -> tuple[ListedVersion, ...]:
                 raise
             log.warning("Model %r is left out: %s", name, fault)
     release_store = store()
-    return tuple(_listed(item, release_store) for item in versions if ORDER_TAG in item.tags)
+    return tuple(
+        _describe_version(item, release_store) for item in versions if ORDER_TAG in item.tags
+    )
 
 
-def _listed(item: Registered, release_store: Store) -> ListedVersion:
+def _describe_version(item: Registered, release_store: Store) -> ListedVersion:
     """Return a version with full URIs, the kinds of its steps, and a note on unexpected tags."""
     notes = []
     recipe = _parse_recipe(item.tags.get(RECIPE_TAG))

@@ -93,7 +93,7 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
             rows.append(_judgement_row(judgement, target, unit))
     if not rows:
         rows = [
-            _row(name=str(limit), outcome="not measured", tone=TEXT_CLASSES["unsure"])
+            _build_row(name=str(limit), outcome="not measured", tone=TEXT_CLASSES["unsure"])
             for limit in report.limits
         ]
     for target_name, number, unit in _numbers_without_limit(report, limited):
@@ -113,7 +113,7 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
         if len(report.measured) > 1:
             note = f"{target_name}, {note}"
         rows.append(
-            _row(
+            _build_row(
                 name=title,
                 note=note,
                 picture=picture,
@@ -146,7 +146,7 @@ def _judgement_row(judgement: Judgement, target: TargetReport, unit: ScoreUnit |
             )
         )
         text = _format_measured(limit, measured, unit)
-    return _row(
+    return _build_row(
         name=str(limit),
         note=target.target,
         picture=picture,
@@ -157,7 +157,7 @@ def _judgement_row(judgement: Judgement, target: TargetReport, unit: ScoreUnit |
     )
 
 
-def _row(
+def _build_row(
     *,
     name: str,
     note: str = "",

@@ -270,7 +270,7 @@ def registry_tags(folder: Path) -> Parser:
             return None  # a registry cannot store such tags
         if "recpress.order" not in texts:
             return None  # such versions are not listed
-        return registry_listing._listed(item, object_store)
+        return registry_listing._describe_version(item, object_store)
 
     return Parser((json.dumps({**tags, "source": f"artifacts/{ORDER_DIGEST}"}).encode(),), parse)
 

@@ -165,7 +165,11 @@ class L1Training(StepSettings):
         penalized = plan.payload
         names = [name for name, decision in penalized.items() if decision.selected]
         loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)
-        groups = _groups(model, bench.signature, penalized) if self.penalty == "group" else []
+        groups = (
+            _find_weight_groups(model, bench.signature, penalized)
+            if self.penalty == "group"
+            else []
+        )
         trained = train_model(
             model,
             bench,
@@ -226,7 +230,7 @@ def _threshold_after_step(
     return threshold_groups if groups else threshold_weights
 
 
-def _groups(
+def _find_weight_groups(
     model: Model, signature: Signature, penalized: Mapping[str, Decision]
 ) -> list[WeightGroups]:
     """Group the parameters of each prunable channel, and of each output of the other layers."""

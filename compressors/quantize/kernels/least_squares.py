@@ -68,22 +68,22 @@ def least_squares(values: Tensor, grid: Grid) -> FittedRange:
     """
     values = values.float()
     low, high = range_bounds(values)
-    best = _clipped(low, high, grid, share=0.0)
+    best = _clip_range(low, high, grid, share=0.0)
     best_sums = residuals(values, best, grid)
     for share in SHARES:
-        candidate = _clipped(low, high, grid, share)
+        candidate = _clip_range(low, high, grid, share)
         best, best_sums = _select_better(
             best, best_sums, candidate, residuals(values, candidate, grid)
         )
     for _ in range(ROUNDS):
-        candidate = _refitted(best, best_sums, values.shape[1], grid)
+        candidate = _refit(best, best_sums, values.shape[1], grid)
         best, best_sums = _select_better(
             best, best_sums, candidate, residuals(values, candidate, grid)
         )
     return best
 
 
-def _clipped(low: Tensor, high: Tensor, grid: Grid, share: float) -> FittedRange:
+def _clip_range(low: Tensor, high: Tensor, grid: Grid, share: float) -> FittedRange:
     """Return ranges from ``low`` to ``high`` that are clipped by a share at each end, as stored."""
     if grid.symmetric:
         return FittedRange(symmetric_scale(torch.maximum(-low, high) * (1 - share), grid), None)
@@ -106,22 +106,22 @@ def residuals(values: Tensor, fitted: FittedRange, grid: Grid) -> Residuals:
     return Residuals(*(sum_in_order(each) for each in (q, q * q, r, q * r, r * r)))
 
 
-def _refitted(fitted: FittedRange, sums: Residuals, count: int, grid: Grid) -> FittedRange:
+def _refit(fitted: FittedRange, sums: Residuals, count: int, grid: Grid) -> FittedRange:
     """Return the regression line of weights on codes, with scale and offset as stored."""
     scale, largest = fitted.scale.float(), torch.finfo(grid.dtype).max
     if fitted.offset is None:
-        scale_change = _usable(sums.qr / sums.qq)
+        scale_change = _zero_if_not_finite(sums.qr / sums.qq)
         return FittedRange(
             stored_scale((scale + scale_change).clamp(0, largest), grid.half, grid), None
         )
     spread = sums.qq * count - sums.q * sums.q
-    scale_change = _usable((sums.qr * count - sums.q * sums.r) / spread)
-    offset_change = _usable((sums.r - scale_change * sums.q) / count)
+    scale_change = _zero_if_not_finite((sums.qr * count - sums.q * sums.r) / spread)
+    offset_change = _zero_if_not_finite((sums.r - scale_change * sums.q) / count)
     scale = stored_scale((scale + scale_change).clamp(0, largest), grid.levels - 1, grid)
     return FittedRange(scale, stored_offset(fitted.offset.float() + offset_change, grid))
 
 
-def _usable(change: Tensor) -> Tensor:
+def _zero_if_not_finite(change: Tensor) -> Tensor:
     """Return the change, or zero if it is not finite: all codes are equal, or sums overflow."""
     return torch.where(change.abs() <= torch.finfo(torch.float32).max, change, 0.0)
 

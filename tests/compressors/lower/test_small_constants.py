@@ -76,7 +76,7 @@ STEPS = {"float32": None, "rowwise_int8": RowwiseInt8(), "rowwise_int4": Rowwise
 
 
 @functools.cache
-def lowered(eps: float, table_format: str, target: TargetName) -> tuple[Lowered, Path]:
+def lower_network(eps: float, table_format: str, target: TargetName) -> tuple[Lowered, Path]:
     """Export the network with this epsilon and table format; return the result and the file."""
     folder = Path(tempfile.mkdtemp())
     reference = Reference(MaskedMeans, SIGNATURE, {"eps": eps})
@@ -93,7 +93,7 @@ def scores(
     eps: float, table_format: str, target: TargetName, inputs: dict[str, Tensor]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the scores of the module and of its graph in ONNX Runtime."""
-    graph, path = lowered(eps, table_format, target)
+    graph, path = lower_network(eps, table_format, target)
     with torch.no_grad():
         expected = graph.served(*(inputs[name] for name in input_names(SIGNATURE)))
     scores_of_graph = Session(path, 1).scores(

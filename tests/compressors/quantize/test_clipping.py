@@ -59,7 +59,8 @@ def error(table: Tensor, grid: Grid) -> Tensor:
 @given(table=tables(), scale=scale_types, rows_per_scale=rows_per_scale_values)
 def test_clipping_never_increases_the_error_of_a_range(grid, rule, table, scale, rows_per_scale):
     unclipped = changed_grid(grid, scale=scale, rows_per_scale=rows_per_scale)
-    # Errors are compared in float32: sums of a few dozen squares have relative errors of 1e-6.
+    # Errors are compared in float32: sums of a few dozen squares have relative errors of 1e-6. Very
+    # small squares are multiples of 1e-45, the smallest positive float32.
     allowed_error = error(table, unclipped) * (1 + 1e-5) + 1e-45
     assert torch.all(error(table, changed_grid(unclipped, clipping=rule)) <= allowed_error)
 
@@ -126,7 +127,9 @@ def test_greedy_removes_at_most_16_percent_of_a_range(grid):
     )
     # Both scales are rounded to float16.
     assert torch.all(result.float() >= 0.84 * without_clipping.float() * (1 - 2.0**-9))
-    if grid.levels < 20:  # with more levels, a bin is larger than the distance of two levels
+    # A bin, the step of the search, is a 200th of the range: longer than the distance of two levels
+    # if there are 256 levels.
+    if grid.levels < 20:
         assert (result < without_clipping).float().mean() > 0.7
 
 
@@ -158,18 +161,18 @@ def test_mse_with_two_bits_and_one_scale_finds_the_optimal_scale_despite_an_outl
 
 @each_grid
 @pytest.mark.parametrize("rule", ["min_max", "greedy", "mse"])
-def test_a_range_fitted_in_chunks_is_close_to_the_range_fitted_at_once(grid, rule, monkeypatch):
+def test_a_range_fitted_in_parts_is_close_to_the_range_fitted_at_once(grid, rule, monkeypatch):
     table = random_normal(64, 10)
-    chosen = changed_grid(grid, rows_per_scale=0, clipping=rule)
-    at_once = fit(table, chosen)
-    # 640 values in chunks of 100: the last chunk is shorter.
+    one_range = changed_grid(grid, rows_per_scale=0, clipping=rule)
+    at_once = fit(table, one_range)
+    # 640 values in parts of 100: the last part is shorter.
     monkeypatch.setattr("compressors.quantize.kernels.levels.PART_VALUES", 100)
-    in_chunks = fit(table, chosen)
+    in_parts = fit(table, one_range)
     # Sums of squares in another order may lead to a range that differs by one move of the search.
     for name in ("scale", "offset"):
         if getattr(at_once, name) is not None:
             torch.testing.assert_close(
-                getattr(in_chunks, name), getattr(at_once, name), rtol=0.03, atol=1e-3
+                getattr(in_parts, name), getattr(at_once, name), rtol=0.03, atol=1e-3
             )
 
 
