@@ -16,7 +16,7 @@ from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import scores_of, stored_bytes
 from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, only_graph, planned_and_applied
-from narrow_networks import SCHEMA, ResidualConcatNet
+from narrow_networks import SIGNATURE, ResidualConcatNet
 from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
 
@@ -136,7 +136,7 @@ class LowRankInputsNet(nn.Module):
         return score
 
 
-LOW_RANK_INPUTS = Reference(LowRankInputsNet, SCHEMA)
+LOW_RANK_INPUTS = Reference(LowRankInputsNet, SIGNATURE)
 
 
 def factorize_reference(
@@ -285,7 +285,7 @@ def test_pruning_another_width_keeps_factored_layers(tmp_path):
     The layer ``again`` follows the layer ``left`` in a branch of its width. The branch is
     concatenated with the output of the layer ``right``, which is pruned.
     """
-    reference = Reference(ResidualConcatNet, SCHEMA, {"left": 16, "right": 24, "deep": 32})
+    reference = Reference(ResidualConcatNet, SIGNATURE, {"left": 16, "right": 24, "deep": 32})
     bench = reference.bench(tmp_path / "data")
     factored = run(LowRankDense(layers=("again",)), reference.model(), bench, tmp_path / "0")
     result = run(Channels(layers=("right",)), factored, bench, tmp_path / "1")

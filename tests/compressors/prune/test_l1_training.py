@@ -6,7 +6,7 @@ import torch
 from error_codes import raises_code
 from hypothesis import given
 from models import NORMED, RANKER, SHORT_TRAINING, Reference, generate_inputs, write_split
-from narrow_networks import SCHEMA, ResidualConcatNet
+from narrow_networks import SIGNATURE, ResidualConcatNet
 from reason_codes import codes_of, require_reason
 
 from compressors.contracts.reasons import Reason
@@ -17,7 +17,7 @@ from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.l1_training import L1Training, group_threshold, soft_threshold
 from compressors.quantize.dense.static_int8 import StaticInt8
 
-RESIDUAL_CONCAT = Reference(ResidualConcatNet, SCHEMA)
+RESIDUAL_CONCAT = Reference(ResidualConcatNet, SIGNATURE)
 TWENTY_EPOCHS = SHORT_TRAINING.model_copy(update={"epochs": 20, "schedule": "cosine"})
 
 

@@ -223,11 +223,11 @@ class SmallAndLargeInputsNet(nn.Module):
         return score
 
 
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(DenseInput(name="x", shape=(WIDTH,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
-SMALL_AND_LARGE = Reference(SmallAndLargeInputsNet, SCHEMA)
+SMALL_AND_LARGE = Reference(SmallAndLargeInputsNet, SIGNATURE)
 
 
 def split_with_outlier(folder: Path, seed: int) -> Split:
@@ -251,7 +251,7 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
     """
     train, validation, test = (split_with_outlier(tmp_path / str(seed), seed) for seed in (1, 2, 3))
     bench = Bench(
-        signature=SCHEMA,
+        signature=SIGNATURE,
         calibration=train,
         train=train,
         validation=validation,
@@ -261,7 +261,7 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
     static_int8_auc = {
         calibrator: quality(
             run(StaticInt8(calibrator=calibrator), source, bench, tmp_path / calibrator).module,
-            SCHEMA,
+            SIGNATURE,
             test,
         )
         for calibrator in ("min_max", "percentile", "entropy", "mse", "best")
@@ -269,11 +269,11 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
     training = Training(epochs=20, patience=20, batch=64, learning_rate=0.02, warmup=0)
     step = QAT(soft_share=soft_share, training=training)
     result = run(step, source, bench, tmp_path / "qat")
-    qat_auc = quality(result.module, SCHEMA, test)
-    assert quality(source.module, SCHEMA, test) == 1.0
+    qat_auc = quality(result.module, SIGNATURE, test)
+    assert quality(source.module, SIGNATURE, test) == 1.0
     # The AUC that is lost, 1 - AUC, is less than a third of that of the best calibrator.
     assert 1 - qat_auc < (1 - max(static_int8_auc.values())) / 3
     # The input range ends below half of the large input, 60.
     assert float(result.module.out.input_scale) * 127 < 30
-    (rows,) = batches(test, SCHEMA, ROWS)
+    (rows,) = batches(test, SIGNATURE, ROWS)
     assert torch.isfinite(result.module(**rows.inputs)).all()

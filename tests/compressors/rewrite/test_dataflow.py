@@ -14,7 +14,7 @@ import torch
 from chained_networks import BLOCK, CHAIN, NORM_FIRST
 from error_codes import raises_code
 from models import RANKER, Reference, compressed_reference
-from narrow_networks import SCHEMA, DataDependentBranchNet, HiddenLayerNet
+from narrow_networks import SIGNATURE, DataDependentBranchNet, HiddenLayerNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,7 +74,7 @@ def test_consumers_are_found_through_an_activation_only_if_it_is_positively_homo
     scale = torch.rand(8, generator=torch.Generator().manual_seed(1)) + 0.5
     is_homogeneous = torch.allclose(function(x * scale), function(x) * scale)
     assert is_homogeneous == is_passed  # f(scale * x) = scale * f(x)
-    flow = dataflow_of(Reference(ActivationNet, SCHEMA, {"activation": activation}))
+    flow = dataflow_of(Reference(ActivationNet, SIGNATURE, {"activation": activation}))
     assert ("hidden" in flow.consumers) == is_passed
 
 
@@ -131,7 +131,7 @@ class TiedWeightsNet(nn.Module):
 
 
 def test_layers_with_shared_computed_or_unused_weights_are_fixed():
-    flow = dataflow_of(Reference(TiedWeightsNet, SCHEMA))
+    flow = dataflow_of(Reference(TiedWeightsNet, SIGNATURE))
     assert flow.fixed_reasons["a"] == Reason("shares_tensor", other="b")
     assert flow.fixed_reasons["b"] == Reason("shares_tensor", other="a")
     assert "c" not in flow.consumers  # its weight is computed at every call
@@ -159,7 +159,7 @@ class ViewsNet(nn.Module):
 
 
 def test_consumers_are_found_through_views_only_if_channels_keep_their_positions():
-    flow = dataflow_of(Reference(ViewsNet, SCHEMA))
+    flow = dataflow_of(Reference(ViewsNet, SIGNATURE))
     assert flow.direct_consumers("in_place") == ("first",)
     assert flow.reasons["expanded"] == Reason("output_enters", operator="select")
     assert flow.reasons["transposed"] == Reason("output_enters", operator="view")
@@ -185,5 +185,7 @@ def test_packed_layers_have_no_consumers():
 
 def test_a_network_that_cannot_be_exported_raises_step_refused():
     with raises_code(StepRefused, "network_not_traceable") as refusal:
-        dataflow(DataDependentBranchNet(), SCHEMA.model_copy(update={"inputs": SCHEMA.inputs}))
+        dataflow(
+            DataDependentBranchNet(), SIGNATURE.model_copy(update={"inputs": SIGNATURE.inputs})
+        )
     assert refusal.value.__cause__ is not None
