@@ -185,7 +185,5 @@ def test_packed_layers_have_no_consumers():
 
 def test_a_network_that_cannot_be_exported_raises_step_refused():
     with raises_code(StepRefused, "network_not_traceable") as refusal:
-        dataflow(
-            DataDependentBranchNet(), SIGNATURE.model_copy(update={"inputs": SIGNATURE.inputs})
-        )
+        dataflow(DataDependentBranchNet(), SIGNATURE)
     assert refusal.value.__cause__ is not None
