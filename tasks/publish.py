@@ -7,7 +7,7 @@ from prefect import task
 
 from compressors.contracts import Artifact, artifact_name, digest
 from infra.errors import ArtifactDamaged, ArtifactMissing
-from infra.registry.mlflow_registry import Registered
+from infra.registry.mlflow_registry import RegisteredVersion
 from infra.settings import load_settings, public_uri
 from infra.store.temporary import scratch_folder
 from tasks.orchestration.documents import (
@@ -65,7 +65,7 @@ def publish(report: Report) -> Finished:
     return result
 
 
-def restore(model: str | None) -> tuple[Registered, ...]:
+def restore(model: str | None) -> tuple[RegisteredVersion, ...]:
     """Rebuild a lost registry: register every finished order of the store that it lacks.
 
     Orders are registered by ascending former version number, so an empty registry assigns the
@@ -127,7 +127,7 @@ def require_published(result: Finished) -> None:
         raise ArtifactMissing("order_no_longer_in_registry", order=result.report.order)
 
 
-def _register_release(report: Report, release: Artifact) -> Registered:
+def _register_release(report: Report, release: Artifact) -> RegisteredVersion:
     """Register a release with all its tags, or return the version that has its order."""
     return registry().publish(
         report.name,

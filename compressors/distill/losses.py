@@ -162,9 +162,9 @@ def rankdistil(
     list is the sum of two terms; the result is the mean over lists.
 
     - Top rows: the cross entropy of softmax shares, as in ``listwise``, over the top rows only.
-    - Other rows: with ``d``, a row's score minus that of the last top row, the mean over these rows
-      of ``max(0, d_student - d_teacher) ** 2``. The student need not match the teacher's order of
-      these rows.
+    - Other rows: with ``d``, a row's score minus the score of the last top row, the mean over these
+      rows of ``max(0, d_student - d_teacher) ** 2``. The student need not match the teacher's order
+      of these rows.
 
     Source: Reddi et al. 2021, RankDistil, AISTATS (match the order at the top, penalize large
     scores of rows that the teacher ranks low). Differs: the order is matched by ListNet, and

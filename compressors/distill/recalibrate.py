@@ -222,8 +222,8 @@ class Recalibrate(StepSettings):
         existing_map = recalibration_of(model.module)
         if existing_map is not None:  # a second map would be hard to interpret
             raise StepRefused("recalibrated_already", step=self.kind, method=existing_map.method)
-        taken = Decision("taken", (Reason("selected", step=self.kind),))
-        return StepPlan({OUTPUT: taken}, output.form)
+        selected = Decision("taken", (Reason("selected", step=self.kind),))
+        return StepPlan({OUTPUT: selected}, output.form)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[OutputForm]) -> AppliedStep:
         """Fit the map on the validation rows.
@@ -247,25 +247,27 @@ class Recalibrate(StepSettings):
         logit = logit_of(predictions, form).double().numpy()
         label = labels[has_label].numpy().astype(np.float64)
         before = logloss(label, _sigmoid(logit))
-        chosen: Method | None = None
+        selected_method: Method | None = None
         if self.method == "best":
             losses = {
                 method: cross_validated_loss(method, logit, label, self.knots) for method in METHODS
             }
             best = min(losses, key=lambda method: losses[method])
-            chosen = best if losses[best] < before else None
+            selected_method = best if losses[best] < before else None
         else:
-            chosen = self.method
-        if chosen is None:
+            selected_method = self.method
+        if selected_method is None:
             no_map = Reason("no_better_map", step=self.kind, loss=before)
             return AppliedStep(model, {OUTPUT: Decision("skipped", (no_map,))})
-        fitted = fit_map(chosen, form, logit, label, self.knots)
+        fitted = fit_map(selected_method, form, logit, label, self.knots)
         attach(model.module, fitted)
         model.module.eval()
         with torch.no_grad():
             recalibrated = fitted(predictions)
         after = logloss(label, _sigmoid(logit_of(recalibrated, form).double().numpy()))
-        mapped = Reason("output_mapped", method=chosen, before=before, after=after, rows=len(label))
+        mapped = Reason(
+            "output_mapped", method=selected_method, before=before, after=after, rows=len(label)
+        )
         return AppliedStep(model, {OUTPUT: Decision("taken", (mapped,))})
 
     def dry_run(self, model: Model, plan: StepPlan[OutputForm]) -> Model:

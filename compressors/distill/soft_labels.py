@@ -162,23 +162,23 @@ def mean_predictions(scores: list[Tensor], forms: Sequence[OutputForm]) -> Tenso
 
 
 def convert_scores(
-    scores: Tensor, given: Sequence[OutputForm], wanted: Sequence[OutputForm]
+    scores: Tensor, forms: Sequence[OutputForm], target_forms: Sequence[OutputForm]
 ) -> Tensor:
     """Convert a teacher's scores to the forms of the student's outputs.
 
     Args:
         scores: float ``(rows,)`` or ``(rows, outputs)``.
-        given: the form of each output of the teacher.
-        wanted: the form of each output of the student: the same, or ``logit`` for ``probability``
-            or the reverse.
+        forms: the form of each output of the teacher.
+        target_forms: the form of each output of the student: the same, or ``logit`` for
+            ``probability`` or the reverse.
     """
-    if tuple(given) == tuple(wanted):
+    if tuple(forms) == tuple(target_forms):
         return scores
     columns = []
-    for column, form, needed in zip(score_columns(scores), given, wanted, strict=True):
-        if (form, needed) == ("probability", "logit"):
+    for column, form, target in zip(score_columns(scores), forms, target_forms, strict=True):
+        if (form, target) == ("probability", "logit"):
             columns.append(torch.logit(column.double(), eps=EDGE).to(torch.float32))
-        elif (form, needed) == ("logit", "probability"):
+        elif (form, target) == ("logit", "probability"):
             columns.append(torch.sigmoid(column))
         else:
             columns.append(column)

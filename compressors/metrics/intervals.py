@@ -335,14 +335,14 @@ def _estimate(point: float, values: Floats, rows: int | None) -> Estimate:
     return Estimate(point=point, low=float(low), high=float(high), rows=rows)
 
 
-def require_units(what: str, count: int) -> None:
-    """Raise if there are fewer units than an interval needs; ``what`` names them.
+def require_units(units: str, count: int) -> None:
+    """Raise if there are fewer units than an interval needs; ``units`` names them.
 
     Raises:
         MetricRefused: ``count`` is below ``MIN_UNITS``.
     """
     if count < MIN_UNITS:
-        raise MetricRefused("units_few", least=MIN_UNITS, units=what, got=count)
+        raise MetricRefused("units_few", least=MIN_UNITS, units=units, got=count)
 
 
 def require_rows_of_both_classes(positive: Bools) -> None:
@@ -360,7 +360,7 @@ def _require_samples(samples: int) -> None:
         raise MetricRefused("bootstrap_samples_few", least=MIN_SAMPLES, got=samples)
 
 
-def _check_times(what: str, ms: ArrayLike, quantile: float, samples: int) -> Floats:
+def _check_times(name: str, ms: ArrayLike, quantile: float, samples: int) -> Floats:
     """Check durations and return them as float64 ``(rounds,)``."""
     _require_samples(samples)
     if not 0 < quantile < 1:
@@ -369,13 +369,13 @@ def _check_times(what: str, ms: ArrayLike, quantile: float, samples: int) -> Flo
     if times.ndim != 1 or not (np.isfinite(times) & (times > 0)).all():
         raise MetricRefused(
             "durations_unusable",
-            times=what,
+            times=name,
             shape=times.shape,
             count=int((~(np.isfinite(times) & (times > 0))).sum()),
         )
     needed = rounds_needed(quantile)
     if times.size < needed:
         raise MetricRefused(
-            "rounds_few", times=what, quantile=quantile, least=needed, got=times.size
+            "rounds_few", times=name, quantile=quantile, least=needed, got=times.size
         )
     return times

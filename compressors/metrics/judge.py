@@ -83,8 +83,9 @@ def verdict(
         if causes:
             reasons = (*causes, *warning)
             return Verdict(target=target, outcome=outcome, judgements=judgements, reasons=reasons)
-    one = Reason("one_limit_holds")
-    all_hold = one if len(limits) == 1 else Reason("all_limits_hold", limits=len(limits))
+    all_hold = Reason("all_limits_hold", limits=len(limits))
+    if len(limits) == 1:
+        all_hold = Reason("one_limit_holds")
     reasons = (all_hold, *score_summary(measured), *warning)
     return Verdict(target=target, outcome="accepted", judgements=judgements, reasons=reasons)
 

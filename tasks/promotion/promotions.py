@@ -24,7 +24,7 @@ from infra.errors import (
     Refused,
 )
 from infra.registry.ledger import Entry, Ledger, find_rollback_target, list_rolled_back_orders
-from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, Registered
+from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, RegisteredVersion
 from infra.triton.repository import ServedVersion
 from tasks.orchestration.documents import PAGE, Report, TargetReport
 from tasks.orchestration.workspace import store
@@ -36,7 +36,7 @@ from tasks.promotion.champion import registry as registry
 log = logging.getLogger(__name__)
 
 
-def version_report(model: str, reference: str) -> tuple[Registered, Report]:
+def version_report(model: str, reference: str) -> tuple[RegisteredVersion, Report]:
     """Return a registry version and its report. ``@champion`` is read from the ledger.
 
     Args:
@@ -56,7 +56,7 @@ def version_report(model: str, reference: str) -> tuple[Registered, Report]:
     return version.registered, version.report
 
 
-def version_page(model: str, reference: str) -> tuple[Registered, bytes]:
+def version_page(model: str, reference: str) -> tuple[RegisteredVersion, bytes]:
     """Return a registry version and the stored HTML page of its report.
 
     Arguments and errors as in ``version_report``.
@@ -322,7 +322,7 @@ def fetch(
     *,
     unmeasured: bool = False,
     unaccepted: bool = False,
-) -> tuple[Registered, TargetReport]:
+) -> tuple[RegisteredVersion, TargetReport]:
     """Copy the files of one target of a version to a folder, and verify their hashes.
 
     Args:
@@ -412,7 +412,7 @@ def triton_contents(
 
 def _champion_graphs(
     model: str, *, unmeasured: bool
-) -> tuple[Registered, tuple[ServedVersion, ...]]:
+) -> tuple[RegisteredVersion, tuple[ServedVersion, ...]]:
     """Return the champion and its graphs for Triton, without repairing the alias.
 
     Raises:

@@ -17,7 +17,7 @@ from compressors.contracts.metrics.families import find_metric
 from compressors.contracts.metrics.serving import QUANTILES, latency
 from compressors.metrics.measured import Number
 from infra.pages import pictures
-from infra.pages.html import many
+from infra.pages.html import format_count
 from infra.pages.pictures import Curve, Mark, Tone
 from tasks.orchestration.documents import Measurement, Report, TargetReport
 from tasks.report.cells import format_change, format_score_change, is_kind, metric_label
@@ -254,7 +254,7 @@ def _describe_machines(report: Report) -> str:
     """Describe the machine of each measurement and its runtime."""
     return " ".join(
         f"Measured on {machine.processor}, {machine.cores} cores, {machine.system}, "
-        f"{machine.runtime} {machine.version} with {many(machine.threads, 'thread')}, "
+        f"{machine.runtime} {machine.version} with {format_count(machine.threads, 'thread')}, "
         f"{'with' if machine.int8_dot else 'without'} int8 dot products."
         for machine in (measured.machine for measured in report.measured.values())
     )

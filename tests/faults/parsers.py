@@ -21,7 +21,7 @@ from infra.bundle.bundle_folder import parse_manifest, read_draft
 from infra.bundle.shards import stored_tensors
 from infra.data.split_statistics import split_statistics
 from infra.registry.ledger import Entry, Ledger
-from infra.registry.mlflow_registry import Registered
+from infra.registry.mlflow_registry import RegisteredVersion
 from infra.services.compose import COMPOSE, find_required_secrets, read_services, read_variables
 from infra.store.object_store import Store
 from infra.store.records import read_record, seal_record
@@ -264,8 +264,8 @@ def registry_tags(folder: Path) -> Parser:
         try:
             document = json.loads(body)
             texts = {str(name): str(value) for name, value in document.items()}
-            item = Registered(model="m", version="1", source=texts.pop("source", ""), tags=texts,
-                              aliases=())  # fmt: skip
+            source = texts.pop("source", "")
+            item = RegisteredVersion(model="m", version="1", source=source, tags=texts, aliases=())
         except (ValueError, AttributeError, RecursionError):
             return None  # a registry cannot store such tags
         if "recpress.order" not in texts:

@@ -12,7 +12,7 @@ from error_codes import Text, raises_code
 
 from infra.errors import RegistryOutage, RegistryRefused, SettingRefused
 from infra.registry.limits import MAX_TAG_VALUE
-from infra.registry.mlflow_registry import ORDER_TAG, Registered, Registry
+from infra.registry.mlflow_registry import ORDER_TAG, RegisteredVersion, Registry
 
 # Digests of two orders.
 ORDER = "a" * 64
@@ -39,7 +39,7 @@ def registry(empty_registry, tmp_path) -> Registry:
     return Registry(f"sqlite:///{shutil.copy(empty_registry, tmp_path / 'registry.db')}")
 
 
-def publish(registry: Registry, order: str = ORDER, model: str = "ranker") -> Registered:
+def publish(registry: Registry, order: str = ORDER, model: str = "ranker") -> RegisteredVersion:
     """Publish an order with fixed tags."""
     return registry.publish(model, order, f"s3://models/{order[:4]}", {"recipe": "[]"}, "text")
 
@@ -47,7 +47,7 @@ def publish(registry: Registry, order: str = ORDER, model: str = "ranker") -> Re
 def test_publishing_an_order_twice_creates_one_version(registry):
     first = publish(registry)
     assert first == publish(registry)
-    assert first == Registered(
+    assert first == RegisteredVersion(
         model="ranker",
         version="1",
         source="s3://models/aaaa",

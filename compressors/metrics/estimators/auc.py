@@ -169,8 +169,8 @@ def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> G
     # For each row, the number of rows of the other class with which it is ordered correctly.
     wins = np.empty(scores.size)
     ordered = [np.sort(scores[~positive]), np.sort(scores[positive])]
-    for chosen, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
-        class_scores = scores[chosen]
+    for class_rows, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
+        class_scores = scores[class_rows]
         # Sorted queries read the other class sequentially instead of at random.
         order = np.argsort(class_scores, kind="stable")
         below = np.searchsorted(others, class_scores[order], side="left")
@@ -178,7 +178,7 @@ def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> G
         lower = (below + not_above) / 2
         class_wins = np.empty(class_scores.size)
         class_wins[order] = lower if sign > 0 else others.size - lower
-        wins[chosen] = class_wins
+        wins[class_rows] = class_wins
     positives, rows = groups.sums(positive), groups.rows.astype(np.float64)
     negatives = rows - positives
     all_positives, all_negatives = float(positives.sum()), float(negatives.sum())
