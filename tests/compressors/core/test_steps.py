@@ -510,7 +510,7 @@ def test_tables_below_min_rows_are_kept_with_a_reason(step, tmp_path):
 
 
 @each_format
-def test_tables_that_share_a_weight_are_kept_and_the_reason_names_the_other_one(method):
+def test_tables_that_share_a_weight_are_kept_and_the_reason_names_the_other_table(method):
     result = cached_run(method, "Tied").result
     for name in ("item", "similar"):
         line = result.plan.of(name)

@@ -172,7 +172,7 @@ def test_refitting_never_lowers_the_validation_quality(bench, tmp_path):
     assert torch.equal(after.module.item.codes, before.module.item.codes)
 
 
-def test_only_matching_tables_with_codes_are_refitted_and_others_have_a_reason(
+def test_only_matching_tables_with_codes_are_refitted_and_other_tables_have_a_reason(
     ranker_bench, tmp_path
 ):
     bench = ranker_bench

@@ -311,7 +311,7 @@ def test_the_graph_of_factored_layers_has_the_scores_of_its_module(target: Targe
         assert np.isfinite(graph.in_onnx(inputs)).all()
 
 
-def test_unweighted_factors_need_no_rows_and_weighted_ones_raise_without_them(tmp_path):
+def test_unweighted_factors_need_no_rows_and_weighted_factors_raise_without_rows(tmp_path):
     bench = Bench(signature=RANKER.signature)
     result = run(LowRankDense(weighted=False), RANKER.model(), bench, tmp_path / "out")
     assert isinstance(result.module.hidden, FactoredLinear)

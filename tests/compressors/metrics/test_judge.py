@@ -221,7 +221,7 @@ def test_a_limit_against_an_unmeasured_champion_raises_limit_refused():
         judge((CHAMPION_LIMIT,), measured)
 
 
-def test_a_limit_on_an_unmeasured_metric_raises_limit_refused_with_the_measured_ones():
+def test_a_limit_on_an_unmeasured_metric_raises_limit_refused_with_the_measured_metrics():
     limit = Limit(metric="gauc", at_least=-0.001)
     with raises_code(
         LimitRefused,

@@ -159,7 +159,7 @@ def test_bytes_in_the_plan_equal_the_bytes_of_the_stored_tensors_after_dropped_l
     assert pruned.plan.of("blocks.1.up").steps == ("drop_layers", "channels")
 
 
-def test_greedy_selection_is_at_least_as_good_as_random_ones_on_validation_rows(tmp_path):
+def test_greedy_selection_is_at_least_as_good_as_random_selections_on_validation_rows(tmp_path):
     bench = BLOCKS.bench(tmp_path / "data")
 
     def quality_after(step: DropLayers, seed: int) -> float:

@@ -133,7 +133,7 @@ def test_greedy_removes_at_most_16_percent_of_a_range(grid):
         assert (result < without_clipping).float().mean() > 0.7
 
 
-def test_mse_clips_one_large_weight_among_many_small_ones():
+def test_mse_clips_one_large_weight_among_many_small_weights():
     table = torch.full((1, 64), 0.5)
     table[0, 0] = 1.0
     unclipped, clipped = (
