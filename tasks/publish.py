@@ -86,7 +86,7 @@ def restore(model: str | None) -> tuple[RegisteredVersion, ...]:
     restored = tuple(
         _register_release(result.report, result.release)
         for result in results
-        if registry().by_order(result.report.order, result.report.name) is None
+        if registry().find_by_order(result.report.order, result.report.name) is None
     )
     names = tuple(dict.fromkeys(result.report.name for result in results))
     for name in names:
@@ -105,7 +105,7 @@ def is_registered(result: Finished) -> bool:
 
     False for a result from another registry, even if the version numbers are equal.
     """
-    registered = registry().by_order(result.report.order, result.report.name)
+    registered = registry().find_by_order(result.report.order, result.report.name)
     this_registry = public_uri(load_settings().registry_uri)
     return (
         registered is not None

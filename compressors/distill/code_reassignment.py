@@ -141,8 +141,8 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     # symmetric int8, whose codes are signed. Otherwise it avoids negative codes.
     constant = 0.0
     if shared.symmetric and bits < 8:
-        # ``grid.half`` is the highest multiple: 1.5 for int2, 7 for int4.
-        constant = grid.half if bits == 2 else grid.half + 1
+        # ``grid.max_multiple`` is the highest multiple: 1.5 for int2, 7 for int4.
+        constant = grid.max_multiple if bits == 2 else grid.max_multiple + 1
     return (multiples + constant).to(torch.uint8 if bits < 8 else stored["codes"].dtype), values
 
 

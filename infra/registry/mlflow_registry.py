@@ -113,7 +113,7 @@ class Registry:
         tags = {**tags, ORDER_TAG: order}
         require_fit(model, order, source, tags)
         with self._write_lock():
-            if existing := self.by_order(order, model):
+            if existing := self.find_by_order(order, model):
                 return existing
             with self._translate_errors():
                 self._create_model(model)
@@ -127,7 +127,7 @@ class Registry:
             # A server does not enforce unique tags, so another process may have created a version
             # of this order at the same time. Both processes then find both versions here, and each
             # deletes the version that it created unless that has the lowest number.
-            winner = self.by_order(order, model)
+            winner = self.find_by_order(order, model)
             if winner is None:
                 raise RegistryUnavailable(
                     "created_version_missing", model=model, version=created.version
@@ -185,7 +185,7 @@ class Registry:
         newest = tuple(item.version for item in self.versions(model)[:10]) or ("none",)
         raise RegistryRefused("version_missing", model=model, version=ref, newest=newest)
 
-    def by_order(self, order: str, model: str) -> RegisteredVersion | None:
+    def find_by_order(self, order: str, model: str) -> RegisteredVersion | None:
         """Return the version that this order produced, or None.
 
         A crash during concurrent publishing may leave several versions of one order. Of these, the
@@ -227,15 +227,15 @@ class Registry:
                 self._client.delete_registered_model_alias(model, CHAMPION)
         return True
 
-    def find_order(self, order: str, model: str) -> RegisteredVersion | None:
-        """Return the version of an order like ``by_order``, but without MLflow if possible.
+    def find_by_order_without_mlflow(self, order: str, model: str) -> RegisteredVersion | None:
+        """Return the version of an order like ``find_by_order``, but without MLflow if possible.
 
         Importing MLflow takes about two seconds, so a registry that is a file is read directly.
         Then ``aliases`` of the result is empty, and the result is None if the file cannot be read.
         """
         file = parse_sqlite_uri(self._uri)
         if file is None:
-            return self.by_order(order, model)
+            return self.find_by_order(order, model)
         require_order(order)
         row = read_order(file, model, ORDER_TAG, order)
         if row is None:

@@ -191,7 +191,7 @@ def _registered_version(report: Report) -> str:
     Raises:
         ArtifactMissing: the order is not registered there.
     """
-    registered = Registry(load_settings().registry_uri).by_order(report.order, report.name)
+    registered = Registry(load_settings().registry_uri).find_by_order(report.order, report.name)
     if registered is None:
         raise ArtifactMissing("order_not_in_registry", order=report.order)
     return registered.version

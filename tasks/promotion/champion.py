@@ -60,7 +60,7 @@ def version_of_order(model: str, order: str) -> Version:
     Raises:
         PromotionRefused: the registry does not have the order.
     """
-    registered = registry().by_order(order, model)
+    registered = registry().find_by_order(order, model)
     if registered is None:
         raise PromotionRefused(
             "order_not_registered", order=order, model=model, registry=_registry_uri()
@@ -74,7 +74,7 @@ def version_of_entry(model: str, entry: Entry) -> Version:
     Raises:
         PromotionRefused: the registry does not have the order, or its report is not accepted.
     """
-    registered = registry().by_order(entry.order, model)
+    registered = registry().find_by_order(entry.order, model)
     if registered is None:
         raise PromotionRefused(
             "champion_not_registered",

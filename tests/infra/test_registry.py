@@ -55,20 +55,25 @@ def test_publishing_an_order_twice_creates_one_version(registry):
         aliases=(),
     )
     assert registry.versions("ranker") == (first,)
-    assert registry.by_order(ORDER, "ranker") == first
-    assert registry.by_order(OTHER_ORDER, "ranker") is None
-    assert registry.by_order(ORDER, "other") is None
+    assert registry.find_by_order(ORDER, "ranker") == first
+    assert registry.find_by_order(OTHER_ORDER, "ranker") is None
+    assert registry.find_by_order(ORDER, "other") is None
 
 
-def test_find_order_returns_the_same_version_as_by_order(registry, tmp_path):
-    assert registry.find_order(ORDER, "ranker") is None
+def test_find_by_order_without_mlflow_returns_the_same_version_as_find_by_order(registry, tmp_path):
+    assert registry.find_by_order_without_mlflow(ORDER, "ranker") is None
     publish(registry)
-    assert registry.find_order(ORDER, "ranker") == registry.by_order(ORDER, "ranker")
-    assert registry.find_order(OTHER_ORDER, "ranker") is None
-    assert registry.find_order(ORDER, "other") is None
+    assert registry.find_by_order_without_mlflow(ORDER, "ranker") == registry.find_by_order(
+        ORDER, "ranker"
+    )
+    assert registry.find_by_order_without_mlflow(OTHER_ORDER, "ranker") is None
+    assert registry.find_by_order_without_mlflow(ORDER, "other") is None
     registry._client.delete_model_version("ranker", "1")
-    assert registry.find_order(ORDER, "ranker") is None
-    assert Registry(f"sqlite:///{tmp_path}/none.db").find_order(ORDER, "ranker") is None
+    assert registry.find_by_order_without_mlflow(ORDER, "ranker") is None
+    assert (
+        Registry(f"sqlite:///{tmp_path}/none.db").find_by_order_without_mlflow(ORDER, "ranker")
+        is None
+    )
     assert not (tmp_path / "none.db").exists()
 
 
@@ -113,14 +118,14 @@ def test_concurrent_publishers_keep_the_lowest_version_and_delete_the_others(reg
     """Simulate a race: the first query of each publisher does not find a version of the order."""
     publish(registry, OTHER_ORDER)
     queries = []
-    by_order = Registry.by_order
+    find_by_order = Registry.find_by_order
 
     def first_query_finds_nothing(self, order, model):
         queries.append(order)
         # Each of the three publishers queries twice, before and after it creates a version.
-        return None if len(queries) in (1, 3, 5) else by_order(self, order, model)
+        return None if len(queries) in (1, 3, 5) else find_by_order(self, order, model)
 
-    monkeypatch.setattr(Registry, "by_order", first_query_finds_nothing)
+    monkeypatch.setattr(Registry, "find_by_order", first_query_finds_nothing)
     versions = {publish(registry).version for _ in range(3)}
     assert versions == {"2"}
     assert [item.version for item in registry.versions("ranker")] == ["2", "1"]

@@ -105,7 +105,7 @@ class WeightInt4(StepSettings):
             if unit.name in by_layer:
                 gram, nearest = by_layer[unit.name], multiples
                 scales = weight_only.expand_scales(scale, weight.shape[1], self.block)
-                multiples = gptq(weight, nearest, gram, scales, max_multiple=grid.half)
+                multiples = gptq(weight, nearest, gram, scales, max_multiple=grid.max_multiple)
                 error = _output_error(multiples, scales, weight, gram)
                 share = error / _output_error(nearest, scales, weight, gram)
                 outcomes[unit.name] = Decision("taken", (Reason("gptq_error", share=share),))

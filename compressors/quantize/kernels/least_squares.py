@@ -99,9 +99,9 @@ def residuals(values: Tensor, fitted: FittedRange, grid: Grid) -> Residuals:
     if not grid.symmetric:
         q = multiples.clamp(0, grid.levels - 1).round()
     elif grid.levels % 2:
-        q = multiples.clamp(-grid.half, grid.half).round()
+        q = multiples.clamp(-grid.max_multiple, grid.max_multiple).round()
     else:  # odd multiples of 0.5
-        q = (multiples.floor() + 0.5).clamp(-grid.half, grid.half)
+        q = (multiples.floor() + 0.5).clamp(-grid.max_multiple, grid.max_multiple)
     r = values - decode_multiples(q, scale, offset)
     return Residuals(*(sum_in_order(each) for each in (q, q * q, r, q * r, r * r)))
 
@@ -112,7 +112,7 @@ def _refit(fitted: FittedRange, sums: Residuals, count: int, grid: Grid) -> Fitt
     if fitted.offset is None:
         scale_change = _zero_if_not_finite(sums.qr / sums.qq)
         return FittedRange(
-            stored_scale((scale + scale_change).clamp(0, largest), grid.half, grid), None
+            stored_scale((scale + scale_change).clamp(0, largest), grid.max_multiple, grid), None
         )
     spread = sums.qq * count - sums.q * sums.q
     scale_change = _zero_if_not_finite((sums.qr * count - sums.q * sums.r) / spread)

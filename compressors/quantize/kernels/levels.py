@@ -8,13 +8,13 @@ the distance of two levels, a *multiple* is a level in units of the scale, and a
 of all multiples. There are two kinds:
 
 - *asymmetric*: the multiples are ``0 .. levels - 1``; ``offset`` is the lowest level.
-- *symmetric*: no offset. If the number of levels is odd, one of them is zero: 255 levels for int8,
-  15 for int4, multiples ``-half .. half``. If it is even (4, for 2 bits), the multiples are
-  ``-1.5, -0.5, 0.5, 1.5``, because with a level at zero only three symmetric levels would fit in
-  two bits. For rows of 16 normally distributed numbers, clipped by the rule ``mse``, the squared
-  error is 9.7 % of the sum of squares with these four levels, 16.5 % with three levels including
-  zero, and 13.2 % with ``-2 .. 1``. The ranking is the same for Laplace, uniform and Student
-  distributions.
+- *symmetric*: no offset. If the number of levels is odd, one of them is zero: 255 levels for int8
+  (multiples ``-127 .. 127``), 15 for int4 (``-7 .. 7``). If it is even (4, for 2 bits), the
+  multiples are ``-1.5, -0.5, 0.5, 1.5``, because with a level at zero only three symmetric levels
+  would fit in two bits. For rows of 16 normally distributed numbers, clipped by the rule ``mse``,
+  the squared error is 9.7 % of the sum of squares with these four levels, 16.5 % with three
+  levels including zero, and 13.2 % with ``-2 .. 1``. The ranking is the same for Laplace, uniform
+  and Student distributions.
 
 A *range* is the interval from the lowest to the highest level. Weights that share a scale have one
 range, so the word also means this group of weights. In a tensor ``(ranges, values)``, each row has
@@ -80,8 +80,8 @@ class Grid:
     rows_per_scale: int = 1
 
     @property
-    def half(self) -> float:
-        """The highest level of a symmetric grid, as a multiple of the scale."""
+    def max_multiple(self) -> float:
+        """The multiple of the highest level of a symmetric grid: 127 for 255 levels."""
         return (self.levels - 1) / 2
 
     @property
@@ -100,9 +100,10 @@ class FittedRange(NamedTuple):
 def nearest_multiples(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
     """Return the multiple of the nearest level for every weight: float32 ``(rows, dim)``.
 
-    The results are integers in ``0 .. levels - 1``, or in ``-half .. half`` if the grid is
-    symmetric. For an even number of symmetric levels they are odd multiples of 0.5. A weight
-    halfway between two levels is rounded to the even integer, or up if levels are not integers.
+    The results are integers in ``0 .. levels - 1``, or in ``-max_multiple .. max_multiple`` if the
+    grid is symmetric. For an even number of symmetric levels they are odd multiples of 0.5. A
+    weight halfway between two levels is rounded to the even integer, or up if levels are not
+    integers.
 
     Args:
         rows: float, ``(rows, dim)``; the first row begins a range.
@@ -134,9 +135,9 @@ def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
     Raises:
         ValueNotStorable: a scale is too large for the type in which it is stored.
     """
-    scale = largest / grid.half
+    scale = largest / grid.max_multiple
     _require_in_range("scale", scale, largest, grid)
-    return stored_scale(scale, grid.half, grid)
+    return stored_scale(scale, grid.max_multiple, grid)
 
 
 def asymmetric_range(low: Tensor, high: Tensor, grid: Grid) -> FittedRange:
@@ -268,4 +269,4 @@ def _nearest(values: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -
         return multiples.round().clamp(0, grid.levels - 1)
     multiples = values.float() / scale.float()
     multiples = multiples.round() if grid.levels % 2 else multiples.floor() + 0.5
-    return multiples.clamp(-grid.half, grid.half)
+    return multiples.clamp(-grid.max_multiple, grid.max_multiple)

@@ -132,7 +132,7 @@ def test_encoding_normal_rows_equals_the_specification_bit_for_bit(
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_ties_between_levels_are_rounded_as_in_the_specification(bits: int, symmetric: bool):
     grid = Grid(LEVELS[bits, symmetric], symmetric, "min_max", "float32")
-    top = grid.half if symmetric else grid.levels - 1
+    top = grid.max_multiple if symmetric else grid.levels - 1
     rows = torch.arange(-2 * int(top), 2 * int(top) + 1).float().unsqueeze(0) / 2
     require_equal_encoding(rows if symmetric else rows.abs(), grid, bits)
 

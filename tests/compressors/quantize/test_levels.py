@@ -1,9 +1,9 @@
 """Evenly spaced levels: rounding error, scales and offsets, and errors for large weights.
 
 A grid describes evenly spaced levels. A range is a group of weights that share a scale, the
-distance of two levels. A level is a multiple of the scale: from ``-half`` to ``half`` in a
-symmetric grid, otherwise from 0 to ``levels - 1``, added to an offset. ``SLACK`` is the relative
-error of float32 rounding.
+distance of two levels. A level is a multiple of the scale: from ``-max_multiple`` to
+``max_multiple`` in a symmetric grid, otherwise from 0 to ``levels - 1``, added to an offset.
+``SLACK`` is the relative error of float32 rounding.
 """
 
 import pytest
@@ -67,7 +67,7 @@ def test_the_scale_is_no_larger_than_the_range_needs(grid, table, rows_per_scale
         for extreme in (torch.min, torch.max)
     )
     if offset is None:
-        needed = torch.maximum(-low, high) / grid.half
+        needed = torch.maximum(-low, high) / grid.max_multiple
     else:
         # Rounding an offset down changes it by at most 2^-10 of it, which widens the range.
         needed = (high - low + low.abs() * 2.0**-10 + 2.0**-24) / (grid.levels - 1)
@@ -81,7 +81,7 @@ def test_the_scale_is_no_larger_than_the_range_needs(grid, table, rows_per_scale
 def test_codes_are_integers_within_the_grid(grid, table, rows_per_scale, clipping):
     changed = changed_grid(grid, rows_per_scale=rows_per_scale, clipping=clipping)
     multiples = nearest_multiples(table, fit(table, changed), changed)
-    codes = multiples + (grid.half if grid.symmetric else 0)
+    codes = multiples + (grid.max_multiple if grid.symmetric else 0)
     assert torch.equal(codes, codes.round())
     assert torch.all((codes >= 0) & (codes <= grid.levels - 1))
 
@@ -144,7 +144,7 @@ def test_weights_too_small_for_float16_decode_to_at_most_its_smallest_number(gri
 
 @each_symmetric
 def test_a_scale_above_float16_raises_and_can_be_stored_as_float32(grid):
-    table = torch.full((2, 3), MAX_FLOAT16 * grid.half * 1.01)
+    table = torch.full((2, 3), MAX_FLOAT16 * grid.max_multiple * 1.01)
     with raises_code(ValueNotStorable, "scale_beyond_float16", quantity="scale"):
         fit(table, grid)
     require_errors_within_half_a_level(table, changed_grid(grid, scale="float32"))
@@ -172,7 +172,7 @@ def test_a_range_beyond_float32_raises_value_not_storable(grid, clipping):
 
 @each_symmetric
 def test_both_ends_of_a_row_are_exact_if_float16_represents_the_scale(grid):
-    table = torch.tensor([[-1.0, 1.0, 1.0]]) * grid.half * 2.0**-6  # the scale is 2^-6
+    table = torch.tensor([[-1.0, 1.0, 1.0]]) * grid.max_multiple * 2.0**-6  # the scale is 2^-6
     assert torch.equal(round_trip(table, grid)[0], table)
 
 

@@ -267,7 +267,7 @@ def quantized(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Te
     nearest = round_to_multiples(weight, scale, block, level_grid)
     scale_of_weight = expand_scales(scale, weight.shape[1], block)
     gram = x.double().T @ x.double()
-    by_gptq = gptq(weight, nearest, gram, scale_of_weight, level_grid.half)
+    by_gptq = gptq(weight, nearest, gram, scale_of_weight, level_grid.max_multiple)
     return by_gptq, nearest, scale_of_weight, gram
 
 
