@@ -39,13 +39,13 @@ QUANTIZE_SCRIPT = """
 import json, sys, time
 from pathlib import Path
 import torch
-from tasks.bundles.table_files import quantize, step_named
+from tasks.bundles.table_files import quantize, build_table_step
 
 def memory_bytes(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
-step = step_named(sys.argv[3], json.loads(sys.argv[4]))
+step = build_table_step(sys.argv[3], json.loads(sys.argv[4]))
 step.encode(torch.ones(8, 8), {})  # compile the kernels before the measurement
 Path("/proc/self/clear_refs").write_text("5")  # reset the peak (VmHWM)
 before = memory_bytes("VmRSS")

@@ -116,12 +116,12 @@ def _absolute_range(metric: Metric) -> Schema:
 def _relative_range(metric: Metric) -> Schema:
     """Return the range of a bound relative to the baseline or the champion.
 
-    ``metric.largest`` is the largest loss or ratio that a limit may allow.
+    ``metric.loosest_bound`` is the largest loss or ratio that a limit may allow.
     """
     if metric.compared == "ratio":
-        return {"exclusiveMinimum": 0, "maximum": metric.largest}
+        return {"exclusiveMinimum": 0, "maximum": metric.loosest_bound}
     # The bound is on the change of the metric: from the largest loss to the largest gain.
-    low, high = -metric.largest, LARGEST_GAIN
+    low, high = -metric.loosest_bound, LARGEST_GAIN
     if not metric.higher_is_better:
         low, high = -high, -low
     return {"exclusiveMinimum": low, "exclusiveMaximum": high}

@@ -247,7 +247,7 @@ def _apply_step(
         compress_step,
         source=source,
         step=step,
-        splits=_splits(run, step),
+        splits=_splits_of_step(run, step),
         original=run.model.artifact,
         teachers=tuple(teacher.artifact for teacher in run.teachers),
         seed=run.order.seed,
@@ -260,7 +260,7 @@ def _apply_step(
     )
 
 
-def _splits(run: Run, step: AnyStep) -> dict[Part, Artifact]:
+def _splits_of_step(run: Run, step: AnyStep) -> dict[Part, Artifact]:
     """Return the splits that a step may read; others must not become part of its cache key."""
     splits: dict[Part, Artifact] = {}
     for part in parts_of_step(step, run.model):
@@ -301,7 +301,7 @@ def _teacher_scores(run: Run, teacher: Teacher, rows: PreparedRows, split: Split
 
 def _teacher_inputs(run: Run, teacher: Teacher, rows: PreparedRows, split: SplitName) -> Artifact:
     """Return the rows of a split as inputs of a teacher: the student's, if they are the same."""
-    if not teacher.needs_own_rows:
+    if not teacher.needs_separate_inputs:
         return rows.artifact
     return run.call_for(
         teacher,
@@ -324,5 +324,5 @@ def check_teachers(run: Run) -> None:
         for teacher in run.teachers:
             if teacher.columns:
                 _teacher_scores(run, teacher, run.prepare_split(split), split)
-            elif teacher.needs_own_rows:
+            elif teacher.needs_separate_inputs:
                 _teacher_inputs(run, teacher, run.prepare_split(split), split)

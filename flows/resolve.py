@@ -207,7 +207,7 @@ def _find_registered_result(digest_of_order: str) -> Finished | None:
     if result is None:
         return None
     uri = load_settings().registry_uri
-    registered = registry().find_order(result.report.order, result.report.name)
+    registered = registry().find_by_order_without_mlflow(result.report.order, result.report.name)
     if registered is None or registered.tags.get("recpress.release") != result.release.sha256:
         return None  # the flow publishes it again
     return result.model_copy(update={"version": registered.version, "registry": public_uri(uri)})

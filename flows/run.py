@@ -28,7 +28,7 @@ class Run:
     Attributes:
         order: the order.
         model: the order's bundle.
-        teachers: models whose predictions steps learn from, in addition to those of the model.
+        teachers: models whose predictions steps learn from, in addition to the uncompressed model.
         champions: graph or engine of the current champion, by target; empty if no limit compares
             with the champion.
         progress: receives the name of each stage.

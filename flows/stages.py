@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from compressors.contracts import TARGETS, Artifact, Verdict
-from compressors.contracts.output_metrics import metrics_to_measure
+from compressors.contracts.output_metrics import metrics_measured_for_limits
 from compressors.errors.compression import CompressionError
 from compressors.errors.orders import OrderRefused
 from flows.recipe import Compressed, apply_recipe, check_teachers, measure_recipe_stages
@@ -190,7 +190,7 @@ def measure_result(
             test=data.test.artifact,
             test_rows=data.test.rows,
             ranking=data.ranking,
-            metrics=metrics_to_measure(run.model.outputs, run.limits),
+            metrics=metrics_measured_for_limits(run.model.outputs, run.limits),
             seed=run.order.seed,
         )
         for target, candidate in built.artifacts.items()

@@ -24,14 +24,14 @@ _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-class Available(NamedTuple):
+class AvailableMemory(NamedTuple):
     """Bytes that this process may still use, and the limit that determines them, as text."""
 
     bytes: int
     limit: str
 
 
-def estimate_available_memory() -> Available | None:
+def estimate_available_memory() -> AvailableMemory | None:
     """Estimate the memory that this process may still use; None if it is unknown.
 
     The estimate is the smallest of the values that the module docstring lists. It is negative if
@@ -42,9 +42,9 @@ def estimate_available_memory() -> Available | None:
     """
     setting = load_settings().memory_mb
     if setting is not None:
-        return Available(int(setting * MIB) - read_resident_bytes(), f"{SETTING}={setting:g}")
+        return AvailableMemory(int(setting * MIB) - read_resident_bytes(), f"{SETTING}={setting:g}")
     known = [
-        Available(free, limit)
+        AvailableMemory(free, limit)
         for limit, free in (
             ("the memory of this machine", _read_field(_PROC / "meminfo", "MemAvailable")),
             (

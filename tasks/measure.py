@@ -21,8 +21,8 @@ from compressors.contracts import (
 from compressors.contracts import target as declared_target
 from compressors.contracts.metrics.serving import BYTES
 from compressors.contracts.output_metrics import (
+    default_batch_sizes_of_outputs,
     quality_metrics_of_outputs,
-    usual_batches_of_outputs,
 )
 from compressors.contracts.targets import Target
 from compressors.contracts.targets.runtime import Runtime, Session
@@ -44,8 +44,8 @@ from infra.timing import describe_machine
 from tasks.bundles.loading import SCORING_ROWS, split_of
 from tasks.evaluation.latency import measure_latency
 from tasks.evaluation.quality import (
-    ByQuery,
     Quality,
+    QueryQuality,
     Vectors,
     ranked_vectors,
     row_quality,
@@ -110,7 +110,9 @@ def measure(
         for name, folder in folders.items()
     }
     _require_same_inputs(sessions)
-    names = quality_metrics_of_outputs(outputs, grouped=signature.group is not None, named=metrics)
+    names = quality_metrics_of_outputs(
+        outputs, grouped=signature.group is not None, additional=metrics
+    )
     quality = _evaluate(signature, sessions, split_of(test, test_rows), ranking, names, seed)
 
     candidate_numbers: list[Number] = []
@@ -142,14 +144,14 @@ def measure(
     timed_sessions = {name: opened[request_graph.name] for name, opened in sessions.items()}
     limited_sizes = {size for name in metrics if (size := metric(name).batch) is not None}
     not_timed: dict[str, float] = {}
-    for size in sorted({*usual_batches_of_outputs(outputs), *limited_sizes}):
+    for size in sorted({*default_batch_sizes_of_outputs(outputs), *limited_sizes}):
         if size > test_rows:
             log.warning(
                 "Latency at batch %d is not measured: there are only %d test rows", size, test_rows
             )
             continue
         split = split_of(test, test_rows)
-        inputs = _arrays(next(batches(split, request_graph.signature, size)))
+        inputs = _to_arrays(next(batches(split, request_graph.signature, size)))
         timed = measure_latency(timed_sessions, inputs, size, metrics, seed)
         candidate_numbers += timed.candidate
         baseline_numbers += timed.baseline
@@ -228,7 +230,7 @@ def _evaluate(
             for name, opened in sessions.items()
         }
         values = {name: ranking_metrics(ranked, names) for name, ranked in vectors.items()}
-        return ByQuery(values, test.rows, seed, vectors)
+        return QueryQuality(values, test.rows, seed, vectors)
     rows = list(batches(test, signature, SCORING_ROWS))
     (graph,) = served_graphs(signature)
     scores = {
@@ -252,7 +254,7 @@ def _score_rows(name: str, session: Session, rows: list[Batch]) -> Array:
     Raises:
         MetricRefused: a score is not finite.
     """
-    parts = [session.scores(_arrays(batch)) for batch in rows]
+    parts = [session.scores(_to_arrays(batch)) for batch in rows]
     scores = np.concatenate(parts)
     is_finite = np.isfinite(scores).reshape(len(scores), -1).all(axis=1)
     not_finite = np.flatnonzero(~is_finite)
@@ -263,5 +265,5 @@ def _score_rows(name: str, session: Session, rows: list[Batch]) -> Array:
     return scores
 
 
-def _arrays(batch: Batch) -> dict[str, Array]:
+def _to_arrays(batch: Batch) -> dict[str, Array]:
     return {name: tensor.numpy() for name, tensor in batch.inputs.items()}

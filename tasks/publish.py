@@ -7,7 +7,7 @@ from prefect import task
 
 from compressors.contracts import Artifact, artifact_name, digest
 from infra.errors import ArtifactDamaged, ArtifactMissing
-from infra.registry.mlflow_registry import Registered
+from infra.registry.mlflow_registry import RegisteredVersion
 from infra.settings import load_settings, public_uri
 from infra.store.temporary import scratch_folder
 from tasks.orchestration.documents import (
@@ -65,7 +65,7 @@ def publish(report: Report) -> Finished:
     return result
 
 
-def restore(model: str | None) -> tuple[Registered, ...]:
+def restore(model: str | None) -> tuple[RegisteredVersion, ...]:
     """Rebuild a lost registry: register every finished order of the store that it lacks.
 
     Orders are registered by ascending former version number, so an empty registry assigns the
@@ -86,7 +86,7 @@ def restore(model: str | None) -> tuple[Registered, ...]:
     restored = tuple(
         _register_release(result.report, result.release)
         for result in results
-        if registry().by_order(result.report.order, result.report.name) is None
+        if registry().find_by_order(result.report.order, result.report.name) is None
     )
     names = tuple(dict.fromkeys(result.report.name for result in results))
     for name in names:
@@ -105,7 +105,7 @@ def is_registered(result: Finished) -> bool:
 
     False for a result from another registry, even if the version numbers are equal.
     """
-    registered = registry().by_order(result.report.order, result.report.name)
+    registered = registry().find_by_order(result.report.order, result.report.name)
     this_registry = public_uri(load_settings().registry_uri)
     return (
         registered is not None
@@ -127,7 +127,7 @@ def require_published(result: Finished) -> None:
         raise ArtifactMissing("order_no_longer_in_registry", order=result.report.order)
 
 
-def _register_release(report: Report, release: Artifact) -> Registered:
+def _register_release(report: Report, release: Artifact) -> RegisteredVersion:
     """Register a release with all its tags, or return the version that has its order."""
     return registry().publish(
         report.name,
@@ -167,7 +167,7 @@ def _version_tags(report: Report, release: Artifact) -> dict[str, str]:
 def _outputs_tag(report: Report) -> str:
     """Return the quality of each of several outputs as JSON: by metric, its value and its change.
 
-    The numbers are those of the first measured target; null if there is none.
+    The numbers were measured on the first measured target; null if there is none.
     """
     numbers = None if report.measurement is None else report.measurement.numbers
     outputs = {}

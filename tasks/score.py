@@ -79,8 +79,8 @@ def read_scores(
             probabilities, values outside [0, 1].
     """
     manifest = read(local(bundle))
-    reading = DenseInput(name="scores", columns=columns, shape=(len(columns),))
-    changes = {"inputs": (reading,), "group": None, "time": None, "towers": None, "item": None}
+    score_input = DenseInput(name="scores", columns=columns, shape=(len(columns),))
+    changes = {"inputs": (score_input,), "group": None, "time": None, "towers": None, "item": None}
     signature = manifest.signature.without_labels().model_copy(update=changes)
     with scratch_folder("scores") as scratch:
         prepare(data_path(manifest, split), signature, Path(scratch))
@@ -119,8 +119,10 @@ def average(
         An artifact as returned by ``score``.
     """
     predictions = [
-        convert_scores(load_file(local(item) / "data.safetensors")["score"], given, forms)
-        for item, given in zip(scores, forms_of_teachers, strict=True)
+        convert_scores(
+            load_file(local(item) / "data.safetensors")["score"], forms_of_teacher, forms
+        )
+        for item, forms_of_teacher in zip(scores, forms_of_teachers, strict=True)
     ]
     return _store_scores(mean_predictions(predictions, forms))
 

@@ -17,7 +17,7 @@ from infra.bundle.bundle_folder import read
 from infra.bundle.shards import stored_tensors
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import split_of
-from tasks.evaluation.quality import ByQuery, Quality, row_quality
+from tasks.evaluation.quality import Quality, QueryQuality, row_quality
 from tasks.orchestration.documents import STAGES, Scored, Stage, StageQuality, Stages
 from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
@@ -112,7 +112,7 @@ def compare_stages(
             str(index): {metric: values.numpy() for metric, values in tensors.items()}
             for index, tensors in enumerate(stored)
         }
-        return ByQuery(metrics_of_queries, test.rows, seed)
+        return QueryQuality(metrics_of_queries, test.rows, seed)
     scores = {str(index): _read_scores(signature, stage) for index, stage in enumerate(scored)}
     return row_quality(signature, test, scores, seed)
 

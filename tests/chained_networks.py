@@ -6,7 +6,7 @@ a network, see ``models.py``). ``LOUD`` is the ``Block`` with outlier channels.
 
 import torch
 from models import ATTENTION, Reference
-from narrow_networks import SCHEMA
+from narrow_networks import SIGNATURE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -107,7 +107,7 @@ class Chain(nn.Module):
         return score
 
 
-NORM_FIRST = Reference(NormFirst, SCHEMA)
+NORM_FIRST = Reference(NormFirst, SIGNATURE)
 BLOCK = Reference(Block, ATTENTION.signature)
 LOUD = Reference(Block, ATTENTION.signature, {"loud": 40.0})
-CHAIN = Reference(Chain, SCHEMA)
+CHAIN = Reference(Chain, SIGNATURE)

@@ -1,8 +1,8 @@
-"""Write small drafts of bundles, and run recpress on them in a child process.
+"""Write small drafts, and run recpress on them in a child process.
 
-The weights are random, and labels are drawn with the network's probabilities (the network is
-"planted" in the data). Therefore no other network fits the data better, and compression can only
-lower the quality.
+A draft is the folder of a bundle before it is packed. The weights are random, and labels are drawn
+with the network's probabilities (the network is "planted" in the data). Therefore no other network
+fits the data better, and compression can only lower the quality.
 """
 
 import json

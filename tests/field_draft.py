@@ -1,4 +1,7 @@
-"""Write a small draft of ``FieldsNet``: a matrix, bounded integers and fields of a joined table."""
+"""Write a small draft (a bundle before it is packed) of ``FieldsNet``.
+
+Its inputs are a matrix, bounded integers and fields of a joined table.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,8 @@
 """Grids (evenly spaced levels) for tests of uniform quantization formats.
 
-``each_grid`` and similar names parametrize a test. ``scale_types``, ``sharing`` and ``rules`` are
-Hypothesis strategies for the settings ``scale``, ``rows_per_scale`` and ``clipping``.
+``each_grid`` and similar names parametrize a test. ``scale_types``, ``rows_per_scale_values`` and
+``clipping_rules`` are Hypothesis strategies for the settings ``scale``, ``rows_per_scale`` and
+``clipping``.
 """
 
 from typing import Any
@@ -12,7 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressors.quantize.kernels.clipping import fit
-from compressors.quantize.kernels.levels import FittedRange, Grid, decode_multiples, nearest
+from compressors.quantize.kernels.levels import (
+    FittedRange,
+    Grid,
+    decode_multiples,
+    nearest_multiples,
+)
 
 # A bound for relative rounding errors in float32, each at most 2^-24: of a quotient, its rounding
 # and a product, with an offset also of a difference and a sum. These are five; 8 leaves a margin.
@@ -28,8 +34,8 @@ each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 each_symmetric = pytest.mark.parametrize("grid", SYMMETRIC, ids=lambda grid: str(grid.levels))
 each_asymmetric = pytest.mark.parametrize("grid", ASYMMETRIC, ids=lambda grid: str(grid.levels))
 scale_types = st.sampled_from(["float16", "float32"])
-sharing = st.sampled_from([0, 1, 2, 4])  # rows that share a scale; 0: all rows of the table
-rules = st.sampled_from(["min_max", "greedy", "mse"])
+rows_per_scale_values = st.sampled_from([0, 1, 2, 4])  # 0: all rows of the table share a scale
+clipping_rules = st.sampled_from(["min_max", "greedy", "mse"])
 
 
 def changed_grid(grid: Grid, **changes: Any) -> Grid:
@@ -44,4 +50,6 @@ def round_trip(table: Tensor, grid: Grid) -> tuple[Tensor, FittedRange]:
     scale_indices = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
     scale, offset = (None if part is None else part[scale_indices] for part in fitted)
     assert scale is not None
-    return decode_multiples(nearest(table, fitted, grid), scale, offset), FittedRange(scale, offset)
+    return decode_multiples(nearest_multiples(table, fitted, grid), scale, offset), FittedRange(
+        scale, offset
+    )

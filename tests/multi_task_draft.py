@@ -1,4 +1,7 @@
-"""Write a small draft of ``MultiTaskNet``: three outputs, one of them with conditional labels."""
+"""Write a small draft (a bundle before it is packed) of ``MultiTaskNet``.
+
+It has three outputs, one of them with conditional labels.
+"""
 
 from pathlib import Path
 from typing import Any

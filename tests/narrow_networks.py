@@ -1,8 +1,8 @@
 """Networks for tests of channel pruning: layers that can be narrower, and layers that cannot.
 
 A width can be pruned if it is a constructor argument and no code depends on single channels.
-``SCHEMA`` (a logit), ``HISTORY`` (a padded bag instead of the user), ``RATE`` (a probability) and
-``RETRIEVAL`` (two towers) are the signatures of these networks.
+``SIGNATURE`` (a logit), ``HISTORY`` (a padded bag instead of the user), ``RATE`` (a probability)
+and ``RETRIEVAL`` (two towers) are the signatures of these networks.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from compressors.contracts import DenseInput, IdInput, Output, PaddedBag, Signature
 from tests.signatures import with_output
 
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(IdInput(name="user", table="user"), DenseInput(name="price", shape=(5,))),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 
 
-HISTORY = SCHEMA.model_copy(
+HISTORY = SIGNATURE.model_copy(
     update={
         "inputs": (
             PaddedBag(name="history", table="item", shape=(6,)),
@@ -30,7 +30,7 @@ HISTORY = SCHEMA.model_copy(
 )
 
 
-RATE = with_output(SCHEMA, form="probability")
+RATE = with_output(SIGNATURE, form="probability")
 
 
 RETRIEVAL = Signature.model_validate(

@@ -1,6 +1,7 @@
 """Write a draft of a click model whose labels are drawn with the network's probabilities.
 
-Therefore no other network fits the data better, and compression can only lower the quality.
+A draft is the folder of a bundle before it is packed. No other network fits the data better, and
+compression can only lower the quality.
 """
 
 import json

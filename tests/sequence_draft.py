@@ -1,4 +1,7 @@
-"""Write a small draft of ``SequenceNet``, whose sequences have any length from 1 to 12."""
+"""Write a small draft (a bundle before it is packed) of ``SequenceNet``.
+
+Its inputs are sequences of any length from 1 to 12.
+"""
 
 from pathlib import Path
 from typing import Any, Literal

@@ -241,7 +241,7 @@ def test_every_code_of_a_value_error_is_created_somewhere():
     assert {call.args[0].value for _, call in VALUE_ERROR_CALLS} == set(SENTENCES)
 
 
-def test_codes_of_value_errors_differ_from_each_other_and_from_those_of_pydantic():
+def test_codes_of_value_errors_differ_from_each_other_and_from_codes_of_pydantic():
     assert len(SENTENCES) == sum(map(len, SUBJECTS.values()))
     assert SENTENCES.keys().isdisjoint(get_args(ErrorType))
 

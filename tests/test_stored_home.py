@@ -45,8 +45,8 @@ from tests.stored_home.stored import (
     WITH_ORDERS,
     Fixture,
     copy_home,
-    enter,
     load_fixture,
+    use_home,
 )
 
 RENAMED = {"lost": "quality_loss", "weigh": "measure_stages"}
@@ -74,7 +74,7 @@ def current_tasks() -> dict[str, Task[..., Any]]:
 def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
     """A fixture that the test only reads."""
     result = load_fixture(name)
-    enter(monkeypatch, result.root)
+    use_home(monkeypatch, result.root)
     return result
 
 
@@ -82,7 +82,7 @@ def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
 def home(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of a fixture's home at another path, which the test may change."""
     root = copy_home(name, tmp_path / "moved")
-    enter(monkeypatch, root)
+    use_home(monkeypatch, root)
     return root
 
 

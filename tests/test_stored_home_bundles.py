@@ -35,9 +35,9 @@ from tests.stored_home.stored import (
     artifact,
     bundle_of,
     copy_home,
-    enter,
     load_fixture,
     require_equal,
+    use_home,
 )
 
 every_fixture = pytest.mark.parametrize("name", NAMES)
@@ -47,7 +47,7 @@ every_fixture = pytest.mark.parametrize("name", NAMES)
 def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
     """A fixture that the test only reads."""
     result = load_fixture(name)
-    enter(monkeypatch, result.root)
+    use_home(monkeypatch, result.root)
     return result
 
 
@@ -160,7 +160,7 @@ RECIPE_GRAPHS = [(name, recipe) for name in NAMES for recipe in EXPECTED[name]["
 def test_a_stored_bundle_is_lowered_to_a_graph_with_the_stored_scores(
     name: str, recipe: str, fixture: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    enter(monkeypatch, copy_home(name, tmp_path / "moved"))
+    use_home(monkeypatch, copy_home(name, tmp_path / "moved"))
     expected = fixture.expected["recipes"][recipe]
     bundle_ref = find_bundle(expected["model"])
     split = bundle_ref.calibration()

@@ -148,19 +148,21 @@ def limit_problems(limits: Sequence[Limit]) -> tuple[Reason, ...]:
     Returns:
         One reason per such limit, and per contradiction of two limits; empty if there is none.
     """
-    problems = [*_contradictions(limits)]
+    problems = [*_find_contradictions(limits)]
     for limit in limits:
-        why = _mistake(limit)
+        why = _find_mistake(limit)
         if why is None:
             continue
         plausible = (
-            str(intended) for intended in _likely_intents(limit) if _mistake(intended) is None
+            str(intended) for intended in _likely_intents(limit) if _find_mistake(intended) is None
         )
         intents, text = tuple(dict.fromkeys(plausible)), str(limit)
         problems.append(
             Reason("limit_with_intents", limit=text, why=why, intents=intents)
             if intents
-            else Reason("limit_with_example", limit=text, why=why, example=str(_example(limit)))
+            else Reason(
+                "limit_with_example", limit=text, why=why, example=str(_example_limit(limit))
+            )
         )
     return tuple(problems)
 
@@ -186,7 +188,7 @@ def limit_warnings(limits: Sequence[Limit]) -> tuple[Reason, ...]:
     )
 
 
-def _contradictions(limits: Sequence[Limit]) -> Iterator[Reason]:
+def _find_contradictions(limits: Sequence[Limit]) -> Iterator[Reason]:
     """Yield a reason for each pair of limits on the same metric that no value satisfies."""
     for index, first in enumerate(limits):
         for second in limits[index + 1 :]:
@@ -202,32 +204,32 @@ def _contradictions(limits: Sequence[Limit]) -> Iterator[Reason]:
                 yield Reason("limits_contradict", first=str(first), second=str(second))
 
 
-def _mistake(limit: Limit) -> Reason | None:
+def _find_mistake(limit: Limit) -> Reason | None:
     """Return why a limit is likely a mistake, or None.
 
     A limit on a difference of a quality metric may neither demand an improvement of
-    ``LARGEST_GAIN`` or more, nor allow a loss of ``largest`` or more.
+    ``LARGEST_GAIN`` or more, nor allow a loss of ``Metric.loosest_bound`` or more.
     """
     spec, bound, name = limit.declared, limit.bound, limit.metric
     if (limit.at_least is not None) != spec.higher_is_better:
         better = "higher" if spec.higher_is_better else "lower"
         return Reason("bounds_best", better=better, metric=name)
     if limit.against == "absolute":
-        return _absolute_mistake(limit)
+        return _find_absolute_mistake(limit)
     if spec.compared == "ratio":
         if bound <= 0:
             return Reason("ratio_not_positive")
-        if bound > spec.largest:
+        if bound > spec.loosest_bound:
             return Reason("ratio_too_large", ratio=bound, against=limit.against, metric=name)
         return None
     if _demanded_gain(limit) >= LARGEST_GAIN:
         return Reason("gain_too_large", metric=name, against=limit.against, gain=abs(bound))
-    if -_demanded_gain(limit) >= spec.largest:
+    if -_demanded_gain(limit) >= spec.loosest_bound:
         return Reason("loss_too_large", metric=name, loss=abs(bound))
     return None
 
 
-def _absolute_mistake(limit: Limit) -> Reason | None:
+def _find_absolute_mistake(limit: Limit) -> Reason | None:
     """Return why a limit with ``against`` ``absolute`` is likely a mistake, or None."""
     spec, bound, name = limit.declared, limit.bound, limit.metric
     # A score change can reach its best value (equal scores); for quality that is implausible.
@@ -266,7 +268,7 @@ def _likely_intents(limit: Limit) -> Iterator[Limit]:
     if (limit.at_least is not None) != spec.higher_is_better:  # bounds how good the result may be
         is_difference = limit.against != "absolute" and spec.compared == "difference"
         intended = _with_bound(limit, loss if is_difference else abs(bound), limit.against)
-        yield from [intended] if _mistake(intended) is None else _likely_intents(intended)
+        yield from [intended] if _find_mistake(intended) is None else _likely_intents(intended)
     elif spec.compared == "never":
         yield _with_bound(limit, bound / 100, "absolute")  # if the bound is in percent
     elif spec.compared == "difference" and limit.against == "absolute":
@@ -293,7 +295,7 @@ def _likely_intents(limit: Limit) -> Iterator[Limit]:
         yield _with_bound(limit, abs(bound), "absolute")  # bytes or ms instead of a ratio
 
 
-def _example(limit: Limit) -> Limit:
+def _example_limit(limit: Limit) -> Limit:
     """Return a typical limit on the same metric, for an example in a message."""
     spec = limit.declared
     if spec.compared == "never":

@@ -1,4 +1,4 @@
-"""Names of metrics and limits by output: of several outputs, each has its own AUC, for example.
+"""Names of metrics and limits for models with one output or several.
 
 ``outputs`` are the outputs of a signature, and ``grouped`` is whether it names a group column. A
 model with one output has the metric ``auc``, a model with several ``auc[click]`` and ``auc[like]``.
@@ -7,8 +7,8 @@ model with one output has the metric ``auc``, a model with several ``auc[click]`
 from collections.abc import Iterable, Iterator
 
 from compressors.contracts.limits import Limit
-from compressors.contracts.metrics import metric, quality_metrics, usual_batches
-from compressors.contracts.metrics.families import can_be_measured, usual_metrics_of_task
+from compressors.contracts.metrics import default_batch_sizes, metric, quality_metrics
+from compressors.contracts.metrics.families import can_be_measured, default_metrics_of_task
 from compressors.contracts.metrics.metric import Metric, metric_name_of_output
 from compressors.contracts.metrics.serving import MEDIAN
 from compressors.contracts.signature import Output
@@ -17,53 +17,56 @@ Outputs = tuple[Output, ...]
 
 
 def quality_metrics_of_outputs(
-    outputs: Outputs, *, grouped: bool, named: Iterable[str] = ()
+    outputs: Outputs, *, grouped: bool, additional: Iterable[str] = ()
 ) -> tuple[str, ...]:
     """Return the quality metrics measured for a model.
 
     Args:
         outputs: the model's outputs.
         grouped: whether the signature names a group column.
-        named: names of further metrics to measure, such as those in the limits that
-            ``limits_of_outputs`` returns; only quality metrics are used.
+        additional: names of metrics to measure in addition to the default metrics, such as those
+            in the limits that ``limits_of_outputs`` returns; only quality metrics are used.
     """
-    declared = [metric(name) for name in named]
+    additional_declared = [metric(name) for name in additional]
     names: list[str] = []
     for output in outputs:
-        of_output = [item for item in declared if item.output in (None, output.name)]
+        of_output = [item for item in additional_declared if item.output in (None, output.name)]
         measured = quality_metrics(
             output.kind,
             grouped=grouped,
-            named=(output.metric, *(_without_output(item) for item in of_output)),
+            additional=(output.metric, *(_without_output(item) for item in of_output)),
         )
-        names += [_qualified(name, output, outputs) for name in measured]
+        names += [_name_for_output(name, output, outputs) for name in measured]
     return tuple(names)
 
 
-def further_metrics(outputs: Outputs, names: Iterable[str]) -> tuple[str, ...]:
+def additional_metrics(outputs: Outputs, names: Iterable[str]) -> tuple[str, ...]:
     """Return the metrics among ``names`` that are not measured for every model of these tasks."""
-    usual = {
-        _qualified(item.name, output, outputs) if item.is_of_output else item.name
+    default_names = {
+        _name_for_output(item.name, output, outputs) if item.is_of_output else item.name
         for output in outputs
-        for item in usual_metrics_of_task(output.kind)
+        for item in default_metrics_of_task(output.kind)
     }
-    return tuple(sorted(set(names) - usual))
+    return tuple(sorted(set(names) - default_names))
 
 
-def metrics_to_measure(outputs: Outputs, limits: Iterable[Limit]) -> tuple[str, ...]:
-    """Return the metrics of limits that are measured only because a limit names them.
+def metrics_measured_for_limits(outputs: Outputs, limits: Iterable[Limit]) -> tuple[str, ...]:
+    """Return the metrics of limits that might not be measured if no limit named them.
 
-    They are those of ``further_metrics``, and slow quantiles of latency, which are not measured
-    for a slow model unless a limit names them (``tasks/evaluation/latency.py``).
+    These are the metrics of limits that are no default metrics (``additional_metrics``), and high
+    quantiles of latency, such as ``p99_ms@64``. A high quantile is a default metric, but needs many
+    requests, so for a slow model it is measured only if a limit names it
+    (``tasks/evaluation/latency.py``).
     """
-    named = [limit.declared for limit in limits]
-    slow = {item.name for item in named if item.quantile not in (None, MEDIAN)}
-    return tuple(sorted({*further_metrics(outputs, (item.name for item in named)), *slow}))
+    declared = [limit.declared for limit in limits]
+    quantiles = {item.name for item in declared if item.quantile not in (None, MEDIAN)}
+    additional = additional_metrics(outputs, (item.name for item in declared))
+    return tuple(sorted({*additional, *quantiles}))
 
 
-def usual_batches_of_outputs(outputs: Outputs) -> tuple[int, ...]:
+def default_batch_sizes_of_outputs(outputs: Outputs) -> tuple[int, ...]:
     """Return the batch sizes at which the latency of every model of these tasks is measured."""
-    return tuple(sorted({size for output in outputs for size in usual_batches(output.kind)}))
+    return tuple(sorted({size for output in outputs for size in default_batch_sizes(output.kind)}))
 
 
 def limits_of_outputs(
@@ -75,10 +78,10 @@ def limits_of_outputs(
     which the metric can be measured. For one output, ``auc[click]`` is ``auc``. A limit on a metric
     that cannot be measured, or on an unknown output, is unchanged.
     """
-    return tuple(item for limit in limits for item in _limits(limit, outputs, grouped))
+    return tuple(item for limit in limits for item in _resolve_limit(limit, outputs, grouped))
 
 
-def _limits(limit: Limit, outputs: Outputs, grouped: bool) -> Iterator[Limit]:
+def _resolve_limit(limit: Limit, outputs: Outputs, grouped: bool) -> Iterator[Limit]:
     declared = limit.declared
     if len(outputs) == 1:
         is_known = declared.output == outputs[0].name
@@ -103,6 +106,6 @@ def _without_output(item: Metric) -> str:
     return item.name.partition("[")[0]
 
 
-def _qualified(name: str, output: Output, outputs: Outputs) -> str:
+def _name_for_output(name: str, output: Output, outputs: Outputs) -> str:
     """Return a metric's name, with the output in brackets if the model has several outputs."""
     return name if len(outputs) == 1 else metric_name_of_output(name, output.name)

@@ -45,8 +45,9 @@ class TaskKind:
             catalogue.
         has_lists: whether the loss compares the rows of a group ("list"), so that a batch contains
             whole groups.
-        usual: metrics with a number in their names, such as ``ndcg@10``, that every order measures.
-            Metrics without a number are measured for every model that has the data for them.
+        default_metrics: metrics with a number in their names, such as ``ndcg@10``, that every order
+            measures. Metrics without a number are measured for every model that has the data for
+            them.
         functions: the class with losses and score checks, or its ``module:class``, which is
             imported at first use. Its protocol is in ``compressors/task_kinds/protocol.py``. None
             if models of this kind cannot be trained and their scores are not checked.
@@ -57,7 +58,7 @@ class TaskKind:
     labels: Labels
     needs_label: bool
     evaluation: Evaluation
-    usual: tuple[str, ...]
+    default_metrics: tuple[str, ...]
     functions: str | type | None
     has_lists: bool = False
 
@@ -103,7 +104,7 @@ for _kind in (
         labels="clicks",
         needs_label=True,
         evaluation="rows",
-        usual=(),
+        default_metrics=(),
         functions="compressors.task_kinds.ctr:Ctr",
     ),
     TaskKind(
@@ -113,7 +114,7 @@ for _kind in (
         needs_label=True,
         evaluation="rows",
         has_lists=True,
-        usual=("ndcg@10",),
+        default_metrics=("ndcg@10",),
         functions="compressors.task_kinds.ranking:Ranking",
     ),
     TaskKind(
@@ -122,7 +123,7 @@ for _kind in (
         labels="grades",
         needs_label=False,
         evaluation="queries",
-        usual=("recall@20", "ndcg@20"),
+        default_metrics=("recall@20", "ndcg@20"),
         functions="compressors.task_kinds.retrieval:Retrieval",
     ),
 ):

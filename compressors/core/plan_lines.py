@@ -61,8 +61,8 @@ def build_plan(
                 bytes_before=earlier.bytes_before if earlier else unit.bytes,
                 bytes_after=new.bytes if new else 0,
                 steps=(*steps, kind) if decision.selected else steps,
-                reasons=_reasons(earlier, decision),
-                warnings=_warnings(earlier, new, unit.name, warnings or {}),
+                reasons=_combine_reasons(earlier, decision),
+                warnings=_current_warnings(earlier, new, unit.name, warnings or {}),
             )
         )
         # The parts of a composed table. Its bytes before composition remain on its line.
@@ -74,7 +74,7 @@ def build_plan(
                 bytes_before=0,
                 bytes_after=part.bytes,
                 reasons=(Reason("part_of", unit=unit.name),),
-                warnings=_warnings(None, part, part.name, warnings or {}),
+                warnings=_current_warnings(None, part, part.name, warnings or {}),
             )
             for part in after
             if part.name not in names_before and innermost(part.name, names_before) == unit.name
@@ -169,7 +169,7 @@ def _without_repetition(lists: Iterable[tuple[Reason, ...]]) -> tuple[Reason, ..
     return tuple(dict.fromkeys(reason for reasons in lists for reason in reasons))
 
 
-def _warnings(
+def _current_warnings(
     earlier: PlanLine | None, new: Unit | None, name: str, warnings: Mapping[str, Reason]
 ) -> tuple[Reason, ...]:
     """Return a unit's new warning, or the earlier ones if its format has not changed.
@@ -197,7 +197,7 @@ def _other_reasons(folded: Collection[str]) -> tuple[Reason, ...]:
     return coverage, Reason("folded_norms", count=len(norms), norms=norms)
 
 
-def _reasons(earlier: PlanLine | None, decision: Decision) -> tuple[Reason, ...]:
+def _combine_reasons(earlier: PlanLine | None, decision: Decision) -> tuple[Reason, ...]:
     """Return the reasons of every step that changed a unit; if none did, why each one did not."""
     if earlier is None:
         return decision.reasons

@@ -61,7 +61,7 @@ def generate_data(
 ) -> dict[str, Tensor]:
     """Generate random rows in the layout of prepared data (``core/batches.py``).
 
-    Arguments are those of ``generate_inputs``; ``lengths`` says whether lists have random, the
+    Arguments as in ``generate_inputs``; ``lengths`` says whether lists have random, the
     shortest or the longest lengths.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -169,7 +169,7 @@ def run(
     before, after = Unit.of(source.module), Unit.of(module)
     decisions = resolve_decisions(step.kind, step.effect, plan.decisions, outcomes, before, after)
     inputs = generate_inputs(bench.signature, rows_of_tables(module, bench.signature), CHECK_ROWS)
-    expected = _scores(step, source, module, inputs, bench.signature)
+    expected = _compute_scores(step, source, module, inputs, bench.signature)
     if not bool(torch.isfinite(expected).all()):
         _require_finite_source(step, source, inputs, bench.signature)
         raise ContractBroken("scores_not_finite", step=step.kind)
@@ -231,7 +231,7 @@ def _require_parts(step: Method, bench: Bench) -> None:
         )
 
 
-def _scores(
+def _compute_scores(
     step: Method,
     source: Model,
     module: nn.Module,
@@ -280,7 +280,7 @@ def _require_finite_source(
     Raises:
         ModelRefused: some rows have a NaN or infinite score, or the source network fails.
     """
-    scores = _scores(step, source, source.private().module, inputs, signature)
+    scores = _compute_scores(step, source, source.private().module, inputs, signature)
     nonfinite_rows = int((~torch.isfinite(scores)).reshape(len(scores), -1).any(dim=1).sum())
     if nonfinite_rows:
         raise ModelRefused(

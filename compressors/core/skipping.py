@@ -8,8 +8,8 @@ the recipe names the unit exactly (without a wildcard), the reason is raised as 
 Such units are detected in two ways. Before the step runs, each unit that it would replace is
 replaced by a module that exposes no weight, and the network runs on generated inputs
 (``find_unreplaceable_units``). If the step still fails, a bisection finds the units that cause it:
-the step runs on each half of its units, down to single units (``_bisect``). Steps that train are
-not bisected, because each attempt would train again.
+the step runs on each half of its units, down to single units (``_find_failing_half``). Steps that
+train are not bisected, because each attempt would train again.
 """
 
 import tempfile
@@ -129,7 +129,7 @@ def find_unreplaceable_units(
         bench.signature, rows_of_tables(source.module, bench.signature), PROBE_ROWS
     )
     try:
-        expected = _scores(source.module, inputs, bench.signature)
+        expected = _compute_scores(source.module, inputs, bench.signature)
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
@@ -171,7 +171,7 @@ def _why_not_replaceable(
         if unit.name in names:
             swap(module, unit.name, _WithoutWeights(unit))
     try:
-        scores = _scores(module, inputs, signature)
+        scores = _compute_scores(module, inputs, signature)
     except Exception as fault:  # the network's code may raise any exception
         if is_out_of_memory(fault):
             raise
@@ -184,7 +184,9 @@ def _why_not_replaceable(
 
 
 @torch.no_grad()
-def _scores(module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature) -> Tensor:
+def _compute_scores(
+    module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature
+) -> Tensor:
     """Return the scores of a network with NaN replaced by 0, so that equal scores compare equal."""
     copies = {name: tensor.clone() for name, tensor in inputs.items()}
     scores = network_scores(module, copies, signature)
@@ -204,10 +206,10 @@ def _failing_units(
     with suppress(CompressionError):  # if planning fails, any unit may be the cause
         planned = plan_step(method, source.private(), bench, skipped)
         names = [name for name in names if planned.plan.selects(name)]
-    return _bisect(method, source, bench, skipped, names)
+    return _find_failing_half(method, source, bench, skipped, names)
 
 
-def _bisect(
+def _find_failing_half(
     method: Method, source: Model, bench: Bench, skipped: Mapping[str, Reason], names: list[str]
 ) -> dict[str, Reason]:
     """Run the step on these units only; if it fails, on each half, down to single units."""
@@ -227,8 +229,8 @@ def _bisect(
             return {}
     middle = len(names) // 2
     return {
-        **_bisect(method, source, bench, skipped, names[:middle]),
-        **_bisect(method, source, bench, skipped, names[middle:]),
+        **_find_failing_half(method, source, bench, skipped, names[:middle]),
+        **_find_failing_half(method, source, bench, skipped, names[middle:]),
     }
 
 

@@ -139,8 +139,8 @@ def record_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[s
             handle.remove()
 
 
-def require_layers(module: nn.Module, names: tuple[str, ...], where: str = "network") -> None:
-    """Raise if the network lacks a layer; ``where`` is the network's name in the error.
+def require_layers(module: nn.Module, names: tuple[str, ...], network: str = "network") -> None:
+    """Raise if the network lacks a layer; ``network`` is the network's name in the error.
 
     Raises:
         DistillationRefused: a layer is missing; the error also names the existing layers.
@@ -149,7 +149,7 @@ def require_layers(module: nn.Module, names: tuple[str, ...], where: str = "netw
     for name in names:
         if name not in known:
             raise DistillationRefused(
-                "layer_missing", layer=name, network=where, layers=tuple(known)
+                "layer_missing", layer=name, network=network, layers=tuple(known)
             )
 
 

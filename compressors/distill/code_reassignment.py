@@ -24,7 +24,7 @@ from compressors.quantize.kernels.levels import (
     Grid,
     decode_multiples,
     expand_to_rows,
-    nearest,
+    nearest_multiples,
 )
 from compressors.quantize.kernels.lloyd import nearest_with_weights
 from compressors.quantize.tables import kmeans, product_codes, residual_codes, scales
@@ -46,8 +46,8 @@ FormatWithCodes = RowwiseFormat | CodebookFormat
 """Formats whose codes can be selected again."""
 
 
-class Proposal(NamedTuple):
-    """Proposed codes of a table and the estimated gain of each row.
+class ProposedCodes(NamedTuple):
+    """New codes of a table and the estimated gain of each row.
 
     Attributes:
         codes: uint8 or int8 ``(rows, codes)``, not packed.
@@ -58,7 +58,7 @@ class Proposal(NamedTuple):
     gain: Tensor
 
 
-def propose(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposal:
+def propose(table: PackedTable, gradient: Tensor, curvature: Tensor) -> ProposedCodes:
     """Propose, for every row, the codes that minimize the approximated loss.
 
     Args:
@@ -84,10 +84,10 @@ def propose(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposal
     decrease = (current_rows - optimal_rows).square() - (new_values - optimal_rows).square()
     gain = (column_weights * decrease).sum(dim=1) / 2
     better = has_lookups & (gain > 0) & (new_codes != codes).any(dim=1)
-    return Proposal(new_codes, torch.where(better, gain, torch.zeros_like(gain)))
+    return ProposedCodes(new_codes, torch.where(better, gain, torch.zeros_like(gain)))
 
 
-def reassign_codes(table: PackedTable, proposal: Proposal, share: float) -> tuple[Tensor, int]:
+def reassign_codes(table: PackedTable, proposal: ProposedCodes, share: float) -> tuple[Tensor, int]:
     """Return a table's codes, with proposed codes for the rows with the largest gains.
 
     Args:
@@ -113,7 +113,7 @@ def read_codes(table: PackedTable) -> Tensor:
     if bits == 8:
         return codes.clone()
     if isinstance(storage, ProductCodesFormat | ResidualCodesFormat):
-        count = storage.shape(table.rows, table.dim, table.settings).books
+        count = storage.shape(table.rows, table.dim, table.settings).num_codebooks
     return unpack(codes, count, bits)
 
 
@@ -130,7 +130,7 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     grid = Grid(2**bits - has_zero_level, shared.symmetric, rows_per_scale=shared.rows_per_scale)
     stored = dict(table.named_buffers())
     fitted = FittedRange(stored["scale"], stored.get("offset"))
-    multiples = nearest(optimal_rows, fitted, grid)
+    multiples = nearest_multiples(optimal_rows, fitted, grid)
     offset = fitted.offset
     if offset is not None:
         offset = expand_to_rows(offset, table.rows, grid.rows_per_scale)
@@ -141,8 +141,8 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     # symmetric int8, whose codes are signed. Otherwise it avoids negative codes.
     constant = 0.0
     if shared.symmetric and bits < 8:
-        # ``grid.half`` is the highest multiple: 1.5 for int2, 7 for int4.
-        constant = grid.half if bits == 2 else grid.half + 1
+        # ``grid.max_multiple`` is the highest multiple: 1.5 for int2, 7 for int4.
+        constant = grid.max_multiple if bits == 2 else grid.max_multiple + 1
     return (multiples + constant).to(torch.uint8 if bits < 8 else stored["codes"].dtype), values
 
 

@@ -74,8 +74,10 @@ def loss_of_teacher(
     )
     losses = [
         declared.loss_weight
-        * _loss_of_output(name, declared, score, taught, batch, temperature=temperature, top=top)
-        for declared, score, taught in columns
+        * _loss_of_output(
+            name, declared, score, teacher_score, batch, temperature=temperature, top=top
+        )
+        for declared, score, teacher_score in columns
     ]
     return torch.stack(losses).sum()
 
@@ -142,8 +144,8 @@ def margin(score: Tensor, teacher: Tensor, list_index: Tensor, num_lists: int) -
 def listwise(score: Tensor, teacher: Tensor, list_index: Tensor, num_lists: int) -> Tensor:
     """Compute the cross entropy between two softmax distributions, a mean over lists: a scalar.
 
-    A row's *softmax share* is the softmax of its score over the rows of its list. The shares of the
-    teacher's scores are the targets of those of the student's.
+    A row's *softmax share* is the softmax of its score over the rows of its list. The teacher's
+    shares are the targets for the student's shares.
 
     Source: Cao et al. 2007 (ListNet, top-one probabilities), with the teacher's scores as targets.
     """
@@ -160,9 +162,9 @@ def rankdistil(
     list is the sum of two terms; the result is the mean over lists.
 
     - Top rows: the cross entropy of softmax shares, as in ``listwise``, over the top rows only.
-    - Other rows: with ``d``, a row's score minus that of the last top row, the mean over these rows
-      of ``max(0, d_student - d_teacher) ** 2``. The student need not match the teacher's order of
-      these rows.
+    - Other rows: with ``d``, a row's score minus the score of the last top row, the mean over these
+      rows of ``max(0, d_student - d_teacher) ** 2``. The student need not match the teacher's order
+      of these rows.
 
     Source: Reddi et al. 2021, RankDistil, AISTATS (match the order at the top, penalize large
     scores of rows that the teacher ranks low). Differs: the order is matched by ListNet, and
@@ -201,8 +203,8 @@ def calibrated_listwise(
 
     The loss is linear in ``q``. So if ``q`` varies for the same student inputs (several teachers
     differ, or a teacher uses more information than the student has), the mean loss has its minimum
-    where the student's shares are those of the mean of ``q``. The minima of ``pointwise`` and of
-    the loss on labels agree with this, so the losses do not conflict ("calibration-compatible").
+    where the student's shares are the shares of the mean of ``q``. The minima of ``pointwise`` and
+    of the loss on labels agree with this, so the losses do not conflict ("calibration-compatible").
     ``listwise`` is not linear in ``q``, so its minimum may be elsewhere.
 
     Source: Gui et al. 2023, https://arxiv.org/abs/2312.08727 (calibration-compatible listwise

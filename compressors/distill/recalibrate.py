@@ -80,7 +80,7 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
     label = np.where(label > 0.5, (clicks + 1) / (clicks + 2), 1 / (len(label) - clicks + 2))
     columns = np.stack([logit, np.ones_like(logit)], axis=1)[:, : 2 if offset else 1]
     coefficients = np.array([1.0, 0.0])[: columns.shape[1]]
-    best = _cost(columns @ coefficients, label)
+    best = _cross_entropy(columns @ coefficients, label)
     for _ in range(NEWTON_STEPS):
         probability = _sigmoid(columns @ coefficients)
         gradient = columns.T @ (probability - label) / len(label)
@@ -89,12 +89,12 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
         newton_step = np.linalg.solve(hessian + 1e-12 * np.eye(len(coefficients)), gradient)
         step_size = 1.0  # halved until the cost does not increase
         while (
-            _cost(columns @ (coefficients - step_size * newton_step), label) > best
+            _cross_entropy(columns @ (coefficients - step_size * newton_step), label) > best
             and step_size > 1e-6
         ):
             step_size /= 2
         candidate = coefficients - step_size * newton_step
-        cost = _cost(columns @ candidate, label)
+        cost = _cross_entropy(columns @ candidate, label)
         if cost >= best - 1e-15:
             break
         coefficients, best = candidate, cost
@@ -222,8 +222,8 @@ class Recalibrate(StepSettings):
         existing_map = recalibration_of(model.module)
         if existing_map is not None:  # a second map would be hard to interpret
             raise StepRefused("recalibrated_already", step=self.kind, method=existing_map.method)
-        taken = Decision("taken", (Reason("selected", step=self.kind),))
-        return StepPlan({OUTPUT: taken}, output.form)
+        selected = Decision("taken", (Reason("selected", step=self.kind),))
+        return StepPlan({OUTPUT: selected}, output.form)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[OutputForm]) -> AppliedStep:
         """Fit the map on the validation rows.
@@ -247,25 +247,27 @@ class Recalibrate(StepSettings):
         logit = logit_of(predictions, form).double().numpy()
         label = labels[has_label].numpy().astype(np.float64)
         before = logloss(label, _sigmoid(logit))
-        chosen: Method | None = None
+        selected_method: Method | None = None
         if self.method == "best":
             losses = {
                 method: cross_validated_loss(method, logit, label, self.knots) for method in METHODS
             }
             best = min(losses, key=lambda method: losses[method])
-            chosen = best if losses[best] < before else None
+            selected_method = best if losses[best] < before else None
         else:
-            chosen = self.method
-        if chosen is None:
+            selected_method = self.method
+        if selected_method is None:
             no_map = Reason("no_better_map", step=self.kind, loss=before)
             return AppliedStep(model, {OUTPUT: Decision("skipped", (no_map,))})
-        fitted = fit_map(chosen, form, logit, label, self.knots)
+        fitted = fit_map(selected_method, form, logit, label, self.knots)
         attach(model.module, fitted)
         model.module.eval()
         with torch.no_grad():
             recalibrated = fitted(predictions)
         after = logloss(label, _sigmoid(logit_of(recalibrated, form).double().numpy()))
-        mapped = Reason("output_mapped", method=chosen, before=before, after=after, rows=len(label))
+        mapped = Reason(
+            "output_mapped", method=selected_method, before=before, after=after, rows=len(label)
+        )
         return AppliedStep(model, {OUTPUT: Decision("taken", (mapped,))})
 
     def dry_run(self, model: Model, plan: StepPlan[OutputForm]) -> Model:
@@ -281,6 +283,6 @@ def _sigmoid(logit: Floats) -> Floats:
     return 0.5 * (1 + np.tanh(0.5 * logit))
 
 
-def _cost(logit: Floats, label: Floats) -> float:
+def _cross_entropy(logit: Floats, label: Floats) -> float:
     """Return the binary cross entropy, a mean over rows."""
     return float((np.logaddexp(0, logit) - label * logit).mean())

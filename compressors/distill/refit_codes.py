@@ -156,7 +156,7 @@ class RefitCodes(StepSettings):
             (unit.name, _table_with_codes(unit)) for unit in plan.units(model.module)
         )
         tables = {name: table for name, table in units_with_codes if table is not None}
-        stored_types = {name: _types(table) for name, table in tables.items()}
+        stored_types = {name: _learned_dtypes(table) for name, table in tables.items()}
         names = _learned_names(model, tables)
         if self.dense:
             names += trainable_tensors(model.module, tables=False)
@@ -166,7 +166,7 @@ class RefitCodes(StepSettings):
         )
         for number in range(self.rounds):
             for table in tables.values():
-                _cast(table, dict.fromkeys(_types(table), torch.float32))
+                _cast(table, dict.fromkeys(_learned_dtypes(table), torch.float32))
             round_bench = bench.model_copy(
                 update={"seed": bench.seed + number, **_checkpoint_folder(bench, number)}
             )
@@ -249,11 +249,11 @@ def _learned_names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, .
         f"{path}.{name}"
         for path, module in model.module.named_modules()
         if isinstance(module, PackedTable) and module in selected
-        for name in _types(module)
+        for name in _learned_dtypes(module)
     )
 
 
-def _types(table: PackedTable) -> dict[str, torch.dtype]:
+def _learned_dtypes(table: PackedTable) -> dict[str, torch.dtype]:
     """Return the dtypes of a table's learned tensors, by name."""
     buffers = dict(table.named_buffers())
     return {name: buffers[name].dtype for name in table.storage.learned if name in buffers}

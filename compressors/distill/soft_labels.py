@@ -70,7 +70,7 @@ def soft_label_loss(
         return _vector_loss(bench.signature, original, soft_share, temperature, name)
     teacher = torch.cat(
         [
-            _predictions(split, soft_split, kind)
+            _read_predictions(split, soft_split, kind)
             for split, soft_split, used_for in (
                 (bench.train, bench.soft_labels, ("train", "both")),
                 (bench.traffic, bench.traffic_soft_labels, ("traffic", "both")),
@@ -109,7 +109,7 @@ def _vector_loss(
 
     @functools.cache
     def teacher_on(device: torch.device) -> nn.Module:
-        # ``to`` replaces tensors in place, and those of the copy are shared with the original.
+        # ``to`` replaces tensors in place, and the copy shares its tensors with the original.
         return on_cpu if device.type == "cpu" else copy.deepcopy(on_cpu).to(device)
 
     def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
@@ -133,10 +133,10 @@ def soft_label_rows(bench: Bench, rows: TrainingRows, kind: str) -> Rows | Joine
     Raises:
         RowsMissing: the bench lacks them.
     """
-    labelled = _rows(bench, bench.train, kind) if rows in ("train", "both") else None
+    labelled = _require_rows(bench, bench.train, kind) if rows in ("train", "both") else None
     if rows == "train" and labelled is not None:
         return labelled
-    return JoinedRows(labelled, _rows(bench, bench.traffic, kind))
+    return JoinedRows(labelled, _require_rows(bench, bench.traffic, kind))
 
 
 def mean_predictions(scores: list[Tensor], forms: Sequence[OutputForm]) -> Tensor:
@@ -155,37 +155,37 @@ def mean_predictions(scores: list[Tensor], forms: Sequence[OutputForm]) -> Tenso
         return scores[0]
     by_output = zip(*map(score_columns, scores), strict=True)
     means = [
-        _mean(torch.stack(of_teachers).to(torch.float64), form)
+        _average_teachers(torch.stack(of_teachers).to(torch.float64), form)
         for of_teachers, form in zip(by_output, forms, strict=True)
     ]
     return join_columns(means).to(torch.float32)
 
 
 def convert_scores(
-    scores: Tensor, given: Sequence[OutputForm], wanted: Sequence[OutputForm]
+    scores: Tensor, forms: Sequence[OutputForm], target_forms: Sequence[OutputForm]
 ) -> Tensor:
     """Convert a teacher's scores to the forms of the student's outputs.
 
     Args:
         scores: float ``(rows,)`` or ``(rows, outputs)``.
-        given: the form of each output of the teacher.
-        wanted: the form of each output of the student: the same, or ``logit`` for ``probability``
-            or the reverse.
+        forms: the form of each output of the teacher.
+        target_forms: the form of each output of the student: the same, or ``logit`` for
+            ``probability`` or the reverse.
     """
-    if tuple(given) == tuple(wanted):
+    if tuple(forms) == tuple(target_forms):
         return scores
     columns = []
-    for column, form, needed in zip(score_columns(scores), given, wanted, strict=True):
-        if (form, needed) == ("probability", "logit"):
+    for column, form, target in zip(score_columns(scores), forms, target_forms, strict=True):
+        if (form, target) == ("probability", "logit"):
             columns.append(torch.logit(column.double(), eps=EDGE).to(torch.float32))
-        elif (form, needed) == ("logit", "probability"):
+        elif (form, target) == ("logit", "probability"):
             columns.append(torch.sigmoid(column))
         else:
             columns.append(column)
     return join_columns(columns)
 
 
-def _mean(scores: Tensor, form: OutputForm) -> Tensor:
+def _average_teachers(scores: Tensor, form: OutputForm) -> Tensor:
     """Average the scores ``(teachers, rows)`` of one output over the teachers."""
     if form != "probability":
         return scores.mean(dim=0)
@@ -193,13 +193,13 @@ def _mean(scores: Tensor, form: OutputForm) -> Tensor:
     return torch.sigmoid(torch.logit(scores, eps=EDGE).mean(dim=0))
 
 
-def _rows(bench: Bench, split: Split | None, kind: str) -> Rows:
+def _require_rows(bench: Bench, split: Split | None, kind: str) -> Rows:
     if split is None:
         raise RowsMissing("train_rows_missing", step=kind)
     return Rows(split, bench.signature)
 
 
-def _predictions(split: Split | None, soft: Split | None, kind: str) -> Tensor:
+def _read_predictions(split: Split | None, soft: Split | None, kind: str) -> Tensor:
     """Read the teacher's stored scores of a split, ``(rows,)`` or ``(rows, outputs)``."""
     if split is None or soft is None:
         raise RowsMissing("soft_labels_missing", step=kind)

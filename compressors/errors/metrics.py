@@ -2,10 +2,10 @@
 
 ``sentences`` map a code to its message, in the syntax of ``str.format``.
 
-``times`` is the name of measured durations, such as "candidate latency", and ``number`` that of a
-measured value. ``expected`` and ``got`` of ``graphs_differ`` are names of graphs. ``problem`` says
-why the metric that the bundle's signature names cannot be measured. A draft is a bundle's files
-before they are packed.
+``times`` is the name of measured durations, such as "candidate latency", and ``number`` the name of
+a measured value. ``expected`` and ``got`` of ``graphs_differ`` are names of graphs. ``problem``
+says why the metric that the bundle's signature names cannot be measured. A draft is a bundle's
+files before they are packed.
 """
 
 from typing import ClassVar

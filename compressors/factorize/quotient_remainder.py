@@ -64,9 +64,9 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
 
     If the shorter table is fixed, the normal equations of the longer one are diagonal. So only a
     system of the shorter table's size is solved, at most about ``sqrt(rows)`` rows (the Schur
-    complement). A row that is added to all rows of one table and subtracted from those of the other
-    does not change the sums. It is chosen so that the mean row of the shorter table is half of the
-    weighted mean row of ``table``.
+    complement). If a row is added to all rows of one table and subtracted from all rows of the
+    other, the sums do not change. It is chosen so that the mean row of the shorter table is half of
+    the weighted mean row of ``table``.
 
     Args:
         table: float, ``(rows, dim)``.
@@ -145,7 +145,7 @@ def fit_product(
 def _optimal_rows(weighted: Tensor, weight_matrix: Tensor, other: Tensor) -> tuple[Tensor, float]:
     """Return the optimal rows of one short table for given rows of the other.
 
-    In the shapes, ``n`` is the number of rows of the optimized table, ``k`` that of the other.
+    In the shapes, ``n`` is the number of rows of the optimized table, ``k`` of the other one.
 
     Args:
         weighted: weight times value of every row of the original table, ``(dim, n, k)``.

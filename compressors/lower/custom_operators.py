@@ -1,8 +1,8 @@
-"""The custom PyTorch ops of recpress; importing this file registers those of every format.
+"""The custom PyTorch ops of recpress; importing this file registers all of them.
 
 The import of a module that defines an op registers it, and the targets' translations refer to the
-ops of all formats. The registries import the modules of all methods, formats and compositions; the
-other ops are those of lowering itself.
+ops of all formats. The registries import the modules of all methods, formats and compositions. The
+ops of merged tables, which only lowered graphs contain, are imported here.
 """
 
 import torch

@@ -94,7 +94,7 @@ def lower(
     """
     wrapper, program = export_program(model, served_graph, target, most_rows)
     tables = _table_initializers(wrapper, program.model.graph)
-    _retype(program.model, wrapper, target)
+    _convert_initializers(program.model, wrapper, target)
     initializers = program.model.graph.initializers
     tables = tuple(
         table
@@ -396,16 +396,16 @@ def _depends_on_request(value: ir.Value) -> bool:
     Position embeddings, for example, are read at the same rows in every call. A runtime computes
     such a lookup once and drops the table, which is not an error.
     """
-    return any(not _is_constant(gather.inputs[1]) for gather in _gathers(value))
+    return any(not _is_constant(gather.inputs[1]) for gather in _find_gathers(value))
 
 
-def _gathers(value: ir.Value) -> Iterator[ir.Node]:
+def _find_gathers(value: ir.Value) -> Iterator[ir.Node]:
     """Yield the Gathers that read a value directly or after a DequantizeLinear."""
     for node in value.consumers():
         if node.op_type == "Gather":
             yield node
         elif node.op_type == "DequantizeLinear":
-            yield from _gathers(node.outputs[0])
+            yield from _find_gathers(node.outputs[0])
 
 
 def _is_constant(value: ir.Value | None) -> bool:
@@ -416,7 +416,7 @@ def _is_constant(value: ir.Value | None) -> bool:
     return node is not None and all(_is_constant(item) for item in node.inputs)
 
 
-def _retype(model: ir.Model, wrapper: ServingWrapper, target: str) -> None:
+def _convert_initializers(model: ir.Model, wrapper: ServingWrapper, target: str) -> None:
     """Convert tensors of packed tables and layers to types and shapes that a target accepts."""
     names, converted_names, lowering = _names_of_tensors(wrapper), set(), lowering_target(target)
     for module in wrapper.modules():

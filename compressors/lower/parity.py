@@ -1,13 +1,13 @@
 """Parity check: compare the scores of a lowered graph with those of the module.
 
 Both score the same rows. Differences are compared with limits that are relative to the spread
-(standard deviation) of the module's scores. Each target defines its limits, because the operators
-of its graph differ from those of the module in another way:
+(standard deviation) of the module's scores. Each target defines its limits, because graphs of
+different targets differ from the module in different ways:
 
 * A graph without int8 arithmetic differs only by float rounding.
 * With int8 activations, a value close to a rounding boundary may be rounded to either neighbour. A
   few scores then differ by the effect of one quantization step. In ONNX Runtime's graph the values
-  before that rounding equal those of the module, so 90 % of the scores must be equal up to float
+  before that rounding equal the module's values, so 90 % of the scores must be equal up to float
   rounding.
 * TensorRT's graph rounds looked-up table rows to float16, which moves many values across a rounding
   boundary by a small amount.

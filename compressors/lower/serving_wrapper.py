@@ -42,7 +42,8 @@ class ServedGraph:
         name: ``model``, ``query`` or ``item``.
         signature: the model's signature with the inputs of this graph only.
         module: attribute path of the submodule that the graph runs; empty for the whole model.
-        outputs: names of the outputs: ``score``, or those of several outputs; or ``vector``.
+        outputs: names of the graph's outputs: ``score`` if there is only one; else the names in the
+            signature; ``vector`` for a tower.
     """
 
     name: str
@@ -163,8 +164,8 @@ def wrap_for_serving(
     """Prepare a model for export, or for comparison with its graph.
 
     Args:
-        model: the model; it is not modified. The result shares its tensors, except those of tables
-            whose lookups are merged.
+        model: the model; it is not modified. The result shares its tensors, except tables whose
+            lookups are merged.
         served_graph: the graph to prepare.
         rows_of_table: number of rows by table name.
         merge_lookups: whether to merge lookups in tables of the same format.

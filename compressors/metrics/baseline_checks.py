@@ -29,7 +29,7 @@ SAMPLE_ROWS = 4096
 Array = NDArray[Any]
 
 
-def label_problems(
+def find_label_problems(
     signature: Signature, split: str, label: Array, group: Array | None
 ) -> Iterator[BaselineProblem]:
     """Yield the problems of the labels of one split, of which all rows are checked.
@@ -40,7 +40,7 @@ def label_problems(
         label: labels, float ``(rows,)`` or ``(rows, outputs)``; NaN where a row has none.
         group: group of each row, int ``(rows,)``, or None.
     """
-    for output, labels in zip(signature.outputs, _columns(label), strict=True):
+    for output, labels in zip(signature.outputs, _split_outputs(label), strict=True):
         if output.label is None:
             continue
         has_label = ~np.isnan(labels)
@@ -94,7 +94,7 @@ def _label_problems(
         )
         return
     quality = quality_metrics(
-        output.kind, grouped=signature.group is not None, named=(output.metric,)
+        output.kind, grouped=signature.group is not None, additional=(output.metric,)
     )
     grouped = [name for name in quality if metric(name).needs_group]
     needed = grouped if is_test else [name for name in grouped if name == output.metric]
@@ -109,7 +109,7 @@ def _label_problems(
         )
 
 
-def score_problems(
+def find_score_problems(
     module: nn.Module, signature: Signature, test: Split
 ) -> Iterator[BaselineProblem]:
     """Yield the problems of the scores of a sample of test rows.
@@ -157,10 +157,10 @@ def _score_problems(
     if functions is not None and has_label.any():
         groups = None if group is None else group[has_label]
         sample = ScoredSample(label[has_label], score[has_label], groups)
-        yield from functions(output).score_problems(sample)
+        yield from functions(output).find_score_problems(sample)
 
 
-def _columns(values: Array) -> list[Array]:
+def _split_outputs(values: Array) -> list[Array]:
     """Return the values of each output, ``(rows,)``."""
     return [values] if values.ndim == 1 else list(values.T)
 
@@ -173,7 +173,7 @@ def _has_mixed_group(label: Array, group: Array) -> bool:
 
 
 def _sample(rows: Rows, signature: Signature) -> torch.Tensor:
-    """Return evenly spaced row numbers of a split, or those of whole groups for ranking."""
+    """Return evenly spaced row numbers of a split; for ranking, all rows of some groups."""
     if len(rows) <= SAMPLE_ROWS:
         return torch.arange(len(rows))
     if not signature.has_lists or rows.group is None:

@@ -1,12 +1,12 @@
 """95 % intervals of metrics whose rows belong to groups (users, queries), by the jackknife.
 
 Rows of one user are not independent, so the precision of a metric depends on the number of users,
-not on that of rows. The metric is computed exactly for all rows without each group in turn, in one
-pass after one sort and without resampling. The interval is computed from these leave-one-out
+not on the number of rows. The metric is computed exactly for all rows without each group in turn,
+in one pass after one sort and without resampling. The interval is computed from these leave-one-out
 values:
 
 - center: the metric minus its jackknife bias. For example, the AUC of few users differs on average
-  from that of many, because more of its pairs of rows belong to the same user.
+  from the AUC of many, because more of its pairs of rows belong to the same user.
 - variance: the sum over groups of the squared change when the group is left out, times one minus
   the group's share of the rows.
 - quantile: Student's t with Satterthwaite degrees of freedom. A few large groups determine the
@@ -102,14 +102,14 @@ class GroupedPair(NamedTuple):
     Attributes:
         before: value of the baseline.
         after: value of the candidate.
-        largest: the largest possible value of the metric; the smallest is 0.
+        max_value: the largest possible value of the metric; the smallest is 0.
         groups: the number of groups that have a value.
         unresolved: why there is no interval, as text, or None if there is one.
     """
 
     before: GroupedValue
     after: GroupedValue
-    largest: float
+    max_value: float
     groups: int
     unresolved: str | None
 
@@ -154,9 +154,9 @@ def weighted_mean(values: Floats, weight: Floats) -> GroupedValue:
 def grouped_pair(
     before: GroupedValue,
     after: GroupedValue,
-    largest: float,
-    counted: int,
-    which: str,
+    max_value: float,
+    counted_groups: int,
+    group_description: str,
     groups: int | None = None,
 ) -> GroupedPair:
     """Pair the values of two models, with a reason if there are too few groups for an interval.
@@ -164,19 +164,20 @@ def grouped_pair(
     Args:
         before: value of the baseline.
         after: value of the candidate on the same rows.
-        largest: the metric's largest possible value.
-        counted: number of groups that determine the precision of the interval.
-        which: describes these groups in the reason, such as "with a positive row".
-        groups: number of all groups that have a value; None: the same as ``counted``.
+        max_value: the metric's largest possible value.
+        counted_groups: number of groups that determine the precision of the interval.
+        group_description: describes these groups in the reason, such as "with a positive row".
+        groups: number of all groups that have a value; None: ``counted_groups``.
     """
     unresolved = None
-    if counted < MIN_GROUPS:
-        noun = "group" if counted == 1 else "groups"
+    if counted_groups < MIN_GROUPS:
+        noun = "group" if counted_groups == 1 else "groups"
+        described = f"{noun} {group_description}" if group_description else noun
         unresolved = (
-            f"{counted} {noun}{f' {which}' if which else ''} in the data; an interval needs at "
-            f"least {MIN_GROUPS}"
+            f"{counted_groups} {described} in the data; an interval needs at least {MIN_GROUPS}"
         )
-    return GroupedPair(before, after, largest, counted if groups is None else groups, unresolved)
+    groups = counted_groups if groups is None else groups
+    return GroupedPair(before, after, max_value, groups, unresolved)
 
 
 def ratio(numerator: Floats, denominator: Floats | NDArray[np.intp]) -> Floats:

@@ -88,12 +88,13 @@ def ranking_queries(
     ids = np.asarray(catalogue)
     test_queries, test_items = test.positive()
     queries = np.unique(test_queries)
-    relevant = _pairs(test_queries, test_items, queries, ids)
+    relevant = _encode_pairs(test_queries, test_items, queries, ids)
     if relevant.size < np.unique(np.stack([test_queries, test_items]), axis=1).shape[1]:
         raise MetricRefused("items_not_in_catalogue")
     hidden = np.unique(
         np.concatenate(
-            [np.empty(0, np.int64)] + [_pairs(*part.positive(), queries, ids) for part in earlier]
+            [np.empty(0, np.int64)]
+            + [_encode_pairs(*part.positive(), queries, ids) for part in earlier]
         )
     )
     relevant = np.setdiff1d(relevant, hidden, assume_unique=True)
@@ -224,9 +225,10 @@ def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, F
 
 
 def _count_above_and_equal(scores: torch.Tensor, relevant: Ints, k: int) -> tuple[Ints, Ints]:
-    """Count, for each relevant item, the items above it and those of equal score.
+    """Count, for each relevant item, the items above it and the items of equal score.
 
-    The item itself is one of the latter. For an item after rank ``k``, the counts are ``k`` and 1.
+    The second number includes the item itself. For an item after rank ``k``, the counts are ``k``
+    and 1.
     """
     items = scores.shape[1]
     top = scores.topk(min(k, items), dim=1).values  # (queries, k), best first
@@ -244,7 +246,7 @@ def _count_above_and_equal(scores: torch.Tensor, relevant: Ints, k: int) -> tupl
     return above.numpy(), equal.numpy()
 
 
-def _pairs(
+def _encode_pairs(
     interaction_queries: Ints, interaction_items: Ints, queries: Ints, catalogue: Ints
 ) -> Ints:
     """Encode pairs of a query and an item as single numbers, unique and sorted.

@@ -5,11 +5,11 @@ variation that affects both models, such as easy and hard rows, cancels, and the
 difference is many times narrower than that of either model.
 
 A unit in this file is what varies independently: a row, a group or a query. (In plans, a unit is a
-table or dense layer.) Rows without a group are units. Their intervals are those of the percentile
-bootstrap, in which every replicate draws the same rows for both models. Source: Efron and
-Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13. Rows with a group (users, queries)
-are not independent: their intervals treat whole groups as the units (``cluster_intervals.py``).
-Intervals of latencies resample the rounds of the measurement.
+table or dense layer.) Rows without a group are units. Their intervals are computed by the
+percentile bootstrap, in which every replicate draws the same rows for both models. Source: Efron
+and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13. Rows with a group (users,
+queries) are not independent: their intervals treat whole groups as the units
+(``cluster_intervals.py``). Intervals of latencies resample the rounds of the measurement.
 """
 
 import math
@@ -132,7 +132,7 @@ def estimate_pair(
     if declared.needs_group:
         raise MetricRefused("metric_needs_groups", metric=metric_name)
     units, before, after = estimator.of_rows(rows)
-    return _paired(units, before, after, np.size(label), samples, seed)
+    return _bootstrap_pair(units, before, after, np.size(label), samples, seed)
 
 
 def paired_means(
@@ -158,12 +158,14 @@ def paired_means(
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise MetricRefused("values_not_finite")
     require_units("queries with a new item", before.size)
-    return _paired(before.size, mean_statistic(before), mean_statistic(after), rows, samples, seed)
+    return _bootstrap_pair(
+        before.size, mean_statistic(before), mean_statistic(after), rows, samples, seed
+    )
 
 
 def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
     """Build the estimates of rows with groups; intervals are clipped to the metric's range."""
-    largest = pair.largest
+    largest = pair.max_value
     change = pair.after.minus(pair.before)
     if pair.unresolved is None:
         ends = [interval(value) for value in (pair.before, pair.after, change)]
@@ -189,7 +191,7 @@ def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
     )
 
 
-def _paired(
+def _bootstrap_pair(
     units: int, before: Statistic, after: Statistic, rows: int, samples: int, seed: int
 ) -> PairedEstimate:
     """Build the estimates of two models by a bootstrap of ``units`` independent units.
@@ -227,7 +229,7 @@ def latency(ms: ArrayLike, quantile: float, samples: int = 1000, seed: int = 0) 
         MetricRefused: fewer rounds than ``rounds_needed(quantile)``, or a time that is not
             positive and finite.
     """
-    times = _times("latency", ms, quantile, samples)
+    times = _check_times("latency", ms, quantile, samples)
     values = _quantiles(times[None], quantile, samples, seed)
     return _estimate(float(np.quantile(times, quantile)), values[0], None)
 
@@ -257,8 +259,8 @@ def latency_ratio(
     Raises:
         MetricRefused: as ``latency``, for either model.
     """
-    before = _times("baseline latency", baseline_ms, quantile, samples)
-    after = _times("candidate latency", candidate_ms, quantile, samples)
+    before = _check_times("baseline latency", baseline_ms, quantile, samples)
+    after = _check_times("candidate latency", candidate_ms, quantile, samples)
     if before.size == after.size:
         values = _quantiles(np.stack([before, after]), quantile, samples, seed)
     else:
@@ -333,14 +335,14 @@ def _estimate(point: float, values: Floats, rows: int | None) -> Estimate:
     return Estimate(point=point, low=float(low), high=float(high), rows=rows)
 
 
-def require_units(what: str, count: int) -> None:
-    """Raise if there are fewer units than an interval needs; ``what`` names them.
+def require_units(units: str, count: int) -> None:
+    """Raise if there are fewer units than an interval needs; ``units`` names them.
 
     Raises:
         MetricRefused: ``count`` is below ``MIN_UNITS``.
     """
     if count < MIN_UNITS:
-        raise MetricRefused("units_few", least=MIN_UNITS, units=what, got=count)
+        raise MetricRefused("units_few", least=MIN_UNITS, units=units, got=count)
 
 
 def require_rows_of_both_classes(positive: Bools) -> None:
@@ -358,7 +360,7 @@ def _require_samples(samples: int) -> None:
         raise MetricRefused("bootstrap_samples_few", least=MIN_SAMPLES, got=samples)
 
 
-def _times(what: str, ms: ArrayLike, quantile: float, samples: int) -> Floats:
+def _check_times(name: str, ms: ArrayLike, quantile: float, samples: int) -> Floats:
     """Check durations and return them as float64 ``(rounds,)``."""
     _require_samples(samples)
     if not 0 < quantile < 1:
@@ -367,13 +369,13 @@ def _times(what: str, ms: ArrayLike, quantile: float, samples: int) -> Floats:
     if times.ndim != 1 or not (np.isfinite(times) & (times > 0)).all():
         raise MetricRefused(
             "durations_unusable",
-            times=what,
+            times=name,
             shape=times.shape,
             count=int((~(np.isfinite(times) & (times > 0))).sum()),
         )
     needed = rounds_needed(quantile)
     if times.size < needed:
         raise MetricRefused(
-            "rounds_few", times=what, quantile=quantile, least=needed, got=times.size
+            "rounds_few", times=name, quantile=quantile, least=needed, got=times.size
         )
     return times

@@ -83,8 +83,9 @@ def verdict(
         if causes:
             reasons = (*causes, *warning)
             return Verdict(target=target, outcome=outcome, judgements=judgements, reasons=reasons)
-    one = Reason("one_limit_holds")
-    all_hold = one if len(limits) == 1 else Reason("all_limits_hold", limits=len(limits))
+    all_hold = Reason("all_limits_hold", limits=len(limits))
+    if len(limits) == 1:
+        all_hold = Reason("one_limit_holds")
     reasons = (all_hold, *score_summary(measured), *warning)
     return Verdict(target=target, outcome="accepted", judgements=judgements, reasons=reasons)
 
@@ -159,9 +160,9 @@ def recompute_outcome(verdict: Verdict) -> Outcome:
 def _rows_to_decide(rows: int, reach: float, distance: float) -> int | None:
     """Return the number of rows with which the half-width ``reach`` shrinks to ``distance``.
 
-    ``distance`` is that of the point from the limit. The result is None if a million times the rows
-    or more would be needed: then it depends on the values of further rows, not on their number, on
-    which side of the limit the point is.
+    ``distance`` is the distance of the point from the limit. The result is None if a million times
+    the rows or more would be needed: then the values of the additional rows decide on which side of
+    the limit the point is, not their number.
     """
     if distance * MAX_SHRINKING <= reach:
         return None
@@ -248,17 +249,17 @@ def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int 
     if rows is None:
         return Reason("on_the_limit")
     if groups is None or estimate.groups is None:
-        return Reason("more_rows_decide", needed=_rounded(rows), rows=estimate.rows)
+        return Reason("more_rows_decide", needed=_round_up(rows), rows=estimate.rows)
     return Reason(
         "more_groups_decide",
-        needed=_rounded(rows),
-        needed_groups=_rounded(groups),
+        needed=_round_up(rows),
+        needed_groups=_round_up(groups),
         rows=estimate.rows,
         groups=estimate.groups,
     )
 
 
-def _rounded(count: int) -> int:
+def _round_up(count: int) -> int:
     """Round up to two significant digits, because the estimate is not more precise."""
     second_digit: int = 10 ** max(0, len(str(count)) - 2)
     return math.ceil(count / second_digit) * second_digit

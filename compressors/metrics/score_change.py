@@ -222,7 +222,7 @@ def _clip_to_range(
     """Build an estimate whose interval is clipped to the metric's range.
 
     The range is from ``smallest`` to ``largest``; if ``largest`` is 0, no score changed, and the
-    interval ends at the point. ``size`` is the number of rows, and that of groups or None.
+    interval ends at the point. ``size`` is the number of rows, and the number of groups or None.
     """
     rows, groups = size
     units = value.weight.size

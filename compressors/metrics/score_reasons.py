@@ -46,7 +46,7 @@ def _score_summary(measured: Measured, output: str | None) -> list[Reason]:
     unit = None if score_unit is None else SCORE_UNITS[score_unit]
     largest = largest_change.point
     changes = [
-        Reason("correlation", correlation=_floored(correlation.point)),
+        Reason("correlation", correlation=_round_down(correlation.point)),
         Reason("mean_change", change=mean.point),
         Reason("largest_change_in", change=largest, unit=unit)
         if unit
@@ -78,7 +78,7 @@ def _score_warning(measured: Measured, output: str | None) -> list[Reason]:
     unit = measured.unit_of(_name(score_changes.LARGEST, output))
     changes = []
     if correlation is not None and correlation.point < LEAST_CORRELATION:
-        low, least = _floored(correlation.point), LEAST_CORRELATION
+        low, least = _round_down(correlation.point), LEAST_CORRELATION
         changes.append(Reason("low_correlation", correlation=low, least=least))
     if (
         largest_change is not None
@@ -103,6 +103,6 @@ def _name(change: Metric, output: str | None) -> str:
     return change.name if output is None else metric_name_of_output(change.name, output)
 
 
-def _floored(correlation: float) -> float:
+def _round_down(correlation: float) -> float:
     """Round a correlation down to six digits, so that it is printed as 1 only if it is 1."""
     return math.floor(correlation * 1e6) / 1e6

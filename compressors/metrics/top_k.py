@@ -4,7 +4,7 @@ Items of one list with equal scores are a *tie block*. Their order is random, so
 mean over all orders within the blocks, as NDCG in ``point_estimates.py``. The means are exact. Most
 have a closed form; the rank of the first relevant item needs a loop over the positions of a block.
 
-``tie_blocks_of_rows`` builds the blocks of lists of rows. ``full_ranking.py`` builds those of
+``tie_blocks_of_rows`` builds the blocks of lists of rows. ``full_ranking.py`` builds the blocks of
 rankings of a catalogue.
 
 Source: the formulas for ties are those of McSherry and Najork 2008,

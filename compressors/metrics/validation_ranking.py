@@ -51,12 +51,12 @@ def ranking_quality(
     catalogue = np.unique(np.concatenate([ids for _, ids, _ in rows_of_item]))
     vectors: Float32s | None = None
     for rows, ids, first in rows_of_item:
-        of_rows = _vectors(module, signature, "item", rows, first)
+        of_rows = _compute_vectors(module, signature, "item", rows, first)
         if vectors is None:
             vectors = np.empty((catalogue.size, of_rows.shape[1]), np.float32)
         vectors[np.searchsorted(catalogue, ids)] = of_rows
     assert vectors is not None  # noqa: S101 - there is at least one part
-    group = _ids(validation, validation.group)
+    group = _require_ids(validation, validation.group)
     positive = np.unique(group[validation.label.numpy() > 0])
     if not positive.size:
         raise MetricRefused("new_items_missing")
@@ -64,7 +64,7 @@ def ranking_quality(
     queries = ranking_queries(
         interactions(validation, selected), map(interactions, known[:-1]), catalogue
     )
-    of_queries = _vectors(module, signature, "query", validation, selected[queries.row])
+    of_queries = _compute_vectors(module, signature, "query", validation, selected[queries.row])
     metric = signature.single_output.metric
     values = ranking_metrics(RankedVectors(of_queries, vectors, queries), [metric])
     return float(values[metric].mean())
@@ -78,7 +78,7 @@ def _evenly_spaced(queries: Ints) -> Ints:
 
 def _first_rows(rows: Rows) -> tuple[Ints, Ints]:
     """Return the ids of all items, and the first row of each."""
-    ids, first = np.unique(_ids(rows, rows.item), return_index=True)
+    ids, first = np.unique(_require_ids(rows, rows.item), return_index=True)
     return ids, first
 
 
@@ -88,12 +88,12 @@ def interactions(rows: Rows, selected: Ints | None = None) -> Interactions:
     Raises:
         MetricRefused: the rows have no groups, which are the queries.
     """
-    columns = (_ids(rows, rows.group), _ids(rows, rows.item), rows.label.numpy())
+    columns = (_require_ids(rows, rows.group), _require_ids(rows, rows.item), rows.label.numpy())
     group, item, label = (values if selected is None else values[selected] for values in columns)
     return Interactions(group, item, label)
 
 
-def _ids(rows: Rows, values: Tensor | None) -> Ints:
+def _require_ids(rows: Rows, values: Tensor | None) -> Ints:
     """Return the queries or items of all rows.
 
     Raises:
@@ -105,7 +105,7 @@ def _ids(rows: Rows, values: Tensor | None) -> Ints:
     return ids
 
 
-def _vectors(
+def _compute_vectors(
     module: nn.Module, signature: Signature, tower: str, rows: Rows, numbers: Ints
 ) -> Float32s:
     """Return the vectors of one tower for the rows with these numbers, float32 ``(rows, dim)``."""

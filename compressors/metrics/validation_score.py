@@ -58,9 +58,9 @@ def quality(
 
 def _quality_of_output(output: Output, score: Tensor, label: Tensor, group: Tensor | None) -> float:
     estimator: RowEstimator = metric(output.metric).estimator("rows")
-    used = ~label.isnan()
-    if not bool(used.all()):
-        score, label = score[used], label[used]
-        group = None if group is None else group[used]
+    has_label = ~label.isnan()
+    if not bool(has_label.all()):
+        score, label = score[has_label], label[has_label]
+        group = None if group is None else group[has_label]
     groups = None if group is None else group.numpy()
     return estimator.point(ScoredRows(label.numpy(), score.numpy(), groups))

@@ -34,7 +34,7 @@ RANK = {
 """Precision of each row-wise format for arbitrary rows; higher is more precise."""
 
 CODEBOOK_RANK = 2
-"""Precision of methods with codebooks, on the scale of ``RANK``: about that of 4 bits."""
+"""Precision of methods with codebooks, on the scale of ``RANK``: about as precise as 4 bits."""
 
 
 class Float16Rows(StepSettings):

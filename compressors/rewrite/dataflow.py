@@ -71,14 +71,14 @@ class Dataflow:
         consumers: by name of a layer or norm, all consumers of its output. Only layers and norms
             all of whose consumers are layers and norms whose weights may be changed are included.
         reasons: by name of each other layer or norm, the reason why it is not in ``consumers``.
-        fixed: by name of each layer or norm whose weights may not be changed, the reason.
-        dims: by name of each called layer or norm, the number of dimensions of its input.
+        fixed_reasons: by name of each layer or norm whose weights may not be changed, the reason.
+        input_dims: by name of each called layer or norm, the number of dimensions of its input.
     """
 
     consumers: Mapping[str, tuple[Consumer, ...]]
     reasons: Mapping[str, Reason]
-    fixed: Mapping[str, Reason]
-    dims: Mapping[str, int]
+    fixed_reasons: Mapping[str, Reason]
+    input_dims: Mapping[str, int]
 
     def only_producer(self, name: str) -> str | None:
         """Return the layer or norm whose output goes, unchanged, only to ``name``; else None."""
@@ -111,38 +111,39 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
             owners.setdefault(id(tensor), set()).add(name)
     consumers: dict[str, tuple[Consumer, ...]] = {}
     reasons: dict[str, Reason] = {}
-    fixed: dict[str, Reason] = {}
-    dims: dict[str, int] = {}
-    for graph, placeholders in _graphs(module, signature):
+    fixed_reasons: dict[str, Reason] = {}
+    input_dims: dict[str, int] = {}
+    for graph, placeholders in _export_graphs(module, signature):
         called = _called_modules(
             graph, {node: owners.get(key, set()) for node, key in placeholders.items()}
         )
-        fixed |= _used_elsewhere(placeholders, owners, called)
+        fixed_reasons |= _used_elsewhere(placeholders, owners, called)
         for node, name in called.items():
-            if name in dims:
-                fixed[name] = Reason("called_again")
+            if name in input_dims:
+                fixed_reasons[name] = Reason("called_again")
                 continue
-            dims[name] = _fake_output(node.args[0]).dim()
+            input_dims[name] = _fake_output(node.args[0]).dim()
             try:
                 consumers[name] = tuple(_find_consumers(node, called, ()))
             except OtherConsumer as fault:
                 reasons[name] = fault.reason
     for name, part in module.named_modules():
-        if isinstance(part, nn.Linear) and name not in dims:
-            fixed.setdefault(name, Reason("not_called"))
+        if isinstance(part, nn.Linear) and name not in input_dims:
+            fixed_reasons.setdefault(name, Reason("not_called"))
     for name, consumers_of_output in consumers.items():
         if fixed_consumer := next(
-            (consumer.name for consumer in consumers_of_output if consumer.name in fixed), None
+            (consumer.name for consumer in consumers_of_output if consumer.name in fixed_reasons),
+            None,
         ):
             reasons[name] = Reason(
-                "reader_closed", reader=fixed_consumer, why=fixed[fixed_consumer]
+                "reader_closed", reader=fixed_consumer, why=fixed_reasons[fixed_consumer]
             )
-    reasons |= fixed
+    reasons |= fixed_reasons
     changeable = {name: value for name, value in consumers.items() if name not in reasons}
-    return Dataflow(changeable, reasons, fixed, dims)
+    return Dataflow(changeable, reasons, fixed_reasons, input_dims)
 
 
-def _graphs(
+def _export_graphs(
     module: nn.Module, signature: Signature
 ) -> list[tuple[torch.fx.Graph, dict[Node, int]]]:
     """Export each served graph; map its weight placeholders to the ``id`` of their tensors.

@@ -83,14 +83,14 @@ class DeadChannels:
 
 
 def find_dead_channels(
-    model: Model, signature: Signature, free: Collection[str], sample: Sample | None
+    model: Model, signature: Signature, changeable_layers: Collection[str], sample: Sample | None
 ) -> tuple[DeadChannels, ...]:
     """Find the dead channels that can be removed.
 
     Args:
         model: the network; it is not changed.
         signature: describes its inputs.
-        free: names of the dense layers that may change.
+        changeable_layers: names of the dense layers that may change.
         sample: calibration rows; a channel that is constant on them counts as dead. If None, a
             channel is dead only if the weights prove it.
     """
@@ -99,8 +99,10 @@ def find_dead_channels(
     for width in widths.values():
         if max(width.producers.values()) > 1:  # groups of channels (heads) are not searched
             continue
-        layers = {*width.producers, *_dense(model.module, width.consumers)}
-        if not layers <= set(free) or not (sample or _may_have_dead_channels(model.module, width)):
+        layers = {*width.producers, *_dense_layer_names(model.module, width.consumers)}
+        if not layers <= set(changeable_layers) or not (
+            sample or _may_have_dead_channels(model.module, width)
+        ):
             continue
         try:
             traces = trace(model.module, signature, table_rows(model.module), width)
@@ -146,8 +148,10 @@ def remove_dead_channels(
 
 def _may_have_dead_channels(module: nn.Module, width: Width) -> bool:
     """Whether a width has rows or columns of zeros: a fast check, because tracing is slow."""
-    producers = [_weight(module, name) for name in width.producers]
-    consumers = [_weight(module, name) for name in _dense(module, width.consumers)]
+    producers = [_linear_weight(module, name) for name in width.producers]
+    consumers = [
+        _linear_weight(module, name) for name in _dense_layer_names(module, width.consumers)
+    ]
     has_zero_row = any(not bool(weight.any(dim=1).all()) for weight in producers)
     return has_zero_row or any(not bool(weight.any(dim=0).all()) for weight in consumers)
 
@@ -162,8 +166,8 @@ def _dead_channels(
     """
     module, width = model.module, consumers.width
     consumer_names = dict.fromkeys(consumer for _, consumer in consumers.connections)
-    dense_consumers = _dense(module, consumer_names)
-    low, high = _ranges(model, signature, dense_consumers, sample)
+    dense_consumers = _dense_layer_names(module, consumer_names)
+    low, high = _measure_input_ranges(model, signature, dense_consumers, sample)
     # By consumer, the value of each constant input, 0 for other inputs: (inputs,).
     value = {name: torch.where(low[name] == high[name], low[name], 0.0) for name in dense_consumers}
     removable: dict[tuple[str, ...], Tensor] = {}
@@ -172,12 +176,12 @@ def _dead_channels(
         is_unread = torch.ones(width.value, dtype=torch.bool)
         for producer in group:
             if sample is None:
-                is_constant &= ~_weight(module, producer).any(dim=1)
+                is_constant &= ~_linear_weight(module, producer).any(dim=1)
             for name in dense_consumers:
                 columns = consumers.connections.get((producer, name))  # (channels, inputs)
                 if columns is None:
                     continue
-                weight = _weight(module, name)
+                weight = _linear_weight(module, name)
                 is_constant &= ~(columns & (low[name] != high[name])).any(dim=1)
                 is_unread &= ~(columns & weight.any(dim=0)).any(dim=1)
                 if module.get_submodule(name).bias is None:
@@ -204,12 +208,14 @@ def _dead_channels(
             if consumer == name
         ]
         removed = torch.stack(removed_inputs).any(dim=0)  # (inputs,)
-        offsets[name] = _weight(module, name)[:, removed].double() @ value[name][removed].double()
+        offsets[name] = (
+            _linear_weight(module, name)[:, removed].double() @ value[name][removed].double()
+        )
     cut = WidthCut(width, consumers, width.value - removed_count)
     return DeadChannels(cut, kept_channels, offsets)
 
 
-def _ranges(
+def _measure_input_ranges(
     model: Model, signature: Signature, names: Sequence[str], sample: Sample | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the smallest and the largest value of each input of some dense layers.
@@ -241,12 +247,12 @@ def _ranges(
         for name in names:
             part = model.module.get_submodule(name)
             hooks.callback(part.register_forward_pre_hook(record(name), with_kwargs=True).remove)
-        for inputs in _inputs(model, signature, sample):
+        for inputs in _input_batches(model, signature, sample):
             call_network(model.module, inputs, signature)
     return low, high
 
 
-def _inputs(
+def _input_batches(
     model: Model, signature: Signature, sample: Sample | None
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches of the sample; without one, synthetic rows with dense inputs of two scales."""
@@ -261,12 +267,12 @@ def _inputs(
         yield inputs
 
 
-def _dense(module: nn.Module, names: Collection[str]) -> list[str]:
+def _dense_layer_names(module: nn.Module, names: Collection[str]) -> list[str]:
     """Return the names of the float dense layers among some modules."""
     return [name for name in names if isinstance(module.get_submodule(name), nn.Linear)]
 
 
-def _weight(module: nn.Module, name: str) -> Tensor:
+def _linear_weight(module: nn.Module, name: str) -> Tensor:
     """Return the detached weight of a Linear, ``(out, in)``.
 
     Raises:

@@ -113,14 +113,14 @@ class Folding(NamedTuple):
     Attributes:
         signature: the signature of the network, from which random inputs are generated.
         norm_folds: the norms to fold.
-        dead: the channels that are dead after folding, as the values of the weights prove.
-        free: names of the dense layers that may change.
+        dead_channels: the channels that are dead after folding, as the values of the weights prove.
+        changeable_layers: names of the dense layers that may change.
     """
 
     signature: Signature
     norm_folds: tuple[NormFold, ...]
-    dead: tuple[DeadChannels, ...]
-    free: frozenset[str]
+    dead_channels: tuple[DeadChannels, ...]
+    changeable_layers: frozenset[str]
 
 
 class Fold(StepSettings):
@@ -193,7 +193,9 @@ class Fold(StepSettings):
         outcomes = _report_unread(after, bench.signature)
         if self.rows and bench.calibration is not None:
             sample = bench.calibration, self.rows
-            dead = find_dead_channels(after, bench.signature, plan.payload.free, sample)
+            dead = find_dead_channels(
+                after, bench.signature, plan.payload.changeable_layers, sample
+            )
             after = remove_dead_channels(after, bench.signature, dead)
         return AppliedStep(after, outcomes)
 
@@ -227,14 +229,14 @@ class Fold(StepSettings):
         """
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         flow = dataflow(model.module, bench.signature)
-        for name, why in flow.fixed.items():
+        for name, why in flow.fixed_reasons.items():
             if name in decisions and decisions[name].selected:
                 decisions[name] = Decision("skipped", (why,))
         norm_folds: list[NormFold] = []
         kept_norms: dict[str, Reason] = {}
         for name, norm in model.module.named_modules():
-            if isinstance(norm, nn.BatchNorm1d | AffineNorm) and name in flow.fixed:
-                fixed = Reason("reader_closed", reader=name, why=flow.fixed[name])
+            if isinstance(norm, nn.BatchNorm1d | AffineNorm) and name in flow.fixed_reasons:
+                fixed = Reason("reader_closed", reader=name, why=flow.fixed_reasons[name])
                 kept_norms |= {n: fixed for n in decisions if flow.reasons.get(n) == fixed}
             elif isinstance(norm, nn.BatchNorm1d | AffineNorm):
                 plan_norm_fold = (
@@ -259,7 +261,7 @@ def _plan_batch_norm(
     norm = module.get_submodule(name)
     if not isinstance(norm, nn.BatchNorm1d) or norm.running_var is None:
         return Reason("norm_without_statistics", norm=name)
-    if flow.dims.get(name) != 2:
+    if flow.input_dims.get(name) != 2:
         # Its input is (rows, channels, positions), but the channels of a Linear are the last
         # dimension.
         return Reason("norm_of_places", norm=name)

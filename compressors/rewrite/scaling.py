@@ -53,7 +53,9 @@ def choose_links(
     reasons: dict[str, Reason] = {**flow.reasons}
     for producer, consumers in flow.consumers.items():
         names = tuple(dict.fromkeys(consumer.name for consumer in consumers))
-        why = _reason_not_scalable(model.module, producer, names, decisions, flow.dims, norms=norms)
+        why = _reason_not_scalable(
+            model.module, producer, names, decisions, flow.input_dims, norms=norms
+        )
         if why is not None:
             reasons[producer] = why
             continue

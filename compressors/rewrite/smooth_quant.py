@@ -88,7 +88,7 @@ def int8_error(layers: Sequence[LayerSample], factors: Tensor) -> float:
 
 
 def best_smoothing(inputs: Tensor, weights: Tensor, layers: Sequence[LayerSample]) -> Tensor:
-    """Return the factors with the smallest int8 error among those of all strengths and ones.
+    """Return the factors of the strength with the smallest int8 error; ones if none has less.
 
     ``inputs`` and ``weights`` are as in ``smoothing_factors``, ``layers`` as in ``int8_error``.
 

@@ -49,7 +49,7 @@ def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[
         return {}  # every layer has a nonzero weight for each of its inputs
     result = {}
     table_sizes = table_rows(module)
-    for name, width, change_feature in _features(module, signature):
+    for name, width, change_feature in _changeable_features(module, signature):
         is_read = _read_columns(module, signature, table_sizes, width, change_feature)
         unread = [
             column
@@ -68,7 +68,9 @@ output of a table, a forward hook applies the change while the network runs; the
 the hook."""
 
 
-def _features(module: nn.Module, signature: Signature) -> Iterator[tuple[str, int, ChangeFeature]]:
+def _changeable_features(
+    module: nn.Module, signature: Signature
+) -> Iterator[tuple[str, int, ChangeFeature]]:
     """Yield the name of each table and dense input, its width and the function that changes it."""
     for part in dense_columns(signature):
 

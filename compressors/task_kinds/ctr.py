@@ -18,7 +18,7 @@ from compressors.metrics.baseline_problem import (
     clearly_above,
 )
 from compressors.task_kinds.outputs import logits
-from compressors.task_kinds.protocol import ScoredSample, TaughtRows
+from compressors.task_kinds.protocol import DistillationRows, ScoredSample
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Ctr:
         label = batch.label.to(torch.float32)
         return F.binary_cross_entropy_with_logits(logits(self.output, score), label)
 
-    def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
+    def soft_loss(self, rows: DistillationRows, temperature: float) -> Tensor:
         """Compute the mean cross entropy against the teacher's probabilities at a temperature."""
         student, teacher = logits(self.output, rows.student), logits(self.output, rows.teacher)
         target = torch.sigmoid(teacher / temperature)
         loss = F.binary_cross_entropy_with_logits(student / temperature, target)
         return loss * temperature**2
 
-    def score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
+    def find_score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
         """Check that scores fit the declared output form and are better than the base rate.
 
         Yields a problem if scores declared as probabilities are outside [0, 1], the other form

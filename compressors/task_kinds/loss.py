@@ -18,7 +18,7 @@ from compressors.core.scores import score_columns, scores_of
 # Not used here. A task's cache key hashes all sources that it imports, and the classes of the task
 # kinds, which are loaded by name, must be among them.
 from compressors.task_kinds import builtin as builtin
-from compressors.task_kinds.protocol import TaskFunctions, TaughtRows
+from compressors.task_kinds.protocol import DistillationRows, TaskFunctions
 
 BUCKET_BATCHES = 32
 """Number of batches whose rows are sorted together by the length of their sequences."""
@@ -98,12 +98,12 @@ def soft_loss(
         A scalar.
     """
     if not signature.scores_rows:
-        rows = TaughtRows(scores, teacher, batch)
+        rows = DistillationRows(scores, teacher, batch)
         return functions_of(signature.single_output).soft_loss(rows, temperature)
     losses = [
         output.loss_weight
-        * functions_of(output).soft_loss(TaughtRows(score, taught, batch), temperature)
-        for output, score, taught in zip(
+        * functions_of(output).soft_loss(DistillationRows(score, teacher_score, batch), temperature)
+        for output, score, teacher_score in zip(
             signature.outputs,
             score_columns(scores_of(scores, signature)),
             score_columns(teacher),

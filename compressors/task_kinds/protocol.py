@@ -10,7 +10,7 @@ from compressors.core.batches import Batch
 from compressors.metrics.baseline_problem import BaselineProblem
 
 
-class TaughtRows(NamedTuple):
+class DistillationRows(NamedTuple):
     """Outputs of a student and of its teacher, float ``(rows,)``, for the rows of ``batch``."""
 
     student: Tensor
@@ -40,7 +40,7 @@ class TaskFunctions(Protocol):
             batch: the rows' labels, and their groups if the loss is computed by list.
         """
 
-    def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
+    def soft_loss(self, rows: DistillationRows, temperature: float) -> Tensor:
         """Compute the loss against a teacher, a scalar.
 
         Args:
@@ -48,5 +48,5 @@ class TaskFunctions(Protocol):
             temperature: divides both outputs; the loss is multiplied by its square.
         """
 
-    def score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
+    def find_score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
         """Yield the problems of the uncompressed model's scores, such as an AUC below 0.5."""

@@ -13,7 +13,7 @@ from compressors.core.batches import Batch
 from compressors.metrics import point_estimates
 from compressors.metrics.baseline_problem import BaselineProblem, clearly_above
 from compressors.task_kinds.outputs import EDGE, list_indices, listwise, log_shares, sum_by_list
-from compressors.task_kinds.protocol import ScoredSample, TaughtRows
+from compressors.task_kinds.protocol import DistillationRows, ScoredSample
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Ranking:
         target = gains / total.clamp(min=EDGE)[segment]
         return listwise(score, target, segment, total > 0)
 
-    def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
+    def soft_loss(self, rows: DistillationRows, temperature: float) -> Tensor:
         """Compute the mean cross entropy against each list's softmax of the teacher's scores."""
         segment, groups = list_indices(rows.batch, len(rows.student))
         target = log_shares(rows.teacher / temperature, segment, groups).exp()
         all_lists = torch.ones(groups, dtype=torch.bool, device=rows.student.device)
         return listwise(rows.student / temperature, target, segment, all_lists) * temperature**2
 
-    def score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
+    def find_score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
         """Yield a problem if the mean NDCG@10 is clearly below that of a random order."""
         label, score, group = sample
         if group is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from compressors.contracts import Output
 from compressors.core.batches import Batch
 from compressors.metrics.baseline_problem import BaselineProblem
-from compressors.task_kinds.protocol import ScoredSample, TaughtRows
+from compressors.task_kinds.protocol import DistillationRows, ScoredSample
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Retrieval:
         losses = logits.logsumexp(dim=1) - logits.diagonal()
         return losses[is_positive].mean()
 
-    def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
+    def soft_loss(self, rows: DistillationRows, temperature: float) -> Tensor:
         """Compute the mean cross entropy against the softmax of the teacher's scores.
 
         An item that occurs several times in the batch counts once.
@@ -60,7 +60,7 @@ class Retrieval:
         target = teacher.softmax(dim=1)
         return -(target * student.log_softmax(dim=1)).sum(dim=1).mean() * temperature**2
 
-    def score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
+    def find_score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
         """Yield no problem: a sample of rows has no other items to compare with."""
         del sample
         yield from ()

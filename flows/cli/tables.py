@@ -64,14 +64,14 @@ def tables_quantize(
     where it stopped. Tensors that are not tables, or not selected by --tensor, are copied, and
     listed with the reason.
     """
-    from tasks.bundles.table_files import quantize, step_named
+    from tasks.bundles.table_files import build_table_step, quantize
 
     settings: dict[str, object] = dict(_parse_setting(text) for text in setting or ())
     options = {"scale": scale, "clipping": clipping, "min_rows": min_rows}
     settings |= {name: value for name, value in options.items() if value is not None}
     if tensor:
         settings["tables"] = tensor
-    step = step_named(table_format, settings)
+    step = build_table_step(table_format, settings)
     start = time.perf_counter()
     with _progress_bar(quiet=as_json) as progress:
         result = quantize(

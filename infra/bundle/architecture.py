@@ -178,8 +178,8 @@ def source_digest(path: str, allowed: Sequence[str], arguments: Sequence[str] = 
     Raises:
         BundleRefused: the module is not allowed, does not exist, or has no source file.
     """
-    own = [item for item in arguments if item.partition(":")[0] != LAYERS]
-    digests = dict.fromkeys(_package_digest(item, allowed) for item in (path, *own))
+    custom_classes = [item for item in arguments if item.partition(":")[0] != LAYERS]
+    digests = dict.fromkeys(_package_digest(item, allowed) for item in (path, *custom_classes))
     if len(digests) == 1:
         return next(iter(digests))
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -416,8 +416,8 @@ def _migrate_and_parse(
 ) -> AnyModel:
     """Migrate and validate a ``model.json`` of any known schema version.
 
-    Errors name locations in ``document``, not in the migrated document. ``stored`` is that of
-    ``parse``: whether recpress wrote the document.
+    Errors name locations in ``document``, not in the migrated document. ``stored``, as in
+    ``parse``, is whether recpress wrote the document.
     """
     locations = VERSION_1_LOCATIONS if document["schema_version"] == 1 else {}
     return parse(kind, migrate(document), path, stored=stored, source_locations=locations)

@@ -1,4 +1,4 @@
-"""The fields of ``model.json``: ``Manifest`` in a bundle, ``Draft`` in a folder to be packed."""
+"""The fields of ``model.json``: ``Manifest`` in a bundle, ``Draft`` in a folder not packed yet."""
 
 from typing import Annotated, Literal
 

@@ -142,18 +142,18 @@ def _item_id_columns(signature: Signature) -> tuple[str, ...]:
     return next(item.columns for item in signature.inputs if item.name == signature.item)
 
 
-def require_items(splits: Collection[str], signature: Signature, where: object) -> None:
+def require_items(splits: Collection[str], signature: Signature, place: object) -> None:
     """Raise if a retrieval model has no catalogue, or if any other model has one.
 
     Args:
         splits: names of the splits.
         signature: signature of the bundle.
-        where: what contains the splits, for the error message.
+        place: what contains the splits, for the error message.
 
     Raises:
         DataRefused: the catalogue is missing or unexpected.
     """
     if signature.item is not None and ITEMS not in splits:
-        raise DataRefused("catalogue_missing", place=str(where), split=ITEMS)
+        raise DataRefused("catalogue_missing", place=str(place), split=ITEMS)
     if signature.item is None and ITEMS in splits:
-        raise DataRefused("catalogue_unexpected", place=str(where), split=ITEMS)
+        raise DataRefused("catalogue_unexpected", place=str(place), split=ITEMS)

@@ -92,22 +92,22 @@ class Check:
         column: the column that is checked; None for the number of rows.
         rule: the requirement, as text for people.
         view: the values that the check is evaluated on, such as ``ROWS``.
-        expects: name of a class in ``great_expectations.expectations``.
+        expectation: name of a class in ``great_expectations.expectations``.
         settings: arguments of that class, without the column.
-        against: in the view ``BEFORE``, the later split whose first time is the bound.
+        later_split: in the view ``BEFORE``, the later split whose first time is the bound.
         remedy: what to do if the check fails.
-        where: in the view ``LABELLED``, the column that is 1 in these rows.
+        condition_column: in the view ``LABELLED``, the column that is 1 in these rows.
     """
 
     split: str
     column: str | None
     rule: str
     view: str
-    expects: str
+    expectation: str
     settings: dict[str, Any] = field(default_factory=dict)
-    against: str | None = None
+    later_split: str | None = None
     remedy: str = ""
-    where: str | None = None
+    condition_column: str | None = None
 
     @property
     def frame(self) -> tuple[str, str | None]:
@@ -119,7 +119,7 @@ class Check:
         - ``(ROWS, None)`` in all other views: one frame with one entry per row.
         """
         if self.view == LABELLED:
-            return (LABELLED, self.where)
+            return (LABELLED, self.condition_column)
         if self.view in (TYPES, VALUES):
             return (self.view, self.column if self.view == VALUES else None)
         return (ROWS, None)
@@ -127,7 +127,7 @@ class Check:
     @property
     def entry(self) -> str | None:
         """Name of the frame's column that the check reads; None for the number of rows."""
-        return f"@before/{self.against}" if self.view == BEFORE else self.column
+        return f"@before/{self.later_split}" if self.view == BEFORE else self.column
 
 
 def plan(
@@ -184,15 +184,17 @@ def plan(
             kind = kinds[split].get(column, "")
             checks += _plan_input_checks(split, item, column, kind, rows_of_table)
             if split == ITEMS and item.name == signature.item:
-                rule, expects = "each item once", "ExpectColumnValuesToBeUnique"
-                checks.append(Check(split, column, rule, ROWS, expects))
+                rule, expectation = "each item once", "ExpectColumnValuesToBeUnique"
+                checks.append(Check(split, column, rule, ROWS, expectation))
     for output in signature.outputs:
         checks += _plan_label_checks(split, output, rules)
     if signature.group is not None:
         checks.append(_plan_not_null(split, signature.group, ROWS))
     if signature.time is not None:
         checks += _plan_time_checks(split, signature.time, kinds)
-    unique = {(check.entry, check.rule, check.view, check.where): check for check in checks}
+    unique = {
+        (check.entry, check.rule, check.view, check.condition_column): check for check in checks
+    }
     return list(unique.values())
 
 
@@ -300,7 +302,7 @@ def _plan_label_checks(split: str, output: Output, rules: Rules) -> list[Check]:
     if where is None:
         return planned
     return checks + [
-        replace(check, rule=f"{check.rule} (rows where {where!r} is 1)", where=where)
+        replace(check, rule=f"{check.rule} (rows where {where!r} is 1)", condition_column=where)
         for check in planned
     ]
 
@@ -321,7 +323,7 @@ def _plan_time_checks(split: str, time: str, kinds: dict[str, dict[str, str]]) -
             BEFORE,
             "ExpectColumnValuesToBeBetween",
             {"max_value": 0},
-            against=later,
+            later_split=later,
         )
         for later in LATER.get(split, ())
         if later in kinds

@@ -143,20 +143,20 @@ def _add(summary: ColumnSummary, column: pa.Array, *, is_first: bool) -> None:
             summary.low = ends["min"] if is_first else min(summary.low, ends["min"])
             summary.high = ends["max"] if is_first else max(summary.high, ends["max"])
     if is_first:
-        summary.values = _sampled(summary, column)
+        summary.values = _sample_values(summary, column)
 
 
-def _sampled(summary: ColumnSummary, column: pa.Array) -> Any:
+def _sample_values(summary: ColumnSummary, column: pa.Array) -> Any:
     """Return the values of ``SAMPLE_ROWS`` rows spread over a record batch."""
     rows = np.unique(np.linspace(0, len(column) - 1, SAMPLE_ROWS).astype(np.int64))
     chosen = column.take(pa.array(rows))
     if not summary.kind.endswith("_list"):
-        return _numbers(summary, chosen)
+        return _to_numbers(summary, chosen)
     values, _, lengths = flatten(chosen)
-    return tuple(np.split(_numbers(summary, values), np.cumsum(lengths)[:-1]))
+    return tuple(np.split(_to_numbers(summary, values), np.cumsum(lengths)[:-1]))
 
 
-def _numbers(summary: ColumnSummary, values: pa.Array) -> NDArray[Any]:
+def _to_numbers(summary: ColumnSummary, values: pa.Array) -> NDArray[Any]:
     """Return values as int64 or float32, with 0 for nulls."""
     dtype, fill = (np.int64, 0) if summary.kind.startswith("integer") else (np.float32, 0.0)
     if pa.types.is_boolean(values.type):

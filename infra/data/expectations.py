@@ -62,12 +62,12 @@ class _InspectedSplit:
     Attributes:
         contents: the inspection files.
         kinds: type of each column, as ``kind_of`` names it.
-        usable: names of the columns whose type fits all their uses.
+        usable_columns: names of the columns whose type fits all their uses.
     """
 
     contents: SplitContents
     kinds: dict[str, str]
-    usable: frozenset[str]
+    usable_columns: frozenset[str]
 
 
 def validate(
@@ -140,7 +140,7 @@ def _inspect_columns(parquet: Path, signature: Signature) -> _InspectedSplit:
 
 def _first_time(inspection: _InspectedSplit, column: str | None) -> Any:
     """Return the smallest finite value of the time column of a split; None if there is none."""
-    if column is None or column not in inspection.usable:
+    if column is None or column not in inspection.usable_columns:
         return None
     minima = [
         pc.min(pc.if_else(pc.is_finite(times), times, pa.scalar(None, times.type))).as_py()
@@ -184,20 +184,23 @@ def _reason_not_to_evaluate(
     check: Check, inspection: _InspectedSplit, starts: dict[str, Any]
 ) -> str:
     """Return why a check cannot be evaluated; an empty string if it can."""
-    if check.view == COUNT or check.expects == "ExpectColumnToExist":
+    if check.view == COUNT or check.expectation == "ExpectColumnToExist":
         return ""
     if check.column not in inspection.kinds:
         return "the column is missing"
     if check.view == TYPES:
         return ""
-    if check.column not in inspection.usable:
+    if check.column not in inspection.usable_columns:
         return "the column has the wrong type"
-    if check.where is not None and check.where not in inspection.usable:
-        return f"column {check.where!r} is missing, or has the wrong type"
+    if (
+        check.condition_column is not None
+        and check.condition_column not in inspection.usable_columns
+    ):
+        return f"column {check.condition_column!r} is missing, or has the wrong type"
     if inspection.contents.rows == 0:
         return "the split has no rows"
-    if check.view == BEFORE and starts[str(check.against)] is None:
-        return f"split {check.against!r} has no time to compare with"
+    if check.view == BEFORE and starts[str(check.later_split)] is None:
+        return f"split {check.later_split!r} has no time to compare with"
     return ""
 
 
@@ -234,7 +237,7 @@ def _build_frame(
         if check.view == LENGTHS:
             column = pc.list_value_length(column)
         elif check.view == BEFORE:
-            column = pc.subtract(to_plain_times(column), starts[str(check.against)])
+            column = pc.subtract(to_plain_times(column), starts[str(check.later_split)])
         columns[entry] = _to_series(column)
     return pd.DataFrame(columns, index=pd.RangeIndex(inspection.contents.rows))
 
@@ -352,7 +355,7 @@ def _build_expectation(check: Check, index: int) -> Any:
     import great_expectations.expectations as gxe
 
     column = {} if check.entry is None else {"column": check.entry}
-    return getattr(gxe, check.expects)(**column, **check.settings, meta={"index": index})
+    return getattr(gxe, check.expectation)(**column, **check.settings, meta={"index": index})
 
 
 def _to_finding(
@@ -410,7 +413,7 @@ def _format_observed(check: Check, result: dict[str, Any], inspection: _Inspecte
         kind = inspection.kinds.get(str(check.column))
         if kind is None:
             return "no such column"
-        fits = check.expects == "ExpectColumnToExist" or kind in check.settings["value_set"]
+        fits = check.expectation == "ExpectColumnToExist" or kind in check.settings["value_set"]
         return kind if fits else f"{kind}. {check.remedy.removesuffix('.')}"
     if "observed_value" in result:
         value = result["observed_value"]
@@ -426,7 +429,7 @@ def _format_value(check: Check, value: Any, kind: str, starts: dict[str, Any]) -
     if pd.isna(value):
         return "null or NaN"
     if check.view == BEFORE:
-        value = starts[str(check.against)] + value
+        value = starts[str(check.later_split)] + value
         if kind in MOMENTS:
             moment = dt.datetime(1970, 1, 1) + dt.timedelta(microseconds=int(value))
             return moment.isoformat(sep=" ")

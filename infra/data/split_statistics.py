@@ -64,8 +64,8 @@ class IdStatistics(Frozen):
 class SplitStatistics(Frozen):
     """Statistics of one split; times have the unit of the tensor ``@time``.
 
-    ``inputs`` contains the statistics of each input of integers by name, and ``columns`` those of
-    each column that such an input reads.
+    ``inputs`` contains the statistics of each input of integers by name, and ``columns`` the
+    statistics of each column that such an input reads.
     """
 
     rows: int

@@ -7,7 +7,7 @@ This file selects and formats the texts of the page; the template escapes them.
 from dataclasses import dataclass
 
 from infra.data.expectations import Finding, Validation
-from infra.pages.html import many, render
+from infra.pages.html import format_count, render
 
 TEMPLATE = "infra/pages/templates/validation.html.jinja"
 
@@ -99,7 +99,7 @@ def validation_page(validation: Validation, title: str) -> str:
         TEMPLATE,
         title=title,
         verdict=summary(validation),
-        counts=_counts(validation),
+        counts=_format_counts(validation),
         lists=check_lists(validation),
     )
 
@@ -115,10 +115,10 @@ def summary(validation: Validation) -> Summary:
         why = "No split was given, so no check was run."
         return Summary("Nothing was checked", why, "broken")
     if failed == 0:
-        why = f"{many(not_evaluated, 'check')} could not be evaluated, and so did not pass."
+        why = f"{format_count(not_evaluated, 'check')} could not be evaluated, and so did not pass."
         return Summary("Data was not fully checked", why, "broken")
     more = f"; {not_evaluated} more could not be evaluated" if not_evaluated else ""
-    return Summary("Data failed", f"{many(failed, 'check')} failed{more}.", "broken")
+    return Summary("Data failed", f"{format_count(failed, 'check')} failed{more}.", "broken")
 
 
 def check_lists(validation: Validation) -> CheckLists:
@@ -134,7 +134,7 @@ def check_lists(validation: Validation) -> CheckLists:
     )
 
 
-def _counts(validation: Validation) -> tuple[tuple[str, str], ...]:
+def _format_counts(validation: Validation) -> tuple[tuple[str, str], ...]:
     """Return the labels and values of the page's counts."""
     splits = {finding.split for finding in validation.findings}
     return (
@@ -152,7 +152,7 @@ def _split_checks(validation: Validation, split: str) -> SplitChecks:
     return SplitChecks(
         name=split,
         tone="good" if passed == len(findings) else "bad",
-        passed=f"{passed} of {many(len(findings), 'check')} passed",
+        passed=f"{passed} of {format_count(len(findings), 'check')} passed",
         checks=tuple(map(_check_line, findings)),
     )
 
@@ -170,5 +170,5 @@ def _check_line(finding: Finding) -> CheckLine:
         tone="good" if finding.success else "bad",
         observed=finding.observed,
         rows=rows,
-        more=f"and {many(more, 'more value')}" if more > 0 else "",
+        more=f"and {format_count(more, 'more value')}" if more > 0 else "",
     )

@@ -38,7 +38,7 @@ base.py       the two base classes
 settings.py   settings
 commands.py   options and orders
 bundles.py    bundles, data and files
-drafts.py     drafts that are written from a network
+drafts.py     drafts (bundles before they are packed) that are written from a network
 store.py      the object store and its records
 registry.py   the registry, promotions and Triton repositories
 runtimes.py   engines and scoring

@@ -1,7 +1,8 @@
-"""Errors of writing a draft from a trained network in the user's module.
+"""Errors of writing a draft, a bundle before it is packed, from a trained network.
 
 ``sentences`` of the class maps the code of each error to its message, with the fields in braces
-(see ``infra/errors/__init__.py``). ``path`` is a network in the form ``module:name``.
+(see ``infra/errors/__init__.py``). ``path`` is the network in the user's module, in the form
+``module:name``.
 """
 
 from typing import ClassVar

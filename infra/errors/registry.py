@@ -7,8 +7,8 @@ Fields whose names do not explain them:
 
 - ``order``, ``expected`` and ``got`` with ``:.12``: the first digits of an order's digest.
 - ``most``: the most characters allowed. ``got``: their number, or the wrong value.
-- ``problem``: the message of another error, or a clause. ``reasons``: those of the verdicts.
-- ``stated`` and ``computed``: the outcome in the report, and that of its targets' verdicts.
+- ``problem``: the message of another error, or a clause. ``reasons``: the reasons of the verdicts.
+- ``stated``: the outcome in the report. ``computed``: the outcome of its targets' verdicts.
 - ``by``: the person or program that wrote the ledger entry.
 """
 

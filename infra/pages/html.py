@@ -32,9 +32,9 @@ def render(template: str, **values: object) -> str:
     return printable(_environment().get_template(template).render(values))
 
 
-def many(count: int, thing: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """Format a count and its noun, in the plural unless it is one: ``1 check``, ``2 checks``."""
-    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 @functools.cache

@@ -77,11 +77,11 @@ class Mark(Frozen):
     """A value that is marked on the horizontal axis of a chart.
 
     Attributes:
-        at: the value.
+        value: the value.
         label: text next to the mark.
     """
 
-    at: float
+    value: float
     label: str
 
 
@@ -162,7 +162,7 @@ def draw_strip(
         limit: the limit; its label is below the line.
         refused: the side of the limit whose values are rejected.
     """
-    marks = [mark.at for mark in (reference, limit) if mark is not None]
+    marks = [mark.value for mark in (reference, limit) if mark is not None]
     low = min(estimate.low, *marks, estimate.point)
     high = max(estimate.high, *marks, estimate.point)
     # If all values are equal, the margin is a share of the value; it is positive also for zero.
@@ -174,7 +174,7 @@ def draw_strip(
 
     shapes = []
     if limit is not None:
-        edge = x_of(limit.at)
+        edge = x_of(limit.value)
         start, width = (0.0, edge) if refused == "below" else (edge, 100 - edge)
         shapes.append(
             f'<rect class="refused" x="{_percent(start)}" y="18" width="{_percent(width)}" '
@@ -182,9 +182,9 @@ def draw_strip(
         )
     shapes.append('<line class="axis" x1="0%" x2="100%" y1="29" y2="29"/>')
     if reference is not None:
-        shapes += _draw_mark(x_of(reference.at), reference.label, "reference", text_y=12)
+        shapes += _draw_mark(x_of(reference.value), reference.label, "reference", text_y=12)
     if limit is not None:
-        shapes += _draw_mark(x_of(limit.at), limit.label, "limit", text_y=55)
+        shapes += _draw_mark(x_of(limit.value), limit.label, "limit", text_y=55)
     if estimate.low < estimate.high:
         shapes.append(
             f'<line class="interval {tone}" x1="{_percent(x_of(estimate.low))}" '

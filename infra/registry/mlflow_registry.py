@@ -52,7 +52,7 @@ _PERMANENT_CODES = {
 }
 
 
-class Registered(Frozen):
+class RegisteredVersion(Frozen):
     """One registered version of a model.
 
     Attributes:
@@ -95,7 +95,7 @@ class Registry:
 
     def publish(
         self, model: str, order: str, source: str, tags: dict[str, str], description: str
-    ) -> Registered:
+    ) -> RegisteredVersion:
         """Register a release as a version, or return the version that the order already has.
 
         Args:
@@ -113,7 +113,7 @@ class Registry:
         tags = {**tags, ORDER_TAG: order}
         require_fit(model, order, source, tags)
         with self._write_lock():
-            if existing := self.by_order(order, model):
+            if existing := self.find_by_order(order, model):
                 return existing
             with self._translate_errors():
                 self._create_model(model)
@@ -127,7 +127,7 @@ class Registry:
             # A server does not enforce unique tags, so another process may have created a version
             # of this order at the same time. Both processes then find both versions here, and each
             # deletes the version that it created unless that has the lowest number.
-            winner = self.by_order(order, model)
+            winner = self.find_by_order(order, model)
             if winner is None:
                 raise RegistryUnavailable(
                     "created_version_missing", model=model, version=created.version
@@ -136,7 +136,7 @@ class Registry:
                 self._delete(model, str(created.version))
             return winner
 
-    def versions(self, model: str) -> tuple[Registered, ...]:
+    def versions(self, model: str) -> tuple[RegisteredVersion, ...]:
         """List all versions of a model, newest first.
 
         Raises:
@@ -165,7 +165,7 @@ class Registry:
             )
         return tuple(sorted(model.name for model in models))
 
-    def version(self, model: str, ref: str) -> Registered:
+    def version(self, model: str, ref: str) -> RegisteredVersion:
         """Return one version by its number (``"3"``) or alias (``"@champion"``).
 
         Raises:
@@ -185,7 +185,7 @@ class Registry:
         newest = tuple(item.version for item in self.versions(model)[:10]) or ("none",)
         raise RegistryRefused("version_missing", model=model, version=ref, newest=newest)
 
-    def by_order(self, order: str, model: str) -> Registered | None:
+    def find_by_order(self, order: str, model: str) -> RegisteredVersion | None:
         """Return the version that this order produced, or None.
 
         A crash during concurrent publishing may leave several versions of one order. Of these, the
@@ -227,21 +227,21 @@ class Registry:
                 self._client.delete_registered_model_alias(model, CHAMPION)
         return True
 
-    def find_order(self, order: str, model: str) -> Registered | None:
-        """Return the version of an order like ``by_order``, but without MLflow if possible.
+    def find_by_order_without_mlflow(self, order: str, model: str) -> RegisteredVersion | None:
+        """Return the version of an order like ``find_by_order``, but without MLflow if possible.
 
         Importing MLflow takes about two seconds, so a registry that is a file is read directly.
         Then ``aliases`` of the result is empty, and the result is None if the file cannot be read.
         """
         file = parse_sqlite_uri(self._uri)
         if file is None:
-            return self.by_order(order, model)
+            return self.find_by_order(order, model)
         require_order(order)
         row = read_order(file, model, ORDER_TAG, order)
         if row is None:
             return None
         version, source, tags = row
-        return Registered(model=model, version=version, source=source, tags=tags, aliases=())
+        return RegisteredVersion(model=model, version=version, source=source, tags=tags, aliases=())
 
     def confirm(self, model: str, decision: str) -> None:
         """Record in the model's tags that a change of champion was completed.
@@ -348,14 +348,14 @@ class Registry:
                 return None
         return {alias: str(version) for alias, version in registered.aliases.items()}
 
-    def _search(self, condition: str, aliases: dict[str, str]) -> tuple[Registered, ...]:
+    def _search(self, condition: str, aliases: dict[str, str]) -> tuple[RegisteredVersion, ...]:
         """Return the versions that match a condition in MLflow's syntax, newest first."""
         with self._translate_errors():
             entries = _fetch_all_pages(
                 lambda token: self._client.search_model_versions(condition, page_token=token)
             )
         versions = (
-            Registered(
+            RegisteredVersion(
                 model=entry.name,
                 version=str(entry.version),
                 source=entry.source or "",

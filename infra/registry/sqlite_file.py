@@ -34,7 +34,7 @@ BUSY_SECONDS = 20.0
 """How long SQLite waits for a lock of another program."""
 
 MIGRATION_TABLES = {"alembic_version", "workspaces"}
-"""Tables that contain rows of MLflow's migrations, not of users."""
+"""Tables in which only MLflow's migrations write rows."""
 
 # Queries: the version of a model by the value of one of its tags, and all tags of a version. MLflow
 # keeps the row of a deleted version, in the stage 'Deleted_Internal'.
@@ -52,13 +52,13 @@ class DatabaseSchema:
     """Contents of a SQLite file.
 
     ``revision`` identifies the MLflow schema (alembic); None if the file does not state one.
-    ``rows`` counts the rows of users: all rows except those that MLflow writes itself.
+    ``user_rows`` counts the rows that users wrote: all rows except those that MLflow writes itself.
     ``versions`` counts registered model versions.
     """
 
     tables: frozenset[str]
     revision: str | None
-    rows: int
+    user_rows: int
     versions: int
 
 
@@ -83,11 +83,11 @@ def create_or_migrate(file: Path) -> None:
     """Create or migrate ``file`` for the installed MLflow. The caller holds ``registry_lock``.
 
     A missing or empty file is created. A file that a killed process left incomplete is created
-    again if it has no rows of users. A registry of an earlier MLflow is migrated.
+    again if it has no rows that users wrote. A registry of an earlier MLflow is migrated.
 
     Raises:
         SettingRefused: ``file`` is not a database, cannot be opened for writing, was written by a
-            later MLflow, or is incomplete and has rows of users. The file is not changed.
+            later MLflow, or is incomplete and has rows that users wrote. The file is not changed.
         RegistryUnavailable: another program keeps the file locked.
     """
     file = file.resolve()
@@ -135,7 +135,7 @@ def _is_complete(file: Path) -> bool:
 
 
 def _is_current(schema: DatabaseSchema) -> bool:
-    """Return whether the schema is complete and of the installed MLflow."""
+    """Return whether the schema is complete and has the revision of the installed MLflow."""
     return schema.revision == _read_revisions()[0] and _list_required_tables() <= schema.tables
 
 
@@ -143,7 +143,7 @@ def _create(file: Path) -> None:
     """Create the registry in a temporary file and link ``file`` to it."""
     with _temporary_file(file) as temporary:
         _initialize(temporary)
-        _flush(temporary)
+        _flush_to_disk(temporary)
         # SQLite would apply the journals of a deleted registry to the new one.
         for suffix in ("-journal", "-wal", "-shm"):
             file.with_name(file.name + suffix).unlink(missing_ok=True)
@@ -151,15 +151,15 @@ def _create(file: Path) -> None:
             os.link(temporary, file)  # a rename would replace a file that another program created
         except FileExistsError:
             return
-        _flush(file.parent)
+        _flush_to_disk(file.parent)
 
 
 def _replace(file: Path) -> None:
     """Rebuild an empty or incomplete file, or migrate a complete one of an earlier MLflow.
 
     Raises:
-        SettingRefused: the file is of a later MLflow; or it has rows of users, and is incomplete or
-            cannot be migrated.
+        SettingRefused: the file is of a later MLflow; or it has rows that users wrote, and is
+            incomplete or cannot be migrated.
         RegistryUnavailable: another program keeps the file locked.
     """
     with closing(_connect(file)) as database, _temporary_file(file) as temporary:
@@ -172,7 +172,7 @@ def _replace(file: Path) -> None:
         if _is_current(schema):
             return
         _require_known(file, schema)
-        if schema.rows == 0:
+        if schema.user_rows == 0:
             _initialize(temporary)
         else:
             if schema.revision in {None, _read_revisions()[0]}:
@@ -212,7 +212,7 @@ def _migrate(file: Path, temporary: Path, schema: DatabaseSchema) -> None:
 
 
 def _incomplete_error(file: Path, schema: DatabaseSchema, why: str) -> SettingRefused:
-    """Return the error for an incomplete file with rows of users."""
+    """Return the error for an incomplete file with rows that users wrote."""
     return SettingRefused(
         "registry_incomplete", file=str(file), problem=why, versions=schema.versions
     )
@@ -236,7 +236,7 @@ def _read_schema(file: Path, database: sqlite3.Connection) -> DatabaseSchema:
     return DatabaseSchema(
         tables=tables,
         revision=revisions[0][0] if len(revisions) == 1 else None,
-        rows=sum(rows.values()),
+        user_rows=sum(rows.values()),
         versions=rows.get("model_versions", 0),
     )
 
@@ -342,7 +342,7 @@ def _remove_leftovers(file: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

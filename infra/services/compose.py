@@ -45,8 +45,8 @@ class Service(Frozen):
         environment: variables of the process, in addition to those of the machine.
         health: command that exits with 0 if the service is healthy; empty if there is no check.
         health_seconds: time limit of one health check.
-        after: name of another service -> the condition that it must reach before this service is
-            started.
+        starts_after: name of another service -> the condition that it must reach before this
+            service is started.
         ports: port in the container -> local port.
         stop_signal: name of the signal that stops the process.
         stop_seconds: time until a process that does not stop is killed.
@@ -58,7 +58,7 @@ class Service(Frozen):
     environment: dict[str, str]
     health: tuple[str, ...]
     health_seconds: float
-    after: dict[str, Condition]
+    starts_after: dict[str, Condition]
     ports: dict[int, int]
     stop_signal: str
     stop_seconds: float
@@ -225,7 +225,9 @@ def _build_service(
         environment=replacements.apply_to_all(entry.get("environment", {})),
         health=tuple(map(replacements.apply, test[1:])),
         health_seconds=_parse_seconds(health.get("timeout", "5s")),
-        after={other: item["condition"] for other, item in entry.get("depends_on", {}).items()},
+        starts_after={
+            other: item["condition"] for other, item in entry.get("depends_on", {}).items()
+        },
         ports=local_ports,
         stop_signal=entry.get("stop_signal", "SIGTERM"),
         stop_seconds=_parse_seconds(entry.get("stop_grace_period", "10s")),

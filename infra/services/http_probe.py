@@ -95,7 +95,7 @@ def send_request(
         uri: ``http(s)://``, with or without ``user:password@``.
         headers: additional headers of the request.
         json_body: the body of a POST request; without it, the request is a GET.
-        auth: user and password for basic authentication; those of the URI take precedence.
+        auth: user and password for basic authentication, unless the URI contains them.
         timeout: total deadline in seconds, from the lookup of the host name to the end of the body.
 
     Raises:

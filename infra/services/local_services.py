@@ -157,7 +157,7 @@ class LocalProcesses:
         """Return whether all services that this one depends on have reached their condition."""
         return all(
             other in (self._processes if condition == "service_started" else self._ready)
-            for other, condition in service.after.items()
+            for other, condition in service.starts_after.items()
         )
 
     def _check_ready(self, service: Service) -> None:

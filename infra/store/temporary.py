@@ -1,6 +1,6 @@
 """Temporary files and folders whose names contain the process that created them.
 
-A later run can therefore remove those of a killed run. A name ends in
+A later run can therefore remove what a killed run left. A name ends in
 ``.<machine>-<pid>-<start>-<random>.<ending>``:
 
 - ``machine`` identifies a boot of a host and a PID namespace. Two containers or hosts that share a

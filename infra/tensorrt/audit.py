@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 TWIN_ROWS = 200_000
 """Tables with fewer rows are not cut for the twin.
 
-The scratch memory that a smaller table adds cannot be distinguished from that of activations.
+The scratch memory that a smaller table adds cannot be distinguished from activations.
 """
 
 GROWTH = 0.1

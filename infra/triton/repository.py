@@ -385,7 +385,7 @@ def find_wrong_files(folder: Store, source: Store, served: ServedVersion) -> dic
 
 
 def is_current(folder: Store, source: Store, served: ServedVersion) -> bool:
-    """Return whether the configuration and the file sizes are those of this version.
+    """Return whether the configuration and the file sizes agree with this version.
 
     Contents of files are not compared, because the configuration contains the artifact's digest and
     is written only after the files were verified.

@@ -13,7 +13,7 @@ from torch import nn
 from compressors.contracts import ITEMS, TRAFFIC, Signature, Split
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import Rows
-from compressors.metrics.baseline_checks import label_problems, score_problems
+from compressors.metrics.baseline_checks import find_label_problems, find_score_problems
 from compressors.metrics.baseline_problem import BaselineProblem
 from infra.data.catalogue import prepare
 from infra.errors import DataRefused
@@ -67,7 +67,7 @@ def check_labels(
             prepared_split = Split(path=str(folder), sha256="0" * 64, rows=prepared.rows)
             rows = Rows(prepared_split, signature)
             group = None if rows.group is None else rows.group.numpy()
-            problems += label_problems(signature, split, rows.label.numpy(), group)
+            problems += find_label_problems(signature, split, rows.label.numpy(), group)
             if split == "test":
                 test = prepared_split
     return LabelledSplits(tuple(problems), test)
@@ -77,7 +77,7 @@ def check_scores(
     module: nn.Module, signature: Signature, labelled: LabelledSplits
 ) -> tuple[BaselineProblem, ...]:
     """Score a sample of the test rows; returns the problems of the labels and of the scores."""
-    return (*labelled.problems, *score_problems(module, signature, labelled.test))
+    return (*labelled.problems, *find_score_problems(module, signature, labelled.test))
 
 
 def check_baseline(

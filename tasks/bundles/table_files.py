@@ -2,6 +2,11 @@
 
 Rows are read and written in blocks, so memory does not grow with the tables. An interrupted run is
 resumed by the same call.
+
+The *result* is an artifact. While it is incomplete it is called a *draft*: ``infra.store.draft``
+writes it to a hidden folder next to that of the result, with a journal of the blocks that have been
+written. ``seal`` completes the files and hashes them. Then ``publish`` renames the folder to that
+of the result; or ``Store.take`` moves the files to the store, and ``drop`` removes the folder.
 """
 
 import fnmatch
@@ -45,7 +50,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of the tensors that can be compressed."""
 
 Progress = Callable[[int, int], None]
-"""Called after each block of rows with the bytes that were read for it and for all blocks."""
+"""Called after each block of rows with the bytes of this block and of all blocks together."""
 
 
 class Tables(Frozen):
@@ -62,8 +67,8 @@ class Tables(Frozen):
     plan: Plan
 
 
-class Quantized(Frozen):
-    """The result of ``quantize``."""
+class QuantizeResult(Frozen):
+    """Where ``quantize`` wrote its result, and the plan."""
 
     place: str = Field(description="Folder of the result, or URI of its artifact.")
     sha256: Sha256 = Field(description="Hash of the result: the root over its chunk hashes.")
@@ -77,7 +82,7 @@ def table_steps() -> dict[str, type[Frozen]]:
     return {kind: METHODS[kind] for kind, step in defaults.items() if isinstance(step, TableStep)}
 
 
-def step_named(name: str, settings: dict[str, object]) -> TableStep:
+def build_table_step(name: str, settings: dict[str, object]) -> TableStep:
     """Build a table step from its kind or short name (``int8`` for ``rowwise_int8``).
 
     Raises:
@@ -108,7 +113,7 @@ def quantize(
     block_rows: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> Quantized:
+) -> QuantizeResult:
     """Compress the tables of a safetensors file, or of a folder of shards, into a new folder.
 
     The folder ``into`` is created when the result is complete. The same call resumes an interrupted
@@ -121,7 +126,7 @@ def quantize(
         step: the method; the patterns in its ``tables`` match names of tensors or modules.
         block_rows: rows that each thread encodes at once; does not affect the result.
         workers: number of threads; by default one per core; does not affect the result.
-        progress: called from several threads after each block.
+        progress: called from several threads after each block; None to report no progress.
 
     Raises:
         CommandRefused: ``source`` does not exist.
@@ -142,13 +147,13 @@ def _quantize(
     block_rows: int | None,
     workers: int | None,
     progress: Progress | None,
-) -> Quantized:
+) -> QuantizeResult:
     with _open_job(source, step, block_rows) as (job, plan):
-        identity = _source_identity(source)
-        with _write_draft(job, plan, into, identity, workers, progress) as result:
-            manifest = result.seal()
-            result.publish(manifest)
-    return Quantized(place=str(into), sha256=manifest.root, bytes=manifest.bytes, plan=plan)
+        source_key = _source_key(source)
+        with _write_draft(job, plan, into, source_key, workers, progress) as draft:
+            manifest = draft.seal()
+            draft.publish(manifest)
+    return QuantizeResult(place=str(into), sha256=manifest.root, bytes=manifest.bytes, plan=plan)
 
 
 def quantize_artifact(
@@ -159,15 +164,14 @@ def quantize_artifact(
     Arguments and errors as in ``quantize``. If the store is on this machine's disk, the result is
     moved there, not copied.
     """
-    identity = source.sha256
-    key = digest([identity, step, block_rows, code_digest(quantize)])
+    key = digest([source.sha256, step, block_rows, code_digest(quantize)])
     into = load_settings().home / "progress" / f"tables-{key}"
     with (
         _open_job(local(source), step, block_rows) as (job, plan),
-        _write_draft(job, plan, into, identity, workers, None) as result,
+        _write_draft(job, plan, into, source.sha256, workers, None) as draft,
     ):
-        artifact = store().take(result.files, result.seal())
-        result.drop()  # removes the unfinished artifact in ``into``
+        artifact = store().take(draft.files, draft.seal())
+        draft.drop()
     return artifact
 
 
@@ -189,26 +193,27 @@ def _write_draft(
     job: EncodingJob,
     plan: Plan,
     into: Path,
-    identity: object,
+    source_key: object,
     workers: int | None,
     progress: Progress | None,
 ) -> Iterator[ArtifactDraft]:
-    """Write all files of a result and yield them as an unfinished artifact, which the caller seals.
+    """Write all files of a result and yield them as a draft, which the caller seals.
 
-    An unfinished artifact in ``into`` is continued if its source, settings and code are the same.
-    ``identity`` identifies the source.
+    The draft of an interrupted run is continued if its source, settings and code were the same.
+    ``source_key`` identifies the content of the source.
     """
     file = StreamedFile(job.layout())
     total = sum(size_of(rows.spec) for rows in job.sources.values())
-    # With other ``block_rows`` the result is the same, but the journal's blocks are other rows.
-    resume_key = [identity, job.step, job.block_rows, code_digest(quantize)]
-    with open_draft(into, resume_key, TENSORS, file.bytes) as result:
+    # ``block_rows`` does not affect the result, but the journal names a block by its first row
+    # only. So with another value, the same name would stand for other rows.
+    resume_key = [source_key, job.step, job.block_rows, code_digest(quantize)]
+    with open_draft(into, resume_key, TENSORS, file.bytes) as draft:
         report_bytes = None if progress is None else (lambda read: progress(read, total))
-        encode_file(job, file, result, workers, report_bytes)
+        encode_file(job, file, draft, workers, report_bytes)
         records = job.records()
         tables = Tables.model_validate({"step": job.step, "modules": records, "plan": plan})
-        result.add(TABLES, tables.model_dump_json(indent=1).encode())
-        yield result
+        draft.add(TABLES, tables.model_dump_json(indent=1).encode())
+        yield draft
 
 
 @contextmanager
@@ -278,7 +283,7 @@ def _require_all_patterns_match(step: TableStep, sources: dict[str, StoredRows])
 
 
 def _plan_line(job: EncodingJob, name: str, reason: Reason | None) -> PlanLine:
-    """Return the plan line of a tensor; ``reason`` is that of a tensor that is only copied."""
+    """Return the plan line of a tensor; ``reason`` is why it is only copied; None if not."""
     spec = job.sources[name].spec
     before = size_of(spec)
     if reason is not None:
@@ -306,7 +311,7 @@ def _dtype_name(spec: TensorSpec) -> str:
     return str(spec.dtype).removeprefix("torch.")
 
 
-def _source_identity(source: Path) -> object:
+def _source_key(source: Path) -> object:
     """Return path, size and modification time of each file: a run resumes only if they are equal.
 
     Hashes would identify the files better, but need a read of all bytes.

@@ -1,8 +1,8 @@
 """Find the additional teachers of an order: bundles, or columns of scores in the data.
 
 The student is the model that the order compresses. Its uncompressed version is always a teacher; an
-order can name further ones. A teacher must have the same outputs as the student. It may read other
-inputs, if the student's data has their columns. No Prefect, no torch.
+order can name additional ones. A teacher must have the same outputs as the student. Its inputs may
+differ, if the student's data has the columns for them. No Prefect, no torch.
 """
 
 import re
@@ -18,7 +18,7 @@ from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import version_report
 
 REGISTERED = "registry:"
-"""Prefix of a reference to a registered version instead of a packed bundle."""
+"""Prefix of a reference to a version in the model registry instead of a bundle in the store."""
 COLUMN = "column:"
 """Prefix of a reference to columns of the student's data with scores, one column per output."""
 _FORM = "|".join(get_args(OutputForm))
@@ -30,13 +30,15 @@ class Teacher(Frozen):
     Attributes:
         artifact: its bundle; for columns, the student's training data.
         name: ``name@version``, or the reference to the columns.
-        forms: the form of each output's scores.
-        architecture: digest of its class's source, a part of cache keys. A teacher of columns has
-            no class; then it is the digest of their names and forms.
-        columns: the columns with its scores, one per output; empty for a bundle.
-        needs_own_rows: whether rows of the student's data are prepared and checked for it, because
-            its inputs or its network's arguments, such as the sizes of tables, differ from the
-            student's.
+        forms: the form of each output's scores: ``logit``, ``probability`` or ``score``.
+        architecture: digest of the source of the teacher's model class, a part of cache keys. A
+            teacher that consists of columns has no class; the value is then the digest of the
+            columns' names and forms.
+        columns: the columns with the teacher's scores, one per output; empty for a bundle.
+        needs_separate_inputs: whether the teacher's input tensors must be built from the student's
+            data and validated separately, because the teacher's signature or its model class's
+            arguments, such as the sizes of tables, differ from the student's. Otherwise the
+            student's tensors are used.
     """
 
     artifact: Artifact
@@ -44,11 +46,11 @@ class Teacher(Frozen):
     forms: tuple[OutputForm, ...]
     architecture: str
     columns: tuple[str, ...] = ()
-    needs_own_rows: bool = False
+    needs_separate_inputs: bool = False
 
     @property
     def reference(self) -> str:
-        """A reference with which another order names this teacher."""
+        """A reference with which another order can name this teacher."""
         return self.name if self.columns else self.artifact.uri
 
 
@@ -56,27 +58,31 @@ def find_teachers(references: tuple[str, ...], bundle: BundleRef) -> tuple[Teach
     """Find teachers, and check that they have the student's outputs.
 
     Args:
-        references: one for each teacher: ``name@version`` or ``name`` of a packed bundle, or its
-            URI (``tasks.bundles.bundle_ref.resolve``); ``registry:name@version`` for the
-            compressed model of a registered version (an alias begins with ``@``, so the reference
-            to a champion is ``registry:name@@champion``); or ``column:NAME`` for scores in the
-            student's data, of the form of the student's outputs, or ``column:NAME=FORM``. Several
-            outputs need as many names, separated by commas.
+        references: one for each teacher, of one of three kinds:
+
+            - a bundle in the store: ``name@version``, ``name``, or its URI
+              (``tasks.bundles.bundle_ref.resolve``);
+            - the compressed model of a version in the registry: ``registry:name@version``. An alias
+              begins with ``@``, so the champion is ``registry:name@@champion``;
+            - scores in columns of the student's data: ``column:NAME=FORM``, or ``column:NAME`` if
+              the scores have the form of the student's outputs. For several outputs, ``NAME`` lists
+              one column per output, separated by commas, and ``FORM`` applies to all of them.
+
         bundle: the student's bundle.
 
     Raises:
         ArtifactMissing, RegistryRefused: there is no such bundle or version.
         OrderRefused: a reference is malformed; a teacher has other outputs, or scores in a form
-            that cannot be converted; or a teacher is listed twice.
+            that cannot be converted; or a teacher is listed twice, or is the student.
     """
     if not references:
         return ()
     student = _read_manifest(bundle.artifact)
-    # Starts with the student, so that it is refused as its own teacher.
+    # The student is listed first, so a reference to it is refused as a repeated teacher.
     teachers = {bundle.artifact.sha256: _read_teacher(bundle.artifact, student)}
     for reference in references:
         if reference.startswith(COLUMN):
-            teacher = _columns(reference, student)
+            teacher = _parse_columns(reference, student)
             key = teacher.architecture
         else:
             artifact = _resolve_teacher(reference)
@@ -91,7 +97,7 @@ def find_teachers(references: tuple[str, ...], bundle: BundleRef) -> tuple[Teach
     return tuple(teachers.values())[1:]
 
 
-def _columns(reference: str, student: Manifest) -> Teacher:
+def _parse_columns(reference: str, student: Manifest) -> Teacher:
     """Return the teacher whose scores are columns of the student's data.
 
     Raises:
@@ -140,7 +146,7 @@ def _read_teacher(artifact: Artifact, student: Manifest) -> Teacher:
         name=f"{manifest.name}@{manifest.version}",
         forms=tuple(output.form for output in manifest.signature.outputs),
         architecture=architecture_digest(architecture),
-        needs_own_rows=manifest.signature.inputs != student.signature.inputs
+        needs_separate_inputs=manifest.signature.inputs != student.signature.inputs
         or architecture != student.network.architecture,
     )
 

@@ -98,7 +98,7 @@ class GraphCheck:
         """
         expected = self._module_scores(inputs)
         try:
-            return expected, self.session.scores(_arrays(inputs))
+            return expected, self.session.scores(_to_arrays(inputs))
         except InfraError as fault:
             failure = ParityFailure(
                 code="parity_run",
@@ -200,7 +200,7 @@ class GraphCheck:
             return failure
         for rows in (single_row, inputs):
             traced = run_traced(program.exported_program, [rows[name] for name in names])
-            values = [GraphValue(*value) for value in graph_values(self.path, _arrays(rows))]
+            values = [GraphValue(*value) for value in graph_values(self.path, _to_arrays(rows))]
             # The allowed difference of a tensor, relative to its largest absolute value.
             allowed = allowed_share(self.plan, self.target)
             expected, output = self._module_scores(rows), join_columns(traced.outputs).numpy()
@@ -232,7 +232,7 @@ class GraphCheck:
         signature = self.lowered.served.served_graph.signature
         for row in range(rows):
             try:
-                self.session.scores(_arrays(row_of(inputs, signature, row)))
+                self.session.scores(_to_arrays(row_of(inputs, signature, row)))
             except InfraError:
                 return row
         return None
@@ -255,5 +255,5 @@ def runnable_graph(path: Path, target: str, plan: Plan | None) -> Iterator[Path]
         copy.unlink(missing_ok=True)
 
 
-def _arrays(inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+def _to_arrays(inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
     return {name: tensor.numpy() for name, tensor in inputs.items()}

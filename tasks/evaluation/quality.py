@@ -55,7 +55,7 @@ class Quality(Protocol):
 
 
 @dataclass(frozen=True)
-class ByRow:
+class RowQuality:
     """The quality of models whose outputs are one score per row.
 
     Attributes:
@@ -76,7 +76,7 @@ class ByRow:
     def score_change(self, baseline: str, candidate: str) -> Mapping[str, Estimate]:
         """Measure how much the scores of two models differ, row by row.
 
-        The unit of mean and largest changes is that of the output's task kind.
+        Mean and largest changes are in the unit of the output's task kind (``score_unit``).
         """
         changes: dict[str, Estimate] = {}
         for index, output in enumerate(self.outputs):
@@ -112,7 +112,7 @@ class ByRow:
 
 
 @dataclass(frozen=True)
-class ByQuery:
+class QueryQuality:
     """The quality of retrieval models.
 
     Attributes:
@@ -142,7 +142,7 @@ class ByQuery:
 
 def row_quality(
     signature: Signature, split: Split, scores: Mapping[str, Array], seed: int
-) -> ByRow:
+) -> RowQuality:
     """Combine the scores of the rows of a split with their labels and groups.
 
     Args:
@@ -153,7 +153,7 @@ def row_quality(
     """
     rows = Rows(split, signature)
     group = None if rows.group is None else rows.group.numpy()
-    return ByRow(signature.outputs, rows.label.numpy(), group, scores, seed)
+    return RowQuality(signature.outputs, rows.label.numpy(), group, scores, seed)
 
 
 def query_quality(

@@ -3,7 +3,7 @@
 An order has phases, such as lowering and training. The estimate of a phase is the memory of the
 process without data (libraries and their buffers), plus a factor times the bytes of the weights or
 of the data; the peak is the largest of these sums. Weights are memory-mapped files, so the factors
-count copies of them: those of the exporter and of ONNX Runtime, and compressed tables before they
+count copies of them: copies by the exporter and by ONNX Runtime, and compressed tables before they
 are written.
 """
 

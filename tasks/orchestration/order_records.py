@@ -89,15 +89,15 @@ def order_of_request(request: str) -> str | None:
     return record.order
 
 
-def write_finished(done: Finished) -> None:
+def write_finished(finished: Finished) -> None:
     """Store the record of a finished order; a failed write is logged.
 
     Without the record, the next run of this order takes longer; there is no other effect.
     """
     record = FinishedRecord(
-        order=done.report.order,
-        release=done.release,
-        version=done.version,
+        order=finished.report.order,
+        release=finished.release,
+        version=finished.version,
         registry=_registry_reference(),
     )
     body = seal_record({"schema_version": SCHEMA_VERSION, **record.model_dump(mode="json")})
@@ -191,7 +191,7 @@ def _registered_version(report: Report) -> str:
     Raises:
         ArtifactMissing: the order is not registered there.
     """
-    registered = Registry(load_settings().registry_uri).by_order(report.order, report.name)
+    registered = Registry(load_settings().registry_uri).find_by_order(report.order, report.name)
     if registered is None:
         raise ArtifactMissing("order_not_in_registry", order=report.order)
     return registered.version

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from infra.errors import PromotionRefused, Refused
 from infra.registry.ledger import Entry, Ledger
-from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, Registered, Registry
+from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, RegisteredVersion, Registry
 from infra.settings import load_settings, public_uri
 from tasks.orchestration.documents import Report, report_of
 from tasks.orchestration.workspace import store
@@ -20,7 +20,7 @@ from tasks.promotion.acceptance import require_accepted
 class Version:
     """A version of the registry and the report of its release."""
 
-    registered: Registered
+    registered: RegisteredVersion
     report: Report
 
     @property
@@ -34,7 +34,7 @@ def registry() -> Registry:
     return Registry(load_settings().registry_uri)
 
 
-def version_of(registered: Registered) -> Version:
+def version_of(registered: RegisteredVersion) -> Version:
     """Read the report of a registered version.
 
     Raises:
@@ -60,7 +60,7 @@ def version_of_order(model: str, order: str) -> Version:
     Raises:
         PromotionRefused: the registry does not have the order.
     """
-    registered = registry().by_order(order, model)
+    registered = registry().find_by_order(order, model)
     if registered is None:
         raise PromotionRefused(
             "order_not_registered", order=order, model=model, registry=_registry_uri()
@@ -74,7 +74,7 @@ def version_of_entry(model: str, entry: Entry) -> Version:
     Raises:
         PromotionRefused: the registry does not have the order, or its report is not accepted.
     """
-    registered = registry().by_order(entry.order, model)
+    registered = registry().find_by_order(entry.order, model)
     if registered is None:
         raise PromotionRefused(
             "champion_not_registered",

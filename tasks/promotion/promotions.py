@@ -24,7 +24,7 @@ from infra.errors import (
     Refused,
 )
 from infra.registry.ledger import Entry, Ledger, find_rollback_target, list_rolled_back_orders
-from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, Registered
+from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, RegisteredVersion
 from infra.triton.repository import ServedVersion
 from tasks.orchestration.documents import PAGE, Report, TargetReport
 from tasks.orchestration.workspace import store
@@ -36,7 +36,7 @@ from tasks.promotion.champion import registry as registry
 log = logging.getLogger(__name__)
 
 
-def version_report(model: str, reference: str) -> tuple[Registered, Report]:
+def version_report(model: str, reference: str) -> tuple[RegisteredVersion, Report]:
     """Return a registry version and its report. ``@champion`` is read from the ledger.
 
     Args:
@@ -56,7 +56,7 @@ def version_report(model: str, reference: str) -> tuple[Registered, Report]:
     return version.registered, version.report
 
 
-def version_page(model: str, reference: str) -> tuple[Registered, bytes]:
+def version_page(model: str, reference: str) -> tuple[RegisteredVersion, bytes]:
     """Return a registry version and the stored HTML page of its report.
 
     Arguments and errors as in ``version_report``.
@@ -128,7 +128,7 @@ def _copy_to_triton(model: str, version: Version) -> None:
     triton_repository.copy_files(root, graphs)
 
 
-class Change(Frozen):
+class ChampionChange(Frozen):
     """The champion's ledger entry after a command; ``is_new`` if the command appended it."""
 
     entry: Entry
@@ -145,7 +145,7 @@ def rollback(model: str, reason: str, *, from_version: str | None = None) -> Ent
     return apply_rollback(model, reason, from_version=from_version).entry
 
 
-def apply_promotion(model: str, reference: str, reason: str) -> Change:
+def apply_promotion(model: str, reference: str, reason: str) -> ChampionChange:
     """Make a version the champion. If it already is, complete an interrupted earlier command.
 
     Args:
@@ -184,7 +184,9 @@ def promote_order(model: str, order: str, reason: str) -> Entry:
     return _promote(model, version_of_order(model, order), reason, entries).entry
 
 
-def _promote(model: str, version: Version, reason: str, entries: tuple[Entry, ...]) -> Change:
+def _promote(
+    model: str, version: Version, reason: str, entries: tuple[Entry, ...]
+) -> ChampionChange:
     """Make a version the champion; ``entries`` is the ledger when the command began."""
     order = version.report.order
     require_accepted(model, version.number, version.report)
@@ -209,7 +211,7 @@ def apply_rollback(
     *,
     from_version: str | None = None,
     command_start: datetime | None = None,
-) -> Change:
+) -> ChampionChange:
     """Make the version before the current champion the champion again.
 
     If the last ledger entry is a rollback that was interrupted, or that another command appended
@@ -289,14 +291,14 @@ def _is_rolled_back(
     )
 
 
-def _complete(model: str, *, is_new: bool) -> Change:
+def _complete(model: str, *, is_new: bool) -> ChampionChange:
     """Update the alias and the Triton repository, then record that the change is complete."""
     entry = repair(model, expected=True)
     if entry is None:
         raise ConcurrentChange("ledger_emptied", model=model)
     if entry.digest is not None:
         registry().confirm(model, entry.digest)
-    return Change(entry=entry, is_new=is_new)
+    return ChampionChange(entry=entry, is_new=is_new)
 
 
 def champion_graph(model: str, target: str) -> Artifact | None:
@@ -320,7 +322,7 @@ def fetch(
     *,
     unmeasured: bool = False,
     unaccepted: bool = False,
-) -> tuple[Registered, TargetReport]:
+) -> tuple[RegisteredVersion, TargetReport]:
     """Copy the files of one target of a version to a folder, and verify their hashes.
 
     Args:
@@ -410,7 +412,7 @@ def triton_contents(
 
 def _champion_graphs(
     model: str, *, unmeasured: bool
-) -> tuple[Registered, tuple[ServedVersion, ...]]:
+) -> tuple[RegisteredVersion, tuple[ServedVersion, ...]]:
     """Return the champion and its graphs for Triton, without repairing the alias.
 
     Raises:

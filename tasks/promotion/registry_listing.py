@@ -11,7 +11,7 @@ import re
 from compressors.contracts import Artifact, artifact_name
 from infra.bundle.json_limits import check_limits
 from infra.errors import Refused
-from infra.registry.mlflow_registry import ORDER_TAG, Registered, Registry
+from infra.registry.mlflow_registry import ORDER_TAG, RegisteredVersion, Registry
 from infra.settings import load_settings
 from infra.store.object_store import Store
 from tasks.orchestration.workspace import store
@@ -28,7 +28,7 @@ _REFERENCE = re.compile(
 )
 
 
-class ListedVersion(Registered):
+class ListedVersion(RegisteredVersion):
     """A registered version with the kinds of its recipe's steps.
 
     ``note`` describes unexpected tags; it is empty if there are none.
@@ -45,7 +45,7 @@ def list_versions(model: str | None) -> tuple[ListedVersion, ...]:
         RegistryRefused: there is no model of that name.
     """
     registry = Registry(load_settings().registry_uri)
-    versions: list[Registered] = []
+    versions: list[RegisteredVersion] = []
     for name in [model] if model else registry.models():
         try:
             versions += registry.versions(name)
@@ -54,10 +54,12 @@ def list_versions(model: str | None) -> tuple[ListedVersion, ...]:
                 raise
             log.warning("Model %r is left out: %s", name, fault)
     release_store = store()
-    return tuple(_listed(item, release_store) for item in versions if ORDER_TAG in item.tags)
+    return tuple(
+        _describe_version(item, release_store) for item in versions if ORDER_TAG in item.tags
+    )
 
 
-def _listed(item: Registered, release_store: Store) -> ListedVersion:
+def _describe_version(item: RegisteredVersion, release_store: Store) -> ListedVersion:
     """Return a version with full URIs, the kinds of its steps, and a note on unexpected tags."""
     notes = []
     recipe = _parse_recipe(item.tags.get(RECIPE_TAG))

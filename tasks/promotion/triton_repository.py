@@ -128,7 +128,7 @@ def servable_graphs(
         _graph_to_serve(version, report, target, part)
         for target in report.targets
         if target.target in servable_targets() and target.verdict.outcome in outcomes
-        for part in _parts(target)
+        for part in _graph_parts(target)
     )
 
 
@@ -255,7 +255,7 @@ def _belongs_to(folder: Store, model: str) -> bool:
         return False
 
 
-def _parts(target: TargetReport) -> tuple[GraphPart, ...]:
+def _graph_parts(target: TargetReport) -> tuple[GraphPart, ...]:
     """List the graphs of one target; each is a separate Triton model."""
     return tuple(
         GraphPart("" if graph.name == "model" else graph.name, graph)

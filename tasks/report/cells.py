@@ -8,7 +8,7 @@ from compressors.contracts import TARGETS, Estimate, Plan, PlanLine, ScoreUnit, 
 from compressors.contracts.metrics.families import find_metric
 from compressors.contracts.metrics.metric import MetricKind
 from compressors.lower.findings import GraphAudit
-from infra.pages.html import many
+from infra.pages.html import format_count
 from infra.printable import one_line
 
 _AUDIT_LABELS = {
@@ -118,7 +118,7 @@ def cell(text: str) -> str:
 
 def describe_products(audit: GraphAudit) -> str:
     """Describe how many matrix products of an optimized graph are computed in int8."""
-    return many(audit.int8_products, "int8 matrix product")
+    return format_count(audit.int8_products, "int8 matrix product")
 
 
 def describe_packed_tables(audit: GraphAudit) -> str:
@@ -127,7 +127,7 @@ def describe_packed_tables(audit: GraphAudit) -> str:
     Lowering can merge tables of the same format into one, which then counts once
     (``compressors/lower/merged/merged_tables.py``).
     """
-    tables = many(audit.packed_tables, "compressed table")
+    tables = format_count(audit.packed_tables, "compressed table")
     return f"{tables} (tables merged into one count once)" if audit.packed_tables else tables
 
 
@@ -138,8 +138,10 @@ def describe_dense_layers(audit: GraphAudit) -> str:
     when a session starts, which takes more memory.
     """
     packed, converted = audit.packed_layers, audit.widened_layers
-    parts = [f"{many(packed, 'dense layer')} computed with quantized weights"] if packed else []
-    layers = f"{many(converted, 'dense layer')} converted to float32 when a session starts"
+    parts = (
+        [f"{format_count(packed, 'dense layer')} computed with quantized weights"] if packed else []
+    )
+    layers = f"{format_count(converted, 'dense layer')} converted to float32 when a session starts"
     parts.append(layers if converted else "no layer converted to float32")
     return "; ".join(parts)
 

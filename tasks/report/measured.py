@@ -17,7 +17,7 @@ from compressors.contracts.metrics.families import find_metric
 from compressors.contracts.metrics.serving import QUANTILES, latency
 from compressors.metrics.measured import Number
 from infra.pages import pictures
-from infra.pages.html import many
+from infra.pages.html import format_count
 from infra.pages.pictures import Curve, Mark, Tone
 from tasks.orchestration.documents import Measurement, Report, TargetReport
 from tasks.report.cells import format_change, format_score_change, is_kind, metric_label
@@ -93,7 +93,7 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
             rows.append(_judgement_row(judgement, target, unit))
     if not rows:
         rows = [
-            _row(name=str(limit), outcome="not measured", tone=TEXT_CLASSES["unsure"])
+            _build_row(name=str(limit), outcome="not measured", tone=TEXT_CLASSES["unsure"])
             for limit in report.limits
         ]
     for target_name, number, unit in _numbers_without_limit(report, limited):
@@ -101,11 +101,11 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
         if is_kind(number.metric, "score_change"):
             title = metric_label(number.metric)
             text = format_score_change(number.metric, number.estimate, unit)
-            no_change = Mark(at=1.0 if is_higher_better else 0.0, label="no change")
+            no_change = Mark(value=1.0 if is_higher_better else 0.0, label="no change")
         else:
             title = f"{metric_label(number.metric)} vs {number.against}"
             text = format_change(number.estimate, ratio=False)
-            no_change = Mark(at=0, label="no change")
+            no_change = Mark(value=0, label="no change")
         picture = Markup(
             pictures.draw_strip(number.estimate, "plain", f"{title} is {text}; no limit", no_change)
         )
@@ -113,7 +113,7 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
         if len(report.measured) > 1:
             note = f"{target_name}, {note}"
         rows.append(
-            _row(
+            _build_row(
                 name=title,
                 note=note,
                 picture=picture,
@@ -140,13 +140,13 @@ def _judgement_row(judgement: Judgement, target: TargetReport, unit: ScoreUnit |
                 tone,
                 judgement.reason,
                 reference=_no_change_mark(limit),
-                limit=Mark(at=bound, label=f"limit {bound:g}"),
+                limit=Mark(value=bound, label=f"limit {bound:g}"),
                 # the side of the limit whose values are rejected
                 refused="below" if limit.at_least is not None else "above",
             )
         )
         text = _format_measured(limit, measured, unit)
-    return _row(
+    return _build_row(
         name=str(limit),
         note=target.target,
         picture=picture,
@@ -157,7 +157,7 @@ def _judgement_row(judgement: Judgement, target: TargetReport, unit: ScoreUnit |
     )
 
 
-def _row(
+def _build_row(
     *,
     name: str,
     note: str = "",
@@ -190,10 +190,10 @@ def _no_change_mark(limit: Limit) -> Mark | None:
     for a score change, which is itself a comparison with the baseline.
     """
     if limit.declared.compared == "never":
-        return Mark(at=1.0 if limit.declared.higher_is_better else 0.0, label="no change")
+        return Mark(value=1.0 if limit.declared.higher_is_better else 0.0, label="no change")
     if limit.against == "absolute":
         return None
-    return Mark(at=1.0 if limit.declared.compared == "ratio" else 0.0, label="no change")
+    return Mark(value=1.0 if limit.declared.compared == "ratio" else 0.0, label="no change")
 
 
 def _format_measured(limit: Limit, measured: Estimate, score_unit: ScoreUnit | None) -> str:
@@ -254,7 +254,7 @@ def _describe_machines(report: Report) -> str:
     """Describe the machine of each measurement and its runtime."""
     return " ".join(
         f"Measured on {machine.processor}, {machine.cores} cores, {machine.system}, "
-        f"{machine.runtime} {machine.version} with {many(machine.threads, 'thread')}, "
+        f"{machine.runtime} {machine.version} with {format_count(machine.threads, 'thread')}, "
         f"{'with' if machine.int8_dot else 'without'} int8 dot products."
         for machine in (measured.machine for measured in report.measured.values())
     )

@@ -14,7 +14,7 @@ from infra.bundle.json_reader import read_document
 from infra.data.expectations import Validation
 from infra.data.validation_page import CheckLists, check_lists, summary
 from infra.pages import pictures
-from infra.pages.html import many, render
+from infra.pages.html import format_count, render
 from tasks.orchestration.documents import ORDER_FILE, Report
 from tasks.orchestration.workspace import local
 from tasks.report.cells import format_change, is_ratio, metric_label
@@ -203,7 +203,7 @@ def _numbers_section(report: Report) -> NumberTable:
 
 def _data_section(validation: Validation) -> DataSection:
     result = summary(validation)
-    intended = many(validation.intended, "intended check")
+    intended = format_count(validation.intended, "intended check")
     return DataSection(
         word=result.word,
         tone=TEXT_CLASSES[result.tone],

@@ -8,7 +8,7 @@ import json
 from compressors.contracts import Estimate, Plan
 from compressors.contracts.metrics.families import find_metric
 from compressors.contracts.metrics.serving import BYTES, MEDIAN
-from infra.pages.html import many
+from infra.pages.html import format_count
 from infra.printable import printable
 from tasks.orchestration.documents import ORDER_FILE, Measurement, Report, TargetReport
 from tasks.orchestration.graph_documents import LoweredGraph
@@ -300,7 +300,7 @@ def _checks_of_graph(
         )
         if graph.sparse_layers:
             lines.append(
-                f"- {where}: {many(len(graph.sparse_layers), 'layer')} with 2:4 zeros: no "
+                f"- {where}: {format_count(len(graph.sparse_layers), 'layer')} with 2:4 zeros: no "
                 f"effect, since {runtime} stores and multiplies zeros like other weights"
             )
     lines += [

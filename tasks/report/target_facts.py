@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from compressors.lower.findings import Parity
-from infra.pages.html import many
+from infra.pages.html import format_count
 from tasks.orchestration.documents import Report, TargetReport
 from tasks.orchestration.graph_documents import GraphInput, LoweredGraph
 from tasks.report.cells import (
@@ -104,8 +104,8 @@ def _graph_facts(graph: LoweredGraph, audit: dict[str, object], runtime: str) ->
         if graph.sparse_layers:
             facts["2:4 zeros"] = Fact(
                 "no effect",
-                note=f"{many(len(graph.sparse_layers), 'layer')} with 2:4 zeros, which {runtime} "
-                "stores and multiplies like other weights",
+                note=f"{format_count(len(graph.sparse_layers), 'layer')} with 2:4 zeros, which "
+                f"{runtime} stores and multiplies like other weights",
             )
     facts |= {
         audit_heading(field).capitalize(): Fact(format_audit_value(field, value))

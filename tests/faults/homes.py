@@ -20,7 +20,7 @@ from infra.registry.ledger import Ledger
 from infra.store.object_store import Store
 from infra.store.records import is_sealed
 
-# Number of rows of each split of the draft.
+# Number of rows of each split of the draft (the bundle before it is packed).
 ROWS = {"train": 600, "calibration": 200, "validation": 200, "test": 600}
 # The limit is so wide that every result is accepted.
 ORDER = {

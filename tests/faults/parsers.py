@@ -21,7 +21,7 @@ from infra.bundle.bundle_folder import parse_manifest, read_draft
 from infra.bundle.shards import stored_tensors
 from infra.data.split_statistics import split_statistics
 from infra.registry.ledger import Entry, Ledger
-from infra.registry.mlflow_registry import Registered
+from infra.registry.mlflow_registry import RegisteredVersion
 from infra.services.compose import COMPOSE, find_required_secrets, read_services, read_variables
 from infra.store.object_store import Store
 from infra.store.records import read_record, seal_record
@@ -264,13 +264,13 @@ def registry_tags(folder: Path) -> Parser:
         try:
             document = json.loads(body)
             texts = {str(name): str(value) for name, value in document.items()}
-            item = Registered(model="m", version="1", source=texts.pop("source", ""), tags=texts,
-                              aliases=())  # fmt: skip
+            source = texts.pop("source", "")
+            item = RegisteredVersion(model="m", version="1", source=source, tags=texts, aliases=())
         except (ValueError, AttributeError, RecursionError):
             return None  # a registry cannot store such tags
         if "recpress.order" not in texts:
             return None  # such versions are not listed
-        return registry_listing._listed(item, object_store)
+        return registry_listing._describe_version(item, object_store)
 
     return Parser((json.dumps({**tags, "source": f"artifacts/{ORDER_DIGEST}"}).encode(),), parse)
 
@@ -356,7 +356,7 @@ def _quantized(folder: Path) -> tuple[Path, bytes]:
     """Run ``recpress tables quantize``; return its output folder and the manifest."""
     draft = drafts.write_draft(folder / "draft", rows=ROWS)
     result = folder / "quantized"
-    step = table_files.step_named("int8", {})
+    step = table_files.build_table_step("int8", {})
     table_files.quantize(draft / "model.safetensors", result, step)
     return result, (result / "manifest.json").read_bytes()
 

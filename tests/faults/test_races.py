@@ -210,7 +210,7 @@ def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("location", ["one home", "S3"])
-def test_different_orders_at_once_that_are_each_promoted_have_one_version_and_one_entry_each(
+def test_concurrent_promoted_orders_have_one_version_and_one_ledger_entry_each(
     location: str,
     warm_fork_server: ForkServer,
     root: Path,

@@ -46,7 +46,9 @@ class Brier:
         )
         # All groups determine the precision of the interval, not only those of one kind. ``which``
         # would describe such a kind in the message about too few groups.
-        return grouped_pair(before, after, self.metric.high, counted=groups.rows.size, which="")
+        return grouped_pair(
+            before, after, self.metric.high, counted_groups=groups.rows.size, group_description=""
+        )
 
 
 BRIER = Metric(
@@ -57,7 +59,7 @@ BRIER = Metric(
     evaluations=("rows",),  # one score per row; not a ranking of the catalogue
     higher_is_better=False,
     compared="difference",  # candidate minus baseline
-    largest=0.2,  # largest loss that a limit may allow; a constant 0.5 has a Brier score of 0.25
+    loosest_bound=0.2,  # a constant prediction of 0.5 has a Brier score of 0.25
     low=0.0,  # smallest and largest possible value
     high=1.0,
     estimators={"rows": Brier},

@@ -14,7 +14,7 @@ from compressors.contracts import Output
 from compressors.contracts.task_kind import TASK_KINDS, TaskKind, register
 from compressors.core.batches import Batch
 from compressors.metrics.baseline_problem import BaselineProblem
-from compressors.task_kinds.protocol import ScoredSample, TaughtRows
+from compressors.task_kinds.protocol import DistillationRows, ScoredSample
 
 LOSSES: list[float] = []
 """Each value of the loss against labels, so that a test can check which loss training used."""
@@ -34,12 +34,13 @@ class Upvotes:
         LOSSES.append(float(loss.detach()))
         return loss
 
-    def soft_loss(self, rows: TaughtRows, temperature: float) -> Tensor:
+    def soft_loss(self, rows: DistillationRows, temperature: float) -> Tensor:
         outputs = (rows.student, rows.teacher)
         student, teacher = (torch.sigmoid(output / temperature) for output in outputs)
         return (student - teacher).square().mean()
 
-    def score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
+    def find_score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
+        """Check the shapes, and report no problem of the uncompressed model's scores."""
         assert sample.label.shape == sample.score.shape
         yield from ()
 
@@ -47,16 +48,16 @@ class Upvotes:
 KIND = TaskKind(
     name="upvotes",
     forms=("logit",),
-    labels="clicks",  # 0 or 1
+    labels="clicks",  # labels are 0 or 1, here the upvotes
     needs_label=True,
     evaluation="rows",  # one score per row
-    usual=(),  # no metric with a number in its name, such as ndcg@10, is always measured
+    default_metrics=(),  # nothing such as ndcg@10 is measured unless a limit names it
     functions=Upvotes,
 )
 
 
 def write_upvotes(folder: Path) -> Path:
-    """Write a draft with the task kind, and return its folder."""
+    """Write a bundle with the task kind to a folder, not packed yet, and return the folder."""
     draft = write_draft(folder, name="posts")
     document = json.loads((draft / "model.json").read_text())
     document["signature"]["outputs"][0]["kind"] = "upvotes"

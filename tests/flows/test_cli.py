@@ -311,7 +311,7 @@ def test_bundle_check_and_show_describe_a_bundle(accepted_order: AcceptedOrder, 
     assert json.loads(call("bundle", "show", "clicks", "--json").out)["name"] == "clicks"
 
 
-def test_bundle_schema_accepts_a_valid_draft_and_rejects_invalid_ones(
+def test_bundle_schema_accepts_a_valid_draft_and_rejects_invalid_drafts(
     home: Path, call: Any
 ) -> None:
     result = call("bundle", "schema")

@@ -87,7 +87,7 @@ def test_sentence_without_a_model_class_suggests_no_names() -> None:
     assert format_errors(fault.value) == ["limit: there is no such setting"]
 
 
-def test_1000_errors_are_reported_as_20_sentences_and_the_number_of_others() -> None:
+def test_1000_errors_are_reported_as_20_sentences_and_the_number_of_other_errors() -> None:
     lines = sentences_for(teachers=list(range(1000)))
     assert len(lines) == 21
     assert lines[0].startswith("teachers.0:")

@@ -28,8 +28,8 @@ from prefect.utilities.schema_tools.validation import ValidationError as SchemaE
 from pydantic import ValidationError
 
 from compressors.contracts.limits import LARGEST_GAIN
+from compressors.contracts.metrics import default_metrics
 from compressors.contracts.metrics import metric as metric_named
-from compressors.contracts.metrics import usual_metrics
 from compressors.core.registries import METHODS
 from flows.compress import compress
 from flows.order import Order
@@ -214,8 +214,8 @@ REFERENCES: list[dict[str, Any]] = [
 ]
 
 
-# All usual metrics, and some with another depth, cut-off or batch size.
-METRICS = sorted({*usual_metrics(), "ndcg@5", "recall@100", "mrr@10", "map@100", "p99_ms@256"})
+# All default metrics, and some with another depth, cut-off or batch size.
+METRICS = sorted({*default_metrics(), "ndcg@5", "recall@100", "mrr@10", "map@100", "p99_ms@256"})
 
 
 def bounds_near_limits(metric: str) -> list[float]:
@@ -225,7 +225,7 @@ def bounds_near_limits(metric: str) -> list[float]:
     smallest and largest plausible value, and ``largest``, the largest plausible loss or ratio.
     """
     declared = metric_named(metric)
-    numbers = (0.0, LARGEST_GAIN, declared.low, declared.high, declared.largest)
+    numbers = (0.0, LARGEST_GAIN, declared.low, declared.high, declared.loosest_bound)
     bounds = {value + more for value in numbers for more in (-1e-3, 0.0, 1e-3)}
     return sorted({sign * bound for bound in bounds for sign in (-1.0, 1.0)})
 

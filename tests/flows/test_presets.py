@@ -73,7 +73,7 @@ def test_previous_preset_is_defined_for_all_presets_but_the_first() -> None:
     assert previous == [None, *PRESET_SEQUENCE[:-1]]
 
 
-def test_result_of_a_preset_has_no_more_bytes_than_that_of_the_previous_one(table_heavy) -> None:
+def test_each_preset_results_in_no_more_bytes_than_the_previous_preset(table_heavy) -> None:
     _, reports, _ = table_heavy
     sizes = [weight_bytes(reports[preset]) for preset in PRESET_SEQUENCE]
     assert sizes == sorted(sizes, reverse=True)

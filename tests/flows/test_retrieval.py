@@ -74,7 +74,7 @@ def test_retrieval_order_is_accepted_with_all_tables_and_layers_quantized(
     assert [graph.audit.packed_tables for graph in served if graph.audit] == [2, 2]
 
 
-def test_baseline_recall_is_that_of_the_network_with_seen_items_masked(
+def test_baseline_recall_excludes_items_that_the_query_has_seen(
     retrieval_run: tuple[Path, FlowResult],
 ) -> None:
     """Without the mask, items that users have seen before would have the first ranks."""

@@ -309,7 +309,7 @@ def test_no_source_parses_markup_and_only_console_py_imports_rich_console():
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_log_records_escape_control_characters_and_those_of_recpress_are_one_line(kind, caplog):
+def test_log_records_escape_control_characters_and_records_of_recpress_are_one_line(kind, caplog):
     create = logging.getLogRecordFactory()
     try:
         log_lines.install()

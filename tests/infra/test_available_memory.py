@@ -159,7 +159,7 @@ def simulated_machine(tmp_path, monkeypatch):
 STAT = "anon 1\nfile 3\ninactive_file 1048576\nactive_file 1048576\n"
 
 
-def test_available_memory_without_limits_is_that_of_the_machine(simulated_machine):
+def test_available_memory_without_limits_is_the_memory_of_the_machine(simulated_machine):
     assert estimate_available_memory() == (8000 * 1024, "the memory of this machine")
 
 

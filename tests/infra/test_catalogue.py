@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from error_codes import Text, raises_code
-from retrieval_draft import SIGNATURE
+from retrieval_draft import SIGNATURE as SIGNATURE_DOCUMENT
 from safetensors.numpy import load_file
 
 from compressors.contracts import Output, Signature, Split
@@ -19,7 +19,7 @@ from infra.data.expectations import Rules, validate
 from infra.data.split_statistics import check_ids, split_statistics
 from infra.errors import DataRefused
 
-SCHEMA = Signature.model_validate(SIGNATURE)  # which columns the splits must have
+SIGNATURE = Signature.model_validate(SIGNATURE_DOCUMENT)
 # Rows of each table.
 TABLES = {"of_user.user": 9, "of_user.lately": 6, "of_item.item": 9, "of_item.tags": 6}
 LISTS = pa.list_(pa.int64())
@@ -59,7 +59,7 @@ def paths(tmp_path):
 
 
 def test_prepare_adds_the_features_of_each_rows_item(paths, tmp_path):
-    prepared = prepare(paths(), "test", SCHEMA, tmp_path / "out")
+    prepared = prepare(paths(), "test", SIGNATURE, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "data.safetensors")
     assert prepared.rows == 4
     assert set(prepared.tensors) == set(tensors)
@@ -69,12 +69,12 @@ def test_prepare_adds_the_features_of_each_rows_item(paths, tmp_path):
     assert tensors["@group"].tolist() == [3, 1, 3, 1]
     assert tensors["@label"].tolist() == [1, 1, 1, 1]  # the signature names no label
     # Each row is a complete input of the model, so batches are read as for any other task.
-    (batch,) = batches(Split(path=str(tmp_path / "out"), sha256="0" * 64, rows=4), SCHEMA, 9)
+    (batch,) = batches(Split(path=str(tmp_path / "out"), sha256="0" * 64, rows=4), SIGNATURE, 9)
     assert batch.inputs["tags_offsets"].tolist() == [0, 3, 4, 5]
 
 
 def test_prepare_of_the_catalogue_writes_only_inputs_of_the_item_tower(paths, tmp_path):
-    prepare(paths(), "items", SCHEMA, tmp_path / "out")
+    prepare(paths(), "items", SIGNATURE, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "data.safetensors")
     assert set(tensors) == {"item", "tags", "@bounds/tags", "dense", "@label"}
     assert tensors["item"].tolist() == [8, 0, 2]
@@ -106,21 +106,21 @@ def test_unknown_or_repeated_items_and_inconsistent_queries_are_refused_with_the
     split, changes, message_pattern, paths, tmp_path
 ):
     with raises_code(DataRefused, "schema_unfit", problems=Text(message_pattern)):
-        prepare(paths(**changes), split, SCHEMA, tmp_path / "out")
+        prepare(paths(**changes), split, SIGNATURE, tmp_path / "out")
 
 
 def test_training_rows_of_one_user_may_differ_in_query_inputs(paths, tmp_path):
     """The history of a user grows over the training rows; a test query is a single request."""
     splits = paths("train", lately=pa.array([[5], [], [4], [1]], LISTS))
-    assert prepare(splits, "train", SCHEMA, tmp_path / "out").rows == 4
+    assert prepare(splits, "train", SIGNATURE, tmp_path / "out").rows == 4
 
 
 def test_require_items_needs_a_catalogue_exactly_for_retrieval():
-    require_items(["test", "items"], SCHEMA, "it")
+    require_items(["test", "items"], SIGNATURE, "it")
     with raises_code(DataRefused, "catalogue_missing", place="it", split="items"):
-        require_items(["test"], SCHEMA, "it")
+        require_items(["test"], SIGNATURE, "it")
     clicks = Signature(
-        inputs=SCHEMA.inputs[:1],
+        inputs=SIGNATURE.inputs[:1],
         outputs=(Output(name="click", kind="ctr", form="logit", label="click", metric="auc"),),
     )
     require_items(["test"], clicks, "it")
@@ -131,18 +131,18 @@ def test_require_items_needs_a_catalogue_exactly_for_retrieval():
 def test_check_ids_covers_the_catalogue(paths):
     splits = paths(catalogue=items(tags=pa.array([[1], [6], []], LISTS)))
     statistics = {
-        name: split_statistics(path, SCHEMA.of_split(name)) for name, path in splits.items()
+        name: split_statistics(path, SIGNATURE.of_split(name)) for name, path in splits.items()
     }
     with raises_code(
         DataRefused,
         "ids_unfit",
         problems=Text("split 'items', input 'tags': id 6 is not in table"),
     ):
-        check_ids(statistics, SCHEMA, TABLES)
+        check_ids(statistics, SIGNATURE, TABLES)
 
 
 def test_validate_checks_each_column_in_the_split_that_contains_it(paths):
-    validation = validate(paths(), SCHEMA, TABLES, Rules(min_rows=1))
+    validation = validate(paths(), SIGNATURE, TABLES, Rules(min_rows=1))
     assert validation.success, [item for item in validation.findings if not item.success]
     checked_columns = {(item.split, item.column) for item in validation.findings}
     assert {
@@ -154,6 +154,6 @@ def test_validate_checks_each_column_in_the_split_that_contains_it(paths):
     assert not {("test", "d0"), ("items", "user")} & checked_columns
 
     repeated_item = paths(catalogue=items(item=pa.array([8, 2, 2])))
-    validation = validate(repeated_item, SCHEMA, TABLES, Rules(min_rows=1))
+    validation = validate(repeated_item, SIGNATURE, TABLES, Rules(min_rows=1))
     (failed,) = [item for item in validation.findings if not item.success]
     assert (failed.split, failed.column, failed.rule) == ("items", "item", "each item once")

@@ -33,7 +33,7 @@ INPUTS = (
     PaddedBag(name="genres", shape=(3,), table="genres"),
     JaggedBag(name="history", shape=(4,), table="users", out_of_range="default_row"),
 )
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=INPUTS,
     outputs=(Output(name="click", kind="ctr", form="logit", label="click", metric="gauc"),),
     group="session",
@@ -47,7 +47,7 @@ def signature_reading(column):
     If no input reads it, the signature has only the first input.
     """
     inputs = tuple(item for item in INPUTS if column in item.columns) or INPUTS[:1]
-    return SCHEMA.model_copy(update={"inputs": inputs})
+    return SIGNATURE.model_copy(update={"inputs": inputs})
 
 
 TABLES = {"users": 6, "genres": 8}
@@ -106,7 +106,7 @@ def failures(validation):
 
 
 def test_valid_data_passes_every_check(write):
-    validation = validate(write(), SCHEMA, TABLES)
+    validation = validate(write(), SIGNATURE, TABLES)
     assert failures(validation) == []
     assert validation.success
     assert validation.evaluated == validation.intended == len(validation.findings)
@@ -240,14 +240,14 @@ def test_split_with_too_few_rows_fails(write, tmp_path):
 def test_empty_file_fails_and_checks_that_need_rows_are_not_evaluated(tmp_path):
     path = tmp_path / "empty.parquet"
     pq.write_table(pa.table(columns("train")).slice(0, 0), path)
-    validation = validate({"train": path}, SCHEMA, TABLES)
+    validation = validate({"train": path}, SIGNATURE, TABLES)
     rows = next(f for f in validation.findings if f.rule == "at least 1 row(s)")
     assert (rows.success, rows.evaluated, rows.observed) == (False, True, "0")
     assert validation.evaluated < validation.intended
 
 
 def test_missing_column_fails_and_its_other_checks_are_not_evaluated(write):
-    validation = validate({"train": write(train={"y": None})["train"]}, SCHEMA, TABLES)
+    validation = validate({"train": write(train={"y": None})["train"]}, SIGNATURE, TABLES)
     failed = failures(validation)
     assert {f.column for f in failed} == {"y"}
     assert [(f.rule, f.observed) for f in failed if f.evaluated] == [
@@ -287,7 +287,7 @@ def test_repeated_column_fails_its_type_check(tmp_path):
     valid = columns("train")
     table = pa.Table.from_arrays([*valid.values(), valid["x"]], [*valid, "x"])
     pq.write_table(table, tmp_path / "twice.parquet")
-    failed = failures(validate({"train": tmp_path / "twice.parquet"}, SCHEMA, TABLES))
+    failed = failures(validate({"train": tmp_path / "twice.parquet"}, SIGNATURE, TABLES))
     assert failed[0].observed.startswith("there more than once")
 
 
@@ -341,8 +341,8 @@ def write_traffic(write, tmp_path, first, **changes):
     }
 
 
-def test_split_traffic_is_checked_like_train_but_for_its_label(write, tmp_path):
-    validation = validate(write_traffic(write, tmp_path, 1_500), SCHEMA, TABLES)
+def test_split_traffic_is_checked_like_train_except_for_its_label(write, tmp_path):
+    validation = validate(write_traffic(write, tmp_path, 1_500), SIGNATURE, TABLES)
     assert validation.success
     checked_columns = {item.column for item in validation.findings if item.split == "traffic"}
     assert checked_columns == {
@@ -455,7 +455,7 @@ def test_expectation_that_raises_is_not_evaluated_and_refused(write, monkeypatch
 
 
 def test_validation_without_checks_is_refused():
-    validation = validate({}, SCHEMA, TABLES)
+    validation = validate({}, SIGNATURE, TABLES)
     assert (validation.success, validation.intended) == (False, 0)
     with raises_code(DataRefused, "checks_missing"):
         refuse_failures(validation)
@@ -469,12 +469,12 @@ def test_validation_with_fewer_evaluated_than_planned_checks_is_refused(write):
 
 def test_validate_refuses_an_input_with_an_unknown_table(write):
     with raises_code(DataRefused, "table_unknown", table="genres", tables=("users",)):
-        validate({"train": write()["train"]}, SCHEMA, {"users": 6})
+        validate({"train": write()["train"]}, SIGNATURE, {"users": 6})
 
 
 def test_validate_refuses_a_missing_file(tmp_path):
     with raises_code(DataRefused, "parquet_missing", path=str(tmp_path / "nowhere")):
-        validate({"train": tmp_path / "nowhere"}, SCHEMA, TABLES)
+        validate({"train": tmp_path / "nowhere"}, SIGNATURE, TABLES)
 
 
 @pytest.mark.parametrize(
@@ -491,7 +491,7 @@ def test_rules_with_invalid_bounds_are_refused(changes, code, fields):
 
 def test_column_name_may_contain_any_character(write):
     unusual_name = "<script>alert('a.b')</script>"
-    signature = SCHEMA.model_copy(
+    signature = SIGNATURE.model_copy(
         update={"inputs": (IdInput(name="user", columns=(unusual_name,), table="users"),)}
     )
     path = write(train={unusual_name: pa.array([0] * (ROWS_PER_SPLIT - 1) + [7])})["train"]
@@ -506,7 +506,7 @@ def test_validate_prints_nothing_and_uses_no_network(write, capfd, caplog, monke
     monkeypatch.setattr(socket.socket, "connect", fail)
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     with caplog.at_level(logging.DEBUG):
-        validate({"train": write(train=with_invalid_value("user", 6))["train"]}, SCHEMA, TABLES)
+        validate({"train": write(train=with_invalid_value("user", 6))["train"]}, SIGNATURE, TABLES)
     assert capfd.readouterr() == ("", "")
     assert [r for r in caplog.records if r.name.startswith("great_expectations")] == []
 

@@ -47,7 +47,7 @@ def test_strip_places_value_interval_and_limit_in_order_within_the_chart(
     low, point, high, reference, limit, refused_side
 ):
     value = estimate(low, point, high)
-    marks = Mark(at=reference, label="no change"), Mark(at=limit, label="limit")
+    marks = Mark(value=reference, label="no change"), Mark(value=limit, label="limit")
     svg = draw_strip(value, "held", "title", *marks, refused=refused_side)
     assert all(0 <= float(place) <= 100 for place in POSITIONS.findall(svg))
     interval, (position,) = positions(svg, "interval"), positions(svg, "point")
@@ -135,7 +135,7 @@ def test_charts_escape_text_and_have_a_title():
     value = estimate(1, 2, 3)
     one_curve = [Curve(kind="after", points=((1, value),))]
     for svg in (
-        draw_strip(value, "plain", "<b>", Mark(at=0, label="<i>"), Mark(at=1, label="<i>")),
+        draw_strip(value, "plain", "<b>", Mark(value=0, label="<i>"), Mark(value=1, label="<i>")),
         draw_composition([("<i>", [BarSegment(name="<i>", role="table", size=1)])], "<b>"),
         draw_curves(one_curve, "<i>", {1: ("<i>",)}, "<b>"),
     ):

@@ -12,7 +12,7 @@ from error_codes import Text, raises_code
 
 from infra.errors import RegistryOutage, RegistryRefused, SettingRefused
 from infra.registry.limits import MAX_TAG_VALUE
-from infra.registry.mlflow_registry import ORDER_TAG, Registered, Registry
+from infra.registry.mlflow_registry import ORDER_TAG, RegisteredVersion, Registry
 
 # Digests of two orders.
 ORDER = "a" * 64
@@ -39,7 +39,7 @@ def registry(empty_registry, tmp_path) -> Registry:
     return Registry(f"sqlite:///{shutil.copy(empty_registry, tmp_path / 'registry.db')}")
 
 
-def publish(registry: Registry, order: str = ORDER, model: str = "ranker") -> Registered:
+def publish(registry: Registry, order: str = ORDER, model: str = "ranker") -> RegisteredVersion:
     """Publish an order with fixed tags."""
     return registry.publish(model, order, f"s3://models/{order[:4]}", {"recipe": "[]"}, "text")
 
@@ -47,7 +47,7 @@ def publish(registry: Registry, order: str = ORDER, model: str = "ranker") -> Re
 def test_publishing_an_order_twice_creates_one_version(registry):
     first = publish(registry)
     assert first == publish(registry)
-    assert first == Registered(
+    assert first == RegisteredVersion(
         model="ranker",
         version="1",
         source="s3://models/aaaa",
@@ -55,20 +55,25 @@ def test_publishing_an_order_twice_creates_one_version(registry):
         aliases=(),
     )
     assert registry.versions("ranker") == (first,)
-    assert registry.by_order(ORDER, "ranker") == first
-    assert registry.by_order(OTHER_ORDER, "ranker") is None
-    assert registry.by_order(ORDER, "other") is None
+    assert registry.find_by_order(ORDER, "ranker") == first
+    assert registry.find_by_order(OTHER_ORDER, "ranker") is None
+    assert registry.find_by_order(ORDER, "other") is None
 
 
-def test_find_order_returns_the_same_version_as_by_order(registry, tmp_path):
-    assert registry.find_order(ORDER, "ranker") is None
+def test_find_by_order_without_mlflow_returns_the_same_version_as_find_by_order(registry, tmp_path):
+    assert registry.find_by_order_without_mlflow(ORDER, "ranker") is None
     publish(registry)
-    assert registry.find_order(ORDER, "ranker") == registry.by_order(ORDER, "ranker")
-    assert registry.find_order(OTHER_ORDER, "ranker") is None
-    assert registry.find_order(ORDER, "other") is None
+    assert registry.find_by_order_without_mlflow(ORDER, "ranker") == registry.find_by_order(
+        ORDER, "ranker"
+    )
+    assert registry.find_by_order_without_mlflow(OTHER_ORDER, "ranker") is None
+    assert registry.find_by_order_without_mlflow(ORDER, "other") is None
     registry._client.delete_model_version("ranker", "1")
-    assert registry.find_order(ORDER, "ranker") is None
-    assert Registry(f"sqlite:///{tmp_path}/none.db").find_order(ORDER, "ranker") is None
+    assert registry.find_by_order_without_mlflow(ORDER, "ranker") is None
+    assert (
+        Registry(f"sqlite:///{tmp_path}/none.db").find_by_order_without_mlflow(ORDER, "ranker")
+        is None
+    )
     assert not (tmp_path / "none.db").exists()
 
 
@@ -113,14 +118,14 @@ def test_concurrent_publishers_keep_the_lowest_version_and_delete_the_others(reg
     """Simulate a race: the first query of each publisher does not find a version of the order."""
     publish(registry, OTHER_ORDER)
     queries = []
-    by_order = Registry.by_order
+    find_by_order = Registry.find_by_order
 
     def first_query_finds_nothing(self, order, model):
         queries.append(order)
         # Each of the three publishers queries twice, before and after it creates a version.
-        return None if len(queries) in (1, 3, 5) else by_order(self, order, model)
+        return None if len(queries) in (1, 3, 5) else find_by_order(self, order, model)
 
-    monkeypatch.setattr(Registry, "by_order", first_query_finds_nothing)
+    monkeypatch.setattr(Registry, "find_by_order", first_query_finds_nothing)
     versions = {publish(registry).version for _ in range(3)}
     assert versions == {"2"}
     assert [item.version for item in registry.versions("ranker")] == ["2", "1"]

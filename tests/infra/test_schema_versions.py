@@ -93,7 +93,7 @@ def test_migration_without_a_signature_changes_only_the_version(
 # --- drafts ----------------------------------------------------------------------------------
 
 
-def test_draft_of_version_1_equals_that_of_version_2(draft: Path) -> None:
+def test_draft_of_schema_version_1_is_read_like_the_same_draft_of_version_2(draft: Path) -> None:
     edit_draft(draft, lambda document: None, version=2)
     current = read_draft(draft)
     migrated = read_draft(edit_draft(draft, lambda document: None))

@@ -489,12 +489,12 @@ def test_services_start_after_their_dependencies_and_stop_together(
         "setup",
         python(f"{CHECK_SERVER.format(port=port)}\nopen({str(marker)!r}, 'w').close()"),
         one_shot=True,
-        after={"server": "service_healthy"},
+        starts_after={"server": "service_healthy"},
     )
     last = make_service(
         "last",
         python(f"import os, time; assert os.path.exists({str(marker)!r}); time.sleep(60)"),
-        after={"setup": "service_completed_successfully"},
+        starts_after={"setup": "service_completed_successfully"},
     )
     processes = run(last, setup, server)
     processes.start(60)

@@ -55,7 +55,7 @@ def test_labels_are_columns_and_nan_where_they_are_not_used(split, tmp_path):
     np.testing.assert_array_equal(label, np.float32(expected))
 
 
-def test_one_output_with_a_condition_has_one_dimension(split, tmp_path):
+def test_labels_of_one_output_with_a_condition_have_one_dimension(split, tmp_path):
     signature = SIGNATURE.model_copy(update={"outputs": SIGNATURE.outputs[1:2]})
     prepare(split(), signature, tmp_path / "out")
     label = load_file(tmp_path / "out" / "data.safetensors")["@label"]

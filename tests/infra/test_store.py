@@ -85,7 +85,7 @@ def test_get_returns_the_files_that_put_stored(stored, big_folder, tmp_path):
     assert stored.store.uri_of(artifact) == f"{stored.store.root}/artifacts/{artifact.sha256}"
 
 
-def test_file_reads_one_file_although_another_is_damaged(stored, big_folder):
+def test_store_file_reads_an_intact_file_of_an_artifact_with_a_damaged_one(stored, big_folder):
     artifact = stored.store.put(big_folder)
     stored.overwrite(blob_key(stored, artifact, "shards/tables/big.safetensors"), b"damaged")
     assert stored.store.file(artifact, "model.json") == b"{}"

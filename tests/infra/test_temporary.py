@@ -114,7 +114,7 @@ def top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("kind", list(WRITER_CODE))
-def test_next_run_removes_files_of_a_killed_process_and_keeps_those_of_a_running_one(
+def test_next_run_removes_files_of_a_killed_process_and_keeps_files_of_a_running_one(
     kind: str, top: Path
 ) -> None:
     with running_writer(kind, top) as running:

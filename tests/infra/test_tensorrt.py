@@ -368,7 +368,7 @@ def test_scratch_larger_than_a_widened_copy_is_judged_not_checkable():
 
 
 @given(removed=st.integers(10, 10**12), share=st.floats(0, 1), base=st.integers(0, 10**12))
-def test_scratch_grows_if_and_only_if_it_differs_by_more_than_the_allowed_share(
+def test_scratch_memory_counts_as_grown_if_it_differs_by_more_than_the_allowed_share(
     removed, share, base
 ):
     growth = round(removed * share)
@@ -398,7 +398,7 @@ def test_log_without_a_required_line_is_refused(line):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp16"])
-def test_halve_keeps_the_first_half_of_large_tables_and_all_of_small_ones(kind):
+def test_halve_keeps_the_first_half_of_large_tables_and_all_of_small_tables(kind):
     rows, dim = TWIN_ROWS + 3, 3  # odd rows of odd width: 4-bit rows do not end on bytes
     model, _ = build_lookup_model(kind, rows, dim)
     before = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
@@ -415,7 +415,7 @@ def test_halve_keeps_the_first_half_of_large_tables_and_all_of_small_ones(kind):
     assert removed == pytest.approx((rows - kept_rows) * row_bytes, abs=1)
 
 
-def test_halve_cuts_shared_scales_to_those_of_the_kept_rows():
+def test_halve_keeps_only_the_shared_scales_of_the_kept_rows():
     rows = TWIN_ROWS + 32
     model, _ = build_lookup_model("int8", rows)
     (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == "scale")

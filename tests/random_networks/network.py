@@ -4,7 +4,7 @@
 three kinds: ``vector``, ``(rows, width)`` of size ``(width,)``; ``fields``, ``(rows, fields, dim)``
 of size ``(fields, dim)``; and ``sequence``, ``(rows, length, dim)`` with a mask ``(rows, length)``,
 of size ``(length, dim)``. ``takes`` and ``gives`` of a part's class are the kinds of its inputs and
-of its output.
+of its output. ``generator.py`` lists the keys of a part's spec and of ``head``.
 """
 
 from typing import Any

@@ -46,7 +46,9 @@ FAULTS = (
         old="stored = scale.clamp(min=smallest).to(grid.dtype)",
         new="stored = scale.to(grid.dtype)",
         effect="A row of zeros has scale 0, which TensorRT rejects.",
-        tests=(f"{GRID}::test_rows_of_zeros_have_a_positive_scale_and_are_exact",),
+        tests=(
+            f"{GRID}::test_rows_of_zeros_have_a_positive_scale_and_are_exact_if_a_level_is_zero",
+        ),
     ),
     Fault(
         id="grid-offset-rounded-to-nearest",
@@ -105,7 +107,7 @@ FAULTS = (
         old="entries = -(-rows // rows_per_scale) if rows_per_scale else 1",
         new="entries = max(rows // rows_per_scale, 1) if rows_per_scale else 1",
         effect="The plan's bytes omit the scale of the last, shorter range of rows.",
-        tests=(f"{ROWWISE}::test_bytes_are_those_of_codes_scales_and_offsets",),
+        tests=(f"{ROWWISE}::test_stored_bytes_are_the_bytes_of_codes_scales_and_offsets",),
     ),
     Fault(
         id="scale-gradient-ignores-repeated-ids",

@@ -72,7 +72,7 @@ FAULTS = (
         effect="ONNX Runtime reads int4 tables one level too high.",
         tests=(
             "tests/compressors/lower/test_small_constants.py"
-            "::test_masked_means_in_graphs_equal_those_of_torch"
+            "::test_masked_means_are_equal_in_graphs_and_torch"
             "[1e-08-rowwise_int4-onnxruntime]",
         ),
     ),

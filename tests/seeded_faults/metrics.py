@@ -103,8 +103,8 @@ FAULTS = (
     Fault(
         id="few-groups-give-an-interval",
         file="compressors/metrics/cluster_intervals.py",
-        old="    if counted < MIN_GROUPS:\n",
-        new="    if counted < 2:\n",
+        old="    if counted_groups < MIN_GROUPS:\n",
+        new="    if counted_groups < 2:\n",
         effect="Two groups are enough for an interval, so a limit is decided on too little data.",
         tests=(f"{CLUSTERS}::test_fewer_than_ten_groups_are_undecided_with_a_reason",),
     ),
@@ -132,7 +132,7 @@ FAULTS = (
         old="hits = np.maximum(last_rank - places.above, 0) / places.equal",
         new="hits = (places.above < places.depth).astype(float)",
         effect="A model with equal scores for all items has recall 1.",
-        tests=(f"{RANKING}::test_recall_of_equal_scores_is_that_of_a_random_ranking",),
+        tests=(f"{RANKING}::test_recall_of_equal_scores_equals_the_recall_of_a_random_ranking",),
     ),
     Fault(
         id="map-divided-by-at-most-k",
@@ -164,7 +164,7 @@ FAULTS = (
         old="change = np.abs(after - before) / (spread or 1.0)",
         new="change = (after - before) / (spread or 1.0)",
         effect="Decreasing scores cancel increasing ones in the mean score change.",
-        tests=(f"{CHANGE}::test_score_changes_equal_those_of_numpy",),
+        tests=(f"{CHANGE}::test_score_changes_equal_a_computation_in_numpy",),
     ),
     Fault(
         id="changed-top1-counts-ties",

@@ -1,7 +1,7 @@
 """Faults in flows, the command line, orders, exit codes and waiting for services.
 
 Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
-The form is that of the flow in Prefect's web interface, from which an order can be started. A
+The form is the flow's page in Prefect's web interface, from which an order can be started. A
 calibration map is fitted by the step ``recalibrate`` and applied to the scores.
 """
 

@@ -100,7 +100,7 @@ FAULTS = (
     Fault(
         id="champion-by-version-number",
         file="tasks/promotion/champion.py",
-        old="    registered = registry().by_order(entry.order, model)\n    if registered is None:\n"
+        old="    registered = registry().find_by_order(entry.order, model)\n    if registered is None:\n"
         '        raise PromotionRefused(\n            "champion_not_registered",',
         new="    registered = registry().version(model, entry.version)\n    if registered is None:\n"
         '        raise PromotionRefused(\n            "champion_not_registered",',

@@ -95,7 +95,7 @@ FAULTS = (
         new="\\\\u200b-\\\\u200d\\\\u2028-\\\\u2029",
         effect="A name can reorder the text of a terminal or a log.",
         tests=(
-            f"{TEXT}::test_log_records_escape_control_characters_and_those_of_recpress_are_one_line",
+            f"{TEXT}::test_log_records_escape_control_characters_and_records_of_recpress_are_one_line",
         ),
     ),
     Fault(
@@ -105,7 +105,7 @@ FAULTS = (
         new='record.msg, record.args = "\\n- ".join(map(printable, lines)), ()',
         effect="A name with a line end forges a line of the log.",
         tests=(
-            f"{TEXT}::test_log_records_escape_control_characters_and_those_of_recpress_are_one_line",
+            f"{TEXT}::test_log_records_escape_control_characters_and_records_of_recpress_are_one_line",
         ),
     ),
     Fault(

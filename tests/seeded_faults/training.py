@@ -225,8 +225,8 @@ FAULTS = (
     Fault(
         id="splits-out-of-time-order-accepted",
         file="infra/data/checks.py",
-        old='            {"max_value": 0},\n            against=later,\n',
-        new='            {"max_value": 1e18},\n            against=later,\n',
+        old='            {"max_value": 0},\n            later_split=later,\n',
+        new='            {"max_value": 1e18},\n            later_split=later,\n',
         effect="Training rows later than the test rows pass the data checks.",
         tests=(
             "tests/infra/test_expectations.py::test_rows_after_the_start_of_a_later_split_fail",

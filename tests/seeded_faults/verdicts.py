@@ -67,7 +67,7 @@ FAULTS = (
         old='    for outcome in ("rejected", "undecided"):\n',
         new='    for outcome in ("undecided",):\n',
         effect="A rejected limit does not reject the target.",
-        tests=(f"{JUDGE}::test_the_outcome_of_a_target_is_that_of_its_worst_limit",),
+        tests=(f"{JUDGE}::test_the_outcome_of_a_target_is_the_outcome_of_its_worst_limit",),
     ),
     Fault(
         id="overall-outcome-takes-the-best-target",

@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from compressors.contracts import Limit
 from compressors.contracts.limits import Against
-from compressors.contracts.metrics import usual_metrics
+from compressors.contracts.metrics import default_metrics
 from compressors.core.registries import METHODS, AnyStep
 from flows.order import Order
 from flows.terms import Preset
@@ -48,7 +48,7 @@ def step_documents() -> list[Document]:
 def limit_documents() -> list[Document]:
     """Return limits on every metric with every reference that the metric allows."""
     documents: list[Document] = []
-    for metric in usual_metrics():
+    for metric in default_metrics():
         for against in get_args(Against):
             for bound in ("at_least", "at_most"):
                 try:

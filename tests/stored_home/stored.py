@@ -1,4 +1,22 @@
-"""Open stored homes for the tests: unpacked once, with their expected results."""
+"""Open fixtures for the tests. A fixture is a stored home with expected results.
+
+A home is the folder that ``RECPRESS_HOME`` names, with the store and the registry. An earlier
+version of recpress wrote each stored home, and the current code must still read it. A fixture is
+unpacked once per test run. ``create.py`` writes ``expected.json``; its keys:
+
+- ``recpress``, ``environment``: the version and the environment (``scores.environment``) in which
+  the fixture was created;
+- ``steps``, ``limits``, ``orders``: lists of JSON documents that must stay valid;
+- ``bundles``: by SHA-256, ``model`` (name), ``tensors`` (hash) and ``formats``;
+- ``graphs``: by SHA-256, ``model`` (name) and ``graphs`` (names);
+- ``recipes``: by name in ``steps.py``, ``model``, ``steps``, and the SHA-256 of ``bundle`` and of
+  ``graph``;
+- ``tables``: by table format, the SHA-256 of the file that ``recpress tables quantize`` wrote;
+- ``finished`` (only if orders were run): by name in ``orders.py``, ``model``, ``version``,
+  ``outcome``, ``order``, and the SHA-256 of ``release`` and of ``compressed``;
+- ``registry`` (only if orders were run): the output of the commands ``list``, ``show`` (by
+  ``model@version``) and ``fetch`` (by model, the SHA-256 of each file) of ``recpress registry``.
+"""
 
 import functools
 import json
@@ -22,14 +40,19 @@ from tests.stored_home.archive import fixtures, unpack
 from tests.stored_home.scores import environment
 
 INPUT_QUANTIZING_FORMATS = {"static_int8", "weight_int8", "weight_int4", "float8_dense"}
-"""Formats whose layers quantize inputs; a value midway between levels may round either way."""
-ROUNDING = 1e-5
+"""Formats whose layers quantize their inputs.
+
+Float sums in another order can move an input across the midpoint of two quantization levels, and
+then it is rounded to the other level.
+"""
+SUMMATION_TOLERANCE = 1e-5
 """Tolerance for another order of float sums, relative to the scores' standard deviation.
 
-It is slightly below the worst case of about 1.2e-5: four layers of at most 51 products, each
-rounded to 2 ** -24, give 4 * 51 * 6e-8, for sums as large as the standard deviation. The largest
-measured difference of 93 bundles is 5e-7 with torch's kernels for SSE and 9e-7 with MKL's common
-path.
+It is slightly below the worst case of about 1.2e-5. The networks of ``networks.py`` have at most
+four layers with at most 51 inputs each, and float32 rounds a product by at most 2 ** -24, or 6e-8,
+of its size: 4 * 51 * 6e-8, for sums as large as the standard deviation. The largest measured
+difference of 93 bundles is 5e-7 with torch's kernels for SSE (``ATEN_CPU_CAPABILITY=default``), and
+9e-7 with the kernels of MKL that every processor runs (``MKL_CBWR=COMPATIBLE``).
 """
 _SCRATCH = tempfile.TemporaryDirectory(prefix="stored-home-")
 
@@ -40,8 +63,10 @@ class Fixture:
 
     Attributes:
         folder: folder of the stored fixture.
-        expected: content of ``expected.json``.
-        tensors: content of ``expected.safetensors``.
+        expected: content of ``expected.json``; the module docstring lists its keys.
+        tensors: content of ``expected.safetensors``: inputs ``input/<model>/<input>``, scores of a
+            bundle ``torch/<sha256>``, and scores of a graph ``onnx/<sha256>/<graph>/rows``, or
+            ``.../edge`` for inputs with ids outside the tables.
         root: folder of the unpacked home.
     """
 
@@ -74,6 +99,7 @@ def load_fixture(name: str) -> Fixture:
 NAMES = [path.name for path in fixtures()]
 EXPECTED = {path.name: json.loads((path / "expected.json").read_text()) for path in fixtures()}
 WITH_ORDERS = [name for name in NAMES if "finished" in EXPECTED[name]]
+"""Names of the fixtures whose home contains finished orders and a registry."""
 
 
 def copy_home(name: str, into: Path) -> Path:
@@ -82,8 +108,8 @@ def copy_home(name: str, into: Path) -> Path:
     return into
 
 
-def enter(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
-    """Set the environment to use the home in ``root``."""
+def use_home(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    """Set the environment variables so that recpress uses the home in ``root``."""
     monkeypatch.setenv("RECPRESS_HOME", str(root / "recpress"))
     monkeypatch.setenv("RECPRESS_TRITON", str(root / "triton"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "tests.stored_home.networks")
@@ -98,7 +124,9 @@ def artifact(sha256: str) -> Artifact:
 def require_equal(
     actual: NDArray[np.float32], expected: NDArray[np.float32], fixture: Fixture, bundle: str | None
 ) -> None:
-    """Require equal scores in the stored environment, and scores within rounding in others.
+    """Require equal scores in the stored environment, and scores within a tolerance in others.
+
+    An environment is a processor with library versions (``scores.environment``).
 
     Args:
         actual: scores of the current code.
@@ -108,7 +136,7 @@ def require_equal(
 
     Raises:
         AssertionError: the scores differ.
-        ParityLost: the scores of a layer with quantized inputs differ too much.
+        ParityLost: the scores of a bundle with layers that quantize inputs differ too much.
     """
     plan = None if bundle is None else read(local(artifact(bundle))).plan
     formats = {line.format for line in plan.lines} if plan is not None else set()
@@ -118,11 +146,16 @@ def require_equal(
         check_parity(expected, actual, plan, "onnxruntime")
     else:
         spread = float(np.nanstd(expected))
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=ROUNDING * spread)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=SUMMATION_TOLERANCE * spread)
 
 
 def bundle_of(graph: str, expected: dict[str, Any]) -> str | None:
-    """Return the hash of a graph's compressed bundle; None for a graph of an original model."""
+    """Return the hash of the compressed bundle of a graph; None if the model is uncompressed.
+
+    Args:
+        graph: SHA-256 of the graph's artifact.
+        expected: content of ``expected.json``.
+    """
     for recipe in expected["recipes"].values():
         if recipe["graph"] == graph:
             return str(recipe["bundle"])

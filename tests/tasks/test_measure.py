@@ -12,7 +12,7 @@ from drafts import ALLOWED, ROWS, planted_auc, write_draft
 from error_codes import raises_code
 
 from compressors.contracts import Artifact
-from compressors.contracts.metrics import usual_batches
+from compressors.contracts.metrics import default_batch_sizes
 from compressors.contracts.metrics.serving import QUANTILES
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.measured import exact_estimate
@@ -141,7 +141,7 @@ def test_model_compared_with_itself_differs_only_in_latency(graphs: Graphs) -> N
         assert change is not None
         assert (change.low, change.point, change.high) == (0.0, 0.0, 0.0), metric
     assert graphs.with_itself.numbers.of("bytes", "baseline") == exact_estimate(1.0)
-    for size in usual_batches("ctr"):
+    for size in default_batch_sizes("ctr"):
         ratio = graphs.with_itself.numbers.of(f"p50_ms@{size}", "baseline")
         assert ratio is not None
         # Both are medians of up to a thousand calls of the same graph, in turn, so they are close
@@ -185,7 +185,7 @@ def test_bytes_are_the_size_of_the_served_graph_file(graphs: Graphs) -> None:
 def test_champion_adds_changes_from_the_champion(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "usual_batches_of_outputs", lambda _: (1,))
+    monkeypatch.setattr(measuring, "default_batch_sizes_of_outputs", lambda _: (1,))
     measurement = measure_graph(graphs, champion=graphs.graph)
     assert measurement.numbers.has_champion
     for metric in (*QUALITY_METRICS, "bytes", "p99_ms@1"):
@@ -195,7 +195,7 @@ def test_champion_adds_changes_from_the_champion(
 def test_latency_at_a_batch_larger_than_the_test_data_is_left_out(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "usual_batches_of_outputs", lambda _: (ROWS["test"] + 1,))
+    monkeypatch.setattr(measuring, "default_batch_sizes_of_outputs", lambda _: (ROWS["test"] + 1,))
     measurement = measure_graph(graphs)
     assert {
         number.metric for number in measurement.numbers.numbers

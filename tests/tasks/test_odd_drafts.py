@@ -37,7 +37,7 @@ from infra.errors import (
 from infra.store import chunks
 from infra.store.disk import find_os_error, translate_input_error, translate_os_error
 from tasks.bundles.packing import check, pack, show
-from tasks.bundles.table_files import quantize, step_named
+from tasks.bundles.table_files import build_table_step, quantize
 from tasks.orchestration.workspace import store
 
 ROWS = {"train": 200, "test": 200}
@@ -332,8 +332,8 @@ def test_name_longer_than_the_file_system_allows_is_refused(name: str, draft: Pa
         lambda: pack(Path(name)),
         lambda: check(name),
         lambda: show(name),
-        lambda: quantize(Path(name), draft / "q", step_named("int8", {})),
-        lambda: quantize(draft / "model.safetensors", Path(name), step_named("int8", {})),
+        lambda: quantize(Path(name), draft / "q", build_table_step("int8", {})),
+        lambda: quantize(draft / "model.safetensors", Path(name), build_table_step("int8", {})),
     ):
         with pytest.raises(Refused):
             function()

@@ -114,7 +114,7 @@ def test_wait_out_raises_the_exception_of_the_call_at_the_deadline(
     assert last_try <= DEADLINE_SECONDS + seconds_per_call
 
 
-def test_wait_out_raises_other_faults_at_once(clock: Clock) -> None:
+def test_wait_out_raises_a_fault_that_is_no_outage_without_waiting(clock: Clock) -> None:
     with pytest.raises(errors.SettingRefused):
         wait_out(fail_until(clock, 1, errors.SettingRefused("registry_address_malformed")))
     assert clock.now == 0

@@ -17,7 +17,7 @@ from reason_codes import codes_of
 from safetensors.torch import load_file, save_file
 
 from compressors.contracts import Artifact, Limit, Output
-from compressors.contracts.metrics import usual_metrics
+from compressors.contracts.metrics import default_metrics
 from compressors.contracts.metrics.families import can_be_measured
 from compressors.errors.compression import ModelRefused
 from compressors.errors.metrics import LimitRefused
@@ -247,7 +247,7 @@ def test_limit_is_accepted_if_and_only_if_its_metric_is_measured(
         architecture="",  # the digest of the model's class, which is not read
         grouped=grouped,
     )
-    for name, metric in usual_metrics().items():
+    for name, metric in default_metrics().items():
         limit = Limit(metric=name, at_least=0)
         is_measured = (
             can_be_measured(metric, task, grouped=True)

@@ -17,7 +17,7 @@ from triton_versions import GOOD, Fill
 from compressors.contracts.reasons import Reason
 from flows.cli.console import printable
 from infra.errors import RecordRefused, Refused
-from infra.registry.mlflow_registry import Registered
+from infra.registry.mlflow_registry import RegisteredVersion
 from infra.settings import load_settings
 from tasks import publish as publishing
 from tasks.orchestration.documents import Finished
@@ -187,7 +187,7 @@ def test_escape_sequences_in_a_report_or_name_are_not_printed(
 
 def test_references_are_listed_with_the_root_of_the_current_store(accepted: Finished) -> None:
     (item,) = list_versions("m")
-    assert isinstance(item, Registered)
+    assert isinstance(item, RegisteredVersion)
     assert item.source == store().uri_of(accepted.release)
     assert item.tags["recpress.report"] == accepted.page_uri()
     served = accepted.report.targets[0].artifact

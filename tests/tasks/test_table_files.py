@@ -26,7 +26,13 @@ from compressors.quantize.tables.residual_codes import ResidualCodes
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.errors import BundleRefused, CommandRefused
-from tasks.bundles.table_files import check, module_name, quantize, quantize_artifact, step_named
+from tasks.bundles.table_files import (
+    build_table_step,
+    check,
+    module_name,
+    quantize,
+    quantize_artifact,
+)
 from tasks.orchestration.workspace import store
 from tasks.tables import quantize_tables
 
@@ -267,14 +273,16 @@ def test_tensor_named_weight_is_a_table_with_an_empty_module_name(tmp_path: Path
 
 
 def test_step_named_accepts_kind_or_short_name_and_refuses_unknown_settings():
-    assert step_named("int8", {}) == step_named("rowwise_int8", {}) == RowwiseInt8()
+    assert build_table_step("int8", {}) == build_table_step("rowwise_int8", {}) == RowwiseInt8()
     settings = {"clipping": "mse", "min_rows": "7", "tables": ["a"]}
-    assert step_named("int4", settings) == RowwiseInt4(clipping="mse", min_rows=7, tables=("a",))
+    assert build_table_step("int4", settings) == RowwiseInt4(
+        clipping="mse", min_rows=7, tables=("a",)
+    )
     with raises_code(CommandRefused, "table_format_unknown", format="float16") as caught:
-        step_named("float16", {})
+        build_table_step("float16", {})
     assert caught.value.fields["formats"][:2] == ("int8", "int4")
     with raises_code(CommandRefused, "setting_unknown", setting="colour") as caught:
-        step_named("int8", {"colour": "red"})
+        build_table_step("int8", {"colour": "red"})
     assert {"clipping", "min_rows"} <= set(caught.value.fields["settings"])
 
 

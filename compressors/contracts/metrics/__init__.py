@@ -11,12 +11,12 @@ serving.py        bytes and latency of the served artifact
 
 from compressors.contracts.metrics.families import FAMILIES as FAMILIES
 from compressors.contracts.metrics.families import MetricName as MetricName
+from compressors.contracts.metrics.families import default_batch_sizes as default_batch_sizes
+from compressors.contracts.metrics.families import default_metrics as default_metrics
 from compressors.contracts.metrics.families import measured_metrics as measured_metrics
 from compressors.contracts.metrics.families import metric as metric
 from compressors.contracts.metrics.families import metric_problem as metric_problem
 from compressors.contracts.metrics.families import quality_metrics as quality_metrics
 from compressors.contracts.metrics.families import register as register
-from compressors.contracts.metrics.families import usual_batches as usual_batches
-from compressors.contracts.metrics.families import usual_metrics as usual_metrics
 from compressors.contracts.metrics.metric import Metric as Metric
 from compressors.contracts.metrics.metric import MetricFamily as MetricFamily

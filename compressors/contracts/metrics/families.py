@@ -2,10 +2,10 @@
 
 A family contains metrics that differ in the number in their names, such as ``ndcg@10`` and
 ``ndcg@20``; a metric without a number is a family of one. An order is a request to compress a
-model, with limits on metrics. "Usual" metrics are those that every
-order of a task kind measures. "Selecting" metrics (``Metric.selects``) are those that a signature
-may name as the metric by which the model is judged. The parameter ``task`` is the name of a task
-kind, and ``grouped`` is whether the signature names a group column. For a model with several
+model, with limits on metrics. *Default* metrics are those that every order of a task kind measures;
+others are measured if a limit names them. *Selecting* metrics (``Metric.selects``) are those that a
+signature may name as the metric by which the model is judged. The parameter ``task`` is the name of
+a task kind, and ``grouped`` is whether the signature names a group column. For a model with several
 outputs, the metric of one output has its name in brackets, such as ``auc[click]``.
 
 To add a metric, write its declaration and its estimator. Then add its family to ``FAMILIES`` of
@@ -59,7 +59,7 @@ def find_metric(name: str) -> Metric | None:
         return None
     if not family.number:
         return family.member()
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", number) or int(number) > family.most:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", number) or int(number) > family.max_number:
         return None
     return family.member(int(number))
 
@@ -83,7 +83,7 @@ for _family in (*quality.FAMILIES, *score_changes.FAMILIES, *serving.FAMILIES):
 # --- metrics of a task -------------------------------------------------------------------------
 
 
-def _usual_metrics(task: str, *, grouped: bool) -> tuple[Metric, ...]:
+def _default_metrics(task: str, *, grouped: bool) -> tuple[Metric, ...]:
     """Return the metrics that every order of a task kind measures, as far as its data allows."""
     return tuple(
         member
@@ -93,27 +93,28 @@ def _usual_metrics(task: str, *, grouped: bool) -> tuple[Metric, ...]:
     )
 
 
-def usual_metrics() -> dict[str, Metric]:
+def default_metrics() -> dict[str, Metric]:
     """Return, by name, the metrics that are measured for every model of at least one task kind."""
-    return {item.name: item for task in TASK_KINDS for item in _usual_metrics(task, grouped=True)}
+    return {item.name: item for task in TASK_KINDS for item in _default_metrics(task, grouped=True)}
 
 
-def quality_metrics(task: str, *, grouped: bool, named: Iterable[str] = ()) -> tuple[str, ...]:
+def quality_metrics(task: str, *, grouped: bool, additional: Iterable[str] = ()) -> tuple[str, ...]:
     """Return the quality metrics measured for a model.
 
     Args:
         task: name of the task kind.
         grouped: whether the signature names a group column.
-        named: names of further metrics to measure; only quality metrics are used.
+        additional: names of metrics to measure in addition to the default metrics; only quality
+            metrics are used.
     """
-    usual = [item.name for item in _usual_metrics(task, grouped=grouped) if item.kind == "quality"]
-    additional = [name for name in named if metric(name).kind == "quality"]
-    return tuple(dict.fromkeys([*usual, *additional]))
+    default_names = [item.name for item in _default_metrics(task, grouped=grouped)]
+    names = dict.fromkeys([*default_names, *additional])  # each name once, in this order
+    return tuple(name for name in names if metric(name).kind == "quality")
 
 
-def usual_metrics_of_task(task: str) -> tuple[Metric, ...]:
+def default_metrics_of_task(task: str) -> tuple[Metric, ...]:
     """Return the metrics that are measured for every model of a task kind whose data has groups."""
-    return _usual_metrics(task, grouped=True)
+    return _default_metrics(task, grouped=True)
 
 
 def can_be_measured(
@@ -150,9 +151,11 @@ def measured_metrics(task: str, *, grouped: bool, test_rows: int) -> tuple[str, 
     )
 
 
-def usual_batches(task: str) -> tuple[int, ...]:
+def default_batch_sizes(task: str) -> tuple[int, ...]:
     """Return the batch sizes at which latency is measured for every model of a task kind."""
-    batches = {item.batch for item in _usual_metrics(task, grouped=True) if item.batch is not None}
+    batches = {
+        item.batch for item in _default_metrics(task, grouped=True) if item.batch is not None
+    }
     return tuple(sorted(batches))
 
 
@@ -212,7 +215,7 @@ class _NameSchema:
                 {
                     "title": "Measured for every model",
                     "type": "string",
-                    "enum": list(usual_metrics()),
+                    "enum": list(default_metrics()),
                 },
                 {
                     "title": "At another depth or batch, or of one output: auc[NAME]",

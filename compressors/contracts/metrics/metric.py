@@ -25,8 +25,8 @@ class Metric:
         compared: how two models are compared: by the ``difference`` candidate minus other, or the
             ``ratio`` candidate / other. ``never`` for a change of scores, which is itself a
             comparison with the baseline.
-        largest: largest loss or ratio that a limit on a comparison can plausibly allow; a larger
-            one would accept a useless model.
+        loosest_bound: largest loss or ratio that a limit on a comparison can plausibly allow; a
+            larger one would accept a useless model.
         low: smallest plausible limit on the metric itself. For a quality metric in [0, 1] it is the
             value of random scores (0.5 for AUC), or 0 if that depends on the data.
         high: largest possible value or, if the metric has no upper bound, a value that only useless
@@ -55,7 +55,7 @@ class Metric:
     label: str
     higher_is_better: bool
     compared: Literal["difference", "ratio", "never"]
-    largest: float
+    loosest_bound: float
     low: float
     high: float
     evaluations: tuple[Evaluation, ...] = ("rows", "queries")
@@ -112,16 +112,16 @@ class MetricFamily:
         number: the meaning of the number, such as ``k`` or ``batch``; empty if there is none.
         member: function that returns the metric with a number; it has no argument if there is no
             number.
-        usual: the numbers that are measured for every model, in addition to those in
-            ``TaskKind.usual``.
-        most: the largest allowed number.
+        default_numbers: the numbers that are measured for every model, in addition to those in
+            ``TaskKind.default_metrics``.
+        max_number: the largest allowed number.
     """
 
     name: str
     member: Callable[..., Metric]
     number: str = ""
-    usual: tuple[int, ...] = ()
-    most: int = 10_000
+    default_numbers: tuple[int, ...] = ()
+    max_number: int = 10_000
 
     @property
     def spelling(self) -> str:
@@ -132,13 +132,13 @@ class MetricFamily:
         """Return the metrics of the family that every order measures for a task kind."""
         if not self.number:
             return (self.member(),)
-        usual_names = (name.partition("@") for name in kind.usual)
+        default_names = (name.partition("@") for name in kind.default_metrics)
         numbers_of_kind = [
             int(number)
-            for prefix, separator, number in usual_names
+            for prefix, separator, number in default_names
             if prefix + separator == self.name
         ]
-        return tuple(self.member(number) for number in (*self.usual, *numbers_of_kind))
+        return tuple(self.member(number) for number in (*self.default_numbers, *numbers_of_kind))
 
     def any_member(self) -> Metric:
         """Return one metric of the family, for the properties that all of its metrics share."""

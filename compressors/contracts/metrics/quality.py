@@ -1,6 +1,6 @@
 """Quality metrics: how well a model's scores rank or predict labeled rows.
 
-``metric.py`` describes the properties. For quality, ``largest`` is the loss (baseline minus
+``metric.py`` describes the properties. For quality, ``loosest_bound`` is the loss (baseline minus
 candidate, or the reverse if lower is better) from which on a limit would accept a useless model.
 """
 
@@ -16,7 +16,7 @@ def _bounded_quality(
     label: str,
     labels: Labels,
     *,
-    largest: float,
+    loosest_bound: float,
     estimators: dict[Evaluation, str],
     low: float = 0.0,
     needs_group: bool = True,
@@ -30,7 +30,7 @@ def _bounded_quality(
         name: name in limits and signatures.
         label: name in sentences.
         labels: the kind of labels with which it can be measured.
-        largest: a limit that allows this loss or more would accept a useless model.
+        loosest_bound: a limit that allows this loss or more would accept a useless model.
         estimators: ``module:name`` of the estimator, for each way of evaluating a model.
         low: value of random scores; 0 if that depends on the data.
         needs_group: whether the data needs a group column.
@@ -44,7 +44,7 @@ def _bounded_quality(
         labels=(labels,),
         higher_is_better=True,
         compared="difference",
-        largest=largest,
+        loosest_bound=loosest_bound,
         low=low,
         high=1.0,
         selects=True,
@@ -54,13 +54,14 @@ def _bounded_quality(
     )
 
 
-def _loss(name: str, label: str, *, largest: float, high: float, estimator: str) -> Metric:
+def _loss(name: str, label: str, *, loosest_bound: float, high: float, estimator: str) -> Metric:
     """Create a metric that is a loss of predicted probabilities; its best value is 0.
 
     Args:
         name: name in limits.
         label: name in sentences.
-        largest: a limit that allows an increase of this size or more would accept a useless model.
+        loosest_bound: a limit that allows an increase of this size or more would accept a useless
+            model.
         high: largest possible or, without such a bound, largest meaningful value.
         estimator: name of the estimator's class in ``log_loss.py``.
     """
@@ -72,7 +73,7 @@ def _loss(name: str, label: str, *, largest: float, high: float, estimator: str)
         labels=("clicks",),
         higher_is_better=False,
         compared="difference",
-        largest=largest,
+        loosest_bound=loosest_bound,
         low=0.0,
         high=high,
         estimators={"rows": f"{ESTIMATORS}.log_loss:{estimator}"},
@@ -93,7 +94,7 @@ def _of_first_ranks(name: str, label: str, k: int, *, rows: str, queries: str) -
         f"{name}@{k}",
         f"{label}@{k}",
         "grades",
-        largest=1.0,
+        loosest_bound=1.0,
         depth=k,
         estimators={"rows": f"{ESTIMATORS}.{rows}", "queries": f"{ESTIMATORS}.{queries}"},
     )
@@ -146,19 +147,19 @@ FAMILIES = (
             "auc",
             "AUC",
             "clicks",
-            largest=0.5,
+            loosest_bound=0.5,
             low=CHANCE_AUC,
             needs_group=False,
             estimators={"rows": f"{ESTIMATORS}.auc:Auc"},
         )
     ),
     # ``point_estimates.py`` clips probabilities, so the loss of a row is at most 15.943 nats.
-    single_metric(_loss("logloss", "log loss", largest=0.2, high=15.95, estimator="LogLoss")),
+    single_metric(_loss("logloss", "log loss", loosest_bound=0.2, high=15.95, estimator="LogLoss")),
     single_metric(
         _loss(
             "normalized_entropy",
             "normalized entropy",
-            largest=0.5,
+            loosest_bound=0.5,
             # The ratio to the loss of predicting the base rate (1.0) has no fixed upper bound: it
             # depends on that rate. No useful model is near 1000 times that loss.
             high=1000.0,
@@ -170,7 +171,7 @@ FAMILIES = (
             "gauc",
             "GAUC",
             "clicks",
-            largest=0.5,
+            loosest_bound=0.5,
             low=CHANCE_AUC,
             estimators={"rows": f"{ESTIMATORS}.auc:GroupAuc"},
         )

@@ -33,7 +33,7 @@ def _change(
         evaluations=evaluations,
         higher_is_better=higher_is_better,
         compared="never",
-        largest=high,  # not used: limits on the metric are never comparisons
+        loosest_bound=high,  # not used: limits on the metric are never comparisons
         low=0.0,
         high=high,
         is_share=is_share,

@@ -20,7 +20,7 @@ BYTES = Metric(
     label="size",
     higher_is_better=False,
     compared="ratio",
-    largest=2.0,  # a limit that allows more than twice the bytes of the other model is a mistake
+    loosest_bound=2.0,  # a limit that allows more than twice the other model's bytes is a mistake
     low=1024.0,  # even an empty graph is larger
     high=1e18,  # an exabyte, more than any model
     unit=" bytes",
@@ -38,7 +38,7 @@ def latency(quantile: str, batch: int) -> Metric:
         heading=f"{quantile} ms, batch {batch}",
         higher_is_better=False,
         compared="ratio",
-        largest=10.0,  # a limit that allows more than ten times the other latency is a mistake
+        loosest_bound=10.0,  # a limit that allows over ten times the other latency is a mistake
         low=0.001,  # any call of a runtime takes longer
         high=3_600_000.0,  # one hour
         unit=" ms",
@@ -55,8 +55,8 @@ FAMILIES = (
             name=f"{quantile}_ms@",
             number="batch",
             member=partial(latency, quantile),
-            usual=BATCHES,
-            most=LARGEST_BATCH,
+            default_numbers=BATCHES,
+            max_number=LARGEST_BATCH,
         )
         for quantile in QUANTILES
     ),

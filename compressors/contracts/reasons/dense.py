@@ -5,13 +5,13 @@
 The list ``widest`` of ``mixed_input_ranges`` has reasons with the code ``channel_range``.
 
 A low-rank layer has two factors, of shapes (inputs, rank) and (rank, outputs). GPTQ rounds weights
-one after the other and corrects the remaining ones. A level is one value of a quantized number.
-The headroom is the factor by which inputs of served rows may exceed those of the calibration rows.
-The output error of a layer is the root mean square of the changes of its outputs on the calibration
-rows, relative to that of the outputs. The setting ``most_error`` is its largest allowed value for
-int8; for low rank, it is the share of the outputs' squared size that may be lost. The sums of a
-float16 layer are its outputs: sums of products of inputs and weights. ``start`` lists how the
-initial codes of quantization-aware training were chosen.
+one after the other and corrects the remaining ones. A level is one value of a quantized number. The
+headroom is the factor by which inputs of served rows may exceed the calibration rows' inputs. The
+output error of a layer is the root mean square of the changes of its outputs on the calibration
+rows, divided by the root mean square of the outputs. The setting ``most_error`` is its largest
+allowed value for int8; for low rank, it is the share of the outputs' squared size that may be lost.
+The sums of a float16 layer are its outputs: sums of products of inputs and weights. ``start`` lists
+how the initial codes of quantization-aware training were chosen.
 
 ``what`` is "an input" or "a sum". ``rank_not_smaller`` is for a rank from the settings,
 ``found_rank_not_smaller`` for one that the step computed. ``coarse`` is the number of input

@@ -6,7 +6,7 @@
 Hot rows are those with the most lookups. A hashed table has fewer rows ("buckets") than ids;
 several hash functions ("hashes") select rows for an id, and these are combined. Codes are the
 numbers that a format stores for a row and decodes: integers, such as indices into a codebook, or
-the inputs of a decoder network. ``operation`` is how the row of an id's quotient and that of its
+the inputs of a decoder network. ``operation`` is how the row of an id's quotient and the row of its
 remainder are combined. A shared row is one that replaces several similar rows. "Form low_rank"
 means that a table is stored like the result of step ``low_rank``: narrower rows, and a matrix that
 maps them to the full width.

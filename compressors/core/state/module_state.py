@@ -375,8 +375,8 @@ def save(
         model: the module.
         folder: the folder; created if it does not exist.
         shard_bytes: largest size of a file of small tensors.
-        files: files of the module from which ``model`` was compressed; of those of unchanged
-            tensors, ``folder`` gets hard links instead of copies.
+        files: files of the module from which ``model`` was compressed. Files of unchanged tensors
+            are hard-linked to ``folder``, not copied.
 
     Returns:
         The ties to write to ``model.json``.

@@ -1,8 +1,8 @@
 """Write a safetensors file piece by piece, in any order, without a whole tensor in memory.
 
 A format's ``layout`` gives the size of every tensor before any value exists. So the header is built
-first, and each piece has a known position in the file. The file is byte-identical to that of the
-safetensors library's ``save_file``, which sorts tensors by dtype (in the reverse order of
+first, and each piece has a known position in the file. The file is byte-identical to the output of
+the safetensors library's ``save_file``, which sorts tensors by dtype (in the reverse order of
 ``DTYPES``), then by name, and pads the header to a multiple of eight bytes.
 
 Format: https://github.com/huggingface/safetensors#format
@@ -168,7 +168,7 @@ def write(
 ) -> None:
     """Write whole tensors to one file, a few megabytes at a time.
 
-    The file is that of ``safetensors.torch.save_file``, but no tensor is copied in memory.
+    The file equals that of ``safetensors.torch.save_file``, but no tensor is copied in memory.
 
     Raises:
         ContractBroken: safetensors cannot store one of the tensors.

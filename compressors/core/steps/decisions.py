@@ -179,7 +179,7 @@ def defer(
 
     Args:
         units: the units of the model.
-        decisions: by unit; those of units that are not selected are returned unchanged.
+        decisions: by unit; the decisions of other units are returned unchanged.
         reason: why the units are selected.
         fewest_bytes: returns the smallest number of bytes of a unit after the step. The lower bound
             is at most the unit's present bytes.
@@ -243,14 +243,14 @@ def is_named(unit: Unit, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def require_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, what: str) -> None:
+def require_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, role: str) -> None:
     """Raise if a name pattern matches no unit; ``*`` and excluding patterns (``!``) may match none.
 
     Args:
         patterns: the name patterns of a step.
         units: the units of the role that the patterns are about.
         kind: the step's tag, for the message.
-        what: the role, for the message.
+        role: the role, for the message.
 
     Raises:
         NothingToCompress: a pattern matches no unit; the error lists the names of the units.
@@ -262,7 +262,7 @@ def require_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, wha
             raise NothingToCompress(
                 "name_unmatched",
                 step=kind,
-                role=what,
+                role=role,
                 pattern=pattern,
                 names=tuple(unit.name for unit in units),
             )

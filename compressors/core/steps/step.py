@@ -168,5 +168,5 @@ class TableStep(Method, Protocol):
         """Encode a block of rows, float ``(rows, dim)``.
 
         Returns:
-            The stored tensors of these rows, without those of the whole table.
+            The stored tensors of these rows, without tensors of the whole table.
         """

@@ -91,7 +91,7 @@ class TableEncoder:
         return entries_and_values
 
     def _with_expected_dtype(self, name: str, values: Tensor) -> Tensor:
-        """Return the values; raise ``ContractBroken`` if their dtype is not that of the layout."""
+        """Return the values; raise ``ContractBroken`` if their dtype differs from the layout."""
         spec = self.layout[name]
         if values.dtype != spec.dtype:
             raise ContractBroken(

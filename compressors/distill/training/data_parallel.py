@@ -1,7 +1,7 @@
 """Data parallel training: several processes train one network, each on a share of every batch.
 
-Every process (a rank) has the whole network. It computes gradients on its rows and adds them to
-those of the other ranks, so all ranks take the same optimizer step and end with the same values.
+Every process (a rank) has the whole network. It computes gradients on its rows. The gradients of
+all ranks are added, so all ranks take the same optimizer step and end with the same values.
 Batches, the validation metric of an epoch and the decision to stop are the same on all ranks.
 Without a process group there is one rank, and these functions change nothing.
 

@@ -24,7 +24,7 @@ def trainable_tensors(module: nn.Module, *, tables: bool, dense: bool = True) ->
             frozen |= {id(parameter) for parameter in part.parameters() if not tables}
     for owner, part in module.named_modules():
         prefix = f"{owner}." if owner else ""
-        learned = _learned(part)
+        learned = _learned_names(part)
         for name, tensor in (
             *part.named_parameters(recurse=False),
             *part.named_buffers(recurse=False),
@@ -37,7 +37,7 @@ def trainable_tensors(module: nn.Module, *, tables: bool, dense: bool = True) ->
     return tuple(names)
 
 
-def _learned(part: nn.Module) -> tuple[str, ...]:
+def _learned_names(part: nn.Module) -> tuple[str, ...]:
     """Return the names of the buffers that a compressed module's format declares as learned."""
     match part:
         case PackedLinear() | PackedTable():
@@ -83,7 +83,7 @@ def replace_trained_tensors(module: nn.Module, names: tuple[str, ...]) -> dict[s
 def replace_buffers(module: nn.Module) -> tuple[str, ...]:
     """Replace buffers that training may change, such as those of norms, by copies.
 
-    Buffers of packed modules are not replaced here: training changes only those of them that
+    Buffers of packed modules are not replaced here: training changes only the ones that
     ``trainable_tensors`` names.
 
     Returns:

@@ -1,10 +1,13 @@
 """Merge several tables with codebooks into one by concatenating their codes and their codebooks.
 
-A codebook is a small table of entries (numbers or vectors), which codes of rows refer to by index.
+A codebook is a small list of entries, to which codes refer by index. In the format ``kmeans``, an
+entry is a number, and a table row has one code per weight (all codes of the table index one
+codebook). In ``product_codes`` and ``residual_codes``, an entry is a vector, and a table row has
+one code per codebook.
 
-The merged table looks up one id per input and row. An id of input ``i`` selects a row of codes, and
-these index the codebooks of table ``i``. The merged format exists only in graphs for ONNX Runtime;
-it is never stored in a bundle.
+A sample has one id per input. The id of input ``i`` selects a row of table ``i``, whose codes index
+the codebooks of table ``i``. The merged format exists only in graphs for ONNX Runtime; it is never
+stored in a bundle.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,13 +26,14 @@ FORMATS = (kmeans.FORMAT, product_codes.FORMAT, residual_codes.FORMAT)
 
 
 def codes_of(table: PackedTable) -> tuple[int, int] | None:
-    """Return a table's number of codes per row and bits per code; None if it has no codebook."""
+    """Return a table's number of codes per table row and bits per code; None without a codebook."""
     for storage_format in FORMATS:
         if table.storage == storage_format:  # equal, not identical, in a copied network
             code_bits = storage_format.width(table.rows, table.dim, table.settings)
             if isinstance(storage_format, kmeans.KMeansFormat):
-                return table.dim, code_bits
-            return storage_format.shape(table.rows, table.dim, table.settings).books, code_bits
+                return table.dim, code_bits  # one code per weight
+            shape = storage_format.shape(table.rows, table.dim, table.settings)
+            return shape.num_codebooks, code_bits  # one code per codebook
     return None
 
 
@@ -39,11 +43,12 @@ class MergedCodebookFormat:
 
     Attributes:
         table_format: the format of each table.
-        inputs: number of tables, which is the number of ids per row.
-        codes_per_row: number of codes per row.
+        inputs: number of tables, which is the number of ids per sample.
+        codes_per_row: number of codes per table row.
         code_bits: bits per stored code.
         merged_layout: shape and dtype of each concatenated tensor, by name.
-        learned: names of trainable tensors; empty, because merged tables are not trained.
+        learned: names of the tensors that training may change (``TableFormat.learned``); empty,
+            because merged tables are not trained.
     """
 
     table_format: TableFormat
@@ -59,7 +64,7 @@ class MergedCodebookFormat:
         return self.table_format.name
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each stored tensor; the arguments are not needed."""
+        """Return shape and dtype of each stored tensor; they do not depend on the arguments."""
         return dict(self.merged_layout)
 
     def lookup(
@@ -69,16 +74,16 @@ class MergedCodebookFormat:
         dim: int,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        """Look up rows by ids.
+        """Look up table rows by ids.
 
         Args:
             stored: the concatenated tensors by name.
-            ids: row numbers in the merged table, ``(rows, inputs)``.
-            dim: width of each table.
+            ids: row numbers in the merged table, ``(samples, inputs)``.
+            dim: number of weights of a table row.
             settings: the settings of the tables' format.
 
         Returns:
-            Float32 ``(rows, inputs, dim)``.
+            Float32 ``(samples, inputs, dim)``.
         """
         codebook = stored["codebook"]
         is_kmeans = self.table_format == kmeans.FORMAT
@@ -87,15 +92,17 @@ class MergedCodebookFormat:
         codes: Tensor = torch.ops.recpress.merged_codes(
             stored["codes"], ids, self.codes_per_row, self.code_bits
         )
-        entry_rows = codes + first_entries.reshape(self.inputs, -1)  # (rows, inputs, count)
-        entries = F.embedding(entry_rows, codebook).float()  # (rows, inputs, count, entry)
+        # (samples, inputs, codes_per_row), then with the numbers of an entry as last dimension
+        entry_rows = codes + first_entries.reshape(self.inputs, -1)
+        entries = F.embedding(entry_rows, codebook).float()
         if is_kmeans:
-            rows = entries.squeeze(3)
+            rows = entries.squeeze(3)  # an entry is one number, and codes_per_row is dim
             if "scale" not in stored:
                 return rows
-            return rows * F.embedding(ids, stored["scale"]).float()  # (rows, inputs, 1)
+            return rows * F.embedding(ids, stored["scale"]).float()  # (samples, inputs, 1)
         if self.table_format == residual_codes.FORMAT:
             return entries.sum(dim=2)
+        # The entries are padded to equal lengths if codes_per_row does not divide dim.
         columns = product_codes.padded_columns(dim, self.codes_per_row)
         rows = entries.flatten(2)
         return rows if columns is None else rows[:, :, columns]
@@ -114,10 +121,11 @@ def merge_tables(tables: Sequence[PackedTable], stored: dict[str, Tensor]) -> Pa
     first, code_shape = tables[0], codes_of(tables[0])
     if code_shape is None:
         raise ValueError(f"tables of format {first.storage.name!r} have no codebooks")
-    if stored["codebook"].dim() == 1:
+    if stored["codebook"].dim() == 1:  # kmeans: entries are numbers, here vectors of length 1
         stored = {**stored, "codebook": stored["codebook"].unsqueeze(1)}
     layout_of_table = first.storage.layout(first.rows, first.dim, first.settings)
     merged_layout = {
+        # ``every``: table rows per entry of the tensor's first dimension, as in each table
         name: TensorSpec(tuple(tensor.shape), tensor.dtype, every=layout_of_table[name].every)
         for name, tensor in stored.items()
     }
@@ -128,9 +136,9 @@ def merge_tables(tables: Sequence[PackedTable], stored: dict[str, Tensor]) -> Pa
 
 @torch.library.custom_op("recpress::merged_codes", mutates_args=())
 def merged_codes(codes: Tensor, ids: Tensor, count: int, width: int) -> Tensor:
-    """Unpack the codes of rows: int32 ``(*ids, count)`` from bytes ``(rows, bytes)``.
+    """Unpack the codes of table rows: int32 ``(*ids, count)`` from uint8 ``(rows, bytes)``.
 
-    ``count`` is the number of codes per row, ``width`` the bits of a code.
+    ``count`` is the number of codes per table row, ``width`` the bits of a code.
     """
     return unpack(codes[ids], count, width).to(torch.int32)
 

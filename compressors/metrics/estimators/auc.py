@@ -68,7 +68,12 @@ class Auc:
             _without_each_group(pair.label, score, classes.groups) for score in pair.scores
         )
         return grouped_pair(
-            before, after, self.metric.high, classes.scarce, classes.which, classes.groups.rows.size
+            before,
+            after,
+            self.metric.high,
+            classes.counted_groups,
+            classes.group_description,
+            classes.groups.rows.size,
         )
 
 
@@ -99,15 +104,15 @@ class BothClasses(NamedTuple):
     Attributes:
         positive: whether each row is positive, bool ``(rows,)``.
         groups: the groups of the rows.
-        scarce: the number of groups with a positive row, or of groups with a negative row if that
-            is smaller. It determines the precision of the interval.
-        which: describes these groups, such as "with a positive row".
+        counted_groups: the number of groups with a positive row, or of groups with a negative row
+            if that is smaller. It determines the precision of the interval.
+        group_description: describes these groups, such as "with a positive row".
     """
 
     positive: Bools
     groups: Groups
-    scarce: int
-    which: str
+    counted_groups: int
+    group_description: str
 
 
 def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
@@ -121,9 +126,9 @@ def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
     require_both_classes(metric.name, positive)
     positives = groups.sums(positive)
     with_positive, with_negative = int((positives > 0).sum()), int((positives < groups.rows).sum())
-    scarce = min(with_positive, with_negative)
-    scarce_class = "positive" if scarce == with_positive else "negative"
-    return BothClasses(positive, groups, scarce, f"with a {scarce_class} row")
+    counted_groups = min(with_positive, with_negative)
+    rarer_class = "positive" if counted_groups == with_positive else "negative"
+    return BothClasses(positive, groups, counted_groups, f"with a {rarer_class} row")
 
 
 def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:
@@ -164,8 +169,8 @@ def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> G
     # For each row, the number of rows of the other class with which it is ordered correctly.
     wins = np.empty(scores.size)
     ordered = [np.sort(scores[~positive]), np.sort(scores[positive])]
-    for chosen, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
-        class_scores = scores[chosen]
+    for class_rows, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
+        class_scores = scores[class_rows]
         # Sorted queries read the other class sequentially instead of at random.
         order = np.argsort(class_scores, kind="stable")
         below = np.searchsorted(others, class_scores[order], side="left")
@@ -173,7 +178,7 @@ def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> G
         lower = (below + not_above) / 2
         class_wins = np.empty(class_scores.size)
         class_wins[order] = lower if sign > 0 else others.size - lower
-        wins[chosen] = class_wins
+        wins[class_rows] = class_wins
     positives, rows = groups.sums(positive), groups.rows.astype(np.float64)
     negatives = rows - positives
     all_positives, all_negatives = float(positives.sum()), float(negatives.sum())

@@ -44,17 +44,17 @@ class ListEstimator(DepthEstimator, ABC):
     def point(self, rows: ScoredRows) -> float:
         """Compute the mean over lists with a relevant row."""
         group = require_groups(self.metric, rows.group)
-        return float(_required(self.of_lists(rows.label, rows.score, group)).mean())
+        return float(_require_values(self.of_lists(rows.label, rows.score, group)).mean())
 
     def of_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute both means with and without each list."""
         group = require_groups(self.metric, pair.group)
-        values = [_required(self.of_lists(pair.label, score, group)) for score in pair.scores]
+        values = [_require_values(self.of_lists(pair.label, score, group)) for score in pair.scores]
         before, after = (weighted_mean(value, np.ones(value.size)) for value in values)
         return grouped_pair(before, after, self.metric.high, values[0].size, "with a relevant item")
 
 
-def _required(values: Floats) -> Floats:
+def _require_values(values: Floats) -> Floats:
     """Return values of lists ``(lists,)``; raise ``MetricRefused`` if there is none."""
     if not values.size:
         raise MetricRefused("relevant_items_missing")

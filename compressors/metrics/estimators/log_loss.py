@@ -97,7 +97,12 @@ class NormalizedEntropy:
         )
         largest = LARGEST_LOSS / base_entropy(float(classes.positive.mean()))
         return grouped_pair(
-            before, after, largest, classes.scarce, classes.which, classes.groups.rows.size
+            before,
+            after,
+            largest,
+            classes.counted_groups,
+            classes.group_description,
+            classes.groups.rows.size,
         )
 
 

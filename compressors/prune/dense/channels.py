@@ -233,7 +233,7 @@ class Channels(StepSettings):
                     for item in consumers
                 )
         if self.scope == "layer":
-            return AppliedStep(model, _deferred(training_reasons))
+            return AppliedStep(model, _build_deferred_outcomes(training_reasons))
         final_work = sum(kept_shares.multiply_adds(model.module, signature).values())
         work_left = Reason("multiply_adds_left", share=final_work / initial_work)
         narrowed = {
@@ -245,7 +245,7 @@ class Channels(StepSettings):
             for width in prunable.widths
             for producer in width.producers
         }
-        return AppliedStep(model, _deferred({**training_reasons, **narrowed}))
+        return AppliedStep(model, _build_deferred_outcomes({**training_reasons, **narrowed}))
 
     def dry_run(self, model: Model, plan: StepPlan[CheckedWidths]) -> Model:
         """Prune the last channels of every width: as many as ``apply`` would prune.
@@ -421,7 +421,7 @@ def _kept_units(
     return kept_by_producer
 
 
-def _deferred(reasons: Mapping[str, tuple[Reason, ...]]) -> dict[str, Decision]:
+def _build_deferred_outcomes(reasons: Mapping[str, tuple[Reason, ...]]) -> dict[str, Decision]:
     """Build outcomes with these reasons; the runner compares the tensors to decide their status."""
     return {name: Decision("deferred", why) for name, why in reasons.items()}
 

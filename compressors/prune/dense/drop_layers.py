@@ -107,7 +107,7 @@ class DropLayers(StepSettings):
             remaining = list(range(stack.members))  # original numbers of the remaining members
             changes = list[Reason]()
             for _ in range(self.count):
-                candidates = _candidates(model, bench.signature, stack)
+                candidates = _build_candidates(model, bench.signature, stack)
                 if not candidates:
                     break
                 if self.importance == "random":
@@ -138,7 +138,7 @@ class DropLayers(StepSettings):
                     if self._needs_quality
                     else Reason("layer_removed", layer=layer)
                 )
-            outcomes |= _outcomes(names, original_stack, remaining, changes)
+            outcomes |= _build_outcomes(names, original_stack, remaining, changes)
         return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[RemovableStacks]) -> Model:
@@ -146,7 +146,7 @@ class DropLayers(StepSettings):
         for original_stack in plan.payload.stacks:
             stack = original_stack
             for _ in range(self.count):
-                candidates = _candidates(model, plan.payload.signature, stack)
+                candidates = _build_candidates(model, plan.payload.signature, stack)
                 if candidates:
                     model, stack = candidates[max(candidates)]
         return model
@@ -230,7 +230,7 @@ def _reason_not_removable(
         if len(step_lists) > 1:
             return Reason("treated_differently", argument=stack.description())
     faults: list[Reason] = []
-    if not _candidates(model, signature, stack, faults):
+    if not _build_candidates(model, signature, stack, faults):
         return faults[0]
     return None
 
@@ -243,7 +243,7 @@ def _name_in_first_member(stack: Stack, name: str) -> str:
     return new_name or name
 
 
-def _candidates(
+def _build_candidates(
     model: Model, signature: Signature, stack: Stack, faults: list[Reason] | None = None
 ) -> dict[int, tuple[Model, Stack]]:
     """Build the network and the stack without each removable member, by the member's number.
@@ -261,7 +261,7 @@ def _candidates(
     return candidates
 
 
-def _outcomes(
+def _build_outcomes(
     names: list[str], stack: Stack, remaining: list[int], changes: list[Reason]
 ) -> dict[str, Decision]:
     """Return the outcome for every unit of a stack, by its name before the step.

@@ -100,7 +100,7 @@ def remaining_multiply_adds(
         counts: number of units that each width keeps.
 
     Raises:
-        TypeError: a name in ``work`` is not that of a dense layer.
+        TypeError: a name in ``work`` is not the name of a dense layer.
     """
     total = 0.0
     for name, before in work.items():

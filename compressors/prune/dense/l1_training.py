@@ -12,7 +12,7 @@ the scale of the gradient, as AdamW's decay is, so that one strength means the s
 network: a weight stays at zero while the ratio of its mean gradient to its root mean square
 gradient is below the strength. A group contains all parameters of one channel: the weights, the
 bias, and the scale and shift of the norm after it. If the outputs of several layers are combined
-channel by channel (a residual sum), it contains those of all these layers.
+channel by channel (a residual sum), the group contains these weights of all the layers.
 
 Zeros are stored like any other weight, so this step alone lowers neither bytes nor multiply-adds
 nor latency on any target. ``fine_tune`` and ``distill`` keep the zeros; ``channels`` with
@@ -165,7 +165,11 @@ class L1Training(StepSettings):
         penalized = plan.payload
         names = [name for name, decision in penalized.items() if decision.selected]
         loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)
-        groups = _groups(model, bench.signature, penalized) if self.penalty == "group" else []
+        groups = (
+            _find_weight_groups(model, bench.signature, penalized)
+            if self.penalty == "group"
+            else []
+        )
         trained = train_model(
             model,
             bench,
@@ -226,7 +230,7 @@ def _threshold_after_step(
     return threshold_groups if groups else threshold_weights
 
 
-def _groups(
+def _find_weight_groups(
     model: Model, signature: Signature, penalized: Mapping[str, Decision]
 ) -> list[WeightGroups]:
     """Group the parameters of each prunable channel, and of each output of the other layers."""

@@ -89,9 +89,9 @@ def reconstruct(
         gram = torch.zeros(size, size, dtype=torch.float64)
         product = torch.zeros(size, layer.out_features, dtype=torch.float64)
         for batch in read_batches():
-            with _recorded(old, inputs=False) as targets:
+            with _record_calls(old, inputs=False) as targets:
                 call_network(before, batch.inputs, signature)
-            with _recorded(layer, inputs=True) as layer_inputs:
+            with _record_calls(layer, inputs=True) as layer_inputs:
                 call_network(module, batch.inputs, signature)
             # A layer may be called more than once.
             for x, y in zip(layer_inputs, targets, strict=True):
@@ -134,7 +134,7 @@ def _call_order(
 
 
 @contextmanager
-def _recorded(layer: nn.Linear, *, inputs: bool) -> Iterator[list[Tensor]]:
+def _record_calls(layer: nn.Linear, *, inputs: bool) -> Iterator[list[Tensor]]:
     """Record the inputs or outputs of a layer: float64 ``(rows, features)`` for each call."""
     recorded: list[Tensor] = []
 

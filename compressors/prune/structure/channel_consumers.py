@@ -113,12 +113,12 @@ def channel_layouts(width: Width) -> Iterator[dict[str, Tensor]]:
     for parts in dict.fromkeys((1, 2, 3, largest)):
         if any(size % parts == 0 for size in width.producers.values()):
             yield {
-                producer: _units(width.value, size, parts if size % parts == 0 else 1)
+                producer: _units_of_channels(width.value, size, parts if size % parts == 0 else 1)
                 for producer, size in width.producers.items()
             }
 
 
-def _units(value: int, size: int, parts: int) -> Tensor:
+def _units_of_channels(value: int, size: int, parts: int) -> Tensor:
     """Return the unit of each channel, int64 ``(value * size,)``.
 
     Args:

@@ -211,7 +211,7 @@ def synthetic_scores(module: nn.Module, signature: Signature, tables: dict[str, 
     Returns:
         Float ``(scales, rows)``; with several outputs, one entry for each output of each scale.
     """
-    return _scores(module, signature, tables, change=None)
+    return _compute_synthetic_scores(module, signature, tables, change=None)
 
 
 @torch.no_grad()
@@ -261,10 +261,10 @@ def _scores_of_rounded(
                 replace_parameter(part, name, round_randomly(tensor.detach()))
         if isinstance(part, nn.BatchNorm1d) and part.running_mean is not None:
             part.running_mean = round_randomly(part.running_mean)
-    return _scores(copied, signature, tables, round_randomly)
+    return _compute_synthetic_scores(copied, signature, tables, round_randomly)
 
 
-def _scores(
+def _compute_synthetic_scores(
     module: nn.Module,
     signature: Signature,
     tables: dict[str, int],

@@ -32,7 +32,7 @@ from compressors.core.steps.unit_settings import MinRows
 from compressors.prune.tables.kept_rows import lookup_share, select_highest
 from compressors.prune.tables.row_map import COMPOSITION, byte_planes
 from compressors.quantize.calibration.lookup_counts import lookup_counts
-from compressors.quantize.kernels.lloyd import kmeans, nearest
+from compressors.quantize.kernels.lloyd import kmeans, nearest_entries
 
 SAMPLE = 65_536
 """Largest number of rows to fit clusters to: the most looked-up ones of the clustered rows."""
@@ -60,7 +60,7 @@ def cluster_rare_rows(
     centers = kmeans(cold[sample], clusters, weight[sample]).codebook
     place = torch.empty(len(table), dtype=torch.int64)
     place[is_hot] = torch.arange(hot)
-    place[~is_hot] = hot + nearest(cold, centers)
+    place[~is_hot] = hot + nearest_entries(cold, centers)
     return place, torch.cat([table[is_hot].float(), centers])
 
 

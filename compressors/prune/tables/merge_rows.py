@@ -5,8 +5,8 @@ Rows closer to each other than a tolerance become one row: their mean, weighted 
 Source: leader clustering (Hartigan 1975, ch. 3). The most looked-up row is a leader, and rows
 within the tolerance of it join its group; the next leader is the most looked-up row without a
 group.
-Differs: only rows in the same cell of a grid are compared, so that the cost for millions of rows is
-that of sorting them. The grid covers the principal directions of the table. Two similar rows on
+Differs: only rows in the same cell of a grid are compared, so that millions of rows cost as much
+time as sorting them. The grid covers the principal directions of the table. Two similar rows on
 both sides of a cell border may stay separate, but rows farther from their leader than the tolerance
 are never merged.
 """
@@ -54,7 +54,7 @@ def merge_similar_rows(table: Tensor, weight: Tensor, within: float) -> tuple[Te
     distinct, distinct_of_row = torch.unique(table, dim=0, return_inverse=True)
     total = torch.zeros(len(distinct), dtype=torch.float64)
     total = total.index_add_(0, distinct_of_row, weight.double())
-    leader = _leaders(distinct, total, within) if within > 0 else torch.arange(len(distinct))
+    leader = _find_leaders(distinct, total, within) if within > 0 else torch.arange(len(distinct))
     group = leader[distinct_of_row]  # (rows,): the leader of each row
     # Number the groups by their first row, so that the result does not depend on sorting.
     first_row = torch.full((len(distinct),), len(table)).scatter_reduce(
@@ -71,11 +71,11 @@ def merge_similar_rows(table: Tensor, weight: Tensor, within: float) -> tuple[Te
     return place, (sums / weight_sums).float()
 
 
-def _leaders(table: Tensor, weight: Tensor, within: float) -> Tensor:
+def _find_leaders(table: Tensor, weight: Tensor, within: float) -> Tensor:
     """Find the leader of each row: int64 ``(rows,)``. No two rows of the table may be equal."""
     tolerance = within * float(table.double().square().sum(dim=1).mean().sqrt())
     leader = torch.arange(len(table))
-    for members in _cells(table, CELL_WIDTH * tolerance):
+    for members in _group_by_cell(table, CELL_WIDTH * tolerance):
         remaining = members[weight[members].sort(descending=True, stable=True).indices]
         while len(remaining) > 1:
             # In float64: rounding must not merge rows just outside the tolerance.
@@ -86,7 +86,7 @@ def _leaders(table: Tensor, weight: Tensor, within: float) -> Tensor:
     return leader
 
 
-def _cells(table: Tensor, width: float) -> list[Tensor]:
+def _group_by_cell(table: Tensor, width: float) -> list[Tensor]:
     """Return the row numbers in each cell of a grid, for cells with more than one row."""
     centered = table.double() - table.double().mean(dim=0)
     _, vectors = torch.linalg.eigh(centered.T @ centered)

@@ -45,7 +45,7 @@ from compressors.prune.tables import row_map
 from compressors.prune.tables.kept_rows import BLOCK, kept_order, lookup_share, select_highest
 from compressors.prune.tables.row_map import byte_planes
 from compressors.quantize.calibration.lookup_counts import lookup_counts, squared_gradients
-from compressors.quantize.kernels.lloyd import nearest
+from compressors.quantize.kernels.lloyd import nearest_entries
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class PruneRows(ComposingStep):
         if self.pruned == "nearest":
             place = torch.empty(len(is_kept), dtype=torch.int64)
             place[is_kept] = torch.arange(int(is_kept.sum()))
-            place[~is_kept] = nearest(weight[~is_kept], weight[is_kept])
+            place[~is_kept] = nearest_entries(weight[~is_kept], weight[is_kept])
             planes = byte_planes(place, int(is_kept.sum()))
             return FittedParts({"planes": planes}, {"unique": weight[is_kept]})
         within, before = kept_order(is_kept)

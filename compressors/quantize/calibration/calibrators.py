@@ -41,8 +41,8 @@ class Histogram:
     """Histogram of absolute values: ``BINS`` bins of equal width from 0 to a power of two.
 
     The power of two is the smallest one above the largest value, so values reach at least half of
-    the bins. If a larger value is added, neighbouring bins are merged. The result is that of one
-    batch with all values, so the counts do not depend on how rows are split into batches.
+    the bins. If a larger value is added, neighbouring bins are merged. The result is the same as
+    for one batch with all values, so the counts do not depend on how rows are split into batches.
     """
 
     def __init__(self) -> None:

@@ -60,16 +60,16 @@ class _InputSums:
 
     Attributes:
         rows: number of inputs.
-        first: sum of the inputs.
-        second: sum of their squares.
-        error: sum of the squared rounding errors.
+        total: sum of the inputs.
+        squares: sum of their squares.
+        squared_errors: sum of the squared rounding errors.
         largest: largest absolute input.
     """
 
     rows: int
-    first: Tensor
-    second: Tensor
-    error: Tensor
+    total: Tensor
+    squares: Tensor
+    squared_errors: Tensor
     largest: Tensor
 
 
@@ -122,9 +122,9 @@ def _sum_inputs(result: nn.Module, units: Collection[Unit], bench: Bench) -> dic
             by_layer[name] = _InputSums(0, zero, zero, zero, zero)
         sums = by_layer[name]
         sums.rows += len(x)
-        sums.first = sums.first + exact.sum(dim=0)
-        sums.second = sums.second + exact.square().sum(dim=0)
-        sums.error = sums.error + error.square().sum(dim=0)
+        sums.total = sums.total + exact.sum(dim=0)
+        sums.squares = sums.squares + exact.square().sum(dim=0)
+        sums.squared_errors = sums.squared_errors + error.square().sum(dim=0)
         sums.largest = torch.maximum(sums.largest, exact.abs().amax(dim=0))
 
     read_layer_inputs(
@@ -135,8 +135,8 @@ def _sum_inputs(result: nn.Module, units: Collection[Unit], bench: Bench) -> dic
 
 def _warning(sums: _InputSums, weight: Tensor) -> Reason | None:
     """Return the warning about a layer with this float weight ``(out, in)``, or None."""
-    variance = (sums.second - sums.first.square() / sums.rows).clamp(min=0) / sums.rows
-    noise = sums.error / sums.rows
+    variance = (sums.squares - sums.total.square() / sums.rows).clamp(min=0) / sums.rows
+    noise = sums.squared_errors / sums.rows
     # In parts, because a float64 copy of the weight of a wide layer takes much memory.
     weight_parts = torch.split(weight, WEIGHT_ROWS)
     weight_energy = torch.stack([part.double().square().sum(dim=0) for part in weight_parts]).sum(

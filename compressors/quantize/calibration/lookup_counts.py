@@ -53,8 +53,8 @@ def lookup_counts(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
     with torch.no_grad():
         for batch in batches(bench.train, bench.signature, BATCH):
             call_network(copied_module, batch.inputs, bench.signature)
-        # Counts of parts are derived from those of the composed table. A hook on a part would also
-        # count lookups whose rows the composed table discards, such as padding within a bag.
+        # Counts of parts are derived from the counts of the composed table. A hook on a part would
+        # also count lookups whose rows the composed table discards, such as padding within a bag.
         names = {unit.module: unit.name for unit in units.values()}
         for name in outermost:
             table = units[name].module
@@ -114,7 +114,7 @@ def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> di
     if not bench.signature.scores_rows:
         raise StepRefused("gradients_need_loss")
     copied_module = model.private().module
-    modules = _tables(copied_module, tables)
+    modules = _lookup_modules(copied_module, tables)
 
     def loss(output: Tensor, batch: Batch, numbers: Tensor) -> Tensor:
         return hard_loss(bench.signature, output, batch)
@@ -140,10 +140,12 @@ def sensitivities(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
     if bench.train is None:
         raise RowsMissing("gradients_need_rows")
     copied_module = model.private().module
-    return sensitivity(copied_module, bench.signature, bench.train, _tables(copied_module, tables))
+    return sensitivity(
+        copied_module, bench.signature, bench.train, _lookup_modules(copied_module, tables)
+    )
 
 
-def _tables(module: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
+def _lookup_modules(module: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
     """Return the modules of a copied network that map ids to rows, by table name.
 
     An ``nn.EmbeddingBag`` is replaced by a lookup and a reduction, so that a hook receives each

@@ -1,8 +1,8 @@
 """Gradient and curvature of the loss, and sensitivity of the output, for the weights of tables.
 
-Derivatives are taken with respect to the looked-up rows. So for a compressed table they are those
-of the decoded weights, not those of codes or scales. A *list* is the rows of one group (such as a
-query) of a ranking model; its loss is computed for all of its rows together.
+Derivatives are taken with respect to the looked-up rows. So for a compressed table they are
+derivatives with respect to the decoded weights, not to codes or scales. A *list* is the rows of one
+group (such as a query) of a ranking model; its loss is computed for all of its rows together.
 """
 
 import math
@@ -52,7 +52,7 @@ def loss_gradients(
         if ``loss`` compares with a teacher, because the gradient of such a loss vanishes where the
         network reproduces the teacher's predictions.
     """
-    shapes = {name: _shape(table) for name, table in tables.items()}
+    shapes = {name: _table_shape(table) for name, table in tables.items()}
     result = {name: (torch.zeros(shape), torch.zeros(shape)) for name, shape in shapes.items()}
     rows, terms = Rows(split, signature), 0
     with record_lookups(tables) as lookups:
@@ -61,10 +61,10 @@ def loss_gradients(
             batch = rows.take(row_numbers)
             output = training_output(module, batch.inputs, signature)
             leaves = [leaf for _, _, leaf in lookups]
-            batch_terms = _terms(signature, batch)
+            batch_terms = _count_losses(signature, batch)
             terms += batch_terms
             summed = loss(output, batch, row_numbers) * batch_terms
-            summed_hard = hard_loss(signature, output, _weighted(batch)) * batch_terms
+            summed_hard = hard_loss(signature, output, _with_output_weights(batch)) * batch_terms
             gradients = torch.autograd.grad(summed, leaves, retain_graph=True, allow_unused=True)
             hard_gradients = torch.autograd.grad(summed_hard, leaves, allow_unused=True)
             for (name, ids, _), grad, hard in zip(lookups, gradients, hard_gradients, strict=True):
@@ -116,7 +116,7 @@ def sensitivity(
     """
     columns, by_row, lookups = {}, {}, dict.fromkeys(tables, 0)
     for name, table in tables.items():
-        rows, dim = _shape(table)
+        rows, dim = _table_shape(table)
         columns[name] = torch.zeros(dim, dim, dtype=torch.float64)
         by_row[name] = torch.zeros(rows, dtype=torch.float64)
     data, remaining = Rows(split, signature), max_rows
@@ -172,7 +172,7 @@ def record_lookups(tables: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, 
             handle.remove()
 
 
-def _weighted(batch: Batch) -> Batch:
+def _with_output_weights(batch: Batch) -> Batch:
     """Return the batch with weights of the outputs for sums of squared gradients of rows.
 
     The loss of an output is the mean over its labelled rows. If these are a share ``p`` of all
@@ -185,7 +185,7 @@ def _weighted(batch: Batch) -> Batch:
     return replace(batch, output_weights=tuple(math.sqrt(share) for share in shares))
 
 
-def _shape(table: nn.Module) -> tuple[int, int]:
+def _table_shape(table: nn.Module) -> tuple[int, int]:
     """Return the number of rows and dimensions of a table."""
     if isinstance(table, PackedTable | ComposedTable):
         return table.rows, table.dim
@@ -200,7 +200,7 @@ def mean_loss(module: nn.Module, signature: Signature, split: Split, loss: Loss)
     with torch.no_grad():
         for row_numbers in shuffled_rows(rows, signature, _batch_rows(signature), seed=0):
             batch = rows.take(row_numbers)
-            batch_terms = _terms(signature, batch)
+            batch_terms = _count_losses(signature, batch)
             output = training_output(module, batch.inputs, signature)
             total += float(loss(output, batch, row_numbers)) * batch_terms
             terms += batch_terms
@@ -211,7 +211,7 @@ def _batch_rows(signature: Signature) -> int:
     return BATCH if signature.scores_rows else BATCH_OF_TOWERS
 
 
-def _terms(signature: Signature, batch: Batch) -> int:
+def _count_losses(signature: Signature, batch: Batch) -> int:
     """Return the number of losses in the mean over a batch: its rows or, for ranking, lists."""
     if signature.has_lists and batch.group is not None:
         return len(torch.unique(batch.group))

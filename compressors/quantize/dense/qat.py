@@ -62,8 +62,8 @@ def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         high: the highest multiple; higher numbers are clipped to it.
 
     Returns:
-        float, shape of ``x``. The gradient of ``x`` passes where nothing was clipped; that of
-        ``scale`` is ``round(x / scale) - x / scale`` there, and ``low`` or ``high`` elsewhere.
+        float, shape of ``x``. The gradient of ``x`` passes where nothing was clipped; the gradient
+        of ``scale`` is ``round(x / scale) - x / scale`` there, and ``low`` or ``high`` elsewhere.
     """
     ratio = (x / scale).clamp(low, high)
     rounded: Tensor = ratio + (ratio.round() - ratio).detach()

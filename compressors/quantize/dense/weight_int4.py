@@ -73,8 +73,8 @@ class WeightInt4(StepSettings):
     @property
     def wants(self) -> tuple[Part, ...]:
         """Calibration rows, to check the ranges of inputs if inputs are rounded."""
-        rounds = self.activations == "int8" and self.rounding != "gptq"
-        return ("calibration",) if rounds else ()
+        rounds_inputs = self.activations == "int8" and self.rounding != "gptq"
+        return ("calibration",) if rounds_inputs else ()
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the stored layout of a layer and how it computes."""
@@ -105,9 +105,9 @@ class WeightInt4(StepSettings):
             if unit.name in by_layer:
                 gram, nearest = by_layer[unit.name], multiples
                 scales = weight_only.expand_scales(scale, weight.shape[1], self.block)
-                multiples = gptq(weight, nearest, gram, scales, max_multiple=grid.half)
-                error = _error(multiples, scales, weight, gram)
-                share = error / _error(nearest, scales, weight, gram)
+                multiples = gptq(weight, nearest, gram, scales, max_multiple=grid.max_multiple)
+                error = _output_error(multiples, scales, weight, gram)
+                share = error / _output_error(nearest, scales, weight, gram)
                 outcomes[unit.name] = Decision("taken", (Reason("gptq_error", share=share),))
             outputs, inputs = weight.shape
             packed = PackedLinear(
@@ -134,6 +134,6 @@ class WeightInt4(StepSettings):
         return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())
 
 
-def _error(multiples: Tensor, scale: Tensor, weight: Tensor, gram: Tensor) -> float:
+def _output_error(multiples: Tensor, scale: Tensor, weight: Tensor, gram: Tensor) -> float:
     """Return the squared error of a layer's outputs, as a positive number to divide by."""
     return float(squared_error(multiples * scale - weight, gram).sum()) + 1e-300

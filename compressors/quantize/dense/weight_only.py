@@ -2,7 +2,7 @@
 
 ``weight_int8`` and ``weight_int4`` differ only in the width of a code. A *row* is the weights of
 one output. In a row, ``block`` consecutive weights share a scale, or all of them. Levels and
-clipping are those of tables (``kernels/levels.py``, ``kernels/clipping.py``). Levels are symmetric
+clipping are as for tables (``kernels/levels.py``, ``kernels/clipping.py``). Levels are symmetric
 around zero, because TensorRT supports no zero point. A *multiple* is a rounded weight divided by
 its scale, an integer.
 
@@ -22,7 +22,13 @@ from torch.nn import functional as F
 
 from compressors.core.modules.formats import TensorSpec
 from compressors.quantize.kernels.clipping import fit
-from compressors.quantize.kernels.levels import Clipping, FittedRange, Grid, ScaleType, nearest
+from compressors.quantize.kernels.levels import (
+    Clipping,
+    FittedRange,
+    Grid,
+    ScaleType,
+    nearest_multiples,
+)
 
 Block = Literal[0, 16, 32, 64, 128, 256]
 """Number of neighbouring inputs that share a scale, as MatMulNBits allows; 0: the whole row."""
@@ -97,7 +103,7 @@ def fit_scales(weight: Tensor, block: int, grid: Grid) -> Tensor:
 def round_to_multiples(weight: Tensor, scale: Tensor, block: int, grid: Grid) -> Tensor:
     """Return the nearest multiple of the scale for every weight: float32 ``(out, in)``."""
     blocks = split_into_blocks(weight.float(), block)
-    multiples = nearest(blocks, FittedRange(scale.reshape(-1, 1), None), grid)
+    multiples = nearest_multiples(blocks, FittedRange(scale.reshape(-1, 1), None), grid)
     return multiples.reshape(len(weight), -1)[:, : weight.shape[1]]
 
 

@@ -204,7 +204,7 @@ def _search_asymmetric(
     # times the best symmetric range.
     around_zero = replace(grid, symmetric=True)
     widest = symmetric_scale(torch.maximum(-low, high), around_zero)
-    reach = 1.25 * grid.half * _search_symmetric(values, widest, around_zero).float()
+    reach = 1.25 * grid.max_multiple * _search_symmetric(values, widest, around_zero).float()
     low, high = torch.maximum(low, -reach), torch.minimum(high, reach)
     candidate, error = _search_ends(values, asymmetric_range(low, high, grid), low, high, grid)
     return _where(error < least_error, candidate, best)

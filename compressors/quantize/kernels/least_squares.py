@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from compressors.quantize.kernels.levels import (
-    PIECE,
+    SUM_VALUES,
     FittedRange,
     Grid,
     asymmetric_range,
@@ -68,22 +68,22 @@ def least_squares(values: Tensor, grid: Grid) -> FittedRange:
     """
     values = values.float()
     low, high = range_bounds(values)
-    best = _clipped(low, high, grid, share=0.0)
+    best = _clip_range(low, high, grid, share=0.0)
     best_sums = residuals(values, best, grid)
     for share in SHARES:
-        candidate = _clipped(low, high, grid, share)
+        candidate = _clip_range(low, high, grid, share)
         best, best_sums = _select_better(
             best, best_sums, candidate, residuals(values, candidate, grid)
         )
     for _ in range(ROUNDS):
-        candidate = _refitted(best, best_sums, values.shape[1], grid)
+        candidate = _refit(best, best_sums, values.shape[1], grid)
         best, best_sums = _select_better(
             best, best_sums, candidate, residuals(values, candidate, grid)
         )
     return best
 
 
-def _clipped(low: Tensor, high: Tensor, grid: Grid, share: float) -> FittedRange:
+def _clip_range(low: Tensor, high: Tensor, grid: Grid, share: float) -> FittedRange:
     """Return ranges from ``low`` to ``high`` that are clipped by a share at each end, as stored."""
     if grid.symmetric:
         return FittedRange(symmetric_scale(torch.maximum(-low, high) * (1 - share), grid), None)
@@ -99,29 +99,29 @@ def residuals(values: Tensor, fitted: FittedRange, grid: Grid) -> Residuals:
     if not grid.symmetric:
         q = multiples.clamp(0, grid.levels - 1).round()
     elif grid.levels % 2:
-        q = multiples.clamp(-grid.half, grid.half).round()
+        q = multiples.clamp(-grid.max_multiple, grid.max_multiple).round()
     else:  # odd multiples of 0.5
-        q = (multiples.floor() + 0.5).clamp(-grid.half, grid.half)
+        q = (multiples.floor() + 0.5).clamp(-grid.max_multiple, grid.max_multiple)
     r = values - decode_multiples(q, scale, offset)
     return Residuals(*(sum_in_order(each) for each in (q, q * q, r, q * r, r * r)))
 
 
-def _refitted(fitted: FittedRange, sums: Residuals, count: int, grid: Grid) -> FittedRange:
+def _refit(fitted: FittedRange, sums: Residuals, count: int, grid: Grid) -> FittedRange:
     """Return the regression line of weights on codes, with scale and offset as stored."""
     scale, largest = fitted.scale.float(), torch.finfo(grid.dtype).max
     if fitted.offset is None:
-        scale_change = _usable(sums.qr / sums.qq)
+        scale_change = _zero_if_not_finite(sums.qr / sums.qq)
         return FittedRange(
-            stored_scale((scale + scale_change).clamp(0, largest), grid.half, grid), None
+            stored_scale((scale + scale_change).clamp(0, largest), grid.max_multiple, grid), None
         )
     spread = sums.qq * count - sums.q * sums.q
-    scale_change = _usable((sums.qr * count - sums.q * sums.r) / spread)
-    offset_change = _usable((sums.r - scale_change * sums.q) / count)
+    scale_change = _zero_if_not_finite((sums.qr * count - sums.q * sums.r) / spread)
+    offset_change = _zero_if_not_finite((sums.r - scale_change * sums.q) / count)
     scale = stored_scale((scale + scale_change).clamp(0, largest), grid.levels - 1, grid)
     return FittedRange(scale, stored_offset(fitted.offset.float() + offset_change, grid))
 
 
-def _usable(change: Tensor) -> Tensor:
+def _zero_if_not_finite(change: Tensor) -> Tensor:
     """Return the change, or zero if it is not finite: all codes are equal, or sums overflow."""
     return torch.where(change.abs() <= torch.finfo(torch.float32).max, change, 0.0)
 
@@ -143,10 +143,10 @@ def _select_better(
 def sum_in_order(values: Tensor) -> Tensor:
     """Sum each row of ``(ranges, values)``, one number after the other: ``(ranges, 1)``.
 
-    Ranges with more than ``PIECE`` values contain several rows. The compiled loops do not fit such
-    ranges, so torch may sum them in any order.
+    Ranges with more than ``SUM_VALUES`` values contain several rows. The compiled loops do not fit
+    such ranges, so torch may sum them in any order.
     """
-    if values.shape[1] > PIECE:
+    if values.shape[1] > SUM_VALUES:
         return values.sum(dim=1, keepdim=True)
     total = torch.zeros_like(values[:, :1])
     for index in range(values.shape[1]):

@@ -1,19 +1,24 @@
 """Evenly spaced levels for table rows: grids, nearest levels, and stored scales and offsets.
 
 The plain torch code here and in ``clipping.py``, which selects the range, specifies the results of
-every faster kernel. A weight is approximated by ``multiple * scale + offset``. A *multiple* is a
-level in units of the scale, and a *grid* is the set of all multiples. There are two kinds:
+every faster kernel.
+
+A *level* is a number to which weights are rounded: ``multiple * scale + offset``. The *scale* is
+the distance of two levels, a *multiple* is a level in units of the scale, and a *grid* is the set
+of all multiples. There are two kinds:
 
 - *asymmetric*: the multiples are ``0 .. levels - 1``; ``offset`` is the lowest level.
-- *symmetric*: no offset. If the number of levels is odd, one of them is zero: 255 levels for int8,
-  15 for int4, multiples ``-half .. half``. If it is even (4, for 2 bits), the multiples are
-  ``-1.5, -0.5, 0.5, 1.5``, because with a level at zero only three symmetric levels would fit in
-  two bits. For normal rows of 16 numbers, clipped by squared error, the error is 9.7 % of the sum
-  of squares with these four levels, 16.5 % with three levels including zero, and 13.2 % with
-  ``-2 .. 1``. The ranking is the same for Laplace, uniform and Student distributions.
+- *symmetric*: no offset. If the number of levels is odd, one of them is zero: 255 levels for int8
+  (multiples ``-127 .. 127``), 15 for int4 (``-7 .. 7``). If it is even (4, for 2 bits), the
+  multiples are ``-1.5, -0.5, 0.5, 1.5``, because with a level at zero only three symmetric levels
+  would fit in two bits. For rows of 16 normally distributed numbers, clipped by the rule ``mse``,
+  the squared error is 9.7 % of the sum of squares with these four levels, 16.5 % with three
+  levels including zero, and 13.2 % with ``-2 .. 1``. The ranking is the same for Laplace, uniform
+  and Student distributions.
 
-A *range* is a group of weights that share a scale, and also the interval that its levels cover.
-Tensors with one range per row have the shape ``(ranges, values)``.
+A *range* is the interval from the lowest to the highest level. Weights that share a scale have one
+range, so the word also means this group of weights. In a tensor ``(ranges, values)``, each row has
+the weights of one group.
 """
 
 from collections.abc import Iterator
@@ -26,19 +31,30 @@ from torch import Tensor
 from compressors.errors.steps import ValueNotStorable
 
 Clipping = Literal["min_max", "least_squares", "greedy", "mse"]
+"""How the range of a group of weights is selected; ``clipping.py`` has the details.
+
+- ``min_max``: the range contains all weights.
+- ``least_squares``: compare a few ranges, and refit the best one's scale and offset by regression.
+- ``greedy``: shorten the range in small steps, each at the end with the smaller squared error.
+- ``mse``: search for the range of least squared error.
+"""
 ScaleType = Literal["float16", "float32"]
+"""Dtype in which scales and offsets are stored."""
 RowsPerScale = Literal[
     0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536
 ]
 """Number of neighbouring rows that share a scale; 0: all rows of the table."""
 
-CHUNK = 2**22
-"""Values of a range that are processed at once, because a whole table may be one range."""
+PART_VALUES = 2**22
+"""Values of a range that are processed at once; a whole table may be one range.
 
-PIECE = 4096
-"""Ranges with more values are summed in pieces of this length.
+This limits the memory for intermediate results.
+"""
 
-Then the sums do not depend on the number of threads.
+SUM_VALUES = 4096
+"""Values that torch sums in one call; longer ranges are split into parts of this length.
+
+torch sums long rows with several threads, so that the last bits depend on the number of threads.
 """
 
 SMALLEST = {torch.float16: 2.0**-24, torch.float32: torch.finfo(torch.float32).tiny}
@@ -53,7 +69,7 @@ class Grid:
         levels: number of levels.
         symmetric: whether the levels are symmetric around zero, without an offset.
         clipping: the rule that fits ranges.
-        scale: dtype of stored scales and offsets.
+        scale: name of the dtype in which scales and offsets are stored.
         rows_per_scale: number of rows that share a scale; 0: all rows of the table.
     """
 
@@ -64,8 +80,8 @@ class Grid:
     rows_per_scale: int = 1
 
     @property
-    def half(self) -> float:
-        """The highest level of a symmetric grid, as a multiple of the scale."""
+    def max_multiple(self) -> float:
+        """The multiple of the highest level of a symmetric grid: 127 for 255 levels."""
         return (self.levels - 1) / 2
 
     @property
@@ -81,12 +97,13 @@ class FittedRange(NamedTuple):
     offset: Tensor | None
 
 
-def nearest(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
+def nearest_multiples(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
     """Return the multiple of the nearest level for every weight: float32 ``(rows, dim)``.
 
-    The results are integers in ``0 .. levels - 1``, or in ``-half .. half`` if the grid is
-    symmetric. For an even number of symmetric levels they are odd multiples of 0.5. A weight
-    halfway between two levels is rounded to the even integer, or up if levels are not integers.
+    The results are integers in ``0 .. levels - 1``, or in ``-max_multiple .. max_multiple`` if the
+    grid is symmetric. For an even number of symmetric levels they are odd multiples of 0.5. A
+    weight halfway between two levels is rounded to the even integer, or up if levels are not
+    integers.
 
     Args:
         rows: float, ``(rows, dim)``; the first row begins a range.
@@ -103,8 +120,8 @@ def nearest(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
 def decode_multiples(multiples: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """Decode multiples of the scale, ``(*, dim)``, to float32 weights.
 
-    Scales and offsets are ``(*, 1)``. The product is rounded before the sum, as on every serving
-    target.
+    Scales and offsets are ``(*, 1)``. The product is rounded to float32 before the offset is added,
+    without a fused multiply-add, as on every serving target.
     """
     scaled = multiples * scale.float()
     return scaled if offset is None else scaled + offset.float()
@@ -116,25 +133,27 @@ def symmetric_scale(largest: Tensor, grid: Grid) -> Tensor:
     ``largest`` is float32 ``(ranges, 1)``.
 
     Raises:
-        ValueNotStorable: a scale or offset is too large for the type in which it is stored.
+        ValueNotStorable: a scale is too large for the type in which it is stored.
     """
-    scale = largest / grid.half
+    scale = largest / grid.max_multiple
     _require_in_range("scale", scale, largest, grid)
-    return stored_scale(scale, grid.half, grid)
+    return stored_scale(scale, grid.max_multiple, grid)
 
 
 def asymmetric_range(low: Tensor, high: Tensor, grid: Grid) -> FittedRange:
     """Compute the stored scale and offset of ranges from ``low`` to ``high``.
 
     Both ends are float32 ``(ranges, 1)``. The offset is rounded down, and the levels reach from
-    the rounded offset to ``high``, so that rounding clips nothing. A row of equal values changes
-    only by rounding.
+    the rounded offset to ``high``, so that rounding clips nothing. If all values of a row are
+    equal, they change only by the rounding of offset and scale.
 
     Raises:
         ValueNotStorable: a scale or offset is too large for the type in which it is stored.
     """
     _require_in_range("offset", low.abs(), low.abs(), grid)
-    low = low + 0.0  # the minimum may be -0.0 or 0.0; the sum is 0.0
+    # If a row contains both zeros, the minimum may be -0.0 or 0.0. The sum is 0.0 for both, so that
+    # every kernel stores the same bits.
+    low = low + 0.0
     rounded = low.to(grid.dtype)
     below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
     offset = torch.where(rounded.float() > low, below, rounded)
@@ -149,16 +168,18 @@ def stored_scale(scale: Tensor, top: float, grid: Grid) -> Tensor:
 
     Args:
         scale: exact scales, at least 0.
-        top: the highest multiple. The end of the range, ``top`` times the exact scale, is at most
-            ``top + 0.5`` times the stored scale, so it still rounds to the highest level.
+        top: the highest multiple. The end of the range is ``top * scale``. The stored scale is so
+            large that the end is at most half a level above the highest level:
+            ``top * scale <= (top + 0.5) * stored``.
         grid: the grid with the stored dtype.
     """
     # TensorRT requires positive scales, so tiny scales become the smallest number of the dtype. A
-    # row of zeros has zero codes for any scale.
+    # row of zeros is exact for any scale, except with four symmetric levels, which have no zero:
+    # then the error is half of the smallest scale.
     smallest = SMALLEST[grid.dtype]
     stored = scale.clamp(min=smallest).to(grid.dtype)
-    # Below 2^-14, float16 numbers are evenly spaced by 2^-24. If rounding such a scale down
-    # shortens the range by more than half a level, it would clip the largest weights: round up.
+    # Float16 numbers below 2^-14 are multiples of 2^-24. If rounding such a scale down shortens the
+    # range by more than half a level, the largest weights would be clipped, so it is rounded up.
     clipped = scale * top > stored.float() * (top + 0.5)
     return torch.where(clipped, stored + smallest, stored)
 
@@ -173,9 +194,9 @@ def scale_error(quantity: str, weight: float, grid: Grid) -> ValueNotStorable:
     """Build the error for a scale or offset that is too large for its stored dtype.
 
     Args:
-        quantity: ``scale``, ``offset`` or ``scale or offset``.
+        quantity: what is too large: ``scale``, ``offset`` or ``scale or offset``.
         weight: the largest weight of the range.
-        grid: the grid with the type of the scales.
+        grid: the grid; the error names the dtype of its scales.
     """
     if grid.scale == "float16":
         return ValueNotStorable("scale_beyond_float16", quantity=quantity, weight=weight)
@@ -209,7 +230,8 @@ def split_into_ranges(rows: Tensor, rows_per_scale: int) -> Iterator[Tensor]:
 
 def range_bounds(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest value of every range, float32 ``(ranges, 1)``."""
-    parts = [torch.aminmax(part, dim=1, keepdim=True) for part in torch.split(values, CHUNK, dim=1)]
+    split = torch.split(values, PART_VALUES, dim=1)
+    parts = [torch.aminmax(part, dim=1, keepdim=True) for part in split]
     low = torch.cat([part.min for part in parts], dim=1).amin(dim=1, keepdim=True)
     high = torch.cat([part.max for part in parts], dim=1).amax(dim=1, keepdim=True)
     return low.float(), high.float()
@@ -219,13 +241,13 @@ def squared_error(values: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
     """Return the sum of squared quantization errors of every range, float32 ``(ranges, 1)``."""
     scale, offset = fitted
     total = []
-    for part in torch.split(values, CHUNK, dim=1):
+    for part in torch.split(values, PART_VALUES, dim=1):
         error = decode_multiples(_nearest(part, scale, offset, grid), scale, offset) - part.float()
         squares = error.square()
-        while squares.shape[1] > PIECE:
-            whole = squares.shape[1] // PIECE * PIECE
-            sums = squares[:, :whole].reshape(len(squares), -1, PIECE).sum(dim=2)
-            squares = torch.cat([sums, squares[:, whole:]], dim=1)
+        while squares.shape[1] > SUM_VALUES:
+            split = squares.shape[1] // SUM_VALUES * SUM_VALUES  # the rest is shorter
+            sums = squares[:, :split].reshape(len(squares), -1, SUM_VALUES).sum(dim=2)
+            squares = torch.cat([sums, squares[:, split:]], dim=1)
         total.append(squares.sum(dim=1, keepdim=True))
     return torch.stack(total).sum(dim=0)
 
@@ -241,10 +263,10 @@ def expand_to_rows(stored: Tensor, rows: int, rows_per_scale: int) -> Tensor:
 
 
 def _nearest(values: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
-    """Compute ``nearest`` with a scale and offset for each row of ``values``: ``(*, 1)`` each."""
+    """Compute ``nearest_multiples`` with one scale and one offset per row, ``(*, 1)`` each."""
     if offset is not None:
         multiples = (values.float() - offset.float()) / scale.float()
         return multiples.round().clamp(0, grid.levels - 1)
     multiples = values.float() / scale.float()
     multiples = multiples.round() if grid.levels % 2 else multiples.floor() + 0.5
-    return multiples.clamp(-grid.half, grid.half)
+    return multiples.clamp(-grid.max_multiple, grid.max_multiple)

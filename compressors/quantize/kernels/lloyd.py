@@ -75,12 +75,12 @@ def kmeans(
     """
     counts = torch.ones(len(points), dtype=torch.float64) if weight is None else weight.double()
     codebook = _draw_entries(points, levels, counts, seed)
-    codes = nearest(points, codebook)
+    codes = nearest_entries(points, codebook)
     point_errors = squared_distance(points, codebook[codes]) * counts
     errors = [float(point_errors.sum())]
     for _ in range(rounds):
         new_codebook = _update_entries(points, codes, counts, codebook, point_errors)
-        codes = nearest(points, new_codebook)
+        codes = nearest_entries(points, new_codebook)
         point_errors = squared_distance(points, new_codebook[codes]) * counts
         error = float(point_errors.sum())
         if error >= errors[-1]:  # converged up to rounding
@@ -92,7 +92,7 @@ def kmeans(
     return KMeansFit(codebook, tuple(errors))
 
 
-def nearest(points: Tensor, codebook: Tensor) -> Tensor:
+def nearest_entries(points: Tensor, codebook: Tensor) -> Tensor:
     """Find the entry nearest to each point: int64 ``(points,)``; in a tie, the first one.
 
     Args:

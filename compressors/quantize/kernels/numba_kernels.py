@@ -133,7 +133,7 @@ def _round_down_16(low: np.float32) -> np.int32:
 
 
 @_compile
-def _largest(rows: NDArray[np.float32], begin: int, end: int) -> np.int32:
+def _largest_bits(rows: NDArray[np.float32], begin: int, end: int) -> np.int32:
     """Return the bits of the largest absolute value in rows; for NaN, more than infinity's."""
     largest = np.int32(0)
     for row in range(begin, end):
@@ -143,18 +143,18 @@ def _largest(rows: NDArray[np.float32], begin: int, end: int) -> np.int32:
 
 
 @_compile
-def _ordered(bits: np.int32) -> np.int32:
+def _to_ordered_bits(bits: np.int32) -> np.int32:
     """Map float bits to an integer with the order of the floats; the map is its own inverse."""
     return bits ^ ((bits >> np.int32(31)) & ALL_BUT_SIGN)
 
 
 @_compile
 def _bounds(rows: NDArray[np.float32], begin: int, end: int) -> tuple[np.int32, np.int32]:
-    """Return the smallest and the largest number in rows, mapped to integers by ``_ordered``."""
+    """Return the smallest and the largest number in rows, as ``_to_ordered_bits`` maps them."""
     smallest, largest = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for row in range(begin, end):
         for index in range(rows.shape[1]):
-            key = _ordered(_bits(rows[row, index]))
+            key = _to_ordered_bits(_bits(rows[row, index]))
             smallest, largest = min(smallest, key), max(largest, key)
     return smallest, largest
 
@@ -229,7 +229,7 @@ def _fit_asymmetric(
     """Compute ``levels.asymmetric_range`` as floats and bits; return whether all can be stored."""
     failed = np.int32(0)
     for entry in range(count):
-        low = _float(_ordered(smallest[entry])) + ZERO  # no -0
+        low = _float(_to_ordered_bits(smallest[entry])) + ZERO  # no -0
         failed |= np.int32(largest[entry] >= INFINITE) | np.int32(_bits(abs(low)) >= INFINITE)
         if is_float16:
             failed |= np.int32(abs(low) > LARGEST_16)
@@ -238,7 +238,7 @@ def _fit_asymmetric(
         else:
             offsets[entry] = low
             offset_bits[entry] = _bits(low)
-        scale = max(_float(_ordered(largest[entry])) - offsets[entry], ZERO) / top
+        scale = max(_float(_to_ordered_bits(largest[entry])) - offsets[entry], ZERO) / top
         if is_float16:
             failed |= np.int32(scale > LARGEST_16)
             scale_bits[entry] = _scale_16(scale, top)
@@ -283,7 +283,7 @@ def min_max(
             begin = first + index * rows_per_scale
             end = min(begin + rows_per_scale, count)
             if symmetric:
-                largest[index] = _largest(rows, begin, end)
+                largest[index] = _largest_bits(rows, begin, end)
             else:
                 smallest[index], largest[index] = _bounds(rows, begin, end)
         if symmetric:
@@ -356,13 +356,13 @@ REMAINING = np.array([1.0, *(1 - share for share in SHARES)], np.float32)
 
 
 @_compile
-def _stored(scale: np.float32, top: np.float32, is_float16: bool) -> np.float32:
+def _stored_scale(scale: np.float32, top: np.float32, is_float16: bool) -> np.float32:
     """Compute ``levels.stored_scale``, as a float32."""
     return _from_16(_scale_16(scale, top)) if is_float16 else max(scale, SMALLEST_32)
 
 
 @_compile
-def _usable(change: np.float32) -> np.float32:
+def _zero_if_not_finite(change: np.float32) -> np.float32:
     """Return the change, or zero if it is not finite."""
     return change if abs(change) <= LARGEST_32 else ZERO
 
@@ -522,7 +522,7 @@ def _clip(
             offset = _from_16(_round_down_16(low)) if is_float16 else low
             scale = max(high - offset, ZERO) / top
         failed |= np.int32(scale > limit)
-        lanes[fit + lane] = _stored(scale, top, is_float16)
+        lanes[fit + lane] = _stored_scale(scale, top, is_float16)
         lanes[fit + LANES + lane] = offset
     return bool(failed == np.int32(0))
 
@@ -541,15 +541,15 @@ def _refit(
         q, qq = lanes[BEST_SUMS + LANES + lane], lanes[BEST_SUMS + 2 * LANES + lane]
         r, qr = lanes[BEST_SUMS + 3 * LANES + lane], lanes[BEST_SUMS + 4 * LANES + lane]
         if symmetric:
-            scale_change = _usable(qr / qq)
+            scale_change = _zero_if_not_finite(qr / qq)
             offset = ZERO
         else:
-            scale_change = _usable((qr * count - q * r) / (qq * count - q * q))
-            offset_change = _usable((r - scale_change * q) / count)
+            scale_change = _zero_if_not_finite((qr * count - q * r) / (qq * count - q * q))
+            offset_change = _zero_if_not_finite((r - scale_change * q) / count)
             offset = min(max(lanes[BEST + LANES + lane] + offset_change, -limit), limit) + ZERO
             offset = _from_16(_to_16(offset)) if is_float16 else offset
         scale = min(max(lanes[BEST + lane] + scale_change, ZERO), limit)
-        lanes[NEW + lane] = _stored(scale, top, is_float16)
+        lanes[NEW + lane] = _stored_scale(scale, top, is_float16)
         lanes[NEW + LANES + lane] = offset
 
 
@@ -582,11 +582,11 @@ def least_squares(
         used = min(LANES, count - first)
         for lane in range(used):  # row by row: fastest memory order
             smallest, largest = _bounds(rows, first + lane, first + lane + 1)
-            if largest >= INFINITE or _ordered(smallest) & ALL_BUT_SIGN >= INFINITE:
+            if largest >= INFINITE or _to_ordered_bits(smallest) & ALL_BUT_SIGN >= INFINITE:
                 return first
             lanes[LOW + lane], lanes[HIGH + lane] = (
-                _float(_ordered(smallest)),
-                _float(_ordered(largest)),
+                _float(_to_ordered_bits(smallest)),
+                _float(_to_ordered_bits(largest)),
             )
         _transpose(rows, first, used, tile)
         if not _clip(lanes, BEST, CUTS[0], REMAINING[0], top, symmetric, is_float16):

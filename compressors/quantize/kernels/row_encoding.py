@@ -45,10 +45,10 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
     """
     count, dim = rows.shape
     rows_per_scale = grid.rows_per_scale
-    values, codes = _floats(rows), _empty_codes(rows, bits)
+    values, codes = _to_float32(rows), _empty_codes(rows, bits)
     scale = torch.empty(-(-count // rows_per_scale), 1, dtype=grid.dtype)
     offset = None if grid.symmetric else torch.empty_like(scale)
-    top = np.float32(grid.half if grid.symmetric else grid.levels - 1)
+    top = np.float32(grid.max_multiple if grid.symmetric else grid.levels - 1)
     # Without offsets the loops do not write to the last arrays, so any arrays are passed.
     stored_scale, stored_offset = _as_words(scale), _as_words(scale if offset is None else offset)
 
@@ -89,10 +89,10 @@ def encode_as(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tenso
         Codes as in ``encode``.
     """
     count, dim = rows.shape
-    values, codes = _floats(rows), _empty_codes(rows, bits)
-    top = np.float32(grid.half if grid.symmetric else grid.levels - 1)
-    scales = _floats(fitted.scale)[:, 0]
-    offsets = np.zeros_like(scales) if fitted.offset is None else _floats(fitted.offset)[:, 0]
+    values, codes = _to_float32(rows), _empty_codes(rows, bits)
+    top = np.float32(grid.max_multiple if grid.symmetric else grid.levels - 1)
+    scales = _to_float32(fitted.scale)[:, 0]
+    offsets = np.zeros_like(scales) if fitted.offset is None else _to_float32(fitted.offset)[:, 0]
     group_rows = grid.rows_per_scale or max(count, 1)
 
     def encode_rows(begin: int, end: int) -> int:
@@ -111,7 +111,7 @@ def encode_as(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tenso
     return codes
 
 
-def _floats(values: Tensor) -> NDArray[np.float32]:
+def _to_float32(values: Tensor) -> NDArray[np.float32]:
     return cast("NDArray[np.float32]", values.detach().cpu().float().contiguous().numpy())
 
 

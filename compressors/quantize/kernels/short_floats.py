@@ -16,7 +16,7 @@ class ShortFloatTableFormat:
     """Stores ``weight`` ``(rows, dim)`` in a 16-bit float dtype.
 
     Attributes:
-        name: name of the format, that of the dtype.
+        name: name of the format, which is the name of the dtype.
         dtype: dtype of the stored tensor.
         learned: empty: no tensor can be trained, because rounding would undo Adam's small updates.
     """
@@ -47,7 +47,7 @@ class ShortFloatLinearFormat:
     For a layer without bias, the stored bias is zero.
 
     Attributes:
-        name: name of the format, that of the dtype.
+        name: name of the format, which is the name of the dtype.
         dtype: dtype of the stored tensors.
         learned: empty: no tensor can be trained, as for tables.
     """

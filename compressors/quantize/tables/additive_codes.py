@@ -39,7 +39,7 @@ from compressors.errors.compression import NothingToCompress
 from compressors.metrics.validation_score import quality
 from compressors.quantize.calibration.lookup_counts import lookup_counts, sensitivities
 from compressors.quantize.kernels.bitpacking import pack
-from compressors.quantize.kernels.lloyd import kmeans, nearest, squared_distance
+from compressors.quantize.kernels.lloyd import kmeans, nearest_entries, squared_distance
 from compressors.quantize.tables.codebooks import (
     CodeBits,
     CodebookShare,
@@ -159,7 +159,7 @@ def fit(
     residuals, fitted = rows, []
     for number in range(books):
         book = kmeans(residuals, levels, counts, seed=number).codebook
-        residuals = residuals - book[nearest(residuals, book)]
+        residuals = residuals - book[nearest_entries(residuals, book)]
         fitted.append(book)
     codebook = torch.cat(fitted)
     generator = torch.Generator().manual_seed(seed)
@@ -306,7 +306,7 @@ class AdditiveCodes(StepSettings):
         codebook, _ = fit(
             table[sampled].float() @ matrix,
             weight[sampled],
-            shape.books,
+            shape.num_codebooks,
             shape.levels,
             rounds=self.rounds,
             beam=self.beam,
@@ -317,7 +317,10 @@ class AdditiveCodes(StepSettings):
         transformed = stored.float() @ matrix
         codes = [
             encode(
-                table[begin : begin + BLOCK].float() @ matrix, transformed, shape.books, self.beam
+                table[begin : begin + BLOCK].float() @ matrix,
+                transformed,
+                shape.num_codebooks,
+                self.beam,
             )
             for begin in range(0, rows, BLOCK)
         ]

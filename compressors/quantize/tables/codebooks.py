@@ -51,13 +51,13 @@ class Shape(NamedTuple):
     """Sizes of a table's codes and codebooks.
 
     Attributes:
-        books: number of codebooks, and of codes per row.
+        num_codebooks: number of codebooks, and of codes per row.
         levels: number of entries of each codebook.
         dim: numbers per entry.
         width: bits of a stored code.
     """
 
-    books: int
+    num_codebooks: int
     levels: int
     dim: int
     width: int
@@ -89,9 +89,9 @@ def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, Te
 
     ``every=0``: codebooks belong to the whole table, not to its rows.
     """
-    codebook = (shape.books * shape.levels, shape.dim)
+    codebook = (shape.num_codebooks * shape.levels, shape.dim)
     return {
-        "codes": TensorSpec((rows, row_bytes(shape.books, shape.width)), torch.uint8),
+        "codes": TensorSpec((rows, row_bytes(shape.num_codebooks, shape.width)), torch.uint8),
         "codebook": TensorSpec(codebook, getattr(torch, settings["codebook_type"]), every=0),
     }
 

@@ -21,7 +21,7 @@ from compressors.core.modules.formats import TableFormat, TensorSpec
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.quantize.kernels.bitpacking import pack, unpack
-from compressors.quantize.kernels.lloyd import kmeans, nearest, sample_rows
+from compressors.quantize.kernels.lloyd import kmeans, nearest_entries, sample_rows
 from compressors.quantize.tables.codebooks import (
     CodeBits,
     CodebookShare,
@@ -83,7 +83,7 @@ def encode(table: Tensor, codebook: Tensor, parts: int) -> Tensor:
     widths = part_widths(table.shape[1], parts)
     books = codebook.reshape(len(widths), -1, widths[0])
     codes = [
-        nearest(part.float().contiguous(), books[index, :, : widths[index]])
+        nearest_entries(part.float().contiguous(), books[index, :, : widths[index]])
         for index, part in enumerate(torch.split(table, list(widths), dim=1))
     ]
     return torch.stack(codes, dim=1).to(torch.uint8)
@@ -175,7 +175,7 @@ class ProductCodesFormat:
         codes, codebook = stored["codes"], stored["codebook"]
         shape = self.shape(codes.shape[0], dim, settings)
         rows: Tensor = torch.ops.recpress.product_codes(
-            codes, codebook, ids, dim, shape.books, shape.width
+            codes, codebook, ids, dim, shape.num_codebooks, shape.width
         )
         return rows
 

@@ -30,7 +30,7 @@ from compressors.quantize.kernels.bitpacking import pack, unpack
 from compressors.quantize.kernels.lloyd import (
     KMeansFit,
     kmeans,
-    nearest,
+    nearest_entries,
     sample_rows,
     squared_distance,
 )
@@ -85,7 +85,7 @@ def fit(
     residuals, fitted = rows, []
     for number in range(books):
         book = kmeans(residuals, levels, weight, seed=number).codebook
-        residuals = residuals - book[nearest(residuals, book)]
+        residuals = residuals - book[nearest_entries(residuals, book)]
         fitted.append(book)
     codebook = torch.cat(fitted)
     codes = encode(rows, codebook, books)
@@ -148,7 +148,7 @@ def encode(table: Tensor, codebook: Tensor, books: int) -> Tensor:
     codebooks = codebook.float().reshape(books, -1, codebook.shape[1])
     residuals, codes = rows, []
     for book in codebooks:
-        codes.append(nearest(residuals, book))
+        codes.append(nearest_entries(residuals, book))
         residuals = residuals - book[codes[-1]]
     for _ in range(MAX_PASSES if books > 1 else 0):
         changed = False
@@ -157,7 +157,7 @@ def encode(table: Tensor, codebook: Tensor, books: int) -> Tensor:
             for other, other_codes in enumerate(codes):
                 if other != number:
                     others = others + codebooks[other][other_codes]
-            new_codes = nearest(rows - others, book)
+            new_codes = nearest_entries(rows - others, book)
             changed = changed or not torch.equal(new_codes, codes[number])
             codes[number] = new_codes
         if not changed:
@@ -235,7 +235,7 @@ class ResidualCodesFormat:
         codes, codebook = stored["codes"], stored["codebook"]
         shape = self.shape(codes.shape[0], dim, settings)
         rows: Tensor = torch.ops.recpress.residual_codes(
-            codes, codebook, ids, shape.books, shape.width
+            codes, codebook, ids, shape.num_codebooks, shape.width
         )
         return rows
 
@@ -276,7 +276,7 @@ class ResidualCodes(StepSettings):
         """Fit the codebooks of a table, float ``(rows, dim)``."""
         count, dim = rows.shape
         shape = FORMAT.shape(count, dim, self.settings())
-        fitted = fit(rows, shape.books, shape.levels, self.refine)
+        fitted = fit(rows, shape.num_codebooks, shape.levels, self.refine)
         return {"codebook": convert_codebook(fitted.codebook, self.codebook_type)}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

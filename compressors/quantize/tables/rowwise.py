@@ -77,7 +77,7 @@ class PackedRowsFormat:
     Attributes:
         name: name of the format and of its custom op.
         bits: bits of a code, 2 or 4.
-        zero: the code of zero with symmetric levels; 1.5 if zero is between the codes 1 and 2.
+        zero_code: the code of zero with symmetric levels; 1.5 if zero is between the codes 1 and 2.
         learned: names of the tensors that training may change.
 
     For its methods, see the protocol ``TableFormat``.
@@ -85,7 +85,7 @@ class PackedRowsFormat:
 
     name: str
     bits: int
-    zero: float
+    zero_code: float
     learned: tuple[str, ...] = ("scale", "offset")
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -105,12 +105,12 @@ class PackedRowsFormat:
     def decode_codes(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
         """Decode packed codes ``(*, bytes)`` to multiples of the scale, float32 ``(*, dim)``."""
         multiples = bitpacking.unpack(packed, dim, self.bits).float()
-        return multiples - self.zero if symmetric else multiples
+        return multiples - self.zero_code if symmetric else multiples
 
 
-def packed_rows_format(name: str, bits: int, zero: float) -> PackedRowsFormat:
+def packed_rows_format(name: str, bits: int, zero_code: float) -> PackedRowsFormat:
     """Create a format and register its custom op ``recpress::<name>``."""
-    table_format = PackedRowsFormat(name, bits, zero)
+    table_format = PackedRowsFormat(name, bits, zero_code)
 
     @torch.library.custom_op(f"recpress::{name}", mutates_args=())
     def lookup(

@@ -24,12 +24,12 @@ from compressors.quantize.kernels.levels import Clipping
 from compressors.quantize.tables import scales
 from compressors.quantize.tables.rowwise import RowwiseSettings, packed_rows_format
 
-FORMAT = packed_rows_format("rowwise_int2", bits=2, zero=1.5)
+FORMAT = packed_rows_format("rowwise_int2", bits=2, zero_code=1.5)
 
 
 def pack_multiples(multiples: Tensor, *, symmetric: bool) -> Tensor:
     """Pack multiples of the scale ``(rows, dim)`` into packed uint8 ``(rows, ceil(dim / 4))``."""
-    codes = multiples + FORMAT.zero if symmetric else multiples
+    codes = multiples + FORMAT.zero_code if symmetric else multiples
     return bitpacking.pack(codes.to(torch.uint8), FORMAT.bits)
 
 

@@ -18,7 +18,7 @@ from compressors.core.modules.formats import TableFormat
 from compressors.quantize.tables import scales
 from compressors.quantize.tables.rowwise import RowwiseSettings, packed_rows_format
 
-FORMAT = packed_rows_format("rowwise_int4", bits=4, zero=8)
+FORMAT = packed_rows_format("rowwise_int4", bits=4, zero_code=8)
 
 
 class RowwiseInt4(RowwiseSettings):

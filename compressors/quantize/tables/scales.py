@@ -12,7 +12,12 @@ from torch import Tensor
 
 from compressors.core.modules.formats import TensorSpec
 from compressors.quantize.kernels.clipping import fit
-from compressors.quantize.kernels.levels import FittedRange, Grid, decode_multiples, nearest
+from compressors.quantize.kernels.levels import (
+    FittedRange,
+    Grid,
+    decode_multiples,
+    nearest_multiples,
+)
 
 
 class SharedScales(NamedTuple):
@@ -83,7 +88,8 @@ def encode_block(
     """
     stored = fit_block(block, grid)
     fitted = {**params, **stored}
-    return nearest(block, FittedRange(fitted["scale"], fitted.get("offset")), grid), stored
+    multiples = nearest_multiples(block, FittedRange(fitted["scale"], fitted.get("offset")), grid)
+    return multiples, stored
 
 
 def encode_codes(

@@ -67,7 +67,7 @@ def test_signature_lists_the_fields_of_a_matrix_as_inputs_of_the_data():
         ),
     ],
 )
-def test_valid_integers_are_those_of_table_field_or_bounds(item, expected):
+def test_valid_integers_are_the_rows_of_the_table_or_field_or_the_declared_bounds(item, expected):
     assert value_ranges(item, ROWS) == expected
 
 

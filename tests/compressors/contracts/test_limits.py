@@ -17,13 +17,13 @@ from compressors.contracts import (
     measured_metrics,
     quality_metrics,
 )
-from compressors.contracts.metrics import FAMILIES, metric, usual_metrics
+from compressors.contracts.metrics import FAMILIES, default_metrics, metric
 from compressors.contracts.metrics.families import can_be_measured, find_metric
 from compressors.contracts.task_kind import TASK_KINDS
 from flows.terms import Terms
 from infra.bundle.json_reader import parse
 
-METRICS = usual_metrics()
+METRICS = default_metrics()
 SELECTABLE_METRICS = [name for name, spec in METRICS.items() if spec.selects]
 """Names of the metrics by which a signature may judge its model."""
 
@@ -264,7 +264,7 @@ def test_family_has_a_metric_for_every_number_up_to_most(family, number):
     The largest of all is the batch size 65,536 of the latency metrics.
     """
     member = find_metric(f"{family.name}{number}")
-    if number > family.most:
+    if number > family.max_number:
         assert member is None
         return
     assert member is not None
@@ -303,9 +303,9 @@ def test_metrics_of_the_first_ranks_are_measured_for_lists_and_for_full_rankings
         assert declared.estimator(evaluation).depth == declared.depth
 
 
-def test_metrics_of_limits_are_added_to_those_of_the_task_kind():
-    listed = ("ndcg@5", "bytes", "p99_ms@256", "ndcg@10")
-    assert quality_metrics("ranking", grouped=True, named=listed) == ("ndcg@10", "ndcg@5")
+def test_quality_metrics_of_limits_are_added_to_the_default_metrics():
+    names = ("ndcg@5", "bytes", "p99_ms@256", "ndcg@10")
+    assert quality_metrics("ranking", grouped=True, additional=names) == ("ndcg@10", "ndcg@5")
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_measured_metrics_depend_on_task_kind_and_group(task, grouped, expected)
         *families, *score_changes, "bytes", "p50_ms@batch", "p99_ms@batch",
     }  # fmt: skip
     batches = [name for name, item in METRICS.items() if item.batch is not None]
-    # The usual batches have 1, 64 and 1024 rows; 63 test rows fill only the first.
+    # The default batch sizes are 1, 64 and 1024; 63 test rows fill only the first.
     assert [
         name
         for name in batches

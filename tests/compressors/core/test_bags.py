@@ -108,7 +108,7 @@ def test_padded_bags_with_weights_per_id_equal_torchs_embedding_bag(padding_idx)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_of_the_table_equal_those_of_torchs_embedding_bag(mode):
+def test_table_gradients_equal_the_gradients_of_torchs_embedding_bag(mode):
     values, offsets = jagged([[1, 2, 2], [], [5], [0, 4]], include_last_offset=False)
     old = torch_bag(mode, 0)
     old(values, offsets).square().sum().backward()
@@ -151,7 +151,7 @@ def test_padding_a_jagged_bag_keeps_the_order_of_ids_and_appends_zeros(lists, ex
         assert is_id[row].tolist() == [index < len(ids) for index in range(longest)]
 
 
-def test_bags_with_one_weight_each_name_the_other_as_its_sharer():
+def test_units_of_two_bags_with_the_same_weight_are_shared_with_each_other():
     sums = nn.EmbeddingBag(10, 4, mode="sum")
     tied, alone = nn.Embedding(10, 4), nn.Embedding(10, 4)
     again = nn.Embedding(10, 4)

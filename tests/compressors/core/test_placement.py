@@ -49,7 +49,7 @@ def test_a_missing_device_raises_step_refused(tmp_path, monkeypatch):
         run(FineTune(training=SHORT_TRAINING), RANKER.model(), bench, tmp_path / "out")
 
 
-def test_moved_to_restores_moved_tensors_and_keeps_replaced_ones():
+def test_moved_to_restores_moved_tensors_and_keeps_replaced_tensors():
     """The meta device, whose tensors have no values, is used as the other device."""
     module = TIED.model().module
     before = dict(module.named_parameters(remove_duplicate=False))

@@ -222,7 +222,7 @@ class ValueDependent(BaseNet):
         return super().look_up_item(item)
 
 
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(
         IdInput(name="user", table="user"),
         IdInput(name="item", table="item"),
@@ -262,7 +262,7 @@ SKIPPED_UNIT: dict[type[BaseNet], str] = {
 
 
 def reference_and_model(network: type[BaseNet]) -> tuple[Reference, Model]:
-    return (reference := Reference(network, SCHEMA)), reference.model()
+    return (reference := Reference(network, SIGNATURE)), reference.model()
 
 
 def run_step(step: AnyStep, source: Model, bench: Bench, folder: Path) -> Model:
@@ -480,7 +480,7 @@ def test_a_step_is_planned_once_and_again_only_without_units_that_it_skips(tmp_p
 
     monkeypatch.setattr(Float16, "plan", counting_plan)
     for network in (BaseNet, SlicedTable):
-        reference = Reference(network, SCHEMA)
+        reference = Reference(network, SIGNATURE)
         folder = tmp_path / network.__name__
         run_or_skip(Float16(), reference.model(), reference.bench(folder / "data"), folder / "out")
     assert plans == [("*",), ("*",), ("*", "!item")]

@@ -261,7 +261,9 @@ def test_a_step_does_not_change_its_source_model(method_run):
 
 
 @method_on_references(CLOSE_FORMATS)
-def test_scores_of_formats_are_finite_and_close_to_those_of_the_source(method_run, reference):
+def test_scores_of_compressed_models_are_finite_and_close_to_the_scores_of_the_source(
+    method_run, reference
+):
     result = scores(method_run.result, reference)
     before = scores(reference.model(), reference)
     assert torch.isfinite(result).all()
@@ -296,7 +298,7 @@ def test_every_table_and_dense_layer_has_one_plan_line(method_run, step):
 
 
 @each_method_on_references
-def test_bytes_of_the_plan_are_those_of_the_stored_tensors(method_run, step):
+def test_bytes_in_the_plan_equal_the_bytes_of_the_stored_tensors(method_run, step):
     source, result = method_run.source, method_run.result
     assert sum(line.bytes_before for line in result.plan.lines) == stored_bytes(
         tensors_of(source.module)[0]
@@ -311,7 +313,7 @@ def test_bytes_of_the_plan_are_those_of_the_stored_tensors(method_run, step):
 
 
 @each_format_on_references
-def test_format_and_bytes_of_each_plan_line_are_those_of_its_module(method_run):
+def test_format_and_bytes_of_each_plan_line_equal_format_and_bytes_of_its_module(method_run):
     result = method_run.result
     records = result.network.modules
     stored = map_tensors(method_run.folder)
@@ -508,7 +510,7 @@ def test_tables_below_min_rows_are_kept_with_a_reason(step, tmp_path):
 
 
 @each_format
-def test_tables_that_share_a_weight_are_kept_and_the_reason_names_the_other_one(method):
+def test_tables_that_share_a_weight_are_kept_and_the_reason_names_the_other_table(method):
     result = cached_run(method, "Tied").result
     for name in ("item", "similar"):
         line = result.plan.of(name)

@@ -43,7 +43,7 @@ from compressors.core.steps.step import TableStep
 from compressors.core.steps.table_encoder import encode_table
 from compressors.core.units import Unit
 from compressors.distill import code_reassignment
-from compressors.distill.code_reassignment import Proposal, propose, reassign_codes
+from compressors.distill.code_reassignment import ProposedCodes, propose, reassign_codes
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.refit_codes import RefitCodes, _cast
 from compressors.distill.training.settings import Training
@@ -172,7 +172,7 @@ def test_refitting_never_lowers_the_validation_quality(bench, tmp_path):
     assert torch.equal(after.module.item.codes, before.module.item.codes)
 
 
-def test_only_matching_tables_with_codes_are_refitted_and_others_have_a_reason(
+def test_only_matching_tables_with_codes_are_refitted_and_other_tables_have_a_reason(
     ranker_bench, tmp_path
 ):
     bench = ranker_bench
@@ -239,7 +239,7 @@ def test_an_interrupted_refit_resumes_and_ends_with_the_same_bits(bench, tmp_pat
     resumable_bench = bench.model_copy(update={"checkpoints": str(tmp_path / "progress")})
     calls: list[int] = []
 
-    def propose_or_interrupt(*args: Any) -> Proposal:
+    def propose_or_interrupt(*args: Any) -> ProposedCodes:
         calls.append(1)
         if len(calls) > 2:  # the two tables of the first round
             raise KeyboardInterrupt
@@ -420,7 +420,9 @@ def test_reassignments_that_raise_the_loss_are_undone(bench, tmp_path, monkeypat
         update={"soft_labels": bench.soft_labels.model_copy(update={"path": str(folder)})}
     )
 
-    def propose_worse_codes(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposal:
+    def propose_worse_codes(
+        table: PackedTable, gradient: Tensor, curvature: Tensor
+    ) -> ProposedCodes:
         return propose(table, -100 * gradient, curvature)  # codes that increase the loss
 
     step = RefitCodes(training=SHORT_TRAINING, rounds=1)

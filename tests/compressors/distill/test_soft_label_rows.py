@@ -57,7 +57,7 @@ def bench_with_traffic(reference: Reference, folder: Path, label: float = 1.0) -
 
 
 @pytest.mark.parametrize("reference", [RANKER, ATTENTION], ids=["jagged", "lists"])
-def test_predictions_of_joined_rows_equal_those_of_each_part(reference, tmp_path):
+def test_predictions_of_joined_rows_equal_the_predictions_of_each_part(reference, tmp_path):
     bench = bench_with_traffic(reference, tmp_path)
     labelled, traffic = (
         Rows(bench.train, reference.signature),
@@ -110,7 +110,7 @@ def correlation_with_teacher(model: torch.nn.Module, bench: Bench, reference: Re
     return float(torch.corrcoef(torch.stack(scores))[0, 1])
 
 
-def test_student_learns_from_traffic_alone_and_ignores_its_labels(tmp_path):
+def test_student_learns_from_the_split_traffic_without_using_its_labels(tmp_path):
     step = Distill(rows="traffic", soft_share=1, training=SHORT_TRAINING)
     results = []
     for label in (1.0, 0.0):
@@ -126,7 +126,7 @@ def test_student_learns_from_traffic_alone_and_ignores_its_labels(tmp_path):
 
 
 @pytest.mark.parametrize("reference", [RANKER, ATTENTION], ids=["clicks", "lists"])
-def test_the_label_loss_is_that_of_the_labelled_rows_only(reference, tmp_path):
+def test_the_label_loss_uses_only_labelled_rows(reference, tmp_path):
     """The batch also has traffic rows; the loss on labels is a mean over the labelled rows."""
     bench = bench_with_traffic(reference, tmp_path)
     rows = soft_label_rows(bench, rows="both", kind="distill")

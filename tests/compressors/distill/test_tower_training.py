@@ -235,7 +235,9 @@ def test_steps_without_the_original_or_with_unusable_settings_are_refused(tmp_pa
         run(Distill(hints=("query.out",)), original, bench, tmp_path / "out")
 
 
-def test_batches_of_a_list_loss_are_not_those_of_one_query(tmp_path, monkeypatch):
+def test_a_list_loss_of_two_towers_does_not_keep_the_rows_of_a_query_in_one_batch(
+    tmp_path, monkeypatch
+):
     original = trained_model()
     bench = bench_of(original, tmp_path / "data")
     whole_lists = []

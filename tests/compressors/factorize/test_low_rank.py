@@ -47,7 +47,7 @@ def test_error_of_factors_equals_the_energy_of_the_discarded_singular_values(see
 
 
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 5))
-def test_weighted_factors_have_no_larger_weighted_error_than_unweighted_ones(seed, rank):
+def test_weighted_factors_have_no_larger_weighted_error_than_unweighted_factors(seed, rank):
     table, weight = (
         random_normal(seed, 25, 6),
         random_normal(seed + 1, 25, 1).abs().squeeze(1) + 0.01,

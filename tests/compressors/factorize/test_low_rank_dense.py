@@ -16,7 +16,7 @@ from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import scores_of, stored_bytes
 from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, only_graph, planned_and_applied
-from narrow_networks import SCHEMA, ResidualConcatNet
+from narrow_networks import SIGNATURE, ResidualConcatNet
 from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
 
@@ -86,7 +86,7 @@ def test_factors_have_the_smallest_output_error_of_all_matrices_of_their_rank(
     torch.testing.assert_close(directions.T @ directions, torch.eye(outputs).double())
 
 
-def test_factors_equal_those_of_whitening_with_the_cholesky_factor():
+def test_factors_equal_the_factors_after_whitening_with_the_cholesky_factor():
     weight, x = (
         random_normal(6, 9, seed=1),
         random_normal(200, 9, seed=2) @ random_normal(9, 9, seed=3),
@@ -136,7 +136,7 @@ class LowRankInputsNet(nn.Module):
         return score
 
 
-LOW_RANK_INPUTS = Reference(LowRankInputsNet, SCHEMA)
+LOW_RANK_INPUTS = Reference(LowRankInputsNet, SIGNATURE)
 
 
 def factorize_reference(
@@ -153,7 +153,7 @@ def relative_change_of_scores(first: Model, second: Model, reference: Reference)
     return float((scores_of(second, reference) - before).square().mean().sqrt() / before.std())
 
 
-def test_a_rank_equal_to_that_of_the_inputs_hardly_changes_scores_if_weighted(tmp_path):
+def test_weighted_factors_of_the_rank_of_the_inputs_hardly_change_scores(tmp_path):
     """The inputs of the layer have nearly rank 3, but its weights have rank 24."""
     source, result = factorize_reference(LOW_RANK_INPUTS, tmp_path / "a", layers=("wide",), rank=3)
     _, without_data = factorize_reference(
@@ -285,7 +285,7 @@ def test_pruning_another_width_keeps_factored_layers(tmp_path):
     The layer ``again`` follows the layer ``left`` in a branch of its width. The branch is
     concatenated with the output of the layer ``right``, which is pruned.
     """
-    reference = Reference(ResidualConcatNet, SCHEMA, {"left": 16, "right": 24, "deep": 32})
+    reference = Reference(ResidualConcatNet, SIGNATURE, {"left": 16, "right": 24, "deep": 32})
     bench = reference.bench(tmp_path / "data")
     factored = run(LowRankDense(layers=("again",)), reference.model(), bench, tmp_path / "0")
     result = run(Channels(layers=("right",)), factored, bench, tmp_path / "1")
@@ -311,7 +311,7 @@ def test_the_graph_of_factored_layers_has_the_scores_of_its_module(target: Targe
         assert np.isfinite(graph.in_onnx(inputs)).all()
 
 
-def test_unweighted_factors_need_no_rows_and_weighted_ones_raise_without_them(tmp_path):
+def test_unweighted_factors_need_no_rows_and_weighted_factors_raise_without_rows(tmp_path):
     bench = Bench(signature=RANKER.signature)
     result = run(LowRankDense(weighted=False), RANKER.model(), bench, tmp_path / "out")
     assert isinstance(result.module.hidden, FactoredLinear)

@@ -33,7 +33,7 @@ def random_normal(seed: int, rows: int, dim: int = 3) -> Tensor:
     buckets=st.integers(1, 2**31),
     hashes=st.integers(1, 8),
 )
-def test_hashes_and_signs_equal_those_of_python_integers(ids, seed, buckets, hashes):
+def test_hashes_and_signs_equal_a_computation_with_python_integers(ids, seed, buckets, hashes):
     """Python integers cannot overflow; the largest ids and multipliers test int64 overflow."""
     functions = coefficients(hashes, seed, signed=True)
     functions[0] = PRIME - 1
@@ -138,7 +138,7 @@ def test_a_bucket_that_no_row_uses_is_zero():
 
 
 @pytest.mark.parametrize("signed", [False, True])
-def test_bytes_are_those_of_hash_functions_mean_and_buckets(signed, tmp_path):
+def test_stored_bytes_are_the_bytes_of_hash_functions_mean_and_buckets(signed, tmp_path):
     step = MultiHash(hashes=3, buckets=0.25, signed=signed)
     result = run(step, RANKER.model(), Bench(signature=RANKER.signature, seed=5), tmp_path)
     line = result.plan.of("item")

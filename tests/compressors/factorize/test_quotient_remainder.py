@@ -194,7 +194,7 @@ def test_weighted_quotient_remainder_has_a_smaller_error_on_looked_up_rows(tmp_p
         assert errors[True] < errors[False]
 
 
-def test_lookups_of_int32_ids_equal_those_of_int64_ids():
+def test_int32_ids_look_up_the_same_rows_as_int64_ids():
     table = compressed_reference("Ranker", ("quotient_remainder",)).module.city
     with torch.no_grad():
         assert torch.equal(table(torch.arange(9, dtype=torch.int32)), table(torch.arange(9)))

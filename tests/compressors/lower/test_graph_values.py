@@ -63,7 +63,7 @@ def graph_scores(
     return session(module, signature, target, folder).scores({"x": x.numpy()})
 
 
-def test_recalibrated_probabilities_near_zero_equal_those_of_torch(tmp_path: Path) -> None:
+def test_recalibrated_probabilities_near_zero_are_equal_in_graph_and_torch(tmp_path: Path) -> None:
     module = Reference(SigmoidOfSum, PROBABILITY).model().private().module
     # Logits of -28 to -16 are mapped to -3 to 0; ONNX Runtime's sigmoid is 0 below -18.
     slope_and_offset = torch.tensor([0.25, 4.0])

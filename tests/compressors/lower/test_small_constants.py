@@ -76,7 +76,7 @@ STEPS = {"float32": None, "rowwise_int8": RowwiseInt8(), "rowwise_int4": Rowwise
 
 
 @functools.cache
-def lowered(eps: float, table_format: str, target: TargetName) -> tuple[Lowered, Path]:
+def lower_network(eps: float, table_format: str, target: TargetName) -> tuple[Lowered, Path]:
     """Export the network with this epsilon and table format; return the result and the file."""
     folder = Path(tempfile.mkdtemp())
     reference = Reference(MaskedMeans, SIGNATURE, {"eps": eps})
@@ -93,7 +93,7 @@ def scores(
     eps: float, table_format: str, target: TargetName, inputs: dict[str, Tensor]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the scores of the module and of its graph in ONNX Runtime."""
-    graph, path = lowered(eps, table_format, target)
+    graph, path = lower_network(eps, table_format, target)
     with torch.no_grad():
         expected = graph.served(*(inputs[name] for name in input_names(SIGNATURE)))
     scores_of_graph = Session(path, 1).scores(
@@ -123,13 +123,13 @@ DEFAULT_CASES.append((EPS[1], "rowwise_int8", "tensorrt"))
         ),
     ],
 )
-def test_masked_means_in_graphs_equal_those_of_torch(eps, table_format, target):
+def test_masked_means_are_equal_in_graphs_and_torch(eps, table_format, target):
     assert_masked_means_equal(eps, table_format, target)
 
 
 @pytest.mark.nightly
 @parametrize_pairwise(eps=OTHER_EPS, table_format=list(STEPS), target=TARGETS)
-def test_masked_means_with_other_epsilons_equal_those_of_torch(eps, table_format, target):
+def test_masked_means_with_other_epsilons_are_equal_in_graphs_and_torch(eps, table_format, target):
     assert_masked_means_equal(eps, table_format, target)
 
 

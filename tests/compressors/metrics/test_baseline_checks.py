@@ -13,7 +13,11 @@ from signatures import with_output
 from torch import Tensor, nn
 
 from compressors.contracts import Reason, Signature, Split
-from compressors.metrics.baseline_checks import SAMPLE_ROWS, label_problems, score_problems
+from compressors.metrics.baseline_checks import (
+    SAMPLE_ROWS,
+    find_label_problems,
+    find_score_problems,
+)
 
 # Checks score a sample of ``SAMPLE_ROWS`` rows, which is half of the rows here.
 ROWS = 2 * SAMPLE_ROWS
@@ -58,7 +62,9 @@ def split(tmp_path, score, label, group=None) -> Split:
 
 
 def problems_of(signature, tmp_path, score, label, group=None):
-    return list(score_problems(ScoreInputNet(), signature, split(tmp_path, score, label, group)))
+    return list(
+        find_score_problems(ScoreInputNet(), signature, split(tmp_path, score, label, group))
+    )
 
 
 def calibrated_clicks(seed=0, shift=-1.0, spread=1.5):
@@ -173,44 +179,44 @@ def test_the_sample_covers_a_split_that_is_sorted_by_label(tmp_path):
 def test_labels_of_one_class_are_refused_in_test_and_validation_and_a_warning_in_train(value):
     label = np.full(50, value)
     for name in ("test", "validation"):
-        (problem,) = label_problems(CLICKS, name, label, None)
+        (problem,) = find_label_problems(CLICKS, name, label, None)
         assert problem.refused
         fields = {"split": name, "rows": 50, "label": value, "column": "label"}
         assert problem.reason == Reason("labels_equal", **fields)
-    (problem,) = label_problems(CLICKS, "train", label, None)
+    (problem,) = find_label_problems(CLICKS, "train", label, None)
     assert not problem.refused
 
 
 def test_interactions_without_a_label_above_zero_are_refused_in_test_and_validation():
     signature = with_output(signature_of("ranking", "score", "user", "ndcg@10"), kind="retrieval")
     for name, fatal in (("test", True), ("validation", False)):
-        (problem,) = label_problems(signature, name, np.zeros(50), None)
+        (problem,) = find_label_problems(signature, name, np.zeros(50), None)
         assert (problem.refused, problem.fatal) == (True, fatal)
         fields = {"split": name, "rows": 50, "column": "label"}
         assert problem.reason == Reason("interactions_missing", **fields)
-    assert list(label_problems(signature, "test", np.array([0.0, 1.0]), None)) == []
+    assert list(find_label_problems(signature, "test", np.array([0.0, 1.0]), None)) == []
 
 
 def test_lists_of_equal_labels_are_refused():
     group = np.repeat(np.arange(10), 5)
     label = np.repeat(np.arange(10) % 2, 5).astype(float)
-    (problem,) = label_problems(LISTS, "test", label, group)
+    (problem,) = find_label_problems(LISTS, "test", label, group)
     assert problem.refused
     require_reason([problem.reason], "group_labels_equal", metrics=("ndcg@10",), group="query")
     label[0] = 1 - label[0]
-    assert list(label_problems(LISTS, "test", label, group)) == []
+    assert list(find_label_problems(LISTS, "test", label, group)) == []
 
 
 def test_groups_of_equal_labels_are_refused_where_gauc_is_needed():
     signature = signature_of("ctr", "logit", "user")
     group = np.repeat(np.arange(10), 5)
     label = np.repeat(np.arange(10) % 2, 5).astype(float)
-    (problem,) = label_problems(signature, "test", label, group)
+    (problem,) = find_label_problems(signature, "test", label, group)
     assert problem.fatal  # gauc is undefined
     require_reason([problem.reason], "optional_group_labels_equal", metrics=("gauc",))
     # validation uses only auc
-    assert list(label_problems(signature, "validation", label, group)) == []
+    assert list(find_label_problems(signature, "validation", label, group)) == []
     signature_with_gauc = signature_of("ctr", "logit", "user", "gauc")
-    (problem,) = label_problems(signature_with_gauc, "validation", label, group)
+    (problem,) = find_label_problems(signature_with_gauc, "validation", label, group)
     assert problem.refused
     require_reason([problem.reason], "group_labels_equal", metrics=("gauc",))

@@ -166,7 +166,7 @@ def test_fewer_than_ten_groups_are_undecided_with_a_reason(metric, users):
     assert "at least 10" in cause
 
 
-def test_positives_of_five_among_100_users_are_undecided():
+def test_a_metric_is_undecided_if_only_five_of_100_users_have_positive_rows():
     label, before, after, user = simulated_rows(100)
     label = label & (user < 5)
     for metric in ("auc", "normalized_entropy"):

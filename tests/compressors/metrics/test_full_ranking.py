@@ -140,7 +140,7 @@ def test_queries_have_the_first_row_of_each_user():
     assert (queries.query.tolist(), queries.row.tolist()) == ([4, 9], [1, 0])
 
 
-def test_recall_of_equal_scores_is_that_of_a_random_ranking():
+def test_recall_of_equal_scores_equals_the_recall_of_a_random_ranking():
     items = 50
     queries = ranking_queries(interactions((0, 3)), [interactions((0, 4))], np.arange(items))
     recall, _ = recall_and_ndcg(np.zeros((1, 2), np.float32), np.ones((items, 2), "f"), queries)

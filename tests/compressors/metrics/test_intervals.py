@@ -254,7 +254,7 @@ def test_blocks_do_not_change_the_latency_interval(monkeypatch):
     assert latency(times, 0.99) == in_one_block
 
 
-def test_rounds_needed_is_where_the_slowest_round_passes_the_quantile_with_97_5_percent():
+def test_in_the_needed_rounds_the_slowest_exceeds_the_quantile_with_97_5_percent_probability():
     for quantile in (0.5, 0.9, 0.99):
         rounds = rounds_needed(quantile)
         assert quantile**rounds <= 0.025 < quantile ** (rounds - 1)

@@ -221,7 +221,7 @@ def test_a_limit_against_an_unmeasured_champion_raises_limit_refused():
         judge((CHAMPION_LIMIT,), measured)
 
 
-def test_a_limit_on_an_unmeasured_metric_raises_limit_refused_with_the_measured_ones():
+def test_a_limit_on_an_unmeasured_metric_raises_limit_refused_with_the_measured_metrics():
     limit = Limit(metric="gauc", at_least=-0.001)
     with raises_code(
         LimitRefused,
@@ -289,7 +289,7 @@ UNDECIDED_LIMIT = Limit(metric="auc", against="baseline", at_least=-0.001)
         ((MET_LIMIT, UNDECIDED_LIMIT, MISSED_LIMIT), "rejected", ["exact_number", "limit_missed"]),
     ],
 )
-def test_the_outcome_of_a_target_is_that_of_its_worst_limit(limits, outcome, expected):
+def test_the_outcome_of_a_target_is_the_outcome_of_its_worst_limit(limits, outcome, expected):
     numbers = (*auc_change(-0.0004, -0.0011, 0.0003).numbers, *byte_numbers(10, 40))
     result = verdict("onnxruntime", limits, Measured(numbers=numbers), built=True)
     assert result.outcome == outcome

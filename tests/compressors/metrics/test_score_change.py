@@ -11,7 +11,7 @@ from error_codes import raises_code, raises_value_error
 from reason_codes import codes_of, require_reason
 
 from compressors.contracts import Limit
-from compressors.contracts.metrics import usual_metrics
+from compressors.contracts.metrics import default_metrics
 from compressors.contracts.reasons import Reason
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.full_ranking import Interactions, RankedVectors, ranking_queries
@@ -20,7 +20,7 @@ from compressors.metrics.judge import judge, verdict
 from compressors.metrics.measured import Measured, Number, quality_numbers
 from compressors.metrics.score_change import change_of_rankings, change_of_rows
 
-SCORE_CHANGES = [name for name, item in usual_metrics().items() if item.kind == "score_change"]
+SCORE_CHANGES = [name for name, item in default_metrics().items() if item.kind == "score_change"]
 
 
 def rows_of_users(users, seed=0, change=0.05):
@@ -39,7 +39,7 @@ def measured_of(estimates, score_unit="probability", extra=()):
 
 
 @pytest.mark.parametrize("has_groups", [True, False])
-def test_score_changes_equal_those_of_numpy(has_groups):
+def test_score_changes_equal_a_computation_in_numpy(has_groups):
     before, after, user = rows_of_users(200)
     estimates = change_of_rows(before, after, user if has_groups else None, "probability")
     assert estimates["score_correlation"].point == pytest.approx(
@@ -166,7 +166,7 @@ def retrieval_models(queries=40, items=60, seed=0, noise=0.1):
 
 
 @pytest.mark.parametrize("queries_at_once", [None, 4])
-def test_score_changes_of_retrieval_are_those_of_all_ranked_pairs(queries_at_once, monkeypatch):
+def test_score_changes_of_retrieval_compare_all_ranked_pairs(queries_at_once, monkeypatch):
     if queries_at_once is not None:
         # ``change_of_rankings`` has four arrays of scores at once, each with 60 items per query.
         scores_at_once = 4 * 60 * queries_at_once

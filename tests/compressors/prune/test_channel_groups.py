@@ -11,7 +11,7 @@ from error_codes import raises_code
 from models import Reference
 from narrow_networks import (
     HISTORY,
-    SCHEMA,
+    SIGNATURE,
     HiddenLayerNet,
     LowRankCrossNet,
     SplitHeadsTransformer,
@@ -84,7 +84,7 @@ def test_feed_forward_widths_and_ranks_are_pruned(tmp_path):
     result = prune_reference(Reference(Transformer, HISTORY), tmp_path / "ffn", layers=("*.up",))
     assert result.network.architecture.config == {"ffn": 16}
     require_reason(result.plan.of("blocks.0.q").reasons, "not_matched", patterns=("*.up",))
-    low_rank_result = prune_reference(Reference(LowRankCrossNet, SCHEMA), tmp_path / "rank")
+    low_rank_result = prune_reference(Reference(LowRankCrossNet, SIGNATURE), tmp_path / "rank")
     assert low_rank_result.network.architecture.config == {"cross_rank": 8}
     assert [layer.out_features for layer in low_rank_result.module.down] == [8, 8, 8]
     assert [layer.in_features for layer in low_rank_result.module.up] == [8, 8, 8]
@@ -145,7 +145,7 @@ class HalfWidthLayerNet(HiddenLayerNet):
 
 def test_a_layer_followed_by_one_of_half_its_width_is_skipped_with_a_reason(tmp_path):
     with raises_code(NothingToCompress, "units_missing") as caught:
-        prune_reference(Reference(HalfWidthLayerNet, SCHEMA), tmp_path)
+        prune_reference(Reference(HalfWidthLayerNet, SIGNATURE), tmp_path)
     assert caught.value.fields["reasons"]["hidden"] == (
         Reason("grows_differently", module="out", argument="width"),
     )

@@ -10,7 +10,7 @@ import torch
 from error_codes import raises_code, raises_value_error
 from hypothesis import given
 from models import NORMED, RANKER, SHORT_TRAINING, Reference
-from narrow_networks import SCHEMA, HiddenLayerNet, ResidualConcatNet
+from narrow_networks import SIGNATURE, HiddenLayerNet, ResidualConcatNet
 from reason_codes import codes_of, require_reason
 from torch import nn
 from torch.nn import functional as F
@@ -35,11 +35,11 @@ from compressors.prune.structure.config_widths import Width, find_widths
 
 # The outputs of ``left`` and ``again`` are added, so both layers have the width ``left``. The sum
 # and the output of ``right`` are the inputs of ``deep``.
-WIDE = Reference(ResidualConcatNet, SCHEMA, {"left": 32, "right": 48, "deep": 64})
+WIDE = Reference(ResidualConcatNet, SIGNATURE, {"left": 32, "right": 48, "deep": 64})
 
 
 def total_multiply_adds(module: nn.Module) -> float:
-    return sum(multiply_adds(module, SCHEMA).values())
+    return sum(multiply_adds(module, SIGNATURE).values())
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -61,16 +61,16 @@ def test_the_remaining_multiply_adds_are_at_most_the_requested_share_and_close_t
     assert all(value % 4 == 0 for value in result.network.architecture.config.values())
 
 
-def test_a_share_below_that_of_the_smallest_widths_raises_share_unreachable(tmp_path):
+def test_a_share_below_the_share_of_the_smallest_widths_raises_share_unreachable(tmp_path):
     with raises_code(StepRefused, "share_unreachable", units="multiply-adds"):
         run(Channels(flops=0.01), WIDE.model(), WIDE.bench(tmp_path), tmp_path / "out")
 
 
-def test_remaining_multiply_adds_equal_those_of_the_pruned_network(tmp_path):
+def test_remaining_multiply_adds_equal_the_multiply_adds_of_the_pruned_network(tmp_path):
     source = WIDE.model()
     widths = tuple(find_widths(source)[0].values())
     counts = {("left",): 8, ("right",): 20, ("deep",): 40}  # by path in the configuration
-    macs_of_layers = multiply_adds(source.module, SCHEMA)
+    macs_of_layers = multiply_adds(source.module, SIGNATURE)
     assert macs_of_layers["deep"] == 80 * 64
     built = ResidualConcatNet(left=8, right=20, deep=40).eval()
     assert remaining_multiply_adds(macs_of_layers, source.module, widths, counts) == pytest.approx(
@@ -102,7 +102,7 @@ def test_normalized_importance_is_decreasing_with_mean_one_and_independent_of_sc
     """Without normalization, a layer with large weights would keep all of its channels."""
     source = WIDE.model()
     width = find_widths(source)[0]["left"]
-    traces = trace(source.module, SCHEMA, {"user": 30}, width)
+    traces = trace(source.module, SIGNATURE, {"user": 30}, width)
     consumers = find_consumers(width, traces, next(channel_layouts(width)))
     random_values = torch.rand(32, generator=torch.Generator().manual_seed(0))
     importance = {"left": random_values, "again": random_values.flip(0)}
@@ -130,11 +130,11 @@ def test_global_widths_do_not_depend_on_the_scale_of_a_layer(tmp_path):
 
 
 def test_activation_importance_is_the_share_of_energy_that_a_channel_adds_to_its_consumer(tmp_path):
-    reference = Reference(HiddenLayerNet, SCHEMA)
+    reference = Reference(HiddenLayerNet, SIGNATURE)
     source, bench = reference.model(), reference.bench(tmp_path / "data")
     importance = weight_importance(source, bench, "activation", rows=8192)
     contribution = importance["out.weight"].sum(dim=0)
-    (rows,) = batches(bench.calibration, SCHEMA, 10_000)
+    (rows,) = batches(bench.calibration, SIGNATURE, 10_000)
     module = source.module
     with torch.no_grad():
         x = torch.cat([module.user(rows.inputs["user"]), rows.inputs["price"]], dim=1)

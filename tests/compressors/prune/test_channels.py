@@ -14,7 +14,7 @@ from models import ATTENTION, NORMED, RANKER, Reference
 from narrow_networks import (
     RATE,
     RETRIEVAL,
-    SCHEMA,
+    SIGNATURE,
     BottleneckNet,
     FixedWidthNet,
     FlippedChannelsNet,
@@ -54,7 +54,7 @@ from compressors.quantize.dense.static_int8 import StaticInt8
 
 # ``left`` and ``again`` have one width, because their outputs are added. The sum and the output of
 # ``right``, after a norm and the PReLU ``slope``, are the inputs of ``deep``.
-RESIDUAL_CONCAT = Reference(ResidualConcatNet, SCHEMA)
+RESIDUAL_CONCAT = Reference(ResidualConcatNet, SIGNATURE)
 
 
 def prune_reference(reference: Reference, folder, **settings) -> tuple[Model, Model]:
@@ -67,7 +67,7 @@ def prune_reference(reference: Reference, folder, **settings) -> tuple[Model, Mo
 def consumers_of_width(argument: str, source: Model) -> WidthConsumers:
     """Return the consumers of the width ``argument`` for the first possible layout of channels."""
     widths, _ = find_widths(source)
-    traces = trace(source.module, SCHEMA, {"user": 30}, widths[argument])
+    traces = trace(source.module, SIGNATURE, {"user": 30}, widths[argument])
     return find_consumers(widths[argument], traces, next(channel_layouts(widths[argument])))
 
 
@@ -147,9 +147,9 @@ def test_layers_whose_outputs_are_added_keep_the_same_channels():
     assert torch.equal(kept_channels["left"], kept_channels["again"])
 
 
-def test_importance_is_the_norm_of_the_channels_weights_and_those_of_its_consumers():
+def test_importance_is_the_norm_of_the_weights_of_the_channel_and_of_its_consumers():
     """``l2`` compares squares of norms, which have the order of the norms."""
-    source = Reference(HiddenLayerNet, SCHEMA).model()
+    source = Reference(HiddenLayerNet, SIGNATURE).model()
     consumers = consumers_of_width("width", source)
     squared_weights = {
         name: weight.detach().square()
@@ -165,7 +165,7 @@ def test_importance_is_the_norm_of_the_channels_weights_and_those_of_its_consume
 
 
 def test_a_consumer_that_reads_each_channel_twice_loses_both_inputs(tmp_path):
-    reference = Reference(HiddenLayerNet, SCHEMA, {"twice": True})
+    reference = Reference(HiddenLayerNet, SIGNATURE, {"twice": True})
     _, result = prune_reference(reference, tmp_path)
     assert result.module.hidden.out_features == 8
     assert result.module.out.in_features == 16
@@ -174,7 +174,7 @@ def test_a_consumer_that_reads_each_channel_twice_loses_both_inputs(tmp_path):
 
 
 def test_a_consumer_that_reads_channels_in_reverse_order_loses_the_matching_inputs(tmp_path):
-    source, result = prune_reference(Reference(FlippedChannelsNet, SCHEMA), tmp_path)
+    source, result = prune_reference(Reference(FlippedChannelsNet, SIGNATURE), tmp_path)
     weight_rows = {tuple(row) for row in source.module.hidden.weight.tolist()}
     kept_channels = [tuple(row) for row in result.module.hidden.weight.tolist()]
     assert set(kept_channels) < weight_rows
@@ -206,18 +206,18 @@ def test_random_importance_depends_on_the_seed_only(tmp_path):
     ("reference", "layer", "reason"),
     [
         (
-            Reference(SoftmaxNet, SCHEMA),
+            Reference(SoftmaxNet, SIGNATURE),
             "hidden",
             Reason("mixed_before_reader", maker="hidden", reader="out"),
         ),
         (
-            Reference(ResidualSumNet, SCHEMA),
+            Reference(ResidualSumNet, SIGNATURE),
             "hidden",
             Reason("channels_reach_score", maker="hidden"),
         ),
         (ATTENTION, "key", Reason("size_of_other", argument="dim", module="user")),
         (
-            Reference(HiddenLayerNet, SCHEMA, {"width": 8}),
+            Reference(HiddenLayerNet, SIGNATURE, {"width": 8}),
             "hidden",
             Reason("no_fewer_channels", channels=8, share=0.5, multiple=8),
         ),
@@ -231,7 +231,7 @@ def test_a_layer_that_cannot_be_pruned_is_skipped_with_a_reason(reference, layer
 
 
 def test_a_layer_without_a_width_argument_is_skipped_with_a_reason(tmp_path):
-    reference = Reference(FixedWidthNet, SCHEMA)
+    reference = Reference(FixedWidthNet, SIGNATURE)
     with raises_code(NothingToCompress, "units_missing") as caught:
         prune_reference(reference, tmp_path)
     assert caught.value.fields["reasons"]["hidden"] == (Reason("no_width_argument", outputs=16),)
@@ -240,11 +240,11 @@ def test_a_layer_without_a_width_argument_is_skipped_with_a_reason(tmp_path):
 @pytest.mark.parametrize(
     ("network", "signature", "layer", "reason"),
     [
-        (WeightReadingNet, SCHEMA, "hidden", HasReason("channels_read")),
+        (WeightReadingNet, SIGNATURE, "hidden", HasReason("channels_read")),
         (GatedHeadsNet, RATE, "value", HasReason("channels_read")),
-        (SplitConcatNet, SCHEMA, "hidden", HasReason("channels_read")),
-        (StatefulNet, SCHEMA, "hidden", HasReason("channels_read")),
-        (BottleneckNet, SCHEMA, "hidden", HasReason("narrower_fails", width="width", count=64)),
+        (SplitConcatNet, SIGNATURE, "hidden", HasReason("channels_read")),
+        (StatefulNet, SIGNATURE, "hidden", HasReason("channels_read")),
+        (BottleneckNet, SIGNATURE, "hidden", HasReason("narrower_fails", width="width", count=64)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -258,7 +258,7 @@ def test_channels_that_code_outside_the_layers_depends_on_are_kept(
 
 def test_shared_layers_and_norms_without_weights_are_pruned(tmp_path):
     """Default arguments without a JSON form are not written to the config."""
-    _, result = prune_reference(Reference(SharedLayerNet, SCHEMA), tmp_path)
+    _, result = prune_reference(Reference(SharedLayerNet, SIGNATURE), tmp_path)
     assert result.network.architecture.config == {"width": 8}
     assert result.module.first is result.module.second
     assert result.module.first.out_features == 8
@@ -267,7 +267,7 @@ def test_shared_layers_and_norms_without_weights_are_pruned(tmp_path):
 
 
 def test_a_layer_that_cannot_be_pruned_does_not_prevent_pruning_others(tmp_path):
-    _, result = prune_reference(Reference(ParallelLayersNet, SCHEMA), tmp_path)
+    _, result = prune_reference(Reference(ParallelLayersNet, SIGNATURE), tmp_path)
     assert result.network.architecture.config == {"prunable": 8}
     require_reason(result.plan.of("fixed").reasons, "channels_read")
 
@@ -275,7 +275,7 @@ def test_a_layer_that_cannot_be_pruned_does_not_prevent_pruning_others(tmp_path)
 def test_gradient_importance_with_lists_of_one_row_raises_step_refused(tmp_path):
     """The softmax over a list of one row is 1 for any score."""
     ranking = with_output(
-        SCHEMA.model_copy(update={"group": "g"}), kind="ranking", form="score", metric="ndcg@10"
+        SIGNATURE.model_copy(update={"group": "g"}), kind="ranking", form="score", metric="ndcg@10"
     )
     reference = Reference(HiddenLayerNet, ranking)
     bench = reference.bench(tmp_path / "data")
@@ -346,8 +346,8 @@ def test_networks_of_random_widths_and_weights_are_pruned_to_the_expected_widths
 ):
     """``apply`` raises if the scores differ from those of the source without these channels."""
     config = {"left": left * 4, "right": right * 4, "deep": deep * 4}
-    model = Reference(ResidualConcatNet, SCHEMA, config).model(seed).private()
-    bench = models.Bench(signature=SCHEMA)
+    model = Reference(ResidualConcatNet, SIGNATURE, config).model(seed).private()
+    bench = models.Bench(signature=SIGNATURE)
     result = models.planned_and_applied(Channels(multiple=4), model, bench).model
     expected = {name: kept_width(value, 0.5, 4) for name, value in config.items()}
     assert result.network.architecture.config == expected

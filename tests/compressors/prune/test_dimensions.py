@@ -41,7 +41,7 @@ def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
     rows=st.integers(1, 30),
     kept=st.sets(st.integers(0, 6), min_size=1),
 )
-def test_kept_dimensions_are_exact_and_dropped_ones_are_their_mean(seed, rows, kept):
+def test_kept_dimensions_are_exact_and_dropped_dimensions_are_their_mean(seed, rows, kept):
     table, weight = (
         random_normal(seed, rows, 7),
         random_normal(seed + 1, rows, 1).abs().squeeze(1) + 0.01,

@@ -13,7 +13,7 @@ from models import RANKER, SHORT_TRAINING, Reference, write_split
 from narrow_networks import (
     HISTORY,
     RETRIEVAL,
-    SCHEMA,
+    SIGNATURE,
     LowRankCrossNet,
     TableAndTowerNet,
     Transformer,
@@ -40,7 +40,7 @@ from compressors.quantize.dense.static_int8 import StaticInt8
 
 # ``down`` and ``up`` are the low-rank factors of the cross layers. ``deep`` has three modules for
 # each hidden layer: linear, norm and relu.
-DEEP = Reference(LowRankCrossNet, SCHEMA, {"cross_layers": 3, "hidden": [20, 12, 12, 12]})
+DEEP = Reference(LowRankCrossNet, SIGNATURE, {"cross_layers": 3, "hidden": [20, 12, 12, 12]})
 BLOCKS = Reference(Transformer, HISTORY, {"layers": 4})
 
 
@@ -89,7 +89,7 @@ def test_a_layer_of_zeros_is_dropped_and_predictions_do_not_change(zero_layer, t
     # Labels are the network's predictions, so removing any other layer lowers the metric.
     tables = DEEP.rows_of_tables()
     rows = write_split(
-        SCHEMA, tables, tmp_path / "own", 9, lambda x: source.module(**x).reshape(-1)
+        SIGNATURE, tables, tmp_path / "own", 9, lambda x: source.module(**x).reshape(-1)
     )
     bench = bench.model_copy(update={"validation": rows})
     step = DropLayers(layers=("down.*", "up.*"), most_loss=0.0)
@@ -131,18 +131,18 @@ def test_removing_a_layer_decreases_the_index_of_all_modules_of_later_layers():
     """A hidden layer is three modules (linear, norm, relu), and all three get a new index."""
     source = DEEP.model()
     (stack,) = (item for item in find_stacks(source) if item.description() == "hidden")
-    shorter, shorter_stack = without_member(source.private(), SCHEMA, stack, 2)
+    shorter, shorter_stack = without_member(source.private(), SIGNATURE, stack, 2)
     assert shorter_stack.members == 3
     before, after = source.module.deep, shorter.module.deep
     assert torch.equal(after[6].weight, before[9].weight)
     assert torch.equal(after[7].running_mean, before[10].running_mean)
     assert torch.equal(after[3].weight, before[3].weight)
     with pytest.raises(NotAMember) as caught:
-        without_member(source.private(), SCHEMA, stack, 1)
+        without_member(source.private(), SIGNATURE, stack, 1)
     require_reason([caught.value.reason], "rest_does_not_fit", layer=1)
 
 
-def test_bytes_of_the_plan_are_those_of_the_stored_tensors_after_dropped_layers(tmp_path):
+def test_bytes_in_the_plan_equal_the_bytes_of_the_stored_tensors_after_dropped_layers(tmp_path):
     result = drop_layers(BLOCKS, tmp_path, count=2)
     assert result.network.architecture.config == {"layers": 2}
     stored = sum(t.numel() * t.element_size() for t in map_tensors(tmp_path / "out").values())
@@ -159,7 +159,7 @@ def test_bytes_of_the_plan_are_those_of_the_stored_tensors_after_dropped_layers(
     assert pruned.plan.of("blocks.1.up").steps == ("drop_layers", "channels")
 
 
-def test_greedy_selection_is_at_least_as_good_as_random_ones_on_validation_rows(tmp_path):
+def test_greedy_selection_is_at_least_as_good_as_random_selections_on_validation_rows(tmp_path):
     bench = BLOCKS.bench(tmp_path / "data")
 
     def quality_after(step: DropLayers, seed: int) -> float:
@@ -177,7 +177,7 @@ def test_a_layer_whose_removal_loses_more_than_most_loss_is_kept(tmp_path):
     source = DEEP.model()
     tables = DEEP.rows_of_tables()
     rows = write_split(
-        SCHEMA, tables, tmp_path / "own", 9, lambda x: source.module(**x).reshape(-1)
+        SIGNATURE, tables, tmp_path / "own", 9, lambda x: source.module(**x).reshape(-1)
     )
     bench = DEEP.bench(tmp_path / "data").model_copy(update={"validation": rows})
     step = DropLayers(layers=("down.*", "up.*"), most_loss=0.0)
@@ -192,10 +192,10 @@ def test_a_layer_whose_removal_loses_more_than_most_loss_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("reference", "code"),
     [
-        (Reference(AveragedCrossNet, SCHEMA), "not_the_skipping_network"),
+        (Reference(AveragedCrossNet, SIGNATURE), "not_the_skipping_network"),
         (RANKER, "no_layer_count"),
         (
-            Reference(LowRankCrossNet, SCHEMA, {"cross_layers": 1, "hidden": [20, 12]}),
+            Reference(LowRankCrossNet, SIGNATURE, {"cross_layers": 1, "hidden": [20, 12]}),
             "rest_does_not_fit",
         ),
     ],

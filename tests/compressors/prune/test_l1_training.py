@@ -6,7 +6,7 @@ import torch
 from error_codes import raises_code
 from hypothesis import given
 from models import NORMED, RANKER, SHORT_TRAINING, Reference, generate_inputs, write_split
-from narrow_networks import SCHEMA, ResidualConcatNet
+from narrow_networks import SIGNATURE, ResidualConcatNet
 from reason_codes import codes_of, require_reason
 
 from compressors.contracts.reasons import Reason
@@ -17,7 +17,7 @@ from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.l1_training import L1Training, group_threshold, soft_threshold
 from compressors.quantize.dense.static_int8 import StaticInt8
 
-RESIDUAL_CONCAT = Reference(ResidualConcatNet, SCHEMA)
+RESIDUAL_CONCAT = Reference(ResidualConcatNet, SIGNATURE)
 TWENTY_EPOCHS = SHORT_TRAINING.model_copy(update={"epochs": 20, "schedule": "cosine"})
 
 
@@ -95,7 +95,7 @@ def test_only_matching_layers_are_penalized_and_all_layers_are_trained(tmp_path)
     require_reason(result.plan.of("hidden").reasons, "penalty", strength=0.1, part="weight")
 
 
-def test_training_returns_the_last_epoch_even_if_the_metric_fell(tmp_path, caplog):
+def test_training_returns_the_last_epoch_if_an_earlier_one_had_a_better_metric(tmp_path, caplog):
     """The labels are the network's predictions: every epoch with a penalty lowers the metric."""
     source = NORMED.model()
     rows = write_split(

@@ -98,7 +98,7 @@ def test_pruned_rows_are_replaced_by_the_nearest_kept_row(tmp_path):
     )
 
 
-def test_bytes_are_those_of_a_row_map_and_the_kept_rows(tmp_path):
+def test_stored_bytes_are_the_bytes_of_the_row_map_and_the_kept_rows(tmp_path):
     plan = prune_item_table(tmp_path, keep=0.2, pruned="shared")[0].plan
     # One byte per row, and four bytes per block of 128 rows.
     assert plan.of("item").bytes_after == 300 + 4 * 3

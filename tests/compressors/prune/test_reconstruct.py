@@ -6,7 +6,7 @@ import torch
 from error_codes import raises_code
 from hypothesis import given
 from models import RANKER, Reference
-from narrow_networks import HISTORY, SCHEMA, HiddenLayerNet, ResidualConcatNet, Transformer
+from narrow_networks import HISTORY, SIGNATURE, HiddenLayerNet, ResidualConcatNet, Transformer
 
 from compressors.core.batches import batches
 from compressors.core.runner import run
@@ -44,7 +44,7 @@ def test_ridge_weights_of_zero_inputs_are_the_prior():
 @pytest.mark.parametrize("importance", ["l2", "random"])
 @pytest.mark.parametrize(
     "reference",
-    [Reference(ResidualConcatNet, SCHEMA), RANKER, Reference(Transformer, HISTORY)],
+    [Reference(ResidualConcatNet, SIGNATURE), RANKER, Reference(Transformer, HISTORY)],
     ids=lambda item: item.network.__name__,
 )
 def test_reconstruction_reduces_the_change_of_scores_by_30_percent(reference, importance, tmp_path):
@@ -65,17 +65,17 @@ def test_reconstruction_reduces_the_change_of_scores_by_30_percent(reference, im
 
 def test_reconstruct_adds_the_weights_of_removed_duplicate_channels(tmp_path):
     """Each kept hidden channel has a removed duplicate; ``out`` adds the weights of both."""
-    reference = Reference(HiddenLayerNet, SCHEMA)
+    reference = Reference(HiddenLayerNet, SIGNATURE)
     source, bench = reference.model(), reference.bench(tmp_path / "data")
     with torch.no_grad():
         source.module.hidden.weight[8:] = source.module.hidden.weight[:8]
         source.module.hidden.bias[8:] = source.module.hidden.bias[:8]
     width = find_widths(source)[0]["width"]
-    traces = trace(source.module, SCHEMA, {"user": 30}, width)
+    traces = trace(source.module, SIGNATURE, {"user": 30}, width)
     consumers = find_consumers(width, traces, next(channel_layouts(width)))
     cut = WidthCut(width, consumers, count=8)
     kept_channels = {"hidden": torch.arange(16) < 8}
-    narrow, _ = without_channels(source.private(), SCHEMA, [cut], kept_channels)
+    narrow, _ = without_channels(source.private(), SIGNATURE, [cut], kept_channels)
     # ``outputs`` has the remaining outputs of layers that lost some; ``out`` lost only inputs.
     reconstruct(narrow.module, source.module, bench, layers=["out"], outputs={}, rows=1000)
     summed_weights = source.module.out.weight[:, :8] + source.module.out.weight[:, 8:]

@@ -30,7 +30,7 @@ from compressors.errors.compression import NothingToCompress
 from compressors.metrics.validation_score import quality
 from compressors.quantize.calibration.lookup_counts import lookup_counts, sensitivities
 from compressors.quantize.calibration.loss_gradients import sensitivity
-from compressors.quantize.kernels.lloyd import nearest, squared_distance
+from compressors.quantize.kernels.lloyd import nearest_entries, squared_distance
 from compressors.quantize.tables import residual_codes
 from compressors.quantize.tables.additive_codes import (
     AdditiveCodes,
@@ -66,7 +66,7 @@ def test_encode_with_a_beam_of_one_has_the_error_of_greedy_codes(seed, books):
     table, codebook = random_normal(seed, 15, 6), random_normal(seed + 1, books * 4, 6)
     residual, greedy = table, []
     for book in codebook.reshape(books, 4, 6):
-        greedy.append(nearest(residual, book))
+        greedy.append(nearest_entries(residual, book))
         residual = residual - book[greedy[-1]]
     expected = error(table, torch.stack(greedy, dim=1).to(torch.uint8), codebook)
     result = error(table, encode(table, codebook, books, beam=1), codebook)

@@ -53,16 +53,16 @@ class Net(nn.Module):
         return score
 
 
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(IdInput(name="user", table="table"),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 ROWS = Split(path="", sha256="0" * 64, rows=10)  # a dry run reads no rows
-BENCH = Bench(signature=SCHEMA, train=ROWS, calibration=ROWS, validation=ROWS, soft_labels=ROWS)
+BENCH = Bench(signature=SIGNATURE, train=ROWS, calibration=ROWS, validation=ROWS, soft_labels=ROWS)
 
 
 def network(rows: int, dim: int) -> Reference:
-    return Reference(Net, SCHEMA, {"rows": rows, "dim": dim})
+    return Reference(Net, SIGNATURE, {"rows": rows, "dim": dim})
 
 
 @pytest.mark.parametrize(

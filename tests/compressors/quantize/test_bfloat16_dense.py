@@ -181,7 +181,7 @@ def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_pa
 
 
 @pytest.mark.parametrize("reference", ["Compact", "Attention", "Normed"])
-def test_parity_accepts_bfloat16_rounding_and_rejects_scores_three_percent_of_a_spread_off(
+def test_parity_accepts_bfloat16_rounding_and_rejects_changes_of_three_percent_of_the_spread(
     reference, tmp_path
 ):
     kinds = recipe_with("bfloat16_dense") if reference == "Compact" else ("bfloat16_dense",)

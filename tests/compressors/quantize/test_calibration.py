@@ -207,11 +207,11 @@ class Small(nn.Module):
         return score
 
 
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(DenseInput(name="x", shape=(WIDTH,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
-SMALL = Reference(Small, SCHEMA)
+SMALL = Reference(Small, SIGNATURE)
 
 
 def calibration_bench(folder: Path, x: Tensor) -> Bench:
@@ -219,7 +219,7 @@ def calibration_bench(folder: Path, x: Tensor) -> Bench:
     folder.mkdir(parents=True)
     save_file({"x": x, "@label": torch.zeros(len(x))}, folder / "data.safetensors")
     split = Split(path=str(folder), sha256="0" * 64, rows=len(x))
-    return Bench(signature=SCHEMA, calibration=split)
+    return Bench(signature=SIGNATURE, calibration=split)
 
 
 def rows_with_outlier() -> Tensor:

@@ -7,7 +7,15 @@ smaller: a rule selects its ends, for symmetric grids as a share of the largest 
 
 import pytest
 import torch
-from grids import GRIDS, changed_grid, each_asymmetric, each_grid, round_trip, scale_types, sharing
+from grids import (
+    GRIDS,
+    changed_grid,
+    each_asymmetric,
+    each_grid,
+    round_trip,
+    rows_per_scale_values,
+    scale_types,
+)
 from hypothesis import given
 from random_tables import random_normal, tables
 from torch import Tensor
@@ -48,10 +56,11 @@ def error(table: Tensor, grid: Grid) -> Tensor:
         for rule_index, rule in enumerate(("greedy", "mse"))
     ],
 )
-@given(table=tables(), scale=scale_types, rows_per_scale=sharing)
+@given(table=tables(), scale=scale_types, rows_per_scale=rows_per_scale_values)
 def test_clipping_never_increases_the_error_of_a_range(grid, rule, table, scale, rows_per_scale):
     unclipped = changed_grid(grid, scale=scale, rows_per_scale=rows_per_scale)
-    # Errors are compared in float32: sums of a few dozen squares have relative errors of 1e-6.
+    # Errors are compared in float32: sums of a few dozen squares have relative errors of 1e-6. Very
+    # small squares are multiples of 1e-45, the smallest positive float32.
     allowed_error = error(table, unclipped) * (1 + 1e-5) + 1e-45
     assert torch.all(error(table, changed_grid(unclipped, clipping=rule)) <= allowed_error)
 
@@ -118,11 +127,13 @@ def test_greedy_removes_at_most_16_percent_of_a_range(grid):
     )
     # Both scales are rounded to float16.
     assert torch.all(result.float() >= 0.84 * without_clipping.float() * (1 - 2.0**-9))
-    if grid.levels < 20:  # with more levels, a bin is larger than the distance of two levels
+    # A bin, the step of the search, is a 200th of the range: longer than the distance of two levels
+    # if there are 256 levels.
+    if grid.levels < 20:
         assert (result < without_clipping).float().mean() > 0.7
 
 
-def test_mse_clips_one_large_weight_among_many_small_ones():
+def test_mse_clips_one_large_weight_among_many_small_weights():
     table = torch.full((1, 64), 0.5)
     table[0, 0] = 1.0
     unclipped, clipped = (
@@ -150,18 +161,18 @@ def test_mse_with_two_bits_and_one_scale_finds_the_optimal_scale_despite_an_outl
 
 @each_grid
 @pytest.mark.parametrize("rule", ["min_max", "greedy", "mse"])
-def test_a_range_fitted_in_chunks_is_close_to_the_range_fitted_at_once(grid, rule, monkeypatch):
+def test_a_range_fitted_in_parts_is_close_to_the_range_fitted_at_once(grid, rule, monkeypatch):
     table = random_normal(64, 10)
-    chosen = changed_grid(grid, rows_per_scale=0, clipping=rule)
-    at_once = fit(table, chosen)
-    # 640 values in chunks of 100: the last chunk is shorter.
-    monkeypatch.setattr("compressors.quantize.kernels.levels.CHUNK", 100)
-    in_chunks = fit(table, chosen)
+    one_range = changed_grid(grid, rows_per_scale=0, clipping=rule)
+    at_once = fit(table, one_range)
+    # 640 values in parts of 100: the last part is shorter.
+    monkeypatch.setattr("compressors.quantize.kernels.levels.PART_VALUES", 100)
+    in_parts = fit(table, one_range)
     # Sums of squares in another order may lead to a range that differs by one move of the search.
     for name in ("scale", "offset"):
         if getattr(at_once, name) is not None:
             torch.testing.assert_close(
-                getattr(in_chunks, name), getattr(at_once, name), rtol=0.03, atol=1e-3
+                getattr(in_parts, name), getattr(at_once, name), rtol=0.03, atol=1e-3
             )
 
 

@@ -84,11 +84,11 @@ class LargeInputsNet(nn.Module):
         return score
 
 
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(DenseInput(name="x", shape=(WIDTH,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
-LARGE_INPUTS = Reference(LargeInputsNet, SCHEMA)
+LARGE_INPUTS = Reference(LargeInputsNet, SIGNATURE)
 
 
 def bench_with_largest_input(folder: Path, size: float) -> Bench:
@@ -98,7 +98,7 @@ def bench_with_largest_input(folder: Path, size: float) -> Bench:
     folder.mkdir(parents=True)
     save_file({"x": x, "@label": torch.zeros(ROWS)}, folder / "data.safetensors")
     split = Split(path=str(folder), sha256="0" * 64, rows=ROWS)
-    return Bench(signature=SCHEMA, calibration=split)
+    return Bench(signature=SIGNATURE, calibration=split)
 
 
 @pytest.mark.parametrize(

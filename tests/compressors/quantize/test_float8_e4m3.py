@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from error_codes import raises_code
-from grids import SLACK, scale_types, sharing
+from grids import SLACK, rows_per_scale_values, scale_types
 from hypothesis import given
 from random_tables import random_normal, tables
 from rowwise_reference import encode_float8_rows
@@ -22,7 +22,7 @@ def decoded_and_scales(step: Float8E4M3, table: Tensor) -> tuple[Tensor, Tensor]
     return module(rows), module.scale[rows // (step.rows_per_scale or len(table))].float()
 
 
-@given(table=tables(), scale=scale_types, rows_per_scale=sharing)
+@given(table=tables(), scale=scale_types, rows_per_scale=rows_per_scale_values)
 def test_rounding_error_is_at_most_half_the_last_of_four_bits_or_half_the_smallest_step(
     table, scale, rows_per_scale
 ):

@@ -94,7 +94,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("kind", STEPS)
-def test_large_counts_next_to_small_embeddings_give_a_warning_on_the_layers_plan_line(
+def test_large_inputs_next_to_small_embeddings_give_a_warning_on_the_layers_plan_line(
     tmp_path, kind
 ):
     model, bench = model_and_bench(tmp_path, largest=12.0)
@@ -117,7 +117,7 @@ def test_inputs_of_similar_ranges_give_no_warning(tmp_path, kind):
     assert [line.module for line in plan.lines if line.warnings] == []
 
 
-def test_counts_4000_times_the_embeddings_give_a_warning_in_int8_and_none_in_8_bit_floats(tmp_path):
+def test_inputs_4000_times_the_embeddings_give_a_warning_in_int8_and_none_in_8_bit_floats(tmp_path):
     model, bench = model_and_bench(tmp_path, largest=200.0)
     int8 = run(StaticInt8(), model, bench, tmp_path / "int8").plan.of("first").warnings
     assert codes_of(int8) == ["mixed_input_ranges"]
@@ -125,7 +125,7 @@ def test_counts_4000_times_the_embeddings_give_a_warning_in_int8_and_none_in_8_b
     assert run(Float8Dense(), model, bench, tmp_path / "f8").plan.of("first").warnings == ()
 
 
-def test_counts_20_million_times_the_embeddings_give_a_warning_in_8_bit_floats(tmp_path):
+def test_inputs_20_million_times_the_embeddings_give_a_warning_in_8_bit_floats(tmp_path):
     model, bench = model_and_bench(tmp_path, largest=1e6)
     warnings = run(Float8Dense(), model, bench, tmp_path / "f8").plan.of("first").warnings
     require_reason(warnings, "mixed_input_ranges", range=pytest.approx(1e6, rel=0.01))

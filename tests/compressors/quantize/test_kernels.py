@@ -1,8 +1,8 @@
 """Compiled loops equal their specification in torch operators bit for bit.
 
-The specification is ``clipping.fit``, which fits ranges, and ``levels.nearest``, which rounds to
-levels. Arguments of ``Grid`` are: number of levels, whether it is symmetric, clipping rule, dtype
-of scales, and rows per scale.
+The specification is ``clipping.fit``, which fits ranges, and ``levels.nearest_multiples``, which
+rounds to levels. Arguments of ``Grid`` are: number of levels, whether it is symmetric, clipping
+rule, dtype of scales, and rows per scale.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from torch import Tensor
 from compressors.errors.compression import CompressionError
 from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.kernels import bitpacking, clipping, row_encoding
-from compressors.quantize.kernels.levels import FittedRange, Grid, nearest, squared_error
+from compressors.quantize.kernels.levels import FittedRange, Grid, nearest_multiples, squared_error
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
@@ -75,7 +75,9 @@ def require_equal_encoding(rows: Tensor, grid: Grid, bits: int) -> None:
     assert (fitted.offset is None) == (expected.offset is None)
     if fitted.offset is not None and expected.offset is not None:
         assert torch.equal(bits_of(fitted.offset), bits_of(expected.offset))
-    codes_of_levels = expected_codes(nearest(rows, expected, grid), bits, symmetric=grid.symmetric)
+    codes_of_levels = expected_codes(
+        nearest_multiples(rows, expected, grid), bits, symmetric=grid.symmetric
+    )
     assert torch.equal(codes, codes_of_levels)
     assert torch.equal(row_encoding.encode_as(rows, expected, grid, bits), codes_of_levels)
 
@@ -130,7 +132,7 @@ def test_encoding_normal_rows_equals_the_specification_bit_for_bit(
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_ties_between_levels_are_rounded_as_in_the_specification(bits: int, symmetric: bool):
     grid = Grid(LEVELS[bits, symmetric], symmetric, "min_max", "float32")
-    top = grid.half if symmetric else grid.levels - 1
+    top = grid.max_multiple if symmetric else grid.levels - 1
     rows = torch.arange(-2 * int(top), 2 * int(top) + 1).float().unsqueeze(0) / 2
     require_equal_encoding(rows if symmetric else rows.abs(), grid, bits)
 
@@ -147,7 +149,7 @@ def test_a_steps_encoded_block_equals_the_specification(
     result = step.encode(rows, step.fit(rows))
     fitted = clipping.fit(rows, step.grid)
     bits = 8 if step_class is RowwiseInt8 else 4
-    codes = expected_codes(nearest(rows, fitted, step.grid), bits, symmetric=symmetric)
+    codes = expected_codes(nearest_multiples(rows, fitted, step.grid), bits, symmetric=symmetric)
     assert torch.equal(result["codes"].view(torch.uint8), codes)
     assert result.keys() == {"codes"} | (
         ({"scale"} | (set() if symmetric else {"offset"})) if rows_per_scale else set()

@@ -1,9 +1,9 @@
 """Evenly spaced levels: rounding error, scales and offsets, and errors for large weights.
 
 A grid describes evenly spaced levels. A range is a group of weights that share a scale, the
-distance of two levels. A level is a multiple of the scale: from ``-half`` to ``half`` in a
-symmetric grid, otherwise from 0 to ``levels - 1``, added to an offset. ``SLACK`` is the relative
-error of float32 rounding.
+distance of two levels. A level is a multiple of the scale: from ``-max_multiple`` to
+``max_multiple`` in a symmetric grid, otherwise from 0 to ``levels - 1``, added to an offset.
+``SLACK`` is the relative error of float32 rounding.
 """
 
 import pytest
@@ -12,13 +12,13 @@ from error_codes import raises_code
 from grids import (
     SLACK,
     changed_grid,
+    clipping_rules,
     each_asymmetric,
     each_grid,
     each_symmetric,
     round_trip,
-    rules,
+    rows_per_scale_values,
     scale_types,
-    sharing,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +27,9 @@ from torch import Tensor
 
 from compressors.errors.steps import ValueNotStorable
 from compressors.quantize.kernels.clipping import fit
-from compressors.quantize.kernels.levels import Grid, nearest
+from compressors.quantize.kernels.levels import Grid, nearest_multiples
+
+MAX_FLOAT16 = 65504.0
 
 
 def require_errors_within_half_a_level(table: Tensor, grid: Grid) -> None:
@@ -39,7 +41,7 @@ def require_errors_within_half_a_level(table: Tensor, grid: Grid) -> None:
 
 
 @each_grid
-@given(table=tables(), scale=scale_types, rows_per_scale=sharing)
+@given(table=tables(), scale=scale_types, rows_per_scale=rows_per_scale_values)
 def test_round_trip_error_is_at_most_half_the_stored_scale(grid, table, scale, rows_per_scale):
     require_errors_within_half_a_level(
         table, changed_grid(grid, scale=scale, rows_per_scale=rows_per_scale)
@@ -50,11 +52,13 @@ def test_round_trip_error_is_at_most_half_the_stored_scale(grid, table, scale, r
 @pytest.mark.parametrize("largest", [1.4e-7, 1e-5, 1.1e-4, 6e-8 * 127.4, 6e-8 * 7.4, 6e-8 * 1.6])
 def test_scales_of_the_smallest_float16_numbers_clip_nothing(grid, largest):
     # Such scales are small multiples of 2^-24; rounding them down would clip the largest weights.
+    # 6e-8 is slightly above 2^-24, and 127.4, 7.4 and 1.6 are slightly above the highest multiples
+    # of the symmetric grids (127, 7 and 1.5): these exact scales are slightly above 2^-24.
     require_errors_within_half_a_level(torch.linspace(-1, 1, 33).reshape(3, 11) * largest, grid)
 
 
 @each_grid
-@given(table=tables(), rows_per_scale=sharing)
+@given(table=tables(), rows_per_scale=rows_per_scale_values)
 def test_the_scale_is_no_larger_than_the_range_needs(grid, table, rows_per_scale):
     _, (scale, offset) = round_trip(table, changed_grid(grid, rows_per_scale=rows_per_scale))
     groups = torch.arange(len(table)) // (rows_per_scale or len(table))
@@ -63,7 +67,7 @@ def test_the_scale_is_no_larger_than_the_range_needs(grid, table, rows_per_scale
         for extreme in (torch.min, torch.max)
     )
     if offset is None:
-        needed = torch.maximum(-low, high) / grid.half
+        needed = torch.maximum(-low, high) / grid.max_multiple
     else:
         # Rounding an offset down changes it by at most 2^-10 of it, which widens the range.
         needed = (high - low + low.abs() * 2.0**-10 + 2.0**-24) / (grid.levels - 1)
@@ -73,11 +77,11 @@ def test_the_scale_is_no_larger_than_the_range_needs(grid, table, rows_per_scale
 
 
 @each_grid
-@given(table=tables(), rows_per_scale=sharing, clipping=rules)
+@given(table=tables(), rows_per_scale=rows_per_scale_values, clipping=clipping_rules)
 def test_codes_are_integers_within_the_grid(grid, table, rows_per_scale, clipping):
-    chosen = changed_grid(grid, rows_per_scale=rows_per_scale, clipping=clipping)
-    multiples = nearest(table, fit(table, chosen), chosen)
-    codes = multiples + (grid.half if grid.symmetric else 0)
+    changed = changed_grid(grid, rows_per_scale=rows_per_scale, clipping=clipping)
+    multiples = nearest_multiples(table, fit(table, changed), changed)
+    codes = multiples + (grid.max_multiple if grid.symmetric else 0)
     assert torch.equal(codes, codes.round())
     assert torch.all((codes >= 0) & (codes <= grid.levels - 1))
 
@@ -85,11 +89,13 @@ def test_codes_are_integers_within_the_grid(grid, table, rows_per_scale, clippin
 @each_grid
 @pytest.mark.parametrize("scale", ["float16", "float32"])
 @pytest.mark.parametrize("clipping", ["min_max", "greedy", "mse"])
-def test_rows_of_zeros_have_a_positive_scale_and_are_exact(grid, scale, clipping):
+def test_rows_of_zeros_have_a_positive_scale_and_are_exact_if_a_level_is_zero(
+    grid, scale, clipping
+):
     table = torch.zeros(4, 5)
     table[2] = torch.tensor([0.5, -1.0, 0.0, 0.25, 1.0])
     decoded, stored = round_trip(table, changed_grid(grid, scale=scale, clipping=clipping))
-    # Levels around zero do not contain zero, so the error is half of the smallest scale.
+    # Four symmetric levels do not contain zero, so the error is half of the smallest scale.
     allowed = 2.0**-25 if grid.symmetric and grid.levels == 4 else 0.0
     assert decoded[[0, 1, 3]].abs().max() <= allowed
     assert torch.all(stored.scale > 0)
@@ -110,14 +116,14 @@ def test_a_row_of_equal_values_changes_only_by_rounding(grid, scale, value):
 
 
 @each_asymmetric
-def test_an_offset_reduces_the_error_of_weights_of_one_sign_4_times(grid):
+def test_an_offset_reduces_the_squared_error_of_weights_of_one_sign_4_times(grid):
     table = torch.rand(50, 16, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.1
-    symmetric_grid = changed_grid(grid, symmetric=True, levels=grid.levels - grid.levels % 2)
     with_offset, without = (
         (round_trip(table, grid_used)[0] - table).square().sum()
-        for grid_used in (grid, symmetric_grid)
+        for grid_used in (grid, changed_grid(grid, symmetric=True))
     )
-    # Half of the levels of a symmetric grid are below zero, and a quarter between 0 and 0.1.
+    # The weights are in [0.1, 0.2]. The symmetric range [-0.2, 0.2] is 4 times as long, so the
+    # error is about 4 times as large, and its square 16 times. A bound of 4 leaves a margin.
     assert with_offset < without / 4
 
 
@@ -138,7 +144,7 @@ def test_weights_too_small_for_float16_decode_to_at_most_its_smallest_number(gri
 
 @each_symmetric
 def test_a_scale_above_float16_raises_and_can_be_stored_as_float32(grid):
-    table = torch.full((2, 3), 65504.0 * grid.half * 1.01)
+    table = torch.full((2, 3), MAX_FLOAT16 * grid.max_multiple * 1.01)
     with raises_code(ValueNotStorable, "scale_beyond_float16", quantity="scale"):
         fit(table, grid)
     require_errors_within_half_a_level(table, changed_grid(grid, scale="float32"))
@@ -146,10 +152,10 @@ def test_a_scale_above_float16_raises_and_can_be_stored_as_float32(grid):
 
 @each_asymmetric
 def test_an_offset_or_scale_above_float16_raises_and_can_be_stored_as_float32(grid):
-    low = torch.tensor([[-66000.0, 0.0]])
+    low = torch.tensor([[-MAX_FLOAT16 * 1.01, 0.0]])
     with raises_code(ValueNotStorable, "scale_beyond_float16", quantity="offset"):
         fit(low, grid)
-    high = torch.tensor([[-1.0, 65504.0 * grid.levels]])
+    high = torch.tensor([[-1.0, MAX_FLOAT16 * grid.levels]])
     with raises_code(ValueNotStorable, "scale_beyond_float16", quantity="scale"):
         fit(high, grid)
     for table in (low, high):
@@ -159,25 +165,25 @@ def test_an_offset_or_scale_above_float16_raises_and_can_be_stored_as_float32(gr
 @each_asymmetric
 @pytest.mark.parametrize("clipping", ["min_max", "greedy", "mse"])
 def test_a_range_beyond_float32_raises_value_not_storable(grid, clipping):
-    table = torch.tensor([[-3e38, 3e38]])
+    table = torch.tensor([[-3e38, 3e38]])  # the length of this range is above the largest float32
     with raises_code(ValueNotStorable, "scale_beyond_float32"):
         fit(table, changed_grid(grid, scale="float32", clipping=clipping))
 
 
 @each_symmetric
 def test_both_ends_of_a_row_are_exact_if_float16_represents_the_scale(grid):
-    table = torch.tensor([[-1.0, 1.0, 1.0]]) * grid.half * 2.0**-6
+    table = torch.tensor([[-1.0, 1.0, 1.0]]) * grid.max_multiple * 2.0**-6  # the scale is 2^-6
     assert torch.equal(round_trip(table, grid)[0], table)
 
 
 @each_grid
-@given(table=tables(), clipping=rules, data=st.data())
+@given(table=tables(), clipping=clipping_rules, data=st.data())
 def test_the_fit_of_a_range_does_not_depend_on_other_ranges(grid, table, clipping, data):
     """So the blocks in which a table is encoded do not affect the result."""
     rows_per_scale = data.draw(st.sampled_from([1, 2]))
-    chosen = changed_grid(grid, clipping=clipping, rows_per_scale=rows_per_scale)
-    all_rows = fit(table, chosen)
-    parts = [fit(part, chosen) for part in table.split(rows_per_scale)]
+    changed = changed_grid(grid, clipping=clipping, rows_per_scale=rows_per_scale)
+    all_rows = fit(table, changed)
+    parts = [fit(part, changed) for part in table.split(rows_per_scale)]
     for name in ("scale", "offset"):
         if getattr(all_rows, name) is not None:
             alone = torch.cat([getattr(part, name) for part in parts])
@@ -186,7 +192,7 @@ def test_the_fit_of_a_range_does_not_depend_on_other_ranges(grid, table, clippin
 
 @each_grid
 @pytest.mark.parametrize("rows", [8, 11, 3])
-def test_a_shared_scale_equals_that_of_its_rows_concatenated(grid, rows):
+def test_a_shared_scale_equals_the_scale_of_one_row_with_all_the_values(grid, rows):
     table = random_normal(rows, 3, seed=rows)
     shared = fit(table, changed_grid(grid, rows_per_scale=4))
     assert len(shared.scale) == -(-rows // 4)

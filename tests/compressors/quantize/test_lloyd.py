@@ -49,7 +49,7 @@ def error_of_the_mean(rows: Tensor) -> float:
 
 
 @given(rows=points(), levels=st.integers(1, 9))
-def test_kmeans_errors_never_increase_and_the_last_is_that_of_the_codebook(rows, levels):
+def test_kmeans_errors_never_increase_and_the_last_is_the_error_of_the_codebook(rows, levels):
     fit = kmeans(rows, levels)
     assert fit.codebook.shape == (levels, rows.shape[1])
     assert list(fit.errors) == sorted(fit.errors, reverse=True)

@@ -37,7 +37,7 @@ def test_fake_quantize_rounds_as_the_stored_layer():
     assert torch.equal(fake_quantize(x, scale, -128, 127), quantize(x, scale) * scale)
 
 
-def test_fake_quantize_gradients_are_those_of_learned_step_size_quantization():
+def test_fake_quantize_gradients_equal_learned_step_size_quantization():
     x = torch.tensor([0.26, -0.74, 5.0, -5.0], requires_grad=True)
     scale = torch.tensor(0.1, requires_grad=True)
     fake_quantize(x, scale, -8, 7).backward(torch.tensor([1.0, 10.0, 100.0, 1000.0]))
@@ -132,7 +132,7 @@ def test_qat_without_improvement_stores_the_tensors_of_static_int8(tmp_path):
     assert trained.plan.reasons == (Reason("training_changed_nothing", step="qat", why=unchanged),)
 
 
-def test_the_metric_in_the_plan_is_that_of_the_stored_network(tmp_path):
+def test_the_metric_in_the_plan_is_measured_with_the_stored_network(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
     result = run(QAT(training=SHORT_TRAINING), RANKER.model(), bench, tmp_path / "out")
     actual = quality(result.module, RANKER.signature, bench.validation)
@@ -223,11 +223,11 @@ class SmallAndLargeInputsNet(nn.Module):
         return score
 
 
-SCHEMA = Signature(
+SIGNATURE = Signature(
     inputs=(DenseInput(name="x", shape=(WIDTH,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
-SMALL_AND_LARGE = Reference(SmallAndLargeInputsNet, SCHEMA)
+SMALL_AND_LARGE = Reference(SmallAndLargeInputsNet, SIGNATURE)
 
 
 def split_with_outlier(folder: Path, seed: int) -> Split:
@@ -251,7 +251,7 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
     """
     train, validation, test = (split_with_outlier(tmp_path / str(seed), seed) for seed in (1, 2, 3))
     bench = Bench(
-        signature=SCHEMA,
+        signature=SIGNATURE,
         calibration=train,
         train=train,
         validation=validation,
@@ -261,7 +261,7 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
     static_int8_auc = {
         calibrator: quality(
             run(StaticInt8(calibrator=calibrator), source, bench, tmp_path / calibrator).module,
-            SCHEMA,
+            SIGNATURE,
             test,
         )
         for calibrator in ("min_max", "percentile", "entropy", "mse", "best")
@@ -269,11 +269,11 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
     training = Training(epochs=20, patience=20, batch=64, learning_rate=0.02, warmup=0)
     step = QAT(soft_share=soft_share, training=training)
     result = run(step, source, bench, tmp_path / "qat")
-    qat_auc = quality(result.module, SCHEMA, test)
-    assert quality(source.module, SCHEMA, test) == 1.0
+    qat_auc = quality(result.module, SIGNATURE, test)
+    assert quality(source.module, SIGNATURE, test) == 1.0
     # The AUC that is lost, 1 - AUC, is less than a third of that of the best calibrator.
     assert 1 - qat_auc < (1 - max(static_int8_auc.values())) / 3
     # The input range ends below half of the large input, 60.
     assert float(result.module.out.input_scale) * 127 < 30
-    (rows,) = batches(test, SCHEMA, ROWS)
+    (rows,) = batches(test, SIGNATURE, ROWS)
     assert torch.isfinite(result.module(**rows.inputs)).all()

@@ -114,7 +114,7 @@ def test_lookup_returns_the_reference_weights_for_ids_of_any_shape(step, dim, sh
 
 
 @parametrize_pairwise(step=STEPS, rows=[1, 8, 11], scale=["float16", "float32"])
-def test_bytes_are_those_of_codes_scales_and_offsets(step, rows, scale):
+def test_stored_bytes_are_the_bytes_of_codes_scales_and_offsets(step, rows, scale):
     step = step.model_copy(update={"scale": scale})
     dim, bits = 10, BITS[step.kind]
     table = packed(step, random_normal(rows, dim))

@@ -72,7 +72,9 @@ def test_op_equals_exact_integer_arithmetic(inputs, has_largest_products):
 
 @pytest.mark.parametrize("shape", [(33,), (3, 11), (0,), ()])
 @pytest.mark.parametrize("inputs", [7, EXACT_INPUTS + 1])
-def test_op_in_parts_equals_one_product_bit_for_bit(inputs, shape, monkeypatch):
+def test_an_op_that_converts_weights_in_parts_equals_one_product_bit_for_bit(
+    inputs, shape, monkeypatch
+):
     codes, weight_scale, input_scale, bias = layer(inputs, 9)
     x = torch.randn(*shape, inputs, generator=torch.Generator().manual_seed(2))
     at_once = OP(x, codes, weight_scale, input_scale, bias)

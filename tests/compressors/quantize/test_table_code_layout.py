@@ -41,7 +41,7 @@ def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
     width = step.storage.width(*table.shape, step.settings())
     books, count = 1, table.shape[1]
     if step.kind != "kmeans":
-        books = count = step.storage.shape(*table.shape, step.settings()).books
+        books = count = step.storage.shape(*table.shape, step.settings()).num_codebooks
     codes = unpack(tensors["codes"], count, width)
     assert int(codes.max()) < len(tensors["codebook"]) // books
 
@@ -65,7 +65,7 @@ def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
     ],
     ids=lambda value: step_id(value) if hasattr(value, "kind") else str(value),
 )
-def test_bytes_are_those_of_padded_codes_scales_and_codebooks(step, shape, size):
+def test_stored_bytes_are_the_bytes_of_padded_codes_scales_and_codebooks(step, shape, size):
     assert size_of(step, *shape) == size
 
 
@@ -84,7 +84,7 @@ def test_codebooks_take_no_more_than_their_share_unless_they_have_two_entries(
         ResidualCodes(codebooks=books, bits=bits, codebook_share=share),
     ):
         shape = step.storage.shape(rows, dim, step.settings())
-        size = shape.books * shape.levels * shape.dim * 4
+        size = shape.num_codebooks * shape.levels * shape.dim * 4
         assert size <= share * 4 * rows * dim or shape.levels == 2
         assert 2 <= shape.levels <= max(1 << bits, 2)
         assert shape.levels <= 1 << shape.width
@@ -177,7 +177,7 @@ def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, 
     if step.kind == "kmeans":
         scale = tensors.get("scale")
         return ops.kmeans_table, (tensors["codes"], tensors["codebook"], scale, ids, dim, width)
-    books = step.storage.shape(rows, dim, step.settings()).books
+    books = step.storage.shape(rows, dim, step.settings()).num_codebooks
     common_arguments = (tensors["codes"], tensors["codebook"], ids)
     if step.kind == "product_codes":
         return ops.product_codes, (*common_arguments, dim, books, width)
@@ -211,9 +211,9 @@ def lookup_in_torch(
         result = codebook[unpack(tensors["codes"], dim, width)[ids].long()]
         return result * tensors["scale"].float()[ids] if "scale" in tensors else result
     shape = step.storage.shape(rows, dim, step.settings())
-    codes = unpack(tensors["codes"], shape.books, width)[ids].long()
-    books = codebook.reshape(shape.books, shape.levels, shape.dim)
-    entries = [books[index][codes[..., index]] for index in range(shape.books)]
+    codes = unpack(tensors["codes"], shape.num_codebooks, width)[ids].long()
+    books = codebook.reshape(shape.num_codebooks, shape.levels, shape.dim)
+    entries = [books[index][codes[..., index]] for index in range(shape.num_codebooks)]
     if step.kind == "residual_codes":
         return torch.stack(entries).sum(dim=0)
     widths = product_codes.part_widths(dim, step.parts)

@@ -35,7 +35,7 @@ def squared_error(step: TableStep, table: Tensor) -> float:
 
 @each_step
 @given(table=tables())
-def test_the_error_is_at_most_that_of_the_mean_row(step, table):
+def test_the_error_is_at_most_the_error_of_storing_the_mean_row(step, table):
     """One entry for all rows would be their mean, and a codebook has at least two entries."""
     difference = (decoded_rows(step, table) - table).double().square().sum()
     mean = table.double().mean() if step.kind == "kmeans" else table.double().mean(dim=0)

@@ -111,7 +111,7 @@ def encoding_job(
 
 
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 70), st.integers(1, 3), st.booleans())
-def test_streamed_tensors_equal_those_of_the_table_encoded_at_once(
+def test_tensors_encoded_in_blocks_equal_tensors_encoded_at_once(
     rows: int, dim: int, block_rows: int, workers: int, is_int4: bool
 ):
     step = RowwiseInt4(clipping="mse") if is_int4 else RowwiseInt8(scale="float32")

@@ -111,7 +111,7 @@ def test_rounding_error_is_at_most_half_the_scale_and_clipping_never_increases_i
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_stored_bytes_are_those_of_padded_codes_a_scale_per_block_and_the_bias(bits, block):
+def test_stored_bytes_are_the_bytes_of_padded_codes_block_scales_and_the_bias(bits, block):
     storage = {4: weight_int4.FORMAT, 8: weight_int8.FORMAT}[bits]
     settings = {"block": block, "scale": "float16", "activations": "float32"}
     layout = storage.layout(100, 7, settings, bias=True)
@@ -267,7 +267,7 @@ def quantized(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Te
     nearest = round_to_multiples(weight, scale, block, level_grid)
     scale_of_weight = expand_scales(scale, weight.shape[1], block)
     gram = x.double().T @ x.double()
-    by_gptq = gptq(weight, nearest, gram, scale_of_weight, level_grid.half)
+    by_gptq = gptq(weight, nearest, gram, scale_of_weight, level_grid.max_multiple)
     return by_gptq, nearest, scale_of_weight, gram
 
 

@@ -14,7 +14,7 @@ import torch
 from chained_networks import BLOCK, CHAIN, NORM_FIRST
 from error_codes import raises_code
 from models import RANKER, Reference, compressed_reference
-from narrow_networks import SCHEMA, DataDependentBranchNet, HiddenLayerNet
+from narrow_networks import SIGNATURE, DataDependentBranchNet, HiddenLayerNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,7 +74,7 @@ def test_consumers_are_found_through_an_activation_only_if_it_is_positively_homo
     scale = torch.rand(8, generator=torch.Generator().manual_seed(1)) + 0.5
     is_homogeneous = torch.allclose(function(x * scale), function(x) * scale)
     assert is_homogeneous == is_passed  # f(scale * x) = scale * f(x)
-    flow = dataflow_of(Reference(ActivationNet, SCHEMA, {"activation": activation}))
+    flow = dataflow_of(Reference(ActivationNet, SIGNATURE, {"activation": activation}))
     assert ("hidden" in flow.consumers) == is_passed
 
 
@@ -88,7 +88,7 @@ def test_a_layer_without_consumers_has_a_reason_that_names_the_operator():
 
 
 def test_layers_called_twice_or_read_elsewhere_are_fixed():
-    assert dataflow_of(CHAIN).fixed == {
+    assert dataflow_of(CHAIN).fixed_reasons == {
         "called_twice": Reason("called_again"),
         "weight_read": Reason("weight_read_elsewhere"),
     }
@@ -107,7 +107,7 @@ def test_dataflow_of_a_norm_whose_output_three_layers_of_a_transformer_read():
     assert flow.direct_consumers("first") == ("query", "key", "value")
     assert flow.consumers["up"] == (Consumer("down", ("relu",)),)
     assert flow.direct_consumers("last") == ("out",)
-    assert flow.dims["query"] == 3  # rows, positions and channels
+    assert flow.input_dims["query"] == 3  # rows, positions and channels
 
 
 class TiedWeightsNet(nn.Module):
@@ -131,11 +131,11 @@ class TiedWeightsNet(nn.Module):
 
 
 def test_layers_with_shared_computed_or_unused_weights_are_fixed():
-    flow = dataflow_of(Reference(TiedWeightsNet, SCHEMA))
-    assert flow.fixed["a"] == Reason("shares_tensor", other="b")
-    assert flow.fixed["b"] == Reason("shares_tensor", other="a")
+    flow = dataflow_of(Reference(TiedWeightsNet, SIGNATURE))
+    assert flow.fixed_reasons["a"] == Reason("shares_tensor", other="b")
+    assert flow.fixed_reasons["b"] == Reason("shares_tensor", other="a")
     assert "c" not in flow.consumers  # its weight is computed at every call
-    assert flow.fixed["c"] == flow.fixed["spare"] == Reason("not_called")
+    assert flow.fixed_reasons["c"] == flow.fixed_reasons["spare"] == Reason("not_called")
 
 
 class ViewsNet(nn.Module):
@@ -159,7 +159,7 @@ class ViewsNet(nn.Module):
 
 
 def test_consumers_are_found_through_views_only_if_channels_keep_their_positions():
-    flow = dataflow_of(Reference(ViewsNet, SCHEMA))
+    flow = dataflow_of(Reference(ViewsNet, SIGNATURE))
     assert flow.direct_consumers("in_place") == ("first",)
     assert flow.reasons["expanded"] == Reason("output_enters", operator="select")
     assert flow.reasons["transposed"] == Reason("output_enters", operator="view")
@@ -167,13 +167,13 @@ def test_consumers_are_found_through_views_only_if_channels_keep_their_positions
 
 def test_a_step_traces_the_network_once(monkeypatch, tmp_path):
     counts = []
-    original = dataflow_module._graphs
+    original = dataflow_module._export_graphs
 
     def counting_graphs(module: nn.Module, signature: Signature) -> object:
         counts.append(1)
         return original(module, signature)
 
-    monkeypatch.setattr(dataflow_module, "_graphs", counting_graphs)
+    monkeypatch.setattr(dataflow_module, "_export_graphs", counting_graphs)
     run_or_skip(Fold(), NORM_FIRST.model(), NORM_FIRST.bench(tmp_path / "data"), tmp_path / "out")
     assert len(counts) == 1
 
@@ -185,5 +185,5 @@ def test_packed_layers_have_no_consumers():
 
 def test_a_network_that_cannot_be_exported_raises_step_refused():
     with raises_code(StepRefused, "network_not_traceable") as refusal:
-        dataflow(DataDependentBranchNet(), SCHEMA.model_copy(update={"inputs": SCHEMA.inputs}))
+        dataflow(DataDependentBranchNet(), SIGNATURE)
     assert refusal.value.__cause__ is not None

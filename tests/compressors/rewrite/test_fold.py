@@ -18,7 +18,7 @@ from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import float32_rounding, scores_of
 from models import COMPACT, NORMED, Reference, only_graph
-from narrow_networks import SCHEMA
+from narrow_networks import SIGNATURE
 from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -133,7 +133,7 @@ def test_the_affine_part_of_a_layer_norm_is_folded_into_all_its_consumers(tmp_pa
 
 
 def test_a_norm_with_an_offset_before_a_layer_without_bias_is_kept(tmp_path):
-    reference = Reference(NormFirst, SCHEMA, {"bias": False})
+    reference = Reference(NormFirst, SIGNATURE, {"bias": False})
     source, result = fold_reference(reference, tmp_path)
     assert isinstance(result.module.first, FoldedNorm)
     assert isinstance(result.module.second, nn.BatchNorm1d)
@@ -143,7 +143,7 @@ def test_a_norm_with_an_offset_before_a_layer_without_bias_is_kept(tmp_path):
 
 
 def test_a_norm_without_an_offset_is_folded_into_a_layer_without_bias(tmp_path):
-    reference = Reference(NormFirst, SCHEMA, {"bias": False})
+    reference = Reference(NormFirst, SIGNATURE, {"bias": False})
     source = reference.model()
     nn.init.zeros_(source.module.second.running_mean)
     source, result = fold_reference(reference, tmp_path, source)
@@ -271,7 +271,7 @@ class NormStatisticReadingNet(nn.Module):
 
 
 def test_a_norm_whose_statistics_other_code_reads_is_kept(tmp_path):
-    reference = Reference(NormStatisticReadingNet, SCHEMA)
+    reference = Reference(NormStatisticReadingNet, SIGNATURE)
     with raises_code(NothingToCompress, "units_missing") as caught:
         fold_reference(reference, tmp_path)
     reason = Reason("weight_read_elsewhere")
@@ -335,8 +335,8 @@ class ComparisonNet(nn.Module):
 
 
 def test_columns_that_only_a_comparison_reads_are_not_reported_as_unread():
-    model = Reference(ComparisonNet, SCHEMA).model()
-    assert unread_features(model.module, SCHEMA) == {"price": (1, 2, 3, 4)}
+    model = Reference(ComparisonNet, SIGNATURE).model()
+    assert unread_features(model.module, SIGNATURE) == {"price": (1, 2, 3, 4)}
 
 
 # --- later steps -----------------------------------------------------------------------------
@@ -403,8 +403,8 @@ class ConstantSoftmaxNet(nn.Module):
 def test_values_that_depend_on_no_input_are_one_initializer_of_the_graph(tmp_path):
     """The export folds constants, so a runtime does not have to."""
     path = tmp_path / "model.onnx"
-    module = Reference(ConstantSoftmaxNet, SCHEMA).model().module
-    lower(module, only_graph(SCHEMA), "onnxruntime", path)
+    module = Reference(ConstantSoftmaxNet, SIGNATURE).model().module
+    lower(module, only_graph(SIGNATURE), "onnxruntime", path)
     graph = onnx.load(path).graph
     assert not {"Softmax", "Exp"} & {node.op_type for node in graph.node}
     (product,) = (node for node in graph.node if node.op_type == "Mul")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressors.contracts import Output
 from compressors.core.batches import Batch
-from compressors.task_kinds.protocol import TaughtRows
+from compressors.task_kinds.protocol import DistillationRows
 from compressors.task_kinds.retrieval import Retrieval, margin_loss
 
 OUTPUT = Output(name="score", kind="retrieval", form="score", metric="recall@20")
@@ -78,8 +78,8 @@ def test_soft_loss_is_the_cross_entropy_over_different_items(rows, seed, tempera
         logits = [(v[row, 0] @ v[first, 1].T).numpy() / temperature for v in (student, teacher)]
         shares = [np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in logits]
         losses.append(-(shares[1] * np.log(shares[0])).sum())
-    taught = TaughtRows(student, teacher, batch_of(item, query, label))
-    actual = float(LOSSES.soft_loss(taught, temperature))
+    rows = DistillationRows(student, teacher, batch_of(item, query, label))
+    actual = float(LOSSES.soft_loss(rows, temperature))
     assert actual == pytest.approx(np.mean(losses) * temperature**2, rel=1e-9)
 
 
@@ -89,7 +89,7 @@ def test_gradient_of_a_loss_on_the_teacher_vanishes_at_the_teacher(loss):
     teacher = vectors_of(6, 0)
     student = teacher.clone().requires_grad_(True)
     if loss == "soft":
-        value = LOSSES.soft_loss(TaughtRows(student, teacher, batch), 2.0)
+        value = LOSSES.soft_loss(DistillationRows(student, teacher, batch), 2.0)
     else:
         value = margin_loss(student, teacher, batch)
         assert float(value.detach()) == 0
