@@ -4,6 +4,7 @@ The builder audits each engine: it checks, for example, that tables stay compres
 """
 
 import logging
+import shutil
 from pathlib import Path
 
 from prefect import task
@@ -52,8 +53,8 @@ def build(
         seconds: time limit of building and auditing one engine.
 
     Returns:
-        The artifact of the engines, a record of each build, and ``lowering.json``, the description
-        of the graphs.
+        The artifact of the engines, a record of each build, the tokenizers of texts, and
+        ``lowering.json``, the description of the graphs.
 
     Raises:
         BuildRefused: the builder is not installed, refuses a graph, or an audit failed.
@@ -91,6 +92,8 @@ def build(
             path.rename(output / name)
             (output / build_record(graph.name)).write_text(engine.record(name))
             log.info("%s %s, %s: %d bytes", target, engine.version, name, engine.bytes)
+        for text in lowering.texts:
+            shutil.copyfile(folder / text.tokenizer, output / text.tokenizer)
         (output / "lowering.json").write_text(lowering.model_dump_json(indent=1))
         return store().put(output)
 

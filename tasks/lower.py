@@ -5,19 +5,30 @@ operators in the graph as the target's runtime has optimized it.
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from prefect import task
 from torch import Tensor
 
-from compressors.contracts import Artifact, JaggedBag, Plan, SequenceInput, Signature, Split
+from compressors.contracts import (
+    Artifact,
+    JaggedBag,
+    Plan,
+    SequenceInput,
+    Signature,
+    Split,
+    TokensInput,
+)
 from compressors.contracts.targets import TARGETS
 from compressors.core.batches import batches
 from compressors.core.random_inputs import edge_rows, generate_edge_inputs
 from compressors.core.runner import rows_of_tables
+from compressors.core.scores import tower_arguments
 from compressors.core.units import Unit, stored_bytes
 from compressors.lower.export import Lowered, lower
-from compressors.lower.parity import worst_parity
+from compressors.lower.parity import Parity, worst_parity
 from compressors.lower.serving_wrapper import (
     SCORE,
     VECTOR,
@@ -27,12 +38,19 @@ from compressors.lower.serving_wrapper import (
 )
 from compressors.lower.targets.registry import lowering_target
 from compressors.prune.dense.sparse_2_4 import sparse_layers
+from infra.data.tokenization import load_tokenizers
 from infra.onnxruntime.sessions import OnnxRuntime
 from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import LoadedBundle, load_bundle, split_of
+from tasks.bundles.loading import LoadedBundle, load_bundle, split_of, tokenizer_files
 from tasks.evaluation.parity import GraphCheck, runnable_graph
-from tasks.orchestration.graph_documents import GraphInput, LoweredGraph, Lowering
+from tasks.orchestration.graph_documents import (
+    TOKENIZER_SUFFIX,
+    GraphInput,
+    LoweredGraph,
+    Lowering,
+    TextInput,
+)
 from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import store
 from tasks.target_adapters import runtime_of_graphs
@@ -68,7 +86,8 @@ def lower_model(
         most_rows: the largest batch a graph must accept.
 
     Returns:
-        The artifact of one ``.onnx`` file per graph and their ``lowering.json``.
+        The artifact of one ``.onnx`` file per graph, the tokenizers of inputs that are texts, and
+        ``lowering.json``.
 
     Raises:
         NotLowerable: the target has no lowering for a part of the model.
@@ -100,6 +119,7 @@ def lower_model(
             graphs=tuple(graphs),
             packed_bytes=_weight_bytes(loaded),
             repeated_bytes=_repeated_bytes(loaded),
+            texts=_write_tokenizers(loaded, Path(scratch)),
         )
         (Path(scratch) / "lowering.json").write_text(lowering.model_dump_json(indent=1))
         return store().take_derived(Path(scratch), bundle, loaded.folder)
@@ -133,11 +153,12 @@ def _check_graph(
     with runnable_graph(path, target, plan) as runnable:
         session = comparison_runtime.open(runnable, load_settings().threads)
         check = GraphCheck(loaded.model.module, lowered, plan, target, most_rows, runnable, session)
-        first_rows = _first_batch(probe, signature, PROBE_ROWS)
-        rows_parities, expected = check.parity(first_rows, "the data")
-        for size in SMALL_BATCHES:
-            inputs = _first_batch(probe, signature, size)
-            check.require_same_in_small_batch(expected[:size], inputs, rows_parities)
+        rows_parities: list[Parity] = []
+        for read in _readers(probe, loaded.manifest.signature, served):
+            parities, expected = check.parity(read(PROBE_ROWS), "the data")
+            for size in SMALL_BATCHES:
+                check.require_same_in_small_batch(expected[:size], read(size), parities)
+            rows_parities += parities
         tables = rows_of_tables(loaded.model.module, signature)
         # Two rows per input with ids out of range, one with empty lists, one with full lists.
         edge = generate_edge_inputs(signature, tables, max(EDGE_ROWS, edge_rows(signature)))
@@ -177,8 +198,22 @@ def _plan_of_graph(loaded: LoadedBundle, served: ServedGraph) -> Plan | None:
     return Plan(lines=tuple(line for line in plan.lines if line.module in names))
 
 
-def _first_batch(split: Split, signature: Signature, rows: int) -> dict[str, Tensor]:
-    return next(batches(split, signature, rows)).inputs
+def _readers(
+    split: Split, signature: Signature, served: ServedGraph
+) -> list[Callable[[int], dict[str, Tensor]]]:
+    """Return the functions that read a graph's inputs for the first rows of a split.
+
+    There is one for each tower that the graph computes, and one for a model without towers.
+    """
+
+    def of_model(rows: int) -> dict[str, Tensor]:
+        return next(batches(split, served.signature, rows)).inputs
+
+    def of_tower(name: str, rows: int) -> dict[str, Tensor]:
+        inputs = next(batches(split, signature.of_tower(name), rows)).inputs
+        return tower_arguments(inputs, signature, name)
+
+    return [partial(of_tower, name) for name in served.towers] or [of_model]
 
 
 def _graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput]:
@@ -203,6 +238,35 @@ def _graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[Grap
         )
         for name in input_names(signature)
     ]
+
+
+def _write_tokenizers(loaded: LoadedBundle, folder: Path) -> tuple[TextInput, ...]:
+    """Write the tokenizer of each input that reads texts, and return how clients use it."""
+    signature = loaded.manifest.signature
+    tokenizers = load_tokenizers(signature, tokenizer_files(loaded.manifest))
+    texts = []
+    for served in served_graphs(signature):
+        for part in [signature.of_tower(name) for name in served.towers] or [signature]:
+            # The item tower of the graph ``encoder`` has the names of the query tower's inputs.
+            for item, of_graph in zip(part.inputs, served.signature.inputs, strict=True):
+                if not isinstance(item, TokensInput) or not isinstance(of_graph, TokensInput):
+                    continue
+                file = f"{item.name}{TOKENIZER_SUFFIX}"
+                tokenizers[item.name].save(folder / file)
+                texts.append(
+                    TextInput(
+                        column=item.columns[0],
+                        graph=served.name,
+                        tokenizer=file,
+                        ids=of_graph.name,
+                        mask=of_graph.mask,
+                        token_types=of_graph.token_types,
+                        lengths=of_graph.lengths,
+                        positions=of_graph.positions,
+                        first_position=of_graph.first_position,
+                    )
+                )
+    return tuple(texts)
 
 
 def _packed_bytes(loaded: LoadedBundle, served: ServedGraph) -> int:

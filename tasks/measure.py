@@ -5,12 +5,15 @@ with the champion, which are measured in the same run and on the same machine.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from prefect import task
+from torch import Tensor
 
 from compressors.contracts import (
     Artifact,
@@ -26,7 +29,8 @@ from compressors.contracts.output_metrics import (
 )
 from compressors.contracts.targets import Target
 from compressors.contracts.targets.runtime import Runtime, Session
-from compressors.core.batches import Batch, batches
+from compressors.core.batches import Batch, Rows, batches
+from compressors.core.scores import tower_arguments
 from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import served_graphs
 from compressors.metrics.full_ranking import ranking_metrics
@@ -151,7 +155,9 @@ def measure(
             )
             continue
         split = split_of(test, test_rows)
-        inputs = _to_arrays(next(batches(split, request_graph.signature, size)))
+        # A request is a query: if one graph has both towers, its inputs are those of the query.
+        request_rows = Rows(split, request_graph.signature)
+        inputs = _to_arrays(request_rows.take(torch.arange(size)))
         timed = measure_latency(timed_sessions, inputs, size, metrics, seed)
         candidate_numbers += timed.candidate
         baseline_numbers += timed.baseline
@@ -226,7 +232,7 @@ def _evaluate(
     """Evaluate every model on the test rows: one score per row, or one ranking per query."""
     if ranking is not None:
         vectors = {
-            name: ranked_vectors(_tower_functions(opened), signature, test, ranking)
+            name: ranked_vectors(_tower_functions(opened, signature), signature, test, ranking)
             for name, opened in sessions.items()
         }
         values = {name: ranking_metrics(ranked, names) for name, ranked in vectors.items()}
@@ -239,13 +245,21 @@ def _evaluate(
     return row_quality(signature, test, scores, seed)
 
 
-def _tower_functions(sessions: Sessions) -> dict[str, Vectors]:
+def _tower_functions(sessions: Sessions, signature: Signature) -> dict[str, Vectors]:
     """Return the towers of a retrieval model as functions from tensors to vectors."""
 
-    def vectors(session: Session) -> Vectors:
-        return lambda inputs: session.scores({name: t.numpy() for name, t in inputs.items()})
+    def vectors(session: Session, tower: str) -> Vectors:
+        def compute_vectors(inputs: Mapping[str, Tensor]) -> Array:
+            arguments = tower_arguments(inputs, signature, tower)
+            return session.scores({name: tensor.numpy() for name, tensor in arguments.items()})
 
-    return {name: vectors(session) for name, session in sessions.items()}
+        return compute_vectors
+
+    return {
+        tower: vectors(sessions[graph.name], tower)
+        for graph in served_graphs(signature)
+        for tower in graph.towers
+    }
 
 
 def _score_rows(name: str, session: Session, rows: list[Batch]) -> Array:

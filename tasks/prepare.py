@@ -12,7 +12,7 @@ from infra.data.catalogue import prepare as prepare_split
 from infra.data.split_statistics import check_ids, split_statistics
 from infra.errors import DataRefused
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import data_path
+from tasks.bundles.loading import data_path, tokenizer_files
 from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
@@ -37,7 +37,8 @@ def prepare(bundle: Artifact, split: SplitName) -> Artifact:
     with scratch_folder("prepare") as scratch:
         catalogue: tuple[SplitName, ...] = ("items",) if "items" in manifest.data else ()
         paths: dict[str, Path] = {name: data_path(manifest, name) for name in (split, *catalogue)}
-        prepared = prepare_split(paths, split, manifest.signature, Path(scratch))
+        files = tokenizer_files(manifest)
+        prepared = prepare_split(paths, split, manifest.signature, Path(scratch), files)
         log.info("%s: %d rows, %d bytes of tensors", split, prepared.rows, prepared.bytes)
         return store().put(Path(scratch))
 
@@ -68,7 +69,8 @@ def prepare_for_teacher(bundle: Artifact, split: SplitName, teacher: Artifact) -
         statistics = split_statistics(path, signature)
         check_ids({split: statistics}, signature, table_rows(facts, teachers_manifest))
         with scratch_folder("prepare") as scratch:
-            prepare_split({split: path}, split, signature, Path(scratch))
+            files = tokenizer_files(teachers_manifest)
+            prepare_split({split: path}, split, signature, Path(scratch), files)
             return store().put(Path(scratch))
     except DataRefused as fault:
         name = f"{teachers_manifest.name}@{teachers_manifest.version}"

@@ -14,7 +14,7 @@ from infra.data.expectations import validate as run_checks
 from infra.data.validation_page import validation_page
 from infra.store.temporary import scratch_folder
 from tasks.bundles.baseline import check_baseline, require_sound
-from tasks.bundles.loading import data_path, model_of
+from tasks.bundles.loading import data_path, model_of, tokenizer_files
 from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
@@ -47,7 +47,7 @@ def validate(bundle: Artifact, rules: Rules) -> Artifact:
     problems: tuple[BaselineProblem, ...] = ()
     if validation.success:  # splits that failed may not be readable; they are refused below
         module = model_of(folder, manifest).module
-        problems = check_baseline(module, manifest.signature, splits)
+        problems = check_baseline(module, manifest.signature, splits, tokenizer_files(manifest))
         texts = tuple(str(problem.reason) for problem in problems)
         validation = validation.model_copy(update={"warnings": texts})
     with scratch_folder("validate") as scratch:

@@ -49,6 +49,7 @@ from compressors.contracts.inputs import ListInput as ListInput
 from compressors.contracts.inputs import MatrixInput as MatrixInput
 from compressors.contracts.inputs import PaddedBag as PaddedBag
 from compressors.contracts.inputs import SequenceInput as SequenceInput
+from compressors.contracts.inputs import TokensInput as TokensInput
 from compressors.contracts.inputs import ValueRange as ValueRange
 from compressors.contracts.inputs import all_tables as all_tables
 from compressors.contracts.inputs import tensor_names as tensor_names

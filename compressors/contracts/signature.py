@@ -13,6 +13,7 @@ from compressors.contracts.inputs import (
     IdInput,
     KeyInput,
     SequenceInput,
+    TokensInput,
     data_inputs,
     tensor_names,
 )
@@ -38,7 +39,8 @@ class Tower(Frozen):
     The query tower encodes the user or query, the item tower an item of the catalogue.
 
     The submodule is called with its inputs by name and returns vectors ``(rows, dim)``. Both towers
-    have the same ``dim``.
+    have the same ``dim``. If both are one module (``Signature.shares_tower``), the names are those
+    of the query tower's inputs.
     """
 
     module: str = Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$", description="Its attribute path.")
@@ -100,6 +102,18 @@ class Output(Frozen):
     def task_kind(self) -> TaskKind:
         """The properties of the task kind."""
         return task_kind(self.kind)
+
+
+def _form(item: AnyInput) -> dict[str, object]:
+    """Return the fields of an input without its names, and without the longest list of a sequence.
+
+    A name of a tensor becomes whether there is such a tensor.
+    """
+    fields = item.model_dump(exclude={"name", "columns"})
+    if isinstance(item, SequenceInput):
+        names = ("mask", "lengths", "positions", "token_types", "same_length_as")
+        fields |= {name: fields.get(name) is not None for name in names} | {"shape": None}
+    return fields
 
 
 def judged_metrics(outputs: tuple[Output, ...]) -> tuple[str, ...]:
@@ -171,7 +185,11 @@ class Signature(Frozen):
 
     @model_validator(mode="after")
     def _require_sequences_of_equal_length(self) -> Self:
-        sequences = {item.name: item for item in self.inputs if isinstance(item, SequenceInput)}
+        sequences = {
+            item.name: item
+            for item in self.inputs
+            if isinstance(item, SequenceInput) and not isinstance(item, TokensInput)
+        }
         for item in sequences.values():
             if item.same_length_as is None:
                 continue
@@ -296,6 +314,25 @@ class Signature(Frozen):
         return self.model_copy(
             update={"inputs": tuple(item for item in self.inputs if item.name in selected)}
         )
+
+    def of_tower(self, name: str) -> Self:
+        """Return the signature with only the inputs of the tower ``query`` or ``item``."""
+        if self.towers is None:
+            raise ValueError("expected a signature with towers")
+        return self.only(self.towers.named()[name].inputs)
+
+    @property
+    def shares_tower(self) -> bool:
+        """Whether both towers of a retrieval model are one module with inputs of the same form.
+
+        Then one graph is served for both. Lists may have different lengths.
+        """
+        if self.towers is None or self.towers.query.module != self.towers.item.module:
+            return False
+        query, item = (
+            [_form(item) for item in self.of_tower(name).inputs] for name in self.towers.named()
+        )
+        return query == item
 
     def of_split(self, split: str) -> Self:
         """Return the signature of the files of one split.

@@ -3,9 +3,9 @@
 A prepared split is a folder with one ``data.safetensors``: a tensor per input under the input's
 name (for a matrix, per field under the field's name), ``@label``, and ``@group`` and ``@time`` if
 the signature names them. With several outputs, ``@label`` has a column for each. A ragged input (a
-jagged bag or a sequence) has a list of ids per row, whose length differs between rows. It is stored
-as the concatenated ids and ``@bounds/<name>``, int64 ``(rows + 1,)``: row ``r`` has the ids from
-``bounds[r]`` to ``bounds[r + 1] - 1``.
+jagged bag, a sequence or tokens) has a list of ids per row, whose length differs between rows. It
+is stored as the concatenated ids and ``@bounds/<name>``, int64 ``(rows + 1,)``: row ``r`` has the
+ids from ``bounds[r]`` to ``bounds[r + 1] - 1``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,11 +28,18 @@ from compressors.contracts import (
     SequenceInput,
     Signature,
     Split,
+    TokensInput,
     tensor_names,
 )
 
 MAX_SHOWN_VALUES = 8
 """Largest number of values of one list that ``format_row`` shows."""
+
+MAX_TOKENS = 2**14
+"""Largest number of tokens of a batch of texts, padding included.
+
+An encoder's activations are large: 1,024 texts of 256 tokens and 1,536 channels take 1.6 GB.
+"""
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,11 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield batches of up to ``size`` rows in stored order, from the first ``limit`` rows.
 
-    Reads only the rows it yields: the file is memory-mapped and sliced.
+    Batches of texts have fewer rows, as ``rows_per_batch`` says. Reads only the rows it yields: the
+    file is memory-mapped and sliced.
     """
     rows = split.rows if limit is None else min(limit, split.rows)
+    size = rows_per_batch(signature, size)
     with safe_open(Path(split.path) / "data.safetensors", framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         bounds = {
@@ -86,6 +95,12 @@ def batches(
                     data[item.name] = slices[item.name][begin:end]
             group = slices["@group"][begin:end] if "@group" in slices else None
             yield Batch(model_inputs(data, signature), slices["@label"][begin:end], group)
+
+
+def rows_per_batch(signature: Signature, most: int) -> int:
+    """Return ``most``, or fewer rows if these have more than ``MAX_TOKENS`` tokens of texts."""
+    tokens = sum(item.shape[0] for item in signature.inputs if isinstance(item, TokensInput))
+    return max(1, min(most, MAX_TOKENS // tokens)) if tokens else most
 
 
 class Rows:
@@ -372,6 +387,8 @@ def padded_sequence(item: SequenceInput, values: Tensor, bounds: Tensor) -> dict
         tensors.append(lengths)
     if item.positions is not None:
         tensors.append(torch.where(is_id, position + item.first_position, 0))
+    if isinstance(item, TokensInput) and item.token_types is not None:
+        tensors.append(torch.zeros(ids.shape, dtype=torch.int64, device=ids.device))
     return dict(zip(tensor_names(item), tensors, strict=True))
 
 

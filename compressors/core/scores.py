@@ -12,12 +12,15 @@ Its *scores* are then a tensor, float ``(rows,)`` for one output and ``(rows, n)
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from compressors.contracts import Signature, tensor_names
+
+Value = TypeVar("Value")
+"""A tensor, or an array of a runtime."""
 
 
 def call_network(module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature) -> Any:
@@ -28,8 +31,7 @@ def call_network(module: nn.Module, inputs: Mapping[str, Tensor], signature: Sig
         inputs: its input tensors by name; others are ignored.
         signature: the signature, restricted to the inputs of the network or tower.
     """
-    names = [name for item in signature.model_inputs for name in tensor_names(item)]
-    arguments = {name: inputs[name] for name in names}
+    arguments = {name: inputs[name] for name in _tensor_names(signature)}
     match signature.call:
         case "positions":
             return module(*arguments.values())
@@ -68,11 +70,42 @@ def tower_vectors(
     """Call the tower ``query`` or ``item`` of a network; return its vectors ``(rows, dim)``."""
     if signature.towers is None:
         raise ValueError("expected a signature with towers")
-    tower = signature.towers.named()[name]
+    called_as = "query" if signature.shares_tower else name
     vectors: Tensor = call_network(
-        module.get_submodule(tower.module), inputs, signature.only(tower.inputs)
+        module.get_submodule(signature.towers.named()[name].module),
+        tower_arguments(inputs, signature, name),
+        signature.of_tower(called_as),
     )
     return vectors
+
+
+def tower_arguments(
+    inputs: Mapping[str, Value], signature: Signature, name: str
+) -> dict[str, Value]:
+    """Return the input tensors of a tower by the names under which the tower receives them.
+
+    If both towers are one module, the tensors of the item tower get the names of the query tower's
+    tensors, in the order of the inputs.
+
+    Args:
+        inputs: tensors or arrays by name; those of the tower's inputs are used.
+        signature: signature of a model with two towers.
+        name: ``query`` or ``item``.
+    """
+    called_as = "query" if signature.shares_tower else name
+    return {
+        argument: inputs[tensor]
+        for argument, tensor in zip(
+            _tensor_names(signature.of_tower(called_as)),
+            _tensor_names(signature.of_tower(name)),
+            strict=True,
+        )
+    }
+
+
+def _tensor_names(signature: Signature) -> list[str]:
+    """Return the names of all input tensors, in order."""
+    return [name for item in signature.model_inputs for name in tensor_names(item)]
 
 
 def scores_of(returned: Any, signature: Signature) -> Tensor:

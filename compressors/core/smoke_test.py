@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from compressors.contracts import Signature, is_out_of_memory
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import rows_of_tables
-from compressors.core.scores import call_network, network_scores, scores_of
+from compressors.core.scores import call_network, network_scores, scores_of, tower_vectors
 from compressors.core.state.construction import differing_tensors
 from compressors.errors.compression import ModelRefused
 from compressors.lower.serving_wrapper import input_names, served_graphs
@@ -134,18 +134,18 @@ def _check_towers(
 ) -> None:
     """Raise ``ModelRefused`` if a tower fails or the towers' dot product is not the score."""
     vectors: dict[str, Tensor] = {}
-    for graph in served_graphs(signature):  # one for each tower
+    towers = [(graph, name) for graph in served_graphs(signature) for name in graph.towers]
+    for graph, name in towers:
         try:
-            tower = graph.part(model)
             with torch.no_grad():
-                vector = call_network(tower, inputs, graph.signature)
+                vector = tower_vectors(model, inputs, signature, name)
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
             raise ModelRefused(
                 "tower_fails",
                 architecture=path,
-                tower=graph.name,
+                tower=name,
                 module=graph.module,
                 inputs=tuple(input_names(graph.signature)),
                 problem=repr(fault),
@@ -155,12 +155,12 @@ def _check_towers(
             raise ModelRefused(
                 "tower_vector_shape",
                 architecture=path,
-                tower=graph.name,
+                tower=name,
                 module=graph.module,
                 rows=ROWS,
                 got=str(shape),
             )
-        vectors[graph.name] = vector
+        vectors[name] = vector
     if vectors["query"].shape != vectors["item"].shape:
         raise ModelRefused(
             "tower_lengths_differ",

@@ -1,10 +1,11 @@
 """Wrap a model in the module that is exported; it adds the policy for ids out of range.
 
 A model is served as one graph, ``model``, or for ``retrieval`` as two: ``query`` and ``item``, one
-per tower. A graph has named inputs and outputs. The graph of a tower has the output ``vector``,
-float32 ``(rows, dim)``. The graph ``model`` has an output for each output of the model, float32
-``(rows,)``: a probability if the model outputs logits or probabilities, else a score. It is called
-``score`` if there is one, and has the name that the signature gives it if there are several.
+per tower. If both towers are one module, there is one graph, ``encoder``. A graph has named inputs
+and outputs. The graph of a tower has the output ``vector``, float32 ``(rows, dim)``. The graph
+``model`` has an output for each output of the model, float32 ``(rows,)``: a probability if the
+model outputs logits or probabilities, else a score. It is called ``score`` if there is one, and has
+the name that the signature gives it if there are several.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ SCORE = "score"
 """Name of the only output of the graph ``model``."""
 VECTOR = "vector"
 """Name of the output of a tower's graph."""
+ENCODER = "encoder"
+"""Name of the graph of both towers, if they are one module."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,20 @@ class ServedGraph:
     """One graph of a model.
 
     Attributes:
-        name: ``model``, ``query`` or ``item``.
-        signature: the model's signature with the inputs of this graph only.
+        name: ``model``, ``query``, ``item`` or ``encoder``.
+        signature: the model's signature with the inputs of this graph only. Those of ``encoder``
+            have the names of the query tower's inputs.
         module: attribute path of the submodule that the graph runs; empty for the whole model.
         outputs: names of the graph's outputs: ``score`` if there is only one; else the names in the
             signature; ``vector`` for a tower.
+        towers: names of the towers that the graph computes; none for the graph ``model``.
     """
 
     name: str
     signature: Signature
     module: str
     outputs: tuple[str, ...]
+    towers: tuple[str, ...] = ()
 
     def part(self, model: nn.Module) -> nn.Module:
         """Return the submodule of a model that this graph runs."""
@@ -59,17 +65,33 @@ class ServedGraph:
 def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
     """Return the graphs of a model.
 
-    A request runs the first one. If there is a second one, ``item``, its vectors are computed in
-    advance.
+    A request runs the first one. The vectors of items are computed in advance, by the second graph
+    or by the same one.
     """
     if signature.towers is None:
         names = tuple(output.name for output in signature.outputs)
         outputs = names if signature.has_several_outputs else (SCORE,)
         return (ServedGraph("model", signature, "", outputs),)
+    towers = signature.towers.named()
+    if signature.shares_tower:
+        of_both = _with_longest_lists(*(signature.of_tower(name) for name in towers))
+        module = signature.towers.query.module
+        return (ServedGraph(ENCODER, of_both, module, (VECTOR,), tuple(towers)),)
     return tuple(
-        ServedGraph(name, signature.only(tower.inputs), tower.module, (VECTOR,))
-        for name, tower in signature.towers.named().items()
+        ServedGraph(name, signature.of_tower(name), tower.module, (VECTOR,), (name,))
+        for name, tower in towers.items()
     )
+
+
+def _with_longest_lists(query: Signature, item: Signature) -> Signature:
+    """Return the signature of the query tower, whose sequences may be as long as in either."""
+    inputs = tuple(
+        first.model_copy(update={"shape": max(first.shape, second.shape)})
+        if isinstance(first, SequenceInput)
+        else first
+        for first, second in zip(query.inputs, item.inputs, strict=True)
+    )
+    return query.model_copy(update={"inputs": inputs})
 
 
 class ServingWrapper(nn.Module):

@@ -59,6 +59,8 @@ class RankingQueries:
         relevant: pairs of queries and relevant items, int64 ``(pairs,)``, sorted.
         hidden: pairs of queries and hidden items, sorted; none of them is in ``relevant``.
         items: number of items of the catalogue.
+        gain: the label of each relevant pair, float64 ``(pairs,)``; the largest if several rows
+            have the pair.
     """
 
     query: Ints
@@ -66,6 +68,7 @@ class RankingQueries:
     relevant: Ints
     hidden: Ints
     items: int
+    gain: Floats
 
 
 def ranking_queries(
@@ -97,7 +100,9 @@ def ranking_queries(
             + [_encode_pairs(*part.positive(), queries, ids) for part in earlier]
         )
     )
-    relevant = np.setdiff1d(relevant, hidden, assume_unique=True)
+    gain = _largest_labels(test, relevant, queries, ids)
+    is_new = np.isin(relevant, hidden, assume_unique=True, invert=True)
+    relevant, gain = relevant[is_new], gain[is_new]
     if not relevant.size:
         raise MetricRefused("new_items_missing")
     # Renumber without the queries that have no relevant item left.
@@ -113,7 +118,7 @@ def ranking_queries(
     all_queries, first = np.unique(np.asarray(test.query), return_index=True)
     query = queries[remaining]
     row = first[np.searchsorted(all_queries, query)]
-    return RankingQueries(query, row, renumbered(relevant), renumbered(hidden), ids.size)
+    return RankingQueries(query, row, renumbered(relevant), renumbered(hidden), ids.size, gain)
 
 
 class RankedVectors(NamedTuple):
@@ -135,6 +140,7 @@ class RelevantPlaces:
         relevant: number of relevant items of each query, int64 ``(queries,)``.
         depth: number of ranks for which the counts are exact. For an item after these ranks,
             ``above`` is ``depth`` and ``equal`` is 1.
+        gain: the label of each relevant item, float64 ``(pairs,)``.
     """
 
     query: Ints
@@ -142,6 +148,19 @@ class RelevantPlaces:
     equal: Ints
     relevant: Ints
     depth: int
+    gain: Floats
+
+    def ideal_sums(self, discounts: Floats) -> Floats:
+        """Sum gains times discounts by query in the best ranking: float64 ``(queries,)``.
+
+        Args:
+            discounts: the discount of each rank, best first, float64 ``(depth,)``.
+        """
+        best = np.lexsort((-self.gain, self.query))  # queries are sorted and stay in place
+        first = np.cumsum(self.relevant) - self.relevant  # of each query
+        rank = np.arange(self.query.size) - first[self.query]
+        padded = np.append(discounts, 0.0)[np.minimum(rank, discounts.size)]
+        return self.sums(self.gain[best] * padded)
 
     def sums(self, values: Floats) -> Floats:
         """Sum values of relevant items ``(pairs,)`` by query: float64 ``(queries,)``."""
@@ -196,7 +215,7 @@ def relevant_places(
         )
     owner = queries.relevant // queries.items
     relevant = np.bincount(owner, minlength=queries.query.size)
-    return RelevantPlaces(owner, above, equal, relevant, depth)
+    return RelevantPlaces(owner, above, equal, relevant, depth, queries.gain)
 
 
 def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, Floats]:
@@ -261,6 +280,25 @@ def _encode_pairs(
     known = (catalogue[item_index] == interaction_items) & (queries[number] == interaction_queries)
     pairs: Ints = np.unique(number[known].astype(np.int64) * catalogue.size + item_index[known])
     return pairs
+
+
+def _largest_labels(test: Interactions, pairs: Ints, queries: Ints, catalogue: Ints) -> Floats:
+    """Return the largest label of the test rows of each pair, float64 ``(pairs,)``.
+
+    Args:
+        test: the test interactions; all items of positive ones are in the catalogue.
+        pairs: the pairs of the positive rows, sorted.
+        queries: the ids of the queries of these rows, sorted.
+        catalogue: the id of every item.
+    """
+    labels = np.asarray(test.label, np.float64)
+    order = np.argsort(catalogue)
+    query, item = test.positive()
+    item_index = order[np.searchsorted(catalogue, item, sorter=order)]
+    pair = np.searchsorted(queries, query) * catalogue.size + item_index
+    gain: Floats = np.zeros(pairs.size)
+    np.maximum.at(gain, np.searchsorted(pairs, pair), labels[labels > 0])
+    return gain
 
 
 def _require_valid_vectors(

@@ -4,6 +4,7 @@ parquet_inspection.py  the child process that reads an untrusted parquet file co
 parquet_inspector.py   starts that child process and sends it requests
 parquet.py             reads parquet files as record batches, and checks their columns
 column_arrays.py       converts parquet columns to arrays, and collects invalid values
+tokenization.py        converts columns of texts to token ids
 data_sample.py         samples rows and summarizes columns before a signature exists
 splits.py              converts the splits of a model to tensors
 split_statistics.py    ranges of ids and lengths of lists in a split, and checks of them

@@ -8,6 +8,7 @@ model, as for any other task.
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -20,7 +21,13 @@ from infra.errors import DataRefused
 from infra.store.temporary import scratch_folder
 
 
-def prepare(paths: Mapping[str, Path], split: str, signature: Signature, into: Path) -> Prepared:
+def prepare(
+    paths: Mapping[str, Path],
+    split: str,
+    signature: Signature,
+    into: Path,
+    tokenizer_files: Mapping[str, Path] = MappingProxyType({}),
+) -> Prepared:
     """Write one split as ``into/data.safetensors``; the layout is described in ``splits.py``.
 
     Args:
@@ -29,12 +36,13 @@ def prepare(paths: Mapping[str, Path], split: str, signature: Signature, into: P
         split: name of the split to write.
         signature: signature of the bundle.
         into: the folder to write to; created if missing.
+        tokenizer_files: the file of each tokenizer that an input names, by this name.
 
     Raises:
         DataRefused: as ``splits.prepare``; or an item occurs twice in the catalogue, or is missing
             from it; or two test rows of one query differ in the inputs of the query tower.
     """
-    prepared = data.prepare(paths[split], signature.of_split(split), into)
+    prepared = data.prepare(paths[split], signature.of_split(split), into, tokenizer_files)
     if signature.item is None:
         return prepared
     tensors = load_file(into / data.FILE)
@@ -44,7 +52,7 @@ def prepare(paths: Mapping[str, Path], split: str, signature: Signature, into: P
     if split == "test":
         _require_equal_queries(paths[split], tensors, signature)
     with scratch_folder("items") as scratch:
-        data.prepare(paths[ITEMS], signature.of_split(ITEMS), scratch)
+        data.prepare(paths[ITEMS], signature.of_split(ITEMS), scratch, tokenizer_files)
         items = load_file(scratch / data.FILE)
     _join(paths[split], tensors, items, signature)
     size = data.save(tensors, into)

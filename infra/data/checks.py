@@ -21,6 +21,7 @@ from compressors.contracts import (
     Output,
     SequenceInput,
     Signature,
+    TokensInput,
     all_tables,
     value_ranges,
 )
@@ -202,6 +203,8 @@ def _plan_input_checks(
     split: str, item: DataInput, column: str, kind: str, rows_of_table: dict[str, int]
 ) -> list[Check]:
     """Plan the checks of one column of an input; ``kind`` is the column's type."""
+    if isinstance(item, TokensInput):
+        return [_plan_not_null(split, column, ROWS)]
     if isinstance(item, DenseInput):
         has_lists = len(item.columns) == 1 and (item.shape[0] > 1 or kind.startswith("list of "))
         view = VALUES if has_lists else ROWS

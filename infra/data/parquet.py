@@ -15,7 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from compressors.contracts import DenseInput, IdInput, IntegerInput, KeyInput, Output, Signature
+from compressors.contracts import (
+    DenseInput,
+    IdInput,
+    IntegerInput,
+    KeyInput,
+    Output,
+    Signature,
+    TokensInput,
+)
 from infra.data.parquet_inspection import (
     BATCH_ROWS,
     decode_dictionary,
@@ -127,6 +135,8 @@ def column_uses(signature: Signature) -> tuple[ColumnUse, ...]:
                 uses.append(ColumnUse(column, purpose, ("integer",), id_remedy))
             elif isinstance(item, IntegerInput | KeyInput):
                 uses.append(ColumnUse(column, purpose, ("integer",), "Store it as int64."))
+            elif isinstance(item, TokensInput):
+                uses.append(ColumnUse(column, purpose, ("string",), "Store one text a row."))
             elif isinstance(item, DenseInput):
                 list_kinds = tuple(f"list of {kind}" for kind in NUMBERS)
                 kinds: tuple[str, ...] = list_kinds

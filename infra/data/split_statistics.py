@@ -20,6 +20,7 @@ from compressors.contracts import (
     PaddedBag,
     SequenceInput,
     Signature,
+    TokensInput,
     all_tables,
     value_ranges,
 )
@@ -88,7 +89,9 @@ def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
     """
     contents = inspect_split(parquet, signature)
     check_columns(contents, parquet, signature)
-    of_integers = [item for item in signature.data_inputs if item.kind != "dense"]
+    of_integers = [
+        item for item in signature.data_inputs if not isinstance(item, DenseInput | TokensInput)
+    ]
     columns = {name: IdStatistics() for item in of_integers for name in item.columns}
     low: float | int | None = None
     high: float | int | None = None
@@ -172,7 +175,11 @@ def check_shapes(statistics: dict[str, SplitStatistics], signature: Signature) -
             default=0,
         )
         most = max(MAX_UNUSED_LENGTH, MAX_LENGTH_FACTOR * longest)
-        if isinstance(item, ListInput) and item.shape[0] > most:
+        if (
+            isinstance(item, ListInput)
+            and not isinstance(item, TokensInput)
+            and item.shape[0] > most
+        ):
             lines.append(
                 f"input {item.name!r}: its shape allows lists of {item.shape[0]} ids, and the "
                 f"longest in the data has {longest}. Set shape to at most {most}."

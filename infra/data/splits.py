@@ -3,14 +3,14 @@
 A split is one parquet file, or a folder of part files that are read in the order of their names.
 Files are read in record batches, so only the tensors and one batch are in memory. Data that does
 not match the signature exactly is an error with column, rule and rows. No value is cast, filled in
-or truncated to match.
+or truncated to match, except that a tokenizer truncates texts.
 
 Layout of ``data.safetensors``, one file per split:
 
 field of a matrix       as an input of its kind, under the field's name
 other inputs            the input's name, ``(rows, *shape)``, the declared dtype
-jagged bag, sequence    the input's name, ``(all ids,)``, and ``@bounds/<name>``, int64
-                        ``(rows + 1,)``: the ids of row ``i`` are ``[bounds[i], bounds[i + 1])``
+jagged bag, sequence,   the input's name, ``(all ids,)``, and ``@bounds/<name>``, int64
+tokens                  ``(rows + 1,)``: the ids of row ``i`` are ``[bounds[i], bounds[i + 1])``
 ``@label``              float32 ``(rows,)``, or ``(rows, outputs)`` for several outputs; all 1 if
                         an output has no label; NaN in rows for which ``label_where`` is 0
 ``@group``              int64 ``(rows,)``; integers are unchanged, other values are numbered in
@@ -21,7 +21,9 @@ jagged bag, sequence    the input's name, ``(all ids,)``, and ``@bounds/<name>``
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,10 +37,12 @@ from compressors.contracts import (
     Frozen,
     IdInput,
     IntegerInput,
+    JaggedBag,
     KeyInput,
     PaddedBag,
     SequenceInput,
     Signature,
+    TokensInput,
 )
 from infra.data.column_arrays import (
     check_equal_lengths,
@@ -60,6 +64,7 @@ from infra.data.parquet import (
     is_list,
     refuse_if_any,
 )
+from infra.data.tokenization import TextTokenizer, load_tokenizers
 from infra.memory import require_memory
 from infra.store.disk import translate_os_errors
 
@@ -74,18 +79,25 @@ class Prepared(Frozen):
     tensors: tuple[str, ...]
 
 
-def prepare(parquet: Path, signature: Signature, into: Path) -> Prepared:
+def prepare(
+    parquet: Path,
+    signature: Signature,
+    into: Path,
+    tokenizer_files: Mapping[str, Path] = MappingProxyType({}),
+) -> Prepared:
     """Write one split as ``into/data.safetensors`` in the layout of this module's docstring.
 
     Args:
         parquet: a file, or a folder of part files.
         signature: the inputs and outputs, and the columns that they read.
         into: the folder to write to; created if missing.
+        tokenizer_files: the file of each tokenizer that an input names, by this name.
 
     Raises:
         DataRefused: a column is missing or has the wrong type; a value is null, NaN, infinite,
             outside int32 or not a valid label; or a list is longer than its input allows. The error
-            lists every violated rule with its column, its first rows and their number.
+            lists every violated rule with its column, its first rows and their number. Or a
+            tokenizer cannot be used.
         OutOfMemory: the tensors do not fit in memory.
     """
     contents = inspect_split(parquet, signature)
@@ -94,13 +106,17 @@ def prepare(parquet: Path, signature: Signature, into: Path) -> Prepared:
     refuse_if_any(
         parquet, [f"input {name!r}: names that begin with '@' are reserved." for name in reserved]
     )
+    tokenizers = load_tokenizers(signature, tokenizer_files)
     require_memory(_bytes_needed(contents, signature), f"Converting {parquet} to tensors")
     out = _allocate(contents, signature)
     violations, codes = Violations(), dict[Any, int]()
     for first, batch in batches(contents, (use.column for use in column_uses(signature))):
         batch_rows = slice(first, first + batch.num_rows)
         for item in signature.data_inputs:
-            _write_batch(item, batch, first, out, violations)
+            if isinstance(item, TokensInput):
+                _write_texts(tokenizers[item.name], batch, first, out, violations)
+            else:
+                _write_batch(item, batch, first, out, violations)
         check_equal_lengths(signature, batch, first, violations)
         labels = out["@label"].reshape(contents.rows, -1)  # a view: (rows, outputs)
         for index, output in enumerate(signature.outputs):
@@ -150,12 +166,16 @@ def _bytes_needed(contents: SplitContents, signature: Signature) -> int:
         if not isinstance(item, RAGGED)
     )
     jagged = [item for item in signature.data_inputs if isinstance(item, RAGGED)]
-    id_bytes = sum(
-        contents.values[item.columns[0]] * np.dtype(item.dtype).itemsize for item in jagged
-    )
+    id_bytes = sum(_most_ids(item, contents) * np.dtype(item.dtype).itemsize for item in jagged)
     # Per row: 8 bytes for the bounds of each jagged bag, 4 for each label, 16 for group and time.
     labels = 4 * len(signature.outputs)
     return contents.rows * (row_bytes + 8 * len(jagged) + labels + 16) + id_bytes
+
+
+def _most_ids(item: JaggedBag | SequenceInput, contents: SplitContents) -> int:
+    """Return the number of ids of a split, or of texts, which are not tokenized yet, the most."""
+    values = contents.values[item.columns[0]]
+    return values * item.shape[0] if isinstance(item, TokensInput) else values
 
 
 def _allocate(contents: SplitContents, signature: Signature) -> dict[str, Array]:
@@ -163,7 +183,7 @@ def _allocate(contents: SplitContents, signature: Signature) -> dict[str, Array]
     out: dict[str, Array] = {}
     for item in signature.data_inputs:
         if isinstance(item, RAGGED):
-            out[item.name] = np.empty(contents.values[item.columns[0]], item.dtype)
+            out[item.name] = np.empty(_most_ids(item, contents), item.dtype)
             out[f"@bounds/{item.name}"] = np.zeros(contents.rows + 1, np.int64)
         else:
             out[item.name] = np.empty((contents.rows, *item.shape), item.dtype)
@@ -233,6 +253,34 @@ def _write_batch(
         target[:] = item.padding_id
         target[np.arange(limit) < lengths[:, None]] = ids
     else:
-        bounds = out[f"@bounds/{item.name}"][first : first + rows + 1]
-        bounds[1:] = bounds[0] + np.cumsum(lengths)
-        out[item.name][bounds[0] : bounds[-1]] = ids
+        _write_lists(item, ids, lengths, first, out)
+
+
+def _write_texts(
+    tokenizer: TextTokenizer,
+    batch: pa.RecordBatch,
+    first: int,
+    out: dict[str, Array],
+    violations: Violations,
+) -> None:
+    """Tokenize one batch of an input's texts, and write the ids; arguments as ``_write_batch``."""
+    item = tokenizer.item
+    ids, lengths = tokenizer.convert(batch.column(item.columns[0]), first, violations)
+    _write_lists(item, ids, lengths, first, out)
+
+
+def _write_lists(
+    item: DataInput, ids: Array, lengths: Array, first: int, out: dict[str, Array]
+) -> None:
+    """Write the lists of one batch of a ragged input, and their bounds.
+
+    Args:
+        item: the input.
+        ids: the ids of all rows, one after another, ``(ids,)``.
+        lengths: the number of ids of each row, int64 ``(rows,)``.
+        first: row number of the batch's first row in the split.
+        out: the tensors of the split by name.
+    """
+    bounds = out[f"@bounds/{item.name}"][first : first + len(lengths) + 1]
+    bounds[1:] = bounds[0] + np.cumsum(lengths)
+    out[item.name][bounds[0] : bounds[-1]] = ids

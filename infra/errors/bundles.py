@@ -153,6 +153,17 @@ class DataRefused(Refused):
         "column_no_probability": "Column {column!r} of split {split!r} is named as probabilities; "
         "{count:,} value(s) are outside [0, 1], first in row {row}: {value:g}. Name another form, "
         "as in 'column:{column}=logit'.",
+        "tokenizer_missing": "input {input!r} names the tokenizer {tokenizer!r}, which is not "
+        "among 'transforms': {transforms}. Add the file tokenizer.json to 'transforms', or correct "
+        "the name.",
+        "tokenizer_unreadable": "{path} is not a tokenizer of the library 'tokenizers': {problem}. "
+        "Save it with 'tokenizer.save(\"tokenizer.json\")'.",
+        "tokenizer_length": "input {input!r}: tokenizer {tokenizer!r} gives {got} token(s) for an "
+        "empty text; the input needs at least {shortest}, and room for a token of the text within "
+        "{longest}. Change min_length or shape.",
+        "tokenizer_types": "input {input!r}: tokenizer {tokenizer!r} gives one text token types "
+        "other than 0, which is not supported. Remove 'token_types', or use another tokenizer.",
+        "tokenizers_unfit": "The tokenizers do not fit the model's tables:{problems:list}",
         "checks_missing": "No split was given, so no check was run. Give at least one split.",
         "checks_failed": "The data failed its checks:{problems:list}",
         "catalogue_missing": "{place} has no {split!r} data. Task 'retrieval' ranks the whole "

@@ -37,7 +37,11 @@ class LabelledSplits:
 
 
 def check_labels(
-    signature: Signature, paths: Mapping[str, Path], splits: Collection[str], into: Path
+    signature: Signature,
+    paths: Mapping[str, Path],
+    splits: Collection[str],
+    into: Path,
+    tokenizer_files: Mapping[str, Path],
 ) -> LabelledSplits:
     """Convert splits from parquet to tensors, as a run does, and check their labels.
 
@@ -46,6 +50,7 @@ def check_labels(
         paths: parquet file or folder of each split, by the split's name.
         splits: names of the splits to check; ``test`` is always checked.
         into: a folder for the prepared test rows.
+        tokenizer_files: the file of each tokenizer that an input names, by this name.
 
     Raises:
         DataRefused: a split does not match the signature.
@@ -57,7 +62,7 @@ def check_labels(
         with scratch_folder("check") as scratch:
             folder = into if split == "test" else scratch
             try:
-                prepared = prepare(paths, split, signature, folder)
+                prepared = prepare(paths, split, signature, folder, tokenizer_files)
             except DataRefused as fault:
                 raise DataRefused("split_unusable", split=split, problem=str(fault)) from fault
             # The catalogue (ITEMS) and logged requests (TRAFFIC) have no labels.
@@ -81,7 +86,10 @@ def check_scores(
 
 
 def check_baseline(
-    module: nn.Module, signature: Signature, paths: Mapping[str, Path]
+    module: nn.Module,
+    signature: Signature,
+    paths: Mapping[str, Path],
+    tokenizer_files: Mapping[str, Path],
 ) -> tuple[BaselineProblem, ...]:
     """Check the labels of test and validation rows, and a sample of the test rows' scores.
 
@@ -89,14 +97,14 @@ def check_baseline(
         module: the loaded model.
         signature: the bundle's signature.
         paths: parquet file or folder of each split, by the split's name.
+        tokenizer_files: the file of each tokenizer that an input names, by this name.
 
     Raises:
         DataRefused: a split does not match the signature.
     """
     with scratch_folder("check") as scratch:
-        return check_scores(
-            module, signature, check_labels(signature, paths, MEASURED_SPLITS, scratch)
-        )
+        labelled = check_labels(signature, paths, MEASURED_SPLITS, scratch, tokenizer_files)
+        return check_scores(module, signature, labelled)
 
 
 def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tuple[Reason, ...]:

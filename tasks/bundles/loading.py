@@ -13,6 +13,7 @@ from compressors.core.state.module_state import largest_replaced, load
 from compressors.core.state.tensor_files import tensor_files
 from infra.bundle.architecture import argument_classes, network_class
 from infra.bundle.bundle_folder import Manifest, SplitName, read
+from infra.data.tokenization import tokens_inputs
 from infra.errors import BundleRefused
 from infra.memory import require_memory
 from infra.settings import load_settings
@@ -103,6 +104,20 @@ def data_path(manifest: Manifest, split: SplitName) -> Path:
             splits=tuple(manifest.data) or ("none",),
         )
     return local(reference.artifact) / reference.file
+
+
+def tokenizer_files(manifest: Manifest) -> dict[str, Path]:
+    """Return the local file of each tokenizer that an input names, by its name in ``transforms``.
+
+    A transform is an artifact of one file or folder. A missing name is left out: it is reported
+    when the tokenizer is loaded (``infra/data/tokenization.py``).
+    """
+    names = {item.tokenizer for item in tokens_inputs(manifest.signature)}
+    return {
+        name: next(local(artifact).iterdir())
+        for name, artifact in manifest.transforms.items()
+        if name in names
+    }
 
 
 def split_of(prepared: Artifact, rows: int) -> Split:

@@ -41,6 +41,7 @@ from infra.bundle.bundle_folder import (
 from infra.bundle.shards import stored_tensors
 from infra.data.catalogue import require_items
 from infra.data.split_statistics import SplitStatistics, check_ids, check_shapes, split_statistics
+from infra.data.tokenization import check_tokenizers
 from infra.errors import AlreadyThere, ArtifactMissing, BundleRefused, RecordRefused, Refused
 from infra.settings import load_settings
 from infra.store.chunks import list_regular_files
@@ -56,7 +57,7 @@ from tasks.bundles.bundle_ref import (
     resolve,
     write_bundle_record,
 )
-from tasks.bundles.loading import data_path, import_architecture, model_of
+from tasks.bundles.loading import data_path, import_architecture, model_of, tokenizer_files
 from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,8 @@ def _pack(folder: Path) -> Packed:
     notes = construction_notes(network, draft.network, folder)
     with scratch_folder("pack") as scratch:
         # This also checks nulls, NaN, types, lengths and labels, before anything is stored.
-        labelled = check_labels(draft.signature, paths, paths, scratch / "test")
+        tokenizers = {key: folder / path for key, path in draft.transforms.items()}
+        labelled = check_labels(draft.signature, paths, paths, scratch / "test", tokenizers)
         require_sound(labelled.problems, packed=False)
         bundle_store = store()
         staged = scratch / "bundle"
@@ -154,6 +156,7 @@ def _pack(folder: Path) -> Packed:
         facts, module = _check_model(staged, manifest)
         rows_of_table = table_rows(facts, manifest)
         check_ids(_by_split_name(statistics), draft.signature, rows_of_table)
+        check_tokenizers(draft.signature, tokenizers, rows_of_table)
         problems = check_scores(module, draft.signature, labelled)
         warnings = require_sound(problems, packed=False)
         artifact = _store_bundle(bundle_store, manifest, staged)
@@ -213,9 +216,11 @@ def _examine(reference: str) -> CheckedBundle:
     }
     check_shapes(_by_split_name(statistics), signature)
     facts, module = _check_model(folder, manifest)
-    check_ids(_by_split_name(statistics), signature, table_rows(facts, manifest))
+    rows_of_table, tokenizers = table_rows(facts, manifest), tokenizer_files(manifest)
+    check_ids(_by_split_name(statistics), signature, rows_of_table)
+    check_tokenizers(signature, tokenizers, rows_of_table)
     by_name = {str(split): path for split, path in paths.items()}
-    problems = check_baseline(module, signature, by_name)
+    problems = check_baseline(module, signature, by_name, tokenizers)
     return CheckedBundle(manifest, facts, require_sound(problems, packed=True))
 
 

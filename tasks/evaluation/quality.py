@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressors.contracts import ITEMS, Estimate, Output, Signature, Split
 from compressors.contracts import metric as declared_metric
 from compressors.contracts.metrics.metric import metric_name_of_output
-from compressors.core.batches import Rows, batches
+from compressors.core.batches import Rows, batches, rows_per_batch
 from compressors.core.scores import tower_vectors
 from compressors.lower.serving_wrapper import served_graphs
 from compressors.metrics import intervals
@@ -186,7 +186,7 @@ def ranked_vectors(
 ) -> RankedVectors:
     """Compute the vectors of every test query and item; arguments as for ``query_quality``."""
     catalogue = split_of(ranking.items.artifact, ranking.items.rows)
-    query, item = (graph.signature for graph in served_graphs(signature))
+    query, item = signature.of_tower("query"), signature.of_tower("item")
     item_batches = list(batches(catalogue, item, SCORING_ROWS))
     ids = Rows(catalogue, signature.of_split(ITEMS)).column(str(signature.item)).numpy()
     earlier = [
@@ -212,12 +212,10 @@ def torch_towers(model: nn.Module, signature: Signature) -> dict[str, Vectors]:
 
         return compute_vectors
 
-    return {graph.name: tower(graph.name) for graph in served_graphs(signature)}
+    return {name: tower(name) for graph in served_graphs(signature) for name in graph.towers}
 
 
 def _query_vectors(tower: Vectors, queries: RankingQueries, test: Rows) -> Array:
     """Return the vectors ``(queries, dim)``; each query is the row that ``queries.row`` names."""
-    rows = torch.from_numpy(queries.row)
-    return np.concatenate(
-        [tower(test.take(part).inputs) for part in torch.split(rows, SCORING_ROWS)]
-    )
+    rows, size = torch.from_numpy(queries.row), rows_per_batch(test.signature, SCORING_ROWS)
+    return np.concatenate([tower(test.take(part).inputs) for part in torch.split(rows, size)])

@@ -10,6 +10,9 @@ from compressors.contracts.targets import engine_suffixes
 from compressors.lower.findings import GraphAudit, Parity, TableInitializers
 from infra.bundle.json_reader import read_document
 
+TOKENIZER_SUFFIX = ".tokenizer.json"
+"""Last part of the name of a tokenizer's file next to graphs or engines."""
+
 
 class BatchSizes(Frozen):
     """Batch sizes that an engine accepts: smallest, the one it is optimized for, largest."""
@@ -41,7 +44,8 @@ class LoweredGraph(Frozen):
     """One exported graph and the results of its checks.
 
     Attributes:
-        name: ``model``, or ``query`` or ``item`` for the towers of a retrieval model.
+        name: ``model``; ``query`` or ``item`` for the towers of a retrieval model; ``encoder`` for
+            both towers if they are one module.
         inputs: the inputs, in order.
         output: ``score`` or ``vector``: what the graph computes, and the name of its only output.
         several_outputs: the names of the outputs, if there are several.
@@ -78,17 +82,45 @@ class LoweredGraph(Frozen):
         return f"{self.name}.onnx"
 
 
+class TextInput(Frozen):
+    """How a client computes inputs of a graph from texts.
+
+    Attributes:
+        column: the column of the data with these texts.
+        graph: name of the graph.
+        tokenizer: file of the tokenizer, next to the graph. It truncates texts and pads them to the
+            longest of a batch.
+        ids: name of the graph's input with the token ids.
+        mask: name of the input with 1 at tokens and 0 at padding; None if there is none.
+        token_types: name of the input with the token types; None if there is none.
+        lengths: name of the input with the number of tokens of each text; None if there is none.
+        positions: name of the input with the positions of the tokens; None if there is none.
+        first_position: position of the first token.
+    """
+
+    column: str
+    graph: str
+    tokenizer: str
+    ids: str
+    mask: str | None = None
+    token_types: str | None = None
+    lengths: str | None = None
+    positions: str | None = None
+    first_position: int = 0
+
+
 class Lowering(Frozen):
     """Contents of ``lowering.json``, which is stored next to the graphs of a model.
 
     Attributes:
         target: name of the target.
         name: ``name@version`` of the bundle.
-        graphs: one graph ``model``; for a retrieval model ``query``, then ``item``. A request waits
-            for the first graph only.
+        graphs: one graph ``model``; for a retrieval model ``query``, then ``item``, or only
+            ``encoder``. A request waits for the first graph only.
         packed_bytes: bytes of the model's weights, as compressed. A tensor that two graphs read
             counts once, as in plans; in ``served_packed_bytes`` it counts twice.
         repeated_bytes: the difference of these two numbers.
+        texts: how clients compute the inputs that are token ids; empty without such inputs.
     """
 
     target: str
@@ -96,6 +128,7 @@ class Lowering(Frozen):
     graphs: tuple[LoweredGraph, ...] = Field(min_length=1)
     packed_bytes: int
     repeated_bytes: int = 0
+    texts: tuple[TextInput, ...] = Field((), exclude_if=operator.not_)
 
     @property
     def served_packed_bytes(self) -> int:

@@ -29,8 +29,11 @@ from tasks.orchestration.workspace import store
 
 log = logging.getLogger(__name__)
 
-PARTS = ("", "query", "item")
-"""Graphs that a model may have: the only graph (""), or the two towers of a retrieval model."""
+PARTS = ("", "query", "item", "encoder")
+"""Graphs that a model may have: the only graph (""), or the two towers of a retrieval model.
+
+``encoder`` is the graph of both towers if they are one module.
+"""
 
 _LATENCY = re.compile(r"p50_ms@([0-9]+)")
 """Name of the metric median latency; the group is the batch size."""

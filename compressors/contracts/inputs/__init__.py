@@ -9,6 +9,7 @@ id_input.py        one id per row, or one for each of several columns
 dense_input.py     a vector of floats per row
 bags.py            lists of ids whose order does not matter, padded or concatenated
 sequence_input.py  ordered lists of ids, padded to the longest of a batch
+tokens_input.py    texts, which the bundle's tokenizer turns into sequences of ids
 integer_input.py   bounded integers that are not looked up in a table
 key_input.py       the identity of an item, which is not passed to the model
 matrix_input.py    one tensor whose columns hold several of these inputs
@@ -34,8 +35,18 @@ from compressors.contracts.inputs.ranges import ValueRange as ValueRange
 from compressors.contracts.inputs.ranges import all_tables as all_tables
 from compressors.contracts.inputs.ranges import value_ranges as value_ranges
 from compressors.contracts.inputs.sequence_input import SequenceInput as SequenceInput
+from compressors.contracts.inputs.tokens_input import TokensInput as TokensInput
 
-DataInput = IdInput | DenseInput | PaddedBag | JaggedBag | SequenceInput | IntegerInput | KeyInput
+DataInput = (
+    IdInput
+    | DenseInput
+    | PaddedBag
+    | JaggedBag
+    | SequenceInput
+    | TokensInput
+    | IntegerInput
+    | KeyInput
+)
 """An input that reads columns of the data; a ``MatrixInput`` consists of several of them."""
 
 ListInput = PaddedBag | JaggedBag | SequenceInput

@@ -35,6 +35,10 @@ SENTENCES = {
         "sequences {name!r} and {other!r} share their lengths ('same_length_as') but differ in "
         "shape, min_length or padding; make these equal"
     ),
+    "tokens_share_length": (
+        "tokens {name!r} have 'same_length_as' {other!r}, but the number of tokens of a text is "
+        "known only after tokenization; remove it"
+    ),
     "key_columns_count": "key {name!r} must read exactly one column, got {columns}",
     "matrix_floats": (
         "matrix {name!r} has dtype {dtype!r}, but its fields {fields} have floats; use dtype "

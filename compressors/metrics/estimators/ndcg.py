@@ -17,18 +17,20 @@ class NdcgOfRows(ListEstimator):
 
 
 class NdcgOfQueries(DepthEstimator):
-    """NDCG of a ranking of the catalogue, with gains of 1.
+    """NDCG of a ranking of the catalogue, as trec_eval and BEIR compute it: gains are the labels.
 
-    Source: see ``point_estimates.ndcg``. Items of equal score share the gains of their ranks.
+    Source: Järvelin and Kekäläinen 2002, https://doi.org/10.1145/582415.582418, with the discount
+    ``1 / log2(rank + 1)`` from rank 1. Items of equal score share the discounts of their ranks.
     """
 
     def of_queries(self, places: RelevantPlaces) -> Floats:
         """Compute the NDCG of each query, float64 ``(queries,)`` in [0, 1]."""
+        of_rank = 1 / np.log2(np.arange(self.depth) + 2)
         # Entry n is the sum of the discounts of the first n ranks.
-        discounts = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(self.depth) + 2))])
+        discounts = np.concatenate([[0.0], np.cumsum(of_rank)])
         # Items of one score have the ranks above + 1 to above + equal; ranks after depth count 0.
         rank_before = np.minimum(places.above, self.depth)
         last_rank = np.minimum(places.above + places.equal, self.depth)
-        gains = (discounts[last_rank] - discounts[rank_before]) / places.equal
-        value: Floats = places.sums(gains) / discounts[np.minimum(places.relevant, self.depth)]
+        discount = (discounts[last_rank] - discounts[rank_before]) / places.equal
+        value: Floats = places.sums(places.gain * discount) / places.ideal_sums(of_rank)
         return value
