@@ -76,6 +76,7 @@ from compressors.contracts.plan import PlanLine as PlanLine
 from compressors.contracts.reasoned import Reasoned as Reasoned
 from compressors.contracts.reasons import Reason as Reason
 from compressors.contracts.reasons import join_reasons as join_reasons
+from compressors.contracts.signature import FORWARD as FORWARD
 from compressors.contracts.signature import ITEMS as ITEMS
 from compressors.contracts.signature import TRAFFIC as TRAFFIC
 from compressors.contracts.signature import Output as Output

@@ -9,13 +9,16 @@ class InspectionFailed(CompressionError):
     """The inputs or outputs of a network cannot be derived from a call with the user's data."""
 
     sentences: ClassVar = {
+        "method_missing": "Expected a method of {architecture}, got {method}. Name the method that "
+        "returns the scores of rows.",
         "arguments_unknown": "Expected a column of the data for each argument of {architecture}"
-        ".forward, got no column for {names}. The columns are {columns}. Name those that fill each "
-        "argument, such as --input {first}=COLUMN, or --input {first}=COLUMN,COLUMN for several. "
+        ".{method}, got no column for {names}. The columns are {columns}. Name those that fill "
+        "each argument, such as --input {first}=COLUMN, or {first}=COLUMN,COLUMN for several. "
         "Lengths, masks and positions of lists are --input {first}=lengths(LISTS), and so on, with "
-        "the argument of the lists; offsets must be called LISTS_offsets.",
-        "arguments_variable": "Expected an argument of {architecture}.forward for each input, got "
-        "*{name}. Wrap the network in a class whose forward names its inputs.",
+        "the argument of the lists; offsets must be called LISTS_offsets. "
+        "If another method returns the scores, name it with --method.",
+        "arguments_variable": "Expected an argument of {architecture}.{method} for each input, "
+        "got *{name}. Wrap the network in a class whose {method} names its inputs.",
         "columns_missing": "Expected columns of the data in --input {name}, got {missing}. The "
         "columns are {columns}.",
         "network_fails": "{architecture} fails on {rows} rows of the data: {problem}. Its inputs "

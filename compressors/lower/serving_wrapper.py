@@ -41,7 +41,8 @@ class ServedGraph:
     Attributes:
         name: ``model``, ``query`` or ``item``.
         signature: the model's signature with the inputs of this graph only.
-        module: attribute path of the submodule that the graph runs; empty for the whole model.
+        module: attribute path of the submodule that the graph runs; empty for the whole model, and
+            for a tower that is a method of the model.
         outputs: names of the outputs: ``score``, or those of several outputs; or ``vector``.
     """
 
@@ -50,8 +51,13 @@ class ServedGraph:
     module: str
     outputs: tuple[str, ...]
 
+    @property
+    def is_tower(self) -> bool:
+        """Whether the graph computes the vectors of one tower."""
+        return self.outputs == (VECTOR,)
+
     def part(self, model: nn.Module) -> nn.Module:
-        """Return the submodule of a model that this graph runs."""
+        """Return the submodule of a model of which this graph runs a method."""
         return model.get_submodule(self.module)
 
 
@@ -66,7 +72,7 @@ def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
         outputs = names if signature.has_several_outputs else (SCORE,)
         return (ServedGraph("model", signature, "", outputs),)
     return tuple(
-        ServedGraph(name, signature.only(tower.inputs), tower.module, (VECTOR,))
+        ServedGraph(name, signature.of_tower(tower), tower.module, (VECTOR,))
         for name, tower in signature.towers.named().items()
     )
 
@@ -117,7 +123,7 @@ class ServingWrapper(nn.Module):
             if newly_refused is not None:
                 refused = newly_refused if refused is None else refused | newly_refused
         output = call_network(self.served_graph.part(self.model), inputs, self.signature)
-        if self.served_graph.outputs == (VECTOR,):
+        if self.served_graph.is_tower:
             if refused is not None:
                 output = torch.where(refused.unsqueeze(1), torch.nan, output)
             vector: Tensor = output.to(torch.float32)

@@ -54,6 +54,9 @@ def new(
             metavar="ARGUMENT=COLUMNS",
         ),
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="Method of the network that returns the scores of rows.")
+    ] = "forward",
     name: Annotated[
         str | None, typer.Option(help="Name of the model (default: that of its class).")
     ] = None,
@@ -85,6 +88,7 @@ def new(
             argument: tuple(names.split(","))
             for argument, names in _pairs("--input", columns or []).items()
         },
+        method=method,
         name=name,
         version=version,
         weights=weights,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressors.contracts import (
+    FORWARD,
     ITEMS,
     Architecture,
     Frozen,
@@ -67,6 +68,7 @@ class DraftRequest(Frozen):
         group: column that groups rows.
         time: column with the time of a row.
         inputs: columns by argument of the network, where they have other names.
+        method: the method of the network that returns the outputs.
         name: name of the bundle; None for the name of the class.
         version: version of the bundle.
         weights: safetensors file with the weights, if ``model`` is a class.
@@ -81,6 +83,7 @@ class DraftRequest(Frozen):
     group: str | None = None
     time: str | None = None
     inputs: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    method: str = FORWARD
     name: str | None = None
     version: str = "1"
     weights: Path | None = None
@@ -151,7 +154,7 @@ def _new_draft(request: DraftRequest) -> NewDraft:
     tensors, ties = tensors_of(module)
     network = Network(architecture=architecture, ties=ties)
     excluded = (*request.labels.values(), *filter(None, [request.time]))
-    derived = derive_inputs(module, sample, request.inputs, excluded)
+    derived = derive_inputs(module, sample, request.inputs, excluded, request.method)
     document = {
         "schema_version": SCHEMA_VERSION,
         "name": request.name or type(module).__name__.lower(),
@@ -283,7 +286,8 @@ def _signature(
         "outputs": [output.model_dump(mode="json", exclude_defaults=True) for output in outputs],
         "group": request.group,
         "time": request.time,
-        "call": None if derived.call == "keywords" else derived.call,
+        "call": None if derived.call.form == "keywords" else derived.call.form,
+        "method": None if derived.call.method == FORWARD else derived.call.method,
     }
     return {name: value for name, value in document.items() if value is not None}
 
