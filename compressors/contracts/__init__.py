@@ -65,9 +65,12 @@ from compressors.contracts.metrics import metric_problem as metric_problem
 from compressors.contracts.metrics import quality_metrics as quality_metrics
 from compressors.contracts.network import ARGUMENTS as ARGUMENTS
 from compressors.contracts.network import CLASS as CLASS
+from compressors.contracts.network import READS as READS
 from compressors.contracts.network import Architecture as Architecture
 from compressors.contracts.network import ModuleRecord as ModuleRecord
 from compressors.contracts.network import Network as Network
+from compressors.contracts.network import Reads as Reads
+from compressors.contracts.network import RecordedCall as RecordedCall
 from compressors.contracts.network import is_class_description as is_class_description
 from compressors.contracts.output_metrics import limits_of_outputs as limits_of_outputs
 from compressors.contracts.plan import DROPPED as DROPPED

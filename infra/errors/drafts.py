@@ -30,6 +30,9 @@ class DraftRefused(Refused):
         "argument_not_stored": "Expected numbers, texts, lists, dictionaries, classes, or objects "
         "that are constructed in Python as the arguments of a network; got a {kind} in {place}. "
         "Give, for example, a layer such as torch.nn.ReLU() in place of a function.",
+        "read_not_stored": "Expected numbers, texts, lists, dictionaries or classes wherever the "
+        "constructor of the network reads from its arguments; got a {kind} from {place}, and "
+        "without it the error {problem}. Let the constructor read plain values only.",
         "weights_unfit": "The weights in {path} do not fit {architecture}: {problem}",
         "config_no_json": "Expected a JSON object as --config, got {problem}.",
         "folder_not_empty": "Expected a new or empty folder for the draft, got {folder}, which has "
