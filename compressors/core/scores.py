@@ -11,6 +11,7 @@ it returns the output, float ``(rows,)`` or ``(rows, 1)``, or a tuple or mapping
 Its *scores* are then a tensor, float ``(rows,)`` for one output and ``(rows, n)`` for several.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,10 +44,14 @@ def call_network(module: nn.Module, inputs: Mapping[str, Tensor], signature: Sig
 def scoring_method(module: nn.Module, name: str) -> Callable[..., Any]:
     """Return a method of a network; for ``forward`` the network, so that its hooks run too.
 
+    Args:
+        module: the network.
+        name: the method, or an attribute path to a submodule or its method.
+
     Raises:
         AttributeError: the network has no such method.
     """
-    method: Callable[..., Any] = module if name == FORWARD else getattr(module, name)
+    method: Callable[..., Any] = module if name == FORWARD else operator.attrgetter(name)(module)
     return method
 
 

@@ -40,6 +40,12 @@ class InspectionFailed(CompressionError):
         "{column} have {shortest} to {longest} ids; got other outputs with more padding "
         "({padding_id}) on the right, and on the left. Pad the lists in the data to one length, as "
         "in training, or let the network mask {padding_id}.",
+        "tower_missing": "Expected a submodule or a method of {architecture} as a tower, got "
+        "{path}. Its submodules are {names}.",
+        "tower_vectors": "Expected a tower that returns one vector per row, (rows, dim), got {got} "
+        "from {path}.",
+        "tower_calls_differ": "Expected two towers that are called in the same way, got {forms}. "
+        "Wrap one of them in a class with the form of the other.",
         "outputs_unknown": "Expected one number per row from {architecture}, or a tuple or mapping "
         "of them; got {got}.",
         "labels_count": "Expected a label for each of the {expected} outputs of {architecture}, "

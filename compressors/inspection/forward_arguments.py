@@ -10,6 +10,8 @@ from typing import Literal
 
 from torch import nn
 
+from compressors.contracts import FORWARD
+from compressors.core.scores import scoring_method
 from compressors.errors.inspection import InspectionFailed
 from compressors.inspection.sample import Sample, SampleColumn
 
@@ -93,7 +95,7 @@ def layouts(
 
     Args:
         network: the network.
-        method: its method that returns the outputs.
+        method: its method that returns the outputs, or the attribute path of a submodule.
         sample: the columns of the data.
         given: columns by argument, as the user named them. A column may be a pattern such as
             ``d*``. ``lengths(history)`` is computed from the lists that fill the argument
@@ -228,9 +230,14 @@ def _parameters(network: nn.Module, method: str) -> dict[str, inspect.Parameter]
         InspectionFailed: there is no such method, or it takes any number of arguments.
     """
     architecture = type(network).__name__
-    if not callable(function := getattr(network, method, None)):
-        raise InspectionFailed("method_missing", architecture=architecture, method=method)
-    parameters = dict(inspect.signature(function).parameters)
+    try:
+        function = scoring_method(network, method)
+    except AttributeError as fault:
+        raise InspectionFailed(
+            "method_missing", architecture=architecture, method=method
+        ) from fault
+    # A submodule is called, but its ``forward`` has the arguments.
+    parameters = dict(inspect.signature(getattr(function, FORWARD, function)).parameters)
     for name, parameter in parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise InspectionFailed(

@@ -79,7 +79,7 @@ def derive_inputs(
         sample: the sampled columns of the data.
         given: columns by argument, as the user named them; a column may be a pattern.
         excluded: columns that are no inputs unless the user names them, such as labels.
-        method: its method that returns the outputs.
+        method: its method that returns the outputs, or the attribute path of a submodule.
 
     Raises:
         InspectionFailed: no column is known for an argument; the network fails on the rows; or an
