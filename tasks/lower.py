@@ -28,6 +28,7 @@ from compressors.core.runner import rows_of_tables
 from compressors.core.scores import tower_arguments
 from compressors.core.units import Unit, stored_bytes
 from compressors.lower.export import Lowered, lower
+from compressors.lower.graph_weights import weights_of_graph
 from compressors.lower.parity import Parity, worst_parity
 from compressors.lower.serving_wrapper import (
     SCORE,
@@ -172,13 +173,12 @@ def _check_graph(
     audit = None
     if optimized is not None:
         audit = lowering_target(target).audit(optimized, plan, lowered.tables, lowered.layers)
-    is_tower = served.outputs == (VECTOR,)
     return LoweredGraph(
         name=served.name,
         inputs=tuple(_graph_inputs(edge, signature)),
-        output=VECTOR if is_tower else SCORE,
+        output=VECTOR if served.is_tower else SCORE,
         several_outputs=served.outputs if len(served.outputs) > 1 else (),
-        width=expected.shape[1] if is_tower else None,
+        width=expected.shape[1] if served.is_tower else None,
         rows_parity=worst_parity(rows_parities),
         edge_parity=worst_parity(edge_parities),
         audit=audit,
@@ -191,10 +191,16 @@ def _check_graph(
 def _plan_of_graph(loaded: LoadedBundle, served: ServedGraph) -> Plan | None:
     """Return the plan with only the units that a graph runs; None if the model has no plan."""
     plan = loaded.model.plan
-    if plan is None or not served.module:
+    if plan is None or not served.is_tower:
         return plan
+    tensors = set(map(id, weights_of_graph(loaded.model.module, served)))
     modules = set(served.part(loaded.model.module).modules())
-    names = {unit.name for unit in Unit.of(loaded.model.module) if unit.module in modules}
+    names = {
+        unit.name
+        for unit in Unit.of(loaded.model.module)
+        if unit.module in modules
+        and any(id(tensor) in tensors for tensor in unit.module.state_dict(keep_vars=True).values())
+    }
     return Plan(lines=tuple(line for line in plan.lines if line.module in names))
 
 
@@ -271,8 +277,8 @@ def _write_tokenizers(loaded: LoadedBundle, folder: Path) -> tuple[TextInput, ..
 
 def _packed_bytes(loaded: LoadedBundle, served: ServedGraph) -> int:
     """Return the bytes of one graph's weights; a table that both towers read counts in both."""
-    if served.module:
-        return stored_bytes(served.part(loaded.model.module))
+    if served.is_tower:
+        return sum(tensor.nbytes for tensor in weights_of_graph(loaded.model.module, served))
     return _weight_bytes(loaded)
 
 
@@ -281,9 +287,9 @@ def _repeated_bytes(loaded: LoadedBundle) -> int:
     counted: set[int] = set()
     repeated = 0
     for served in served_graphs(loaded.manifest.signature):
-        part = served.part(loaded.model.module)
-        repeated += stored_bytes(part) - stored_bytes(part, counted)
-        counted |= {id(tensor) for tensor in part.state_dict(keep_vars=True).values()}
+        tensors = weights_of_graph(loaded.model.module, served)
+        repeated += sum(tensor.nbytes for tensor in tensors if id(tensor) in counted)
+        counted |= set(map(id, tensors))
     return repeated
 
 

@@ -183,3 +183,39 @@ class AnyArguments(nn.Module):
 
 
 any_arguments = AnyArguments(1, 2)
+
+
+class ContentTowers(nn.Module):
+    """Two towers, of which that of items reads only the tags of an item."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.tag = nn.Embedding(USERS * 10, 4), nn.Embedding(USERS, 4)
+
+    def of_user(self, user: Tensor) -> Tensor:
+        """Return vectors ``(rows, 4)``."""
+        vectors: Tensor = self.user(user)
+        return vectors
+
+    def of_mapping(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return vectors ``(rows, 4)``."""
+        return self.of_user(inputs["user"])
+
+    def mean(self, user: Tensor) -> Tensor:
+        """Return means ``(rows,)``, which are no vectors."""
+        return self.of_user(user).mean(dim=1)
+
+    def of_item(self, tags: Tensor) -> Tensor:
+        """Return vectors ``(rows, 4)``."""
+        vectors: Tensor = (self.tag(tags) * (tags != 0).unsqueeze(2)).sum(dim=1)
+        return vectors
+
+    def forward(self, user: Tensor, tags: Tensor) -> Tensor:
+        """Return the dot products ``(rows,)``."""
+        return (self.of_user(user) * self.of_item(tags)).sum(dim=1)
+
+
+def content_towers() -> ContentTowers:
+    """Return a network with seeded weights."""
+    torch.manual_seed(0)
+    return ContentTowers()

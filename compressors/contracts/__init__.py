@@ -66,9 +66,12 @@ from compressors.contracts.metrics import metric_problem as metric_problem
 from compressors.contracts.metrics import quality_metrics as quality_metrics
 from compressors.contracts.network import ARGUMENTS as ARGUMENTS
 from compressors.contracts.network import CLASS as CLASS
+from compressors.contracts.network import READS as READS
 from compressors.contracts.network import Architecture as Architecture
 from compressors.contracts.network import ModuleRecord as ModuleRecord
 from compressors.contracts.network import Network as Network
+from compressors.contracts.network import Reads as Reads
+from compressors.contracts.network import RecordedCall as RecordedCall
 from compressors.contracts.network import is_class_description as is_class_description
 from compressors.contracts.output_metrics import limits_of_outputs as limits_of_outputs
 from compressors.contracts.plan import DROPPED as DROPPED
@@ -77,6 +80,7 @@ from compressors.contracts.plan import PlanLine as PlanLine
 from compressors.contracts.reasoned import Reasoned as Reasoned
 from compressors.contracts.reasons import Reason as Reason
 from compressors.contracts.reasons import join_reasons as join_reasons
+from compressors.contracts.signature import FORWARD as FORWARD
 from compressors.contracts.signature import ITEMS as ITEMS
 from compressors.contracts.signature import TRAFFIC as TRAFFIC
 from compressors.contracts.signature import Output as Output

@@ -6,6 +6,13 @@ column of a library, is described by its class and the arguments that create it 
 
     {"$class": "shop.settings:Settings", "$arguments": {"dim": 16, "hidden": [64, 32]}}
     {"$class": "torch.nn:ReLU"}
+
+An object that reads files when it is created, such as a data set, is described by what the
+constructor of the network reads from it (``READS``): attributes, items, results of ``in`` and of
+calls. A method is an attribute whose value has recorded calls::
+
+    {"$reads": {"items": {"dim": 16}, "attributes": {"num": {"$reads": {
+        "calls": [{"arguments": ["user"], "value": 300}]}}}}}
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,6 +25,33 @@ from compressors.contracts.frozen import Frozen
 CLASS, ARGUMENTS = "$class", "$arguments"
 """Keys of the description of an object in ``Architecture.config``."""
 
+READS = "$reads"
+"""Key of the description of an object by what a constructor reads from it."""
+
+
+class RecordedCall(Frozen):
+    """A call of an object: its positional and keyword arguments, and what it returned."""
+
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = Field(default_factory=dict)
+    value: Any
+
+
+class Reads(Frozen):
+    """What a constructor read from an object. A value may be the reads of another object.
+
+    Attributes:
+        attributes: values by name, ``object.name``.
+        items: values by key, ``object[key]``.
+        contains: results by key, ``key in object``.
+        calls: the calls ``object(...)``.
+    """
+
+    attributes: dict[str, Any] = Field(default_factory=dict)
+    items: dict[str, Any] = Field(default_factory=dict)
+    contains: dict[str, bool] = Field(default_factory=dict)
+    calls: tuple[RecordedCall, ...] = ()
+
 
 class Architecture(Frozen):
     """Import path of the network's class, and its keyword arguments."""
@@ -26,7 +60,8 @@ class Architecture(Frozen):
     config: dict[str, Any] = Field(
         default_factory=dict,
         description='Keyword arguments. An object is {"$class": "module:Class", "$arguments": '
-        '{...}}, a class {"$class": "module:Class"}.',
+        '{...}}, a class {"$class": "module:Class"}. {"$reads": {...}} is what the constructor '
+        "reads from an object.",
     )
 
     @property

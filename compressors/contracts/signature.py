@@ -32,19 +32,49 @@ TRAFFIC = "traffic"
 MOST_OUTPUTS = 64
 """Largest number of outputs of a model."""
 
+FORWARD = "forward"
+"""The method of a network that a call of the network runs."""
+
+METHOD_NAME = r"^[A-Za-z]\w*$"
+"""Pattern of the name of a public method, which has no leading underscore."""
+
 
 class Tower(Frozen):
-    """One of the two towers of a retrieval model: a submodule, and the names of its inputs.
+    """One of the two towers of a retrieval model: a submodule or a method, and its inputs.
 
     The query tower encodes the user or query, the item tower an item of the catalogue.
 
-    The submodule is called with its inputs by name and returns vectors ``(rows, dim)``. Both towers
-    have the same ``dim``. If both are one module (``Signature.shares_tower``), the names are those
-    of the query tower's inputs.
+    A tower is called with its inputs in the way that ``Signature.call`` names, and returns vectors
+    ``(rows, dim)``. Both towers have the same ``dim``. If both are one module
+    (``Signature.shares_tower``), the item tower is called with the names of the query tower's
+    inputs.
+
+    Attributes:
+        module: attribute path of the submodule; empty if the tower is a method of the network.
+        method: the method that returns the vectors.
+        inputs: names of the inputs.
     """
 
-    module: str = Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$", description="Its attribute path.")
+    module: str = Field(
+        "",
+        pattern=r"^([A-Za-z_]\w*(\.\w+)*)?$",
+        description="Its attribute path.",
+        exclude_if=operator.not_,
+    )
+    method: str = Field(FORWARD, pattern=METHOD_NAME, exclude_if=lambda method: method == FORWARD)
     inputs: tuple[str, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _require_a_part_of_the_network(self) -> Self:
+        if not self.module and self.method == FORWARD:
+            raise value_error("tower_is_network")
+        return self
+
+    @property
+    def path(self) -> str:
+        """The attribute path of the submodule or method, for messages."""
+        names = [self.module, "" if self.method == FORWARD else self.method]
+        return ".".join(filter(None, names))
 
 
 class Towers(Frozen):
@@ -141,8 +171,9 @@ class Signature(Frozen):
         item: the input with the item's id of a ``retrieval`` model, an input of the item tower or
             a key; None for other models. Rows of such a model are interactions of the users in
             column ``group``. If it has no ``label``, all interactions are positive.
-        call: how ``forward`` receives the input tensors: as ``keywords`` (by name), at
+        call: how ``method`` receives the input tensors: as ``keywords`` (by name), at
             ``positions`` (in the order of the inputs), or in one ``mapping`` from names to tensors.
+        method: name of the network's method that returns the outputs.
     """
 
     inputs: tuple[AnyInput, ...] = Field(min_length=1)
@@ -155,6 +186,7 @@ class Signature(Frozen):
     call: Literal["keywords", "positions", "mapping"] = Field(
         "keywords", exclude_if=lambda call: call == "keywords"
     )
+    method: str = Field(FORWARD, pattern=METHOD_NAME, exclude_if=lambda method: method == FORWARD)
 
     @model_validator(mode="after")
     def _require_unique_names(self) -> Self:
@@ -316,10 +348,11 @@ class Signature(Frozen):
         )
 
     def of_tower(self, name: str) -> Self:
-        """Return the signature with only the inputs of the tower ``query`` or ``item``."""
+        """Return the signature of the tower ``query`` or ``item``: its inputs, and its method."""
         if self.towers is None:
             raise ValueError("expected a signature with towers")
-        return self.only(self.towers.named()[name].inputs)
+        tower = self.towers.named()[name]
+        return self.only(tower.inputs).model_copy(update={"method": tower.method})
 
     @property
     def shares_tower(self) -> bool:
@@ -327,7 +360,7 @@ class Signature(Frozen):
 
         Then one graph is served for both. Lists may have different lengths.
         """
-        if self.towers is None or self.towers.query.module != self.towers.item.module:
+        if self.towers is None or self.towers.query.path != self.towers.item.path:
             return False
         query, item = (
             [_form(item) for item in self.of_tower(name).inputs] for name in self.towers.named()

@@ -1,8 +1,8 @@
 """Call a network, and convert what it returns to scores: one column for each output.
 
-A network with one output returns it, float ``(rows,)`` or ``(rows, 1)``, or a tuple or mapping with
-only it. A network with ``n``
-outputs returns one of these, in the order of the signature's outputs:
+The method that is called is ``forward``, or another one that the signature names. With one output,
+it returns the output, float ``(rows,)`` or ``(rows, 1)``, or a tuple or mapping with only it. With
+``n`` outputs, it returns one of these, in the order of the signature's outputs:
 
 - a tensor ``(rows, n)``;
 - a tuple or list of ``n`` tensors, ``(rows,)`` or ``(rows, 1)`` each;
@@ -11,13 +11,14 @@ outputs returns one of these, in the order of the signature's outputs:
 Its *scores* are then a tensor, float ``(rows,)`` for one output and ``(rows, n)`` for several.
 """
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import Signature, tensor_names
+from compressors.contracts import FORWARD, Signature, tensor_names
 
 Value = TypeVar("Value")
 """A tensor, or an array of a runtime."""
@@ -32,13 +33,28 @@ def call_network(module: nn.Module, inputs: Mapping[str, Tensor], signature: Sig
         signature: the signature, restricted to the inputs of the network or tower.
     """
     arguments = {name: inputs[name] for name in _tensor_names(signature)}
+    method = scoring_method(module, signature.method)
     match signature.call:
         case "positions":
-            return module(*arguments.values())
+            return method(*arguments.values())
         case "mapping":
-            return module(arguments)
+            return method(arguments)
         case _:
-            return module(**arguments)
+            return method(**arguments)
+
+
+def scoring_method(module: nn.Module, name: str) -> Callable[..., Any]:
+    """Return a method of a network; for ``forward`` the network, so that its hooks run too.
+
+    Args:
+        module: the network.
+        name: the method, or an attribute path to a submodule or its method.
+
+    Raises:
+        AttributeError: the network has no such method.
+    """
+    method: Callable[..., Any] = module if name == FORWARD else operator.attrgetter(name)(module)
+    return method
 
 
 def network_scores(module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature) -> Tensor:

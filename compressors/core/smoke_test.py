@@ -134,8 +134,9 @@ def _check_towers(
 ) -> None:
     """Raise ``ModelRefused`` if a tower fails or the towers' dot product is not the score."""
     vectors: dict[str, Tensor] = {}
-    towers = [(graph, name) for graph in served_graphs(signature) for name in graph.towers]
-    for graph, name in towers:
+    towers = signature.towers.named() if signature.towers is not None else {}
+    graphs = [(graph, name) for graph in served_graphs(signature) for name in graph.towers]
+    for graph, name in graphs:
         try:
             with torch.no_grad():
                 vector = tower_vectors(model, inputs, signature, name)
@@ -146,7 +147,7 @@ def _check_towers(
                 "tower_fails",
                 architecture=path,
                 tower=name,
-                module=graph.module,
+                module=towers[name].path,
                 inputs=tuple(input_names(graph.signature)),
                 problem=repr(fault),
             ) from fault
@@ -156,7 +157,7 @@ def _check_towers(
                 "tower_vector_shape",
                 architecture=path,
                 tower=name,
-                module=graph.module,
+                module=towers[name].path,
                 rows=ROWS,
                 got=str(shape),
             )
@@ -169,6 +170,7 @@ def _check_towers(
             item=vectors["item"].shape[1],
         )
     product = (vectors["query"] * vectors["item"]).sum(dim=1)
-    gap = float((product - score).abs().max())
-    if not gap <= TOWER_TOLERANCE * (1 + float(score.abs().max())):
-        raise ModelRefused("towers_not_the_score", architecture=path, gap=gap)
+    # The sigmoid increases, so it ranks the catalogue as the product does.
+    gaps = [float((scores - score).abs().max()) for scores in (product, product.sigmoid())]
+    if not min(gaps) <= TOWER_TOLERANCE * (1 + float(score.abs().max())):
+        raise ModelRefused("towers_not_the_score", architecture=path, gap=gaps[0])

@@ -231,8 +231,8 @@ class ModelRefused(CompressionError):
         "(differing tensors: {names}). Register them as parameters or buffers and save the weights "
         "again, or compute them from the configuration.",
         "tower_fails": "{architecture}: tower {tower!r} ({module}) fails when it is called with "
-        "{inputs}: {problem}. Name the submodule that takes exactly the inputs listed for it in "
-        "model.json.",
+        "{inputs}: {problem}. Name the submodule or method that takes exactly the inputs listed "
+        "for it in model.json.",
         "tower_vector_shape": "{architecture}: tower {tower!r} ({module}) must return one vector "
         "per row, (rows, dim); on {rows} rows it returned {got}.",
         "tower_lengths_differ": (
@@ -242,7 +242,8 @@ class ModelRefused(CompressionError):
         ),
         "towers_not_the_score": "{architecture}: the dot product of the towers' vectors is up to "
         "{gap:.3g} away from the network's score on generated rows. Only the vectors are served: "
-        "put scales, biases and norms into the towers, and let forward return the dot product.",
+        "put scales, biases and norms into the towers, and let the network return the dot product "
+        "or its sigmoid.",
     }
 
 

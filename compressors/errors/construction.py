@@ -19,6 +19,8 @@ class ConstructionFailed(CodedError):
         "arguments: {arguments}.",
         "argument_form": "an object in the 'config' of model.json must have the keys \"$class\" "
         'and "$arguments" (a dictionary) and no other key; got {keys}.',
+        "reads_form": "an object with \"$reads\" in the 'config' of model.json has the wrong form: "
+        "{problem}",
         "argument_class_unknown": "its 'config' names the class {path}, which was not checked when "
         "the bundle was read. Load the bundle again.",
         "constructor_raised": "its constructor raised {error} at {place}: {problem}. Correct "

@@ -9,13 +9,16 @@ class InspectionFailed(CompressionError):
     """The inputs or outputs of a network cannot be derived from a call with the user's data."""
 
     sentences: ClassVar = {
+        "method_missing": "Expected a method of {architecture}, got {method}. Name the method that "
+        "returns the scores of rows.",
         "arguments_unknown": "Expected a column of the data for each argument of {architecture}"
-        ".forward, got no column for {names}. The columns are {columns}. Name those that fill each "
-        "argument, such as --input {first}=COLUMN, or --input {first}=COLUMN,COLUMN for several. "
+        ".{method}, got no column for {names}. The columns are {columns}. Name those that fill "
+        "each argument, such as --input {first}=COLUMN, or {first}=COLUMN,COLUMN for several. "
         "Lengths, masks and positions of lists are --input {first}=lengths(LISTS), and so on, with "
-        "the argument of the lists; offsets must be called LISTS_offsets.",
-        "arguments_variable": "Expected an argument of {architecture}.forward for each input, got "
-        "*{name}. Wrap the network in a class whose forward names its inputs.",
+        "the argument of the lists; offsets must be called LISTS_offsets. "
+        "If another method returns the scores, name it with --method.",
+        "arguments_variable": "Expected an argument of {architecture}.{method} for each input, "
+        "got *{name}. Wrap the network in a class whose {method} names its inputs.",
         "columns_missing": "Expected columns of the data in --input {name}, got {missing}. The "
         "columns are {columns}.",
         "network_fails": "{architecture} fails on {rows} rows of the data: {problem}. Its inputs "
@@ -37,6 +40,12 @@ class InspectionFailed(CompressionError):
         "{column} have {shortest} to {longest} ids; got other outputs with more padding "
         "({padding_id}) on the right, and on the left. Pad the lists in the data to one length, as "
         "in training, or let the network mask {padding_id}.",
+        "tower_missing": "Expected a submodule or a method of {architecture} as a tower, got "
+        "{path}. Its submodules are {names}.",
+        "tower_vectors": "Expected a tower that returns one vector per row, (rows, dim), got {got} "
+        "from {path}.",
+        "tower_calls_differ": "Expected two towers that are called in the same way, got {forms}. "
+        "Wrap one of them in a class with the form of the other.",
         "outputs_unknown": "Expected one number per row from {architecture}, or a tuple or mapping "
         "of them; got {got}.",
         "labels_count": "Expected a label for each of the {expected} outputs of {architecture}, "

@@ -29,21 +29,24 @@ def first_call(
         InspectionFailed: the network fails with all layouts.
     """
     failure: tuple[CallFailed, Layout] | None = None
+    method = ""
     for layout in candidates:
+        method = layout.call.method
         for with_mask in _mask_dtypes(layout):
             try:
                 tensors, before = _call_with_dtypes(network, with_mask, sample)
             except CallFailed as fault:
-                if layout.call != "mapping" or fault.accessed:
+                if layout.call.form != "mapping" or fault.accessed:
                     failure = failure or (fault, layout)
                 continue
-            if layout.call == "mapping":
+            if layout.call.form == "mapping":
                 return *_only_accessed(with_mask, tensors, before.accessed), before
             return with_mask, tensors, before
     if failure is None:
         raise InspectionFailed(
             "arguments_unknown",
             architecture=type(network).__name__,
+            method=method,
             names=("its only argument",),
             first="NAME",
             columns=tuple(sample),
@@ -62,7 +65,11 @@ def _only_accessed(
     layout: Layout, tensors: Tensors, accessed: frozenset[str]
 ) -> tuple[Layout, Tensors]:
     """Return the arguments of a mapping that the network reads, and their tensors."""
-    arguments = tuple(item for item in layout.arguments if item.name in accessed)
+    arguments = tuple(
+        replace(item, lengths=item.lengths if item.lengths in accessed else None)
+        for item in layout.arguments
+        if item.name in accessed
+    )
     kept = {name: tensor for name, tensor in tensors.items() if name in accessed}
     return replace(layout, arguments=arguments), kept
 

@@ -1,4 +1,4 @@
-"""Find how a network's ``forward`` receives its inputs, and which columns fill each of them."""
+"""Find how a network's method receives its inputs, and which columns fill each of them."""
 
 import fnmatch
 import inspect
@@ -10,8 +10,10 @@ from typing import Literal
 
 from torch import nn
 
+from compressors.contracts import FORWARD
+from compressors.core.scores import scoring_method
 from compressors.errors.inspection import InspectionFailed
-from compressors.inspection.sample import Sample
+from compressors.inspection.sample import Sample, SampleColumn
 
 CallForm = Literal["keywords", "mapping"]
 MaskType = Literal["float32", "bool", "int64"]
@@ -22,7 +24,7 @@ class Argument:
     """One input tensor of a network.
 
     Attributes:
-        name: the argument of ``forward``, or the key in its mapping.
+        name: the argument of the method, or the key in its mapping.
         columns: the columns that fill the tensor, in their order.
         widths: for each column, the number of columns of the tensor that a list fills; 0 for a
             number. Only the parts of a matrix have several columns of which one is a list.
@@ -53,10 +55,18 @@ class Argument:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The inputs of a network, and how ``forward`` receives them."""
+class Call:
+    """How a network is called: its method, and whether that receives keywords or one mapping."""
 
-    call: CallForm
+    method: str
+    form: CallForm
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The inputs of a network, and how it is called with them."""
+
+    call: Call
     arguments: tuple[Argument, ...]
 
 
@@ -75,12 +85,17 @@ _COMPANIONS = {
 
 
 def layouts(
-    network: nn.Module, sample: Sample, given: Mapping[str, Sequence[str]], excluded: Sequence[str]
+    network: nn.Module,
+    method: str,
+    sample: Sample,
+    given: Mapping[str, Sequence[str]],
+    excluded: Sequence[str],
 ) -> Iterator[Layout]:
     """Yield the layouts to try, the most probable first.
 
     Args:
         network: the network.
+        method: its method that returns the outputs, or the attribute path of a submodule.
         sample: the columns of the data.
         given: columns by argument, as the user named them. A column may be a pattern such as
             ``d*``. ``lengths(history)`` is computed from the lists that fill the argument
@@ -100,7 +115,8 @@ def layouts(
         for name, columns in given.items()
         if name not in computed
     }
-    parameters = _parameters(network)
+    parameters = _parameters(network, method)
+    keywords, mapping = Call(method, "keywords"), Call(method, "mapping")
     required = [name for name, parameter in parameters.items() if _is_required(parameter)]
     # A network with an optional argument for the labels computes its loss; scoring needs none.
     known: dict[str, tuple[str, ...]] = {
@@ -125,24 +141,68 @@ def layouts(
             for name in parameters
             if name in known
         ]
-        yield Layout("keywords", tuple(arguments))
+        yield Layout(keywords, tuple(arguments))
         return
     if len(required) != 1:
-        raise _arguments_unknown(network, missing, sample)
+        raise _arguments_unknown(network, method, missing, sample)
     # The only argument is one matrix or a mapping from names to tensors.
-    if not named and (matrix := _described_matrix(network, required[0], sample)) is not None:
-        yield Layout("keywords", (matrix,))
+    matrix = None if named else _described_matrix(network, method, required[0], sample)
+    if matrix is not None:
+        yield Layout(keywords, (matrix,))
         return
     of_mapping = {name: (name,) for name in sample if name not in excluded} | named
-    yield Layout(
-        "mapping", tuple(_argument(name, columns, sample) for name, columns in of_mapping.items())
-    )
+    yield Layout(mapping, _arguments_of_mapping(of_mapping, computed, sample))
     if not named:
         columns = [name for name in sample if name not in excluded and not sample[name].is_list]
-        yield Layout("keywords", (_argument(required[0], columns, sample),))
+        yield Layout(keywords, (_argument(required[0], columns, sample),))
 
 
-def _described_matrix(network: nn.Module, name: str, sample: Sample) -> Argument | None:
+def _arguments_of_mapping(
+    columns_of: Mapping[str, Sequence[str]],
+    computed: Mapping[str, tuple[str, ...]],
+    sample: Sample,
+) -> tuple[Argument, ...]:
+    """Return the arguments of a mapping.
+
+    A column of integers that are the lengths of a column of lists is computed from the lists, so
+    that both always agree.
+
+    Args:
+        columns_of: the columns that fill each argument.
+        computed: by argument, its role and the argument whose lists it accompanies.
+        sample: the columns of the data.
+    """
+    lists = [name for name, columns in columns_of.items() if _is_list(columns, sample)]
+    of_lists = {
+        argument: ("lengths", name)
+        for name in reversed(lists)
+        for argument, columns in columns_of.items()
+        if _are_lengths(sample[columns[0]], sample[columns_of[name][0]])
+    } | dict(computed)
+    return tuple(
+        _argument(
+            name,
+            columns,
+            sample,
+            {role: argument for argument, (role, of) in of_lists.items() if of == name},
+        )
+        for name, columns in columns_of.items()
+        if name not in of_lists
+    )
+
+
+def _are_lengths(column: SampleColumn, lists: SampleColumn) -> bool:
+    """Return whether integers are the lengths of lists, which have different lengths."""
+    if column.kind != "integer" or lists.shortest == lists.longest:
+        return False
+    pairs = zip(column.values, lists.values, strict=True)
+    bounds = (column.low, column.high) == (lists.shortest, lists.longest)
+    return bounds and all(count == len(values) for count, values in pairs)
+
+
+def _described_matrix(
+    network: nn.Module, method: str, name: str, sample: Sample
+) -> Argument | None:
     """Return the matrix whose columns the attribute ``feature_index`` describes.
 
     Models of DeepCTR-Torch have it: the first column of each feature, and the one after its last.
@@ -156,24 +216,32 @@ def _described_matrix(network: nn.Module, name: str, sample: Sample) -> Argument
     ):
         return None
     if missing := [feature for feature in index if feature not in sample]:
-        raise _arguments_unknown(network, missing, sample)
+        raise _arguments_unknown(network, method, missing, sample)
     widths = (
         stop - start if sample[feature].is_list else 0 for feature, (start, stop) in index.items()
     )
     return Argument(name, tuple(index), tuple(widths))
 
 
-def _parameters(network: nn.Module) -> dict[str, inspect.Parameter]:
-    """Return the parameters of ``forward`` by name.
+def _parameters(network: nn.Module, method: str) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a method by name.
 
     Raises:
-        InspectionFailed: it takes any number of arguments.
+        InspectionFailed: there is no such method, or it takes any number of arguments.
     """
-    parameters = dict(inspect.signature(network.forward).parameters)
+    architecture = type(network).__name__
+    try:
+        function = scoring_method(network, method)
+    except AttributeError as fault:
+        raise InspectionFailed(
+            "method_missing", architecture=architecture, method=method
+        ) from fault
+    # A submodule is called, but its ``forward`` has the arguments.
+    parameters = dict(inspect.signature(getattr(function, FORWARD, function)).parameters)
     for name, parameter in parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise InspectionFailed(
-                "arguments_variable", architecture=type(network).__name__, name=name
+                "arguments_variable", architecture=architecture, method=method, name=name
             )
     return parameters
 
@@ -253,11 +321,12 @@ def _argument(
 
 
 def _arguments_unknown(
-    network: nn.Module, missing: Sequence[str], sample: Sample
+    network: nn.Module, method: str, missing: Sequence[str], sample: Sample
 ) -> InspectionFailed:
     return InspectionFailed(
         "arguments_unknown",
         architecture=type(network).__name__,
+        method=method,
         names=tuple(missing),
         first=next(iter(missing), "NAME"),
         columns=tuple(sample),

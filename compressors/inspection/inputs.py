@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from compressors.contracts import (
+    FORWARD,
     AnyInput,
     DenseInput,
     IdField,
@@ -20,7 +21,7 @@ from compressors.errors.inspection import InspectionFailed
 from compressors.inspection.first_call import first_call
 from compressors.inspection.forward_arguments import (
     Argument,
-    CallForm,
+    Call,
     Layout,
     layouts,
 )
@@ -48,7 +49,7 @@ class DerivedInputs:
     """The inputs of a network.
 
     Attributes:
-        call: how ``forward`` receives them.
+        call: how the network is called with them.
         inputs: the inputs of the signature.
         reasons: by input, why it has its kind.
         unused: the columns that fill an input and change no output.
@@ -56,7 +57,7 @@ class DerivedInputs:
         returned: what the network returned for them.
     """
 
-    call: CallForm
+    call: Call
     inputs: tuple[AnyInput, ...]
     reasons: Mapping[str, str]
     unused: tuple[str, ...]
@@ -65,7 +66,11 @@ class DerivedInputs:
 
 
 def derive_inputs(
-    network: nn.Module, sample: Sample, given: Mapping[str, Sequence[str]], excluded: Sequence[str]
+    network: nn.Module,
+    sample: Sample,
+    given: Mapping[str, Sequence[str]],
+    excluded: Sequence[str],
+    method: str = FORWARD,
 ) -> DerivedInputs:
     """Derive the inputs of a network.
 
@@ -74,12 +79,14 @@ def derive_inputs(
         sample: the sampled columns of the data.
         given: columns by argument, as the user named them; a column may be a pattern.
         excluded: columns that are no inputs unless the user names them, such as labels.
+        method: its method that returns the outputs, or the attribute path of a submodule.
 
     Raises:
         InspectionFailed: no column is known for an argument; the network fails on the rows; or an
             input has no kind that a signature can express.
     """
-    layout, tensors, before = first_call(network, layouts(network, sample, given, excluded), sample)
+    candidates = layouts(network, method, sample, given, excluded)
+    layout, tensors, before = first_call(network, candidates, sample)
     _require_finite(network, layout, sample, before.returned)
     readings = {
         argument.name: {

@@ -9,7 +9,7 @@ from torch import nn
 
 from compressors.contracts import JaggedBag, PaddedBag, SequenceInput
 from compressors.errors.inspection import InspectionFailed
-from compressors.inspection.forward_arguments import Argument, CallForm
+from compressors.inspection.forward_arguments import Argument, Call
 from compressors.inspection.lookups import same_outputs
 from compressors.inspection.observed_call import (
     CallFailed,
@@ -31,7 +31,7 @@ class ListCall:
 
     Attributes:
         network: the network.
-        call: how its ``forward`` receives the tensors.
+        call: how it is called with the tensors.
         arguments: the argument that the lists fill, and after it those with lists of the same
             lengths, which are always padded alike.
         sample: the sampled columns.
@@ -40,7 +40,7 @@ class ListCall:
     """
 
     network: nn.Module
-    call: CallForm
+    call: Call
     arguments: tuple[Argument, ...]
     sample: Sample
     tensors: Tensors
@@ -160,11 +160,26 @@ def _padding_side(lists: ListCall, padding_id: int) -> Padding | None:
     length = _longest(lists)
     sides: tuple[Padding, ...] = ("right", "left")
     for side in sides:
-        outputs = lists.outputs(lists.sample, Padded(length, side, padding_id))
-        longer = lists.outputs(lists.sample, Padded(length + FURTHER, side, padding_id))
+        sample, shorter = lists.sample, length
+        longer = lists.outputs(sample, Padded(length + FURTHER, side, padding_id))
+        if longer is None:  # the network has no more positions
+            shorter = max(1, length - FURTHER)
+            sample = _with_lists_up_to(lists, shorter)
+            longer = lists.outputs(sample, Padded(length, side, padding_id))
+        outputs = lists.outputs(sample, Padded(shorter, side, padding_id))
         if outputs is not None and longer is not None and same_outputs(outputs, longer):
             return side
     return None
+
+
+def _with_lists_up_to(lists: ListCall, length: int) -> Sample:
+    """Return the sample with at most so many ids in each list of the described arguments."""
+    columns = [lists.sample[argument.columns[0]] for argument in lists.arguments]
+    shortened = {
+        column.name: replace(column, values=tuple(values[:length] for values in column.values))
+        for column in columns
+    }
+    return {**lists.sample, **shortened}
 
 
 def _is_unordered(lists: ListCall, padding_id: int) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressors.inspection.forward_arguments import Argument, CallForm
+from compressors.inspection.forward_arguments import Argument, Call
 from compressors.inspection.observed_call import (
     CallFailed,
     Lookup,
@@ -41,7 +41,7 @@ class Reading:
 
 def read_column(
     network: nn.Module,
-    call: CallForm,
+    call: Call,
     argument: Argument,
     column: str,
     sample: Sample,
@@ -52,7 +52,7 @@ def read_column(
 
     Args:
         network: the network.
-        call: how its ``forward`` receives the tensors.
+        call: how it is called with the tensors.
         argument: the argument that the column fills, alone or with other columns.
         column: name of the column.
         sample: the sampled columns.

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressors.contracts import JaggedBag, SequenceInput, is_out_of_memory
 from compressors.core.batches import jagged, padded_sequence
-from compressors.inspection.forward_arguments import Argument, CallForm
+from compressors.core.scores import scoring_method
+from compressors.inspection.forward_arguments import Argument, Call
 from compressors.inspection.sample import Padding, Sample, SampleColumn, scalar_tensor
 
 Tensors = dict[str, Tensor]
@@ -109,7 +110,7 @@ class _AccessedKeys(dict[str, Tensor]):
         return super().values()
 
 
-def observe(network: nn.Module, call: CallForm, tensors: Tensors) -> Observation:
+def observe(network: nn.Module, call: Call, tensors: Tensors) -> Observation:
     """Call a network with copies of tensors, and record what it looks up and reads.
 
     Raises:
@@ -118,9 +119,10 @@ def observe(network: nn.Module, call: CallForm, tensors: Tensors) -> Observation
     lookups: list[Lookup] = []
     operations = _CountedOperations()
     copies = _AccessedKeys({name: tensor.clone() for name, tensor in tensors.items()})
+    method = scoring_method(network, call.method)
     with _recorded_lookups(network, lookups), torch.no_grad(), operations:
         try:
-            returned = network(copies) if call == "mapping" else network(**dict(copies))
+            returned = method(copies) if call.form == "mapping" else method(**dict(copies))
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise

@@ -45,7 +45,8 @@ class ServedGraph:
         name: ``model``, ``query``, ``item`` or ``encoder``.
         signature: the model's signature with the inputs of this graph only. Those of ``encoder``
             have the names of the query tower's inputs.
-        module: attribute path of the submodule that the graph runs; empty for the whole model.
+        module: attribute path of the submodule that the graph runs; empty for the whole model, and
+            for a tower that is a method of the model.
         outputs: names of the graph's outputs: ``score`` if there is only one; else the names in the
             signature; ``vector`` for a tower.
         towers: names of the towers that the graph computes; none for the graph ``model``.
@@ -57,8 +58,13 @@ class ServedGraph:
     outputs: tuple[str, ...]
     towers: tuple[str, ...] = ()
 
+    @property
+    def is_tower(self) -> bool:
+        """Whether the graph computes the vectors of a tower."""
+        return bool(self.towers)
+
     def part(self, model: nn.Module) -> nn.Module:
-        """Return the submodule of a model that this graph runs."""
+        """Return the submodule of a model of which this graph runs a method."""
         return model.get_submodule(self.module)
 
 
@@ -140,7 +146,7 @@ class ServingWrapper(nn.Module):
             if newly_refused is not None:
                 refused = newly_refused if refused is None else refused | newly_refused
         output = call_network(self.served_graph.part(self.model), inputs, self.signature)
-        if self.served_graph.outputs == (VECTOR,):
+        if self.served_graph.is_tower:
             if refused is not None:
                 output = torch.where(refused.unsqueeze(1), torch.nan, output)
             vector: Tensor = output.to(torch.float32)

@@ -54,6 +54,27 @@ def new(
             metavar="ARGUMENT=COLUMNS",
         ),
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="Method of the network that returns the scores of rows.")
+    ] = "forward",
+    query_tower: Annotated[
+        str | None,
+        typer.Option(
+            help="Submodule or method that returns the vectors of queries (two-tower models).",
+            metavar="PATH",
+        ),
+    ] = None,
+    item_tower: Annotated[
+        str | None,
+        typer.Option(help="Submodule or method that returns the items' vectors.", metavar="PATH"),
+    ] = None,
+    item: Annotated[
+        str | None,
+        typer.Option(
+            help="Column with the item's id, with towers (default: the only column that the rows "
+            "and the catalogue have)."
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the model (default: that of its class).")
     ] = None,
@@ -65,11 +86,14 @@ def new(
     as_json: Json = False,
 ) -> None:
     """Write the draft of a bundle from a trained network and its data."""
-    from tasks.bundles.new_draft import DraftRequest, label_candidates, new_draft
+    from tasks.bundles.draft_request import DraftRequest, label_candidates, read_rows
+    from tasks.bundles.new_draft import new_draft
 
+    rows = None
     labels = _pairs("--label", label or [], key_is_optional=True)
-    if not labels and sys.stdin.isatty():
-        candidates = label_candidates(data)
+    if not labels and query_tower is None and sys.stdin.isatty():
+        rows = read_rows(data)
+        candidates = label_candidates(rows)
         write_line(f"Columns of numbers: {', '.join(candidates[:CANDIDATES])}")
         answer = typer.prompt("Column with the labels", default=(candidates or ("",))[0])
         labels = {answer: answer}
@@ -85,12 +109,16 @@ def new(
             argument: tuple(names.split(","))
             for argument, names in _pairs("--input", columns or []).items()
         },
+        method=method,
+        query_tower=query_tower,
+        item_tower=item_tower,
+        item=item,
         name=name,
         version=version,
         weights=weights,
         config=config,
     )
-    written = new_draft(request)
+    written = new_draft(request, rows)
     if as_json:
         write(written.draft.model_dump_json(indent=1))
     else:
@@ -126,7 +154,7 @@ def _show(written: "NewDraft") -> None:
             item.name,
             f"{item.kind} of {len(item.fields)} parts" if item.kind == "matrix" else item.kind,
             ", ".join(item.columns[:4]) + (", ..." if len(item.columns) > 4 else ""),
-            written.reasons[item.name],
+            written.reasons.get(item.name, "identifies the item"),
         ]
         for item in draft.signature.inputs
     ]

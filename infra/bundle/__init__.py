@@ -8,6 +8,7 @@ json_reader.py      strict reader for untrusted JSON
 paths.py            validated path types for ``model.json``
 shards.py           reads safetensors headers and checks weights, without loading tensors
 architecture.py     imports a network's class, from allow-listed modules only
+recorded_reads.py   records what a constructor reads from an argument
 live_model.py       imports a trained network and describes its class and arguments
 schema_versions.py  migrates earlier versions of ``model.json``
 model_json.py       the fields of ``model.json``

@@ -3,7 +3,9 @@
 A bundle builds a network from its class and arguments that JSON can represent, but a network in
 memory does not store its arguments. So ``import_network`` records the arguments of constructors
 while the user's code runs, and ``describe_architecture`` writes those of the network, also where
-they are objects (``compressors/contracts/network.py``).
+they are objects (``compressors/contracts/network.py``). An object that reads files when it is
+constructed, or whose constructor's arguments are unknown, is described by what the constructor of
+the network reads from it (``recorded_reads.py``).
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ from infra.bundle.architecture import (
     import_allowed_module,
     is_within,
 )
+from infra.bundle.recorded_reads import record_reads
 from infra.errors import DraftRefused
 
 if TYPE_CHECKING:
@@ -43,13 +46,20 @@ class ConstructorCalls:
         allowed: modules that may be imported, as in ``network_class``.
         arguments: by ``id`` of an object, the object and its constructor's arguments by name. The
             object is stored so that no later object receives its ``id``.
+        readers: ``id`` of each object whose constructor opened a file.
     """
 
     allowed: Sequence[str]
     arguments: dict[int, tuple[object, dict[str, Any]]] = field(default_factory=dict)
+    readers: set[int] = field(default_factory=set)
+    _running: list[tuple[FrameType, int]] = field(default_factory=list)
 
-    def record(self, frame: FrameType, event: str, _: object) -> None:
+    def record(self, frame: FrameType, event: str, function: object) -> None:
         """Record one call of an ``__init__``; a profile function of ``sys.setprofile``."""
+        if event == "c_call" and function is open:
+            self.readers |= {constructed for _, constructed in self._running}
+        if event == "return" and self._running and self._running[-1][0] is frame:
+            self._running.pop()
         code = frame.f_code
         if event != "call" or code.co_name != "__init__" or code.co_argcount == 0:
             return
@@ -68,6 +78,21 @@ class ConstructorCalls:
             arguments |= values.get(next(further), {})
         copies = {name: _copy_containers(value) for name, value in arguments.items()}
         self.arguments[id(constructed)] = (constructed, copies)
+        self._running.append((frame, id(constructed)))
+
+    def needs_reads(self, value: object) -> bool:
+        """Return whether a bundle describes an object by what is read from it.
+
+        It does if the object is of an allowed module, and cannot be constructed again: its
+        arguments are unknown, or its constructor reads files, which may be missing then.
+        """
+        import torch
+
+        is_plain = isinstance(value, torch.nn.Module | type | enum.Enum | tuple)
+        if is_plain or dataclasses.is_dataclass(value):
+            return False
+        is_known = id(value) in self.arguments and id(value) not in self.readers
+        return not is_known and _can_be_named(type(value), self.allowed)
 
 
 def _copy_containers(value: Any) -> Any:
@@ -155,7 +180,8 @@ def _recorded(calls: ConstructorCalls) -> Iterator[None]:
 def describe_architecture(network: "nn.Module", calls: ConstructorCalls) -> Architecture:
     """Return the class of a network and the arguments it was constructed with.
 
-    Arguments that equal their default are left out.
+    Arguments that equal their default are left out. If an argument is described by what is read
+    from it, the network is constructed once more.
 
     Raises:
         DraftRefused: the network was not constructed while calls were recorded, or an argument
@@ -168,8 +194,16 @@ def describe_architecture(network: "nn.Module", calls: ConstructorCalls) -> Arch
     if variable := next((name for name in arguments if name.startswith("*")), None):
         place = f"{type(network).__name__}({variable})"
         raise DraftRefused("argument_not_stored", place=place, kind="tuple")
+
+    def encode(value: Any, place: str) -> Any:
+        if calls.needs_reads(value):
+            raise DraftRefused("argument_not_stored", place=place, kind=type(value).__name__)
+        return _encode(value, calls, place=place)
+
+    names = tuple(name for name, value in arguments.items() if calls.needs_reads(value))
+    reads = record_reads(type(network), arguments, names, encode) if names else {}
     config = {
-        name: _encode(value, calls, place=f"{type(network).__name__}({name})")
+        name: reads[name] if name in reads else encode(value, f"{type(network).__name__}({name})")
         for name, value in arguments.items()
     }
     return Architecture(path=path, config=config)

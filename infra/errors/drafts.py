@@ -31,6 +31,9 @@ class DraftRefused(Refused):
         "argument_not_stored": "Expected numbers, texts, lists, dictionaries, classes, or objects "
         "that are constructed in Python as the arguments of a network; got a {kind} in {place}. "
         "Give, for example, a layer such as torch.nn.ReLU() in place of a function.",
+        "read_not_stored": "Expected numbers, texts, lists, dictionaries or classes wherever the "
+        "constructor of the network reads from its arguments; got a {kind} from {place}, and "
+        "without it the error {problem}. Let the constructor read plain values only.",
         "weights_unfit": "The weights in {path} do not fit {architecture}: {problem}",
         "config_no_json": "Expected a JSON object as --config, got {problem}.",
         "folder_not_empty": "Expected a new or empty folder for the draft, got {folder}, which has "
@@ -38,6 +41,15 @@ class DraftRefused(Refused):
         "data_missing": "Expected train.parquet and test.parquet (or folders train and test with "
         "parquet files) in {folder}, got {got}.",
         "data_without_rows": "Expected rows of data in {path}, got none.",
+        "towers_incomplete": "Expected --query-tower and --item-tower, got only one of them. Name "
+        "the submodule or method of each tower.",
+        "group_missing": "Expected a column that identifies the query of a row, such as the user. "
+        "Give it with --group COLUMN; the columns are {columns}.",
+        "item_unknown": "Expected one column of integers that is in the rows and in the catalogue, "
+        "as the item's id; got {columns}. Give it with --item COLUMN.",
+        "labels_of_towers": "Expected at most one --label for a retrieval model, got {got}.",
+        "catalogue_missing": "Expected the catalogue of all items as items.parquet (or a folder "
+        "items) in {folder}, because the model has towers.",
         "label_missing": "Expected a column with the labels. Give it with --label COLUMN; the "
         "columns are {columns}.",
         "column_missing": "Expected a column of the data as {option}, got {column}. The columns "

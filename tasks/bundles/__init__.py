@@ -2,11 +2,13 @@
 
 To pack is to check a folder with a model and its data (a draft) and to store it as a bundle.
 
-bundle_ref.py   finds a bundle in the store by name and version
-new_draft.py    writes a draft from a trained network and its data
-packing.py      packs, checks and shows bundles
-loading.py      loads a stored bundle as a module, a stored split as tensors
-baseline.py     checks a bundle's model and labels before compression
-teachers.py     finds the teachers of an order
-table_files.py  compresses the tables of files of any size
+bundle_ref.py      finds a bundle in the store by name and version
+draft_request.py   what a user says about a network, and the rows of the data
+draft_signature.py describes the signature of a network for a new draft
+new_draft.py       writes a draft from a trained network and its data
+packing.py         packs, checks and shows bundles
+loading.py         loads a stored bundle as a module, a stored split as tensors
+baseline.py        checks a bundle's model and labels before compression
+teachers.py        finds the teachers of an order
+table_files.py     compresses the tables of files of any size
 """

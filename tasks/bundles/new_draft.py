@@ -7,22 +7,18 @@ outputs, and its arguments are recorded while it is constructed (``infra/bundle/
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
 
 import torch
-from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressors.contracts import (
     ITEMS,
     Architecture,
-    Frozen,
-    MatrixInput,
     Network,
     Signature,
     all_tables,
@@ -35,56 +31,26 @@ from compressors.core.state.module_state import load, tensors_of
 from compressors.core.state.tensor_files import SINGLE
 from compressors.errors.compression import CompressionError
 from compressors.errors.construction import ConstructionFailed
-from compressors.inspection.inputs import DerivedInputs, derive_inputs
+from compressors.inspection.inputs import DerivedInputs
 from compressors.inspection.lookups import same_outputs
-from compressors.inspection.outputs import derive_outputs, named_scores
-from compressors.inspection.sample import ColumnKind, Sample, SampleColumn
 from infra.bundle.architecture import network_class
-from infra.bundle.bundle_folder import MANIFEST, SCHEMA_VERSION, Draft, SplitName, read_draft
+from infra.bundle.bundle_folder import MANIFEST, SCHEMA_VERSION, Draft, read_draft
 from infra.bundle.json_reader import parse
 from infra.bundle.live_model import class_path, describe_architecture, import_network
-from infra.data.data_sample import OTHER, ColumnSummary, data_files, summarize_columns
 from infra.errors import BundleRefused, DraftRefused, Refused
 from infra.settings import load_settings
 from infra.store.disk import translate_input_errors
 from infra.store.temporary import scratch_folder
+from tasks.bundles.draft_request import (
+    DraftRequest,
+    RowsOfData,
+    catalogue_file,
+    read_rows,
+    require_columns,
+    sample_of,
+)
+from tasks.bundles.draft_signature import describe_rows, describe_towers
 from tasks.bundles.loading import import_architecture
-
-SPLITS = tuple(split for split in get_args(SplitName) if split != ITEMS)
-"""The splits that are looked for in a data folder; ``items`` belongs to retrieval models only."""
-
-
-class DraftRequest(Frozen):
-    """What the user says about a trained network.
-
-    Attributes:
-        folder: the new folder of the draft.
-        model: a network, a function that returns one, or with ``weights`` its class, in the form
-            ``module:name``.
-        data: folder with the splits.
-        labels: column with the labels by output, in the order of the outputs.
-        metric: the metric that decides quality; None for the default of the task kind.
-        group: column that groups rows.
-        time: column with the time of a row.
-        inputs: columns by argument of the network, where they have other names.
-        name: name of the bundle; None for the name of the class.
-        version: version of the bundle.
-        weights: safetensors file with the weights, if ``model`` is a class.
-        config: keyword arguments of the class, as JSON, with ``weights``.
-    """
-
-    folder: Path
-    model: str
-    data: Path
-    labels: dict[str, str]
-    metric: str | None = None
-    group: str | None = None
-    time: str | None = None
-    inputs: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    name: str | None = None
-    version: str = "1"
-    weights: Path | None = None
-    config: str = "{}"
 
 
 @dataclass(frozen=True)
@@ -108,25 +74,12 @@ class NewDraft:
     weight_bytes: int
 
 
-def label_candidates(data: Path) -> tuple[str, ...]:
-    """Return the columns of numbers in a data folder, those with only 0 and 1 first.
-
-    Raises:
-        DraftRefused, DataRefused: the data is missing or cannot be read.
-    """
-    with translate_input_errors(data):
-        sample = _sample(summarize_columns(data_files(data, SPLITS)))
-    numbers = [column for column in sample.values() if not column.is_list]
-    binary = [
-        column.name
-        for column in numbers
-        if column.is_integer and (column.low, column.high) == (0, 1)
-    ]
-    return (*binary, *(column.name for column in numbers if column.name not in binary))
-
-
-def new_draft(request: DraftRequest) -> NewDraft:
+def new_draft(request: DraftRequest, rows: RowsOfData | None = None) -> NewDraft:
     """Derive the description of a trained network, and write it with the weights as a draft.
+
+    Args:
+        request: what the user says about the network.
+        rows: the rows of the data, if they were read already.
 
     Raises:
         BundleRefused: the module is not allowed or cannot be imported, or a field is invalid.
@@ -136,27 +89,31 @@ def new_draft(request: DraftRequest) -> NewDraft:
     """
     # Standard output has only the result of the command, not what the user's constructors print.
     with translate_input_errors(request.folder), redirect_stdout(sys.stderr):
-        return _new_draft(request)
+        return _new_draft(request, rows)
 
 
-def _new_draft(request: DraftRequest) -> NewDraft:
+def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
     if request.folder.exists() and any(request.folder.iterdir()):
         raise DraftRefused("folder_not_empty", folder=str(request.folder))
-    files = data_files(request.data, SPLITS)
-    summaries = summarize_columns(files)
-    _require_columns(request, summaries)
-    sample = _sample(summaries)
+    rows = rows or read_rows(request.data)
+    require_columns(request, rows.summaries)
+    sample, files = sample_of(rows.summaries), dict(rows.files)
+    if request.towers:
+        files[ITEMS] = catalogue_file(request.data)
     module, architecture = _imported(request)
     _require_only_tensors(module)
     tensors, ties = tensors_of(module)
     network = Network(architecture=architecture, ties=ties)
-    excluded = (*request.labels.values(), *filter(None, [request.time]))
-    derived = derive_inputs(module, sample, request.inputs, excluded)
+    described = (
+        describe_towers(request, module, sample, files[ITEMS])
+        if request.towers
+        else describe_rows(request, module, sample)
+    )
     document = {
         "schema_version": SCHEMA_VERSION,
         "name": request.name or type(module).__name__.lower(),
         "version": request.version,
-        "signature": _signature(request, module, sample, derived),
+        "signature": described.signature,
         "network": network.model_dump(mode="json", exclude_defaults=True),
         "data": {split: str(path.resolve()) for split, path in files.items()},
     }
@@ -166,7 +123,7 @@ def _new_draft(request: DraftRequest) -> NewDraft:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, scratch / SINGLE)
         (scratch / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
         draft = read_draft(scratch)
-        _require_same_scores(request, scratch, draft, derived)
+        _require_same_scores(request, scratch, draft, described.calls)
         request.folder.mkdir(parents=True, exist_ok=True)
         for name in (SINGLE, MANIFEST):
             shutil.move(scratch / name, request.folder / name)
@@ -174,47 +131,10 @@ def _new_draft(request: DraftRequest) -> NewDraft:
         folder=request.folder,
         draft=draft,
         rows_of_table=_rows_of_inputs(module, draft.signature),
-        reasons=derived.reasons,
-        unused=derived.unused,
+        reasons={name: why for call in described.calls for name, why in call.reasons.items()},
+        unused=tuple(column for call in described.calls for column in call.unused),
         weight_bytes=(request.folder / SINGLE).stat().st_size,
     )
-
-
-def _sample(summaries: Mapping[str, ColumnSummary]) -> dict[str, SampleColumn]:
-    """Return the sampled columns that a network can read, by name."""
-    return {
-        name: SampleColumn(
-            name=name,
-            kind=cast("ColumnKind", summary.kind),
-            values=summary.values,
-            shortest=summary.shortest,
-            longest=summary.longest,
-            low=summary.low,
-            high=summary.high,
-        )
-        for name, summary in summaries.items()
-        if summary.kind != OTHER
-    }
-
-
-def _require_columns(request: DraftRequest, summaries: Mapping[str, ColumnSummary]) -> None:
-    """Raise unless there is a label, and the data has the columns that the user names.
-
-    Raises:
-        DraftRefused: contains the option and the columns of the data.
-    """
-    if not request.labels:
-        raise DraftRefused("label_missing", columns=tuple(summaries))
-    numbers = {name for name, summary in summaries.items() if summary.kind in ("integer", "float")}
-    named = [("--label", column, numbers) for column in request.labels.values()]
-    for option, column in (("--group", request.group), ("--time", request.time)):
-        if column is not None:
-            named.append((option, column, set(summaries)))
-    for option, column, known in named:
-        if column not in known:
-            raise DraftRefused(
-                "column_missing", option=option, column=column, columns=tuple(sorted(known))
-            )
 
 
 def _imported(request: DraftRequest) -> tuple[nn.Module, Architecture]:
@@ -265,39 +185,6 @@ def _require_only_tensors(module: nn.Module) -> None:
             raise DraftRefused("state_no_tensor", name=name, kind=type(tensor).__name__)
 
 
-def _signature(
-    request: DraftRequest, module: nn.Module, sample: Sample, derived: DerivedInputs
-) -> dict[str, Any]:
-    """Return the signature as it is written to ``model.json``, without fields at their default."""
-    architecture = type(module).__name__
-    rows = len(next(iter(sample.values())).values)
-    outputs = derive_outputs(
-        named_scores(derived.returned, rows, architecture),
-        request.labels,
-        sample,
-        request.metric,
-        architecture,
-    )
-    document: dict[str, Any] = {
-        "inputs": [_document_of(item) for item in derived.inputs],
-        "outputs": [output.model_dump(mode="json", exclude_defaults=True) for output in outputs],
-        "group": request.group,
-        "time": request.time,
-        "call": None if derived.call == "keywords" else derived.call,
-    }
-    return {name: value for name, value in document.items() if value is not None}
-
-
-def _document_of(item: Any) -> dict[str, Any]:
-    """Return the fields of an input that differ from their default, and its kind."""
-    fields = item.model_dump(mode="json", exclude_defaults=True)
-    if fields.get("columns") == [item.name]:
-        del fields["columns"]
-    if isinstance(item, MatrixInput):
-        fields["fields"] = [_document_of(part) for part in item.fields]
-    return {"kind": item.kind, **fields}
-
-
 def _rows_of_inputs(module: nn.Module, signature: Signature) -> dict[str, int]:
     """Return the number of rows of each table that an input reads."""
     rows = rows_of_tables(module, signature)
@@ -305,20 +192,37 @@ def _rows_of_inputs(module: nn.Module, signature: Signature) -> dict[str, int]:
 
 
 def _require_same_scores(
-    request: DraftRequest, folder: Path, draft: Draft, derived: DerivedInputs
+    request: DraftRequest, folder: Path, draft: Draft, calls: Sequence[DerivedInputs]
 ) -> None:
     """Raise if a network that is built from the draft returns other values than the user's.
+
+    Args:
+        request: names the network.
+        folder: contains the weights.
+        draft: the draft.
+        calls: the call of the network; the calls of the towers, in their order.
 
     Raises:
         DraftRefused: the values differ.
     """
-    architecture = draft.network.architecture
+    architecture, signature = draft.network.architecture, draft.signature
     problem = "other scores"
     try:
         rebuilt = load(import_architecture(architecture), draft.network, folder)
+        called = (
+            [(rebuilt, signature)]
+            if signature.towers is None
+            else [
+                (rebuilt.get_submodule(tower.module), signature.of_tower(name))
+                for name, tower in signature.towers.named().items()
+            ]
+        )
         with torch.no_grad():
-            returned = call_network(rebuilt, derived.tensors, draft.signature)
-        if same_outputs(returned, derived.returned):
+            returned = [
+                call_network(part, call.tensors, only)
+                for (part, only), call in zip(called, calls, strict=True)
+            ]
+        if same_outputs(returned, [call.returned for call in calls]):
             return
     except (CompressionError, Refused):
         raise

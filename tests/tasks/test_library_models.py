@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from compressors.contracts import Signature
-from tasks.bundles.new_draft import DraftRequest, new_draft
+from tasks.bundles.draft_request import DraftRequest
+from tasks.bundles.new_draft import new_draft
 from tasks.bundles.packing import pack
 
 LIBRARIES = Path(sys.prefix) / "libraries"

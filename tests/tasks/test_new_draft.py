@@ -11,14 +11,18 @@ from typing import Any
 
 import field_draft
 import multi_task_draft
+import pandas as pd
 import pytest
+import retrieval_draft
 import sequence_draft
 from error_codes import Text, raises_code
 from shop_data import shop_data
 
 from compressors.contracts import Signature
+from compressors.errors.inspection import InspectionFailed
 from infra.errors import BundleRefused, DraftRefused
-from tasks.bundles.new_draft import DraftRequest, label_candidates, new_draft
+from tasks.bundles.draft_request import DraftRequest, label_candidates, read_rows
+from tasks.bundles.new_draft import new_draft
 from tasks.bundles.packing import pack
 
 MODELS = "new_draft_models"
@@ -103,6 +107,99 @@ def test_draft_with_several_outputs_has_those_with_labels(home: Path, returns: s
     ]
     derived = signature_of(home / "new")["outputs"]
     assert sorted(derived, key=str) == sorted(expected, key=str)
+
+
+def towers_request(home: Path, **options: Any) -> DraftRequest:
+    """Return a request for a retrieval model, whose data has a catalogue."""
+    written = home / "written"
+    if not written.exists():
+        retrieval_draft.write_retrieval_draft(written)
+    towers = {"query_tower": "of_user", "item_tower": "of_item", "group": "user"}
+    dense = {"dense": ("d*",)}
+    return request(home / "new", written, **{"labels": {}, "inputs": dense, **towers, **options})
+
+
+def content_request(home: Path, **options: Any) -> DraftRequest:
+    """Return a request for towers that are methods, with the data of ``towers_request``."""
+    changes = {"model": f"{MODELS}:content_towers", "weights": None, "inputs": {}, **options}
+    return towers_request(home).model_copy(update=changes)
+
+
+def test_draft_with_towers_equals_the_hand_written_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
+    written = new_draft(towers_request(home))
+    assert written.draft.signature == parsed(retrieval_draft.SIGNATURE)
+    assert written.draft.data.keys() == {"train", "validation", "test", "items"}
+    assert pack(home / "new").rows["items"] == retrieval_draft.ITEMS
+
+
+def test_item_of_a_tower_without_ids_is_identified_by_a_key(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, MODELS, raising=False)
+    original = content_request(home)
+    signature = new_draft(original).draft.signature
+    assert [(item.name, item.kind) for item in signature.inputs] == [
+        ("user", "id"),
+        ("tags", "padded_bag"),
+        ("item", "key"),
+    ]
+    assert signature.item == "item"
+    pack(home / "new")
+
+
+@pytest.mark.parametrize(
+    ("code", "options"),
+    [
+        ("towers_incomplete", {"item_tower": None}),
+        ("group_missing", {"group": None}),
+        ("labels_of_towers", {"labels": {"item": "item", "user": "user"}}),
+        ("column_missing", {"item": "id"}),
+    ],
+)
+def test_incomplete_options_of_towers_are_refused(
+    home: Path, code: str, options: dict[str, Any]
+) -> None:
+    with raises_code(DraftRefused, code):
+        new_draft(towers_request(home, **options))
+
+
+@pytest.mark.parametrize(
+    ("code", "tower", "fields"),
+    [
+        ("tower_missing", "of_shop", {"architecture": "ContentTowers", "path": "of_shop"}),
+        ("tower_vectors", "mean", {"path": "mean", "got": "(256,)"}),
+        ("tower_calls_differ", "of_mapping", {}),
+    ],
+)
+def test_tower_that_does_not_return_vectors_is_refused(
+    home: Path, code: str, tower: str, fields: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, MODELS, raising=False)
+    with raises_code(InspectionFailed, code, **fields):
+        new_draft(content_request(home, query_tower=tower))
+
+
+def test_rows_without_a_catalogue_are_refused_for_towers(home: Path) -> None:
+    original = towers_request(home)
+    (home / "written" / "items.parquet").unlink()
+    with raises_code(DraftRefused, "catalogue_missing", folder=str(home / "written")):
+        new_draft(original)
+
+
+def test_item_column_must_be_named_if_rows_and_catalogue_have_several(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
+    original = towers_request(home)
+    path = home / "written" / "items.parquet"
+    items = pd.read_parquet(path)
+    items.assign(user=items["item"]).to_parquet(path)
+    with raises_code(DraftRefused, "item_unknown", columns=("user", "item")):
+        new_draft(original)
+    assert new_draft(towers_request(home, item="item")).draft.signature.item == "item"
 
 
 def shop_request(home: Path, model: str = "shop", **options: Any) -> DraftRequest:
@@ -193,5 +290,5 @@ def test_weights_that_do_not_fit_are_refused(home: Path) -> None:
 
 
 def test_label_candidates_have_columns_of_0_and_1_first(home: Path) -> None:
-    candidates = label_candidates(shop_data(home / "data"))
+    candidates = label_candidates(read_rows(shop_data(home / "data")))
     assert candidates == ("click", "user", "item", "price", "age")

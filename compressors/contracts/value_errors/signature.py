@@ -87,6 +87,10 @@ SENTENCES = {
         "every input must belong to exactly one tower; the signature has inputs {inputs}, the "
         "towers list {read}"
     ),
+    "tower_is_network": (
+        "a tower needs 'module', the path of a submodule, or 'method', the name of a method of the "
+        "network"
+    ),
     "item_not_in_tower": (
         "'item' names {item!r}, which must be among the item tower's inputs or an input of kind "
         "'key'"

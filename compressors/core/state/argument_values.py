@@ -9,7 +9,8 @@ the process, because steps build networks again with changed configurations.
 from collections.abc import Mapping
 from typing import Any
 
-from compressors.contracts.network import ARGUMENTS, CLASS, is_class_description
+from compressors.contracts.network import ARGUMENTS, CLASS, READS, Reads, is_class_description
+from compressors.core.state.recorded_object import RecordedObject
 from compressors.errors.construction import ConstructionFailed
 
 _CLASSES: dict[str, type] = {}
@@ -37,6 +38,8 @@ def _decode(value: Any) -> Any:
         return [_decode(item) for item in value]
     if not isinstance(value, Mapping):
         return value
+    if READS in value:
+        return _decode_reads(value)
     if not is_class_description(value):
         return {key: _decode(item) for key, item in value.items()}
     path, arguments = value[CLASS], value.get(ARGUMENTS)
@@ -48,3 +51,36 @@ def _decode(value: Any) -> Any:
     if arguments is None:
         return argument_class
     return argument_class(**{str(name): _decode(item) for name, item in arguments.items()})
+
+
+def _decode_reads(description: Mapping[str, Any]) -> RecordedObject:
+    """Return the object that repeats recorded reads.
+
+    Raises:
+        ConstructionFailed: the description has another form.
+    """
+    try:
+        if description.keys() != {READS}:
+            raise ValueError(f"expected the only key {READS}, got {sorted(description)}")
+        reads = Reads.model_validate(description[READS])
+    except ValueError as fault:
+        raise ConstructionFailed("reads_form", problem=str(fault)) from fault
+    calls = (
+        call.model_copy(
+            update={
+                "arguments": _decode(call.arguments),
+                "keywords": _decode(call.keywords),
+                "value": _decode(call.value),
+            }
+        )
+        for call in reads.calls
+    )
+    return RecordedObject(
+        reads.model_copy(
+            update={
+                "attributes": _decode(reads.attributes),
+                "items": _decode(reads.items),
+                "calls": tuple(calls),
+            }
+        )
+    )

@@ -1,4 +1,4 @@
-"""Networks that take their inputs by position or in one mapping instead of by name."""
+"""Networks that take their inputs by position or in one mapping, or whose scores have a method."""
 
 from dataclasses import replace
 
@@ -35,13 +35,28 @@ class OfMapping(MultiTaskNet):
         return super().forward(**x)
 
 
-def reference(network, call):
-    signature = MULTI_TASK.signature.model_copy(update={"call": call})
+class OfMethod(MultiTaskNet):
+    """Returns its scores from a method, which calls ``forward``."""
+
+    def predict(self, user, item, price):
+        scores, _ = self.forward(user, item, price)
+        return scores
+
+    def forward(self, user, item, price):
+        return super().forward(user=user, item=item, price=price), user
+
+
+def reference(network, **changes):
+    signature = MULTI_TASK.signature.model_copy(update=changes)
     return replace(MULTI_TASK, network=network, signature=signature)
 
 
-BY_POSITION, BY_MAPPING = reference(OfPositions, "positions"), reference(OfMapping, "mapping")
-FORMS = pytest.mark.parametrize("form", [BY_POSITION, BY_MAPPING], ids=["positions", "mapping"])
+BY_POSITION = reference(OfPositions, call="positions")
+BY_MAPPING = reference(OfMapping, call="mapping")
+BY_METHOD = reference(OfMethod, method="predict")
+FORMS = pytest.mark.parametrize(
+    "form", [BY_POSITION, BY_MAPPING, BY_METHOD], ids=["positions", "mapping", "method"]
+)
 # Methods that call the network in different places: for inputs of layers, lookups, reconstruction,
 # channels, gradients, losses, and hints of the teacher's layers.
 STEPS = (
@@ -96,5 +111,6 @@ def test_graph_takes_the_inputs_by_name(form, tmp_path):
 
 
 def test_default_is_left_out_of_documents():
-    assert "call" not in MULTI_TASK.signature.model_dump()
+    assert not {"call", "method"} & MULTI_TASK.signature.model_dump().keys()
+    assert BY_METHOD.signature.model_dump()["method"] == "predict"
     assert BY_MAPPING.signature.model_dump()["call"] == "mapping"

@@ -77,7 +77,7 @@ class TwoTables(nn.Module):
 
 def test_id_has_all_tables_and_number_is_dense():
     derived = derive(TwoTables())
-    assert derived.call == "keywords"
+    assert derived.call.form == "keywords"
     assert derived.inputs == (
         IdInput(name="user", table="wide", more_tables=("deep",)),
         DenseInput(name="price", shape=(1,)),
@@ -164,7 +164,7 @@ class Mapping(nn.Module):
 
 def test_mapping_has_the_entries_that_are_read_and_those_without_effect_are_listed():
     derived = derive(Mapping())
-    assert derived.call == "mapping"
+    assert derived.call.form == "mapping"
     assert [item.name for item in derived.inputs] == ["user", "price", "age"]
     assert derived.unused == ("age",)
 
@@ -503,3 +503,48 @@ def test_tensors_of_a_mapping_are_those_before_the_network_changed_them():
     derived = derive(ChangingMapping())
     assert derived.tensors["user"].tolist() == SAMPLE["user"].values.tolist()
     assert derived.inputs[0].fields == (IdField(rows=USERS, offset=1),)
+
+
+class NextItem(nn.Module):
+    """Score an item by the last one of a list; places are as many as the longest list has ids.
+
+    ``forward`` returns vectors, as the sequential models of RecBole do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.place = nn.Embedding(ITEMS, 4), nn.Embedding(6, 4)
+
+    def forward(self, seen: Tensor, count: Tensor) -> Tensor:
+        states = self.table(seen) + self.place(torch.arange(seen.shape[1]))
+        return states[torch.arange(len(seen)), count - 1]
+
+    def predict(self, inputs: dict[str, Tensor]) -> Tensor:
+        vectors = self.forward(inputs["seen"], inputs["count"])
+        return (vectors * self.table(inputs["item"])).sum(dim=1)
+
+
+def test_other_method_receives_a_sequence_and_lengths_computed_from_it():
+    lengths = np.array([len(values) for values in SAMPLE["seen"].values])
+    count = SampleColumn("count", "integer", lengths, low=2, high=6)
+    derived = derive_inputs(NextItem(), {**SAMPLE, "count": count}, {}, (), "predict")
+    assert (derived.call.method, derived.call.form) == ("predict", "mapping")
+    sequence = SequenceInput(name="seen", shape=(6,), table="table", min_length=2, lengths="count")
+    assert derived.inputs == (IdInput(name="item", table="table"), sequence)
+    named = derive_inputs(NextItem(), SAMPLE, {"count": ("lengths(seen)",)}, (), "predict")
+    assert named.inputs == derived.inputs
+
+
+def test_integers_that_are_not_always_the_lengths_are_an_input():
+    count = SampleColumn("count", "integer", np.full(ROWS, 2), low=2, high=2)
+    derived = derive_inputs(NextItem(), {**SAMPLE, "count": count}, {}, (), "predict")
+    assert [(item.name, item.kind) for item in derived.inputs] == [
+        ("item", "id"),
+        ("seen", "sequence"),
+        ("count", "integer"),
+    ]
+
+
+def test_method_that_the_network_does_not_have_raises():
+    with raises_code(InspectionFailed, "method_missing", architecture="NextItem", method="score"):
+        derive_inputs(NextItem(), SAMPLE, {}, (), "score")

@@ -11,15 +11,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from error_codes import raises_value_error
 from models import METHODS, Reference, write_split
 from torch import Tensor, nn
 
-from compressors.contracts import IdInput, PaddedBag, Signature, TargetName
+from compressors.contracts import IdInput, PaddedBag, Signature, TargetName, Tower
 from compressors.core.random_inputs import generate_edge_inputs, generate_inputs
-from compressors.core.runner import run
+from compressors.core.runner import rows_of_tables, run
+from compressors.core.smoke_test import smoke_test
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.training.settings import Training
 from compressors.lower.export import lower
+from compressors.lower.graph_weights import weights_of_graph
 from compressors.lower.serving_wrapper import served_graphs
 from infra.onnxruntime.sessions import Session
 
@@ -61,6 +64,79 @@ class SharedTable(nn.Module):
     def forward(self, recent: Tensor, item: Tensor) -> Tensor:
         score: Tensor = (self.query(recent) * self.item(item)).sum(dim=1)
         return score
+
+
+class MethodTowers(nn.Module):
+    """Two towers that are methods, as in torch-rechub; one module looks up the ids of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lookup = Lookup()
+        self.of_query, self.of_item = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def query_tower(self, inputs: dict[str, Tensor]) -> Tensor:
+        vector: Tensor = torch.relu(self.of_query(self.lookup(inputs, "person")))
+        return vector
+
+    def item_tower(self, inputs: dict[str, Tensor]) -> Tensor:
+        vector: Tensor = self.of_item(self.lookup(inputs, "item"))
+        return vector
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        score: Tensor = (self.query_tower(inputs) * self.item_tower(inputs)).sum(dim=1)
+        return score.sigmoid()
+
+
+class Lookup(nn.Module):
+    """A table per input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict({"person": nn.Embedding(40, 8), "item": nn.Embedding(50, 8)})
+
+    def forward(self, inputs: dict[str, Tensor], name: str) -> Tensor:
+        rows: Tensor = self.tables[name](inputs[name])
+        return rows
+
+
+BY_METHOD = Signature.model_validate(
+    {
+        "inputs": [
+            {"kind": "id", "name": name, "table": f"lookup.tables.{name}"}
+            for name in ("person", "item")
+        ],
+        "outputs": [{"name": "score", "kind": "retrieval", "form": "score", "metric": "recall@20"}],
+        "group": "person",
+        "item": "item",
+        "call": "mapping",
+        "towers": {
+            "query": {"method": "query_tower", "inputs": ["person"]},
+            "item": {"method": "item_tower", "inputs": ["item"]},
+        },
+    }
+)
+
+
+def test_graph_of_a_tower_that_is_a_method_reads_the_weights_of_that_tower(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MethodTowers().eval()
+    smoke_test(model, BY_METHOD, "m:MethodTowers")
+    inputs = generate_inputs(BY_METHOD, rows_of_tables(model, BY_METHOD), 9)
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    for served, table in zip(served_graphs(BY_METHOD), ("person", "item"), strict=True):
+        path = tmp_path / f"{served.name}.onnx"
+        lower(model, served, "onnxruntime", path)
+        vectors = Session(path, threads=1).scores({table: inputs[table].numpy()})
+        expected = getattr(model, f"{served.name}_tower")(inputs).detach().numpy()
+        np.testing.assert_allclose(vectors, expected, atol=1e-6)  # float32 rounding
+        read = {names[id(tensor)] for tensor in weights_of_graph(model, served)}
+        layer = f"of_{served.name}"
+        assert read == {f"lookup.tables.{table}.weight", f"{layer}.weight", f"{layer}.bias"}
+
+
+def test_tower_without_module_and_method_is_refused() -> None:
+    with raises_value_error("tower_is_network"):
+        Tower(inputs=("person",))
 
 
 SIGNATURE = Signature.model_validate(

@@ -1,0 +1,61 @@
+"""An argument of a network's class of which only the reads of the constructor are known.
+
+Some constructors receive a large object, such as a data set, and read a few numbers from it.
+``infra/bundle/recorded_reads.py`` records the results, and a bundle stores them in place of the
+object (``contracts/network.py``).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from compressors.contracts.network import Reads
+
+
+class RecordedObject:
+    """Returns what the original object returned; any other read raises an error."""
+
+    __iter__ = None  # otherwise Python iterates over [0], [1], ...
+
+    def __init__(self, reads: Reads) -> None:
+        """``reads`` has the values that a constructor received, not their descriptions."""
+        self._reads = reads
+
+    def __getattr__(self, name: str) -> Any:
+        # While it is copied, the object has no attributes yet.
+        reads = vars(self).get("_reads")
+        if reads is None or name not in reads.attributes:
+            raise AttributeError(_not_recorded(f"the attribute {name!r}"))
+        return reads.attributes[name]
+
+    def __getitem__(self, key: Any) -> Any:
+        if key not in self._reads.items:
+            raise KeyError(_not_recorded(f"the key {key!r}"))
+        return self._reads.items[key]
+
+    def __contains__(self, key: Any) -> bool:
+        if key not in self._reads.contains:
+            raise KeyError(_not_recorded(f"whether it contains {key!r}"))
+        return self._reads.contains[key]
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        given = _with_lists([arguments, keywords])
+        for call in self._reads.calls:
+            if _with_lists([call.arguments, call.keywords]) == given:
+                return call.value
+        raise TypeError(_not_recorded(f"a call with {arguments} and {keywords}"))
+
+
+def _not_recorded(read: str) -> str:
+    return (
+        f"expected a read that the constructor made when the draft was written, got {read}. Write "
+        "the draft again"
+    )
+
+
+def _with_lists(value: Any) -> Any:
+    """Return a value with lists in place of tuples, as in JSON."""
+    if isinstance(value, list | tuple):
+        return [_with_lists(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return value

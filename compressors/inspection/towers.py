@@ -1,0 +1,138 @@
+"""Derive the towers of a retrieval model and their inputs."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from compressors.contracts import FORWARD, AnyInput, IdInput, KeyInput, Tower, Towers
+from compressors.core.scores import scoring_method
+from compressors.errors.inspection import InspectionFailed
+from compressors.inspection.inputs import DerivedInputs, derive_inputs
+from compressors.inspection.sample import Sample
+
+
+@dataclass(frozen=True)
+class DerivedTowers:
+    """The towers of a retrieval model.
+
+    Attributes:
+        towers: the submodule or method of each tower, and its inputs.
+        calls: by tower, its inputs and what it returned.
+        inputs: the inputs of both towers, and the key if the item's id enters no tower.
+        item: name of the input with the item's id.
+    """
+
+    towers: Towers
+    calls: Mapping[str, DerivedInputs]
+    inputs: tuple[AnyInput, ...]
+    item: str
+
+
+def derive_towers(
+    network: nn.Module,
+    paths: Mapping[str, str],
+    samples: Mapping[str, Sample],
+    item_column: str,
+    given: Mapping[str, Sequence[str]],
+    excluded: Sequence[str],
+) -> DerivedTowers:
+    """Derive the towers of a network and their inputs.
+
+    Args:
+        network: the trained network, in evaluation mode.
+        paths: attribute path of the submodule or method of the towers ``query`` and ``item``.
+        samples: the sampled columns that each tower can read: those of the rows and those of the
+            catalogue.
+        item_column: the column with the item's id.
+        given: columns by argument, as the user named them.
+        excluded: columns that are no inputs unless the user names them, such as labels.
+
+    Raises:
+        InspectionFailed: there is no such tower; it does not return a vector for each row; both
+            towers are called in different ways; or as ``derive_inputs``.
+    """
+    split = {name: _split_path(network, path) for name, path in paths.items()}
+    names = {name: _argument_names(network, path) for name, path in paths.items()}
+    calls = {
+        name: derive_inputs(
+            network, samples[name], _given_to(name, names, given, samples), excluded, path
+        )
+        for name, path in paths.items()
+    }
+    for name, call in calls.items():
+        _require_vectors(paths[name], call.returned, len(next(iter(call.tensors.values()))))
+    if len({call.call.form for call in calls.values()}) > 1:
+        forms = {paths[name]: call.call.form for name, call in calls.items()}
+        raise InspectionFailed("tower_calls_differ", forms=forms)
+    inputs = tuple(item for call in calls.values() for item in call.inputs)
+    item = next(
+        (
+            entry.name
+            for entry in calls["item"].inputs
+            if isinstance(entry, IdInput) and entry.columns == (item_column,)
+        ),
+        None,
+    )
+    if item is None:
+        item, inputs = item_column, (*inputs, KeyInput(name=item_column))
+    towers = {
+        name: Tower(module=module, method=method, inputs=tuple(i.name for i in calls[name].inputs))
+        for name, (module, method) in split.items()
+    }
+    return DerivedTowers(Towers.model_validate(towers), calls, inputs, item)
+
+
+def _split_path(network: nn.Module, path: str) -> tuple[str, str]:
+    """Return the submodule and the method of a tower, from its attribute path.
+
+    Raises:
+        InspectionFailed: the network has no such submodule or method.
+    """
+    modules = dict(network.named_modules())
+    if path in modules:
+        return path, FORWARD
+    parent, _, method = path.rpartition(".")
+    if parent not in modules or not callable(getattr(modules[parent], method, None)):
+        raise InspectionFailed(
+            "tower_missing",
+            architecture=type(network).__name__,
+            path=path,
+            names=tuple(name for name, _ in network.named_children()),
+        )
+    return parent, method
+
+
+def _argument_names(network: nn.Module, path: str) -> tuple[str, ...]:
+    """Return the names of a tower's arguments."""
+    tower = scoring_method(network, path)
+    return tuple(inspect.signature(getattr(tower, FORWARD, tower)).parameters)
+
+
+def _given_to(
+    tower: str,
+    names: Mapping[str, Sequence[str]],
+    given: Mapping[str, Sequence[str]],
+    samples: Mapping[str, Sample],
+) -> dict[str, Sequence[str]]:
+    """Return the arguments that the user named for one tower.
+
+    They are arguments of the tower, or, if it is called with a mapping, those whose columns are in
+    its data.
+    """
+    others = {name for other, own in names.items() if other != tower for name in own}
+    return {
+        argument: columns
+        for argument, columns in given.items()
+        if argument in names[tower]
+        or (argument not in others and any(column in samples[tower] for column in columns))
+    }
+
+
+def _require_vectors(path: str, returned: object, rows: int) -> None:
+    """Raise ``InspectionFailed`` unless a tower returned a vector for each row."""
+    if isinstance(returned, Tensor) and returned.dim() == 2 and len(returned) == rows:
+        return
+    got = str(tuple(returned.shape)) if isinstance(returned, Tensor) else type(returned).__name__
+    raise InspectionFailed("tower_vectors", path=path, got=got)

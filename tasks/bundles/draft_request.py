@@ -1,0 +1,158 @@
+"""What a user says about a trained network, and the data that a draft is written from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast, get_args
+
+from pydantic import Field
+
+from compressors.contracts import FORWARD, ITEMS, Frozen
+from compressors.inspection.sample import ColumnKind, SampleColumn
+from infra.bundle.bundle_folder import SplitName
+from infra.data.data_sample import OTHER, ColumnSummary, data_files, summarize_columns
+from infra.errors import DraftRefused
+from infra.store.disk import translate_input_errors
+
+SPLITS: tuple[str, ...] = get_args(SplitName)
+"""The splits that are looked for in a data folder."""
+
+
+class DraftRequest(Frozen):
+    """What the user says about a trained network.
+
+    Attributes:
+        folder: the new folder of the draft.
+        model: a network, a function that returns one, or with ``weights`` its class, in the form
+            ``module:name``.
+        data: folder with the splits.
+        labels: column with the labels by output, in the order of the outputs.
+        metric: the metric that decides quality; None for the default of the task kind.
+        group: column that groups rows.
+        time: column with the time of a row.
+        inputs: columns by argument of the network, where they have other names.
+        method: the method of the network that returns the outputs.
+        query_tower: attribute path of the query tower, a submodule or method, of a retrieval model.
+        item_tower: attribute path of its item tower.
+        item: column with the item's id; None for the only one in the rows and in the catalogue.
+        name: name of the bundle; None for the name of the class.
+        version: version of the bundle.
+        weights: safetensors file with the weights, if ``model`` is a class.
+        config: keyword arguments of the class, as JSON, with ``weights``.
+    """
+
+    folder: Path
+    model: str
+    data: Path
+    labels: dict[str, str]
+    metric: str | None = None
+    group: str | None = None
+    time: str | None = None
+    inputs: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    method: str = FORWARD
+    query_tower: str | None = None
+    item_tower: str | None = None
+    item: str | None = None
+    name: str | None = None
+    version: str = "1"
+    weights: Path | None = None
+    config: str = "{}"
+
+    @property
+    def towers(self) -> dict[str, str]:
+        """The attribute paths of the towers by name; empty for a model of rows."""
+        paths = {"query": self.query_tower, "item": self.item_tower}
+        return {name: path for name, path in paths.items() if path is not None}
+
+
+@dataclass(frozen=True)
+class RowsOfData:
+    """The rows in a data folder, without a catalogue.
+
+    Attributes:
+        files: the file or folder of each split.
+        summaries: a sample and the range of each column.
+    """
+
+    files: Mapping[str, Path]
+    summaries: Mapping[str, ColumnSummary]
+
+
+def read_rows(folder: Path) -> RowsOfData:
+    """Read the rows in a data folder.
+
+    Raises:
+        DraftRefused, DataRefused: the data is missing or cannot be read.
+    """
+    with translate_input_errors(folder):
+        files = {name: path for name, path in data_files(folder, SPLITS).items() if name != ITEMS}
+        return RowsOfData(files, summarize_columns(files))
+
+
+def label_candidates(rows: RowsOfData) -> tuple[str, ...]:
+    """Return the columns of numbers, those with only 0 and 1 first."""
+    numbers = [column for column in sample_of(rows.summaries).values() if not column.is_list]
+    binary = [
+        column.name
+        for column in numbers
+        if column.is_integer and (column.low, column.high) == (0, 1)
+    ]
+    return (*binary, *(column.name for column in numbers if column.name not in binary))
+
+
+def catalogue_file(folder: Path) -> Path:
+    """Return the file of the catalogue of a retrieval model.
+
+    Raises:
+        DraftRefused: there is none.
+    """
+    path = data_files(folder, SPLITS).get(ITEMS)
+    if path is None:
+        raise DraftRefused("catalogue_missing", folder=str(folder))
+    return path
+
+
+def sample_of(summaries: Mapping[str, ColumnSummary]) -> dict[str, SampleColumn]:
+    """Return the sampled columns that a network can read, by name."""
+    return {
+        name: SampleColumn(
+            name=name,
+            kind=cast("ColumnKind", summary.kind),
+            values=summary.values,
+            shortest=summary.shortest,
+            longest=summary.longest,
+            low=summary.low,
+            high=summary.high,
+        )
+        for name, summary in summaries.items()
+        if summary.kind != OTHER
+    }
+
+
+def require_columns(request: DraftRequest, summaries: Mapping[str, ColumnSummary]) -> None:
+    """Raise unless there is a label, and the data has the columns that the user names.
+
+    A retrieval model needs no label, because each row may be an interaction, but a group.
+
+    Raises:
+        DraftRefused: contains the option and the columns of the data.
+    """
+    if len(request.towers) == 1:
+        raise DraftRefused("towers_incomplete")
+    if request.towers and request.group is None:
+        raise DraftRefused("group_missing", columns=tuple(summaries))
+    if request.towers and len(request.labels) > 1:
+        raise DraftRefused("labels_of_towers", got=tuple(request.labels))
+    if not request.labels and not request.towers:
+        raise DraftRefused("label_missing", columns=tuple(summaries))
+    numbers = {name for name, summary in summaries.items() if summary.kind in ("integer", "float")}
+    named = [("--label", column, numbers) for column in request.labels.values()]
+    options = {"--group": request.group, "--time": request.time, "--item": request.item}
+    for option, column in options.items():
+        if column is not None:
+            named.append((option, column, set(summaries)))
+    for option, column, known in named:
+        if column not in known:
+            raise DraftRefused(
+                "column_missing", option=option, column=column, columns=tuple(sorted(known))
+            )
