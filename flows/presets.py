@@ -64,6 +64,11 @@ _REMAINING_LAYERS_TO_FLOAT16 = Choice(
     ((Float16(),),), last_option_is_exempt=True, only_remaining_units=True
 )
 
+_REMAINING_TABLES_TO_INT8 = Choice(
+    ((RowwiseInt8(),),), last_option_is_exempt=True, only_remaining_units=True
+)
+"""Store tables in int8 that int4 cannot store: those by whose weight the network multiplies."""
+
 PRESETS: dict[Preset, tuple[Choice, ...]] = {
     "safe": (_single_step(RowwiseInt8()), _single_step(Float16())),
     "fast": (
@@ -76,6 +81,7 @@ PRESETS: dict[Preset, tuple[Choice, ...]] = {
         SHARE_RARE_ROWS,
         Choice((_KEEP_25_PERCENT,)),
         Choice(((RowwiseInt4(),), (RowwiseInt8(),)), last_option_is_exempt=True),
+        _REMAINING_TABLES_TO_INT8,
         _single_step(Fold()),
         _single_step(StaticInt8()),
         _REMAINING_LAYERS_TO_FLOAT16,
@@ -91,6 +97,7 @@ PRESETS: dict[Preset, tuple[Choice, ...]] = {
         Choice(
             ((RowwiseInt4(clipping="least_squares"),), (RowwiseInt8(),)), last_option_is_exempt=True
         ),
+        _REMAINING_TABLES_TO_INT8,
         _single_step(Fold()),
         _single_step(StaticInt8()),
         _REMAINING_LAYERS_TO_FLOAT16,

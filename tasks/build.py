@@ -77,6 +77,7 @@ def build(
                         rows=table.rows,
                         initializers=table.names,
                         every=table.every,  # rows per entry of each initializer
+                        multiplied=table.multiplied,
                     )
                     for table in graph.tables
                 ),

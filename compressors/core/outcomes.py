@@ -16,6 +16,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.modules.formats import Bag
+from compressors.core.modules.table_weight import TIED, TiedHead
 from compressors.core.plan_lines import OUTPUT
 from compressors.core.steps.decisions import Decision
 from compressors.core.steps.step import Effect
@@ -80,6 +81,8 @@ def _is_changed(effect: Effect, old: Unit, new: Unit) -> bool:
     """Whether a unit has another format, or with effect ``values`` or ``parts`` other tensors."""
     if effect in ("format", "output") or old.format != new.format:
         return old.format != new.format
+    if new.format == TIED and isinstance(new.module, TiedHead):  # its weight is the table's
+        return old.module.bias is not new.module.bias
     return not _tensors_equal(old.module, new.module)
 
 

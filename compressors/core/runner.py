@@ -12,6 +12,7 @@ such as ``train``.
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
@@ -114,6 +115,15 @@ def plan_step(
     return PlannedStep(step, StepPlan({**defaults, **decisions}, plan.payload), skipped)
 
 
+def with_notes(plan: StepPlan[Any], notes: Mapping[str, tuple[Reason, ...]]) -> StepPlan[Any]:
+    """Return a plan with additional reasons, by unit name, in the decisions of selected units."""
+    decisions = {
+        name: decision.because(*decision.reasons, *notes.get(name, ()))
+        for name, decision in plan.decisions.items()
+    }
+    return replace(plan, decisions=decisions)
+
+
 def without_units(method: Method, names: Collection[str]) -> Method:
     """Return a copy of the method whose name patterns exclude these units.
 
@@ -135,6 +145,7 @@ def run(
     *,
     skipped: Mapping[str, Reason] = MappingProxyType({}),
     planned: PlannedStep | None = None,
+    notes: Mapping[str, tuple[Reason, ...]] = MappingProxyType({}),
 ) -> Model:
     """Apply one step, write the result to ``folder``, and return the model loaded from there.
 
@@ -146,6 +157,7 @@ def run(
         skipped: by unit name, why the step must not change the unit. Ignored if ``planned``, which
             contains these reasons too, is given.
         planned: the result of ``plan_step`` for this model and bench; if None, ``run`` plans.
+        notes: by unit name, facts that are added to the unit's plan line if it is selected.
 
     Raises:
         NothingToCompress: the step can compress no unit of this model, the bench lacks a part that
@@ -162,6 +174,7 @@ def run(
     model = source.private()
     with network_errors_as_refusals(method):
         step, plan, skipped = planned or plan_step(method, model, bench, skipped)
+        plan = with_notes(plan, notes)
         model, outcomes = step.apply(model, bench, plan)
     module = model.module.eval()
     if _tensor_versions(source.module) != versions:

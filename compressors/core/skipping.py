@@ -1,15 +1,17 @@
 """Run a step on the units that support it, and skip the others with their reasons.
 
 A unit is a table or dense layer. A unit may not support a step (one line of a recipe): the
-network's forward code reads the unit's weight instead of calling it, or reads its attributes and
-gives other scores. Such a unit is excluded from the step, and its plan line gives the reason. If
-the recipe names the unit exactly (without a wildcard), the reason is raised as an error instead.
+network's forward code reads a layer's weight instead of calling it, multiplies by the weight of a
+table whose new format has no products, or reads attributes and gives other scores. Such a unit is
+excluded from the step, and its plan line gives the reason. If the recipe names the unit exactly
+(without a wildcard), the reason is raised as an error instead.
 
 Such units are detected in two ways. Before the step runs, each unit that it would replace is
-replaced by a module that exposes no weight, and the network runs on generated inputs
-(``find_unreplaceable_units``). If the step still fails, a bisection finds the units that cause it:
-the step runs on each half of its units, down to single units (``_find_failing_half``). Steps that
-train are not bisected, because each attempt would train again.
+replaced by a module that exposes what a compressed module does: no weight of a layer, and a weight
+of a table whose reads are reported. The network runs on generated inputs (``probe_units``). If the
+step still fails, a bisection finds the units that cause it: the step runs on each half of its
+units, down to single units (``_find_failing_half``). Steps that train are not bisected, because
+each attempt would train again.
 """
 
 import tempfile
@@ -17,7 +19,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,9 @@ from torch import Tensor, nn
 from compressors.contracts import Bench, Signature, is_out_of_memory
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
+from compressors.core.modules.formats import Bag
+from compressors.core.modules.observed_table import ObservedTable, Read
+from compressors.core.modules.table_weight import can_multiply
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import (
     PlannedStep,
@@ -68,16 +73,18 @@ def run_or_skip(
     present = {unit.name for unit in Unit.of(source.module)}
     skipped = {name: why for name, why in excluded.items() if name in present}
     planned: PlannedStep | None = None
+    notes: Mapping[str, tuple[Reason, ...]] = {}
     # Errors are suppressed here because run plans again and raises them.
     with suppress(CompressionError), network_errors_as_refusals(method):
         planned = plan_step(method, source.private(), bench)
     if planned is not None:
         skipped = {name: why for name, why in skipped.items() if planned.plan.selects(name)}
-        skipped |= find_skippable_units(planned, method, source, bench)
+        findings = find_skippable_units(planned, method, source, bench)
+        skipped, notes = {**skipped, **findings.skipped}, findings.notes
     if skipped:
         planned = None  # the plan includes these units, so run plans again without them
     try:
-        return run(method, source, bench, folder, skipped=skipped, planned=planned)
+        return run(method, source, bench, folder, skipped=skipped, planned=planned, notes=notes)
     except (NothingToCompress, ModelRefused):
         raise
     except CompressionError as fault:
@@ -85,13 +92,25 @@ def run_or_skip(
         if not failing:
             raise
         _require_unnamed(method, failing, source, fault)
-        return run(method, source, bench, folder, skipped={**skipped, **failing})
+        return run(method, source, bench, folder, skipped={**skipped, **failing}, notes=notes)
+
+
+class Findings(NamedTuple):
+    """What a probe of the selected units found.
+
+    Attributes:
+        skipped: by unit name, why the step cannot replace the unit.
+        notes: by name of each other table whose weight forward code reads, how.
+    """
+
+    skipped: dict[str, Reason]
+    notes: dict[str, tuple[Reason, ...]]
 
 
 def find_skippable_units(
     planned: PlannedStep, method: Method, source: Model, bench: Bench
-) -> dict[str, Reason]:
-    """Return the selected units that the step cannot replace, by name, with the reasons.
+) -> Findings:
+    """Find the selected units that the step cannot replace, and how the weights of others are read.
 
     The step does not run. Only steps that replace units (effect ``format`` or ``parts``) are
     checked; for others the result is empty.
@@ -106,17 +125,23 @@ def find_skippable_units(
         StepRefused: the recipe names such a unit.
     """
     if planned.step.effect not in ("format", "parts"):
-        return {}
+        return Findings({}, {})
     selected = [name for name, decision in planned.plan.decisions.items() if decision.selected]
-    units = find_unreplaceable_units(source, bench, selected)
-    _require_unnamed(method, units, source, None)
-    return units
+    findings = probe_units(source, bench, selected)
+    multiplied = [name for name, notes in findings.notes.items() if _MULTIPLIED in notes]
+    if multiplied:
+        result = planned.step.dry_run(source.private(), planned.plan).module
+        for unit in Unit.of(result):
+            table = unit.module.table if isinstance(unit.module, Bag) else unit.module
+            if unit.name in multiplied and not can_multiply(table):
+                findings.skipped[unit.name] = Reason("not_multiplied", format=unit.format)
+                del findings.notes[unit.name]
+    _require_unnamed(method, findings.skipped, source, None)
+    return findings
 
 
-def find_unreplaceable_units(
-    source: Model, bench: Bench, names: Collection[str]
-) -> dict[str, Reason]:
-    """Return the units whose modules cannot be replaced, by name, with the reasons.
+def probe_units(source: Model, bench: Bench, names: Collection[str]) -> Findings:
+    """Run the network with modules in place of units that expose what compressed modules expose.
 
     If the network itself fails on generated inputs, the result is empty.
 
@@ -133,19 +158,23 @@ def find_unreplaceable_units(
     except Exception as fault:
         if is_out_of_memory(fault):
             raise
-        return {}  # run raises the error of the network
+        return Findings({}, {})  # run raises the error of the network
+    notes: dict[str, tuple[Reason, ...]] = {}
 
     def why_not_replaceable(units: Collection[str]) -> Reason | None:
-        return _why_not_replaceable(source, units, inputs, expected, bench.signature)
+        why, reads = _probe(source, units, inputs, expected, bench.signature)
+        if why is None:
+            notes.update(reads)
+        return why
 
     if not names or why_not_replaceable(names) is None:
-        return {}
+        return Findings({}, notes)
     reasons = {name: why_not_replaceable([name]) for name in names}
-    return {name: why for name, why in reasons.items() if why is not None}
+    return Findings({name: why for name, why in reasons.items() if why is not None}, notes)
 
 
 class _WithoutWeights(nn.Module):
-    """Calls a unit's module but exposes no weight, like a compressed module."""
+    """Calls a dense layer but exposes no weight, like a compressed layer."""
 
     def __init__(self, unit: Unit) -> None:
         super().__init__()
@@ -158,29 +187,64 @@ class _WithoutWeights(nn.Module):
         return self.__dict__["_unit"](*args, **kwargs)
 
 
-def _why_not_replaceable(
+_MULTIPLIED = Reason("weight_multiplied")
+_NOTES: dict[Read, Reason] = {
+    "looked_up": Reason("rows_read"),
+    "multiplied": _MULTIPLIED,
+    "decoded": Reason("weight_decoded"),
+}
+"""The note of a plan line for each kind of read of a table's weight."""
+
+ROUNDING = 1e-4
+"""Largest relative difference of scores if the weight of a table is read: the order of additions in
+a product with a bias may change."""
+
+
+def _probe(
     source: Model,
     names: Collection[str],
     inputs: Mapping[str, Tensor],
     expected: Tensor,
     signature: Signature,
-) -> Reason | None:
-    """Return why the network fails or gives other scores if units expose no weight, or None."""
+) -> tuple[Reason | None, dict[str, tuple[Reason, ...]]]:
+    """Return why the network does not run with these units replaced, or None; and notes of reads.
+
+    It may fail, or give other scores.
+    """
     module = source.private().module
+    reads: dict[str, list[Read]] = {}
     for unit in Unit.of(module):
         if unit.name in names:
-            swap(module, unit.name, _WithoutWeights(unit))
+            swap(module, unit.name, _probe_module(unit, reads.setdefault(unit.name, [])))
     try:
         scores = _compute_scores(module, inputs, signature)
     except Exception as fault:  # the network's code may raise any exception
         if is_out_of_memory(fault):
             raise
         message = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
-        message = message.replace("'_WithoutWeights' object", "a compressed module")
-        return Reason("weight_read", error=type(fault).__name__, message=message)
-    if scores.shape != expected.shape or not torch.equal(scores, expected):
-        return Reason("attributes_read")
-    return None
+        for probe in (_WithoutWeights, ObservedTable):
+            message = message.replace(f"'{probe.__name__}' object", "a compressed module")
+        return Reason("weight_read", error=type(fault).__name__, message=message), {}
+    notes = {
+        name: tuple(_NOTES[read] for read in _NOTES if read in kinds)
+        for name, kinds in reads.items()
+        if kinds
+    }
+    largest = ROUNDING * float(expected.abs().max()) if notes and expected.numel() else 0.0
+    if scores.shape != expected.shape or bool(((scores - expected).abs() > largest).any()):
+        return Reason("attributes_read"), {}
+    return None, notes
+
+
+def _probe_module(unit: Unit, reads: list[Read]) -> nn.Module:
+    """Return a module that exposes what a compressed module would; reads are appended to a list."""
+    if unit.role == "dense":
+        return _WithoutWeights(unit)
+
+    def observe(read: Read, _: Tensor | None) -> None:
+        reads.append(read)
+
+    return ObservedTable(unit.module, observe, hides_attributes=True)
 
 
 @torch.no_grad()

@@ -15,9 +15,11 @@ from compressors.core.modules.formats import (
     PackedLinear,
     PackedTable,
 )
+from compressors.core.modules.table_weight import TIED, TiedHead
 from compressors.core.state.plain_values import plain_tensors
 from compressors.errors.steps import StepRefused
 
+_PLAIN_TABLES = (nn.Embedding, nn.EmbeddingBag)
 Role = Literal["table", "dense"]
 """What a unit is: an embedding table or a dense layer."""
 
@@ -35,9 +37,12 @@ class Unit:
         module: the module.
         format: the name of its storage format; the dtype, such as ``float32``, if it is not
             compressed.
-        bytes: bytes of its stored tensors. A tied weight counts for the first unit that has it.
+        bytes: bytes of its stored tensors. A tied weight counts for the first unit that has it, or
+            for the table if an output head shares it.
         rows: rows of a table, or outputs of a dense layer.
         shared_with: the name of another module with the same weight, or None.
+        shares_with_heads: whether ``shared_with`` and all other modules with the weight of this
+            table are output heads. These multiply by the table, regardless of its format.
         part_of: the name of the outermost composed table or factored layer of which it is a part,
             or None.
     """
@@ -50,6 +55,7 @@ class Unit:
     rows: int
     shared_with: str | None
     part_of: str | None = None
+    shares_with_heads: bool = False
 
     @staticmethod
     def of(model: nn.Module) -> tuple["Unit", ...]:
@@ -100,12 +106,34 @@ def stored_bytes(module: nn.Module, counted: Collection[int] = ()) -> int:
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Replace the module ``name`` by ``new``, under every name that registers the module."""
+    """Replace the module ``name`` by ``new``, under every name that registers the module.
+
+    Output heads whose weight is that of a replaced table multiply by the new table afterwards.
+    """
     old = model.get_submodule(name)
+    heads = _heads_of(model, old, name)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
             if module is old:
                 parent._modules[child] = new
+            elif module in heads:
+                parent._modules[child] = heads[module]
+    for module in model.modules():
+        if isinstance(module, TiedHead) and module.table is old:
+            module.set_table(new)
+
+
+def _heads_of(model: nn.Module, table: nn.Module, name: str) -> dict[nn.Module, TiedHead]:
+    """Return the replacement of each dense layer whose weight is that of a plain table."""
+    plain = table.table if isinstance(table, Bag) else table
+    if not isinstance(plain, _PLAIN_TABLES):
+        return {}
+    shape = (plain.num_embeddings, plain.embedding_dim)
+    return {
+        module: TiedHead(table, module.bias, name, shape)
+        for module in model.modules()
+        if type(module) is nn.Linear and module.weight is plain.weight
+    }
 
 
 def pack_table(old: nn.Module, table: nn.Module) -> nn.Module:
@@ -184,15 +212,26 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
             part_of = owners.get(module)  # all tensors of a factored layer are those of its parts
             yield Unit(name, role, module, form, 0, rows, shared_with=None, part_of=part_of)
             continue
+        if isinstance(module, TiedHead):
+            size = stored_bytes(module)
+            yield Unit(name, role, module, form, size, rows, shared_with=module.table_name)
+            continue
         same_unit = {module, table}
-        shared = [
-            names[user]
+        sharing = [
+            user
             for parameter in module.parameters()
             for user in users[id(parameter)]
             if user not in same_unit
         ]
-        size = stored_bytes(module, counted)
-        counted |= {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+        shared = [names[user] for user in sharing]
+        tensors = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+        if role == "dense" and any(isinstance(user, _PLAIN_TABLES) for user in sharing):
+            form = TIED
+            tensors.discard(id(module.weight))  # its bytes count for the table
+            size = 0 if module.bias is None else module.bias.nbytes
+        else:
+            size = stored_bytes(module, counted)
+        counted |= tensors
         yield Unit(
             name,
             role,
@@ -202,6 +241,7 @@ def _walk(model: nn.Module) -> Iterator[Unit]:
             rows,
             shared_with=next(iter(shared), None),
             part_of=owners.get(module),
+            shares_with_heads=bool(sharing) and all(type(user) is nn.Linear for user in sharing),
         )
 
 
@@ -222,6 +262,8 @@ def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:
             return "dense", FACTORED, module.out_features
         case PackedLinear():
             return "dense", module.storage.name, module.out_features
+        case TiedHead():
+            return "dense", TIED, module.out_features
         case nn.Embedding() | nn.EmbeddingBag():
             if module.max_norm is not None:
                 raise StepRefused("table_renormalizes", table=name)

@@ -18,6 +18,7 @@ from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import Bag, PackedTable
 from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.modules.table_weight import TIED
 from compressors.core.placeholders import with_placeholders
 from compressors.core.state.construction import assign, construct, construct_with_weights
 from compressors.core.steps.decisions import Decision
@@ -179,7 +180,8 @@ def _require_float_layers(model: Model) -> None:
         DistillationRefused: there is such a unit; the error names it.
     """
     for unit in Unit.of(model.module):
-        if unit.format != "float32" and not (_is_packed_table(unit) or unit.part_of is not None):
+        is_float = unit.format in ("float32", TIED)
+        if not is_float and not (_is_packed_table(unit) or unit.part_of is not None):
             raise DistillationRefused("layer_packed", layer=unit.name)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
@@ -100,6 +101,12 @@ class LowRankComposition:
     ) -> Tensor:
         reduced: Tensor = parts["narrow"](ids)  # (*ids, rank)
         return torch.matmul(reduced, stored["projection"]) + stored["mean"]
+
+    def product(self, stored: Mapping[str, Tensor], parts: Parts, x: Tensor) -> Tensor:
+        projected = F.linear(x, stored["projection"])  # (*, rank)
+        mean = torch.matmul(x, stored["mean"].unsqueeze(1))  # (*, 1), the same for every row
+        # ``narrow`` may be compressed: then its weight is a ``TableWeight``.
+        return F.linear(projected, parts["narrow"].weight) + mean  # type: ignore[arg-type]
 
 
 COMPOSITION: Composition = LowRankComposition()

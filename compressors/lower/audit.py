@@ -44,15 +44,15 @@ def audit(
     Raises:
         AuditFailed: a product computes in float32 after a DequantizeLinear, an int8 product has
             signed inputs, there are fewer int8 products than int8 layers in the plan, a table is
-            widened before its Gather, a table's tensor is missing or has another number of rows,
-            or the stored codes of a packed layer are missing or not read by MatMulNBits.
+            widened before its Gather or product, a table's tensor is missing or has another number
+            of rows, or the stored codes of a packed layer are missing or not read by MatMulNBits.
     """
     producers = {output: node for node in graph.node for output in node.output}
     initializers = {item.name: item for item in graph.initializer}
     faults = [
         *_unfused_products(graph, producers),
         *_products_of_signed_inputs(graph, producers, initializers),
-        *_widened_tables(graph, producers, initializers),
+        *_widened_tables(graph, producers, initializers, tables),
     ]
     lines = plan.lines if plan else ()
     expected = sum(line.format == "static_int8" for line in lines)
@@ -107,17 +107,27 @@ def _layers_without_product(
 
 
 def _unfused_products(graph: onnx.GraphProto, producers: dict[str, onnx.NodeProto]) -> list[str]:
-    """Describe the float products that read the output of a DequantizeLinear."""
+    """Describe the float products that read the output of a DequantizeLinear.
+
+    A product by a block of rows of a table is no fault: the rows are sliced before they are
+    dequantized, because an int8 product would round the other factor.
+    """
     return [
         f"{node.op_type} {node.name or node.output[0]!r} computes in float32 after a "
         f"DequantizeLinear"
         for node in graph.node
         if node.op_type in FLOAT_PRODUCTS
         and any(
-            name in producers and producers[name].op_type == "DequantizeLinear"
+            name in producers
+            and producers[name].op_type == "DequantizeLinear"
+            and not _is_slice(producers.get(producers[name].input[0]))
             for name in node.input
         )
     ]
+
+
+def _is_slice(node: onnx.NodeProto | None) -> bool:
+    return node is not None and node.op_type == "Slice"
 
 
 def _products_of_signed_inputs(
@@ -147,18 +157,25 @@ def _widened_tables(
     graph: onnx.GraphProto,
     producers: dict[str, onnx.NodeProto],
     initializers: dict[str, onnx.TensorProto],
+    tables: tuple[TableInitializers, ...],
 ) -> list[str]:
-    """Describe the Gathers from a table that is dequantized completely at every call."""
+    """Describe the Gathers and products that read a table that is dequantized at every call."""
+    table_names = {name for table in tables for name in table.names}
     faults = []
     for node in graph.node:
-        if not node.op_type.startswith("Gather") or not node.input:
+        is_product = node.op_type in FLOAT_PRODUCTS
+        if not (is_product or node.op_type.startswith("Gather")):
             continue
-        name, path = node.input[0], []
-        while name in producers and producers[name].op_type in WIDENING:
-            path.append(producers[name].op_type)
-            name = producers[name].input[0]
-        if path and name in initializers and len(initializers[name].dims) > 1:
-            faults.append(f"table {name!r} is widened ({', '.join(path)}) before its Gather")
+        for name in node.input if is_product else node.input[:1]:
+            path = []
+            while name in producers and producers[name].op_type in WIDENING:
+                path.append(producers[name].op_type)
+                name = producers[name].input[0]
+            if is_product and name not in table_names:
+                continue  # a dense layer, which ``_unfused_products`` checks
+            if path and name in initializers and len(initializers[name].dims) > 1:
+                what = "product" if is_product else "Gather"
+                faults.append(f"table {name!r} is widened ({', '.join(path)}) before its {what}")
     return faults
 
 

@@ -8,7 +8,7 @@ layer is a ``PackedTable`` or ``PackedLinear``: its weights take fewer bits than
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -39,6 +39,7 @@ from compressors.lower.serving_wrapper import (
     input_names,
     wrap_for_serving,
 )
+from compressors.lower.table_reads import depends_on_request, is_multiplied
 from compressors.lower.targets.registry import lowering_target
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
@@ -99,7 +100,7 @@ def lower(
     tables = tuple(
         table
         for table in tables
-        if any(_depends_on_request(initializers[name]) for name in table.names)
+        if any(depends_on_request(initializers[name]) for name in table.names)
     )
     packed = _packed_weights(wrapper, program.model.graph)
     small_before = _small_initializers(program.model.graph)
@@ -269,7 +270,7 @@ def _packed_weights(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_PackedTe
             if name is None:  # no operator reads it
                 continue
             value = graph.initializers[name]
-            if isinstance(module, PackedTable) and not _depends_on_request(value):
+            if isinstance(module, PackedTable) and not depends_on_request(value):
                 continue
             unit = _unit_name(wrapper, module_name)
             result.append(_PackedTensor(unit, module.storage.name, tensor.nbytes, name))
@@ -375,6 +376,7 @@ def _table_initializers(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[Table
                 format=storage_format,
                 names=stored_names,
                 every={n: rows_shared for n, rows_shared in every.items() if rows_shared != 1},
+                multiplied=is_multiplied(graph.initializers[stored_names[0]]),
             )
         )
     return tuple(result)
@@ -388,32 +390,6 @@ def _unit_name(wrapper: ServingWrapper, name: str) -> str:
         return parent.label
     is_in_bag = attribute == "table" and isinstance(parent, Bag)
     return (parent_name if is_in_bag else name).removeprefix("model.")
-
-
-def _depends_on_request(value: ir.Value) -> bool:
-    """Return whether the ids in a request decide which rows of a stored tensor are read.
-
-    Position embeddings, for example, are read at the same rows in every call. A runtime computes
-    such a lookup once and drops the table, which is not an error.
-    """
-    return any(not _is_constant(gather.inputs[1]) for gather in _find_gathers(value))
-
-
-def _find_gathers(value: ir.Value) -> Iterator[ir.Node]:
-    """Yield the Gathers that read a value directly or after a DequantizeLinear."""
-    for node in value.consumers():
-        if node.op_type == "Gather":
-            yield node
-        elif node.op_type == "DequantizeLinear":
-            yield from _find_gathers(node.outputs[0])
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    """Return whether a value does not depend on the graph's inputs."""
-    if value is None or value.is_initializer():
-        return True
-    node = value.producer()
-    return node is not None and all(_is_constant(item) for item in node.inputs)
 
 
 def _convert_initializers(model: ir.Model, wrapper: ServingWrapper, target: str) -> None:

@@ -22,6 +22,7 @@ class TableInitializers(Frozen):
         every: how many rows share one entry of a tensor's first dimension, by tensor name; 0 if
             the tensor belongs to the whole table, such as a codebook. Tensors that are not listed
             have one entry per row.
+        multiplied: whether the graph multiplies by the table, in addition to lookups or instead.
     """
 
     module: str
@@ -29,6 +30,7 @@ class TableInitializers(Frozen):
     format: str
     names: tuple[str, ...]
     every: dict[str, int] = Field(default_factory=dict)
+    multiplied: bool = False
 
     def entries(self, name: str) -> int | None:
         """Return the size of a tensor's first dimension; None if it does not depend on the rows."""

@@ -13,6 +13,10 @@ into scratch memory, the temporary memory of a call. So scratch memory smaller t
 of the table proves that the table is not widened. ``build.py`` also builds a twin: an engine of the
 same graph with half the rows in every large table. Its scratch memory must be the same ("flat").
 
+If a graph multiplies by a table, its scores take scratch memory in proportion to the rows of the
+table and of the request. Such a table is not cut, and scratch memory is that of an engine for
+requests of one row.
+
 *Sparsity.* The builder decides by measured time whether layers with 2:4 zeros run on sparse
 kernels. The audit reads the decision from the log; it rejects no engine for it.
 """
@@ -163,6 +167,8 @@ def widened_bytes(tensors: Sequence["onnx.TensorProto"]) -> int:
 def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | None:
     """Cut every table with ``TWIN_ROWS`` rows or more to half its rows, in place.
 
+    Tables that are multiplied are not cut.
+
     Files of external data are not changed: rows are contiguous, so it is enough to change the
     length in the graph.
 
@@ -170,7 +176,7 @@ def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | Non
         Bytes that were removed from the table that lost the fewest; None if no table is large
         enough to be cut.
     """
-    large = [table for table in tables if table.rows >= TWIN_ROWS]
+    large = [table for table in tables if table.rows >= TWIN_ROWS and not table.multiplied]
     initializers = find_tables(model, large)
     # A shared table may be listed twice; it is cut once.
     cut: dict[str, int] = {}

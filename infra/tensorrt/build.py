@@ -175,6 +175,11 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     scratch_bytes, weights_bytes = read_log_bytes(built.messages, trt.__version__)
     check_weights(weights_bytes, request.packed_bytes, built.constant_bytes)
 
+    audited, audited_bytes = request, scratch_bytes
+    if any(table.multiplied for table in request.tables):
+        print("--- the engine for requests of one row ---")  # noqa: T201
+        audited = _for_one_row(request)
+        audited_bytes, _ = read_log_bytes(engine_from_onnx(trt, audited).messages, trt.__version__)
     model = onnx.load(request.onnx, load_external_data=False)
     copy_bytes = {
         name: widened_bytes(tensors) for name, tensors in find_tables(model, request.tables).items()
@@ -183,11 +188,11 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     twin_bytes = None
     if removed_bytes is not None:
         print("--- the twin with half the rows ---")  # noqa: T201
-        twin = engine_from_onnx(trt, request, model.SerializeToString())
+        twin = engine_from_onnx(trt, audited, model.SerializeToString())
         twin_bytes, _ = read_log_bytes(twin.messages, trt.__version__)
-    scratch, reason, proven = judge_scratch(scratch_bytes, twin_bytes, removed_bytes, copy_bytes)
+    scratch, reason, proven = judge_scratch(audited_bytes, twin_bytes, removed_bytes, copy_bytes)
     if scratch == "grows":
-        raise BuildRefused("scratch_grows", scratch_bytes=scratch_bytes, twin_bytes=twin_bytes)
+        raise BuildRefused("scratch_grows", scratch_bytes=audited_bytes, twin_bytes=twin_bytes)
 
     sparsity, sparsity_reason = judge_sparsity(
         built.messages, len(request.sparse_layers), trt.__version__
@@ -218,6 +223,15 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         capability=compute_capability() if job["is_bound_to_gpu"] else None,
     )
     return engine.model_dump(mode="json")
+
+
+def _for_one_row(request: BuildRequest) -> BuildRequest:
+    """Return a request for an engine that accepts only the smallest shape of each input."""
+    profiles = tuple(
+        shapes.model_copy(update={"best": shapes.low, "high": shapes.low})
+        for shapes in request.profiles
+    )
+    return request.model_copy(update={"profiles": profiles})
 
 
 def compute_capability() -> str | None:

@@ -456,3 +456,9 @@ def test_halve_returns_none_without_a_large_table():
     model, _ = build_lookup_model("int8", 100)
     table = TableWeights(module="items", rows=100, initializers=("codes",))
     assert halve(model, [table]) is None
+
+
+def test_halve_does_not_cut_a_table_that_the_graph_multiplies():
+    model, _ = build_lookup_model("int8", TWIN_ROWS)
+    table = TableWeights(module="items", rows=TWIN_ROWS, initializers=("codes",), multiplied=True)
+    assert halve(model, [table]) is None

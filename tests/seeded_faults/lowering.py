@@ -103,8 +103,8 @@ FAULTS = (
     Fault(
         id="audit-accepts-widened-table",
         file="compressors/lower/audit.py",
-        old="        if path and name in initializers and len(initializers[name].dims) > 1:",
-        new="        if path and name in initializers and len(initializers[name].dims) > 2:",
+        old="            if path and name in initializers and len(initializers[name].dims) > 1:",
+        new="            if path and name in initializers and len(initializers[name].dims) > 2:",
         effect="A table that every call decodes completely passes the audit.",
         tests=(f"{AUDIT}::test_audit_rejects_table_that_is_dequantized_as_a_whole",),
     ),

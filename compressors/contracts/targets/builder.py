@@ -44,12 +44,14 @@ class TableWeights(Frozen):
         every: how many rows share one entry of an initializer's first dimension, by the name of the
             initializer; 0 if the initializer belongs to the whole table. Initializers that are not
             listed have one entry per row.
+        multiplied: whether the graph multiplies by the table, in addition to lookups or instead.
     """
 
     module: str
     rows: int = Field(ge=1)
     initializers: tuple[str, ...] = Field(min_length=1)
     every: dict[str, int] = Field(default_factory=dict)
+    multiplied: bool = False
 
     def entries(self, name: str, rows: int) -> int | None:
         """Return the first dimension of an initializer if the table has ``rows`` rows.

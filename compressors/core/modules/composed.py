@@ -8,7 +8,7 @@ with a separate line in the plan. So a low-rank table with int4 parts needs no c
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compressors.contracts import ModuleRecord
 from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import TensorSpec, layout_bytes, register_stored
+from compressors.core.modules.table_weight import TableWeight, can_multiply
 
 
 class PartSpec(NamedTuple):
@@ -71,6 +72,14 @@ class Composition(Protocol):
 
         Only operators that every serving target supports may be used.
         """
+
+
+@runtime_checkable
+class ProductComposition(Protocol):
+    """A composition that can multiply by its table if its parts can; see ``ProductFormat``."""
+
+    def product(self, stored: Mapping[str, Tensor], parts: Parts, x: Tensor) -> Tensor:
+        """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
 
 
 class Design(NamedTuple):
@@ -132,6 +141,23 @@ class ComposedTable(nn.Module):
             input,
             self.settings,
         )
+
+    @property
+    def weight(self) -> TableWeight:
+        """The weight, for networks that read it instead of calling the table."""
+        return TableWeight(self, self.rows, self.dim)
+
+    def can_multiply(self) -> bool:
+        """Return whether the composition and its parts multiply without decoding all rows."""
+        parts = (self.get_submodule(name) for name in self.part_names)
+        return isinstance(self.composition, ProductComposition) and all(map(can_multiply, parts))
+
+    def product(self, x: Tensor) -> Tensor:
+        """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
+        assert isinstance(self.composition, ProductComposition)  # noqa: S101 - ``can_multiply``
+        stored = dict(self.named_buffers(recurse=False))
+        parts = {name: self.get_submodule(name) for name in self.part_names}
+        return self.composition.product(stored, parts, x)
 
     def record(self) -> ModuleRecord:
         """Return the record from which a bundle rebuilds this module, without its parts."""

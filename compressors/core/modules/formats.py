@@ -11,12 +11,13 @@ They are stored in the record of the module.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from compressors.contracts import ModuleRecord
+from compressors.core.modules.table_weight import TableWeight
 from compressors.errors.compression import NotLowerable
 
 
@@ -56,6 +57,22 @@ class TableFormat(Protocol):
         self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
     ) -> Tensor:
         """Return rows as float32, ``(*ids.shape, dim)``."""
+
+
+@runtime_checkable
+class ProductFormat(Protocol):
+    """A table format that can also multiply by its codes, for networks that read the weight.
+
+    Its file registers a second custom op for that, with a gradient. A table whose weight is
+    multiplied is not stored in a format without products, because each product would decode the
+    whole table.
+    """
+
+    def can_multiply(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether it multiplies with these settings on every target."""
+
+    def product(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
 
 
 class LinearFormat(Protocol):
@@ -130,6 +147,21 @@ class PackedTable(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for the ids
         return self.storage.lookup(dict(self.named_buffers()), input, self.dim, self.settings)
+
+    @property
+    def weight(self) -> TableWeight:
+        """The weight, for networks that read it instead of calling the table."""
+        return TableWeight(self, self.rows, self.dim)
+
+    def can_multiply(self) -> bool:
+        """Return whether the format multiplies by its codes."""
+        storage = self.storage
+        return isinstance(storage, ProductFormat) and storage.can_multiply(self.settings)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
+        assert isinstance(self.storage, ProductFormat)  # noqa: S101 - see ``can_multiply``
+        return self.storage.product(dict(self.named_buffers()), x)
 
     def record(self) -> ModuleRecord:
         """Return the record from which a bundle rebuilds this module."""
@@ -219,6 +251,11 @@ class Bag(nn.Module):
         self.padding_idx = padding_idx
         self.include_last_offset = include_last_offset
         self.longest = longest
+
+    @property
+    def weight(self) -> Any:
+        """The weight of the table."""
+        return self.table.weight
 
     def forward(
         self,
@@ -319,4 +356,5 @@ def register_stored(
             if stored is None
             else stored[name]
         )
-        module.register_buffer(name, tensor)
+        # Not ``register_buffer``: it refuses the name ``weight``, which is a property of tables.
+        module._buffers[name] = tensor

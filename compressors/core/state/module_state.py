@@ -22,6 +22,7 @@ from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FACTORED, FactoredLinear
 from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.core.modules.output_calibration import RECALIBRATION, Recalibration, attach
+from compressors.core.modules.table_weight import TIED, TiedHead
 from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.core.state.construction import (
     NAMES_SHOWN,
@@ -138,13 +139,16 @@ def _build(
             if isinstance(recalibration, Recalibration) and name == RECALIBRATION:
                 attach(model, recalibration)
                 continue
+        module = module_of(name, record)
         try:
             replaced += model.get_submodule(name).parameters()
+            if isinstance(module, TiedHead):
+                module.set_table(model.get_submodule(module.table_name))
         except AttributeError as error:
             raise ModelRefused(
                 "compressed_module_missing", name=name, architecture=network.architecture.path
             ) from error
-        swap(model, name, module_of(name, record))
+        swap(model, name, module)
     return model, tuple(replaced)
 
 
@@ -156,7 +160,7 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
     """
     tables: Mapping[str, Any] = {**TABLE_FORMATS, **COMPOSITIONS}
     others: Mapping[str, Mapping[str, Any]] = {
-        "linear": {**LINEAR_FORMATS, FACTORED: FactoredLinear},
+        "linear": {**LINEAR_FORMATS, FACTORED: FactoredLinear, TIED: TiedHead},
         "norm": {"folded": FoldedNorm},
         "output": dict.fromkeys(("temperature", "platt", "isotonic"), Recalibration),
     }
@@ -174,6 +178,9 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
         if record.kind == "linear":
             inputs, outputs = settings.pop("in_features"), settings.pop("out_features")
             bias = settings.pop("bias")
+            if record.format == TIED:
+                empty = nn.Parameter(torch.empty(outputs, device="meta")) if bias else None
+                return TiedHead(nn.Identity(), empty, str(settings["table"]), (outputs, inputs))
             if record.format == FACTORED:
                 return FactoredLinear(inputs, outputs, int(settings.pop("rank")), bias=bias)
             return PackedLinear(storage, inputs, outputs, bias=bias, settings=settings)
@@ -352,6 +359,7 @@ def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
             | PackedTable
             | FactoredLinear
             | PackedLinear
+            | TiedHead
             | FoldedNorm
             | Recalibration,
         ):

@@ -88,7 +88,7 @@ def choose_composed(
         NothingToCompress: a pattern matches no table.
     """
     units = Unit.of(model.module)
-    decisions = choose_tables(units, tables, min_rows, kind)
+    decisions = choose_tables(units, tables, min_rows, kind, with_heads=True)
     designs: dict[str, Design] = {}
     for unit in selected_units(units, decisions):
         rows, dim = unit.weight.shape

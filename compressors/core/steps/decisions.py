@@ -16,6 +16,7 @@ from compressors.core.modules.formats import (
     TensorSpec,
     layout_bytes,
 )
+from compressors.core.modules.table_weight import TIED
 from compressors.core.units import Unit
 from compressors.errors.compression import NothingToCompress
 
@@ -94,6 +95,8 @@ def choose_tables(
     kind: str,
     storage: TableFormat | None = None,
     settings: Mapping[str, Any] | None = None,
+    *,
+    with_heads: bool = False,
 ) -> dict[str, Decision]:
     """Decide which tables a step changes, with a reason for each table.
 
@@ -105,6 +108,8 @@ def choose_tables(
         storage: the new format; tables that it would not make smaller are skipped. None: do not
             compare bytes.
         settings: arguments of the format's layout.
+        with_heads: whether the step replaces the table's module, so that output heads with the same
+            weight multiply by the new table; else tables with such heads are skipped.
 
     Raises:
         NothingToCompress: a pattern matches no table.
@@ -113,7 +118,7 @@ def choose_tables(
     require_matches(patterns, tables, kind, "table")
     decisions = {}
     for unit in tables:
-        why = _why_skipped(unit, patterns)
+        why = _why_skipped(unit, patterns, with_heads=with_heads)
         if why is None and unit.rows < min_rows:
             why = Reason("too_few_rows", rows=unit.rows, min_rows=min_rows)
         if why is None and storage is not None:
@@ -197,14 +202,16 @@ def _decision(why_skipped: Reason | None, kind: str) -> Decision:
     return Decision("skipped", (why_skipped,))
 
 
-def _why_skipped(unit: Unit, patterns: tuple[str, ...]) -> Reason | None:
+def _why_skipped(
+    unit: Unit, patterns: tuple[str, ...], *, with_heads: bool = False
+) -> Reason | None:
     """Return why a unit is not selected, or None.
 
     It is already compressed, shares its weight, has custom code, or is excluded by the patterns.
     """
-    if unit.format != "float32":
+    if unit.format not in ("float32", TIED):
         return Reason("already_stored", format=unit.format)
-    if unit.shared_with is not None:
+    if unit.shared_with is not None and not (with_heads and unit.shares_with_heads):
         return Reason("shares_weight", unit=unit.shared_with)
     if (why := _custom_behaviour(unit.module)) is not None:
         return why

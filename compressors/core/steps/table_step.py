@@ -64,7 +64,9 @@ class EncodeTables:
     def plan(self, model: Model, bench: Bench) -> StepPlan[Formats]:
         """Select the tables whose best format is smaller than the present one."""
         units, encoder = Unit.of(model.module), self._encoder
-        decisions = choose_tables(units, encoder.tables, encoder.min_rows, encoder.kind)
+        decisions = choose_tables(
+            units, encoder.tables, encoder.min_rows, encoder.kind, with_heads=True
+        )
         formats: dict[str, TableStep] = {}
         for unit in selected_units(units, decisions):
             rows, dim = unit.weight.shape

@@ -175,8 +175,7 @@ def table_groups(
         group
         for members in members_by_key.values()
         if len(members) > 1
-        and sum(table.get_buffer(n).nbytes for _, table in members for n in _tensor_names(table))
-        <= MAX_BYTES
+        and sum(tensor.nbytes for _, table in members for tensor in table.buffers()) <= MAX_BYTES
         and _predictions_unchanged(
             model, path, signature, rows_of_table, group := TableGroup(*zip(*members, strict=True))
         )
@@ -206,17 +205,12 @@ def _is_concatenable(table: PackedTable) -> bool:
     return codes_of(table) is not None or all(spec.every == 1 for spec in layout.values())
 
 
-def _tensor_names(table: nn.Module) -> tuple[str, ...]:
-    """Return the names of a table's stored tensors."""
-    return tuple(name for name, _ in table.named_buffers())
-
-
 def _concatenate(tables: Sequence[PackedTable]) -> PackedTable:
     """Concatenate tables of one format, settings and width along their rows."""
     first = tables[0]
     stored = {
-        name: torch.cat([table.get_buffer(name) for table in tables])
-        for name in _tensor_names(first)
+        name: torch.cat([dict(table.named_buffers())[name] for table in tables])
+        for name, _ in first.named_buffers()
     }
     if codes_of(first) is not None:
         return merge_tables(tables, stored)

@@ -1,7 +1,9 @@
 """Count lookups of table rows, and measure the sensitivity of loss and output to tables.
 
 A hook on each table's module counts the ids with which it is called. So the counts include the
-effect of all operations before a lookup, such as a default for unknown ids, or padding.
+effect of all operations before a lookup, such as a default for unknown ids, or padding. Forward
+code may also read a table's weight: rows that it selects are counted, and a product with the weight
+counts each row once per multiplied vector.
 
 A *composed table* computes its rows from other tables, its *parts*. For example, the row of an id
 may be the sum of a row of each part. Parts are units too, so their lookups are counted.
@@ -17,6 +19,7 @@ from compressors.core.batches import Batch, batches
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import Bag
+from compressors.core.modules.observed_table import ObservedTable, Read
 from compressors.core.scores import call_network
 from compressors.core.units import Unit, plain_bag, swap
 from compressors.errors.steps import RowsMissing, StepRefused
@@ -49,7 +52,7 @@ def lookup_counts(model: Model, bench: Bench, tables: Collection[str]) -> dict[s
     outermost = {units[name].part_of or name for name in tables}
     counts = {name: torch.zeros(units[name].rows, dtype=torch.float64) for name in outermost}
     for name, count in counts.items():
-        _count_lookups(units[name].module, count)
+        _count_lookups(copied_module, name, count)
     with torch.no_grad():
         for batch in batches(bench.train, bench.signature, BATCH):
             call_network(copied_module, batch.inputs, bench.signature)
@@ -77,8 +80,9 @@ def _counts_of_parts(
     return part_counts
 
 
-def _count_lookups(module: nn.Module, counts: Tensor) -> None:
-    """Register a hook that adds the ids of each call to ``counts``, without a bag's padding."""
+def _count_lookups(network: nn.Module, name: str, counts: Tensor) -> None:
+    """Add the rows that calls and reads of a table's weight use to ``counts``, without padding."""
+    module = network.get_submodule(name)
     padding = module.padding_idx if isinstance(module, nn.EmbeddingBag | Bag) else None
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -86,7 +90,17 @@ def _count_lookups(module: nn.Module, counts: Tensor) -> None:
         counted_ids = ids if padding is None else ids[ids != padding]
         counts.add_(torch.bincount(counted_ids, minlength=len(counts)))
 
-    module.register_forward_pre_hook(hook, with_kwargs=True)
+    def observe(read: Read, read_by: Tensor | None) -> None:
+        if read_by is None:  # the whole weight
+            counts.add_(1)
+        elif read == "looked_up":
+            counts.add_(torch.bincount(read_by.reshape(-1).long(), minlength=len(counts)))
+        else:
+            counts.add_(read_by.numel() // read_by.shape[-1])
+
+    observed = ObservedTable(module, observe, hides_attributes=False)
+    observed.register_forward_pre_hook(hook, with_kwargs=True)
+    swap(network, name, observed)
 
 
 def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ class Float16(StepSettings):
         """Select the tables and dense layers to convert; give a reason for each other unit."""
         units = Unit.of(model.module)
         decisions = {
-            **choose_tables(units, self.tables, self.min_rows, self.kind),
+            **choose_tables(units, self.tables, self.min_rows, self.kind, with_heads=True),
             **choose_dense(units, self.layers, self.kind, LINEAR_FORMAT),
         }
         return StepPlan(decisions, None)

@@ -9,6 +9,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressors.core.modules.formats import TensorSpec
+from compressors.quantize.kernels.products import gradient_by_blocks, multiply_by_blocks
+
+
+@torch.library.custom_op("recpress::float16_product", mutates_args=())
+def float16_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply float32 ``(*, dim)`` by every row of ``weight`` ``(rows, dim)``: ``(*, rows)``."""
+    return multiply_by_blocks(x, weight)
+
+
+@float16_product.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _save_product(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    to_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    return gradient_by_blocks(grad, weight), to_weight.to(weight.dtype)
+
+
+float16_product.register_autograd(_product_backward, setup_context=_save_product)
 
 
 @dataclass(frozen=True)
@@ -38,6 +63,13 @@ class ShortFloatTableFormat:
         op = getattr(torch.ops.recpress, f"{self.name}_table")
         rows: Tensor = op(stored["weight"], ids)
         return rows
+
+    def can_multiply(self, settings: Mapping[str, Any]) -> bool:
+        return self.dtype == torch.float16  # ONNX Runtime on CPUs has no bfloat16 products
+
+    def product(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        scores: Tensor = torch.ops.recpress.float16_product(x, stored["weight"])
+        return scores
 
 
 @dataclass(frozen=True)

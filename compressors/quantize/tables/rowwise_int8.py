@@ -19,6 +19,7 @@ from torch import Tensor
 
 from compressors.core.modules.formats import TableFormat, TensorSpec
 from compressors.quantize.kernels.levels import decode_multiples
+from compressors.quantize.kernels.products import gradient_by_blocks, multiply_by_blocks
 from compressors.quantize.tables import scales
 from compressors.quantize.tables.rowwise import RowwiseSettings
 
@@ -71,6 +72,41 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None
 rowwise_int8.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.library.custom_op("recpress::rowwise_int8_product", mutates_args=())
+def rowwise_int8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Multiply float32 ``(*, dim)`` by every row of a table with symmetric levels.
+
+    Args:
+        x: float32 ``(*, dim)``.
+        codes: int8 ``(rows, dim)``.
+        scale: ``(rows, 1)``, or ``(1, 1)`` if all rows share a scale.
+
+    Returns:
+        Float32 ``(*, rows)``.
+    """
+    return multiply_by_blocks(x, codes) * scale.float().flatten()
+
+
+@rowwise_int8_product.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _save_product(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+    x, codes, scale = ctx.saved_tensors
+    to_x = gradient_by_blocks(grad * scale.float().flatten(), codes)
+    by_row = (grad * multiply_by_blocks(x, codes)).reshape(-1, len(codes)).sum(dim=0)  # (rows,)
+    to_scale = by_row if len(scale) > 1 else by_row.sum()
+    return to_x, None, to_scale.reshape(-1, 1).to(scale.dtype)
+
+
+rowwise_int8_product.register_autograd(_product_backward, setup_context=_save_product)
+
+
 @dataclass(frozen=True)
 class RowwiseInt8Format:
     """Stores ``codes`` ``(rows, dim)``, ``scale``, and ``offset`` if the levels are asymmetric.
@@ -99,6 +135,15 @@ class RowwiseInt8Format:
         codes, scale, offset = stored["codes"], stored["scale"], stored.get("offset")
         rows: Tensor = torch.ops.recpress.rowwise_int8(codes, scale, offset, ids, rows_per_scale)
         return rows
+
+    def can_multiply(self, settings: Mapping[str, Any]) -> bool:
+        sharing = scales.SharedScales.of(settings)
+        return sharing.symmetric and sharing.rows_per_scale in (0, 1)
+
+    def product(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        op = torch.ops.recpress.rowwise_int8_product
+        scores: Tensor = op(x, stored["codes"], stored["scale"])
+        return scores
 
 
 FORMAT = RowwiseInt8Format()

@@ -88,6 +88,13 @@ class TableAsMatrix(BaseNet):
         return rows + near @ self.item.weight
 
 
+class ReadsWidth(BaseNet):
+    """Reads the width of ``item``, which a compressed table does not have under torch's name."""
+
+    def look_up_item(self, item: Tensor) -> Tensor:
+        return self.item(item) / self.item.embedding_dim
+
+
 class LayerAsArgument(BaseNet):
     """Passes the weight of ``second`` to a function instead of calling the layer."""
 
@@ -231,6 +238,7 @@ SIGNATURE = Signature(
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
 NETWORKS: tuple[type[BaseNet], ...] = (
+    ReadsWidth,
     SlicedTable,
     TableAsArgument,
     TableAsMatrix,
@@ -251,9 +259,7 @@ NETWORKS: tuple[type[BaseNet], ...] = (
 # By network, the unit that every format has to skip, because the network reads its weight or
 # attributes.
 SKIPPED_UNIT: dict[type[BaseNet], str] = {
-    SlicedTable: "item",
-    TableAsArgument: "item",
-    TableAsMatrix: "item",
+    ReadsWidth: "item",
     LayerAsArgument: "second",
     ChecksForAttribute: "second",
     CastsToWeight: "second",
@@ -361,7 +367,7 @@ def test_a_skipped_unit_has_its_reason_in_its_plan_line_and_in_the_plans_reasons
 @pytest.mark.parametrize(
     ("network", "step", "unit"),
     [
-        (SlicedTable, RowwiseInt8(tables=("item",)), "item"),
+        (ReadsWidth, RowwiseInt8(tables=("item",)), "item"),
         (TableAsMatrix, RowwiseInt4(tables=("user", "item")), "item"),
         (LayerAsArgument, StaticInt8(layers=("second",)), "second"),
         (MultiheadAttended, Float16(layers=("attention.out_proj", "l*")), "attention.out_proj"),
@@ -374,14 +380,15 @@ def test_a_step_that_names_an_unusual_unit_raises_step_refused(
     reference, source = reference_and_model(network)
     with raises_code(StepRefused, "unit_not_changeable", unit=unit) as caught:
         run_or_skip(step, source, reference.bench(tmp_path / "data"), tmp_path / "out")
-    assert caught.value.fields["reason"].code in {"weight_read", "attributes_read"}
+    reasons = {"weight_read", "attributes_read", "not_multiplied"}
+    assert caught.value.fields["reason"].code in reasons
 
 
 @pytest.mark.parametrize("tables", [("*",), ("*", "!us*r"), ("it*",)], ids=str)
 def test_a_unit_that_a_pattern_matches_is_skipped_without_an_error(
     tables: tuple[str, ...], tmp_path: Path
 ) -> None:
-    reference, source = reference_and_model(SlicedTable)
+    reference, source = reference_and_model(ReadsWidth)
     bench = reference.bench(tmp_path / "data")
     model = run_step(RowwiseInt8(tables=tables), source, bench, tmp_path / "out")
     formats = {} if model.plan is None else {x.module: x.format for x in model.plan.lines}
@@ -479,7 +486,7 @@ def test_a_step_is_planned_once_and_again_only_without_units_that_it_skips(tmp_p
         return original(step, model, bench)
 
     monkeypatch.setattr(Float16, "plan", counting_plan)
-    for network in (BaseNet, SlicedTable):
+    for network in (BaseNet, ReadsWidth):
         reference = Reference(network, SIGNATURE)
         folder = tmp_path / network.__name__
         run_or_skip(Float16(), reference.model(), reference.bench(folder / "data"), folder / "out")

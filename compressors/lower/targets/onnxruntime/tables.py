@@ -22,11 +22,16 @@ from compressors.lower.graph_builders import (
     constant,
     divided_by,
     drop_padding,
+    flatten_to_matrix,
     gather_short_floats,
     integers_from_bytes,
     position_from_rank,
 )
+from compressors.quantize.kernels.products import BLOCK_VALUES
 from compressors.quantize.tables.float8_e4m3 import decode_float8
+
+MAX_BLOCKS = 64
+"""Largest number of blocks of rows in which a table is multiplied; each takes five operators."""
 
 
 def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
@@ -59,6 +64,55 @@ def rowwise_int2(
     if offset is None:
         rows = op.Sub(rows, op.Constant(value_float=1.5))
     return apply_scales(rows, scale, offset, ids, rows_per_scale)
+
+
+def rowwise_int8_product(x: Any, codes: Any, scale: Any) -> Any:
+    """Dequantize blocks of rows, and multiply by each block."""
+
+    def rows(begin: Any, end: Any) -> Any:
+        if int(scale.shape[0]) == 1:
+            shared = op.Cast(op.Squeeze(scale), to=FLOAT)
+            return op.DequantizeLinear(op.Slice(codes, begin, end, [0]), shared)
+        scales = op.Cast(op.Slice(scale, begin, end, [0]), to=FLOAT)
+        axis = op.Constant(value_ints=[1])
+        return op.DequantizeLinear(
+            op.Slice(codes, begin, end, [0]), op.Squeeze(scales, axis), axis=0
+        )
+
+    return _multiply_by_blocks(x, codes, rows)
+
+
+def float16_product(x: Any, weight: Any) -> Any:
+    """Convert blocks of rows to float32, and multiply by each block."""
+    return _multiply_by_blocks(
+        x, weight, lambda begin, end: op.Cast(op.Slice(weight, begin, end, [0]), to=FLOAT)
+    )
+
+
+def _multiply_by_blocks(x: Any, table: Any, rows: Callable[[Any, Any], Any]) -> Any:
+    """Build the product of ``x`` ``(*, dim)`` and all rows of a table: float32 ``(*, rows)``.
+
+    Measured with 100,000 rows of 64 int8 codes on one thread: 1.1 ms for one vector and 8 ms for
+    64, against 0.65 and 9 ms of a float32 product. MatMulNBits takes 6.5 and 19 ms with the same
+    scores, and rounds its inputs to 8 bits in its faster form. Only a block is float32 at once.
+
+    Args:
+        x: float32 ``(*, dim)``.
+        table: the stored codes ``(rows, dim)``.
+        rows: builds the rows from ``begin`` to ``end``, two vectors with one integer, as float32.
+    """
+    count, dim = (int(side) for side in table.shape)
+    flat, restore = flatten_to_matrix(x, dim, count)
+    # Always zero, but known only at run time: a block of constants would be converted once and
+    # stored as float32 when a session starts.
+    zero = op.Min(op.Shape(flat, start=0, end=1), op.Constant(value_ints=[0]))
+    step = max(BLOCK_VALUES // dim, -(-count // MAX_BLOCKS), 1)
+    products = []
+    for begin in range(0, count, step):
+        end = op.Constant(value_ints=[min(begin + step, count)])
+        first = op.Add(op.Constant(value_ints=[begin]), zero)
+        products.append(op.Gemm(flat, rows(first, end), transB=1))
+    return restore(products[0] if len(products) == 1 else op.Concat(*products, axis=1))
 
 
 def unpack_to_float(codes: Any, ids: Any, dim: int, bits: int) -> Any:
@@ -130,11 +184,13 @@ def translations() -> dict[Any, Callable[..., Any]]:
     """Return the function that builds the subgraph of each custom op."""
     return {
         OPS.rowwise_int8.default: rowwise_int8,
+        OPS.rowwise_int8_product.default: rowwise_int8_product,
         OPS.rowwise_int4.default: rowwise_int4,
         OPS.rowwise_int2.default: rowwise_int2,
         OPS.float8_e4m3_table.default: float8_e4m3_table,
         OPS.bfloat16_table.default: gather_short_floats,
         OPS.float16_table.default: gather_short_floats,
+        OPS.float16_product.default: float16_product,
         **codebook_translations(unpack_codes),
         OPS.merged_codes.default: unpack_codes,
         OPS.planned_place.default: planned_place,

@@ -1,0 +1,36 @@
+"""Multiply vectors by all rows of a stored table, and convert only a block of rows at once."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK_VALUES = 2**19
+"""Largest number of weights that are converted to float32 at once: 2 MB."""
+
+
+def row_ranges(rows: int, dim: int) -> Iterator[tuple[int, int]]:
+    """Yield ``begin`` and ``end`` of the blocks of rows of a table ``(rows, dim)``."""
+    step = max(BLOCK_VALUES // max(dim, 1), 1)
+    yield from ((begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+
+def multiply_by_blocks(x: Tensor, numbers: Tensor) -> Tensor:
+    """Multiply float32 ``(*, dim)`` by the transpose of ``numbers`` ``(rows, dim)``, of any dtype.
+
+    Returns float32 ``(*, rows)``.
+    """
+    ranges = row_ranges(*numbers.shape)
+    return torch.cat([F.linear(x, numbers[b:e].float()) for b, e in ranges], dim=-1)
+
+
+def gradient_by_blocks(grad: Tensor, numbers: Tensor) -> Tensor:
+    """Return the gradient of ``x`` in ``multiply_by_blocks``: float32 ``(*, dim)``.
+
+    ``grad`` is the gradient of the product, ``(*, rows)``.
+    """
+    total = grad.new_zeros((*grad.shape[:-1], numbers.shape[1]))
+    for begin, end in row_ranges(*numbers.shape):
+        total += torch.matmul(grad[..., begin:end], numbers[begin:end].float())
+    return total
