@@ -18,6 +18,12 @@ from compressors.contracts.frozen import Frozen
 CLASS, ARGUMENTS = "$class", "$arguments"
 """Keys of the description of an object in ``Architecture.config``."""
 
+ONNX_NETWORK = "compressors.onnx_network.network:OnnxNetwork"
+"""The class of networks that were read from an ONNX file."""
+
+OWN_NETWORKS = frozenset({ONNX_NETWORK})
+"""The paths of network classes of recpress itself. Bundles store them, so they do not change."""
+
 
 class Architecture(Frozen):
     """Import path of the network's class, and its keyword arguments."""

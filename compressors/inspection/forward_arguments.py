@@ -12,6 +12,7 @@ from torch import nn
 
 from compressors.errors.inspection import InspectionFailed
 from compressors.inspection.sample import Sample
+from compressors.onnx_network.network import OnnxNetwork
 
 CallForm = Literal["keywords", "mapping"]
 MaskType = Literal["float32", "bool", "int64"]
@@ -125,9 +126,10 @@ def layouts(
             for name in parameters
             if name in known
         ]
-        yield Layout("keywords", tuple(arguments))
+        is_graph = isinstance(network, OnnxNetwork)
+        yield Layout("mapping" if is_graph else "keywords", tuple(arguments))
         return
-    if len(required) != 1:
+    if len(required) != 1 or isinstance(network, OnnxNetwork):
         raise _arguments_unknown(network, missing, sample)
     # The only argument is one matrix or a mapping from names to tensors.
     if not named and (matrix := _described_matrix(network, required[0], sample)) is not None:
@@ -164,11 +166,14 @@ def _described_matrix(network: nn.Module, name: str, sample: Sample) -> Argument
 
 
 def _parameters(network: nn.Module) -> dict[str, inspect.Parameter]:
-    """Return the parameters of ``forward`` by name.
+    """Return the parameters of ``forward``, or the inputs of a graph, by name.
 
     Raises:
         InspectionFailed: it takes any number of arguments.
     """
+    if isinstance(network, OnnxNetwork):  # its only argument is a mapping with these names
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        return {item.name: inspect.Parameter(item.name, keyword) for item in network.inputs}
     parameters = dict(inspect.signature(network.forward).parameters)
     for name, parameter in parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

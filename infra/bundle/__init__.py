@@ -9,6 +9,7 @@ paths.py            validated path types for ``model.json``
 shards.py           reads safetensors headers and checks weights, without loading tensors
 architecture.py     imports a network's class, from allow-listed modules only
 live_model.py       imports a trained network and describes its class and arguments
+onnx_file.py        reads a user's ONNX file and its external data
 schema_versions.py  migrates earlier versions of ``model.json``
 model_json.py       the fields of ``model.json``
 bundle_folder.py    reads, validates and writes bundle folders

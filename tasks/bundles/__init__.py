@@ -4,6 +4,7 @@ To pack is to check a folder with a model and its data (a draft) and to store it
 
 bundle_ref.py   finds a bundle in the store by name and version
 new_draft.py    writes a draft from a trained network and its data
+onnx_models.py  reads a trained network from an ONNX file
 packing.py      packs, checks and shows bundles
 loading.py      loads a stored bundle as a module, a stored split as tensors
 baseline.py     checks a bundle's model and labels before compression

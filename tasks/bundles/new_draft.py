@@ -1,10 +1,13 @@
-"""Write the draft of a bundle from a trained network in a user's module and rows of the data.
+"""Write the draft of a bundle from a trained network and rows of the data.
+
+The network is in a user's module or in an ONNX file.
 
 The network is called with rows of the data (``compressors/inspection``) to derive its inputs and
 outputs, and its arguments are recorded while it is constructed (``infra/bundle/live_model.py``).
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -39,6 +42,7 @@ from compressors.inspection.inputs import DerivedInputs, derive_inputs
 from compressors.inspection.lookups import same_outputs
 from compressors.inspection.outputs import derive_outputs, named_scores
 from compressors.inspection.sample import ColumnKind, Sample, SampleColumn
+from compressors.onnx_network.network import OnnxNetwork
 from infra.bundle.architecture import network_class
 from infra.bundle.bundle_folder import MANIFEST, SCHEMA_VERSION, Draft, SplitName, read_draft
 from infra.bundle.json_reader import parse
@@ -49,6 +53,7 @@ from infra.settings import load_settings
 from infra.store.disk import translate_input_errors
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import import_architecture
+from tasks.bundles.onnx_models import load_onnx, require_onnx_scores
 
 SPLITS = tuple(split for split in get_args(SplitName) if split != ITEMS)
 """The splits that are looked for in a data folder; ``items`` belongs to retrieval models only."""
@@ -60,7 +65,7 @@ class DraftRequest(Frozen):
     Attributes:
         folder: the new folder of the draft.
         model: a network, a function that returns one, or with ``weights`` its class, in the form
-            ``module:name``.
+            ``module:name``; None with ``onnx``.
         data: folder with the splits.
         labels: column with the labels by output, in the order of the outputs.
         metric: the metric that decides quality; None for the default of the task kind.
@@ -71,10 +76,11 @@ class DraftRequest(Frozen):
         version: version of the bundle.
         weights: safetensors file with the weights, if ``model`` is a class.
         config: keyword arguments of the class, as JSON, with ``weights``.
+        onnx: ONNX file with the network, in place of ``model``.
     """
 
     folder: Path
-    model: str
+    model: str | None
     data: Path
     labels: dict[str, str]
     metric: str | None = None
@@ -85,6 +91,12 @@ class DraftRequest(Frozen):
     version: str = "1"
     weights: Path | None = None
     config: str = "{}"
+    onnx: Path | None = None
+
+    @property
+    def source(self) -> str:
+        """What the network is read from."""
+        return self.model or str(self.onnx)
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,7 @@ def new_draft(request: DraftRequest) -> NewDraft:
 
 
 def _new_draft(request: DraftRequest) -> NewDraft:
+    _require_one_source(request)
     if request.folder.exists() and any(request.folder.iterdir()):
         raise DraftRefused("folder_not_empty", folder=str(request.folder))
     files = data_files(request.data, SPLITS)
@@ -152,9 +165,11 @@ def _new_draft(request: DraftRequest) -> NewDraft:
     network = Network(architecture=architecture, ties=ties)
     excluded = (*request.labels.values(), *filter(None, [request.time]))
     derived = derive_inputs(module, sample, request.inputs, excluded)
+    if isinstance(module, OnnxNetwork):
+        require_onnx_scores(Path(request.source), module, derived.tensors, derived.returned)
     document = {
         "schema_version": SCHEMA_VERSION,
-        "name": request.name or type(module).__name__.lower(),
+        "name": request.name or _default_name(request, module),
         "version": request.version,
         "signature": _signature(request, module, sample, derived),
         "network": network.model_dump(mode="json", exclude_defaults=True),
@@ -180,6 +195,23 @@ def _new_draft(request: DraftRequest) -> NewDraft:
     )
 
 
+def _require_one_source(request: DraftRequest) -> None:
+    """Raise unless the network is in a module or in an ONNX file, and not in both.
+
+    Raises:
+        DraftRefused: names the options.
+    """
+    options = {
+        "--onnx": request.onnx is not None,
+        "--model": request.model is not None,
+        "--weights": request.weights is not None,
+        "--config": request.config != "{}",
+    }
+    given = [option for option, is_given in options.items() if is_given]
+    if given[:1] != ["--model"] and given != ["--onnx"]:
+        raise DraftRefused("onnx_and_model", got=tuple(given) or ("none",))
+
+
 def _sample(summaries: Mapping[str, ColumnSummary]) -> dict[str, SampleColumn]:
     """Return the sampled columns that a network can read, by name."""
     return {
@@ -195,6 +227,13 @@ def _sample(summaries: Mapping[str, ColumnSummary]) -> dict[str, SampleColumn]:
         for name, summary in summaries.items()
         if summary.kind != OTHER
     }
+
+
+def _default_name(request: DraftRequest, module: nn.Module) -> str:
+    """Return the name of the bundle: that of the class or of the ONNX file, in lower case."""
+    if request.onnx is None:
+        return type(module).__name__.lower()
+    return re.sub(r"[^a-z0-9._-]+", "-", request.onnx.stem.lower()).strip("._-")[:64]
 
 
 def _require_columns(request: DraftRequest, summaries: Mapping[str, ColumnSummary]) -> None:
@@ -219,16 +258,18 @@ def _require_columns(request: DraftRequest, summaries: Mapping[str, ColumnSummar
 
 def _imported(request: DraftRequest) -> tuple[nn.Module, Architecture]:
     """Return the trained network, and the class and arguments that a bundle builds it from."""
+    if request.model is None:
+        return load_onnx(Path(request.source))
     allowed = load_settings().allowed_modules
     if request.weights is not None:
-        return _loaded(request, request.weights)
+        return _loaded(request.model, request.config, request.weights)
     module, calls = import_network(request.model, allowed)
     architecture = describe_architecture(module, calls)
     import_architecture(architecture)  # raises if the class is in a module that is not allowed
     return module, architecture
 
 
-def _loaded(request: DraftRequest, weights: Path) -> tuple[nn.Module, Architecture]:
+def _loaded(model: str, config_text: str, weights: Path) -> tuple[nn.Module, Architecture]:
     """Build the network of a class and load its weights.
 
     Raises:
@@ -236,13 +277,13 @@ def _loaded(request: DraftRequest, weights: Path) -> tuple[nn.Module, Architectu
         BundleRefused: the class is not allowed, cannot be imported, or is no class.
     """
     try:
-        config = json.loads(request.config)
+        config = json.loads(config_text)
     except ValueError as fault:
         raise DraftRefused("config_no_json", problem=str(fault)) from fault
     if not isinstance(config, dict):
         raise DraftRefused("config_no_json", problem=f"a {type(config).__name__}")
-    network_type = network_class(request.model, load_settings().allowed_modules)
-    architecture = Architecture(path=request.model, config=config)
+    network_type = network_class(model, load_settings().allowed_modules)
+    architecture = Architecture(path=model, config=config)
     import_architecture(architecture)
     try:
         module = network_type(**decode_arguments(config)).eval()
@@ -253,7 +294,7 @@ def _loaded(request: DraftRequest, weights: Path) -> tuple[nn.Module, Architectu
         if is_out_of_memory(fault):
             raise
         raise DraftRefused(
-            "weights_unfit", path=str(weights), architecture=request.model, problem=str(fault)
+            "weights_unfit", path=str(weights), architecture=model, problem=str(fault)
         ) from fault
     return module, architecture.model_copy(update={"path": class_path(network_type)})
 
@@ -327,5 +368,5 @@ def _require_same_scores(
             raise
         problem = f"the error {fault!r}"
     raise DraftRefused(
-        "rebuilt_differs", path=request.model, architecture=architecture.path, problem=problem
+        "rebuilt_differs", path=request.source, architecture=architecture.path, problem=problem
     )
