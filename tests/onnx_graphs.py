@@ -1,4 +1,4 @@
-"""Small ONNX graphs for tests, and what a network that is read from them and ONNX Runtime return."""
+"""Small ONNX graphs for tests, and their outputs in a network and in ONNX Runtime."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,7 +75,9 @@ def network_outputs(network: OnnxNetwork, inputs: Mapping[str, Array]) -> list[A
     return [tensor.numpy() for tensor in tensors]
 
 
-def runtime_outputs(model: onnx.ModelProto, inputs: Mapping[str, Array], folder: Path) -> list[Array]:
+def runtime_outputs(
+    model: onnx.ModelProto, inputs: Mapping[str, Array], folder: Path
+) -> list[Array]:
     """Return what ONNX Runtime returns for arrays."""
     path = folder / "model.onnx"
     onnx.save(model, path)

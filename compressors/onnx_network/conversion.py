@@ -22,6 +22,8 @@ from compressors.onnx_network.normalize import normalize
 from compressors.onnx_network.operators.elementwise import DTYPES
 from compressors.onnx_network.operators.table import OPERATORS, computes_sizes
 
+SHAPE_READERS = ("Shape", "Size")
+
 MOST_SIZES = 1024
 """Most integers of one constant that are written to the configuration."""
 
@@ -248,13 +250,14 @@ def _constants(
         inputs = [item for item in node.inputs if item is not None]
         read += [item for item in inputs if item.is_initializer()]
         operator = OPERATORS[node.op_type]
-        is_size = node.op_type in ("Shape", "Size") or (
+        is_size = node.op_type in SHAPE_READERS or (
             computes_sizes(node.op_type, values)
             and all(item in computed or _may_be_sizes(item) for item in inputs)
         )
         computed |= set(node.outputs) if is_size else set()
         for position, item in enumerate(node.inputs):
-            is_read_as_size = is_size or position in operator.sizes | operator.indices
+            computes = is_size and node.op_type not in SHAPE_READERS
+            is_read_as_size = computes or position in operator.sizes | operator.indices
             if item is not None and is_read_as_size and _may_be_sizes(item):
                 sizes[item] = tensor_of_value(item).tolist()
     tensors = {value: _checked(value) for value in dict.fromkeys(read) if value not in sizes}

@@ -56,8 +56,12 @@ def module_calls(graph: ir.Graph) -> tuple[ModuleCall, ...]:
     of a module, because a compressed module has no such weight.
     """
     calls = tuple(call for node in graph for call in _call(node))
-    covered = {node for call in calls for node in call.nodes}
-    return tuple(call for call in calls if all(node in covered for node in call.key[0].consumers()))
+    key_of = {node: call.key for call in calls for node in call.nodes}
+    return tuple(
+        call
+        for call in calls
+        if {key_of.get(node) for node in call.key[0].consumers()} == {call.key}
+    )
 
 
 def _call(node: ir.Node) -> Iterator[ModuleCall]:

@@ -26,6 +26,7 @@ def normalize(model: ir.Model) -> None:
     opset = model.opset_imports.get("", 0)
     if opset < OPSET:
         _convert(model, opset)
+    _name_results(model.graph)
     simplify(model, _may_fold)
     simplify_lookups(model)
     RemoveUnusedNodesPass()(model)
@@ -49,9 +50,31 @@ def _convert(model: ir.Model, opset: int) -> None:
         raise OnnxRefused("opset_unconverted", expected=OPSET, got=opset, problem=problem)
 
 
+def _name_results(graph: ir.Graph) -> None:
+    """Give a weight that is transposed or reshaped the name of the original.
+
+    Constant folding stores it under the name of the operator's result.
+    """
+    for node in graph:
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type not in ("Transpose", "Reshape") or source is None:
+            continue
+        if source.is_initializer() and len(source.uses()) == 1 and not _is_output(node):
+            name = source.name
+            source.name = f"{name}.original"
+            node.outputs[0].name = name
+
+
+def _is_output(node: ir.Node) -> bool:
+    return any(value.is_graph_output() for value in node.outputs)
+
+
 def _may_fold(node: ir.Node) -> bool | None:
-    """Return True for a transposed weight of any size, so that its layer is recognized."""
+    """Return whether a transposed weight is folded, whatever its size; None for other nodes.
+
+    If other nodes read the weight too, its transpose would be a second copy.
+    """
     source = node.inputs[0] if node.inputs else None
     if node.op_type == "Transpose" and source is not None and source.is_initializer():
-        return len(source.uses()) == 1 or None
+        return len(source.uses()) == 1
     return None

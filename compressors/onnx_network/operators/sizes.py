@@ -124,6 +124,16 @@ def _product(x: Sizes, axes: Sizes | None = None, *, keepdims: int = 1, **_: Any
     return as_sizes(np.prod(x, keepdims=bool(keepdims)))
 
 
+def _one_hot(indices: Sizes, depth: Sizes, values: Sizes, *, axis: int = -1) -> Sizes:
+    off, on = integers(values)
+    is_class = np.equal.outer(indices, np.arange(integer(depth)))
+    return as_sizes(np.where(is_class, as_sizes(on), as_sizes(off)))
+
+
+def _shape(x: Sizes, *, start: int = 0, end: int | None = None) -> Sizes:
+    return as_sizes(x.shape[start:end])
+
+
 def _filled(target: Sizes, *, value: int = 0) -> Sizes:
     return np.full(integers(target), value, dtype=object)
 
@@ -149,5 +159,7 @@ SIZE_OPERATORS: Mapping[str, Callable[..., Sizes]] = {
     "Cast": _identity,
     "ReduceProd": _product,
     "ConstantOfShape": _filled,
+    "OneHot": _one_hot,
+    "Shape": _shape,
 }
 """Operators on integers of shapes, used if all inputs of a node are such integers."""
