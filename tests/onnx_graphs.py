@@ -1,6 +1,9 @@
 """Small ONNX graphs for tests, and their outputs in a network and in ONNX Runtime."""
 
+import io
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
 
 from compressors.onnx_network.conversion import build, convert
 from compressors.onnx_network.network import OnnxNetwork
@@ -97,4 +101,43 @@ def require_equal(
         assert got.dtype.kind == array.dtype.kind
         np.testing.assert_allclose(
             got.astype(np.float64), array.astype(np.float64), rtol=tolerance, atol=tolerance
+        )
+
+
+def export(
+    network: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    path: Path,
+    *,
+    dynamo: bool,
+) -> None:
+    """Export a network of torch with any number of rows, by either exporter of torch.
+
+    Args:
+        network: a network that receives its inputs by name.
+        inputs: example inputs.
+        outputs: names of the outputs.
+        path: the file to write.
+        dynamo: whether by ``torch.export``, and otherwise by TorchScript.
+    """
+    names = list(inputs)
+    rows = torch.export.Dim("rows", min=1, max=4096)
+    form: dict[str, Any] = (
+        {"dynamic_shapes": {name: {0: rows} for name in names}, "external_data": False}
+        if dynamo
+        else {"dynamic_axes": {name: {0: ROWS} for name in names}, "opset_version": 17}
+    )
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the exporter of TorchScript is deprecated
+        torch.onnx.export(
+            network,
+            () if dynamo else tuple(inputs.values()),
+            path,
+            kwargs=dict(inputs) if dynamo else None,
+            dynamo=dynamo,
+            verbose=False,
+            input_names=names,
+            output_names=list(outputs),
+            **form,
         )
