@@ -27,7 +27,7 @@ class GraphInput:
 
     Attributes:
         name: its name.
-        dtype: dtype of its tensor; integers are int64, whatever the file says.
+        dtype: dtype of its tensor; integers of all sizes are int64.
         shape: the size of each dimension; None for a dynamic one.
     """
 

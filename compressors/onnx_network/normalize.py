@@ -70,7 +70,7 @@ def _is_output(node: ir.Node) -> bool:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Return whether a transposed weight is folded, whatever its size; None for other nodes.
+    """Return whether a transposed weight of any size is folded; None for other nodes.
 
     If other nodes read the weight too, its transpose would be a second copy.
     """
