@@ -25,6 +25,7 @@ MODULES = (
     "compressors.errors.compression",
     "compressors.errors.inspection",
     "compressors.errors.metrics",
+    "compressors.errors.onnx_graphs",
     "compressors.errors.orders",
     "compressors.errors.steps",
     "infra.errors.base",

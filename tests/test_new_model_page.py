@@ -7,39 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
+from click_data import ITEMS, USERS, write_clicks
 from safetensors.torch import save_file
 
 PAGE = Path(__file__).parents[1] / "docs" / "new-model.md"
 LIBRARIES = Path(sys.prefix) / "libraries"
-USERS, ITEMS = 300, 400
 
 
 def blocks(language: str) -> list[str]:
     """Return the code blocks of the page in one language."""
     all_blocks = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     return [text for name, text in all_blocks if name == language]
-
-
-def write_data(folder: Path) -> None:
-    """Write clicks that depend on user and item, so that a trained model has a high AUC."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    user_factor, item_factor = random.normal(size=USERS), random.normal(size=ITEMS)
-    for split, rows in {"train": 6_000, "validation": 1_000, "test": 3_000}.items():
-        user, item = random.integers(0, USERS, rows), random.integers(1, ITEMS, rows)
-        probability = 1 / (1 + np.exp(-user_factor[user] - item_factor[item]))
-        columns = {
-            "user": user,
-            "item": item,
-            "history": [random.integers(1, ITEMS, count) for count in random.integers(1, 9, rows)],
-            "price": random.random(rows, np.float32),
-            "click": (random.random(rows) < probability).astype(np.int64),
-        }
-        pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
 
 
 def run(folder: Path, commands: str) -> str:
@@ -73,7 +53,7 @@ def run(folder: Path, commands: str) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A user's folder with the data and modules of the page."""
-    write_data(tmp_path / "data")
+    write_clicks(tmp_path / "data")
     shop, rechub, deepctr = blocks("python")
     (tmp_path / "shop_models.py").write_text(shop)
     (tmp_path / "rechub_click.py").write_text(rechub)

@@ -45,6 +45,8 @@ OPTIONAL = {
     "tensorrt_bindings",
     "torch_pruning",
     "modelopt",
+    "keras",  # of the example that trains a model of TensorFlow, in an environment of its own
+    "tf2onnx",
 }
 
 

@@ -66,6 +66,8 @@ from compressors.contracts.metrics import metric_problem as metric_problem
 from compressors.contracts.metrics import quality_metrics as quality_metrics
 from compressors.contracts.network import ARGUMENTS as ARGUMENTS
 from compressors.contracts.network import CLASS as CLASS
+from compressors.contracts.network import ONNX_NETWORK as ONNX_NETWORK
+from compressors.contracts.network import OWN_NETWORKS as OWN_NETWORKS
 from compressors.contracts.network import READS as READS
 from compressors.contracts.network import Architecture as Architecture
 from compressors.contracts.network import ModuleRecord as ModuleRecord

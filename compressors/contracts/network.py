@@ -25,6 +25,12 @@ from compressors.contracts.frozen import Frozen
 CLASS, ARGUMENTS = "$class", "$arguments"
 """Keys of the description of an object in ``Architecture.config``."""
 
+ONNX_NETWORK = "compressors.onnx_network.network:OnnxNetwork"
+"""The class of networks that were read from an ONNX file."""
+
+OWN_NETWORKS = frozenset({ONNX_NETWORK})
+"""The paths of network classes of recpress itself. Bundles store them, so they do not change."""
+
 READS = "$reads"
 """Key of the description of an object by what a constructor reads from it."""
 

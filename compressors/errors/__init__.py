@@ -6,6 +6,7 @@ construction.py    errors of building a network from its class
 widths.py          exceptions with the reason why layers or channels cannot be removed
 steps.py           errors of applying a step to a network
 inspection.py      errors of deriving the inputs and outputs of a trained network
+onnx_graphs.py     errors of converting an ONNX graph to a network
 metrics.py         errors of computing metrics and judging limits
 orders.py          errors about parts of an order that do not fit together
 """

@@ -11,6 +11,7 @@ CompressionError       the order cannot be carried out as written; a retry would
 ├─ MetricRefused       a metric cannot be computed from this data (``metrics.py``)
 ├─ LimitRefused        limits cannot be judged (``metrics.py``)
 ├─ InspectionFailed    inputs or outputs of a network cannot be derived (``inspection.py``)
+├─ OnnxRefused         an ONNX graph cannot become a network (``onnx_graphs.py``)
 └─ OrderRefused        the parts of an order do not fit together (``orders.py``)
 
 ``sentences`` of each class map a code to its message, in the syntax of ``str.format``.

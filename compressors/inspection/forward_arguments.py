@@ -14,6 +14,7 @@ from compressors.contracts import FORWARD
 from compressors.core.scores import scoring_method
 from compressors.errors.inspection import InspectionFailed
 from compressors.inspection.sample import Sample, SampleColumn
+from compressors.onnx_network.network import OnnxNetwork
 
 CallForm = Literal["keywords", "mapping"]
 MaskType = Literal["float32", "bool", "int64"]
@@ -141,9 +142,10 @@ def layouts(
             for name in parameters
             if name in known
         ]
-        yield Layout(keywords, tuple(arguments))
+        is_graph = isinstance(network, OnnxNetwork)
+        yield Layout(mapping if is_graph else keywords, tuple(arguments))
         return
-    if len(required) != 1:
+    if len(required) != 1 or isinstance(network, OnnxNetwork):
         raise _arguments_unknown(network, method, missing, sample)
     # The only argument is one matrix or a mapping from names to tensors.
     matrix = None if named else _described_matrix(network, method, required[0], sample)
@@ -224,11 +226,14 @@ def _described_matrix(
 
 
 def _parameters(network: nn.Module, method: str) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a method by name.
+    """Return the parameters of a method, or the inputs of a graph, by name.
 
     Raises:
         InspectionFailed: there is no such method, or it takes any number of arguments.
     """
+    if isinstance(network, OnnxNetwork):  # its only argument is a mapping with these names
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        return {item.name: inspect.Parameter(item.name, keyword) for item in network.inputs}
     architecture = type(network).__name__
     try:
         function = scoring_method(network, method)

@@ -18,18 +18,21 @@ CANDIDATES = 10
 
 def new(
     folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    data: Annotated[
+        Path,
+        typer.Option(help="Folder with train.parquet and test.parquet, or folders of these names."),
+    ],
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="The trained network as MODULE:NAME: a variable, or a function that returns it; "
             "with --weights its class.",
             metavar="MODULE:NAME",
         ),
-    ],
-    data: Annotated[
-        Path,
-        typer.Option(help="Folder with train.parquet and test.parquet, or folders of these names."),
-    ],
+    ] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="The trained network as an ONNX file, without --model.")
+    ] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,7 +79,7 @@ def new(
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of the model (default: that of its class).")
+        str | None, typer.Option(help="Name of the model (default: that of its class or file).")
     ] = None,
     version: Annotated[str, typer.Option(help="Version of the model.")] = "1",
     weights: Annotated[
@@ -117,6 +120,7 @@ def new(
         version=version,
         weights=weights,
         config=config,
+        onnx=onnx,
     )
     written = new_draft(request, rows)
     if as_json:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from compressors.contracts import is_out_of_memory
+from compressors.contracts import OWN_NETWORKS, is_out_of_memory
 from infra.errors import BundleRefused
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _import_class(path: str, allowed: Sequence[str], base: "type[T]") -> "type[T
         raise BundleRefused("architecture_no_class", path=path, kind=type(loaded).__name__)
     if not issubclass(loaded, base):
         raise BundleRefused("architecture_no_module_class", path=path)
-    if not any(is_within(loaded.__module__, root) for root in allowed):
+    if path not in OWN_NETWORKS and not any(is_within(loaded.__module__, root) for root in allowed):
         raise BundleRefused(
             "architecture_defined_elsewhere",
             path=path,
@@ -207,11 +207,16 @@ def _package_digest(path: str, allowed: Sequence[str]) -> str:
 
 
 def _split_and_check(path: str, allowed: Sequence[str]) -> tuple[str, str]:
-    """Split ``module:Class`` and raise ``BundleRefused`` if the module is not allowed."""
+    """Split ``module:Class`` and raise ``BundleRefused`` if the module is not allowed.
+
+    A network of recpress itself is always allowed.
+    """
     match = _PATH.fullmatch(path)
     if match is None:
         raise BundleRefused("architecture_form", path=path[:200])
     module_name, class_name = match.groups()
+    if path in OWN_NETWORKS:
+        return module_name, class_name
     package = module_name.partition(".")[0]
     if package in OWN_PACKAGES:
         raise BundleRefused("architecture_name_taken", path=path, package=package)

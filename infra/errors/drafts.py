@@ -2,7 +2,7 @@
 
 ``sentences`` of the class maps the code of each error to its message, with the fields in braces
 (see ``infra/errors/__init__.py``). ``path`` is the network in the user's module, in the form
-``module:name``.
+``module:name``, or an ONNX file in codes that begin with ``onnx``.
 """
 
 from typing import ClassVar
@@ -58,6 +58,18 @@ class DraftRefused(Refused):
         "draft, got {problem}. The class {architecture} depends on more than its arguments and "
         "weights, such as a global variable, or an attribute that was set later. Make it an "
         "argument.",
+        "onnx_unreadable": "Expected an ONNX model as {path}, got {problem}. Export the model "
+        "again.",
+        "onnx_too_large": "Expected an ONNX file of at most {most_bytes} bytes as {path}, got "
+        "{bytes}. Export the model with external data.",
+        "onnx_opset": "Expected the opset {first} to {last} in {path}, got {got}. Export the model "
+        "with another opset.",
+        "onnx_data_outside": "Expected the external data of {path} in its folder, got {location}. "
+        "Copy the file to the folder and export or save the model again.",
+        "onnx_data_missing": "Expected {bytes} bytes of the tensor {name} in {location}, got a "
+        "file that is missing or too short. Copy the file again.",
+        "onnx_and_model": "Expected --onnx FILE or --model MODULE:NAME, got {got}. Give one of "
+        "them; --weights and --config belong to --model.",
         "state_no_tensor": "Expected only tensors in the network's state_dict(), got a {kind} as "
         "{name}. Store it as an argument of the constructor.",
     }

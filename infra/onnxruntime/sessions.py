@@ -1,6 +1,6 @@
 """ONNX Runtime on CPU: scoring sessions, optimized graphs, and a graph's intermediate values."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float32]
 
 PROVIDERS = ["CPUExecutionProvider"]
-# ONNX Runtime's names of the types that numpy has.
-NUMPY_TYPES = {
-    f"tensor({name})"
+# ONNX Runtime's names of the types that numpy has, with their names there.
+NUMPY_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"} | {
+    f"tensor({name})": name
     for name in (
-        *("float", "float16", "double", "bool"),
+        *("float16", "bool"),
         *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
     )
 }
@@ -53,13 +53,36 @@ class Session:
         Raises:
             ScoringFailed: the runtime failed on these inputs.
         """
+        return _stack(self._run({name: inputs[name] for name in self.inputs}))
+
+    def outputs(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Compute the outputs of any graph from its inputs, both in the graph's order.
+
+        The inputs are converted to the types of the graph.
+
+        Raises:
+            ScoringFailed: the runtime failed on these inputs.
+        """
+        return self._run(
+            {
+                item.name: array.astype(NUMPY_TYPES[item.type])
+                for item, array in zip(self._session.get_inputs(), inputs, strict=True)
+            }
+        )
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Compute the outputs.
+
+        Raises:
+            ScoringFailed: the runtime failed on these inputs.
+        """
         try:
-            outputs = self._session.run(None, {name: inputs[name] for name in self.inputs})
+            outputs: list[NDArray[Any]] = self._session.run(None, dict(inputs))
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
             raise ScoringFailed("scoring_failed", problem=str(fault)) from fault
-        return _stack(outputs)
+        return outputs
 
     def bind(
         self, inputs: Mapping[str, NDArray[Any]]

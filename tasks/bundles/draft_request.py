@@ -24,7 +24,7 @@ class DraftRequest(Frozen):
     Attributes:
         folder: the new folder of the draft.
         model: a network, a function that returns one, or with ``weights`` its class, in the form
-            ``module:name``.
+            ``module:name``; None with ``onnx``.
         data: folder with the splits.
         labels: column with the labels by output, in the order of the outputs.
         metric: the metric that decides quality; None for the default of the task kind.
@@ -35,14 +35,15 @@ class DraftRequest(Frozen):
         query_tower: attribute path of the query tower, a submodule or method, of a retrieval model.
         item_tower: attribute path of its item tower.
         item: column with the item's id; None for the only one in the rows and in the catalogue.
-        name: name of the bundle; None for the name of the class.
+        name: name of the bundle; None for the name of the class or ONNX file.
         version: version of the bundle.
         weights: safetensors file with the weights, if ``model`` is a class.
         config: keyword arguments of the class, as JSON, with ``weights``.
+        onnx: ONNX file with the network, in place of ``model``.
     """
 
     folder: Path
-    model: str
+    model: str | None
     data: Path
     labels: dict[str, str]
     metric: str | None = None
@@ -57,6 +58,12 @@ class DraftRequest(Frozen):
     version: str = "1"
     weights: Path | None = None
     config: str = "{}"
+    onnx: Path | None = None
+
+    @property
+    def source(self) -> str:
+        """What the network is read from."""
+        return self.model or str(self.onnx)
 
     @property
     def towers(self) -> dict[str, str]:
@@ -127,6 +134,26 @@ def sample_of(summaries: Mapping[str, ColumnSummary]) -> dict[str, SampleColumn]
         for name, summary in summaries.items()
         if summary.kind != OTHER
     }
+
+
+def require_one_source(request: DraftRequest) -> None:
+    """Raise unless the network is in a module or in an ONNX file, and not in both.
+
+    Raises:
+        DraftRefused: names the options.
+    """
+    options = {
+        "--onnx": request.onnx is not None,
+        "--model": request.model is not None,
+        "--weights": request.weights is not None,
+        "--config": request.config != "{}",
+        "--method": request.method != FORWARD,
+        "--query-tower": request.query_tower is not None,
+        "--item-tower": request.item_tower is not None,
+    }
+    given = [option for option, is_given in options.items() if is_given]
+    if given[:1] != ["--model"] and given != ["--onnx"]:
+        raise DraftRefused("onnx_and_model", got=tuple(given) or ("none",))
 
 
 def require_columns(request: DraftRequest, summaries: Mapping[str, ColumnSummary]) -> None:

@@ -1,10 +1,13 @@
-"""Write the draft of a bundle from a trained network in a user's module and rows of the data.
+"""Write the draft of a bundle from a trained network and rows of the data.
+
+The network is in a user's module or in an ONNX file.
 
 The network is called with rows of the data (``compressors/inspection``) to derive its inputs and
 outputs, and its arguments are recorded while it is constructed (``infra/bundle/live_model.py``).
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,6 +36,7 @@ from compressors.errors.compression import CompressionError
 from compressors.errors.construction import ConstructionFailed
 from compressors.inspection.inputs import DerivedInputs
 from compressors.inspection.lookups import same_outputs
+from compressors.onnx_network.network import OnnxNetwork
 from infra.bundle.architecture import network_class
 from infra.bundle.bundle_folder import MANIFEST, SCHEMA_VERSION, Draft, read_draft
 from infra.bundle.json_reader import parse
@@ -47,10 +51,12 @@ from tasks.bundles.draft_request import (
     catalogue_file,
     read_rows,
     require_columns,
+    require_one_source,
     sample_of,
 )
 from tasks.bundles.draft_signature import describe_rows, describe_towers
 from tasks.bundles.loading import import_architecture
+from tasks.bundles.onnx_models import load_onnx, require_onnx_scores
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ def new_draft(request: DraftRequest, rows: RowsOfData | None = None) -> NewDraft
 
 
 def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
+    require_one_source(request)
     if request.folder.exists() and any(request.folder.iterdir()):
         raise DraftRefused("folder_not_empty", folder=str(request.folder))
     rows = rows or read_rows(request.data)
@@ -109,9 +116,12 @@ def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
         if request.towers
         else describe_rows(request, module, sample)
     )
+    if isinstance(module, OnnxNetwork):
+        (call,) = described.calls
+        require_onnx_scores(Path(request.source), module, call.tensors, call.returned)
     document = {
         "schema_version": SCHEMA_VERSION,
-        "name": request.name or type(module).__name__.lower(),
+        "name": request.name or _default_name(request, module),
         "version": request.version,
         "signature": described.signature,
         "network": network.model_dump(mode="json", exclude_defaults=True),
@@ -137,18 +147,27 @@ def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
     )
 
 
+def _default_name(request: DraftRequest, module: nn.Module) -> str:
+    """Return the name of the bundle: that of the class or of the ONNX file, in lower case."""
+    if request.onnx is None:
+        return type(module).__name__.lower()
+    return re.sub(r"[^a-z0-9._-]+", "-", request.onnx.stem.lower()).strip("._-")[:64]
+
+
 def _imported(request: DraftRequest) -> tuple[nn.Module, Architecture]:
     """Return the trained network, and the class and arguments that a bundle builds it from."""
+    if request.model is None:
+        return load_onnx(Path(request.source))
     allowed = load_settings().allowed_modules
     if request.weights is not None:
-        return _loaded(request, request.weights)
+        return _loaded(request.model, request.config, request.weights)
     module, calls = import_network(request.model, allowed)
     architecture = describe_architecture(module, calls)
     import_architecture(architecture)  # raises if the class is in a module that is not allowed
     return module, architecture
 
 
-def _loaded(request: DraftRequest, weights: Path) -> tuple[nn.Module, Architecture]:
+def _loaded(model: str, config_text: str, weights: Path) -> tuple[nn.Module, Architecture]:
     """Build the network of a class and load its weights.
 
     Raises:
@@ -156,13 +175,13 @@ def _loaded(request: DraftRequest, weights: Path) -> tuple[nn.Module, Architectu
         BundleRefused: the class is not allowed, cannot be imported, or is no class.
     """
     try:
-        config = json.loads(request.config)
+        config = json.loads(config_text)
     except ValueError as fault:
         raise DraftRefused("config_no_json", problem=str(fault)) from fault
     if not isinstance(config, dict):
         raise DraftRefused("config_no_json", problem=f"a {type(config).__name__}")
-    network_type = network_class(request.model, load_settings().allowed_modules)
-    architecture = Architecture(path=request.model, config=config)
+    network_type = network_class(model, load_settings().allowed_modules)
+    architecture = Architecture(path=model, config=config)
     import_architecture(architecture)
     try:
         module = network_type(**decode_arguments(config)).eval()
@@ -173,7 +192,7 @@ def _loaded(request: DraftRequest, weights: Path) -> tuple[nn.Module, Architectu
         if is_out_of_memory(fault):
             raise
         raise DraftRefused(
-            "weights_unfit", path=str(weights), architecture=request.model, problem=str(fault)
+            "weights_unfit", path=str(weights), architecture=model, problem=str(fault)
         ) from fault
     return module, architecture.model_copy(update={"path": class_path(network_type)})
 
@@ -231,5 +250,5 @@ def _require_same_scores(
             raise
         problem = f"the error {fault!r}"
     raise DraftRefused(
-        "rebuilt_differs", path=request.model, architecture=architecture.path, problem=problem
+        "rebuilt_differs", path=request.source, architecture=architecture.path, problem=problem
     )

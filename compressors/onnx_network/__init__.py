@@ -1,0 +1,10 @@
+"""Networks that exist only as an ONNX file, as torch networks.
+
+rules.py       rewrite rules for what exporters write around a lookup
+normalize.py   bring a graph to one opset and simplify it
+names.py       names of modules and values from those of initializers and nodes
+layers.py      find the tables and dense layers of a graph
+conversion.py  convert a graph to the configuration and weights of a network
+network.py     the network
+operators/     the ONNX operators as functions of tensors
+"""

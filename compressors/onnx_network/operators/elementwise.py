@@ -1,0 +1,162 @@
+"""Elementwise ONNX operators: arithmetic, comparison, logic, activations, casts.
+
+Each function is one operator, with the operator's inputs as parameters and its attributes as
+keywords. Inputs broadcast as in torch, whose rule is that of ONNX.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+DTYPES: Mapping[int, torch.dtype] = {
+    **dict.fromkeys((2, 3, 4, 5, 6, 7, 12, 13), torch.int64),
+    1: torch.float32,
+    9: torch.bool,
+    11: torch.float64,
+}
+"""The torch dtype of each number of ``TensorProto.DataType`` that a graph may use. Integers of all
+sizes are int64, as ids are in a signature."""
+
+
+def _reduced(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Return an operator with any number of inputs from a function of two."""
+    return lambda *inputs: functools.reduce(function, inputs)
+
+
+def _mean(*inputs: Tensor) -> Tensor:
+    return functools.reduce(torch.add, inputs) / len(inputs)
+
+
+def _divide(x: Tensor, y: Tensor) -> Tensor:
+    # Integers are divided as in C: towards zero.
+    return torch.div(x, y, rounding_mode=None if x.is_floating_point() else "trunc")
+
+
+def _modulo(x: Tensor, y: Tensor, *, fmod: int = 0) -> Tensor:
+    return torch.fmod(x, y) if fmod else torch.remainder(x, y)
+
+
+def _power(x: Tensor, y: Tensor) -> Tensor:
+    return torch.pow(x, y).to(x.dtype)
+
+
+def _cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
+    return x.to(DTYPES[to])
+
+
+def _cast_like(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = "up") -> Tensor:
+    return x.to(like.dtype)
+
+
+def _clip(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    if low is not None:
+        x = torch.maximum(x, low)
+    return x if high is None else torch.minimum(x, high)
+
+
+def _leaky_relu(x: Tensor, *, alpha: float = 0.01) -> Tensor:
+    return F.leaky_relu(x, alpha)
+
+
+def _prelu(x: Tensor, slope: Tensor) -> Tensor:
+    return torch.where(x < 0, x * slope, x)
+
+
+def _elu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    return F.elu(x, alpha)
+
+
+def _celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    return F.celu(x, alpha)
+
+
+def _selu(
+    x: Tensor, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875
+) -> Tensor:
+    return gamma * torch.where(x > 0, x, alpha * torch.expm1(x))
+
+
+def _hard_sigmoid(x: Tensor, *, alpha: float = 0.2, beta: float = 0.5) -> Tensor:
+    return torch.clamp(alpha * x + beta, 0, 1)
+
+
+def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+def _swish(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    return x * torch.sigmoid(alpha * x)
+
+
+def _thresholded_relu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    return torch.where(x > alpha, x, torch.zeros_like(x))
+
+
+def _dropout(
+    x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None, *, seed: int = 0
+) -> Tensor:
+    return x
+
+
+ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
+    "Add": torch.add,
+    "Sub": torch.sub,
+    "Mul": torch.mul,
+    "Div": _divide,
+    "Mod": _modulo,
+    "Pow": _power,
+    "Sum": _reduced(torch.add),
+    "Mean": _mean,
+    "Max": _reduced(torch.maximum),
+    "Min": _reduced(torch.minimum),
+    "Equal": torch.eq,
+    "Greater": torch.gt,
+    "GreaterOrEqual": torch.ge,
+    "Less": torch.lt,
+    "LessOrEqual": torch.le,
+    "And": torch.logical_and,
+    "Or": torch.logical_or,
+    "Xor": torch.logical_xor,
+    "Not": torch.logical_not,
+    "Where": torch.where,
+    "IsNaN": torch.isnan,
+    "Abs": torch.abs,
+    "Neg": torch.neg,
+    "Sign": torch.sign,
+    "Floor": torch.floor,
+    "Ceil": torch.ceil,
+    "Round": torch.round,
+    "Reciprocal": torch.reciprocal,
+    "Sqrt": torch.sqrt,
+    "Exp": torch.exp,
+    "Log": torch.log,
+    "Erf": torch.erf,
+    "Sin": torch.sin,
+    "Cos": torch.cos,
+    "Tanh": torch.tanh,
+    "Sigmoid": torch.sigmoid,
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": F.hardswish,
+    "Relu": torch.relu,
+    "LeakyRelu": _leaky_relu,
+    "PRelu": _prelu,
+    "ThresholdedRelu": _thresholded_relu,
+    "Elu": _elu,
+    "Celu": _celu,
+    "Selu": _selu,
+    "Gelu": _gelu,
+    "Mish": F.mish,
+    "Swish": _swish,
+    "Softplus": F.softplus,
+    "Softsign": F.softsign,
+    "Clip": _clip,
+    "Cast": _cast,
+    "CastLike": _cast_like,
+    "Identity": lambda x: x,
+    "Dropout": _dropout,
+}
+"""The operators of this file by their ONNX name."""

@@ -1,0 +1,128 @@
+"""GRU and LSTM of ONNX, with the operators of torch.
+
+ONNX orders the gates of a GRU as update, reset, new and those of an LSTM as input, output, forget,
+cell; torch orders them as reset, update, new and as input, forget, cell, output.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_GRU_GATES, _LSTM_GATES = (1, 0, 2), (0, 2, 3, 1)
+_ACTIVATIONS = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
+
+
+def _weights(
+    w: Tensor, r: Tensor, b: Tensor | None, gates: tuple[int, ...]
+) -> tuple[list[Tensor], bool]:
+    """Return the weights of all directions in torch's order, and whether there are biases."""
+    weights = []
+    for direction in range(w.shape[0]):
+        tensors = [w[direction], r[direction]]
+        if b is not None:
+            tensors += b[direction].chunk(2)
+        for tensor in tensors:
+            parts = tensor.chunk(len(gates))
+            weights.append(torch.cat([parts[gate] for gate in gates]))
+    return weights, b is not None
+
+
+def _require_defaults(
+    kind: str,
+    direction: str,
+    activations: list[str] | None,
+    layout: int,
+    unsupported: Mapping[str, Any],
+) -> None:
+    """Raise ``NotImplementedError`` for a form that torch's operators do not have."""
+    expected = _ACTIVATIONS[kind] * (2 if direction == "bidirectional" else 1)
+    if activations not in (None, expected):
+        raise NotImplementedError(f"{kind} with the activations {activations}")
+    if direction == "reverse" or layout:
+        raise NotImplementedError(f"{kind} with direction {direction} and layout {layout}")
+    if given := [name for name, value in unsupported.items() if value not in (None, 0, 0.0)]:
+        raise NotImplementedError(f"{kind} with {', '.join(given)}")
+
+
+def _initial(state: Tensor | None, x: Tensor, w: Tensor, hidden_size: int) -> Tensor:
+    """Return the initial state, zeros if there is none: ``(directions, rows, hidden)``."""
+    return x.new_zeros(w.shape[0], x.shape[1], hidden_size) if state is None else state
+
+
+def _by_direction(output: Tensor, directions: int) -> Tensor:
+    """Return torch's output as ONNX's: ``(steps, directions, rows, hidden)``."""
+    return output.unflatten(2, (directions, -1)).transpose(1, 2)
+
+
+def _gru(
+    x: Tensor,
+    w: Tensor,
+    r: Tensor,
+    b: Tensor | None = None,
+    sequence_lens: Tensor | None = None,
+    initial_h: Tensor | None = None,
+    *,
+    hidden_size: int,
+    direction: str = "forward",
+    linear_before_reset: int = 0,
+    activations: list[str] | None = None,
+    layout: int = 0,
+    clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    unsupported = {"sequence_lens": sequence_lens, "clip": clip}
+    _require_defaults("GRU", direction, activations, layout, unsupported)
+    if not linear_before_reset:
+        raise NotImplementedError("GRU without linear_before_reset, which torch has not")
+    weights, has_biases = _weights(w, r, b, _GRU_GATES)
+    output, state = torch.gru(
+        x,
+        _initial(initial_h, x, w, hidden_size),
+        weights,
+        has_biases,
+        num_layers=1,
+        dropout=0.0,
+        train=False,
+        bidirectional=direction == "bidirectional",
+        batch_first=False,
+    )
+    return _by_direction(output, w.shape[0]), state
+
+
+def _lstm(
+    x: Tensor,
+    w: Tensor,
+    r: Tensor,
+    b: Tensor | None = None,
+    sequence_lens: Tensor | None = None,
+    initial_h: Tensor | None = None,
+    initial_c: Tensor | None = None,
+    p: Tensor | None = None,
+    *,
+    hidden_size: int,
+    direction: str = "forward",
+    input_forget: int = 0,
+    activations: list[str] | None = None,
+    layout: int = 0,
+    clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    unsupported = {"sequence_lens": sequence_lens, "P": p, "input_forget": input_forget}
+    _require_defaults("LSTM", direction, activations, layout, {**unsupported, "clip": clip})
+    weights, has_biases = _weights(w, r, b, _LSTM_GATES)
+    output, state, cell = torch.lstm(
+        x,
+        [_initial(initial, x, w, hidden_size) for initial in (initial_h, initial_c)],
+        weights,
+        has_biases,
+        num_layers=1,
+        dropout=0.0,
+        train=False,
+        bidirectional=direction == "bidirectional",
+        batch_first=False,
+    )
+    return _by_direction(output, w.shape[0]), state, cell
+
+
+RECURRENT: Mapping[str, Callable[..., Any]] = {"GRU": _gru, "LSTM": _lstm}
+"""The operators of this file by their ONNX name."""

@@ -1,0 +1,189 @@
+"""ONNX operators that combine elements: products, reductions, norms, softmax, convolutions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressors.onnx_network.operators.sizes import Sizes, integer, integers
+
+
+def _gemm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    transA: int = 0,  # noqa: N803 - the attribute of ONNX
+    transB: int = 0,  # noqa: N803
+) -> Tensor:
+    product = alpha * torch.matmul(a.T if transA else a, b.T if transB else b)
+    return product if c is None else product + beta * c
+
+
+def _einsum(*inputs: Tensor, equation: str) -> Tensor:
+    result: Tensor = torch.einsum(equation, *inputs)
+    return result
+
+
+def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Callable[..., Tensor]:
+    """Return a Reduce operator from a function of the tensor, the dimensions and ``keepdim``."""
+
+    def reduce(
+        x: Tensor, axes: Sizes | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+    ) -> Tensor:
+        along = [] if axes is None else integers(axes)
+        if not along and noop_with_empty_axes:
+            return x
+        return function(x, along or list(range(x.dim())), bool(keepdims))
+
+    return reduce
+
+
+def _product(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
+    for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
+        x = x.prod(dim=axis, keepdim=keepdim)
+    return x
+
+
+def _norm(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
+    return x.square().sum(axes, keepdim=keepdim).sqrt()
+
+
+def _arg(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return ArgMax or ArgMin."""
+
+    def arg(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
+        if not select_last_index:
+            return function(x, dim=axis, keepdim=bool(keepdims))
+        return x.shape[axis] - 1 - function(x.flip(axis), dim=axis, keepdim=bool(keepdims))
+
+    return arg
+
+
+def _top_k(
+    x: Tensor,
+    k: Sizes,
+    *,
+    axis: int = -1,
+    largest: int = 1,
+    sorted: int = 1,  # noqa: A002
+) -> tuple[Tensor, ...]:
+    return tuple(torch.topk(x, integer(k), axis, largest=bool(largest), sorted=bool(sorted)))
+
+
+def _cumulative_sum(x: Tensor, axis: Sizes, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    dim = integer(axis)
+    x = x.flip(dim) if reverse else x
+    total = x.cumsum(dim, dtype=x.dtype)
+    total = total - x if exclusive else total
+    return total.flip(dim) if reverse else total
+
+
+def _softmax(x: Tensor, *, axis: int = -1) -> Tensor:
+    return torch.softmax(x, dim=axis)
+
+
+def _log_softmax(x: Tensor, *, axis: int = -1) -> Tensor:
+    return torch.log_softmax(x, dim=axis)
+
+
+def _layer_normalization(
+    x: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    stash_type: int = 1,
+) -> Tensor:
+    shape = list(x.shape[axis % x.dim() :])
+    bias = None if bias is None else bias.expand(shape)
+    return F.layer_norm(x, shape, scale.expand(shape), bias, epsilon)
+
+
+def _rms_normalization(
+    x: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
+) -> Tensor:
+    along = list(range(axis % x.dim(), x.dim()))
+    return x * torch.rsqrt(x.square().mean(along, keepdim=True) + epsilon) * scale
+
+
+def _batch_normalization(
+    x: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    *,
+    epsilon: float = 1e-5,
+    momentum: float = 0.9,
+    training_mode: int = 0,
+) -> Tensor:
+    if training_mode:
+        raise NotImplementedError("BatchNormalization with training_mode")
+    return F.batch_norm(x, mean, variance, scale, bias, training=False, eps=epsilon)
+
+
+def _lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
+    return x / torch.linalg.vector_norm(x, p, dim=axis, keepdim=True)
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: list[int] | None = None,
+    group: int = 1,
+    kernel_shape: list[int] | None = None,
+    pads: list[int] | None = None,
+    strides: list[int] | None = None,
+) -> Tensor:
+    rank = x.dim() - 2
+    before, after = (pads or [0] * 2 * rank)[:rank], (pads or [0] * 2 * rank)[rank:]
+    if auto_pad not in ("NOTSET", "VALID") or rank not in (1, 2):
+        raise NotImplementedError(f"Conv of {rank} dimensions with auto_pad {auto_pad}")
+    pairs = [count for axis in reversed(range(rank)) for count in (before[axis], after[axis])]
+    function: Callable[..., Tensor] = F.conv1d if rank == 1 else F.conv2d
+    return function(
+        F.pad(x, pairs),
+        weight,
+        bias,
+        stride=strides or [1] * rank,
+        dilation=dilations or [1] * rank,
+        groups=group,
+    )
+
+
+REDUCTIONS: Mapping[str, Callable[..., Any]] = {
+    "MatMul": torch.matmul,
+    "Gemm": _gemm,
+    "Einsum": _einsum,
+    "ReduceSum": _reduction(lambda x, axes, keep: x.sum(axes, keepdim=keep, dtype=x.dtype)),
+    "ReduceMean": _reduction(lambda x, axes, keep: x.mean(axes, keepdim=keep)),
+    "ReduceMax": _reduction(lambda x, axes, keep: x.amax(axes, keepdim=keep)),
+    "ReduceMin": _reduction(lambda x, axes, keep: x.amin(axes, keepdim=keep)),
+    "ReduceProd": _reduction(_product),
+    "ReduceL1": _reduction(lambda x, axes, keep: x.abs().sum(axes, keepdim=keep)),
+    "ReduceL2": _reduction(_norm),
+    "ReduceSumSquare": _reduction(lambda x, axes, keep: x.square().sum(axes, keepdim=keep)),
+    "ReduceLogSum": _reduction(lambda x, axes, keep: x.sum(axes, keepdim=keep).log()),
+    "ReduceLogSumExp": _reduction(lambda x, axes, keep: x.logsumexp(axes, keepdim=keep)),
+    "ArgMax": _arg(torch.argmax),
+    "ArgMin": _arg(torch.argmin),
+    "TopK": _top_k,
+    "CumSum": _cumulative_sum,
+    "Softmax": _softmax,
+    "LogSoftmax": _log_softmax,
+    "LayerNormalization": _layer_normalization,
+    "RMSNormalization": _rms_normalization,
+    "BatchNormalization": _batch_normalization,
+    "LpNormalization": _lp_normalization,
+    "Conv": _convolution,
+}
+"""The operators of this file by their ONNX name."""

@@ -1,0 +1,116 @@
+"""Read a user's ONNX file, which is not trusted.
+
+The file is parsed after its size was checked. Large weights may be in other files, whose names are
+in the file: they must be in its folder, and as long as their tensors. They are read when their
+values are needed.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressors.contracts import is_out_of_memory
+from infra.errors import DraftRefused
+from infra.memory import require_memory
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+MAX_ONNX_BYTES = 2**31 - 1
+"""The limit of protobuf; larger models have external data."""
+
+MEMORY_FACTOR = 3
+"""Memory per byte of the file: the bytes, the parsed message, and a copy of the weights."""
+
+OPSETS = (7, 25)
+"""The first opset whose binary operators broadcast as they do today, and the last known one."""
+
+
+def read_onnx(path: Path) -> "ir.Model":
+    """Read an ONNX model and check where its tensors are.
+
+    Raises:
+        DraftRefused: the file is no ONNX model, is too large, has an unknown opset, or refers to
+            external data that is missing, too short or outside of its folder.
+        OutOfMemory: there is not enough memory.
+        OSError: the file cannot be read.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    size = path.stat().st_size
+    if size > MAX_ONNX_BYTES:
+        raise DraftRefused("onnx_too_large", path=str(path), most_bytes=MAX_ONNX_BYTES, bytes=size)
+    require_memory(MEMORY_FACTOR * size, f"Reading {path.name}")
+    try:
+        proto = onnx.ModelProto.FromString(path.read_bytes())
+        if not proto.graph.output:
+            raise DraftRefused("onnx_unreadable", path=str(path), problem="no graph with outputs")
+        _require_opset(proto, path)
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
+        for tensor in _tensors(model):
+            _require_readable(tensor, path)
+        onnx.checker.check_model(str(path))
+    except (DraftRefused, OSError):
+        raise
+    except Exception as fault:  # the libraries raise many types for a damaged file
+        if is_out_of_memory(fault):
+            raise
+        problem = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        raise DraftRefused("onnx_unreadable", path=str(path), problem=problem) from fault
+    return model
+
+
+def _require_opset(proto: "onnx.ModelProto", path: Path) -> None:
+    """Raise unless the opset of ONNX's own operators is one that recpress knows."""
+    first, last = OPSETS
+    versions = [item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")]
+    if not all(first <= version <= last for version in versions or [0]):
+        got = versions[0] if versions else "none"
+        raise DraftRefused("onnx_opset", path=str(path), first=first, last=last, got=got)
+
+
+def _tensors(model: "ir.Model") -> "Iterator[ir.TensorProtocol]":
+    """Yield all tensors of a model: weights and attributes, also of subgraphs and functions."""
+    import onnx_ir as ir
+
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    nodes = [node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)]
+    graphs += [node.graph for node in nodes if isinstance(node.graph, ir.Graph)]
+    for graph in dict.fromkeys(graphs):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+    for node in nodes:
+        for attribute in node.attributes.values():
+            if attribute.type is ir.AttributeType.TENSOR and attribute.value is not None:
+                yield attribute.value
+
+
+def _require_readable(tensor: "ir.TensorProtocol", path: Path) -> None:
+    """Raise if a tensor is in another file that may not or cannot be read.
+
+    Raises:
+        DraftRefused: the file is outside of the model's folder, missing or too short.
+    """
+    import onnx_ir as ir
+
+    if not isinstance(tensor, ir.ExternalTensor):
+        return
+    location = str(tensor.location)
+    if Path(location).is_absolute() or not _is_inside(path.parent / location, path.parent):
+        raise DraftRefused("onnx_data_outside", path=str(path), location=location)
+    file, needed = path.parent / location, tensor.nbytes
+    size = file.stat().st_size if file.is_file() else 0
+    offset = tensor.offset or 0
+    if offset < 0 or offset + max(needed, tensor.length or 0) > size:
+        raise DraftRefused(
+            "onnx_data_missing", name=str(tensor.name), location=location, bytes=needed
+        )
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    """Return whether a file is in a folder after links were followed."""
+    return file.resolve().is_relative_to(folder.resolve())

@@ -1,0 +1,243 @@
+"""Graphs become networks with tables and layers, whose names are those of the trained model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from error_codes import raises_code
+from onnx import TensorProto, helper, numpy_helper
+from onnx_graphs import Array, graph_of, network_of, require_equal
+from torch import nn
+
+from compressors.contracts import ONNX_NETWORK
+from compressors.errors.onnx_graphs import OnnxRefused
+from compressors.onnx_network.network import OnnxNetwork
+
+random = np.random.default_rng(0)
+IDS = np.array([0, 2, 1])
+
+
+def floats(*shape: int) -> Array:
+    return random.normal(size=shape).astype(np.float32)
+
+
+def node(op: str, inputs: str, output: str, name: str = "", **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(op, inputs.split(), [output], name=name or None, **attributes)
+
+
+def units(network: nn.Module) -> dict[str, str]:
+    """Return the kind of each table and layer by name."""
+    return {name: type(module).__name__ for name, module in network.named_children()}
+
+
+def test_stored_path_of_the_class_is_the_path_of_the_class() -> None:
+    assert f"{OnnxNetwork.__module__}:{OnnxNetwork.__name__}" == ONNX_NETWORK
+
+
+def test_lookup_and_product_with_a_bias_are_a_table_and_a_layer(tmp_path: Path) -> None:
+    nodes = [
+        node("Gather", "user.weight user", "rows"),
+        node("MatMul", "rows mlp.0.weight", "product"),
+        node("Add", "mlp.0.bias product", "hidden"),
+        node("Gemm", "hidden out.weight out.bias", "y", transB=1),
+    ]
+    weights = {
+        "user.weight": floats(3, 4),
+        "mlp.0.weight": floats(4, 2),
+        "mlp.0.bias": floats(2),
+        "out.weight": floats(1, 2),
+        "out.bias": floats(1),
+    }
+    model = graph_of(nodes, {"user": IDS}, weights=weights)
+    network = network_of(model)
+    assert units(network) == {"user": "Embedding", "mlp_0": "Linear", "out": "Linear"}
+    assert [name for name, _ in network.named_parameters()] == [
+        *("user.weight", "mlp_0.weight", "mlp_0.bias", "out.weight", "out.bias")
+    ]
+    require_equal(model, {"user": IDS}, tmp_path)
+
+
+def test_layers_that_share_their_weights_are_one_module() -> None:
+    nodes = [
+        node("MatMul", "x w", "a"),
+        node("Add", "a b", "c"),
+        node("MatMul", "c w", "d"),
+        node("Add", "d b", "y"),
+    ]
+    network = network_of(
+        graph_of(nodes, {"x": floats(3, 2)}, weights={"w": floats(2, 2), "b": floats(2)})
+    )
+    assert units(network) == {"w": "Linear"}
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node("Gather", "w x", "a"), node("Transpose", "w", "t"), node("MatMul", "a t", "y")],
+        [node("Gather", "w x", "a", axis=1), node("Relu", "a", "y")],
+        [node("Gather", "w x", "a"), node("MatMul", "a w", "y")],
+    ],
+    ids=["scores_of_all_rows", "lookup_of_columns", "table_and_layer"],
+)
+def test_weight_that_a_compressed_module_does_not_have_stays_a_parameter(
+    tmp_path: Path, nodes: list[onnx.NodeProto]
+) -> None:
+    model = graph_of(nodes, {"x": IDS}, weights={"w": floats(3, 3)})
+    network = network_of(model)
+    assert "Embedding" not in units(network).values()
+    require_equal(model, {"x": IDS}, tmp_path)
+
+
+def test_trained_floats_are_parameters_and_constants_are_buffers() -> None:
+    nodes = [
+        helper.make_node("Constant", [], ["half"], value_floats=[0.25, 0.5]),
+        node("Mul", "x scale", "a"),
+        node("Mul", "a half", "b"),
+        node("Add", "b mask", "c"),
+        node("Mul", "c temperature", "y"),
+    ]
+    weights = {
+        "scale": floats(2),
+        "mask": np.array([0, -np.inf], np.float32),
+        "temperature": np.float32(3),
+    }
+    network = network_of(graph_of(nodes, {"x": floats(3, 2)}, weights=weights))
+    assert [name for name, _ in network.named_parameters()] == ["scale"]
+    assert {name for name, _ in network.named_buffers()} >= {"mask", "temperature"}
+
+
+def test_input_and_table_of_the_same_name_keep_it() -> None:
+    nodes = [node("Gather", "user.weight user", "forward"), node("Relu", "forward", "y")]
+    network = network_of(graph_of(nodes, {"user": IDS}, weights={"user.weight": floats(3, 2)}))
+    assert units(network) == {"user": "Embedding"}
+    assert [item.name for item in network.inputs] == ["user"]
+
+
+@pytest.mark.parametrize(
+    ("scopes", "expected"),
+    [
+        (("model/users/Gather", "model/dense/MatMul"), ["users", "dense"]),
+        (("/users/Gather", "/mlp/mlp.0/MatMul"), ["users", "mlp_0"]),
+        (("", ""), ["w", "v"]),
+        (("a/forward/Gather", "a/forward/MatMul"), ["forward_1", "forward_2"]),
+    ],
+)
+def test_names_of_units_come_from_the_scopes_of_nodes(
+    scopes: tuple[str, str], expected: list[str]
+) -> None:
+    nodes = [
+        node("Gather", "w x", "a", name=scopes[0]),
+        node("MatMul", "a v", "y", name=scopes[1]),
+    ]
+    weights = {"w": floats(3, 2), "v": floats(2, 2)}
+    assert list(units(network_of(graph_of(nodes, {"x": IDS}, weights=weights)))) == expected
+
+
+def test_lookup_as_tf2onnx_writes_it_is_one_node(tmp_path: Path) -> None:
+    nodes = [
+        node("Cast", "ids", "numbers", to=1),
+        node("Less", "numbers zero", "is_negative"),
+        node("Cast", "is_negative", "chosen", to=7),
+        node("Add", "ids rows", "from_start"),
+        node("Mul", "chosen from_start", "first"),
+        node("Not", "is_negative", "is_row"),
+        node("Cast", "is_row", "other", to=7),
+        node("Mul", "ids other", "second"),
+        node("Add", "first second", "found"),
+        node("Gather", "w found", "y"),
+    ]
+    weights = {"w": floats(3, 2), "rows": np.int64(3), "zero": np.float32(0)}
+    model = graph_of(nodes, {"ids": IDS}, weights=weights)
+    network = network_of(model)
+    assert [item.op for item in network.nodes] == ["Module"]
+    require_equal(model, {"ids": IDS}, tmp_path)
+    weights["rows"] = np.int64(1)  # not the rows of the table: another function
+    model = graph_of(nodes, {"ids": IDS}, weights=weights)
+    assert len(network_of(model).nodes) > 1
+    require_equal(model, {"ids": IDS - 1}, tmp_path)
+
+
+@pytest.mark.parametrize("opset", [9, 11, 13, 17])
+def test_graph_of_an_older_opset_is_converted(tmp_path: Path, opset: int) -> None:
+    # Softmax flattens before opset 13, and the axes of ReduceSum are an attribute.
+    axes = {"axes": [1]} if opset < 13 else {}
+    inputs = "s axis" if opset >= 13 else "s"
+    nodes = [
+        node("Softmax", "x", "s", **({"axis": 1} if opset < 13 else {})),
+        node("ReduceSum", inputs, "y", keepdims=0, **axes),
+    ]
+    x = {"x": floats(3, 4, 2)}
+    weights = {"axis": np.array([1])} if opset >= 13 else {}
+    require_equal(graph_of(nodes, x, weights=weights, opset=opset), x, tmp_path)
+
+
+def test_input_of_one_value_per_row_may_be_a_column_or_not() -> None:
+    model = graph_of([node("Gather", "w x", "y")], {"x": IDS[:, None]}, weights={"w": floats(3, 2)})
+    network = network_of(model)
+    flat, column = (network({"x": torch.from_numpy(ids)}) for ids in (IDS, IDS[:, None]))
+    assert torch.equal(flat, column)
+    with pytest.raises(TypeError, match="expected integers as the input x"):
+        network({"x": torch.zeros(3)})
+    with pytest.raises(ValueError, match="expected the shape"):
+        network({"x": torch.zeros(3, 2, dtype=torch.int64)})
+
+
+def test_gradients_reach_tables_layers_and_parameters() -> None:
+    nodes = [
+        node("Gather", "table x", "a"),
+        node("MatMul", "a layer", "b"),
+        node("Mul", "b scale", "y"),
+    ]
+    weights = {"table": floats(3, 2), "layer": floats(2, 2), "scale": floats(2)}
+    network = network_of(graph_of(nodes, {"x": IDS}, weights=weights))
+    network({"x": torch.from_numpy(IDS)}).square().sum().backward()
+    assert all(bool(p.grad.abs().sum() > 0) for p in network.parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("made", "code", "fields"),
+    [
+        ([node("NonZero", "x", "y")], "operator_unknown", {"op": "NonZero"}),
+        (
+            [node("FusedGelu", "x", "y", domain="com.microsoft")],
+            "operator_unknown",
+            {"op": "com.microsoft.FusedGelu"},
+        ),
+        ([node("Cast", "x", "y", to=10)], "form_unknown", {}),
+        (
+            [node("Softmax", "x", "y", axis=0, name="attention", hint=1)],
+            "attributes_unknown",
+            {"op": "Softmax", "node": "attention", "attributes": ("hint",)},
+        ),
+    ],
+    ids=["operator", "domain", "cast_to_float16", "attribute"],
+)
+def test_node_that_cannot_be_computed_is_refused_by_name(
+    made: list[onnx.NodeProto], code: str, fields: dict[str, Any]
+) -> None:
+    model = graph_of(made, {"x": floats(3, 2)}, domains=["com.microsoft"])
+    with raises_code(OnnxRefused, code, **fields):
+        network_of(model)
+
+
+def test_fixed_number_of_rows_is_refused_with_the_input() -> None:
+    model = graph_of([node("Relu", "x", "y")], {"x": floats(3, 2)})
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
+    with raises_code(OnnxRefused, "batch_fixed", name="x", shape=(3, 2)):
+        network_of(model)
+
+
+def test_texts_as_input_and_weights_of_16_bits_are_refused() -> None:
+    model = graph_of([node("Relu", "x", "y")], {"x": floats(3, 2)})
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.STRING
+    with raises_code(OnnxRefused, "input_not_tensor", name="x"):
+        network_of(model)
+    half = numpy_helper.from_array(floats(2).astype(np.float16), "w")
+    model = graph_of([node("Mul", "x w", "y")], {"x": floats(3, 2)})
+    model.graph.initializer.append(half)
+    with raises_code(OnnxRefused, "weights_dtype", name="w"):
+        network_of(model)
