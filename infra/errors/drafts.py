@@ -69,7 +69,7 @@ class DraftRefused(Refused):
         "onnx_data_missing": "Expected {bytes} bytes of the tensor {name} in {location}, got a "
         "file that is missing or too short. Copy the file again.",
         "onnx_and_model": "Expected --onnx FILE or --model MODULE:NAME, got {got}. Give one of "
-        "them; --weights and --config belong to --model.",
+        "them; --weights, --config, --method and the towers belong to --model.",
         "state_no_tensor": "Expected only tensors in the network's state_dict(), got a {kind} as "
         "{name}. Store it as an argument of the constructor.",
     }
