@@ -315,7 +315,8 @@ def sasrec_signature() -> Signature:
     }
     return Signature.model_validate(
         {
-            "inputs": [history, {"kind": "id", "name": "item", "table": "item.table"}],
+            # Both towers use one table, which has the name of the first one.
+            "inputs": [history, {"kind": "id", "name": "item", "table": "query.table"}],
             "outputs": [
                 {"name": "score", "kind": "retrieval", "form": "score", "metric": "ndcg@10"}
             ],

@@ -10,9 +10,8 @@ attention.py           translate scaled dot-product attention
 custom_operators.py    register the custom PyTorch ops of all formats
 graph_builders.py      build subgraphs that several targets use
 bfloat16_products.py   rewrite bfloat16 products to run on a CPU
-passes/                graph passes that every target uses
+passes/                changes and inspections of a graph that every target uses
 targets/               translations of each format, by target
-table_reads.py         how a graph reads the stored tensors of a table
 external_weights.py    hard links to the bundle's files for weights of a large graph
 export.py              torch.onnx.export with a target's translations
 parity.py              compare the scores of graph and module

@@ -32,6 +32,7 @@ from compressors.lower.graph_builders import exact_sigmoid, log_sigmoid, squeeze
 from compressors.lower.merged.merged_tables import MergedTable
 from compressors.lower.passes.simplify import simplify
 from compressors.lower.passes.strip_metadata import StripMetadata
+from compressors.lower.passes.table_reads import depends_on_request, is_multiplied
 from compressors.lower.serving_wrapper import (
     ServedGraph,
     ServingWrapper,
@@ -39,7 +40,6 @@ from compressors.lower.serving_wrapper import (
     input_names,
     wrap_for_serving,
 )
-from compressors.lower.table_reads import depends_on_request, is_multiplied
 from compressors.lower.targets.registry import lowering_target
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4

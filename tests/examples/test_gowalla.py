@@ -92,7 +92,7 @@ def test_training_without_a_metric_runs_all_epochs_and_is_reproducible():
 def test_missing_data_exits_with_code_2_and_mentions_the_option(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
     assert main([str(tmp_path / "draft")]) == 2
-    assert "pass it with --data" in capsys.readouterr().err
+    assert "Pass the folder with --data" in capsys.readouterr().err
     assert main([str(tmp_path / "draft"), "--data", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "draft").exists()
