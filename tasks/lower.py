@@ -80,10 +80,10 @@ def lower_model(
     files = {} if TARGETS[target].is_built else loaded.model.files
     with scratch_folder("lower", store().scratch(load_settings().cache)) as scratch:
         graphs = []
-        for served in served_graphs(loaded.manifest.signature):
-            path = Path(scratch) / f"{served.name}.onnx"
+        for served_graph in served_graphs(loaded.manifest.signature):
+            path = Path(scratch) / f"{served_graph.name}.onnx"
             model = loaded.model
-            lowered = lower(model.module, served, target, path, most_rows, files)
+            lowered = lower(model.module, served_graph, target, path, most_rows, files)
             rows = split_of(probe, probe_rows)
             graph = _check_graph(loaded, lowered, target, path, rows, most_rows)
             log.info(
@@ -126,8 +126,8 @@ def _check_graph(
     Raises:
         ParityLost, AuditFailed: as ``lower_model``.
     """
-    served = lowered.served.served_graph
-    signature, plan = served.signature, _plan_of_graph(loaded, served)
+    served_graph = lowered.wrapper.served_graph
+    signature, plan = served_graph.signature, _plan_of_graph(loaded, served_graph)
     runtime = runtime_of_graphs(target)
     comparison_runtime = OnnxRuntime() if runtime is None else runtime
     with runnable_graph(path, target, plan) as runnable:
@@ -151,18 +151,18 @@ def _check_graph(
     audit = None
     if optimized is not None:
         audit = lowering_target(target).audit(optimized, plan, lowered.tables, lowered.layers)
-    is_tower = served.outputs == (VECTOR,)
+    is_tower = served_graph.outputs == (VECTOR,)
     return LoweredGraph(
-        name=served.name,
+        name=served_graph.name,
         inputs=tuple(_graph_inputs(edge, signature)),
         output=VECTOR if is_tower else SCORE,
-        several_outputs=served.outputs if len(served.outputs) > 1 else (),
+        several_outputs=served_graph.outputs if len(served_graph.outputs) > 1 else (),
         width=expected.shape[1] if is_tower else None,
         rows_parity=worst_parity(rows_parities),
         edge_parity=worst_parity(edge_parities),
         audit=audit,
         tables=lowered.tables,
-        packed_bytes=_packed_bytes(loaded, served),
+        packed_bytes=_packed_bytes(loaded, served_graph),
         sparse_layers=sparse_layers(loaded.model.module, plan),
     )
 
