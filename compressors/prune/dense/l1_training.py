@@ -177,7 +177,7 @@ class L1Training(StepSettings):
             self.training,
             keep_zeros_in=pruned_layers(model),
             after_step=_threshold_after_step(model.module, names, groups, self.penalty_strength),
-            last=True,  # return the network of the last epoch, not of the best one
+            keep_last_epoch=True,  # return the network of the last epoch, not of the best one
         )
         outcomes = dict(trained.outcomes)
         # The zeros take as many bytes as before until a later step prunes them, so the decision on
