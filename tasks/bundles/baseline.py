@@ -99,13 +99,13 @@ def check_baseline(
         )
 
 
-def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tuple[Reason, ...]:
+def require_sound(problems: tuple[BaselineProblem, ...], *, is_packed: bool) -> tuple[Reason, ...]:
     """Raise for problems that make measurements meaningless; return the others as warnings.
 
     Args:
         problems: all problems of one bundle.
-        packed: whether the bundle is already stored. If so, only problems that prevent measurement
-            raise.
+        is_packed: whether the bundle is already stored. If so, only problems that prevent
+            measurement raise.
 
     Raises:
         DataRefused: contains one line per problem.
@@ -113,7 +113,7 @@ def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tup
     errors = [
         item.reason
         for item in problems
-        if (item.prevents_measurement if packed else item.prevents_packing)
+        if (item.prevents_measurement if is_packed else item.prevents_packing)
     ]
     if errors:
         raise DataRefused("not_measurable", problems=tuple(errors))

@@ -144,7 +144,7 @@ def _pack(folder: Path) -> Packed:
     with scratch_folder("pack") as scratch:
         # This also checks nulls, NaN, types, lengths and labels, before anything is stored.
         labelled = check_labels(draft.signature, paths, paths, scratch / "test")
-        require_sound(labelled.problems, packed=False)
+        require_sound(labelled.problems, is_packed=False)
         bundle_store = store()
         staged = scratch / "bundle"
         staged.mkdir()
@@ -155,7 +155,7 @@ def _pack(folder: Path) -> Packed:
         rows_of_table = table_rows(facts, manifest)
         check_ids(_by_split_name(statistics), draft.signature, rows_of_table)
         problems = check_scores(module, draft.signature, labelled)
-        warnings = require_sound(problems, packed=False)
+        warnings = require_sound(problems, is_packed=False)
         artifact = _store_bundle(bundle_store, manifest, staged)
     return Packed(
         name=manifest.name,
@@ -216,7 +216,7 @@ def _examine(reference: str) -> CheckedBundle:
     check_ids(_by_split_name(statistics), signature, table_rows(facts, manifest))
     by_name = {str(split): path for split, path in paths.items()}
     problems = check_baseline(module, signature, by_name)
-    return CheckedBundle(manifest, facts, require_sound(problems, packed=True))
+    return CheckedBundle(manifest, facts, require_sound(problems, is_packed=True))
 
 
 def show(reference: str) -> Manifest:

@@ -236,8 +236,10 @@ def _find_weight_groups(
     """Group the parameters of each prunable channel, and of each output of the other layers."""
     # A width is a setting of the network that counts channels. prunable_widths checks each one by
     # building the network with half of them; here only the resulting groups of channels are used.
-    # With ``searched``, it may check fewer than half.
-    prunable = prunable_widths(model, signature, penalized, share=0.5, multiple=1, searched=True)
+    # With ``share_is_searched``, it may check fewer than half.
+    prunable = prunable_widths(
+        model, signature, penalized, share=0.5, multiple=1, share_is_searched=True
+    )
     groups = [
         _group_of_producers(model.module, consumers, producers)
         for consumers in prunable.consumers
