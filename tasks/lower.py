@@ -101,10 +101,10 @@ def lower_model(
     files = {} if TARGETS[target].is_built else loaded.model.files
     with scratch_folder("lower", store().scratch(load_settings().cache)) as scratch:
         graphs = []
-        for served in served_graphs(loaded.manifest.signature):
-            path = Path(scratch) / f"{served.name}.onnx"
+        for served_graph in served_graphs(loaded.manifest.signature):
+            path = Path(scratch) / f"{served_graph.name}.onnx"
             model = loaded.model
-            lowered = lower(model.module, served, target, path, most_rows, files)
+            lowered = lower(model.module, served_graph, target, path, most_rows, files)
             rows = split_of(probe, probe_rows)
             graph = _check_graph(loaded, lowered, target, path, rows, most_rows)
             log.info(
@@ -148,15 +148,15 @@ def _check_graph(
     Raises:
         ParityLost, AuditFailed: as ``lower_model``.
     """
-    served = lowered.served.served_graph
-    signature, plan = served.signature, _plan_of_graph(loaded, served)
+    served_graph = lowered.wrapper.served_graph
+    signature, plan = served_graph.signature, _plan_of_graph(loaded, served_graph)
     runtime = runtime_of_graphs(target)
     comparison_runtime = OnnxRuntime() if runtime is None else runtime
     with runnable_graph(path, target, plan) as runnable:
         session = comparison_runtime.open(runnable, load_settings().threads)
         check = GraphCheck(loaded.model.module, lowered, plan, target, most_rows, runnable, session)
         rows_parities: list[Parity] = []
-        for read in _readers(probe, loaded.manifest.signature, served):
+        for read in _readers(probe, loaded.manifest.signature, served_graph):
             parities, expected = check.parity(read(PROBE_ROWS), "the data")
             for size in SMALL_BATCHES:
                 check.require_same_in_small_batch(expected[:size], read(size), parities)
@@ -175,27 +175,27 @@ def _check_graph(
     if optimized is not None:
         audit = lowering_target(target).audit(optimized, plan, lowered.tables, lowered.layers)
     return LoweredGraph(
-        name=served.name,
+        name=served_graph.name,
         inputs=tuple(_graph_inputs(edge, signature)),
-        output=VECTOR if served.is_tower else SCORE,
-        several_outputs=served.outputs if len(served.outputs) > 1 else (),
-        width=expected.shape[1] if served.is_tower else None,
+        output=VECTOR if served_graph.is_tower else SCORE,
+        several_outputs=served_graph.outputs if len(served_graph.outputs) > 1 else (),
+        width=expected.shape[1] if served_graph.is_tower else None,
         rows_parity=worst_parity(rows_parities),
         edge_parity=worst_parity(edge_parities),
         audit=audit,
         tables=lowered.tables,
-        packed_bytes=_packed_bytes(loaded, served),
+        packed_bytes=_packed_bytes(loaded, served_graph),
         sparse_layers=sparse_layers(loaded.model.module, plan),
     )
 
 
-def _plan_of_graph(loaded: LoadedBundle, served: ServedGraph) -> Plan | None:
+def _plan_of_graph(loaded: LoadedBundle, served_graph: ServedGraph) -> Plan | None:
     """Return the plan with only the units that a graph runs; None if the model has no plan."""
     plan = loaded.model.plan
-    if plan is None or not served.is_tower:
+    if plan is None or not served_graph.is_tower:
         return plan
-    tensors = set(map(id, weights_of_graph(loaded.model.module, served)))
-    modules = set(served.part(loaded.model.module).modules())
+    tensors = set(map(id, weights_of_graph(loaded.model.module, served_graph)))
+    modules = set(served_graph.part(loaded.model.module).modules())
     names = {
         unit.name
         for unit in Unit.of(loaded.model.module)
@@ -206,7 +206,7 @@ def _plan_of_graph(loaded: LoadedBundle, served: ServedGraph) -> Plan | None:
 
 
 def _readers(
-    split: Split, signature: Signature, served: ServedGraph
+    split: Split, signature: Signature, served_graph: ServedGraph
 ) -> list[Callable[[int], dict[str, Tensor]]]:
     """Return the functions that read a graph's inputs for the first rows of a split.
 
@@ -214,13 +214,13 @@ def _readers(
     """
 
     def of_model(rows: int) -> dict[str, Tensor]:
-        return next(batches(split, served.signature, rows)).inputs
+        return next(batches(split, served_graph.signature, rows)).inputs
 
     def of_tower(name: str, rows: int) -> dict[str, Tensor]:
         inputs = next(batches(split, signature.of_tower(name), rows)).inputs
         return tower_arguments(inputs, signature, name)
 
-    return [partial(of_tower, name) for name in served.towers] or [of_model]
+    return [partial(of_tower, name) for name in served_graph.towers] or [of_model]
 
 
 def _graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput]:
@@ -252,10 +252,10 @@ def _write_tokenizers(loaded: LoadedBundle, folder: Path) -> tuple[TextInput, ..
     signature = loaded.manifest.signature
     tokenizers = load_tokenizers(signature, tokenizer_files(loaded.manifest))
     texts = []
-    for served in served_graphs(signature):
-        for part in [signature.of_tower(name) for name in served.towers] or [signature]:
+    for served_graph in served_graphs(signature):
+        for part in [signature.of_tower(name) for name in served_graph.towers] or [signature]:
             # The item tower of the graph ``encoder`` has the names of the query tower's inputs.
-            for item, of_graph in zip(part.inputs, served.signature.inputs, strict=True):
+            for item, of_graph in zip(part.inputs, served_graph.signature.inputs, strict=True):
                 if not isinstance(item, TokensInput) or not isinstance(of_graph, TokensInput):
                     continue
                 file = f"{item.name}{TOKENIZER_SUFFIX}"
@@ -263,7 +263,7 @@ def _write_tokenizers(loaded: LoadedBundle, folder: Path) -> tuple[TextInput, ..
                 texts.append(
                     TextInput(
                         column=item.columns[0],
-                        graph=served.name,
+                        graph=served_graph.name,
                         tokenizer=file,
                         ids=of_graph.name,
                         mask=of_graph.mask,
@@ -276,10 +276,10 @@ def _write_tokenizers(loaded: LoadedBundle, folder: Path) -> tuple[TextInput, ..
     return tuple(texts)
 
 
-def _packed_bytes(loaded: LoadedBundle, served: ServedGraph) -> int:
+def _packed_bytes(loaded: LoadedBundle, served_graph: ServedGraph) -> int:
     """Return the bytes of one graph's weights; a table that both towers read counts in both."""
-    if served.is_tower:
-        return sum(tensor.nbytes for tensor in weights_of_graph(loaded.model.module, served))
+    if served_graph.is_tower:
+        return sum(tensor.nbytes for tensor in weights_of_graph(loaded.model.module, served_graph))
     return _weight_bytes(loaded)
 
 
@@ -287,8 +287,8 @@ def _repeated_bytes(loaded: LoadedBundle) -> int:
     """Return the bytes of tensors that several graphs store, without each tensor's first copy."""
     counted: set[int] = set()
     repeated = 0
-    for served in served_graphs(loaded.manifest.signature):
-        tensors = weights_of_graph(loaded.model.module, served)
+    for served_graph in served_graphs(loaded.manifest.signature):
+        tensors = weights_of_graph(loaded.model.module, served_graph)
         repeated += sum(tensor.nbytes for tensor in tensors if id(tensor) in counted)
         counted |= set(map(id, tensors))
     return repeated

@@ -96,7 +96,7 @@ def restore(model: str | None) -> tuple[RegisteredVersion, ...]:
         if accepted and not any(CANDIDATE in item.aliases for item in versions):
             registry().set_alias(name, CANDIDATE, accepted[0].version)
     for name in names:  # last, since it raises if no stored record has the champion's order
-        repair(name, expected=True)
+        repair(name, after_change=True)
     return restored
 
 

@@ -63,6 +63,6 @@ def validate(bundle: Artifact, rules: Rules) -> Artifact:
         store().uri_of(artifact),
     )
     refuse_failures(validation)
-    for warning in require_sound(problems, packed=True):
+    for warning in require_sound(problems, is_packed=True):
         log.warning("%s", warning)
     return artifact

@@ -519,12 +519,12 @@ class Graph:
 
     def rows(self, count: int, seed: int = 5) -> dict[str, Tensor]:
         """Return random inputs with ids within the tables."""
-        return generate_inputs(self.signature, self.lowered.served.rows_of_table, count, seed)
+        return generate_inputs(self.signature, self.lowered.wrapper.rows_of_table, count, seed)
 
     def in_torch(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
         """Return the scores of the serving wrapper in torch, which applies the policy for ids."""
         with torch.no_grad():
-            scores: Tensor = self.lowered.served(*(inputs[n] for n in input_names(self.signature)))
+            scores: Tensor = self.lowered.wrapper(*(inputs[n] for n in input_names(self.signature)))
         return scores.numpy()
 
     def in_onnx(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:

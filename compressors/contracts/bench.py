@@ -59,7 +59,7 @@ class Bench(Frozen):
         calibration: rows on which a step measures the inputs of dense layers.
         validation: rows on which a step measures the quality of its result.
         teacher: bundle of the original model.
-        teachers: bundles of further teachers.
+        teachers: bundles of additional teachers.
         soft_labels: the teacher's prediction for every row of ``train``, in the same order:
             ``score`` float32 ``(rows,)`` in the form of the signature's output. If there are
             ``teachers``, it is the mean prediction of all teachers.

@@ -5,8 +5,9 @@ uncompressed one, and the champion the version that is in production.
 
 ``limit_problems`` and ``limit_warnings`` check the limits of a new order; stored limits are read
 without these checks. The checks use the properties of a metric (``metrics/metric.py``), never its
-name. In particular, ``largest`` is the largest loss or ratio that a plausible limit on a comparison
-allows, and ``low`` and ``high`` are the ends of the range of plausible limits on the metric itself.
+name. In particular, ``loosest_bound`` is the largest loss or ratio that a plausible limit on a
+comparison allows, and ``low`` and ``high`` are the ends of the range of plausible limits on the
+metric itself.
 
 ``position`` in the JSON schema of a field is its position in Prefect's form for orders.
 """

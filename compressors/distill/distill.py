@@ -226,7 +226,7 @@ class Distill(StepSettings):
                 loss,
                 self.training,
                 keep_zeros_in=keep_zeros_in,
-                only=None
+                tensor_names=None
                 if self.dense
                 else trainable_tensors(model.module, tables=True, dense=False),
                 rows=rows,

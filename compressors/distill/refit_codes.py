@@ -176,7 +176,7 @@ class RefitCodes(StepSettings):
                 loss,
                 self.training,
                 keep_zeros_in=pruned_layers(model),
-                only=names,
+                tensor_names=names,
             )
             rows = 0
             for phase in ("codebooks", "codes"):

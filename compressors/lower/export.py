@@ -59,13 +59,13 @@ class Lowered:
     """The result of an export.
 
     Attributes:
-        served: the PyTorch module with which the graph's scores are compared.
+        wrapper: the PyTorch module with which the graph's scores are compared.
         tables: the names of the stored tensors of each table, except tables whose looked-up rows
             are the same for every request.
         layers: the names of the stored weights of each packed dense layer.
     """
 
-    served: ServingWrapper
+    wrapper: ServingWrapper
     tables: tuple[TableInitializers, ...]
     layers: tuple[LayerInitializer, ...] = ()
 

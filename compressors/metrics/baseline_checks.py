@@ -53,8 +53,8 @@ def find_label_problems(
                     output=output.name,
                     column=str(output.label_where),
                 ),
-                refused=split in ("test", "validation"),
-                fatal=split == "test",
+                prevents_packing=split in ("test", "validation"),
+                prevents_measurement=split == "test",
             )
             continue
         groups = None if group is None else group[has_label]
@@ -76,8 +76,8 @@ def _label_problems(
                     rows=label.size,
                     column=str(output.label),
                 ),
-                refused=is_evaluated,
-                fatal=is_test,
+                prevents_packing=is_evaluated,
+                prevents_measurement=is_test,
             )
         return
     if label.min() == label.max():
@@ -89,8 +89,8 @@ def _label_problems(
                 label=float(label[0]),
                 column=str(output.label),
             ),
-            refused=is_evaluated,
-            fatal=is_test,
+            prevents_packing=is_evaluated,
+            prevents_measurement=is_test,
         )
         return
     quality = quality_metrics(
@@ -104,8 +104,8 @@ def _label_problems(
             Reason("group_labels_equal", split=split, metrics=metrics, group=column)
             if output.metric in grouped
             else Reason("optional_group_labels_equal", split=split, metrics=metrics, group=column),
-            refused=True,
-            fatal=is_test,
+            prevents_packing=True,
+            prevents_measurement=is_test,
         )
 
 
@@ -145,8 +145,8 @@ def _score_problems(
     if nonfinite := int((~np.isfinite(score)).sum()):
         yield BaselineProblem(
             Reason("scores_not_finite", count=nonfinite, rows=score.size),
-            refused=True,
-            fatal=True,
+            prevents_packing=True,
+            prevents_measurement=True,
         )
         return
     if score.size > 1 and score.min() == score.max():

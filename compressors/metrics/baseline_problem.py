@@ -26,14 +26,15 @@ class BaselineProblem:
 
     Attributes:
         reason: the problem: the expected and the actual value, and what to do.
-        refused: whether ``recpress bundle pack`` refuses a bundle with this problem; otherwise it
-            only warns.
-        fatal: whether every flow run with this bundle fails when it measures the model.
+        prevents_packing: whether ``recpress bundle pack`` refuses a bundle with this problem;
+            otherwise it only warns.
+        prevents_measurement: whether every flow run with this bundle fails when it measures the
+            model.
     """
 
     reason: Reason
-    refused: bool = False
-    fatal: bool = False
+    prevents_packing: bool = False
+    prevents_measurement: bool = False
 
 
 def clearly_above(values: Array) -> bool:

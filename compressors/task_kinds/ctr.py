@@ -57,8 +57,8 @@ class Ctr:
                     rows=score.size,
                     score=float(score[is_outside][0]),
                 ),
-                refused=True,
-                fatal=True,
+                prevents_packing=True,
+                prevents_measurement=True,
             )
             return
         as_logit = point_estimates.row_logloss(label, 1 / (1 + np.exp(-score)))
@@ -80,7 +80,7 @@ class Ctr:
                         declared_loss=float(loss.mean()),
                         fitting_loss=float(other_loss.mean()),
                     ),
-                    refused=not is_probability,  # scores in [0, 1] are valid probabilities
+                    prevents_packing=not is_probability,  # scores in [0, 1] are valid probabilities
                 )
                 return
         rate = float(label.mean())

@@ -116,7 +116,7 @@ class Check:
 
         - ``(VALUES, column)`` in the view ``VALUES``: one frame per list column.
         - ``(TYPES, None)`` in the view ``TYPES``: one frame with the types of all columns.
-        - ``(LABELLED, column)`` in the view ``LABELLED``: one frame per condition ``where``.
+        - ``(LABELLED, column)`` in the view ``LABELLED``: one frame per condition column.
         - ``(ROWS, None)`` in all other views: one frame with one entry per row.
         """
         if self.view == LABELLED:

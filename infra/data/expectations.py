@@ -243,14 +243,16 @@ def _build_frame(
 
 
 def _build_labelled_frame(
-    where: str, suite: list[Check], inspection: _InspectedSplit
+    condition_column: str, suite: list[Check], inspection: _InspectedSplit
 ) -> "pd.DataFrame":
-    """Build the frame of the rows for which column ``where`` is 1."""
+    """Build the frame of the rows for which ``condition_column`` is 1."""
     import pandas as pd
 
     names = {str(check.column) for check in suite}
-    arrays = _read_columns(inspection.contents, names | {where})
-    is_used = pc.equal(arrays[where].cast(pa.float64(), safe=False), 1.0).fill_null(False)
+    arrays = _read_columns(inspection.contents, names | {condition_column})
+    is_used = pc.equal(arrays[condition_column].cast(pa.float64(), safe=False), 1.0).fill_null(
+        False
+    )
     rows = np.flatnonzero(is_used.to_numpy(zero_copy_only=False))
     return pd.DataFrame(
         {name: _to_series(arrays[name].filter(is_used)).set_axis(rows) for name in sorted(names)}

@@ -8,7 +8,7 @@ Fields whose names do not explain them:
 - ``doing``: a verb such as ``read`` or ``write``. ``problem``: the message of another error.
 - ``place`` and ``uri``: the address of an object or artifact in the store.
 - ``got`` and ``expected``: the actual and the required value.
-- ``known``: the existing bundles. ``by``, ``at``, ``action``, ``reason``: of the ledger entry.
+- ``known``: the existing bundles. ``by``, ``at``, ``action``, ``reason``: fields of a ledger entry.
 """
 
 from typing import ClassVar

@@ -24,7 +24,7 @@ MEASURED_SPLITS = ("test", "validation")
 
 
 @dataclass(frozen=True)
-class LabelledSplits:
+class LabelCheck:
     """The result of ``check_labels``.
 
     Attributes:
@@ -42,7 +42,7 @@ def check_labels(
     splits: Collection[str],
     into: Path,
     tokenizer_files: Mapping[str, Path],
-) -> LabelledSplits:
+) -> LabelCheck:
     """Convert splits from parquet to tensors, as a run does, and check their labels.
 
     Args:
@@ -75,11 +75,11 @@ def check_labels(
             problems += find_label_problems(signature, split, rows.label.numpy(), group)
             if split == "test":
                 test = prepared_split
-    return LabelledSplits(tuple(problems), test)
+    return LabelCheck(tuple(problems), test)
 
 
 def check_scores(
-    module: nn.Module, signature: Signature, labelled: LabelledSplits
+    module: nn.Module, signature: Signature, labelled: LabelCheck
 ) -> tuple[BaselineProblem, ...]:
     """Score a sample of the test rows; returns the problems of the labels and of the scores."""
     return (*labelled.problems, *find_score_problems(module, signature, labelled.test))
@@ -107,19 +107,22 @@ def check_baseline(
         return check_scores(module, signature, labelled)
 
 
-def require_sound(problems: tuple[BaselineProblem, ...], *, packed: bool) -> tuple[Reason, ...]:
+def require_sound(problems: tuple[BaselineProblem, ...], *, is_packed: bool) -> tuple[Reason, ...]:
     """Raise for problems that make measurements meaningless; return the others as warnings.
 
     Args:
         problems: all problems of one bundle.
-        packed: whether the bundle is already stored. If so, only problems that prevent measurement
-            raise.
+        is_packed: whether the bundle is already stored. If so, only problems that prevent
+            measurement raise.
 
     Raises:
         DataRefused: contains one line per problem.
     """
-    # A ``refused`` problem prevents packing; only a ``fatal`` one makes every run fail.
-    errors = [item.reason for item in problems if (item.fatal if packed else item.refused)]
+    errors = [
+        item.reason
+        for item in problems
+        if (item.prevents_measurement if is_packed else item.prevents_packing)
+    ]
     if errors:
         raise DataRefused("not_measurable", problems=tuple(errors))
     return tuple(item.reason for item in problems)

@@ -146,7 +146,7 @@ def _pack(folder: Path) -> Packed:
         # This also checks nulls, NaN, types, lengths and labels, before anything is stored.
         tokenizers = {key: folder / path for key, path in draft.transforms.items()}
         labelled = check_labels(draft.signature, paths, paths, scratch / "test", tokenizers)
-        require_sound(labelled.problems, packed=False)
+        require_sound(labelled.problems, is_packed=False)
         bundle_store = store()
         staged = scratch / "bundle"
         staged.mkdir()
@@ -158,7 +158,7 @@ def _pack(folder: Path) -> Packed:
         check_ids(_by_split_name(statistics), draft.signature, rows_of_table)
         check_tokenizers(draft.signature, tokenizers, rows_of_table)
         problems = check_scores(module, draft.signature, labelled)
-        warnings = require_sound(problems, packed=False)
+        warnings = require_sound(problems, is_packed=False)
         artifact = _store_bundle(bundle_store, manifest, staged)
     return Packed(
         name=manifest.name,
@@ -221,7 +221,7 @@ def _examine(reference: str) -> CheckedBundle:
     check_tokenizers(signature, tokenizers, rows_of_table)
     by_name = {str(split): path for split, path in paths.items()}
     problems = check_baseline(module, signature, by_name, tokenizers)
-    return CheckedBundle(manifest, facts, require_sound(problems, packed=True))
+    return CheckedBundle(manifest, facts, require_sound(problems, is_packed=True))
 
 
 def show(reference: str) -> Manifest:

@@ -78,7 +78,7 @@ class GraphCheck:
         """
         expected, actual = self.scores(inputs, rows_from)
         try:
-            outputs = self.lowered.served.served_graph.outputs
+            outputs = self.lowered.wrapper.served_graph.outputs
             return check_outputs(expected, actual, outputs, self.plan, self.target), expected
         except ParityLost as fault:
             raise self.parity_error(fault.failure, inputs, rows_from) from None
@@ -124,7 +124,7 @@ class GraphCheck:
         """
         rows_from = "the data"
         module_scores, graph_scores = self.scores(inputs, rows_from)
-        outputs = self.lowered.served.served_graph.outputs
+        outputs = self.lowered.wrapper.served_graph.outputs
         # ``side``: which of the two depends on other rows. The difference counts as infinite until
         # the shapes are known to be equal.
         for side, scores in (("network", module_scores), ("graph", graph_scores)):
@@ -165,7 +165,7 @@ class GraphCheck:
         self, failure: ParityFailure, inputs: dict[str, Tensor], rows_from: str
     ) -> ParityLost:
         """Build the error of a failure, with the row's inputs and the first tensor that differs."""
-        served = self.lowered.served.served_graph
+        served = self.lowered.wrapper.served_graph
         failure = replace(failure, graph=served.name, rows_from=rows_from)
         if failure.row is None:
             return ParityLost(failure)
@@ -193,7 +193,7 @@ class GraphCheck:
         The failing row alone is compared first. If nothing differs, the whole batch is compared,
         since a difference may depend on the other rows.
         """
-        served = self.lowered.served.served_graph
+        served = self.lowered.wrapper.served_graph
         names = input_names(served.signature)
         _, program = export_program(self.model, served, self.target, self.most_rows)
         if program.exported_program is None:
@@ -221,15 +221,15 @@ class GraphCheck:
         return replace(failure, tensor=tensor)
 
     def _module_scores(self, inputs: Mapping[str, Tensor]) -> FloatArray:
-        names = input_names(self.lowered.served.served_graph.signature)
+        names = input_names(self.lowered.wrapper.served_graph.signature)
         with torch.no_grad():
-            scores = stack_outputs(self.lowered.served(*(inputs[name] for name in names)))
+            scores = stack_outputs(self.lowered.wrapper(*(inputs[name] for name in names)))
         result: FloatArray = scores.numpy()
         return result
 
     def _first_failing_row(self, inputs: dict[str, Tensor], rows: int) -> int | None:
         """Find the first row that the runtime refuses as a batch of one."""
-        signature = self.lowered.served.served_graph.signature
+        signature = self.lowered.wrapper.served_graph.signature
         for row in range(rows):
             try:
                 self.session.scores(_to_arrays(row_of(inputs, signature, row)))

@@ -49,7 +49,7 @@ def version_report(model: str, reference: str) -> tuple[RegisteredVersion, Repor
     if reference != "@champion":
         version = version_of(registry().version(model, reference))
         return version.registered, version.report
-    entry = repair(model, reading=True)
+    entry = repair(model, only_reads=True)
     if entry is None:
         raise PromotionRefused("champion_missing", model=model)
     version = version_of_entry(model, entry)
@@ -65,15 +65,16 @@ def version_page(model: str, reference: str) -> tuple[RegisteredVersion, bytes]:
     return registered, store().file(store().artifact(registered.source), PAGE)
 
 
-def repair(model: str, *, expected: bool = False, reading: bool = False) -> Entry | None:
+def repair(model: str, *, after_change: bool = False, only_reads: bool = False) -> Entry | None:
     """Update the alias and the Triton repository from the ledger.
 
     A model without a ledger is not changed: its alias may belong to another system.
 
     Args:
         model: registered name.
-        expected: whether the ledger was just changed. If so, a repair is expected and not logged.
-        reading: whether the caller only needs the champion. If so, a failed repair of the Triton
+        after_change: whether the ledger was just changed. If so, a repair is expected and not
+            logged.
+        only_reads: whether the caller only needs the champion. If so, a failed repair of the Triton
             repository is logged; otherwise it raises.
 
     Returns:
@@ -88,13 +89,13 @@ def repair(model: str, *, expected: bool = False, reading: bool = False) -> Entr
     entry = ledger.champion()
     while entry is not None:
         version = version_of_entry(model, entry)
-        if registry().repair(model, version.number) and not expected:
+        if registry().repair(model, version.number) and not after_change:
             log.warning("%s: the registry's champion was repaired from the ledger", model)
         try:
-            if _update_triton(model, version) and not expected:
+            if _update_triton(model, version) and not after_change:
                 log.warning("%s: the Triton repository was repaired from the ledger", model)
         except (InfraError, Refused) as fault:
-            if not reading:
+            if not only_reads:
                 raise
             log.warning("%s: the Triton repository was not updated: %s", model, fault)
         newest = ledger.champion()
@@ -121,7 +122,7 @@ def _copy_to_triton(model: str, version: Version) -> None:
     try:
         # Folders have version numbers. In a rebuilt registry, the folder of the current champion
         # may have the number of this version, so the champion is first moved to its new number.
-        repair(model, reading=True)
+        repair(model, only_reads=True)
     except PromotionRefused as fault:
         log.warning("%s: the current champion was not repaired: %s", model, fault)
     graphs = triton_repository.servable_graphs(version.number, version.report)
@@ -293,7 +294,7 @@ def _is_rolled_back(
 
 def _complete(model: str, *, is_new: bool) -> ChampionChange:
     """Update the alias and the Triton repository, then record that the change is complete."""
-    entry = repair(model, expected=True)
+    entry = repair(model, after_change=True)
     if entry is None:
         raise ConcurrentChange("ledger_emptied", model=model)
     if entry.digest is not None:

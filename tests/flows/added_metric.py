@@ -44,8 +44,8 @@ class Brier:
         before, after = (
             mean_of_rows(squared_errors(pair.label, score), groups) for score in pair.scores
         )
-        # All groups determine the precision of the interval, not only those of one kind. ``which``
-        # would describe such a kind in the message about too few groups.
+        # All groups determine the precision of the interval, not only groups of one kind, which
+        # ``group_description`` would describe in the message about too few groups.
         return grouped_pair(
             before, after, self.metric.high, counted_groups=groups.rows.size, group_description=""
         )

@@ -222,7 +222,8 @@ def bounds_near_limits(metric: str) -> list[float]:
     """Return numbers at, below and above those with which the bound of a limit is compared.
 
     They are 0, the largest plausible improvement, and of the metric: ``low`` and ``high``, the
-    smallest and largest plausible value, and ``largest``, the largest plausible loss or ratio.
+    smallest and largest plausible value, and ``loosest_bound``, the largest plausible loss or
+    ratio.
     """
     declared = metric_named(metric)
     numbers = (0.0, LARGEST_GAIN, declared.low, declared.high, declared.loosest_bound)

@@ -151,7 +151,7 @@ def write_graphs(
     for graph in served_graphs(reference.signature):
         path = Path(tempfile.mkdtemp(dir=folder)) / "model.onnx"
         with refusals():
-            rows = lower(model.module, graph, target, path).served.rows_of_table  # type: ignore[arg-type]
+            rows = lower(model.module, graph, target, path).wrapper.rows_of_table  # type: ignore[arg-type]
         scores = {}
         if target == RUNTIME:
             session, names = Session(path, threads=1), input_names(graph.signature)

@@ -1,8 +1,8 @@
 """docker-compose.yml: rules for its services, and how they run as local processes.
 
-All services except ``setup`` are permanent. Of a ``Service``, ``after`` has the services that must
-be started before it, each with the required condition, and ``one_shot`` says that it ends by
-itself. ``client`` are environment variables for programs that use the services.
+All services except ``setup`` are permanent. Of a ``Service``, ``starts_after`` has the services
+that must be started before it, each with the required condition, and ``one_shot`` says that it ends
+by itself. ``client`` are environment variables for programs that use the services.
 """
 
 import json
@@ -444,7 +444,7 @@ def make_service(name: str, command: list[str], **changes: Any) -> Service:
             "environment": {},
             "health": (),
             "health_seconds": 5,
-            "after": {},
+            "starts_after": {},
             "ports": {},
             "stop_signal": "SIGTERM",
             "stop_seconds": 5,

@@ -298,7 +298,7 @@ class Checker:
             inputs = {key: rows[key] for key in input_names(graph.signature)}
             expected = self.reference_scores(model.module, graph, inputs)
             with torch.no_grad():
-                served = lowered.served(*inputs.values()).numpy()
+                served = lowered.wrapper(*inputs.values()).numpy()
             # Both are torch; ``served`` also applies the policy for invalid ids.
             self._assert_same_scores(f"{where}: the policy in torch, {name} rows", expected, served)
             actual = session.scores({key: x.numpy() for key, x in inputs.items()})

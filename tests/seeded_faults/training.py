@@ -235,8 +235,8 @@ FAULTS = (
     Fault(
         id="training-keeps-the-last-epoch",
         file="compressors/distill/training/trainer.py",
-        old="            for name, tensor in self.state().items() if not self.last else ():\n",
-        new="            for name, tensor in self.state().items() if self.last else ():\n",
+        old="            for name, tensor in self.state().items() if not self.keep_last_epoch else ():\n",
+        new="            for name, tensor in self.state().items() if self.keep_last_epoch else ():\n",
         effect="Training ends with the last epoch instead of the best one.",
         tests=(
             "tests/compressors/distill/test_trainer.py"

@@ -71,7 +71,7 @@ def choose_composed(
     kind: str,
     design: DesignFunction,
     *,
-    smaller: bool = True,
+    only_if_smaller: bool = True,
 ) -> StepPlan[Designs]:
     """Select the tables to compose: a decision for each table, a design for each selected one.
 
@@ -81,8 +81,8 @@ def choose_composed(
         min_rows: tables with fewer rows are skipped.
         kind: the step's tag.
         design: returns a table's design, or the reason why it is not composed.
-        smaller: skip a table if composing saves no bytes. False: compose it anyway, because later
-            steps reduce its bytes.
+        only_if_smaller: skip a table if composing saves no bytes. False: compose it anyway, because
+            later steps reduce its bytes.
 
     Raises:
         NothingToCompress: a pattern matches no table.
@@ -95,7 +95,7 @@ def choose_composed(
         result = design(rows, dim)
         if isinstance(result, Design):
             bytes_after = result.bytes(rows, dim)
-            if bytes_after < unit.bytes or not smaller:
+            if bytes_after < unit.bytes or not only_if_smaller:
                 designs[unit.name] = result
                 composed = Reason("composed", step=kind, what=result.reason)
                 decisions[unit.name] = Decision("taken", (composed,))

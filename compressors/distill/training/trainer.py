@@ -66,12 +66,12 @@ def train(
     seed: int,
     checkpoints: str | None,
     keep_zeros_in: Collection[str] = (),
-    only: Collection[str] | None = None,
+    tensor_names: Collection[str] | None = None,
     whole_lists: bool = False,
     auxiliary: nn.Module | None = None,
     device: str = "cpu",
     after_step: Callable[[float], None] | None = None,
-    last: bool = False,
+    keep_last_epoch: bool = False,
 ) -> tuple[Epoch, ...]:
     """Train a module in place; afterwards it has the tensors of its best epoch.
 
@@ -88,14 +88,15 @@ def train(
             checkpoints.
         keep_zeros_in: layers whose zeros stay zero. In other layers a zero is an ordinary weight,
             such as a gate that starts closed or a last layer that is initialized to zero.
-        only: names of the tensors to train, instead of those that ``settings`` selects.
+        tensor_names: names of the tensors to train, instead of those that ``settings`` selects.
         whole_lists: never split a group between two batches, even if the task is not ranking.
         auxiliary: a module of the loss that is trained too; it is not part of the result.
         device: where to train; the module is moved back afterwards.
         after_step: called after every optimizer step with the learning rate, with gradients
             disabled; it may change the module's parameters.
-        last: return the last epoch even if it is not the best one. This is needed if ``after_step``
-            lowers quality, because otherwise the state before training would be selected.
+        keep_last_epoch: return the last epoch even if it is not the best one. This is needed if
+            ``after_step`` lowers quality, because otherwise the state before training would be
+            selected.
 
     Returns:
         All epochs, starting with the state before training.
@@ -107,9 +108,21 @@ def train(
     with moved_to(module, device), moved_to(auxiliary or nn.Identity(), device):
         train_rows = Rows(rows, signature) if isinstance(rows, Split) else rows
         run = _Run(
-            module, signature, train_rows, validation, loss, settings, seed, keep_zeros_in, only
+            module,
+            signature,
+            train_rows,
+            validation,
+            loss,
+            settings,
+            seed,
+            keep_zeros_in,
+            tensor_names,
         )
-        run.whole_lists, run.after_step, run.last = whole_lists, after_step, last
+        run.whole_lists, run.after_step, run.keep_last_epoch = (
+            whole_lists,
+            after_step,
+            keep_last_epoch,
+        )
         if auxiliary is not None:
             run.add_auxiliary(auxiliary)
         return _run_to_the_end(run, checkpoints)
@@ -144,8 +157,8 @@ class _Run:
         max_steps: optimizer steps of all epochs; None until the cosine schedule needs it.
         epochs: the finished epochs.
         best: the tensors after the best epoch, by name.
-        factor: factor of the learning rate in the ``plateau`` schedule.
-        stale: number of epochs since the best one.
+        rate_factor: factor of the learning rate in the ``plateau`` schedule.
+        epochs_since_best: number of epochs since the best one.
         steps: number of optimizer steps so far.
     """
 
@@ -159,11 +172,15 @@ class _Run:
         settings: Training,
         seed: int,
         keep_zeros_in: Collection[str] = (),
-        only: Collection[str] | None = None,
+        tensor_names: Collection[str] | None = None,
     ) -> None:
         self.module, self.signature, self.rows = module, signature, rows
         self.validation, self.loss, self.settings, self.seed = validation, loss, settings, seed
-        names = trainable_tensors(module, tables=settings.tables) if only is None else tuple(only)
+        names = (
+            trainable_tensors(module, tables=settings.tables)
+            if tensor_names is None
+            else tuple(tensor_names)
+        )
         if not names:
             raise TrainingFailed("nothing_trainable")
         _require_float_layers(module, settings)
@@ -199,9 +216,9 @@ class _Run:
         self.max_steps: int | None = None
         self.epochs: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
-        self.factor, self.stale, self.steps = 1.0, 0, 0
+        self.rate_factor, self.epochs_since_best, self.steps = 1.0, 0, 0
         self.after_step: Callable[[float], None] | None = None
-        self.last = False
+        self.keep_last_epoch = False
 
     def add_auxiliary(self, auxiliary: nn.Module) -> None:
         """Train the parameters of another module too."""
@@ -222,36 +239,38 @@ class _Run:
 
     def is_over(self) -> bool:
         """Whether all epochs are done, or too many in a row brought no improvement."""
-        done = len(self.epochs) > self.settings.epochs
-        return done or (self.stale >= self.settings.patience and not self.last)
+        is_complete = len(self.epochs) > self.settings.epochs
+        return is_complete or (
+            self.epochs_since_best >= self.settings.patience and not self.keep_last_epoch
+        )
 
     def epoch(self) -> None:
         """Train for one pass over the training rows, and evaluate on the validation rows."""
         number = len(self.epochs)
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         self.module.train()
-        total = counted = 0.0
+        total = rows = 0.0
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed + data_parallel.rank())  # dropout
             for row_numbers in self._batches(seed):
                 total += self._step(self.rows.in_order(row_numbers)) * len(row_numbers)
-                counted += len(row_numbers)
+                rows += len(row_numbers)
         self.module.eval()
         data_parallel.average_buffers(self.module.get_buffer(name) for name in self.statistics)
-        result = Epoch(number, total / counted, self._quality())
+        result = Epoch(number, total / rows, self._quality())
         log.info("epoch %d: loss %.5f, validation %.5f", number, result.loss, result.quality)
         if result.quality > max(epoch.quality for epoch in self.epochs):
-            self.best, self.stale = _copy_tensors(self.state()), 0
+            self.best, self.epochs_since_best = _copy_tensors(self.state()), 0
         else:
-            self.stale += 1
+            self.epochs_since_best += 1
             if self.settings.schedule == "plateau":
-                self.factor /= 10
+                self.rate_factor /= 10
         self.epochs.append(result)
 
     def finish(self) -> None:
-        """Restore the best epoch (unless ``last``), clear gradients and set evaluation mode."""
+        """Restore the best epoch, unless the last one is kept; clear gradients, set eval mode."""
         with torch.no_grad():
-            for name, tensor in self.state().items() if not self.last else ():
+            for name, tensor in self.state().items() if not self.keep_last_epoch else ():
                 tensor.copy_(self.best[name])
         for leaf in self.leaves.values():
             leaf.grad = None
@@ -274,8 +293,8 @@ class _Run:
             },
             json_values={
                 "epochs": [[epoch.number, epoch.loss, epoch.quality] for epoch in self.epochs],
-                "factor": self.factor,
-                "stale": self.stale,
+                "factor": self.rate_factor,
+                "stale": self.epochs_since_best,
                 "steps": self.steps,
             },
         )
@@ -295,7 +314,7 @@ class _Run:
             }
         json_values = progress.json_values
         self.epochs = [Epoch(*epoch) for epoch in json_values["epochs"]]
-        self.factor, self.stale, self.steps = (
+        self.rate_factor, self.epochs_since_best, self.steps = (
             json_values["factor"],
             json_values["stale"],
             json_values["steps"],
@@ -384,7 +403,7 @@ class _Run:
         settings = self.settings
         warmup = min(1.0, (self.steps + 1) / settings.warmup) if settings.warmup else 1.0
         if settings.schedule == "plateau":
-            return settings.learning_rate * warmup * self.factor
+            return settings.learning_rate * warmup * self.rate_factor
         if self.max_steps is None:  # only the cosine schedule needs it; counting shuffles an epoch
             self.max_steps = settings.epochs * sum(1 for _ in self._batches(self.seed))
         decay = (1 + math.cos(math.pi * min(1.0, self.steps / self.max_steps))) / 2

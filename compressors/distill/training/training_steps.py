@@ -107,18 +107,18 @@ def train_model(
     loss: Loss,
     settings: Training,
     keep_zeros_in: Collection[str],
-    only: Collection[str] | None = None,
+    tensor_names: Collection[str] | None = None,
     *,
     rows: Rows | JoinedRows | None = None,
     whole_lists: bool = False,
     auxiliary: nn.Module | None = None,
     after_step: Callable[[float], None] | None = None,
-    last: bool = False,
+    keep_last_epoch: bool = False,
 ) -> AppliedStep:
     """Train the model on the rows of a bench and return it with the tensors of its best epoch.
 
     The decision for every unit that training may change describes the result of the training.
-    ``rows`` replaces the bench's training rows; the other arguments are those of ``trainer.train``.
+    ``rows`` replaces the bench's training rows; the other arguments are as for ``trainer.train``.
 
     Raises:
         RowsMissing: the bench lacks rows.
@@ -127,7 +127,9 @@ def train_model(
     train_rows = rows if rows is not None else bench.train
     if train_rows is None or bench.validation is None:
         raise RowsMissing("training_needs_rows")
-    names = only if only is not None else trainable_tensors(model.module, tables=settings.tables)
+    names = tensor_names
+    if names is None:
+        names = trainable_tensors(model.module, tables=settings.tables)
     units = {unit.name for unit in Unit.of(model.module)}
     trained = {innermost(name, units) for name in names} - {None}
     epochs = train(
@@ -140,21 +142,23 @@ def train_model(
         seed=bench.seed,
         checkpoints=bench.checkpoints,
         keep_zeros_in=keep_zeros_in,
-        only=only,
+        tensor_names=tensor_names,
         whole_lists=whole_lists,
         auxiliary=auxiliary,
         device=bench.device,
         after_step=after_step,
-        last=last,
+        keep_last_epoch=keep_last_epoch,
     )
-    outcome = describe_outcome(epochs, bench.signature.judged_by, settings, last=last)
+    outcome = describe_outcome(
+        epochs, bench.signature.judged_by, settings, keep_last_epoch=keep_last_epoch
+    )
     # "deferred": training may change no tensor of a unit, so the runner compares them afterwards.
     decision = Decision("deferred", outcome)
     return AppliedStep(model, {name: decision for name in trained if name is not None})
 
 
 def describe_outcome(
-    epochs: Sequence[Epoch], metric: str, settings: Training, *, last: bool = False
+    epochs: Sequence[Epoch], metric: str, settings: Training, *, keep_last_epoch: bool = False
 ) -> tuple[Reason, ...]:
     """Summarize the result of training for the plan.
 
@@ -162,11 +166,11 @@ def describe_outcome(
         epochs: all epochs, starting with the state before training.
         metric: name of the metric by which epochs are compared.
         settings: the settings, with the largest number of epochs.
-        last: whether the result is the last epoch instead of the best one.
+        keep_last_epoch: whether the result is the last epoch instead of the best one.
     """
     first, *_ = epochs
     # Of several epochs with the best metric, ``max`` returns the earliest.
-    best = epochs[-1] if last else max(epochs, key=lambda epoch: epoch.quality)
+    best = epochs[-1] if keep_last_epoch else max(epochs, key=lambda epoch: epoch.quality)
     if best.number == 0:
         return (Reason("training_unchanged", epochs=len(epochs) - 1),)
     trained = Reason(
@@ -176,5 +180,5 @@ def describe_outcome(
         before=first.quality,
         after=best.quality,
     )
-    rising = not last and best.number == settings.epochs
+    rising = not keep_last_epoch and best.number == settings.epochs
     return (trained, Reason("still_rising")) if rising else (trained,)

@@ -399,9 +399,9 @@ class Channels(StepSettings):
         """Find the widths that can be pruned; see ``prunable_widths``."""
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         # Whether a search determines the share of each width, so that it may be below ``share``.
-        searched = self.flops is not None or self.scope == "global"
-        share = self.flops or self.keep
-        return prunable_widths(model, signature, decisions, share, self.multiple, searched=searched)
+        is_searched = self.flops is not None or self.scope == "global"
+        arguments = (decisions, self.flops or self.keep, self.multiple)
+        return prunable_widths(model, signature, *arguments, share_is_searched=is_searched)
 
     def _train(self, model: Model, bench: Bench, training: Training, number: int) -> AppliedStep:
         loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)

@@ -177,7 +177,7 @@ class L1Training(StepSettings):
             self.training,
             keep_zeros_in=pruned_layers(model),
             after_step=_threshold_after_step(model.module, names, groups, self.penalty_strength),
-            last=True,  # return the network of the last epoch, not of the best one
+            keep_last_epoch=True,  # return the network of the last epoch, not of the best one
         )
         outcomes = dict(trained.outcomes)
         # The zeros take as many bytes as before until a later step prunes them, so the decision on
@@ -236,8 +236,10 @@ def _find_weight_groups(
     """Group the parameters of each prunable channel, and of each output of the other layers."""
     # A width is a setting of the network that counts channels. prunable_widths checks each one by
     # building the network with half of them; here only the resulting groups of channels are used.
-    # With ``searched``, it may check fewer than half.
-    prunable = prunable_widths(model, signature, penalized, share=0.5, multiple=1, searched=True)
+    # With ``share_is_searched``, it may check fewer than half.
+    prunable = prunable_widths(
+        model, signature, penalized, share=0.5, multiple=1, share_is_searched=True
+    )
     groups = [
         _group_of_producers(model.module, consumers, producers)
         for consumers in prunable.consumers

@@ -50,7 +50,7 @@ def prunable_widths(
     share: float,
     multiple: int,
     *,
-    searched: bool,
+    share_is_searched: bool,
 ) -> PrunableWidths:
     """Find and check the widths that can be pruned.
 
@@ -60,8 +60,8 @@ def prunable_widths(
         decisions: the dense layers that the step selects.
         share: the approximate share of its units that each width keeps.
         multiple: the number of channels stays a multiple of this.
-        searched: whether the step searches how many units each width keeps, so that a width may
-            keep fewer than that share.
+        share_is_searched: whether the step searches how many units each width keeps, so that a
+            width may keep fewer than that share.
 
     Returns:
         The prunable widths, and for every dense layer the decision: unchanged, or ``skipped`` with
@@ -76,7 +76,7 @@ def prunable_widths(
             continue
         try:
             _require_all_selected(width, decisions)
-            count = _count_to_check(width, share, multiple, searched=searched)
+            count = _count_to_check(width, share, multiple, share_is_searched=share_is_searched)
             prunable.append(_checked_consumers(model, signature, width, count))
         except NotAWidth as fault:
             for name in width.producers:  # of two numbers the first is more likely the width
@@ -101,7 +101,7 @@ def _require_all_selected(width: Width, decisions: Mapping[str, Decision]) -> No
             raise NotAWidth(Reason("shares_width", width=width.description(), layer=name, why=why))
 
 
-def _count_to_check(width: Width, share: float, multiple: int, *, searched: bool) -> int:
+def _count_to_check(width: Width, share: float, multiple: int, *, share_is_searched: bool) -> int:
     """Return the number of units to which the check reduces a width.
 
     Raises:
@@ -109,7 +109,7 @@ def _count_to_check(width: Width, share: float, multiple: int, *, searched: bool
     """
     units_per_multiple = multiple_of(width, multiple)
     count = kept_width(width.value, share, units_per_multiple)
-    if count >= width.value and searched:
+    if count >= width.value and share_is_searched:
         count = units_per_multiple
     if count >= width.value:
         if max(width.producers.values()) > 1:

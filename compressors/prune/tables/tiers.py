@@ -108,9 +108,10 @@ class Tiers(ComposingStep):
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
         """Select the tables to split; give a reason for each other table."""
-        # ``smaller=False``: splitting alone saves no bytes; later steps that compress the parts do.
+        # ``only_if_smaller=False``: splitting alone saves no bytes; later steps that compress the
+        # parts do.
         return choose_composed(
-            model, self.tables, max(self.min_rows, 2), self.kind, self.design, smaller=False
+            model, self.tables, max(self.min_rows, 2), self.kind, self.design, only_if_smaller=False
         )
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> AppliedStep:

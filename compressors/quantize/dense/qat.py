@@ -240,7 +240,7 @@ class QAT(StepSettings):
             device=bench.device,
             checkpoints=bench.checkpoints,
             keep_zeros_in=pruned_layers(model),
-            only=_trained_tensors(module, units, learned),
+            tensor_names=_trained_tensors(module, units, learned),
         )
         for name, layer in learned.items():
             swap(module, name, layer.packed())

@@ -503,7 +503,7 @@ def _clip(
     symmetric: bool,
     is_float16: bool,
 ) -> bool:
-    """Compute ``least_squares._clipped`` of every lane; return whether all can be stored.
+    """Compute ``least_squares._clip_range`` of every lane; return whether all can be stored.
 
     ``fit`` is the position of the result in ``lanes``. An asymmetric range loses the share ``cut``
     at each end; of a symmetric one, the share ``remaining`` remains.
@@ -535,7 +535,7 @@ def _refit(
     symmetric: bool,
     is_float16: bool,
 ) -> None:
-    """Compute ``least_squares._refitted`` of every lane."""
+    """Compute ``least_squares._refit`` of every lane."""
     limit = LARGEST_16 if is_float16 else LARGEST_32
     for lane in range(LANES):
         q, qq = lanes[BEST_SUMS + LANES + lane], lanes[BEST_SUMS + 2 * LANES + lane]

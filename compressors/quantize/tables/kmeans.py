@@ -63,7 +63,7 @@ def fit(
     scale = torch.ones(len(rows), 1)
     if scale_type != "none":
         scale = largest_weights(rows, scale_type).float()
-    best, least = torch.empty(0), float("inf")
+    best, least_error = torch.empty(0), float("inf")
     for _ in range(ALTERNATIONS if scale_type != "none" else 1):
         # An error of a scaled value is multiplied by the scale, and squared.
         value_weights = (counts.double().unsqueeze(1) * scale.double().square()).expand_as(rows)
@@ -75,9 +75,9 @@ def fit(
         scale = torch.ones(len(rows), 1) if stored is None else stored.float()
         row_errors = (codebook[codes.long()] * scale - rows).double().square().sum(dim=1)
         error = float((row_errors * counts.double()).sum())
-        if error >= least:
+        if error >= least_error:
             break
-        best, least = codebook, error
+        best, least_error = codebook, error
     return best
 
 
@@ -113,30 +113,32 @@ def encode(
     """
     rows = table.float()
     if scale_type == "none":
-        return _codes(rows, codebook), None
+        return _nearest_codes(rows, codebook), None
     scale = largest_weights(rows, scale_type)
-    codes = _codes(rows / scale.float(), codebook)
+    codes = _nearest_codes(rows / scale.float(), codebook)
     for _ in range(ALTERNATIONS):
         levels = codebook[codes.long()]
         square = levels.square().sum(dim=1, keepdim=True)
         fitted = ((levels * rows).sum(dim=1, keepdim=True) / square).to(scale.dtype)
-        usable = fitted.isfinite() & (fitted > 0)
-        fitted = torch.where(usable, fitted, scale)
-        new_codes = _codes(rows / fitted.float(), codebook)
-        better = _error(rows, codebook, new_codes, fitted) < _error(rows, codebook, codes, scale)
+        is_usable = fitted.isfinite() & (fitted > 0)
+        fitted = torch.where(is_usable, fitted, scale)
+        new_codes = _nearest_codes(rows / fitted.float(), codebook)
+        better = _row_errors(rows, codebook, new_codes, fitted) < _row_errors(
+            rows, codebook, codes, scale
+        )
         scale, codes = torch.where(better, fitted, scale), torch.where(better, new_codes, codes)
     # The codebook may not contain zero: a scale of zero keeps a row of zeros exact.
     scale = torch.where((rows == 0).all(dim=1, keepdim=True), torch.zeros_like(scale), scale)
     return codes, scale
 
 
-def _codes(values: Tensor, codebook: Tensor) -> Tensor:
+def _nearest_codes(values: Tensor, codebook: Tensor) -> Tensor:
     """Return the codes of the levels nearest to scaled values, uint8 in the same shape."""
     boundaries = (codebook[1:] + codebook[:-1]) / 2
     return torch.bucketize(values, boundaries).to(torch.uint8)
 
 
-def _error(rows: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def _row_errors(rows: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Return the squared error of each decoded row: ``(rows, 1)``."""
     error = codebook[codes.long()] * scale.float() - rows
     return error.square().sum(dim=1, keepdim=True)
@@ -175,15 +177,15 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     codes, codebook, scale, ids, ctx.dim, ctx.width = inputs
-    ctx.scaled = scale is not None
-    ctx.save_for_backward(codes, codebook, *([scale] if ctx.scaled else []), ids)
+    ctx.has_scale = scale is not None
+    ctx.save_for_backward(codes, codebook, *([scale] if ctx.has_scale else []), ids)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, *scales, ids = ctx.saved_tensors
     entries = unpack(codes[ids], ctx.dim, ctx.width).long()  # (*ids, dim)
     to_scale = None
-    if ctx.scaled:
+    if ctx.has_scale:
         by_lookup = (grad * codebook[entries]).sum(dim=-1).reshape(-1)  # (lookups,)
         total = torch.zeros(len(scales[0]), device=grad.device)
         total.index_add_(0, ids.reshape(-1), by_lookup)

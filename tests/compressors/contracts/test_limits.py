@@ -258,10 +258,10 @@ def test_every_usual_metric_is_registered_and_measured_for_a_task_kind():
 
 
 @given(st.sampled_from([f for f in FAMILIES.values() if f.number]), st.integers(1, 70_000))
-def test_family_has_a_metric_for_every_number_up_to_most(family, number):
-    """``most`` is the largest number of a family, such as 10,000 in ``ndcg@10000``.
+def test_family_has_a_metric_for_every_number_up_to_the_largest(family, number):
+    """``max_number`` is the largest number of a family, such as 10,000 in ``ndcg@10000``.
 
-    The largest of all is the batch size 65,536 of the latency metrics.
+    The largest of all families is the batch size 65,536 of the latency metrics.
     """
     member = find_metric(f"{family.name}{number}")
     if number > family.max_number:

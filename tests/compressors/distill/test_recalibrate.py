@@ -252,7 +252,7 @@ def test_the_graph_contains_the_output_map(tmp_path):
         with torch.no_grad():
             expected = torch.sigmoid(result.module(**batch.inputs).reshape(-1)).numpy()
         np.testing.assert_allclose(scores, expected, atol=1e-5)  # float32 in another order
-        assert lowered.served.model.recalibration.method == method
+        assert lowered.wrapper.model.recalibration.method == method
 
 
 def test_later_steps_keep_the_output_map(tmp_path):

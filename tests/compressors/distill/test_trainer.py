@@ -224,7 +224,7 @@ def test_learning_rate_follows_warmup_schedule_and_factor(tmp_path):
         for step in range(21):
             run.steps = step
             result.append(run._rate())
-        run.factor = 0.1  # by which the plateau schedule multiplies the learning rate
+        run.rate_factor = 0.1  # by which the plateau schedule multiplies the learning rate
         return [*result, run._rate()]
 
     plateau = learning_rates(warmup=4)

@@ -99,7 +99,7 @@ def test_attention_in_graphs_has_the_scores_of_torch_also_for_empty_histories(
     (served_graph,) = served_graphs(SIGNATURE)
     lowered = lower(model().module, served_graph, target, tmp_path / "model.onnx")
     with torch.no_grad():
-        expected = lowered.served(*(rows()[name] for name in input_names(SIGNATURE))).numpy()
+        expected = lowered.wrapper(*(rows()[name] for name in input_names(SIGNATURE))).numpy()
     scores = Session(tmp_path / "model.onnx", 1).scores({k: x.numpy() for k, x in rows().items()})
     assert np.isfinite(expected).all()
     # The float32 sums have another order.

@@ -389,6 +389,6 @@ def test_split_and_concat_along_different_axes_are_not_removed(tmp_path):
     lowered = lower(model, only_graph(signature), ORT, tmp_path / "model.onnx")
     items = torch.randint(20, (9, 3), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = lowered.served(items).numpy()
+        expected = lowered.wrapper(items).numpy()
     actual = Session(tmp_path / "model.onnx", threads=1).scores({"items": items.numpy()})
     np.testing.assert_allclose(actual, expected, atol=1e-6)  # sums have another order

@@ -96,7 +96,7 @@ def test_graph_has_the_scores_of_torch_at_every_batch_size(network, kinds, targe
     check_parity(lowered.in_torch(inputs), lowered.in_onnx(inputs), lowered.model.plan, target)
     for count in (1, 2, 57):
         assert_equal_scores(lowered, target, lowered.rows(count, seed=count), spread)
-    outside = generate_edge_inputs(lowered.signature, lowered.lowered.served.rows_of_table, 57)
+    outside = generate_edge_inputs(lowered.signature, lowered.lowered.wrapper.rows_of_table, 57)
     assert_equal_scores(lowered, target, outside, spread)
 
 

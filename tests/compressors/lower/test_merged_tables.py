@@ -127,7 +127,7 @@ def test_tables_with_the_same_layout_share_one_lookup_with_unchanged_scores(step
         generate_inputs(reference.signature, tables, 50),
         generate_edge_inputs(reference.signature, tables, 50),
     ):
-        expected = lowered.served(*(inputs[name] for name in input_names(reference.signature)))
+        expected = lowered.wrapper(*(inputs[name] for name in input_names(reference.signature)))
         result = session.scores({name: tensor.numpy() for name, tensor in inputs.items()})
         is_refused = np.isnan(expected.detach().numpy())
         assert np.array_equal(np.isnan(result), is_refused)
@@ -160,7 +160,7 @@ def test_lookups_are_not_merged_if_the_network_also_uses_an_id_elsewhere(option,
     assert count_operators(path)["Gather"] == 8  # codes and scales of four tables
     inputs = generate_inputs(reference.signature, reference.rows_of_tables(), 50)
     inputs["item"][:10] = 7
-    expected = lowered.served(*(inputs[name] for name in input_names(reference.signature)))
+    expected = lowered.wrapper(*(inputs[name] for name in input_names(reference.signature)))
     result = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
     np.testing.assert_allclose(result, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
 
@@ -241,4 +241,4 @@ def test_tower_that_only_concatenates_rows_has_the_scores_of_the_module(tmp_path
         lowered = lower(model.module, served_graph, "onnxruntime", path)
         ids = {name: torch.arange(20) for name in inputs[served_graph.name]}
         result = Session(path, threads=1).scores({k: v.numpy() for k, v in ids.items()})
-        np.testing.assert_array_equal(result, lowered.served(*ids.values()).detach().numpy())
+        np.testing.assert_array_equal(result, lowered.wrapper(*ids.values()).detach().numpy())

@@ -129,7 +129,7 @@ def test_recalibrated_probability_near_zero_is_equal_in_the_graph(tmp_path):
     users = torch.arange(20)
     scores = Session(tmp_path / "model.onnx", 1).scores({"user": users.numpy()})
     with torch.no_grad():
-        expected = lowered.served(users).numpy()
+        expected = lowered.wrapper(users).numpy()
     # The result is sigmoid(0.1 * logit(p)). At a logit of 16, p is nearly 1, where float32 numbers
     # are 6e-8 apart; one such step of p changes the result by 0.006 to 0.009.
     np.testing.assert_allclose(scores[:10], expected[:10], atol=1e-5)

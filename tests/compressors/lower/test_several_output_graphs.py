@@ -54,7 +54,7 @@ def test_graph_has_the_outputs_of_the_signature_with_the_scores_of_the_module(
         assert scores.shape == (rows, 3)
         with torch.no_grad():
             raw = network_scores(model.module, inputs, MULTI_TASK.signature)
-            expected = stack_outputs(lowered.served(*inputs.values())).numpy()
+            expected = stack_outputs(lowered.wrapper(*inputs.values())).numpy()
         raw[:, :2] = raw[:, :2].sigmoid()  # logits are served as probabilities
         np.testing.assert_allclose(expected, raw.numpy(), atol=1e-6)  # float32 rounding
         if rows > 1:  # one score has no spread

@@ -95,7 +95,7 @@ def scores(
     """Return the scores of the module and of its graph in ONNX Runtime."""
     graph, path = lower_network(eps, table_format, target)
     with torch.no_grad():
-        expected = graph.served(*(inputs[name] for name in input_names(SIGNATURE)))
+        expected = graph.wrapper(*(inputs[name] for name in input_names(SIGNATURE)))
     scores_of_graph = Session(path, 1).scores(
         {name: tensor.numpy() for name, tensor in inputs.items()}
     )
@@ -159,7 +159,7 @@ def test_log_sigmoid_of_a_large_negative_logit_is_finite_in_the_graph(tmp_path):
     lowered_graph = lower(model.module, only_graph(signature), "onnxruntime", path)
     inputs = generate_inputs(signature, {"user": 12, "items": 40}, 8)
     with torch.no_grad():
-        expected = lowered_graph.served(*(inputs[name] for name in input_names(signature))).numpy()
+        expected = lowered_graph.wrapper(*(inputs[name] for name in input_names(signature))).numpy()
     scores_of_graph = Session(path, 1).scores(
         {name: tensor.numpy() for name, tensor in inputs.items()}
     )

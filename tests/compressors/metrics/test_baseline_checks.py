@@ -89,15 +89,15 @@ def test_calibrated_model_has_no_problem_at_any_base_rate(tmp_path, shift, sprea
 def test_probabilities_declared_as_logits_are_refused(tmp_path):
     logit, label = calibrated_clicks()
     (problem,) = problems_of(CLICKS, tmp_path, sigmoid(logit), label)
-    assert problem.refused
+    assert problem.prevents_packing
     require_reason([problem.reason], "output_misdeclared", declared="logit", fitting="probability")
 
 
 def test_logits_outside_0_to_1_declared_as_probabilities_are_refused(tmp_path):
     logit, label = calibrated_clicks()
     (problem,) = problems_of(PROBABILITIES, tmp_path, logit, label)
-    assert problem.refused
-    assert problem.fatal  # log loss is undefined
+    assert problem.prevents_packing
+    assert problem.prevents_measurement  # log loss is undefined
     require_reason([problem.reason], "probability_outside", rows=SAMPLE_ROWS)
 
 
@@ -109,14 +109,14 @@ def test_logits_between_0_and_1_are_accepted_as_logits_and_give_a_warning_as_pro
     label = (random.random(ROWS) < sigmoid(logit)).astype(float)
     assert problems_of(CLICKS, tmp_path, logit, label) == []
     (problem,) = problems_of(PROBABILITIES, tmp_path, logit, label)
-    assert not problem.refused  # in the range of probabilities, so only a warning
+    assert not problem.prevents_packing  # in the range of probabilities, so only a warning
     require_reason([problem.reason], "output_misdeclared", declared="probability", fitting="logit")
 
 
 def test_reversed_scores_give_warnings_for_base_rate_and_chance(tmp_path):
     logit, label = calibrated_clicks()
     problems = problems_of(CLICKS, tmp_path, -logit, label)
-    assert not any(problem.refused for problem in problems)
+    assert not any(problem.prevents_packing for problem in problems)
     codes = codes_of(problem.reason for problem in problems)
     assert codes == ["worse_than_base_rate", "worse_than_chance"]
 
@@ -124,7 +124,7 @@ def test_reversed_scores_give_warnings_for_base_rate_and_chance(tmp_path):
 def test_a_well_ordered_but_uncalibrated_model_gets_one_warning(tmp_path):
     logit, label = calibrated_clicks()
     (problem,) = problems_of(CLICKS, tmp_path, logit + 4, label)
-    assert not problem.refused
+    assert not problem.prevents_packing
     require_reason([problem.reason], "worse_than_base_rate")
 
 
@@ -144,13 +144,13 @@ def test_three_rows_are_too_few_for_a_warning(tmp_path):
 def test_equal_scores_give_a_warning_and_nan_scores_a_fatal_problem(tmp_path):
     _, label = calibrated_clicks()
     (constant,) = problems_of(CLICKS, tmp_path, np.full(ROWS, 0.3), label)
-    assert not constant.refused
+    assert not constant.prevents_packing
     reason = require_reason([constant.reason], "scores_equal", rows=SAMPLE_ROWS)
     assert reason.fields["score"] == pytest.approx(0.3)  # stored as float32
     score = calibrated_clicks()[0]
     score[::2] = np.nan
     (missing,) = problems_of(CLICKS, tmp_path, score, label)
-    assert missing.fatal
+    assert missing.prevents_measurement
     require_reason([missing.reason], "scores_not_finite", rows=SAMPLE_ROWS)
 
 
@@ -159,7 +159,7 @@ def test_lists_in_reverse_order_give_a_warning_and_random_ones_none(tmp_path):
     label = random.integers(0, 4, ROWS)
     group = np.arange(ROWS) // 8
     (problem,) = problems_of(LISTS, tmp_path, -label + random.normal(0, 0.1, ROWS), label, group)
-    assert not problem.refused
+    assert not problem.prevents_packing
     require_reason([problem.reason], "worse_than_random_order", groups=SAMPLE_ROWS // 8)
     assert problems_of(LISTS, tmp_path, random.normal(size=ROWS), label, group) == []
     assert problems_of(LISTS, tmp_path, label + random.normal(size=ROWS), label, group) == []
@@ -180,18 +180,18 @@ def test_labels_of_one_class_are_refused_in_test_and_validation_and_a_warning_in
     label = np.full(50, value)
     for name in ("test", "validation"):
         (problem,) = find_label_problems(CLICKS, name, label, None)
-        assert problem.refused
+        assert problem.prevents_packing
         fields = {"split": name, "rows": 50, "label": value, "column": "label"}
         assert problem.reason == Reason("labels_equal", **fields)
     (problem,) = find_label_problems(CLICKS, "train", label, None)
-    assert not problem.refused
+    assert not problem.prevents_packing
 
 
 def test_interactions_without_a_label_above_zero_are_refused_in_test_and_validation():
     signature = with_output(signature_of("ranking", "score", "user", "ndcg@10"), kind="retrieval")
     for name, fatal in (("test", True), ("validation", False)):
         (problem,) = find_label_problems(signature, name, np.zeros(50), None)
-        assert (problem.refused, problem.fatal) == (True, fatal)
+        assert (problem.prevents_packing, problem.prevents_measurement) == (True, fatal)
         fields = {"split": name, "rows": 50, "column": "label"}
         assert problem.reason == Reason("interactions_missing", **fields)
     assert list(find_label_problems(signature, "test", np.array([0.0, 1.0]), None)) == []
@@ -201,7 +201,7 @@ def test_lists_of_equal_labels_are_refused():
     group = np.repeat(np.arange(10), 5)
     label = np.repeat(np.arange(10) % 2, 5).astype(float)
     (problem,) = find_label_problems(LISTS, "test", label, group)
-    assert problem.refused
+    assert problem.prevents_packing
     require_reason([problem.reason], "group_labels_equal", metrics=("ndcg@10",), group="query")
     label[0] = 1 - label[0]
     assert list(find_label_problems(LISTS, "test", label, group)) == []
@@ -212,11 +212,11 @@ def test_groups_of_equal_labels_are_refused_where_gauc_is_needed():
     group = np.repeat(np.arange(10), 5)
     label = np.repeat(np.arange(10) % 2, 5).astype(float)
     (problem,) = find_label_problems(signature, "test", label, group)
-    assert problem.fatal  # gauc is undefined
+    assert problem.prevents_measurement  # gauc is undefined
     require_reason([problem.reason], "optional_group_labels_equal", metrics=("gauc",))
     # validation uses only auc
     assert list(find_label_problems(signature, "validation", label, group)) == []
     signature_with_gauc = signature_of("ctr", "logit", "user", "gauc")
     (problem,) = find_label_problems(signature_with_gauc, "validation", label, group)
-    assert problem.refused
+    assert problem.prevents_packing
     require_reason([problem.reason], "group_labels_equal", metrics=("gauc",))

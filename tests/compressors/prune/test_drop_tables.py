@@ -124,7 +124,7 @@ def test_the_graph_of_a_model_with_dropped_tables_has_its_scores(
     assert {table.module for table in lowered.tables} == set(rows_of_tables) - set(tables)
     inputs = generate_inputs(signature, rows_of_tables, 50)
     with torch.no_grad():
-        expected = lowered.served(*(inputs[name] for name in input_names(signature)))
+        expected = lowered.wrapper(*(inputs[name] for name in input_names(signature)))
     scores = Session(tmp_path / "model.onnx", 1).scores({k: v.numpy() for k, v in inputs.items()})
     # The graph adds float32 numbers in another order.
     torch.testing.assert_close(torch.from_numpy(scores), expected, rtol=1e-5, atol=1e-6)
