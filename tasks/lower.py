@@ -28,7 +28,8 @@ from compressors.core.runner import rows_of_tables
 from compressors.core.scores import tower_arguments
 from compressors.core.units import Unit, stored_bytes
 from compressors.lower.export import Lowered, lower
-from compressors.lower.parity import Parity, worst_parity
+from compressors.lower.findings import Parity
+from compressors.lower.parity import worst_parity
 from compressors.lower.serving_wrapper import (
     SCORE,
     VECTOR,
