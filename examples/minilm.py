@@ -211,8 +211,8 @@ def write_draft(folder: Path, data: Path, model: Path, documents: int | None, se
         folder: folder of the draft; created if needed, files of an earlier draft are replaced.
         data: folder of SciFact.
         model: folder of the trained model.
-        documents: size of the catalogue: all judged documents, and others drawn at random; None for
-            all documents. The metrics of a smaller catalogue are higher.
+        documents: size of the catalogue: the documents of test and calibration rows, and others
+            drawn at random; None for all documents. The metrics of a smaller catalogue are higher.
         seed: seed of the drawn documents and calibration rows.
 
     Returns:
@@ -222,14 +222,17 @@ def write_draft(folder: Path, data: Path, model: Path, documents: int | None, se
         DataMissing: a file is missing.
     """
     scifact, random = read_scifact(data), np.random.default_rng(seed)
-    judged = {row[1] for rows in scifact.judgements.values() for row in rows}
-    others = np.array(sorted(scifact.documents.keys() - judged))
-    if documents is not None:
-        others = random.permutation(others)[: max(0, documents - len(judged))]
-    ids = [key for key in scifact.documents if key in judged or key in set(others.tolist())]
-    train = scifact.judgements["train"]
+    train, test = scifact.judgements["train"], scifact.judgements["test"]
     chosen = random.permutation(len(train))[:CALIBRATION_ROWS]
-    splits = {**scifact.judgements, "calibration": [train[row] for row in sorted(chosen)]}
+    calibration = [train[row] for row in sorted(chosen)]
+    judged = {document for _, document, _ in (*calibration, *test)}
+    others = random.permutation(sorted(scifact.documents.keys() - judged)).tolist()
+    if documents is not None:
+        others = others[: max(0, documents - len(judged))]
+    catalogue = judged | set(others)
+    ids = [key for key in scifact.documents if key in catalogue]
+    known = [row for row in train if row[1] in catalogue]
+    splits = {"train": known, "calibration": calibration, "test": test}
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "model.json"
     manifest.unlink(missing_ok=True)

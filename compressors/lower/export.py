@@ -225,11 +225,11 @@ def _export(
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Return False if folding a node would make stored weights larger; None for the default."""
-    source = node.inputs[0] if node.inputs else None
-    if node.op_type == "Cast" and source is not None and source.dtype in SHORT_TYPES:
-        return False
-    if node.op_type == "Expand":  # one scale would be stored once per block
+    """Return False if folding a node would enlarge or rename stored weights; None by default."""
+    dtype = next((value.dtype for value in node.inputs[:1] if value is not None), None)
+    is_widening = node.op_type == "Cast" and dtype in SHORT_TYPES
+    is_renaming = node.op_type == "Transpose" and dtype == ir.DataType.INT8  # of a layer's codes
+    if is_widening or is_renaming or node.op_type == "Expand":  # a scale stored once per block
         return False
     if any(value is not None and _is_shared_weight(value) for value in node.inputs):
         return False  # the result would be a second copy of a tied weight

@@ -56,9 +56,9 @@ FAULTS = (
     Fault(
         id="attention-averages-masked-places",
         file="compressors/lower/attention.py",
-        old="return op.MatMul(op.Where(is_masked, zero, weights), value)",
+        old="return op.Where(is_masked, zero, op.MatMul(weights, value))",
         new="return op.MatMul(weights, value)",
-        effect="Attention over an empty history gives the mean of all values instead of zeros.",
+        effect="Attention over an empty history gives NaN instead of zeros.",
         tests=(
             "tests/compressors/lower/test_attention_graphs.py"
             "::test_attention_in_graphs_has_the_scores_of_torch_also_for_empty_histories",

@@ -155,6 +155,25 @@ def test_metrics_of_a_full_ranking_without_ties_equal_trec_eval():
             )
 
 
+@pytest.mark.parametrize("k", DEPTHS)
+def test_graded_ndcg_of_a_full_ranking_without_ties_equals_trec_eval(k):
+    """Gains are the labels, also of a pair that several rows have: its largest label counts."""
+    random, users, items = np.random.default_rng(1), 20, 60
+    query, item = random.normal(size=(users, 8)), random.normal(size=(items, 8))
+    query, item = query.astype(np.float32), item.astype(np.float32)
+    label = random.integers(1, 4, (users, items)) * (random.random((users, items)) < 0.3)
+    label[:, 0] = 2
+    user, judged = np.nonzero(label)
+    again = np.concatenate([user, user]), np.concatenate([judged, judged])
+    grades = np.concatenate([np.ones(user.size), label[user, judged]])  # the smaller ones first
+    queries = ranking_queries(Interactions(*again, grades), [], np.arange(items))
+    value = ranking_metrics(RankedVectors(query, item, queries), [f"ndcg@{k}"])[f"ndcg@{k}"]
+    score = np.argsort(np.argsort(query @ item.T, axis=1), axis=1)  # different integers
+    columns = label.ravel(), score.ravel(), np.repeat(np.arange(users), items)
+    expected = trec_values(*columns, {f"ndcg_cut.{k}"})
+    np.testing.assert_allclose(value, [row[f"ndcg_cut_{k}"] for row in expected], atol=EXACT)
+
+
 @st.composite
 def tied_lists(draw):
     """Up to three lists of at most six rows each, with few distinct scores."""

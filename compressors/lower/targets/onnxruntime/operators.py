@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 from onnxscript import opset21 as op
+from onnxscript.values import Op, Opset
 
 from compressors.lower.custom_operators import OPS
 from compressors.lower.graph_builders import FLOAT, INT32, constant, flatten_to_matrix
@@ -18,8 +19,45 @@ from compressors.lower.targets.onnxruntime import dense as onnxruntime_dense
 from compressors.lower.targets.onnxruntime import tables as onnxruntime_tables
 
 
+def _matmul_integer_to_float() -> Op:
+    """Declare ONNX Runtime's operator MatMulIntegerToFloat, which the exporter does not know."""
+    parameter = onnx.defs.OpSchema.FormalParameter
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    return Op(
+        Opset("com.microsoft", 1),
+        "MatMulIntegerToFloat",
+        onnx.defs.OpSchema(
+            "MatMulIntegerToFloat",
+            "com.microsoft",
+            1,
+            inputs=[
+                parameter("A", "T1"),
+                parameter("B", "T2"),
+                parameter("a_scale", "T3"),
+                parameter("b_scale", "T3"),
+                parameter("a_zero_point", "T1", param_option=optional),
+                parameter("b_zero_point", "T2", param_option=optional),
+                parameter("bias", "T3", param_option=optional),
+            ],
+            outputs=[parameter("Y", "T3")],
+            type_constraints=[
+                ("T1", ["tensor(uint8)"], ""),
+                ("T2", ["tensor(int8)"], ""),
+                ("T3", ["tensor(float)"], ""),
+            ],
+        ),
+    )
+
+
+matmul_integer_to_float = _matmul_integer_to_float()
+
+
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
     """Build a Gemm between QuantizeLinear and DequantizeLinear, which ONNX Runtime fuses to QGemm.
+
+    For inputs of dynamic length, such as tokens, it is a MatMulIntegerToFloat, which has no such
+    limit of dimensions: a Gemm would need two Reshapes with computed shapes. The other layers keep
+    the Gemm, whose output ONNX Runtime can fuse with the quantization of the next input.
 
     Inputs are uint8 with zero point 128, which gives the same levels as int8 with zero point 0.
     ONNX Runtime prepacks weights only for unsigned inputs, and does not convert inputs to unsigned
@@ -27,6 +65,8 @@ def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, 
     """
     input_zero = constant(onnx.TensorProto.UINT8, 128)
     channels = int(codes.shape[0])
+    if any(not isinstance(size, int) for size in list(x.shape)[1:-1]):
+        return _int8_matmul(x, codes, weight_scale, input_scale, bias)
     flat, restore = flatten_to_matrix(x, int(codes.shape[1]), channels)
     inputs = op.DequantizeLinear(
         op.QuantizeLinear(flat, input_scale, input_zero), input_scale, input_zero
@@ -38,6 +78,19 @@ def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, 
     bias_zero = constant(INT32, [0] * channels)
     rounded_bias = op.DequantizeLinear(bias_codes, bias_scale, bias_zero, axis=0)
     return restore(op.Gemm(inputs, weight, rounded_bias, transB=1))
+
+
+def _int8_matmul(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
+    """Build an int8 product of inputs ``(*, inputs)``; see ``static_int8_linear``."""
+    input_zero = constant(onnx.TensorProto.UINT8, 128)
+    rounded = op.QuantizeLinear(x, input_scale, input_zero)
+    # ONNX Runtime transposes the codes once, at session start.
+    transposed = op.Transpose(codes, perm=[1, 0])
+    bias_scale = op.Mul(weight_scale, input_scale)
+    rounded_bias = op.Mul(op.Round(op.Div(bias, bias_scale)), bias_scale)
+    return matmul_integer_to_float(
+        rounded, transposed, input_scale, weight_scale, input_zero, None, rounded_bias
+    )
 
 
 def short_float_linear(x: Any, weight: Any, bias: Any) -> Any:
