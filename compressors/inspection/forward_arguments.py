@@ -143,6 +143,14 @@ def layouts(
         ]
         yield Layout(keywords, tuple(arguments))
         return
+    if len(required) != 1 and not missing:
+        raise InspectionFailed(
+            "inputs_unknown",
+            architecture=type(network).__name__,
+            method=method,
+            names=tuple(name for name in given if name not in parameters),
+            arguments=tuple(parameters),
+        )
     if len(required) != 1:
         raise _arguments_unknown(network, method, missing, sample)
     # The only argument is one matrix or a mapping from names to tensors.

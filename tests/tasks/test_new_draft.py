@@ -256,6 +256,15 @@ def test_class_of_a_module_that_is_not_allowed_is_refused_before_anything_is_wri
     assert not (home / "new").exists()
 
 
+def test_key_that_the_network_does_not_read_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, MODELS, raising=False)
+    with raises_code(InspectionFailed, "inputs_unknown", names=("users",)) as caught:
+        new_draft(shop_request(home, inputs={"users": ("user",)}))
+    assert caught.value.fields["arguments"] == ("user", "item", "tags", "price", "age")
+
+
 def test_folder_with_files_is_refused_and_unchanged(home: Path) -> None:
     (home / "new").mkdir()
     (home / "new" / "mine.txt").write_text("mine")
