@@ -47,6 +47,7 @@ from tasks.bundles.draft_request import (
     catalogue_file,
     read_rows,
     require_columns,
+    require_names,
     sample_of,
 )
 from tasks.bundles.draft_signature import describe_rows, describe_towers
@@ -95,6 +96,7 @@ def new_draft(request: DraftRequest, rows: RowsOfData | None = None) -> NewDraft
 def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
     if request.folder.exists() and any(request.folder.iterdir()):
         raise DraftRefused("folder_not_empty", folder=str(request.folder))
+    require_names(request)
     rows = rows or read_rows(request.data)
     require_columns(request, rows.summaries)
     sample, files = sample_of(rows.summaries), dict(rows.files)

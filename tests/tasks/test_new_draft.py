@@ -282,6 +282,21 @@ def test_request_without_labels_or_with_an_unknown_column_is_refused(home: Path)
         new_draft(shop_request(home, group="shopper"))
 
 
+@pytest.mark.parametrize(
+    ("code", "options"),
+    [
+        ("name_form", {"name": "Two Words"}),
+        ("name_form", {"version": "1/2"}),
+        ("output_name_form", {"labels": {"is click": "click"}}),
+    ],
+)
+def test_names_that_model_json_cannot_have_are_refused(
+    home: Path, code: str, options: dict[str, Any]
+) -> None:
+    with raises_code(DraftRefused, code):
+        new_draft(shop_request(home, **options))
+
+
 def test_data_without_a_test_split_is_refused(home: Path) -> None:
     (shop_data(home / "data") / "test.parquet").unlink()
     with raises_code(DraftRefused, "data_missing", got=("train.parquet",)):
