@@ -17,9 +17,9 @@ help:     ## Show this list.
 .PHONY: .venv
 
 # pip installs torch first, as the build of the configured index (CPU or CUDA). uv then installs the
-# rest and must not change that build. recbole contains the demo's data; none of its code runs, so
-# its dependencies are not installed. The libraries whose models are tested are in a separate folder,
-# because one of them installs a package called tests.
+# rest and must not change that build. recbole contains the demo's data; only tests run its code, so
+# most of its dependencies are not installed. The libraries whose models are tested, and packages that
+# recbole imports, are in a separate folder, because one of them installs a package called tests.
 TORCH := $(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))'
 $(DONE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "recpress needs Python 3.11 or later; $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)")'
@@ -30,7 +30,7 @@ $(DONE): pyproject.toml constraints.txt
 	@$(TORCH) > $(BEGUN)
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -b constraints.txt -e '.[dev,services,tensorrt-rtx]'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps recbole
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps --target .venv/libraries torch-rechub deepctr-torch
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps --target .venv/libraries torch-rechub deepctr-torch absl-py colorlog tensorboard texttable
 	@[ "$$($(TORCH))" = "$$(cat $(BEGUN))" ] || { echo "uv replaced torch $$(cat $(BEGUN)) by $$($(TORCH)): report this" >&2; exit 1; }
 	@rm $(BEGUN) && touch $@
 

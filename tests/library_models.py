@@ -12,6 +12,7 @@ from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
 from torch import nn
 from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
 from torch_rechub.models import multi_task, ranking
+from torch_rechub.models.matching import dssm, dssm_senet
 
 USERS, ITEMS, GENRES, LONGEST = 50, 80, 18, 6
 
@@ -54,6 +55,17 @@ RECHUB: dict[str, Callable[[], nn.Module]] = {
         [*ids, *numbers], ["classification"] * 2, {"dims": [16]}, [{"dims": [8]}] * 2
     ),
 }
+# Models with two towers, which are methods.
+tower_mlp = {"dims": [16, 8]}
+of_item = [SparseFeature("product", ITEMS, 8), SparseFeature("kind", GENRES, 8)]
+of_user = [
+    SparseFeature("member", USERS, 8),
+    SequenceFeature("lately", ITEMS, 8, pooling="mean", shared_with="product", padding_idx=0),
+]
+MATCHING: dict[str, Callable[[], nn.Module]] = {
+    "dssm": lambda: dssm.DSSM(of_user, of_item, tower_mlp, tower_mlp),
+    "senet_dssm": lambda: dssm_senet.DSSM(of_user[:1], of_item, tower_mlp, tower_mlp),
+}
 DEEPCTR: dict[str, Callable[[], nn.Module]] = {
     "deepctr_deep_fm": lambda: deepctr.DeepFM(with_list, with_list, **layers),
     "deepctr_xdeep_fm": lambda: deepctr.xDeepFM(columns, columns, cin_layer_size=(8,), **layers),
@@ -83,4 +95,5 @@ def _seeded(construct: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return model
 
 
-globals().update({name: _seeded(construct) for name, construct in {**RECHUB, **DEEPCTR}.items()})
+_ALL = {**RECHUB, **MATCHING, **DEEPCTR}
+globals().update({name: _seeded(construct) for name, construct in _ALL.items()})

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click_data import ITEMS, USERS, write_clicks
@@ -14,12 +16,53 @@ from safetensors.torch import save_file
 
 PAGE = Path(__file__).parents[1] / "docs" / "new-model.md"
 LIBRARIES = Path(sys.prefix) / "libraries"
+BRANDS = 20
 
 
 def blocks(language: str) -> list[str]:
     """Return the code blocks of the page in one language."""
     all_blocks = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     return [text for name, text in all_blocks if name == language]
+
+
+def write_atomic_file(folder: Path) -> None:
+    """Write the clicks of ``write_clicks`` in RecBole's format."""
+    (folder / "shop").mkdir()
+    splits = [pd.read_parquet(folder / "data" / f"{name}.parquet") for name in ("train", "test")]
+    names = {"user": "user_id:token", "item": "item_id:token", "click": "label:float"}
+    clicks = pd.concat(splits)[list(names)].rename(columns=names)
+    clicks.to_csv(folder / "shop" / "shop.inter", sep="\t", index=False)
+
+
+def write_purchases(folder: Path) -> None:
+    """Write random weights of two towers, and purchases of the items that they rank first."""
+    from torch_rechub.basic.features import SparseFeature
+    from torch_rechub.models.matching import DSSM
+
+    random = np.random.default_rng(0)
+    query = [SparseFeature("user", USERS, 8)]
+    item = [SparseFeature("item", ITEMS, 8), SparseFeature("brand", BRANDS, 8)]
+    torch.manual_seed(0)
+    model = DSSM(query, item, {"dims": [16, 8]}, {"dims": [16, 8]}).eval()
+    for table in model.embedding.embed_dict.values():  # drawn with a deviation of 0.0001
+        torch.nn.init.normal_(table.weight)
+    save_file(model.state_dict(), folder / "towers.safetensors")
+    items = {
+        "item": torch.arange(ITEMS),
+        "brand": torch.from_numpy(random.integers(0, BRANDS, ITEMS)),
+    }
+    with torch.no_grad():
+        scores = model.user_tower({"user": torch.arange(USERS)}) @ model.item_tower(items).T
+    bought = scores.topk(32).indices.numpy()
+    bought = random.permuted(bought, axis=1)
+    (folder / "purchases").mkdir()
+    for split, places in {"train": (0, 10), "validation": (10, 12), "test": (12, 16)}.items():
+        of_split = bought[:, slice(*places)]
+        user = np.repeat(np.arange(USERS), of_split.shape[1])
+        purchases = pd.DataFrame({"user": user, "item": of_split.reshape(-1)})
+        purchases.to_parquet(folder / "purchases" / f"{split}.parquet")
+    catalogue = pd.DataFrame({name: values.numpy() for name, values in items.items()})
+    catalogue.to_parquet(folder / "purchases" / "items.parquet")
 
 
 def run(folder: Path, commands: str) -> str:
@@ -54,10 +97,12 @@ def run(folder: Path, commands: str) -> str:
 def folder(tmp_path: Path) -> Path:
     """A user's folder with the data and modules of the page."""
     write_clicks(tmp_path / "data")
-    shop, rechub, deepctr = blocks("python")
+    shop, towers, rechub, deepctr, recbole = blocks("python")
     (tmp_path / "shop_models.py").write_text(shop)
     (tmp_path / "rechub_click.py").write_text(rechub)
     (tmp_path / "deepctr_click.py").write_text(deepctr)
+    (tmp_path / "rechub_towers.py").write_text(towers)
+    (tmp_path / "recbole_click.py").write_text(recbole)
     names: dict[str, type] = {}
     exec(shop, names)  # noqa: S102 - the code of the page
     torch.manual_seed(0)
@@ -83,11 +128,19 @@ def test_class_with_weights_and_config_becomes_the_same_draft(folder: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("index", "library"), [(2, "torch_rechub"), (3, "deepctr_torch")])
+@pytest.mark.parametrize(
+    ("index", "module"),
+    [(2, "rechub_towers"), (3, "rechub_click"), (4, "deepctr_click"), (5, "recbole_click")],
+)
 def test_model_of_a_library_is_trained_packed_and_compressed(
-    folder: Path, index: int, library: str
+    folder: Path, index: int, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = blocks("sh")[index]
-    assert library in commands
+    assert module in commands
+    if module == "recbole_click":
+        write_atomic_file(folder)
+    if module == "rechub_towers":
+        monkeypatch.syspath_prepend(str(LIBRARIES))
+        write_purchases(folder)
     output = run(folder, commands)
     assert "onnxruntime: accepted" in output

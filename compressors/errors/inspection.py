@@ -17,6 +17,8 @@ class InspectionFailed(CompressionError):
         "Lengths, masks and positions of lists are --input {first}=lengths(LISTS), and so on, with "
         "the argument of the lists; offsets must be called LISTS_offsets. "
         "If another method returns the scores, name it with --method.",
+        "inputs_unknown": "Expected arguments of {architecture}.{method} in --input, got {names}. "
+        "Its arguments are {arguments}.",
         "arguments_variable": "Expected an argument of {architecture}.{method} for each input, "
         "got *{name}. Wrap the network in a class whose {method} names its inputs.",
         "columns_missing": "Expected columns of the data in --input {name}, got {missing}. The "

@@ -136,16 +136,24 @@ def layouts(
     }
     companions = {argument for roles in companions_of.values() for argument in roles.values()}
     missing = [name for name in required if name not in known and name not in companions]
+    is_graph = isinstance(network, OnnxNetwork)
     if not missing and all(name in parameters for name in named):
         arguments = [
             _argument(name, known[name], sample, companions_of.get(name, {}))
             for name in parameters
             if name in known
         ]
-        is_graph = isinstance(network, OnnxNetwork)
         yield Layout(mapping if is_graph else keywords, tuple(arguments))
         return
-    if len(required) != 1 or isinstance(network, OnnxNetwork):
+    if not missing and (is_graph or len(required) != 1):
+        raise InspectionFailed(
+            "inputs_unknown",
+            architecture=type(network).__name__,
+            method=method,
+            names=tuple(name for name in given if name not in parameters),
+            arguments=tuple(parameters),
+        )
+    if is_graph or len(required) != 1:
         raise _arguments_unknown(network, method, missing, sample)
     # The only argument is one matrix or a mapping from names to tensors.
     matrix = None if named else _described_matrix(network, method, required[0], sample)

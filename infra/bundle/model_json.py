@@ -13,8 +13,10 @@ MANIFEST = "model.json"
 SplitName = Literal["train", "calibration", "validation", "test", "items", "traffic"]
 """``items`` is the catalogue of a retrieval model; ``traffic``, logged requests without labels."""
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+VERSION = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME)]
+Version = Annotated[str, Field(pattern=VERSION)]
 
 
 class FileRecord(Frozen):

@@ -6,6 +6,7 @@ the argument and records the result (``contracts/network.py`` shows the form). `
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from compressors.contracts import READS, Reads, RecordedCall, is_out_of_memory
@@ -31,10 +32,11 @@ def record_reads(
             more than reads; contains the last one.
     """
     opaque: list[tuple[str, str]] = []
-    stand_ins = {
-        name: StandIn(arguments[name], f"{network_class.__name__}({name})", encode, opaque)
+    recordings = {
+        name: _Recording(arguments[name], f"{network_class.__name__}({name})", encode, opaque)
         for name in names
     }
+    stand_ins = {name: StandIn(recording) for name, recording in recordings.items()}
     try:
         network_class(**{**arguments, **stand_ins})
     except Exception as fault:  # of the user's class
@@ -44,96 +46,120 @@ def record_reads(
         raise DraftRefused(
             "read_not_stored", place=place, kind=kind, problem=repr(fault)
         ) from fault
-    return {name: description(stand_in) for name, stand_in in stand_ins.items()}
+    return {name: recording.description() for name, recording in recordings.items()}
 
 
-class StandIn:
-    """Passes reads on to a value and records them.
+@dataclass
+class _Recording:
+    """The reads of a value: by name, key or arguments, the result and its JSON value.
 
-    It has no public attribute, and no other special method, so that any other use of it raises an
-    error.
+    The JSON value is computed when the constructor reads the result, because it may change a list.
 
-    Args:
+    Attributes:
         value: the value that is read.
         place: the expression that reads it, for messages.
-        encode: encodes the results.
+        encode: encodes results and the arguments of calls.
         opaque: receives the place and type of each result that JSON cannot represent.
     """
 
-    __iter__ = None  # otherwise Python iterates over [0], [1], ...
+    value: Any
+    place: str
+    encode: Encode
+    opaque: list[tuple[str, str]]
+    attributes: "dict[str, _Result]" = field(default_factory=dict)
+    items: "dict[str, _Result]" = field(default_factory=dict)
+    contains: dict[str, bool] = field(default_factory=dict)
+    calls: "list[tuple[list[Any], dict[str, Any], _Result]]" = field(default_factory=list)
 
-    def __init__(
-        self, value: Any, place: str, encode: Encode, opaque: list[tuple[str, str]]
-    ) -> None:
-        self._value, self._place, self._encode, self._opaque = value, place, encode, opaque
-        self._attributes: dict[str, Any] = {}
-        self._items: dict[str, Any] = {}
-        self._contains: dict[str, bool] = {}
-        self._calls: list[tuple[list[Any], dict[str, Any], Any]] = []
+    def attribute(self, name: str) -> Any:
+        """Return ``value.name``."""
+        if name not in self.attributes:
+            value = getattr(self.value, name)
+            self.attributes[name] = self._result(value, f"{self.place}.{name}")
+        return self.attributes[name].value
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_value" not in vars(self):
-            raise AttributeError(name)
-        if name not in self._attributes:
-            value = getattr(self._value, name)
-            self._attributes[name] = self._recorded(value, f"{self._place}.{name}")
-        return _result(self._attributes[name])
+    def item(self, key: Any) -> Any:
+        """Return ``value[key]``."""
+        place = f"{self.place}[{self._text(key)!r}]"
+        if key not in self.items:
+            self.items[key] = self._result(self.value[key], place)
+        return self.items[key].value
 
-    def __getitem__(self, key: Any) -> Any:
-        place = f"{self._place}[{key!r}]"
-        if not isinstance(key, str):
-            raise TypeError(f"expected a text as key, got {place}")
-        if key not in self._items:
-            self._items[key] = self._recorded(self._value[key], place)
-        return _result(self._items[key])
+    def has(self, key: Any) -> bool:
+        """Return whether ``key in value``."""
+        return self.contains.setdefault(self._text(key), key in self.value)
 
-    def __contains__(self, key: Any) -> bool:
-        if not isinstance(key, str):
-            raise TypeError(f"expected a text as key, got {key!r} in {self._place}")
-        return self._contains.setdefault(key, key in self._value)
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+    def call(self, *arguments: Any, **keywords: Any) -> Any:
+        """Return ``value(...)``."""
         texts = [*map(repr, arguments), *(f"{name}={item!r}" for name, item in keywords.items())]
-        place = f"{self._place}({', '.join(texts)})"
-        encoded = [self._encode(item, place) for item in arguments]
-        encoded_keywords = {name: self._encode(item, place) for name, item in keywords.items()}
-        for known, known_keywords, recorded in self._calls:
+        place = f"{self.place}({', '.join(texts)})"
+        encoded = [self.encode(item, place) for item in arguments]
+        encoded_keywords = {name: self.encode(item, place) for name, item in keywords.items()}
+        for known, known_keywords, result in self.calls:
             if (known, known_keywords) == (encoded, encoded_keywords):
-                return _result(recorded)
-        recorded = self._recorded(self._value(*arguments, **keywords), place)
-        self._calls.append((encoded, encoded_keywords, recorded))
-        return _result(recorded)
+                return result.value
+        result = self._result(self.value(*arguments, **keywords), place)
+        self.calls.append((encoded, encoded_keywords, result))
+        return result.value
 
-    def _recorded(self, value: Any, place: str) -> "tuple[Any, Any] | StandIn":
-        """Return a value with its JSON value; a stand-in if it has none."""
+    def description(self) -> dict[str, Any]:
+        """Return the reads in the form of ``contracts/network.py``."""
+        reads = Reads(
+            attributes={name: result.description() for name, result in self.attributes.items()},
+            items={key: result.description() for key, result in self.items.items()},
+            contains=self.contains,
+            calls=tuple(
+                RecordedCall(arguments=arguments, keywords=keywords, value=result.description())
+                for arguments, keywords, result in self.calls
+            ),
+        )
+        return {READS: reads.model_dump(mode="json", exclude_defaults=True)}
+
+    def _text(self, key: Any) -> str:
+        """Return a key, which JSON can only represent if it is a text."""
+        if not isinstance(key, str):
+            raise TypeError(f"expected a text as key of {self.place}, got {key!r}")
+        return key
+
+    def _result(self, value: Any, place: str) -> "_Result":
+        """Return a result; a value that JSON cannot represent is read through a stand-in."""
         try:
-            return value, self._encode(value, place)
+            encoded = self.encode(value, place)
+            return _Result(value, lambda: encoded)
         except Refused:
             if not callable(value):
-                self._opaque.append((place, type(value).__name__))
-            return StandIn(value, place, self._encode, self._opaque)
+                self.opaque.append((place, type(value).__name__))
+            recording = _Recording(value, place, self.encode, self.opaque)
+            return _Result(StandIn(recording), recording.description)
 
 
-def _result(recorded: "tuple[Any, Any] | StandIn") -> Any:
-    """Return what the constructor receives."""
-    return recorded if isinstance(recorded, StandIn) else recorded[0]
+@dataclass(frozen=True)
+class _Result:
+    """What the constructor receives, and a function that returns its JSON value."""
+
+    value: Any
+    description: Callable[[], Any]
 
 
-def _encoded(recorded: "tuple[Any, Any] | StandIn") -> Any:
-    """Return the JSON value of a result."""
-    return description(recorded) if isinstance(recorded, StandIn) else recorded[1]
+class StandIn:
+    """What a constructor receives in place of a value; any other use of it raises an error."""
 
+    __iter__ = None  # otherwise Python iterates over [0], [1], ...
 
-def description(stand_in: StandIn) -> dict[str, Any]:
-    """Return the reads of a stand-in in the form of ``contracts/network.py``."""
-    recorded = vars(stand_in)
-    reads = Reads(
-        attributes={name: _encoded(item) for name, item in recorded["_attributes"].items()},
-        items={key: _encoded(item) for key, item in recorded["_items"].items()},
-        contains=recorded["_contains"],
-        calls=tuple(
-            RecordedCall(arguments=arguments, keywords=keywords, value=_encoded(item))
-            for arguments, keywords, item in recorded["_calls"]
-        ),
-    )
-    return {READS: reads.model_dump(mode="json", exclude_defaults=True)}
+    def __init__(self, recording: _Recording) -> None:
+        self.__recording = recording
+
+    def __getattr__(self, name: str) -> Any:
+        # Python reads special attributes of its own; the private one is missing while it is copied.
+        if name.startswith(("__", "_StandIn__")):
+            raise AttributeError(name)
+        return self.__recording.attribute(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.__recording.item(key)
+
+    def __contains__(self, key: Any) -> bool:
+        return self.__recording.has(key)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.__recording.call(*arguments, **keywords)

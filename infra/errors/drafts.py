@@ -50,6 +50,10 @@ class DraftRefused(Refused):
         "labels_of_towers": "Expected at most one --label for a retrieval model, got {got}.",
         "catalogue_missing": "Expected the catalogue of all items as items.parquet (or a folder "
         "items) in {folder}, because the model has towers.",
+        "name_form": "Expected at most 64 letters, digits and . _ - as {option}, the first one a "
+        "letter or digit, and the name in lower case; got {got!r}.",
+        "output_name_form": "Expected a name of letters, digits and _ for the output, got {got!r}. "
+        "Give it with --label NAME=COLUMN.",
         "label_missing": "Expected a column with the labels. Give it with --label COLUMN; the "
         "columns are {columns}.",
         "column_missing": "Expected a column of the data as {option}, got {column}. The columns "

@@ -1,5 +1,6 @@
 """What a user says about a trained network, and the data that a draft is written from."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import cast, get_args
 from pydantic import Field
 
 from compressors.contracts import FORWARD, ITEMS, Frozen
+from compressors.contracts.metrics.families import OUTPUT_NAME
 from compressors.inspection.sample import ColumnKind, SampleColumn
 from infra.bundle.bundle_folder import SplitName
+from infra.bundle.model_json import NAME, VERSION
 from infra.data.data_sample import OTHER, ColumnSummary, data_files, summarize_columns
 from infra.errors import DraftRefused
 from infra.store.disk import translate_input_errors
@@ -154,6 +157,17 @@ def require_one_source(request: DraftRequest) -> None:
     given = [option for option, is_given in options.items() if is_given]
     if given[:1] != ["--model"] and given != ["--onnx"]:
         raise DraftRefused("onnx_and_model", got=tuple(given) or ("none",))
+
+
+def require_names(request: DraftRequest) -> None:
+    """Raise ``DraftRefused`` if a name that the user gives cannot be one in ``model.json``."""
+    names = [("--name", request.name, NAME), ("--version", request.version, VERSION)]
+    for option, name, pattern in names:
+        if name is not None and re.fullmatch(pattern, name) is None:
+            raise DraftRefused("name_form", option=option, got=name)
+    for output in request.labels:
+        if re.fullmatch(OUTPUT_NAME, output) is None:
+            raise DraftRefused("output_name_form", got=output)
 
 
 def require_columns(request: DraftRequest, summaries: Mapping[str, ColumnSummary]) -> None:

@@ -1,12 +1,14 @@
 """Describe the signature of a trained network, as it is written to ``model.json``."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from compressors.contracts import FORWARD, MatrixInput, Output
+from compressors.contracts import FORWARD, MatrixInput, Output, tensor_names
+from compressors.errors.inspection import InspectionFailed
 from compressors.inspection.inputs import DerivedInputs, derive_inputs
 from compressors.inspection.outputs import derive_outputs, named_scores
 from compressors.inspection.sample import Sample
@@ -30,6 +32,7 @@ class Described:
 def describe_rows(request: DraftRequest, module: nn.Module, sample: Sample) -> Described:
     """Describe a network that has a score for each row."""
     derived = derive_inputs(module, sample, request.inputs, _excluded(request), request.method)
+    _require_read(request, module, request.method, (derived,))
     architecture = type(module).__name__
     rows = len(next(iter(sample.values())).values)
     outputs = derive_outputs(
@@ -64,6 +67,7 @@ def describe_towers(
         request.inputs,
         _excluded(request),
     )
+    _require_read(request, module, " and ".join(request.towers.values()), derived.calls.values())
     label = next(iter(request.labels.values()), None)
     output = Output(
         name=next(iter(request.labels), "score"),
@@ -80,6 +84,25 @@ def describe_towers(
         "towers": derived.towers.model_dump(mode="json"),
     }
     return Described(signature, tuple(derived.calls.values()))
+
+
+def _require_read(
+    request: DraftRequest, module: nn.Module, method: str, calls: Iterable[DerivedInputs]
+) -> None:
+    """Raise if the user named a key of a mapping that the network does not read.
+
+    Raises:
+        InspectionFailed: contains the keys that it reads.
+    """
+    read = [name for call in calls for item in call.inputs for name in tensor_names(item)]
+    if unread := tuple(name for name in request.inputs if name not in read):
+        raise InspectionFailed(
+            "inputs_unknown",
+            architecture=type(module).__name__,
+            method=method,
+            names=unread,
+            arguments=tuple(read),
+        )
 
 
 def _item_column(rows: Sample, items: Sample) -> str:

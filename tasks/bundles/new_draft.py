@@ -51,6 +51,7 @@ from tasks.bundles.draft_request import (
     catalogue_file,
     read_rows,
     require_columns,
+    require_names,
     require_one_source,
     sample_of,
 )
@@ -102,6 +103,7 @@ def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
     require_one_source(request)
     if request.folder.exists() and any(request.folder.iterdir()):
         raise DraftRefused("folder_not_empty", folder=str(request.folder))
+    require_names(request)
     rows = rows or read_rows(request.data)
     require_columns(request, rows.summaries)
     sample, files = sample_of(rows.summaries), dict(rows.files)

@@ -1,13 +1,17 @@
-"""Models of torch-rechub and DeepCTR-Torch become bundles without code for them."""
+"""Models of torch-rechub, DeepCTR-Torch and RecBole become bundles without code for them."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from error_codes import raises_code
 
-from compressors.contracts import Signature
+from compressors.contracts import Signature, Tower
+from compressors.errors.inspection import InspectionFailed
+from infra.errors import DraftRefused
 from tasks.bundles.draft_request import DraftRequest
 from tasks.bundles.new_draft import new_draft
 from tasks.bundles.packing import pack
@@ -77,6 +81,51 @@ def test_model_of_torch_rechub_becomes_a_bundle(
     assert kinds.items() >= expected.items()
 
 
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with interactions of members with products, and the catalogue of products."""
+    folder = tmp_path_factory.mktemp("interactions")
+    random = np.random.default_rng(0)
+    lately = [random.integers(1, ITEMS, length) for length in random.integers(1, 6, USERS)]
+    for split, rows in {"train": 600, "test": 300}.items():
+        member = random.integers(0, USERS, rows)
+        columns = {
+            "member": member,
+            "lately": [lately[number] for number in member],
+            "product": random.integers(1, ITEMS, rows),
+        }
+        pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
+    products = np.arange(1, ITEMS)
+    kinds = random.integers(0, GENRES, len(products))
+    pd.DataFrame({"product": products, "kind": kinds}).to_parquet(folder / "items.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["dssm", "senet_dssm"])
+def test_model_of_torch_rechub_with_two_towers_becomes_a_bundle(
+    home: Path, catalogue: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(LIBRARIES))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "library_models,torch_rechub")
+    monkeypatch.delitem(sys.modules, "library_models", raising=False)
+    request = DraftRequest(
+        folder=home / name,
+        model=f"library_models:{name}",
+        data=catalogue,
+        labels={},
+        query_tower="user_tower",
+        item_tower="item_tower",
+        group="member",
+    )
+    signature = new_draft(request).draft.signature
+    assert signature.towers is not None
+    query = ("member", "lately") if name == "dssm" else ("member",)
+    assert signature.towers.query == Tower(method="user_tower", inputs=query)
+    assert signature.towers.item == Tower(method="item_tower", inputs=("product", "kind"))
+    assert signature.item == "product"
+    pack(home / name)
+
+
 @pytest.mark.parametrize("name", DEEPCTR)
 def test_model_of_deepctr_torch_becomes_a_bundle(
     home: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -89,3 +138,70 @@ def test_model_of_deepctr_torch_becomes_a_bundle(
     if name == "deepctr_deep_fm":
         expected["recent"] = "padded_bag"
     assert kinds == expected
+
+
+RECBOLE = {
+    "bpr": "predict",
+    "neu_mf": "predict",
+    "deep_fm": "forward",
+    "dcn": "forward",
+    "auto_int": "forward",
+    "xdeep_fm": "forward",
+    "sas_rec": "predict",
+    "gru4rec": "predict",
+}
+SEQUENTIAL = ("sas_rec", "gru4rec")
+
+
+@pytest.fixture
+def recbole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the rows for RecBole's models, next to its atomic files."""
+    monkeypatch.syspath_prepend(str(LIBRARIES))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "recbole_models,recbole")
+    import recbole_models
+
+    monkeypatch.chdir(tmp_path)
+    recbole_models.write_atomic_files(tmp_path)
+    data = tmp_path / "rows"
+    data.mkdir()
+    recbole_models.write_rows(data)
+    return data
+
+
+def recbole_request(home: Path, data: Path, name: str, method: str) -> DraftRequest:
+    """Return a request for a model of ``recbole_models``."""
+    return DraftRequest(
+        folder=home / name,
+        model=f"recbole_models:{name}",
+        method=method,
+        data=data,
+        labels={"click": "label"},
+    )
+
+
+@pytest.mark.parametrize(("name", "method"), RECBOLE.items())
+def test_model_of_recbole_becomes_a_bundle_that_needs_no_atomic_files(
+    home: Path, recbole: Path, name: str, method: str
+) -> None:
+    signature = new_draft(recbole_request(home, recbole, name, method)).draft.signature
+    assert (signature.call, signature.method) == ("mapping", method)
+    kinds = {item.name: item.kind for item in signature.inputs}
+    if name in SEQUENTIAL:
+        assert kinds == {"item_id": "id", "item_id_list": "sequence"}
+        assert signature.inputs[1].model_dump()["lengths"] == "item_length"
+    else:
+        features = {"age", "kind"} if method == "forward" else set()
+        assert kinds == dict.fromkeys(("user_id", "item_id", *features), "id")
+    shutil.rmtree(recbole.parent / "shop")
+    pack(home / name)
+
+
+def test_model_of_recbole_that_reads_a_matrix_is_refused(home: Path, recbole: Path) -> None:
+    place = "DMF(dataset).history_user_matrix()"
+    with raises_code(DraftRefused, "read_not_stored", place=place, kind="tuple"):
+        new_draft(recbole_request(home, recbole, "dmf", "predict"))
+
+
+def test_model_of_recbole_that_padding_changes_is_refused(home: Path, recbole: Path) -> None:
+    with raises_code(InspectionFailed, "padding_matters", column="item_id_list"):
+        new_draft(recbole_request(home, recbole, "stamp", "predict"))

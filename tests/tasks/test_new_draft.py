@@ -256,6 +256,15 @@ def test_class_of_a_module_that_is_not_allowed_is_refused_before_anything_is_wri
     assert not (home / "new").exists()
 
 
+def test_key_that_the_network_does_not_read_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, MODELS, raising=False)
+    with raises_code(InspectionFailed, "inputs_unknown", names=("users",)) as caught:
+        new_draft(shop_request(home, inputs={"users": ("user",)}))
+    assert caught.value.fields["arguments"] == ("user", "item", "tags", "price", "age")
+
+
 def test_folder_with_files_is_refused_and_unchanged(home: Path) -> None:
     (home / "new").mkdir()
     (home / "new" / "mine.txt").write_text("mine")
@@ -271,6 +280,21 @@ def test_request_without_labels_or_with_an_unknown_column_is_refused(home: Path)
         new_draft(shop_request(home, labels={"clicks": "clicks"}))
     with raises_code(DraftRefused, "column_missing", option="--group", column="shopper"):
         new_draft(shop_request(home, group="shopper"))
+
+
+@pytest.mark.parametrize(
+    ("code", "options"),
+    [
+        ("name_form", {"name": "Two Words"}),
+        ("name_form", {"version": "1/2"}),
+        ("output_name_form", {"labels": {"is click": "click"}}),
+    ],
+)
+def test_names_that_model_json_cannot_have_are_refused(
+    home: Path, code: str, options: dict[str, Any]
+) -> None:
+    with raises_code(DraftRefused, code):
+        new_draft(shop_request(home, **options))
 
 
 def test_data_without_a_test_split_is_refused(home: Path) -> None:

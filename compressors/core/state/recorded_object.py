@@ -18,28 +18,27 @@ class RecordedObject:
 
     def __init__(self, reads: Reads) -> None:
         """``reads`` has the values that a constructor received, not their descriptions."""
-        self._reads = reads
+        self.__reads = reads
 
     def __getattr__(self, name: str) -> Any:
-        # While it is copied, the object has no attributes yet.
-        reads = vars(self).get("_reads")
-        if reads is None or name not in reads.attributes:
+        # The private attribute is missing while the object is copied.
+        if name.startswith("_RecordedObject__") or name not in self.__reads.attributes:
             raise AttributeError(_not_recorded(f"the attribute {name!r}"))
-        return reads.attributes[name]
+        return self.__reads.attributes[name]
 
     def __getitem__(self, key: Any) -> Any:
-        if key not in self._reads.items:
+        if key not in self.__reads.items:
             raise KeyError(_not_recorded(f"the key {key!r}"))
-        return self._reads.items[key]
+        return self.__reads.items[key]
 
     def __contains__(self, key: Any) -> bool:
-        if key not in self._reads.contains:
+        if key not in self.__reads.contains:
             raise KeyError(_not_recorded(f"whether it contains {key!r}"))
-        return self._reads.contains[key]
+        return self.__reads.contains[key]
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         given = _with_lists([arguments, keywords])
-        for call in self._reads.calls:
+        for call in self.__reads.calls:
             if _with_lists([call.arguments, call.keywords]) == given:
                 return call.value
         raise TypeError(_not_recorded(f"a call with {arguments} and {keywords}"))

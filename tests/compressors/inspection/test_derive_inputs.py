@@ -319,6 +319,12 @@ def test_argument_without_a_column_raises():
         derive(JoinedTable())
 
 
+def test_argument_that_the_network_does_not_have_raises_with_those_it_has():
+    fields = {"names": ("count",), "arguments": ("user", "price")}
+    with raises_code(InspectionFailed, "inputs_unknown", method="forward", **fields):
+        derive(TwoTables(), count="item")
+
+
 def test_unknown_column_raises():
     with raises_code(InspectionFailed, "columns_missing", name="ids", missing=("buyer",)):
         derive(JoinedTable(), ids="buyer,item", count="orders")
