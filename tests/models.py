@@ -36,6 +36,7 @@ from compressors.contracts import (
 )
 from compressors.core.batches import batches, model_inputs
 from compressors.core.model import Model
+from compressors.core.modules.pointwise import replace_pointwise_convs
 from compressors.core.random_inputs import generate_data, generate_inputs
 from compressors.core.registries import METHODS as REGISTRY
 from compressors.core.runner import rows_of_tables, run
@@ -321,7 +322,7 @@ class Reference:
                     nn.init.uniform_(layer.running_var, 0.5, 2.0)
         path = f"models:{self.network.__name__}"
         description = Network(architecture=Architecture(path=path, config=dict(self.config)))
-        return Model(module.eval(), self.network, description)
+        return Model(replace_pointwise_convs(module).eval(), self.network, description)
 
     def rows_of_tables(self) -> dict[str, int]:
         """Return the number of rows of every table that an input names."""

@@ -96,13 +96,14 @@ class ModuleRecord(Frozen):
     """The description of a compressed module, which replaces a module of the architecture.
 
     Attributes:
-        kind: what it replaces: an Embedding (``table``), EmbeddingBag (``bag``), Linear or norm.
+        kind: what it replaces: an Embedding (``table``), EmbeddingBag (``bag``), Linear, norm, or
+            Conv1d of kernel size 1 (``conv``).
             ``output`` replaces nothing: it is a map that is applied to the network's output.
         format: name of the storage format.
         settings: arguments of the compressed module.
     """
 
-    kind: Literal["table", "bag", "linear", "norm", "output"]
+    kind: Literal["table", "bag", "linear", "norm", "conv", "output"]
     format: str
     settings: dict[str, Any] = Field(default_factory=dict)
 

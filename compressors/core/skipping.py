@@ -133,8 +133,12 @@ def find_skippable_units(
         result = planned.step.dry_run(source.private(), planned.plan).module
         for unit in Unit.of(result):
             table = unit.module.table if isinstance(unit.module, Bag) else unit.module
-            if unit.name in multiplied and not can_multiply(table):
-                findings.skipped[unit.name] = Reason("not_multiplied", format=unit.format)
+            if unit.name not in multiplied:
+                continue
+            is_known = not isinstance(table, nn.Embedding | nn.EmbeddingBag)  # it was replaced
+            if not (is_known and can_multiply(table)):
+                storage = unit.format if is_known else planned.step.kind
+                findings.skipped[unit.name] = Reason("not_multiplied", format=storage)
                 del findings.notes[unit.name]
     _require_unnamed(method, findings.skipped, source, None)
     return findings

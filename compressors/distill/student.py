@@ -18,6 +18,7 @@ from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import Bag, PackedTable
 from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.modules.pointwise import replace_pointwise_convs
 from compressors.core.modules.table_weight import TIED
 from compressors.core.placeholders import with_placeholders
 from compressors.core.state.construction import assign, construct, construct_with_weights
@@ -125,6 +126,7 @@ def _construct_empty(architecture: type[nn.Module], config: Config) -> nn.Module
 
 def _with_original_tensors(model: Model, student: nn.Module, config: Config) -> Model:
     """Assign the original's tensors to the student where their shapes match."""
+    replace_pointwise_convs(student)
     student_names = {unit.name for unit in Unit.of(student)}
     for unit in Unit.of(model.module):
         if _is_packed_table(unit) and unit.name in student_names and unit.part_of is None:

@@ -22,6 +22,7 @@ from torch import nn
 
 from compressors.contracts import Architecture, Network, Output, Signature
 from compressors.core.model import Model
+from compressors.core.modules.pointwise import replace_pointwise_convs
 from tests.random_networks.inputs import typical_rows
 from tests.random_networks.network import RandomNetwork, TwoTowers
 from tests.random_networks.parts import PARTS, draw_activation
@@ -80,7 +81,7 @@ class Case:
         name = self.network.__name__
         path = f"tests.random_networks.network:{name}"
         description = Network(architecture=Architecture(path=path, config=self.config))
-        return Model(module, self.network, description)
+        return Model(replace_pointwise_convs(module), self.network, description)
 
 
 class Composer:

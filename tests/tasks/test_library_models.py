@@ -9,12 +9,15 @@ import pandas as pd
 import pytest
 from error_codes import raises_code
 
-from compressors.contracts import Signature, Tower
+from compressors.contracts import Bench, Signature, Tower
+from compressors.core.skipping import run_or_skip
 from compressors.errors.inspection import InspectionFailed
+from compressors.quantize.dense.float16 import Float16
 from infra.errors import DraftRefused
 from tasks.bundles.draft_request import DraftRequest
+from tasks.bundles.loading import load_bundle
 from tasks.bundles.new_draft import new_draft
-from tasks.bundles.packing import pack
+from tasks.bundles.packing import Packed, pack
 
 LIBRARIES = Path(sys.prefix) / "libraries"
 USERS, ITEMS, GENRES, LONGEST = 50, 80, 18, 6
@@ -51,6 +54,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def derive(home: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Signature:
     """Write a draft of a model, pack it, and return its signature."""
+    return derive_and_pack(home, data, name, monkeypatch)[0]
+
+
+def derive_and_pack(
+    home: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Signature, Packed]:
+    """Write a draft of a model, pack it, and return its signature and the bundle."""
     monkeypatch.syspath_prepend(str(LIBRARIES))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "library_models,torch_rechub,deepctr_torch")
     # Features are constructed while the module is imported.
@@ -63,8 +73,7 @@ def derive(home: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch) -
         labels=dict(zip(labels, labels, strict=True)),
     )
     written = new_draft(request)
-    pack(home / name)
-    return written.draft.signature
+    return written.draft.signature, pack(home / name)
 
 
 @pytest.mark.parametrize("name", RECHUB)
@@ -205,3 +214,15 @@ def test_model_of_recbole_that_reads_a_matrix_is_refused(home: Path, recbole: Pa
 def test_model_of_recbole_that_padding_changes_is_refused(home: Path, recbole: Path) -> None:
     with raises_code(InspectionFailed, "padding_matters", column="item_id_list"):
         new_draft(recbole_request(home, recbole, "stamp", "predict"))
+
+
+def test_interaction_network_of_xdeepfm_is_compressed_as_dense_layers(
+    home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signature, packed = derive_and_pack(home, data, "deepctr_xdeep_fm", monkeypatch)
+    model = load_bundle(packed.artifact).model
+    result = run_or_skip(Float16(), model, Bench(signature=signature), tmp_path)
+    assert result.plan is not None
+    convolutions = [line for line in result.plan.lines if line.module.startswith("cin.conv1ds.")]
+    assert [line.module for line in convolutions] == ["cin.conv1ds.0.linear"]
+    assert {line.format for line in convolutions} == {"float16"}

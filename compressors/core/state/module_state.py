@@ -22,6 +22,7 @@ from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FACTORED, FactoredLinear
 from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.core.modules.output_calibration import RECALIBRATION, Recalibration, attach
+from compressors.core.modules.pointwise import POINTWISE, PointwiseConv, replace_pointwise_convs
 from compressors.core.modules.table_weight import TIED, TiedHead
 from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.core.state.construction import (
@@ -162,6 +163,7 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
     others: Mapping[str, Mapping[str, Any]] = {
         "linear": {**LINEAR_FORMATS, FACTORED: FactoredLinear, TIED: TiedHead},
         "norm": {"folded": FoldedNorm},
+        "conv": {POINTWISE: PointwiseConv},
         "output": dict.fromkeys(("temperature", "platt", "isotonic"), Recalibration),
     }
     formats = others.get(record.kind, tables)
@@ -173,6 +175,10 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
     try:
         if record.kind == "norm":
             return FoldedNorm()
+        if record.kind == "conv":
+            inputs, outputs = settings["in_channels"], settings["out_channels"]
+            linear = nn.Linear(inputs, outputs, bias=settings["bias"], device="meta")
+            return PointwiseConv(linear)
         if record.kind == "output":
             return Recalibration(record.format, settings["output"], knots=settings["knots"])
         if record.kind == "linear":
@@ -201,6 +207,8 @@ def module_of(name: str, record: ModuleRecord) -> nn.Module:
 
 def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Module:
     """Load a module in evaluation mode, with the memory-mapped tensors of a folder.
+
+    Convolutions of kernel size 1 are dense layers in the result (``PointwiseConv``).
 
     Args:
         architecture: the network's class.
@@ -237,7 +245,7 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
             architecture=network.architecture.path,
             names=tuple(names_on_accelerator[:NAMES_SHOWN]),
         )
-    return model.eval()
+    return replace_pointwise_convs(model).eval()
 
 
 def _undeclared_ties(
@@ -360,6 +368,7 @@ def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
             | FactoredLinear
             | PackedLinear
             | TiedHead
+            | PointwiseConv
             | FoldedNorm
             | Recalibration,
         ):

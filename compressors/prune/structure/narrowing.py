@@ -27,6 +27,7 @@ from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, PackedTable
 from compressors.core.modules.output_calibration import attach, recalibration_of
+from compressors.core.modules.pointwise import PointwiseConv
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.scores import network_scores, score_columns
 from compressors.core.state.construction import assign, construct
@@ -186,7 +187,7 @@ def rebuild(
     module = construct(model.architecture, config).module
     for name, part in model.module.named_modules():
         packed = ComposedTable | PackedTable | FactoredLinear | PackedLinear | FoldedNorm | Bag
-        if isinstance(part, packed):
+        if isinstance(part, packed | PointwiseConv):
             new_module_name = new_name(name)
             if new_module_name is not None:
                 swap(module, new_module_name, part)

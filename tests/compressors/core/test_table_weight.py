@@ -21,6 +21,7 @@ from compressors.core.skipping import run_or_skip
 from compressors.core.steps.table_encoder import encode_table
 from compressors.core.units import Unit, private_copy, stored_bytes, swap
 from compressors.factorize.low_rank import LowRank
+from compressors.prune.tables.merge_rows import MergeRows
 from compressors.quantize.better_format import Float16Rows
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 from compressors.quantize.dense.float16 import Float16
@@ -227,6 +228,16 @@ def test_a_format_without_products_keeps_the_table_that_is_multiplied(tmp_path: 
         assert codes_of([skipped.fields["why"]]) == ["not_multiplied"]
         assert (item.format, position.format) == ("float32", step.kind)
         assert dry_run(step, source, bench).plan == model.plan
+
+
+def test_a_step_that_merges_rows_keeps_the_table_that_is_multiplied(tmp_path: Path) -> None:
+    reference, step = SELF_ATTENTIVE, MergeRows(within=1e9)
+    model = run_or_skip(step, reference.model(), reference.bench(tmp_path / "d"), tmp_path / "out")
+    assert model.plan is not None
+    item = model.plan.of("item")
+    assert item is not None
+    require_reason(item.reasons, "not_multiplied", format="merge_rows")
+    assert item.format == "float32"
 
 
 def test_reads_of_a_weight_are_counted_as_lookups(tmp_path: Path) -> None:
