@@ -93,7 +93,10 @@ class OnnxNetwork(nn.Module):
         inputs: name, dtype and shape of each input, as in ``GraphInput``.
         outputs: name of each output, and the value that it returns.
         nodes: the nodes in the order in which they are computed, as in ``Node``.
-        modules: the tables and dense layers by name.
+        tables: rows and dimension of each table, by name.
+        layers: inputs, outputs and bias of each dense layer, by name. In place of a number of
+            inputs or outputs, the name of a width.
+        widths: numbers of outputs of layers that are also numbers of inputs of others, by name.
         parameters: dtype and shape of the other trained weights, by name.
         buffers: dtype and shape of the constants, by name.
         sizes: integers from which shapes are computed, by name.
@@ -107,7 +110,9 @@ class OnnxNetwork(nn.Module):
         inputs: Sequence[Mapping[str, Any]],
         outputs: Mapping[str, str],
         nodes: Sequence[Mapping[str, Any]],
-        modules: Mapping[str, nn.Module],
+        tables: Mapping[str, Sequence[int]],
+        layers: Mapping[str, Mapping[str, Any]],
+        widths: Mapping[str, int],
         parameters: Mapping[str, Mapping[str, Any]],
         buffers: Mapping[str, Mapping[str, Any]],
         sizes: Mapping[str, int | list[int]],
@@ -120,8 +125,13 @@ class OnnxNetwork(nn.Module):
         self.nodes = tuple(_node(item) for item in nodes)
         self.sizes = {name: as_sizes(values) for name, values in sizes.items()}
         self.tensor_names = (*parameters, *buffers)
-        for name, module in modules.items():
-            self.add_module(name, module)
+        for name, (rows, dim) in tables.items():
+            self.add_module(name, nn.Embedding(rows, dim))
+        for name, layer in layers.items():
+            sizes_of_layer = [
+                widths.get(layer[side], layer[side]) for side in ("inputs", "outputs")
+            ]
+            self.add_module(name, nn.Linear(*sizes_of_layer, bias=layer["bias"]))
         for name, spec in parameters.items():
             self.register_parameter(name, nn.Parameter(_empty(spec)))
         for name, spec in buffers.items():
