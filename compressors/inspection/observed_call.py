@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressors.contracts import JaggedBag, SequenceInput, is_out_of_memory
 from compressors.core.batches import jagged, padded_sequence
+from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.inspection.forward_arguments import Argument, CallForm
 from compressors.inspection.sample import Padding, Sample, SampleColumn, scalar_tensor
 
@@ -114,6 +115,7 @@ def observe(network: nn.Module, call: CallForm, tensors: Tensors) -> Observation
 
     Raises:
         CallFailed: the network raised an error.
+        OnnxRefused: the network was read from an ONNX graph, and cannot compute one of its nodes.
     """
     lookups: list[Lookup] = []
     operations = _CountedOperations()
@@ -122,7 +124,7 @@ def observe(network: nn.Module, call: CallForm, tensors: Tensors) -> Observation
         try:
             returned = network(copies) if call == "mapping" else network(**dict(copies))
         except Exception as fault:
-            if is_out_of_memory(fault):
+            if is_out_of_memory(fault) or isinstance(fault, OnnxRefused):
                 raise
             accessed = frozenset(copies.accessed)
             raise CallFailed(fault, tuple(lookups), accessed, operations.count) from fault

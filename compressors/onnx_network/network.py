@@ -128,10 +128,9 @@ class OnnxNetwork(nn.Module):
         for name, (rows, dim) in tables.items():
             self.add_module(name, nn.Embedding(rows, dim))
         for name, layer in layers.items():
-            sizes_of_layer = [
-                widths.get(layer[side], layer[side]) for side in ("inputs", "outputs")
-            ]
-            self.add_module(name, nn.Linear(*sizes_of_layer, bias=layer["bias"]))
+            ends = (layer["inputs"], layer["outputs"])
+            inner, outer = (widths[end] if isinstance(end, str) else end for end in ends)
+            self.add_module(name, nn.Linear(inner, outer, bias=layer["bias"]))
         for name, spec in parameters.items():
             self.register_parameter(name, nn.Parameter(_empty(spec)))
         for name, spec in buffers.items():
@@ -147,9 +146,9 @@ class OnnxNetwork(nn.Module):
         Returns:
             The tensor of the only output, or those of several by name.
         """
-        values: dict[str, Value] = dict(self.graph_inputs(inputs))
-        device = next(iter(values.values())).device
-        values |= self.sizes
+        tensors = self.graph_inputs(inputs)
+        device = next(iter(tensors.values())).device
+        values: dict[str, Value] = {**tensors, **self.sizes}
         values |= {name: getattr(self, name) for name in self.tensor_names}
         for node, released in zip(self.nodes, self._released, strict=True):
             results = self._compute(node, [values.get(name) for name in node.inputs], device)
@@ -189,7 +188,11 @@ class OnnxNetwork(nn.Module):
                 keeps = position in operator.sizes | operator.indices or argument is None
                 converted.append(argument if keeps else _tensor(argument, device))
             placed = {"device": device} if operator.needs_device else {}
-            result = operator.function(*converted, **node.attributes, **placed)
+            try:
+                result = operator.function(*converted, **node.attributes, **placed)
+            except NotImplementedError as fault:
+                problem = str(fault)
+                raise OnnxRefused("form_unknown", node=node.outputs[0], problem=problem) from fault
         return result if isinstance(result, tuple) else (result,)
 
 
