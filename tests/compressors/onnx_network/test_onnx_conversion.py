@@ -280,3 +280,10 @@ def test_layer_that_only_layers_read_has_a_width_that_can_be_changed() -> None:
 )
 def test_layer_that_other_nodes_read_has_a_fixed_width(between: list[onnx.NodeProto]) -> None:
     assert convert(ir.from_proto(perceptron(*between))).config["widths"] == {}
+
+
+def test_layer_whose_output_is_also_an_output_of_the_graph_has_a_fixed_width() -> None:
+    nodes = [node("MatMul", "x first", "a"), node("Relu", "a", "b"), node("MatMul", "b last", "y")]
+    weights = {"first": floats(2, 6), "last": floats(6, 1)}
+    model = graph_of(nodes, {"x": floats(3, 2)}, ["y", "a"], weights)
+    assert convert(ir.from_proto(model)).config["widths"] == {}
