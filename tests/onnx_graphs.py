@@ -111,20 +111,24 @@ def export(
     path: Path,
     *,
     dynamo: bool,
+    by_name: bool = True,
 ) -> None:
     """Export a network of torch with any number of rows, by either exporter of torch.
 
     Args:
-        network: a network that receives its inputs by name.
+        network: a network.
         inputs: example inputs.
         outputs: names of the outputs.
         path: the file to write.
         dynamo: whether by ``torch.export``, and otherwise by TorchScript.
+        by_name: whether the network receives its inputs by name, and otherwise as ``*tensors``.
     """
     names = list(inputs)
     rows = torch.export.Dim("rows", min=1, max=4096)
+    shapes: Any = {name: {0: rows} for name in names} if by_name else (({0: rows},) * len(names),)
+    passes_names = dynamo and by_name  # TorchScript knows no keywords
     form: dict[str, Any] = (
-        {"dynamic_shapes": {name: {0: rows} for name in names}, "external_data": False}
+        {"dynamic_shapes": shapes, "external_data": False}
         if dynamo
         else {"dynamic_axes": {name: {0: ROWS} for name in names}, "opset_version": 17}
     )
@@ -132,9 +136,9 @@ def export(
         warnings.simplefilter("ignore")  # the exporter of TorchScript is deprecated
         torch.onnx.export(
             network,
-            () if dynamo else tuple(inputs.values()),
+            () if passes_names else tuple(inputs.values()),
             path,
-            kwargs=dict(inputs) if dynamo else None,
+            kwargs=dict(inputs) if passes_names else None,
             dynamo=dynamo,
             verbose=False,
             input_names=names,

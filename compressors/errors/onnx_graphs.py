@@ -29,6 +29,8 @@ class OnnxRefused(CompressionError):
         "batch_fixed": "Expected a dynamic number of rows, got the input {name} with the shape "
         "{shape}. Export the model again with a dynamic first dimension: dynamic_shapes or "
         "dynamic_axes of torch.onnx.export, None in the input signature of tf2onnx.",
+        "inputs_missing": "Expected a graph with inputs, got none. Export the model with its "
+        "inputs.",
         "input_not_tensor": "Expected tensors of numbers as inputs, got the input {name} of the "
         "type {got}. Export the model from where texts are ids already.",
         "scores_differ": "Expected the scores of ONNX Runtime from the network that was read from "

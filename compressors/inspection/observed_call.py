@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compressors.contracts import JaggedBag, SequenceInput, is_out_of_memory
 from compressors.core.batches import jagged, padded_sequence
 from compressors.core.scores import scoring_method
+from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.inspection.forward_arguments import Argument, Call
 from compressors.inspection.sample import Padding, Sample, SampleColumn, scalar_tensor
 
@@ -115,6 +116,7 @@ def observe(network: nn.Module, call: Call, tensors: Tensors) -> Observation:
 
     Raises:
         CallFailed: the network raised an error.
+        OnnxRefused: the network was read from an ONNX graph, and cannot compute one of its nodes.
     """
     lookups: list[Lookup] = []
     operations = _CountedOperations()
@@ -124,7 +126,7 @@ def observe(network: nn.Module, call: Call, tensors: Tensors) -> Observation:
         try:
             returned = method(copies) if call.form == "mapping" else method(**dict(copies))
         except Exception as fault:
-            if is_out_of_memory(fault):
+            if is_out_of_memory(fault) or isinstance(fault, OnnxRefused):
                 raise
             accessed = frozenset(copies.accessed)
             raise CallFailed(fault, tuple(lookups), accessed, operations.count) from fault

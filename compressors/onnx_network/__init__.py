@@ -4,6 +4,7 @@ rules.py       rewrite rules for what exporters write around a lookup
 normalize.py   bring a graph to one opset and simplify it
 names.py       names of modules and values from those of initializers and nodes
 layers.py      find the tables and dense layers of a graph
+widths.py      find layers whose output only other layers read
 conversion.py  convert a graph to the configuration and weights of a network
 network.py     the network
 operators/     the ONNX operators as functions of tensors

@@ -13,7 +13,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from compressors.contracts import ARGUMENTS, CLASS
 from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.onnx_network.layers import ModuleCall, module_calls, tensor_of_value
 from compressors.onnx_network.names import common_scopes, unique_name
@@ -21,6 +20,7 @@ from compressors.onnx_network.network import MODULE, OnnxNetwork, require_suppor
 from compressors.onnx_network.normalize import normalize
 from compressors.onnx_network.operators.elementwise import DTYPES
 from compressors.onnx_network.operators.table import OPERATORS, computes_sizes
+from compressors.onnx_network.widths import layers_before
 
 SHAPE_READERS = ("Shape", "Size")
 
@@ -52,7 +52,10 @@ def convert(model: ir.Model) -> Converted:
     Raises:
         OnnxRefused: the graph has an operator, a type or a form that is not supported.
     """
-    for item in _inputs(model.graph):
+    inputs = _inputs(model.graph)
+    if not inputs:
+        raise OnnxRefused("inputs_missing")
+    for item in inputs:
         _require_rows_of_numbers(item)
     initializers = set(model.graph.initializers)  # constants become initializers too
     normalize(model)
@@ -84,54 +87,59 @@ def _converted(graph: ir.Graph, initializers: set[str]) -> Converted:
         graph: the graph.
         initializers: the names of the values that the file stores as initializers.
     """
-    inputs = _inputs(graph)
     calls = {call.nodes[-1]: call for call in module_calls(graph)}
     covered = {node for call in calls.values() for node in call.nodes[:-1]}
     nodes = [node for node in graph if node not in covered]
     attributes = {node: _attributes(node) for node in nodes if node not in calls}
+    inputs = _inputs(graph)
     names = _Names(inputs)
     modules = _modules(calls.values(), names)
     sizes, tensors = _constants(graph, attributes)
     for value in tensors:
         names.of_tensor(value)
-    config_nodes = [
-        _call(calls[node], modules, names) if node in calls else _node(node, attributes, names)
-        for node in nodes
-    ]
-    is_trained = {
-        value: value.name in initializers and tensor.is_floating_point() and tensor.numel() > 1
+    trained = {
+        value
         for value, tensor in tensors.items()
+        if value.name in initializers and _may_be_trained(tensor)
     }
-    weights = {names.of(value): tensor for value, tensor in tensors.items()}
-    specs: dict[bool, dict[str, Any]] = {True: {}, False: {}}
-    for value, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        is_parameter = is_trained[value] and bool(tensor.isfinite().all())
-        specs[is_parameter][names.of(value)] = {"dtype": dtype, "shape": list(tensor.shape)}
     taken: set[str] = set()
     config = {
-        "inputs": [
-            {
-                "name": names.of(item),
-                "dtype": str(DTYPES[int(item.dtype)]).removeprefix("torch."),
-                "shape": list(_sizes_of(item.shape)),
-            }
-            for item in inputs
-            if item.dtype is not None and item.shape is not None
-        ],
+        "inputs": [{"name": names.of(item), **_type_of(item)} for item in inputs],
         "outputs": {unique_name(item.name or "", taken): names.of(item) for item in graph.outputs},
-        "nodes": config_nodes,
-        "modules": {
-            name: {CLASS: f"torch.nn:{call.kind}", ARGUMENTS: call.arguments}
-            for name, call in modules.values()
-        },
-        "parameters": specs[True],
-        "buffers": specs[False],
+        "nodes": [
+            _call(calls[node], modules, names) if node in calls else _node(node, attributes, names)
+            for node in nodes
+        ],
+        **_units(modules, layers_before(calls.values())),
+        "parameters": {names.of(v): _spec(t) for v, t in tensors.items() if v in trained},
+        "buffers": {names.of(v): _spec(t) for v, t in tensors.items() if v not in trained},
         "sizes": {names.of(value): integers for value, integers in sizes.items()},
     }
+    weights = {names.of(value): tensor for value, tensor in tensors.items()}
     for name, call in modules.values():
         weights |= {f"{name}.{attribute}": w for attribute, w in call.weights().items()}
     return Converted(config, weights)
+
+
+def _may_be_trained(tensor: Tensor) -> bool:
+    """Return whether an initializer can be a trained weight: finite floats, more than one."""
+    return tensor.is_floating_point() and tensor.numel() > 1 and bool(tensor.isfinite().all())
+
+
+def _type_of(item: ir.Value) -> dict[str, Any]:
+    """Return dtype and shape of an input, as in ``GraphInput``."""
+    if item.dtype is None or item.shape is None:  # excluded by _require_rows_of_numbers; for mypy
+        raise ValueError(f"the input {item.name} has no type")
+    return {"dtype": _dtype_name(DTYPES[int(item.dtype)]), "shape": list(_sizes_of(item.shape))}
+
+
+def _spec(tensor: Tensor) -> dict[str, Any]:
+    """Return dtype and shape of a tensor."""
+    return {"dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class _Names:
@@ -143,7 +151,7 @@ class _Names:
 
     def __init__(self, inputs: Iterable[ir.Value]) -> None:
         self._values: set[str] = set()
-        empty = OnnxNetwork([], {}, [], {}, {}, {}, {})
+        empty = OnnxNetwork([], {}, [], {}, {}, {}, {}, {}, {})
         self._attributes = set(dir(empty))
         self._names: dict[ir.Value, str] = {}
         for item in inputs:
@@ -172,6 +180,31 @@ def _modules(
     first = {call.key: call for call in calls if by_key[call.key] is call}
     scopes = common_scopes(call.path for call in first.values())
     return {key: (names.of_module(call.path[scopes:]), call) for key, call in first.items()}
+
+
+def _units(
+    modules: dict[tuple[Any, ...], tuple[str, ModuleCall]],
+    before: dict[tuple[Any, ...], tuple[Any, ...]],
+) -> dict[str, Any]:
+    """Return the arguments of the class that describe tables and layers.
+
+    Args:
+        modules: the name and a call of each module, by key.
+        before: by key of a layer, the one whose output is its only input.
+    """
+    tables, layers = {}, {}
+    for key, (name, call) in modules.items():
+        if call.kind == "Embedding":
+            tables[name] = list(call.arguments)
+            continue
+        inputs, outputs, has_bias = call.arguments
+        layers[name] = {
+            "inputs": modules[before[key]][0] if key in before else inputs,
+            "outputs": name if key in before.values() else outputs,
+            "bias": has_bias,
+        }
+    widths = {modules[key][0]: modules[key][1].arguments[1] for key in before.values()}
+    return {"tables": tables, "layers": layers, "widths": widths}
 
 
 def _call(
@@ -288,10 +321,6 @@ def _checked(value: ir.Value) -> Tensor:
 
 def build(converted: Converted) -> OnnxNetwork:
     """Return the network with its weights, in evaluation mode."""
-    modules = {
-        name: getattr(torch.nn, item[CLASS].partition(":")[2])(**item[ARGUMENTS])
-        for name, item in converted.config["modules"].items()
-    }
-    network = OnnxNetwork(**{**converted.config, "modules": modules})
+    network = OnnxNetwork(**converted.config)
     network.load_state_dict(converted.weights, strict=True, assign=True)
     return network.eval()

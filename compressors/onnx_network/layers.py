@@ -24,7 +24,7 @@ class ModuleCall:
         key: equal for calls of the same module.
         kind: name of the module's class in ``torch.nn``.
         path: parts of the module's name.
-        arguments: of its constructor.
+        arguments: rows and dimension of a table; inputs, outputs and bias of a layer.
         weights: returns its state dict.
         source: the value that it receives.
         result: the value that it returns.
@@ -34,7 +34,7 @@ class ModuleCall:
     key: tuple[Any, ...]
     kind: str
     path: tuple[str, ...]
-    arguments: dict[str, Any]
+    arguments: tuple[int, ...]
     weights: Callable[[], dict[str, Tensor]]
     source: ir.Value
     result: ir.Value
@@ -95,7 +95,7 @@ def _table(node: ir.Node, weight: ir.Value, ids: ir.Value) -> ModuleCall:
         key=(weight, "Embedding"),
         kind="Embedding",
         path=layer_path(node, weight),
-        arguments={"num_embeddings": rows, "embedding_dim": dim},
+        arguments=(rows, dim),
         weights=lambda: {"weight": tensor_of_value(weight)},
         source=ids,
         result=node.outputs[0],
@@ -124,11 +124,7 @@ def _dense(node: ir.Node, source: ir.Value, weight: ir.Value, *, is_transposed: 
         key=(weight, is_transposed, bias, alpha, beta),
         kind="Linear",
         path=layer_path(node, weight),
-        arguments={
-            "in_features": inputs,
-            "out_features": outputs,
-            **({} if bias is not None else {"bias": False}),
-        },
+        arguments=(inputs, outputs, bias is not None),
         weights=weights,
         source=source,
         result=node.outputs[0] if addition is None else addition.outputs[0],

@@ -93,7 +93,10 @@ class OnnxNetwork(nn.Module):
         inputs: name, dtype and shape of each input, as in ``GraphInput``.
         outputs: name of each output, and the value that it returns.
         nodes: the nodes in the order in which they are computed, as in ``Node``.
-        modules: the tables and dense layers by name.
+        tables: rows and dimension of each table, by name.
+        layers: inputs, outputs and bias of each dense layer, by name. In place of a number of
+            inputs or outputs, the name of a width.
+        widths: numbers of outputs of layers that are also numbers of inputs of others, by name.
         parameters: dtype and shape of the other trained weights, by name.
         buffers: dtype and shape of the constants, by name.
         sizes: integers from which shapes are computed, by name.
@@ -107,7 +110,9 @@ class OnnxNetwork(nn.Module):
         inputs: Sequence[Mapping[str, Any]],
         outputs: Mapping[str, str],
         nodes: Sequence[Mapping[str, Any]],
-        modules: Mapping[str, nn.Module],
+        tables: Mapping[str, Sequence[int]],
+        layers: Mapping[str, Mapping[str, Any]],
+        widths: Mapping[str, int],
         parameters: Mapping[str, Mapping[str, Any]],
         buffers: Mapping[str, Mapping[str, Any]],
         sizes: Mapping[str, int | list[int]],
@@ -120,8 +125,12 @@ class OnnxNetwork(nn.Module):
         self.nodes = tuple(_node(item) for item in nodes)
         self.sizes = {name: as_sizes(values) for name, values in sizes.items()}
         self.tensor_names = (*parameters, *buffers)
-        for name, module in modules.items():
-            self.add_module(name, module)
+        for name, (rows, dim) in tables.items():
+            self.add_module(name, nn.Embedding(rows, dim))
+        for name, layer in layers.items():
+            ends = (layer["inputs"], layer["outputs"])
+            inner, outer = (widths[end] if isinstance(end, str) else end for end in ends)
+            self.add_module(name, nn.Linear(inner, outer, bias=layer["bias"]))
         for name, spec in parameters.items():
             self.register_parameter(name, nn.Parameter(_empty(spec)))
         for name, spec in buffers.items():
@@ -137,9 +146,9 @@ class OnnxNetwork(nn.Module):
         Returns:
             The tensor of the only output, or those of several by name.
         """
-        values: dict[str, Value] = dict(self.graph_inputs(inputs))
-        device = next(iter(values.values())).device
-        values |= self.sizes
+        tensors = self.graph_inputs(inputs)
+        device = next(iter(tensors.values())).device
+        values: dict[str, Value] = {**tensors, **self.sizes}
         values |= {name: getattr(self, name) for name in self.tensor_names}
         for node, released in zip(self.nodes, self._released, strict=True):
             results = self._compute(node, [values.get(name) for name in node.inputs], device)
@@ -179,7 +188,11 @@ class OnnxNetwork(nn.Module):
                 keeps = position in operator.sizes | operator.indices or argument is None
                 converted.append(argument if keeps else _tensor(argument, device))
             placed = {"device": device} if operator.needs_device else {}
-            result = operator.function(*converted, **node.attributes, **placed)
+            try:
+                result = operator.function(*converted, **node.attributes, **placed)
+            except NotImplementedError as fault:
+                problem = str(fault)
+                raise OnnxRefused("form_unknown", node=node.outputs[0], problem=problem) from fault
         return result if isinstance(result, tuple) else (result,)
 
 

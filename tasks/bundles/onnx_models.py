@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compressors.contracts import ONNX_NETWORK, Architecture
 from compressors.errors.onnx_graphs import OnnxRefused
+from compressors.inspection.lookups import tensors_in
 from compressors.onnx_network.conversion import build, convert
 from compressors.onnx_network.network import OnnxNetwork
 from infra.bundle.onnx_file import read_onnx
@@ -37,7 +38,7 @@ def require_onnx_scores(
     path: Path,
     network: OnnxNetwork,
     inputs: dict[str, Tensor],
-    returned: Tensor | dict[str, Tensor],
+    returned: object,
 ) -> None:
     """Raise if ONNX Runtime computes other outputs from the file than the network returned.
 
@@ -56,8 +57,8 @@ def require_onnx_scores(
         expected = Session(path, threads=1).outputs(arrays)
     except (BuildRefused, ScoringFailed) as fault:
         raise OnnxRefused("scores_missing", problem=str(fault)) from fault
-    outputs = returned if isinstance(returned, dict) else dict.fromkeys(network.outputs, returned)
-    for (name, output), array in zip(outputs.items(), expected, strict=True):
+    outputs = tensors_in(returned)
+    for name, output, array in zip(network.outputs, outputs, expected, strict=True):
         got, limit = output.double().numpy(), TOLERANCE * (1 + np.abs(array).max(initial=0))
         difference = np.abs(got - array).max(initial=0) if got.shape == array.shape else np.inf
         if not difference <= limit:

@@ -53,7 +53,8 @@ def _initial(state: Tensor | None, x: Tensor, w: Tensor, hidden_size: int) -> Te
 
 def _by_direction(output: Tensor, directions: int) -> Tensor:
     """Return torch's output as ONNX's: ``(steps, directions, rows, hidden)``."""
-    return output.unflatten(2, (directions, -1)).transpose(1, 2)
+    steps, rows, _ = output.shape
+    return output.reshape(steps, rows, directions, -1).transpose(1, 2)
 
 
 def _gru(

@@ -129,7 +129,8 @@ def _batch_normalization(
 
 
 def _lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
-    return x / torch.linalg.vector_norm(x, p, dim=axis, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(x, p, dim=axis, keepdim=True)
+    return x / length
 
 
 def _convolution(

@@ -1,7 +1,7 @@
 """The list of the ONNX operators that a network from an ONNX file may have."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ OPERATORS: dict[str, Operator] = {
 """The operators by their ONNX name. A graph with another one is refused."""
 
 
-def computes_sizes(kind: str, attributes: dict[str, Any]) -> bool:
+def computes_sizes(kind: str, attributes: Mapping[str, Any]) -> bool:
     """Return whether a node whose inputs are all integers of a shape results in such integers."""
     is_float = kind == "Cast" and attributes["to"] not in (6, 7)
     is_filled_with_floats = kind == "ConstantOfShape" and type(attributes.get("value")) is not int

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from error_codes import raises_code
@@ -14,6 +15,7 @@ from torch import nn
 
 from compressors.contracts import ONNX_NETWORK
 from compressors.errors.onnx_graphs import OnnxRefused
+from compressors.onnx_network.conversion import convert
 from compressors.onnx_network.network import OnnxNetwork
 
 random = np.random.default_rng(0)
@@ -231,6 +233,11 @@ def test_fixed_number_of_rows_is_refused_with_the_input() -> None:
         network_of(model)
 
 
+def test_graph_without_inputs_is_refused() -> None:
+    with raises_code(OnnxRefused, "inputs_missing"):
+        network_of(graph_of([node("Relu", "w", "y")], {}, weights={"w": floats(2)}))
+
+
 def test_texts_as_input_and_weights_of_16_bits_are_refused() -> None:
     model = graph_of([node("Relu", "x", "y")], {"x": floats(3, 2)})
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.STRING
@@ -241,3 +248,42 @@ def test_texts_as_input_and_weights_of_16_bits_are_refused() -> None:
     model.graph.initializer.append(half)
     with raises_code(OnnxRefused, "weights_dtype", name="w"):
         network_of(model)
+
+
+def perceptron(*between: onnx.NodeProto) -> onnx.ModelProto:
+    """Return a model of two layers with nodes that compute ``b`` from ``a`` between them."""
+    nodes = [node("MatMul", "x first", "a"), *between, node("MatMul", "b second", "y")]
+    weights = {"first": floats(2, 6), "second": floats(6, 1), "scale": floats(6)}
+    return graph_of(nodes, {"x": floats(3, 2)}, weights=weights)
+
+
+def test_layer_that_only_layers_read_has_a_width_that_can_be_changed() -> None:
+    model = perceptron(node("Relu", "a", "r"), node("Tanh", "r", "b"))
+    config = convert(ir.from_proto(model)).config
+    assert config["widths"] == {"first": 6}
+    narrower = OnnxNetwork(**{**config, "widths": {"first": 4}})
+    assert {name: tuple(p.shape) for name, p in narrower.named_parameters()} == {
+        "first.weight": (4, 2),
+        "second.weight": (1, 4),
+    }
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        [node("Mul", "a scale", "b")],
+        [node("Softmax", "a", "b")],
+        [node("Relu", "a", "r"), node("Add", "a r", "b")],
+        [node("Identity", "x", "u"), node("Concat", "u u u", "b", axis=1)],
+    ],
+    ids=["weights", "softmax", "two_readers", "not_read"],
+)
+def test_layer_that_other_nodes_read_has_a_fixed_width(between: list[onnx.NodeProto]) -> None:
+    assert convert(ir.from_proto(perceptron(*between))).config["widths"] == {}
+
+
+def test_layer_whose_output_is_also_an_output_of_the_graph_has_a_fixed_width() -> None:
+    nodes = [node("MatMul", "x first", "a"), node("Relu", "a", "b"), node("MatMul", "b last", "y")]
+    weights = {"first": floats(2, 6), "last": floats(6, 1)}
+    model = graph_of(nodes, {"x": floats(3, 2)}, ["y", "a"], weights)
+    assert convert(ir.from_proto(model)).config["widths"] == {}

@@ -1,0 +1,78 @@
+"""Models of torch-rechub and DeepCTR-Torch that torch exports to ONNX have the same scores."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx_graphs import export, network_of
+from torch import Tensor, nn
+
+LIBRARIES = Path(sys.prefix) / "libraries"
+ROWS = 5
+random = np.random.default_rng(0)
+COLUMNS = {
+    "user": random.integers(0, 50, ROWS),
+    "item": random.integers(1, 80, ROWS),
+    "genre": random.integers(0, 18, ROWS),
+    "price": random.random(ROWS, np.float32),
+    "age": random.integers(18, 80, ROWS).astype(np.float32),
+    "history": random.integers(1, 80, (ROWS, 6)),
+    "recent": random.integers(0, 80, (ROWS, 6)),
+}
+NUMBERS, IDS = ("price", "age"), ("user", "item", "genre")
+INPUTS = {
+    **dict.fromkeys(
+        ("deep_fm", "dcn", "dcn_v2", "auto_int", "mmoe", "shared_bottom"), (*IDS, *NUMBERS)
+    ),
+    "wide_deep": (*IDS, *NUMBERS, "recent"),
+    "din": (*IDS, "history"),
+}
+DEEPCTR = ("deep_fm", "xdeep_fm", "auto_int", "wide_deep", "nfm", "pnn", "fibinet")
+CASES = [
+    *(
+        (name, dynamo)
+        for name in (*INPUTS, *(f"deepctr_{n}" for n in DEEPCTR))
+        for dynamo in (0, 1)
+    ),
+    ("deepctr_dcn", 1),  # TorchScript writes an If, which is refused
+]
+SCORES = 1e-6  # float32 sums in another order; scores are probabilities
+
+
+class ByName(nn.Module):
+    """Calls a model that receives a mapping, with the tensors in the order of the names."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        scores: Tensor = self.model(dict(zip(self.names, tensors, strict=True)))
+        return scores
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "dynamo"), CASES)
+def test_exported_model_of_a_library_has_the_same_scores(
+    tmp_path: Path, name: str, dynamo: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(LIBRARIES))
+    import library_models
+
+    model = getattr(library_models, name)().eval()
+    if name in INPUTS:
+        inputs = {column: torch.from_numpy(COLUMNS[column]) for column in INPUTS[name]}
+        model = ByName(model, tuple(inputs)).eval()
+    else:
+        parts = [
+            torch.from_numpy(COLUMNS[column]).reshape(ROWS, -1) for column in model.feature_index
+        ]
+        inputs = {"X": torch.cat([part.float() for part in parts], dim=1)}
+    path = tmp_path / "model.onnx"
+    export(model, inputs, ["score"], path, dynamo=bool(dynamo), by_name=name not in INPUTS)
+    with torch.no_grad():
+        expected, scores = model(*inputs.values()), network_of(onnx.load(path))(inputs)
+    torch.testing.assert_close(scores, expected, rtol=SCORES, atol=SCORES)
