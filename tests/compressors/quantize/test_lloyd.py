@@ -17,7 +17,7 @@ from torch import Tensor
 from compressors.quantize.kernels import lloyd
 from compressors.quantize.kernels.lloyd import (
     kmeans,
-    nearest,
+    nearest_entries,
     nearest_with_weights,
     sample_rows,
     scalar_kmeans,
@@ -73,10 +73,10 @@ def test_a_codebook_never_has_a_larger_error_than_the_mean_of_all_points(rows, l
 def test_points_are_exact_if_there_are_as_many_entries_as_different_points(rows, extra_entries):
     different = len(torch.unique(rows, dim=0))
     fit = kmeans(rows, different + extra_entries)
-    assert torch.equal(fit.codebook[nearest(rows, fit.codebook)], rows)
+    assert torch.equal(fit.codebook[nearest_entries(rows, fit.codebook)], rows)
     values = rows.flatten()
     scalar = scalar_kmeans(values, len(torch.unique(values)) + extra_entries).codebook
-    assert torch.equal(scalar[nearest(values[:, None], scalar)].flatten(), values)
+    assert torch.equal(scalar[nearest_entries(values[:, None], scalar)].flatten(), values)
 
 
 def clustered_points(count: int, dim: int, clusters: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def clustered_points(count: int, dim: int, clusters: int, seed: int = 0) -> tupl
 
 def test_kmeans_finds_well_separated_clusters():
     rows, cluster_of_point = clustered_points(800, 5, 20)
-    codes = nearest(rows, kmeans(rows, 20).codebook)
+    codes = nearest_entries(rows, kmeans(rows, 20).codebook)
     assert len(torch.unique(codes)) == 20
     for cluster in range(20):
         assert len(torch.unique(codes[cluster_of_point == cluster])) == 1
@@ -131,7 +131,7 @@ def test_one_more_update_of_the_means_lowers_the_error_by_almost_nothing(levels)
     fit = kmeans(rows, levels, weight, rounds=200)
     result = error(rows, fit.codebook, weight)
     assert result == pytest.approx(fit.errors[-1], rel=1e-6)
-    codes = nearest(rows, fit.codebook)
+    codes = nearest_entries(rows, fit.codebook)
     means = [
         np.average(rows[codes == code].numpy(), axis=0, weights=weight[codes == code].numpy())
         for code in range(levels)
@@ -162,7 +162,7 @@ def test_entries_without_points_are_moved_to_points(monkeypatch):
     equal_entries = rows[:1].expand(8, 2).clone()  # seven of the eight have no points
     monkeypatch.setattr(lloyd, "_draw_entries", lambda *_: equal_entries)
     fit = kmeans(rows, 8)
-    assert len(torch.unique(nearest(rows, fit.codebook))) == 8
+    assert len(torch.unique(nearest_entries(rows, fit.codebook))) == 8
     # Two clusters may share one entry.
     assert fit.errors[-1] < 0.2 * fit.errors[0]
 
@@ -185,10 +185,10 @@ def test_nearest_equals_a_float64_search_of_all_entries(rows, levels, seed):
     generator = torch.Generator().manual_seed(seed)
     codebook = rows[torch.randint(len(rows), (levels,), generator=generator)] * 0.9
     distances = (rows.double()[:, None] - codebook.double()[None]).square().sum(dim=2)
-    assert torch.equal(nearest(rows, codebook), distances.argmin(dim=1))
+    assert torch.equal(nearest_entries(rows, codebook), distances.argmin(dim=1))
     ones = torch.ones_like(rows)
-    nearest_entries = nearest_with_weights(rows, ones, codebook)
-    result = distances.gather(1, nearest_entries[:, None]).flatten()
+    weighted_entries = nearest_with_weights(rows, ones, codebook)
+    result = distances.gather(1, weighted_entries[:, None]).flatten()
     size = float(rows.double().square().sum(dim=1).amax())
     assert torch.all(result <= distances.amin(dim=1) + 1e-5 * size)  # float32 products
 
@@ -207,10 +207,10 @@ def test_nearest_does_not_depend_on_the_block_size(block, monkeypatch):
     codebook[100:] = codebook[:100] * (1 + 2.0**-22)
     pairs = torch.randint(200, (1000, 2), generator=generator)
     rows = codebook[pairs].mean(dim=1)  # halfway between two entries
-    at_once = nearest(rows, codebook)
+    at_once = nearest_entries(rows, codebook)
     monkeypatch.setattr(lloyd, "BLOCK", block)
-    assert torch.equal(nearest(rows, codebook), at_once)
-    parts = [nearest(part, codebook) for part in rows.split(block)]
+    assert torch.equal(nearest_entries(rows, codebook), at_once)
+    parts = [nearest_entries(part, codebook) for part in rows.split(block)]
     assert torch.equal(torch.cat(parts), at_once)
 
 
