@@ -76,7 +76,7 @@ def replace_pointwise_convs(model: nn.Module) -> nn.Module:
             replaced[module] = _pointwise(module)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
-            if module in replaced:
+            if module is not None and module in replaced:
                 parent._modules[child] = replaced[module]
     return model
 
