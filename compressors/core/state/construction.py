@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +174,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool) ->
     for (view, name, stride, parameter_offset), (shape, view_stride, offset) in zip(
         views, view_layouts, strict=True
     ):
-        values = _tensor_named(module, name).detach()
+        values = tensor_named(module, name).detach()
         if values.stride() == stride:  # otherwise it has no values, and loading raises an error
             begin = values.storage_offset() + offset - parameter_offset
             exchange(view, values.as_strided(shape, view_stride, begin))
@@ -424,11 +424,13 @@ def _recompute(module: nn.Module) -> None:
         setattr(part, name.rpartition(".")[2], weight)
 
 
-def _tensor_named(module: nn.Module, name: str) -> Tensor:
+def tensor_named(module: nn.Module, name: str) -> Tensor:
     """Return the tensor at an attribute path."""
     parent_name, _, attribute = name.rpartition(".")
-    tensor: Tensor = getattr(module.get_submodule(parent_name), attribute)
-    return tensor
+    parent = module.get_submodule(parent_name)
+    # A compressed table has a property of the name ``weight`` that is not its stored tensor.
+    stored = parent._parameters.get(attribute, parent._buffers.get(attribute))
+    return cast("Tensor", getattr(parent, attribute) if stored is None else stored)
 
 
 def _has_storage(tensor: Tensor) -> bool:

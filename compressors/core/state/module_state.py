@@ -30,6 +30,7 @@ from compressors.core.state.construction import (
     Construction,
     assign,
     construct,
+    tensor_named,
     tensors_on_accelerator,
     tensors_without_values,
 )
@@ -236,7 +237,7 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
     assign(model, tensors, strict=False)
     for name, stored in ties.items():
         parent_name, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), attribute, _tensor_named(model, stored))
+        setattr(model.get_submodule(parent_name), attribute, tensor_named(model, stored))
     if names_without_values := tensors_without_values(model, replaced):
         raise ModelRefused("values_missing", names=tuple(names_without_values[:NAMES_SHOWN]))
     if names_on_accelerator := tensors_on_accelerator(model):
@@ -309,13 +310,6 @@ def _require_matching_tensors(
                 stored=str(tensor.dtype),
                 expected=str(expected[name].dtype),
             )
-
-
-def _tensor_named(model: nn.Module, name: str) -> Tensor:
-    """Return the tensor at an attribute path."""
-    parent_name, _, attribute = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(parent_name), attribute)
-    return tensor
 
 
 def map_tensors(folder: Path) -> dict[str, Tensor]:
