@@ -17,6 +17,12 @@ from s3_server import S3Server, running_server
 from infra.telemetry import disable_telemetry
 
 gc.disable()  # while modules are imported, since nothing of them can be freed
+LARGE_TIERS = ("slow", "nightly", "data")
+LARGE_TIERS_SECONDS = 3600
+"""Time limit of a test in these tiers without another limit: it only finds tests that hang.
+
+A test of some minutes can take ten times as long on a busy machine.
+"""
 ADDRESS_VARIABLES = {"RECPRESS_STORE", "RECPRESS_TRITON", "MLFLOW_TRACKING_URI"}
 
 disable_telemetry()
@@ -37,10 +43,14 @@ settings.load_profile("default")  # `pytest --hypothesis-profile nightly` overri
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sort tests so that the longest groups start first."""
+    """Sort tests so that the longest groups start first; give large tests a longer time limit."""
     first = (FAULTS,) if has_nightly_tests(config) else ()
     group_indices = {name: index for index, name in enumerate((*first, *GROUPS))}
     items.sort(key=lambda item: group_indices.get(group_of(item.nodeid), len(group_indices)))
+    for item in items:
+        is_large = any(item.get_closest_marker(tier) for tier in LARGE_TIERS)
+        if is_large and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(LARGE_TIERS_SECONDS))
 
 
 @pytest.hookimpl(optionalhook=True)

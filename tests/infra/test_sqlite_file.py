@@ -75,14 +75,7 @@ MANY_POINTS = [number / 40 for number in range(1, 36)] + [
 ]
 
 
-@pytest.mark.parametrize(
-    "points",
-    [
-        FEW_POINTS,
-        # Each of the 86 points creates a registry, which takes seconds on a busy machine.
-        pytest.param(MANY_POINTS, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
-    ],
-)
+@pytest.mark.parametrize("points", [FEW_POINTS, pytest.param(MANY_POINTS, marks=pytest.mark.slow)])
 def test_registry_is_complete_after_the_process_that_created_it_was_killed(
     send: SendCommand, tmp_path: Path, points: list[float]
 ) -> None:
