@@ -78,7 +78,7 @@ def test_model_of_keras_is_compressed_and_registered(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_model_of_torch_is_exported_packed_and_compressed_small(folder: Path) -> None:
-    compress = "recpress compress exported --preset small --target onnxruntime"
+    compress = "recpress compress torch-clicks --preset small --target onnxruntime"
     limit = "--limit 'auc vs baseline >= -0.05'"
     output = run(folder, f"{blocks('sh')[1]}\n{compress} {limit}\n")
     assert "onnxruntime: accepted" in output

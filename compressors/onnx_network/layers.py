@@ -162,11 +162,7 @@ def _addition(product: ir.Value, outputs: int) -> ir.Node | None:
     consumers = tuple(product.consumers())
     if len(consumers) != 1 or product.is_graph_output() or consumers[0].op_type != "Add":
         return None
-    others = [item for item in consumers[0].inputs if item is not product]
-    is_bias = len(others) == 1 and _is_vector(others[0], (outputs,))
-    return consumers[0] if is_bias and len(_rank_one(others[0])) <= 2 else None
-
-
-def _rank_one(value: ir.Value | None) -> tuple[Any, ...]:
-    stored = None if value is None else value.const_value
-    return () if stored is None else tuple(stored.shape)
+    bias = next((item for item in consumers[0].inputs if item is not product), None)
+    # With more dimensions, the bias could add one to the product.
+    has_two = bias is not None and bias.shape is not None and len(bias.shape) <= 2
+    return consumers[0] if has_two and _is_vector(bias, (outputs,)) else None

@@ -54,6 +54,16 @@ FAULTS = (
         ),
     ),
     Fault(
+        id="onnx-external-data-outside-of-the-folder",
+        file="infra/bundle/onnx_file.py",
+        old="    return file.resolve().is_relative_to(folder.resolve())",
+        new="    return True",
+        effect="An ONNX file names any file of the machine as the values of a weight.",
+        tests=(
+            "tests/infra/test_onnx_file.py::test_external_data_outside_of_the_folder_is_refused",
+        ),
+    ),
+    Fault(
         id="attribute-names-run-as-code",
         file="compressors/core/state/construction.py",
         old="            if _UNSAFE_IN_TEXT.search(name):\n",
