@@ -72,6 +72,10 @@ def write_rows(folder: Path) -> None:
             "kind": random.integers(1, KINDS + 1, rows),
             "item_id_list": [random.integers(1, ITEMS + 1, length) for length in lengths],
             "item_length": lengths,
+            "padded_list": [
+                np.pad(random.integers(1, ITEMS + 1, length), (0, LONGEST - length))
+                for length in lengths
+            ],
             "label": random.integers(0, 2, rows),
         }
         pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
