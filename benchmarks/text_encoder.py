@@ -64,7 +64,7 @@ Encoder = Callable[[Ints, Ints], Floats]
 
 SIZES = {"one query, 20 tokens": (1, 20, 60), "32 documents, 128 tokens": (32, 128, 5)}
 """Rows, tokens and timed calls."""
-BATCH = 16
+BATCH, CALIBRATION_ROWS = 16, 48
 RECPRESS, STOCK = "recpress, int8", "quantize_dynamic"
 ORT_FLOAT, OURS_DYNAMIC = "ONNX Runtime, float32", "quantize_dynamic, graph of recpress"
 JUDGED = {ORT_FLOAT, STOCK, RECPRESS}
@@ -121,7 +121,7 @@ def compress(network: TextRetriever, draft: Path, folder: Path) -> Model:
     bench = Bench(signature=signature(), calibration=split)
     architecture = Architecture(path="examples.bert:TextRetriever", config=CONFIG)
     model = Model(network, TextRetriever, Network(architecture=architecture))
-    for step in (RowwiseInt8(), StaticInt8()):
+    for step in (RowwiseInt8(), StaticInt8(rows=CALIBRATION_ROWS)):
         (folder / step.kind).mkdir()
         model = run(step, model, bench, folder / step.kind)
     return model
