@@ -75,9 +75,9 @@ def replace_pointwise_convs(model: nn.Module) -> nn.Module:
         if _is_pointwise(module) and all(users[id(p)] == 1 for p in module.parameters()):
             replaced[module] = _pointwise(module)
     for parent in list(model.modules()):
-        for child, module in list(parent._modules.items()):
-            if module is not None and module in replaced:
-                parent._modules[child] = replaced[module]
+        for child, part in list(parent._modules.items()):
+            if part is not None and part in replaced:
+                parent._modules[child] = replaced[part]
     return model
 
 

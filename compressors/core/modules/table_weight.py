@@ -148,12 +148,14 @@ class TableWeight:
         """Return the ids that an index of rows selects; None for other kinds of indices."""
         match index:
             case slice(step=None | 1):
-                begin, end = (self._position(side) for side in (index.start, index.stop))
-                begin, end = 0 if begin is None else begin, self.rows if end is None else end
+                begin = 0 if index.start is None else self._position(index.start)
+                end = self.rows if index.stop is None else self._position(index.stop)
+                if type(begin) is type(end) is int:
+                    end = max(begin, end)
                 return torch.arange(begin, end, device=self.device)
             case Tensor() if not index.is_floating_point() and index.dtype != torch.bool:
                 return torch.where(index < 0, index + self.rows, index)
-            case int() if not isinstance(index, bool):
+            case int() if not isinstance(index, bool) and -self.rows <= index < self.rows:
                 return torch.tensor(index % self.rows, device=self.device)
         return None
 
@@ -162,11 +164,9 @@ class TableWeight:
 
         While a network is exported, a length may be symbolic: it has no value yet.
         """
-        return (
-            min(max(side + self.rows if side < 0 else side, 0), self.rows)
-            if (type(side) is int)
-            else side
-        )
+        if type(side) is not int:
+            return side
+        return min(max(side + self.rows if side < 0 else side, 0), self.rows)
 
     def __matmul__(self, other: Tensor) -> Tensor:
         return _matmul(self, other)

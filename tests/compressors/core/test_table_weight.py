@@ -87,6 +87,7 @@ USES: dict[str, Callable[[Any, Tensor], Any]] = {
     "slice": lambda w, x: w[:4],
     "slice from the end": lambda w, x: w[-3:],
     "slice beyond the end": lambda w, x: w[5:99],
+    "empty slice": lambda w, x: w[5:2],
     "slice with a step": lambda w, x: w[::2],
     "slice of columns": lambda w, x: w[1:5, :2],
     "one row": lambda w, x: w[-1],
@@ -139,6 +140,13 @@ def test_only_unusual_uses_decode_all_rows(
     )
     USES[use](table.weight, torch.ones(2, DIM))
     assert (max(read, default=0) == ROWS) == decodes
+
+
+def test_a_row_out_of_range_raises_an_index_error() -> None:
+    weight = packed(RowwiseInt8()).weight
+    for row in (ROWS, -ROWS - 1):
+        with pytest.raises(IndexError):
+            _ = weight[row]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.kind)
