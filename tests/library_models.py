@@ -12,7 +12,8 @@ from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
 from torch import nn
 from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
 from torch_rechub.models import multi_task, ranking
-from torch_rechub.models.matching import dssm, dssm_senet
+from torch_rechub.models.matching import DSSM
+from torch_rechub.models.matching.dssm_senet import DSSM as SENetDSSM
 
 USERS, ITEMS, GENRES, LONGEST = 50, 80, 18, 6
 
@@ -63,8 +64,8 @@ of_user = [
     SequenceFeature("lately", ITEMS, 8, pooling="mean", shared_with="product", padding_idx=0),
 ]
 MATCHING: dict[str, Callable[[], nn.Module]] = {
-    "dssm": lambda: dssm.DSSM(of_user, of_item, tower_mlp, tower_mlp),
-    "senet_dssm": lambda: dssm_senet.DSSM(of_user[:1], of_item, tower_mlp, tower_mlp),
+    "dssm": lambda: DSSM(of_user, of_item, tower_mlp, tower_mlp),
+    "senet_dssm": lambda: SENetDSSM(of_user[:1], of_item, tower_mlp, tower_mlp),
 }
 DEEPCTR: dict[str, Callable[[], nn.Module]] = {
     "deepctr_deep_fm": lambda: deepctr.DeepFM(with_list, with_list, **layers),

@@ -43,9 +43,10 @@ class PointwiseConv(nn.Module):
         return self.linear.bias
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        # Contiguous, because torch rounds products of strided inputs differently.
+        # Contiguous, because torch rounds products of strided inputs differently, and because
+        # networks may call ``view`` on the output of a convolution.
         output: Tensor = self.linear(input.transpose(-1, -2).contiguous())  # (*, length, out)
-        return output.transpose(-1, -2)
+        return output.transpose(-1, -2).contiguous()
 
     def record(self) -> ModuleRecord:
         """Return the record from which a bundle rebuilds this module, without its layer."""
