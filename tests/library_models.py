@@ -13,7 +13,7 @@ from torch import nn
 from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
 from torch_rechub.models import multi_task, ranking
 from torch_rechub.models.matching import DSSM
-from torch_rechub.models.matching.dssm_senet import DSSM as SENetDSSM
+from torch_rechub.models.matching import dssm_senet as senet
 
 USERS, ITEMS, GENRES, LONGEST = 50, 80, 18, 6
 
@@ -65,7 +65,7 @@ of_user = [
 ]
 MATCHING: dict[str, Callable[[], nn.Module]] = {
     "dssm": lambda: DSSM(of_user, of_item, tower_mlp, tower_mlp),
-    "senet_dssm": lambda: SENetDSSM(of_user[:1], of_item, tower_mlp, tower_mlp),
+    "senet_dssm": lambda: senet.DSSM(of_user[:1], of_item, tower_mlp, tower_mlp),
 }
 DEEPCTR: dict[str, Callable[[], nn.Module]] = {
     "deepctr_deep_fm": lambda: deepctr.DeepFM(with_list, with_list, **layers),
