@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
+from compressors.core.state.construction import tensor_named
 from compressors.core.units import replace_parameter
 
 
@@ -60,7 +61,7 @@ def replace_trained_tensors(module: nn.Module, names: tuple[str, ...]) -> dict[s
     for name in names:
         owner, _, attribute = name.rpartition(".")
         part = module.get_submodule(owner)
-        old: Tensor = getattr(part, attribute)
+        old = tensor_named(module, name)
         if id(old) in copies:
             setattr(part, attribute, copies[id(old)])
             continue

@@ -208,7 +208,7 @@ def test_parity_fails_if_the_scales_of_any_one_table_are_wrong(forms, network, c
         parts = changed_model.module.get_submodule(name).modules()
         (table,) = (part for part in parts if isinstance(part, PackedTable))
         tensor_name = "scale" if name != "bf16" else "weight"
-        original = getattr(table, tensor_name)
+        original = dict(table.named_buffers())[tensor_name]
         setattr(table, tensor_name, (original.float() * 1.2).to(original.dtype))
         wrapper = wrap_for_serving(
             changed_model.module, only_graph(network.signature), network.rows_of_tables()
