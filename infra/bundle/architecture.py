@@ -10,7 +10,8 @@ import hashlib
 import importlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -128,6 +129,22 @@ def _import_class(path: str, allowed: Sequence[str], base: "type[T]") -> "type[T
     return loaded
 
 
+@contextmanager
+def same_anomaly_detection() -> Iterator[None]:
+    """Restore afterwards whether torch detects anomalies.
+
+    Modules of RecBole enable it when they are imported, which slows down all training in the
+    process, and replaces recpress's error for a loss that is not finite.
+    """
+    import torch
+
+    is_enabled = torch.is_anomaly_enabled()
+    try:
+        yield
+    finally:
+        torch.autograd.set_detect_anomaly(is_enabled)
+
+
 def import_allowed_module(path: str, allowed: Sequence[str]) -> ModuleType:
     """Import the module of a path ``module:name`` if it is allowed.
 
@@ -141,7 +158,8 @@ def import_allowed_module(path: str, allowed: Sequence[str]) -> ModuleType:
     module_name, _ = _split_and_check(path, allowed)
     importlib.invalidate_caches()
     try:
-        return importlib.import_module(module_name)
+        with same_anomaly_detection():
+            return importlib.import_module(module_name)
     except ModuleNotFoundError as fault:
         if fault.name is None or not is_within(module_name, fault.name):
             raise BundleRefused(

@@ -27,6 +27,7 @@ from infra.bundle.architecture import (
     argument_classes,
     import_allowed_module,
     is_within,
+    same_anomaly_detection,
 )
 from infra.bundle.recorded_reads import record_reads
 from infra.errors import DraftRefused
@@ -122,7 +123,7 @@ def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, Const
 
     calls = ConstructorCalls(allowed)
     # Standard output has only the results of the command, not what the user's code prints.
-    with _recorded(calls), redirect_stdout(sys.stderr):
+    with _recorded(calls), redirect_stdout(sys.stderr), same_anomaly_detection():
         module = import_allowed_module(path, allowed)
         name = path.partition(":")[2]
         if name not in vars(module):

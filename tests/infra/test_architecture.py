@@ -59,6 +59,15 @@ def test_network_class_imports_an_allowed_class(allowed):
     assert network.__name__ == "Ranker"
 
 
+def test_import_of_a_network_class_does_not_change_whether_torch_detects_anomalies(package):
+    write(
+        package / "slow.py",
+        NETWORK + "    import torch\n    torch.autograd.set_detect_anomaly(True)\n",
+    )
+    network_class("shopnets.slow:Ranker", ("shopnets",))
+    assert not torch.is_anomaly_enabled()
+
+
 @pytest.mark.usefixtures("package")
 def test_class_that_an_allowed_module_imports_from_an_allowed_module_is_accepted():
     assert network_class("shopnets.ranker:Cross", ALLOWED).__module__ == "shopnets.layers"
