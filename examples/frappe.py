@@ -108,7 +108,7 @@ def take_inputs(ids: Tensor, rows: Tensor | slice = slice(None)) -> dict[str, Te
 @torch.no_grad()
 def score(network: nn.Module, ids: Tensor, batch: int = 8192) -> Tensor:
     """Return the logits of all rows, float ``(rows,)``."""
-    return torch.cat([network(**take_inputs(part)) for part in ids.split(batch)])
+    return torch.cat([network(**take_inputs(part)) for part in torch.split(ids, batch)])
 
 
 def architecture(model: ModelName, settings: Training) -> Architecture:

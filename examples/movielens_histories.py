@@ -169,7 +169,7 @@ def train_din(
 
     @torch.no_grad()
     def validation_auc() -> float:
-        parts = torch.arange(len(validation_clicks)).split(2048)
+        parts = torch.split(torch.arange(len(validation_clicks)), 2048)
         scores = [network(**take(validation_ids, validation_histories, rows)) for rows in parts]
         return auc(validation_clicks.numpy(), torch.cat(scores).numpy())
 

@@ -176,7 +176,7 @@ def train(
     labels = torch.from_numpy(documents.relevance).float()
     query = torch.from_numpy(documents.query)
     _, sizes = torch.unique_consecutive(query, return_counts=True)
-    rows_of_query = torch.arange(len(query)).split(sizes.tolist())
+    rows_of_query = torch.split(torch.arange(len(query)), sizes.tolist())
 
     def loss_of(queries: Tensor) -> Tensor:
         rows = torch.cat([rows_of_query[number] for number in queries.tolist()])

@@ -147,5 +147,5 @@ class SASRec(nn.Module):
 
     def forward(self, history: Tensor, history_mask: Tensor, item: Tensor) -> Tensor:
         """Return scores float ``(rows,)``: the dot product of both towers' vectors."""
-        vectors = self.query(history, history_mask) * self.item(item)  # (rows, dim)
-        return vectors.sum(dim=1)
+        products: Tensor = self.query(history, history_mask) * self.item(item)  # (rows, dim)
+        return products.sum(dim=1)
