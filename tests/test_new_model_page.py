@@ -1,9 +1,5 @@
 """The examples of docs/new-model.md, run as a user runs them."""
 
-import os
-import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from click_data import ITEMS, USERS, write_clicks
+from page_examples import code_blocks, run_commands
 from safetensors.torch import save_file
 
 PAGE = Path(__file__).parents[1] / "docs" / "new-model.md"
@@ -21,8 +18,7 @@ BRANDS = 20
 
 def blocks(language: str) -> list[str]:
     """Return the code blocks of the page in one language."""
-    all_blocks = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    return [text for name, text in all_blocks if name == language]
+    return code_blocks(PAGE, language)
 
 
 def write_atomic_file(folder: Path) -> None:
@@ -66,31 +62,8 @@ def write_purchases(folder: Path) -> None:
 
 
 def run(folder: Path, commands: str) -> str:
-    """Run shell commands of the page in a folder; return their output."""
-    bash = shutil.which("bash")
-    assert bash is not None
-    commands = commands.replace("PYTHONPATH=.", f"PYTHONPATH=.:{LIBRARIES}")
-    environment = {
-        **os.environ,
-        "RECPRESS_HOME": str(folder / "home"),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    result = subprocess.run(
-        [
-            bash,
-            "-euo",
-            "pipefail",
-            "-c",
-            commands.replace("PYTHONPATH=.", f"PYTHONPATH=.:{LIBRARIES}"),
-        ],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    """Run shell commands of the page in a folder, with the libraries; return their output."""
+    return run_commands(folder, commands.replace("PYTHONPATH=.", f"PYTHONPATH=.:{LIBRARIES}"))
 
 
 @pytest.fixture
