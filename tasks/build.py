@@ -76,7 +76,7 @@ def build(
                         module=table.module,
                         rows=table.rows,
                         initializers=table.names,
-                        every=table.every,  # rows per entry of each initializer
+                        rows_per_entry=table.every,
                         multiplied=table.multiplied,
                     )
                     for table in graph.tables

@@ -51,11 +51,12 @@ def encode(step: TableStep, table: Tensor) -> dict[str, Tensor]:
     """Return the tensors that a step stores for a table.
 
     ``encode`` returns those with an entry for each row or group of rows. ``fit`` returns those of
-    the whole table, such as codebooks; their layout has no ``every`` (number of rows per entry).
+    the whole table, such as codebooks; their layout has no ``rows_per_entry`` (number of rows per
+    entry).
     """
     params = step.fit(table)
     layout = step.storage.layout(*table.shape, step.settings())
-    table_tensors = {name: params[name] for name, spec in layout.items() if not spec.every}
+    table_tensors = {name: params[name] for name, spec in layout.items() if not spec.rows_per_entry}
     return {**table_tensors, **step.encode(table, params)}
 
 

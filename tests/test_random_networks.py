@@ -124,7 +124,7 @@ def test_a_random_network_is_built_as_a_tensorrt_rtx_engine(seed, tmp_path):
                     module=table.module,
                     rows=table.rows,
                     initializers=table.names,
-                    every=table.every,
+                    rows_per_entry=table.every,
                 )
                 for table in lowered.tables
             ),

@@ -69,7 +69,8 @@ class LowRankComposition:
     """A table composed of the table ``narrow`` ``(rows, rank)`` and two tensors.
 
     These are ``projection`` ``(rank, dim)`` and ``mean`` ``(dim,)``, float32. Methods: see the
-    protocol ``Composition``. ``every=0``: the tensor belongs to the whole table, not to its rows.
+    protocol ``Composition``. ``rows_per_entry=0``: the tensor belongs to the whole table, not to
+    its rows.
     """
 
     name: str = "low_rank"
@@ -77,8 +78,8 @@ class LowRankComposition:
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {
-            "projection": TensorSpec((settings["rank"], dim), torch.float32, every=0),
-            "mean": TensorSpec((dim,), torch.float32, every=0),
+            "projection": TensorSpec((settings["rank"], dim), torch.float32, rows_per_entry=0),
+            "mean": TensorSpec((dim,), torch.float32, rows_per_entry=0),
         }
 
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:

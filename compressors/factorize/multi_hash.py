@@ -217,8 +217,8 @@ class MultiHashComposition:
     """A table composed of the table ``buckets`` ``(buckets, dim)`` and two tensors.
 
     These are ``functions``, the coefficients of the hash functions, int64 ``(hashes, 2 or 4)``, and
-    ``mean`` ``(dim,)``. Methods: see the protocol ``Composition``. ``every=0``: the tensor belongs
-    to the whole table, not to its rows.
+    ``mean`` ``(dim,)``. Methods: see the protocol ``Composition``. ``rows_per_entry=0``: the tensor
+    belongs to the whole table, not to its rows.
     """
 
     name: str = "multi_hash"
@@ -227,8 +227,8 @@ class MultiHashComposition:
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         width = 4 if settings["signed"] else 2
         return {
-            "functions": TensorSpec((settings["hashes"], width), torch.int64, every=0),
-            "mean": TensorSpec((dim,), torch.float32, every=0),
+            "functions": TensorSpec((settings["hashes"], width), torch.int64, rows_per_entry=0),
+            "mean": TensorSpec((dim,), torch.float32, rows_per_entry=0),
         }
 
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:

@@ -232,8 +232,8 @@ def _train(
 class NeuralCodesComposition:
     """A table composed of the table ``codes`` ``(rows, code)`` and the tensors of ``Decoder``.
 
-    Methods: see the protocol ``Composition``. ``every=0``: a tensor belongs to the whole table, not
-    to its rows.
+    Methods: see the protocol ``Composition``. ``rows_per_entry=0``: a tensor belongs to the whole
+    table, not to its rows.
     """
 
     name: str = "neural_codes"
@@ -243,7 +243,7 @@ class NeuralCodesComposition:
         size, hidden = settings["codes"], settings["hidden"]
         shapes = ((size, dim), (size, hidden), (hidden,), (hidden, dim), (dim,))
         return {
-            name: TensorSpec(shape, torch.float32, every=0)
+            name: TensorSpec(shape, torch.float32, rows_per_entry=0)
             for name, shape in zip(Decoder._fields, shapes, strict=True)
         }
 

@@ -356,7 +356,7 @@ def _table_initializers(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[Table
         if isinstance(module, PackedTable):
             rows, storage_format, stored = module.rows, module.storage.name, list(module.buffers())
             layout = module.storage.layout(rows, module.dim, module.settings)
-            rows_per_entry = {key: spec.every for key, spec in layout.items()}
+            rows_per_entry = {key: spec.rows_per_entry for key, spec in layout.items()}
         elif isinstance(module, nn.Embedding):
             rows, storage_format, stored = module.num_embeddings, "float32", [module.weight]
         else:

@@ -182,10 +182,10 @@ def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | Non
     cut: dict[str, int] = {}
     removed = []
     for table in large:
-        # ``every`` is the number of rows that share one entry of an initializer, such as a scale.
-        # Keep whole groups of such rows, and an even number of groups, so that 4-bit rows of odd
-        # width end on a byte.
-        group_rows = math.lcm(*(every for every in table.every.values() if every))
+        # ``rows_per_entry`` is the number of rows that share one entry of an initializer, such as a
+        # scale. Keep whole groups of such rows, and an even number of groups, so that 4-bit rows of
+        # odd width end on a byte.
+        group_rows = math.lcm(*(n for n in table.rows_per_entry.values() if n))
         kept_rows = table.rows // (4 * group_rows) * 2 * group_rows
         for tensor in initializers[table.module]:
             entries = table.entries(tensor.name, kept_rows)

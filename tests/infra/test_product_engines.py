@@ -47,7 +47,7 @@ def test_engine_of_an_output_head_does_not_widen_its_table(step: Method, tmp_pat
                 module=table.module,
                 rows=table.rows,
                 initializers=table.names,
-                every=table.every,
+                rows_per_entry=table.every,
                 multiplied=table.multiplied,
             )
             for table in lowered.tables

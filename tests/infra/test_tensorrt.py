@@ -428,7 +428,7 @@ def test_halve_keeps_only_the_shared_scales_of_the_kept_rows():
         rows=rows,
         initializers=("codes", "scale", "codebook"),
         # Rows that share one entry of the initializer; 0: all rows share it, so it is not cut.
-        every={"scale": 64, "codebook": 0},
+        rows_per_entry={"scale": 64, "codebook": 0},
     )
     # Half the rows, rounded down to an even number of groups of 64.
     kept_rows = rows // 128 // 2 * 128

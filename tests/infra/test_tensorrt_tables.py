@@ -105,7 +105,7 @@ def build_request(case: Case, folder: Path) -> BuildRequest:
     )
     (table,) = lowered.tables
     weights = TableWeights(
-        module=table.module, rows=table.rows, initializers=table.names, every=table.every
+        module=table.module, rows=table.rows, initializers=table.names, rows_per_entry=table.every
     )
     return BuildRequest(
         target="tensorrt-rtx",

@@ -41,16 +41,16 @@ class TableWeights(Frozen):
         module: attribute path of the table.
         rows: number of rows of the table.
         initializers: names of the table's initializers in the graph.
-        every: how many rows share one entry of an initializer's first dimension, by the name of the
-            initializer; 0 if the initializer belongs to the whole table. Initializers that are not
-            listed have one entry per row.
+        rows_per_entry: how many rows share one entry of an initializer's first dimension, by the
+            name of the initializer; 0 if the initializer belongs to the whole table. Initializers
+            that are not listed have one entry per row.
         multiplied: whether the graph multiplies by the table, in addition to lookups or instead.
     """
 
     module: str
     rows: int = Field(ge=1)
     initializers: tuple[str, ...] = Field(min_length=1)
-    every: dict[str, int] = Field(default_factory=dict)
+    rows_per_entry: dict[str, int] = Field(default_factory=dict)
     multiplied: bool = False
 
     def entries(self, name: str, rows: int) -> int | None:
@@ -58,8 +58,8 @@ class TableWeights(Frozen):
 
         Returns None if the initializer belongs to the whole table.
         """
-        every = self.every.get(name, 1)
-        return -(-rows // every) if every else None
+        rows_per_entry = self.rows_per_entry.get(name, 1)
+        return -(-rows // rows_per_entry) if rows_per_entry else None
 
 
 class BuildRequest(Frozen):

@@ -27,15 +27,15 @@ class TensorSpec(NamedTuple):
     Attributes:
         shape: the shape.
         dtype: the dtype.
-        every: number of table rows per entry of the first dimension: 1 for codes, more for the
-            scales of groups of rows, 0 for a tensor of the whole table, such as a codebook.
+        rows_per_entry: number of table rows per entry of the first dimension: 1 for codes, more for
+            the scales of groups of rows, 0 for a tensor of the whole table, such as a codebook.
         first: the value of every entry of the tensor's placeholder. If the network uses the entries
             as row numbers, it must be a valid row.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    every: int = 1
+    rows_per_entry: int = 1
     first: int = 0
 
 
@@ -108,7 +108,9 @@ def row_blocks(
         rows: rows of the table.
         max_rows: largest number of rows of a block. It is exceeded if one entry covers more rows.
     """
-    rows_per_entry = math.lcm(*(spec.every for spec in layout.values() if spec.every))
+    rows_per_entry = math.lcm(
+        *(spec.rows_per_entry for spec in layout.values() if spec.rows_per_entry)
+    )
     block_rows = max(max_rows // rows_per_entry, 1) * rows_per_entry
     yield from ((begin, min(begin + block_rows, rows)) for begin in range(0, rows, block_rows))
 
@@ -120,7 +122,7 @@ def layout_bytes(layout: Mapping[str, TensorSpec]) -> int:
 
 def stored_entries(spec: TensorSpec, begin: int, end: int) -> slice:
     """Return the entries of a stored tensor that encode the rows ``begin`` to ``end - 1``."""
-    return slice(begin // spec.every, -(-end // spec.every))
+    return slice(begin // spec.rows_per_entry, -(-end // spec.rows_per_entry))
 
 
 class PackedTable(nn.Module):

@@ -45,7 +45,7 @@ class TableEncoder:
         Raises:
             ContractBroken: ``fit`` did not return one of them, or returned another dtype.
         """
-        names = [name for name, spec in self.layout.items() if not spec.every]
+        names = [name for name, spec in self.layout.items() if not spec.rows_per_entry]
         if missing := [name for name in names if name not in self._params]:
             raise ContractBroken("fit_incomplete", step=self._step.kind, name=missing[0])
         return {name: self._with_expected_dtype(name, self._params[name]) for name in names}
@@ -65,7 +65,7 @@ class TableEncoder:
             ContractBroken: names, dtypes or numbers of entries differ from the layout.
         """
         encoded = self._step.encode(block, self._params)
-        expected = {name for name, spec in self.layout.items() if spec.every}
+        expected = {name for name, spec in self.layout.items() if spec.rows_per_entry}
         if encoded.keys() != expected:
             raise ContractBroken(
                 "encoded_names_differ",

@@ -125,8 +125,10 @@ def merge_tables(tables: Sequence[PackedTable], stored: dict[str, Tensor]) -> Pa
         stored = {**stored, "codebook": stored["codebook"].unsqueeze(1)}
     layout_of_table = first.storage.layout(first.rows, first.dim, first.settings)
     merged_layout = {
-        # ``every``: table rows per entry of the tensor's first dimension, as in each table
-        name: TensorSpec(tuple(tensor.shape), tensor.dtype, every=layout_of_table[name].every)
+        # ``rows_per_entry``: table rows per entry of the tensor's first dimension, as in each table
+        name: TensorSpec(
+            tuple(tensor.shape), tensor.dtype, rows_per_entry=layout_of_table[name].rows_per_entry
+        )
         for name, tensor in stored.items()
     }
     storage_format = MergedCodebookFormat(first.storage, len(tables), *code_shape, merged_layout)

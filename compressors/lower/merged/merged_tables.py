@@ -202,7 +202,7 @@ def with_merged_tables(
 def _is_concatenable(table: PackedTable) -> bool:
     """Return whether a table has a codebook, or else only tensors with one entry per row."""
     layout = table.storage.layout(table.rows, table.dim, table.settings)
-    return codes_of(table) is not None or all(spec.every == 1 for spec in layout.values())
+    return codes_of(table) is not None or all(spec.rows_per_entry == 1 for spec in layout.values())
 
 
 def _concatenate(tables: Sequence[PackedTable]) -> PackedTable:

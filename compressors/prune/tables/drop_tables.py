@@ -40,14 +40,15 @@ class ConstantComposition:
 
     A composition defines how a table computes its rows from stored tensors and from inner tables,
     its *parts*. Methods: see the protocol ``Composition``. ``learned``: names of the tensors that
-    training may change. ``every=0``: the tensor belongs to the whole table, not to its rows.
+    training may change. ``rows_per_entry=0``: the tensor belongs to the whole table, not to its
+    rows.
     """
 
     name: str = "constant"
     learned: tuple[str, ...] = ("row",)
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-        return {"row": TensorSpec((dim,), torch.float32, every=0)}
+        return {"row": TensorSpec((dim,), torch.float32, rows_per_entry=0)}
 
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:
         return {}

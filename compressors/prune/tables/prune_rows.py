@@ -53,8 +53,8 @@ class KeptRowsComposition:
     """A table of the kept rows (part ``kept``), whose last row replaces all pruned rows, and a map.
 
     The map is ``within`` and ``before`` of ``kept_rows.kept_order``. Methods: see the protocol
-    ``Composition``. ``every``: number of rows per entry of a stored tensor. ``learned``: names of
-    the stored tensors that training may change.
+    ``Composition``. ``rows_per_entry``: number of rows per entry of a stored tensor. ``learned``:
+    names of the stored tensors that training may change.
     """
 
     name: str = "kept_rows"
@@ -63,7 +63,7 @@ class KeptRowsComposition:
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {
             "within": TensorSpec((rows,), torch.int8),
-            "before": TensorSpec((-(-rows // BLOCK),), torch.int32, every=BLOCK),
+            "before": TensorSpec((-(-rows // BLOCK),), torch.int32, rows_per_entry=BLOCK),
         }
 
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:

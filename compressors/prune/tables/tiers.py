@@ -42,8 +42,8 @@ class TiersComposition:
     block, and ``before``, the number of hot rows before each block (``kept_rows.kept_order``).
     ``kept_place`` computes from them a row's place in ``hot``, or -1 minus its place in ``cold``.
 
-    Methods: see the protocol ``Composition``. ``every``: number of rows per entry of a stored
-    tensor. ``learned``: names of the stored tensors that training may change.
+    Methods: see the protocol ``Composition``. ``rows_per_entry``: number of rows per entry of a
+    stored tensor. ``learned``: names of the stored tensors that training may change.
     """
 
     name: str = "tiers"
@@ -52,7 +52,7 @@ class TiersComposition:
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {
             "within": TensorSpec((rows,), torch.int8),
-            "before": TensorSpec((-(-rows // BLOCK),), torch.int32, every=BLOCK),
+            "before": TensorSpec((-(-rows // BLOCK),), torch.int32, rows_per_entry=BLOCK),
         }
 
     def parts(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, PartSpec]:

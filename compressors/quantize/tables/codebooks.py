@@ -87,12 +87,14 @@ def shape_of(rows: int, dim: int, books: int, entry_dim: int, settings: Mapping[
 def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
     """Return shape and dtype of the packed codes and of the concatenated codebooks.
 
-    ``every=0``: codebooks belong to the whole table, not to its rows.
+    ``rows_per_entry=0``: codebooks belong to the whole table, not to its rows.
     """
     codebook = (shape.num_codebooks * shape.levels, shape.dim)
     return {
         "codes": TensorSpec((rows, row_bytes(shape.num_codebooks, shape.width)), torch.uint8),
-        "codebook": TensorSpec(codebook, getattr(torch, settings["codebook_type"]), every=0),
+        "codebook": TensorSpec(
+            codebook, getattr(torch, settings["codebook_type"]), rows_per_entry=0
+        ),
     }
 
 

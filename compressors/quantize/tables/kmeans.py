@@ -202,8 +202,8 @@ kmeans_table.register_autograd(_backward, setup_context=_setup_context)
 class KMeansFormat:
     """Stores packed ``codes`` uint8, ``codebook`` float32 ``(levels,)`` and ``scale``.
 
-    ``learned``: names of the tensors that training may change. ``every=0``: the codebook belongs to
-    the whole table, not to its rows. For the methods, see the protocol ``TableFormat``.
+    ``learned``: names of the tensors that training may change. ``rows_per_entry=0``: the codebook
+    belongs to the whole table, not to its rows. For the methods, see the protocol ``TableFormat``.
     """
 
     name: str = "kmeans"
@@ -213,7 +213,7 @@ class KMeansFormat:
         bits, scale = settings["bits"], settings["scale"]
         specs = {
             "codes": TensorSpec((rows, row_bytes(dim, bits)), torch.uint8),
-            "codebook": TensorSpec((1 << bits,), torch.float32, every=0),
+            "codebook": TensorSpec((1 << bits,), torch.float32, rows_per_entry=0),
         }
         if scale != "none":
             specs["scale"] = TensorSpec((rows, 1), getattr(torch, scale))

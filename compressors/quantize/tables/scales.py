@@ -55,7 +55,7 @@ def layout(rows: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
     """Return shape and dtype of ``scale`` and, unless symmetric, ``offset``: ``(entries, 1)``."""
     dtype, symmetric, rows_per_scale = SharedScales.of(settings)
     entries = -(-rows // rows_per_scale) if rows_per_scale else 1
-    spec = TensorSpec((entries, 1), dtype, every=rows_per_scale)
+    spec = TensorSpec((entries, 1), dtype, rows_per_entry=rows_per_scale)
     return {"scale": spec} if symmetric else {"scale": spec, "offset": spec}
 
 

@@ -324,8 +324,8 @@ def random_table(step: TableStep, rows: int = 200, dim: int = 6) -> PackedTable:
     table = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
     params = step.fit(table)
     layout = step.storage.layout(rows, dim, step.settings())
-    # ``spec.every`` is 0 for tensors of the whole table, which ``fit`` computes.
-    stored = {name: params[name] for name, spec in layout.items() if not spec.every}
+    # ``spec.rows_per_entry`` is 0 for tensors of the whole table, which ``fit`` computes.
+    stored = {name: params[name] for name, spec in layout.items() if not spec.rows_per_entry}
     stored |= step.encode(table, params)
     return PackedTable(step.storage, rows, dim, step.settings(), stored)
 

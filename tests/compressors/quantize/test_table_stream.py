@@ -133,8 +133,8 @@ class SharedEntriesFormat:
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return {
             "rows": TensorSpec((rows, dim), torch.float16),
-            "sums": TensorSpec((-(-rows // 3), dim), torch.float32, every=3),
-            "mean": TensorSpec((1, dim), torch.float64, every=0),
+            "sums": TensorSpec((-(-rows // 3), dim), torch.float32, rows_per_entry=3),
+            "mean": TensorSpec((1, dim), torch.float64, rows_per_entry=0),
         }
 
 
