@@ -66,7 +66,7 @@ FAULTS = (
     ),
     Fault(
         id="int8-products-exceed-sixteen-bits",
-        file="compressors/quantize/dense/static_int8.py",
+        file="compressors/quantize/dense/int8_codes.py",
         old="    pair_scale = torch.maximum(scale, paired_scale(clipped.detach()))\n",
         new="    pair_scale = scale\n",
         effect="Int8 products clip on processors without VNNI.",

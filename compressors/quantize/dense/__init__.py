@@ -1,10 +1,12 @@
-"""Storage formats of dense layers: one format and its step in each file.
+"""Storage formats of dense layers: one format and its step in each file, and what they share.
 
-Each file has, in this order: plain functions of tensors, the custom op with its gradient, the
+A file of a format has, in this order: plain functions of tensors, the custom op with its gradient, the
 format, the settings of the step.
 
 float16.py         tables and dense layers as float16
 bfloat16_dense.py  bfloat16
+int8_codes.py      round weights and inputs to int8, for static_int8 and qat
+smoothing.py       factors that move range from input channels into weights
 calibrated.py      calibration of input ranges, for static_int8 and qat
 static_int8.py     int8 weights and calibrated int8 inputs
 qat.py             quantization-aware training of static_int8

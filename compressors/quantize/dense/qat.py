@@ -49,7 +49,8 @@ from compressors.quantize.dense.calibrated import (
     Calibrator,
     calibrate_layers,
 )
-from compressors.quantize.dense.static_int8 import FORMAT, clip_to_scale, encode, packed_int8
+from compressors.quantize.dense.int8_codes import clip_to_scale, encode
+from compressors.quantize.dense.static_int8 import FORMAT, packed_int8
 
 
 def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:

@@ -29,7 +29,8 @@ from compressors.core.runner import run
 from compressors.errors.steps import StepRefused
 from compressors.quantize.calibration import calibrators
 from compressors.quantize.calibration.calibrators import BINS, LEVELS, Histogram
-from compressors.quantize.dense.static_int8 import StaticInt8, clipped_scale, encode, quantize
+from compressors.quantize.dense.int8_codes import clipped_scale, encode, quantize
+from compressors.quantize.dense.static_int8 import StaticInt8
 
 # --- the histogram ---------------------------------------------------------------------------
 

@@ -25,8 +25,9 @@ from compressors.core.state.module_state import map_tensors
 from compressors.distill.training.checkpoint import TrainingProgress, store_progress
 from compressors.distill.training.settings import Training
 from compressors.metrics.validation_score import quality
+from compressors.quantize.dense.int8_codes import quantize
 from compressors.quantize.dense.qat import QAT, LearnedInt8, fake_quantize
-from compressors.quantize.dense.static_int8 import StaticInt8, packed_int8, quantize
+from compressors.quantize.dense.static_int8 import StaticInt8, packed_int8
 
 # --- the quantizer ---------------------------------------------------------------------------
 

@@ -17,12 +17,11 @@ from compressors.core.batches import batches
 from compressors.core.runner import run
 from compressors.lower.export import lower
 from compressors.quantize.dense import static_int8
+from compressors.quantize.dense.int8_codes import encode, quantize
 from compressors.quantize.dense.static_int8 import (
     EXACT_INPUTS,
     StaticInt8,
-    encode,
     packed_int8,
-    quantize,
     static_int8_linear,
 )
 from infra.onnxruntime.sessions import Session

@@ -25,15 +25,11 @@ from compressors.core.model import Model
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.prune.dense.magnitude import Magnitude
+from compressors.quantize.dense.smoothing import best_smoothing, int8_error, smoothing_factors
 from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.rewrite.equalize import CONVERGED, DEAD, Equalize, equalization_factors
 from compressors.rewrite.fold import Fold
-from compressors.rewrite.smooth_quant import (
-    SmoothQuant,
-    best_smoothing,
-    int8_error,
-    smoothing_factors,
-)
+from compressors.rewrite.smooth_quant import SmoothQuant
 
 RANGES = st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=6)
 
