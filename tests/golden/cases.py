@@ -122,6 +122,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"codebooks": 3, "bits": 4, "codebook_type": "float16"},
     ),
     "static_int8 by error": ("static_int8", {"calibrator": "mse", "weights": "mse"}),
+    "static_int8 by channel": ("static_int8", {"input_scales": "channel"}),
     "weight_int8 in blocks": ("weight_int8", {"block": 16, "scale": "float32"}),
     "weight_int4 in blocks": (
         "weight_int4",

@@ -153,7 +153,10 @@ BLOCKS = {
 # Steps for dense layers by kind: formats, and low rank.
 LAYERS: dict[str, Draw] = {
     "static_int8": _dense_step(
-        StaticInt8, calibrator=("min_max", "mse", "percentile"), weights=("min_max", "mse")
+        StaticInt8,
+        calibrator=("min_max", "mse", "percentile"),
+        input_scales=("layer", "channel"),
+        weights=("min_max", "mse"),
     ),
     "weight_int8": _dense_step(WeightInt8, **BLOCKS),
     "weight_int4": _dense_step(WeightInt4, **BLOCKS, clipping=("min_max", "mse")),

@@ -1,7 +1,7 @@
 """Storage formats of dense layers: one format and its step in each file, and what they share.
 
-A file of a format has, in this order: plain functions of tensors, the custom op with its gradient, the
-format, the settings of the step.
+A file of a format has, in this order: plain functions of tensors, the custom op with its gradient,
+the format, the settings of the step.
 
 float16.py         tables and dense layers as float16
 bfloat16_dense.py  bfloat16

@@ -1,13 +1,13 @@
 """Calibrate the input ranges of dense layers, and build layers with int8 inputs from them."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressors.contracts import Bench
+from compressors.contracts import Bench, Split
 from compressors.contracts.reasons import Reason
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.steps.decisions import Decision
@@ -15,7 +15,12 @@ from compressors.core.units import Unit
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration import calibrators as calibration
 from compressors.quantize.calibration.calibrators import Histogram
-from compressors.quantize.calibration.layer_inputs import Receive, read_layer_inputs
+from compressors.quantize.calibration.layer_inputs import (
+    Receive,
+    input_vectors,
+    read_layer_inputs,
+)
+from compressors.quantize.dense.smoothing import SAMPLE, InputRecorder, best_smoothing
 
 ALL_LAYERS = "*"
 """Pattern that matches every layer. With it, a layer whose inputs are all zero is skipped.
@@ -29,7 +34,10 @@ ZERO_INPUTS = Decision("skipped", (Reason("zero_inputs"),))
 Calibrator = Literal["min_max", "percentile", "entropy", "mse", "best"]
 
 Pack = Callable[[nn.Linear, Tensor], PackedLinear]
-"""Builds the replacement of a layer from it and the end of its input range, float32 scalar."""
+"""Builds the replacement of a layer from it and the end of its input range.
+
+The end is a float32 scalar, or ``(in,)`` with one range for each input channel.
+"""
 
 
 class CalibratedLayer(NamedTuple):
@@ -87,6 +95,7 @@ def calibrate_layers(
     batch: int,
     measure_error: bool,
     skip_zero_inputs: bool,
+    factors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, CalibratedLayer]:
     """Calibrate the selected layers and return their replacements by layer name.
 
@@ -103,15 +112,17 @@ def calibrate_layers(
         measure_error: measure the output error, on a second pass.
         skip_zero_inputs: return no replacement for layers whose inputs are all zero, such as heads
             that are used only in training; otherwise such a layer is an error.
+        factors: for ranges by input channel, the factor of each channel, float32 ``(in,)``, by
+            layer name (``channel_factors``). The calibrator selects the range of inputs divided
+            by their factors.
 
     Raises:
         RowsMissing: there are no calibration rows.
         StepRefused: some inputs of a layer are not finite; or all of them are zero, and
             ``skip_zero_inputs`` is False.
     """
-    split = bench.calibration
-    if split is None:
-        raise RowsMissing("input_scales_need_rows")
+    split = _require_calibration(bench)
+    factors = factors or {}
 
     def read(units: Collection[Unit], receive: Receive) -> None:
         read_layer_inputs(
@@ -119,12 +130,15 @@ def calibrate_layers(
         )
 
     histograms = {unit.name: Histogram() for unit in layers}
-    read(layers, lambda unit, x: histograms[unit.name].add(x))
+    read(layers, lambda unit, x: histograms[unit.name].add(x / factors.get(unit.name, 1)))
     units = [unit for unit in layers if not skip_zero_inputs or histograms[unit.name].largest != 0]
     linears = {unit.name: _require_scale(unit, histograms[unit.name]) for unit in units}
     calibrators = get_args(Calibrator)[:-1] if calibrator == "best" else (calibrator,)
     candidates = {
-        name: [pack(linear, range_end(histograms[name], option, share)) for option in calibrators]
+        name: [
+            pack(linear, range_end(histograms[name], option, share) * factors.get(name, 1))
+            for option in calibrators
+        ]
         for name, linear in linears.items()
     }
     if not measure_error and len(calibrators) == 1:
@@ -146,6 +160,69 @@ def calibrate_layers(
         name: _select_best(candidates[name], calibrators, errors[name], outputs[name])
         for name in linears
     }
+
+
+def channel_factors(
+    module: nn.Module, layers: Collection[Unit], bench: Bench, *, rows: int, batch: int
+) -> dict[str, Tensor]:
+    """Search the factors of the input channels of each layer with the smallest int8 error.
+
+    Layers that read the same vector get the same factors, so that it is rounded once.
+
+    Args:
+        module: the network in evaluation mode; it is not changed.
+        layers: dense layers of the module.
+        bench: provides the calibration rows.
+        rows: largest number of rows that are read.
+        batch: rows per batch.
+
+    Returns:
+        Float32 ``(in,)`` by layer name; ones for a layer without inputs, or with inputs that are
+        not finite.
+
+    Raises:
+        RowsMissing: there are no calibration rows.
+    """
+    split = _require_calibration(bench)
+    calls = -(-min(rows, split.rows) // batch)
+    recorders = {unit.name: InputRecorder(-(-SAMPLE // calls)) for unit in layers}
+    read_layer_inputs(
+        module,
+        layers,
+        split,
+        bench.signature,
+        batch=batch,
+        limit=rows,
+        receive=lambda unit, x: recorders[unit.name](input_vectors(x)),
+    )
+    factors = {unit.name: torch.ones(unit.weight.shape[1]) for unit in layers}
+    readers: dict[bytes, list[Unit]] = {}  # layers by the largest inputs of their channels
+    for unit in layers:
+        if recorders[unit.name].maxima:
+            largest = recorders[unit.name].largest(unit.name)
+            if bool(torch.isfinite(largest).all()):
+                readers.setdefault(largest.numpy().tobytes(), []).append(unit)
+    for units in readers.values():
+        weights = [unit.weight.detach().float() for unit in units]
+        samples = [torch.cat(recorders[unit.name].sample) for unit in units]
+        best = best_smoothing(
+            recorders[units[0].name].largest(units[0].name),
+            torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0),
+            list(zip(samples, weights, strict=True)),
+        ).float()
+        factors |= {unit.name: best for unit in units}
+    return factors
+
+
+def _require_calibration(bench: Bench) -> Split:
+    """Return the calibration rows.
+
+    Raises:
+        RowsMissing: there are none.
+    """
+    if bench.calibration is None:
+        raise RowsMissing("input_scales_need_rows")
+    return bench.calibration
 
 
 def squared_error(layer: nn.Linear, packed: nn.Module, x: Tensor) -> tuple[float, float]:

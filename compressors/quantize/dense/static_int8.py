@@ -1,8 +1,12 @@
 """Dense layers with int8 weights and int8 inputs, with static scales.
 
-Weights have one scale per output channel, inputs one per layer. A calibrator selects the range of
-the inputs on the calibration rows (``calibrators.py``). The levels of weights and inputs are
-symmetric around zero, because TensorRT supports no zero point.
+Weights have one scale per output channel, inputs one per layer or one per input channel. A
+calibrator selects the range of the inputs on the calibration rows (``calibrators.py``). The levels
+of weights and inputs are symmetric around zero, because TensorRT supports no zero point.
+
+With one scale per input channel, the inputs are divided by the scales before they are rounded, and
+the weights are multiplied by them before they are encoded (``smoothing.py``). So the product of
+codes needs only the scales of the weights, and remains an int8 product.
 
 Paper: Jacob et al. 2018, https://arxiv.org/abs/1712.05877 (integer-arithmetic-only inference).
 Differs: inputs are symmetric; the output is float32, unless the runtime fuses it with the
@@ -15,6 +19,7 @@ evaluated the model.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -36,6 +41,7 @@ from compressors.quantize.dense.calibrated import (
     ZERO_INPUTS,
     Calibrator,
     calibrate_layers,
+    channel_factors,
 )
 from compressors.quantize.dense.int8_codes import clipped_scale, encode, quantize
 
@@ -111,8 +117,9 @@ static_int8_linear.register_autograd(_backward, setup_context=_setup_context)
 class StaticInt8Format:
     """Stores ``codes`` int8 ``(out, in)``, two scales and a float32 bias (zeros if none).
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``LinearFormat``.
+    ``input_scale`` has the shape ``()``, or ``(in,)`` with the setting ``{"input_scales":
+    "channel"}``. ``learned``: names of the tensors that training may change. For the methods, see
+    the protocol ``LinearFormat``.
     """
 
     name: str = "static_int8"
@@ -126,10 +133,11 @@ class StaticInt8Format:
         *,
         bias: bool,
     ) -> dict[str, TensorSpec]:
+        input_scales = (inputs,) if settings.get("input_scales") == "channel" else ()
         return {
             "codes": TensorSpec((outputs, inputs), torch.int8),
             "weight_scale": TensorSpec((outputs,), torch.float32),
-            "input_scale": TensorSpec((), torch.float32),
+            "input_scale": TensorSpec(input_scales, torch.float32),
             "bias": TensorSpec((outputs,), torch.float32),
         }
 
@@ -139,8 +147,11 @@ class StaticInt8Format:
         x: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
+        input_scale = stored["input_scale"]
+        if input_scale.ndim:  # the weights contain the scales of their input channels
+            x, input_scale = x / input_scale, input_scale.new_ones(())
         y: Tensor = torch.ops.recpress.static_int8_linear(
-            x, stored["codes"], stored["weight_scale"], stored["input_scale"], stored["bias"]
+            x, stored["codes"], stored["weight_scale"], input_scale, stored["bias"]
         )
         return y
 
@@ -159,29 +170,50 @@ FORMAT: LinearFormat = StaticInt8Format()
 
 
 WeightClipping = Literal["min_max", "mse"]
+InputScales = Literal["layer", "channel"]
 
 
 def packed_int8(
-    layer: nn.Linear, range_end: Tensor, weight_scale: Tensor | None = None
+    layer: nn.Linear, range_end: Tensor, weights: WeightClipping = "min_max"
 ) -> PackedLinear:
     """Build the int8 layer that replaces a float32 layer.
 
     Args:
         layer: the float32 layer.
-        range_end: largest input that is not clipped, float32 scalar.
-        weight_scale: requested scales, float32 ``(out,)``; by default no weight is clipped.
+        range_end: largest input that is not clipped, float32 scalar; or ``(in,)``, one for each
+            input channel.
+        weights: range of the weights, see the setting of ``StaticInt8``.
     """
     bias = None if layer.bias is None else layer.bias.detach().float()
-    input_scale = range_end / LEVELS
-    codes, weight_scale = encode(layer.weight.detach(), bias, input_scale, weight_scale)
+    weight, input_scale = layer.weight.detach().float(), range_end / LEVELS
+    by_channel = input_scale.ndim == 1
+    if by_channel:
+        weight = weight * input_scale
+    codes, weight_scale = encode(
+        weight,
+        bias,
+        torch.ones(()) if by_channel else input_scale,
+        clipped_scale(weight) if weights == "mse" else None,
+    )
     stored = {
         "codes": codes,
         "weight_scale": weight_scale,
         "input_scale": input_scale,
         "bias": torch.zeros_like(weight_scale) if bias is None else bias.clone(),
     }
-    sizes = layer.in_features, layer.out_features
-    return PackedLinear(FORMAT, *sizes, bias=bias is not None, stored=stored)
+    return PackedLinear(
+        FORMAT,
+        layer.in_features,
+        layer.out_features,
+        bias=bias is not None,
+        settings=format_settings("channel" if by_channel else "layer"),
+        stored=stored,
+    )
+
+
+def format_settings(input_scales: InputScales) -> dict[str, str]:
+    """Return the settings of the format: none for one scale per layer."""
+    return {} if input_scales == "layer" else {"input_scales": input_scales}
 
 
 class StaticInt8(StepSettings):
@@ -200,6 +232,12 @@ class StaticInt8(StepSettings):
     )
     share: float = Field(
         0.9999, gt=0.5, le=1, description="Share of the inputs that percentile does not clip."
+    )
+    input_scales: InputScales = Field(
+        "layer",
+        description="layer: all inputs of a layer share one scale. channel: one scale for each "
+        "input channel, for inputs of different range; the layer divides its inputs by them, "
+        "which costs time.",
     )
     weights: WeightClipping = Field(
         "min_max",
@@ -233,17 +271,21 @@ class StaticInt8(StepSettings):
                 does not contain the pattern ``*``.
         """
         units = plan.units(model.module)
+        factors = None
+        if self.input_scales == "channel":
+            factors = channel_factors(model.module, units, bench, rows=self.rows, batch=self.batch)
         replacements = calibrate_layers(
             model.module,
             units,
             bench,
-            self._pack,
+            partial(packed_int8, weights=self.weights),
             calibrator=self.calibrator,
             share=self.share,
             rows=self.rows,
             batch=self.batch,
             measure_error=self.most_error is not None,
             skip_zero_inputs=ALL_LAYERS in self.layers,
+            factors=factors,
         )
         outcomes = {
             name: Decision("taken", layer.reasons()) for name, layer in replacements.items()
@@ -257,10 +299,8 @@ class StaticInt8(StepSettings):
                 swap(model.module, name, layer.packed)
         return AppliedStep(model, outcomes)
 
-    def _pack(self, layer: nn.Linear, range_end: Tensor) -> PackedLinear:
-        weight_scale = clipped_scale(layer.weight.detach()) if self.weights == "mse" else None
-        return packed_int8(layer, range_end, weight_scale)
-
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
         """Replace every selected layer by placeholders in the format, without calibration."""
-        return dry_run_packed(model, plan.units(model.module), linear=FORMAT)
+        settings = format_settings(self.input_scales)
+        units = plan.units(model.module)
+        return dry_run_packed(model, units, linear=FORMAT, settings=settings)
