@@ -71,6 +71,7 @@ from compressors.quantize.tables.residual_codes import ResidualCodes
 from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from compressors.quantize.tables.table_qat import TableQAT
 from compressors.rewrite.equalize import Equalize
 from compressors.rewrite.fold import Fold
 from compressors.rewrite.smooth_quant import SmoothQuant
@@ -110,6 +111,7 @@ METHODS: dict[str, type[StepSettings]] = {
         BFloat16,
         AdditiveCodes,
         QAT,
+        TableQAT,
         StaticInt8,
         WeightInt8,
         WeightInt4,

@@ -106,7 +106,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "refit_codes": {"rounds": 2},
 }
 # Steps that train: training amplifies differences in the last bit of a sum.
-TRAINING = frozenset({"distill", "fine_tune", "l1_training", "neural_codes", "qat", "refit_codes"})
+TRAINING = frozenset(
+    {"distill", "fine_tune", "l1_training", "neural_codes", "qat", "refit_codes", "table_qat"}
+)
 # Storage layouts and searches that default settings do not cover: name -> method, settings.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rowwise_int8 with offsets": ("rowwise_int8", {"symmetric": False, "scale": "float32"}),

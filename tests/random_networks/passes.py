@@ -25,7 +25,7 @@ VALUE_STEPS = 1
 """Number of value-changing steps that are checked alone on each network."""
 SUPERVISED = ("drop_layers", "l1_training", "fine_tune", "distill")
 """Value-changing steps that retrieval models do not support."""
-SLOW = ("additive_codes", "neural_codes", "qat")
+SLOW = ("additive_codes", "neural_codes", "qat", "table_qat")
 """Formats that are checked alone only on every fourth network."""
 
 
@@ -52,9 +52,8 @@ def check_mixed_formats(checker: Checker, number: int, target: TargetName | None
     tables, layers = (
         [n for n in names if n in called or rng.random() < 0.1] for names in units_of(plain)
     )
-    for kind, names in assign_formats(
-        rng, tables, _kinds(TABLES, retrieval), checker.case.seed + number
-    ):
+    kinds = [kind for kind in _kinds(TABLES, retrieval) if kind not in TRAINS]
+    for kind, names in assign_formats(rng, tables, kinds, checker.case.seed + number):
         model = checker.apply_step(TABLES[kind](rng, names), model) or model
         if kind in COMPOSING and rng.random() < 0.7:
             inner = [u.name for u in Unit.of(model.module) if u.part_of in names]
@@ -76,7 +75,7 @@ def check_mixed_formats(checker: Checker, number: int, target: TargetName | None
 
 def _kinds(draws: dict[str, Any], retrieval: bool) -> list[str]:
     """Return the kinds of steps in ``draws``; for retrieval models, without unsupported ones."""
-    excluded = {"qat", "additive_codes", "drop_tables"} if retrieval else set()
+    excluded = {*TRAINS, "additive_codes", "drop_tables"} if retrieval else set()
     return sorted(draws.keys() - excluded)
 
 

@@ -47,6 +47,7 @@ from compressors.quantize.tables.residual_codes import ResidualCodes
 from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from compressors.quantize.tables.table_qat import TableQAT
 from compressors.rewrite.equalize import Equalize
 from compressors.rewrite.fold import Fold
 from compressors.rewrite.smooth_quant import SmoothQuant
@@ -127,6 +128,9 @@ TABLES: dict[str, Draw] = {
     ),
     "tiers": _table_step(Tiers, hot=(0.1, 0.5)),
     "drop_tables": _table_step(DropTables, most_loss=(0.5,), repeats=(1,)),
+    "table_qat": _table_step(
+        TableQAT, bits=(8, 4, 2), rows_per_scale=(1, 8), training=(SHORT_TRAINING,)
+    ),
 }
 # Methods that replace a table by smaller tables, which can be quantized afterwards.
 COMPOSING = {
@@ -166,8 +170,8 @@ LAYERS: dict[str, Draw] = {
     "low_rank_dense": _dense_step(LowRankDense, rank=(0.25, 0.5), weighted=(True, False)),
     "qat": _dense_step(QAT, training=(SHORT_TRAINING,)),
 }
-TRAINS = {"qat"}
-"""Formats whose step also trains weights and norms, so that it is checked alone."""
+TRAINS = {"qat", "table_qat"}
+"""Steps that also train weights and norms, so that they are checked alone."""
 # Steps that change values or shapes of the whole network, not the format.
 VALUES: dict[str, Callable[[random.Random], Any]] = {
     "fold": lambda _: Fold(),

@@ -48,9 +48,9 @@ SENTENCES = {
         "overall, but {least_range:.3g} to {largest_range:.3g} in {coarse} of "
         "{channels} input channels, which keep {least_levels:.1f} to {most_levels:.1f} "
         "levels; their rounding alone changes the layer's output by {error:.1%} of its "
-        "standard deviation. Widest channels: {widest:,}. Scale or normalize these "
-        "inputs, run 'equalize' or 'smooth_quant' before this step, or leave the layer "
-        "out of 'layers'"
+        "standard deviation. Widest channels: {widest:,}. Use 'static_int8' with "
+        "'input_scales': 'channel' for this layer, scale or normalize these inputs, run "
+        "'equalize' or 'smooth_quant' before this step, or leave the layer out of 'layers'"
     ),
     "channel_range": "{channel} (up to {largest:.3g})",
 }

@@ -15,4 +15,5 @@ kmeans.py          one codebook of numbers per table
 product_codes.py   one code for each part of a row's columns
 residual_codes.py  several codes per row whose codebook entries are summed
 additive_codes.py  the format of residual_codes, fitted to the rows that are looked up
+table_qat.py       training with rounded rows, stored in the row-wise formats
 """

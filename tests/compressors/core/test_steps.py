@@ -100,7 +100,11 @@ WITH_WIDTHS = (RANKER, NORMED)
 
 
 # By kind of step, the format that it writes, if the kind is not the name of the format.
-STORED_FORMAT = {"qat": "static_int8", "bfloat16_dense": "bfloat16"}
+STORED_FORMAT = {
+    "qat": "static_int8",
+    "bfloat16_dense": "bfloat16",
+    "table_qat": "rowwise_int4",
+}
 
 
 def format_of(step: Step) -> str:
