@@ -54,12 +54,15 @@ class JsonSize(NamedTuple):
     longest_number: int
 
 
-def check_limits(raw: bytes, most_bytes: int = MAX_JSON_BYTES) -> None:
+def check_limits(
+    raw: bytes, most_bytes: int = MAX_JSON_BYTES, most_values: int = MAX_JSON_VALUES
+) -> None:
     """Check that JSON text is small enough to be parsed.
 
     Args:
         raw: UTF-8 text, well-formed or not.
         most_bytes: largest allowed size.
+        most_values: largest allowed number of values and names.
 
     Raises:
         ValueError: the text has too many bytes or values, is nested too deep, or contains a number
@@ -70,8 +73,8 @@ def check_limits(raw: bytes, most_bytes: int = MAX_JSON_BYTES) -> None:
     size = measure(raw)
     if size.depth > MAX_JSON_DEPTH:
         raise value_error("json_too_deep", most_levels=MAX_JSON_DEPTH)
-    if size.values > MAX_JSON_VALUES:
-        raise value_error("json_too_many_values", most_values=MAX_JSON_VALUES)
+    if size.values > most_values:
+        raise value_error("json_too_many_values", most_values=most_values)
     if size.longest_number > MAX_NUMBER_CHARACTERS:
         raise value_error("json_number_too_long", most_characters=MAX_NUMBER_CHARACTERS)
 

@@ -4,7 +4,7 @@ This is the only place where texts are tokenized: prepared splits contain ids. A
 ``tokenizer.json`` of the library ``tokenizers``. It is data: reading it runs no code of the bundle.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +18,16 @@ from infra.data.parquet import Array, Violations, null_positions
 from infra.errors import DataRefused
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 MAX_TOKENIZER_BYTES = 64 * 2**20
 """Four times the largest usual tokenizer, which has 250,000 tokens."""
+
+MAX_TOKENIZER_VALUES = 5_000_000
+"""JSON values of a file: twice those of a vocabulary of 260,000 tokens with 515,000 merges."""
+
+UNKNOWN_TEXT = "a \U0010fffd"
+"""A text with a character that no vocabulary has; a tokenizer needs a token for it."""
 
 TEXTS_AT_ONCE = 1024
 """Texts that are tokenized at a time: the library's results take far more memory than the ids."""
@@ -50,16 +56,43 @@ class TextTokenizer:
         Returns:
             The ids of all rows, one after another, in the dtype of the input; int64 ``(rows,)``,
             the number of ids of each row.
+
+        Raises:
+            DataRefused: the tokenizer fails on a text.
         """
         violations.add(self.item.columns[0], "null text", first + null_positions(column))
         ids = [np.empty(0, self.item.dtype)]
         lengths = np.empty(len(column), np.int64)
         for begin in range(0, len(column), TEXTS_AT_ONCE):
             texts = column.slice(begin, TEXTS_AT_ONCE).fill_null("").to_pylist()
-            encodings = self.tokenizer.encode_batch_fast(texts)
+            encodings = self._encode(texts, first + begin)
             lengths[begin : begin + len(texts)] = [len(encoding) for encoding in encodings]
             ids += [np.asarray(encoding.ids, self.item.dtype) for encoding in encodings]
         return np.concatenate(ids), lengths
+
+    def _encode(self, texts: list[str], first: int) -> "Sequence[Encoding]":
+        """Tokenize texts; ``first`` is the row number of the first one."""
+        try:
+            return self.tokenizer.encode_batch_fast(texts)
+        except BaseException as fault:
+            if not _is_fault_of_library(fault):
+                raise
+            row = first + next((row for row, text in enumerate(texts) if self._fails_on(text)), 0)
+            raise DataRefused(
+                "tokenizer_fails",
+                input=self.item.name,
+                text=f"row {row:,}",
+                problem=_message(fault),
+            ) from fault
+
+    def _fails_on(self, text: str) -> bool:
+        try:
+            self.tokenizer.encode_batch_fast([text])
+        except BaseException as fault:
+            if not _is_fault_of_library(fault):
+                raise
+            return True
+        return False
 
     def save(self, path: Path) -> None:
         """Save the tokenizer for clients: it truncates as here, and pads as the input says."""
@@ -127,6 +160,7 @@ def _load(item: TokensInput, files: Mapping[str, Path]) -> TextTokenizer:
     """Load the tokenizer of one input, and apply the settings of the input.
 
     The tokenizer's direction of truncation, and a length below that of the input, stay in force.
+    Dropout of merges is for training only: with it, a text has other ids each time.
     """
     path = files.get(item.tokenizer)
     if path is None:
@@ -138,11 +172,24 @@ def _load(item: TokensInput, files: Mapping[str, Path]) -> TextTokenizer:
         )
     tokenizer = _read(path)
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
     settings = {"max_length": item.shape[0], "direction": "right", **(tokenizer.truncation or {})}
     longest = min(int(settings["max_length"]), item.shape[0])
     added = tokenizer.num_special_tokens_to_add(is_pair=False)
     tokenizer.no_truncation()
-    empty = tokenizer.encode("")
+    try:
+        tokenizer.encode(UNKNOWN_TEXT)
+        empty = tokenizer.encode("")
+    except BaseException as fault:
+        if not _is_fault_of_library(fault):
+            raise
+        raise DataRefused(
+            "tokenizer_fails",
+            input=item.name,
+            text="an empty text or an unknown character",
+            problem=_message(fault),
+        ) from fault
     if len(empty) < item.min_length or added >= longest:
         raise DataRefused(
             "tokenizer_length",
@@ -168,10 +215,24 @@ def _read(path: Path) -> "Tokenizer":
 
     try:
         raw = read_bounded(path, MAX_TOKENIZER_BYTES)
-        check_limits(raw, MAX_TOKENIZER_BYTES)
+        check_limits(raw, MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES)
         return Tokenizer.from_str(raw.decode())
-    except MemoryError:
-        raise
-    except Exception as fault:  # the library raises Exception itself, with a message
-        problem = " ".join(str(fault).split())[:300].rstrip(".") or repr(fault)
-        raise DataRefused("tokenizer_unreadable", path=str(path), problem=problem) from fault
+    except BaseException as fault:
+        if not _is_fault_of_library(fault):
+            raise
+        raise DataRefused(
+            "tokenizer_unreadable", path=str(path), problem=_message(fault)
+        ) from fault
+
+
+def _is_fault_of_library(fault: BaseException) -> bool:
+    """Whether a tokenizer is at fault: not if memory is exhausted, or the process is to end.
+
+    The library raises ``Exception`` itself; a panic of its Rust code is only a ``BaseException``.
+    """
+    is_panic = type(fault).__module__ == "pyo3_runtime"
+    return is_panic or (isinstance(fault, Exception) and not isinstance(fault, MemoryError))
+
+
+def _message(fault: BaseException) -> str:
+    return " ".join(str(fault).split())[:300].rstrip(".") or repr(fault)

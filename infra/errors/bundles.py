@@ -158,6 +158,8 @@ class DataRefused(Refused):
         "the name.",
         "tokenizer_unreadable": "{path} is not a tokenizer of the library 'tokenizers': {problem}. "
         "Save it with 'tokenizer.save(\"tokenizer.json\")'.",
+        "tokenizer_fails": "input {input!r}: the tokenizer fails on {text}: {problem}. Use the "
+        "tokenizer that the model was trained with; it needs a token for unknown words.",
         "tokenizer_length": "input {input!r}: tokenizer {tokenizer!r} gives {got} token(s) for an "
         "empty text; the input needs at least {shortest}, and room for a token of the text within "
         "{longest}. Change min_length or shape.",

@@ -1,18 +1,22 @@
 """Texts become token ids in prepared data, as the bundle's tokenizer and its input say."""
 
+import json
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from error_codes import raises_code
 from token_draft import LONGEST_DOCUMENT, SIGNATURE, VOCABULARY, word_tokenizer
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, processors
 
 from compressors.contracts import ITEMS, Signature, Split
 from compressors.core.batches import MAX_TOKENS, Rows, batches, rows_per_batch
 from infra.data.catalogue import prepare
 from infra.data.expectations import Rules, validate
-from infra.data.tokenization import check_tokenizers
+from infra.data.parquet import Violations
+from infra.data.tokenization import check_tokenizers, load_tokenizers
 from infra.errors import DataRefused
 
 TEXTS = Signature.model_validate(SIGNATURE)
@@ -159,3 +163,55 @@ def test_tokenizer_with_other_token_types_is_refused_if_the_network_receives_the
     check_tokenizers(TEXTS, files, TABLES)
     with raises_code(DataRefused, "tokenizer_types"):
         check_tokenizers(with_documents(token_types="types"), files, TABLES)
+
+
+def test_dropout_of_merges_is_off_in_data_and_in_the_saved_tokenizer(tmp_path):
+    merges = models.BPE(
+        vocab={"[UNK]": 0, "a": 1, "b": 2, "ab": 3},
+        merges=[("a", "b")],
+        dropout=0.5,
+        unk_token="[UNK]",
+    )
+    signature = with_documents(min_length=0)
+    split = prepare_items(tmp_path, ["ab"] * 30, Tokenizer(merges), signature)
+    ids = next(batches(split, signature.of_split(ITEMS), 30)).inputs["document_ids"]
+    assert ids.tolist() == [[3]] * 30  # with dropout, about half of the rows are [1, 2]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel(vocab={"a": 0}, unk_token="[UNK]"),
+        models.WordPiece(vocab={"a": 0}, unk_token="[UNK]"),
+        models.Unigram([("a", 0.0)], unk_id=None),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_tokenizer_without_a_token_for_unknown_words_is_refused(tmp_path, model):
+    with raises_code(DataRefused, "tokenizer_fails", input="input_ids"):
+        check_tokenizers(TEXTS, save_tokenizer(tmp_path, Tokenizer(model)), TABLES)
+
+
+def test_panic_of_the_library_is_a_refusal(tmp_path):
+    """Such a fault is no ``Exception`` in Python."""
+    content = json.loads(word_tokenizer().to_str())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    with raises_code(DataRefused, "tokenizer_unreadable"):
+        check_tokenizers(TEXTS, {"tokenizer.json": path}, TABLES)
+
+
+def test_refusal_of_a_text_names_its_row(tmp_path):
+    class FailsOnLongTexts:
+        """A tokenizer whose library fails on one text, as with a faulty table of characters."""
+
+        def encode_batch_fast(self, texts):
+            if any(len(text) > 3 for text in texts):
+                raise Exception("charsmap")  # noqa: TRY002 - as the library does
+            return word_tokenizer().encode_batch_fast(texts)
+
+    loaded = load_tokenizers(TEXTS, save_tokenizer(tmp_path))["document_ids"]
+    faulty = replace(loaded, tokenizer=FailsOnLongTexts())
+    with raises_code(DataRefused, "tokenizer_fails", text="row 1,002", problem="charsmap"):
+        faulty.convert(pa.array(["a", "b", "long", "c"]), 1000, Violations())
