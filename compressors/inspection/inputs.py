@@ -193,20 +193,22 @@ class _TableRows:
         self, network: nn.Module, readings: Mapping[str, Mapping[str, Reading]], sample: Sample
     ) -> None:
         self.network, self.sample = network, sample
-        self._begins: dict[str, set[int]] = {}
-        self._shared: set[str] = set()  # tables of which a column reads a part
+        # By table and offset, the smallest and largest id of all columns that are read with it.
+        self._ranges: dict[str, dict[int, tuple[int, int]]] = {}
         for of_argument in readings.values():
             for name, reading in of_argument.items():
+                low, high = sample[name].low, sample[name].high
                 for table, offset in reading.offsets.items():
-                    self._begins.setdefault(table, set()).add(offset + sample[name].low)
-                    if offset:
-                        self._shared.add(table)
+                    ranges = self._ranges.setdefault(table, {})
+                    lowest, highest = ranges.get(offset, (low, high))
+                    ranges[offset] = min(lowest, low), max(highest, high)
 
     def field(self, column: str, reading: Reading) -> IdField | None:
         """Return the valid ids of a column; None if they are all rows of its tables.
 
-        In a table that several columns share, the rows of one end before the row of the smallest
-        id of the next.
+        In a table that columns with different offsets share, the rows of one offset end before the
+        first row of the next: the row of id 0, or of the smallest id if the rows before it are
+        looked up with the first offset.
 
         Raises:
             InspectionFailed: the network adds different numbers for different tables.
@@ -214,11 +216,18 @@ class _TableRows:
         if len(set(reading.offsets.values())) > 1:
             raise InspectionFailed("offsets_differ", column=column, offsets=dict(reading.offsets))
         table, offset = next(iter(reading.offsets.items()))
-        if table not in self._shared:
+        ranges = self._ranges[table]
+        if not any(ranges):  # every offset is 0
             return None
         rows: int = self.network.get_submodule(table).num_embeddings  # type: ignore[assignment]
-        begin = offset + self.sample[column].low
-        end = min((other for other in self._begins[table] if other > begin), default=rows)
+        last = offset + ranges[offset][1]
+        begins = (
+            begin
+            for other, (low, _) in ranges.items()
+            for begin in (max(0, other), other + low)
+            if other != offset and begin > last
+        )
+        end = min(begins, default=rows)
         first = max(0, -offset)
         return IdField(rows=end - offset - first, first=first, offset=offset)
 

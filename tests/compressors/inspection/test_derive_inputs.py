@@ -366,16 +366,17 @@ def test_labels_are_no_input_of_an_optional_argument_or_of_a_pattern():
 
 
 class ThreeArguments(nn.Module):
-    """Read parts of one table by several arguments; ids of ``item`` begin at 1."""
+    """Read parts of one table by several arguments; ids of ``item`` begin at ``first_item``."""
 
-    def __init__(self, *, second: int = 0) -> None:
+    def __init__(self, *, second: int = 0, first_item: int = 1) -> None:
         super().__init__()
+        self.first_item = first_item
         self.joined = nn.Embedding(USERS + ITEMS + 24, 1)
         self.other = nn.Embedding(USERS + ITEMS + 24 + second, 1)
         self.second = second
 
     def forward(self, user: Tensor, item: Tensor, hour: Tensor) -> Tensor:
-        rows = [user, item + USERS - 1, hour + USERS + ITEMS]
+        rows = [user, item + USERS - self.first_item, hour + USERS + ITEMS]
         return sum(self.joined(row) + self.other(row + self.second) for row in rows)
 
 
@@ -387,6 +388,27 @@ def test_columns_of_several_arguments_share_a_table():
         (IdField(rows=ITEMS + 1, offset=USERS - 1),),  # with id 0, which the data does not have
         (IdField(rows=24, offset=USERS + ITEMS),),
     ]
+
+
+class LastItem(ThreeArguments):
+    """Read items of two columns in the same part of a table."""
+
+    def forward(self, user: Tensor, item: Tensor, hour: Tensor) -> Tensor:
+        rows = [user, item + USERS, hour + USERS]
+        return sum(self.joined(row) for row in rows)
+
+
+def test_columns_with_one_offset_have_the_same_valid_ids():
+    sample = {**SAMPLE, "hour": integers("hour", 3, 20)}  # the item looked at before, from 3 to 20
+    fields = [item.fields for item in derive(LastItem(), sample).inputs]
+    of_items = (IdField(rows=ITEMS + 24, offset=USERS),)
+    assert fields == [(IdField(rows=USERS),), of_items, of_items]
+
+
+def test_rows_of_a_column_end_before_id_0_of_the_next():
+    sample = {**SAMPLE, "hour": integers("hour", 3, 20)}
+    fields = [item.fields for item in derive(ThreeArguments(first_item=0), sample).inputs]
+    assert fields[1] == (IdField(rows=ITEMS, offset=USERS),)  # not the rows of hour 0 to 2
 
 
 def test_different_offsets_of_one_column_raise():
