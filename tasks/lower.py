@@ -5,10 +5,9 @@ operators in the graph as the target's runtime has optimized it.
 """
 
 import logging
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
+import torch
 from prefect import task
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from compressors.contracts import (
     TokensInput,
 )
 from compressors.contracts.targets import TARGETS
-from compressors.core.batches import batches
+from compressors.core.batches import Rows, rows_per_batch
 from compressors.core.random_inputs import edge_rows, generate_edge_inputs
 from compressors.core.runner import rows_of_tables
 from compressors.core.scores import tower_arguments
@@ -156,10 +155,15 @@ def _check_graph(
         session = comparison_runtime.open(runnable, load_settings().threads)
         check = GraphCheck(loaded.model.module, lowered, plan, target, most_rows, runnable, session)
         rows_parities: list[Parity] = []
-        for read in _readers(probe, loaded.manifest.signature, served_graph):
-            parities, expected = check.parity(read(PROBE_ROWS), "the data")
+        for rows in _probe_rows(probe, loaded.manifest.signature, served_graph):
+            parities, expected = check.parity(rows.take(rows.first(PROBE_ROWS)), "the data")
             for size in SMALL_BATCHES:
-                check.require_same_in_small_batch(expected[:size], read(size), parities)
+                inputs = rows.take(rows.first(size))
+                check.require_same_in_small_batch(expected[:size], inputs, parities)
+            if rows.most_padded is not None:
+                padded, _ = check.scores(rows.take(rows.most_padded), "the data")
+                alone = rows.take(rows.most_padded[:1])
+                check.require_same_in_small_batch(padded[:1], alone, parities)
             rows_parities += parities
         tables = rows_of_tables(loaded.model.module, signature)
         # Two rows per input with ids out of range, one with empty lists, one with full lists.
@@ -205,22 +209,46 @@ def _plan_of_graph(loaded: LoadedBundle, served_graph: ServedGraph) -> Plan | No
     return Plan(lines=tuple(line for line in plan.lines if line.module in names))
 
 
-def _readers(
-    split: Split, signature: Signature, served_graph: ServedGraph
-) -> list[Callable[[int], dict[str, Tensor]]]:
-    """Return the functions that read a graph's inputs for the first rows of a split.
+class _ProbeRows:
+    """The rows of a split, as inputs of a graph.
 
-    There is one for each tower that the graph computes, and one for a model without towers.
+    Args:
+        rows: the rows, with the inputs of the model or of a tower.
+        signature: the model's signature.
+        tower: the tower whose inputs the graph has; None for a model without towers.
     """
 
-    def of_model(rows: int) -> dict[str, Tensor]:
-        return next(batches(split, served_graph.signature, rows)).inputs
+    def __init__(self, rows: Rows, signature: Signature, tower: str | None) -> None:
+        self._rows, self._signature, self._tower = rows, signature, tower
 
-    def of_tower(name: str, rows: int) -> dict[str, Tensor]:
-        inputs = next(batches(split, signature.of_tower(name), rows)).inputs
-        return tower_arguments(inputs, signature, name)
+    def first(self, count: int) -> Tensor:
+        """Return the numbers of the first rows: ``count``, or fewer if these have long texts."""
+        return torch.arange(min(rows_per_batch(self._rows.signature, count), len(self._rows)))
 
-    return [partial(of_tower, name) for name in served_graph.towers] or [of_model]
+    @property
+    def most_padded(self) -> Tensor | None:
+        """The numbers of the shortest and the longest row; None if all rows have one length."""
+        lengths = self._rows.lengths()
+        if lengths is None or bool((lengths == lengths[0]).all()):
+            return None
+        return torch.stack([lengths.argmin(), lengths.argmax()])
+
+    def take(self, numbers: Tensor) -> dict[str, Tensor]:
+        """Return the inputs of the rows with these numbers, int64 ``(batch,)``."""
+        inputs = self._rows.take(numbers).inputs
+        if self._tower is None:
+            return inputs
+        return tower_arguments(inputs, self._signature, self._tower)
+
+
+def _probe_rows(split: Split, signature: Signature, served_graph: ServedGraph) -> list[_ProbeRows]:
+    """Return the rows of a split for each tower of a graph, or for a model without towers."""
+    if not served_graph.towers:
+        return [_ProbeRows(Rows(split, served_graph.signature), signature, None)]
+    return [
+        _ProbeRows(Rows(split, signature.of_tower(tower)), signature, tower)
+        for tower in served_graph.towers
+    ]
 
 
 def _graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput]:
