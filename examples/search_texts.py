@@ -20,31 +20,32 @@ from tokenizers import Tokenizer
 Vectors = NDArray[np.float32]
 BATCH = 32
 """Texts of one call. Their number of tokens determines the memory that a call needs."""
+DTYPES = {
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(float)": np.float32,
+    "tensor(bool)": np.bool_,
+}
+"""numpy types of a graph's inputs, by the names of onnxruntime."""
 
 
 class TextTower:
     """Computes the vectors of queries or of documents.
 
     Args:
-        folder: the fetched files of a version.
+        tokenizer: the tokenizer; it truncates texts, and pads them to the longest of a batch.
+        session: the graph of the encoder.
         text: an entry of ``texts`` in ``lowering.json``.
-        threads: threads of onnxruntime for one call.
     """
 
-    def __init__(self, folder: Path, text: Mapping[str, Any], threads: int = 1) -> None:
-        self.text = text
-        self.tokenizer = Tokenizer.from_file(str(folder / text["tokenizer"]))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(
-            str(folder / f"{text['graph']}.onnx"), options, providers=["CPUExecutionProvider"]
-        )
-        self.dtypes = {
-            item.name: {"tensor(int32)": np.int32, "tensor(float)": np.float32}.get(
-                item.type, np.int64
-            )
-            for item in self.session.get_inputs()
-        }
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        session: onnxruntime.InferenceSession,
+        text: Mapping[str, Any],
+    ) -> None:
+        self.tokenizer, self.session, self.text = tokenizer, session, text
+        self.dtypes = {item.name: DTYPES[item.type] for item in session.get_inputs()}
 
     def vectors(self, texts: Sequence[str]) -> Vectors:
         """Return float32 ``(texts, dim)``.
@@ -62,25 +63,58 @@ class TextTower:
 
     def _of_batch(self, texts: list[str]) -> Vectors:
         """Tokenize the texts of one batch, and run the graph."""
-        encodings = self.tokenizer.encode_batch(texts)  # truncates, and pads to the longest
+        encodings = self.tokenizer.encode_batch(texts)
+        ids = np.array([encoding.ids for encoding in encodings], np.int64)
+        mask = np.array([encoding.attention_mask for encoding in encodings], np.int64)
+        if not ids.shape[1]:  # only empty texts: the graph needs a padded position
+            ids = np.full((len(texts), 1), self.tokenizer.padding["pad_id"])
+            mask = np.zeros_like(ids)
         tensors = {
-            self.text["ids"]: [encoding.ids for encoding in encodings],
-            self.text["mask"]: [encoding.attention_mask for encoding in encodings],
-            self.text["token_types"]: [encoding.type_ids for encoding in encodings],
+            self.text["ids"]: ids,
+            self.text["mask"]: mask,
+            self.text["token_types"]: np.zeros_like(ids),
+            self.text["lengths"]: mask.sum(axis=1),
+            self.text["positions"]: (mask.cumsum(axis=1) - 1 + self.text["first_position"]) * mask,
         }
         inputs = {
-            name: np.array(values, self.dtypes[name])
+            name: values.astype(self.dtypes[name])
             for name, values in tensors.items()
-            if name is not None
+            if name is not None  # the graph has no such input
         }
         result: Vectors = self.session.run(["vector"], inputs)[0]
         return result
 
 
-def towers(folder: Path) -> tuple[TextTower, TextTower]:
-    """Return the towers of queries and of documents of a fetched version."""
+def towers(folder: Path, threads: int = 1) -> tuple[TextTower, TextTower]:
+    """Return the towers of queries and of documents of a fetched version.
+
+    Args:
+        folder: the fetched files.
+        threads: threads of onnxruntime for one call.
+
+    Raises:
+        ValueError: the version does not read one text of the query and one of the document.
+    """
     texts = json.loads((folder / "lowering.json").read_text())["texts"]
-    query, document = (TextTower(folder, text) for text in texts)
+    if len(texts) != 2:
+        raise ValueError(
+            f"Expected a version that reads one text of the query and one of the document, got "
+            f"{len(texts)} texts."
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    sessions = {  # one for both towers if these are one encoder
+        graph: onnxruntime.InferenceSession(
+            str(folder / f"{graph}.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        for graph in {text["graph"] for text in texts}
+    }
+    query, document = (
+        TextTower(
+            Tokenizer.from_file(str(folder / text["tokenizer"])), sessions[text["graph"]], text
+        )
+        for text in texts
+    )
     return query, document
 
 
@@ -95,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=5, help="documents to print for each query")
     args = parser.parse_args(argv)
     documents = args.documents.read_text(encoding="utf-8").splitlines()
+    if not documents:
+        parser.error(f"Expected one document per line in {args.documents}, got an empty file.")
     query_tower, document_tower = towers(args.folder)
     index = document_tower.vectors(documents)
     for query, scores in zip(args.query, query_tower.vectors(args.query) @ index.T, strict=True):
