@@ -42,6 +42,10 @@ An encoder's activations are large: 1,024 texts of 256 tokens and 1,536 channels
 """
 
 
+MAX_SEQUENCE_IDS = 2**20
+"""Largest number of ids of a batch of sequences, padding included: 8,192 lists of 128 ids."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch of rows.
@@ -70,8 +74,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield batches of up to ``size`` rows in stored order, from the first ``limit`` rows.
 
-    Batches of texts have fewer rows, as ``rows_per_batch`` says. Reads only the rows it yields: the
-    file is memory-mapped and sliced.
+    Batches of texts and long sequences have fewer rows, see ``rows_per_batch``. Reads only the rows
+    it yields: the file is memory-mapped and sliced.
     """
     rows = split.rows if limit is None else min(limit, split.rows)
     size = rows_per_batch(signature, size)
@@ -98,9 +102,19 @@ def batches(
 
 
 def rows_per_batch(signature: Signature, most: int) -> int:
-    """Return ``most``, or fewer rows if these have more than ``MAX_TOKENS`` tokens of texts."""
-    tokens = sum(item.shape[0] for item in signature.inputs if isinstance(item, TokensInput))
-    return max(1, min(most, MAX_TOKENS // tokens)) if tokens else most
+    """Return ``most``, or fewer rows if all rows have texts or sequences of the longest length.
+
+    The limits are ``MAX_TOKENS`` and ``MAX_SEQUENCE_IDS``.
+    """
+    tokens = ids = 0
+    for item in signature.inputs:
+        if isinstance(item, TokensInput):
+            tokens += item.shape[0]
+        elif isinstance(item, SequenceInput) and item.is_dynamic:
+            ids += item.shape[0]
+    limits = [MAX_TOKENS // tokens] if tokens else []
+    limits += [MAX_SEQUENCE_IDS // ids] if ids else []
+    return max(1, min([most, *limits]))
 
 
 class Rows:

@@ -17,7 +17,7 @@ from torch import nn
 
 from compressors.contracts import Output, Signature, Split, metric, quality_metrics
 from compressors.contracts.reasons import Reason
-from compressors.core.batches import Rows
+from compressors.core.batches import Rows, rows_per_batch
 from compressors.core.scores import network_scores, score_columns
 from compressors.metrics.baseline_problem import BaselineProblem
 from compressors.task_kinds import builtin as builtin
@@ -120,9 +120,15 @@ def find_score_problems(
         test: the test rows, prepared: as tensors of the model's inputs.
     """
     rows = Rows(test, signature)
-    sample = rows.take(_sample(rows, signature))
+    numbers = _sample(rows, signature)
+    sample = rows.take(numbers)
     with torch.no_grad():
-        scores = network_scores(module, sample.inputs, signature).to(torch.float32)
+        scores = torch.cat(
+            [
+                network_scores(module, rows.take(part).inputs, signature).to(torch.float32)
+                for part in torch.split(numbers, rows_per_batch(signature, SAMPLE_ROWS))
+            ]
+        )
     group = None if sample.group is None else sample.group.numpy()
     for output, score, label in zip(
         signature.outputs,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import Signature
-from compressors.core.batches import JoinedRows, Rows
+from compressors.core.batches import JoinedRows, Rows, rows_per_batch
 from compressors.core.placement import device_of, to_device
 from compressors.core.scores import tower_vectors
 from compressors.errors.metrics import MetricRefused
@@ -109,12 +109,12 @@ def _compute_vectors(
     module: nn.Module, signature: Signature, tower: str, rows: Rows, numbers: Ints
 ) -> Float32s:
     """Return the vectors of one tower for the rows with these numbers, float32 ``(rows, dim)``."""
-    device = device_of(module)
+    device, size = device_of(module), rows_per_batch(signature.of_tower(tower), ROWS_AT_ONCE)
     pieces = [
         tower_vectors(module, to_device(rows.take(chunk), device).inputs, signature, tower)
         .float()
         .cpu()
-        for chunk in torch.split(torch.from_numpy(numbers), ROWS_AT_ONCE)
+        for chunk in torch.split(torch.from_numpy(numbers), size)
     ]
     vectors: Float32s = torch.cat(pieces).numpy()
     return vectors

@@ -13,6 +13,7 @@ from compressors.contracts import Artifact, Frozen, Signature, digest
 from compressors.contracts.task_kind import OutputForm
 from compressors.errors.orders import OrderRefused
 from infra.bundle.bundle_folder import MANIFEST, Manifest, parse_manifest
+from infra.data.tokenization import tokens_inputs
 from tasks.bundles.bundle_ref import BundleRef, architecture_digest, resolve
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import version_report
@@ -36,9 +37,9 @@ class Teacher(Frozen):
             columns' names and forms.
         columns: the columns with the teacher's scores, one per output; empty for a bundle.
         needs_separate_inputs: whether the teacher's input tensors must be built from the student's
-            data and validated separately, because the teacher's signature or its model class's
-            arguments, such as the sizes of tables, differ from the student's. Otherwise the
-            student's tensors are used.
+            data and validated separately, because the teacher's signature, a tokenizer, or the
+            arguments of its model class, such as the sizes of tables, differ from the student's.
+            Otherwise the student's tensors are used.
     """
 
     artifact: Artifact
@@ -147,8 +148,15 @@ def _read_teacher(artifact: Artifact, student: Manifest) -> Teacher:
         forms=tuple(output.form for output in manifest.signature.outputs),
         architecture=architecture_digest(architecture),
         needs_separate_inputs=manifest.signature.inputs != student.signature.inputs
-        or architecture != student.network.architecture,
+        or architecture != student.network.architecture
+        or _tokenizers(manifest) != _tokenizers(student),
     )
+
+
+def _tokenizers(manifest: Manifest) -> dict[str, Artifact | None]:
+    """Return the tokenizer of each input that reads texts, by the input's name."""
+    transforms = manifest.transforms
+    return {item.name: transforms.get(item.tokenizer) for item in tokens_inputs(manifest.signature)}
 
 
 def _read_manifest(artifact: Artifact) -> Manifest:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import Signature, Split
-from compressors.core.batches import Batch, Rows
+from compressors.core.batches import Batch, Rows, rows_per_batch
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import PackedTable
 from compressors.core.scores import network_scores, score_columns, training_output
@@ -208,7 +208,7 @@ def mean_loss(module: nn.Module, signature: Signature, split: Split, loss: Loss)
 
 
 def _batch_rows(signature: Signature) -> int:
-    return BATCH if signature.scores_rows else BATCH_OF_TOWERS
+    return rows_per_batch(signature, BATCH if signature.scores_rows else BATCH_OF_TOWERS)
 
 
 def _count_losses(signature: Signature, batch: Batch) -> int:

@@ -4,8 +4,22 @@ import pytest
 import torch
 from models import ATTENTION, BENCH_ROWS, RANKER, REFERENCES, write_split
 
-from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, tensor_names
-from compressors.core.batches import Batch, batches, jagged, row_of
+from compressors.contracts import (
+    DenseInput,
+    IdInput,
+    JaggedBag,
+    PaddedBag,
+    SequenceInput,
+    tensor_names,
+)
+from compressors.core.batches import (
+    MAX_SEQUENCE_IDS,
+    Batch,
+    batches,
+    jagged,
+    row_of,
+    rows_per_batch,
+)
 from compressors.core.random_inputs import generate_edge_inputs, generate_inputs
 from compressors.lower.serving_wrapper import input_names
 
@@ -50,6 +64,16 @@ def test_limit_of_batches_counts_rows(split):
     assert sum(len(part.label) for part in batches(split, RANKER.signature, 20, limit=10**6)) == (
         BENCH_ROWS
     )
+
+
+@pytest.mark.parametrize(("longest", "rows"), [(50, 8192), (10_000, MAX_SEQUENCE_IDS // 20_000)])
+def test_batches_of_two_long_sequences_have_at_most_the_largest_number_of_ids(longest, rows):
+    sequences = tuple(
+        SequenceInput(name=name, shape=(longest,), table="item", mask=f"{name}_mask")
+        for name in ("history", "recent")
+    )
+    signature = RANKER.signature.model_copy(update={"inputs": sequences})
+    assert rows_per_batch(signature, 8192) == rows
 
 
 def test_a_batch_has_the_keyword_arguments_of_the_model(split):
