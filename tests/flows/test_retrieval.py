@@ -6,6 +6,7 @@ without recpress; its argument ``mask`` excludes the items of a user's rows in o
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from error_codes import raises_code
 from orders import (
     BOTH_TARGETS,
     FlowResult,
+    run_recipe,
     run_without_prefect,
     use_home,
     without_prefect_engine,
@@ -36,6 +38,10 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from compressors.contracts import Limit
+from compressors.core.batches import SampledItems
+from compressors.distill.fine_tune import FineTune
+from compressors.distill.training.item_sampler import ItemSampler
+from compressors.distill.training.settings import Training
 from compressors.errors.metrics import MetricRefused
 from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
@@ -357,3 +363,25 @@ def test_item_tower_with_other_inputs_than_the_catalogue_is_refused(
     inputs = ("item", "tags", "tags_offsets", "price")
     with raises_code(MetricRefused, "item_inputs_differ", name="finder@1", got=inputs):
         encode_items.fn(**arguments)
+
+
+def test_fine_tune_in_an_order_draws_negatives_from_the_catalogue(
+    retrieval_run: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step is that of the first order, so its result is cached."""
+    sizes = []
+
+    def draw(sampler: ItemSampler) -> SampledItems:
+        sampled = draw_items(sampler)
+        sizes.append((len(sampled.item), sampled.drawn_share))
+        return sampled
+
+    draw_items = ItemSampler.draw
+    monkeypatch.setattr(ItemSampler, "draw", draw)
+    training = Training(epochs=1, negatives=100, learning_rate=1e-4)
+    steps = (RowwiseInt4(), FineTune(training=training))
+    result = run_recipe(Order(model="finder", preset="custom", steps=steps, limits=LIMITS))
+    batches = math.ceil(USERS * INTERACTIONS_PER_USER["train"] / training.batch)
+    assert sizes == [(100, 100 / ITEMS)] * batches
+    before, _, after = result.stages
+    assert after.quality.point > before.quality.point - 0.05
