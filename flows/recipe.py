@@ -33,7 +33,7 @@ from tasks.orchestration.documents import AS_TRAINED, NotApplicable, PreparedRow
 from tasks.orchestration.outages import wait_out
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare_for_teacher
-from tasks.rank import rank
+from tasks.retrieval.rank import rank
 from tasks.score import average, read_scores, score
 from tasks.stages import measure_stages
 

@@ -17,6 +17,7 @@ from compressors.errors.orders import OrderRefused
 from flows.recipe import Compressed, apply_recipe, check_teachers, measure_recipe_stages
 from flows.resolve import order_digest, promote_if_ordered, request_digest
 from flows.run import Run
+from infra.bundle.bundle_folder import read
 from infra.errors import InfraError, OutOfMemory, Refused
 from tasks.build import build, require_builder
 from tasks.gate import gate
@@ -27,8 +28,11 @@ from tasks.orchestration.new_report import build_report
 from tasks.orchestration.order_records import write_request
 from tasks.orchestration.outages import wait_out
 from tasks.orchestration.progress import create_report_artifacts
+from tasks.orchestration.workspace import local
 from tasks.publish import publish, require_published
 from tasks.pull import pull
+from tasks.retrieval.encode_items import encode_items
+from tasks.target_adapters import machine_of
 from tasks.validate import validate
 
 log = logging.getLogger(__name__)
@@ -190,6 +194,7 @@ def measure_result(
             test=data.test.artifact,
             test_rows=data.test.rows,
             ranking=data.ranking,
+            item_vectors=_encode_items(run, data, target, baselines.artifacts[target], candidate),
             metrics=metrics_measured_for_limits(run.model.outputs, run.limits),
             seed=run.order.seed,
         )
@@ -198,6 +203,32 @@ def measure_result(
     }
     run.progress.stage("evaluate the stages")
     return MeasuredResult(served, measure_recipe_stages(run, compressed, data.test, data.ranking))
+
+
+def _encode_items(
+    run: Run, data: PreparedData, target: str, baseline: Artifact, candidate: Artifact
+) -> dict[str, Artifact]:
+    """Return the vectors of all items, by model, for the graphs that ``measure`` compares.
+
+    Empty for models that do not rank a catalogue.
+    """
+    if data.ranking is None:
+        return {}
+    models = {"baseline": baseline, "candidate": candidate}
+    if target in run.champions:
+        models["champion"] = run.champions[target]
+    signature = wait_out(lambda: read(local(run.model.artifact))).signature
+    return {
+        name: run.call(
+            encode_items,
+            target=target,
+            model=model,
+            signature=signature,
+            items=data.ranking.items,
+            machine=machine_of(target),
+        )
+        for name, model in models.items()
+    }
 
 
 def judge_targets(run: Run, built: BuiltTargets, measured: MeasuredResult) -> dict[str, Verdict]:

@@ -6,10 +6,10 @@ pull.py             verifies a stored bundle
 validate.py         checks every split with Great Expectations
 prepare.py          converts a parquet split to tensors
 score.py            computes a model's predictions for a split
-rank.py             ranks the catalogue with a retrieval model
 compress.py         applies one step of a recipe
 tables.py           compresses the tables in the files of an artifact, of any size
 target_adapters.py  returns the engine builder and the runtime of a target
+retrieval/          encodes and ranks the catalogue of a retrieval model
 lower.py            exports the graphs of one target, compares and audits them
 build.py            builds the engines of one target
 evaluation/         compares models on the same rows

@@ -72,6 +72,7 @@ def compress(
         "soft_labels": "train",
         "traffic": "traffic",
         "traffic_soft_labels": "traffic",
+        "items": "items",
     }
     parts = {
         part: split_of(artifact, rows[split_of_part[part]]) for part, artifact in splits.items()

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from prefect import task
-from torch import Tensor
 
 from compressors.contracts import (
     Artifact,
@@ -21,19 +20,16 @@ from compressors.contracts import (
     Split,
     metric,
 )
-from compressors.contracts import target as declared_target
 from compressors.contracts.metrics.serving import BYTES
 from compressors.contracts.output_metrics import (
     default_batch_sizes_of_outputs,
     quality_metrics_of_outputs,
 )
-from compressors.contracts.targets import Target
-from compressors.contracts.targets.runtime import Runtime, Session
+from compressors.contracts.targets.runtime import Session
 from compressors.core.batches import Batch, Rows, batches
-from compressors.core.scores import tower_arguments
 from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import served_graphs
-from compressors.metrics.full_ranking import ranking_metrics
+from compressors.metrics.full_ranking import RankedVectors, ranking_metrics
 from compressors.metrics.measured import (
     Measured,
     Number,
@@ -42,23 +38,23 @@ from compressors.metrics.measured import (
     quality_numbers,
 )
 from infra.bundle.bundle_folder import read
-from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
-from infra.timing import describe_machine
 from tasks.bundles.loading import SCORING_ROWS, split_of
+from tasks.evaluation.graph_sessions import open_graph
 from tasks.evaluation.latency import measure_latency
 from tasks.evaluation.quality import (
     Quality,
     QueryQuality,
-    Vectors,
-    ranked_vectors,
+    queries_of,
     row_quality,
 )
 from tasks.orchestration.documents import Measurement, Ranking
-from tasks.orchestration.graph_documents import lowering_of, served_bytes
+from tasks.orchestration.graph_documents import served_bytes
 from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
-from tasks.target_adapters import runtime_of
+from tasks.retrieval.encode_items import read_item_vectors
+from tasks.retrieval.towers import encode_queries, graph_tower
+from tasks.target_adapters import machine_of
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
@@ -74,6 +70,7 @@ def measure(
     test: Artifact,
     test_rows: int,
     ranking: Ranking | None,
+    item_vectors: dict[str, Artifact],
     metrics: tuple[str, ...],
     seed: int,
 ) -> Artifact:
@@ -92,6 +89,8 @@ def measure(
         test_rows: number of rows of the test split.
         ranking: the catalogue and the earlier interactions of a retrieval model; None for other
             tasks.
+        item_vectors: for a retrieval model, the vectors of all items that ``encode_items`` stored
+            for each model: ``baseline``, ``candidate`` and ``champion``, if there is one.
         metrics: metrics that the limits name, in addition to those measured for every model.
         seed: seed of the bootstrap.
 
@@ -103,21 +102,22 @@ def measure(
     """
     signature = read(local(bundle)).signature
     outputs = signature.outputs
-    threads = load_settings().threads
     graphs = {"baseline": baseline, "candidate": candidate}
     if champion is not None:
         graphs["champion"] = champion
     folders = {name: local(artifact) for name, artifact in graphs.items()}
-    declared, runtime = declared_target(target), runtime_of(target)
+    request_graph = served_graphs(signature)[0]
     sessions = {
-        name: _open_sessions(declared, runtime, folder, signature, threads)
+        name: open_graph(target, folder, signature, request_graph)
         for name, folder in folders.items()
     }
     _require_same_inputs(sessions)
     names = quality_metrics_of_outputs(
         outputs, grouped=signature.group is not None, additional=metrics
     )
-    quality = _evaluate(signature, sessions, split_of(test, test_rows), ranking, names, seed)
+    quality = _evaluate(
+        signature, sessions, split_of(test, test_rows), ranking, item_vectors, names, seed
+    )
 
     candidate_numbers: list[Number] = []
     baseline_numbers: list[Number] = []
@@ -144,8 +144,6 @@ def measure(
             estimate=exact_estimate(float(sizes["baseline"])),
         )
     )
-    request_graph = served_graphs(signature)[0]
-    timed_sessions = {name: opened[request_graph.name] for name, opened in sessions.items()}
     limited_sizes = {size for name in metrics if (size := metric(name).batch) is not None}
     not_timed: dict[str, float] = {}
     for size in sorted({*default_batch_sizes_of_outputs(outputs), *limited_sizes}):
@@ -158,7 +156,7 @@ def measure(
         # A request is a query: if one graph has both towers, its inputs are those of the query.
         request_rows = Rows(split, request_graph.signature)
         inputs = _to_arrays(request_rows.take(torch.arange(size)))
-        timed = measure_latency(timed_sessions, inputs, size, metrics, seed)
+        timed = measure_latency(sessions, inputs, size, metrics, seed)
         candidate_numbers += timed.candidate
         baseline_numbers += timed.baseline
         not_timed |= timed.not_timed
@@ -174,92 +172,51 @@ def measure(
         resolves=resolves,
         not_timed=not_timed,
         rows=test_rows,
-        machine=describe_machine(declared.label, runtime.version(), threads),
+        machine=machine_of(target),
     )
     with scratch_folder("measure") as scratch:
         (Path(scratch) / "measurement.json").write_text(measurement.model_dump_json(indent=1))
         return store().put(Path(scratch))
 
 
-Sessions = dict[str, Session]
-"""The open graphs of one model, by the graph's name."""
-
-
-def _open_sessions(
-    target: Target, runtime: Runtime, folder: Path, signature: Signature, threads: int
-) -> Sessions:
-    """Open every graph of a stored model in the target's runtime.
-
-    Raises:
-        MetricRefused: the model does not have the graphs and outputs of the signature.
-    """
-    graphs, stored = served_graphs(signature), lowering_of(folder).graphs
-    expected = tuple(graph.name for graph in graphs)
-    got = tuple(graph.name for graph in stored)
-    if sorted(got) != sorted(expected):
-        raise MetricRefused(
-            "graphs_differ", task=signature.outputs[0].kind, expected=expected, got=got
-        )
-    outputs = {graph.name: graph.outputs for graph in stored}
-    for graph in graphs:
-        if outputs[graph.name] != graph.outputs:  # scores are compared by their position
-            raise MetricRefused("outputs_differ", expected=graph.outputs, got=outputs[graph.name])
-    return {name: runtime.open(folder / target.served_file(name), threads) for name in expected}
-
-
-def _require_same_inputs(sessions: dict[str, Sessions]) -> None:
-    """Raise if a graph of one model has other inputs than the candidate's graph."""
-    for graph, candidate in sessions["candidate"].items():
-        expected = set(candidate.inputs)
-        for name, opened in sessions.items():
-            if set(opened[graph].inputs) != expected:
-                raise MetricRefused(
-                    "inputs_differ",
-                    model=name,
-                    got=tuple(opened[graph].inputs),
-                    expected=tuple(sorted(expected)),
-                )
+def _require_same_inputs(sessions: Mapping[str, Session]) -> None:
+    """Raise if the graph of one model has other inputs than the candidate's graph."""
+    expected = set(sessions["candidate"].inputs)
+    for name, session in sessions.items():
+        if set(session.inputs) != expected:
+            raise MetricRefused(
+                "inputs_differ",
+                model=name,
+                got=tuple(session.inputs),
+                expected=tuple(sorted(expected)),
+            )
 
 
 def _evaluate(
     signature: Signature,
-    sessions: dict[str, Sessions],
+    sessions: Mapping[str, Session],
     test: Split,
     ranking: Ranking | None,
+    item_vectors: Mapping[str, Artifact],
     names: tuple[str, ...],
     seed: int,
 ) -> Quality:
     """Evaluate every model on the test rows: one score per row, or one ranking per query."""
-    if ranking is not None:
-        vectors = {
-            name: ranked_vectors(_tower_functions(opened, signature), signature, test, ranking)
-            for name, opened in sessions.items()
-        }
-        values = {name: ranking_metrics(ranked, names) for name, ranked in vectors.items()}
-        return QueryQuality(values, test.rows, seed, vectors)
-    rows = list(batches(test, signature, SCORING_ROWS))
-    (graph,) = served_graphs(signature)
-    scores = {
-        name: _score_rows(name, opened[graph.name], rows) for name, opened in sessions.items()
+    if ranking is None:
+        rows = list(batches(test, signature, SCORING_ROWS))
+        scores = {name: _score_rows(name, session, rows) for name, session in sessions.items()}
+        return row_quality(signature, test, scores, seed)
+    queries = queries_of(signature, test, ranking)
+    vectors = {
+        name: RankedVectors(
+            encode_queries(graph_tower(session, signature, "query"), signature, test, queries.row),
+            read_item_vectors(item_vectors[name]),
+            queries,
+        )
+        for name, session in sessions.items()
     }
-    return row_quality(signature, test, scores, seed)
-
-
-def _tower_functions(sessions: Sessions, signature: Signature) -> dict[str, Vectors]:
-    """Return the towers of a retrieval model as functions from tensors to vectors."""
-
-    def vectors(session: Session, tower: str) -> Vectors:
-        def compute_vectors(inputs: Mapping[str, Tensor]) -> Array:
-            arguments = tower_arguments(inputs, signature, tower)
-            return session.scores({name: tensor.numpy() for name, tensor in arguments.items()})
-
-        return compute_vectors
-
-    return {
-        tower: vectors(sessions[graph.name], tower)
-        for graph in served_graphs(signature)
-        for tower in graph.towers
-    }
+    values = {name: ranking_metrics(ranked, names) for name, ranked in vectors.items()}
+    return QueryQuality(values, test.rows, seed, vectors)
 
 
 def _score_rows(name: str, session: Session, rows: list[Batch]) -> Array:

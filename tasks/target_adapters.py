@@ -6,9 +6,11 @@ task changes with their source (``tasks/orchestration/code_digest.py``).
 
 from compressors.contracts import target
 from compressors.contracts.targets.builder import Builder
-from compressors.contracts.targets.runtime import Runtime
+from compressors.contracts.targets.runtime import Machine, Runtime
 from infra.onnxruntime.sessions import OnnxRuntime as OnnxRuntime
+from infra.settings import load_settings
 from infra.tensorrt.engines import TensorRTBuilder as TensorRTBuilder
+from infra.timing import describe_machine
 
 
 def builder_of(name: str) -> Builder:
@@ -38,3 +40,12 @@ def runtime_of(name: str) -> Runtime:
 def runtime_of_graphs(name: str) -> Runtime | None:
     """Return the runtime of a target that serves graphs; None if it serves engines or has none."""
     return None if target(name).is_built else target(name).load_runtime()
+
+
+def machine_of(name: str) -> Machine:
+    """Describe this machine and the runtime of a target.
+
+    Raises:
+        ValueError: the target has no runtime.
+    """
+    return describe_machine(target(name).label, runtime_of(name).version(), load_settings().threads)

@@ -28,7 +28,7 @@ class Split(Frozen):
 
 
 Part = Literal[
-    "train", "calibration", "validation", "soft_labels", "traffic", "traffic_soft_labels"
+    "train", "calibration", "validation", "soft_labels", "traffic", "traffic_soft_labels", "items"
 ]
 """Name of a field of ``Bench`` that is a split."""
 
@@ -41,13 +41,15 @@ def required_parts(needs: Iterable[Part], *, scores_rows: bool) -> tuple[Part, .
     """Return the parts that a step needs for a model.
 
     Predictions of teachers are stored for models with one score per row only. For a model with two
-    towers, a step computes the vectors of the original network while it trains.
+    towers, a step computes the vectors of the original network while it trains. Only such a model
+    has a catalogue of items.
 
     Args:
         needs: the parts that the step declares.
         scores_rows: whether the model has one score per row.
     """
-    return tuple(part for part in needs if scores_rows or part not in SOFT_LABELS)
+    unavailable = ("items",) if scores_rows else SOFT_LABELS
+    return tuple(part for part in needs if part not in unavailable)
 
 
 class Bench(Frozen):
@@ -65,6 +67,7 @@ class Bench(Frozen):
             ``teachers``, it is the mean prediction of all teachers.
         traffic: logged requests, which have no labels.
         traffic_soft_labels: the same as ``soft_labels``, for the rows of ``traffic``.
+        items: the catalogue of a model with two towers: one row per item.
         checkpoints: folder of this machine where a long step keeps its progress; None for none.
         seed: seed of a step's random numbers.
         device: torch device on which a step trains.
@@ -80,6 +83,7 @@ class Bench(Frozen):
     soft_labels: Split | None = None
     traffic: Split | None = None
     traffic_soft_labels: Split | None = None
+    items: Split | None = None
     checkpoints: str | None = Field(
         None, description="A folder of this machine where a long step keeps its progress."
     )

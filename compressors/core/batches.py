@@ -47,6 +47,24 @@ MAX_SEQUENCE_IDS = 2**20
 
 
 @dataclass(frozen=True)
+class SampledItems:
+    """Items that were drawn from the catalogue for a batch of a retrieval model.
+
+    Attributes:
+        inputs: the inputs of the item tower, by name.
+        item: id of each item, each once, int ``(sampled,)``.
+        item_log_share: logarithm of the share of training rows that have the item, float32
+            ``(sampled,)``; -inf if none has it.
+        drawn_share: share of the catalogue that was drawn.
+    """
+
+    inputs: dict[str, Tensor]
+    item: Tensor
+    item_log_share: Tensor
+    drawn_share: float
+
+
+@dataclass(frozen=True)
 class Batch:
     """A batch of rows.
 
@@ -59,6 +77,7 @@ class Batch:
             for 1.
         item: id of the row's item, int ``(rows,)``; None if the signature names no item.
         item_log_share: logarithm of the share of rows that have this item, float32 ``(rows,)``.
+        sampled: further items, which are negatives of all queries; None if none are drawn.
     """
 
     inputs: dict[str, Tensor]
@@ -67,6 +86,7 @@ class Batch:
     output_weights: tuple[float, ...] | None = None
     item: Tensor | None = None
     item_log_share: Tensor | None = None
+    sampled: SampledItems | None = None
 
 
 def batches(
@@ -321,7 +341,7 @@ def change_columns(
 
 
 def concatenate_inputs(
-    parts: Sequence[dict[str, Tensor]], signature: Signature
+    parts: Sequence[Mapping[str, Tensor]], signature: Signature
 ) -> dict[str, Tensor]:
     """Concatenate the inputs of several batches along the rows."""
     inputs: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compressors.core.batches import Batch
+from compressors.core.batches import Batch, SampledItems
 from compressors.errors.steps import StepRefused
 
 
@@ -76,7 +76,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         for values in (batch.group, batch.item, batch.item_log_share)
     )
     label = batch.label.to(device)
-    return Batch(inputs, label, group, batch.output_weights, item, share)
+    sampled = None if batch.sampled is None else _items_to_device(batch.sampled, device)
+    return Batch(inputs, label, group, batch.output_weights, item, share, sampled)
+
+
+def _items_to_device(sampled: SampledItems, device: torch.device) -> SampledItems:
+    return SampledItems(
+        {name: tensor.to(device) for name, tensor in sampled.inputs.items()},
+        sampled.item.to(device),
+        sampled.item_log_share.to(device),
+        sampled.drawn_share,
+    )
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import FORWARD, Signature, tensor_names
+from compressors.core.batches import SampledItems, concatenate_inputs
 
 Value = TypeVar("Value")
 """A tensor, or an array of a runtime."""
@@ -63,21 +64,38 @@ def network_scores(module: nn.Module, inputs: Mapping[str, Tensor], signature: S
 
 
 def training_output(
-    module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    signature: Signature,
+    sampled: SampledItems | None = None,
 ) -> Tensor:
     """Call a network and return what its loss compares.
 
+    Args:
+        module: the network.
+        inputs: its input tensors by name.
+        signature: its signature.
+        sampled: for a model with two towers, items that were drawn from the catalogue; None if none
+            were drawn. The item tower computes them in one call with the items of the rows, so that
+            batch norm treats all items alike.
+
     Returns:
         The scores; for a model with two towers, the vectors of the query and of the item of each
-        row, float ``(rows, 2, dim)``.
+        row, float ``(rows, 2, dim)``. Drawn items are further rows, with a query vector of zeros.
 
     Raises:
         TypeError, ValueError: as ``scores_of``.
     """
     if signature.towers is None:
         return network_scores(module, inputs, signature)
-    vectors = [tower_vectors(module, inputs, signature, name) for name in signature.towers.named()]
-    return torch.stack(vectors, dim=1)
+    query, item = signature.towers.named()
+    queries = tower_vectors(module, inputs, signature, query)
+    if sampled is None:
+        return torch.stack([queries, tower_vectors(module, inputs, signature, item)], dim=1)
+    both = concatenate_inputs([inputs, sampled.inputs], signature.of_tower(item))
+    items = tower_vectors(module, both, signature, item)
+    no_query = queries.new_zeros(len(items) - len(queries), queries.shape[1])
+    return torch.stack([torch.cat([queries, no_query]), items], dim=1)
 
 
 def tower_vectors(

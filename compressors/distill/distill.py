@@ -130,13 +130,13 @@ class Distill(StepSettings):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows, soft labels for them, and validation rows for early stopping."""
+        """Training rows, soft labels for them, validation rows, and what the training needs."""
         parts: dict[TrainingRows, tuple[Part, ...]] = {
             "train": ("train", "validation", "soft_labels"),
             "traffic": ("traffic", "validation", "traffic_soft_labels"),
             "both": ("train", "traffic", "validation", "soft_labels", "traffic_soft_labels"),
         }
-        return parts[self.rows]
+        return (*parts[self.rows], *self.training.needs)
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the units to train; with a student, also the units that it lacks or that shrink.
@@ -151,17 +151,19 @@ class Distill(StepSettings):
             raise NothingToCompress("loss_without_probability", step=self.kind)
         self._require_tower_settings(bench)
         require_layers(model.module, self._recorded_layers())
-        tables, reasons = self.training.tables, self._reasons(bench)
+        reasons = self._reasons(bench)
         decisions = choose_trainable(
             model,
             bench,
             self.kind,
-            tables=tables,
+            self.training,
             dense=self.dense,
             reasons=reasons,
         )
         if self.student is not None:
-            smaller = student_decisions(model, self.student, tables=tables, reasons=reasons)
+            smaller = student_decisions(
+                model, self.student, tables=self.training.tables, reasons=reasons
+            )
             decisions = {**decisions, **smaller}
         return StepPlan(decisions, None)
 

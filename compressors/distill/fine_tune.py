@@ -37,8 +37,8 @@ class FineTune(StepSettings):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows, and validation rows for early stopping."""
-        return ("train", "validation")
+        """Training rows, validation rows for early stopping, and what the training needs."""
+        return ("train", "validation", *self.training.needs)
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the units to train; give a reason for each other unit.
@@ -46,7 +46,7 @@ class FineTune(StepSettings):
         Raises:
             NothingToCompress: the task has no training loss.
         """
-        decisions = choose_trainable(model, bench, self.kind, tables=self.training.tables)
+        decisions = choose_trainable(model, bench, self.kind, self.training)
         return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:

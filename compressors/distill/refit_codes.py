@@ -103,8 +103,8 @@ class RefitCodes(StepSettings):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows, soft labels for them, and validation rows to select the best state."""
-        return ("train", "validation", "soft_labels")
+        """Training rows with soft labels, validation rows to select the best state, a catalogue."""
+        return ("train", "validation", "soft_labels", *self.training.needs)
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the tables with codes and, if ``dense`` is set, the dense layers.
@@ -112,7 +112,7 @@ class RefitCodes(StepSettings):
         Raises:
             NothingToCompress: the task has no training loss, or a pattern matches no table.
         """
-        require_loss(bench, self.kind)
+        require_loss(bench, self.kind, self.training)
         dense = trainable_tensors(model.module, tables=False) if self.dense else ()
         decisions = {}
         units = Unit.of(model.module)

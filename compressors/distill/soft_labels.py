@@ -115,7 +115,7 @@ def _vector_loss(
     def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
         with torch.no_grad():
             teacher = teacher_on(output.device)
-            vectors = training_output(teacher, batch.inputs, signature).float()
+            vectors = training_output(teacher, batch.inputs, signature, batch.sampled).float()
         if name == "margin":
             soft = margin_loss(output, vectors, batch)
         else:

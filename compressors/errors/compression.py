@@ -87,6 +87,9 @@ class NothingToCompress(CompressionError):
         f"outputs is not written yet. {_LEAVE_OUT}",
         "training_unavailable": "Expected a task with a training loss for {step!r}, got "
         f"{{task!r}}. {_LEAVE_OUT}",
+        "negatives_without_catalogue": "{step!r} draws {negatives} negatives from the catalogue of "
+        "a model of task 'retrieval'; this model has task {task!r}. Set 'negatives' of the "
+        "training to 0.",
         "towers_setting": "{step!r} of a model with two towers learns from the vectors of the "
         "original on the training rows; got {setting} {value!r}. Expected {expected}.",
         "row_metric_missing": "{step!r} needs a model of task 'ctr' or 'ranking'; this model has "

@@ -101,6 +101,10 @@ class MetricRefused(CompressionError):
             "The {model} has the inputs {got}, but the candidate has {expected}: they "
             f"cannot be compared on the same rows. {_WITHOUT_CHAMPION}"
         ),
+        "item_inputs_differ": (
+            "The item tower of {name} has the inputs {got}, but the item tower of the order's "
+            f"bundle has {{expected}}: it cannot encode this catalogue. {_WITHOUT_CHAMPION}"
+        ),
         "graph_scores_not_finite": (
             "The {model} graph returns no finite score for {count} test rows, the first is "
             "row {row}. Either an id or a list is outside of what its input declares, or a "

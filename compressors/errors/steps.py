@@ -31,6 +31,8 @@ class RowsMissing(CompressionError):
         "validation_rows_missing": f"{{step!r}} needs validation rows. {_ADD_OR_LEAVE_OUT}",
         "train_rows_missing": f"{{step!r}} needs train rows. {_ADD_OR_LEAVE_OUT}",
         "training_needs_rows": f"Training needs train and validation rows. {_ADD_OR_LEAVE_OUT}",
+        "catalogue_missing": "{negatives} negatives of each batch are drawn from the catalogue, "
+        "the split 'items'. Add it to the bench, or set 'negatives' of the training to 0.",
         "gradients_need_rows": f"Gradients need train rows. {_ADD_OR_LEAVE_OUT}",
         "lookup_counts_need_rows": f"Counting lookups needs train rows. {_ADD_OR_LEAVE_OUT}",
         "soft_labels_missing": "{step!r} needs train rows and soft labels, which are a teacher's "

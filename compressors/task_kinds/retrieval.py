@@ -1,7 +1,9 @@
 """Task kind ``retrieval``: two towers, trained to score a query's item above other items.
 
-The losses compare all queries of a batch with all of its items. They take the vectors of the towers
-instead of scores: float ``(rows, 2, dim)``, of the query and of the item of each row.
+The losses compare all queries of a batch with all of its items, and with the items that were drawn
+for it from the catalogue, if any. They take the vectors of the towers instead of scores: float
+``(rows, 2, dim)``, of the query and of the item of each row. Drawn items are further rows, with a
+query vector of zeros (``compressors.core.scores.training_output``).
 """
 
 from collections.abc import Iterator
@@ -11,9 +13,10 @@ import torch
 from torch import Tensor
 
 from compressors.contracts import Output
-from compressors.core.batches import Batch
+from compressors.core.batches import Batch, SampledItems
 from compressors.metrics.baseline_problem import BaselineProblem
 from compressors.task_kinds.protocol import DistillationRows, ScoredSample
+from compressors.task_kinds.sampled_softmax import log_inclusion_of, sampled_softmax_losses
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,10 @@ class Retrieval:
     with the logQ correction: the logarithm of an item's share of the training rows is subtracted
     from its scores, since frequent items occur more often as negatives. ``soft_loss`` is the cross
     entropy between the softmax of the teacher's scores and that of the student's.
+
+    If the batch has items that were drawn from the catalogue, both losses compare each query with
+    them too, and with each different item once. The correction of ``hard_loss`` is then that of
+    ``sampled_softmax.py``.
 
     Source: Yi et al. 2019, https://doi.org/10.1145/3298689.3346996, eq. 3 (logQ correction).
     Differs: the shares are counted in the training rows instead of estimated in a stream; other
@@ -36,13 +43,16 @@ class Retrieval:
         """Compute the mean cross entropy of the rows with a positive label.
 
         Args:
-            score: the vectors of both towers, float ``(rows, 2, dim)``.
+            score: the vectors of both towers, float ``(rows, 2, dim)``, and those of drawn items as
+                further rows.
             batch: labels, items and shares of items; queries are its groups.
         """
         is_positive = batch.label > 0
         if not bool(is_positive.any()):
             return score.sum() * 0  # connected to the network, so that it has a gradient
-        scores = scores_of_pairs(score)
+        scores = scores_of_pairs(score, batch)
+        if batch.sampled is not None:
+            return _sampled_losses(scores, batch, batch.sampled)[is_positive].mean()
         if batch.item_log_share is not None:
             scores = scores - batch.item_log_share
         logits = scores.masked_fill(is_excluded(batch, len(scores), scores.device), -torch.inf)
@@ -54,9 +64,9 @@ class Retrieval:
 
         An item that occurs several times in the batch counts once.
         """
-        first = is_first_occurrence(rows.batch, len(rows.student), rows.student.device)
-        student = scores_of_pairs(rows.student)[:, first] / temperature
-        teacher = scores_of_pairs(rows.teacher)[:, first] / temperature
+        counted = is_counted(rows.batch)
+        student = scores_of_pairs(rows.student, rows.batch)[:, counted] / temperature
+        teacher = scores_of_pairs(rows.teacher, rows.batch)[:, counted] / temperature
         target = teacher.softmax(dim=1)
         return -(target * student.log_softmax(dim=1)).sum(dim=1).mean() * temperature**2
 
@@ -70,26 +80,28 @@ def margin_loss(student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
     """Compute the mean squared error of margins: the score of a query's item minus that of another.
 
     Args:
-        student: the vectors of both towers, float ``(rows, 2, dim)``.
-        teacher: the teacher's vectors, float ``(rows, 2, dim of the teacher)``.
+        student: the vectors of both towers, float ``(rows, 2, dim)``, and those of drawn items as
+            further rows.
+        teacher: the teacher's vectors, float ``(rows, 2, dim of the teacher)``, likewise.
         batch: the rows; an item that occurs several times counts once.
 
     Source: Hofstätter et al. 2020, https://arxiv.org/abs/2010.02666 (margin MSE).
     """
-    first = is_first_occurrence(batch, len(student), student.device)
+    counted = is_counted(batch)
     margins = [
-        (scores.diagonal()[:, None] - scores[:, first])
-        for scores in (scores_of_pairs(student), scores_of_pairs(teacher))
+        (scores.diagonal()[:, None] - scores[:, counted])
+        for scores in (scores_of_pairs(student, batch), scores_of_pairs(teacher, batch))
     ]
     return (margins[0] - margins[1]).square().mean()
 
 
-def scores_of_pairs(vectors: Tensor) -> Tensor:
-    """Return the score of every query with every item, float ``(queries, items)``.
+def scores_of_pairs(vectors: Tensor, batch: Batch) -> Tensor:
+    """Return the score of every query with every item, float ``(rows, rows + sampled)``.
 
-    ``vectors`` has the vectors of query and item of each row, float ``(rows, 2, dim)``.
+    ``vectors`` has the vectors of query and item of each row, float ``(rows, 2, dim)``, and those
+    of drawn items as further rows.
     """
-    return vectors[:, 0] @ vectors[:, 1].T
+    return vectors[: len(batch.label), 0] @ vectors[:, 1].T
 
 
 def is_excluded(batch: Batch, rows: int, device: torch.device) -> Tensor:
@@ -100,17 +112,60 @@ def is_excluded(batch: Batch, rows: int, device: torch.device) -> Tensor:
     excluded = torch.zeros(rows, rows, dtype=torch.bool, device=device)
     if batch.item is not None:
         excluded |= batch.item[:, None] == batch.item[None, :]
-    if batch.group is not None:
-        excluded |= (batch.group[:, None] == batch.group[None, :]) & (batch.label > 0)[None, :]
+    excluded |= _is_positive_pair(batch, device)
     excluded.fill_diagonal_(fill_value=False)
     return excluded
 
 
-def is_first_occurrence(batch: Batch, rows: int, device: torch.device) -> Tensor:
-    """Return which rows of the batch have an item that no earlier row has, bool ``(rows,)``."""
+def is_counted(batch: Batch) -> Tensor:
+    """Return which items a loss compares with queries, each once, bool ``(rows + sampled,)``.
+
+    They are the item of a row that no earlier row has, and drawn items that no row has.
+    """
+    first = first_rows(batch)
+    is_first = first == torch.arange(len(first), device=first.device)
+    if batch.sampled is None or batch.item is None:
+        return is_first
+    return torch.cat([is_first, ~torch.isin(batch.sampled.item, batch.item)])
+
+
+def first_rows(batch: Batch) -> Tensor:
+    """Return for each row the first row of the batch that has its item, int64 ``(rows,)``."""
+    device, rows = batch.label.device, len(batch.label)
+    numbers = torch.arange(rows, device=device)
     if batch.item is None:
-        return torch.ones(rows, dtype=torch.bool, device=device)
+        return numbers
     _, inverse = torch.unique(batch.item, return_inverse=True)
     first = torch.full((int(inverse.max()) + 1,), rows, device=device)
-    first = first.scatter_reduce(0, inverse, torch.arange(rows, device=device), "amin")
-    return first[inverse] == torch.arange(rows, device=device)
+    return first.scatter_reduce(0, inverse, numbers, "amin")[inverse]
+
+
+def _is_positive_pair(batch: Batch, device: torch.device) -> Tensor:
+    """Return which rows have a positive item of each row's query, bool ``(rows, rows)``."""
+    rows = len(batch.label)
+    if batch.group is None:
+        return torch.zeros(rows, rows, dtype=torch.bool, device=device)
+    return (batch.group[:, None] == batch.group[None, :]) & (batch.label > 0)[None, :]
+
+
+def _sampled_losses(scores: Tensor, batch: Batch, sampled: SampledItems) -> Tensor:
+    """Compute the loss of each row among the different items of the batch and the drawn items.
+
+    Args:
+        scores: float ``(rows, rows + sampled)``.
+        batch: the rows.
+        sampled: the drawn items.
+
+    Returns:
+        float ``(rows,)``.
+    """
+    assert batch.item_log_share is not None  # noqa: S101 - items are drawn only if rows have one
+    counted, rows = is_counted(batch), len(batch.label)
+    own = (counted.cumsum(0) - 1)[first_rows(batch)]  # the column of each row's item
+    shares = torch.cat([batch.item_log_share, sampled.item_log_share])[counted]
+    excluded = torch.zeros(rows, len(shares), dtype=torch.bool, device=scores.device)
+    query, row = _is_positive_pair(batch, scores.device).nonzero(as_tuple=True)
+    excluded[query, own[row]] = True
+    excluded[torch.arange(rows, device=scores.device), own] = False
+    log_inclusion = log_inclusion_of(shares, rows - 1, sampled.drawn_share)
+    return sampled_softmax_losses(scores[:, counted], own, log_inclusion, excluded)

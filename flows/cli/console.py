@@ -267,14 +267,18 @@ def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
 
 @contextmanager
 def _progress_on_terminal(*, quiet: bool) -> Iterator[None]:
-    """Print the log lines of stages and waits, with a spinner if standard error is a terminal."""
+    """Print the log lines of stages, rows and waits; a spinner if standard error is a terminal."""
     if quiet:
         yield
         return
     err = console(error=True)
     loggers = [
         logging.getLogger(name)
-        for name in ("tasks.orchestration.progress", "tasks.orchestration.outages")
+        for name in (
+            "tasks.orchestration.progress",
+            "tasks.orchestration.row_progress",
+            "tasks.orchestration.outages",
+        )
     ]
     with err.status("starting the flow") as status:
         handler = _ProgressHandler(err, status)

@@ -154,6 +154,7 @@ def bench_of(
         soft_labels=splits.get("soft_labels"),
         traffic=splits.get("traffic"),
         traffic_soft_labels=splits.get("traffic_soft_labels"),
+        items=splits.get("items"),
         teacher=teacher,
         teachers=teachers,
         seed=seed,

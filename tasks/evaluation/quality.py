@@ -5,21 +5,17 @@ Models of the tasks ``ctr`` and ``ranking`` are compared by one score per row an
 these rankings.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from compressors.contracts import ITEMS, Estimate, Output, Signature, Split
 from compressors.contracts import metric as declared_metric
 from compressors.contracts.metrics.metric import metric_name_of_output
-from compressors.core.batches import Rows, batches, rows_per_batch
-from compressors.core.scores import tower_vectors
-from compressors.lower.serving_wrapper import served_graphs
+from compressors.core.batches import Rows
 from compressors.metrics import intervals
 from compressors.metrics.estimators import builtin as builtin  # so that the code digest covers it
 from compressors.metrics.full_ranking import (
@@ -31,12 +27,11 @@ from compressors.metrics.full_ranking import (
 from compressors.metrics.intervals import PairedEstimate
 from compressors.metrics.score_change import change_of_rankings, change_of_rows
 from compressors.metrics.validation_ranking import interactions
-from tasks.bundles.loading import SCORING_ROWS, split_of
+from tasks.bundles.loading import split_of
 from tasks.orchestration.documents import Ranking
+from tasks.retrieval.towers import Tower, encode_catalogue, encode_queries
 
 Array = NDArray[Any]
-Vectors = Callable[[Mapping[str, Tensor]], Array]
-"""A tower as a function: inputs by name -> vectors, float32 ``(rows, dim)``."""
 
 
 class Quality(Protocol):
@@ -157,7 +152,7 @@ def row_quality(
 
 
 def query_quality(
-    towers: Mapping[str, Vectors],
+    towers: Mapping[str, Tower],
     signature: Signature,
     test: Split,
     ranking: Ranking,
@@ -178,44 +173,26 @@ def query_quality(
     Raises:
         CompressionError: a vector is not finite, or all relevant items are earlier interactions.
     """
-    return ranking_metrics(ranked_vectors(towers, signature, test, ranking), names)
-
-
-def ranked_vectors(
-    towers: Mapping[str, Vectors], signature: Signature, test: Split, ranking: Ranking
-) -> RankedVectors:
-    """Compute the vectors of every test query and item; arguments as for ``query_quality``."""
+    queries = queries_of(signature, test, ranking)
     catalogue = split_of(ranking.items.artifact, ranking.items.rows)
-    query, item = signature.of_tower("query"), signature.of_tower("item")
-    item_batches = list(batches(catalogue, item, SCORING_ROWS))
+    vectors = RankedVectors(
+        encode_queries(towers["query"], signature, test, queries.row),
+        encode_catalogue(towers["item"], signature, catalogue),
+        queries,
+    )
+    return ranking_metrics(vectors, names)
+
+
+def queries_of(signature: Signature, test: Split, ranking: Ranking) -> RankingQueries:
+    """Return the test queries with their relevant and hidden items; arguments as above.
+
+    Raises:
+        MetricRefused: all relevant items are earlier interactions, or rows have no groups.
+    """
+    catalogue = split_of(ranking.items.artifact, ranking.items.rows)
     ids = Rows(catalogue, signature.of_split(ITEMS)).column(str(signature.item)).numpy()
     earlier = [
         interactions(Rows(split_of(split.artifact, split.rows), signature))
         for split in ranking.seen
     ]
-    queries = ranking_queries(interactions(Rows(test, signature)), earlier, ids)
-    return RankedVectors(
-        _query_vectors(towers["query"], queries, Rows(test, query)),
-        np.concatenate([towers["item"](batch.inputs) for batch in item_batches]),
-        queries,
-    )
-
-
-def torch_towers(model: nn.Module, signature: Signature) -> dict[str, Vectors]:
-    """Return the towers of a torch module, by name."""
-
-    def tower(name: str) -> Vectors:
-        def compute_vectors(inputs: Mapping[str, Tensor]) -> Array:
-            with torch.no_grad():
-                vectors: Array = tower_vectors(model, inputs, signature, name).numpy()
-            return vectors
-
-        return compute_vectors
-
-    return {name: tower(name) for graph in served_graphs(signature) for name in graph.towers}
-
-
-def _query_vectors(tower: Vectors, queries: RankingQueries, test: Rows) -> Array:
-    """Return the vectors ``(queries, dim)``; each query is the row that ``queries.row`` names."""
-    rows, size = torch.from_numpy(queries.row), rows_per_batch(test.signature, SCORING_ROWS)
-    return np.concatenate([tower(test.take(part).inputs) for part in torch.split(rows, size)])
+    return ranking_queries(interactions(Rows(test, signature)), earlier, ids)

@@ -10,6 +10,7 @@ order_records.py    stores results of orders, so that a repeated order returns i
 outages.py          waits while a service does not respond
 policy.py           decides which faults are retried, and runs tasks with cached results
 log_lines.py        escapes log lines so that they cannot be forged
+row_progress.py     logs how many rows of a long task are done
 progress.py         shows progress and results on Prefect's pages
 memory_estimate.py  estimates the peak memory of an order from sizes
 data_parallel.py    runs a step in several processes, one per device

@@ -75,6 +75,7 @@ def measure_graph(
         "test": graphs.test,
         "test_rows": ROWS["test"],
         "ranking": None,
+        "item_vectors": {},
         "metrics": (),
         "seed": 0,
     }

@@ -3,11 +3,12 @@
 The ``position`` of a setting is its place in Prefect's form for a flow run; it has no other effect.
 """
 
+import operator
 from typing import Literal
 
 from pydantic import Field
 
-from compressors.contracts import Frozen
+from compressors.contracts import Frozen, Part
 
 
 class Training(Frozen):
@@ -71,3 +72,16 @@ class Training(Frozen):
         "and the loss stay in float32. Faster on GPUs and on CPUs with bfloat16 instructions.",
         json_schema_extra={"position": 9},
     )
+    negatives: int = Field(
+        0,
+        ge=0,
+        exclude_if=operator.not_,
+        description="Items that are drawn from the catalogue for each batch of a retrieval model, "
+        "as negatives of all its queries. 0: only the items of the batch.",
+        json_schema_extra={"position": 10},
+    )
+
+    @property
+    def needs(self) -> tuple[Part, ...]:
+        """The parts of a bench that these settings need, in addition to those of the step."""
+        return ("items",) if self.negatives else ()

@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from compressors.core.placement import device_of, moved_to, to_device
 from compressors.core.scores import training_output
 from compressors.distill.training import data_parallel
 from compressors.distill.training.checkpoint import TrainingProgress, read_progress, store_progress
+from compressors.distill.training.item_sampler import ItemSampler, build_sampler
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import (
     is_table,
@@ -63,6 +64,7 @@ def train(
     loss: Loss,
     settings: Training,
     *,
+    items: Split | None = None,
     seed: int,
     checkpoints: str | None,
     keep_zeros_in: Collection[str] = (),
@@ -83,7 +85,8 @@ def train(
         validation: rows for early stopping.
         loss: the loss to minimize.
         settings: epochs, learning rate and so on.
-        seed: seed of the order of rows and of dropout.
+        items: the catalogue of a model with two towers, from which ``negatives`` are drawn.
+        seed: seed of the order of rows, of dropout and of negatives.
         checkpoints: folder for checkpoints, from which training resumes after a crash; None: no
             checkpoints.
         keep_zeros_in: layers whose zeros stay zero. In other layers a zero is an ordinary weight,
@@ -103,6 +106,7 @@ def train(
 
     Raises:
         TrainingFailed: the loss is no longer finite, or there is nothing to train.
+        RowsMissing: there are ``negatives`` and no ``items``.
         StepRefused: the device does not exist.
     """
     with moved_to(module, device), moved_to(auxiliary or nn.Identity(), device):
@@ -125,6 +129,7 @@ def train(
         )
         if auxiliary is not None:
             run.add_auxiliary(auxiliary)
+        run.sampler = build_sampler(items, signature, train_rows, settings.negatives)
         return _run_to_the_end(run, checkpoints)
 
 
@@ -219,6 +224,7 @@ class _Run:
         self.rate_factor, self.epochs_since_best, self.steps = 1.0, 0, 0
         self.after_step: Callable[[float], None] | None = None
         self.keep_last_epoch = False
+        self.sampler: ItemSampler | None = None
 
     def add_auxiliary(self, auxiliary: nn.Module) -> None:
         """Train the parameters of another module too."""
@@ -252,6 +258,8 @@ class _Run:
         total = rows = 0.0
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed + data_parallel.rank())  # dropout
+            if self.sampler is not None:
+                self.sampler.seed(seed, data_parallel.rank())
             for row_numbers in self._batches(seed):
                 total += self._step(self.rows.in_order(row_numbers)) * len(row_numbers)
                 rows += len(row_numbers)
@@ -336,9 +344,10 @@ class _Run:
         """Compute gradients on some rows; return the loss without the table penalty."""
         if not len(row_numbers):
             return torch.zeros((), device=self.device)
-        batch = to_device(self.rows.take(row_numbers), self.device)
+        sampled = None if self.sampler is None else self.sampler.draw()
+        batch = to_device(replace(self.rows.take(row_numbers), sampled=sampled), self.device)
         with self._precision():
-            output = training_output(self.module, batch.inputs, self.signature)
+            output = training_output(self.module, batch.inputs, self.signature, batch.sampled)
         loss = self.loss(output.float(), batch, row_numbers)
         total = loss
         for table in self._penalized():

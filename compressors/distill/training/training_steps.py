@@ -22,8 +22,8 @@ def choose_trainable(
     model: Model,
     bench: Bench,
     kind: str,
+    training: Training,
     *,
-    tables: bool,
     dense: bool = True,
     reasons: tuple[Reason, ...] = (),
 ) -> dict[str, Decision]:
@@ -33,15 +33,15 @@ def choose_trainable(
         model: the network.
         bench: provides the number of training rows for the reasons.
         kind: the kind of the calling step.
-        tables: whether tables are trained.
+        training: settings of the training.
         dense: whether all other units are trained.
         reasons: reasons for trained units; if empty, the reason is the number of training rows.
 
     Raises:
-        NothingToCompress: the signature's task has no loss yet.
+        NothingToCompress: as ``require_loss``.
     """
-    require_loss(bench, kind)
-    names = trainable_tensors(model.module, tables=tables, dense=dense)
+    require_loss(bench, kind, training)
+    names = trainable_tensors(model.module, tables=training.tables, dense=dense)
     rows = bench.train.rows if bench.train else 0
     units = {unit.name: unit for unit in Unit.of(model.module)}
     trained = {innermost(name, units) for name in names}  # the unit that each tensor belongs to
@@ -54,7 +54,7 @@ def choose_trainable(
             decisions[unit.name] = Decision(
                 "skipped", (Reason("shares_weight", unit=unit.shared_with),)
             )
-        elif unit.role == "table" and not tables:
+        elif unit.role == "table" and not training.tables:
             decisions[unit.name] = Decision("skipped", (Reason("tables_not_trained", step=kind),))
         elif unit.role == "dense" and not dense:
             decisions[unit.name] = Decision("skipped", (Reason("dense_not_trained", step=kind),))
@@ -63,15 +63,20 @@ def choose_trainable(
     return decisions
 
 
-def require_loss(bench: Bench, kind: str) -> None:
-    """Raise if the task has no training loss.
+def require_loss(bench: Bench, kind: str, training: Training) -> None:
+    """Raise if the task has no training loss, or none with these settings.
 
     Raises:
-        NothingToCompress: a task kind of the signature's outputs has no functions.
+        NothingToCompress: a task kind of the signature's outputs has no functions, or there are
+            ``negatives`` and the model has no catalogue.
     """
+    task = bench.signature.outputs[0].kind
     if any(output.task_kind.load() is None for output in bench.signature.outputs):
-        tasks = tuple(output.kind for output in bench.signature.outputs)
-        raise NothingToCompress("training_unavailable", step=kind, task=tasks[0])
+        raise NothingToCompress("training_unavailable", step=kind, task=task)
+    if training.negatives and bench.signature.scores_rows:
+        raise NothingToCompress(
+            "negatives_without_catalogue", step=kind, task=task, negatives=training.negatives
+        )
 
 
 def nothing_to_train(unit: Unit, kind: str) -> Reason:
@@ -139,6 +144,7 @@ def train_model(
         bench.validation,
         loss,
         settings,
+        items=bench.items,
         seed=bench.seed,
         checkpoints=bench.checkpoints,
         keep_zeros_in=keep_zeros_in,

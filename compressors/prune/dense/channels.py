@@ -177,7 +177,7 @@ class Channels(StepSettings):
                     follows = Reason("inputs_follow", makers=producers)
                     decisions[consumer] = _take(decisions[consumer], follows)
         if self.training is not None:
-            trained = choose_trainable(model, bench, self.kind, tables=self.training.tables)
+            trained = choose_trainable(model, bench, self.kind, self.training)
             for name, decision in trained.items():
                 if decision.selected:
                     after_round = Reason("trained_each_round")

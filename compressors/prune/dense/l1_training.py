@@ -143,7 +143,7 @@ class L1Training(StepSettings):
     def plan(self, model: Model, bench: Bench) -> StepPlan[Penalized]:
         """Select the penalized layers and the other trained units; give reasons for all others."""
         penalized = self._penalized_layers(model)
-        decisions = choose_trainable(model, bench, self.kind, tables=self.training.tables)
+        decisions = choose_trainable(model, bench, self.kind, self.training)
         if not any(decision.selected for decision in penalized.values()):
             # Without a penalized layer the step does not train, so every layer is skipped.
             return StepPlan({**decisions, **penalized}, penalized)

@@ -181,7 +181,7 @@ class QAT(StepSettings):
     @property
     def needs(self) -> tuple[Part, ...]:
         """Calibration, training and validation rows, and soft labels if they are used."""
-        parts: tuple[Part, ...] = ("calibration", "train", "validation")
+        parts: tuple[Part, ...] = ("calibration", "train", "validation", *self.training.needs)
         return (*parts, "soft_labels") if self.soft_share else parts
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
@@ -190,7 +190,7 @@ class QAT(StepSettings):
         Raises:
             NothingToCompress: the signature's task has no loss yet.
         """
-        require_loss(bench, self.kind)
+        require_loss(bench, self.kind, self.training)
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
         return StepPlan(decisions, None)
 
@@ -237,6 +237,7 @@ class QAT(StepSettings):
                 bench, self.soft_share, self.temperature, self.kind, original=model.original
             ),
             self.training,
+            items=bench.items,
             seed=bench.seed,
             device=bench.device,
             checkpoints=bench.checkpoints,

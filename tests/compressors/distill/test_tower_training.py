@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from error_codes import raises_code
-from models import Reference
+from models import RANKER, Reference
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,11 +19,16 @@ from compressors.contracts import Bench, IdInput, Signature, Split
 from compressors.core.batches import Rows
 from compressors.core.model import Model
 from compressors.core.runner import run
+from compressors.core.scores import training_output
 from compressors.core.steps.decisions import AppliedStep
 from compressors.core.units import private_copy
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.refit_codes import RefitCodes
+from compressors.distill.soft_labels import soft_label_loss
+from compressors.distill.training import trainer
+from compressors.distill.training.checkpoint import TrainingProgress, store_progress
+from compressors.distill.training.item_sampler import ItemSampler
 from compressors.distill.training.settings import Training
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.metrics import MetricRefused
@@ -116,6 +121,10 @@ def bench_of(model: Model, folder: Path) -> Bench:
         parts[part] = Split(
             path=str(folder / part), sha256=str(begin) * 32, rows=len(tensors["user"])
         )
+    (folder / "items").mkdir()
+    catalogue = {"item": items, "@label": torch.zeros(ITEMS)}
+    save_file(catalogue, folder / "items" / "data.safetensors")
+    parts["items"] = Split(path=str(folder / "items"), sha256="9" * 64, rows=ITEMS)
     return Bench(signature=SIGNATURE, **parts)
 
 
@@ -176,22 +185,26 @@ def damaged(model: Model, names: tuple[str, ...]) -> Model:
     return replace(model, module=module)
 
 
-def test_fine_tune_trains_random_towers(tmp_path):
+@pytest.mark.parametrize("negatives", [0, 40])
+def test_fine_tune_trains_random_towers(negatives, tmp_path):
     bench = bench_of(trained_model(), tmp_path / "data")
     start = TOWERS.model(seed=1)
-    training = TRAINING.model_copy(update={"learning_rate": 0.1, "epochs": 8})
+    changes = {"learning_rate": 0.1, "epochs": 8, "negatives": negatives}
+    training = TRAINING.model_copy(update=changes)
     result = run(FineTune(training=training), start, bench, tmp_path / "out")
     random_order = 5 / (ITEMS - PER_USER["train"])
     assert recall(start, bench) < 2 * random_order
     assert recall(result, bench) > 3 * random_order
 
 
-@pytest.mark.parametrize("loss", ["task", "margin"])
-def test_distill_recovers_a_damaged_layer_from_the_vectors_of_the_original(loss, tmp_path):
+@pytest.mark.parametrize(("loss", "negatives"), [("task", 0), ("margin", 0), ("task", 40)])
+def test_distill_recovers_a_damaged_layer_from_the_vectors_of_the_original(
+    loss, negatives, tmp_path
+):
     original = trained_model()
     bench = bench_of(original, tmp_path / "data")
     start = replace(damaged(original, ("item.out.weight",)), original=original.module)
-    training = TRAINING.model_copy(update={"tables": False})
+    training = TRAINING.model_copy(update={"tables": False, "negatives": negatives})
     step = Distill(loss=loss, training=training, soft_share=1.0)
     result = run(step, start, bench, tmp_path / "out")
     before, lost, recovered = (recall(model, bench) for model in (original, start, result))
@@ -261,3 +274,70 @@ def test_validation_rows_without_a_positive_label_raise(tmp_path):
     validation.label = torch.zeros(len(validation))
     with raises_code(MetricRefused, "new_items_missing"):
         ranking_quality(model.module, SIGNATURE, validation, None)
+
+
+def test_drawn_items_have_the_vectors_of_the_item_tower_and_no_query(tmp_path):
+    model = trained_model()
+    bench = bench_of(model, tmp_path)
+    rows = Rows(bench.train, SIGNATURE)
+    sampled = ItemSampler(bench.items, SIGNATURE, rows, 30).draw()
+    batch = rows.take(torch.arange(5))
+    with torch.no_grad():
+        output = training_output(model.module, batch.inputs, SIGNATURE, sampled)
+        alone = training_output(model.module, batch.inputs, SIGNATURE)
+        drawn = model.module.item(item=sampled.item)
+    # Products of other batch sizes may add in another order.
+    torch.testing.assert_close(output[:5], alone, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output[5:, 1], drawn, rtol=1e-6, atol=1e-6)
+    assert not output[5:, 0].any()
+
+
+def test_original_and_network_are_compared_on_the_same_drawn_items(tmp_path):
+    original = trained_model()
+    bench = bench_of(original, tmp_path)
+    rows = Rows(bench.train, SIGNATURE)
+    numbers = torch.arange(20)
+    sampled = ItemSampler(bench.items, SIGNATURE, rows, 30).draw()
+    batch = replace(rows.take(numbers), sampled=sampled)
+    loss = soft_label_loss(bench, 1.0, 1.0, "distill", name="margin", original=original.module)
+    same = training_output(original.module, batch.inputs, SIGNATURE, sampled)
+    assert float(loss(same, batch, numbers).detach()) == 0
+    changed = same.detach().clone()
+    changed[len(numbers) :, 1] += 1.0  # only the vectors of drawn items
+    assert float(loss(changed, batch, numbers)) > 0.1
+
+
+def test_killed_training_with_negatives_resumes_and_ends_with_the_same_bits(tmp_path, monkeypatch):
+    bench = bench_of(trained_model(), tmp_path / "data")
+    training = TRAINING.model_copy(update={"epochs": 3, "negatives": 16})
+
+    def trained(checkpoints: Path, seed: int = 0) -> Tensor:
+        changes = {"checkpoints": str(checkpoints), "seed": seed}
+        step, start = FineTune(training=training), TOWERS.model(seed=1).private()
+        with_progress = bench.model_copy(update=changes)
+        result = step.apply(start, with_progress, step.plan(start, with_progress))
+        return result.model.module.item.out.weight
+
+    whole = trained(tmp_path / "whole")
+    assert not torch.equal(whole, trained(tmp_path / "other", seed=1))
+
+    def store_then_raise(folder: str, progress: TrainingProgress) -> None:
+        store_progress(folder, progress)
+        if len(progress.json_values["epochs"]) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "store_progress", store_then_raise)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "killed")
+    monkeypatch.undo()
+    assert torch.equal(whole, trained(tmp_path / "killed"))
+
+
+def test_negatives_are_refused_without_a_catalogue(tmp_path):
+    step = FineTune(training=Training(epochs=1, negatives=8))
+    model = RANKER.model()
+    with raises_code(NothingToCompress, "negatives_without_catalogue", negatives=8, task="ctr"):
+        run(step, model, RANKER.bench(tmp_path / "ctr"), tmp_path / "out")
+    bench = bench_of(trained_model(), tmp_path / "data").model_copy(update={"items": None})
+    with raises_code(NothingToCompress, "rows_missing", missing=("items",)):
+        run(step, trained_model(), bench, tmp_path / "out")

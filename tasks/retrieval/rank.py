@@ -10,10 +10,11 @@ from compressors.contracts.output_metrics import quality_metrics_of_outputs
 from compressors.core.state.safetensors_stream import write
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import load_bundle, split_of
-from tasks.evaluation.quality import query_quality, torch_towers
+from tasks.evaluation.quality import query_quality
 from tasks.orchestration.documents import PreparedRows, Ranking
 from tasks.orchestration.policy import TASK_OPTIONS
 from tasks.orchestration.workspace import store
+from tasks.retrieval.towers import torch_tower
 
 
 @task(task_run_name="rank", **TASK_OPTIONS)
@@ -37,7 +38,7 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
     """
     loaded = load_bundle(bundle)
     signature = loaded.manifest.signature
-    towers = torch_towers(loaded.model.module, signature)
+    towers = {name: torch_tower(loaded.model.module, signature, name) for name in ("query", "item")}
     names = quality_metrics_of_outputs(signature.outputs, grouped=True)
     split = split_of(test.artifact, test.rows)
     metrics = query_quality(towers, signature, split, ranking, names)

@@ -1,0 +1,45 @@
+"""Open the stored graphs or engines of a model in a target's runtime. No Prefect."""
+
+from pathlib import Path
+
+from compressors.contracts import Signature
+from compressors.contracts import target as declared_target
+from compressors.contracts.targets.runtime import Session
+from compressors.errors.metrics import MetricRefused
+from compressors.lower.serving_wrapper import ServedGraph, served_graphs
+from infra.settings import load_settings
+from tasks.orchestration.graph_documents import lowering_of
+from tasks.target_adapters import runtime_of
+
+
+def open_graph(target: str, folder: Path, signature: Signature, graph: ServedGraph) -> Session:
+    """Open one graph of a stored model in the target's runtime.
+
+    Args:
+        target: a target with a runtime.
+        folder: the model's graphs or engines for this target.
+        signature: the signature of the order's bundle, which the model must match.
+        graph: the graph to open, one of those of the signature.
+
+    Raises:
+        MetricRefused: the model does not have the graphs and outputs of the signature.
+        Refused: the runtime does not accept the file.
+    """
+    _require_graphs(folder, signature)
+    file = folder / declared_target(target).served_file(graph.name)
+    return runtime_of(target).open(file, load_settings().threads)
+
+
+def _require_graphs(folder: Path, signature: Signature) -> None:
+    """Raise ``MetricRefused`` if a stored model has other graphs or outputs than the signature."""
+    graphs, stored = served_graphs(signature), lowering_of(folder).graphs
+    expected = tuple(graph.name for graph in graphs)
+    got = tuple(graph.name for graph in stored)
+    if sorted(got) != sorted(expected):
+        raise MetricRefused(
+            "graphs_differ", task=signature.outputs[0].kind, expected=expected, got=got
+        )
+    outputs = {graph.name: graph.outputs for graph in stored}
+    for graph in graphs:
+        if outputs[graph.name] != graph.outputs:  # scores are compared by their position
+            raise MetricRefused("outputs_differ", expected=graph.outputs, got=outputs[graph.name])
