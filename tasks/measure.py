@@ -40,7 +40,7 @@ from compressors.metrics.measured import (
 from infra.bundle.bundle_folder import read
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import SCORING_ROWS, split_of
-from tasks.evaluation.graph_sessions import open_graph
+from tasks.evaluation.graph_sessions import open_graph, require_same_tokenizers
 from tasks.evaluation.latency import measure_latency
 from tasks.evaluation.quality import (
     Quality,
@@ -98,7 +98,8 @@ def measure(
         The artifact of ``measurement.json``.
 
     Raises:
-        MetricRefused: the models have different graphs or inputs, or a score is not finite.
+        MetricRefused: the models have different graphs, inputs or tokenizers, or a score is not
+            finite.
     """
     signature = read(local(bundle)).signature
     outputs = signature.outputs
@@ -112,6 +113,7 @@ def measure(
         for name, folder in folders.items()
     }
     _require_same_inputs(sessions)
+    require_same_tokenizers(folders)
     names = quality_metrics_of_outputs(
         outputs, grouped=signature.group is not None, additional=metrics
     )

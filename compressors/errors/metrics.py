@@ -101,6 +101,10 @@ class MetricRefused(CompressionError):
             "The {model} has the inputs {got}, but the candidate has {expected}: they "
             f"cannot be compared on the same rows. {_WITHOUT_CHAMPION}"
         ),
+        "tokenizers_differ": (
+            "The {model} has another tokenizer for column {column!r} than the candidate: it "
+            f"cannot be scored on the candidate's token ids. {_WITHOUT_CHAMPION}"
+        ),
         "item_inputs_differ": (
             "The item tower of {name} has the inputs {got}, but the item tower of the order's "
             f"bundle has {{expected}}: it cannot encode this catalogue. {_WITHOUT_CHAMPION}"

@@ -1,6 +1,9 @@
 """Open the stored graphs or engines of a model in a target's runtime. No Prefect."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from compressors.contracts import Signature
 from compressors.contracts import target as declared_target
@@ -28,6 +31,33 @@ def open_graph(target: str, folder: Path, signature: Signature, graph: ServedGra
     _require_graphs(folder, signature)
     file = folder / declared_target(target).served_file(graph.name)
     return runtime_of(target).open(file, load_settings().threads)
+
+
+def require_same_tokenizers(folders: Mapping[str, Path]) -> None:
+    """Raise if a model tokenizes a text in another way than the candidate.
+
+    The test rows contain the ids of the candidate's tokenizers, so other models are scored on them.
+
+    Args:
+        folders: the graphs or engines of each model, ``candidate`` among them.
+
+    Raises:
+        MetricRefused: names the model and the first column of texts.
+    """
+    expected = _tokenizers(folders["candidate"])
+    for name, folder in folders.items():
+        got = _tokenizers(folder)
+        for column in expected:
+            if got.get(column) != expected[column]:
+                raise MetricRefused("tokenizers_differ", model=name, column=column)
+
+
+def _tokenizers(folder: Path) -> dict[str, Any]:
+    """Return the contents of the tokenizer of each column of texts."""
+    return {
+        text.column: json.loads((folder / text.tokenizer).read_bytes())
+        for text in lowering_of(folder).texts
+    }
 
 
 def _require_graphs(folder: Path, signature: Signature) -> None:

@@ -1,5 +1,7 @@
 """An order for a retrieval model over texts, whose two towers are one encoder."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +10,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import pytrec_eval
+from error_codes import raises_code
 from orders import BOTH_TARGETS, FlowResult, run_without_prefect, use_home
 from token_draft import LONGEST_DOCUMENT, LONGEST_QUERY, write_token_draft
 
 from compressors.contracts import Limit
+from compressors.errors.metrics import MetricRefused
 from examples.search_texts import towers
 from flows.order import Order
 from tasks.bundles.packing import pack
+from tasks.evaluation.graph_sessions import require_same_tokenizers
 from tasks.orchestration.workspace import local
 from tasks.promotion.promotions import fetch
 
@@ -129,6 +134,22 @@ def test_sample_script_prints_the_best_document_without_importing_torch(
     score, _, text = found[1].strip().partition("  ")
     assert text == query[:90]
     assert float(score) == pytest.approx(1, abs=0.05)  # cosine of two int8 encodings of one text
+
+
+def test_champion_with_another_tokenizer_is_refused(
+    token_run: tuple[Path, FlowResult], tmp_path: Path
+) -> None:
+    candidate = local(token_run[1].finished.report.targets[0].artifact)
+    require_same_tokenizers({"candidate": candidate, "champion": candidate})
+    champion = tmp_path / "champion"
+    shutil.copytree(candidate, champion)
+    file = champion / "document_ids.tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    file.chmod(0o644)
+    file.write_text(json.dumps(content))
+    with raises_code(MetricRefused, "tokenizers_differ", model="champion", column="text"):
+        require_same_tokenizers({"candidate": candidate, "champion": champion})
 
 
 def test_engine_has_the_tokenizers_of_its_texts(token_run: tuple[Path, FlowResult]) -> None:
