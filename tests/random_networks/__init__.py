@@ -3,7 +3,7 @@
 Reading order:
 
 parts.py           parts that work on vectors, and the interface of a part
-shape_parts.py     parts that reorder the elements of a vector or transform them element by element
+shape_parts.py     parts that rearrange a vector, or transform its values
 field_parts.py     parts that work on stacked fields: interactions
 sequence_parts.py  parts that work on sequences: masked pooling and attention
 input_parts.py     parts that read inputs: lookups, bags, histories, dense inputs

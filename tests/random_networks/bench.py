@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Bench, DenseInput, JaggedBag, Signature, Split
 from tests.random_networks.generator import Case
-from tests.random_networks.inputs import Rows, ids_of_rows, typical_rows
+from tests.random_networks.inputs import Rows, draw_typical_rows, ids_of_rows
 
 BENCH_ROWS = 64
 
@@ -28,7 +28,7 @@ def write_bench(case: Case, module: nn.Module, tables: dict[str, int], folder: P
     """
     parts: dict[str, Split] = {}
     for seed, name in enumerate(("calibration", "train", "validation"), 70):
-        rows = typical_rows(case.signature, tables, BENCH_ROWS, case.scales, seed)
+        rows = draw_typical_rows(case.signature, tables, BENCH_ROWS, case.scales, seed)
         with torch.no_grad():
             score = module(**rows).reshape(-1).nan_to_num()
         if name == "train":  # the network is its teacher, whose scores are the soft labels

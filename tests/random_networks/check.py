@@ -40,10 +40,10 @@ from compressors.lower.export import lower
 from compressors.lower.parity import check_parity
 from compressors.lower.serving_wrapper import VECTOR, ServedGraph, input_names, served_graphs
 from infra.onnxruntime.sessions import Session, optimized_graph
-from tests.random_networks import inputs as row_makers
+from tests.random_networks import inputs as input_rows
 from tests.random_networks.bench import write_bench
 from tests.random_networks.generator import Case, rows_of
-from tests.random_networks.inputs import Rows, replace_invalid_ids, some_rows
+from tests.random_networks.inputs import Rows, replace_invalid_ids, select_rows
 from tests.random_networks.reference import decoded_network
 from tests.random_networks.rounding_errors import (
     ROUNDING_ERRORS,
@@ -129,10 +129,10 @@ class Checker:
         self.bench = write_bench(case, self.source.module, self.tables, folder / "bench")
         seed, signature, scales = case.seed, case.signature, case.scales
         self.rows: dict[str, Rows] = {
-            "typical": row_makers.typical_rows(signature, self.tables, 48, scales, seed),
-            "edge": row_makers.edge_rows(signature, self.tables, scales, seed),
-            "extreme": row_makers.extreme_rows(signature, self.tables, scales, seed),
-            "empty": row_makers.empty_rows(signature, self.tables, 2),
+            "typical": input_rows.draw_typical_rows(signature, self.tables, 48, scales, seed),
+            "edge": input_rows.draw_edge_rows(signature, self.tables, scales, seed),
+            "extreme": input_rows.draw_extreme_rows(signature, self.tables, scales, seed),
+            "empty": input_rows.make_empty_rows(signature, self.tables, 2),
         }
         self.number = 0
         self.findings.counts["networks"] += 1
@@ -310,7 +310,7 @@ class Checker:
             self.findings.counts["parities"] += 1
         inputs = {key: self.rows["typical"][key] for key in input_names(graph.signature)}
         for indices in ([0], [1, 2]):
-            rows = some_rows(graph.signature, inputs, indices)
+            rows = select_rows(graph.signature, inputs, indices)
             batch_scores = session.scores({key: x.numpy() for key, x in rows.items()})
             self._check_parity(
                 scores["typical"][indices], batch_scores, plan, target, model, graph, rows, few=True
@@ -320,18 +320,18 @@ class Checker:
             self.findings.counts["audits"] += 1
 
     def reference_scores(self, module: nn.Module, graph: ServedGraph, rows: Rows) -> FloatArray:
-        """Return torch's scores of a graph's part of the network, NaN for refused rows.
+        """Return torch's scores of a graph's part of the network, NaN for rows without a score.
 
         Invalid ids are replaced as ``inputs.replace_invalid_ids`` does.
         """
-        within, refused = replace_invalid_ids(graph.signature, self.tables, rows)
+        valid_rows, without_score = replace_invalid_ids(graph.signature, self.tables, rows)
         with torch.no_grad():
-            score = graph.part(module)(**within)
+            score = graph.part(module)(**valid_rows)
         if graph.outputs != (VECTOR,):  # not the graph of a tower, which returns vectors
             score = score.reshape(-1)
             score = torch.sigmoid(score) if graph.signature.single_output.form == "logit" else score
         score = score.clone()
-        score[refused] = torch.nan
+        score[without_score] = torch.nan
         return score.numpy()
 
     def _assert_same_scores(self, what: str, expected: FloatArray, actual: FloatArray) -> None:
@@ -381,9 +381,9 @@ class Checker:
             else:
                 check_parity(expected, actual, plan, target)
         except ParityLost:
-            within = replace_invalid_ids(graph.signature, self.tables, rows)[0]
+            valid_rows = replace_invalid_ids(graph.signature, self.tables, rows)[0]
             part = graph.part(model.module)
-            if target != "onnxruntime" and is_beyond_float16(part, within):
+            if target != "onnxruntime" and is_beyond_float16(part, valid_rows):
                 self.findings.counts["beyond float16"] += 1
                 return
             nan = np.isnan(expected)
@@ -395,7 +395,7 @@ class Checker:
                 precision = "bfloat16" if has_bfloat16_products(plan) else "float16"
             gap_tensor = torch.from_numpy(expected - actual)
             squash = graph.outputs != (VECTOR,) and graph.signature.single_output.form == "logit"
-            if not self.is_rounding(gap_tensor, part, within, precision, squash=squash):
+            if not self.is_rounding(gap_tensor, part, valid_rows, precision, squash=squash):
                 raise
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from compressors.contracts import Architecture, Network, Output, Signature
 from compressors.core.model import Model
 from compressors.core.modules.pointwise import replace_pointwise_convs
-from tests.random_networks.inputs import typical_rows
+from tests.random_networks.inputs import draw_typical_rows
 from tests.random_networks.network import RandomNetwork, TwoTowers
 from tests.random_networks.parts import PARTS, draw_activation
 
@@ -361,7 +361,7 @@ def spread_scores(module: nn.Module, case: Case) -> None:
     """Scale the last layers so that logits of typical rows have mean 0 and deviation about 1.5."""
     if not isinstance(module, RandomNetwork):
         return
-    inputs = typical_rows(
+    inputs = draw_typical_rows(
         case.signature, rows_of(module, case.signature), 128, case.scales, case.seed
     )
     values = {name: x.nan_to_num() for name, x in module.graph.values(inputs).items()}
