@@ -130,7 +130,7 @@ class RankedVectors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RelevantPlaces:
+class RelevantRanks:
     """The positions of all relevant items in the rankings of their queries.
 
     Attributes:
@@ -181,9 +181,9 @@ class RelevantPlaces:
         )
 
 
-def relevant_places(
+def rank_relevant_items(
     query: Float32s, item: Float32s, queries: RankingQueries, depth: int = DEPTH
-) -> RelevantPlaces:
+) -> RelevantRanks:
     """Rank the catalogue for every query, and find the positions of its relevant items.
 
     Args:
@@ -215,7 +215,7 @@ def relevant_places(
         )
     owner = queries.relevant // queries.items
     relevant = np.bincount(owner, minlength=queries.query.size)
-    return RelevantPlaces(owner, above, equal, relevant, depth, queries.gain)
+    return RelevantRanks(owner, above, equal, relevant, depth, queries.gain)
 
 
 def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, Floats]:
@@ -229,17 +229,17 @@ def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, F
         By metric name, the value of each query, float64 ``(queries,)``.
 
     Raises:
-        MetricRefused: as ``relevant_places``, or a metric has no such estimator.
+        MetricRefused: as ``rank_relevant_items``, or a metric has no such estimator.
     """
     declared = [metric(name) for name in names]
     depth = max((item.depth for item in declared if item.depth is not None), default=DEPTH)
-    places = relevant_places(*vectors, depth)
+    ranks = rank_relevant_items(*vectors, depth)
     values = {}
     for item in declared:
         estimator = item.estimator("queries")
         if estimator is None:
             raise MetricRefused("interval_metric_unknown", metric=item.name)
-        values[item.name] = estimator.of_queries(places)
+        values[item.name] = estimator.compute_per_query(ranks)
     return values
 
 
@@ -304,7 +304,7 @@ def _largest_labels(test: Interactions, pairs: Ints, queries: Ints, catalogue: I
 def _require_valid_vectors(
     query: Float32s, item: Float32s, queries: RankingQueries, k: int
 ) -> None:
-    """Raise ``MetricRefused`` if the arguments of ``relevant_places`` are not valid."""
+    """Raise ``MetricRefused`` if the arguments of ``rank_relevant_items`` are not valid."""
     if k < 1:
         raise MetricRefused("depth_below_one", depth=k)
     shapes: Sequence[tuple[str, Float32s, int]] = (

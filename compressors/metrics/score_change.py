@@ -11,7 +11,7 @@ metrics here compare the scores themselves and need no labels.
 - ``top20_overlap``: only for retrieval, the share of the first 20 items that are also among the
   baseline's first 20.
 
-Intervals treat groups as the independent units, or rows if there are no groups
+Intervals treat groups as the independent observations, or rows if there are no groups
 (``cluster_intervals.py``). ``changed_top1`` has Wilson's interval (1927), whose width is not 0 even
 if no group changes. The largest change has no interval, because it describes only the measured
 rows: other rows may change more.
@@ -225,14 +225,14 @@ def _clip_to_range(
     interval ends at the point. ``size`` is the number of rows, and the number of groups or None.
     """
     rows, groups = size
-    units = value.weight.size
+    count = value.weight.size
     unresolved = None
-    if units >= MIN_GROUPS:
+    if count >= MIN_GROUPS:
         low, high = interval(value)
     else:
         low, high = smallest, largest
         noun = "rows" if groups is None else "groups"
-        unresolved = f"{units} {noun} in the data; an interval needs at least {MIN_GROUPS}"
+        unresolved = f"{count} {noun} in the data; an interval needs at least {MIN_GROUPS}"
     point = min(max(value.point, smallest), max(largest, smallest))
     return Estimate(
         point=point,

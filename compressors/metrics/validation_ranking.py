@@ -51,10 +51,10 @@ def ranking_quality(
     catalogue = np.unique(np.concatenate([ids for _, ids, _ in rows_of_item]))
     vectors: Float32s | None = None
     for rows, ids, first in rows_of_item:
-        of_rows = _compute_vectors(module, signature, "item", rows, first)
+        part_vectors = _compute_vectors(module, signature, "item", rows, first)
         if vectors is None:
-            vectors = np.empty((catalogue.size, of_rows.shape[1]), np.float32)
-        vectors[np.searchsorted(catalogue, ids)] = of_rows
+            vectors = np.empty((catalogue.size, part_vectors.shape[1]), np.float32)
+        vectors[np.searchsorted(catalogue, ids)] = part_vectors
     assert vectors is not None  # noqa: S101 - there is at least one part
     group = _require_ids(validation, validation.group)
     positive = np.unique(group[validation.label.numpy() > 0])
@@ -64,9 +64,9 @@ def ranking_quality(
     queries = ranking_queries(
         interactions(validation, selected), map(interactions, known[:-1]), catalogue
     )
-    of_queries = _compute_vectors(module, signature, "query", validation, selected[queries.row])
+    query_vectors = _compute_vectors(module, signature, "query", validation, selected[queries.row])
     metric = signature.single_output.metric
-    values = ranking_metrics(RankedVectors(of_queries, vectors, queries), [metric])
+    values = ranking_metrics(RankedVectors(query_vectors, vectors, queries), [metric])
     return float(values[metric].mean())
 
 

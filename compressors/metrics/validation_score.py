@@ -63,4 +63,4 @@ def _quality_of_output(output: Output, score: Tensor, label: Tensor, group: Tens
         score, label = score[has_label], label[has_label]
         group = None if group is None else group[has_label]
     groups = None if group is None else group.numpy()
-    return estimator.point(ScoredRows(label.numpy(), score.numpy(), groups))
+    return estimator.compute(ScoredRows(label.numpy(), score.numpy(), groups))

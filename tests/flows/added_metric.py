@@ -31,14 +31,14 @@ class Brier:
 
     metric: Metric
 
-    def point(self, rows: ScoredRows) -> float:
+    def compute(self, rows: ScoredRows) -> float:
         return float(squared_errors(rows.label, rows.score).mean())
 
-    def of_rows(self, pair: PairedRows) -> RowStatistics:
+    def bootstrap_rows(self, pair: PairedRows) -> RowStatistics:
         before, after = (squared_errors(pair.label, score) for score in pair.scores)
         return RowStatistics(before.size, mean_statistic(before), mean_statistic(after))
 
-    def of_groups(self, pair: PairedRows) -> GroupedPair:
+    def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         group = require_groups(self.metric, pair.group)
         groups = Groups(*number_groups(group, np.size(pair.label)))
         before, after = (

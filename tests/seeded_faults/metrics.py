@@ -93,10 +93,10 @@ FAULTS = (
         id="cluster-interval-of-rows",
         file="compressors/metrics/intervals.py",
         old="    if group is not None:\n"
-        "        return _paired_groups(estimator.of_groups(rows), np.size(label))\n",
+        "        return _paired_groups(estimator.jackknife_groups(rows), np.size(label))\n",
         new="    if group is not None and metric_name not in "
         '("auc", "logloss", "normalized_entropy"):\n'
-        "        return _paired_groups(estimator.of_groups(rows), np.size(label))\n",
+        "        return _paired_groups(estimator.jackknife_groups(rows), np.size(label))\n",
         effect="Rows of one user count as independent: the intervals of AUC and log loss shrink.",
         tests=(f"{CLUSTERS}::test_copies_of_rows_do_not_narrow_the_interval",),
     ),
@@ -129,8 +129,8 @@ FAULTS = (
     Fault(
         id="ranking-ties-count-as-found",
         file="compressors/metrics/estimators/recall.py",
-        old="hits = np.maximum(last_rank - places.above, 0) / places.equal",
-        new="hits = (places.above < places.depth).astype(float)",
+        old="hits = np.maximum(last_rank - ranks.above, 0) / ranks.equal",
+        new="hits = (ranks.above < ranks.depth).astype(float)",
         effect="A model with equal scores for all items has recall 1.",
         tests=(f"{RANKING}::test_recall_of_equal_scores_equals_the_recall_of_a_random_ranking",),
     ),

@@ -44,11 +44,11 @@ class Auc:
 
     metric: Metric
 
-    def point(self, rows: ScoredRows) -> float:
+    def compute(self, rows: ScoredRows) -> float:
         """Compute the AUC of all rows."""
         return auc(rows.label, rows.score)
 
-    def of_rows(self, pair: PairedRows) -> RowStatistics:
+    def bootstrap_rows(self, pair: PairedRows) -> RowStatistics:
         """Return the AUCs of baseline and candidate as functions of bootstrap counts of rows."""
         positive, before = check_labels_and_scores(pair.label, pair.baseline)
         _, after = check_labels_and_scores(pair.label, pair.candidate)
@@ -61,7 +61,7 @@ class Auc:
             positive.size, auc_statistic(positive, before), auc_statistic(positive, after)
         )
 
-    def of_groups(self, pair: PairedRows) -> GroupedPair:
+    def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute the AUCs of baseline and candidate, also with each group left out (jackknife)."""
         classes = groups_of_both_classes(self.metric, pair)
         before, after = (
@@ -83,11 +83,11 @@ class GroupAuc:
 
     metric: Metric
 
-    def point(self, rows: ScoredRows) -> float:
+    def compute(self, rows: ScoredRows) -> float:
         """Compute the weighted mean over groups that have rows of both classes."""
         return gauc(rows.label, rows.score, require_groups(self.metric, rows.group))
 
-    def of_groups(self, pair: PairedRows) -> GroupedPair:
+    def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute the means of baseline and candidate, also with each group left out."""
         group = require_groups(self.metric, pair.group)
         values = [group_auc(pair.label, score, group) for score in pair.scores]

@@ -23,8 +23,8 @@ from compressors.metrics.intervals import (
     RowStatistics,
     Statistic,
     mean_statistic,
+    require_observations,
     require_rows_of_both_classes,
-    require_units,
 )
 from compressors.metrics.point_estimates import (
     Bools,
@@ -44,17 +44,17 @@ class LogLoss:
 
     metric: Metric
 
-    def point(self, rows: ScoredRows) -> float:
+    def compute(self, rows: ScoredRows) -> float:
         """Compute the mean of all rows in nats."""
         return logloss(rows.label, rows.score)
 
-    def of_rows(self, pair: PairedRows) -> RowStatistics:
+    def bootstrap_rows(self, pair: PairedRows) -> RowStatistics:
         """Return both means as functions of how often a resample contains each row."""
         before, after = (row_logloss(pair.label, score) for score in pair.scores)
-        require_units("rows", before.size)
+        require_observations("rows", before.size)
         return RowStatistics(before.size, mean_statistic(before), mean_statistic(after))
 
-    def of_groups(self, pair: PairedRows) -> GroupedPair:
+    def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute both means with and without each group."""
         group = require_groups(self.metric, pair.group)
         groups = Groups(*number_groups(group, np.size(pair.label)))
@@ -70,14 +70,14 @@ class NormalizedEntropy:
 
     metric: Metric
 
-    def point(self, rows: ScoredRows) -> float:
+    def compute(self, rows: ScoredRows) -> float:
         """Compute the quotient of all rows."""
         return normalized_entropy(rows.label, rows.score)
 
-    def of_rows(self, pair: PairedRows) -> RowStatistics:
+    def bootstrap_rows(self, pair: PairedRows) -> RowStatistics:
         """Return both quotients as functions of how often a resample contains each row."""
         before, after = (row_logloss(pair.label, score) for score in pair.scores)
-        require_units("rows", before.size)
+        require_observations("rows", before.size)
         positive = binary(pair.label)
         require_rows_of_both_classes(positive)
         return RowStatistics(
@@ -86,7 +86,7 @@ class NormalizedEntropy:
             _relative_loss_statistic(after, positive),
         )
 
-    def of_groups(self, pair: PairedRows) -> GroupedPair:
+    def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute both quotients with and without each group."""
         classes = groups_of_both_classes(self.metric, pair)
         before, after = (

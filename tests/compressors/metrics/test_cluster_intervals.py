@@ -75,7 +75,7 @@ def metric_of_rows(metric, label, score, group):
 def metric_without_each_group(metric, label, score, group):
     """The metric on all rows (``point``), and without each group (``left_out``)."""
     rows = PairedRows(label, score, score, group)
-    return metric_named(metric).estimator("rows").of_groups(rows).before
+    return metric_named(metric).estimator("rows").jackknife_groups(rows).before
 
 
 @given(st.data())

@@ -210,11 +210,11 @@ def test_every_estimator_returns_the_mean_over_lists_with_a_relevant_row(data, k
     for name, function in FUNCTIONS.items():
         estimator = metric_named(f"{name}@{k}").estimator("rows")
         if label.any():
-            point = estimator.point(ScoredRows(label, score, group))
+            point = estimator.compute(ScoredRows(label, score, group))
             assert point == pytest.approx(function(blocks, k).mean(), abs=EXACT)
         else:
             with raises_code(MetricRefused, "relevant_items_missing"):
-                estimator.point(ScoredRows(label, score, group))
+                estimator.compute(ScoredRows(label, score, group))
 
 
 @given(tied_lists(), st.integers(1, 8), st.randoms(use_true_random=False))
@@ -331,4 +331,4 @@ def test_invalid_rows_are_refused(columns, code):
 def test_rows_without_a_group_are_refused(name):
     estimator = metric_named(f"{name}@3").estimator("rows")
     with raises_code(MetricRefused, "metric_needs_groups", metric=f"{name}@3"):
-        estimator.point(ScoredRows([0, 1], [0.1, 0.2]))
+        estimator.compute(ScoredRows([0, 1], [0.1, 0.2]))
