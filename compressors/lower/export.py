@@ -158,7 +158,7 @@ def export_program(
     signature = served_graph.signature
     rows = rows_of_tables(model, signature)
     lowering = lowering_target(target)
-    wrapper = wrap_for_serving(model, served_graph, rows, merge_lookups=lowering.merges_lookups)
+    wrapper = wrap_for_serving(model, served_graph, rows, merge_lookups=lowering.can_merge_lookups)
     translations = {
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
         torch.ops.aten.squeeze.default: squeeze_fixed,
@@ -406,9 +406,9 @@ def _convert_initializers(model: ir.Model, wrapper: ServingWrapper, target: str)
             value = _require_initializer(model, name)
             values = value.const_value.numpy()
             if isinstance(module, PackedTable):
-                converted = lowering.retyped_table(module, stored, values)
+                converted = lowering.convert_table_tensor(module, stored, values)
             else:
-                converted = lowering.retyped_layer(module, stored, values)
+                converted = lowering.convert_layer_tensor(module, stored, values)
             if converted is not None:
                 _set_tensor(value, converted)
 

@@ -244,7 +244,7 @@ def runnable_graph(path: Path, target: str, plan: Plan | None) -> Iterator[Path]
 
     The copy is deleted afterwards, since every file of the folder is stored.
     """
-    if not lowering_target(target).has_unsupported_products(plan):
+    if not lowering_target(target).has_unsupported_matmuls(plan):
         yield path
         return
     copy = path.with_name(f"checkable-{path.name}")

@@ -27,7 +27,7 @@ from compressors.core.modules.formats import PackedLinear
 from compressors.errors.compression import AuditFailed
 from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitializers
 from compressors.lower.graph_builders import FLOAT
-from compressors.lower.targets.target import EXACT, Tolerance
+from compressors.lower.targets.target import FLOAT_ROUNDING, Tolerance
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.orders import build_terms
 from flows.order import Order
@@ -64,14 +64,14 @@ class PlainLowering:
     tensors with the types of the module, and lets no layer multiply by stored codes.
     """
 
-    merges_lookups = False
+    can_merge_lookups = False
 
     def translations(self) -> Mapping[Any, Callable[..., Any]]:
         return {torch.ops.recpress.rowwise_int8.default: rowwise_int8}
 
-    def retyped_table(self, *_: object) -> None: ...
+    def convert_table_tensor(self, *_: object) -> None: ...
 
-    def retyped_layer(self, *_: object) -> None: ...
+    def convert_layer_tensor(self, *_: object) -> None: ...
 
     def stays_packed(self, layer: PackedLinear) -> bool:
         return False
@@ -80,9 +80,9 @@ class PlainLowering:
         return ()
 
     def tolerance(self, plan: Plan | None) -> Tolerance:
-        return EXACT
+        return FLOAT_ROUNDING
 
-    def has_unsupported_products(self, plan: Plan | None) -> bool:
+    def has_unsupported_matmuls(self, plan: Plan | None) -> bool:
         return False
 
     def audit(

@@ -1,13 +1,13 @@
-"""A graph pass that keeps int8 products in int8 if a Relu or Clip follows them."""
+"""A graph pass that keeps int8 layers in int8 if a Relu or Clip follows them."""
 
 import numpy as np
 import onnx_ir as ir
 
 
-class SpellOutClipping(ir.passes.InPlacePass):
-    """Replace a Relu or Clip after an int8 Gemm by operators that leave the product in int8.
+class ReplaceReluByMax(ir.passes.InPlacePass):
+    """Replace a Relu or Clip after an int8 Gemm by operators that leave the Gemm in int8.
 
-    ONNX Runtime merges Gemm and Relu into a float FusedGemm *before* it looks for int8 products.
+    ONNX Runtime merges Gemm and Relu into a float FusedGemm *before* it looks for int8 Gemms.
     The layer then computes in float32 after a DequantizeLinear, 3.5 times slower than in int8
     (``benchmarks/qdq_forms.py``). It does not merge Gemm with Max or Min, so these replace Relu and
     Clip. If the only consumer of a Relu is the QuantizeLinear of the next int8 layer, a Clip of the
