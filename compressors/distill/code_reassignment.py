@@ -22,7 +22,7 @@ from compressors.quantize.kernels.bitpacking import pack, unpack
 from compressors.quantize.kernels.levels import (
     FittedRange,
     Grid,
-    decode_multiples,
+    dequantize,
     expand_to_rows,
     nearest_multiples,
 )
@@ -123,7 +123,7 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     A value is ``multiple * scale + offset``; a symmetric table has no offset.
     Each column has its own code, so weights of columns do not matter.
     """
-    bits, shared = _code_bits(table), scales.SharedScales.of(table.settings)
+    bits, shared = _code_bits(table), scales.SharedScales.from_settings(table.settings)
     # A symmetric grid with a level at zero has an odd number of levels, so code 0 is not used.
     # Symmetric int2 has no level at zero and uses all four codes (see ``levels.py``).
     has_zero_level = shared.symmetric and bits > 2
@@ -134,7 +134,7 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     offset = fitted.offset
     if offset is not None:
         offset = expand_to_rows(offset, table.rows, grid.rows_per_scale)
-    values = decode_multiples(
+    values = dequantize(
         multiples, expand_to_rows(fitted.scale, table.rows, grid.rows_per_scale), offset
     )
     # A code is the multiple plus a constant. The constant is zero for asymmetric levels and for

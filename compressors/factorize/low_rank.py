@@ -103,7 +103,7 @@ class LowRankComposition:
         reduced: Tensor = parts["narrow"](ids)  # (*ids, rank)
         return torch.matmul(reduced, stored["projection"]) + stored["mean"]
 
-    def product(self, stored: Mapping[str, Tensor], parts: Parts, x: Tensor) -> Tensor:
+    def multiply(self, stored: Mapping[str, Tensor], parts: Parts, x: Tensor) -> Tensor:
         projected = F.linear(x, stored["projection"])  # (*, rank)
         mean = torch.matmul(x, stored["mean"].unsqueeze(1))  # (*, 1), the same for every row
         # ``narrow`` may be compressed: then its weight is a ``TableWeight``.

@@ -1,4 +1,4 @@
-"""Derive the inputs of a signature from a trained network and rows of the user's data."""
+"""Derive the inputs of a signature from a trained network and rows of its data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

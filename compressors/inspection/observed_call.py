@@ -15,7 +15,7 @@ from compressors.core.batches import jagged, padded_sequence
 from compressors.core.scores import scoring_method
 from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.inspection.forward_arguments import Argument, Call
-from compressors.inspection.sample import Padding, Sample, SampleColumn, scalar_tensor
+from compressors.inspection.sample import Padding, Sample, SampleColumn, stack_columns
 
 Tensors = dict[str, Tensor]
 
@@ -178,7 +178,7 @@ def argument_tensors(
     """
     columns = [sample[name] for name in argument.columns]
     if not any(column.is_list for column in columns):
-        return {argument.name: scalar_tensor(columns, dtype)}
+        return {argument.name: stack_columns(columns, dtype)}
     if len(columns) > 1:  # a matrix
         parts = [
             _padded(Argument(argument.name, (column.name,), (0,)), column, Padded(width))[

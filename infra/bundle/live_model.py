@@ -2,7 +2,7 @@
 
 A bundle builds a network from its class and arguments that JSON can represent, but a network in
 memory does not store its arguments. So ``import_network`` records the arguments of constructors
-while the user's code runs, and ``describe_architecture`` writes those of the network, also where
+while the network's code runs, and ``describe_architecture`` writes those of the network, also where
 they are objects (``compressors/contracts/network.py``). An object that reads files when it is
 constructed, or whose constructor's arguments are unknown, is described by what the constructor of
 the network reads from it (``recorded_reads.py``).
@@ -122,7 +122,7 @@ def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, Const
     import torch
 
     calls = ConstructorCalls(allowed)
-    # Standard output has only the results of the command, not what the user's code prints.
+    # Standard output has only the results of the command, not what the network's code prints.
     with _recorded(calls), redirect_stdout(sys.stderr), same_anomaly_detection():
         module = import_allowed_module(path, allowed)
         name = path.partition(":")[2]
@@ -134,7 +134,7 @@ def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, Const
         if not isinstance(value, torch.nn.Module) and callable(value):
             try:
                 value = value()
-            except (Exception, SystemExit) as fault:  # the user's code may raise any exception
+            except (Exception, SystemExit) as fault:  # the network's code may raise anything
                 if is_out_of_memory(fault):
                     raise
                 raise DraftRefused(

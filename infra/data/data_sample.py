@@ -1,4 +1,4 @@
-"""Sample rows of a user's data, and summarize its columns, before a signature exists."""
+"""Sample rows of a data file, and summarize its columns, before a signature exists."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

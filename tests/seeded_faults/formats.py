@@ -104,7 +104,7 @@ FAULTS = (
     Fault(
         id="shared-scale-layout-drops-last-range",
         file="compressors/quantize/tables/scales.py",
-        old="entries = -(-rows // rows_per_scale) if rows_per_scale else 1",
+        old="count = -(-rows // rows_per_scale) if rows_per_scale else 1",
         new="entries = max(rows // rows_per_scale, 1) if rows_per_scale else 1",
         effect="The plan's bytes omit the scale of the last, shorter range of rows.",
         tests=(f"{ROWWISE}::test_stored_bytes_are_the_bytes_of_codes_scales_and_offsets",),
@@ -112,8 +112,8 @@ FAULTS = (
     Fault(
         id="scale-gradient-ignores-repeated-ids",
         file="compressors/quantize/tables/scales.py",
-        old="total.index_add_(0, entries_of(ids, rows_per_scale).reshape(-1), by_lookup)",
-        new="total[entries_of(ids, rows_per_scale).reshape(-1)] = by_lookup",
+        old="total.index_add_(0, scale_indices(ids, rows_per_scale).reshape(-1), by_lookup)",
+        new="total[scale_indices(ids, rows_per_scale).reshape(-1)] = by_lookup",
         effect="The gradient of a scale counts only one of several lookups of a row.",
         tests=(f"{ROWWISE}::test_gradients_of_scales_and_offsets_equal_plain_torch",),
     ),

@@ -78,7 +78,7 @@ class Composition(Protocol):
 class ProductComposition(Protocol):
     """A composition that can multiply by its table if its parts can; see ``ProductFormat``."""
 
-    def product(self, stored: Mapping[str, Tensor], parts: Parts, x: Tensor) -> Tensor:
+    def multiply(self, stored: Mapping[str, Tensor], parts: Parts, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
 
 
@@ -152,12 +152,12 @@ class ComposedTable(nn.Module):
         parts = (self.get_submodule(name) for name in self.part_names)
         return isinstance(self.composition, ProductComposition) and all(map(can_multiply, parts))
 
-    def product(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
         assert isinstance(self.composition, ProductComposition)  # noqa: S101 - ``can_multiply``
         stored = dict(self.named_buffers(recurse=False))
         parts = {name: self.get_submodule(name) for name in self.part_names}
-        return self.composition.product(stored, parts, x)
+        return self.composition.multiply(stored, parts, x)
 
     def record(self) -> ModuleRecord:
         """Return the record from which a bundle rebuilds this module, without its parts."""

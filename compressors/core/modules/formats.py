@@ -71,7 +71,7 @@ class ProductFormat(Protocol):
     def can_multiply(self, settings: Mapping[str, Any]) -> bool:
         """Return whether it multiplies with these settings on every target."""
 
-    def product(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def multiply(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
 
 
@@ -160,10 +160,10 @@ class PackedTable(nn.Module):
         storage = self.storage
         return isinstance(storage, ProductFormat) and storage.can_multiply(self.settings)
 
-    def product(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
         assert isinstance(self.storage, ProductFormat)  # noqa: S101 - see ``can_multiply``
-        return self.storage.product(dict(self.named_buffers()), x)
+        return self.storage.multiply(dict(self.named_buffers()), x)
 
     def record(self) -> ModuleRecord:
         """Return the record from which a bundle rebuilds this module."""

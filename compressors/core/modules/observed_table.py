@@ -45,7 +45,7 @@ class ObservedTable(nn.Module):
         """Return whether the table multiplies without decoding all rows at once."""
         return can_multiply(vars(self)["observed"])
 
-    def product(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row, and report it."""
         return self.weight.multiply(x)
 

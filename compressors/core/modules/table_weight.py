@@ -29,7 +29,7 @@ class Multiplicable(Protocol):
     def can_multiply(self) -> bool:
         """Return whether its format and settings allow that."""
 
-    def product(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
 
 
@@ -69,7 +69,7 @@ class TableWeight:
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
         if isinstance(self.table, Multiplicable) and self.table.can_multiply():
-            return self.table.product(x)
+            return self.table.multiply(x)
         return F.linear(x, self.look_up(self._all_ids()))
 
     def decode(self) -> Tensor:

@@ -300,7 +300,7 @@ def _require_safe_names(architecture: type[nn.Module], module: nn.Module) -> Non
 
 
 def _source_line(error: BaseException) -> str:
-    """Describe the innermost line of the user's code in an error's traceback."""
+    """Describe the innermost line of the network's source code in an error's traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     user_frames = [frame for frame in frames if not frame.filename.startswith(_LIBRARY_FOLDERS)]
     if not user_frames:

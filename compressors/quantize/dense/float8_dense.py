@@ -100,15 +100,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     ratio = x / input_scale
     inside = ratio.abs() <= LARGEST
     rounded, weights = round_to_float8(ratio), decode_float8(codes)
-    to_input = grad @ (weights * weight_scale.reshape(-1, 1))  # (*, in)
+    grad_input = grad @ (weights * weight_scale.reshape(-1, 1))  # (*, in)
     flat = grad.reshape(-1, grad.shape[-1])
     inputs = (rounded * input_scale).reshape(-1, rounded.shape[-1])  # (rows, in)
-    by_weight = flat.T @ inputs * weights  # (out, in)
-    to_weight_scale = by_weight.sum(dim=1) if weight_scale.dim() else by_weight.sum()
-    to_input_scale = (to_input * torch.where(inside, rounded - ratio, rounded)).sum()
-    to_x = torch.where(inside, to_input, torch.zeros_like(to_input))
-    to_bias = flat.sum(dim=0) if ctx.has_bias else None
-    return to_x, None, to_weight_scale, to_input_scale.reshape(input_scale.shape), to_bias
+    grad_scale_by_weight = flat.T @ inputs * weights  # (out, in)
+    grad_weight_scale = (
+        grad_scale_by_weight.sum(dim=1) if weight_scale.dim() else grad_scale_by_weight.sum()
+    )
+    grad_input_scale = (grad_input * torch.where(inside, rounded - ratio, rounded)).sum()
+    grad_x = torch.where(inside, grad_input, torch.zeros_like(grad_input))
+    grad_bias = flat.sum(dim=0) if ctx.has_bias else None
+    return grad_x, None, grad_weight_scale, grad_input_scale.reshape(input_scale.shape), grad_bias
 
 
 float8_linear.register_autograd(_backward, setup_context=_setup_context)

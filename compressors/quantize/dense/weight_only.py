@@ -205,13 +205,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, layer_inputs = _operands(x, codes, scale, ctx.bits, ctx.block, ctx.activations)
     flat, rows = grad.reshape(-1, grad.shape[-1]), layer_inputs.reshape(-1, layer_inputs.shape[-1])
     inputs = x.shape[-1]
-    by_weight = (flat.T @ rows) * unpack(codes, inputs, ctx.bits)  # (out, in)
+    grad_scale_by_weight = (flat.T @ rows) * unpack(codes, inputs, ctx.bits)  # (out, in)
     if ctx.block:
-        to_scale = split_into_blocks(by_weight, ctx.block).sum(dim=1).reshape(scale.shape)
+        grad_scale = (
+            split_into_blocks(grad_scale_by_weight, ctx.block).sum(dim=1).reshape(scale.shape)
+        )
     else:
-        to_scale = by_weight.sum(dim=1, keepdim=True)
-    to_bias = flat.sum(dim=0) if ctx.has_bias else None
-    return grad @ weight, None, to_scale.to(scale.dtype), to_bias, None, None, None
+        grad_scale = grad_scale_by_weight.sum(dim=1, keepdim=True)
+    grad_bias = flat.sum(dim=0) if ctx.has_bias else None
+    return grad @ weight, None, grad_scale.to(scale.dtype), grad_bias, None, None, None
 
 
 weight_only_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -29,7 +29,7 @@ from compressors.quantize.kernels.levels import (
     FittedRange,
     Grid,
     asymmetric_range,
-    decode_multiples,
+    dequantize,
     range_bounds,
     stored_offset,
     stored_scale,
@@ -102,7 +102,7 @@ def residuals(values: Tensor, fitted: FittedRange, grid: Grid) -> Residuals:
         q = multiples.clamp(-grid.max_multiple, grid.max_multiple).round()
     else:  # odd multiples of 0.5
         q = (multiples.floor() + 0.5).clamp(-grid.max_multiple, grid.max_multiple)
-    r = values - decode_multiples(q, scale, offset)
+    r = values - dequantize(q, scale, offset)
     return Residuals(*(sum_in_order(each) for each in (q, q * q, r, q * r, r * r)))
 
 

@@ -117,8 +117,8 @@ def nearest_multiples(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
     return _nearest(rows, scale, offset, grid)
 
 
-def decode_multiples(multiples: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """Decode multiples of the scale, ``(*, dim)``, to float32 weights.
+def dequantize(multiples: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Convert multiples of the scale, ``(*, dim)``, to float32 weights.
 
     Scales and offsets are ``(*, 1)``. The product is rounded to float32 before the offset is added,
     without a fused multiply-add, as on every serving target.
@@ -242,7 +242,7 @@ def squared_error(values: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
     scale, offset = fitted
     total = []
     for part in torch.split(values, PART_VALUES, dim=1):
-        error = decode_multiples(_nearest(part, scale, offset, grid), scale, offset) - part.float()
+        error = dequantize(_nearest(part, scale, offset, grid), scale, offset) - part.float()
         squares = error.square()
         while squares.shape[1] > SUM_VALUES:
             split = squares.shape[1] // SUM_VALUES * SUM_VALUES  # the rest is shorter

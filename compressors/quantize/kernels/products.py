@@ -25,7 +25,7 @@ def multiply_by_blocks(x: Tensor, numbers: Tensor) -> Tensor:
     return torch.cat([F.linear(x, numbers[b:e].float()) for b, e in ranges], dim=-1)
 
 
-def gradient_by_blocks(grad: Tensor, numbers: Tensor) -> Tensor:
+def compute_grad_x_by_blocks(grad: Tensor, numbers: Tensor) -> Tensor:
     """Return the gradient of ``x`` in ``multiply_by_blocks``: float32 ``(*, dim)``.
 
     ``grad`` is the gradient of the product, ``(*, rows)``.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressors.core.modules.formats import TensorSpec
-from compressors.quantize.kernels.products import gradient_by_blocks, multiply_by_blocks
+from compressors.quantize.kernels.products import compute_grad_x_by_blocks, multiply_by_blocks
 
 
 @torch.library.custom_op("recpress::float16_product", mutates_args=())
@@ -29,8 +29,8 @@ def _save_product(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> No
 
 def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     x, weight = ctx.saved_tensors
-    to_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-    return gradient_by_blocks(grad, weight), to_weight.to(weight.dtype)
+    grad_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    return compute_grad_x_by_blocks(grad, weight), grad_weight.to(weight.dtype)
 
 
 float16_product.register_autograd(_product_backward, setup_context=_save_product)
@@ -67,7 +67,7 @@ class ShortFloatTableFormat:
     def can_multiply(self, settings: Mapping[str, Any]) -> bool:
         return self.dtype == torch.float16  # ONNX Runtime on CPUs has no bfloat16 products
 
-    def product(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def multiply(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
         scores: Tensor = torch.ops.recpress.float16_product(x, stored["weight"])
         return scores
 

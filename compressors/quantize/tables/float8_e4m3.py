@@ -24,7 +24,7 @@ from torch import Tensor
 from compressors.core.modules.formats import TableFormat, TensorSpec
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
-from compressors.quantize.kernels.levels import Grid, RowsPerScale, ScaleType, decode_multiples
+from compressors.quantize.kernels.levels import Grid, RowsPerScale, ScaleType, dequantize
 from compressors.quantize.tables import scales
 
 LARGEST = 448
@@ -43,7 +43,7 @@ def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
         rows_per_scale: number of rows that share a scale; 0: all rows of the table.
     """
     rows = torch.arange(len(table), device=table.device)
-    scale_of_row = scale[scales.entries_of(rows, rows_per_scale)].float()
+    scale_of_row = scale[scales.scale_indices(rows, rows_per_scale)].float()
     rounded = (table.float() / scale_of_row).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return rounded.view(torch.uint8)
 
@@ -56,8 +56,8 @@ def decode_float8(codes: Tensor) -> Tensor:
 @torch.library.custom_op("recpress::float8_e4m3_table", mutates_args=())
 def float8_e4m3_table(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:
     """Look up rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
-    scale_of_id = scale[scales.entries_of(ids, rows_per_scale)]
-    return decode_multiples(decode_float8(codes[ids]), scale_of_id, offset=None)
+    scale_of_id = scale[scales.scale_indices(ids, rows_per_scale)]
+    return dequantize(decode_float8(codes[ids]), scale_of_id, offset=None)
 
 
 @float8_e4m3_table.register_fake
@@ -72,8 +72,10 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
     codes, scale, ids = ctx.saved_tensors
-    by_scale = scales.gradients(grad, decode_float8(codes[ids]), scale, ids, ctx.rows_per_scale)
-    return None, by_scale, None, None
+    grad_scale = scales.compute_gradient(
+        grad, decode_float8(codes[ids]), scale, ids, ctx.rows_per_scale
+    )
+    return None, grad_scale, None, None
 
 
 float8_e4m3_table.register_autograd(_backward, setup_context=_setup_context)
@@ -101,7 +103,7 @@ class Float8E4M3Format:
         dim: int,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        rows_per_scale = scales.SharedScales.of(settings).rows_per_scale
+        rows_per_scale = scales.SharedScales.from_settings(settings).rows_per_scale
         codes, scale = stored["codes"], stored["scale"]
         rows: Tensor = torch.ops.recpress.float8_e4m3_table(codes, scale, ids, rows_per_scale)
         return rows

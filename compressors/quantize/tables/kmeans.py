@@ -183,16 +183,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, *scales, ids = ctx.saved_tensors
-    entries = unpack(codes[ids], ctx.dim, ctx.width).long()  # (*ids, dim)
-    to_scale = None
+    indices = unpack(codes[ids], ctx.dim, ctx.width).long()  # in the codebook, (*ids, dim)
+    grad_scale = None
     if ctx.has_scale:
-        by_lookup = (grad * codebook[entries]).sum(dim=-1).reshape(-1)  # (lookups,)
+        by_lookup = (grad * codebook[indices]).sum(dim=-1).reshape(-1)  # (lookups,)
         total = torch.zeros(len(scales[0]), device=grad.device)
         total.index_add_(0, ids.reshape(-1), by_lookup)
-        to_scale = total.unsqueeze(1).to(scales[0].dtype)
+        grad_scale = total.unsqueeze(1).to(scales[0].dtype)
         grad = grad * scales[0][ids].float()
-    to_codebook = torch.zeros_like(codebook).index_add_(0, entries.reshape(-1), grad.reshape(-1))
-    return None, to_codebook, to_scale, None, None, None
+    grad_codebook = torch.zeros_like(codebook).index_add_(0, indices.reshape(-1), grad.reshape(-1))
+    return None, grad_codebook, grad_scale, None, None, None
 
 
 kmeans_table.register_autograd(_backward, setup_context=_setup_context)

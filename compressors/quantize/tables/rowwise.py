@@ -95,7 +95,7 @@ class PackedRowsFormat:
     def lookup(
         self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
     ) -> Tensor:
-        rows_per_scale = scales.SharedScales.of(settings).rows_per_scale
+        rows_per_scale = scales.SharedScales.from_settings(settings).rows_per_scale
         op = getattr(torch.ops.recpress, self.name)
         rows: Tensor = op(
             stored["codes"], stored["scale"], stored.get("offset"), ids, dim, rows_per_scale

@@ -60,7 +60,7 @@ def test_product_equals_a_product_with_the_decoded_table(step, rows, dim, leadin
     x = torch.randn(*leading, dim, generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "BLOCK_VALUES", block)  # several blocks of rows
-        result = table.product(x)
+        result = table.multiply(x)
     expected = F.linear(x, decoded(table))
     assert result.shape == (*leading, rows)
     # Sums of at most 7 products of numbers of about 1: differences are float32 rounding.
@@ -76,7 +76,7 @@ def test_gradients_of_a_product_are_those_of_the_decoded_table(step: Any) -> Non
     x = torch.randn(3, 2, DIM, generator=torch.Generator().manual_seed(1), requires_grad=True)
     upstream = torch.randn(3, 2, ROWS, generator=torch.Generator().manual_seed(2))
     leaves = [x, *(tensor for tensor in learned if tensor.requires_grad)]
-    gradients = torch.autograd.grad((table.product(x) * upstream).sum(), leaves)
+    gradients = torch.autograd.grad((table.multiply(x) * upstream).sum(), leaves)
     through_rows = torch.autograd.grad((F.linear(x, decoded(table)) * upstream).sum(), leaves)
     for gradient, expected in zip(gradients, through_rows, strict=True):
         # Sums of up to 66 terms of about 1 in another order.
@@ -265,7 +265,7 @@ def test_an_observed_table_gives_the_scores_of_its_table() -> None:
     observed = ObservedTable(table, lambda read, _: reads.append(read), hides_attributes=False)
     x = torch.ones(2, DIM)
     assert torch.equal(observed(torch.tensor([1])), table(torch.tensor([1])))
-    assert torch.equal(x @ observed.weight.T, table.product(x))
+    assert torch.equal(x @ observed.weight.T, table.multiply(x))
     assert torch.equal(observed.weight[:2], table(torch.arange(2)))
     assert torch.equal(observed.weight.sum(), decoded(table).sum())
     assert reads == ["multiplied", "looked_up", "decoded"]
