@@ -125,7 +125,7 @@ def explain(terms: Terms) -> Explanation:
         teachers=tuple(teacher.name for teacher in teachers),
         earlier=None if earlier is None else earlier.version,
         steps=(ExplainedStep(step=AS_TRAINED, bytes=original_bytes), *steps),
-        plan=plan if earlier is None else _with_warnings(plan, earlier.report.plan),
+        plan=plan if earlier is None else _copy_warnings(plan, earlier.report.plan),
         targets=tuple(
             _explain_target(target, requirement)
             for target, requirement in order.targets.requirements().items()
@@ -140,7 +140,7 @@ def explain(terms: Terms) -> Explanation:
     )
 
 
-def _with_warnings(plan: Plan, finished: Plan) -> Plan:
+def _copy_warnings(plan: Plan, finished: Plan) -> Plan:
     """Copy the warnings of a finished run of the order; a dry run has no data to detect them."""
     warnings = {line.module: line.warnings for line in finished.lines if line.warnings}
     return Plan(

@@ -2,7 +2,8 @@
 
 A draft is the folder of a bundle before it is packed. The weights are random, and labels are drawn
 with the network's probabilities (the network is "planted" in the data). Therefore no other network
-fits the data better, and compression can only lower the quality.
+fits the data better, and compression can only lower the quality. A home is the folder with
+everything that recpress stores.
 """
 
 import json
@@ -56,7 +57,7 @@ def write_draft(
         seed: seed of the weights and of the data.
         rows: number of rows by split.
         network: path of the model class, ``module:Class``.
-        sizes: arguments of ``ClickNet`` that differ from the usual ones.
+        sizes: arguments of ``ClickNet`` that differ from the constants above.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -157,10 +158,10 @@ def planted_auc(folder: Path) -> float:
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    """Return the variables of a child process: homes in ``home`` and none of the user's settings.
+    """Return the environment of a child process, without settings of the user who runs the tests.
 
     Args:
-        home: folder of the home folders of recpress and Prefect.
+        home: folder that contains the homes of recpress and Prefect.
         more: further variables.
     """
     inherited = {

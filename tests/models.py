@@ -281,7 +281,7 @@ class Normed(nn.Module):
         return torch.sigmoid(self.out(x))
 
 
-def planned_and_applied(step: Any, model: Model, bench: Bench) -> AppliedStep:
+def plan_and_apply(step: Any, model: Model, bench: Bench) -> AppliedStep:
     """Plan and apply a step without the runner and its checks."""
     applied: AppliedStep = step.apply(model, bench, step.plan(model, bench))
     return applied
@@ -522,13 +522,13 @@ class Graph:
         """Return random inputs with ids within the tables."""
         return generate_inputs(self.signature, self.lowered.wrapper.rows_of_table, count, seed)
 
-    def in_torch(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+    def run_in_torch(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
         """Return the scores of the serving wrapper in torch, which applies the policy for ids."""
         with torch.no_grad():
             scores: Tensor = self.lowered.wrapper(*(inputs[n] for n in input_names(self.signature)))
         return scores.numpy()
 
-    def in_onnx(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+    def run_in_onnx(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
         """Return the graph's scores in ONNX Runtime, which also runs graphs for TensorRT."""
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
         path = self.path

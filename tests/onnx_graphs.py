@@ -54,10 +54,10 @@ def graph_of(
         ],
         ir_version=10,
     )
-    return typed(model)
+    return infer_types(model)
 
 
-def typed(model: onnx.ModelProto) -> onnx.ModelProto:
+def infer_types(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a model whose outputs have types, which ONNX derives from the nodes."""
     inferred = onnx.shape_inference.infer_shapes(model)
     for output in inferred.graph.output:

@@ -1,4 +1,4 @@
-"""Data of ``new_draft_models.ShopNet``."""
+"""Random data of the network ``ShopNet`` of ``tests/new_draft_models.py``."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 
-def shop_data(folder: Path) -> Path:
+def write_shop_data(folder: Path) -> Path:
     """Write data of ``ShopNet``: two ids, a list, two numbers and a label."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)

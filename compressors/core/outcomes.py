@@ -35,7 +35,7 @@ def resolve_decisions(
     """Return the final decision of every unit, ``taken`` or ``skipped``, with all reasons.
 
     Args:
-        kind: the step's tag.
+        kind: the step's ``kind``.
         effect: how the step changes a selected unit. ``format``: it is stored in another format.
             ``values``: its format stays; its weights change, or it becomes narrower or is removed.
             ``parts``: smaller units replace it. ``output``: no unit changes; the step adds or

@@ -33,7 +33,7 @@ class _MovedTensor:
 
 
 @contextmanager
-def moved_to(module: nn.Module, device: str) -> Iterator[None]:
+def move_to(module: nn.Module, device: str) -> Iterator[None]:
     """Move a private copy of a module to a device inside the context, and back afterwards.
 
     If the code inside the context assigns a new tensor to a name, that tensor is copied back.

@@ -35,7 +35,7 @@ def build_plan(
     """Build the plan after a step: the lines of the plan so far, updated by the step's decisions.
 
     Args:
-        kind: the step's tag.
+        kind: the step's ``kind``.
         source: the model before the step, for its plan so far.
         decisions: by name of every unit, whether the step changes the unit, and why.
         before: the units before the step.
@@ -104,7 +104,7 @@ def output_line(
     """Return the plan line of the calibration map; None if no step so far has changed the map.
 
     Args:
-        kind: the step's tag.
+        kind: the step's ``kind``.
         source: the model before the step, for its plan so far.
         module: the network after the step.
         decision: the step's decision about the map; None if the step is not about the map.
@@ -134,7 +134,7 @@ def with_remarks(
 
     Args:
         plan: the plan after the step.
-        kind: the step's tag.
+        kind: the step's ``kind``.
         skipped: by unit name, why the step did not change the unit.
         decisions: the final decision for every unit.
         outcome_reasons: by unit name, the reasons that the step returned after it ran.

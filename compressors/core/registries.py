@@ -119,7 +119,7 @@ METHODS: dict[str, type[StepSettings]] = {
         Recalibrate,
     )
 }
-"""Every method by its tag, in the order of the JSON schema of a recipe line."""
+"""Every method by its ``kind``, in the order of the JSON schema of a recipe line."""
 
 
 # Storage formats and compositions by the names that bundles store.
@@ -167,11 +167,11 @@ def register(method: type[StepSettings], storage: TableFormat | None = None) -> 
     """Add a method, and the format in which it stores tables.
 
     Args:
-        method: the class of its settings; the default of ``kind`` is its tag.
+        method: the class of its settings; the default of ``kind`` is its name.
         storage: its table format; None if it has none, or uses a registered one.
 
     Raises:
-        ValueError: a method with this tag, or a format with this name, is already registered.
+        ValueError: a method of this kind, or a format with this name, is already registered.
     """
     kind = method.model_fields["kind"].default
     if kind in METHODS:

@@ -92,7 +92,7 @@ def plan_step(
         NothingToCompress: the step changes no unit.
         CompressionError: the step cannot be applied to this model.
     """
-    step, units = as_step(without_units(method, skipped)), Unit.of(model.module)
+    step, units = as_step(exclude_units(method, skipped)), Unit.of(model.module)
     plan = step.plan(model, bench)
     decisions = dict(plan.decisions)
     decisions |= {
@@ -115,16 +115,16 @@ def plan_step(
     return PlannedStep(step, StepPlan({**defaults, **decisions}, plan.payload), skipped)
 
 
-def with_notes(plan: StepPlan[Any], notes: Mapping[str, tuple[Reason, ...]]) -> StepPlan[Any]:
+def add_notes(plan: StepPlan[Any], notes: Mapping[str, tuple[Reason, ...]]) -> StepPlan[Any]:
     """Return a plan with additional reasons, by unit name, in the decisions of selected units."""
     decisions = {
-        name: decision.because(*decision.reasons, *notes.get(name, ()))
+        name: decision.add_reasons(*decision.reasons, *notes.get(name, ()))
         for name, decision in plan.decisions.items()
     }
     return replace(plan, decisions=decisions)
 
 
-def without_units(method: Method, names: Collection[str]) -> Method:
+def exclude_units(method: Method, names: Collection[str]) -> Method:
     """Return a copy of the method whose name patterns exclude these units.
 
     Returns the method unchanged if ``names`` is empty or the method has no name patterns.
@@ -174,7 +174,7 @@ def run(
     model = source.private()
     with network_errors_as_refusals(method):
         step, plan, skipped = planned or plan_step(method, model, bench, skipped)
-        plan = with_notes(plan, notes)
+        plan = add_notes(plan, notes)
         model, outcomes = step.apply(model, bench, plan)
     module = model.module.eval()
     if _tensor_versions(source.module) != versions:

@@ -22,7 +22,7 @@ from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 from compressors.core.model import Model
-from compressors.core.placement import moved_to
+from compressors.core.placement import move_to
 from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import private_copy
@@ -214,7 +214,7 @@ class Distill(StepSettings):
         teacher = original if self.hints and original is not None else nn.Identity()
         with (
             record_outputs(model.module, recorded_layers) as auxiliary.outputs,
-            moved_to(teacher, bench.device),
+            move_to(teacher, bench.device),
         ):
             if self.hints:
                 loss = with_hint_loss(

@@ -38,7 +38,7 @@ from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 
-def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def factorize(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the closest low-rank approximation of a table, with one weight per row.
 
     Args:
@@ -150,7 +150,7 @@ class LowRank(ComposingStep):
         weights = row_weights(model, bench, designs, weighted=self.weighted)
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
-            reduced, projection, mean = factors(table, design.settings["rank"], weights[name])
+            reduced, projection, mean = factorize(table, design.settings["rank"], weights[name])
             return FittedParts({"projection": projection, "mean": mean}, {"narrow": reduced})
 
         return recompose(model, designs, fit)

@@ -69,7 +69,7 @@ def principal_outputs(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     return energy, directions * torch.gather(directions, 0, largest).sign()
 
 
-def factors(weight: Tensor, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factorize(weight: Tensor, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Compute two factors whose product approximates a weight.
 
     The product ``expand @ reduce`` is the weight projected on the first ``rank`` directions of the
@@ -217,7 +217,7 @@ class LowRankDense(StepSettings):
                 too_large = Reason("found_rank_not_smaller", rank=rank)
                 outcomes[unit.name] = Decision("skipped", (too_large,))
                 continue
-            reduce, expand = factors(weight, directions, rank)
+            reduce, expand = factorize(weight, directions, rank)
             stored = {"reduce.weight": reduce.contiguous(), "expand.weight": expand.contiguous()}
             if bias is not None:
                 correction = (weight.double() - expand.double() @ reduce.double()) @ mean

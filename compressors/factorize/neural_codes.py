@@ -39,7 +39,7 @@ from compressors.core.steps.composition_steps import (
 )
 from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
-from compressors.factorize.low_rank import factors
+from compressors.factorize.low_rank import factorize
 
 BATCH = 4096
 """Rows of one training step."""
@@ -126,7 +126,7 @@ def fit(
         ``codes`` float32 ``(rows, size)`` and the decoder, float32.
     """
     rows, relative_weight = table.float(), weight.double() / weight.double().mean()
-    initial_codes, projection, mean = factors(rows, size, relative_weight)
+    initial_codes, projection, mean = factorize(rows, size, relative_weight)
     # Training is on codes and rows divided by this number.
     divisor = float(initial_codes.square().mean().sqrt()) or 1.0
     generator = torch.Generator().manual_seed(seed)

@@ -40,7 +40,7 @@ def first_call(
                     failure = failure or (fault, layout)
                 continue
             if layout.call.form == "mapping":
-                return *_only_accessed(with_mask, tensors, before.accessed), before
+                return *_keep_accessed(with_mask, tensors, before.accessed), before
             return with_mask, tensors, before
     if failure is None:
         raise InspectionFailed(
@@ -61,7 +61,7 @@ def first_call(
     ) from last.problem
 
 
-def _only_accessed(
+def _keep_accessed(
     layout: Layout, tensors: Tensors, accessed: frozenset[str]
 ) -> tuple[Layout, Tensors]:
     """Return the arguments of a mapping that the network reads, and their tensors."""
@@ -112,7 +112,7 @@ def _call_with_dtypes(
             before = observe(network, layout.call, tensors)
             break
         except CallFailed as fault:
-            floats = _with_one_more_float(network, layout, sample, floats, fault)
+            floats = _try_one_more_float(network, layout, sample, floats, fault)
     for argument in layout.arguments:
         if not _may_be_float(argument, sample, tensors, before.lookups):
             continue
@@ -127,7 +127,7 @@ def _call_with_dtypes(
     return tensors, before
 
 
-def _with_one_more_float(
+def _try_one_more_float(
     network: nn.Module,
     layout: Layout,
     sample: Sample,

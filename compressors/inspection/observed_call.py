@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressors.contracts import JaggedBag, SequenceInput, is_out_of_memory
-from compressors.core.batches import jagged, padded_sequence
+from compressors.core.batches import build_jagged_arguments, padded_sequence
 from compressors.core.scores import scoring_method
 from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.inspection.forward_arguments import Argument, Call
@@ -181,7 +181,7 @@ def argument_tensors(
         return {argument.name: stack_columns(columns, dtype)}
     if len(columns) > 1:  # a matrix
         parts = [
-            _padded(Argument(argument.name, (column.name,), (0,)), column, Padded(width))[
+            _pad_lists(Argument(argument.name, (column.name,), (0,)), column, Padded(width))[
                 argument.name
             ]
             if column.is_list
@@ -192,14 +192,14 @@ def argument_tensors(
     (column,) = columns
     if argument.offsets is not None:
         item = JaggedBag(name=argument.name, table=ANY_TABLE, shape=(max(1, column.longest),))
-        tensors = jagged(item, *_values_and_bounds(column))
+        tensors = build_jagged_arguments(item, *_values_and_bounds(column))
     else:
         longest = max(1, *(len(values) for values in column.values))
-        tensors = _padded(argument, column, padded or Padded(longest))
+        tensors = _pad_lists(argument, column, padded or Padded(longest))
     return {**tensors, argument.name: tensors[argument.name].to(dtype)}
 
 
-def _padded(argument: Argument, column: SampleColumn, padded: Padded) -> Tensors:
+def _pad_lists(argument: Argument, column: SampleColumn, padded: Padded) -> Tensors:
     """Return lists padded to one length, with the tensors that accompany them."""
     item = SequenceInput(
         name=argument.name,

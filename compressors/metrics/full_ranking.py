@@ -110,7 +110,7 @@ def ranking_queries(
     number = np.full(queries.size, -1)
     number[remaining] = np.arange(remaining.size)
 
-    def renumbered(pairs: Ints) -> Ints:
+    def renumber(pairs: Ints) -> Ints:
         owner = number[pairs // ids.size]
         remaining_pairs: Ints = (owner * ids.size + pairs % ids.size)[owner >= 0]
         return remaining_pairs
@@ -118,7 +118,7 @@ def ranking_queries(
     all_queries, first = np.unique(np.asarray(test.query), return_index=True)
     query = queries[remaining]
     row = first[np.searchsorted(all_queries, query)]
-    return RankingQueries(query, row, renumbered(relevant), renumbered(hidden), ids.size, gain)
+    return RankingQueries(query, row, renumber(relevant), renumber(hidden), ids.size, gain)
 
 
 class RankedVectors(NamedTuple):

@@ -113,7 +113,7 @@ def normalized_entropy(label: ArrayLike, probability: ArrayLike) -> float:
     of bits in both parts, which cancels.
     """
     losses = row_logloss(label, probability)
-    positive = binary(label)
+    positive = to_booleans(label)
     require_both_classes("normalized_entropy", positive)
     return float(losses.mean()) / float(base_entropy(float(positive.mean())))
 
@@ -199,7 +199,7 @@ def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
 
 def gauc_left_out(label: ArrayLike, group: ArrayLike) -> float:
     """Compute the share of rows, in [0, 1], in groups of one class, which ``gauc`` leaves out."""
-    positive = binary(label)
+    positive = to_booleans(label)
     ids, rows = number_groups(group, positive.size)
     positives = np.bincount(ids, weights=positive, minlength=rows.size)
     has_both_classes = (positives > 0) & (positives < rows)
@@ -273,7 +273,7 @@ def ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int = 10) -> f
     return float(value.mean())
 
 
-def binary(label: ArrayLike) -> Bools:
+def to_booleans(label: ArrayLike) -> Bools:
     """Convert labels to booleans ``(rows,)``.
 
     Raises:
@@ -329,7 +329,7 @@ def check_labels_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, 
     Raises:
         MetricRefused: a label other than 0 and 1, NaN, no row, or unequal lengths.
     """
-    positive, scores = binary(label), _column("score", score)
+    positive, scores = to_booleans(label), _column("score", score)
     _require_same_length(positive.size, scores.size)
     return positive, scores
 

@@ -59,7 +59,7 @@ def convert(model: ir.Model) -> Converted:
         _require_rows_of_numbers(item)
     initializers = set(model.graph.initializers)  # constants become initializers too
     normalize(model)
-    return _converted(model.graph, initializers)
+    return _convert_graph(model.graph, initializers)
 
 
 def _inputs(graph: ir.Graph) -> tuple[ir.Value, ...]:
@@ -80,7 +80,7 @@ def _sizes_of(shape: ir.Shape) -> tuple[int | None, ...]:
     return tuple(size if isinstance(size, int) else None for size in shape)
 
 
-def _converted(graph: ir.Graph, initializers: set[str]) -> Converted:
+def _convert_graph(graph: ir.Graph, initializers: set[str]) -> Converted:
     """Convert a simplified graph.
 
     Args:
@@ -96,7 +96,7 @@ def _converted(graph: ir.Graph, initializers: set[str]) -> Converted:
     modules = _modules(calls.values(), names)
     sizes, tensors = _constants(graph, attributes)
     for value in tensors:
-        names.of_tensor(value)
+        names.name_tensor(value)
     trained = {
         value
         for value, tensor in tensors.items()
@@ -163,11 +163,11 @@ class _Names:
             self._names[value] = unique_name(value.name or "", self._values)
         return self._names[value]
 
-    def of_tensor(self, value: ir.Value) -> None:
+    def name_tensor(self, value: ir.Value) -> None:
         """Give an initializer that is an attribute of the network its name."""
         self._names[value] = unique_name(value.name or "", self._values, self._attributes)
 
-    def of_module(self, path: tuple[str, ...]) -> str:
+    def name_module(self, path: tuple[str, ...]) -> str:
         """Return a name for a module."""
         return unique_name("_".join(path), self._attributes)
 
@@ -179,7 +179,7 @@ def _modules(
     by_key = {call.key: call for call in reversed(tuple(calls))}
     first = {call.key: call for call in calls if by_key[call.key] is call}
     scopes = common_scopes(call.path for call in first.values())
-    return {key: (names.of_module(call.path[scopes:]), call) for key, call in first.items()}
+    return {key: (names.name_module(call.path[scopes:]), call) for key, call in first.items()}
 
 
 def _units(
@@ -293,7 +293,7 @@ def _constants(
             is_read_as_size = computes or position in operator.sizes | operator.indices
             if item is not None and is_read_as_size and _may_be_sizes(item):
                 sizes[item] = tensor_of_value(item).tolist()
-    tensors = {value: _checked(value) for value in dict.fromkeys(read) if value not in sizes}
+    tensors = {value: _to_tensor(value) for value in dict.fromkeys(read) if value not in sizes}
     return sizes, tensors
 
 
@@ -308,7 +308,7 @@ def _may_be_sizes(value: ir.Value) -> bool:
     )
 
 
-def _checked(value: ir.Value) -> Tensor:
+def _to_tensor(value: ir.Value) -> Tensor:
     """Return an initializer as a tensor.
 
     Raises:

@@ -132,9 +132,9 @@ class OnnxNetwork(nn.Module):
             inner, outer = (widths[end] if isinstance(end, str) else end for end in ends)
             self.add_module(name, nn.Linear(inner, outer, bias=layer["bias"]))
         for name, spec in parameters.items():
-            self.register_parameter(name, nn.Parameter(_empty(spec)))
+            self.register_parameter(name, nn.Parameter(_create_empty(spec)))
         for name, spec in buffers.items():
-            self.register_buffer(name, _empty(spec))
+            self.register_buffer(name, _create_empty(spec))
         self._released = _last_uses(self.nodes, self.outputs.values())
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
@@ -231,7 +231,7 @@ def require_supported(op: str, attributes: Mapping[str, Any], node: str) -> None
         raise OnnxRefused("attributes_unknown", op=op, node=node, attributes=unknown)
 
 
-def _empty(spec: Mapping[str, Any]) -> Tensor:
+def _create_empty(spec: Mapping[str, Any]) -> Tensor:
     """Return a tensor of this dtype and shape, whose values are loaded later."""
     return torch.zeros(spec["shape"], dtype=getattr(torch, spec["dtype"]))
 

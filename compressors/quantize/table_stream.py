@@ -43,7 +43,7 @@ class Source(Protocol):
         The result is valid only until the thread reads again.
         """
 
-    def mapped(self) -> Tensor:
+    def memory_map(self) -> Tensor:
         """Return the whole tensor, memory-mapped."""
 
 
@@ -248,7 +248,7 @@ class _BlockEncoder:
         self._job, self._file, self._name = job, file, name
         self._module = job.tables[name]
         try:
-            self._encoder = TableEncoder(job.step, job.sources[name].mapped())
+            self._encoder = TableEncoder(job.step, job.sources[name].memory_map())
         except CompressionError:
             # If a NaN or infinite weight is the cause, reading the blocks raises the error for it.
             for block in job.blocks(name):

@@ -29,7 +29,7 @@ from infra.bundle.json_reader import (
     parse,
     raise_if_any,
     read_json,
-    short,
+    shorten,
     to_json_value,
 )
 from infra.bundle.model_json import MANIFEST, DataReference, Draft, FileRecord, Manifest, SplitName
@@ -265,7 +265,7 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
     problems: list[Reason] = []
     uses = ((item, table) for item in manifest.signature.data_inputs for table in all_tables(item))
     for item, path in uses:
-        name, table = short(item.name), short(path)
+        name, table = shorten(item.name), shorten(path)
         record = network.modules.get(path)
         weight = f"{path}.weight"
         fact = facts.get(network.ties.get(weight, weight))
@@ -279,7 +279,7 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
                         input=name,
                         table=table,
                         kind=record.kind,
-                        rows=short(count),
+                        rows=shorten(count),
                     )
                 )
             else:
@@ -291,7 +291,7 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
                     "table_not_stored",
                     input=name,
                     table=table,
-                    weight=short(weight),
+                    weight=shorten(weight),
                     near=similar,
                 )
                 if fact is None
@@ -299,7 +299,7 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
                     "table_shape",
                     input=name,
                     table=table,
-                    weight=short(weight),
+                    weight=shorten(weight),
                     shape=fact.shape[:MAX_DIMENSIONS_SHOWN],
                     near=similar,
                 )
@@ -321,19 +321,19 @@ def _tie_problems(ties: Mapping[str, str], tensors: Mapping[str, StoredTensor]) 
         if target not in tensors:
             yield Reason(
                 "tie_not_stored",
-                alias=short(alias),
-                target=short(target),
+                alias=shorten(alias),
+                target=shorten(target),
                 near=_similar_names(target, tensors),
             )
         if alias in tensors:
-            yield Reason("tie_stored_too", alias=short(alias))
+            yield Reason("tie_stored_too", alias=shorten(alias))
 
 
 def _similar_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
     """Return the names most similar to a missing one; if none is similar, the first five."""
     known = list(islice(names, 2000))  # the comparison is slow and only gives a hint
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]
-    return tuple(map(short, close))
+    return tuple(map(shorten, close))
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def _file_names(folder: Path, ignored: str = "") -> set[str]:
             continue
         mode = path.lstat().st_mode
         names.add(path.name)
-        file = short(path.name)
+        file = shorten(path.name)
         if stat.S_ISLNK(mode):
             problems.append(Reason("file_is_link", file=file))
         elif stat.S_ISDIR(mode):
@@ -379,22 +379,22 @@ def _differences(
 ) -> Iterator[Reason]:
     """Yield the differences between a folder and its manifest; reads and hashes every file."""
     for name in sorted(records.keys() - names):
-        yield Reason("file_missing", file=short(name))
+        yield Reason("file_missing", file=shorten(name))
     for name in sorted(names - records.keys()):
-        yield Reason("file_unlisted", file=short(name), manifest=MANIFEST)
+        yield Reason("file_unlisted", file=shorten(name), manifest=MANIFEST)
     for name in sorted(names & records.keys()):
         size = (folder / name).stat().st_size
         if size != (expected := records[name]).bytes:
-            yield Reason("file_size_differs", file=short(name), got=size, expected=expected.bytes)
+            yield Reason("file_size_differs", file=shorten(name), got=size, expected=expected.bytes)
         elif (actual_hash := hash_file(folder / name).sha256) != expected.sha256:
             yield Reason(
-                "file_hash_differs", file=short(name), got=actual_hash, expected=expected.sha256
+                "file_hash_differs", file=shorten(name), got=actual_hash, expected=expected.sha256
             )
 
 
 def _draft_path_problem(folder: Path, entry: str, text: str) -> Reason | None:
     """Return why the path ``text`` of a draft's field ``entry`` cannot be used; None if it can."""
-    path, entry, shown = folder / text, truncate_sentence(entry), short(text)
+    path, entry, shown = folder / text, truncate_sentence(entry), shorten(text)
     try:
         exists = path.exists()
     except OSError as fault:

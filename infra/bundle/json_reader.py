@@ -38,7 +38,7 @@ _SHORT_REPR = reprlib.Repr()
 _SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120
 
 
-def short(value: object) -> str:
+def shorten(value: object) -> str:
     """Format an untrusted value as its ``repr``, truncated."""
     return _SHORT_REPR.repr(value)
 
@@ -61,7 +61,7 @@ def raise_if_any(place: Path | str, problems: Iterable[Reason]) -> None:
 
     Args:
         place: what the problems refer to, such as a folder; it begins the message.
-        problems: the reasons. Their fields have bounded length; ``short`` truncates a value.
+        problems: the reasons. Their fields have bounded length; ``shorten`` truncates a value.
     """
     messages = list(islice(problems, PROBLEMS_SHOWN + 1))
     if len(messages) > PROBLEMS_SHOWN:
@@ -199,7 +199,7 @@ def to_json_value(value: object) -> Any:
         return [to_json_value(item) for item in value]
     if isinstance(value, dict) and all(isinstance(name, str) for name in value):
         return {name: to_json_value(item) for name, item in value.items()}
-    raise ValueError(f"{short(value)} has no JSON form")
+    raise ValueError(f"{shorten(value)} has no JSON form")
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document: dict[str, Any] = {}
     for name, value in pairs:
         if name in document:
-            raise ValueError(f"duplicate name {short(name)} in one object; keep one")
+            raise ValueError(f"duplicate name {shorten(name)} in one object; keep one")
         document[name] = value
     return document
 
@@ -220,7 +220,7 @@ def _reject_constant(text: str) -> NoReturn:
 def _parse_finite(text: str) -> float:
     """Parse a number; raise ``ValueError`` if it is too large for a float."""
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"{short(text)} is too large for a number")
+        raise ValueError(f"{shorten(text)} is too large for a number")
     return number
 
 
@@ -254,7 +254,7 @@ def _format_error(error: Mapping[str, Any], source_locations: Mapping[str, str])
         if isinstance(part, int):
             location += f"[{part}]"
         elif part != "[key]" and not (is_after_index and part in INPUT_KINDS):
-            location += f".{part if part.isprintable() and len(part) < 80 else short(part)}"
+            location += f".{part if part.isprintable() and len(part) < 80 else shorten(part)}"
         is_after_index = isinstance(part, int)
     location = location.removeprefix(".") or "the document"
     location = source_locations.get(location, location)
@@ -265,4 +265,4 @@ def _format_error(error: Mapping[str, Any], source_locations: Mapping[str, str])
     if error["type"] in SENTENCES or error["type"] == "value_error":
         # The messages of this project's validators already contain the value.
         return f"{location}: {error['msg'].removeprefix('Value error, ')}."
-    return f"{location}: {error['msg']}; found {short(error['input'])}."
+    return f"{location}: {error['msg']}; found {shorten(error['input'])}."

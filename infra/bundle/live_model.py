@@ -123,7 +123,7 @@ def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, Const
 
     calls = ConstructorCalls(allowed)
     # Standard output has only the results of the command, not what the network's code prints.
-    with _recorded(calls), redirect_stdout(sys.stderr), same_anomaly_detection():
+    with _record_constructor_calls(calls), redirect_stdout(sys.stderr), same_anomaly_detection():
         module = import_allowed_module(path, allowed)
         name = path.partition(":")[2]
         if name not in vars(module):
@@ -168,7 +168,7 @@ def _can_be_named(of: type, allowed: Sequence[str]) -> bool:
 
 
 @contextmanager
-def _recorded(calls: ConstructorCalls) -> Iterator[None]:
+def _record_constructor_calls(calls: ConstructorCalls) -> Iterator[None]:
     """Record constructor calls of this thread; another profile function is paused."""
     previous = sys.getprofile()
     sys.setprofile(calls.record)

@@ -11,7 +11,7 @@ from pydantic import AfterValidator
 
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
-from infra.bundle.json_reader import short
+from infra.bundle.json_reader import shorten
 
 
 def _path_problem(text: str) -> Reason | None:
@@ -35,21 +35,21 @@ def _require_inside(text: str) -> str:
     if problem is None and text.startswith("/"):
         problem = Reason("path_absolute")
     if problem is not None:
-        raise value_error("path_not_inside", path=short(text), reason=problem)
+        raise value_error("path_not_inside", path=shorten(text), reason=problem)
     return text
 
 
 def _require_file_name(text: str) -> str:
     """Validate a ``FileName``."""
     if "/" in _require_inside(text):
-        raise value_error("path_in_subfolder", path=short(text))
+        raise value_error("path_in_subfolder", path=shorten(text))
     return text
 
 
 def _require_usable_draft_path(text: str) -> str:
     """Validate a ``DraftPath``; ``read_draft`` checks whether it is inside the draft's folder."""
     if problem := _path_problem(text):
-        raise value_error("draft_path_unusable", path=short(text), reason=problem)
+        raise value_error("draft_path_unusable", path=shorten(text), reason=problem)
     return text
 
 

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from compressors.contracts import Frozen, digest
 from infra.bundle.json_limits import validate_json
-from infra.bundle.json_reader import short
+from infra.bundle.json_reader import shorten
 from infra.errors import (
     AlreadyThere,
     ArtifactDamaged,
@@ -105,7 +105,7 @@ class Ledger:
         except ValueError as fault:
             raise StoreRefused("model_name_no_path", problem=str(fault)) from fault
         if "/" in model or ":" in model:
-            raise StoreRefused("model_name_characters", got=short(model))
+            raise StoreRefused("model_name_characters", got=shorten(model))
         self._store = store
         self._model = model
         self._folder = f"ledger/{model}/"
@@ -218,9 +218,9 @@ class Ledger:
                 sequence=sequence,
                 model=self._model,
                 previous=previous,
-                got_sequence=short(entry.sequence),
-                got_model=short(entry.model),
-                got_previous=short(entry.previous),
+                got_sequence=shorten(entry.sequence),
+                got_model=shorten(entry.model),
+                got_previous=shorten(entry.previous),
             )
         self._check_digest(entry, last, place)
         if entry.action == "rollback":
@@ -229,8 +229,8 @@ class Ledger:
                 raise ArtifactDamaged(
                     "ledger_rollback_unfounded",
                     place=place,
-                    version=short(entry.version),
-                    order=short(entry.order),
+                    version=shorten(entry.version),
+                    order=shorten(entry.order),
                 )
         return entry
 

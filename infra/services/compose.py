@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compressors.contracts import Frozen
-from infra.bundle.json_reader import short
+from infra.bundle.json_reader import shorten
 from infra.errors import SettingRefused
 from infra.telemetry import TELEMETRY_OFF
 
@@ -357,5 +357,5 @@ def _parse_seconds(text: str) -> float:
     """Parse a duration in whole seconds, such as ``5s``; raise ``SettingRefused`` for others."""
     match = _DURATION.fullmatch(text)
     if not match:
-        raise SettingRefused("duration_form", got=short(text))
+        raise SettingRefused("duration_form", got=shorten(text))
     return float(match[1])

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from compressors.contracts import Artifact, artifact_name
 from infra.bundle.json_limits import validate_json
-from infra.bundle.json_reader import short
+from infra.bundle.json_reader import shorten
 from infra.errors import (
     AlreadyThere,
     ArtifactDamaged,
@@ -375,7 +375,7 @@ class Store:
     def _manifest(self, name: str) -> StoreManifest:
         """Read and verify the manifest of an artifact by its hash."""
         if not _SHA256.fullmatch(name):
-            raise StoreRefused("artifact_name_form", got=short(name))
+            raise StoreRefused("artifact_name_form", got=shorten(name))
         return self.read_with_retry(lambda: self._read_manifest(name))
 
     def _read_manifest(self, name: str) -> StoreManifest:

@@ -114,7 +114,7 @@ class Bucket:
                     return b""
                 raise
 
-        return self._with_retries(
+        return self._send_with_retries(
             send, key, lambda fault: _is_truncated(fault) or _is_unknown_code(fault)
         )
 
@@ -203,9 +203,9 @@ class Bucket:
         def send() -> Any:
             return self._files.call_s3(method, Bucket=self._bucket, **request)
 
-        return self._with_retries(send, name, _is_unknown_code)
+        return self._send_with_retries(send, name, _is_unknown_code)
 
-    def _with_retries(
+    def _send_with_retries(
         self, send: Callable[[], Result], name: str, is_retried: Callable[[BaseException], bool]
     ) -> Result:
         """Send a request and retry it after errors that botocore does not retry.

@@ -178,7 +178,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     audited, audited_bytes = request, scratch_bytes
     if any(table.multiplied for table in request.tables):
         print("--- the engine for requests of one row ---")  # noqa: T201
-        audited = _for_one_row(request)
+        audited = _restrict_to_one_row(request)
         audited_bytes, _ = read_log_bytes(engine_from_onnx(trt, audited).messages, trt.__version__)
     model = onnx.load(request.onnx, load_external_data=False)
     copy_bytes = {
@@ -225,7 +225,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     return engine.model_dump(mode="json")
 
 
-def _for_one_row(request: BuildRequest) -> BuildRequest:
+def _restrict_to_one_row(request: BuildRequest) -> BuildRequest:
     """Return a request for an engine that accepts only the smallest shape of each input."""
     profiles = tuple(
         shapes.model_copy(update={"best": shapes.low, "high": shapes.low})

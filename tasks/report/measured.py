@@ -262,8 +262,8 @@ def _describe_machines(report: Report) -> str:
 
 def _latency_chart(measurement: Measurement, quantile: str, title: str) -> Chart:
     """Draw one quantile of the latency by batch size, before and after compression."""
-    before = _by_batch_size(measurement.baseline.numbers, quantile)
-    after = _by_batch_size(measurement.numbers.numbers, quantile)
+    before = _latency_by_batch_size(measurement.baseline.numbers, quantile)
+    after = _latency_by_batch_size(measurement.numbers.numbers, quantile)
     if not before or not after:
         return Chart(title, None)
     description = ", ".join(
@@ -290,7 +290,9 @@ def _format_ratio(measurement: Measurement, quantile: str, size: int) -> str:
     return "" if ratio is None else f"{ratio.point:.2f}x"
 
 
-def _by_batch_size(numbers: Iterable[Number], quantile: str) -> tuple[tuple[int, Estimate], ...]:
+def _latency_by_batch_size(
+    numbers: Iterable[Number], quantile: str
+) -> tuple[tuple[int, Estimate], ...]:
     """Return the batch sizes with their latency, by increasing size."""
     absolute = ((find_metric(n.metric), n.estimate) for n in numbers if n.against == "absolute")
     estimates = {

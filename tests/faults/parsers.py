@@ -322,7 +322,7 @@ def env_file(folder: Path) -> Parser:
 
 def table_files_manifest(folder: Path) -> Parser:
     """Return the parser of the manifest that ``recpress tables quantize`` writes."""
-    result, body = _quantized(folder)
+    result, body = _run_quantize(folder)
 
     def parse(changed: bytes) -> object:
         (result / "manifest.json").write_bytes(changed)
@@ -333,7 +333,7 @@ def table_files_manifest(folder: Path) -> Parser:
 
 def table_files_plan(folder: Path) -> Parser:
     """Return the parser of ``tables.json``, the description of quantized tables."""
-    result, _ = _quantized(folder)
+    result, _ = _run_quantize(folder)
     file = next(path for path in (result / "files").iterdir() if path.suffix == ".json")
     body = file.read_bytes()
 
@@ -352,7 +352,7 @@ def _publish_version(folder: Path) -> Finished:
     return result
 
 
-def _quantized(folder: Path) -> tuple[Path, bytes]:
+def _run_quantize(folder: Path) -> tuple[Path, bytes]:
     """Run ``recpress tables quantize``; return its output folder and the manifest."""
     draft = drafts.write_draft(folder / "draft", rows=ROWS)
     result = folder / "quantized"

@@ -117,8 +117,8 @@ FAULTS = (
     Fault(
         id="channels-drop-ties",
         file="compressors/prune/dense/importance.py",
-        old="        total = torch.stack([importance[producer] for producer in group]).sum(dim=0)\n",
-        new="        total = importance[group[0]]\n",
+        old="        total = torch.stack([importance[producer] for producer in tied]).sum(dim=0)\n",
+        new="        total = importance[tied[0]]\n",
         effect="Layers that share channels are pruned by the importance of only one of them.",
         tests=(
             "tests/compressors/prune/test_channels.py::test_layers_whose_outputs_are_added_keep_the_same_channels",

@@ -129,13 +129,13 @@ class Reason:
                 if isinstance(item, Reason):
                     yield from item.walk()
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return an object ``{"code": ..., "fields": {...}}`` of JSON values."""
-        return {"code": self.code, "fields": {n: _as_json(v) for n, v in self.fields.items()}}
+        return {"code": self.code, "fields": {n: _value_to_json(v) for n, v in self.fields.items()}}
 
     @classmethod
-    def of_json(cls, value: Any) -> "Reason":
-        """Build a reason from the result of ``as_json``; a ``Reason`` is returned unchanged.
+    def from_json(cls, value: Any) -> "Reason":
+        """Build a reason from the result of ``to_json``; a ``Reason`` is returned unchanged.
 
         Raises:
             ValueError: the value has another form, or this version of recpress does not know its
@@ -151,7 +151,7 @@ class Reason:
                     "expected an object with the keys 'code' (a string) and 'fields' (an object)"
                 )
         try:
-            return cls(code, **{str(name): _of_json(item) for name, item in fields.items()})
+            return cls(code, **{str(name): _value_from_json(item) for name, item in fields.items()})
         except TypeError as fault:
             raise ValueError(str(fault)) from fault
 
@@ -160,8 +160,8 @@ class Reason:
         cls, source: type[Any], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            cls.of_json,
-            serialization=core_schema.plain_serializer_function_ser_schema(cls.as_json),
+            cls.from_json,
+            serialization=core_schema.plain_serializer_function_ser_schema(cls.to_json),
         )
 
     @classmethod
@@ -230,7 +230,7 @@ def _are_known(stored: Any) -> bool:
     """Return whether this version can read all stored reasons."""
     try:
         for item in stored.values() if isinstance(stored, Mapping) else stored:
-            Reason.of_json(item)
+            Reason.from_json(item)
     except (TypeError, ValueError):
         return False
     return True
@@ -252,15 +252,19 @@ def _plain_value(name: str, value: Any) -> Value:
     )
 
 
-def _as_json(value: Value) -> Any:
+def _value_to_json(value: Value) -> Any:
     """Convert a field's value to a JSON value; a tuple to a list, a reason to an object."""
     if isinstance(value, Reason):
-        return value.as_json()
-    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
+        return value.to_json()
+    return [_value_to_json(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _of_json(value: Any) -> Any:
-    """Convert a JSON value to a field's value: the inverse of ``_as_json``."""
+def _value_from_json(value: Any) -> Any:
+    """Convert a JSON value to a field's value: the inverse of ``_value_to_json``."""
     if isinstance(value, Mapping):
-        return Reason.of_json(value)
-    return tuple(_of_json(item) for item in value) if isinstance(value, list | tuple) else value
+        return Reason.from_json(value)
+    return (
+        tuple(_value_from_json(item) for item in value)
+        if isinstance(value, list | tuple)
+        else value
+    )

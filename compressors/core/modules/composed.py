@@ -35,7 +35,7 @@ class Composition(Protocol):
 
     @property
     def name(self) -> str:
-        """The composition's tag in plans and bundles."""
+        """The composition's name in plans and bundles."""
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -168,13 +168,13 @@ class ComposedTable(nn.Module):
         )
 
 
-def sum_counts(counts: Tensor, place: Tensor, places: int) -> Tensor:
-    """Sum lookup counts by row of a part, ``(places,)``.
+def sum_counts(counts: Tensor, index: Tensor, part_rows: int) -> Tensor:
+    """Sum lookup counts by row of a part, ``(part_rows,)``.
 
-    ``place``, int64 in the shape of ``counts``, is the row of the part to which each count is
-    added; ``places`` is the number of its rows.
+    ``index``, int64 in the shape of ``counts``, is the row of the part to which each count is
+    added.
     """
-    return counts.new_zeros(places).index_add_(0, place, counts)
+    return counts.new_zeros(part_rows).index_add_(0, index, counts)
 
 
 def plain_table(spec: PartSpec, weight: Tensor | None) -> nn.Embedding:

@@ -44,7 +44,7 @@ class TableFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """The format's tag in plans and bundles."""
+        """The format's name in plans and bundles."""
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ class LinearFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """The format's tag in plans and bundles."""
+        """The format's name in plans and bundles."""
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -269,7 +269,7 @@ class Bag(nn.Module):
             ids, weights = input, per_sample_weights  # (bags, length)
             inside = torch.ones_like(ids, dtype=torch.bool)
         else:
-            ids, inside, position = self._padded(input, offsets)  # (bags, longest)
+            ids, inside, position = self._pad_bags(input, offsets)  # (bags, longest)
             weights = None
             if per_sample_weights is not None:
                 weights = gather_padded(per_sample_weights, position)
@@ -288,7 +288,7 @@ class Bag(nn.Module):
             total = total / inside.sum(dim=1, keepdim=True).clamp(min=1).to(rows.dtype)
         return total
 
-    def _padded(self, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _pad_bags(self, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return padded ids, the mask of real ids, and positions in ``values`` (bags, longest)."""
         count = values.shape[0]
         if self.include_last_offset:

@@ -188,11 +188,11 @@ class TableWeight:
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
-        args, kwargs = tree_map(_decoded, (args, kwargs or {}))
+        args, kwargs = tree_map(_decode_if_weight, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def _decoded(value: Any) -> Any:
+def _decode_if_weight(value: Any) -> Any:
     return value.decode() if isinstance(value, TableWeight) else value
 
 
@@ -203,13 +203,15 @@ def _matmul(x: Any, other: Any) -> Tensor:
     if isinstance(x, TableWeight) and not x.transposed and isinstance(other, Tensor):
         product = x.multiply(other.transpose(-2, -1) if other.dim() > 1 else other)
         return product.transpose(-2, -1) if other.dim() > 1 else product
-    return torch.matmul(_decoded(x), _decoded(other))
+    return torch.matmul(_decode_if_weight(x), _decode_if_weight(other))
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:  # noqa: A002 - torch's names
     """Return ``F.linear`` with the weight of a table."""
     if not isinstance(weight, TableWeight) or weight.transposed or not isinstance(input, Tensor):
-        return F.linear(_decoded(input), _decoded(weight), _decoded(bias))
+        return F.linear(
+            _decode_if_weight(input), _decode_if_weight(weight), _decode_if_weight(bias)
+        )
     product = weight.multiply(input)
     return product if bias is None else product + bias
 
@@ -217,13 +219,15 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:  # noqa: A002 
 def _embedding(input: Tensor, weight: Any, *settings: Any, **named: Any) -> Tensor:  # noqa: A002
     """Return ``F.embedding`` of the weight of a table; the settings concern gradients only."""
     decodes = not isinstance(weight, TableWeight) or weight.transposed
-    return F.embedding(input, _decoded(weight)) if decodes else weight.look_up(input)
+    return F.embedding(input, _decode_if_weight(weight)) if decodes else weight.look_up(input)
 
 
 def _index_select(weight: Any, dim: int, index: Tensor) -> Tensor:
     """Return ``torch.index_select`` of the weight of a table."""
     rows = isinstance(weight, TableWeight) and not weight.transposed and dim in (0, -2)
-    return weight.look_up(index) if rows else torch.index_select(_decoded(weight), dim, index)
+    return (
+        weight.look_up(index) if rows else torch.index_select(_decode_if_weight(weight), dim, index)
+    )
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -243,7 +247,7 @@ def _define_operators() -> None:
     """Define Python's operators: they decode the table, and compute with the matrix."""
 
     def operator(name: str) -> Callable[..., Any]:
-        return lambda self, *others: getattr(self.decode(), name)(*map(_decoded, others))
+        return lambda self, *others: getattr(self.decode(), name)(*map(_decode_if_weight, others))
 
     for name in ("add", "sub", "mul", "truediv", "pow"):
         for method in (f"__{name}__", f"__r{name}__"):

@@ -32,8 +32,8 @@ from compressors.core.state.meta_device import (
     ACCELERATOR,
     ConstructionLimits,
     Placement,
+    create_on_cpu,
     exchange,
-    on_cpu,
     parameters_on_meta,
 )
 from compressors.core.state.plain_values import plain_tensors, plain_values
@@ -96,7 +96,7 @@ def _construct_unchecked(
         reason = f"its constructor reads weight values ({_source_line(error)})"
         return _construct_with_note(architecture, config, reason, limits)
     _link_views(module, placement)
-    recomputed = {name for name, *_ in _computed_weights(module)}
+    recomputed = {name for name, *_ in _find_computed_weights(module)}
     if names_without_values := [
         name for name in _plain_tensors_without_values(module) if name not in recomputed
     ]:
@@ -234,7 +234,7 @@ def _construct_on_cpu(
 ) -> tuple[nn.Module, Placement]:
     """Build a network with its initial weights; also return the context it was built in."""
     try:
-        with on_cpu(copy.copy(limits)) as placement:
+        with create_on_cpu(copy.copy(limits)) as placement:
             module = architecture(**decode_arguments(config))
     except TooLarge as error:
         raise ConstructionFailed("tensors_too_large", problem=str(error)) from error
@@ -395,7 +395,7 @@ def _same_values(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _computed_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+def _find_computed_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """Yield weights that hooks of ``torch.nn.utils`` compute from parameters before each forward.
 
     Yields the weight's name, its module and the hook (weight norm, spectral norm or pruning).
@@ -410,11 +410,11 @@ def _computed_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]
 
 @torch.no_grad()
 def _recompute(module: nn.Module) -> None:
-    """Compute the weights of ``_computed_weights`` from the loaded parameters.
+    """Compute the weights of ``_find_computed_weights`` from the loaded parameters.
 
     Spectral norm uses its stored vectors, without a power iteration.
     """
-    for name, part, hook in _computed_weights(module):
+    for name, part, hook in _find_computed_weights(module):
         if isinstance(hook, BasePruningMethod):
             weight = hook.apply_mask(part)  # type: ignore[no-untyped-call]
         elif isinstance(hook, SpectralNorm):

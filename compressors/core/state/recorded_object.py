@@ -37,9 +37,9 @@ class RecordedObject:
         return self.__reads.contains[key]
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        given = _with_lists([arguments, keywords])
+        given = _tuples_to_lists([arguments, keywords])
         for call in self.__reads.calls:
-            if _with_lists([call.arguments, call.keywords]) == given:
+            if _tuples_to_lists([call.arguments, call.keywords]) == given:
                 return call.value
         raise TypeError(_not_recorded(f"a call with {arguments} and {keywords}"))
 
@@ -51,10 +51,10 @@ def _not_recorded(read: str) -> str:
     )
 
 
-def _with_lists(value: Any) -> Any:
+def _tuples_to_lists(value: Any) -> Any:
     """Return a value with lists in place of tuples, as in JSON."""
     if isinstance(value, list | tuple):
-        return [_with_lists(item) for item in value]
+        return [_tuples_to_lists(item) for item in value]
     if isinstance(value, Mapping):
-        return {key: _with_lists(item) for key, item in value.items()}
+        return {key: _tuples_to_lists(item) for key, item in value.items()}
     return value

@@ -64,7 +64,7 @@ class StoredRows(NamedTuple):
             bytes_read += count
         return buffer[:size].view(self.spec.dtype).reshape(shape)
 
-    def mapped(self) -> Tensor:
+    def memory_map(self) -> Tensor:
         """Memory-map the whole tensor read-only; writing to it ends the process.
 
         The safetensors library maps files as writable. Then the system counts the whole file as

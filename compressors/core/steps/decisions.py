@@ -46,7 +46,7 @@ class Decision:
         """Whether the step changes the unit, or may change it."""
         return self.status != "skipped"
 
-    def because(self, *reasons: Reason) -> "Decision":
+    def add_reasons(self, *reasons: Reason) -> "Decision":
         """Return the decision with these reasons if the unit is selected, else unchanged."""
         return replace(self, reasons=reasons) if self.selected else self
 
@@ -104,7 +104,7 @@ def choose_tables(
         units: the units of the model.
         patterns: patterns of table names; one that begins with ``!`` excludes the matching units.
         min_rows: tables with fewer rows are skipped.
-        kind: the step's tag, for the reasons.
+        kind: the step's ``kind``, for the reasons.
         storage: the new format; tables that it would not make smaller are skipped. None: do not
             compare bytes.
         settings: arguments of the format's layout.
@@ -140,7 +140,7 @@ def choose_dense(
     Args:
         units: the units of the model.
         patterns: patterns of layer names; one that begins with ``!`` excludes the matching units.
-        kind: the step's tag, for the reasons.
+        kind: the step's ``kind``, for the reasons.
         storage: the new format; layers that it would not make smaller are skipped. None: do not
             compare bytes.
         settings: arguments of the format's layout.
@@ -256,7 +256,7 @@ def require_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, rol
     Args:
         patterns: the name patterns of a step.
         units: the units of the role that the patterns are about.
-        kind: the step's tag, for the message.
+        kind: the step's ``kind``, for the message.
         role: the role, for the message.
 
     Raises:

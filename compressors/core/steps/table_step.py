@@ -38,7 +38,7 @@ class EncodeTables:
 
     @property
     def kind(self) -> str:
-        """The method's tag."""
+        """The method's name in recipes, plans and reports."""
         return self._encoder.kind
 
     @property

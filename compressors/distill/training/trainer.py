@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compressors.contracts import Signature, Split
 from compressors.core.batches import Batch, JoinedRows, Rows
 from compressors.core.modules.formats import PackedLinear
-from compressors.core.placement import device_of, moved_to, to_device
+from compressors.core.placement import device_of, move_to, to_device
 from compressors.core.scores import training_output
 from compressors.distill.training import data_parallel
 from compressors.distill.training.checkpoint import TrainingProgress, read_progress, store_progress
@@ -105,7 +105,7 @@ def train(
         TrainingFailed: the loss is no longer finite, or there is nothing to train.
         StepRefused: the device does not exist.
     """
-    with moved_to(module, device), moved_to(auxiliary or nn.Identity(), device):
+    with move_to(module, device), move_to(auxiliary or nn.Identity(), device):
         train_rows = Rows(rows, signature) if isinstance(rows, Split) else rows
         run = _Run(
             module,
@@ -253,7 +253,7 @@ class _Run:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed + data_parallel.rank())  # dropout
             for row_numbers in self._batches(seed):
-                total += self._step(self.rows.in_order(row_numbers)) * len(row_numbers)
+                total += self._step(self.rows.order_rows(row_numbers)) * len(row_numbers)
                 rows += len(row_numbers)
         self.module.eval()
         data_parallel.average_buffers(self.module.get_buffer(name) for name in self.statistics)
@@ -328,7 +328,7 @@ class _Run:
 
     def _quality(self) -> float:
         """Return the validation metric, the same on all ranks."""
-        return data_parallel.from_first_rank(
+        return data_parallel.broadcast_from_first_rank(
             quality(self.module, self.signature, self.validation, self.rows), self.device
         )
 
@@ -337,11 +337,11 @@ class _Run:
         if not len(row_numbers):
             return torch.zeros((), device=self.device)
         batch = to_device(self.rows.take(row_numbers), self.device)
-        with self._precision():
+        with self._precision_context():
             output = training_output(self.module, batch.inputs, self.signature)
         loss = self.loss(output.float(), batch, row_numbers)
         total = loss
-        for table in self._penalized():
+        for table in self._penalized_weights():
             total = total + self.settings.table_l2 / 2 * table.square().sum()
         torch.autograd.backward(total)
         return loss.detach()
@@ -357,7 +357,9 @@ class _Run:
             row_numbers, None if lists is None else lists[row_numbers]
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss = data_parallel.sum_gradients(self._optimized(), weight, self._backward(rank_rows))
+        loss = data_parallel.sum_gradients(
+            self._optimized_tensors(), weight, self._backward(rank_rows)
+        )
         if not bool(loss.isfinite()):
             raise TrainingFailed("diverged", loss=float(loss), epoch=len(self.epochs))
         rate = self._rate()
@@ -375,7 +377,7 @@ class _Run:
                 leaf.copy_(leaf.clamp(initial / MAX_SCALE_FACTOR, initial * MAX_SCALE_FACTOR))
         return float(loss)
 
-    def _optimized(self) -> list[Tensor]:
+    def _optimized_tensors(self) -> list[Tensor]:
         """Return every tensor that the optimizer changes."""
         return [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
 
@@ -385,13 +387,13 @@ class _Run:
             self.rows, self.signature, self.settings.batch, seed, whole_lists=self.whole_lists
         )
 
-    def _precision(self) -> AbstractContextManager[None]:
+    def _precision_context(self) -> AbstractContextManager[None]:
         """Return the context that sets the precision of the forward pass."""
         if self.settings.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _penalized(self) -> list[Tensor]:
+    def _penalized_weights(self) -> list[Tensor]:
         """Return the weights of trained tables for the penalty; packed tables are dequantized."""
         if not self.settings.table_l2:
             return []

@@ -28,12 +28,12 @@ from compressors.metrics.intervals import (
 from compressors.metrics.point_estimates import (
     Bools,
     auc,
-    binary,
     check_labels_and_scores,
     gauc,
     group_auc,
     number_groups,
     require_both_classes,
+    to_booleans,
     wins_within_groups,
 )
 
@@ -121,7 +121,7 @@ def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
     Raises:
         MetricRefused: all labels are of one class.
     """
-    positive = binary(pair.label)
+    positive = to_booleans(pair.label)
     groups = Groups(*number_groups(require_groups(metric, pair.group), positive.size))
     require_both_classes(metric.name, positive)
     positives = groups.sums(positive)

@@ -30,11 +30,11 @@ from compressors.metrics.point_estimates import (
     Bools,
     Floats,
     base_entropy,
-    binary,
     logloss,
     normalized_entropy,
     number_groups,
     row_logloss,
+    to_booleans,
 )
 
 
@@ -78,7 +78,7 @@ class NormalizedEntropy:
         """Return both quotients as functions of how often a resample contains each row."""
         before, after = (row_logloss(pair.label, score) for score in pair.scores)
         require_observations("rows", before.size)
-        positive = binary(pair.label)
+        positive = to_booleans(pair.label)
         require_rows_of_both_classes(positive)
         return RowStatistics(
             before.size,

@@ -51,7 +51,7 @@ def _initial(state: Tensor | None, x: Tensor, w: Tensor, hidden_size: int) -> Te
     return x.new_zeros(w.shape[0], x.shape[1], hidden_size) if state is None else state
 
 
-def _by_direction(output: Tensor, directions: int) -> Tensor:
+def _split_directions(output: Tensor, directions: int) -> Tensor:
     """Return torch's output as ONNX's: ``(steps, directions, rows, hidden)``."""
     steps, rows, _ = output.shape
     return output.reshape(steps, rows, directions, -1).transpose(1, 2)
@@ -88,7 +88,7 @@ def _gru(
         bidirectional=direction == "bidirectional",
         batch_first=False,
     )
-    return _by_direction(output, w.shape[0]), state
+    return _split_directions(output, w.shape[0]), state
 
 
 def _lstm(
@@ -122,7 +122,7 @@ def _lstm(
         bidirectional=direction == "bidirectional",
         batch_first=False,
     )
-    return _by_direction(output, w.shape[0]), state, cell
+    return _split_directions(output, w.shape[0]), state, cell
 
 
 RECURRENT: Mapping[str, Callable[..., Any]] = {"GRU": _gru, "LSTM": _lstm}

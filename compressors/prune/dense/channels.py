@@ -5,8 +5,9 @@ removes the matching input of every layer that consumes it
 (``compressors.prune.structure.channel_consumers``). The layer's width is a number in the
 architecture's configuration (an argument of the model class). That number becomes smaller, so the
 result is stored and built like any other network. If the number counts groups of channels, such as
-attention heads, whole groups are removed. In this file a *unit* is one channel or one such group, a
-*producer* a layer that outputs it, and a *consumer* a layer or norm that takes it as input.
+attention heads, whole groups are removed. In this file a *group* is one channel or several that the
+number counts as one, a *producer* a layer that outputs it, and a *consumer* a layer or norm that
+takes it as input.
 
 Sources: those of ``compressors.prune.dense.importance``, and Frankle and Carbin 2019,
 https://arxiv.org/abs/1803.03635, sec. 2 (iterative pruning: prune and train in turn, the same share
@@ -37,8 +38,8 @@ from compressors.errors.steps import StepRefused
 from compressors.prune.dense import kept_shares
 from compressors.prune.dense.importance import (
     Importance,
-    kept_units,
-    unit_importance,
+    group_importance,
+    select_kept_groups,
     weight_importance,
 )
 from compressors.prune.dense.kept_shares import Counts
@@ -204,21 +205,21 @@ class Channels(StepSettings):
             importance = {
                 producer: total
                 for item in consumers
-                for producer, total in unit_importance(item, scores, self.importance).items()
+                for producer, total in group_importance(item, scores, self.importance).items()
             }
             progress = number / self.rounds
             counts = self._counts(
                 model, signature, consumers, importance, initial, initial_work, progress
             )
             before = private_copy(model.module).eval()
-            kept_by_producer = _kept_units(consumers, importance, counts)
+            kept_by_producer = _select_by_producer(consumers, importance, counts)
             model = self._narrow(model, signature, consumers, kept_by_producer, counts)
             if self.reconstruct:
                 layers = sorted({name for width in prunable.widths for name in width.consumers})
                 outputs = {  # by producer, which of its output channels stay
-                    producer: kept_by_producer[producer][units]
+                    producer: kept_by_producer[producer][groups]
                     for item in consumers
-                    for producer, units in item.units.items()
+                    for producer, groups in item.groups.items()
                 }
                 reconstruct(model.module, before, bench, layers, outputs, self.rows)
             if self.training is not None:
@@ -260,7 +261,7 @@ class Channels(StepSettings):
             for item in prunable.consumers
             for producer in item.width.producers
         }
-        kept_by_producer = _kept_units(prunable.consumers, equal_importance, counts)
+        kept_by_producer = _select_by_producer(prunable.consumers, equal_importance, counts)
         return self._narrow(model, signature, prunable.consumers, kept_by_producer, counts)
 
     def _reasons(self, width: Width, producer: str, count: int, work_share: float) -> list[Reason]:
@@ -284,7 +285,7 @@ class Channels(StepSettings):
         """Estimate the result if every width keeps the same share.
 
         Returns:
-            The number of units that each width keeps, and the share of multiply-adds that remains.
+            The number of groups that each width keeps, and the share of multiply-adds that remains.
         """
         initial = {width.path: width.value for width in widths}
         work = kept_shares.multiply_adds(model.module, signature)
@@ -302,7 +303,7 @@ class Channels(StepSettings):
         initial_work: float,
         progress: float,
     ) -> Counts:
-        """Return the number of units that every width keeps if all keep the same share.
+        """Return the number of groups that every width keeps if all keep the same share.
 
         ``work`` has the present multiply-adds for one row, by layer. For the other arguments see
         ``_counts``.
@@ -329,14 +330,14 @@ class Channels(StepSettings):
         initial_work: float,
         progress: float,
     ) -> Counts:
-        """Return the number of units that every width keeps after a round.
+        """Return the number of groups that every width keeps after a round.
 
         Args:
             model: the present network.
             signature: describes its inputs.
             consumers: the consumers of the present widths.
             importance: by producer, float ``(units,)``.
-            initial: number of units of each width before the first round.
+            initial: number of groups of each width before the first round.
             initial_work: multiply-adds of all dense layers for one row before the first round.
             progress: round number / number of rounds; after the round, ``keep ** progress`` of the
                 initial channels (or ``flops ** progress`` of the multiply-adds) remain.
@@ -372,7 +373,7 @@ class Channels(StepSettings):
         kept_by_producer: Mapping[str, Tensor],
         counts: Counts,
     ) -> Model:
-        """Build the network with the kept units and check it.
+        """Build the network with the kept groups and check it.
 
         Raises:
             StepRefused: the narrower network fails, or code other than layers reads the channels.
@@ -411,13 +412,13 @@ class Channels(StepSettings):
         return train_model(model, bench, loss, training, keep_zeros_in=pruned_layers(model))
 
 
-def _kept_units(
+def _select_by_producer(
     consumers: tuple[WidthConsumers, ...], importance: Mapping[str, Tensor], counts: Counts
 ) -> dict[str, Tensor]:
-    """Select the units that are kept, by producer: bool ``(units,)`` each."""
+    """Select the groups that are kept, by producer: bool ``(groups,)`` each."""
     kept_by_producer: dict[str, Tensor] = {}
     for item in consumers:
-        kept_by_producer |= kept_units(item, importance, counts[item.width.path])
+        kept_by_producer |= select_kept_groups(item, importance, counts[item.width.path])
     return kept_by_producer
 
 
@@ -429,7 +430,7 @@ def _build_deferred_outcomes(reasons: Mapping[str, tuple[Reason, ...]]) -> dict[
 def _width_reason(width: Width, producer: str, before: int, after: int) -> Reason:
     """Build a reason, such as "16 -> 8 outputs (hidden[0])" or "32 -> 16 outputs (heads 4 -> 2)".
 
-    ``before`` and ``after`` are numbers of units.
+    ``before`` and ``after`` are numbers of groups.
     """
     size = width.producers[producer]
     if size == 1:

@@ -259,24 +259,24 @@ def _find_weight_groups(
 def _group_of_producers(
     module: nn.Module, consumers: WidthConsumers, producers: tuple[str, ...]
 ) -> WeightGroups:
-    """Group the parameters of each unit of some producers and of the batch norms after them.
+    """Group the parameters of the channels of some producers and of the batch norms after them.
 
-    A unit is one channel, or one group of channels such as a head, that the width counts.
+    A group is one channel, or several that the width counts as one, such as a head.
     """
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for producer in producers:
-        units = consumers.units[producer]
+        groups = consumers.groups[producer]
         for name in _parameter_names(module, producer):
-            parts[name] = (torch.arange(len(units)), units)
+            parts[name] = (torch.arange(len(groups)), groups)
         for (other_producer, consumer), columns in consumers.connections.items():
-            # ``columns`` says which inputs of the consumer take which unit: bool (units, inputs).
+            # ``columns`` says which inputs of the consumer take which group: bool (groups, inputs).
             if other_producer == producer and isinstance(
                 module.get_submodule(consumer), nn.BatchNorm1d
             ):
                 indices = columns.any(dim=0).nonzero().flatten()
-                unit_of_index = columns.int().argmax(dim=0)[indices]
+                group_of_index = columns.int().argmax(dim=0)[indices]
                 for name in _parameter_names(module, consumer):
-                    parts[name] = (indices, unit_of_index)
+                    parts[name] = (indices, group_of_index)
     return WeightGroups(consumers.width.value, parts)
 
 

@@ -6,8 +6,9 @@ that number, this module changes each number, builds the network without its wei
 the shapes of the tensors.
 
 A number counts channels or groups of channels: with ``heads`` and ``head_dim`` in the
-configuration, each head is ``head_dim`` channels of three layers. In this file a *unit* is one
-channel or one group that the number counts. A *producer* is a dense layer that outputs the
+configuration, each head is ``head_dim`` channels of three layers. In this file a *group* is what
+the number counts: one channel, or all channels of a head. A *producer* is a dense layer that
+    outputs the
 channels, a *consumer* is a layer or norm that takes them as inputs.
 """
 
@@ -41,9 +42,9 @@ class Width:
 
     Attributes:
         path: where the number is in the configuration.
-        value: the number: how many units the layers have.
+        value: the number: how many groups the layers have.
         producers: by name, the dense layers whose outputs it counts, each with its channels per
-            unit: 1 if the number is the layer's width, the size of a head if it counts heads.
+            group: 1 if the number is the layer's width, the size of a head if it counts heads.
         consumers: by name, the layers and norms that take these channels as inputs, each with its
             inputs per unit.
     """

@@ -7,7 +7,8 @@ dropped if the metric of the network without it and without those already droppe
 stays within the allowed loss.
 
 A dropped table returns its mean row, weighted by lookup counts, for every id, so the next layers do
-not change. ``channels`` or a distilled student can then remove its columns.
+not change. The step ``channels`` or a distilled student can then remove the inputs of these layers
+that the table fills with constants.
 """
 
 from collections.abc import Mapping

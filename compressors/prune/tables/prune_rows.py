@@ -42,7 +42,7 @@ from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, ch
 from compressors.core.steps.unit_settings import MinRows
 from compressors.core.units import Unit
 from compressors.prune.tables import row_map
-from compressors.prune.tables.kept_rows import BLOCK, kept_order, lookup_share, select_highest
+from compressors.prune.tables.kept_rows import BLOCK, build_kept_map, lookup_share, select_highest
 from compressors.prune.tables.row_map import byte_planes
 from compressors.quantize.calibration.lookup_counts import lookup_counts, squared_gradients
 from compressors.quantize.kernels.lloyd import nearest_entries
@@ -52,7 +52,7 @@ from compressors.quantize.kernels.lloyd import nearest_entries
 class KeptRowsComposition:
     """A table of the kept rows (part ``kept``), whose last row replaces all pruned rows, and a map.
 
-    The map is ``within`` and ``before`` of ``kept_rows.kept_order``. Methods: see the protocol
+    The map is ``within`` and ``before`` of ``kept_rows.build_kept_map``. Methods: see the protocol
     ``Composition``. ``rows_per_entry``: number of rows per entry of a stored tensor. ``learned``:
     names of the stored tensors that training may change.
     """
@@ -73,9 +73,9 @@ class KeptRowsComposition:
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         ids, kept_count = torch.arange(len(counts)), settings["kept"]
-        place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        index = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
         return {
-            "kept": sum_counts(counts, torch.where(place < 0, kept_count, place), kept_count + 1)
+            "kept": sum_counts(counts, torch.where(index < 0, kept_count, index), kept_count + 1)
         }
 
     def lookup(
@@ -85,8 +85,8 @@ class KeptRowsComposition:
         ids: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
-        rows: Tensor = parts["kept"](torch.where(place < 0, settings["kept"], place))
+        index = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        rows: Tensor = parts["kept"](torch.where(index < 0, settings["kept"], index))
         return rows
 
 
@@ -196,12 +196,12 @@ class PruneRows(ComposingStep):
             count: lookups of each row, ``(rows,)``; weights of the mean of the pruned rows.
         """
         if self.pruned == "nearest":
-            place = torch.empty(len(is_kept), dtype=torch.int64)
-            place[is_kept] = torch.arange(int(is_kept.sum()))
-            place[~is_kept] = nearest_entries(weight[~is_kept], weight[is_kept])
-            planes = byte_planes(place, int(is_kept.sum()))
+            index = torch.empty(len(is_kept), dtype=torch.int64)
+            index[is_kept] = torch.arange(int(is_kept.sum()))
+            index[~is_kept] = nearest_entries(weight[~is_kept], weight[is_kept])
+            planes = byte_planes(index, int(is_kept.sum()))
             return FittedParts({"planes": planes}, {"unique": weight[is_kept]})
-        within, before = kept_order(is_kept)
+        within, before = build_kept_map(is_kept)
         shared = torch.zeros(weight.shape[1])
         if self.pruned != "zero":
             shared = _mean_row(weight, ~is_kept, count)

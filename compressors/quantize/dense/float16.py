@@ -118,7 +118,7 @@ class Float16(StepSettings):
         """Replace every selected table and layer that float16 can represent."""
         module, selected = model.module, plan.units(model.module)
         dense = [unit for unit in selected if unit.role == "dense"]
-        overflowing = self._overflowing(module, dense, bench)
+        overflowing = self._find_overflowing_layers(module, dense, bench)
         outcomes: dict[str, Decision] = {}
         if bench.calibration is None:
             unchecked = Decision("taken", (Reason("sums_not_checked"),))
@@ -136,7 +136,7 @@ class Float16(StepSettings):
         units = plan.units(model.module)
         return dry_run_packed(model, units, table=TABLE_FORMAT, linear=LINEAR_FORMAT)
 
-    def _overflowing(
+    def _find_overflowing_layers(
         self, module: nn.Module, layers: Sequence[Unit], bench: Bench
     ) -> dict[str, Reason]:
         """Return the layers whose inputs or sums are near or above 65,504, with the reasons."""

@@ -95,7 +95,9 @@ class WeightInt4(StepSettings):
             StepRefused: with gptq, a layer's inputs are all zero on the calibration rows.
         """
         selected = plan.units(model.module)
-        by_layer = self._grams(model, selected, bench) if self.rounding == "gptq" else {}
+        by_layer = (
+            self._compute_gram_matrices(model, selected, bench) if self.rounding == "gptq" else {}
+        )
         grid = weight_only.grid(BITS, self.clipping, self.scale)
         outcomes: dict[str, Decision] = {}
         for unit in selected:
@@ -121,7 +123,9 @@ class WeightInt4(StepSettings):
             swap(model.module, unit.name, packed)
         return AppliedStep(model, outcomes)
 
-    def _grams(self, model: Model, layers: list[Unit], bench: Bench) -> dict[str, Tensor]:
+    def _compute_gram_matrices(
+        self, model: Model, layers: list[Unit], bench: Bench
+    ) -> dict[str, Tensor]:
         """Compute the Gram matrix of each layer's inputs on calibration rows, ``(in, in)``."""
         if bench.calibration is None:
             raise RowsMissing("gptq_needs_rows", step=self.kind)

@@ -91,7 +91,7 @@ _float: Callable[[Any], np.float32] = _bitcast(types.int32, types.float32, ir.Fl
 
 
 @_compile
-def _to_16(number: np.float32) -> np.int32:
+def _to_float16_bits(number: np.float32) -> np.int32:
     """Round a float32 below 65520 in absolute value to float16 bits, ties to even."""
     bits = _bits(number)
     size = bits & ALL_BUT_SIGN
@@ -104,7 +104,7 @@ def _to_16(number: np.float32) -> np.int32:
 
 
 @_compile
-def _from_16(bits: np.int32) -> np.float32:
+def _from_float16_bits(bits: np.int32) -> np.float32:
     """Convert finite float16 bits to float32."""
     size = bits & np.int32(0x7FFF)
     subnormal = np.float32(size) * SMALLEST_16
@@ -116,16 +116,16 @@ def _from_16(bits: np.int32) -> np.float32:
 @_compile
 def _scale_16(scale: np.float32, top: np.float32) -> np.int32:
     """Compute ``levels.stored_scale`` for float16, and return its bits."""
-    bits = _to_16(max(scale, SMALLEST_16))
-    clipped = scale * top > _from_16(bits) * (top + HALF)
+    bits = _to_float16_bits(max(scale, SMALLEST_16))
+    clipped = scale * top > _from_float16_bits(bits) * (top + HALF)
     return bits + np.int32(1) if clipped else bits
 
 
 @_compile
 def _round_down_16(low: np.float32) -> np.int32:
     """Round a float32 down to float16, and return its bits."""
-    bits = _to_16(low)
-    if _from_16(bits) <= low:
+    bits = _to_float16_bits(low)
+    if _from_float16_bits(bits) <= low:
         return bits
     if bits & np.int32(0x7FFF) == np.int32(0):
         return np.int32(0x8001)
@@ -207,7 +207,7 @@ def _fit_symmetric(
         if is_float16:
             failed |= np.int32(scale > LARGEST_16)
             scale_bits[entry] = _scale_16(scale, top)
-            scales[entry] = _from_16(scale_bits[entry])
+            scales[entry] = _from_float16_bits(scale_bits[entry])
         else:
             scales[entry] = max(scale, SMALLEST_32)
             scale_bits[entry] = _bits(scales[entry])
@@ -234,7 +234,7 @@ def _fit_asymmetric(
         if is_float16:
             failed |= np.int32(abs(low) > LARGEST_16)
             offset_bits[entry] = _round_down_16(low)
-            offsets[entry] = _from_16(offset_bits[entry])
+            offsets[entry] = _from_float16_bits(offset_bits[entry])
         else:
             offsets[entry] = low
             offset_bits[entry] = _bits(low)
@@ -242,7 +242,7 @@ def _fit_asymmetric(
         if is_float16:
             failed |= np.int32(scale > LARGEST_16)
             scale_bits[entry] = _scale_16(scale, top)
-            scales[entry] = _from_16(scale_bits[entry])
+            scales[entry] = _from_float16_bits(scale_bits[entry])
         else:
             failed |= np.int32(_bits(scale) >= INFINITE)
             scales[entry] = max(scale, SMALLEST_32)
@@ -358,7 +358,7 @@ REMAINING = np.array([1.0, *(1 - share for share in SHARES)], np.float32)
 @_compile
 def _stored_scale(scale: np.float32, top: np.float32, is_float16: bool) -> np.float32:
     """Compute ``levels.stored_scale``, as a float32."""
-    return _from_16(_scale_16(scale, top)) if is_float16 else max(scale, SMALLEST_32)
+    return _from_float16_bits(_scale_16(scale, top)) if is_float16 else max(scale, SMALLEST_32)
 
 
 @_compile
@@ -519,7 +519,7 @@ def _clip(
             removed = (largest - smallest) * cut
             low, high = (smallest + removed) + ZERO, largest - removed
             failed |= np.int32(abs(low) > limit)
-            offset = _from_16(_round_down_16(low)) if is_float16 else low
+            offset = _from_float16_bits(_round_down_16(low)) if is_float16 else low
             scale = max(high - offset, ZERO) / top
         failed |= np.int32(scale > limit)
         lanes[fit + lane] = _stored_scale(scale, top, is_float16)
@@ -547,7 +547,7 @@ def _refit(
             scale_change = _zero_if_not_finite((qr * count - q * r) / (qq * count - q * q))
             offset_change = _zero_if_not_finite((r - scale_change * q) / count)
             offset = min(max(lanes[BEST + LANES + lane] + offset_change, -limit), limit) + ZERO
-            offset = _from_16(_to_16(offset)) if is_float16 else offset
+            offset = _from_float16_bits(_to_float16_bits(offset)) if is_float16 else offset
         scale = min(max(lanes[BEST + lane] + scale_change, ZERO), limit)
         lanes[NEW + lane] = _stored_scale(scale, top, is_float16)
         lanes[NEW + LANES + lane] = offset
@@ -606,9 +606,9 @@ def least_squares(
             row = first + lane
             scale, offset = lanes[BEST + lane], lanes[BEST + LANES + lane]
             if is_float16:
-                scale_16[row] = np.uint16(_to_16(scale))
+                scale_16[row] = np.uint16(_to_float16_bits(scale))
                 if not symmetric:
-                    offset_16[row] = np.uint16(_to_16(offset))
+                    offset_16[row] = np.uint16(_to_float16_bits(offset))
             else:
                 scale_32[row] = np.uint32(_bits(scale))
                 if not symmetric:

@@ -69,7 +69,7 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
         )
         return -1 if bad_row < 0 else begin + bad_row
 
-    bad_row = _in_threads(encode_rows, count, dim, rows_per_scale)
+    bad_row = _encode_in_threads(encode_rows, count, dim, rows_per_scale)
     if bad_row >= 0:
         bad_rows = rows[bad_row : bad_row + numba_kernels.LANES * rows_per_scale]
         raise _not_storable(bad_rows, bad_row, grid)
@@ -107,7 +107,7 @@ def encode_as(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tenso
         )  # fmt: skip
         return -1
 
-    _in_threads(encode_rows, count, dim, grid.rows_per_scale or 1)
+    _encode_in_threads(encode_rows, count, dim, grid.rows_per_scale or 1)
     return codes
 
 
@@ -133,7 +133,7 @@ def _as_words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
     return np.empty(0, np.uint16), flat.view(np.uint32)
 
 
-def _in_threads(
+def _encode_in_threads(
     encode_rows: Callable[[int, int], int], rows: int, dim: int, rows_per_scale: int
 ) -> int:
     """Process all rows with torch's number of threads; return the first bad row, or -1.

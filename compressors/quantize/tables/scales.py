@@ -62,12 +62,12 @@ def layout(rows: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
 
 def fit_table(rows: Tensor, grid: Grid) -> dict[str, Tensor]:
     """Fit scale and offset of a table with one scale for all rows; otherwise return no tensors."""
-    return {} if grid.rows_per_scale else _by_name(fit(rows, grid))
+    return {} if grid.rows_per_scale else _name_tensors(fit(rows, grid))
 
 
 def fit_block(block: Tensor, grid: Grid) -> dict[str, Tensor]:
     """Fit scales and offsets of a block of rows; no tensors if the table has only one scale."""
-    return _by_name(fit(block, grid)) if grid.rows_per_scale else {}
+    return _name_tensors(fit(block, grid)) if grid.rows_per_scale else {}
 
 
 def encode_block(
@@ -119,14 +119,14 @@ def encode_codes(
     )
     if fits_in_loops:
         codes, fitted = row_encoding.encode(block, grid, bits)
-        return {"codes": codes, **_by_name(fitted)}
+        return {"codes": codes, **_name_tensors(fitted)}
     stored = fit_block(block, grid)
     by_name = {**params, **stored}
     fitted = FittedRange(by_name["scale"], by_name.get("offset"))
     return {"codes": row_encoding.encode_as(block, fitted, grid, bits), **stored}
 
 
-def _by_name(fitted: FittedRange) -> dict[str, Tensor]:
+def _name_tensors(fitted: FittedRange) -> dict[str, Tensor]:
     """Return scale and, if there is one, offset by the names under which they are stored."""
     offset = {} if fitted.offset is None else {"offset": fitted.offset}
     return {"scale": fitted.scale, **offset}

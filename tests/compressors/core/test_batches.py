@@ -5,7 +5,7 @@ import torch
 from models import ATTENTION, BENCH_ROWS, RANKER, REFERENCES, write_split
 
 from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, tensor_names
-from compressors.core.batches import Batch, batches, jagged, row_of
+from compressors.core.batches import Batch, batches, build_jagged_arguments, row_of
 from compressors.core.random_inputs import generate_edge_inputs, generate_inputs
 from compressors.lower.serving_wrapper import input_names
 
@@ -69,8 +69,8 @@ def test_batches_have_groups_if_the_signature_names_a_group_column(tmp_path):
 def test_jagged_writes_bounds_as_offsets_or_lengths():
     values, bounds = torch.arange(5), torch.tensor([0, 2, 2, 5])
     history, tags = JAGGED["history"], JAGGED["tags"]
-    assert jagged(history, values, bounds)["history_offsets"].tolist() == [0, 2, 2]
-    assert jagged(tags, values, bounds)["tags_lengths"].tolist() == [2, 0, 3]
+    assert build_jagged_arguments(history, values, bounds)["history_offsets"].tolist() == [0, 2, 2]
+    assert build_jagged_arguments(tags, values, bounds)["tags_lengths"].tolist() == [2, 0, 3]
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)

@@ -219,7 +219,7 @@ def test_a_graph_of_several_composing_methods_has_the_scores_of_its_module(index
         model, lower(model.module, only_graph(signature), target, path), signature, path
     )
     inputs = composed.rows(600)
-    check_parity(composed.in_torch(inputs), composed.in_onnx(inputs), model.plan, target)
+    check_parity(composed.run_in_torch(inputs), composed.run_in_onnx(inputs), model.plan, target)
 
 
 @pytest.mark.nightly
@@ -228,7 +228,9 @@ def test_a_graph_of_several_composing_methods_has_the_scores_of_its_module(index
 def test_a_graph_computes_what_the_module_computes(kind, target):
     composed = lowered_reference("Ranker", (kind, "rowwise_int8"), target)
     inputs = composed.rows(600)
-    check_parity(composed.in_torch(inputs), composed.in_onnx(inputs), composed.model.plan, target)
+    check_parity(
+        composed.run_in_torch(inputs), composed.run_in_onnx(inputs), composed.model.plan, target
+    )
 
 
 @each_composing_method

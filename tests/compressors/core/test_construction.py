@@ -44,7 +44,7 @@ def network_of(architecture: type[nn.Module], **config: object) -> Network:
     return Network(architecture=Architecture(path=path, config=config))
 
 
-def trained_and_loaded(
+def train_and_load(
     architecture: type[nn.Module], folder, **config: object
 ) -> tuple[nn.Module, nn.Module]:
     """Return a trained network, and the same network loaded from its file."""
@@ -76,7 +76,7 @@ def test_constructor_that_moves_casts_or_copies_is_built_on_meta(architecture, d
 
 @pytest.mark.parametrize("architecture", [*BUILT_WITHOUT_WEIGHTS, *BUILT_WITH_WEIGHTS])
 def test_loaded_network_has_the_scores_of_the_trained_one(architecture, tmp_path):
-    trained, loaded = trained_and_loaded(architecture, tmp_path)
+    trained, loaded = train_and_load(architecture, tmp_path)
     ids = torch.arange(7)
     # Both run the same operations on the same numbers, so the scores are identical.
     torch.testing.assert_close(loaded(ids), trained(ids), rtol=0, atol=0)
@@ -135,7 +135,7 @@ def test_device_attributes_of_a_network_are_set_to_the_cpu():
 
 
 def test_parameters_in_plain_attributes_have_the_loaded_values(tmp_path):
-    trained, loaded = trained_and_loaded(Penalized, tmp_path)
+    trained, loaded = train_and_load(Penalized, tmp_path)
     for loaded_value, expected in zip(loaded.penalties(), trained.penalties(), strict=True):
         assert torch.equal(loaded_value, expected)
     assert loaded.weights[0][0][0] is loaded.emb.weight
@@ -152,7 +152,7 @@ def test_plain_tensor_that_shares_memory_with_a_parameter_has_the_loaded_values(
             self.rows = rows
             self.listed = [self.out.weight]
 
-    _, loaded = trained_and_loaded(SharesMemory, tmp_path)
+    _, loaded = train_and_load(SharesMemory, tmp_path)
     assert torch.equal(loaded.rows, loaded.emb.weight)
     assert loaded.listed[0] is loaded.out.weight
 
@@ -207,7 +207,7 @@ def test_weight_with_weak_references_is_loaded(tmp_path):
         def finish(self, device):
             self.watch = weakref.ref(self.emb.weight)
 
-    trained, loaded = trained_and_loaded(WeakReferenceNet, tmp_path)
+    trained, loaded = train_and_load(WeakReferenceNet, tmp_path)
     assert torch.equal(loaded.emb.weight, trained.emb.weight)
 
 
@@ -221,7 +221,7 @@ def test_loaded_parameter_has_its_class_and_attributes(tmp_path):
             marked.group = "slow"
             self.marked = marked
 
-    _, loaded = trained_and_loaded(MarkedParameterNet, tmp_path)
+    _, loaded = train_and_load(MarkedParameterNet, tmp_path)
     assert type(loaded.marked) is MarkedParameter
     assert loaded.marked.group == "slow"
 
@@ -354,7 +354,7 @@ def test_attribute_name_that_could_run_as_code_is_refused(place, character):
 
 def test_harmless_unusual_attribute_name_is_built_and_traced(tmp_path):
     name = "price[usd] {0} %s </b> $(a) `b` ü \u2028 \x1b[31m # ; x=1"
-    trained, loaded = trained_and_loaded(KeyedByFeature, tmp_path, name=name)
+    trained, loaded = train_and_load(KeyedByFeature, tmp_path, name=name)
     ids = torch.arange(3)
     program = torch.export.export(loaded, (ids,)).run_decompositions({})
     torch.testing.assert_close(program.module()(ids), trained(ids), rtol=0, atol=0)

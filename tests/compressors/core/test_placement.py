@@ -6,7 +6,7 @@ from error_codes import raises_code
 from models import NORMED, RANKER, SHORT_TRAINING, TIED
 from torch import nn
 
-from compressors.core.placement import device_of, moved_to
+from compressors.core.placement import device_of, move_to
 from compressors.core.runner import run
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
@@ -55,7 +55,7 @@ def test_moved_to_restores_moved_tensors_and_keeps_replaced_tensors():
     before = dict(module.named_parameters(remove_duplicate=False))
     pointers = {name: tensor.data_ptr() for name, tensor in before.items()}
     new = nn.Parameter(torch.zeros_like(module.out.weight))
-    with moved_to(module, "meta"):
+    with move_to(module, "meta"):
         assert device_of(module).type == "meta"
         assert module.item.weight is module.similar.weight
         module.out.weight = new
@@ -71,7 +71,7 @@ def test_moved_to_restores_moved_tensors_and_keeps_replaced_tensors():
 def test_moved_to_restores_all_tensors_after_an_exception():
     module = NORMED.model().module
     before = dict(module.named_buffers()) | dict(module.named_parameters())
-    with pytest.raises(ValueError, match="fault"), moved_to(module, "meta"):
+    with pytest.raises(ValueError, match="fault"), move_to(module, "meta"):
         raise ValueError("fault")
     after = dict(module.named_buffers()) | dict(module.named_parameters())
     assert all(after[name] is tensor for name, tensor in before.items())

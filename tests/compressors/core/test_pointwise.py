@@ -161,8 +161,8 @@ def test_dense_steps_and_targets_support_convolutions(
     lowered = lower(model.module, only_graph(REFERENCE.signature), target, path)
     graph = Graph(model, lowered, REFERENCE.signature, path, target)
     inputs = graph.rows(64)
-    expected = graph.in_torch(inputs)
-    difference = (graph.in_onnx(inputs) - expected) / expected.std()
+    expected = graph.run_in_torch(inputs)
+    difference = (graph.run_in_onnx(inputs) - expected) / expected.std()
     tolerance = lowering_target(target).tolerance(model.plan)
     # The largest difference only: with so few weights, many rows have an input that the graph for
     # TensorRT, which rounds table rows to float16, rounds to the next of the 255 levels.

@@ -161,7 +161,7 @@ def test_at_most_5000_queries_are_ranked(tmp_path, monkeypatch):
     assert value * 6 == pytest.approx(round(value * 6), abs=1e-9)
 
 
-def damaged(model: Model, names: tuple[str, ...]) -> Model:
+def damage(model: Model, names: tuple[str, ...]) -> Model:
     """Return the network with noise in some tensors; its recall is far below the original's."""
     module = private_copy(model.module)
     generator = torch.Generator().manual_seed(3)
@@ -190,7 +190,7 @@ def test_fine_tune_trains_random_towers(tmp_path):
 def test_distill_recovers_a_damaged_layer_from_the_vectors_of_the_original(loss, tmp_path):
     original = trained_model()
     bench = bench_of(original, tmp_path / "data")
-    start = replace(damaged(original, ("item.out.weight",)), original=original.module)
+    start = replace(damage(original, ("item.out.weight",)), original=original.module)
     training = TRAINING.model_copy(update={"tables": False})
     step = Distill(loss=loss, training=training, soft_share=1.0)
     result = run(step, start, bench, tmp_path / "out")
@@ -205,7 +205,7 @@ def test_refit_codes_recovers_damaged_codebooks(tmp_path):
     codes = ProductCodes(parts=4, bits=6, codebook_share=1.0)
     packed = run(codes, original, bench, tmp_path / "codes")
     names = ("item.table.codebook",)
-    start = replace(damaged(packed, names), original=original.module)
+    start = replace(damage(packed, names), original=original.module)
     step = RefitCodes(rounds=1, share=0, training=TRAINING.model_copy(update={"tables": False}))
     result = run(step, start, bench, tmp_path / "out")
     before, lost, recovered = (recall(model, bench) for model in (packed, start, result))

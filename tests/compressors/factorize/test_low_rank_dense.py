@@ -15,7 +15,7 @@ from chained_networks import CHAIN
 from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import scores_of, stored_bytes
-from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, only_graph, planned_and_applied
+from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, only_graph, plan_and_apply
 from narrow_networks import SIGNATURE, ResidualConcatNet
 from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from compressors.errors.compression import ModelRefused, NothingToCompress
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.factorize.low_rank_dense import (
     LowRankDense,
-    factors,
+    factorize,
     principal_outputs,
     rank_within,
 )
@@ -62,7 +62,7 @@ def low_rank_product(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
     ``moment`` is the second moment of the inputs, ``x.T @ x``.
     """
     _, directions = principal_outputs(weight, moment)
-    reduce, expand = factors(weight, directions, rank)
+    reduce, expand = factorize(weight, directions, rank)
     return expand.double() @ reduce.double()
 
 
@@ -304,11 +304,11 @@ def test_the_graph_of_factored_layers_has_the_scores_of_its_module(target: Targe
     lowered = lower(model.module, only_graph(COMPACT.signature), target, path)
     graph = Graph(model, lowered, COMPACT.signature, path)
     inputs = graph.rows(1500)
-    check_parity(graph.in_torch(inputs), graph.in_onnx(inputs), model.plan, target)
+    check_parity(graph.run_in_torch(inputs), graph.run_in_onnx(inputs), model.plan, target)
     if target == "onnxruntime":
         report = audit(optimized_graph(path), model.plan, lowered.tables)
         assert report.int8_products == 9  # four factored layers with two products each, and ``out``
-        assert np.isfinite(graph.in_onnx(inputs)).all()
+        assert np.isfinite(graph.run_in_onnx(inputs)).all()
 
 
 def test_unweighted_factors_need_no_rows_and_weighted_factors_raise_without_rows(tmp_path):
@@ -318,14 +318,14 @@ def test_unweighted_factors_need_no_rows_and_weighted_factors_raise_without_rows
     with raises_code(NothingToCompress, "rows_missing", missing=("calibration",)):
         run(LowRankDense(), RANKER.model(), bench, tmp_path / "again")
     with raises_code(RowsMissing, "weighted_needs_rows"):
-        planned_and_applied(LowRankDense(), RANKER.model(), bench)
+        plan_and_apply(LowRankDense(), RANKER.model(), bench)
 
 
 def test_a_layer_that_is_never_called_raises_step_refused(tmp_path):
     source = LOW_RANK_INPUTS.model()
     source.module.spare = nn.Linear(20, 20)
     with raises_code(StepRefused, "layer_not_called", layer="spare"):
-        planned_and_applied(LowRankDense(), source, LOW_RANK_INPUTS.bench(tmp_path / "data"))
+        plan_and_apply(LowRankDense(), source, LOW_RANK_INPUTS.bench(tmp_path / "data"))
 
 
 def test_incomplete_records_and_wrong_shapes_of_factored_layers_raise_errors():

@@ -167,7 +167,10 @@ def test_the_graph_of_hashed_tables_has_the_scores_of_its_module(target):
     hashed_graph = lowered_reference("Buffered", ("multi_hash",), target)
     inputs = hashed_graph.rows(600)
     check_parity(
-        hashed_graph.in_torch(inputs), hashed_graph.in_onnx(inputs), hashed_graph.model.plan, target
+        hashed_graph.run_in_torch(inputs),
+        hashed_graph.run_in_onnx(inputs),
+        hashed_graph.model.plan,
+        target,
     )
 
 

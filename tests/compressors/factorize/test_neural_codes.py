@@ -19,7 +19,7 @@ from compressors.contracts import Bench
 from compressors.core.runner import run
 from compressors.distill.distill import Distill
 from compressors.factorize import neural_codes
-from compressors.factorize.low_rank import factors
+from compressors.factorize.low_rank import factorize
 from compressors.factorize.neural_codes import NeuralCodes, decode, fit, squared_error
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
@@ -36,7 +36,7 @@ def rows_on_a_curved_surface() -> Tensor:
 
 def low_rank_error(table: Tensor, weight: Tensor, size: int) -> float:
     """Weighted squared error of the low-rank approximation with ``size`` numbers per row."""
-    low_rank_codes, projection, mean = factors(table, size, weight)
+    low_rank_codes, projection, mean = factorize(table, size, weight)
     difference = (low_rank_codes @ projection + mean - table).double()
     return float((weight / weight.mean() * difference.square().sum(dim=1)).sum())
 

@@ -49,4 +49,4 @@ def test_tables_with_equal_codes_share_one_initializer_and_stay_two_tables(targe
     graph = Graph(packed, lowered, REFERENCE.signature, path)
     inputs = graph.rows(50)
     # In the graph for TensorRT rows are rounded to float16, an error of 2^-11 of each weight.
-    np.testing.assert_allclose(graph.in_onnx(inputs), graph.in_torch(inputs), atol=1e-3)
+    np.testing.assert_allclose(graph.run_in_onnx(inputs), graph.run_in_torch(inputs), atol=1e-3)

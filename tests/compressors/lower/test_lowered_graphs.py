@@ -58,7 +58,7 @@ def test_graph_has_inputs_and_output_of_the_signature(target):
 def test_graph_returns_ranking_scores_unchanged():
     lowered = lowered_reference("Attention", (), ORT)
     inputs = lowered.rows(50)
-    scores = lowered.in_onnx(inputs)
+    scores = lowered.run_in_onnx(inputs)
     with torch.no_grad():
         # The float32 sums have another order.
         np.testing.assert_allclose(scores, lowered.model.module(**inputs).numpy(), atol=1e-6)
@@ -70,7 +70,7 @@ def test_graph_applies_no_sigmoid_to_a_probability():
     inputs = lowered.rows(50)
     with torch.no_grad():
         expected = lowered.model.module(**inputs).squeeze(1).numpy()
-    np.testing.assert_allclose(lowered.in_onnx(inputs), expected, atol=1e-6)
+    np.testing.assert_allclose(lowered.run_in_onnx(inputs), expected, atol=1e-6)
 
 
 def consumers_of(graph: onnx.GraphProto, name: str) -> Iterator[onnx.NodeProto]:

@@ -206,8 +206,8 @@ def largest_weight_of(lowered: Graph, dtype: int) -> str:
 def test_graph_with_a_transposed_weight_fails(kinds, dtype, target, tmp_path):
     lowered = lowered_reference("Ranker", kinds, target)
     inputs = lowered.rows(1500)
-    expected = lowered.in_torch(inputs)
-    check_parity(expected, lowered.in_onnx(inputs), lowered.model.plan, target)
+    expected = lowered.run_in_torch(inputs)
+    check_parity(expected, lowered.run_in_onnx(inputs), lowered.model.plan, target)
     name = largest_weight_of(lowered, dtype)
     path = save_with_changed_tensor(lowered, name, transpose, tmp_path / "broken.onnx")
     actual = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
@@ -227,4 +227,4 @@ def test_graph_with_wrong_scales_of_one_table_fails(change, tmp_path):
     path = save_with_changed_tensor(lowered, name, as_float16, tmp_path / "broken.onnx")
     actual = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
     with pytest.raises(ParityLost):
-        check_parity(lowered.in_torch(inputs), actual, lowered.model.plan, "onnxruntime")
+        check_parity(lowered.run_in_torch(inputs), actual, lowered.model.plan, "onnxruntime")

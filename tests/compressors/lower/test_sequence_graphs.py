@@ -50,11 +50,11 @@ def graph_of(recipe: str, target: TargetName, padding: Padding) -> Graph:
 def test_graph_has_the_scores_of_torch_at_every_length(recipe, target, padding):
     graph = graph_of(recipe, target, padding)
     inputs = graph.rows(30)
-    expected = graph.in_torch(inputs)
-    np.testing.assert_allclose(graph.in_onnx(inputs), expected, atol=TOLERANCES[recipe])
+    expected = graph.run_in_torch(inputs)
+    np.testing.assert_allclose(graph.run_in_onnx(inputs), expected, atol=TOLERANCES[recipe])
     edge = generate_edge_inputs(graph.signature, TABLES, edge_rows(graph.signature))
-    scores = graph.in_onnx(edge)
-    np.testing.assert_allclose(scores, graph.in_torch(edge), atol=TOLERANCES[recipe])
+    scores = graph.run_in_onnx(edge)
+    np.testing.assert_allclose(scores, graph.run_in_torch(edge), atol=TOLERANCES[recipe])
     assert np.isnan(scores).any()  # policy error of "categories" and "item"
 
 
@@ -62,7 +62,7 @@ def test_graph_has_the_scores_of_torch_at_every_length(recipe, target, padding):
 def test_row_has_the_same_score_without_the_padding_of_its_batch(padding):
     graph = graph_of("plain", "onnxruntime", padding)
     inputs = graph.rows(12)
-    in_batch = graph.in_onnx(inputs)
+    in_batch = graph.run_in_onnx(inputs)
     per_id = ("history", "history_mask", "history_positions", "categories")
     for row, length in enumerate(inputs["category_count"].tolist()):
         alone = row_of(inputs, graph.signature, row)
@@ -70,7 +70,7 @@ def test_row_has_the_same_score_without_the_padding_of_its_batch(padding):
             ids = alone[name]
             alone[name] = ids[:, -length:] if padding == "left" else ids[:, :length]
         assert alone["history"].shape == (1, length)
-        np.testing.assert_allclose(graph.in_onnx(alone), in_batch[row : row + 1], atol=1e-5)
+        np.testing.assert_allclose(graph.run_in_onnx(alone), in_batch[row : row + 1], atol=1e-5)
 
 
 def test_graph_has_one_dynamic_length_for_sequences_of_the_same_length():
@@ -93,7 +93,7 @@ def test_id_out_of_range_in_a_list_is_replaced_or_refused_as_declared():
     changed["history"][0, 0] = TABLES["item"]  # policy default_row
     changed["categories"][1, 0] = -1  # policy error
     inputs["history"][0, 0] = 0
-    scores = graph.in_onnx(changed)
+    scores = graph.run_in_onnx(changed)
     assert np.flatnonzero(np.isnan(scores)).tolist() == [1]
-    np.testing.assert_array_equal(scores[[0, 2]], graph.in_onnx(inputs)[[0, 2]])
+    np.testing.assert_array_equal(scores[[0, 2]], graph.run_in_onnx(inputs)[[0, 2]])
     assert torch.tensor(scores[[0, 2]]).isfinite().all()

@@ -114,7 +114,7 @@ def test_graph_of_codebook_tables_has_the_scores_of_torch(step_index, target):
     lowered = lowered_step(step_index, target)
     for count in (1, 400):
         inputs = lowered.rows(count)
-        expected, actual = lowered.in_torch(inputs), lowered.in_onnx(inputs)
+        expected, actual = lowered.run_in_torch(inputs), lowered.run_in_onnx(inputs)
         # Looked-up entries are exact on every target; only sums after the tables are rounded.
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
     check_parity(expected, actual, lowered.model.plan, target)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from error_codes import Text, raises_code
 from hypothesis import given
-from models import RANKER, lowered_reference, planned_and_applied, recipe_with
+from models import RANKER, lowered_reference, plan_and_apply, recipe_with
 from onnx import TensorProto
 from random_tables import tables
 from reason_codes import require_reason
@@ -59,7 +59,7 @@ def test_rounding_error_is_at_most_half_the_last_of_eight_bits(table):
     layer.weight = torch.nn.Parameter(table)
     model.module.hidden = layer
     step = BFloat16Dense(layers=("hidden",))
-    applied = planned_and_applied(step, model, Bench(signature=RANKER.signature))
+    applied = plan_and_apply(step, model, Bench(signature=RANKER.signature))
     result = applied.model.module.hidden.weight.float()
     # Half of the last of 8 significant bits. Subnormal numbers are evenly spaced by 2^-133.
     assert torch.all((result - table).abs() <= table.abs() * 2.0**-8 + 2.0**-134)
@@ -69,7 +69,7 @@ def test_a_layer_that_rounds_to_infinity_is_skipped_with_a_reason():
     model = RANKER.model().private()
     with torch.no_grad():
         model.module.hidden.bias[0] = -3.4e38
-    result = planned_and_applied(BFloat16Dense(), model, Bench(signature=RANKER.signature))
+    result = plan_and_apply(BFloat16Dense(), model, Bench(signature=RANKER.signature))
     assert result.outcomes.keys() == {"hidden"}  # the decisions that ``apply`` returned
     largest = float(torch.tensor(3.4e38))
     require_reason(
@@ -187,8 +187,8 @@ def test_parity_accepts_bfloat16_rounding_and_rejects_changes_of_three_percent_o
     kinds = recipe_with("bfloat16_dense") if reference == "Compact" else ("bfloat16_dense",)
     lowered = lowered_reference(reference, kinds, RTX)
     inputs = lowered.rows(1500)
-    expected, plan = lowered.in_torch(inputs), lowered.model.plan
-    check_parity(expected, lowered.in_onnx(inputs), plan, RTX)
+    expected, plan = lowered.run_in_torch(inputs), lowered.model.plan
+    check_parity(expected, lowered.run_in_onnx(inputs), plan, RTX)
     spread = expected.std()  # standard deviation of the scores over the rows
     wrong_scores = expected + np.float32(0.03) * spread
     with pytest.raises(ParityLost):

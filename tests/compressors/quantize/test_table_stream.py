@@ -50,7 +50,7 @@ class TensorSource:
     def read(self, begin: int, end: int) -> Tensor:
         return self.values[begin:end] if self.values.dim() else self.values
 
-    def mapped(self) -> Tensor:
+    def memory_map(self) -> Tensor:
         return self.values
 
 
@@ -68,7 +68,7 @@ class ComputedSource:
     def read(self, begin: int, end: int) -> Tensor:
         return (torch.arange(begin, end) % 97 + 1.0).unsqueeze(1).expand(-1, self.dim)
 
-    def mapped(self) -> Tensor:
+    def memory_map(self) -> Tensor:
         return torch.empty(self.rows, self.dim, device="meta")
 
 
@@ -358,7 +358,7 @@ def stored_rows(open_files: ExitStack, path: Path, name: str, values: Tensor) ->
     header = int.from_bytes(file.read(8), "little")
     begin = json.loads(file.read(header))[name]["data_offsets"][0]
     rows = StoredRows(path, file.fileno(), name, 8 + header + begin, TensorSource(values).spec)
-    assert torch.equal(rows.mapped(), values)
+    assert torch.equal(rows.memory_map(), values)
     return rows
 
 

@@ -253,14 +253,14 @@ def test_op_passes_opcheck():
 # --- GPTQ ------------------------------------------------------------------------------------
 
 
-def correlated(rows: int, inputs: int, seed: int) -> Tensor:
+def draw_correlated_inputs(rows: int, inputs: int, seed: int) -> Tensor:
     """Correlated inputs, such as the outputs of a Relu."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(rows, inputs, generator=generator) @ random_normal(inputs, inputs, seed + 1)
     return mixed.relu()
 
 
-def quantized(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Multiples by GPTQ, the nearest multiples, the scale of each weight, and the Gram matrix."""
     level_grid = grid(4, "mse", "float16")
     scale = fit_scales(weight, block, level_grid)
@@ -274,8 +274,8 @@ def quantized(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Te
 @given(size=sizes, block=blocks, rows=st.integers(1, 60), seed=seeds)
 def test_gptq_never_increases_the_error_of_an_output(size, block, rows, seed):
     inputs, outputs = size
-    weight, x = random_normal(outputs, inputs, seed), correlated(rows, inputs, seed)
-    multiples, nearest, scale_of_weight, gram = quantized(weight, x, block)
+    weight, x = random_normal(outputs, inputs, seed), draw_correlated_inputs(rows, inputs, seed)
+    multiples, nearest, scale_of_weight, gram = quantize(weight, x, block)
     assert torch.equal(multiples, multiples.round())
     assert multiples.abs().max() <= 7
     error_of_gptq = squared_error(multiples * scale_of_weight - weight, gram)
@@ -285,8 +285,8 @@ def test_gptq_never_increases_the_error_of_an_output(size, block, rows, seed):
 
 def test_gptq_with_correlated_inputs_has_less_than_70_percent_of_the_error():
     weight = random_normal(64, 200)  # more columns than GPTQ's block of 128
-    x = correlated(2000, 200, 3)
-    multiples, nearest, scale_of_weight, gram = quantized(weight, x, 32)
+    x = draw_correlated_inputs(2000, 200, 3)
+    multiples, nearest, scale_of_weight, gram = quantize(weight, x, 32)
     result = squared_error(multiples * scale_of_weight - weight, gram).sum()
     # The ratio was 0.50 to 0.60 for ten seeds. Without compensation it would be 1.
     assert result < 0.7 * squared_error(nearest * scale_of_weight - weight, gram).sum()
@@ -299,12 +299,12 @@ def test_gptq_with_uncorrelated_inputs_rounds_to_the_nearest_levels():
     weight = random_normal(8, 40)
     x = torch.diag(torch.linspace(0.1, 3, 40))
     x[:, 7] = 0  # one input is always zero
-    multiples, nearest, _, _ = quantized(weight, x, 32)
+    multiples, nearest, _, _ = quantize(weight, x, 32)
     assert torch.equal(multiples, nearest)
 
 
 def test_gptq_with_zero_inputs_rounds_to_the_nearest_levels():
-    multiples, nearest, _, _ = quantized(random_normal(3, 20), torch.zeros(5, 20), 16)
+    multiples, nearest, _, _ = quantize(random_normal(3, 20), torch.zeros(5, 20), 16)
     assert torch.equal(multiples, nearest)
 
 
