@@ -131,7 +131,7 @@ def _apply_steps(run: Run, excluded: Mapping[str, str]) -> Compressed:
     from_teachers: set[str] = set()  # hashes of bundles that depend on the teachers
 
     def apply_step(step: AnyStep, source: Artifact) -> Artifact | NotApplicable:
-        run.progress.stage(step.kind)
+        run.progress.start_phase(step.kind)
         depends_on_teachers = learns_from_teachers(step) or source.sha256 in from_teachers
         teachers = run.teachers if depends_on_teachers else ()
         result = _apply_step(replace(run, teachers=teachers), step, source, excluded)

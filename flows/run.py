@@ -1,4 +1,4 @@
-"""``Run``: the values that all stages of one order need, and methods that call tasks."""
+"""``Run``: the values that all phases of one order need, and methods that call tasks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Run:
         teachers: models whose predictions steps learn from, in addition to the uncompressed model.
         champions: graph or engine of the current champion, by target; empty if no limit compares
             with the champion.
-        progress: shows the name of the current stage (one of the functions of ``flows/stages.py``)
+        progress: shows the name of the current phase (one of the functions of ``flows/phases.py``)
             in Prefect's UI.
     """
 

@@ -267,7 +267,7 @@ def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
 
 @contextmanager
 def _progress_on_terminal(*, quiet: bool) -> Iterator[None]:
-    """Print the log lines of stages and waits, with a spinner if standard error is a terminal."""
+    """Print the log lines of phases and waits, with a spinner if standard error is a terminal."""
     if quiet:
         yield
         return

@@ -142,7 +142,7 @@ def run_recipe(order: Order) -> RecipeRun:
             find_bundle(order.model),
             teachers=(),
             champions={},
-            progress=progress.Progress(stages=1),  # only the length of the progress bar
+            progress=progress.Progress(phases=1),  # only the length of the progress bar
         )
         result = recipe.apply_recipe(run)
         stages = recipe.measure_recipe_stages(

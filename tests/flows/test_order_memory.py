@@ -15,7 +15,7 @@ from error_codes import Text, raises_code
 from compressors.contracts import Limit
 from flows.cli import errors as cli_errors
 from flows.compress import compress
-from flows.memory import describe_running_stage, estimate_memory, require_order_memory
+from flows.memory import describe_running_phase, estimate_memory, require_order_memory
 from flows.order import Order
 from infra.errors import InfraError, OutOfMemory
 from infra.memory import memory_errors
@@ -69,10 +69,10 @@ def test_order_that_fits_in_memory_is_not_refused(monkeypatch):
 def test_out_of_memory_error_names_stage_model_and_estimate():
     bundle = find_bundle("clicks")
     memory = estimate_memory(safe_order(), bundle)
-    description = describe_running_stage(lambda: "measure", memory, bundle)
+    description = describe_running_phase(lambda: "measure", memory, bundle)
     with (
         raises_code(
-            OutOfMemory, None, doing=Text("^Stage 'measure' of the order for clicks@1, estimated")
+            OutOfMemory, None, doing=Text("^Phase 'measure' of the order for clicks@1, estimated")
         ),
         memory_errors(description),
     ):
