@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compressors.contracts import Plan, PlanLine, Reason
 from compressors.errors.compression import AuditFailed
-from compressors.lower.audit import INT8_PRODUCTS, audit
+from compressors.lower.audit import INT8_MATMULS, audit
 from infra.onnxruntime.sessions import OnnxRuntime, Session, optimized_graph
 from infra.timing import describe_machine, measure_interleaved_ms
 
@@ -159,7 +159,7 @@ def audit_result(graph: onnx.GraphProto, form: Form) -> tuple[int, str]:
 
     The result is "accepted", "refused", or "-" for a graph in float32, which is not audited.
     """
-    fused = sum(node.op_type in INT8_PRODUCTS for node in graph.node)
+    fused = sum(node.op_type in INT8_MATMULS for node in graph.node)
     if form.zero is None:
         return fused, "-"
     # The audit compares the graph with a plan: here, one line for each of the two int8 layers.

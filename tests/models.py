@@ -49,7 +49,7 @@ from compressors.distill.recalibrate import Recalibrate
 from compressors.distill.refit_codes import RefitCodes
 from compressors.distill.training.settings import Training
 from compressors.factorize.low_rank_dense import LowRankDense
-from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
+from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
 from compressors.lower.export import Lowered, lower
 from compressors.lower.serving_wrapper import ServedGraph, input_names, served_graphs
 from compressors.prune.dense.drop_layers import DropLayers
@@ -532,7 +532,7 @@ class Graph:
         """Return the graph's scores in ONNX Runtime, which also runs graphs for TensorRT."""
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
         path = self.path
-        if self.target != "onnxruntime" and has_bfloat16_products(self.model.plan):
+        if self.target != "onnxruntime" and has_bfloat16_matmuls(self.model.plan):
             path = path.with_name("checked.onnx")
             write_checkable(self.path, path)
         return Session(path, threads=1).scores(arrays)

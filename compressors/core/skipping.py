@@ -201,7 +201,7 @@ _NOTES: dict[Read, Reason] = {
 
 ROUNDING = 1e-4
 """Largest relative difference of scores if the weight of a table is read: the order of additions in
-a product with a bias may change."""
+a matmul with a bias may change."""
 
 
 def _probe(

@@ -23,7 +23,7 @@ from compressors.core.batches import format_row, row_of
 from compressors.core.scores import join_columns
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
-from compressors.lower.bfloat16_products import write_checkable
+from compressors.lower.bfloat16_matmuls import write_checkable
 from compressors.lower.export import Lowered, export_program
 from compressors.lower.findings import Parity
 from compressors.lower.first_difference import GraphValue, first_difference, run_traced

@@ -134,7 +134,7 @@ def describe_packed_tables(audit: GraphAudit) -> str:
 def describe_dense_layers(audit: GraphAudit) -> str:
     """Describe how an optimized graph computes dense layers whose stored weights are quantized.
 
-    The kernel reads the quantized weights in every product, or the runtime converts them to float32
+    The kernel reads the quantized weights in every MatMul, or the runtime converts them to float32
     when a session starts, which takes more memory.
     """
     packed, converted = audit.packed_layers, audit.widened_layers

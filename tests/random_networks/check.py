@@ -35,7 +35,7 @@ from compressors.core.units import Unit
 from compressors.errors.compression import CompressionError, ContractBroken, ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.audit import audit
-from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
+from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
 from compressors.lower.export import lower
 from compressors.lower.parity import check_parity
 from compressors.lower.serving_wrapper import VECTOR, ServedGraph, input_names, served_graphs
@@ -392,7 +392,7 @@ class Checker:
             formats = {unit.format for unit in Unit.of(graph.part(model.module))}
             precision = "float32"
             if target != "onnxruntime" and formats - {"float32"}:
-                precision = "bfloat16" if has_bfloat16_products(plan) else "float16"
+                precision = "bfloat16" if has_bfloat16_matmuls(plan) else "float16"
             gap_tensor = torch.from_numpy(expected - actual)
             squash = graph.outputs != (VECTOR,) and graph.signature.single_output.form == "logit"
             if not self.is_rounding(gap_tensor, part, valid_rows, precision, squash=squash):
@@ -414,7 +414,7 @@ def _pattern(sentence: str) -> str:
 
 
 def _session(path: Path, target: TargetName, plan: Plan | None) -> Session:
-    if target == "onnxruntime" or not has_bfloat16_products(plan):
+    if target == "onnxruntime" or not has_bfloat16_matmuls(plan):
         return Session(path, 1)
     checkable = path.with_name(f"checkable-{path.name}")
     write_checkable(path, checkable)

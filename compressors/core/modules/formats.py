@@ -64,8 +64,7 @@ class ProductFormat(Protocol):
     """A table format that can also multiply by its codes, for networks that read the weight.
 
     Its file registers a second custom op for that, with a gradient. A table whose weight is
-    multiplied is not stored in a format without products, because each product would decode the
-    whole table.
+    multiplied is stored in no other format, because each matmul would decode the whole table.
     """
 
     def can_multiply(self, settings: Mapping[str, Any]) -> bool:

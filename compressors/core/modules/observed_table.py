@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from compressors.core.modules.table_weight import TableWeight, can_multiply
 
 Read = Literal["looked_up", "multiplied", "decoded"]
-"""How code reads a weight: some rows of it, a product with all rows, or the whole matrix."""
+"""How code reads a weight: some rows of it, a matmul with all rows, or the whole matrix."""
 
 Observe = Callable[[Read, Tensor | None], None]
 """Is called for each read: the kind, and the ids ``(*,)`` or the multiplied vectors ``(*, dim)``.

@@ -2,10 +2,10 @@
 
 Such networks slice a table's weight (``positions.weight[:length]``) or multiply by it, as an output
 head that scores all items (``hidden @ items.weight.T``) does. A ``TableWeight`` takes the place of
-the weight. Slices and ids decode only these rows, and products multiply by the stored codes, block
-by block. Every other use decodes the whole table.
+the weight. Slices and ids decode only these rows, and a matmul multiplies by the stored codes,
+block by block. Every other use decodes the whole table.
 
-``TiedHead`` is the same product for a dense layer whose weight is the weight of a table.
+``TiedHead`` is the same matmul for a dense layer whose weight is the weight of a table.
 """
 
 from collections.abc import Callable
@@ -197,12 +197,12 @@ def _decode_if_weight(value: Any) -> Any:
 
 
 def _matmul(x: Any, other: Any) -> Tensor:
-    """Return ``x @ other``; a product of rows and the transposed weight decodes no whole table."""
+    """Return ``x @ other``; a matmul with the transposed weight decodes no whole table."""
     if isinstance(other, TableWeight) and other.transposed and isinstance(x, Tensor):
         return other.multiply(x)
     if isinstance(x, TableWeight) and not x.transposed and isinstance(other, Tensor):
-        product = x.multiply(other.transpose(-2, -1) if other.dim() > 1 else other)
-        return product.transpose(-2, -1) if other.dim() > 1 else product
+        transposed = x.multiply(other.transpose(-2, -1) if other.dim() > 1 else other)
+        return transposed.transpose(-2, -1) if other.dim() > 1 else transposed
     return torch.matmul(_decode_if_weight(x), _decode_if_weight(other))
 
 
@@ -212,8 +212,8 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:  # noqa: A002 
         return F.linear(
             _decode_if_weight(input), _decode_if_weight(weight), _decode_if_weight(bias)
         )
-    product = weight.multiply(input)
-    return product if bias is None else product + bias
+    output = weight.multiply(input)
+    return output if bias is None else output + bias
 
 
 def _embedding(input: Tensor, weight: Any, *settings: Any, **named: Any) -> Tensor:  # noqa: A002

@@ -18,7 +18,7 @@ from compressors.contracts import Bench
 from compressors.contracts.targets.builder import BuildRequest, Profile
 from compressors.core.runner import run
 from compressors.errors.compression import ParityLost
-from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
+from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
 from compressors.lower.parity import check_parity
 from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
 from infra.errors import BuildRefused
@@ -87,8 +87,8 @@ def test_every_dense_layer_is_stored_in_two_bytes_per_number(tmp_path):
     result = run(BFloat16Dense(), RANKER.model(), bench, tmp_path / "out")
     lines = [line for line in result.plan.lines if line.role == "dense"]
     assert {line.format for line in lines} == {"bfloat16"}
-    assert has_bfloat16_products(result.plan)
-    assert not has_bfloat16_products(RANKER.model().plan)
+    assert has_bfloat16_matmuls(result.plan)
+    assert not has_bfloat16_matmuls(RANKER.model().plan)
     for line in lines:  # a layer without bias gets a bias of zeros
         layer = RANKER.model().module.get_submodule(line.module)
         assert line.bytes_after == 2 * (layer.weight.numel() + layer.out_features)

@@ -81,7 +81,7 @@ def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, 
 
 
 def _int8_matmul(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
-    """Build an int8 product of inputs ``(*, inputs)``; see ``static_int8_linear``."""
+    """Build an int8 Gemm of inputs ``(*, inputs)``; ``static_int8_linear`` explains the form."""
     input_zero = constant(onnx.TensorProto.UINT8, 128)
     rounded = op.QuantizeLinear(x, input_scale, input_zero)
     # ONNX Runtime transposes the codes once, at session start.

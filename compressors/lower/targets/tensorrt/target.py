@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from compressors.contracts import DROPPED, Plan
 from compressors.core.modules.formats import PackedLinear, PackedTable
-from compressors.lower.bfloat16_products import has_bfloat16_products
+from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls
 from compressors.lower.targets.target import FLOAT_ROUNDING, Tolerance, formats_of
 from compressors.lower.targets.tensorrt import dense_types, operators, types
 
@@ -62,7 +62,7 @@ class TensorRT:
         formats = formats_of(plan)
         if "float8_dense" in formats:  # one float8 level more changes a value by up to 6 %
             return Tolerance(root_mean_square=0.02, largest=0.3, quantile_90=0.03)
-        if has_bfloat16_products(plan):
+        if has_bfloat16_matmuls(plan):
             return Tolerance(root_mean_square=0.015, largest=0.2, quantile_90=0.025)
         if "static_int8" in formats:
             # Float16 rounding moves a few inputs to the next level: 0.012 in two small networks.
@@ -77,4 +77,4 @@ class TensorRT:
 
     def has_unsupported_matmuls(self, plan: Plan | None) -> bool:
         """Return whether a dense layer multiplies in bfloat16, which ONNX Runtime refuses."""
-        return has_bfloat16_products(plan)
+        return has_bfloat16_matmuls(plan)
