@@ -81,7 +81,7 @@ VALUES, FORMATS, PARTS = _with_effect("values"), _with_effect("format"), _with_e
 SEARCHES = (DropTables, MergeRows)
 # LowRankDense replaces dense layers, not tables.
 PARTS = tuple(method for method in PARTS if method not in (*SEARCHES, LowRankDense))
-# Methods that keep each table as one table; test_composed.py tests the others.
+# Methods that keep each table as one table; core/test_composed.py tests the others.
 UNDIVIDED = (*VALUES, *FORMATS)
 # Without methods that change only values of weights, whose graphs are those of the uncompressed
 # network, and without Fold, since the ranker has neither norms nor dead channels.
@@ -100,7 +100,8 @@ def _kinds_for(units: set[str]) -> list[str]:
 
 # Recipes of one or two kinds. An export takes three seconds, so a method for layers and one for
 # tables share a graph. Parity has a larger tolerance if layers are quantized, so
-# test_table_forms.py and test_table_code_graphs.py check quantized tables with float32 layers.
+# lower/test_table_forms.py and lower/test_table_code_graphs.py check quantized tables with float32
+# layers.
 RECIPES: tuple[tuple[str, ...], ...] = (
     *(
         tuple(kind for kind in pair if kind is not None)

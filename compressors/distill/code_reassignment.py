@@ -125,7 +125,8 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     """
     bits, shared = _code_bits(table), scales.SharedScales.from_settings(table.settings)
     # A symmetric grid with a level at zero has an odd number of levels, so code 0 is not used.
-    # Symmetric int2 has no level at zero and uses all four codes (see ``levels.py``).
+    # Symmetric int2 has no level at zero and uses all four codes (see
+    # ``quantize/kernels/levels.py``).
     has_zero_level = shared.symmetric and bits > 2
     grid = Grid(2**bits - has_zero_level, shared.symmetric, rows_per_scale=shared.rows_per_scale)
     stored = dict(table.named_buffers())

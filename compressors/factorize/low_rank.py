@@ -68,9 +68,9 @@ def factorize(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor,
 class LowRankComposition:
     """A table composed of the table ``narrow`` ``(rows, rank)`` and two tensors.
 
-    These are ``projection`` ``(rank, dim)`` and ``mean`` ``(dim,)``, float32. Methods: see the
-    protocol ``Composition``. ``rows_per_entry=0``: the tensor belongs to the whole table, not to
-    its rows.
+    These are ``projection`` ``(rank, dim)`` and ``mean`` ``(dim,)``, float32. The protocol
+    ``Composition`` (``core/modules/composed.py``) explains the methods. ``rows_per_entry=0``: the
+    tensor belongs to the whole table, not to its rows.
     """
 
     name: str = "low_rank"

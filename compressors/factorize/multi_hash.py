@@ -219,8 +219,8 @@ class MultiHashComposition:
     """A table composed of the table ``buckets`` ``(buckets, dim)`` and two tensors.
 
     These are ``functions``, the coefficients of the hash functions, int64 ``(hashes, 2 or 4)``, and
-    ``mean`` ``(dim,)``. Methods: see the protocol ``Composition``. ``rows_per_entry=0``: the tensor
-    belongs to the whole table, not to its rows.
+    ``mean`` ``(dim,)``. The protocol ``Composition`` (``core/modules/composed.py``) explains the
+    methods. ``rows_per_entry=0``: the tensor belongs to the whole table, not to its rows.
     """
 
     name: str = "multi_hash"

@@ -232,8 +232,8 @@ def _train(
 class NeuralCodesComposition:
     """A table composed of the table ``codes`` ``(rows, code)`` and the tensors of ``Decoder``.
 
-    Methods: see the protocol ``Composition``. ``rows_per_entry=0``: a tensor belongs to the whole
-    table, not to its rows.
+    The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
+    ``rows_per_entry=0``: a tensor belongs to the whole table, not to its rows.
     """
 
     name: str = "neural_codes"

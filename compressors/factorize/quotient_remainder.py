@@ -197,7 +197,7 @@ def _normal_equations(
 class QuotientRemainderComposition:
     """A table composed of ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``.
 
-    Methods: see the protocol ``Composition``.
+    The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
     """
 
     name: str = "quotient_remainder"

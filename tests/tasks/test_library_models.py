@@ -30,7 +30,7 @@ DEEPCTR = tuple(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the data that the models of ``library_models.py`` read."""
+    """A folder with the data that the models of ``tests/library_models.py`` read."""
     folder = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
     for split, rows in {"train": 400, "test": 600}.items():

@@ -32,7 +32,8 @@ from tasks.bundles.packing import examine, pack, show
 from tasks.orchestration.workspace import local, store
 from tasks.validate import validate
 
-# ClickNet of draft_network.py with code at the end of its constructor and another returned score.
+# ClickNet of tests/draft_network.py with code at the end of its constructor and another returned
+# score.
 CHANGED_NETWORK = """
 import copy
 import torch

@@ -63,7 +63,7 @@ def _loss(name: str, label: str, *, loosest_bound: float, high: float, estimator
         loosest_bound: a limit that allows an increase of this size or more would accept a useless
             model.
         high: largest possible or, without such a bound, largest meaningful value.
-        estimator: name of the estimator's class in ``log_loss.py``.
+        estimator: name of the estimator's class in ``metrics/estimators/log_loss.py``.
     """
     return Metric(
         name=name,
@@ -155,7 +155,8 @@ FAMILIES = (
             estimators={"rows": f"{ESTIMATORS}.auc:Auc"},
         )
     ),
-    # ``point_estimates.py`` clips probabilities, so the loss of a row is at most 15.943 nats.
+    # ``metrics/point_estimates.py`` clips probabilities, so the loss of a row is at most 15.943
+    # nats.
     single_metric(_loss("logloss", "log loss", loosest_bound=0.2, high=15.95, estimator="LogLoss")),
     single_metric(
         _loss(

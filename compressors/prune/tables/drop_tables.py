@@ -40,9 +40,9 @@ class ConstantComposition:
     """A table without parts that returns the same ``row``, float32 ``(dim,)``, for every id.
 
     A composition defines how a table computes its rows from stored tensors and from inner tables,
-    its *parts*. Methods: see the protocol ``Composition``. ``learned``: names of the tensors that
-    training may change. ``rows_per_entry=0``: the tensor belongs to the whole table, not to its
-    rows.
+    its *parts*. The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
+    ``learned``: names of the tensors that training may change. ``rows_per_entry=0``: the tensor
+    belongs to the whole table, not to its rows.
     """
 
     name: str = "constant"

@@ -52,9 +52,10 @@ from compressors.quantize.kernels.lloyd import nearest_entries
 class KeptRowsComposition:
     """A table of the kept rows (part ``kept``), whose last row replaces all pruned rows, and a map.
 
-    The map is ``within`` and ``before`` of ``kept_rows.build_kept_map``. Methods: see the protocol
-    ``Composition``. ``rows_per_entry``: number of rows per entry of a stored tensor. ``learned``:
-    names of the stored tensors that training may change.
+    The map is ``within`` and ``before`` of ``kept_rows.build_kept_map``. The protocol
+    ``Composition`` (``core/modules/composed.py``) explains the methods. ``rows_per_entry``: number
+    of rows per entry of a stored tensor. ``learned``: names of the stored tensors that training may
+    change.
     """
 
     name: str = "kept_rows"

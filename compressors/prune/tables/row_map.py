@@ -52,9 +52,9 @@ class RowMapComposition:
     The setting ``places`` is the number of rows of ``unique``.
 
     A composition defines how a table computes its rows from stored tensors and from inner tables,
-    its *parts*. Methods: see the protocol ``Composition``. ``learned``: names of the stored tensors
-    that training may change. ``first``: the value of all entries of a placeholder, which must be
-    valid indices.
+    its *parts*. The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
+    ``learned``: names of the stored tensors that training may change. ``first``: the value of all
+    entries of a placeholder, which must be valid indices.
     """
 
     name: str = "row_map"

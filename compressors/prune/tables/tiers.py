@@ -43,8 +43,9 @@ class TiersComposition:
     rows of its block, and ``before``, the number of hot rows before each block. The custom op
     ``kept_place`` computes from them a row's index in ``hot``, or -1 minus its index in ``cold``.
 
-    Methods: see the protocol ``Composition``. ``rows_per_entry``: number of rows per entry of a
-    stored tensor. ``learned``: names of the stored tensors that training may change.
+    The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
+    ``rows_per_entry``: number of rows per entry of a stored tensor. ``learned``: names of the
+    stored tensors that training may change.
     """
 
     name: str = "tiers"

@@ -120,8 +120,8 @@ float8_linear.register_autograd(_backward, setup_context=_setup_context)
 class Float8DenseFormat:
     """Stores ``codes`` uint8 ``(out, in)``, two scales, and a float32 bias if the layer has one.
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``LinearFormat``.
+    ``learned``: names of the tensors that training may change. The protocol ``LinearFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str = "float8_dense"

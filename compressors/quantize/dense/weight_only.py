@@ -243,8 +243,8 @@ class LayoutSettings(NamedTuple):
 class WeightOnlyFormat:
     """Stores packed ``codes`` uint8, ``scale`` ``(out, blocks)``, and a float32 ``bias`` if any.
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``LinearFormat``.
+    ``learned``: names of the tensors that training may change. The protocol ``LinearFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str

@@ -85,8 +85,8 @@ float8_e4m3_table.register_autograd(_backward, setup_context=_setup_context)
 class Float8E4M3Format:
     """Stores ``codes`` uint8 ``(rows, dim)``, the bits of 8-bit floats, and ``scale``.
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``TableFormat``.
+    ``learned``: names of the tensors that training may change. The protocol ``TableFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str = "float8_e4m3"

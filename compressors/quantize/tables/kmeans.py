@@ -203,7 +203,8 @@ class KMeansFormat:
     """Stores packed ``codes`` uint8, ``codebook`` float32 ``(levels,)`` and ``scale``.
 
     ``learned``: names of the tensors that training may change. ``rows_per_entry=0``: the codebook
-    belongs to the whole table, not to its rows. For the methods, see the protocol ``TableFormat``.
+    belongs to the whole table, not to its rows. The protocol ``TableFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str = "kmeans"

@@ -150,8 +150,8 @@ product_codes.register_autograd(_backward, setup_context=_setup_context)
 class ProductCodesFormat:
     """Stores packed ``codes`` uint8, and ``codebook`` ``(parts * levels, widest part)``.
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``TableFormat``.
+    ``learned``: names of the tensors that training may change. The protocol ``TableFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str = "product_codes"

@@ -211,8 +211,8 @@ residual_codes.register_autograd(_backward, setup_context=_setup_context)
 class ResidualCodesFormat:
     """Stores packed ``codes`` uint8, and ``codebook`` ``(codebooks * levels, dim)``.
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``TableFormat``.
+    ``learned``: names of the tensors that training may change. The protocol ``TableFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str = "residual_codes"

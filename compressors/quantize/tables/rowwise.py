@@ -72,7 +72,7 @@ class PackedRowsFormat:
     """Row-wise format with packed codes of 2 or 4 bits.
 
     It stores ``codes``, uint8 ``(rows, ceil(dim * bits / 8))``, several codes per byte as in
-    ``bitpacking.py``, ``scale``, and ``offset`` if the levels are asymmetric.
+    ``quantize/kernels/bitpacking.py``, ``scale``, and ``offset`` if the levels are asymmetric.
 
     Attributes:
         name: name of the format and of its custom op.
@@ -80,7 +80,7 @@ class PackedRowsFormat:
         zero_code: the code of zero with symmetric levels; 1.5 if zero is between the codes 1 and 2.
         learned: names of the tensors that training may change.
 
-    For its methods, see the protocol ``TableFormat``.
+    The protocol ``TableFormat`` (``core/modules/formats.py``) explains the methods.
     """
 
     name: str

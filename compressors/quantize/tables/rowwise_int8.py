@@ -120,8 +120,8 @@ rowwise_int8_product.register_autograd(_product_backward, setup_context=_save_in
 class RowwiseInt8Format:
     """Stores ``codes`` ``(rows, dim)``, ``scale``, and ``offset`` if the levels are asymmetric.
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``TableFormat``.
+    ``learned``: names of the tensors that training may change. The protocol ``TableFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str = "rowwise_int8"

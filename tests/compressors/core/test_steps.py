@@ -86,9 +86,10 @@ def unit_settings(method: type[Step]) -> set[str]:
 
 
 # Their scores are not close: the few codes of a row represent random rows badly.
-# test_table_codes.py tests their error.
+# quantize/test_table_codes.py tests their error.
 CODEBOOK_METHODS = {ProductCodes, ResidualCodes, AdditiveCodes}
-# Formats whose scores stay close. Training in QAT moves scores to the labels; see test_qat.py.
+# Formats whose scores stay close. Training in QAT moves scores to the labels; see
+# quantize/test_qat.py.
 CLOSE_FORMATS = tuple(
     method for method in FORMATS if method not in CODEBOOK_METHODS and method is not QAT
 )
@@ -387,7 +388,7 @@ def test_methods_that_change_values_run_before_and_after_formats(
     assert line.steps[0] == method().kind
     assert line.reasons[0].fields["step"] == method().kind
     if method is Channels and "layers" in unit_settings(format_class):
-        return  # ``Channels`` refuses compressed layers; see test_channels.py
+        return  # ``Channels`` refuses compressed layers; see prune/test_channels.py
     packed_first = cached_run(format_class, reference.network.__name__).result
     if method in (Equalize, SmoothQuant) and "layers" in unit_settings(format_class):
         with raises_code(NothingToCompress, "units_missing") as caught:

@@ -338,7 +338,7 @@ def predicted_change(
     """Change of the quadratic approximation of the loss from ``initial_rows``: ``(rows,)``.
 
     ``gradient`` and ``curvature`` (mean squared gradients) are ``(rows, dim)``. The factor ``dim``
-    makes the approximation an upper bound; see ``code_reassignment.py``.
+    makes the approximation an upper bound; see ``distill/code_reassignment.py``.
     """
     with torch.no_grad():
         change = table(torch.arange(table.rows)) - initial_rows

@@ -1,7 +1,7 @@
 """A graph pass that removes a Split whose parts are concatenated again.
 
-The merged lookup of several tables (``merged_tables.py``) ends with a Split, and networks often
-concatenate the looked-up rows.
+The merged lookup of several tables (``lower/merged/merged_tables.py``) ends with a Split, and
+networks often concatenate the looked-up rows.
 """
 
 import onnx_ir as ir
