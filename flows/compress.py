@@ -43,8 +43,8 @@ from tasks.bundles.bundle_ref import find_bundle, require_measurable
 from tasks.orchestration import log_lines
 from tasks.orchestration.documents import Finished
 from tasks.orchestration.outages import wait_out
-from tasks.orchestration.policy import NO_RESULTS
 from tasks.orchestration.progress import Progress, show_log_lines
+from tasks.orchestration.task_calls import NO_RESULTS
 
 log = logging.getLogger(__name__)
 log_lines.install()  # escapes names from bundles in log messages

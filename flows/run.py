@@ -12,10 +12,10 @@ from flows.order import Order
 from infra.bundle.bundle_folder import SplitName
 from tasks.bundles.bundle_ref import BundleRef
 from tasks.bundles.teachers import Teacher
-from tasks.orchestration import policy
+from tasks.orchestration import task_calls
 from tasks.orchestration.documents import PreparedRows, Ranking
-from tasks.orchestration.policy import require_stored
 from tasks.orchestration.progress import Progress
+from tasks.orchestration.task_calls import require_stored
 from tasks.prepare import prepare
 
 R = TypeVar("R")
@@ -69,7 +69,7 @@ class Run:
             check: raises if a cached result is no longer valid; then the task runs again.
             arguments: the arguments of the task.
         """
-        return policy.call(task, self.context_digest, check, **arguments)
+        return task_calls.call(task, self.context_digest, check, **arguments)
 
     def call_for(self, teacher: Teacher, task: Task[..., R], /, **arguments: Any) -> R:
         """Run a task on a teacher, or return its cached result.
@@ -78,7 +78,7 @@ class Run:
         teacher's class.
         """
         context_digest = digest([self.context_digest, teacher.architecture])
-        return policy.call(task, context_digest, **arguments)
+        return task_calls.call(task, context_digest, **arguments)
 
     def prepare_split(self, split: SplitName) -> PreparedRows:
         """Convert one split of the model's data to tensors.

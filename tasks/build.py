@@ -14,7 +14,7 @@ from compressors.contracts import target as declared_target
 from compressors.contracts.targets.builder import BuildRequest, Profile, TableWeights
 from infra.store.temporary import scratch_folder
 from tasks.orchestration.graph_documents import BatchSizes, LoweredGraph, build_record, lowering_of
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 from tasks.target_adapters import builder_of
 

@@ -17,7 +17,7 @@ from tasks.bundles.loading import bench_of, split_of
 from tasks.orchestration.code_digest import code_digest
 from tasks.orchestration.data_parallel import StepInputs, StepResult, run_step, run_step_on_devices
 from tasks.orchestration.documents import NotApplicable, not_applicable
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from prefect import task
 from compressors.contracts import Artifact, Limit, Verdict
 from compressors.metrics import judge
 from tasks.orchestration.documents import measurement_of
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 
 
 @task(task_run_name="gate {target}", **TASK_OPTIONS)

@@ -53,7 +53,7 @@ from tasks.orchestration.graph_documents import (
     Lowering,
     TextInput,
 )
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import store
 from tasks.target_adapters import runtime_of_graphs
 

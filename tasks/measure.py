@@ -56,7 +56,7 @@ from tasks.evaluation.quality import (
 )
 from tasks.orchestration.documents import Measurement, Ranking
 from tasks.orchestration.graph_documents import lowering_of, served_bytes
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 from tasks.target_adapters import runtime_of
 

@@ -13,7 +13,7 @@ from infra.data.split_statistics import check_ids, split_statistics
 from infra.errors import DataRefused
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import data_path, tokenizer_files
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)

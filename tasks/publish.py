@@ -20,7 +20,7 @@ from tasks.orchestration.documents import (
     report_of,
 )
 from tasks.orchestration.order_records import find_finished_order, write_finished
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import registry, repair
 from tasks.report.page import page, validation_of

@@ -12,7 +12,7 @@ from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import load_bundle, split_of
 from tasks.evaluation.quality import query_quality, torch_towers
 from tasks.orchestration.documents import PreparedRows, Ranking
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import store
 
 

@@ -18,7 +18,7 @@ from infra.data.splits import prepare
 from infra.errors import DataRefused
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import SCORING_ROWS, data_path, load_bundle, split_of
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 

@@ -19,7 +19,7 @@ from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import split_of
 from tasks.evaluation.quality import Quality, QueryQuality, row_quality
 from tasks.orchestration.documents import STAGES, Scored, Stage, StageQuality, Stages
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 

@@ -320,7 +320,7 @@ class Signature(Frozen):
 
     @property
     def judged_by(self) -> str:
-        """The number by which steps compare networks, in words (``validation_score`` computes it)."""
+        """The number by which steps compare networks, in words (``validation_score.quality``)."""
         names = self.judged_metrics
         return f"the mean of {', '.join(names)}" if len(names) > 1 else names[0]
 

@@ -101,7 +101,7 @@ def _with_longest_lists(query: Signature, item: Signature) -> Signature:
 
 
 class ServingWrapper(nn.Module):
-    """The exported module: applies the id policy, runs one graph's submodule, converts the outputs.
+    """The exported module: replaces invalid ids, runs one graph's submodule, converts the outputs.
 
     Its inputs are tensors in the order of ``input_names(served_graph.signature)``.
 

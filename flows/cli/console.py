@@ -112,7 +112,7 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
         from flows.compress import compress
         from flows.order import Order
         from tasks.orchestration.documents import Finished
-        from tasks.orchestration.policy import local_result
+        from tasks.orchestration.task_calls import local_result
 
         if server is not None:
             server.wait_until_ready(notify)

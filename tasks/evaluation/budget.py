@@ -6,7 +6,7 @@ from compressors.contracts import Artifact, Estimate
 from infra.bundle.bundle_folder import read
 from tasks.bundles.loading import split_of
 from tasks.orchestration.documents import Scored
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local
 from tasks.stages import compare_stages
 

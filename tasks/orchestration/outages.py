@@ -1,7 +1,7 @@
 """Wait while a service is down: which faults mean that, how long to wait, and the log messages.
 
-``policy.py`` uses this file for tasks, flows use it for calls between tasks. The deadline is ten
-minutes: a restarted service responds after about one, but its migration to another node takes
+``task_calls.py`` uses this file for tasks, flows use it for calls between tasks. The deadline is
+ten minutes: a restarted service responds after about one, but its migration to another node takes
 longer.
 """
 

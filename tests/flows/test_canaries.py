@@ -22,7 +22,7 @@ from compressors.contracts import Limit
 from infra.credentials import clean_exceptions
 from infra.errors import RegistryUnavailable
 from tasks.orchestration.documents import Finished
-from tasks.orchestration.policy import NO_RESULTS, TASK_OPTIONS, call
+from tasks.orchestration.task_calls import NO_RESULTS, TASK_OPTIONS, call
 
 SECRETS = canaries()
 LIMIT = "auc vs baseline >= -0.2"

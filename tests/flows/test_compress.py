@@ -35,7 +35,7 @@ from infra.settings import load_settings
 from tasks import prepare as preparing
 from tasks.bundles.packing import pack
 from tasks.orchestration.graph_documents import Lowering
-from tasks.orchestration.policy import call
+from tasks.orchestration.task_calls import call
 from tasks.orchestration.workspace import store
 from tasks.prepare import prepare
 from tasks.promotion.promotions import champion_graph, fetch, promote

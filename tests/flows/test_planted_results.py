@@ -30,8 +30,8 @@ from infra.settings import load_settings
 from infra.store.records import seal_record
 from tasks.bundles.packing import pack
 from tasks.gate import gate
-from tasks.orchestration.policy import NO_RESULTS, call, content_key
 from tasks.orchestration.result_records import record_key
+from tasks.orchestration.task_calls import NO_RESULTS, call, content_key
 from tasks.orchestration.workspace import store
 from tasks.prepare import prepare
 
@@ -307,7 +307,7 @@ def test_task_killed_before_its_record_was_written_runs_again(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("tasks.orchestration.policy.write_result", raise_killed)
+        patch.setattr("tasks.orchestration.task_calls.write_result", raise_killed)
         with pytest.raises(Killed):
             two_tasks(bundle, code)
     assert cache_keys(bundle, code)["prepare"] not in " ".join(store().keys("results/"))

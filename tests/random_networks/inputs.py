@@ -1,9 +1,8 @@
-"""Rows for random networks, including edge cases, and the request policy in plain Python.
+"""Rows for random networks, including edge cases, and the policies for invalid ids in Python.
 
-The request policy defines what a served graph does with ids outside of a table and with jagged
-lists that are too long. An input's ``out_of_range`` selects what happens to an id outside of its
-table: ``error`` (the row gets no score), ``default_row`` (the input's default row replaces the id),
-or ``clamp`` (the nearest valid id replaces it). A row with a list that is too long gets no score.
+A served graph has a policy for ids outside of a table. An input's ``out_of_range`` is ``error``
+(the row gets no score), ``default_row`` (the input's default row replaces the id), or ``clamp``
+(the nearest valid id replaces it). A row with a list that is too long gets no score.
 ``replace_invalid_ids`` implements this row by row in Python. It shares no code with the served
 graph, so a comparison of both can find errors.
 
@@ -180,7 +179,7 @@ def ids_of_rows(item: AnyInput, rows: Rows) -> list[list[int]]:
 def replace_invalid_ids(
     signature: Signature, tables: Mapping[str, int], rows: Rows
 ) -> tuple[Rows, Tensor]:
-    """Apply the request policy to rows.
+    """Apply the policies for invalid ids and for too long lists to rows.
 
     Returns:
         The rows with every invalid id replaced by a valid one, and a bool mask ``(rows,)`` of the

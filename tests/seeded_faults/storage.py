@@ -11,7 +11,7 @@ from tests.seeded_faults.fault import Fault
 STORE = "tests/infra/test_store.py"
 RESULTS = "tests/tasks/test_result_records.py"
 ORDERS = "tests/tasks/test_order_records.py"
-POLICY = "tests/tasks/test_policy.py"
+TASK_CALLS = "tests/tasks/test_task_calls.py"
 ORDER = "tests/flows/test_order.py"
 CODE_DIGEST = "tests/tasks/test_code_digest.py"
 
@@ -106,11 +106,11 @@ FAULTS = (
     ),
     Fault(
         id="cache-key-without-defaults",
-        file="tasks/orchestration/policy.py",
+        file="tasks/orchestration/task_calls.py",
         old="    bound.apply_defaults()\n",
         new="",
         effect="An explicit default value changes the cache key, so the task runs again.",
-        tests=(f"{POLICY}::test_content_key_is_the_same_with_an_explicit_default",),
+        tests=(f"{TASK_CALLS}::test_content_key_is_the_same_with_an_explicit_default",),
     ),
     Fault(
         id="cache-key-of-object-addresses",
@@ -118,7 +118,9 @@ FAULTS = (
         old='        raise TypeError(f"{type(item).__name__} has no canonical JSON form")\n',
         new="        return repr(item)\n",
         effect="Arguments without a canonical form give keys that change with the process.",
-        tests=(f"{POLICY}::test_content_key_of_an_argument_without_canonical_form_is_an_error",),
+        tests=(
+            f"{TASK_CALLS}::test_content_key_of_an_argument_without_canonical_form_is_an_error",
+        ),
     ),
     Fault(
         id="order-digest-without-budget",

@@ -14,7 +14,7 @@ import pytest
 
 from infra import errors
 from infra.registry.mlflow_registry import Registry
-from tasks.orchestration import outages, policy
+from tasks.orchestration import outages, task_calls
 from tasks.orchestration.outages import DEADLINE_SECONDS, DELAYS, TaskOutages, service_of, wait_out
 
 REQUEST = httpx.Request("GET", "http://127.0.0.1/api")
@@ -150,7 +150,7 @@ def test_deadline_of_a_task_run_begins_at_its_first_fault(
 
 def test_delays_add_up_to_the_deadline_and_are_within_prefects_limit() -> None:
     assert sum(DELAYS) >= DEADLINE_SECONDS
-    assert policy.TASK_OPTIONS["retries"] == len(DELAYS) <= 50  # Prefect refuses more delays
+    assert task_calls.TASK_OPTIONS["retries"] == len(DELAYS) <= 50  # Prefect refuses more delays
 
 
 def test_fault_of_a_registry_file_is_no_outage(tmp_path: object) -> None:

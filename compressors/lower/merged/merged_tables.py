@@ -47,7 +47,7 @@ class TableGroup:
 
 
 class MergedTable(nn.Module):
-    """The tables of a group, concatenated along the rows, and the id policy of their inputs.
+    """The tables of a group, concatenated along the rows, and their policy for ids out of range.
 
     Attributes:
         first: the first row of each input's table in the merged one, ``(inputs,)``.
