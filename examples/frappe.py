@@ -2,7 +2,8 @@
 
 Run ``python -m examples.frappe FOLDER --model deepfm|dlrm --data FOLDER``. The folder contains the
 split that the authors of NFM published. Its training file is not publicly available any more: the
-apps of its negative rows are drawn again. ``docs/results/frappe.md`` describes the data.
+apps of its negative rows are drawn again. ``docs/results/frappe.md`` describes the data. A draft is
+the folder of a bundle before it is packed.
 """
 
 import gzip

@@ -7,6 +7,8 @@ films that a person rated with at least 4 stars, the latest last.
   the person's history before it.
 - SASRec retrieves the next film of a person's history. The last film of every person is the test
   row and the last but one the validation row.
+
+A draft is the folder of a bundle before it is packed.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 The model is a factorization machine plus a small perceptron over id fields. Ids follow Zipf's law
 and labels depend on latent factors of each id. The model therefore learns the factors of frequent
 ids and memorizes the labels of rare ids. ``python -m examples.table_heavy FOLDER [small]`` writes
-the draft of a bundle.
+the draft of a bundle. A draft is the folder of a bundle before it is packed.
 """
 
 import json

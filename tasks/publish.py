@@ -1,4 +1,7 @@
-"""Publish an order's release: store its report and register it as a version in the registry."""
+"""Publish an order's release: store its report and register it as a version in the registry.
+
+The ledger is the list of a model's promotions and rollbacks in the store.
+"""
 
 import json
 import logging

@@ -1,5 +1,7 @@
 """Read, validate and write bundles: folders with ``model.json`` and ``*.safetensors``.
 
+A draft is the folder of a bundle before it is packed.
+
 A user writes a draft; packing it writes a sealed bundle, whose ``model.json`` lists all files with
 their hashes.
 

@@ -1,5 +1,7 @@
 """The object store: content-addressed artifacts in a folder or ``s3://bucket/prefix``.
 
+A draft is the folder of a bundle before it is packed.
+
 A blob is a stored file whose key is a hash of its content; a manifest lists the files of an
 artifact and the hashes of their chunks.
 

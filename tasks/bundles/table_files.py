@@ -6,7 +6,8 @@ resumed by the same call.
 The *result* is an artifact. While it is incomplete it is called a *draft*: ``infra.store.draft``
 writes it to a hidden folder next to that of the result, with a journal of the blocks that have been
 written. ``seal`` completes the files and hashes them. Then ``publish`` renames the folder to that
-of the result; or ``Store.take`` moves the files to the store, and ``drop`` removes the folder.
+of the result; or ``Store.take`` moves the files to the store, and ``drop`` removes the folder. A
+draft is the folder of a bundle before it is packed.
 """
 
 import fnmatch

@@ -2,7 +2,8 @@
 
 The promotion ledger in the object store records every change of champion. Its entries and the
 versions in the registry are matched by the digest of the order, not by version number: a rebuilt
-registry may give the same number to another order.
+registry may give the same number to another order. The ledger is the list of a model's promotions
+and rollbacks in the store.
 """
 
 from dataclasses import dataclass

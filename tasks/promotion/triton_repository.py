@@ -4,7 +4,8 @@ Each graph of a champion is a Triton model: a folder with one subfolder per vers
 configuration, which names the version that the server loads. A promotion calls ``copy_files``
 before it changes the ledger, and ``update``, which writes the configuration, at its end
 (``promotions.py``). So the server always finds a complete champion, and ``update`` completes a
-promotion that was interrupted.
+promotion that was interrupted. The ledger is the list of a model's promotions and rollbacks in the
+store.
 """
 
 import logging

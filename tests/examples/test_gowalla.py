@@ -1,4 +1,7 @@
-"""The Gowalla example: reading and splitting the data, training, and the written draft."""
+"""The Gowalla example: reading and splitting the data, training, and the written draft.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import gzip
 import json

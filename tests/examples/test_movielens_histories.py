@@ -1,4 +1,7 @@
-"""The examples on histories of MovieLens 100K: rows, padding, and the written drafts."""
+"""The examples on histories of MovieLens 100K: rows, padding, and the written drafts.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import json
 from dataclasses import replace

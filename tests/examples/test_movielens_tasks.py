@@ -1,4 +1,7 @@
-"""The MovieLens example with two outputs: network, labels, training, and the written draft."""
+"""The MovieLens example with two outputs: network, labels, training, and the written draft.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import json
 from dataclasses import asdict

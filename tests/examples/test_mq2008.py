@@ -1,4 +1,7 @@
-"""The MQ2008 example: the folds, training by query, and the written draft."""
+"""The MQ2008 example: the folds, training by query, and the written draft.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import gzip
 import json

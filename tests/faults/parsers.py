@@ -1,7 +1,9 @@
 """All parsers of untrusted bytes, with valid inputs for fuzzing.
 
 Each function takes an empty folder and returns a ``Parser``: valid inputs, and a function that
-parses bytes as a command does. ``fuzzing.py`` mutates the inputs and calls the parser.
+parses bytes as a command does. ``fuzzing.py`` mutates the inputs and calls the parser. A draft is
+the folder of a bundle before it is packed. The ledger is the list of a model's promotions and
+rollbacks in the store.
 """
 
 import json

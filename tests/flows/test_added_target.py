@@ -1,6 +1,7 @@
 """Adding a target: one declaration, with a lowering and a runtime, makes it usable in orders.
 
-The added target runs plain ONNX graphs in ONNX Runtime without graph optimizations.
+The added target runs plain ONNX graphs in ONNX Runtime without graph optimizations. A home is the
+folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import json

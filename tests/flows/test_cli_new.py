@@ -1,4 +1,7 @@
-"""``recpress new``: its output, its prompt, and input that it refuses with exit code 2."""
+"""``recpress new``: its output, its prompt, and input that it refuses with exit code 2.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import io
 import json

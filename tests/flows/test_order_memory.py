@@ -1,7 +1,9 @@
 """Orders and commands without enough memory: early errors, exit codes and messages.
 
 Parameters named ``limit`` are resource limits of a child process, in MiB. The lowest ones are
-exceeded while modules are imported; with higher ones the command may succeed.
+exceeded while modules are imported; with higher ones the command may succeed. A home is the folder
+with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder of a bundle before
+it is packed.
 """
 
 import json

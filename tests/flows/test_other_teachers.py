@@ -2,7 +2,8 @@
 
 The student is ``ClickNet``, whose clicks are drawn with its own probabilities
 (``tests/drafts.py``). One teacher is a gradient boosting model of scikit-learn, whose probabilities
-are a column of the data. The other is a network that reads a column that the student does not.
+are a column of the data. The other is a network that reads a column that the student does not. A
+draft is the folder of a bundle before it is packed.
 """
 
 import json

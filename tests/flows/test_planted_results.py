@@ -1,7 +1,8 @@
 """Malicious files in place of stored task results: none is executed, imported or unpickled.
 
 recpress stores the results of tasks as records, and forbids Prefect to store or read any: the
-options ``NO_RESULTS`` of each flow and task. A block is Prefect's description of a storage.
+options ``NO_RESULTS`` of each flow and task. A block is Prefect's description of a storage. A home
+is the folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import base64

@@ -1,4 +1,8 @@
-"""The presets, on a model that consists mostly of tables with rarely used rows."""
+"""The presets, on a model that consists mostly of tables with rarely used rows.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
+of a bundle before it is packed.
+"""
 
 import json
 import shutil

@@ -2,7 +2,9 @@
 
 The query tower ``of_user`` reads the user and the tags of recently used items (``lately``), the
 item tower ``of_item`` the item, its tags and dense features. ``planted_recall`` computes the recall
-without recpress; its argument ``mask`` excludes the items of a user's rows in other splits.
+without recpress; its argument ``mask`` excludes the items of a user's rows in other splits. A home
+is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder of a
+bundle before it is packed.
 """
 
 import json

@@ -1,4 +1,8 @@
-"""An order for a retrieval model over texts, whose two towers are one encoder."""
+"""An order for a retrieval model over texts, whose two towers are one encoder.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
+of a bundle before it is packed.
+"""
 
 import subprocess
 import sys

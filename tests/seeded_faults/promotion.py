@@ -1,7 +1,8 @@
 """Faults in the promotion ledger, the registry, and promotions and rollbacks.
 
-Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
-A judgement is the outcome of one limit; the verdict of a target is derived from its judgements.
+Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then
+fail. A judgement is the outcome of one limit; the verdict of a target is derived from its
+judgements. The ledger is the list of a model's promotions and rollbacks in the store.
 """
 
 from tests.seeded_faults.fault import Fault

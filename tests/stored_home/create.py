@@ -9,7 +9,7 @@ with ``--recipe`` for the new entries only. Without ``--recipe`` the home has al
 orders of ``orders.py`` and their promotions; this takes about ten minutes.
 
 All content is created by the command line, and single steps by the tasks of a flow. All data is
-generated from seeds.
+generated from seeds. A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import argparse

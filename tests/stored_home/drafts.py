@@ -2,7 +2,7 @@
 
 A draft is a folder from which a bundle is packed. All data is generated from a seed. Labels follow
 the network's scores, so the original network is close to optimal and steps that train have a signal
-to learn from.
+to learn from. A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import json

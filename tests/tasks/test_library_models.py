@@ -1,4 +1,7 @@
-"""Models of torch-rechub, DeepCTR-Torch and RecBole become bundles without code for them."""
+"""Models of torch-rechub, DeepCTR-Torch and RecBole become bundles without code for them.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import shutil
 import sys

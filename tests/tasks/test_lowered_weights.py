@@ -1,4 +1,7 @@
-"""Weights of a large graph are hard links to the bundle's files, so that both are stored once."""
+"""Weights of a large graph are hard links to the bundle's files, so that both are stored once.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,8 @@
-"""The task ``measure`` on the lowered graph of a packed bundle, without a flow."""
+"""The task ``measure`` on the lowered graph of a packed bundle, without a flow.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
+of a bundle before it is packed.
+"""
 
 import shutil
 from dataclasses import dataclass, replace

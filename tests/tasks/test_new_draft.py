@@ -1,7 +1,8 @@
 """Drafts that are derived from networks and data, compared with drafts that are written by hand.
 
 A draft written by hand gives the class, its arguments, the weights and the data. The new draft must
-have the same signature, except where the difference is a choice of the user.
+have the same signature, except where the difference is a choice of the user. A draft is the folder
+of a bundle before it is packed.
 """
 
 import json

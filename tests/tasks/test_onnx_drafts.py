@@ -1,4 +1,7 @@
-"""``recpress new --onnx``: drafts that are written from ONNX files."""
+"""``recpress new --onnx``: drafts that are written from ONNX files.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import shutil
 from pathlib import Path

@@ -1,8 +1,9 @@
 """Damaged records of orders and bundles: they count as absent or are refused, never used.
 
 A record of an order refers to its result, a record of a bundle to its artifact. An order with a
-damaged record runs again. A bundle with a damaged record is refused. A record with
-a checksum is "sealed"; those of recpress 0.1.0 are not.
+damaged record runs again. A bundle with a damaged record is refused. A record with a checksum is
+"sealed"; those of recpress 0.1.0 are not. A home is the folder with everything that recpress stores
+(``RECPRESS_HOME``). A draft is the folder of a bundle before it is packed.
 """
 
 import json

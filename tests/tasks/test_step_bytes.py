@@ -1,6 +1,7 @@
 """Bytes that a step stores: the tensors that it changed and at most a megabyte more.
 
-Unchanged tensors are in files of the source bundle, to which the result refers.
+Unchanged tensors are in files of the source bundle, to which the result refers. A home is the
+folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import time

@@ -1,7 +1,8 @@
 """Bytes of weights that two towers share (ties), before and after compression.
 
 ``packed_bytes`` of a lowering are the bytes of its weights, each counted once; ``repeated_bytes``
-are those of weights that a further graph contains, too.
+are those of weights that a further graph contains, too. A draft is the folder of a bundle before it
+is packed.
 """
 
 from pathlib import Path

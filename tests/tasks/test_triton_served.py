@@ -1,6 +1,7 @@
 """Graphs of a version that Triton serves: selection, configuration, and ``recpress triton``.
 
-``triton_versions.py`` explains how orders are published, also with the fixture ``fill``.
+``triton_versions.py`` explains how orders are published, also with the fixture ``fill``. A home is
+the folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import json
