@@ -54,7 +54,7 @@ class Coverage(NamedTuple):
     difference: float
 
 
-def simulate(random: np.random.Generator, sizes: NDArray[np.intp]) -> TestSet:
+def simulate(rng: np.random.Generator, sizes: NDArray[np.intp]) -> TestSet:
     """Draw a test set with ``sizes[u]`` rows for user ``u``.
 
     Clicks depend on an effect of the user and on a feature of the row. The baseline's logit
@@ -63,19 +63,19 @@ def simulate(random: np.random.Generator, sizes: NDArray[np.intp]) -> TestSet:
     """
     users = sizes.size
     user = np.repeat(np.arange(users), sizes)
-    user_effect, user_error, user_shift = random.normal(size=(3, users))
-    feature, row_error, rounding = random.normal(size=(3, user.size))
+    user_effect, user_error, user_shift = rng.normal(size=(3, users))
+    feature, row_error, rounding = rng.normal(size=(3, user.size))
     probability = _sigmoid(-1 + 0.8 * user_effect[user] + feature)
-    label = random.random(user.size) < probability
+    label = rng.random(user.size) < probability
     baseline = -1 + 0.8 * feature + (0.4 * user_effect + 0.4 * user_error)[user] + 0.3 * row_error
     candidate = baseline + 0.25 * user_shift[user] + 0.25 * rounding
     return TestSet(label, _sigmoid(baseline), _sigmoid(candidate), user)
 
 
-def heavy_tailed_sizes(random: np.random.Generator, users: int) -> NDArray[np.intp]:
+def heavy_tailed_sizes(rng: np.random.Generator, users: int) -> NDArray[np.intp]:
     """Draw the number of rows of each user: 1 to 200, with probability proportional to 1 / rows."""
     rows = np.arange(1, MAX_ROWS + 1)
-    return random.choice(rows, size=users, p=(1 / rows) / (1 / rows).sum())
+    return rng.choice(rows, size=users, p=(1 / rows) / (1 / rows).sum())
 
 
 @cache
@@ -88,7 +88,7 @@ def true_values() -> dict[str, tuple[float, float]]:
     Returns:
         By metric, its value for the baseline, and the difference between both models.
     """
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     one_row_per_user = np.ones(POPULATION_BATCH_ROWS, dtype=np.intp)
     measure = {
         "auc": point_estimates.auc,
@@ -97,7 +97,7 @@ def true_values() -> dict[str, tuple[float, float]]:
     }
     values: dict[str, list[tuple[float, float]]] = {metric: [] for metric in METRICS}
     for _ in range(POPULATION_BATCHES):
-        rows = simulate(random, one_row_per_user)
+        rows = simulate(rng, one_row_per_user)
         for metric in METRICS:
             before = measure[metric](rows.label, rows.baseline)
             after = measure[metric](rows.label, rows.candidate)
@@ -120,8 +120,8 @@ def coverage(
     metrics = tuple(metrics)
     hits = {metric: np.zeros(2) for metric in metrics}
     for run in range(runs):
-        random = np.random.default_rng([users, run])
-        rows = simulate(random, heavy_tailed_sizes(random, users))
+        rng = np.random.default_rng([users, run])
+        rows = simulate(rng, heavy_tailed_sizes(rng, users))
         group = rows.user if grouped else None
         for metric in metrics:
             intervals = estimate_pair(

@@ -76,7 +76,7 @@ class GraphBuilder:
     width: int
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
-    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def constant(self, value: Any) -> str:
         """Add an initializer; return its name."""

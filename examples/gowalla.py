@@ -102,14 +102,14 @@ def split(folder: Path, seed: int) -> Splits:
     Every user keeps at least one training row.
     """
     public, test = read_pairs(folder, "train"), read_pairs(folder, "test")
-    random = np.random.default_rng(seed)
-    permutation = random.permutation(len(public))
+    rng = np.random.default_rng(seed)
+    permutation = rng.permutation(len(public))
     # Positions in the shuffled rows; the first row of each user always stays in training.
     _, first_of_user = np.unique(public[permutation, 0], return_index=True)
     candidates = np.setdiff1d(np.arange(len(public)), first_of_user)
     is_validation = np.zeros(len(public), bool)
     is_validation[
-        permutation[random.choice(candidates, int(VALIDATION_SHARE * len(public)), replace=False)]
+        permutation[rng.choice(candidates, int(VALIDATION_SHARE * len(public)), replace=False)]
     ] = True
     return Splits(public[~is_validation], public[is_validation], test)
 

@@ -256,7 +256,7 @@ def _apply_step(
         # Only training depends on the device, and every step that trains needs validation rows. All
         # other results are bit-identical on any device, so their cache keys do not contain it.
         device=load_settings().device if "validation" in step.needs else "cpu",
-        code=run.context_digest,
+        context_digest=run.context_digest,
     )
 
 

@@ -32,7 +32,7 @@ def compress(
     teachers: tuple[Artifact, ...],
     seed: int,
     device: str,
-    code: str,
+    context_digest: str,
     preset: bool = False,
     excluded: dict[str, str] | None = None,
 ) -> Artifact | NotApplicable:
@@ -49,8 +49,8 @@ def compress(
             parents of the result as well.
         seed: seed of all random numbers of the step.
         device: the device of a training step; several are separated by commas.
-        code: digest of the architecture's code and the number of the attempt. An interrupted
-            training resumes only from checkpoints with the same digest.
+        context_digest: digest of the source code of the model's class and of the order's
+            ``attempt``. An interrupted training resumes only from checkpoints with the same digest.
         preset: whether the step is part of a preset. If so, it is skipped if it cannot be applied.
         excluded: units that the step may not change, with the reasons.
 
@@ -77,7 +77,9 @@ def compress(
         part: split_of(artifact, rows[split_of_part[part]]) for part, artifact in splits.items()
     }
     devices = device.split(",")
-    inputs_digest = digest([source, step, splits, original, seed, code, code_digest(compress.fn)])
+    inputs_digest = digest(
+        [source, step, splits, original, seed, context_digest, code_digest(compress.fn)]
+    )
     checkpoints = load_settings().home / "progress" / inputs_digest
     bench = bench_of(manifest, parts, original, seed, checkpoints, teachers, devices[0])
     work = StepInputs(

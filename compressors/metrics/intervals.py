@@ -300,11 +300,11 @@ def _replicates(
     same replicate. A replicate with rows of only one class has no AUC and is drawn again. With at
     least ``MIN_OBSERVATIONS`` rows of each class, this happens for fewer than one in ten thousand.
     """
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     values = np.empty((2, samples))
     done = 0
     while done < samples:
-        counts = np.bincount(random.integers(0, observations, observations), minlength=observations)
+        counts = np.bincount(rng.integers(0, observations, observations), minlength=observations)
         pair = before(counts), after(counts)
         if not math.isnan(pair[0]):
             values[:, done] = pair
@@ -319,13 +319,13 @@ def _quantiles(
 
     A replicate has the same rounds for all models.
     """
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     models, rounds = times.shape
     block = max(1, LATENCY_BLOCK_BYTES // (8 * models * rounds))
     values = np.empty((models, samples))
     for start in range(0, samples, block):
         stop = min(start + block, samples)
-        drawn = random.integers(0, rounds, (stop - start, rounds))
+        drawn = rng.integers(0, rounds, (stop - start, rounds))
         values[:, start:stop] = np.quantile(times[:, drawn], quantile, axis=2)
     return values
 

@@ -249,8 +249,8 @@ def test_order_that_is_killed_after_a_random_time_gives_the_same_bytes_and_one_v
     killing: Callable[[Scenario], KillTest], count_outcome: CountOutcome
 ) -> None:
     prepared = killing(ORDER)
-    draw = random.Random(SEED)
-    times = [({"after": draw.uniform(0.1, prepared.seconds)},) for _ in range(RANDOM_TIMES)]
+    rng = random.Random(SEED)
+    times = [({"after": rng.uniform(0.1, prepared.seconds)},) for _ in range(RANDOM_TIMES)]
     check(prepared, ORDER, times, count_outcome, case=", at a random time")
 
 
@@ -260,8 +260,8 @@ def test_order_that_is_killed_twice_in_a_row_gives_the_same_bytes_and_one_versio
     killing: Callable[[Scenario], KillTest], count_outcome: CountOutcome
 ) -> None:
     prepared = killing(ORDER)
-    draw, count = random.Random(SEED), len(prepared.points)
-    pairs = [sorted((draw.randint(1, count), draw.randint(1, count))) for _ in range(TWICE)]
+    rng, count = random.Random(SEED), len(prepared.points)
+    pairs = [sorted((rng.randint(1, count), rng.randint(1, count))) for _ in range(TWICE)]
     # The second run passes fewer points, because the first run finished some work. So the first is
     # killed at the larger number of a pair, and the second at the difference.
     faults = [({"at": larger}, {"at": max(1, larger - smaller)}) for smaller, larger in pairs]

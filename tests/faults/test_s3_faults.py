@@ -70,19 +70,19 @@ class Operation:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self._folder, self._number = name, folder, 0
         self.store = Store("s3://models/faults")
-        self._draw = random.Random(name)
+        self._rng = random.Random(name)
 
     def prepare(self) -> None:
         """Create the inputs of the operation, without faults."""
         self._number += 1
         self.key = f"{secrets.token_hex(8)}/{self._number}"
-        self.body = self._draw.randbytes(2000)
+        self.body = self._rng.randbytes(2000)
         self._source = self._folder / "source"
         shutil.rmtree(self._folder, ignore_errors=True)
         self._source.mkdir(parents=True)
         large = self.name == "put a large artifact"
         size = CHUNK_BYTES + 1_000_000 if large else 20_000
-        (self._source / "weights").write_bytes(self._draw.randbytes(size))
+        (self._source / "weights").write_bytes(self._rng.randbytes(size))
         (self._source / "notes").write_bytes(self.body)
         if self.name == "get an artifact":
             self._artifact = self.store.put(self._source)

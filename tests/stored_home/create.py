@@ -185,7 +185,7 @@ def _apply_recipe(name: str) -> dict[str, Any]:
             teachers=(),
             seed=0,
             device="cpu",
-            code=CODE,
+            context_digest=CODE,
         )
         if not hasattr(bundle, "sha256"):
             raise RuntimeError(f"recipe {name!r}: {bundle}")

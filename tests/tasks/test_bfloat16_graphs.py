@@ -31,7 +31,7 @@ def test_graph_with_bfloat16_products_is_compared_and_its_copy_without_them_is_n
         teachers=(),
         seed=0,
         device="cpu",
-        code="c",  # digest of the model's code, which is only part of a cache key; here any text
+        context_digest="c",  # only a part of a cache key; here any text
     )
     assert isinstance(compressed, Artifact)
     graph = lower_model.fn(

@@ -46,7 +46,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
             teachers=(),
             seed=0,
             device="cpu",
-            code="c",  # digest of the model's code, only part of a cache key; here any text
+            context_digest="c",  # only a part of a cache key; here any text
         )
         rows = prepare.fn(source, "test")
     assert isinstance(quantized, Artifact)

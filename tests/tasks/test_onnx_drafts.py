@@ -29,7 +29,7 @@ from tasks.bundles.new_draft import DraftRequest, NewDraft, new_draft
 from tasks.bundles.packing import pack
 
 KERAS = Path(__file__).parents[1] / "onnx_files" / "keras_clicks.onnx"
-random = np.random.default_rng(0)
+rng = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def draft(home: Path, data: Path, model: onnx.ModelProto | Path, **options: Any)
 
 
 def floats(*shape: int) -> Any:
-    return random.normal(size=shape).astype(np.float32)
+    return rng.normal(size=shape).astype(np.float32)
 
 
 WEIGHTS = {"user.weight": floats(300, 4), "item.weight": floats(400, 4), "out.weight": floats(4, 1)}

@@ -177,13 +177,13 @@ def test_local_result_never_reads_the_location_named_by_a_state_of_the_api(
 
 
 def content_key(
-    prefect_task: Any = tables.quantize_tables, code: str = "c", /, **arguments: Any
+    prefect_task: Any = tables.quantize_tables, context_digest: str = "c", /, **arguments: Any
 ) -> str:
     """Return the cache key of a task's result for these arguments.
 
-    ``code`` stands for the digest of the sources that the task imports.
+    ``context_digest`` stands for the digest of what no argument contains.
     """
-    return task_calls.content_key(prefect_task, code, arguments)
+    return task_calls.content_key(prefect_task, context_digest, arguments)
 
 
 def test_content_key_depends_on_code_and_every_argument_but_not_their_order() -> None:
@@ -207,7 +207,7 @@ def test_content_key_is_the_same_with_an_explicit_default() -> None:
         "teachers": (),
         "seed": 0,
         "device": "cpu",
-        "code": "c",
+        "context_digest": "c",
     }
     one = content_key(compress.compress, **arguments)
     assert one == content_key(compress.compress, **arguments, preset=False, excluded=None)

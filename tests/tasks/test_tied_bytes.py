@@ -92,7 +92,7 @@ def test_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
         teachers=(),
         seed=0,
         device="cpu",
-        code="c",  # digest of the model's code, which is only part of a cache key; here any text
+        context_digest="c",  # only a part of a cache key; here any text
     )
     assert isinstance(quantized, Artifact)
     untouched, compressed = load_bundle(bundle), load_bundle(quantized)

@@ -428,10 +428,7 @@ def _build_deferred_outcomes(reasons: Mapping[str, tuple[Reason, ...]]) -> dict[
 
 
 def _width_reason(width: Width, producer: str, before: int, after: int) -> Reason:
-    """Build a reason, such as "16 -> 8 outputs (hidden[0])" or "32 -> 16 outputs (heads 4 -> 2)".
-
-    ``before`` and ``after`` are numbers of groups.
-    """
+    """Build a reason, such as "16 -> 8 outputs (hidden[0])"; arguments are numbers of groups."""
     size = width.producers[producer]
     if size == 1:
         return Reason("fewer_channels", before=before, after=after, width=width.description())

@@ -99,8 +99,8 @@ def bench_of(model: Model, folder: Path) -> Bench:
     with torch.no_grad():
         users, items = torch.arange(USERS), torch.arange(ITEMS)
         scores = model.module.query(user=users) @ model.module.item(item=items).T
-    random = np.random.default_rng(0)
-    gumbel = random.gumbel(size=scores.shape)
+    rng = np.random.default_rng(0)
+    gumbel = rng.gumbel(size=scores.shape)
     order = np.argsort(-(scores.numpy() + gumbel), axis=1)  # samples without replacement
     parts, begin = {}, 0
     for part, count in PER_USER.items():

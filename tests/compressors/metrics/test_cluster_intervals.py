@@ -51,8 +51,8 @@ def test_intervals_cover_95_percent_in_4000_simulated_test_sets(users):
 
 def simulated_rows(users, seed=0):
     """Label, baseline score, candidate score and user of each simulated row."""
-    random = np.random.default_rng(seed)
-    return simulate(random, heavy_tailed_sizes(random, users))
+    rng = np.random.default_rng(seed)
+    return simulate(rng, heavy_tailed_sizes(rng, users))
 
 
 def metric_of_rows(metric, label, score, group):
@@ -81,11 +81,11 @@ def metric_without_each_group(metric, label, score, group):
 @given(st.data())
 def test_values_without_each_group_equal_the_metric_of_the_other_rows(data):
     rows, users = data.draw(st.integers(30, 80)), data.draw(st.integers(3, 8))
-    random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
-    user = random.permutation(np.r_[np.arange(users), random.integers(0, users, rows - users)])
-    label = random.random(rows) < 0.5
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    user = rng.permutation(np.r_[np.arange(users), rng.integers(0, users, rows - users)])
+    label = rng.random(rows) < 0.5
     # Few distinct scores: ties within and across users.
-    score = random.integers(1, 9, rows) / 10
+    score = rng.integers(1, 9, rows) / 10
     users_with_both_classes = [
         u for u in range(users) if 0 < label[user == u].sum() < (user == u).sum()
     ]
@@ -189,17 +189,17 @@ def test_an_undecided_limit_on_grouped_rows_has_the_rows_and_groups_to_decide():
 
 
 def test_interval_bounds_are_within_the_range_of_the_metric():
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     user = np.repeat(np.arange(12), 4)
     label = np.tile([0, 0, 1, 1], 12)
-    score = label + 0.3 * random.normal(size=48)
-    interval = estimate_pair("auc", label, score, score + 0.3 * random.normal(size=48), user)
+    score = label + 0.3 * rng.normal(size=48)
+    interval = estimate_pair("auc", label, score, score + 0.3 * rng.normal(size=48), user)
     assert 0 <= interval.baseline.low <= interval.baseline.point <= interval.baseline.high <= 1
 
 
 def test_intervals_of_a_million_grouped_rows_take_less_than_12_seconds():
-    random = np.random.default_rng(0)
-    rows = simulate(random, heavy_tailed_sizes(random, 27_000))
+    rng = np.random.default_rng(0)
+    rows = simulate(rng, heavy_tailed_sizes(rng, 27_000))
     start = time.process_time()
     for metric in METRICS:
         estimate_pair(metric, *rows)

@@ -18,12 +18,12 @@ from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.onnx_network.conversion import convert
 from compressors.onnx_network.network import OnnxNetwork
 
-random = np.random.default_rng(0)
+rng = np.random.default_rng(0)
 IDS = np.array([0, 2, 1])
 
 
 def floats(*shape: int) -> Array:
-    return random.normal(size=shape).astype(np.float32)
+    return rng.normal(size=shape).astype(np.float32)
 
 
 def node(op: str, inputs: str, output: str, name: str = "", **attributes: Any) -> onnx.NodeProto:

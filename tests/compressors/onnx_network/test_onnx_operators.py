@@ -12,15 +12,15 @@ from onnx_graphs import Array, graph_of, network_of, network_outputs, require_eq
 from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.onnx_network.operators.table import OPERATORS
 
-random = np.random.default_rng(0)
+rng = np.random.default_rng(0)
 
 
 def floats(*shape: int) -> Array:
-    return random.normal(size=shape).astype(np.float32)
+    return rng.normal(size=shape).astype(np.float32)
 
 
 def ids(*shape: int, low: int = 0, high: int = 3) -> Array:
-    return random.integers(low, high, shape)
+    return rng.integers(low, high, shape)
 
 
 def sizes(*values: int) -> Array:
@@ -28,7 +28,7 @@ def sizes(*values: int) -> Array:
 
 
 def flags(*shape: int) -> Array:
-    return random.integers(0, 2, shape).astype(bool)
+    return rng.integers(0, 2, shape).astype(bool)
 
 
 X, POSITIVE, LONG = floats(4, 3), np.abs(floats(4, 3)) + 0.1, floats(4, 5, 3)

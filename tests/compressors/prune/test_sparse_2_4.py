@@ -34,8 +34,8 @@ LAYERS = ("cross", "hidden", "capped", "plain", "out")
 
 
 def random_normal(outputs: int, inputs: int, seed: int) -> Tensor:
-    random = np.random.default_rng(seed)
-    return torch.tensor(random.normal(size=(outputs, inputs)), dtype=torch.float32)
+    rng = np.random.default_rng(seed)
+    return torch.tensor(rng.normal(size=(outputs, inputs)), dtype=torch.float32)
 
 
 def gram_of(rows: int, inputs: int, seed: int) -> Tensor:

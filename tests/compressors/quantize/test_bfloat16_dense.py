@@ -147,9 +147,9 @@ def test_onnxruntime_cannot_run_the_bfloat16_graph_of_tensorrt(tmp_path):
 
 def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_path):
     """``write_checkable`` rewrites a TensorRT graph so that ONNX Runtime can compute its scores."""
-    random = np.random.default_rng(0)
-    weight = torch.from_numpy(random.standard_normal((3, 8)).astype(np.float32)).bfloat16()
-    bias = torch.from_numpy(random.standard_normal(3).astype(np.float32)).bfloat16()
+    rng = np.random.default_rng(0)
+    weight = torch.from_numpy(rng.standard_normal((3, 8)).astype(np.float32)).bfloat16()
+    bias = torch.from_numpy(rng.standard_normal(3).astype(np.float32)).bfloat16()
     initializers = [
         onnx.helper.make_tensor(name, TensorProto.BFLOAT16, list(t.shape), t.float().flatten())
         for name, t in (("w", weight), ("b", bias))
@@ -171,7 +171,7 @@ def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_pa
         onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "g.onnx"
     )
     write_checkable(tmp_path / "g.onnx", tmp_path / "c.onnx")
-    x = random.standard_normal((50, 8)).astype(np.float32)
+    x = rng.standard_normal((50, 8)).astype(np.float32)
     result = Session(tmp_path / "c.onnx", 1).scores({"x": x})
     product = F.linear(torch.from_numpy(x).bfloat16().float(), weight.float(), bias.float())
     # Sums in another order may round to the neighbouring bfloat16 number.

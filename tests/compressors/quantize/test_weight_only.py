@@ -75,9 +75,9 @@ def layer(
 def test_unpack_restores_packed_codes_and_padding_is_zero(size, block, bits, seed):
     inputs, outputs = size
     largest_code = 2 ** (bits - 1) - 1
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     multiples = torch.tensor(
-        random.integers(-largest_code, largest_code + 1, (outputs, inputs))
+        rng.integers(-largest_code, largest_code + 1, (outputs, inputs))
     ).float()
     codes = pack(multiples, block, bits)
     assert codes.shape == (outputs, padded_length(inputs, block) * bits // 8)
