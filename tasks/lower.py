@@ -146,7 +146,8 @@ def _check_graph(
         most_rows: the largest batch the graph must accept.
 
     Raises:
-        ParityLost, AuditFailed: as ``lower_model``.
+        ParityLost: the graph's outputs differ from the module's by more than the tolerance.
+        AuditFailed: the runtime computes a quantized layer or table in float.
     """
     served_graph = lowered.wrapper.served_graph
     signature, plan = served_graph.signature, _plan_of_graph(loaded, served_graph)

@@ -72,7 +72,7 @@ def training_output(
         row, float ``(rows, 2, dim)``.
 
     Raises:
-        TypeError, ValueError: as ``scores_of``.
+        TypeError, ValueError: the network's output is not what the signature declares.
     """
     if signature.towers is None:
         return network_scores(module, inputs, signature)
@@ -128,7 +128,7 @@ def scores_of(returned: Any, signature: Signature) -> Tensor:
     """Return the scores in what a network returned.
 
     Raises:
-        TypeError, ValueError: as ``output_tensors``.
+        TypeError, ValueError: the network's output is not what the signature declares.
     """
     tensors = output_tensors(returned, signature)
     if isinstance(returned, Tensor) and signature.has_several_outputs:

@@ -220,7 +220,7 @@ def mixed_loss(
     """Build the loss of ``soft_label_loss``, or only the loss on the labels if ``soft_share`` is 0.
 
     Raises:
-        RowsMissing: as for ``soft_label_loss``.
+        RowsMissing: there are no soft labels, or their number differs from the number of rows.
     """
     if soft_share:
         return soft_label_loss(bench, soft_share, temperature, kind, original=original)

@@ -119,11 +119,12 @@ def check_outputs(
             each with limits that are relative to its own spread.
         actual: the graph's, in the same shape.
         outputs: the names of the graph's outputs.
-        plan: as for ``check_parity``.
-        target: as for ``check_parity``.
+        plan: the compression plan, whose formats decide the limits; None if uncompressed.
+        target: name of the serving target.
 
     Raises:
-        ParityLost: as ``check_parity``; its failure names the output if there are several.
+        ParityLost: ``check_parity`` raises it for an output, which the failure names if there are
+            several.
     """
     if len(outputs) == 1 or expected.shape != actual.shape:
         return (check_parity(expected, actual, plan, target),)

@@ -98,7 +98,7 @@ def _refused_rows(
 def _apply_to_matrix(
     item: MatrixInput, inputs: dict[str, Tensor], rows_of_table: Mapping[str, int]
 ) -> Tensor | None:
-    """Apply the policy of each field to its columns of a matrix; as ``apply_policy``.
+    """Apply the policy of each field to its columns of a matrix, as ``apply_policy`` does to an id.
 
     Columns of numbers have the range from minus to plus infinity, so their values stay the same.
     """

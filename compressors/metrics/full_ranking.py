@@ -229,7 +229,8 @@ def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, F
         By metric name, the value of each query, float64 ``(queries,)``.
 
     Raises:
-        MetricRefused: as ``rank_relevant_items``, or a metric has no such estimator.
+        MetricRefused: a vector is not finite or has another length, or a metric has no such
+            estimator.
     """
     declared = [metric(name) for name in names]
     depth = max((item.depth for item in declared if item.depth is not None), default=DEPTH)

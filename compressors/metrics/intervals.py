@@ -258,7 +258,8 @@ def latency_ratio(
         The ratio, unitless; below 1 the candidate is faster. ``rows`` is None.
 
     Raises:
-        MetricRefused: as ``latency``, for either model.
+        MetricRefused: for either model, there are fewer rounds than ``rounds_needed(quantile)``, or
+            a time is not positive and finite.
     """
     before = _check_times("baseline latency", baseline_ms, quantile, samples)
     after = _check_times("candidate latency", candidate_ms, quantile, samples)

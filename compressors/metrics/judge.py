@@ -66,7 +66,7 @@ def verdict(
         limit covers that.
 
     Raises:
-        LimitRefused: as ``judge``, and for numbers of a target that was not built.
+        LimitRefused: ``judge`` raises it, or there are numbers of a target that was not built.
     """
     _require_limits(limits)
     if measured is None:

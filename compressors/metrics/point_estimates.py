@@ -107,7 +107,7 @@ def normalized_entropy(label: ArrayLike, probability: ArrayLike) -> float:
         A float >= 0, unitless. A perfect model has 0, a model that predicts the base rate 1.
 
     Raises:
-        MetricRefused: as ``logloss``, and for one class only, whose entropy is 0.
+        MetricRefused: labels or scores are not valid, or all labels are equal: their entropy is 0.
 
     Source: He et al. 2014, https://doi.org/10.1145/2648584.2648589. Differs: nats instead
     of bits in both parts, which cancels.

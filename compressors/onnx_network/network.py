@@ -164,7 +164,7 @@ class OnnxNetwork(nn.Module):
         """Return the inputs with the dtypes and dimensions of the graph.
 
         Raises:
-            TypeError, ValueError: as ``GraphInput.convert``.
+            TypeError, ValueError: a tensor does not have the dtype or the sizes of its input.
         """
         return {item.name: item.convert(inputs[item.name]) for item in self.inputs}
 

@@ -64,7 +64,7 @@ def argument_classes(paths: Sequence[str], allowed: Sequence[str]) -> dict[str, 
         The classes by path.
 
     Raises:
-        BundleRefused: as ``network_class``; the classes need not be networks.
+        BundleRefused: a module is not allowed or cannot be imported, or has no such class.
     """
     return {path: _argument_class(path, allowed) for path in paths}
 

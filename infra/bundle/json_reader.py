@@ -246,7 +246,8 @@ def _format_error(error: Mapping[str, Any], source_locations: Mapping[str, str])
 
     Args:
         error: an item of ``ValidationError.errors()``.
-        source_locations: as in ``parse``.
+        source_locations: for a migrated document, maps a location in it to the location in the
+            file.
     """
     location = ""
     is_after_index = False  # after the index of an input, pydantic adds the input's kind

@@ -39,8 +39,9 @@ def prepare(
         tokenizer_files: the file of each tokenizer that an input names, by this name.
 
     Raises:
-        DataRefused: as ``splits.prepare``; or an item occurs twice in the catalogue, or is missing
-            from it; or two test rows of one query differ in the inputs of the query tower.
+        DataRefused: a split is not valid (``splits.prepare``); or an item occurs twice in the
+            catalogue, or is missing from it; or two test rows of one query differ in the inputs of
+            the query tower.
     """
     prepared = data.prepare(paths[split], signature.of_split(split), into, tokenizer_files)
     if signature.item is None:

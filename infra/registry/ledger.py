@@ -166,7 +166,7 @@ class Ledger:
         Raises:
             AlreadyThere: the ledger has an entry after ``expected``; the error contains that entry.
             PromotionRefused: a rollback to another order than that of ``find_rollback_target``.
-            ArtifactDamaged: as ``entries``.
+            ArtifactDamaged: an entry is missing in the sequence, or cannot be read.
             ConcurrentChange: other processes appended first ``ATTEMPTS`` times in a row.
         """
         for _ in range(ATTEMPTS):

@@ -110,7 +110,7 @@ class Store:
             manifest: their hashes, as ``ArtifactDraft.seal`` returns them; None to compute them.
 
         Raises:
-            StoreRefused, ConcurrentChange: as ``put``.
+            StoreRefused, ConcurrentChange: ``put`` cannot store the files.
         """
         if manifest is None:
             manifest = StoreManifest.of(hash_files(folder, list_regular_files(folder)))
@@ -127,8 +127,8 @@ class Store:
             parent_folder: the folder that ``local`` returned for ``parent``.
 
         Raises:
-            StoreRefused, ConcurrentChange: as ``put``.
-            ArtifactMissing, ArtifactDamaged: as ``manifest``, for ``parent``.
+            StoreRefused, ConcurrentChange: ``put`` cannot store the files.
+            ArtifactMissing, ArtifactDamaged: the parent's manifest is missing or damaged.
         """
         parent_manifest = self.manifest(parent)
         linked: dict[str, FileEntry] = {}
@@ -187,7 +187,8 @@ class Store:
         """Return the full URI of one file of an artifact in this store.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``manifest``, or the artifact has no such file.
+            ArtifactMissing, ArtifactDamaged: the manifest is missing or damaged, or the artifact
+                has no such file.
         """
         manifest = self.manifest(artifact)
         entry = _find_entry(artifact, manifest, path)
@@ -245,7 +246,7 @@ class Store:
             ``into``.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``manifest``, or a file is missing or damaged.
+            ArtifactMissing, ArtifactDamaged: the manifest or a file is missing or damaged.
             StoreRefused: ``into`` is not empty.
         """
         require_empty_or_missing(into)
@@ -267,7 +268,7 @@ class Store:
         ``cache/<sha256>``: every call verifies the copy and fetches it again if it is damaged.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``get``.
+            ArtifactMissing, ArtifactDamaged: the manifest or a file is missing or damaged.
             ConcurrentChange: other processes keep changing the copy.
         """
         manifest = self.manifest(artifact)
@@ -291,8 +292,8 @@ class Store:
         """Read and verify one file of an artifact; it has at most ``MAX_MANIFEST_BYTES``.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``manifest``; or the artifact has no such file, or
-                the file is larger or damaged.
+            ArtifactMissing, ArtifactDamaged: the manifest or the file is missing or damaged, or the
+                file is larger.
         """
         manifest = self.manifest(artifact)
         entry = _find_entry(artifact, manifest, path)
@@ -304,8 +305,7 @@ class Store:
         """Yield the verified chunks of one file of an artifact in order. The file has any size.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``manifest``; or the artifact has no such file, or
-                the file is damaged.
+            ArtifactMissing, ArtifactDamaged: the manifest or the file is missing or damaged.
         """
         manifest = self.manifest(artifact)
         entry = _find_entry(artifact, manifest, path)

@@ -27,7 +27,7 @@ from infra.errors import BuildRefused
 from infra.tensorrt.audit import (
     check_weights,
     find_tables,
-    halve,
+    halve_large_tables,
     judge_scratch,
     judge_sparsity,
     read_log_bytes,
@@ -184,7 +184,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     copy_bytes = {
         name: widened_bytes(tensors) for name, tensors in find_tables(model, request.tables).items()
     }
-    removed_bytes = halve(model, request.tables)
+    removed_bytes = halve_large_tables(model, request.tables)
     twin_bytes = None
     if removed_bytes is not None:
         print("--- the twin with half the rows ---")  # noqa: T201

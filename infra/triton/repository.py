@@ -335,7 +335,7 @@ def stage(folder: Store, source: Store, served: ServedVersion) -> tuple[str, ...
     Raises:
         TritonRefused: the folder belongs to another model or program, or it serves a version with
             the same number of another order.
-        ArtifactMissing, ArtifactDamaged: as ``Store.chunks``.
+        ArtifactMissing, ArtifactDamaged: a file of the version is missing or damaged in the store.
     """
     if (owner_model := owning_model(folder)) not in (None, served.model):
         raise TritonRefused(

@@ -150,7 +150,7 @@ def find_bundle(reference: str) -> BundleRef:
     bundle later. The other files are verified by the task ``pull``.
 
     Args:
-        reference: as in ``resolve``.
+        reference: the artifact's URI, ``name@version``, or ``name`` for the latest version.
     """
     artifact = resolve(reference)
     manifest = parse_manifest(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))

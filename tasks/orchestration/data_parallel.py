@@ -93,7 +93,7 @@ def run_step(work: StepInputs, folder: Path) -> StepResult:
     """Run a step in this process and write the result's tensors to a folder.
 
     Raises:
-        CompressionError: as ``compressors.core.skipping.run_or_skip``.
+        CompressionError: the step cannot be applied (``compressors.core.skipping.run_or_skip``).
     """
     model = load_bundle(work.source).model
     learns_from_vectors = not work.bench.signature.scores_rows and any(

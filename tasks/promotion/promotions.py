@@ -178,8 +178,8 @@ def promote_order(model: str, order: str, reason: str) -> Entry:
         reason: a text for the ledger.
 
     Raises:
-        PromotionRefused: as ``apply_promotion``, or the registry does not have the order.
-        AlreadyThere: as ``apply_promotion``.
+        PromotionRefused: the version was not accepted, or the registry does not have the order.
+        AlreadyThere: another command has made another version the champion.
     """
     entries = Ledger(store(), model).entries()
     return _promote(model, version_of_order(model, order), reason, entries).entry

@@ -98,7 +98,7 @@ def require_repository(option: str | None) -> str:
     """Return the root of the Triton repository; raise if there is no repository.
 
     Args:
-        option: as in ``repository_root``.
+        option: value of the option ``--to``; without it the setting ``RECPRESS_TRITON`` is used.
 
     Raises:
         SettingRefused: there is no repository, or it cannot be used.

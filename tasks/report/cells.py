@@ -116,7 +116,7 @@ def cell(text: str) -> str:
     return plain.replace("|", "\\|").replace("`", "&#96;").replace("](", "]&#40;")
 
 
-def describe_products(audit: GraphAudit) -> str:
+def describe_matmuls(audit: GraphAudit) -> str:
     """Describe how many matrix products of an optimized graph are computed in int8."""
     return format_count(audit.int8_products, "int8 matrix product")
 

@@ -16,8 +16,8 @@ from tasks.report.cells import (
     audit_heading,
     cell,
     describe_dense_layers,
+    describe_matmuls,
     describe_packed_tables,
-    describe_products,
     format_audit_value,
     format_change,
     format_reason,
@@ -295,7 +295,7 @@ def _checks_of_graph(
     ]
     if graph.audit is not None:
         lines.append(
-            f"- {where}: optimized graph has {describe_products(graph.audit)} and "
+            f"- {where}: optimized graph has {describe_matmuls(graph.audit)} and "
             f"{describe_packed_tables(graph.audit)}; {describe_dense_layers(graph.audit)}"
         )
         if graph.sparse_layers:

@@ -9,8 +9,8 @@ from tasks.orchestration.graph_documents import GraphInput, LoweredGraph
 from tasks.report.cells import (
     audit_heading,
     describe_dense_layers,
+    describe_matmuls,
     describe_packed_tables,
-    describe_products,
     format_audit_value,
     target_label,
 )
@@ -96,7 +96,7 @@ def _graph_facts(graph: LoweredGraph, audit: dict[str, object], runtime: str) ->
     }
     if graph.audit is not None:
         facts["Optimized graph"] = Fact(
-            f"{describe_products(graph.audit)}, "
+            f"{describe_matmuls(graph.audit)}, "
             f"{describe_packed_tables(graph.audit)}, "
             f"{graph.audit.weight_bytes:,} bytes of weights; {describe_dense_layers(graph.audit)}",
             note=", ".join(f"{count} {name}" for name, count in graph.audit.nodes.items()),

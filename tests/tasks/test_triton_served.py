@@ -141,7 +141,7 @@ def publish_with_engine(
 
     Args:
         home: the fixture ``home``.
-        order_digit: as in ``publish_version``.
+        order_digit: the hex digit of which the order's digest consists.
         outcome: the outcome of the engine.
         target_settings: the order's settings of targets, which contain the batch sizes; None for
             the batch sizes 1 (smallest), 8 (best) and 32 (largest).

@@ -30,6 +30,8 @@ class ObservedTable(nn.Module):
 
     def __init__(self, table: nn.Module, observe: Observe, *, hides_attributes: bool) -> None:
         super().__init__()
+        # In the instance's dict, so that the table is no submodule and keeps its name in the
+        # network.
         vars(self).update(observed=table, observe=observe, hides_attributes=hides_attributes)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

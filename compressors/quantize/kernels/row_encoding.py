@@ -83,7 +83,7 @@ def encode_as(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tenso
         rows: finite, float, ``(rows, dim)``; the first row begins a group of rows with one scale.
         fitted: scales and offsets of these rows, or those of the table if it has one scale.
         grid: the grid of levels, with any ``rows_per_scale``.
-        bits: as in ``encode``.
+        bits: 8 for one byte per code, or 4 for the planar layout of ``bitpacking``.
 
     Returns:
         Codes as in ``encode``.
