@@ -105,12 +105,12 @@ def read_part(folder: Path, number: int) -> Documents:
         raise DataMissing(f"Expected {path} or {path.name}.gz, got neither. {REMEDY}")
     fields = [line.partition("#")[0].split() for line in text.splitlines()]
     query = np.array([int(row[1].partition(":")[2]) for row in fields])
-    order = np.argsort(query, kind="stable")
+    permutation = np.argsort(query, kind="stable")
     features = [[float(value.partition(":")[2]) for value in row[2:]] for row in fields]
     return Documents(
-        np.array(features, np.float32)[order],
-        np.array([int(row[0]) for row in fields])[order],
-        query[order],
+        np.array(features, np.float32)[permutation],
+        np.array([int(row[0]) for row in fields])[permutation],
+        query[permutation],
     )
 
 

@@ -51,13 +51,13 @@ class TextTower:
 
         Texts of similar length share a batch, so that few positions are padding.
         """
-        order = np.argsort([len(text) for text in texts], kind="stable")
+        permutation = np.argsort([len(text) for text in texts], kind="stable")
         parts = [
-            self._of_batch([texts[index] for index in order[begin : begin + BATCH]])
-            for begin in range(0, len(order), BATCH)
+            self._of_batch([texts[index] for index in permutation[begin : begin + BATCH]])
+            for begin in range(0, len(permutation), BATCH)
         ]
         result = np.concatenate(parts)
-        result[order] = result.copy()
+        result[permutation] = result.copy()
         return result
 
     def _of_batch(self, texts: list[str]) -> Vectors:

@@ -220,9 +220,11 @@ def calibrated_listwise(
 def _teacher_ranks(teacher: Tensor, list_index: Tensor, num_lists: int) -> Tensor:
     """Rank each row in its list by the teacher's scores, from 0; ties keep the order of rows."""
     by_score = teacher.argsort(descending=True, stable=True)
-    order = by_score[list_index[by_score].argsort(stable=True)]
+    permutation = by_score[list_index[by_score].argsort(stable=True)]
     count = torch.bincount(list_index, minlength=num_lists)
     begin = count.cumsum(0) - count
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - begin[list_index[order]]
+    rank = torch.empty_like(permutation)
+    rank[permutation] = (
+        torch.arange(len(permutation), device=permutation.device) - begin[list_index[permutation]]
+    )
     return rank

@@ -123,14 +123,14 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
     """
     from scipy.optimize import isotonic_regression  # importing it takes 0.2 s
 
-    order = np.argsort(logit, kind="stable")
-    ends = np.arange(1, knots) * len(order) // knots
+    permutation = np.argsort(logit, kind="stable")
+    ends = np.arange(1, knots) * len(permutation) // knots
     # Rows with equal scores stay in one bin. Every bin has at least half of the average size.
-    starts, min_rows = [0], max(len(order) // knots // 2, 1)
-    for end in np.searchsorted(logit[order], logit[order][ends], side="left"):
-        if min_rows <= end - starts[-1] and min_rows <= len(order) - end:
+    starts, min_rows = [0], max(len(permutation) // knots // 2, 1)
+    for end in np.searchsorted(logit[permutation], logit[permutation][ends], side="left"):
+        if min_rows <= end - starts[-1] and min_rows <= len(permutation) - end:
             starts.append(int(end))
-    bins = np.split(order, starts[1:])
+    bins = np.split(permutation, starts[1:])
     means = np.array([logit[rows_of_bin].mean() for rows_of_bin in bins])
     clicks = np.array([label[rows_of_bin].sum() for rows_of_bin in bins])
     rows = np.array([len(rows_of_bin) for rows_of_bin in bins], dtype=np.float64)

@@ -211,11 +211,11 @@ def _train(
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(adam_steps, 1))
         for optimizer in optimizers
     ]
-    order, begin = torch.empty(0, dtype=torch.int64), 0
+    permutation, begin = torch.empty(0, dtype=torch.int64), 0
     for _ in range(adam_steps):
-        if begin + min(rows, BATCH) > len(order):
-            order, begin = torch.randperm(rows, generator=generator), 0
-        ids = order[begin : begin + BATCH]
+        if begin + min(rows, BATCH) > len(permutation):
+            permutation, begin = torch.randperm(rows, generator=generator), 0
+        ids = permutation[begin : begin + BATCH]
         begin += len(ids)
         difference = decode(code_table(ids), Decoder(*parameters)) - table[ids]
         loss = (weight[ids].float() * difference.square().sum(dim=1)).mean()

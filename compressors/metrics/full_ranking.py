@@ -273,9 +273,11 @@ def _encode_pairs(
 
     Pairs whose query or item is unknown are omitted.
     """
-    order = np.argsort(catalogue)
-    item_index = order[
-        np.searchsorted(catalogue, interaction_items, sorter=order).clip(max=catalogue.size - 1)
+    permutation = np.argsort(catalogue)
+    item_index = permutation[
+        np.searchsorted(catalogue, interaction_items, sorter=permutation).clip(
+            max=catalogue.size - 1
+        )
     ]
     number = np.searchsorted(queries, interaction_queries).clip(max=queries.size - 1)
     known = (catalogue[item_index] == interaction_items) & (queries[number] == interaction_queries)
@@ -293,9 +295,9 @@ def _largest_labels(test: Interactions, pairs: Ints, queries: Ints, catalogue: I
         catalogue: the id of every item.
     """
     labels = np.asarray(test.label, np.float64)
-    order = np.argsort(catalogue)
+    permutation = np.argsort(catalogue)
     query, item = test.positive()
-    item_index = order[np.searchsorted(catalogue, item, sorter=order)]
+    item_index = permutation[np.searchsorted(catalogue, item, sorter=permutation)]
     pair = np.searchsorted(queries, query) * catalogue.size + item_index
     gain: Floats = np.zeros(pairs.size)
     np.maximum.at(gain, np.searchsorted(pairs, pair), labels[labels > 0])

@@ -156,15 +156,17 @@ def wins_within_groups(positive: Bools, scores: Floats, ids: Ints, rows: Ints) -
         ids: group number of each row, ``(rows,)``.
         rows: number of rows of each group, ``(groups,)``.
     """
-    order = np.lexsort((scores, ids))
-    run = equal_score_runs(ids[order], scores[order])
+    permutation = np.lexsort((scores, ids))
+    run = equal_score_runs(ids[permutation], scores[permutation])
     run_size = np.bincount(run)
     run_end = np.cumsum(run_size)
     group_start = np.cumsum(rows) - rows
     # Rows of equal score share the mean of the ranks they occupy; ranks start at 1 in a group.
-    rank = (run_end - (run_size - 1) / 2)[run] - group_start[ids[order]]
+    rank = (run_end - (run_size - 1) / 2)[run] - group_start[ids[permutation]]
     positives = np.bincount(ids, weights=positive, minlength=rows.size)
-    rank_sum = np.bincount(ids[order], weights=rank * positive[order], minlength=rows.size)
+    rank_sum = np.bincount(
+        ids[permutation], weights=rank * positive[permutation], minlength=rows.size
+    )
     won: Floats = rank_sum - positives * (positives + 1) / 2
     return won
 
@@ -232,10 +234,10 @@ def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> 
     ids, rows = number_groups(group, relevance.size)
     group_start = np.cumsum(rows) - rows
 
-    def discounted(order: Ints, gains: Floats) -> NDArray[Any]:
-        rank_from_zero = np.arange(order.size) - group_start[ids[order]]
+    def discounted(permutation: Ints, gains: Floats) -> NDArray[Any]:
+        rank_from_zero = np.arange(permutation.size) - group_start[ids[permutation]]
         discount = np.where(rank_from_zero < k, 1 / np.log2(rank_from_zero + 2), 0.0)
-        return np.bincount(ids[order], weights=gains * discount, minlength=rows.size)
+        return np.bincount(ids[permutation], weights=gains * discount, minlength=rows.size)
 
     best = np.lexsort((-gain, ids))
     ideal_gain = discounted(best, gain[best])

@@ -273,8 +273,8 @@ def _changed_best(before: Floats, after: Floats, groups: Groups) -> Floats:
 
 def _largest_scores(score: Floats, groups: Groups) -> Floats:
     """Return the largest score of each group, ``(groups,)``."""
-    order: Ints = np.lexsort((score, groups.ids))
-    largest: Floats = score[order[np.cumsum(groups.rows) - 1]]
+    permutation: Ints = np.lexsort((score, groups.ids))
+    largest: Floats = score[permutation[np.cumsum(groups.rows) - 1]]
     return largest
 
 

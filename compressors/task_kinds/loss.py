@@ -162,10 +162,12 @@ def shuffled_rows(
             batches = _batches_of_similar_length(row_numbers, lengths, size, generator)
             yield from _without_single_rows(batches)
         return
-    order = rows.group.argsort(stable=True)  # makes rows of a group adjacent
+    permutation = rows.group.argsort(stable=True)  # makes rows of a group adjacent
     counts = torch.unique(rows.group, return_counts=True)[1]
     begins = counts.cumsum(0) - counts
-    yield from _without_single_rows(_batches_of_groups(order, begins, counts, size, generator))
+    yield from _without_single_rows(
+        _batches_of_groups(permutation, begins, counts, size, generator)
+    )
 
 
 def _batches_of_similar_length(
@@ -183,16 +185,17 @@ def _batches_of_similar_length(
 
 
 def _batches_of_groups(
-    order: Tensor, begins: Tensor, counts: Tensor, size: int, generator: torch.Generator
+    permutation: Tensor, begins: Tensor, counts: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
     """Yield batches of whole groups in random order; a batch has at least ``size`` rows.
 
-    ``order`` lists row numbers by group; group ``i`` starts at ``begins[i]`` and has ``counts[i]``.
+    ``permutation`` lists row numbers by group; group ``i`` starts at ``begins[i]`` and has
+    ``counts[i]`` rows.
     """
     pending: list[Tensor] = []
     rows = 0
     for number in torch.randperm(len(counts), generator=generator).tolist():
-        pending.append(order[begins[number] : begins[number] + counts[number]])
+        pending.append(permutation[begins[number] : begins[number] + counts[number]])
         rows += len(pending[-1])
         if rows >= size:
             yield torch.cat(pending)

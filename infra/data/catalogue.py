@@ -112,9 +112,11 @@ def _join(
     """
     assert signature.towers is not None  # noqa: S101 - a retrieval signature always has towers
     row_ids, item_ids = tensors[str(signature.item)], items[str(signature.item)]
-    order = np.argsort(item_ids)
-    insertion_points = np.searchsorted(item_ids, row_ids, sorter=order)
-    position = order[insertion_points.clip(max=len(item_ids) - 1)]  # (rows,): row of the catalogue
+    permutation = np.argsort(item_ids)
+    insertion_points = np.searchsorted(item_ids, row_ids, sorter=permutation)
+    position = permutation[
+        insertion_points.clip(max=len(item_ids) - 1)
+    ]  # (rows,): row of the catalogue
     violations, (column,) = Violations(), _item_id_columns(signature)
     is_missing = item_ids[position] != row_ids
     violations.add(column, "an item that is not in 'items'", np.flatnonzero(is_missing))

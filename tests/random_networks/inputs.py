@@ -71,9 +71,7 @@ def draw_edge_rows(
     ]
     count = len(edges) + 6  # 6 rows in which all inputs are edge cases
     rng = random.Random(f"edges {seed}")
-    rows = draw_typical_rows(
-        signature, tables, count, scales, seed + 17
-    )  # other rows than "typical"
+    rows = draw_typical_rows(signature, tables, count, scales, seed + 17)
     for item in id_inputs:
         row_count = tables[item.table]
         lists = [_draw_typical_ids(item, row_count, rng) for _ in range(count)]
@@ -95,9 +93,7 @@ def draw_extreme_rows(
 ) -> Rows:
     """Draw rows whose dense inputs are zero, tiny, or up to 1000 standard deviations."""
     count = 2 * len(EXTREMES)
-    rows = draw_typical_rows(
-        signature, tables, count, scales, seed + 31
-    )  # other rows than "typical"
+    rows = draw_typical_rows(signature, tables, count, scales, seed + 31)
     for item in signature.inputs:
         if isinstance(item, DenseInput):
             scale = scales.get(item.name, 1.0)

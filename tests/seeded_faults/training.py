@@ -101,8 +101,8 @@ FAULTS = (
     Fault(
         id="sparse-keeps-three-of-four",
         file="compressors/prune/dense/sparse_2_4.py",
-        old="scatter_(1, order[:, :2], True)",
-        new="scatter_(1, order[:, :3], True)",
+        old="scatter_(1, permutation[:, :2], True)",
+        new="scatter_(1, permutation[:, :3], True)",
         effect="Three of four weights remain, which no sparse kernel accepts.",
         tests=(f"{SPARSE}::test_kept_2_4_keeps_the_two_most_important_of_every_four_inputs",),
     ),

@@ -55,8 +55,8 @@ class Auc:
         require_rows_of_both_classes(positive)
         # The order of rows does not affect the bootstrap. In the order of scores, the counts are
         # read almost sequentially, also for the candidate, whose order is nearly the same.
-        order = np.lexsort((before, positive))
-        positive, before, after = positive[order], before[order], after[order]
+        permutation = np.lexsort((before, positive))
+        positive, before, after = positive[permutation], before[permutation], after[permutation]
         return RowStatistics(
             positive.size, auc_statistic(positive, before), auc_statistic(positive, after)
         )
@@ -172,12 +172,12 @@ def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> G
     for class_rows, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
         class_scores = scores[class_rows]
         # Sorted queries read the other class sequentially instead of at random.
-        order = np.argsort(class_scores, kind="stable")
-        below = np.searchsorted(others, class_scores[order], side="left")
-        not_above = np.searchsorted(others, class_scores[order], side="right")
+        permutation = np.argsort(class_scores, kind="stable")
+        below = np.searchsorted(others, class_scores[permutation], side="left")
+        not_above = np.searchsorted(others, class_scores[permutation], side="right")
         lower = (below + not_above) / 2
         class_wins = np.empty(class_scores.size)
-        class_wins[order] = lower if sign > 0 else others.size - lower
+        class_wins[permutation] = lower if sign > 0 else others.size - lower
         wins[class_rows] = class_wins
     positives, rows = groups.sums(positive), groups.rows.astype(np.float64)
     negatives = rows - positives

@@ -57,8 +57,8 @@ def kept_2_4(weight: Tensor, norms: Tensor | None = None) -> Tensor:
     """
     importance = weight.abs() if norms is None else weight.abs() * norms
     blocks = importance.reshape(-1, 4)
-    order = blocks.argsort(dim=1, descending=True, stable=True)
-    is_kept = torch.zeros(blocks.shape, dtype=torch.bool).scatter_(1, order[:, :2], True)
+    permutation = blocks.argsort(dim=1, descending=True, stable=True)
+    is_kept = torch.zeros(blocks.shape, dtype=torch.bool).scatter_(1, permutation[:, :2], True)
     return is_kept.reshape(weight.shape)
 
 

@@ -101,10 +101,10 @@ def bench_of(model: Model, folder: Path) -> Bench:
         scores = model.module.query(user=users) @ model.module.item(item=items).T
     rng = np.random.default_rng(0)
     gumbel = rng.gumbel(size=scores.shape)
-    order = np.argsort(-(scores.numpy() + gumbel), axis=1)  # samples without replacement
+    permutation = np.argsort(-(scores.numpy() + gumbel), axis=1)  # samples without replacement
     parts, begin = {}, 0
     for part, count in PER_USER.items():
-        chosen = order[:, begin : begin + count]
+        chosen = permutation[:, begin : begin + count]
         begin += count
         tensors = {
             "user": torch.arange(USERS).repeat_interleave(count),

@@ -167,8 +167,8 @@ def test_lists_in_reverse_order_give_a_warning_and_random_ones_none(tmp_path):
 
 def test_the_sample_covers_a_split_that_is_sorted_by_label(tmp_path):
     logit, label = calibrated_clicks()
-    order = np.argsort(label, kind="stable")
-    problems = problems_of(CLICKS, tmp_path, -logit[order], label[order])
+    permutation = np.argsort(label, kind="stable")
+    problems = problems_of(CLICKS, tmp_path, -logit[permutation], label[permutation])
     require_reason([problem.reason for problem in problems], "worse_than_chance")
 
 

@@ -63,11 +63,11 @@ def test_merged_groups_do_not_depend_on_the_order_of_rows(seed):
     centres = random_normal(seed, 5, 6) * 10
     noise = 0.01 * random_normal(seed + 1, 40, 6)
     table = centres[torch.arange(40) % 5] + noise
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+    permutation = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
     weight = torch.arange(40) + 1.0
     index, _ = merge_similar_rows(table, weight, 0.01)
-    shuffled, _ = merge_similar_rows(table[order], weight[order], 0.01)
-    expected = index[order].unsqueeze(0) == index[order].unsqueeze(1)
+    shuffled, _ = merge_similar_rows(table[permutation], weight[permutation], 0.01)
+    expected = index[permutation].unsqueeze(0) == index[permutation].unsqueeze(1)
     assert torch.equal(shuffled.unsqueeze(0) == shuffled.unsqueeze(1), expected)
 
 
