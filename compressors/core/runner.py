@@ -118,7 +118,7 @@ def plan_step(
 def add_notes(plan: StepPlan[Any], notes: Mapping[str, tuple[Reason, ...]]) -> StepPlan[Any]:
     """Return a plan with additional reasons, by unit name, in the decisions of selected units."""
     decisions = {
-        name: decision.add_reasons(*decision.reasons, *notes.get(name, ()))
+        name: decision.replace_reasons(*decision.reasons, *notes.get(name, ()))
         for name, decision in plan.decisions.items()
     }
     return replace(plan, decisions=decisions)

@@ -177,7 +177,7 @@ def _solve_last_layer(table: Tensor, weight: Tensor, codes: Tensor, decoder: Dec
         weighted = inputs * weight[block].unsqueeze(1)
         matrix += weighted.T @ inputs
         right_side += weighted.T @ table[block].double()
-    # A hidden unit that is zero for all rows would make the matrix singular.
+    # A hidden neuron that is zero for all rows would make the matrix singular.
     damping = DAMPING * matrix.diagonal().mean()
     matrix.diagonal().add_(damping)
     last = torch.linalg.solve(matrix, right_side).float()

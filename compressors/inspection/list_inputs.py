@@ -14,7 +14,7 @@ from compressors.inspection.lookups import same_outputs
 from compressors.inspection.observed_call import (
     CallFailed,
     Lookup,
-    Padded,
+    PaddingSpec,
     Tensors,
     argument_tensors,
     observe,
@@ -56,7 +56,7 @@ class ListCall:
         """Its column of lists."""
         return self.sample[self.argument.columns[0]]
 
-    def outputs(self, sample: Sample, padded: Padded) -> Any:
+    def outputs(self, sample: Sample, padded: PaddingSpec) -> Any:
         """Return the outputs for another sample or padding; None if the network fails."""
         tensors = dict(self.tensors)
         for argument in self.arguments:
@@ -161,12 +161,12 @@ def _padding_side(lists: ListCall, padding_id: int) -> Padding | None:
     sides: tuple[Padding, ...] = ("right", "left")
     for side in sides:
         sample, shorter = lists.sample, length
-        longer = lists.outputs(sample, Padded(length + FURTHER, side, padding_id))
+        longer = lists.outputs(sample, PaddingSpec(length + FURTHER, side, padding_id))
         if longer is None:  # the network has no more positions
             shorter = max(1, length - FURTHER)
             sample = _with_lists_up_to(lists, shorter)
-            longer = lists.outputs(sample, Padded(length, side, padding_id))
-        outputs = lists.outputs(sample, Padded(shorter, side, padding_id))
+            longer = lists.outputs(sample, PaddingSpec(length, side, padding_id))
+        outputs = lists.outputs(sample, PaddingSpec(shorter, side, padding_id))
         if outputs is not None and longer is not None and same_outputs(outputs, longer):
             return side
     return None
@@ -186,7 +186,7 @@ def _is_unordered(lists: ListCall, padding_id: int) -> bool:
     """Return whether the outputs stay the same if the ids of each list are reversed."""
     column = lists.column
     reverse = replace(column, values=tuple(values[::-1].copy() for values in column.values))
-    padded = Padded(_longest(lists), "right", padding_id)
+    padded = PaddingSpec(_longest(lists), "right", padding_id)
     outputs = lists.outputs(lists.sample, padded)
     reversed_outputs = lists.outputs({**lists.sample, column.name: reverse}, padded)
     return reversed_outputs is not None and same_outputs(outputs, reversed_outputs)

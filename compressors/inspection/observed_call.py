@@ -122,7 +122,7 @@ def observe(network: nn.Module, call: Call, tensors: Tensors) -> Observation:
     operations = _CountedOperations()
     copies = _AccessedKeys({name: tensor.clone() for name, tensor in tensors.items()})
     method = scoring_method(network, call.method)
-    with _recorded_lookups(network, lookups), torch.no_grad(), operations:
+    with _record_lookups(network, lookups), torch.no_grad(), operations:
         try:
             returned = method(copies) if call.form == "mapping" else method(**dict(copies))
         except Exception as fault:
@@ -134,15 +134,15 @@ def observe(network: nn.Module, call: Call, tensors: Tensors) -> Observation:
 
 
 @contextmanager
-def _recorded_lookups(network: nn.Module, lookups: list[Lookup]) -> Iterator[None]:
+def _record_lookups(network: nn.Module, lookups: list[Lookup]) -> Iterator[None]:
     """Append the ids of each call of a table."""
 
     def record(name: str) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def append_ids(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids = args[0] if args else kwargs["input"]
             lookups.append(Lookup(name, ids.detach().clone()))
 
-        return before
+        return append_ids
 
     hooks = [
         module.register_forward_pre_hook(record(name), with_kwargs=True)
@@ -157,7 +157,7 @@ def _recorded_lookups(network: nn.Module, lookups: list[Lookup]) -> Iterator[Non
 
 
 @dataclass(frozen=True)
-class Padded:
+class PaddingSpec:
     """How the lists of an argument become a tensor: length, side and id of the padding."""
 
     length: int
@@ -166,7 +166,7 @@ class Padded:
 
 
 def argument_tensors(
-    argument: Argument, sample: Sample, dtype: torch.dtype, padded: Padded | None = None
+    argument: Argument, sample: Sample, dtype: torch.dtype, padded: PaddingSpec | None = None
 ) -> Tensors:
     """Return the tensors of one argument and of the arguments that accompany it.
 
@@ -181,7 +181,7 @@ def argument_tensors(
         return {argument.name: stack_columns(columns, dtype)}
     if len(columns) > 1:  # a matrix
         parts = [
-            _pad_lists(Argument(argument.name, (column.name,), (0,)), column, Padded(width))[
+            _pad_lists(Argument(argument.name, (column.name,), (0,)), column, PaddingSpec(width))[
                 argument.name
             ]
             if column.is_list
@@ -195,11 +195,11 @@ def argument_tensors(
         tensors = build_jagged_arguments(item, *_values_and_bounds(column))
     else:
         longest = max(1, *(len(values) for values in column.values))
-        tensors = _pad_lists(argument, column, padded or Padded(longest))
+        tensors = _pad_lists(argument, column, padded or PaddingSpec(longest))
     return {**tensors, argument.name: tensors[argument.name].to(dtype)}
 
 
-def _pad_lists(argument: Argument, column: SampleColumn, padded: Padded) -> Tensors:
+def _pad_lists(argument: Argument, column: SampleColumn, padded: PaddingSpec) -> Tensors:
     """Return lists padded to one length, with the tensors that accompany them."""
     item = SequenceInput(
         name=argument.name,

@@ -54,7 +54,9 @@ def _create_bounded_metric(
     )
 
 
-def _loss(name: str, label: str, *, loosest_bound: float, high: float, estimator: str) -> Metric:
+def _create_loss_metric(
+    name: str, label: str, *, loosest_bound: float, high: float, estimator: str
+) -> Metric:
     """Create a metric that is a loss of predicted probabilities; its best value is 0.
 
     Args:
@@ -157,9 +159,13 @@ FAMILIES = (
     ),
     # ``metrics/point_estimates.py`` clips probabilities, so the loss of a row is at most 15.943
     # nats.
-    single_metric(_loss("logloss", "log loss", loosest_bound=0.2, high=15.95, estimator="LogLoss")),
     single_metric(
-        _loss(
+        _create_loss_metric(
+            "logloss", "log loss", loosest_bound=0.2, high=15.95, estimator="LogLoss"
+        )
+    ),
+    single_metric(
+        _create_loss_metric(
             "normalized_entropy",
             "normalized entropy",
             loosest_bound=0.5,

@@ -46,8 +46,8 @@ class Decision:
         """Whether the step changes the unit, or may change it."""
         return self.status != "skipped"
 
-    def add_reasons(self, *reasons: Reason) -> "Decision":
-        """Return the decision with these reasons if the unit is selected, else unchanged."""
+    def replace_reasons(self, *reasons: Reason) -> "Decision":
+        """Return the decision with only these reasons if the unit is selected, else unchanged."""
         return replace(self, reasons=reasons) if self.selected else self
 
 

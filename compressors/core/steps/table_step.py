@@ -98,7 +98,7 @@ class EncodeTables:
         return model
 
     def smallest_dry_run(self, model: Model, plan: StepPlan[Formats]) -> Model:
-        """Predict as ``dry_run``: a format's layout determines its bytes."""
+        """Return the result of ``dry_run``: a format's layout determines the bytes exactly."""
         return self.dry_run(model, plan)
 
 

@@ -132,14 +132,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, ids = ctx.saved_tensors
-    entry = entry_indices(unpack(codes[ids], ctx.parts, ctx.width), len(codebook))  # (*ids, parts)
+    indices = entry_indices(
+        unpack(codes[ids], ctx.parts, ctx.width), len(codebook)
+    )  # (*ids, parts)
     column_indices = padded_columns(ctx.dim, ctx.parts)
     if column_indices is not None:
         padded_grad = grad.new_zeros((*grad.shape[:-1], ctx.parts * codebook.shape[1]))
         padded_grad[..., column_indices] = grad
         grad = padded_grad
     total = torch.zeros(codebook.shape, device=grad.device)
-    total.index_add_(0, entry.reshape(-1), grad.reshape(-1, codebook.shape[1]))
+    total.index_add_(0, indices.reshape(-1), grad.reshape(-1, codebook.shape[1]))
     return None, total.to(codebook.dtype), None, None, None, None
 
 
