@@ -306,7 +306,7 @@ def default_step(method: type[Step]) -> Step:
 
 @dataclass(frozen=True)
 class Reference:
-    """A model class, its arguments, and its signature."""
+    """A network of the tests: its class, its signature, and ``config``, the class's arguments."""
 
     network: type[nn.Module]
     signature: Signature
@@ -511,7 +511,15 @@ def only_graph(signature: Signature) -> ServedGraph:
 
 @dataclass(frozen=True)
 class Graph:
-    """The exported graph of a compressed reference for one target."""
+    """The exported graph of a compressed reference for one target.
+
+    Attributes:
+        model: the compressed model.
+        lowered: the result of ``lower``, with the serving wrapper in torch.
+        signature: inputs and outputs of the graph.
+        path: the ONNX file.
+        target: name of the target.
+    """
 
     model: Model
     lowered: Lowered

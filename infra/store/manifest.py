@@ -57,6 +57,7 @@ class StoreManifest(Frozen):
 
     ``root`` is the hash that names the artifact (``compute_root``). ``blobs`` contains the name of
     each file's blob (``compute_blob_name``), in the order of ``files``; it is empty in version 1.
+    Files are hashed in chunks of ``chunk_bytes``.
     """
 
     schema_version: Literal[1, 2] = 1

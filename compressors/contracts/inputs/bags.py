@@ -1,4 +1,7 @@
-"""Bags: a list of ids per row whose order does not matter, padded or concatenated."""
+"""Bags: a list of ids per row whose order does not matter, padded or concatenated.
+
+``common.py`` explains the fields that all kinds of inputs have, and ``out_of_range``.
+"""
 
 from typing import Literal, Self
 

@@ -18,6 +18,7 @@ With ``error``, the score is NaN. With ``clamp``, the id becomes the first or la
 """
 
 IntegerType = Literal["int64", "int32"]
+"""The dtype of an input's tensor."""
 
 
 class IdField(Frozen):

@@ -1,4 +1,7 @@
-"""Dense vectors: a fixed number of floats per row."""
+"""Dense vectors: a fixed number of floats per row.
+
+``common.py`` explains the fields that all kinds of inputs have.
+"""
 
 from typing import Literal, Self
 

@@ -1,4 +1,7 @@
-"""Ids: one per row, or one for each of several columns."""
+"""Ids: one per row, or one for each of several columns.
+
+``common.py`` explains the fields that all kinds of inputs have, and ``out_of_range``.
+"""
 
 from typing import Literal, Self
 

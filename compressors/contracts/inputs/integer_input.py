@@ -1,4 +1,7 @@
-"""Bounded integers that are not looked up in a table, such as counts, positions or domains."""
+"""Bounded integers that are not looked up in a table, such as counts, positions or domains.
+
+``common.py`` explains the fields that all kinds of inputs have, and ``out_of_range``.
+"""
 
 from typing import Literal, Self
 

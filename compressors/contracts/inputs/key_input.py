@@ -1,4 +1,7 @@
-"""Keys: integers that identify an item and are not passed to the model."""
+"""Keys: integers that identify an item and are not passed to the model.
+
+``common.py`` explains the fields that all kinds of inputs have.
+"""
 
 from typing import Literal, Self
 

@@ -1,4 +1,7 @@
-"""Sequences: a list of ids per row whose order matters, padded to the longest list of a batch."""
+"""Sequences: a list of ids per row whose order matters, padded to the longest list of a batch.
+
+``common.py`` explains the fields that all kinds of inputs have, and ``out_of_range``.
+"""
 
 from typing import Literal, Self
 
