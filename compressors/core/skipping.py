@@ -2,7 +2,7 @@
 
 A unit is a table or dense layer. A unit may not support a step (one line of a recipe): the
 network's forward code reads a layer's weight instead of calling it, multiplies by the weight of a
-table whose new format has no products, or reads attributes and gives other scores. Such a unit is
+table whose new format cannot multiply, or reads attributes and gives other scores. Such a unit is
 excluded from the step, and its plan line gives the reason. If the recipe names the unit exactly
 (without a wildcard), the reason is raised as an error instead.
 

@@ -173,7 +173,7 @@ def planned_place(planes: Any, ids: Any) -> Any:
 
 
 def kept_place(within: Any, before: Any, ids: Any) -> Any:
-    """Build the position of each id's row in a pruned table; see ``position_from_rank``.
+    """Build the index of each id's row in a part of a pruned table; see ``position_from_rank``.
 
     ``within`` has the rank of each row in its block, ``before`` the kept rows before each block.
     """
