@@ -29,7 +29,13 @@ from infra.settings import load_settings
 from tasks.bundles.teachers import Teacher
 from tasks.compress import compress as compress_step
 from tasks.evaluation.budget import quality_loss
-from tasks.orchestration.documents import AS_TRAINED, NotApplicable, PreparedRows, Ranking, Scored
+from tasks.orchestration.documents import (
+    AS_TRAINED,
+    NotApplicable,
+    PreparedRows,
+    Ranking,
+    ScoredStage,
+)
 from tasks.orchestration.outages import wait_out
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare_for_teacher
@@ -163,7 +169,7 @@ def measure_recipe_stages(
     The numbers are only reported; they do not affect which steps are applied.
     """
     scored = tuple(
-        Scored(step=step, bundle=bundle, score=_predict(run, bundle, test, ranking))
+        ScoredStage(step=step, bundle=bundle, score=_predict(run, bundle, test, ranking))
         for step, bundle in compressed.stages
     )
     return run.call(
@@ -195,9 +201,9 @@ def measure_budget_loss(run: Run, stage: Artifact) -> tuple[str, Estimate]:
 
     ranking = run.prepare_ranking("validation")
 
-    def score_stage(name: str, bundle: Artifact) -> Scored:
+    def score_stage(name: str, bundle: Artifact) -> ScoredStage:
         predictions = _predict(run, bundle, validation, ranking)
-        return Scored(step=name, bundle=bundle, score=predictions)
+        return ScoredStage(step=name, bundle=bundle, score=predictions)
 
     original = score_stage(AS_TRAINED, run.model.artifact)
     now = score_stage("now", stage)  # the model as compressed so far

@@ -214,14 +214,14 @@ def _readers(
     There is one for each tower that the graph computes, and one for a model without towers.
     """
 
-    def of_model(rows: int) -> dict[str, Tensor]:
+    def read_rows(rows: int) -> dict[str, Tensor]:
         return next(batches(split, served_graph.signature, rows)).inputs
 
-    def of_tower(name: str, rows: int) -> dict[str, Tensor]:
+    def read_tower_rows(name: str, rows: int) -> dict[str, Tensor]:
         inputs = next(batches(split, signature.of_tower(name), rows)).inputs
         return tower_arguments(inputs, signature, name)
 
-    return [partial(of_tower, name) for name in served_graph.towers] or [of_model]
+    return [partial(read_tower_rows, name) for name in served_graph.towers] or [read_rows]
 
 
 def _graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput]:

@@ -18,14 +18,14 @@ from infra.bundle.shards import stored_tensors
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import split_of
 from tasks.evaluation.quality import Quality, QueryQuality, row_quality
-from tasks.orchestration.documents import STAGES, Scored, Stage, StageQuality, Stages
+from tasks.orchestration.documents import STAGES, ScoredStage, Stage, StageQuality, Stages
 from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 
 @task(task_run_name="evaluate the stages", **TASK_OPTIONS)
 def measure_stages(
-    scored: tuple[Scored, ...],
+    scored: tuple[ScoredStage, ...],
     metrics: tuple[str, ...],
     test: Artifact,
     test_rows: int,
@@ -96,7 +96,7 @@ def bytes_of_stages(plans: Sequence[Plan | None], folders: Sequence[Path]) -> li
 
 
 def compare_stages(
-    signature: Signature, scored: tuple[Scored, ...], test: Split, seed: int
+    signature: Signature, scored: tuple[ScoredStage, ...], test: Split, seed: int
 ) -> Quality:
     """Return the quality of the stages, named "0", "1", ... in their order.
 
@@ -117,7 +117,7 @@ def compare_stages(
     return row_quality(signature, test, scores, seed)
 
 
-def _read_scores(signature: Signature, stage: Scored) -> np.ndarray:
+def _read_scores(signature: Signature, stage: ScoredStage) -> np.ndarray:
     """Return a stage's scores; logits are converted to probabilities for log loss."""
     columns = score_columns(load_file(local(stage.score) / "data.safetensors")["score"])
     scores = [

@@ -110,7 +110,7 @@ def _convert_graph(graph: ir.Graph, initializers: set[str]) -> Converted:
             _call(calls[node], modules, names) if node in calls else _node(node, attributes, names)
             for node in nodes
         ],
-        **_units(modules, layers_before(calls.values())),
+        **_describe_modules(modules, layers_before(calls.values())),
         "parameters": {names.of(v): _spec(t) for v, t in tensors.items() if v in trained},
         "buffers": {names.of(v): _spec(t) for v, t in tensors.items() if v not in trained},
         "sizes": {names.of(value): integers for value, integers in sizes.items()},
@@ -182,7 +182,7 @@ def _modules(
     return {key: (names.name_module(call.path[scopes:]), call) for key, call in first.items()}
 
 
-def _units(
+def _describe_modules(
     modules: dict[tuple[Any, ...], tuple[str, ModuleCall]],
     before: dict[tuple[Any, ...], tuple[Any, ...]],
 ) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _units(
 
     Args:
         modules: the name and a call of each module, by key.
-        before: by key of a layer, the one whose output is its only input.
+        before: by the key of a layer, the key of the layer whose output is its only input.
     """
     tables, layers = {}, {}
     for key, (name, call) in modules.items():

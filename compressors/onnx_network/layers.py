@@ -25,7 +25,7 @@ class ModuleCall:
         kind: name of the module's class in ``torch.nn``.
         path: parts of the module's name.
         arguments: rows and dimension of a table; inputs, outputs and bias of a layer.
-        weights: returns its state dict.
+        weights: function that returns its state dict.
         source: the value that it receives.
         result: the value that it returns.
         nodes: the nodes that the call replaces.
@@ -52,8 +52,8 @@ def tensor_of_value(value: ir.Value) -> Tensor:
 def module_calls(graph: ir.Graph) -> tuple[ModuleCall, ...]:
     """Return the calls of tables and dense layers, in the order of the graph.
 
-    A weight that other nodes read too, such as a table whose transpose scores all items, is none
-    of a module, because a compressed module has no such weight.
+    A weight that other nodes read too, such as a table whose transpose scores all items, does not
+    become part of a module, because a compressed module has no weight that they could read.
     """
     calls = tuple(call for node in graph for call in _call(node))
     key_of = {node: call.key for call in calls for node in call.nodes}
@@ -107,7 +107,7 @@ def _dense(node: ir.Node, source: ir.Value, weight: ir.Value, *, is_transposed: 
     """Return the call of the layer ``source @ weight + bias``."""
     outputs, inputs = _shape(weight) if is_transposed else _shape(weight)[::-1]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    addition = None if node.op_type == "Gemm" else _addition(node.outputs[0], outputs)
+    addition = None if node.op_type == "Gemm" else _find_bias_add(node.outputs[0], outputs)
     if addition is not None:
         bias = next(item for item in addition.inputs if item is not node.outputs[0])
     alpha = node.attributes.get_float("alpha", 1.0)
@@ -157,12 +157,12 @@ def _is_vector(value: ir.Value | None, counts: tuple[int, ...]) -> bool:
     )
 
 
-def _addition(product: ir.Value, outputs: int) -> ir.Node | None:
-    """Return the Add of a bias that alone reads a product; None if there is none."""
-    consumers = tuple(product.consumers())
-    if len(consumers) != 1 or product.is_graph_output() or consumers[0].op_type != "Add":
+def _find_bias_add(matmul: ir.Value, outputs: int) -> ir.Node | None:
+    """Return the Add of a bias if nothing else reads the output of a MatMul; else None."""
+    consumers = tuple(matmul.consumers())
+    if len(consumers) != 1 or matmul.is_graph_output() or consumers[0].op_type != "Add":
         return None
-    bias = next((item for item in consumers[0].inputs if item is not product), None)
-    # With more dimensions, the bias could add one to the product.
+    bias = next((item for item in consumers[0].inputs if item is not matmul), None)
+    # With more dimensions, the bias could add one to the matmul.
     has_two = bias is not None and bias.shape is not None and len(bias.shape) <= 2
     return consumers[0] if has_two and _is_vector(bias, (outputs,)) else None

@@ -1,7 +1,8 @@
 """Rewrite rules for what exporters write around a lookup.
 
 TensorFlow adds the number of rows to negative indices before it looks them up, and tf2onnx writes
-its selection as two products. ONNX's Gather accepts negative indices, so it needs neither.
+its selection (Where) as a sum of two products with a condition. ONNX's Gather accepts negative
+indices, so it needs neither. The functions below are patterns and their replacements.
 """
 
 from typing import Any

@@ -27,7 +27,7 @@ Key = tuple[Any, ...]
 def layers_before(calls: Collection[ModuleCall]) -> dict[Key, Key]:
     """Return, for dense layers, the layer whose output is their only input.
 
-    A layer whose output is read in another way too is in no entry.
+    Layers whose output is also read in another way are omitted.
 
     Args:
         calls: the calls of modules in a graph.

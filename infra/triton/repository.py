@@ -321,7 +321,7 @@ def version_in(body: bytes) -> str | None:
     return match[1] if match else None
 
 
-def stage(folder: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
+def copy_version(folder: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
     """Copy a version's files and verify each; correct files are not written again.
 
     Args:

@@ -5,7 +5,7 @@ from prefect import task
 from compressors.contracts import Artifact, Estimate
 from infra.bundle.bundle_folder import read
 from tasks.bundles.loading import split_of
-from tasks.orchestration.documents import Scored
+from tasks.orchestration.documents import ScoredStage
 from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local
 from tasks.stages import compare_stages
@@ -13,8 +13,8 @@ from tasks.stages import compare_stages
 
 @task(task_run_name="evaluate the quality loss", **TASK_OPTIONS)
 def quality_loss(
-    original: Scored,
-    now: Scored,
+    original: ScoredStage,
+    now: ScoredStage,
     metric: str,
     validation: Artifact,
     rows: int,

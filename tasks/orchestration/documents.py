@@ -96,7 +96,7 @@ def not_applicable(fault: CompressionError) -> NotApplicable:
     return NotApplicable(reasons=(Reason("not_applicable", fault=str(fault)),))
 
 
-class Scored(Frozen):
+class ScoredStage(Frozen):
     """A stage (the model after a step of a recipe) and its predictions.
 
     Attributes:

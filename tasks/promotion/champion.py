@@ -2,8 +2,7 @@
 
 The promotion ledger in the object store records every change of champion. Its entries and the
 versions in the registry are matched by the digest of the order, not by version number: a rebuilt
-registry may give the same number to another order. The ledger is the list of a model's promotions
-and rollbacks in the store.
+registry may give the same number to another order.
 """
 
 from dataclasses import dataclass

@@ -145,8 +145,8 @@ def copy_files(root: str, graphs: tuple[ServedVersion, ...]) -> None:
     if not graphs:
         log.warning("Triton cannot serve this version: it has no accepted graph that Triton loads")
     for graph in graphs:
-        # ``triton.stage`` copies the files that are missing, and returns their keys.
-        for key in triton.stage(_model_folder(root, graph.name), store(), graph):
+        # ``triton.copy_version`` copies the files that are missing, and returns their keys.
+        for key in triton.copy_version(_model_folder(root, graph.name), store(), graph):
             log.info("%s: copied %s", graph.name, key)
 
 
@@ -167,7 +167,7 @@ def update(root: str, model: str, graphs: tuple[ServedVersion, ...]) -> tuple[st
         if not triton.is_current(_model_folder(root, graph.name), store(), graph)
     ]
     for graph in outdated:  # all files before the first configuration
-        triton.stage(_model_folder(root, graph.name), store(), graph)
+        triton.copy_version(_model_folder(root, graph.name), store(), graph)
     for graph in outdated:
         triton.write_config(_model_folder(root, graph.name), graph)
     for name in stale_models(root, model, graphs):
