@@ -134,7 +134,10 @@ def _try_one_more_float(
     floats: Mapping[str, bool],
     fault: CallFailed,
 ) -> dict[str, bool]:
-    """Return the dtypes with one more argument as floats, with which the network comes further.
+    """Pass one more argument as floats, so that the network fails later or not at all.
+
+    Returns:
+        ``floats`` with this argument: whether each argument is passed as floats.
 
     Raises:
         CallFailed: there is none; contains the first error.

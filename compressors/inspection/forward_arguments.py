@@ -33,8 +33,9 @@ class Argument:
             concatenated; None otherwise.
         lengths: name of the argument with the length of each list; None if there is none.
         mask: name of the argument that is 1 at ids and 0 at padding; None if there is none.
-        positions: name of the argument with the place of each id; None if there is none.
-        first_position: the place of the first id.
+        positions: name of the argument with the position of each id in its list; None if there is
+            none.
+        first_position: the position of the first id, 0 or 1.
         mask_dtype: dtype of the mask.
     """
 

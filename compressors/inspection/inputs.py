@@ -227,8 +227,8 @@ def _list_input(lists: ListCall, reading: Reading) -> tuple[AnyInput, str]:
     """Return the input of an argument that one column of lists fills, and the reason for its kind.
 
     Raises:
-        InspectionFailed: the lists have different lengths and no table reads them, or rows of a
-            table are computed from them; or as ``describe_list``.
+        InspectionFailed: rows of a table are computed from the lists, or the lists have different
+            lengths, and no table reads them or padding changes the outputs.
     """
     column, tables = lists.column, tuple(reading.offsets)
     if tables:

@@ -21,7 +21,7 @@ from compressors.inspection.observed_call import (
 )
 from compressors.inspection.sample import Padding, Sample, SampleColumn
 
-FURTHER = 3
+MORE_PADDING = 3
 """Positions that are added to find whether the length of the tensor affects the output."""
 
 
@@ -71,9 +71,10 @@ class ListCall:
 def with_equal_lengths(
     argument: Argument, others: Sequence[Argument], sample: Sample
 ) -> tuple[Argument, ...]:
-    """Return an argument, and the other ones whose lists have its lengths in every row.
+    """Return an argument, and the other ones whose lists are as long as its lists in every row.
 
-    Lists that all have one length are padded in the data, and are in no group.
+    An argument whose lists all have one length is returned alone: the data may contain padding, so
+    equal lengths say nothing.
     """
     lengths = _lengths(argument, sample)
     if len(set(lengths)) < 2 or argument.offsets is not None:
@@ -102,7 +103,7 @@ def describe_list(
 ) -> tuple[PaddedBag | JaggedBag | SequenceInput, str]:
     """Return the input of an argument that one column of lists fills, and the reason for its kind.
 
-    A network that gives the same scores with further padding receives a sequence, or a padded bag
+    A network that gives the same scores with more padding receives a sequence, or a padded bag
     if the order of the ids does not matter either. Otherwise all lists must have one length.
 
     Args:
@@ -156,14 +157,14 @@ def describe_list(
 
 
 def _padding_side(lists: ListCall, padding_id: int) -> Padding | None:
-    """Return the side on which further padding changes no output; None if there is none."""
+    """Return the side on which more padding changes no output; None if there is none."""
     length = _longest(lists)
     sides: tuple[Padding, ...] = ("right", "left")
     for side in sides:
         sample, shorter = lists.sample, length
-        longer = lists.outputs(sample, PaddingSpec(length + FURTHER, side, padding_id))
+        longer = lists.outputs(sample, PaddingSpec(length + MORE_PADDING, side, padding_id))
         if longer is None:  # the network has no more positions
-            shorter = max(1, length - FURTHER)
+            shorter = max(1, length - MORE_PADDING)
             sample = _with_lists_up_to(lists, shorter)
             longer = lists.outputs(sample, PaddingSpec(length, side, padding_id))
         outputs = lists.outputs(sample, PaddingSpec(shorter, side, padding_id))

@@ -92,8 +92,8 @@ def _read_by_value(column: SampleColumn, observation: Observation) -> Reading:
 def _with_other_values(column: SampleColumn) -> SampleColumn:
     """Return a column in which each value is replaced by another one that the column has.
 
-    Numbers are those of the row before. Lists keep their length, so that masks and positions stay
-    the same. Constant columns get other values.
+    A number is replaced by the number of the previous row. Lists keep their length, so that masks
+    and positions stay the same. Constant columns get other values.
     """
     if column.is_list:
         unique = np.unique(np.concatenate(column.values))

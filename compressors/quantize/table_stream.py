@@ -2,7 +2,7 @@
 
 Only a few row blocks are in memory at a time. The stored bytes do not depend on the number of rows
 per block or on the number of threads: the format's layout determines a row's position in the file,
-and rows of different blocks never share a stored entry, such as a scale.
+and rows of different blocks never share a stored number, such as a scale.
 """
 
 import math
@@ -180,8 +180,8 @@ def encode_file(
     try:
         with pool:
             try:
-                for task in _tasks(job, file, sink, progress):
-                    submitted.append(pool.submit(task))
+                for function in _create_block_functions(job, file, sink, progress):
+                    submitted.append(pool.submit(function))
                     if len(submitted) > 2 * threads:
                         submitted.popleft().result()
                 while submitted:
@@ -193,7 +193,7 @@ def encode_file(
         torch.set_num_threads(previous_threads)
 
 
-def _tasks(
+def _create_block_functions(
     job: EncodingJob, file: StreamedFile, sink: Sink, progress: Callable[[int], None] | None
 ) -> Iterator[Callable[[], None]]:
     """Yield, for each block, a function that encodes or copies it.
@@ -201,7 +201,7 @@ def _tasks(
     The step is fitted to a table before the functions of its blocks are yielded.
     """
 
-    def task(block: Block, encode: Callable[[Block], list[Piece]]) -> Callable[[], None]:
+    def bind(block: Block, encode: Callable[[Block], list[Piece]]) -> Callable[[], None]:
         def run() -> None:
             if not sink.has_block(block.name):
                 sink.write(block.name, encode(block))
@@ -214,19 +214,19 @@ def _tasks(
 
     copier = _BlockCopier(job, file)
     for name in job.copied_tensors:
-        yield from (task(block, copier) for block in job.blocks(name))
+        yield from (bind(block, copier) for block in job.blocks(name))
     for name in job.tables:
         whole_table = f"{name}@{WHOLE}"
         if sink.has_block(whole_table) and all(
             sink.has_block(block.name) for block in job.blocks(name)
         ):
             # The sink contains every block, so these functions only report progress.
-            yield from (task(block, copier) for block in job.blocks(name))
+            yield from (bind(block, copier) for block in job.blocks(name))
             continue
         table_encoder = _BlockEncoder(job, file, name)
         if not sink.has_block(whole_table):
             sink.write(whole_table, table_encoder.whole())
-        yield from (task(block, table_encoder) for block in job.blocks(name))
+        yield from (bind(block, table_encoder) for block in job.blocks(name))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 ``encode_table`` encodes in memory; ``compressors/quantize/table_stream.py`` uses ``TableEncoder``
 to encode from file to file. The stored bytes do not depend on the number of rows per block: the
-format's layout determines the position of each row, and no stored entry covers rows of two blocks.
+format's layout determines the position of each row, and rows of two blocks share no stored number,
+such as a scale.
 """
 
 from collections.abc import Mapping
@@ -58,8 +59,8 @@ class TableEncoder:
             begin: the number of the block's first row in the table.
 
         Returns:
-            By the name of each stored tensor of rows: the entries that encode the block, and their
-            values.
+            By the name of each stored tensor of rows: which entries of its first dimension encode
+            the block, and their values. An entry may cover several rows, such as a shared scale.
 
         Raises:
             ContractBroken: names, dtypes or numbers of entries differ from the layout.
@@ -76,8 +77,8 @@ class TableEncoder:
         entries_and_values = {}
         for name, values in encoded.items():
             end = begin + len(block)
-            place = stored_entries(self.layout[name], begin, end)
-            if len(values) != place.stop - place.start:
+            entries = stored_entries(self.layout[name], begin, end)
+            if len(values) != entries.stop - entries.start:
                 raise ContractBroken(
                     "encoded_rows_differ",
                     step=self._step.kind,
@@ -85,9 +86,9 @@ class TableEncoder:
                     begin=begin,
                     end=end,
                     got=len(values),
-                    expected=place.stop - place.start,
+                    expected=entries.stop - entries.start,
                 )
-            entries_and_values[name] = place, self._with_expected_dtype(name, values)
+            entries_and_values[name] = entries, self._with_expected_dtype(name, values)
         return entries_and_values
 
     def _with_expected_dtype(self, name: str, values: Tensor) -> Tensor:
@@ -126,6 +127,6 @@ def encode_table(step: TableStep, weight: Tensor, file: TensorFile | None = None
     with nullcontext() if file is None else file.rows() as rows:
         for begin, end in row_blocks(encoder.layout, encoder.rows, BLOCK_ROWS):
             block = weight[begin:end] if rows is None else rows.read(begin, end)
-            for name, (place, values) in encoder.encode(block, begin).items():
-                stored[name][place] = values
+            for name, (entries, values) in encoder.encode(block, begin).items():
+                stored[name][entries] = values
     return PackedTable(step.storage, encoder.rows, encoder.dim, step.settings(), stored)

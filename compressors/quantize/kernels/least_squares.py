@@ -46,7 +46,7 @@ ROUNDS = 2
 class Residuals(NamedTuple):
     """Sums over each range of codes ``q``, residuals ``r`` and products: ``(ranges, 1)`` each.
 
-    A residual is a weight minus its decoded code; ``rr`` is the squared error.
+    A residual is a weight minus its dequantized code; ``rr`` is the squared error.
     """
 
     q: Tensor

@@ -12,7 +12,7 @@ one per user, are not used, because a process that can write to them could run c
 
 Arguments and variables of several loops:
 
-- ``top`` is the highest level in units of the scale, ``low`` the lowest.
+- ``top`` is the highest multiple of the scale (see ``levels.py``), ``low`` the lowest.
 - ``is_float16``: scales and offsets are stored as float16, otherwise as float32.
 - ``planar``: codes have 4 bits and are packed (``bitpacking.py``).
 - ``shift`` is added to the multiples of symmetric 4-bit formats, so that codes are not negative.
@@ -201,16 +201,16 @@ def _fit_symmetric(
 ) -> bool:
     """Compute ``levels.symmetric_scale`` as floats and bits; return whether all can be stored."""
     failed = np.int32(0)
-    for entry in range(count):
-        scale = _float(largest[entry]) / top
-        failed |= np.int32(largest[entry] >= INFINITE)
+    for lane in range(count):
+        scale = _float(largest[lane]) / top
+        failed |= np.int32(largest[lane] >= INFINITE)
         if is_float16:
             failed |= np.int32(scale > LARGEST_16)
-            scale_bits[entry] = _scale_16(scale, top)
-            scales[entry] = _from_float16_bits(scale_bits[entry])
+            scale_bits[lane] = _scale_16(scale, top)
+            scales[lane] = _from_float16_bits(scale_bits[lane])
         else:
-            scales[entry] = max(scale, SMALLEST_32)
-            scale_bits[entry] = _bits(scales[entry])
+            scales[lane] = max(scale, SMALLEST_32)
+            scale_bits[lane] = _bits(scales[lane])
     return bool(failed == np.int32(0))
 
 
@@ -228,25 +228,25 @@ def _fit_asymmetric(
 ) -> bool:
     """Compute ``levels.asymmetric_range`` as floats and bits; return whether all can be stored."""
     failed = np.int32(0)
-    for entry in range(count):
-        low = _float(_to_ordered_bits(smallest[entry])) + ZERO  # no -0
-        failed |= np.int32(largest[entry] >= INFINITE) | np.int32(_bits(abs(low)) >= INFINITE)
+    for lane in range(count):
+        low = _float(_to_ordered_bits(smallest[lane])) + ZERO  # no -0
+        failed |= np.int32(largest[lane] >= INFINITE) | np.int32(_bits(abs(low)) >= INFINITE)
         if is_float16:
             failed |= np.int32(abs(low) > LARGEST_16)
-            offset_bits[entry] = _round_down_16(low)
-            offsets[entry] = _from_float16_bits(offset_bits[entry])
+            offset_bits[lane] = _round_down_16(low)
+            offsets[lane] = _from_float16_bits(offset_bits[lane])
         else:
-            offsets[entry] = low
-            offset_bits[entry] = _bits(low)
-        scale = max(_float(_to_ordered_bits(largest[entry])) - offsets[entry], ZERO) / top
+            offsets[lane] = low
+            offset_bits[lane] = _bits(low)
+        scale = max(_float(_to_ordered_bits(largest[lane])) - offsets[lane], ZERO) / top
         if is_float16:
             failed |= np.int32(scale > LARGEST_16)
-            scale_bits[entry] = _scale_16(scale, top)
-            scales[entry] = _from_float16_bits(scale_bits[entry])
+            scale_bits[lane] = _scale_16(scale, top)
+            scales[lane] = _from_float16_bits(scale_bits[lane])
         else:
             failed |= np.int32(_bits(scale) >= INFINITE)
-            scales[entry] = max(scale, SMALLEST_32)
-            scale_bits[entry] = _bits(scales[entry])
+            scales[lane] = max(scale, SMALLEST_32)
+            scale_bits[lane] = _bits(scales[lane])
     return bool(failed == np.int32(0))
 
 
@@ -277,7 +277,7 @@ def min_max(
     scale_bits, offset_bits = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     scales, offsets = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     for first in range(0, count, LANES * rows_per_scale):
-        entry = first // rows_per_scale
+        first_range = first // rows_per_scale
         ranges = min(LANES, -(-(count - first) // rows_per_scale))
         for index in range(ranges):
             begin = first + index * rows_per_scale
@@ -296,13 +296,13 @@ def min_max(
             return first
         for index in range(ranges):
             if is_float16:
-                scale_16[entry + index] = np.uint16(scale_bits[index])
+                scale_16[first_range + index] = np.uint16(scale_bits[index])
                 if not symmetric:
-                    offset_16[entry + index] = np.uint16(offset_bits[index])
+                    offset_16[first_range + index] = np.uint16(offset_bits[index])
             else:
-                scale_32[entry + index] = np.uint32(scale_bits[index])
+                scale_32[first_range + index] = np.uint32(scale_bits[index])
                 if not symmetric:
-                    offset_32[entry + index] = np.uint32(offset_bits[index])
+                    offset_32[first_range + index] = np.uint32(offset_bits[index])
         for index in range(ranges):
             begin = first + index * rows_per_scale
             for row in range(begin, min(begin + rows_per_scale, count)):
@@ -325,7 +325,7 @@ def nearest(
     planar: bool,
     codes: NDArray[np.uint8],
 ) -> None:
-    """Encode rows with given scales and offsets; ``rows_per_scale`` rows share an entry."""
+    """Encode rows with given scales and offsets; ``rows_per_scale`` rows share one of each."""
     count, dim = rows.shape
     low = -top if symmetric else ZERO
     shift = np.uint64(8) if symmetric else np.uint64(0)
@@ -376,7 +376,7 @@ def _round_weight(
     low: np.float32,
     top: np.float32,
 ) -> tuple[np.float32, np.float32]:
-    """Return the nearest level of a weight in units of the scale, and the rounding residual."""
+    """Return the multiple of the nearest level of a weight, and the rounding residual."""
     q = (min(max((value - offset) * inverse, low), top) + ROUNDER) - ROUNDER
     return q, value - (q * scale + offset)
 

@@ -43,7 +43,8 @@ class ShortFloatTableFormat:
     Attributes:
         name: name of the format, which is the name of the dtype.
         dtype: dtype of the stored tensor.
-        learned: empty: no tensor can be trained, because rounding would undo Adam's small updates.
+        learned: names of the tensors that can be trained: none, because rounding would undo Adam's
+            small updates.
     """
 
     name: str
@@ -65,7 +66,7 @@ class ShortFloatTableFormat:
         return rows
 
     def can_multiply(self, settings: Mapping[str, Any]) -> bool:
-        return self.dtype == torch.float16  # ONNX Runtime on CPUs has no bfloat16 products
+        return self.dtype == torch.float16  # ONNX Runtime has no bfloat16 MatMul on CPUs
 
     def multiply(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
         scores: Tensor = torch.ops.recpress.float16_product(x, stored["weight"])
@@ -81,7 +82,7 @@ class ShortFloatLinearFormat:
     Attributes:
         name: name of the format, which is the name of the dtype.
         dtype: dtype of the stored tensors.
-        learned: empty: no tensor can be trained, as for tables.
+        learned: names of the tensors that can be trained: none, as for tables.
     """
 
     name: str
@@ -159,8 +160,9 @@ def short_float_linear_format(name: str, dtype: torch.dtype) -> ShortFloatLinear
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias = ctx.saved_tensors
-        flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        return grad @ weight.float(), (flat.T @ rows).to(weight.dtype), flat.sum(0).to(bias.dtype)
+        flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad_weight, grad_bias = flat_grad.T @ flat_x, flat_grad.sum(0)
+        return grad @ weight.float(), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
     linear.register_fake(fake)
     linear.register_autograd(backward, setup_context=save_inputs)

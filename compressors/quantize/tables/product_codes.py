@@ -27,11 +27,11 @@ from compressors.quantize.tables.codebooks import (
     CodebookShare,
     CodebookType,
     Shape,
+    compute_code_width,
+    compute_shape,
     convert_codebook,
     entry_indices,
     layout,
-    shape_of,
-    width_of,
 )
 
 
@@ -162,7 +162,7 @@ class ProductCodesFormat:
     def shape(self, rows: int, dim: int, settings: Mapping[str, Any]) -> Shape:
         """Return the sizes of the codes and codebooks of a ``rows x dim`` table."""
         widths = part_widths(dim, settings["parts"])
-        return shape_of(rows, dim, len(widths), widths[0], settings)
+        return compute_shape(rows, dim, len(widths), widths[0], settings)
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return layout(rows, self.shape(rows, dim, settings), settings)
@@ -225,4 +225,4 @@ class ProductCodes(StepSettings):
         """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         codes = encode(block, params["codebook"], self.parts)
         levels = len(params["codebook"]) // codes.shape[1]
-        return {"codes": pack(codes, width_of(levels))}
+        return {"codes": pack(codes, compute_code_width(levels))}

@@ -39,11 +39,11 @@ from compressors.quantize.tables.codebooks import (
     CodebookShare,
     CodebookType,
     Shape,
+    compute_code_width,
+    compute_shape,
     convert_codebook,
     entry_indices,
     layout,
-    shape_of,
-    width_of,
 )
 
 MAX_PASSES = 8
@@ -220,7 +220,7 @@ class ResidualCodesFormat:
 
     def shape(self, rows: int, dim: int, settings: Mapping[str, Any]) -> Shape:
         """Return the sizes of the codes and codebooks of a ``rows x dim`` table."""
-        return shape_of(rows, dim, settings["codebooks"], dim, settings)
+        return compute_shape(rows, dim, settings["codebooks"], dim, settings)
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return layout(rows, self.shape(rows, dim, settings), settings)
@@ -282,4 +282,4 @@ class ResidualCodes(StepSettings):
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         codes = encode(block, params["codebook"], self.codebooks)
-        return {"codes": pack(codes, width_of(len(params["codebook"]) // self.codebooks))}
+        return {"codes": pack(codes, compute_code_width(len(params["codebook"]) // self.codebooks))}

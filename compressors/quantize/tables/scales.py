@@ -123,7 +123,7 @@ def encode_codes(
     stored = fit_block(block, grid)
     by_name = {**params, **stored}
     fitted = FittedRange(by_name["scale"], by_name.get("offset"))
-    return {"codes": row_encoding.encode_as(block, fitted, grid, bits), **stored}
+    return {"codes": row_encoding.encode_with_scales(block, fitted, grid, bits), **stored}
 
 
 def _name_tensors(fitted: FittedRange) -> dict[str, Tensor]:
