@@ -76,8 +76,10 @@ def _require_equal_queries(parquet: Path, tensors: dict[str, Array], signature: 
     """
     assert signature.towers is not None  # noqa: S101 - a retrieval signature always has towers
     violations = Violations()
-    _, first, query = np.unique(tensors["@group"], return_index=True, return_inverse=True)
-    first_row = first[query]  # (rows,): the first row with the same query
+    _, first_rows, query_indices = np.unique(
+        tensors["@group"], return_index=True, return_inverse=True
+    )
+    first_row = first_rows[query_indices]  # (rows,): the first row with the same query
     for item in signature.only(signature.towers.query.inputs).data_inputs:
         values = tensors[item.name]
         if isinstance(item, RAGGED):
