@@ -167,7 +167,7 @@ def _compute_bytes_needed(contents: SplitContents, signature: Signature) -> int:
     )
     ragged = [item for item in signature.data_inputs if isinstance(item, RAGGED)]
     id_bytes = sum(
-        _compute_max_ids(item, contents) * np.dtype(item.dtype).itemsize for item in jagged
+        _compute_max_ids(item, contents) * np.dtype(item.dtype).itemsize for item in ragged
     )
     # Per row: 8 bytes for the bounds of each ragged input, 4 for each label, 16 for group and time.
     labels = 4 * len(signature.outputs)

@@ -122,11 +122,11 @@ class Ledger:
         return self._store.read_with_retry(self._read_all)
 
     def _read_all(self) -> tuple[Entry, ...]:
-        """List and read all entries once; the same as ``entries`` otherwise."""
+        """List and read all entries once, without the retry of ``entries``."""
         last = 0
         for key in self._store.keys(self._folder):
             number = key.removeprefix(self._folder).removesuffix(".json")
-            if key != self._key_of(number):
+            if key != self._format_key(number):
                 raise ArtifactDamaged("ledger_key_unknown", place=f"{self._store.root}/{key}")
             last = max(last, int(number))
         entries: list[Entry] = []
@@ -274,7 +274,7 @@ class Ledger:
     def _key(self, sequence: int) -> str:
         return f"{self._folder}{sequence:08d}.json"
 
-    def _key_of(self, number: str) -> str | None:
+    def _format_key(self, number: str) -> str | None:
         """Return the key of a sequence number as text; None if it is not a number."""
         return self._key(int(number)) if number.isascii() and number.isdigit() else None
 

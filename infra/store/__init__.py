@@ -1,7 +1,5 @@
 """The object store: content-addressed artifacts in a folder or ``s3://bucket/prefix``.
 
-A draft is the folder of a bundle before it is packed.
-
 A blob is a stored file whose key is a hash of its content; a manifest lists the files of an
 artifact and the hashes of their chunks.
 
@@ -13,8 +11,8 @@ folder.py        the backend for a local folder
 s3.py            the backend for an S3 bucket
 manifest.py      the manifest of an artifact: file sizes, chunk hashes, and the artifact's name
 chunks.py        reads and hashes files in chunks
-draft.py         writes a large artifact block by block, and resumes after a kill
-artifact_files.py  stores each file of an artifact once by content, and verifies it when read
+artifact_files.py   stores each file of an artifact once by content, and verifies it when read
+artifact_writer.py  writes a large artifact block by block, and resumes after a kill
 object_store.py  the class Store: stores, reads and verifies artifacts and small records
 records.py       small JSON records that end with a checksum
 """

@@ -45,7 +45,7 @@ from infra.store.artifact_files import (
     has_content,
     read_with_retry,
 )
-from infra.store.backend import backend_for
+from infra.store.backend import create_backend
 from infra.store.chunks import find_hard_links, hash_files, list_regular_files
 from infra.store.disk import translate_os_error
 from infra.store.folder import TEMPORARY, require_empty_or_missing
@@ -84,7 +84,7 @@ class Store:
     """
 
     def __init__(self, root: str, setting: str = "RECPRESS_STORE") -> None:
-        self._backend = backend_for(root, setting)
+        self._backend = create_backend(root, setting)
         self.root = self._backend.uri
 
     def put(self, folder: Path) -> Artifact:
@@ -107,7 +107,7 @@ class Store:
 
         Args:
             folder: the folder that contains the files.
-            manifest: their hashes, as ``ArtifactDraft.seal`` returns them; None to compute them.
+            manifest: their hashes, as ``ArtifactWriter.seal`` returns them; None to compute them.
 
         Raises:
             StoreRefused, ConcurrentChange: ``put`` cannot store the files.
@@ -150,12 +150,12 @@ class Store:
         with suppress(AlreadyThere):  # another writer has stored the same content
             key = f"artifacts/{manifest.root}/manifest.json"
             self._backend.create(key, manifest.model_dump_json().encode())
-        return self._artifact_of(manifest)
+        return self._build_artifact(manifest)
 
     def find(self, sha256: str) -> Artifact | None:
         """Return the artifact whose name is this hash; None if it is missing or incomplete."""
         try:
-            return self._artifact_of(self._manifest(sha256))
+            return self._build_artifact(self._manifest(sha256))
         except ArtifactMissing:
             return None
 
@@ -171,7 +171,7 @@ class Store:
         """
         name = _name_from_uri(uri)
         try:
-            return self._artifact_of(self._manifest(name))
+            return self._build_artifact(self._manifest(name))
         except ArtifactMissing as fault:
             if uri.startswith((f"{self.root}/", "artifacts/")):
                 raise
@@ -367,7 +367,7 @@ class Store:
         is_used = manifest.schema_version == 1 or (folder is not None and folder.exists())
         return folder if is_used else None
 
-    def _artifact_of(self, manifest: StoreManifest) -> Artifact:
+    def _build_artifact(self, manifest: StoreManifest) -> Artifact:
         """Return the artifact that a manifest describes, with a URI relative to the root."""
         uri = f"artifacts/{manifest.root}"
         return Artifact(uri=uri, sha256=manifest.root, bytes=manifest.bytes)

@@ -3,11 +3,10 @@
 Rows are read and written in blocks, so memory does not grow with the tables. An interrupted run is
 resumed by the same call.
 
-The *result* is an artifact. While it is incomplete it is called a *draft*: ``infra.store.draft``
-writes it to a hidden folder next to that of the result, with a journal of the blocks that have been
-written. ``seal`` completes the files and hashes them. Then ``publish`` renames the folder to that
-of the result; or ``Store.take`` moves the files to the store, and ``drop`` removes the folder. A
-draft is the folder of a bundle before it is packed.
+The *result* is an artifact. ``infra/store/artifact_writer.py`` writes it to a hidden folder next to
+that of the result, with a journal of the blocks that have been written. ``seal`` completes the
+files and hashes them. Then ``publish`` renames the folder to that of the result; or ``Store.take``
+moves the files to the store, and ``drop`` removes the folder.
 """
 
 import fnmatch
@@ -40,8 +39,8 @@ from infra.bundle.json_reader import read_document
 from infra.bundle.shards import stored_tensors
 from infra.errors import CommandRefused
 from infra.settings import load_settings
+from infra.store.artifact_writer import FILES, ArtifactWriter, open_writer, verify_result
 from infra.store.disk import translate_input_errors
-from infra.store.draft import FILES, ArtifactDraft, open_draft, verify_result
 from tasks.orchestration.code_digest import code_digest
 from tasks.orchestration.workspace import local, store
 
@@ -151,9 +150,9 @@ def _quantize(
 ) -> QuantizeResult:
     with _open_job(source, step, block_rows) as (job, plan):
         source_key = _source_key(source)
-        with _write_draft(job, plan, into, source_key, workers, progress) as draft:
-            manifest = draft.seal()
-            draft.publish(manifest)
+        with _write_result(job, plan, into, source_key, workers, progress) as writer:
+            manifest = writer.seal()
+            writer.publish(manifest)
     return QuantizeResult(place=str(into), sha256=manifest.root, bytes=manifest.bytes, plan=plan)
 
 
@@ -169,10 +168,10 @@ def quantize_artifact(
     into = load_settings().home / "progress" / f"tables-{key}"
     with (
         _open_job(local(source), step, block_rows) as (job, plan),
-        _write_draft(job, plan, into, source.sha256, workers, None) as draft,
+        _write_result(job, plan, into, source.sha256, workers, None) as writer,
     ):
-        artifact = store().take(draft.files, draft.seal())
-        draft.drop()
+        artifact = store().take(writer.files, writer.seal())
+        writer.drop()
     return artifact
 
 
@@ -190,17 +189,17 @@ def check(folder: Path) -> tuple[Artifact, Tables]:
 
 
 @contextmanager
-def _write_draft(
+def _write_result(
     job: EncodingJob,
     plan: Plan,
     into: Path,
     source_key: object,
     workers: int | None,
     progress: Progress | None,
-) -> Iterator[ArtifactDraft]:
-    """Write all files of a result and yield them as a draft, which the caller seals.
+) -> Iterator[ArtifactWriter]:
+    """Write all files of a result, and yield the writer, which the caller seals.
 
-    The draft of an interrupted run is continued if its source, settings and code were the same.
+    An interrupted run is continued if its source, settings and code were the same.
     ``source_key`` identifies the content of the source.
     """
     file = StreamedFile(job.layout())
@@ -208,13 +207,13 @@ def _write_draft(
     # ``block_rows`` does not affect the result, but the journal names a block by its first row
     # only. So with another value, the same name would stand for other rows.
     resume_key = [source_key, job.step, job.block_rows, code_digest(quantize)]
-    with open_draft(into, resume_key, TENSORS, file.bytes) as draft:
+    with open_writer(into, resume_key, TENSORS, file.bytes) as writer:
         report_bytes = None if progress is None else (lambda read: progress(read, total))
-        encode_file(job, file, draft, workers, report_bytes)
+        encode_file(job, file, writer, workers, report_bytes)
         records = job.records()
         tables = Tables.model_validate({"step": job.step, "modules": records, "plan": plan})
-        draft.add(TABLES, tables.model_dump_json(indent=1).encode())
-        yield draft
+        writer.add(TABLES, tables.model_dump_json(indent=1).encode())
+        yield writer
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """Write an artifact block by block, in any order, from several threads, and resume after a kill.
 
 The artifact has one large file and a few small ones. A block is a named set of byte ranges (pieces)
-of the large file. The unfinished artifact is called a draft (it is not the draft of a bundle), and
-the finished one a result. The files of a result ``name``::
+of the large file. The finished artifact is called the result. The files of a result ``name``::
 
     <parent>/.<name>.part/files/...   the unfinished files
     <parent>/.<name>.journal          a header line, and one line per written block: its name, and
@@ -144,8 +143,8 @@ class _Chunk:
         self.is_hashing = False
 
 
-class ArtifactDraft:
-    """An unfinished artifact of one large file and a few small ones; see ``open_draft``.
+class ArtifactWriter:
+    """Writes an artifact of one large file and a few small ones; see ``open_writer``.
 
     Args:
         into: the folder that ``publish`` creates.
@@ -273,7 +272,7 @@ def verify_result(into: Path) -> StoreManifest:
     """Verify every chunk of a published result, and return its manifest.
 
     Args:
-        into: the folder that ``ArtifactDraft.publish`` created.
+        into: the folder that ``ArtifactWriter.publish`` created.
 
     Raises:
         ArtifactMissing: there is no manifest, so no result was published.
@@ -303,7 +302,7 @@ def verify_result(into: Path) -> StoreManifest:
 
 
 @contextmanager
-def open_draft(into: Path, job: object, path: str, size: int) -> Iterator[ArtifactDraft]:
+def open_writer(into: Path, job: object, path: str, size: int) -> Iterator[ArtifactWriter]:
     """Start to write an artifact, or resume an earlier run that was interrupted.
 
     Args:
@@ -324,11 +323,11 @@ def open_draft(into: Path, job: object, path: str, size: int) -> Iterator[Artifa
         try:
             require_empty_or_missing(into)
             with translate_os_errors(journal_path, "write"):
-                draft = _start_or_resume(into, journal, header, path, size)
+                writer = _start_or_resume(into, journal, header, path, size)
             try:
-                yield draft
+                yield writer
             finally:
-                draft.close()
+                writer.close()
         finally:
             # There is no unfinished folder after publish(), after drop(), or if the start failed.
             if not _unfinished_folder(into).exists():
@@ -384,8 +383,8 @@ def _open_journal(into: Path, journal_path: Path) -> Iterator[int]:
 
 def _start_or_resume(
     into: Path, journal: int, header: bytes, path: str, size: int
-) -> ArtifactDraft:
-    """Return the draft of an interrupted run whose journal has this header, or an empty draft."""
+) -> ArtifactWriter:
+    """Continue an interrupted run whose journal has this header, or start with no blocks."""
     content = read_open_file(journal, 0, os.fstat(journal).st_size)
     first_line, *lines = content.split(b"\n")
     file = _unfinished_folder(into) / FILES / path
@@ -398,14 +397,14 @@ def _start_or_resume(
         file.chmod(0o644)  # seal() of the earlier run may have made it read-only
         if not content.endswith(b"\n"):
             os.write(journal, b"\n")  # the kill left an incomplete line
-    draft = ArtifactDraft(into, journal, path, size)
+    writer = ArtifactWriter(into, journal, path, size)
     if is_resumed:
         try:
-            draft.resume(lines)
+            writer.resume(lines)
         except BaseException:
-            draft.close()
+            writer.close()
             raise
-    return draft
+    return writer
 
 
 def _unfinished_folder(into: Path) -> Path:
