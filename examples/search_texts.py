@@ -46,21 +46,21 @@ class TextTower:
             for item in self.session.get_inputs()
         }
 
-    def vectors(self, texts: Sequence[str]) -> Vectors:
+    def compute_vectors(self, texts: Sequence[str]) -> Vectors:
         """Return float32 ``(texts, dim)``.
 
         Texts of similar length share a batch, so that few positions are padding.
         """
         permutation = np.argsort([len(text) for text in texts], kind="stable")
         parts = [
-            self._of_batch([texts[index] for index in permutation[begin : begin + BATCH]])
+            self._compute_batch([texts[index] for index in permutation[begin : begin + BATCH]])
             for begin in range(0, len(permutation), BATCH)
         ]
         result = np.concatenate(parts)
         result[permutation] = result.copy()
         return result
 
-    def _of_batch(self, texts: list[str]) -> Vectors:
+    def _compute_batch(self, texts: list[str]) -> Vectors:
         """Tokenize the texts of one batch, and run the graph."""
         encodings = self.tokenizer.encode_batch(texts)  # truncates, and pads to the longest
         tensors = {
@@ -77,7 +77,7 @@ class TextTower:
         return result
 
 
-def towers(folder: Path) -> tuple[TextTower, TextTower]:
+def load_towers(folder: Path) -> tuple[TextTower, TextTower]:
     """Return the towers of queries and of documents of a fetched version."""
     texts = json.loads((folder / "lowering.json").read_text())["texts"]
     query, document = (TextTower(folder, text) for text in texts)
@@ -95,12 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=5, help="documents to print for each query")
     args = parser.parse_args(argv)
     documents = args.documents.read_text(encoding="utf-8").splitlines()
-    query_tower, document_tower = towers(args.folder)
-    index = document_tower.vectors(documents)
-    for query, scores in zip(args.query, query_tower.vectors(args.query) @ index.T, strict=True):
+    query_tower, document_tower = load_towers(args.folder)
+    index = document_tower.compute_vectors(documents)
+    query_vectors = query_tower.compute_vectors(args.query)
+    for query, scores in zip(args.query, query_vectors @ index.T, strict=True):
         print(query)
-        for place in np.argsort(-scores)[: args.count]:
-            print(f"  {scores[place]:.3f}  {documents[place][:90]}")
+        for best in np.argsort(-scores)[: args.count]:
+            print(f"  {scores[best]:.3f}  {documents[best][:90]}")
     return 0
 
 

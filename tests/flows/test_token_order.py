@@ -16,7 +16,7 @@ from orders import BOTH_TARGETS, FlowResult, run_without_prefect, use_home
 from token_draft import LONGEST_DOCUMENT, LONGEST_QUERY, write_token_draft
 
 from compressors.contracts import Limit
-from examples.search_texts import towers
+from examples.search_texts import load_towers
 from flows.order import Order
 from tasks.bundles.packing import pack
 from tasks.orchestration.workspace import local
@@ -73,8 +73,10 @@ def rank(folder: Path, draft: Path) -> dict[str, dict[str, float]]:
     queries = {
         row["query_id"]: row["query"] for row in pq.read_table(draft / "test.parquet").to_pylist()
     }
-    query_tower, document_tower = towers(folder)
-    scores = query_tower.vectors(list(queries.values())) @ document_tower.vectors(items["text"]).T
+    query_tower, document_tower = load_towers(folder)
+    scores = query_tower.compute_vectors(list(queries.values())) @ (
+        document_tower.compute_vectors(items["text"]).T
+    )
     return {
         str(query): {
             str(document): float(score)

@@ -20,7 +20,7 @@ from compressors.lower.serving_wrapper import served_graphs
 from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.rewrite.fold import Fold
 from examples.dcnv2 import DCNv2
-from examples.gowalla import signature
+from examples.gowalla import build_signature
 from examples.two_tower import TwoTower
 from infra.onnxruntime.sessions import optimized_graph
 
@@ -52,7 +52,7 @@ MODELS = {
     "DCNv2 parallel": dcnv2("parallel"),
     "DCNv2 stacked": dcnv2("stacked"),
     "TwoTower": Reference(
-        TwoTower, signature(), {"users": 40, "items": 90, "dim": 8, "hidden": 24}
+        TwoTower, build_signature(), {"users": 40, "items": 90, "dim": 8, "hidden": 24}
     ),
 }
 
