@@ -72,14 +72,14 @@ def simulate(rng: np.random.Generator, sizes: NDArray[np.intp]) -> TestSet:
     return TestSet(label, _sigmoid(baseline), _sigmoid(candidate), user)
 
 
-def heavy_tailed_sizes(rng: np.random.Generator, users: int) -> NDArray[np.intp]:
+def draw_heavy_tailed_sizes(rng: np.random.Generator, users: int) -> NDArray[np.intp]:
     """Draw the number of rows of each user: 1 to 200, with probability proportional to 1 / rows."""
     rows = np.arange(1, MAX_ROWS + 1)
     return rng.choice(rows, size=users, p=(1 / rows) / (1 / rows).sum())
 
 
 @cache
-def true_values() -> dict[str, tuple[float, float]]:
+def estimate_true_values() -> dict[str, tuple[float, float]]:
     """Estimate the true values from 4 million users with one row each.
 
     The AUC of a large population hardly depends on pairs of rows of the same user, so one row per
@@ -106,7 +106,7 @@ def true_values() -> dict[str, tuple[float, float]]:
     return {metric: (float(mean[0]), float(mean[1])) for metric, mean in means.items()}
 
 
-def coverage(
+def measure_coverage(
     users: int, runs: int, metrics: Iterable[str] = METRICS, *, grouped: bool = True
 ) -> dict[str, Coverage]:
     """Return by metric the share of simulated test sets whose interval contains the true value.
@@ -121,14 +121,18 @@ def coverage(
     hits = {metric: np.zeros(2) for metric in metrics}
     for run in range(runs):
         rng = np.random.default_rng([users, run])
-        rows = simulate(rng, heavy_tailed_sizes(rng, users))
+        rows = simulate(rng, draw_heavy_tailed_sizes(rng, users))
         group = rows.user if grouped else None
         for metric in metrics:
             intervals = estimate_pair(
                 metric, rows.label, rows.baseline, rows.candidate, group, samples=300
             )  # ``samples``: number of bootstrap samples
             for column, (estimate, value) in enumerate(
-                zip((intervals.baseline, intervals.difference), true_values()[metric], strict=True)
+                zip(
+                    (intervals.baseline, intervals.difference),
+                    estimate_true_values()[metric],
+                    strict=True,
+                )
             ):
                 hits[metric][column] += estimate.low <= value <= estimate.high
     return {metric: Coverage(*(count / runs).tolist()) for metric, count in hits.items()}
@@ -150,8 +154,8 @@ def main() -> None:
     print("| users | metric | value | difference | row bootstrap: value | difference |")
     print("|---|---|---|---|---|---|")
     for users in USERS:
-        by_user = coverage(users, runs)
-        by_row = coverage(users, row_runs, grouped=False)
+        by_user = measure_coverage(users, runs)
+        by_row = measure_coverage(users, row_runs, grouped=False)
         for metric in METRICS:
             cells = (*by_user[metric], *by_row[metric])
             print(f"| {users} | {metric} | " + " | ".join(f"{c:.1%}" for c in cells) + " |")

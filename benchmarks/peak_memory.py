@@ -161,16 +161,16 @@ def write(folder: Path, case: Case) -> None:
 
 
 def _write_click_data(folder: Path, case: Case, model: nn.Module) -> dict[str, object]:
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     splits = {"train": case.train, "validation": 2000, "test": 5000}
     for split, count in splits.items():
-        item = draw.integers(0, case.rows, count)
-        dense = draw.normal(size=(count, FIELDS)).astype(np.float32)
-        scored = min(count, 20_000)  # further rows repeat these logits, to save time
+        item = rng.integers(0, case.rows, count)
+        dense = rng.normal(size=(count, FIELDS)).astype(np.float32)
+        scored = min(count, 20_000)  # the other rows repeat these logits, to save time
         with torch.no_grad():
             logit = model(torch.from_numpy(item[:scored]), torch.from_numpy(dense[:scored])).numpy()
         logit = np.resize((logit - logit.mean()) / logit.std(), count)
-        label = (draw.random(count) < 1 / (1 + np.exp(-2 * logit))).astype(np.int64)
+        label = (rng.random(count) < 1 / (1 + np.exp(-2 * logit))).astype(np.int64)
         columns = {"item": item, "label": label}
         columns |= {f"d{column}": dense[:, column] for column in range(FIELDS)}
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
@@ -188,12 +188,12 @@ def _write_click_data(folder: Path, case: Case, model: nn.Module) -> dict[str, o
 
 
 def _write_retrieval_data(folder: Path, case: Case) -> dict[str, object]:
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     splits = {"train": case.train, "validation": 500, "test": 1000}
     catalogue = min(case.rows, 20_000)
     for split, count in splits.items():
-        user = draw.integers(0, min(case.rows, 300), count)
-        columns = {"user": user, "item": draw.integers(0, catalogue, count)}
+        user = rng.integers(0, min(case.rows, 300), count)
+        columns = {"user": user, "item": rng.integers(0, catalogue, count)}
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
     pq.write_table(pa.table({"item": np.arange(catalogue)}), folder / "items.parquet")
     signature = {

@@ -1,11 +1,12 @@
 """How much AUC do fewer table rows, and rows in two formats, lose at equal bytes?
 
-In the demo's tables with at least 64 rows, rows are pruned, clustered, merged, or split into
-frequent ("hot") and rare ("cold") rows with different formats (``tiers``). ``drop_tables`` removes
-whole tables. Prints the bytes of all tables as a share of float32, the change of AUC on validation
-rows, and the share of training lookups whose row changes. Bytes and change of AUC are printed
-before and after the remaining rows are quantized; for recipes that only quantize, and for
-``tiers``, only after. ``drop_tables`` selects tables by the same validation rows, which favors it.
+In tables with at least 64 rows of the demo's model (``recpress demo``: DCN-v2 on MovieLens 100K),
+rows are pruned, clustered, merged, or split into frequent ("hot") and rare ("cold") rows with
+different formats (``tiers``). ``drop_tables`` removes whole tables. Prints the bytes of all tables
+as a share of float32, the change of AUC on validation rows, and the share of training lookups whose
+row changes. Bytes and change of AUC are printed before and after the remaining rows are quantized;
+for recipes that only quantize, and for ``tiers``, only after. ``drop_tables`` selects tables by the
+same validation rows, which favors it.
 
 Labels: the number after ``prune_rows`` is the share of kept rows. They are selected by their
 training lookups ("traffic"), their length ("norm"), or the estimated change of the loss without the

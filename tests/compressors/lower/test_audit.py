@@ -37,7 +37,7 @@ class GraphBuilder:
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self.random = np.random.default_rng(0)
+        self.rng = np.random.default_rng(0)
 
     def add_constant(self, value: Any, name: str = "") -> str:
         """Add an initializer and return its name."""
@@ -63,12 +63,12 @@ class GraphBuilder:
 
     def add_gemm(self, x: str, *, int32_bias: bool = True) -> str:
         """Add a Gemm with int8 weights and an int32 or a float bias."""
-        weight = self.random.standard_normal((WIDTH, WIDTH)).astype(np.float32)
+        weight = self.rng.standard_normal((WIDTH, WIDTH)).astype(np.float32)
         scale = np.abs(weight).max(axis=1) / 127
         codes = self.add_constant(np.rint(weight / scale[:, None]).astype(np.int8))
         zeros = self.add_constant(np.zeros(WIDTH, np.int8))
         w = self.add_node("DequantizeLinear", codes, self.add_constant(scale), zeros, axis=0)
-        bias = self.random.standard_normal(WIDTH).astype(np.float32)
+        bias = self.rng.standard_normal(WIDTH).astype(np.float32)
         if int32_bias:
             bias_scale = scale * INPUT_SCALE
             b = self.add_node(
@@ -185,8 +185,8 @@ ROWS = 1000
 
 def add_table(builder: GraphBuilder, form: str) -> tuple[str, TableInitializers]:
     """Add a table whose rows are the graph's output; ``form`` says how they are looked up."""
-    codes = builder.add_constant(builder.random.integers(-127, 128, (ROWS, 8), np.int8), "codes")
-    scale = builder.random.random(ROWS).astype(np.float32)
+    codes = builder.add_constant(builder.rng.integers(-127, 128, (ROWS, 8), np.int8), "codes")
+    scale = builder.rng.random(ROWS).astype(np.float32)
     names = ("codes", "scale")
     if form == "gather first":
         builder.add_constant(scale[:, None], "scale")

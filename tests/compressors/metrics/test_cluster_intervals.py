@@ -14,7 +14,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from reason_codes import require_reason
 
-from benchmarks.interval_coverage import METRICS, coverage, heavy_tailed_sizes, simulate
+from benchmarks.interval_coverage import (
+    METRICS,
+    draw_heavy_tailed_sizes,
+    measure_coverage,
+    simulate,
+)
 from compressors.contracts import Limit
 from compressors.contracts import metric as metric_named
 from compressors.metrics import point_estimates, top_k
@@ -29,7 +34,7 @@ ALL_METRICS = (*METRICS, "gauc", *OF_LISTS)
 def assert_coverage(users, runs, slack):
     """Assert coverage of 95 %, within 1 percentage point and ``slack`` standard errors."""
     noise = slack * math.sqrt(0.95 * 0.05 / runs)
-    for metric, interval in coverage(users, runs).items():
+    for metric, interval in measure_coverage(users, runs).items():
         for name, share in interval._asdict().items():
             assert share == pytest.approx(0.95, abs=0.01 + noise), (users, metric, name, share)
 
@@ -52,7 +57,7 @@ def test_intervals_cover_95_percent_in_4000_simulated_test_sets(users):
 def simulated_rows(users, seed=0):
     """Label, baseline score, candidate score and user of each simulated row."""
     rng = np.random.default_rng(seed)
-    return simulate(rng, heavy_tailed_sizes(rng, users))
+    return simulate(rng, draw_heavy_tailed_sizes(rng, users))
 
 
 def metric_of_rows(metric, label, score, group):
@@ -199,7 +204,7 @@ def test_interval_bounds_are_within_the_range_of_the_metric():
 
 def test_intervals_of_a_million_grouped_rows_take_less_than_12_seconds():
     rng = np.random.default_rng(0)
-    rows = simulate(rng, heavy_tailed_sizes(rng, 27_000))
+    rows = simulate(rng, draw_heavy_tailed_sizes(rng, 27_000))
     start = time.process_time()
     for metric in METRICS:
         estimate_pair(metric, *rows)
