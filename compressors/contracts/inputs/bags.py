@@ -19,8 +19,8 @@ from compressors.contracts.inputs.common import (
 class PaddedBag(Frozen):
     """A list of ids per row, padded at the end with ``padding_id``; ``shape`` is ``(length,)``.
 
-    The tensor is int ``(rows, length)``. ``more_tables`` are further tables in which the same ids
-    are looked up.
+    The tensor is int ``(rows, length)``. ``more_tables`` are other tables in which the same ids are
+    looked up.
     """
 
     kind: Literal["padded_bag"] = "padded_bag"
@@ -49,7 +49,7 @@ class JaggedBag(Frozen):
     ``name_offsets``, the index of each row's first id, int ``(rows,)``, or ``name_lengths``, the
     number of ids per row, int ``(rows,)``. ``shape`` is ``(longest,)``: the longest list that a
     request may contain, because a served graph pads lists to this length. A row with a longer list
-    has the score NaN; lists are never silently truncated. ``more_tables`` are further tables in
+    has the score NaN; lists are never silently truncated. ``more_tables`` are other tables in
     which the same ids are looked up.
     """
 

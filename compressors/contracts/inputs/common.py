@@ -28,7 +28,7 @@ class IdField(Frozen):
         rows: number of valid ids.
         first: the smallest valid id.
         offset: what the network adds to an id; the sum is the row of the table.
-        default_row: the id that replaces one out of range, with the policy ``default_row``.
+        default_row: the id that replaces one out of range, if ``out_of_range`` is ``default_row``.
     """
 
     rows: int = Field(ge=1)

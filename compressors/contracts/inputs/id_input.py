@@ -25,7 +25,7 @@ class IdInput(Frozen):
 
     Attributes:
         table: the table in which the ids are looked up.
-        more_tables: further tables in which the same ids are looked up.
+        more_tables: other tables in which the same ids are looked up.
         fields: the valid ids of each column, if each reads a part of the table. Empty: every row
             of the table is valid.
     """
