@@ -71,13 +71,13 @@ def mask_credentials(message: object, *addresses: str) -> str:
     """
     text, known_secrets = str(message), find_secrets()
     if addresses:  # skipped for log records, which are many
-        further = {
+        found = {
             form
             for uri in addresses
             for secret in _address_secrets(uri)
             for form in _message_forms(secret)
         }
-        known_secrets = tuple(sorted({*known_secrets, *further}, key=len, reverse=True))
+        known_secrets = tuple(sorted({*known_secrets, *found}, key=len, reverse=True))
     for secret in known_secrets:
         text = text.replace(secret, HIDDEN)
     return _QUERY.sub(rf"\g<1>{HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", text))

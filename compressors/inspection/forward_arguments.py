@@ -223,7 +223,7 @@ def _described_matrix(
     """
     index = getattr(network, "feature_index", None)
     if not isinstance(index, Mapping) or not all(
-        isinstance(place, tuple) and len(place) == 2 for place in index.values()
+        isinstance(columns, tuple) and len(columns) == 2 for columns in index.values()
     ):
         return None
     if missing := [feature for feature in index if feature not in sample]:

@@ -170,8 +170,10 @@ class RelevantRanks:
     def tie_blocks(self) -> TieBlocks:
         """Group the relevant items of the first ``depth`` ranks by query and score."""
         counted = self.above < self.depth
-        place = self.query[counted] * self.depth + self.above[counted]
-        first_rank, pair, relevant = np.unique(place, return_index=True, return_counts=True)
+        query_and_rank = self.query[counted] * self.depth + self.above[counted]
+        first_rank, pair, relevant = np.unique(
+            query_and_rank, return_index=True, return_counts=True
+        )
         return TieBlocks(
             first_rank // self.depth,
             first_rank % self.depth,

@@ -203,21 +203,22 @@ def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit 
     """
     bound, declared, absolute = _bound(limit), limit.declared, limit.against == "absolute"
     sign = "+" if declared.compared == "difference" and not absolute else ""
-    unit, places = declared.unit, declared.decimals
+    unit, decimals = declared.unit, declared.decimals
     if declared.compared == "ratio" and not absolute:
-        unit, places = " times", 3
+        unit, decimals = " times", 3
     elif declared.in_score_units and score_unit == "spread":
         unit = " standard deviations"
     values = (estimate.point, estimate.low, estimate.high)
     # Print enough digits that a value is shown equal to the limit only if it is equal.
-    while places < 12 and (
-        float(f"{bound:.{places}f}") != bound
+    while decimals < 12 and (
+        float(f"{bound:.{decimals}f}") != bound
         or any(
-            value != bound and f"{value:.{places}f}" == f"{bound:.{places}f}" for value in values
+            value != bound and f"{value:.{decimals}f}" == f"{bound:.{decimals}f}"
+            for value in values
         )
     ):
-        places += 1
-    point, low, high, edge = (f"{value:{sign},.{places}f}" for value in (*values, bound))
+        decimals += 1
+    point, low, high, edge = (f"{value:{sign},.{decimals}f}" for value in (*values, bound))
     metric = declared.label + ("" if absolute else f" vs {limit.against}")
     relation = ">=" if limit.at_least is not None else "<="
     number, edge, rows = f"{point}{unit}", f"{edge}{unit}", estimate.rows

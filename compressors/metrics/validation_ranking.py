@@ -60,7 +60,7 @@ def ranking_quality(
     positive = np.unique(group[validation.label.numpy() > 0])
     if not positive.size:
         raise MetricRefused("new_items_missing")
-    selected = np.flatnonzero(np.isin(group, _evenly_spaced(positive)))
+    selected = np.flatnonzero(np.isin(group, _select_evenly_spaced(positive)))
     queries = ranking_queries(
         interactions(validation, selected), map(interactions, known[:-1]), catalogue
     )
@@ -70,10 +70,10 @@ def ranking_quality(
     return float(values[metric].mean())
 
 
-def _evenly_spaced(queries: Ints) -> Ints:
+def _select_evenly_spaced(queries: Ints) -> Ints:
     """Return at most ``MAX_QUERIES`` of the sorted queries."""
-    places = np.linspace(0, queries.size - 1, min(MAX_QUERIES, queries.size)).astype(np.int64)
-    return queries[places]
+    positions = np.linspace(0, queries.size - 1, min(MAX_QUERIES, queries.size)).astype(np.int64)
+    return queries[positions]
 
 
 def _first_rows(rows: Rows) -> tuple[Ints, Ints]:

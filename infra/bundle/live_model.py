@@ -72,11 +72,11 @@ class ConstructorCalls:
         if not _can_be_named(type(constructed), self.allowed):
             return
         arguments = {name: values[name] for name in names[1:] if name in values}
-        further = iter(code.co_varnames[len(names) :])
-        if code.co_flags & inspect.CO_VARARGS and values.get(name := next(further)):
+        variadic_names = iter(code.co_varnames[len(names) :])
+        if code.co_flags & inspect.CO_VARARGS and values.get(name := next(variadic_names)):
             arguments[f"*{name}"] = values[name]
         if code.co_flags & inspect.CO_VARKEYWORDS:
-            arguments |= values.get(next(further), {})
+            arguments |= values.get(next(variadic_names), {})
         copies = {name: _copy_containers(value) for name, value in arguments.items()}
         self.arguments[id(constructed)] = (constructed, copies)
         self._running.append((frame, id(constructed)))

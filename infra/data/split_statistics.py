@@ -297,12 +297,12 @@ def _describe_split_problems(
             (f"input {item.name!r}, column {column!r}", statistics.columns[column])
             for column in item.columns
         ]
-    for (place, ids), (first, last, _) in zip(found, ranges, strict=True):
+    for (source, ids), (first, last, _) in zip(found, ranges, strict=True):
         extremes = (ids.min_id, ids.max_id) if requires_known_values(split, item) else ()
         outside = {id_ for id_ in extremes if id_ is not None and not first <= id_ <= last}
         if isinstance(item, IntegerInput):
             lines += [
-                f"split {split!r}, {place}: value {value} is not from {first} to {last}. Fix the "
+                f"split {split!r}, {source}: value {value} is not from {first} to {last}. Fix the "
                 "values, or change 'low' and 'high'."
                 for value in sorted(outside)
             ]
@@ -310,7 +310,7 @@ def _describe_split_problems(
         rows = {table: rows_of_table[table] for table in all_tables(item)}
         smallest = min(rows, key=rows.__getitem__)
         lines += [
-            f"split {split!r}, {place}: id {id_} is not in table {smallest!r} of {rows[smallest]} "
+            f"split {split!r}, {source}: id {id_} is not in table {smallest!r} of {rows[smallest]} "
             f"rows ({first} to {last}). Fix the ids, or pack the table they belong to."
             for id_ in sorted(outside)
         ]

@@ -57,7 +57,7 @@ class QuantizedInputLinear(nn.Module):
             scale = self.stored["input_scale"]
             return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
         if self.format_name in ("weight_int8", "weight_int4"):
-            layout = LayoutSettings.of(self.layer.settings)
+            layout = LayoutSettings.from_settings(self.layer.settings)
             if layout.activations == "int8":
                 return _quantize_blocks(x, self._block_width(layout.block))
         return x

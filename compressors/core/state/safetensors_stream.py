@@ -104,7 +104,7 @@ class StreamedFile:
         self.bytes = len(self.header) + end
         """Size of the whole file in bytes."""
 
-    def place(self, name: str, entry: int = 0) -> int:
+    def find_offset(self, name: str, entry: int = 0) -> int:
         """Return the byte offset, in the file, of an entry of a tensor's first dimension.
 
         Raises:
@@ -131,7 +131,7 @@ class StreamedFile:
             ContractBroken: the name, dtype or shape does not fit the layout, or there are too many
                 entries.
         """
-        at = self.place(name, entry)
+        at = self.find_offset(name, entry)
         spec = self.layout[name]
         if values.dtype != spec.dtype:
             raise ContractBroken(

@@ -123,7 +123,7 @@ def _gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
         )
         for axis in range(batch_dims)
     )
-    return x[(*batch, *(place.long() for place in indices.unbind(dim=-1)))]
+    return x[(*batch, *(index.long() for index in indices.unbind(dim=-1)))]
 
 
 def _one_hot(indices: Tensor, depth: Sizes, values: Tensor, *, axis: int = -1) -> Tensor:

@@ -98,7 +98,7 @@ class WeightInt4(StepSettings):
         by_layer = (
             self._compute_gram_matrices(model, selected, bench) if self.rounding == "gptq" else {}
         )
-        grid = weight_only.grid(BITS, self.clipping, self.scale)
+        grid = weight_only.create_grid(BITS, self.clipping, self.scale)
         outcomes: dict[str, Decision] = {}
         for unit in selected:
             weight, bias = unit.weight, unit.bias

@@ -39,7 +39,7 @@ def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
 
     Args:
         table: float, ``(rows, dim)``; the first row begins a group of rows with one scale.
-        scale: the stored scales, ``(entries, 1)``.
+        scale: the stored scales, ``(number of scales, 1)``.
         rows_per_scale: number of rows that share a scale; 0: all rows of the table.
     """
     rows = torch.arange(len(table), device=table.device)
@@ -48,8 +48,8 @@ def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
     return rounded.view(torch.uint8)
 
 
-def decode_float8(codes: Tensor) -> Tensor:
-    """Decode the bits of 8-bit floats to float32 in the same shape."""
+def convert_from_float8(codes: Tensor) -> Tensor:
+    """Convert the bits of 8-bit floats to float32, in the same shape."""
     return codes.view(torch.float8_e4m3fn).float()
 
 
@@ -57,7 +57,7 @@ def decode_float8(codes: Tensor) -> Tensor:
 def float8_e4m3_table(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:
     """Look up rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
     scale_of_id = scale[scales.scale_indices(ids, rows_per_scale)]
-    return dequantize(decode_float8(codes[ids]), scale_of_id, offset=None)
+    return dequantize(convert_from_float8(codes[ids]), scale_of_id, offset=None)
 
 
 @float8_e4m3_table.register_fake
@@ -73,7 +73,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output:
 def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
     codes, scale, ids = ctx.saved_tensors
     grad_scale = scales.compute_gradient(
-        grad, decode_float8(codes[ids]), scale, ids, ctx.rows_per_scale
+        grad, convert_from_float8(codes[ids]), scale, ids, ctx.rows_per_scale
     )
     return None, grad_scale, None, None
 

@@ -119,8 +119,8 @@ def test_offsets_beyond_32_bits_are_exact(overflow: int, dtype: torch.dtype, wid
     header_bytes = len(file.header)
     entry_bytes = width * dtype.itemsize
     for entry in (overflow // width - 1, overflow // width, overflow // width + 1):
-        assert file.place("a", entry) == header_bytes + entry * entry_bytes
-        assert file.place("b", entry) == header_bytes + (rows + entry) * entry_bytes
+        assert file.find_offset("a", entry) == header_bytes + entry * entry_bytes
+        assert file.find_offset("b", entry) == header_bytes + (rows + entry) * entry_bytes
     assert file.bytes == header_bytes + 2 * rows * entry_bytes
     # The first 8 bytes are the length of the JSON that follows.
     offsets = json.loads(file.header[8:])["b"]["data_offsets"]

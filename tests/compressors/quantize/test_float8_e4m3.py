@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressors.core.steps.table_encoder import encode_table
 from compressors.errors.steps import ValueNotStorable
-from compressors.quantize.tables.float8_e4m3 import Float8E4M3, decode_float8
+from compressors.quantize.tables.float8_e4m3 import Float8E4M3, convert_from_float8
 
 
 def decoded_and_scales(step: Float8E4M3, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def test_every_byte_decodes_as_the_e4m3_definition():
     for code in range(256):
         exponent, mantissa = (code >> 3) & 15, code & 7
         size = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
-        result = float(decode_float8(torch.tensor([code], dtype=torch.uint8)))
+        result = float(convert_from_float8(torch.tensor([code], dtype=torch.uint8)))
         if code & 127 == 127:
             assert np.isnan(result)
         else:
@@ -112,7 +112,7 @@ def test_op_passes_opcheck_and_its_gradient_equals_plain_torch(rows_per_scale, s
     torch.library.opcheck(op.default, (module.codes, with_op, ids, rows_per_scale))
     (op(module.codes, with_op, ids, rows_per_scale) * output_gradient).sum().backward()
     scale_indices = ids // (rows_per_scale or 11)
-    decoded = decode_float8(module.codes[ids]) * with_torch.float()[scale_indices]
+    decoded = convert_from_float8(module.codes[ids]) * with_torch.float()[scale_indices]
     (decoded * output_gradient).sum().backward()
     # The same sums in another order; in float16 torch also adds repeated ids in float16.
     tolerance = 1e-5 if scale == "float32" else 5e-3

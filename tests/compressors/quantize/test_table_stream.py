@@ -246,7 +246,7 @@ BORDER_ROWS = sorted({*(n // DIM for n in ELEMENTS), *(n // (4 * DIM) for n in B
 def test_rows_beyond_32_bit_offsets_are_written_at_their_positions(row: int, block_rows: int):
     job = EncodingJob(RowwiseInt8(), {"t": "t"}, {"t": ComputedSource(ROWS, DIM)}, block_rows)
     file = StreamedFile(job.layout())
-    starts = {part: file.place(f"t.{part}") for part in ("codes", "scale")}
+    starts = {part: file.find_offset(f"t.{part}") for part in ("codes", "scale")}
     checked_blocks = [
         block for block in job.blocks("t") if block.begin - block_rows <= row <= block.end
     ]
@@ -270,7 +270,7 @@ def test_rows_beyond_32_bit_offsets_are_written_at_their_positions(row: int, blo
         expected_weights = torch.arange(block.begin, block.end) % 97 + 1.0
         # A float16 scale is within 2^-11 of the largest weight over 127.
         torch.testing.assert_close(scales.float() * 127, expected_weights, rtol=2**-10, atol=0)
-    assert file.place("t.codes", ROWS) == starts["codes"] + ROWS * DIM
+    assert file.find_offset("t.codes", ROWS) == starts["codes"] + ROWS * DIM
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

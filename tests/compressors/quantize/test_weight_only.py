@@ -30,9 +30,9 @@ from compressors.quantize.dense.weight_int4 import WeightInt4
 from compressors.quantize.dense.weight_int8 import WeightInt8
 from compressors.quantize.dense.weight_only import (
     block_length,
+    create_grid,
     expand_scales,
     fit_scales,
-    grid,
     pack,
     padded_length,
     round_inputs,
@@ -62,7 +62,10 @@ def layer(
     inputs: int, outputs: int, bits: int, block: int, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and bias of one layer, scales in float32 to be trained."""
-    weight, level_grid = random_normal(outputs, inputs, seed), grid(bits, "min_max", "float32")
+    weight, level_grid = (
+        random_normal(outputs, inputs, seed),
+        create_grid(bits, "min_max", "float32"),
+    )
     scale = fit_scales(weight, block, level_grid)
     multiples = round_to_multiples(weight, scale, block, level_grid)
     return pack(multiples, block, bits), scale, random_normal(1, outputs, seed + 1)[0]
@@ -93,7 +96,7 @@ def test_rounding_error_is_at_most_half_the_scale_and_clipping_never_increases_i
     weight = random_normal(outputs, inputs, seed)
     result = {}
     for rule in ("min_max", clipping):
-        level_grid = grid(bits, rule, scale)
+        level_grid = create_grid(bits, rule, scale)
         scales = fit_scales(weight, block, level_grid)
         assert scales.dtype == level_grid.dtype
         assert (scales > 0).all()
@@ -262,7 +265,7 @@ def draw_correlated_inputs(rows: int, inputs: int, seed: int) -> Tensor:
 
 def quantize(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Multiples by GPTQ, the nearest multiples, the scale of each weight, and the Gram matrix."""
-    level_grid = grid(4, "mse", "float16")
+    level_grid = create_grid(4, "mse", "float16")
     scale = fit_scales(weight, block, level_grid)
     nearest = round_to_multiples(weight, scale, block, level_grid)
     scale_of_weight = expand_scales(scale, weight.shape[1], block)

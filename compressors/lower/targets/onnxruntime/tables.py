@@ -28,7 +28,7 @@ from compressors.lower.graph_builders import (
     position_from_rank,
 )
 from compressors.quantize.kernels.products import BLOCK_VALUES
-from compressors.quantize.tables.float8_e4m3 import decode_float8
+from compressors.quantize.tables.float8_e4m3 import convert_from_float8
 
 MAX_BLOCKS = 64
 """Largest number of blocks of rows in which a table is multiplied; each takes five operators."""
@@ -140,7 +140,7 @@ def float8_e4m3_table(codes: Any, scale: Any, ids: Any, rows_per_scale: int) -> 
 
     ONNX has no Gather of 8-bit floats, and cannot reinterpret bytes as 8-bit floats.
     """
-    values = decode_float8(torch.arange(256, dtype=torch.uint8)).nan_to_num(
+    values = convert_from_float8(torch.arange(256, dtype=torch.uint8)).nan_to_num(
         0.0
     )  # 127 and 255 are NaN
     value_list = op.Constant(value_floats=values.tolist())
