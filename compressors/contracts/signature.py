@@ -134,7 +134,7 @@ class Output(Frozen):
         return task_kind(self.kind)
 
 
-def _form(item: AnyInput) -> dict[str, object]:
+def _describe_form(item: AnyInput) -> dict[str, object]:
     """Return the fields of an input without its names, and without the longest list of a sequence.
 
     A name of a tensor becomes whether there is such a tensor.
@@ -363,7 +363,8 @@ class Signature(Frozen):
         if self.towers is None or self.towers.query.path != self.towers.item.path:
             return False
         query, item = (
-            [_form(item) for item in self.of_tower(name).inputs] for name in self.towers.named()
+            [_describe_form(item) for item in self.of_tower(name).inputs]
+            for name in self.towers.named()
         )
         return query == item
 

@@ -184,7 +184,7 @@ def register(method: type[StepSettings], storage: TableFormat | None = None) -> 
 
 
 @functools.lru_cache(maxsize=1)
-def _union_validator(methods: tuple[type[StepSettings], ...]) -> TypeAdapter[StepSettings]:
+def _build_union_validator(methods: tuple[type[StepSettings], ...]) -> TypeAdapter[StepSettings]:
     """Return the validator of a union of methods, of which ``kind`` selects one."""
     union: Any = Union[methods]  # noqa: UP007 - its members are known at run time
     return TypeAdapter(Annotated[union, Field(discriminator="kind")])
@@ -197,7 +197,7 @@ class _AnyMethod:
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         return core_schema.with_info_plain_validator_function(
-            lambda value, info: _union_validator(tuple(METHODS.values())).validate_python(
+            lambda value, info: _build_union_validator(tuple(METHODS.values())).validate_python(
                 value, context=info.context
             )
         )
@@ -205,7 +205,7 @@ class _AnyMethod:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return handler(_union_validator(tuple(METHODS.values())).core_schema)
+        return handler(_build_union_validator(tuple(METHODS.values())).core_schema)
 
 
 AnyStep = Annotated[StepSettings, _AnyMethod()]

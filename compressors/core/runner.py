@@ -170,14 +170,14 @@ def run(
             code fails).
     """
     _require_parts(method, bench)
-    versions = _tensor_versions(source.module)
+    versions = _read_tensor_versions(source.module)
     model = source.private()
     with network_errors_as_refusals(method):
         step, plan, skipped = planned or plan_step(method, model, bench, skipped)
         plan = add_notes(plan, notes)
         model, outcomes = step.apply(model, bench, plan)
     module = model.module.eval()
-    if _tensor_versions(source.module) != versions:
+    if _read_tensor_versions(source.module) != versions:
         raise ContractBroken("source_changed", step=step.kind)
     before, after = Unit.of(source.module), Unit.of(module)
     decisions = resolve_decisions(step.kind, step.effect, plan.decisions, outcomes, before, after)
@@ -321,7 +321,7 @@ def rows_of_tables(model: nn.Module, signature: Signature) -> dict[str, int]:
     return rows
 
 
-def _tensor_versions(model: nn.Module) -> list[tuple[str, int, int]]:
+def _read_tensor_versions(model: nn.Module) -> list[tuple[str, int, int]]:
     """Return name, address and version counter of every tensor, to detect in-place writes."""
     named = (*model.named_parameters(), *model.named_buffers())
     return [(name, tensor.data_ptr(), tensor._version) for name, tensor in named]

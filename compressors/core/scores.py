@@ -32,7 +32,7 @@ def call_network(module: nn.Module, inputs: Mapping[str, Tensor], signature: Sig
         inputs: its input tensors by name; others are ignored.
         signature: the signature, restricted to the inputs of the network or tower.
     """
-    arguments = {name: inputs[name] for name in _tensor_names(signature)}
+    arguments = {name: inputs[name] for name in _list_tensor_names(signature)}
     method = scoring_method(module, signature.method)
     match signature.call:
         case "positions":
@@ -112,14 +112,14 @@ def tower_arguments(
     return {
         argument: inputs[tensor]
         for argument, tensor in zip(
-            _tensor_names(signature.of_tower(called_as)),
-            _tensor_names(signature.of_tower(name)),
+            _list_tensor_names(signature.of_tower(called_as)),
+            _list_tensor_names(signature.of_tower(name)),
             strict=True,
         )
     }
 
 
-def _tensor_names(signature: Signature) -> list[str]:
+def _list_tensor_names(signature: Signature) -> list[str]:
     """Return the names of all input tensors, in order."""
     return [name for item in signature.model_inputs for name in tensor_names(item)]
 

@@ -102,13 +102,13 @@ def reassign_codes(table: PackedTable, proposal: ProposedCodes, share: float) ->
     selected_rows = proposal.gain.topk(count).indices
     codes = read_codes(table)
     codes[selected_rows] = proposal.codes[selected_rows]
-    bits = _code_bits(table)
+    bits = _get_code_bits(table)
     return codes if bits == 8 else pack(codes, bits), count
 
 
 def read_codes(table: PackedTable) -> Tensor:
     """Return a copy of a table's codes, unpacked: int8 or uint8 ``(rows, codes)``."""
-    storage, count, bits = _require_codes_format(table), table.dim, _code_bits(table)
+    storage, count, bits = _require_codes_format(table), table.dim, _get_code_bits(table)
     codes = table.get_buffer("codes")
     if bits == 8:
         return codes.clone()
@@ -123,7 +123,7 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     A value is ``multiple * scale + offset``; a symmetric table has no offset.
     Each column has its own code, so weights of columns do not matter.
     """
-    bits, shared = _code_bits(table), scales.SharedScales.from_settings(table.settings)
+    bits, shared = _get_code_bits(table), scales.SharedScales.from_settings(table.settings)
     # A symmetric grid with a level at zero has an odd number of levels, so code 0 is not used.
     # Symmetric int2 has no level at zero and uses all four codes (see
     # ``quantize/kernels/levels.py``).
@@ -147,7 +147,7 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     return (multiples + constant).to(torch.uint8 if bits < 8 else stored["codes"].dtype), values
 
 
-def _code_bits(table: PackedTable) -> int:
+def _get_code_bits(table: PackedTable) -> int:
     """Return the bits of a stored code."""
     storage = _require_codes_format(table)
     if isinstance(storage, RowwiseFormat):

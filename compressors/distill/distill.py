@@ -150,8 +150,8 @@ class Distill(StepSettings):
         if self.loss == "calibrated_listwise" and "score" in forms:
             raise NothingToCompress("loss_without_probability", step=self.kind)
         self._require_tower_settings(bench)
-        require_layers(model.module, self._recorded_layers())
-        tables, reasons = self.training.tables, self._reasons(bench)
+        require_layers(model.module, self._list_recorded_layers())
+        tables, reasons = self.training.tables, self._describe_training(bench)
         decisions = choose_trainable(
             model,
             bench,
@@ -179,7 +179,7 @@ class Distill(StepSettings):
         keep_zeros_in = pruned_layers(model) if self.student is None else ()
         if self.student is not None:
             model = build_student(model, self.student, bench.seed)
-        recorded_layers = self._recorded_layers()
+        recorded_layers = self._list_recorded_layers()
         probe = rows.take(torch.arange(min(PROBE_ROWS, len(rows))))
         student_widths = (
             measure_widths(model.module, recorded_layers, probe, bench.signature, self.auxiliary)
@@ -266,11 +266,11 @@ class Distill(StepSettings):
                 expected=("no further teacher",),
             )
 
-    def _recorded_layers(self) -> tuple[str, ...]:
+    def _list_recorded_layers(self) -> tuple[str, ...]:
         """Return the layers whose outputs are recorded: those with hints or an auxiliary head."""
         return tuple(dict.fromkeys((*self.hints, *filter(None, (self.auxiliary,)))))
 
-    def _reasons(self, bench: Bench) -> tuple[Reason, ...]:
+    def _describe_training(self, bench: Bench) -> tuple[Reason, ...]:
         """Return reasons for the plan: the rows and teachers that the step trains on."""
         rows = bench.train.rows if bench.train and self.rows != "traffic" else 0
         traffic = bench.traffic.rows if bench.traffic and self.rows != "train" else 0

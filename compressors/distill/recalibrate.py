@@ -80,7 +80,7 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
     label = np.where(label > 0.5, (clicks + 1) / (clicks + 2), 1 / (len(label) - clicks + 2))
     columns = np.stack([logit, np.ones_like(logit)], axis=1)[:, : 2 if offset else 1]
     coefficients = np.array([1.0, 0.0])[: columns.shape[1]]
-    best = _cross_entropy(columns @ coefficients, label)
+    best = _compute_cross_entropy(columns @ coefficients, label)
     for _ in range(NEWTON_STEPS):
         probability = _sigmoid(columns @ coefficients)
         gradient = columns.T @ (probability - label) / len(label)
@@ -89,12 +89,12 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
         newton_step = np.linalg.solve(hessian + 1e-12 * np.eye(len(coefficients)), gradient)
         step_size = 1.0  # halved until the cost does not increase
         while (
-            _cross_entropy(columns @ (coefficients - step_size * newton_step), label) > best
+            _compute_cross_entropy(columns @ (coefficients - step_size * newton_step), label) > best
             and step_size > 1e-6
         ):
             step_size /= 2
         candidate = coefficients - step_size * newton_step
-        cost = _cross_entropy(columns @ candidate, label)
+        cost = _compute_cross_entropy(columns @ candidate, label)
         if cost >= best - 1e-15:
             break
         coefficients, best = candidate, cost
@@ -283,6 +283,6 @@ def _sigmoid(logit: Floats) -> Floats:
     return 0.5 * (1 + np.tanh(0.5 * logit))
 
 
-def _cross_entropy(logit: Floats, label: Floats) -> float:
+def _compute_cross_entropy(logit: Floats, label: Floats) -> float:
     """Return the binary cross entropy, a mean over rows."""
     return float((np.logaddexp(0, logit) - label * logit).mean())

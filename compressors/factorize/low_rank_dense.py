@@ -167,7 +167,7 @@ class LowRankDense(StepSettings):
         decisions = choose_dense(units, self.layers, self.kind)
         for unit in selected_units(units, decisions):
             outputs, inputs = unit.weight.shape
-            largest = _largest_rank(inputs, outputs)
+            largest = _compute_largest_rank(inputs, outputs)
             if self.most_error is not None:
                 decisions[unit.name] = self._search_decision(unit, largest, self.most_error)
                 continue
@@ -202,7 +202,7 @@ class LowRankDense(StepSettings):
         """
         module, outcomes = model.module, dict[str, Decision]()
         units = plan.units(module)
-        moments = self._moments(model, bench, units)
+        moments = self._compute_moments(model, bench, units)
         for unit in units:
             outputs, inputs = unit.weight.shape
             weight, bias = unit.weight, unit.bias
@@ -213,7 +213,7 @@ class LowRankDense(StepSettings):
             rank = share_or_number(self.rank, min(inputs, outputs))
             if self.most_error is not None:
                 rank = rank_within(energy, self.most_error)
-            if rank > _largest_rank(inputs, outputs):
+            if rank > _compute_largest_rank(inputs, outputs):
                 too_large = Reason("found_rank_not_smaller", rank=rank)
                 outcomes[unit.name] = Decision("skipped", (too_large,))
                 continue
@@ -235,7 +235,7 @@ class LowRankDense(StepSettings):
             outputs, inputs = unit.weight.shape
             rank = share_or_number(self.rank, min(inputs, outputs))
             if self.most_error is not None:
-                rank = _largest_rank(inputs, outputs)
+                rank = _compute_largest_rank(inputs, outputs)
             bias = unit.bias is not None
             layout = factored_layout(inputs, outputs, rank, bias=bias)
             stored = {name: placeholder(spec) for name, spec in layout.items()}
@@ -243,7 +243,9 @@ class LowRankDense(StepSettings):
             swap(model.module, unit.name, layer.eval())
         return model
 
-    def _moments(self, model: Model, bench: Bench, units: list[Unit]) -> Mapping[str, _Moments]:
+    def _compute_moments(
+        self, model: Model, bench: Bench, units: list[Unit]
+    ) -> Mapping[str, _Moments]:
         """Return the moments of the selected layers' inputs; nothing if not ``weighted``."""
         if not self.weighted:
             return {}
@@ -265,6 +267,6 @@ class LowRankDense(StepSettings):
         return moments
 
 
-def _largest_rank(inputs: int, outputs: int) -> int:
+def _compute_largest_rank(inputs: int, outputs: int) -> int:
     """Return the largest rank with fewer weights than the original layer; 0 if there is none."""
     return math.ceil(inputs * outputs / (inputs + outputs)) - 1

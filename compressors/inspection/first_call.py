@@ -83,7 +83,7 @@ def _mask_dtypes(layout: Layout) -> Iterator[Layout]:
         yield replace(layout, arguments=arguments)
 
 
-def _tensors(layout: Layout, sample: Sample, floats: Mapping[str, bool]) -> Tensors:
+def _build_tensors(layout: Layout, sample: Sample, floats: Mapping[str, bool]) -> Tensors:
     """Return the input tensors; integers are int64 unless ``floats`` says float32."""
     tensors: Tensors = {}
     for argument in layout.arguments:
@@ -107,7 +107,7 @@ def _call_with_dtypes(
     """
     floats: dict[str, bool] = {}
     while True:
-        tensors = _tensors(layout, sample, floats)
+        tensors = _build_tensors(layout, sample, floats)
         try:
             before = observe(network, layout.call, tensors)
             break
@@ -117,7 +117,7 @@ def _call_with_dtypes(
         if not _may_be_float(argument, sample, tensors, before.lookups):
             continue
         converted = {**floats, argument.name: True}
-        other = _tensors(layout, sample, converted)
+        other = _build_tensors(layout, sample, converted)
         try:
             after = observe(network, layout.call, other)
         except CallFailed:
@@ -142,13 +142,13 @@ def _try_one_more_float(
     Raises:
         CallFailed: there is none; contains the first error.
     """
-    tensors = _tensors(layout, sample, floats)
+    tensors = _build_tensors(layout, sample, floats)
     for argument in layout.arguments:
         if not _may_be_float(argument, sample, tensors, fault.lookups):
             continue
         converted = {**floats, argument.name: True}
         try:
-            observe(network, layout.call, _tensors(layout, sample, converted))
+            observe(network, layout.call, _build_tensors(layout, sample, converted))
         except CallFailed as other:
             if other.operations <= fault.operations:
                 continue

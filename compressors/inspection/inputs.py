@@ -106,9 +106,9 @@ def derive_inputs(
         if len(columns) == 1 and columns[0].is_list:
             equal = with_equal_lengths(argument, layout.arguments, sample)
             lists = ListCall(network, layout.call, equal, sample, tensors, before.lookups)
-            described = _list_input(lists, of_argument[columns[0].name])
+            described = _describe_list_input(lists, of_argument[columns[0].name])
         else:
-            described = _numbers_input(
+            described = _describe_numbers_input(
                 table_rows, argument, columns, of_argument, tensors[argument.name]
             )
         inputs.append(described[0])
@@ -121,7 +121,7 @@ def derive_inputs(
     ]
     return DerivedInputs(
         call=layout.call,
-        inputs=_with_equal_sequences(inputs, layout.arguments, sample),
+        inputs=_link_equal_sequences(inputs, layout.arguments, sample),
         reasons=reasons,
         unused=tuple(unused),
         tensors=tensors,
@@ -129,7 +129,7 @@ def derive_inputs(
     )
 
 
-def _with_equal_sequences(
+def _link_equal_sequences(
     inputs: Sequence[AnyInput], arguments: Sequence[Argument], sample: Sample
 ) -> tuple[AnyInput, ...]:
     """Return inputs in which a sequence names the first one whose lists have the same lengths."""
@@ -149,7 +149,7 @@ def _with_equal_sequences(
     return tuple(result)
 
 
-def _tables(readings: Mapping[str, Reading]) -> tuple[str, ...]:
+def _list_tables(readings: Mapping[str, Reading]) -> tuple[str, ...]:
     """Return the tables that any column of an argument is looked up in, in order."""
     return tuple(dict.fromkeys(table for reading in readings.values() for table in reading.offsets))
 
@@ -223,7 +223,7 @@ class _TableRows:
         return IdField(rows=end - offset - first, first=first, offset=offset)
 
 
-def _list_input(lists: ListCall, reading: Reading) -> tuple[AnyInput, str]:
+def _describe_list_input(lists: ListCall, reading: Reading) -> tuple[AnyInput, str]:
     """Return the input of an argument that one column of lists fills, and the reason for its kind.
 
     Raises:
@@ -246,7 +246,7 @@ def _list_input(lists: ListCall, reading: Reading) -> tuple[AnyInput, str]:
     return item, "numbers that are not looked up in a table"
 
 
-def _numbers_input(
+def _describe_numbers_input(
     table_rows: _TableRows,
     argument: Argument,
     columns: Sequence[SampleColumn],
@@ -254,21 +254,23 @@ def _numbers_input(
     tensor: Tensor,
 ) -> tuple[AnyInput, str]:
     """Return the input of an argument that columns of numbers fill, and the reason for its kind."""
-    tables = _tables(readings)
+    tables = _list_tables(readings)
     if not tables and tensor.is_floating_point():
         width = tensor.shape[1]
         item = DenseInput(name=argument.name, columns=argument.columns, shape=(width,))
         return item, "numbers that are not looked up in a table"
     if not tables:
-        return _integer_input(argument.name, columns), "integers that are not looked up in a table"
+        return _describe_integer_input(
+            argument.name, columns
+        ), "integers that are not looked up in a table"
     same_tables = all(tuple(reading.offsets) == tables for reading in readings.values())
     if same_tables and not tensor.is_floating_point():
         return (
-            _id_input(table_rows, argument.name, argument.columns, readings),
+            _describe_id_input(table_rows, argument.name, argument.columns, readings),
             f"looked up in {', '.join(tables)}",
         )
     parts = tuple(
-        _matrix_part(table_rows, column, width, readings[column.name])
+        _describe_matrix_part(table_rows, column, width, readings[column.name])
         for column, width in zip(columns, argument.widths, strict=True)
     )
     dtype = "float32" if tensor.is_floating_point() else "int64"
@@ -276,7 +278,7 @@ def _numbers_input(
     return item_of_parts, f"its columns are looked up in {', '.join(tables)}"
 
 
-def _matrix_part(
+def _describe_matrix_part(
     table_rows: _TableRows, column: SampleColumn, width: int, reading: Reading
 ) -> MatrixPart:
     """Return the part of a matrix that one column fills."""
@@ -292,13 +294,13 @@ def _matrix_part(
             padding_id=padding_id_of(table_rows.network, table),
         )
     if reading.offsets:
-        return _id_input(table_rows, column.name, (column.name,), {column.name: reading})
+        return _describe_id_input(table_rows, column.name, (column.name,), {column.name: reading})
     if reading.is_computed:
-        return _integer_input(column.name, [column])
+        return _describe_integer_input(column.name, [column])
     return DenseInput(name=column.name, shape=(max(1, width),))
 
 
-def _integer_input(name: str, columns: Sequence[SampleColumn]) -> IntegerInput:
+def _describe_integer_input(name: str, columns: Sequence[SampleColumn]) -> IntegerInput:
     """Return the input of integers, with the bounds of the data."""
     return IntegerInput(
         name=name,
@@ -309,7 +311,7 @@ def _integer_input(name: str, columns: Sequence[SampleColumn]) -> IntegerInput:
     )
 
 
-def _id_input(
+def _describe_id_input(
     table_rows: _TableRows, name: str, columns: Sequence[str], readings: Mapping[str, Reading]
 ) -> IdInput:
     """Return the input of ids."""

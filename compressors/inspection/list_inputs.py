@@ -76,18 +76,18 @@ def with_equal_lengths(
     An argument whose lists all have one length is returned alone: the data may contain padding, so
     equal lengths say nothing.
     """
-    lengths = _lengths(argument, sample)
+    lengths = _list_lengths(argument, sample)
     if len(set(lengths)) < 2 or argument.offsets is not None:
         return (argument,)
     equal = [
         other
         for other in others
-        if other != argument and other.offsets is None and _lengths(other, sample) == lengths
+        if other != argument and other.offsets is None and _list_lengths(other, sample) == lengths
     ]
     return (argument, *equal)
 
 
-def _lengths(argument: Argument, sample: Sample) -> tuple[int, ...]:
+def _list_lengths(argument: Argument, sample: Sample) -> tuple[int, ...]:
     """Return the shortest and longest length in all data, and the length of each sampled list.
 
     The result is empty if the argument has no single column of lists.
@@ -127,7 +127,7 @@ def describe_list(
     bag = PaddedBag(**common, shape=(longest,), padding_id=padding_id)
     if column.shortest == column.longest and not argument.companions:
         return bag, f"every list has {longest} ids"
-    side = _padding_side(lists, padding_id)
+    side = _find_padding_side(lists, padding_id)
     if side is None:
         raise InspectionFailed(
             "padding_matters",
@@ -139,7 +139,7 @@ def describe_list(
     is_alone = len(lists.arguments) == 1 and not argument.companions
     if side == "right" and is_alone and _is_unordered(lists, padding_id):
         return bag, "the order of the ids does not change the output"
-    first_position = _first_position(lists)
+    first_position = _find_first_position(lists)
     sequence = SequenceInput(
         **common,
         shape=(longest,),
@@ -156,16 +156,16 @@ def describe_list(
     return sequence, f"{reason}; positions from {first_position}" if argument.positions else reason
 
 
-def _padding_side(lists: ListCall, padding_id: int) -> Padding | None:
+def _find_padding_side(lists: ListCall, padding_id: int) -> Padding | None:
     """Return the side on which more padding changes no output; None if there is none."""
-    length = _longest(lists)
+    length = _find_longest(lists)
     sides: tuple[Padding, ...] = ("right", "left")
     for side in sides:
         sample, shorter = lists.sample, length
         longer = lists.outputs(sample, PaddingSpec(length + MORE_PADDING, side, padding_id))
         if longer is None:  # the network has no more positions
             shorter = max(1, length - MORE_PADDING)
-            sample = _with_lists_up_to(lists, shorter)
+            sample = _shorten_lists(lists, shorter)
             longer = lists.outputs(sample, PaddingSpec(length, side, padding_id))
         outputs = lists.outputs(sample, PaddingSpec(shorter, side, padding_id))
         if outputs is not None and longer is not None and same_outputs(outputs, longer):
@@ -173,7 +173,7 @@ def _padding_side(lists: ListCall, padding_id: int) -> Padding | None:
     return None
 
 
-def _with_lists_up_to(lists: ListCall, length: int) -> Sample:
+def _shorten_lists(lists: ListCall, length: int) -> Sample:
     """Return the sample with at most so many ids in each list of the described arguments."""
     columns = [lists.sample[argument.columns[0]] for argument in lists.arguments]
     shortened = {
@@ -187,13 +187,13 @@ def _is_unordered(lists: ListCall, padding_id: int) -> bool:
     """Return whether the outputs stay the same if the ids of each list are reversed."""
     column = lists.column
     reverse = replace(column, values=tuple(values[::-1].copy() for values in column.values))
-    padded = PaddingSpec(_longest(lists), "right", padding_id)
+    padded = PaddingSpec(_find_longest(lists), "right", padding_id)
     outputs = lists.outputs(lists.sample, padded)
     reversed_outputs = lists.outputs({**lists.sample, column.name: reverse}, padded)
     return reversed_outputs is not None and same_outputs(outputs, reversed_outputs)
 
 
-def _first_position(lists: ListCall) -> int:
+def _find_first_position(lists: ListCall) -> int:
     """Return the position of the first id.
 
     It is 1 if positions are looked up in a table with one row more than the longest list, because
@@ -208,7 +208,7 @@ def _first_position(lists: ListCall) -> int:
     return int(rows == {lists.column.longest + 1})
 
 
-def _longest(lists: ListCall) -> int:
+def _find_longest(lists: ListCall) -> int:
     """Return the length of the longest list in the sample, at least 1."""
     return max(1, *(len(values) for values in lists.column.values))
 

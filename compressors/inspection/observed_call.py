@@ -192,7 +192,7 @@ def argument_tensors(
     (column,) = columns
     if argument.offsets is not None:
         item = JaggedBag(name=argument.name, table=ANY_TABLE, shape=(max(1, column.longest),))
-        tensors = build_jagged_arguments(item, *_values_and_bounds(column))
+        tensors = build_jagged_arguments(item, *_concatenate_lists(column))
     else:
         longest = max(1, *(len(values) for values in column.values))
         tensors = _pad_lists(argument, column, padded or PaddingSpec(longest))
@@ -214,10 +214,10 @@ def _pad_lists(argument: Argument, column: SampleColumn, padded: PaddingSpec) ->
         positions=argument.positions,
         first_position=argument.first_position,
     )
-    return padded_sequence(item, *_values_and_bounds(column))
+    return padded_sequence(item, *_concatenate_lists(column))
 
 
-def _values_and_bounds(column: SampleColumn) -> tuple[Tensor, Tensor]:
+def _concatenate_lists(column: SampleColumn) -> tuple[Tensor, Tensor]:
     """Return the values of all lists, and where each begins, int64 ``(rows + 1,)``."""
     lengths = torch.tensor([0, *(len(values) for values in column.values)])
     return torch.from_numpy(np.concatenate(column.values)), lengths.cumsum(0)

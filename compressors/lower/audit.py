@@ -50,9 +50,9 @@ def audit(
     producers = {output: node for node in graph.node for output in node.output}
     initializers = {item.name: item for item in graph.initializer}
     faults = [
-        *_unfused_matmuls(graph, producers),
-        *_matmuls_of_signed_inputs(graph, producers, initializers),
-        *_widened_tables(graph, producers, initializers, tables),
+        *_describe_unfused_matmuls(graph, producers),
+        *_describe_matmuls_of_signed_inputs(graph, producers, initializers),
+        *_describe_widened_tables(graph, producers, initializers, tables),
     ]
     lines = plan.lines if plan else ()
     expected = sum(line.format == "static_int8" for line in lines)
@@ -68,7 +68,7 @@ def audit(
                 faults.append(f"table {table.module!r}: {name!r} was replaced by the runtime")
             elif entries is not None and entries != initializers[name].dims[0]:
                 faults.append(f"table {table.module!r}: {name!r} lost rows")
-    faults += _layers_without_matmul(graph, initializers, layers)
+    faults += _describe_layers_without_matmul(graph, initializers, layers)
     if faults:
         modules = [table.module for table in tables] + [layer.module for layer in layers]
         raise AuditFailed("graph_not_as_ordered", faults=tuple(faults)).caused_by(
@@ -78,13 +78,13 @@ def audit(
         nodes=dict(Counter(node.op_type for node in graph.node).most_common()),
         int8_products=int8_products,
         packed_tables=sum(table.format != "float32" for table in tables),
-        weight_bytes=sum(_size_in_bytes(item) for item in graph.initializer),
+        weight_bytes=sum(_count_bytes(item) for item in graph.initializer),
         packed_layers=sum(layer.packed for layer in layers),
         widened_layers=sum(layer.name not in initializers for layer in layers if not layer.packed),
     )
 
 
-def _layers_without_matmul(
+def _describe_layers_without_matmul(
     graph: onnx.GraphProto,
     initializers: dict[str, onnx.TensorProto],
     layers: tuple[LayerInitializer, ...],
@@ -106,7 +106,9 @@ def _layers_without_matmul(
     return faults
 
 
-def _unfused_matmuls(graph: onnx.GraphProto, producers: dict[str, onnx.NodeProto]) -> list[str]:
+def _describe_unfused_matmuls(
+    graph: onnx.GraphProto, producers: dict[str, onnx.NodeProto]
+) -> list[str]:
     """Describe the float matmuls that read the output of a DequantizeLinear.
 
     A matmul with a block of rows of a table is no fault: the rows are sliced before they are
@@ -130,7 +132,7 @@ def _is_slice(node: onnx.NodeProto | None) -> bool:
     return node is not None and node.op_type == "Slice"
 
 
-def _matmuls_of_signed_inputs(
+def _describe_matmuls_of_signed_inputs(
     graph: onnx.GraphProto,
     producers: dict[str, onnx.NodeProto],
     initializers: dict[str, onnx.TensorProto],
@@ -153,7 +155,7 @@ def _matmuls_of_signed_inputs(
     return faults
 
 
-def _widened_tables(
+def _describe_widened_tables(
     graph: onnx.GraphProto,
     producers: dict[str, onnx.NodeProto],
     initializers: dict[str, onnx.TensorProto],
@@ -172,14 +174,14 @@ def _widened_tables(
                 path.append(producers[name].op_type)
                 name = producers[name].input[0]
             if is_matmul and name not in table_names:
-                continue  # a dense layer, which ``_unfused_matmuls`` checks
+                continue  # a dense layer, which ``_describe_unfused_matmuls`` checks
             if path and name in initializers and len(initializers[name].dims) > 1:
                 what = "product" if is_matmul else "Gather"
                 faults.append(f"table {name!r} is widened ({', '.join(path)}) before its {what}")
     return faults
 
 
-def _size_in_bytes(item: onnx.TensorProto) -> int:
+def _count_bytes(item: onnx.TensorProto) -> int:
     """Return the bytes of an initializer, whose data may be in an external file."""
     bits_of_short_types = {int(onnx.TensorProto.INT4): 4, int(onnx.TensorProto.UINT4): 4}
     bits = bits_of_short_types.get(item.data_type)

@@ -58,7 +58,7 @@ def check_parity(
     is_nan = np.isnan(expected)
     if not np.array_equal(is_nan, np.isnan(actual)):
         raise ParityLost(
-            _with_worst_row(
+            _add_worst_row(
                 ParityFailure(code="parity_nan", target=target),
                 is_nan != np.isnan(actual),
                 expected,
@@ -101,7 +101,7 @@ def check_parity(
             },
             spread=spread,
         )
-        raise ParityLost(_with_worst_row(failure, differences, expected, actual))
+        raise ParityLost(_add_worst_row(failure, differences, expected, actual))
     return parity
 
 
@@ -161,7 +161,7 @@ def absolute_differences(expected: FloatArray, actual: FloatArray) -> NDArray[np
     return gap
 
 
-def _with_worst_row(
+def _add_worst_row(
     failure: ParityFailure, gap: NDArray[Any], expected: FloatArray, actual: FloatArray
 ) -> ParityFailure:
     """Return a failure with the row and the two scores for which ``gap`` is largest."""

@@ -100,7 +100,7 @@ def ranking_queries(
             + [_encode_pairs(*part.positive(), queries, ids) for part in earlier]
         )
     )
-    gain = _largest_labels(test, relevant, queries, ids)
+    gain = _find_largest_labels(test, relevant, queries, ids)
     is_new = np.isin(relevant, hidden, assume_unique=True, invert=True)
     relevant, gain = relevant[is_new], gain[is_new]
     if not relevant.size:
@@ -287,7 +287,7 @@ def _encode_pairs(
     return pairs
 
 
-def _largest_labels(test: Interactions, pairs: Ints, queries: Ints, catalogue: Ints) -> Floats:
+def _find_largest_labels(test: Interactions, pairs: Ints, queries: Ints, catalogue: Ints) -> Floats:
     """Return the largest label of the test rows of each pair, float64 ``(pairs,)``.
 
     Args:

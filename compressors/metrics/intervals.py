@@ -128,7 +128,7 @@ def estimate_pair(
         raise MetricRefused("interval_metric_unknown", metric=metric_name)
     rows = PairedRows(label, baseline, candidate, group)
     if group is not None:
-        return _paired_groups(estimator.jackknife_groups(rows), np.size(label))
+        return _estimate_paired_groups(estimator.jackknife_groups(rows), np.size(label))
     if declared.needs_group:
         raise MetricRefused("metric_needs_groups", metric=metric_name)
     observations, before, after = estimator.bootstrap_rows(rows)
@@ -163,7 +163,7 @@ def paired_means(
     )
 
 
-def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
+def _estimate_paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
     """Build the estimates of rows with groups; intervals are clipped to the metric's range."""
     largest = pair.max_value
     change = pair.after.minus(pair.before)
@@ -201,7 +201,7 @@ def _bootstrap_pair(
     """
     each_once = np.ones(observations, dtype=np.intp)
     point_before, point_after = before(each_once), after(each_once)
-    values_before, values_after = _replicates(observations, before, after, samples, seed)
+    values_before, values_after = _compute_replicates(observations, before, after, samples, seed)
     difference = _estimate(point_after - point_before, values_after - values_before, rows)
     return PairedEstimate(
         baseline=_estimate(point_before, values_before, rows),
@@ -231,7 +231,7 @@ def latency(ms: ArrayLike, quantile: float, samples: int = 1000, seed: int = 0) 
             positive and finite.
     """
     times = _check_times("latency", ms, quantile, samples)
-    values = _quantiles(times[None], quantile, samples, seed)
+    values = _compute_quantiles(times[None], quantile, samples, seed)
     return _estimate(float(np.quantile(times, quantile)), values[0], None)
 
 
@@ -264,12 +264,12 @@ def latency_ratio(
     before = _check_times("baseline latency", baseline_ms, quantile, samples)
     after = _check_times("candidate latency", candidate_ms, quantile, samples)
     if before.size == after.size:
-        values = _quantiles(np.stack([before, after]), quantile, samples, seed)
+        values = _compute_quantiles(np.stack([before, after]), quantile, samples, seed)
     else:
         seeds = np.random.SeedSequence(seed).spawn(2)
         values = np.concatenate(
             [
-                _quantiles(times[None], quantile, samples, model_seed)
+                _compute_quantiles(times[None], quantile, samples, model_seed)
                 for times, model_seed in zip((before, after), seeds, strict=True)
             ]
         )
@@ -292,7 +292,7 @@ def mean_statistic(values: Floats) -> Statistic:
     return lambda counts: float(counts @ values) / float(counts.sum())
 
 
-def _replicates(
+def _compute_replicates(
     observations: int, before: Statistic, after: Statistic, samples: int, seed: int
 ) -> tuple[Floats, Floats]:
     """Compute both metrics of ``samples`` bootstrap replicates, each ``(samples,)``.
@@ -313,7 +313,7 @@ def _replicates(
     return values[0], values[1]
 
 
-def _quantiles(
+def _compute_quantiles(
     times: Floats, quantile: float, samples: int, seed: int | np.random.SeedSequence
 ) -> Floats:
     """Compute quantiles of ``samples`` bootstrap replicates of times ``(models, rounds)``.

@@ -281,7 +281,7 @@ def to_booleans(label: ArrayLike) -> Bools:
     Raises:
         MetricRefused: a label other than 0 and 1, or no row.
     """
-    labels = _column("label", label)
+    labels = _to_column("label", label)
     other = (labels != 0) & (labels != 1)
     if other.any():
         raise MetricRefused(
@@ -305,7 +305,7 @@ def require_both_classes(metric: str, positive: Bools) -> None:
         raise MetricRefused("one_class_only", metric=metric, positive=count, rows=positive.size)
 
 
-def _column(name: str, values: ArrayLike) -> Floats:
+def _to_column(name: str, values: ArrayLike) -> Floats:
     """Check a column and convert it to float64, which preserves ties of float16 and float32."""
     column = np.asarray(values)
     if column.ndim != 1 or column.size == 0:
@@ -331,7 +331,7 @@ def check_labels_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, 
     Raises:
         MetricRefused: a label other than 0 and 1, NaN, no row, or unequal lengths.
     """
-    positive, scores = to_booleans(label), _column("score", score)
+    positive, scores = to_booleans(label), _to_column("score", score)
     _require_same_length(positive.size, scores.size)
     return positive, scores
 
@@ -342,7 +342,7 @@ def check_grades_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Floats,
     Raises:
         MetricRefused: a label that is negative or above 30, NaN, no row, or unequal lengths.
     """
-    grades, scores = _column("label", label), _column("score", score)
+    grades, scores = _to_column("label", label), _to_column("score", score)
     _require_same_length(grades.size, scores.size)
     if grades.min() < 0 or grades.max() > 30:
         raise MetricRefused(

@@ -59,8 +59,10 @@ class _Sums:
         """Compute the correlation with and without each group; 0 if ``x`` or ``y`` is constant."""
         parts = (self.rows, self.x, self.d, self.xx, self.dd, self.xd)
         totals = [float(part.sum()) for part in parts]
-        point = float(_correlation(*(np.array([total]) for total in totals))[0])
-        left_out = _correlation(*(total - part for total, part in zip(totals, parts, strict=True)))
+        point = float(_compute_correlation(*(np.array([total]) for total in totals))[0])
+        left_out = _compute_correlation(
+            *(total - part for total, part in zip(totals, parts, strict=True))
+        )
         return GroupedValue(point, left_out, self.rows)
 
 
@@ -107,7 +109,9 @@ def change_of_rows(
         unchanged=not d.any(),
     )
     if group is not None and int(groups.rows.max()) > 1:
-        estimates["changed_top1"] = _estimate_share(_changed_best(before, after, groups), rows)
+        estimates["changed_top1"] = _estimate_share(
+            _compute_changed_best(before, after, groups), rows
+        )
     return estimates
 
 
@@ -259,19 +263,19 @@ def _estimate_share(values: Floats, rows: int) -> Estimate:
     )
 
 
-def _changed_best(before: Floats, after: Floats, groups: Groups) -> Floats:
+def _compute_changed_best(before: Floats, after: Floats, groups: Groups) -> Floats:
     """Return, for each group of two rows or more, the probability that the best row changes.
 
     All rows with the highest score are best rows. The probability is that a random best row of the
     candidate is not a best row of the baseline.
     """
-    best = [score == _largest_scores(score, groups)[groups.ids] for score in (before, after)]
+    best = [score == _find_largest_scores(score, groups)[groups.ids] for score in (before, after)]
     shared = groups.sums(best[0] & best[1]) / groups.sums(best[1])
     changed: Floats = (1 - shared)[groups.rows > 1]
     return changed
 
 
-def _largest_scores(score: Floats, groups: Groups) -> Floats:
+def _find_largest_scores(score: Floats, groups: Groups) -> Floats:
     """Return the largest score of each group, ``(groups,)``."""
     permutation: Ints = np.lexsort((score, groups.ids))
     largest: Floats = score[permutation[np.cumsum(groups.rows) - 1]]
@@ -297,7 +301,9 @@ def _compare_rankings(
     return changed.numpy(), overlap.numpy()
 
 
-def _correlation(rows: Floats, x: Floats, d: Floats, xx: Floats, dd: Floats, xd: Floats) -> Floats:
+def _compute_correlation(
+    rows: Floats, x: Floats, d: Floats, xx: Floats, dd: Floats, xd: Floats
+) -> Floats:
     """Compute Pearson's correlation of ``x`` and ``x + d`` from sums; 0 if one is constant."""
     with np.errstate(divide="ignore", invalid="ignore"):
         variance, other, joint = xx - x * x / rows, dd - d * d / rows, xd - x * d / rows

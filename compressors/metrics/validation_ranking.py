@@ -47,7 +47,7 @@ def ranking_quality(
             item that is not in its training rows.
     """
     known = [train, validation] if isinstance(train, Rows) else [validation]
-    rows_of_item = [(rows, *_first_rows(rows)) for rows in known]
+    rows_of_item = [(rows, *_find_first_rows(rows)) for rows in known]
     catalogue = np.unique(np.concatenate([ids for _, ids, _ in rows_of_item]))
     vectors: Float32s | None = None
     for rows, ids, first in rows_of_item:
@@ -76,7 +76,7 @@ def _select_evenly_spaced(queries: Ints) -> Ints:
     return queries[positions]
 
 
-def _first_rows(rows: Rows) -> tuple[Ints, Ints]:
+def _find_first_rows(rows: Rows) -> tuple[Ints, Ints]:
     """Return the ids of all items, and the first row of each."""
     ids, first = np.unique(_require_ids(rows, rows.item), return_index=True)
     return ids, first

@@ -49,14 +49,16 @@ def quality(
     group = torch.cat(groups) if groups else None
     total = 0.0
     for output, score, label in zip(signature.outputs, scores, labels, strict=True):
-        value = _quality_of_output(output, score, label, group)
+        value = _compute_quality_of_output(output, score, label, group)
         if not signature.has_several_outputs:
             return value
         total += output.loss_weight * value
     return total / sum(output.loss_weight for output in signature.outputs)
 
 
-def _quality_of_output(output: Output, score: Tensor, label: Tensor, group: Tensor | None) -> float:
+def _compute_quality_of_output(
+    output: Output, score: Tensor, label: Tensor, group: Tensor | None
+) -> float:
     estimator: RowEstimator = metric(output.metric).estimator("rows")
     has_label = ~label.isnan()
     if not bool(has_label.all()):

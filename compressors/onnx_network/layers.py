@@ -74,13 +74,15 @@ def _call(node: ir.Node) -> Iterator[ModuleCall]:
     match node.op_type:
         case "Gather" if _is_matrix(first) and not second.is_initializer():
             if node.attributes.get_int("axis", 0) in (0, -2):
-                yield _table(node, weight=first, ids=second)
+                yield _build_table_call(node, weight=first, ids=second)
         case "MatMul" if _is_matrix(second) and not first.is_initializer():
-            yield _dense(node, source=first, weight=second, is_transposed=False)
+            yield _build_dense_call(node, source=first, weight=second, is_transposed=False)
         case "Gemm" if _is_matrix(second) and not first.is_initializer():
             if not node.attributes.get_int("transA", 0) and _has_vector(node, second):
                 is_transposed = bool(node.attributes.get_int("transB", 0))
-                yield _dense(node, source=first, weight=second, is_transposed=is_transposed)
+                yield _build_dense_call(
+                    node, source=first, weight=second, is_transposed=is_transposed
+                )
 
 
 def _is_matrix(value: ir.Value) -> bool:
@@ -89,8 +91,8 @@ def _is_matrix(value: ir.Value) -> bool:
     return stored is not None and stored.dtype == ir.DataType.FLOAT and len(stored.shape) == 2
 
 
-def _table(node: ir.Node, weight: ir.Value, ids: ir.Value) -> ModuleCall:
-    rows, dim = _shape(weight)
+def _build_table_call(node: ir.Node, weight: ir.Value, ids: ir.Value) -> ModuleCall:
+    rows, dim = _get_shape(weight)
     return ModuleCall(
         key=(weight, "Embedding"),
         kind="Embedding",
@@ -103,9 +105,11 @@ def _table(node: ir.Node, weight: ir.Value, ids: ir.Value) -> ModuleCall:
     )
 
 
-def _dense(node: ir.Node, source: ir.Value, weight: ir.Value, *, is_transposed: bool) -> ModuleCall:
+def _build_dense_call(
+    node: ir.Node, source: ir.Value, weight: ir.Value, *, is_transposed: bool
+) -> ModuleCall:
     """Return the call of the layer ``source @ weight + bias``."""
-    outputs, inputs = _shape(weight) if is_transposed else _shape(weight)[::-1]
+    outputs, inputs = _get_shape(weight) if is_transposed else _get_shape(weight)[::-1]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     addition = None if node.op_type == "Gemm" else _find_bias_add(node.outputs[0], outputs)
     if addition is not None:
@@ -132,7 +136,7 @@ def _dense(node: ir.Node, source: ir.Value, weight: ir.Value, *, is_transposed: 
     )
 
 
-def _shape(weight: ir.Value) -> tuple[int, int]:
+def _get_shape(weight: ir.Value) -> tuple[int, int]:
     assert weight.const_value is not None  # noqa: S101 - _is_matrix has checked it; for mypy
     rows, columns = (int(size) for size in weight.const_value.shape)
     return rows, columns
@@ -142,7 +146,7 @@ def _has_vector(gemm: ir.Node, weight: ir.Value) -> bool:
     """Return whether what a Gemm adds is one number per column, or nothing."""
     if len(gemm.inputs) < 3 or gemm.inputs[2] is None:
         return True
-    columns = _shape(weight)[0 if gemm.attributes.get_int("transB", 0) else 1]
+    columns = _get_shape(weight)[0 if gemm.attributes.get_int("transB", 0) else 1]
     return _is_vector(gemm.inputs[2], (1, columns))
 
 

@@ -122,7 +122,7 @@ class OnnxNetwork(nn.Module):
             GraphInput(item["name"], item["dtype"], tuple(item["shape"])) for item in inputs
         )
         self.outputs = dict(outputs)
-        self.nodes = tuple(_node(item) for item in nodes)
+        self.nodes = tuple(_build_node(item) for item in nodes)
         self.sizes = {name: as_sizes(values) for name, values in sizes.items()}
         self.tensor_names = (*parameters, *buffers)
         for name, (rows, dim) in tables.items():
@@ -135,7 +135,7 @@ class OnnxNetwork(nn.Module):
             self.register_parameter(name, nn.Parameter(_create_empty(spec)))
         for name, spec in buffers.items():
             self.register_buffer(name, _create_empty(spec))
-        self._released = _last_uses(self.nodes, self.outputs.values())
+        self._released = _find_last_uses(self.nodes, self.outputs.values())
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """Compute the outputs.
@@ -157,7 +157,7 @@ class OnnxNetwork(nn.Module):
             )
             for name in released:
                 values.pop(name, None)
-        outputs = {name: _tensor(values[value], device) for name, value in self.outputs.items()}
+        outputs = {name: _to_tensor(values[value], device) for name, value in self.outputs.items()}
         return outputs if len(outputs) > 1 else next(iter(outputs.values()))
 
     def graph_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ class OnnxNetwork(nn.Module):
         """Return the outputs of a node."""
         result: Any
         if node.module is not None:
-            result = self.get_submodule(node.module)(_tensor(arguments[0], device))
+            result = self.get_submodule(node.module)(_to_tensor(arguments[0], device))
         elif not any(isinstance(item, Tensor) for item in arguments) and computes_sizes(
             node.op, node.attributes
         ):
@@ -186,7 +186,7 @@ class OnnxNetwork(nn.Module):
                 if position in operator.sizes and isinstance(argument, Tensor):
                     raise OnnxRefused("shape_from_values", op=node.op, node=node.outputs[0])
                 keeps = position in operator.sizes | operator.indices or argument is None
-                converted.append(argument if keeps else _tensor(argument, device))
+                converted.append(argument if keeps else _to_tensor(argument, device))
             placed = {"device": device} if operator.needs_device else {}
             try:
                 result = operator.function(*converted, **node.attributes, **placed)
@@ -196,7 +196,7 @@ class OnnxNetwork(nn.Module):
         return result if isinstance(result, tuple) else (result,)
 
 
-def _node(item: Mapping[str, Any]) -> Node:
+def _build_node(item: Mapping[str, Any]) -> Node:
     """Return a node of the configuration.
 
     Raises:
@@ -236,12 +236,12 @@ def _create_empty(spec: Mapping[str, Any]) -> Tensor:
     return torch.zeros(spec["shape"], dtype=getattr(torch, spec["dtype"]))
 
 
-def _tensor(value: Any, device: torch.device) -> Tensor:
+def _to_tensor(value: Any, device: torch.device) -> Tensor:
     """Return a value as a tensor."""
     return value if isinstance(value, Tensor) else tensor_of(value, device)
 
 
-def _last_uses(nodes: Sequence[Node], outputs: Any) -> tuple[tuple[str, ...], ...]:
+def _find_last_uses(nodes: Sequence[Node], outputs: Any) -> tuple[tuple[str, ...], ...]:
     """Return, for each node, the values that no later node and no output reads."""
     seen = set(outputs)
     released = []

@@ -252,26 +252,28 @@ class _BlockEncoder:
         except CompressionError:
             # If a NaN or infinite weight is the cause, reading the blocks raises the error for it.
             for block in job.blocks(name):
-                self._rows(block)
+                self._read_rows(block)
             raise
 
     def whole(self) -> list[Piece]:
         """Return the encoded tensors of the whole table, such as a codebook."""
-        return [self._piece(tensor, values, 0) for tensor, values in self._encoder.whole().items()]
+        return [
+            self._build_piece(tensor, values, 0) for tensor, values in self._encoder.whole().items()
+        ]
 
     def __call__(self, block: Block) -> list[Piece]:
-        encoded = self._encoder.encode(self._rows(block), block.begin)
+        encoded = self._encoder.encode(self._read_rows(block), block.begin)
         return [
-            self._piece(tensor, values, entries.start)
+            self._build_piece(tensor, values, entries.start)
             for tensor, (entries, values) in encoded.items()
         ]
 
-    def _rows(self, block: Block) -> Tensor:
+    def _read_rows(self, block: Block) -> Tensor:
         rows = self._job.sources[self._name].read(block.begin, block.end).float()
         _check_finite(self._name, rows, block.begin)
         return rows
 
-    def _piece(self, tensor: str, values: Tensor, begin: int) -> Piece:
+    def _build_piece(self, tensor: str, values: Tensor, begin: int) -> Piece:
         return self._file.piece(tensor_name(self._module, tensor), values, begin)
 
 

@@ -57,7 +57,9 @@ def hard_loss(signature: Signature, scores: Tensor, batch: Batch) -> Tensor:
     scores = scores_of(scores, signature)
     weights = batch.output_weights or (1.0,) * len(signature.outputs)
     losses = [
-        output.loss_weight * weight * _labelled_loss(output, score, replace(batch, label=label))
+        output.loss_weight
+        * weight
+        * _compute_labelled_loss(output, score, replace(batch, label=label))
         for output, weight, score, label in zip(
             signature.outputs,
             weights,
@@ -69,7 +71,7 @@ def hard_loss(signature: Signature, scores: Tensor, batch: Batch) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def _labelled_loss(output: Output, score: Tensor, batch: Batch) -> Tensor:
+def _compute_labelled_loss(output: Output, score: Tensor, batch: Batch) -> Tensor:
     """Compute the loss of one output, from the rows of the batch whose label is not NaN."""
     is_labelled = ~batch.label.isnan()
     if not bool(is_labelled.all()):
@@ -157,20 +159,20 @@ def shuffled_rows(
         row_numbers = torch.randperm(len(rows), generator=generator)
         lengths = rows.lengths()
         if lengths is None:
-            yield from _without_single_rows(torch.split(row_numbers, size))
+            yield from _merge_single_rows(torch.split(row_numbers, size))
         else:
-            batches = _batches_of_similar_length(row_numbers, lengths, size, generator)
-            yield from _without_single_rows(batches)
+            batches = _iterate_batches_of_similar_length(row_numbers, lengths, size, generator)
+            yield from _merge_single_rows(batches)
         return
     permutation = rows.group.argsort(stable=True)  # makes rows of a group adjacent
     counts = torch.unique(rows.group, return_counts=True)[1]
     begins = counts.cumsum(0) - counts
-    yield from _without_single_rows(
-        _batches_of_groups(permutation, begins, counts, size, generator)
+    yield from _merge_single_rows(
+        _iterate_batches_of_groups(permutation, begins, counts, size, generator)
     )
 
 
-def _batches_of_similar_length(
+def _iterate_batches_of_similar_length(
     row_numbers: Tensor, lengths: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
     """Yield batches of ``size`` rows, sorted by length within ``BUCKET_BATCHES`` batches.
@@ -184,7 +186,7 @@ def _batches_of_similar_length(
             yield batches[number]
 
 
-def _batches_of_groups(
+def _iterate_batches_of_groups(
     permutation: Tensor, begins: Tensor, counts: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
     """Yield batches of whole groups in random order; a batch has at least ``size`` rows.
@@ -204,7 +206,7 @@ def _batches_of_groups(
         yield torch.cat(pending)
 
 
-def _without_single_rows(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+def _merge_single_rows(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """Merge a batch of one row with the batch before it: batch norm needs two rows."""
     previous: Tensor | None = None
     for batch_rows in batches:

@@ -93,10 +93,10 @@ FAULTS = (
         id="cluster-interval-of-rows",
         file="compressors/metrics/intervals.py",
         old="    if group is not None:\n"
-        "        return _paired_groups(estimator.jackknife_groups(rows), np.size(label))\n",
+        "        return _estimate_paired_groups(estimator.jackknife_groups(rows), np.size(label))\n",
         new="    if group is not None and metric_name not in "
         '("auc", "logloss", "normalized_entropy"):\n'
-        "        return _paired_groups(estimator.jackknife_groups(rows), np.size(label))\n",
+        "        return _estimate_paired_groups(estimator.jackknife_groups(rows), np.size(label))\n",
         effect="Rows of one user count as independent: the intervals of AUC and log loss shrink.",
         tests=(f"{CLUSTERS}::test_copies_of_rows_do_not_narrow_the_interval",),
     ),
@@ -111,8 +111,8 @@ FAULTS = (
     Fault(
         id="latency-ratio-not-interleaved",
         file="compressors/metrics/intervals.py",
-        old="    if before.size == after.size:\n        values = _quantiles",
-        new="    if before.size != after.size:\n        values = _quantiles",
+        old="    if before.size == after.size:\n        values = _compute_quantiles",
+        new="    if before.size != after.size:\n        values = _compute_quantiles",
         effect="Interleaved rounds are resampled separately: a shared slowdown does not cancel.",
         tests=(
             f"{INTERVALS}::test_latency_ratio_of_equally_many_rounds_resamples_the_same_rounds",

@@ -105,7 +105,7 @@ class Reason:
         require_fields(code, sentence, fields)
         object.__setattr__(self, "code", code)
         object.__setattr__(
-            self, "fields", {name: _plain_value(name, value) for name, value in fields.items()}
+            self, "fields", {name: _to_plain_value(name, value) for name, value in fields.items()}
         )
         try:
             str(self)
@@ -131,7 +131,10 @@ class Reason:
 
     def to_json(self) -> dict[str, Any]:
         """Return an object ``{"code": ..., "fields": {...}}`` of JSON values."""
-        return {"code": self.code, "fields": {n: _value_to_json(v) for n, v in self.fields.items()}}
+        return {
+            "code": self.code,
+            "fields": {n: _convert_to_json(v) for n, v in self.fields.items()},
+        }
 
     @classmethod
     def from_json(cls, value: Any) -> "Reason":
@@ -151,7 +154,9 @@ class Reason:
                     "expected an object with the keys 'code' (a string) and 'fields' (an object)"
                 )
         try:
-            return cls(code, **{str(name): _value_from_json(item) for name, item in fields.items()})
+            return cls(
+                code, **{str(name): _convert_from_json(item) for name, item in fields.items()}
+            )
         except TypeError as fault:
             raise ValueError(str(fault)) from fault
 
@@ -199,13 +204,13 @@ def read_reasons(
     Raises:
         ValidationError: raised by ``validate``.
     """
-    result = validate(_with_reasons(value, sentence, reasons))
+    result = validate(_replace_sentence_by_reasons(value, sentence, reasons))
     if isinstance(value, Mapping) and reasons not in value:
         result.model_fields_set.discard(reasons)
     return result
 
 
-def _with_reasons(value: Any, sentence: str, reasons: str) -> Any:
+def _replace_sentence_by_reasons(value: Any, sentence: str, reasons: str) -> Any:
     """Replace the sentence of a mapping by reasons, as ``read_reasons`` describes.
 
     Values that have another form are returned unchanged; validating them reports the error.
@@ -236,7 +241,7 @@ def _are_known(stored: Any) -> bool:
     return True
 
 
-def _plain_value(name: str, value: Any) -> Value:
+def _to_plain_value(name: str, value: Any) -> Value:
     """Convert a field's value to plain Python types; non-finite floats to text."""
     if isinstance(value, bool | str | Reason):
         return value
@@ -245,26 +250,26 @@ def _plain_value(name: str, value: Any) -> Value:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else f"{value:g}"
     if isinstance(value, tuple):
-        return tuple(_plain_value(name, item) for item in value)
+        return tuple(_to_plain_value(name, item) for item in value)
     raise TypeError(
         f"expected text, a number, a Reason or a tuple of them as field {name!r}, got "
         f"{type(value).__name__}"
     )
 
 
-def _value_to_json(value: Value) -> Any:
+def _convert_to_json(value: Value) -> Any:
     """Convert a field's value to a JSON value; a tuple to a list, a reason to an object."""
     if isinstance(value, Reason):
         return value.to_json()
-    return [_value_to_json(item) for item in value] if isinstance(value, tuple) else value
+    return [_convert_to_json(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _value_from_json(value: Any) -> Any:
-    """Convert a JSON value to a field's value: the inverse of ``_value_to_json``."""
+def _convert_from_json(value: Any) -> Any:
+    """Convert a JSON value to a field's value: the inverse of ``_convert_to_json``."""
     if isinstance(value, Mapping):
         return Reason.from_json(value)
     return (
-        tuple(_value_from_json(item) for item in value)
+        tuple(_convert_from_json(item) for item in value)
         if isinstance(value, list | tuple)
         else value
     )

@@ -70,14 +70,14 @@ class TableWeight:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
         if isinstance(self.table, Multiplicable) and self.table.can_multiply():
             return self.table.multiply(x)
-        return F.linear(x, self.look_up(self._all_ids()))
+        return F.linear(x, self.look_up(self._list_all_ids()))
 
     def decode(self) -> Tensor:
         """Decode all rows: float32, in the shape of this object."""
-        decoded = self.look_up(self._all_ids())
+        decoded = self.look_up(self._list_all_ids())
         return decoded.T if self.transposed else decoded
 
-    def _all_ids(self) -> Tensor:
+    def _list_all_ids(self) -> Tensor:
         return torch.arange(self.rows, device=self.device)
 
     def _transpose(self) -> "TableWeight":
@@ -138,18 +138,18 @@ class TableWeight:
     def __getitem__(self, index: Any) -> Tensor:
         """Decode the rows that an index selects; indices of columns are applied afterwards."""
         first, *others = index if isinstance(index, tuple) and index else (index,)
-        ids = None if self.transposed else self._ids_of(first)
+        ids = None if self.transposed else self._select_ids(first)
         if ids is None or (others and not isinstance(first, slice)):
             return self.decode()[index]
         rows = self.look_up(ids)
         return rows[(slice(None), *others)] if others else rows
 
-    def _ids_of(self, index: Any) -> Tensor | None:
+    def _select_ids(self, index: Any) -> Tensor | None:
         """Return the ids that an index of rows selects; None for other kinds of indices."""
         match index:
             case slice(step=None | 1):
-                begin = 0 if index.start is None else self._position(index.start)
-                end = self.rows if index.stop is None else self._position(index.stop)
+                begin = 0 if index.start is None else self._find_position(index.start)
+                end = self.rows if index.stop is None else self._find_position(index.stop)
                 if type(begin) is type(end) is int:
                     end = max(begin, end)
                 return torch.arange(begin, end, device=self.device)
@@ -159,7 +159,7 @@ class TableWeight:
                 return torch.tensor(index % self.rows, device=self.device)
         return None
 
-    def _position(self, side: Any) -> Any:
+    def _find_position(self, side: Any) -> Any:
         """Return one side of a slice, counted from the first row; a symbolic length is unchanged.
 
         While a network is exported, a length may be symbolic: it has no value yet.

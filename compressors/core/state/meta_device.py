@@ -98,7 +98,7 @@ class Placement(TorchFunctionMode):
             if func == _DATA_SETTER and tensor.is_meta and not args[1].is_meta:
                 return func(tensor, args[1].to("meta"))
             if func is Tensor.type and (kind := (*args[1:], *kwargs.values())[:1]):
-                return tensor.to(_dtype_of_legacy_type(kind[0]))
+                return tensor.to(_find_dtype_of_legacy_type(kind[0]))
             if func is Tensor.to:
                 args, kwargs = self._keep_device(tensor, args[1:], kwargs)
         # torch adds the default device later than this mode runs, so it is added here.
@@ -219,7 +219,7 @@ def exchange(first: Tensor, second: Tensor) -> bool:
     return True
 
 
-def _dtype_of_legacy_type(kind: Any) -> torch.dtype:
+def _find_dtype_of_legacy_type(kind: Any) -> torch.dtype:
     """Return the dtype of a legacy tensor type, such as ``torch.cuda.FloatTensor`` or its name."""
     if isinstance(kind, torch.dtype):
         return kind

@@ -51,7 +51,7 @@ class StoredRows(NamedTuple):
         offset, size = self.start + begin * entry_bytes, math.prod(shape) * self.spec.dtype.itemsize
         if not size:
             return torch.empty(shape, dtype=self.spec.dtype)
-        buffer = _buffer(size)
+        buffer = _get_buffer(size)
         view, bytes_read = memoryview(buffer.numpy())[:size], 0  # type: ignore[arg-type]
         while bytes_read < size:
             count = os.preadv(
@@ -94,7 +94,7 @@ def spec_of(dtype: str, shape: tuple[int, ...], name: str) -> TensorSpec:
 _thread = threading.local()
 
 
-def _buffer(size: int) -> Tensor:
+def _get_buffer(size: int) -> Tensor:
     """Return this thread's buffer, of at least ``size`` bytes."""
     buffer: Tensor | None = getattr(_thread, "buffer", None)
     if buffer is None or buffer.numel() < size:

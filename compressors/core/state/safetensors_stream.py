@@ -116,7 +116,7 @@ class StreamedFile:
         entries = spec.shape[0] if spec.shape else 0
         if not 0 <= entry <= entries:
             raise ContractBroken("entry_outside", name=name, entries=entries, entry=entry)
-        return len(self.header) + self._starts[name] + entry * _entry_bytes(spec)
+        return len(self.header) + self._starts[name] + entry * _compute_entry_bytes(spec)
 
     def piece(self, name: str, values: Tensor, entry: int = 0) -> Piece:
         """Return entries of a tensor's first dimension as bytes with their offset in the file.
@@ -180,7 +180,7 @@ def write(
     with path.open("wb", buffering=0) as opened:
         write_piece(opened.fileno(), Piece(0, memoryview(file.header)))
         for name, tensor in tensors.items():
-            for piece in _pieces(file, name, tensor):
+            for piece in _iterate_pieces(file, name, tensor):
                 write_piece(opened.fileno(), piece)
 
 
@@ -192,15 +192,15 @@ def write_piece(file: int, piece: Piece) -> None:
         at, data = at + bytes_written, data[bytes_written:]
 
 
-def _pieces(file: StreamedFile, name: str, tensor: Tensor) -> Iterator[Piece]:
+def _iterate_pieces(file: StreamedFile, name: str, tensor: Tensor) -> Iterator[Piece]:
     """Yield a tensor in pieces of about ``PIECE_BYTES``."""
     if not tensor.dim():
         yield file.piece(name, tensor)
         return
-    entries_per_piece = max(PIECE_BYTES // max(_entry_bytes(file.layout[name]), 1), 1)
+    entries_per_piece = max(PIECE_BYTES // max(_compute_entry_bytes(file.layout[name]), 1), 1)
     for begin in range(0, len(tensor), entries_per_piece):
         yield file.piece(name, tensor[begin : begin + entries_per_piece], begin)
 
 
-def _entry_bytes(spec: TensorSpec) -> int:
+def _compute_entry_bytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape[1:]) * spec.dtype.itemsize

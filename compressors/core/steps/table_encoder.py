@@ -49,7 +49,7 @@ class TableEncoder:
         names = [name for name, spec in self.layout.items() if not spec.rows_per_entry]
         if missing := [name for name in names if name not in self._params]:
             raise ContractBroken("fit_incomplete", step=self._step.kind, name=missing[0])
-        return {name: self._with_expected_dtype(name, self._params[name]) for name in names}
+        return {name: self._require_expected_dtype(name, self._params[name]) for name in names}
 
     def encode(self, block: Tensor, begin: int) -> dict[str, tuple[slice, Tensor]]:
         """Encode a block of rows, float ``(rows of the block, dim)``.
@@ -88,10 +88,10 @@ class TableEncoder:
                     got=len(values),
                     expected=entries.stop - entries.start,
                 )
-            entries_and_values[name] = entries, self._with_expected_dtype(name, values)
+            entries_and_values[name] = entries, self._require_expected_dtype(name, values)
         return entries_and_values
 
-    def _with_expected_dtype(self, name: str, values: Tensor) -> Tensor:
+    def _require_expected_dtype(self, name: str, values: Tensor) -> Tensor:
         """Return the values; raise ``ContractBroken`` if their dtype differs from the layout."""
         spec = self.layout[name]
         if values.dtype != spec.dtype:

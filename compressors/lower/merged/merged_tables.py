@@ -176,7 +176,7 @@ def table_groups(
         for members in members_by_key.values()
         if len(members) > 1
         and sum(tensor.nbytes for _, table in members for tensor in table.buffers()) <= MAX_BYTES
-        and _predictions_unchanged(
+        and _keeps_predictions(
             model, path, signature, rows_of_table, group := TableGroup(*zip(*members, strict=True))
         )
     ]
@@ -219,7 +219,7 @@ def _concatenate(tables: Sequence[PackedTable]) -> PackedTable:
 
 
 @torch.no_grad()
-def _predictions_unchanged(
+def _keeps_predictions(
     model: nn.Module,
     path: str,
     signature: Signature,

@@ -14,10 +14,10 @@ def depends_on_request(value: ir.Value) -> bool:
     Position embeddings, for example, are read at the same rows in every call. A runtime computes
     such a lookup once and drops the table, which is not an error.
     """
-    return any(not _is_constant(other) for _, other in _reads(value))
+    return any(not _is_constant(other) for _, other in _iterate_reads(value))
 
 
-def _reads(value: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
+def _iterate_reads(value: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
     """Yield the operators that read rows of a value or multiply by it, with their other input.
 
     These are the ids of a Gather, the first row of a Slice, and the other input of a Gemm. A
@@ -29,7 +29,7 @@ def _reads(value: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
         elif node.op_type == "Gemm" and value is node.inputs[1]:
             yield node, node.inputs[0]
         elif node.op_type == "DequantizeLinear":
-            yield from _reads(node.outputs[0])
+            yield from _iterate_reads(node.outputs[0])
 
 
 def is_multiplied(value: ir.Value) -> bool:

@@ -65,7 +65,7 @@ class Auc:
         """Compute the AUCs of baseline and candidate, also with each group left out (jackknife)."""
         classes = groups_of_both_classes(self.metric, pair)
         before, after = (
-            _without_each_group(pair.label, score, classes.groups) for score in pair.scores
+            _compute_without_each_group(pair.label, score, classes.groups) for score in pair.scores
         )
         return grouped_pair(
             before,
@@ -159,7 +159,7 @@ def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:
     return statistic
 
 
-def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> GroupedValue:
+def _compute_without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> GroupedValue:
     """Compute the AUC, and the AUC without the pairs of each group's rows (jackknife).
 
     The result also has the influence of each row: the derivative of the AUC with respect to the

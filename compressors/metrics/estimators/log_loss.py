@@ -82,15 +82,15 @@ class NormalizedEntropy:
         require_rows_of_both_classes(positive)
         return RowStatistics(
             before.size,
-            _relative_loss_statistic(before, positive),
-            _relative_loss_statistic(after, positive),
+            _build_relative_loss_statistic(before, positive),
+            _build_relative_loss_statistic(after, positive),
         )
 
     def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute both quotients with and without each group."""
         classes = groups_of_both_classes(self.metric, pair)
         before, after = (
-            _relative_loss_of_groups(
+            _jackknife_relative_loss(
                 row_logloss(pair.label, score), classes.positive, classes.groups
             )
             for score in pair.scores
@@ -106,7 +106,7 @@ class NormalizedEntropy:
         )
 
 
-def _relative_loss_statistic(losses: Floats, positive: Bools) -> Statistic:
+def _build_relative_loss_statistic(losses: Floats, positive: Bools) -> Statistic:
     """Return mean loss divided by the entropy of the base rate, as a function of a resample."""
 
     def statistic(counts: Counts) -> float:
@@ -117,7 +117,7 @@ def _relative_loss_statistic(losses: Floats, positive: Bools) -> Statistic:
     return statistic
 
 
-def _relative_loss_of_groups(losses: Floats, positive: Bools, groups: Groups) -> GroupedValue:
+def _jackknife_relative_loss(losses: Floats, positive: Bools, groups: Groups) -> GroupedValue:
     """Compute mean loss divided by the entropy of the base rate, with and without each group."""
     rate, mean = float(positive.mean()), float(losses.mean())
     entropy = float(base_entropy(rate))

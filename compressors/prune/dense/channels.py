@@ -160,7 +160,7 @@ class Channels(StepSettings):
         """
         if self.importance == "gradient" and not bench.signature.scores_rows:
             raise NothingToCompress("loss_missing", step=self.kind)
-        prunable = self._prunable_widths(model, bench.signature)
+        prunable = self._find_prunable_widths(model, bench.signature)
         decisions = dict(prunable.decisions)
         checked = CheckedWidths(bench.signature, prunable)
         if not prunable.consumers:
@@ -168,7 +168,9 @@ class Channels(StepSettings):
         counts, work_share = self._estimate(model, bench.signature, prunable.widths)
         for item in prunable.consumers:
             for producer in item.width.producers:
-                reasons = self._reasons(item.width, producer, counts[item.width.path], work_share)
+                reasons = self._build_reasons(
+                    item.width, producer, counts[item.width.path], work_share
+                )
                 decisions[producer] = _take(decisions[producer], *reasons)
             for consumer in item.width.consumers:
                 if consumer in decisions:
@@ -208,7 +210,7 @@ class Channels(StepSettings):
                 for producer, total in group_importance(item, scores, self.importance).items()
             }
             progress = number / self.rounds
-            counts = self._counts(
+            counts = self._compute_counts(
                 model, signature, consumers, importance, initial, initial_work, progress
             )
             before = private_copy(model.module).eval()
@@ -239,7 +241,7 @@ class Channels(StepSettings):
         work_left = Reason("multiply_adds_left", share=final_work / initial_work)
         narrowed = {
             producer: (
-                _width_reason(width, producer, width.value, counts[width.path]),
+                _build_width_reason(width, producer, width.value, counts[width.path]),
                 work_left,
                 *training_reasons.get(producer, ()),
             )
@@ -264,14 +266,16 @@ class Channels(StepSettings):
         kept_by_producer = _select_by_producer(prunable.consumers, equal_importance, counts)
         return self._narrow(model, signature, prunable.consumers, kept_by_producer, counts)
 
-    def _reasons(self, width: Width, producer: str, count: int, work_share: float) -> list[Reason]:
+    def _build_reasons(
+        self, width: Width, producer: str, count: int, work_share: float
+    ) -> list[Reason]:
         """Return the plan's reasons for a producer; ``work_share`` of all multiply-adds remains."""
         step, importance = self.kind, self.importance
         if self.scope == "global":
             argument = width.description()
             reasons = [Reason("one_threshold", step=step, width=argument, importance=importance)]
         else:
-            fewer = _width_reason(width, producer, width.value, count)
+            fewer = _build_width_reason(width, producer, width.value, count)
             reasons = [Reason("channels_cut", step=step, what=fewer, importance=importance)]
             if self.flops is not None:
                 reasons.append(Reason("multiply_adds_left", share=work_share))
@@ -290,11 +294,13 @@ class Channels(StepSettings):
         initial = {width.path: width.value for width in widths}
         work = kept_shares.multiply_adds(model.module, signature)
         initial_work = sum(work.values())
-        counts = self._equal_counts(model, work, widths, initial, initial_work, progress=1.0)
+        counts = self._compute_equal_counts(
+            model, work, widths, initial, initial_work, progress=1.0
+        )
         remaining = kept_shares.remaining_multiply_adds(work, model.module, widths, counts)
         return counts, remaining / initial_work
 
-    def _equal_counts(
+    def _compute_equal_counts(
         self,
         model: Model,
         work: Mapping[str, float],
@@ -306,7 +312,7 @@ class Channels(StepSettings):
         """Return the number of groups that every width keeps if all keep the same share.
 
         ``work`` has the present multiply-adds for one row, by layer. For the other arguments see
-        ``_counts``.
+        ``_compute_counts``.
         """
         if self.flops is None:
             return kept_shares.equal_shares(widths, initial, self.keep**progress, self.multiple)
@@ -320,7 +326,7 @@ class Channels(StepSettings):
             "multiply-adds",
         )
 
-    def _counts(
+    def _compute_counts(
         self,
         model: Model,
         signature: Signature,
@@ -345,7 +351,7 @@ class Channels(StepSettings):
         widths = tuple(item.width for item in consumers)
         work = kept_shares.multiply_adds(model.module, signature)
         if self.scope == "layer":
-            return self._equal_counts(model, work, widths, initial, initial_work, progress)
+            return self._compute_equal_counts(model, work, widths, initial, initial_work, progress)
         normalized = kept_shares.normalized_importance(consumers, importance)
         floors = {path: value * self.least for path, value in initial.items()}
 
@@ -396,7 +402,7 @@ class Channels(StepSettings):
             )
         return narrower
 
-    def _prunable_widths(self, model: Model, signature: Signature) -> PrunableWidths:
+    def _find_prunable_widths(self, model: Model, signature: Signature) -> PrunableWidths:
         """Find the widths that can be pruned; see ``prunable_widths``."""
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         # Whether a search determines the share of each width, so that it may be below ``share``.
@@ -427,7 +433,7 @@ def _build_deferred_outcomes(reasons: Mapping[str, tuple[Reason, ...]]) -> dict[
     return {name: Decision("deferred", why) for name, why in reasons.items()}
 
 
-def _width_reason(width: Width, producer: str, before: int, after: int) -> Reason:
+def _build_width_reason(width: Width, producer: str, before: int, after: int) -> Reason:
     """Build a reason, such as "16 -> 8 outputs (hidden[0])"; arguments are numbers of groups."""
     size = width.producers[producer]
     if size == 1:

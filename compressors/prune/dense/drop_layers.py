@@ -87,7 +87,7 @@ class DropLayers(StepSettings):
         """
         if self._needs_quality and not bench.signature.scores_rows:
             raise NothingToCompress("row_metric_for_layers_missing", step=self.kind)
-        stacks, decisions = self._removable_stacks(model, bench.signature)
+        stacks, decisions = self._find_removable_stacks(model, bench.signature)
         return StepPlan(decisions, RemovableStacks(bench.signature, tuple(stacks)))
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[RemovableStacks]) -> AppliedStep:
@@ -99,7 +99,7 @@ class DropLayers(StepSettings):
         if self._needs_quality and bench.validation is None:
             raise RowsMissing("validation_rows_missing", step=self.kind)
         names = [unit.name for unit in Unit.of(model.module)]
-        baseline_quality = self._quality(model, bench)
+        baseline_quality = self._measure_quality(model, bench)
         generator = torch.Generator().manual_seed(bench.seed)
         outcomes: dict[str, Decision] = {}
         for original_stack in plan.payload.stacks:
@@ -114,10 +114,10 @@ class DropLayers(StepSettings):
                     members = sorted(candidates)
                     index = int(torch.randint(len(members), (1,), generator=generator))
                     selected = members[index]
-                    qualities = {selected: self._quality(candidates[selected][0], bench)}
+                    qualities = {selected: self._measure_quality(candidates[selected][0], bench)}
                 else:
                     qualities = {
-                        member: self._quality(candidate, bench)
+                        member: self._measure_quality(candidate, bench)
                         for member, (candidate, _) in candidates.items()
                     }
                     # Of members with equal quality, the first one is removed.
@@ -151,13 +151,13 @@ class DropLayers(StepSettings):
                     model, stack = candidates[max(candidates)]
         return model
 
-    def _quality(self, model: Model, bench: Bench) -> float:
+    def _measure_quality(self, model: Model, bench: Bench) -> float:
         """Return the metric on the validation rows; 0 if quality need not be measured."""
         if not self._needs_quality or bench.validation is None:
             return 0.0
         return quality(model.module, bench.signature, bench.validation)
 
-    def _removable_stacks(
+    def _find_removable_stacks(
         self, model: Model, signature: Signature
     ) -> tuple[list[Stack], dict[str, Decision]]:
         """Find the stacks with removable members.
@@ -179,7 +179,7 @@ class DropLayers(StepSettings):
             dense = [name for name in in_stack if name in choices]
             if not dense or assigned & set(in_stack):
                 continue
-            reason = _reason_not_removable(model, signature, stack, choices, dense)
+            reason = _explain_not_removable(model, signature, stack, choices, dense)
             for name in in_stack:
                 if reason is not None and (name not in choices or choices[name].selected):
                     decisions[name] = Decision("skipped", (reason,))
@@ -199,7 +199,7 @@ class DropLayers(StepSettings):
         return stacks, decisions
 
 
-def _reason_not_removable(
+def _explain_not_removable(
     model: Model,
     signature: Signature,
     stack: Stack,

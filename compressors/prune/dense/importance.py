@@ -70,9 +70,9 @@ def weight_importance(
             generator = torch.Generator().manual_seed(bench.seed)
             scores = {name: torch.rand(w.shape, generator=generator) for name, w in weights.items()}
         case "gradient":
-            scores = _taylor(model.module, bench, weights, rows)
+            scores = _compute_taylor_importance(model.module, bench, weights, rows)
         case "activation":
-            scores = _contributions(model.module, bench, rows)
+            scores = _compute_contributions(model.module, bench, rows)
     if not any(bool(score.any()) for score in scores.values()):
         raise (
             StepRefused("channel_gradients_zero")
@@ -139,7 +139,7 @@ def select_kept_groups(
     return kept_by_producer
 
 
-def _taylor(
+def _compute_taylor_importance(
     module: nn.Module, bench: Bench, weights: Mapping[str, Tensor], rows: int
 ) -> dict[str, Tensor]:
     """Compute (gradient of the loss times weight) squared, summed over batches of training rows.
@@ -166,7 +166,7 @@ def _taylor(
 
 
 @torch.no_grad()
-def _contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tensor]:
+def _compute_contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tensor]:
     """Compute the mean square of weight times input, scaled to sum 1 over each dense layer.
 
     Summed over a layer's outputs, this is the share that one input contributes to the total: for an

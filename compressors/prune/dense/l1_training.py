@@ -142,7 +142,7 @@ class L1Training(StepSettings):
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Penalized]:
         """Select the penalized layers and the other trained units; give reasons for all others."""
-        penalized = self._penalized_layers(model)
+        penalized = self._select_penalized_layers(model)
         decisions = choose_trainable(model, bench, self.kind, tables=self.training.tables)
         if not any(decision.selected for decision in penalized.values()):
             # Without a penalized layer the step does not train, so every layer is skipped.
@@ -176,7 +176,9 @@ class L1Training(StepSettings):
             loss,
             self.training,
             keep_zeros_in=pruned_layers(model),
-            after_step=_threshold_after_step(model.module, names, groups, self.penalty_strength),
+            after_step=_build_threshold_function(
+                model.module, names, groups, self.penalty_strength
+            ),
             keep_last_epoch=True,  # return the network of the last epoch, not of the best one
         )
         outcomes = dict(trained.outcomes)
@@ -187,7 +189,7 @@ class L1Training(StepSettings):
             outcomes[name] = Decision("deferred", (*zeros, *outcomes[name].reasons))
         return AppliedStep(trained.model, outcomes)
 
-    def _penalized_layers(self, model: Model) -> dict[str, Decision]:
+    def _select_penalized_layers(self, model: Model) -> dict[str, Decision]:
         """Select the penalized dense layers; give a reason for each other layer."""
         units = Unit.of(model.module)
         penalized = choose_dense(units, self.layers, self.kind)
@@ -198,7 +200,7 @@ class L1Training(StepSettings):
         return penalized
 
 
-def _threshold_after_step(
+def _build_threshold_function(
     module: nn.Module, layers: Sequence[str], groups: Sequence[WeightGroups], strength: float
 ) -> Callable[[float], None]:
     """Build the function that thresholds the weights after an optimizer step.
@@ -251,7 +253,7 @@ def _find_weight_groups(
     for name, decision in penalized.items():
         if decision.selected and name not in grouped:
             outputs = torch.arange(model.module.get_parameter(f"{name}.weight").shape[0])
-            parts = dict.fromkeys(_parameter_names(model.module, name), (outputs, outputs))
+            parts = dict.fromkeys(_list_parameter_names(model.module, name), (outputs, outputs))
             groups.append(WeightGroups(len(outputs), parts))
     return groups
 
@@ -266,7 +268,7 @@ def _group_of_producers(
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for producer in producers:
         groups = consumers.groups[producer]
-        for name in _parameter_names(module, producer):
+        for name in _list_parameter_names(module, producer):
             parts[name] = (torch.arange(len(groups)), groups)
         for (other_producer, consumer), columns in consumers.connections.items():
             # ``columns`` says which inputs of the consumer take which group: bool (groups, inputs).
@@ -275,12 +277,12 @@ def _group_of_producers(
             ):
                 indices = columns.any(dim=0).nonzero().flatten()
                 group_of_index = columns.int().argmax(dim=0)[indices]
-                for name in _parameter_names(module, consumer):
+                for name in _list_parameter_names(module, consumer):
                     parts[name] = (indices, group_of_index)
     return WeightGroups(consumers.width.value, parts)
 
 
-def _parameter_names(module: nn.Module, owner: str) -> list[str]:
+def _list_parameter_names(module: nn.Module, owner: str) -> list[str]:
     """Return the full names of the parameters of a submodule."""
     return [f"{owner}.{name}" for name, _ in module.get_submodule(owner).named_parameters()]
 

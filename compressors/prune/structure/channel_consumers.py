@@ -161,7 +161,7 @@ def find_consumers(width: Width, traces: Traces, groups: dict[str, Tensor]) -> W
         )
         if int(reached.sum()) != per_group * width.value or not columns_of_producers:
             raise NotAWidth(Reason("inputs_of_several", reader=consumer))
-    return WidthConsumers(width, connections, groups, _tied_producers(width, connections))
+    return WidthConsumers(width, connections, groups, _find_tied_producers(width, connections))
 
 
 @contextmanager
@@ -223,7 +223,7 @@ def _nan_trace(
         yield reached
 
 
-def _tied_producers(
+def _find_tied_producers(
     width: Width, connections: Mapping[tuple[str, str], Tensor]
 ) -> tuple[tuple[str, ...], ...]:
     """Return groups of producers whose channels arrive at the same inputs.

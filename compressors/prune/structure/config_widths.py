@@ -68,16 +68,20 @@ def describe_path(path: Path) -> str:
 def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
     """Return the defaults of the constructor arguments that a configuration may set, by name."""
     return {
-        name: _as_lists(parameter.default)
+        name: _convert_tuples_to_lists(parameter.default)
         for name, parameter in inspect.signature(architecture).parameters.items()
         if parameter.default is not inspect.Parameter.empty
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
 
 
-def _as_lists(value: Any) -> Any:
+def _convert_tuples_to_lists(value: Any) -> Any:
     """Convert tuples to lists, as in JSON, so that one element can be replaced."""
-    return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value
+    return (
+        [_convert_tuples_to_lists(item) for item in value]
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
 def with_value(
@@ -124,7 +128,7 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason,
         if before is None or not divides:
             continue
         try:
-            width = _width(model, before, path, value)
+            width = _find_width(model, before, path, value)
         except NotAWidth as fault:
             # The reason applies to the layers of that width, unless another number sets their
             # width.
@@ -146,7 +150,7 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason,
     return widths, {name: why for name, why in reasons.items() if name not in producers}
 
 
-def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
+def _find_width(model: Model, before: Shapes, path: Path, value: int) -> Width:
     """Find the layers whose shapes depend on one number of the configuration.
 
     Args:

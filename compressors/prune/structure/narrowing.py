@@ -235,11 +235,14 @@ def rounded_scores(module: nn.Module, signature: Signature, tables: dict[str, in
         Float ``(draws, scales, rows)``.
     """
     return torch.stack(
-        [_scores_of_rounded(module, signature, tables, draw) for draw in range(ROUNDING_DRAWS)]
+        [
+            _compute_scores_of_rounded(module, signature, tables, draw)
+            for draw in range(ROUNDING_DRAWS)
+        ]
     )
 
 
-def _scores_of_rounded(
+def _compute_scores_of_rounded(
     module: nn.Module, signature: Signature, tables: dict[str, int], seed: int
 ) -> Tensor:
     """Return scores after a random relative change of each number by at most 2^-23 (float32)."""

@@ -77,7 +77,7 @@ def prunable_widths(
         try:
             _require_all_selected(width, decisions)
             count = _count_to_check(width, share, multiple, share_is_searched=share_is_searched)
-            prunable.append(_checked_consumers(model, signature, width, count))
+            prunable.append(_find_consumers(model, signature, width, count))
         except NotAWidth as fault:
             for name in width.producers:  # of two numbers the first is more likely the width
                 reasons.setdefault(name, (fault.reason,))
@@ -128,9 +128,7 @@ def _count_to_check(width: Width, share: float, multiple: int, *, share_is_searc
     return count
 
 
-def _checked_consumers(
-    model: Model, signature: Signature, width: Width, count: int
-) -> WidthConsumers:
+def _find_consumers(model: Model, signature: Signature, width: Width, count: int) -> WidthConsumers:
     """Return the consumers of a width, for the first layout of its channels that passes the check.
 
     Raises:

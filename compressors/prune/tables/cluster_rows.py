@@ -109,7 +109,7 @@ class ClusterRows(ComposingStep):
         counts = lookup_counts(model, bench, designs)
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
-            hot, clusters = self._sizes(len(table))
+            hot, clusters = self._choose_sizes(len(table))
             index, unique = cluster_rare_rows(table, counts[name], hot, clusters)
             clustered_share = lookup_share(counts[name], ~select_highest(counts[name], hot))
             stored = {"planes": byte_planes(index, len(unique))}
@@ -120,11 +120,11 @@ class ClusterRows(ComposingStep):
 
     def design(self, rows: int, dim: int) -> Design:
         """Design the composition of a table of ``rows x dim``."""
-        hot, clusters = self._sizes(rows)
+        hot, clusters = self._choose_sizes(rows)
         reason = Reason("clustered_rows", hot=hot, rows=rows, clusters=clusters)
         return Design(COMPOSITION, {"places": hot + clusters}, reason)
 
-    def _sizes(self, rows: int) -> tuple[int, int]:
+    def _choose_sizes(self, rows: int) -> tuple[int, int]:
         """Return the number of hot rows and the number of clusters."""
         hot = min(rows - 1, round(self.hot * rows))
         return hot, share_or_number(self.clusters, rows - hot)

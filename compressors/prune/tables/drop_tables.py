@@ -171,7 +171,7 @@ class DropTables(StepSettings):
             candidate = model.private()
             unit = units[name]
             # ``pack_table`` puts the new table into a ``Bag`` if it replaces an EmbeddingBag.
-            constant = pack_table(unit.module, _mean_row_table(unit, counts[name]))
+            constant = pack_table(unit.module, _build_mean_row_table(unit, counts[name]))
             swap(candidate.module, name, constant)
             change = quality(candidate.module, bench.signature, bench.validation) - baseline
             if change >= -self.most_loss:
@@ -184,7 +184,7 @@ class DropTables(StepSettings):
         return AppliedStep(model, outcomes)
 
 
-def _mean_row_table(unit: Unit, counts: Tensor) -> ComposedTable:
+def _build_mean_row_table(unit: Unit, counts: Tensor) -> ComposedTable:
     """Build a table that returns the mean of the unit's rows, weighted by lookup counts."""
     weight = unit.weight
     rows, dim = weight.shape

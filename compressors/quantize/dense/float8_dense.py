@@ -94,7 +94,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Straight-through gradients for rounding; zero for clipped inputs (Esser et al. 2020)."""
     x, codes, weight_scale, input_scale = ctx.saved_tensors
     ratio = x / input_scale
@@ -113,7 +113,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, grad_weight_scale, grad_input_scale.reshape(input_scale.shape), grad_bias
 
 
-float8_linear.register_autograd(_backward, setup_context=_setup_context)
+float8_linear.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)

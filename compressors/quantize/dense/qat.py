@@ -240,7 +240,7 @@ class QAT(StepSettings):
             device=bench.device,
             checkpoints=bench.checkpoints,
             keep_zeros_in=pruned_layers(model),
-            tensor_names=_trained_tensors(module, units, learned),
+            tensor_names=_list_trained_tensors(module, units, learned),
         )
         for name, layer in learned.items():
             swap(module, name, layer.packed())
@@ -263,7 +263,7 @@ def _build_learned(layer: nn.Module, initial: PackedLinear) -> LearnedInt8:
     return LearnedInt8(layer, initial)
 
 
-def _trained_tensors(
+def _list_trained_tensors(
     module: nn.Module, units: Collection[Unit], learned: Collection[str]
 ) -> tuple[str, ...]:
     """Return the names of the tensors to train: of these layers, and of modules outside units."""

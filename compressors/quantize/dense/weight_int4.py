@@ -108,8 +108,8 @@ class WeightInt4(StepSettings):
                 gram, nearest = by_layer[unit.name], multiples
                 scales = weight_only.expand_scales(scale, weight.shape[1], self.block)
                 multiples = gptq(weight, nearest, gram, scales, max_multiple=grid.max_multiple)
-                error = _output_error(multiples, scales, weight, gram)
-                share = error / _output_error(nearest, scales, weight, gram)
+                error = _compute_output_error(multiples, scales, weight, gram)
+                share = error / _compute_output_error(nearest, scales, weight, gram)
                 outcomes[unit.name] = Decision("taken", (Reason("gptq_error", share=share),))
             outputs, inputs = weight.shape
             packed = PackedLinear(
@@ -138,6 +138,6 @@ class WeightInt4(StepSettings):
         return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())
 
 
-def _output_error(multiples: Tensor, scale: Tensor, weight: Tensor, gram: Tensor) -> float:
+def _compute_output_error(multiples: Tensor, scale: Tensor, weight: Tensor, gram: Tensor) -> float:
     """Return the squared error of a layer's outputs, as a positive number to divide by."""
     return float(squared_error(multiples * scale - weight, gram).sum()) + 1e-300

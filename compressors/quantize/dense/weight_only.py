@@ -199,7 +199,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, codes, scale)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Compute straight-through gradients for the rounding of inputs; no input is clipped."""
     x, codes, scale = ctx.saved_tensors
     weight, layer_inputs = _convert_operands(x, codes, scale, ctx.bits, ctx.block, ctx.activations)
@@ -219,7 +219,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad @ weight, None, grad_scale.to(scale.dtype), grad_bias, None, None, None
 
 
-weight_only_linear.register_autograd(_backward, setup_context=_setup_context)
+weight_only_linear.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 class LayoutSettings(NamedTuple):

@@ -115,7 +115,9 @@ def nearest_entries(points: Tensor, codebook: Tensor) -> Tensor:
         is_near = score <= (least + tolerance * size).unsqueeze(1)
         ambiguous = is_near.sum(dim=1) != 1
         if bool(ambiguous.any()):
-            block_codes[ambiguous] = _exact_distances(block[ambiguous], entries).argmin(dim=1)
+            block_codes[ambiguous] = _compute_exact_distances(block[ambiguous], entries).argmin(
+                dim=1
+            )
         codes[begin : begin + BLOCK] = block_codes
     return codes
 
@@ -146,7 +148,7 @@ def squared_distance(points: Tensor, others: Tensor) -> Tensor:
     return (points - others).double().square().sum(dim=1)
 
 
-def _exact_distances(points: Tensor, entries: Tensor) -> Tensor:
+def _compute_exact_distances(points: Tensor, entries: Tensor) -> Tensor:
     """Return squared distances, float64 ``(points, levels)``, summed dimension by dimension."""
     total = torch.zeros(len(points), len(entries), dtype=torch.float64)
     for column in range(points.shape[1]):

@@ -50,7 +50,10 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
     offset = None if grid.symmetric else torch.empty_like(scale)
     top = np.float32(grid.max_multiple if grid.symmetric else grid.levels - 1)
     # Without offsets the loops do not write to the last arrays, so any arrays are passed.
-    stored_scale, stored_offset = _as_words(scale), _as_words(scale if offset is None else offset)
+    stored_scale, stored_offset = (
+        _view_as_words(scale),
+        _view_as_words(scale if offset is None else offset),
+    )
 
     def encode_rows(begin: int, end: int) -> int:
         scale_slice = slice(begin // rows_per_scale, -(-end // rows_per_scale))
@@ -122,7 +125,7 @@ def _allocate_codes(rows: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(np.empty((count, dim if bits == 8 else -(-dim // 2)), np.uint8))
 
 
-def _as_words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
+def _view_as_words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
     """Return the bits of float16 or float32 numbers as 16-bit or 32-bit words.
 
     The array of the other size is empty.
@@ -145,7 +148,9 @@ def _encode_in_threads(
         return encode_rows(0, rows)
     size = -(-rows // (threads * rows_per_scale)) * rows_per_scale  # rows per thread
     submitted = [
-        _thread_pool(os.getpid(), threads - 1).submit(encode_rows, begin, min(begin + size, rows))
+        _get_thread_pool(os.getpid(), threads - 1).submit(
+            encode_rows, begin, min(begin + size, rows)
+        )
         for begin in range(size, rows, size)
     ]
     results = [encode_rows(0, min(size, rows)), *(future.result() for future in submitted)]
@@ -153,7 +158,7 @@ def _encode_in_threads(
 
 
 @functools.cache
-def _thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
+def _get_thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Return this process's pool of threads; ``process`` is its id.
 
     The id is part of the cache key, because a forked process cannot use the threads of its parent.

@@ -27,13 +27,13 @@ def _save_product(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> No
     ctx.save_for_backward(*inputs)
 
 
-def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     x, weight = ctx.saved_tensors
     grad_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     return compute_grad_x_by_blocks(grad, weight), grad_weight.to(weight.dtype)
 
 
-float16_product.register_autograd(_product_backward, setup_context=_save_product)
+float16_product.register_autograd(_compute_gradients, setup_context=_save_product)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
     codes, scale, ids = ctx.saved_tensors
     grad_scale = scales.compute_gradient(
         grad, convert_from_float8(codes[ids]), scale, ids, ctx.rows_per_scale
@@ -78,7 +78,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
     return None, grad_scale, None, None
 
 
-float8_e4m3_table.register_autograd(_backward, setup_context=_setup_context)
+float8_e4m3_table.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, ids = ctx.saved_tensors
     indices = entry_indices(
         unpack(codes[ids], ctx.parts, ctx.width), len(codebook)
@@ -145,7 +145,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, total.to(codebook.dtype), None, None, None, None
 
 
-product_codes.register_autograd(_backward, setup_context=_setup_context)
+product_codes.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)

@@ -89,11 +89,11 @@ def fit(
         fitted.append(book)
     codebook = torch.cat(fitted)
     codes = encode(rows, codebook, books)
-    errors = [_error(rows, codes, codebook, counts)]
+    errors = [_compute_error(rows, codes, codebook, counts)]
     for _ in range(refine):
         refined = least_squares(rows, codes, codebook, counts)
         codes = encode(rows, refined, books)
-        error = _error(rows, codes, refined, counts)
+        error = _compute_error(rows, codes, refined, counts)
         if error >= errors[-1]:
             break
         codebook = refined
@@ -170,7 +170,7 @@ def decode(codes: Tensor, codebook: Tensor) -> Tensor:
     return codebook[entry_indices(codes, len(codebook))].float().sum(dim=-2)
 
 
-def _error(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor) -> float:
+def _compute_error(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor) -> float:
     """Return the squared error of the decoded rows, each times its weight, summed."""
     return float((squared_distance(rows, decode(codes, codebook)) * weight).sum())
 
@@ -194,7 +194,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, ids = ctx.saved_tensors
     entry = entry_indices(unpack(codes[ids], ctx.books, ctx.width), len(codebook))  # (*ids, books)
     flat = grad.reshape(-1, codebook.shape[1])
@@ -204,7 +204,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, total.to(codebook.dtype), None, None, None
 
 
-residual_codes.register_autograd(_backward, setup_context=_setup_context)
+residual_codes.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)

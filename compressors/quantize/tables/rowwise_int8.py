@@ -69,7 +69,7 @@ def _setup_context(
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None, None]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None, None]:
     codes, scale, offset, ids = ctx.saved_tensors
     grad_scale = scales.compute_gradient(grad, codes[ids].float(), scale, ids, ctx.rows_per_scale)
     grad_offset = None
@@ -78,7 +78,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None
     return None, grad_scale, grad_offset, None, None
 
 
-rowwise_int8.register_autograd(_backward, setup_context=_setup_context)
+rowwise_int8.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 @torch.library.custom_op("recpress::rowwise_int8_product", mutates_args=())
@@ -105,7 +105,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+def _compute_product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
     x, codes, scale = ctx.saved_tensors
     grad_x = compute_grad_x_by_blocks(grad * scale.float().flatten(), codes)
     grad_scale_by_row = (grad * multiply_by_blocks(x, codes)).reshape(-1, len(codes)).sum(dim=0)
@@ -113,7 +113,7 @@ def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
     return grad_x, None, grad_scale.reshape(-1, 1).to(scale.dtype)
 
 
-rowwise_int8_product.register_autograd(_product_backward, setup_context=_save_inputs)
+rowwise_int8_product.register_autograd(_compute_product_gradients, setup_context=_save_inputs)
 
 
 @dataclass(frozen=True)

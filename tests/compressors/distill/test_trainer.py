@@ -223,9 +223,9 @@ def test_learning_rate_follows_warmup_schedule_and_factor(tmp_path):
         result = []
         for step in range(21):
             run.steps = step
-            result.append(run._rate())
+            result.append(run._compute_rate())
         run.rate_factor = 0.1  # by which the plateau schedule multiplies the learning rate
-        return [*result, run._rate()]
+        return [*result, run._compute_rate()]
 
     plateau = learning_rates(warmup=4)
     assert plateau[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]

@@ -68,7 +68,7 @@ def _replace_by_max_and_min(model: ir.Model, node: ir.Node) -> None:
     """Replace a Relu or Clip by Max, Min, or both."""
     low, high = (*node.inputs[1:], None, None)[:2]
     if node.op_type == "Relu":
-        low = _scalar_initializer(model, "relu_floor", 0.0)
+        low = _get_scalar_initializer(model, "relu_floor", 0.0)
     current, new_nodes = node.inputs[0], []
     for op_type, bound in (("Max", low), ("Min", high)):
         if bound is not None:
@@ -82,7 +82,7 @@ def _replace_by_max_and_min(model: ir.Model, node: ir.Node) -> None:
     )
 
 
-def _scalar_initializer(model: ir.Model, name: str, value: float) -> ir.Value:
+def _get_scalar_initializer(model: ir.Model, name: str, value: float) -> ir.Value:
     """Return the float32 initializer of this name; add it if the graph has none."""
     if name not in model.graph.initializers:
         tensor = ir.Tensor(np.array(value, np.float32), name=name)
