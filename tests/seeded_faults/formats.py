@@ -105,7 +105,7 @@ FAULTS = (
         id="shared-scale-layout-drops-last-range",
         file="compressors/quantize/tables/scales.py",
         old="count = -(-rows // rows_per_scale) if rows_per_scale else 1",
-        new="entries = max(rows // rows_per_scale, 1) if rows_per_scale else 1",
+        new="count = max(rows // rows_per_scale, 1) if rows_per_scale else 1",
         effect="The plan's bytes omit the scale of the last, shorter range of rows.",
         tests=(f"{ROWWISE}::test_stored_bytes_are_the_bytes_of_codes_scales_and_offsets",),
     ),

@@ -69,7 +69,7 @@ FAULTS = (
         id="interval-difference-not-paired",
         file="compressors/metrics/intervals.py",
         old="        pair = before(counts), after(counts)\n",
-        new="        pair = before(counts), after(random.permutation(counts))\n",
+        new="        pair = before(counts), after(rng.permutation(counts))\n",
         effect="Two models are resampled separately, which widens the interval of the difference.",
         tests=(f"{INTERVALS}::test_the_interval_of_equal_scores_without_groups_is_exactly_zero",),
     ),
