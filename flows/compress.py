@@ -83,7 +83,7 @@ def compress(order: Order) -> Finished | State[Any]:
     if completed is not None:
         log.info("%s", format_already_completed(completed))
         wait_out(lambda: promote_if_ordered(order, completed))
-        return _final_state(completed)
+        return _build_final_state(completed)
     target_phases = 2 * len(order.targets.requirements())  # lower and build
     progress = Progress(phases=PHASES_OF_EVERY_ORDER + len(order.recipe()) + target_phases)
     run = Run(order, bundle, teachers, champions, progress)
@@ -100,10 +100,10 @@ def _run_phases(run: Run) -> Finished | State[Any]:
     measured = measure_result(run, data, baselines, compressed, built)
     verdicts = judge_targets(run, built, measured)
     finished = publish_result(run, data, baselines, compressed, built, measured, verdicts)
-    return _final_state(finished)
+    return _build_final_state(finished)
 
 
-def _final_state(finished: Finished) -> Finished | State[Any]:
+def _build_final_state(finished: Finished) -> Finished | State[Any]:
     """Return a state named after the outcome if that is rejected or undecided, else the result."""
     report = finished.report
     if report.outcome in {"accepted", "built-unmeasured"}:

@@ -178,10 +178,10 @@ def _explain_steps(
         if is_reported(reason):
             size = stored_bytes(model.module)
             steps.append(ExplainedStep(step=step.kind, bytes=size, left_out=reason))
-    return model, steps, _max_trained_bytes(order, stages, skip_reasons)
+    return model, steps, _find_max_trained_bytes(order, stages, skip_reasons)
 
 
-def _max_trained_bytes(
+def _find_max_trained_bytes(
     order: Order, stages: tuple[tuple[str, Model], ...], skip_reasons: Mapping[int, Reason]
 ) -> int:
     """Return the largest number of bytes of tensors that one step of the order trains."""

@@ -123,7 +123,7 @@ def compress_model(run: Run, data: PreparedData) -> Compressed:
     """
     compressed = apply_recipe(run)
     excluded: dict[str, str] = {}
-    while units := _units_that_prevent_lowering(run, compressed.bundle, data, excluded):
+    while units := _find_units_that_prevent_lowering(run, compressed.bundle, data, excluded):
         excluded |= units
         compressed = apply_recipe(run, excluded)
     return compressed
@@ -261,7 +261,7 @@ def publish_result(
     return finished
 
 
-def _units_that_prevent_lowering(
+def _find_units_that_prevent_lowering(
     run: Run, bundle: Artifact, data: PreparedData, excluded: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the units of a preset's result that cannot be lowered for a required target.

@@ -70,7 +70,7 @@ def build(
             request = BuildRequest(
                 target=target,
                 onnx=str(folder / graph.file),
-                profiles=_optimization_profiles(graph, batch, longest),
+                profiles=_build_optimization_profiles(graph, batch, longest),
                 tables=tuple(
                     TableWeights(
                         module=table.module,
@@ -99,7 +99,7 @@ def build(
         return store().put(output)
 
 
-def _optimization_profiles(
+def _build_optimization_profiles(
     graph: LoweredGraph, batch: BatchSizes, longest: dict[str, int]
 ) -> tuple[Profile, ...]:
     """Return the smallest, best and largest shape of each input, for TensorRT."""

@@ -119,8 +119,8 @@ def lower_model(
             target=target,
             name=f"{loaded.manifest.name}@{loaded.manifest.version}",
             graphs=tuple(graphs),
-            packed_bytes=_weight_bytes(loaded),
-            repeated_bytes=_repeated_bytes(loaded),
+            packed_bytes=_count_weight_bytes(loaded),
+            repeated_bytes=_count_repeated_bytes(loaded),
             texts=_write_tokenizers(loaded, Path(scratch)),
         )
         (Path(scratch) / "lowering.json").write_text(lowering.model_dump_json(indent=1))
@@ -157,7 +157,7 @@ def _check_graph(
         session = comparison_runtime.open(runnable, load_settings().threads)
         check = GraphCheck(loaded.model.module, lowered, plan, target, most_rows, runnable, session)
         rows_parities: list[Parity] = []
-        for read in _readers(probe, loaded.manifest.signature, served_graph):
+        for read in _build_readers(probe, loaded.manifest.signature, served_graph):
             parities, expected = check.parity(read(PROBE_ROWS), "the data")
             for size in SMALL_BATCHES:
                 check.require_same_in_small_batch(expected[:size], read(size), parities)
@@ -177,7 +177,7 @@ def _check_graph(
         audit = lowering_target(target).audit(optimized, plan, lowered.tables, lowered.layers)
     return LoweredGraph(
         name=served_graph.name,
-        inputs=tuple(_graph_inputs(edge, signature)),
+        inputs=tuple(_describe_graph_inputs(edge, signature)),
         output=VECTOR if served_graph.is_tower else SCORE,
         several_outputs=served_graph.outputs if len(served_graph.outputs) > 1 else (),
         width=expected.shape[1] if served_graph.is_tower else None,
@@ -185,7 +185,7 @@ def _check_graph(
         edge_parity=worst_parity(edge_parities),
         audit=audit,
         tables=lowered.tables,
-        packed_bytes=_packed_bytes(loaded, served_graph),
+        packed_bytes=_count_packed_bytes(loaded, served_graph),
         sparse_layers=sparse_layers(loaded.model.module, plan),
     )
 
@@ -206,7 +206,7 @@ def _plan_of_graph(loaded: LoadedBundle, served_graph: ServedGraph) -> Plan | No
     return Plan(lines=tuple(line for line in plan.lines if line.module in names))
 
 
-def _readers(
+def _build_readers(
     split: Split, signature: Signature, served_graph: ServedGraph
 ) -> list[Callable[[int], dict[str, Tensor]]]:
     """Return the functions that read a graph's inputs for the first rows of a split.
@@ -224,7 +224,7 @@ def _readers(
     return [partial(read_tower_rows, name) for name in served_graph.towers] or [read_rows]
 
 
-def _graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput]:
+def _describe_graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput]:
     """Describe a graph's inputs; dtypes and shapes are those of an example batch.
 
     The example has a row with lists of the longest length, so sequences have their largest shape.
@@ -277,14 +277,14 @@ def _write_tokenizers(loaded: LoadedBundle, folder: Path) -> tuple[TextInput, ..
     return tuple(texts)
 
 
-def _packed_bytes(loaded: LoadedBundle, served_graph: ServedGraph) -> int:
+def _count_packed_bytes(loaded: LoadedBundle, served_graph: ServedGraph) -> int:
     """Return the bytes of one graph's weights; a table that both towers read counts in both."""
     if served_graph.is_tower:
         return sum(tensor.nbytes for tensor in weights_of_graph(loaded.model.module, served_graph))
-    return _weight_bytes(loaded)
+    return _count_weight_bytes(loaded)
 
 
-def _repeated_bytes(loaded: LoadedBundle) -> int:
+def _count_repeated_bytes(loaded: LoadedBundle) -> int:
     """Return the bytes of tensors that several graphs store, without each tensor's first copy."""
     counted: set[int] = set()
     repeated = 0
@@ -295,7 +295,7 @@ def _repeated_bytes(loaded: LoadedBundle) -> int:
     return repeated
 
 
-def _weight_bytes(loaded: LoadedBundle) -> int:
+def _count_weight_bytes(loaded: LoadedBundle) -> int:
     """Return the bytes of a model's weights, counting each shared tensor once, as plans do."""
     plan = loaded.model.plan
     if plan is not None:

@@ -232,7 +232,9 @@ def _evaluate(
     """Evaluate every model on the test rows: one score per row, or one ranking per query."""
     if ranking is not None:
         vectors = {
-            name: ranked_vectors(_tower_functions(opened, signature), signature, test, ranking)
+            name: ranked_vectors(
+                _build_tower_functions(opened, signature), signature, test, ranking
+            )
             for name, opened in sessions.items()
         }
         values = {name: ranking_metrics(ranked, names) for name, ranked in vectors.items()}
@@ -245,7 +247,7 @@ def _evaluate(
     return row_quality(signature, test, scores, seed)
 
 
-def _tower_functions(sessions: Sessions, signature: Signature) -> dict[str, Vectors]:
+def _build_tower_functions(sessions: Sessions, signature: Signature) -> dict[str, Vectors]:
     """Return the towers of a retrieval model as functions from tensors to vectors."""
 
     def vectors(session: Session, tower: str) -> Vectors:

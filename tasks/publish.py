@@ -136,13 +136,13 @@ def _register_release(report: Report, release: Artifact) -> RegisteredVersion:
         report.name,
         report.order,
         store().reference(release),
-        _version_tags(report, release),
+        _build_version_tags(report, release),
         f"{report.outcome}: {', '.join(step['kind'] for step in report.recipe)}. "
         f"Report: {page_reference(release)}",
     )
 
 
-def _version_tags(report: Report, release: Artifact) -> dict[str, str]:
+def _build_version_tags(report: Report, release: Artifact) -> dict[str, str]:
     tags = {
         "recpress.order": report.order,
         "recpress.release": release.sha256,
@@ -163,11 +163,11 @@ def _version_tags(report: Report, release: Artifact) -> dict[str, str]:
             graph.name for graph in target.lowering.graphs
         )
     if report.other_metrics:
-        tags["recpress.outputs"] = _outputs_tag(report)
+        tags["recpress.outputs"] = _build_outputs_tag(report)
     return tags
 
 
-def _outputs_tag(report: Report) -> str:
+def _build_outputs_tag(report: Report) -> str:
     """Return the quality of each of several outputs as JSON: by metric, its value and its change.
 
     The numbers were measured on the first measured target; null if there is none.

@@ -50,7 +50,7 @@ def measure_stages(
     quality = compare_stages(signature, scored, split_of(test, test_rows), seed)
     stages = []
     for index, stage in enumerate(scored):
-        first, *others = (_quality_of_stage(quality, metric, index) for metric in metrics)
+        first, *others = (_find_quality_of_stage(quality, metric, index) for metric in metrics)
         stages.append(
             Stage(
                 step=stage.step,
@@ -66,7 +66,7 @@ def measure_stages(
         return store().put(Path(scratch))
 
 
-def _quality_of_stage(quality: Quality, metric: str, index: int) -> StageQuality:
+def _find_quality_of_stage(quality: Quality, metric: str, index: int) -> StageQuality:
     """Return one metric of a stage, and its change from the previous stage."""
     # ``paired`` compares two stages on the same rows, by name; a stage's name is its index. The
     # first stage is compared with itself, for its quality; it has no change.

@@ -97,7 +97,8 @@ def read_draft(folder: Path) -> Draft:
     )
     entries = ((f"{name}.{key}", text) for name, part in path_fields for key, text in part.items())
     raise_if_any(
-        folder, (p for where, text in entries if (p := _draft_path_problem(folder, where, text)))
+        folder,
+        (p for where, text in entries if (p := _find_draft_path_problem(folder, where, text))),
     )
     return draft
 
@@ -134,7 +135,7 @@ def seal(
     """
     partial_file = folder / f"{MANIFEST}.partial"
     # A killed run may have left a partial file.
-    names = _file_names(folder, ignored=partial_file.name) - {MANIFEST}
+    names = _list_file_names(folder, ignored=partial_file.name) - {MANIFEST}
     stored_tensors(folder)
     records = linked or {}
     fields = {
@@ -193,11 +194,11 @@ def read(folder: Path) -> Manifest:
         BundleRefused: a file in the folder is missing, extra, changed, unsafe or malformed.
     """
     if not folder.is_dir() or folder.is_symlink():
-        _file_names(folder)  # raises with the reason if the folder cannot be read
+        _list_file_names(folder)  # raises with the reason if the folder cannot be read
     raw, _ = read_json(folder / MANIFEST)
     manifest = parse_manifest(raw, folder)  # first, so that a draft is reported as a draft
-    names = _file_names(folder)
-    raise_if_any(folder, _differences(folder, names - {MANIFEST}, manifest.files))
+    names = _list_file_names(folder)
+    raise_if_any(folder, _find_differences(folder, names - {MANIFEST}, manifest.files))
     stored_tensors(folder)
     return manifest
 
@@ -218,7 +219,7 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
     require_known_version(document, path)
     if "seal" not in document and "files" not in document:
         raise BundleRefused("is_draft", folder=str(folder))
-    manifest = _migrate_and_parse(Manifest, _without_seal(document), path, stored=True)
+    manifest = _migrate_and_parse(Manifest, _remove_seal(document), path, stored=True)
     seal_length = len(_seal_line(b""))
     if raw[-seal_length:] != _seal_line(raw[:-seal_length]):
         raise BundleRefused("seal_differs", path=str(path))
@@ -285,7 +286,7 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
             else:
                 rows[path] = count
         elif fact is None or len(fact.shape) != 2:
-            similar = _similar_names(path, [*tables, *network.modules])
+            similar = _find_similar_names(path, [*tables, *network.modules])
             problems.append(
                 Reason(
                     "table_not_stored",
@@ -323,13 +324,13 @@ def _tie_problems(ties: Mapping[str, str], tensors: Mapping[str, StoredTensor]) 
                 "tie_not_stored",
                 alias=shorten(alias),
                 target=shorten(target),
-                near=_similar_names(target, tensors),
+                near=_find_similar_names(target, tensors),
             )
         if alias in tensors:
             yield Reason("tie_stored_too", alias=shorten(alias))
 
 
-def _similar_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
+def _find_similar_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
     """Return the names most similar to a missing one; if none is similar, the first five."""
     known = list(islice(names, 2000))  # the comparison is slow and only gives a hint
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]
@@ -339,7 +340,7 @@ def _similar_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
 # --- files -----------------------------------------------------------------------------------
 
 
-def _file_names(folder: Path, ignored: str = "") -> set[str]:
+def _list_file_names(folder: Path, ignored: str = "") -> set[str]:
     """Return the names of all files in a bundle's folder except the file ``ignored``.
 
     Raises:
@@ -374,7 +375,7 @@ def hash_file(path: Path) -> FileRecord:
         return FileRecord(sha256=sha256, bytes=file.tell())
 
 
-def _differences(
+def _find_differences(
     folder: Path, names: set[str], records: Mapping[str, FileRecord]
 ) -> Iterator[Reason]:
     """Yield the differences between a folder and its manifest; reads and hashes every file."""
@@ -392,7 +393,7 @@ def _differences(
             )
 
 
-def _draft_path_problem(folder: Path, entry: str, text: str) -> Reason | None:
+def _find_draft_path_problem(folder: Path, entry: str, text: str) -> Reason | None:
     """Return why the path ``text`` of a draft's field ``entry`` cannot be used; None if it can."""
     path, entry, shown = folder / text, truncate_sentence(entry), shorten(text)
     try:
@@ -423,7 +424,7 @@ def _migrate_and_parse(
     return parse(kind, migrate(document), path, stored=stored, source_locations=locations)
 
 
-def _without_seal(document: Mapping[str, Any]) -> dict[str, Any]:
+def _remove_seal(document: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in document.items() if name != "seal"}
 
 

@@ -48,7 +48,7 @@ def escape_message(message: object) -> str:
     return repr(str(message)[:300])[1:-1]
 
 
-def _first_sentences(problems: Iterable[str]) -> tuple[str, ...]:
+def _truncate_sentences(problems: Iterable[str]) -> tuple[str, ...]:
     """Return the first ``PROBLEMS_SHOWN`` sentences, each truncated, and "and more." if needed."""
     messages = [truncate_sentence(problem) for problem in islice(problems, PROBLEMS_SHOWN + 1)]
     if len(messages) > PROBLEMS_SHOWN:
@@ -104,7 +104,7 @@ def decode(raw: bytes, path: Path) -> dict[str, Any]:
         check_limits(raw)
         document = json.loads(
             raw.decode(),
-            object_pairs_hook=_object_without_duplicates,
+            object_pairs_hook=_build_object,
             parse_constant=_reject_constant,
             parse_float=_parse_finite,
         )
@@ -150,7 +150,7 @@ def parse(
             for error in fault.errors(include_url=False)
         )
         raise BundleRefused(
-            "fields_unusable", path=str(path), problems=_first_sentences(sentences)
+            "fields_unusable", path=str(path), problems=_truncate_sentences(sentences)
         ) from fault
 
 
@@ -202,7 +202,7 @@ def to_json_value(value: object) -> Any:
     raise ValueError(f"{shorten(value)} has no JSON form")
 
 
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build the dict of a JSON object; raise ``ValueError`` if a name occurs twice."""
     document: dict[str, Any] = {}
     for name, value in pairs:

@@ -127,7 +127,7 @@ def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, Const
         module = import_allowed_module(path, allowed)
         name = path.partition(":")[2]
         if name not in vars(module):
-            raise DraftRefused("model_missing", path=path, names=_candidates(vars(module)))
+            raise DraftRefused("model_missing", path=path, names=_list_candidates(vars(module)))
         value = vars(module)[name]
         if inspect.isclass(value):
             raise DraftRefused("model_is_class", path=path)
@@ -146,7 +146,7 @@ def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, Const
     return value.cpu(), calls
 
 
-def _candidates(names: Mapping[str, Any]) -> tuple[str, ...]:
+def _list_candidates(names: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of networks and functions that a module defines."""
     import torch
 
@@ -189,7 +189,7 @@ def describe_architecture(network: "nn.Module", calls: ConstructorCalls) -> Arch
             cannot be stored.
     """
     path = class_path(type(network))
-    arguments = _recorded_arguments(network, calls)
+    arguments = _select_recorded_arguments(network, calls)
     if arguments is None:
         raise DraftRefused("model_not_constructed", architecture=path)
     if variable := next((name for name in arguments if name.startswith("*")), None):
@@ -226,7 +226,7 @@ def class_path(of: type) -> str:
     return f"{of.__module__}:{of.__name__}"
 
 
-def _recorded_arguments(value: object, calls: ConstructorCalls) -> dict[str, Any] | None:
+def _select_recorded_arguments(value: object, calls: ConstructorCalls) -> dict[str, Any] | None:
     """Return the arguments that differ from their defaults; None if no call was recorded."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):  # a named tuple
         return dict(value._asdict())
@@ -290,7 +290,7 @@ def _encode(value: Any, calls: ConstructorCalls, *, place: str) -> Any:
         return str(value)
     if isinstance(value, type):
         return {CLASS: class_path(value)}
-    arguments = _recorded_arguments(value, calls)
+    arguments = _select_recorded_arguments(value, calls)
     if arguments is not None and not any(name.startswith("*") for name in arguments):
         encoded = {
             name: _encode(item, calls, place=f"{place}.{name}") for name, item in arguments.items()

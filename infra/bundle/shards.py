@@ -128,7 +128,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise BundleRefused("tensors_missing", folder=str(folder))
     raise_if_any(folder, problems)
     if (folder / INDEX).exists():
-        raise_if_any(folder, _index_problems(folder, tensors))
+        raise_if_any(folder, _find_index_problems(folder, tensors))
     elif len(shards) > 1:
         raise BundleRefused("index_missing", folder=str(folder), shards=len(shards), index=INDEX)
     return tensors
@@ -251,7 +251,7 @@ def _read_header(shard: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _index_problems(folder: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[Reason]:
+def _find_index_problems(folder: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[Reason]:
     """Yield the differences between the index and the tensors in the shards' headers."""
     weight_map = read_json(folder / INDEX)[1].get("weight_map")
     if not isinstance(weight_map, dict) or not all(

@@ -62,7 +62,7 @@ def prepare(
 
 def _require_unique_items(parquet: Path, items: dict[str, Array], signature: Signature) -> None:
     """Raise if an item occurs twice in the catalogue."""
-    violations, (column,) = Violations(), _item_id_columns(signature)
+    violations, (column,) = Violations(), _find_item_id_columns(signature)
     _, first_rows = np.unique(items[str(signature.item)], return_index=True)
     repeated = np.setdiff1d(np.arange(len(items[str(signature.item)])), first_rows)
     violations.add(column, "an item that is in an earlier row too", repeated)
@@ -119,7 +119,7 @@ def _join(
     position = permutation[
         insertion_points.clip(max=len(item_ids) - 1)
     ]  # (rows,): row of the catalogue
-    violations, (column,) = Violations(), _item_id_columns(signature)
+    violations, (column,) = Violations(), _find_item_id_columns(signature)
     is_missing = item_ids[position] != row_ids
     violations.add(column, "an item that is not in 'items'", np.flatnonzero(is_missing))
     violations.refuse(parquet)
@@ -150,7 +150,7 @@ def _list_positions(starts: Array, lengths: Array) -> Array:
     return positions
 
 
-def _item_id_columns(signature: Signature) -> tuple[str, ...]:
+def _find_item_id_columns(signature: Signature) -> tuple[str, ...]:
     """Return the columns of the input with the item's id."""
     return next(item.columns for item in signature.inputs if item.name == signature.item)
 

@@ -263,7 +263,7 @@ def check_columns(contents: SplitContents, parquet: Path, signature: Signature) 
             lines.append(f"column {column!r} is there more than once. Keep one.")
         elif kind not in kinds:
             if kind.endswith("float") and kinds[0].endswith("integer"):
-                remedy = _why_not_integers(contents, column)
+                remedy = _explain_not_integers(contents, column)
             lines.append(
                 f"column {column!r}: {purpose} needs {' or '.join(kinds)}, found {kind} in all "
                 f"{contents.rows} row(s). {remedy}"
@@ -280,7 +280,7 @@ def check_columns(contents: SplitContents, parquet: Path, signature: Signature) 
     refuse_if_any(parquet, lines)
 
 
-def _why_not_integers(contents: SplitContents, column: str) -> str:
+def _explain_not_integers(contents: SplitContents, column: str) -> str:
     """Return why a float column cannot be read as ids (nulls, fractions), and the remedy.
 
     The remedy alone is returned if all values are whole numbers.

@@ -137,7 +137,9 @@ def inspect(file: str, columns: Iterable[str]) -> dict[str, Any]:
         names = [name for name in dict.fromkeys(columns) if schema.names.count(name) == 1]
         batch_rows = _choose_batch_rows(footer, names)
         counts = (
-            _count_values(source, names, batch_rows, _max_decoded_bytes(file)) if names else None
+            _count_values(source, names, batch_rows, _compute_max_decoded_bytes(file))
+            if names
+            else None
         )
         if counts is not None and counts["rows"] != footer.num_rows:
             raise NotUsable("footer_rows_differ", expected=footer.num_rows, got=counts["rows"])
@@ -174,7 +176,7 @@ def _count_values(
     return {"rows": rows, "values": values, "longest": longest}
 
 
-def _max_decoded_bytes(file: str) -> int:
+def _compute_max_decoded_bytes(file: str) -> int:
     """Return the number of bytes that a file may decode to."""
     return max(EXPANDED_BYTES, EXPANSION * Path(file).stat().st_size)
 

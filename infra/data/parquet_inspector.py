@@ -119,7 +119,7 @@ class _Child:
         """
         line = json.dumps(request | {"seconds": seconds}).encode() + b"\n"
         try:
-            self._pipe(self._process.stdin).write(line)
+            self._require_pipe(self._process.stdin).write(line)
         except BrokenPipeError as fault:
             raise _ChildEnded from fault
         return self.read_response(seconds)
@@ -131,7 +131,7 @@ class _Child:
             _ChildEnded: the child ended before it responded.
             TimeoutError: the child did not respond in ``seconds``.
         """
-        out = self._pipe(self._process.stdout)
+        out = self._require_pipe(self._process.stdout)
         end = time.monotonic() + seconds
         while b"\n" not in self._received:
             ready, _, _ = select.select([out], [], [], max(end - time.monotonic(), 0))
@@ -169,7 +169,7 @@ class _Child:
         return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
 
     @staticmethod
-    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    def _require_pipe(pipe: IO[bytes] | None) -> IO[bytes]:
         if pipe is None:  # impossible, because both are pipes; for the type checker
             raise _ChildEnded
         return pipe

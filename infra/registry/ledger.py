@@ -172,7 +172,7 @@ class Ledger:
         for _ in range(ATTEMPTS):
             entries = self.entries()
             if expected is not None and len(entries) != expected:
-                raise self._outdated_error(entries, expected)
+                raise self._build_outdated_error(entries, expected)
             if action == "rollback":
                 self._check_rollback(entries, version, order)
             previous = entries[-1] if entries else None
@@ -187,7 +187,7 @@ class Ledger:
                 by=by,
                 reason=reason,
             ).with_digest(previous)
-            key, body = self._key(entry.sequence), entry.model_dump_json(indent=1).encode()
+            key, body = self._build_key(entry.sequence), entry.model_dump_json(indent=1).encode()
             try:
                 self._store.create(key, body)
             except AlreadyThere:
@@ -201,7 +201,7 @@ class Ledger:
 
     def _read_next(self, entries: tuple[Entry, ...], sequence: int) -> Entry:
         """Read the entry after ``entries`` and check that it continues them."""
-        key = self._key(sequence)
+        key = self._build_key(sequence)
         place = f"{self._store.root}/{key}"
         try:
             entry = validate_json(Entry, self._store.read(key))
@@ -225,7 +225,7 @@ class Ledger:
         self._check_digest(entry, last, place)
         if entry.action == "rollback":
             restored = find_rollback_target(entries)
-            if restored is None or not _have_same_champion(restored, entry):
+            if restored is None or not _name_same_champion(restored, entry):
                 raise ArtifactDamaged(
                     "ledger_rollback_unfounded",
                     place=place,
@@ -256,7 +256,7 @@ class Ledger:
                 got=version,
             )
 
-    def _outdated_error(self, entries: tuple[Entry, ...], expected: int) -> AlreadyThere:
+    def _build_outdated_error(self, entries: tuple[Entry, ...], expected: int) -> AlreadyThere:
         """Return the error for a ledger whose last sequence number is not ``expected``."""
         if len(entries) < expected:
             return AlreadyThere("ledger_shorter", model=self._model, expected=expected)
@@ -271,12 +271,12 @@ class Ledger:
             reason=newer.reason,
         )
 
-    def _key(self, sequence: int) -> str:
+    def _build_key(self, sequence: int) -> str:
         return f"{self._folder}{sequence:08d}.json"
 
     def _format_key(self, number: str) -> str | None:
         """Return the key of a sequence number as text; None if it is not a number."""
-        return self._key(int(number)) if number.isascii() and number.isdigit() else None
+        return self._build_key(int(number)) if number.isascii() and number.isdigit() else None
 
 
 def find_rollback_target(entries: tuple[Entry, ...]) -> Entry | None:
@@ -310,12 +310,12 @@ def _build_champion_stack(entries: tuple[Entry, ...]) -> list[Entry]:
     for entry in entries:
         if entry.action == "rollback":
             stack.pop()
-        elif not stack or not _have_same_champion(stack[-1], entry):
+        elif not stack or not _name_same_champion(stack[-1], entry):
             stack.append(entry)
     return stack
 
 
-def _have_same_champion(earlier: Entry, entry: Entry) -> bool:
+def _name_same_champion(earlier: Entry, entry: Entry) -> bool:
     """Return whether two entries name the same champion.
 
     Entries without a digest, of early versions of recpress, identify the champion by its version

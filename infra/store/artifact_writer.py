@@ -91,10 +91,10 @@ class ChunkHashes:
         """Add bytes of the chunk ``index``: hash them now, or keep a copy for later."""
         with self._lock:
             if index in self._chunk_hashes:
-                raise _written_twice_error(start)
+                raise _build_written_twice_error(start)
             chunk = self._open_chunks.setdefault(index, _Chunk(index * self._chunk_bytes))
             if start < chunk.at or start in chunk.early_pieces:
-                raise _written_twice_error(start)
+                raise _build_written_twice_error(start)
             if chunk.is_hashing or start != chunk.at:
                 chunk.early_pieces[start] = bytes(data)
                 return
@@ -155,7 +155,7 @@ class ArtifactWriter:
 
     def __init__(self, into: Path, journal: int, path: str, size: int) -> None:
         self.into = into
-        self.folder = _unfinished_folder(into)
+        self.folder = _get_unfinished_folder(into)
         self._path, self._size, self._journal = path, size, journal
         self._small_files: dict[str, bytes] = {}
         self._blocks: set[str] = set()
@@ -330,7 +330,7 @@ def open_writer(into: Path, job: object, path: str, size: int) -> Iterator[Artif
                 writer.close()
         finally:
             # There is no unfinished folder after publish(), after drop(), or if the start failed.
-            if not _unfinished_folder(into).exists():
+            if not _get_unfinished_folder(into).exists():
                 journal_path.unlink(missing_ok=True)
 
 
@@ -343,7 +343,7 @@ def _remove_abandoned(into: Path) -> None:
     with suppress(OSError):  # the caller does not depend on the removal
         for journal_path in into.parent.glob(".*.journal"):
             name = journal_path.name.removeprefix(".").removesuffix(".journal")
-            unfinished = _unfinished_folder(journal_path.with_name(name))
+            unfinished = _get_unfinished_folder(journal_path.with_name(name))
             is_recent = not is_old(journal_path) or (unfinished.exists() and not is_old(unfinished))
             if name == into.name or is_recent:
                 continue
@@ -387,10 +387,10 @@ def _start_or_resume(
     """Continue an interrupted run whose journal has this header, or start with no blocks."""
     content = read_open_file(journal, 0, os.fstat(journal).st_size)
     first_line, *lines = content.split(b"\n")
-    file = _unfinished_folder(into) / FILES / path
+    file = _get_unfinished_folder(into) / FILES / path
     is_resumed = first_line == header and file.is_file() and file.stat().st_size == size
     if not is_resumed:
-        shutil.rmtree(_unfinished_folder(into), ignore_errors=True)
+        shutil.rmtree(_get_unfinished_folder(into), ignore_errors=True)
         os.ftruncate(journal, 0)
         os.write(journal, header + b"\n")
     else:
@@ -407,7 +407,7 @@ def _start_or_resume(
     return writer
 
 
-def _unfinished_folder(into: Path) -> Path:
+def _get_unfinished_folder(into: Path) -> Path:
     """Return the folder of the unfinished files of the result ``into``."""
     return into.parent / f".{into.name}.part"
 
@@ -419,6 +419,6 @@ def _write_at(file: int, start: int, data: memoryview) -> None:
         start, data = start + written, data[written:]
 
 
-def _written_twice_error(start: int) -> ArtifactDamaged:
+def _build_written_twice_error(start: int) -> ArtifactDamaged:
     """Return the error for a byte that was already written."""
     return ArtifactDamaged("draft_written_twice", start=start)

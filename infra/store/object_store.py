@@ -192,7 +192,7 @@ class Store:
         """
         manifest = self.manifest(artifact)
         entry = _find_entry(artifact, manifest, path)
-        use_links = self._links_folder(manifest) is not None
+        use_links = self._find_links_folder(manifest) is not None
         files = ArtifactFiles(self._backend, manifest, use_links=use_links)
         return f"{self.root}/{files.key(entry)}"
 
@@ -272,7 +272,7 @@ class Store:
             ConcurrentChange: other processes keep changing the copy.
         """
         manifest = self.manifest(artifact)
-        folder = self._links_folder(manifest)
+        folder = self._find_links_folder(manifest)
         if folder is not None:
             ArtifactFiles(self._backend, manifest, use_links=True).verify()
             return folder
@@ -361,7 +361,7 @@ class Store:
         """Return whether the value of a key is exactly this file; reads and hashes all of it."""
         return has_content(self._backend, _validate_key(key), entry, chunk_bytes)
 
-    def _links_folder(self, manifest: StoreManifest) -> Path | None:
+    def _find_links_folder(self, manifest: StoreManifest) -> Path | None:
         """Return the local folder with an artifact's files by path; None if there is none."""
         folder = self._backend.local_path(build_files_prefix(manifest.root).rstrip("/"))
         is_used = manifest.schema_version == 1 or (folder is not None and folder.exists())

@@ -195,7 +195,7 @@ class Bucket:
     def _files(self) -> Any:
         """The s3fs client."""
         environment = tuple(sorted(os.environ.items()))
-        return _client(environment, os.getpid(), time.monotonic() // CLIENT_SECONDS)
+        return _get_client(environment, os.getpid(), time.monotonic() // CLIENT_SECONDS)
 
     def _call(self, method: str, name: str, **request: Any) -> Any:
         """Send a request to the bucket; ``name`` is the key for error messages."""
@@ -272,7 +272,7 @@ class Bucket:
 
 
 @lru_cache(maxsize=1)
-def _client(environment: tuple[tuple[str, str], ...], process: int, period: float) -> Any:  # noqa: ARG001
+def _get_client(environment: tuple[tuple[str, str], ...], process: int, period: float) -> Any:  # noqa: ARG001
     """Return the client that all stores of this process share.
 
     A new client takes tens of milliseconds and opens a new connection, and a flow opens its store

@@ -132,7 +132,7 @@ def engine_from_onnx(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
     if request.sparse_layers:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    if request.profiles or _dynamic_inputs(network):
+    if request.profiles or _list_dynamic_inputs(network):
         profile = builder.create_optimization_profile()
         # The engine accepts shapes from ``low`` to ``high`` and is optimized for ``best``.
         for shapes in _check_profiles(network, request.profiles):
@@ -295,7 +295,7 @@ def _count_types(trt: Any, network: Any) -> tuple[dict[str, int], dict[str, int]
     return dict(outputs), dict(constants)
 
 
-def _input_shapes(network: Any) -> dict[str, tuple[int, ...]]:
+def _list_input_shapes(network: Any) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all inputs; a dynamic dimension is -1."""
     shapes = {}
     for index in range(network.num_inputs):
@@ -304,9 +304,9 @@ def _input_shapes(network: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _dynamic_inputs(network: Any) -> list[str]:
+def _list_dynamic_inputs(network: Any) -> list[str]:
     """Return the names of inputs with a dynamic dimension, which need a profile."""
-    return [name for name, shape in _input_shapes(network).items() if -1 in shape]
+    return [name for name, shape in _list_input_shapes(network).items() if -1 in shape]
 
 
 def _check_profiles(network: Any, profiles: Sequence[Profile]) -> Sequence[Profile]:
@@ -316,9 +316,9 @@ def _check_profiles(network: Any, profiles: Sequence[Profile]) -> Sequence[Profi
         BuildRefused: an input with a dynamic dimension has no profile; or a profile is for an
             unknown input or does not match the input's shape.
     """
-    inputs = _input_shapes(network)
+    inputs = _list_input_shapes(network)
     names = {shapes.input for shapes in profiles}
-    if missing := sorted(set(_dynamic_inputs(network)) - names):
+    if missing := sorted(set(_list_dynamic_inputs(network)) - names):
         raise BuildRefused("profiles_missing", inputs=tuple(missing))
     for shapes in profiles:
         if shapes.input not in inputs:

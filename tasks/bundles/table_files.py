@@ -149,7 +149,7 @@ def _quantize(
     progress: Progress | None,
 ) -> QuantizeResult:
     with _open_job(source, step, block_rows) as (job, plan):
-        source_key = _source_key(source)
+        source_key = _build_source_key(source)
         with _write_result(job, plan, into, source_key, workers, progress) as writer:
             manifest = writer.seal()
             writer.publish(manifest)
@@ -242,8 +242,8 @@ def _open_job(
 def _skip_reason(step: TableStep, name: str, spec: TensorSpec) -> Reason | None:
     """Return why a tensor is not compressed; None if it is compressed."""
     if len(spec.shape) != 2 or spec.dtype not in FLOATS:
-        return Reason("not_a_table", shape=tuple(spec.shape), dtype=_dtype_name(spec))
-    if not any(_matches(pattern, name) for pattern in step.tables):
+        return Reason("not_a_table", shape=tuple(spec.shape), dtype=_name_dtype(spec))
+    if not any(_is_match(pattern, name) for pattern in step.tables):
         return Reason("not_matched", patterns=step.tables)
     if spec.shape[0] < step.min_rows:
         return Reason("too_few_rows", rows=spec.shape[0], min_rows=step.min_rows)
@@ -254,7 +254,7 @@ def _skip_reason(step: TableStep, name: str, spec: TensorSpec) -> Reason | None:
     return None
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _is_match(pattern: str, name: str) -> bool:
     """Return whether a pattern matches the name of a tensor or of its module."""
     return any(fnmatch.fnmatchcase(text, pattern) for text in (name, module_name(name)))
 
@@ -276,7 +276,7 @@ def _require_all_patterns_match(step: TableStep, sources: dict[str, StoredRows])
         if len(rows.spec.shape) == 2 and rows.spec.dtype in FLOATS
     ]
     for pattern in step.tables:
-        if not any(_matches(pattern, name) for name in tables) and pattern != "*":
+        if not any(_is_match(pattern, name) for name in tables) and pattern != "*":
             raise NothingToCompress(
                 "name_unmatched", step=step.kind, role="table", pattern=pattern, names=tuple(tables)
             )
@@ -291,7 +291,7 @@ def _plan_line(job: EncodingJob, name: str, reason: Reason | None) -> PlanLine:
         return PlanLine(
             module=name,
             role=role,
-            format=_dtype_name(spec),
+            format=_name_dtype(spec),
             bytes_before=before,
             bytes_after=before,
             reasons=(reason,),
@@ -307,11 +307,11 @@ def _plan_line(job: EncodingJob, name: str, reason: Reason | None) -> PlanLine:
     )
 
 
-def _dtype_name(spec: TensorSpec) -> str:
+def _name_dtype(spec: TensorSpec) -> str:
     return str(spec.dtype).removeprefix("torch.")
 
 
-def _source_key(source: Path) -> object:
+def _build_source_key(source: Path) -> object:
     """Return path, size and modification time of each file: a run resumes only if they are equal.
 
     Hashes would identify the files better, but need a read of all bytes.

@@ -81,7 +81,7 @@ class RowQuality:
         changes: dict[str, Estimate] = {}
         for index, output in enumerate(self.outputs):
             before, after = (
-                self._column(self.scores[model], index) for model in (baseline, candidate)
+                self._select_column(self.scores[model], index) for model in (baseline, candidate)
             )
             unit = output.task_kind.score_unit
             for name, estimate in change_of_rows(before, after, self.group, unit).items():
@@ -94,10 +94,11 @@ class RowQuality:
         """Estimate one metric of two models, and its difference with a paired interval."""
         of_output = declared_metric(metric).output
         index = 0 if self._is_single else [item.name for item in self.outputs].index(str(of_output))
-        label = self._column(self.label, index)
+        label = self._select_column(self.label, index)
         is_used = ~np.isnan(label)
         before, after = (
-            self._column(self.scores[model], index)[is_used] for model in (baseline, candidate)
+            self._select_column(self.scores[model], index)[is_used]
+            for model in (baseline, candidate)
         )
         group = None if self.group is None else self.group[is_used]
         return intervals.estimate_pair(metric, label[is_used], before, after, group, seed=self.seed)
@@ -106,7 +107,7 @@ class RowQuality:
     def _is_single(self) -> bool:
         return len(self.outputs) == 1
 
-    def _column(self, values: Array, index: int) -> Array:
+    def _select_column(self, values: Array, index: int) -> Array:
         """Return the values of one output, ``(rows,)``."""
         return values if self._is_single else values[:, index]
 

@@ -82,7 +82,7 @@ def build_report(
         plan=plan if plan is not None else Plan(),
         outcome=overall(verdicts.values()),
         targets=tuple(
-            _target_report(target, artifact, required[target], verdicts[target])
+            _build_target_report(target, artifact, required[target], verdicts[target])
             for target, artifact in built.items()
         ),
         skipped=skipped,
@@ -98,7 +98,7 @@ def build_report(
     )
 
 
-def _target_report(
+def _build_target_report(
     target: str, artifact: Artifact, required: bool, verdict: Verdict
 ) -> TargetReport:
     folder = local(artifact)

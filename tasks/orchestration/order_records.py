@@ -70,7 +70,7 @@ def write_request(request: str, order: str) -> None:
 def order_of_request(request: str) -> str | None:
     """Return the digest of the most recent order of a request; None without a valid record."""
     key = request_key(request)
-    damaged = _wrong_checksum(key)
+    damaged = _build_wrong_checksum(key)
     try:
         fields, is_sealed = read_record(store(), key)
         if not is_sealed or fields.pop("schema_version", None) != SCHEMA_VERSION:
@@ -98,7 +98,7 @@ def write_finished(finished: Finished) -> None:
         order=finished.report.order,
         release=finished.release,
         version=finished.version,
-        registry=_registry_reference(),
+        registry=_describe_registry(),
     )
     body = seal_record({"schema_version": SCHEMA_VERSION, **record.model_dump(mode="json")})
     try:
@@ -137,13 +137,13 @@ def find_finished_order(order: str, *, registered: bool = True) -> Finished | No
         for target in report.targets:
             artifacts.manifest(target.artifact)
         needs_registry = registered and not is_sealed
-        version = _registered_version(report) if needs_registry else record.version
+        version = _find_registered_version(report) if needs_registry else record.version
     except ArtifactMissing:
         return None
     except RecordRefused as fault:
         log.warning("%s The order counts as not finished.", fault)
         return None
-    is_this_registry = record.registry in {_registry_reference(), ""}
+    is_this_registry = record.registry in {_describe_registry(), ""}
     registry = public_uri(load_settings().registry_uri) if is_this_registry else record.registry
     return Finished(report=report, release=release, version=version, registry=registry)
 
@@ -157,7 +157,7 @@ def _read_finished_record(order: str) -> tuple[FinishedRecord, bool]:
     """
     key = finished_key(order)
     fields, is_sealed = read_record(store(), key)
-    damaged = _wrong_checksum(key)
+    damaged = _build_wrong_checksum(key)
     try:
         if is_sealed:
             if fields.pop("schema_version") != SCHEMA_VERSION:
@@ -177,7 +177,7 @@ def _read_finished_record(order: str) -> tuple[FinishedRecord, bool]:
     return record, is_sealed
 
 
-def _wrong_checksum(key: str) -> RecordRefused:
+def _build_wrong_checksum(key: str) -> RecordRefused:
     return RecordRefused(
         "record_damaged",
         place=f"{store().root}/{key}",
@@ -185,7 +185,7 @@ def _wrong_checksum(key: str) -> RecordRefused:
     )
 
 
-def _registered_version(report: Report) -> str:
+def _find_registered_version(report: Report) -> str:
     """Return the number of an order's version in the registry of this process.
 
     Raises:
@@ -197,7 +197,7 @@ def _registered_version(report: Report) -> str:
     return registered.version
 
 
-def _registry_reference() -> str:
+def _describe_registry() -> str:
     """Return the registry as written in records: see ``FinishedRecord.registry``."""
     uri = load_settings().registry_uri
     file, root = parse_sqlite_uri(uri), store().folder

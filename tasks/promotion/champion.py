@@ -63,7 +63,7 @@ def version_of_order(model: str, order: str) -> Version:
     registered = registry().find_by_order(order, model)
     if registered is None:
         raise PromotionRefused(
-            "order_not_registered", order=order, model=model, registry=_registry_uri()
+            "order_not_registered", order=order, model=model, registry=_build_registry_uri()
         )
     return version_of(registered)
 
@@ -82,14 +82,14 @@ def version_of_entry(model: str, entry: Entry) -> Version:
             model=model,
             version=entry.version,
             by=entry.by,
-            registry=_registry_uri(),
+            registry=_build_registry_uri(),
         )
     version = version_of(registered)
     require_accepted(model, version.number, version.report)
     return version
 
 
-def _registry_uri() -> str:
+def _build_registry_uri() -> str:
     """Return the registry's URI without credentials."""
     return public_uri(load_settings().registry_uri)
 
@@ -105,7 +105,7 @@ def champion_versions() -> dict[str, str]:
     numbers, problems = {}, []
     for model in models:
         try:
-            numbers[model] = _champion_number(model)
+            numbers[model] = _read_champion_number(model)
         except Refused as fault:
             problems.append(f"{model}: {fault}")
     if problems:
@@ -113,7 +113,7 @@ def champion_versions() -> dict[str, str]:
     return numbers
 
 
-def _champion_number(model: str) -> str:
+def _read_champion_number(model: str) -> str:
     """Return the champion's version number, or "none"; raises if the alias is on another one."""
     entry = Ledger(store(), model).champion()
     if entry is None:

@@ -393,7 +393,7 @@ def export(
         SettingRefused: there is no repository, or it cannot be used.
     """
     root = triton_repository.require_repository(to)
-    registered, graphs = _champion_graphs(model, unmeasured=unmeasured)
+    registered, graphs = _find_champion_graphs(model, unmeasured=unmeasured)
     triton_repository.copy_files(root, graphs)  # also replaces files with different bytes
     triton_repository.update(root, model, graphs)
     return triton_repository.compare_models(root, model, registered.version, graphs)
@@ -407,11 +407,11 @@ def triton_contents(
     Arguments and errors as in ``export``.
     """
     root = triton_repository.require_repository(to)
-    registered, graphs = _champion_graphs(model, unmeasured=unmeasured)
+    registered, graphs = _find_champion_graphs(model, unmeasured=unmeasured)
     return triton_repository.compare_models(root, model, registered.version, graphs)
 
 
-def _champion_graphs(
+def _find_champion_graphs(
     model: str, *, unmeasured: bool
 ) -> tuple[RegisteredVersion, tuple[ServedVersion, ...]]:
     """Return the champion and its graphs for Triton, without repairing the alias.

@@ -135,7 +135,7 @@ def test_zombie_process_does_not_count_as_running(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     try:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # WNOWAIT keeps the zombie
-        assert temporary._start_time(process.pid) == -1
+        assert temporary._read_start_time(process.pid) == -1
         assert not temporary._is_running(process.pid, 1)
     finally:
         process.wait()
@@ -143,7 +143,7 @@ def test_zombie_process_does_not_count_as_running(tmp_path: Path) -> None:
 
 def test_file_of_an_earlier_process_with_the_same_pid_is_removed(tmp_path: Path) -> None:
     current_name = generate_owned_name("key", "tmp")
-    start = temporary._start_time(os.getpid())
+    start = temporary._read_start_time(os.getpid())
     earlier_name = current_name.replace(f"-{start}-", f"-{start - 1}-")
     for name in (current_name, earlier_name):
         (tmp_path / name).touch()
@@ -154,7 +154,7 @@ def test_file_of_an_earlier_process_with_the_same_pid_is_removed(tmp_path: Path)
 def name_from_another_machine(monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the name of a temporary file that another machine would create."""
     with monkeypatch.context() as patch:
-        patch.setattr(temporary, "_machine_id", lambda: "0123456789ab")
+        patch.setattr(temporary, "_compute_machine_id", lambda: "0123456789ab")
         return generate_owned_name(".out", "part")
 
 
@@ -209,7 +209,7 @@ def test_remove_leftovers_removes_a_symlink_and_keeps_its_target(
 ) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "f").touch()
-    start = temporary._start_time(os.getpid())
+    start = temporary._read_start_time(os.getpid())
     # The name of a file of a process that has ended: with the same PID and another start time.
     link = tmp_path / generate_owned_name("x", "tmp").replace(f"-{start}-", "-1-")
     link.symlink_to(tmp_path / "kept")

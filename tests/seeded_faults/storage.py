@@ -51,7 +51,7 @@ FAULTS = (
     Fault(
         id="store-changing-file-stored",
         file="infra/store/chunks.py",
-        old="        if sha256(data) != entry.chunks[index]:\n            raise _change_error(path)\n",
+        old="        if sha256(data) != entry.chunks[index]:\n            raise _build_change_error(path)\n",
         new="",
         effect="A file that changes while it is stored becomes a damaged artifact.",
         tests=(f"{STORE}::test_put_of_a_file_that_changes_meanwhile_stores_no_artifact",),

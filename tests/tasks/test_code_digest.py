@@ -142,8 +142,8 @@ def project(tmp_path, monkeypatch):
 
 
 def _clear_caches():
-    digest_module._direct_imports.cache_clear()
-    digest_module._sources_digest.cache_clear()
+    digest_module._list_direct_imports.cache_clear()
+    digest_module._hash_sources.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -163,11 +163,11 @@ def _clear_caches():
     ],
 )
 def test_editing_a_file_changes_the_digest_only_if_the_task_imports_it(project, edited, is_part):
-    before = digest_module._sources_digest(project / "tasks/work.py")
+    before = digest_module._hash_sources(project / "tasks/work.py")
     with (project / edited).open("a") as file:
         file.write("# edited\n")
     _clear_caches()
-    assert (digest_module._sources_digest(project / "tasks/work.py") != before) == is_part
+    assert (digest_module._hash_sources(project / "tasks/work.py") != before) == is_part
 
 
 def test_thread_count_and_library_versions_change_the_digest(monkeypatch):
@@ -175,6 +175,8 @@ def test_thread_count_and_library_versions_change_the_digest(monkeypatch):
     monkeypatch.setenv("RECPRESS_THREADS", "7")
     assert code_digest(gate.gate.fn) != before
     monkeypatch.delenv("RECPRESS_THREADS")
-    versions = digest_module._library_versions()
-    monkeypatch.setattr(digest_module, "_library_versions", lambda: versions | {"onnx": "0.0.1"})
+    versions = digest_module._find_library_versions()
+    monkeypatch.setattr(
+        digest_module, "_find_library_versions", lambda: versions | {"onnx": "0.0.1"}
+    )
     assert code_digest(gate.gate.fn) != before

@@ -59,7 +59,7 @@ def publish_as_0_1_0(home: Path, order_digit: str) -> Finished:
     (folder / "report.json").write_text(make_uris_absolute(order_report.model_dump_json(indent=1)))
     (folder / "report.html").write_text("<p>")
     release = store().put(folder)
-    tags = publishing._version_tags(order_report, release)
+    tags = publishing._build_version_tags(order_report, release)
     for name, value in tags.items():
         if value.startswith("artifacts/"):
             tags[name] = f"{root}/{value}"
