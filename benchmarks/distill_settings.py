@@ -27,7 +27,7 @@ from compressors.metrics import point_estimates
 from compressors.prune.dense.channels import Channels
 from flows.cli.demo import BUNDLE
 from tasks.bundles.bundle_ref import find_bundle
-from tasks.bundles.loading import bench_of, load_bundle, split_of
+from tasks.bundles.loading import build_bench, fetch_split, load_bundle
 from tasks.prepare import prepare
 from tasks.score import score
 
@@ -56,9 +56,9 @@ def main() -> None:
     parts = {part: prepare.fn(bundle, part) for part in ("train", "validation")}
     rows = bundle_ref.rows
     soft = score.fn(bundle, parts["train"], rows["train"])
-    splits = {part: split_of(prepared, rows[part]) for part, prepared in parts.items()}
-    splits["soft_labels"] = split_of(soft, rows["train"])
-    bench = bench_of(loaded.manifest, splits, bundle, seed=0)
+    splits = {part: fetch_split(prepared, rows[part]) for part, prepared in parts.items()}
+    splits["soft_labels"] = fetch_split(soft, rows["train"])
+    bench = build_bench(loaded.manifest, splits, bundle, seed=0)
     print(f"as trained: {evaluate_auc(loaded.model.module, bench):.5f}")
     print("| keep | soft share | learning rate | schedule | before training | after |")
     print("|---|---|---|---|---|---|")

@@ -46,7 +46,7 @@ from benchmarks.ctr import (
 from compressors.contracts import Bench
 from compressors.core.model import Model
 from compressors.core.runner import run
-from compressors.distill.soft_labels import mixed_loss
+from compressors.distill.soft_labels import build_mixed_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.training_steps import train_model
 from compressors.prune.dense.channels import Channels
@@ -200,7 +200,7 @@ def total_multiply_adds(module: nn.Module, bench: Bench) -> float:
 
 def train_candidate(model: Model, bench: Bench, training: Training, soft_share: float) -> Model:
     """Train a copy of a pruned network, with the same settings for all candidates."""
-    loss = mixed_loss(bench, soft_share, temperature=1.0, kind="benchmark")
+    loss = build_mixed_loss(bench, soft_share, temperature=1.0, kind="benchmark")
     return train_model(
         replace(model, module=_copy_module(model)), bench, loss, training, keep_zeros_in=()
     )

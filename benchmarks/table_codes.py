@@ -39,7 +39,7 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.demo import BUNDLE
 from tasks.bundles.bundle_ref import find_bundle
-from tasks.bundles.loading import bench_of, load_bundle, split_of
+from tasks.bundles.loading import build_bench, fetch_split, load_bundle
 from tasks.prepare import prepare
 from tasks.score import score
 
@@ -107,11 +107,11 @@ def main() -> None:
     prepared = {part: prepare.fn(bundle, part) for part in ("train", "validation", "test")}
     soft = score.fn(bundle, prepared["train"], bundle_ref.rows["train"])
     splits: dict[str, Split] = {
-        part: split_of(artifact, bundle_ref.rows[part]) for part, artifact in prepared.items()
+        part: fetch_split(artifact, bundle_ref.rows[part]) for part, artifact in prepared.items()
     }
     test = splits.pop("test")
-    splits["soft_labels"] = split_of(soft, bundle_ref.rows["train"])
-    bench = bench_of(loaded.manifest, splits, bundle, seed=0)
+    splits["soft_labels"] = fetch_split(soft, bundle_ref.rows["train"])
+    bench = build_bench(loaded.manifest, splits, bundle, seed=0)
     original = loaded.model
     before = quality(original.module, bench.signature, test)
 

@@ -44,7 +44,7 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.demo import BUNDLE
 from tasks.bundles.bundle_ref import find_bundle
-from tasks.bundles.loading import bench_of, load_bundle, split_of
+from tasks.bundles.loading import build_bench, fetch_split, load_bundle
 from tasks.prepare import prepare
 from tasks.score import score
 
@@ -144,10 +144,10 @@ def main() -> None:
     loaded = load_bundle(bundle_ref.artifact)
     rows = bundle_ref.rows
     parts = {part: prepare.fn(bundle_ref.artifact, part) for part in SPLITS}
-    splits = {part: split_of(prepared, rows[part]) for part, prepared in parts.items()}
+    splits = {part: fetch_split(prepared, rows[part]) for part, prepared in parts.items()}
     soft = score.fn(bundle_ref.artifact, parts["train"], rows["train"])
-    splits["soft_labels"] = split_of(soft, rows["train"])
-    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, seed=0)
+    splits["soft_labels"] = fetch_split(soft, rows["train"])
+    bench = build_bench(loaded.manifest, splits, bundle_ref.artifact, seed=0)
     source = loaded.model
     units = [unit for unit in Unit.of(source.module) if unit.role == "table"]
     dim = units[0].weight.shape[1]

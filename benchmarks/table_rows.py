@@ -39,7 +39,7 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.demo import BUNDLE
 from tasks.bundles.bundle_ref import find_bundle
-from tasks.bundles.loading import bench_of, load_bundle, split_of
+from tasks.bundles.loading import build_bench, fetch_split, load_bundle
 from tasks.prepare import prepare
 
 MIN_ROWS = 64  # smaller tables keep all rows
@@ -95,10 +95,10 @@ def main() -> None:
     bundle_ref = find_bundle(BUNDLE)
     loaded = load_bundle(bundle_ref.artifact)
     splits = {
-        part: split_of(prepare.fn(bundle_ref.artifact, part), bundle_ref.rows[part])
+        part: fetch_split(prepare.fn(bundle_ref.artifact, part), bundle_ref.rows[part])
         for part in ("train", "validation")
     }
-    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, seed=0)
+    bench = build_bench(loaded.manifest, splits, bundle_ref.artifact, seed=0)
     source = loaded.model
     auc = evaluate_auc(source.module, bench)
     print(f"AUC on validation rows as trained: {auc:.5f}; {table_bytes(source)} bytes of tables")

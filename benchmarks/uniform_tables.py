@@ -34,7 +34,7 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.demo import BUNDLE
 from tasks.bundles.bundle_ref import find_bundle
-from tasks.bundles.loading import bench_of, load_bundle, split_of
+from tasks.bundles.loading import build_bench, fetch_split, load_bundle
 from tasks.prepare import prepare
 
 METHODS = (RowwiseInt8, RowwiseInt4, RowwiseInt2)
@@ -97,8 +97,8 @@ def main() -> None:
     bundle_ref = find_bundle(BUNDLE)
     loaded = load_bundle(bundle_ref.artifact)
     prepared = prepare.fn(bundle_ref.artifact, "validation")
-    splits = {"validation": split_of(prepared, bundle_ref.rows["validation"])}
-    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, seed=0)
+    splits = {"validation": fetch_split(prepared, bundle_ref.rows["validation"])}
+    bench = build_bench(loaded.manifest, splits, bundle_ref.artifact, seed=0)
     large = torch.randn(TIMED_SHAPE, generator=torch.Generator().manual_seed(0))
     print(f"AUC on validation rows as trained: {evaluate_auc(loaded.model.module, bench):.5f}")
     print("| format | levels | scales | bytes | error | change of AUC | time / int8 |")

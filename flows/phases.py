@@ -137,7 +137,7 @@ def build_baselines(run: Run, data: PreparedData) -> BuiltTargets:
     """
     run.progress.start_phase("lower the untouched model")
     baselines = BuiltTargets({}, {})
-    for target in run.order.targets.compared_targets():
+    for target in run.order.targets.list_compared_targets():
         with _skip_if_optional(run, target, baselines, is_needed=not baselines.artifacts):
             graph = _lower(run, run.model.artifact, target, data)
             baselines.artifacts[target] = _build(run, target, graph)

@@ -30,7 +30,7 @@ def find_champions(order: Terms, bundle: BundleRef) -> dict[str, Artifact]:
     """
     if not order.compares_with_champion():
         return {}
-    targets = order.targets.compared_targets()
+    targets = order.targets.list_compared_targets()
     graphs = {target: champion_graph(bundle.name, target) for target in targets}
     return {target: graph for target, graph in graphs.items() if graph is not None}
 

@@ -118,7 +118,7 @@ class Targets(Frozen):
     def _build_requirement(self, target: Target) -> Requirement:
         return self.__pydantic_extra__.get(target.field, "off")
 
-    def compared_targets(self) -> tuple[str, ...]:
+    def list_compared_targets(self) -> tuple[str, ...]:
         """Return the ordered targets for which the result is compared with the untouched model.
 
         These are the targets that recpress can measure. If the order has none of them, the only

@@ -13,7 +13,7 @@ from infra.bundle.bundle_folder import SplitName, read, seal
 from infra.settings import load_settings
 from infra.store.chunks import find_hard_links
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import bench_of, split_of
+from tasks.bundles.loading import build_bench, fetch_split
 from tasks.orchestration.code_digest import code_digest
 from tasks.orchestration.data_parallel import StepInputs, StepResult, run_step, run_step_on_devices
 from tasks.orchestration.documents import NotApplicable, not_applicable
@@ -74,14 +74,14 @@ def compress(
         "traffic_soft_labels": "traffic",
     }
     parts = {
-        part: split_of(artifact, rows[split_of_part[part]]) for part, artifact in splits.items()
+        part: fetch_split(artifact, rows[split_of_part[part]]) for part, artifact in splits.items()
     }
     devices = device.split(",")
     inputs_digest = digest(
         [source, step, splits, original, seed, context_digest, code_digest(compress.fn)]
     )
     checkpoints = load_settings().home / "progress" / inputs_digest
-    bench = bench_of(manifest, parts, original, seed, checkpoints, teachers, devices[0])
+    bench = build_bench(manifest, parts, original, seed, checkpoints, teachers, devices[0])
     work = StepInputs(
         source=source, original=original, step=step, bench=bench, excluded=excluded or {}
     )

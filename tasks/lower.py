@@ -44,7 +44,7 @@ from infra.data.tokenization import load_tokenizers
 from infra.onnxruntime.sessions import OnnxRuntime
 from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import LoadedBundle, load_bundle, split_of, tokenizer_files
+from tasks.bundles.loading import LoadedBundle, fetch_split, load_bundle, tokenizer_files
 from tasks.evaluation.parity import GraphCheck, runnable_graph
 from tasks.orchestration.graph_documents import (
     TOKENIZER_SUFFIX,
@@ -105,7 +105,7 @@ def lower_model(
             path = Path(scratch) / f"{served_graph.name}.onnx"
             model = loaded.model
             lowered = lower(model.module, served_graph, target, path, most_rows, files)
-            rows = split_of(probe, probe_rows)
+            rows = fetch_split(probe, probe_rows)
             graph = _check_graph(loaded, lowered, target, path, rows, most_rows)
             log.info(
                 "%s, graph %s: outputs differ from torch by at most %.2g on %d rows",

@@ -45,20 +45,20 @@ from infra.bundle.bundle_folder import read
 from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
 from infra.timing import describe_machine
-from tasks.bundles.loading import SCORING_ROWS, split_of
+from tasks.bundles.loading import SCORING_ROWS, fetch_split
 from tasks.evaluation.latency import measure_latency
 from tasks.evaluation.quality import (
     Quality,
     QueryQuality,
     Vectors,
-    ranked_vectors,
+    compute_ranked_vectors,
     row_quality,
 )
 from tasks.orchestration.documents import Measurement, Ranking
-from tasks.orchestration.graph_documents import lowering_of, served_bytes
+from tasks.orchestration.graph_documents import read_lowering, served_bytes
 from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
-from tasks.target_adapters import runtime_of
+from tasks.target_adapters import get_runtime
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
@@ -108,7 +108,7 @@ def measure(
     if champion is not None:
         graphs["champion"] = champion
     folders = {name: local(artifact) for name, artifact in graphs.items()}
-    declared, runtime = declared_target(target), runtime_of(target)
+    declared, runtime = declared_target(target), get_runtime(target)
     sessions = {
         name: _open_sessions(declared, runtime, folder, signature, threads)
         for name, folder in folders.items()
@@ -117,7 +117,7 @@ def measure(
     names = quality_metrics_of_outputs(
         outputs, grouped=signature.group is not None, additional=metrics
     )
-    quality = _evaluate(signature, sessions, split_of(test, test_rows), ranking, names, seed)
+    quality = _evaluate(signature, sessions, fetch_split(test, test_rows), ranking, names, seed)
 
     candidate_numbers: list[Number] = []
     baseline_numbers: list[Number] = []
@@ -154,7 +154,7 @@ def measure(
                 "Latency at batch %d is not measured: there are only %d test rows", size, test_rows
             )
             continue
-        split = split_of(test, test_rows)
+        split = fetch_split(test, test_rows)
         # A request is a query: if one graph has both towers, its inputs are those of the query.
         request_rows = Rows(split, request_graph.signature)
         inputs = _to_arrays(request_rows.take(torch.arange(size)))
@@ -193,7 +193,7 @@ def _open_sessions(
     Raises:
         MetricRefused: the model does not have the graphs and outputs of the signature.
     """
-    graphs, stored = served_graphs(signature), lowering_of(folder).graphs
+    graphs, stored = served_graphs(signature), read_lowering(folder).graphs
     expected = tuple(graph.name for graph in graphs)
     got = tuple(graph.name for graph in stored)
     if sorted(got) != sorted(expected):
@@ -204,7 +204,9 @@ def _open_sessions(
     for graph in graphs:
         if outputs[graph.name] != graph.outputs:  # scores are compared by their position
             raise MetricRefused("outputs_differ", expected=graph.outputs, got=outputs[graph.name])
-    return {name: runtime.open(folder / target.served_file(name), threads) for name in expected}
+    return {
+        name: runtime.open(folder / target.name_served_file(name), threads) for name in expected
+    }
 
 
 def _require_same_inputs(sessions: dict[str, Sessions]) -> None:
@@ -232,7 +234,7 @@ def _evaluate(
     """Evaluate every model on the test rows: one score per row, or one ranking per query."""
     if ranking is not None:
         vectors = {
-            name: ranked_vectors(
+            name: compute_ranked_vectors(
                 _build_tower_functions(opened, signature), signature, test, ranking
             )
             for name, opened in sessions.items()

@@ -20,13 +20,13 @@ from tasks.orchestration.documents import (
     Finished,
     Report,
     page_reference,
-    report_of,
+    read_report,
 )
 from tasks.orchestration.order_records import find_finished_order, write_finished
 from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import registry, repair
-from tasks.report.page import page, validation_of
+from tasks.report.page import page, read_validation
 from tasks.report.tables import markdown
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def publish(report: Report) -> Finished:
     with scratch_folder("publish") as scratch:
         (scratch / REPORT).write_text(report.model_dump_json(indent=1))
         (scratch / MARKDOWN).write_text(markdown(report))
-        (scratch / PAGE).write_text(page(report, validation_of(report.validation)))
+        (scratch / PAGE).write_text(page(report, read_validation(report.validation)))
         release = store().put(scratch)
     uri = load_settings().registry_uri
     registered = _register_release(report, release)
@@ -57,7 +57,7 @@ def publish(report: Report) -> Finished:
         # Another process has registered the same order first. Its report, not this one, is the
         # result.
         release = store().artifact(registered.source)
-        report = report_of(release)
+        report = read_report(release)
     if report.outcome == "accepted":
         registry().set_alias(report.name, CANDIDATE, registered.version)
     result = Finished(
@@ -124,7 +124,7 @@ def require_published(result: Finished) -> None:
         ArtifactMissing: the order is not in the registry, so it must be published again.
         ArtifactDamaged: its report is not the report of its release.
     """
-    if report_of(result.release) != result.report:
+    if read_report(result.release) != result.report:
         raise ArtifactDamaged("report_differs", order=result.report.order)
     if not is_registered(result):
         raise ArtifactMissing("order_no_longer_in_registry", order=result.report.order)

@@ -9,7 +9,7 @@ from compressors.contracts import Artifact
 from compressors.contracts.output_metrics import quality_metrics_of_outputs
 from compressors.core.state.safetensors_stream import write
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import load_bundle, split_of
+from tasks.bundles.loading import fetch_split, load_bundle
 from tasks.evaluation.quality import query_quality, torch_towers
 from tasks.orchestration.documents import PreparedRows, Ranking
 from tasks.orchestration.task_calls import TASK_OPTIONS
@@ -39,7 +39,7 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
     signature = loaded.manifest.signature
     towers = torch_towers(loaded.model.module, signature)
     names = quality_metrics_of_outputs(signature.outputs, grouped=True)
-    split = split_of(test.artifact, test.rows)
+    split = fetch_split(test.artifact, test.rows)
     metrics = query_quality(towers, signature, split, ranking, names)
     tensors = {metric: torch.from_numpy(values) for metric, values in metrics.items()}
     with scratch_folder("rank") as scratch:

@@ -16,7 +16,7 @@ from compressors.core.scores import join_columns, score_columns
 from infra.bundle.bundle_folder import read
 from infra.bundle.shards import stored_tensors
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import split_of
+from tasks.bundles.loading import fetch_split
 from tasks.evaluation.quality import Quality, QueryQuality, row_quality
 from tasks.orchestration.documents import STAGES, ScoredStage, Stage, StageQuality, Stages
 from tasks.orchestration.task_calls import TASK_OPTIONS
@@ -47,7 +47,7 @@ def measure_stages(
     manifests = [read(folder) for folder in folders]
     signature = manifests[0].signature
     sizes = bytes_of_stages([manifest.plan for manifest in manifests], folders)
-    quality = compare_stages(signature, scored, split_of(test, test_rows), seed)
+    quality = compare_stages(signature, scored, fetch_split(test, test_rows), seed)
     stages = []
     for index, stage in enumerate(scored):
         first, *others = (_find_quality_of_stage(quality, metric, index) for metric in metrics)

@@ -11,7 +11,7 @@ from infra.onnxruntime.sessions import OnnxRuntime as OnnxRuntime
 from infra.tensorrt.engines import TensorRTBuilder as TensorRTBuilder
 
 
-def builder_of(name: str) -> Builder:
+def get_builder(name: str) -> Builder:
     """Return the builder of a target's engines.
 
     Raises:
@@ -23,7 +23,7 @@ def builder_of(name: str) -> Builder:
     return builder
 
 
-def runtime_of(name: str) -> Runtime:
+def get_runtime(name: str) -> Runtime:
     """Return the runtime that scores and times a target's graphs or engines.
 
     Raises:

@@ -84,7 +84,7 @@ def tables(largest: int = 60) -> st.SearchStrategy[Tensor]:
     )
 
 
-def size_of(step: TableStep, rows: int, dim: int) -> int:
+def compute_size(step: TableStep, rows: int, dim: int) -> int:
     """Return the bytes of a table in the layout of a step."""
     layout = step.storage.layout(rows, dim, step.settings())
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())

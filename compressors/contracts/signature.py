@@ -334,7 +334,7 @@ class Signature(Frozen):
         """Whether a loss compares the rows of a group ("list"), so batches contain whole groups."""
         return any(output.task_kind.has_lists for output in self.outputs)
 
-    def without_labels(self) -> Self:
+    def remove_labels(self) -> Self:
         """Return the signature without label columns, for rows that have no labels."""
         changes = {"label": None, "label_where": None}
         outputs = tuple(output.model_copy(update=changes) for output in self.outputs)
@@ -375,10 +375,10 @@ class Signature(Frozen):
         inputs of the item tower, one row per item; other splits contain the inputs of the query
         tower and the item's id. Split ``traffic`` has no labels.
         """
-        rows = self.without_labels() if split == TRAFFIC else self
+        rows = self.remove_labels() if split == TRAFFIC else self
         if rows.towers is None or rows.item is None:
             return rows
         if split == ITEMS:
-            items = rows.without_labels().only((*rows.towers.item.inputs, rows.item))
+            items = rows.remove_labels().only((*rows.towers.item.inputs, rows.item))
             return items.model_copy(update={"group": None, "time": None})
         return rows.only((*rows.towers.query.inputs, rows.item))

@@ -259,7 +259,7 @@ def model_inputs(data: Mapping[str, Tensor], signature: Signature) -> dict[str, 
         elif isinstance(item, JaggedBag):
             inputs.update(build_jagged_arguments(item, data[item.name], data[bounds_name(item)]))
         elif isinstance(item, SequenceInput):
-            inputs.update(padded_sequence(item, data[item.name], data[bounds_name(item)]))
+            inputs.update(pad_sequence(item, data[item.name], data[bounds_name(item)]))
         else:
             inputs[item.name] = data[item.name]
     return inputs
@@ -328,7 +328,7 @@ def concatenate_inputs(
     return inputs
 
 
-def row_of(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> dict[str, Tensor]:
+def take_row(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> dict[str, Tensor]:
     """Return the inputs of row number ``row`` of a batch, as a batch of one row."""
     row_inputs: dict[str, Tensor] = {}
     for item in signature.model_inputs:
@@ -360,7 +360,7 @@ def _format(values: Tensor, item: AnyInput) -> str:
     return f"[{', '.join(texts)}]"
 
 
-def padded_sequence(item: SequenceInput, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
+def pad_sequence(item: SequenceInput, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
     """Build a sequence's forward arguments, padded to the longest list of the rows.
 
     Args:

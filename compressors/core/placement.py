@@ -79,7 +79,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(inputs, label, group, batch.output_weights, item, share)
 
 
-def device_of(module: nn.Module) -> torch.device:
+def find_device(module: nn.Module) -> torch.device:
     """Return the device of a module's first tensor; the CPU for a module without tensors."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device

@@ -7,7 +7,7 @@ from torch import nn
 from compressors.contracts import DROPPED, Plan, PlanLine
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.modules.output_calibration import find_recalibration
 from compressors.core.steps.decisions import Decision
 from compressors.core.units import Unit, innermost, stored_bytes
 
@@ -111,7 +111,7 @@ def output_line(
     """
     if decision is None:
         return source.plan.of(OUTPUT) if source.plan else None
-    recalibration = recalibration_of(module)
+    recalibration = find_recalibration(module)
     return PlanLine(
         module=OUTPUT,
         role="other",
@@ -123,7 +123,7 @@ def output_line(
     )
 
 
-def with_remarks(
+def add_remarks(
     plan: Plan,
     kind: str,
     skipped: Mapping[str, Reason],

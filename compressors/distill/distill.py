@@ -28,17 +28,21 @@ from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import private_copy
 from compressors.distill.auxiliary_losses import (
     AuxiliaryLosses,
+    add_hint_loss,
     measure_widths,
     record_outputs,
     require_layers,
-    with_hint_loss,
 )
 from compressors.distill.losses import LIST_LOSSES, SoftLoss
 from compressors.distill.soft_labels import TrainingRows, soft_label_loss, soft_label_rows
 from compressors.distill.student import build_student, student_decisions, student_dry_run
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
-from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
+from compressors.distill.training.training_steps import (
+    choose_trainable,
+    list_pruned_layers,
+    train_model,
+)
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import DistillationRefused
 
@@ -176,7 +180,7 @@ class Distill(StepSettings):
         """
         rows = soft_label_rows(bench, self.rows, self.kind)
         original = None if model.original is None else private_copy(model.original).eval()
-        keep_zeros_in = pruned_layers(model) if self.student is None else ()
+        keep_zeros_in = list_pruned_layers(model) if self.student is None else ()
         if self.student is not None:
             model = build_student(model, self.student, bench.seed)
         recorded_layers = self._list_recorded_layers()
@@ -217,7 +221,7 @@ class Distill(StepSettings):
             move_to(teacher, bench.device),
         ):
             if self.hints:
-                loss = with_hint_loss(
+                loss = add_hint_loss(
                     loss, auxiliary, teacher, self.hints, self.hint_share, bench.signature
                 )
             return train_model(

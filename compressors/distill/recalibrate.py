@@ -31,8 +31,8 @@ from compressors.core.model import Model
 from compressors.core.modules.output_calibration import (
     Recalibration,
     attach,
-    logit_of,
-    recalibration_of,
+    find_recalibration,
+    to_logit,
 )
 from compressors.core.plan_lines import OUTPUT
 from compressors.core.scores import network_scores
@@ -219,7 +219,7 @@ class Recalibrate(StepSettings):
         output = bench.signature.single_output
         if not output.task_kind.predicts_probability:
             raise NothingToCompress("probability_missing", step=self.kind, task=output.kind)
-        existing_map = recalibration_of(model.module)
+        existing_map = find_recalibration(model.module)
         if existing_map is not None:  # a second map would be hard to interpret
             raise StepRefused("recalibrated_already", step=self.kind, method=existing_map.method)
         selected = Decision("taken", (Reason("selected", step=self.kind),))
@@ -244,7 +244,7 @@ class Recalibrate(StepSettings):
         labels = torch.cat([part.label for part in parts])
         has_label = ~labels.isnan()
         predictions = predictions[has_label]
-        logit = logit_of(predictions, form).double().numpy()
+        logit = to_logit(predictions, form).double().numpy()
         label = labels[has_label].numpy().astype(np.float64)
         before = logloss(label, _sigmoid(logit))
         selected_method: Method | None = None
@@ -264,7 +264,7 @@ class Recalibrate(StepSettings):
         model.module.eval()
         with torch.no_grad():
             recalibrated = fitted(predictions)
-        after = logloss(label, _sigmoid(logit_of(recalibrated, form).double().numpy()))
+        after = logloss(label, _sigmoid(to_logit(recalibrated, form).double().numpy()))
         mapped = Reason(
             "output_mapped", method=selected_method, before=before, after=after, rows=len(label)
         )

@@ -41,8 +41,8 @@ from compressors.distill.soft_labels import soft_label_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.training_steps import (
+    list_pruned_layers,
     nothing_to_train,
-    pruned_layers,
     require_loss,
     train_model,
 )
@@ -175,7 +175,7 @@ class RefitCodes(StepSettings):
                 round_bench,
                 loss,
                 self.training,
-                keep_zeros_in=pruned_layers(model),
+                keep_zeros_in=list_pruned_layers(model),
                 tensor_names=names,
             )
             rows = 0

@@ -210,7 +210,7 @@ def _read_predictions(split: Split | None, soft: Split | None, kind: str) -> Ten
     return teacher
 
 
-def mixed_loss(
+def build_mixed_loss(
     bench: Bench,
     soft_share: float,
     temperature: float,

@@ -17,10 +17,10 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import Bag, PackedTable
-from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.modules.output_calibration import find_recalibration
 from compressors.core.modules.pointwise import replace_pointwise_convs
 from compressors.core.modules.table_weight import TIED
-from compressors.core.placeholders import with_placeholders
+from compressors.core.placeholders import insert_placeholders
 from compressors.core.state.construction import assign, construct, construct_with_weights
 from compressors.core.steps.decisions import Decision
 from compressors.core.units import Unit, swap, table_rows
@@ -97,7 +97,7 @@ def build_student(model: Model, config: Config, seed: int) -> Model:
 def student_dry_run(model: Model, config: Config) -> Model:
     """Build the network of ``build_student`` with placeholders instead of initialized weights."""
     student = _build(model, config, _construct_empty)
-    return _assign_original_tensors(model, with_placeholders(student), config)
+    return _assign_original_tensors(model, insert_placeholders(student), config)
 
 
 def _build(
@@ -195,7 +195,7 @@ def _require_no_map(model: Model) -> None:
     Raises:
         DistillationRefused: there is a recalibration map.
     """
-    if recalibration_of(model.module) is not None:
+    if find_recalibration(model.module) is not None:
         raise DistillationRefused("already_recalibrated")
 
 

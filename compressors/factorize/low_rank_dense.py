@@ -24,7 +24,7 @@ from torch import Tensor
 from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.modules.factored import FactoredLinear, factored_layout
+from compressors.core.modules.factored import FactoredLinear, describe_factored_layout
 from compressors.core.modules.formats import layout_bytes
 from compressors.core.placeholders import placeholder
 from compressors.core.steps.composition_steps import share_or_number
@@ -190,7 +190,9 @@ class LowRankDense(StepSettings):
             reason = Reason("no_smaller_rank", inputs=inputs, outputs=outputs)
             return Decision("skipped", (reason,))
         reason = Reason("rank_searched", step=self.kind, most_error=most_error, rank=largest)
-        rank_1_bytes = layout_bytes(factored_layout(inputs, outputs, 1, bias=unit.bias is not None))
+        rank_1_bytes = layout_bytes(
+            describe_factored_layout(inputs, outputs, 1, bias=unit.bias is not None)
+        )
         return Decision("deferred", (reason,), (rank_1_bytes, unit.bytes))  # bounds of the bytes
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
@@ -237,7 +239,7 @@ class LowRankDense(StepSettings):
             if self.most_error is not None:
                 rank = _compute_largest_rank(inputs, outputs)
             bias = unit.bias is not None
-            layout = factored_layout(inputs, outputs, rank, bias=bias)
+            layout = describe_factored_layout(inputs, outputs, rank, bias=bias)
             stored = {name: placeholder(spec) for name, spec in layout.items()}
             layer = FactoredLinear(inputs, outputs, rank, bias=bias, stored=stored)
             swap(model.module, unit.name, layer.eval())

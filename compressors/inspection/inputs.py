@@ -28,8 +28,8 @@ from compressors.inspection.forward_arguments import (
 from compressors.inspection.list_inputs import (
     ListCall,
     describe_list,
-    padding_id_of,
-    with_equal_lengths,
+    find_equal_lengths,
+    find_padding_id,
 )
 from compressors.inspection.lookups import (
     Reading,
@@ -104,7 +104,7 @@ def derive_inputs(
         of_argument = readings[argument.name]
         described: tuple[AnyInput, str]
         if len(columns) == 1 and columns[0].is_list:
-            equal = with_equal_lengths(argument, layout.arguments, sample)
+            equal = find_equal_lengths(argument, layout.arguments, sample)
             lists = ListCall(network, layout.call, equal, sample, tensors, before.lookups)
             described = _describe_list_input(lists, of_argument[columns[0].name])
         else:
@@ -138,7 +138,7 @@ def _link_equal_sequences(
     result: list[AnyInput] = []
     for item in inputs:
         equal = (
-            with_equal_lengths(argument_of[item.name], arguments, sample)
+            find_equal_lengths(argument_of[item.name], arguments, sample)
             if item.name in sequences
             else ()
         )
@@ -232,7 +232,7 @@ def _describe_list_input(lists: ListCall, reading: Reading) -> tuple[AnyInput, s
     """
     column, tables = lists.column, tuple(reading.offsets)
     if tables:
-        return describe_list(lists, tables, padding_id_of(lists.network, tables[0]))
+        return describe_list(lists, tables, find_padding_id(lists.network, tables[0]))
     if reading.is_computed:
         raise InspectionFailed("list_computed", column=column.name)
     tensor = lists.tensors[lists.argument.name]
@@ -291,7 +291,7 @@ def _describe_matrix_part(
             shape=(width,),
             table=table,
             more_tables=tuple(more),
-            padding_id=padding_id_of(table_rows.network, table),
+            padding_id=find_padding_id(table_rows.network, table),
         )
     if reading.offsets:
         return _describe_id_input(table_rows, column.name, (column.name,), {column.name: reading})

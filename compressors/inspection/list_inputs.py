@@ -68,7 +68,7 @@ class ListCall:
             return None
 
 
-def with_equal_lengths(
+def find_equal_lengths(
     argument: Argument, others: Sequence[Argument], sample: Sample
 ) -> tuple[Argument, ...]:
     """Return an argument, and the other ones whose lists are as long as its lists in every row.
@@ -213,7 +213,7 @@ def _find_longest(lists: ListCall) -> int:
     return max(1, *(len(values) for values in lists.column.values))
 
 
-def padding_id_of(network: nn.Module, table: str) -> int:
+def find_padding_id(network: nn.Module, table: str) -> int:
     """Return the ``padding_idx`` of a table, or 0 if it has none."""
     padding = getattr(network.get_submodule(table), "padding_idx", None)
     return 0 if padding is None else int(padding)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressors.contracts import JaggedBag, SequenceInput, is_out_of_memory
-from compressors.core.batches import build_jagged_arguments, padded_sequence
+from compressors.core.batches import build_jagged_arguments, pad_sequence
 from compressors.core.scores import scoring_method
 from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.inspection.forward_arguments import Argument, Call
@@ -214,7 +214,7 @@ def _pad_lists(argument: Argument, column: SampleColumn, padded: PaddingSpec) ->
         positions=argument.positions,
         first_position=argument.first_position,
     )
-    return padded_sequence(item, *_concatenate_lists(column))
+    return pad_sequence(item, *_concatenate_lists(column))
 
 
 def _concatenate_lists(column: SampleColumn) -> tuple[Tensor, Tensor]:

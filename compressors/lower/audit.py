@@ -71,7 +71,7 @@ def audit(
     faults += _describe_layers_without_matmul(graph, initializers, layers)
     if faults:
         modules = [table.module for table in tables] + [layer.module for layer in layers]
-        raise AuditFailed("graph_not_as_ordered", faults=tuple(faults)).caused_by(
+        raise AuditFailed("graph_not_as_ordered", faults=tuple(faults)).name_cause(
             *(name for name in modules if any(f"{name!r}:" in fault for fault in faults))
         )
     return GraphAudit(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import is_out_of_memory
 from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
-from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.modules.output_calibration import find_recalibration
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import rows_of_tables
 from compressors.core.state.tensor_files import TensorFile
@@ -166,7 +166,7 @@ def export_program(
         **lowering.translations(),
     }
     has_probabilities = any(output.form == "probability" for output in signature.outputs)
-    if has_probabilities and recalibration_of(wrapper.model) is not None:
+    if has_probabilities and find_recalibration(wrapper.model) is not None:
         translations[torch.ops.aten.sigmoid.default] = exact_sigmoid  # the map takes its logit
     inputs = generate_inputs(signature, rows, TRACE_ROWS)
     names = input_names(signature)
@@ -311,11 +311,11 @@ def _require_packed(packed: tuple[_PackedTensor, ...], graph: ir.Graph, target: 
         if stored is None:
             raise AuditFailed(
                 "weight_replaced", target=target, unit=unit, expected=expected, format=form
-            ).caused_by(unit)
+            ).name_cause(unit)
         if (got := stored.nbytes) > expected:
             raise AuditFailed(
                 "weight_expanded", target=target, unit=unit, expected=expected, got=got, format=form
-            ).caused_by(unit)
+            ).name_cause(unit)
 
 
 def _describe_small_initializers(graph: ir.Graph) -> dict[str, tuple[object, ...]]:

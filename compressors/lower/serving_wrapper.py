@@ -26,7 +26,7 @@ from compressors.contracts import (
 from compressors.core.modules.formats import Bag
 from compressors.core.scores import call_network, join_columns, output_tensors
 from compressors.core.units import plain_bag, private_copy, swap
-from compressors.lower.merged.merged_tables import MergedTable, table_groups, with_merged_tables
+from compressors.lower.merged.merged_tables import MergedTable, replace_merged_tables, table_groups
 from compressors.lower.value_policy import apply_policy
 
 SCORE = "score"
@@ -219,7 +219,7 @@ def wrap_for_serving(
     groups = table_groups(copy, served_graph.part(copy), served_graph.signature, rows_of_table)
     lookups = [MergedTable(group, rows_of_table) for group in groups]
     return ServingWrapper(
-        with_merged_tables(copy, groups), served_graph, rows_of_table, lookups
+        replace_merged_tables(copy, groups), served_graph, rows_of_table, lookups
     ).eval()
 
 

@@ -151,7 +151,7 @@ def weighted_mean(values: Floats, weight: Floats) -> GroupedValue:
     return GroupedValue(point, left_out, weight)
 
 
-def grouped_pair(
+def pair_groups(
     before: GroupedValue,
     after: GroupedValue,
     max_value: float,

@@ -135,7 +135,7 @@ def estimate_pair(
     return _bootstrap_pair(observations, before, after, np.size(label), samples, seed)
 
 
-def paired_means(
+def compare_means(
     baseline: ArrayLike, candidate: ArrayLike, rows: int, samples: int = 1000, seed: int = 0
 ) -> PairedEstimate:
     """Compare two models' means over queries, with intervals from a bootstrap of queries.

@@ -120,7 +120,7 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
         rows_to_decide=rows,
         groups_to_decide=groups,
         reasons=(
-            _describe_measured_and_limit(limit, estimate, measured.unit_of(limit.metric)),
+            _describe_measured_and_limit(limit, estimate, measured.find_unit(limit.metric)),
             _describe_conclusion(estimate, outcome, rows, groups),
         ),
     )

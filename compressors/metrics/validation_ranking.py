@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Signature
 from compressors.core.batches import JoinedRows, Rows
-from compressors.core.placement import device_of, to_device
+from compressors.core.placement import find_device, to_device
 from compressors.core.scores import tower_vectors
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.full_ranking import (
@@ -109,7 +109,7 @@ def _compute_vectors(
     module: nn.Module, signature: Signature, tower: str, rows: Rows, numbers: Ints
 ) -> Float32s:
     """Return the vectors of one tower for the rows with these numbers, float32 ``(rows, dim)``."""
-    device = device_of(module)
+    device = find_device(module)
     pieces = [
         tower_vectors(module, to_device(rows.take(chunk), device).inputs, signature, tower)
         .float()

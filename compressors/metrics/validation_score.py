@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Output, Signature, Split, metric
 from compressors.core.batches import JoinedRows, Rows, batches
-from compressors.core.placement import device_of, to_device
+from compressors.core.placement import find_device, to_device
 from compressors.core.scores import network_scores, score_columns
 from compressors.metrics.estimators import builtin as builtin
 from compressors.metrics.estimators.protocols import RowEstimator, ScoredRows
@@ -41,7 +41,7 @@ def quality(
     if not signature.scores_rows:
         train_rows = Rows(train, signature) if isinstance(train, Split) else train
         return ranking_quality(module, signature, Rows(split, signature), train_rows)
-    parts, device = list(batches(split, signature, SCORING_ROWS)), device_of(module)
+    parts, device = list(batches(split, signature, SCORING_ROWS)), find_device(module)
     outputs = [network_scores(module, to_device(part, device).inputs, signature) for part in parts]
     scores = score_columns(torch.cat(outputs).cpu())
     labels = score_columns(torch.cat([part.label for part in parts]))

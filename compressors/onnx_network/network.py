@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.errors.onnx_graphs import OnnxRefused
-from compressors.onnx_network.operators.sizes import SIZE_OPERATORS, Sizes, as_sizes, tensor_of
+from compressors.onnx_network.operators.sizes import SIZE_OPERATORS, Sizes, tensor_of, to_sizes
 from compressors.onnx_network.operators.table import OPERATORS, computes_sizes
 
 Value: TypeAlias = Tensor | Sizes
@@ -123,7 +123,7 @@ class OnnxNetwork(nn.Module):
         )
         self.outputs = dict(outputs)
         self.nodes = tuple(_build_node(item) for item in nodes)
-        self.sizes = {name: as_sizes(values) for name, values in sizes.items()}
+        self.sizes = {name: to_sizes(values) for name, values in sizes.items()}
         self.tensor_names = (*parameters, *buffers)
         for name, (rows, dim) in tables.items():
             self.add_module(name, nn.Embedding(rows, dim))

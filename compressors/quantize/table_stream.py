@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compressors.contracts import ModuleRecord
 from compressors.core.modules.formats import TensorSpec, row_blocks
-from compressors.core.state.safetensors_stream import Piece, StreamedFile, size_of
+from compressors.core.state.safetensors_stream import Piece, StreamedFile, compute_size
 from compressors.core.steps.step import TableStep
 from compressors.core.steps.table_encoder import TableEncoder
 from compressors.errors.compression import CompressionError, ModelRefused
@@ -132,7 +132,7 @@ class EncodingJob:
         """Yield the blocks of one tensor, in order."""
         spec = self.sources[name].spec
         rows = spec.shape[0] if spec.shape else 1
-        max_rows = max(BLOCK_BYTES * rows // max(size_of(spec), 1), 1)
+        max_rows = max(BLOCK_BYTES * rows // max(compute_size(spec), 1), 1)
         layout = {name: spec}
         if name in self.tables:
             max_rows, layout = self.block_rows or max_rows, self.stored(name)
@@ -208,7 +208,7 @@ def _create_block_functions(
             if progress is not None:
                 spec = job.sources[block.source].spec
                 rows = spec.shape[0] if spec.shape else 1
-                progress(size_of(spec) // max(rows, 1) * (block.end - block.begin))
+                progress(compute_size(spec) // max(rows, 1) * (block.end - block.begin))
 
         return run
 

@@ -39,8 +39,8 @@ from compressors.prune.structure.config_widths import Width, find_widths
 from compressors.prune.structure.narrowing import (
     SCALES,
     WidthCut,
+    remove_channels,
     require_narrowable,
-    without_channels,
 )
 
 EXAMPLE_ROWS = 256  # synthetic rows of each scale
@@ -140,7 +140,7 @@ def remove_dead_channels(
                 bias = layer.bias.detach().double() + offset
                 replace_parameter(layer, "bias", bias.to(layer.bias.dtype))
     cuts = [dead.cut for dead in dead_channels]
-    narrower, gap = without_channels(model, signature, cuts, kept_channels)
+    narrower, gap = remove_channels(model, signature, cuts, kept_channels)
     if gap is not None:
         raise StepRefused("channels_read_elsewhere", gap=gap, layers=tuple(sorted(kept_channels)))
     return narrower

@@ -46,7 +46,7 @@ from compressors.rewrite.unread_features import unread_features
 AffineNorm = nn.LayerNorm | nn.RMSNorm
 
 
-def scaled_outputs(
+def scale_outputs(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the weight and bias that include ``y * scale + shift`` after a Linear, in float64.
@@ -57,7 +57,7 @@ def scaled_outputs(
     return weight.double() * scale[:, None], old_bias * scale + shift
 
 
-def scaled_inputs(
+def scale_inputs(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the weight and bias that include ``x * scale + shift`` before a Linear, in float64.
@@ -343,7 +343,7 @@ def _fold_norms(model: Model, norm_folds: Sequence[NormFold]) -> Model:
         for name in norm_fold.layers:
             layer = model.module.get_submodule(name)
             if isinstance(layer, nn.Linear):
-                scaled = scaled_inputs if norm_fold.norm_is_first else scaled_outputs
+                scaled = scale_inputs if norm_fold.norm_is_first else scale_outputs
                 weight, bias = scaled(layer.weight.detach(), _get_bias(layer), scale, shift)
                 replace_parameter(layer, "weight", weight.to(layer.weight.dtype))
                 if layer.bias is not None:

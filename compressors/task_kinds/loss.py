@@ -24,7 +24,7 @@ BUCKET_BATCHES = 32
 """Number of batches whose rows are sorted together by the length of their sequences."""
 
 
-def functions_of(output: Output) -> TaskFunctions:
+def load_functions(output: Output) -> TaskFunctions:
     """Return the losses and score checks of an output's task kind.
 
     Raises:
@@ -53,7 +53,7 @@ def hard_loss(signature: Signature, scores: Tensor, batch: Batch) -> Tensor:
         A scalar; 0 if no row has a label.
     """
     if not signature.scores_rows:
-        return functions_of(signature.single_output).hard_loss(scores, batch)
+        return load_functions(signature.single_output).hard_loss(scores, batch)
     scores = scores_of(scores, signature)
     weights = batch.output_weights or (1.0,) * len(signature.outputs)
     losses = [
@@ -79,7 +79,7 @@ def _compute_labelled_loss(output: Output, score: Tensor, batch: Batch) -> Tenso
         score, batch = score[is_labelled], Batch({}, batch.label[is_labelled], group)
     if not len(score):
         return score.sum()  # 0, connected to the network, so that it has a gradient
-    return functions_of(output).hard_loss(score, batch)
+    return load_functions(output).hard_loss(score, batch)
 
 
 def soft_loss(
@@ -101,10 +101,12 @@ def soft_loss(
     """
     if not signature.scores_rows:
         rows = DistillationRows(scores, teacher, batch)
-        return functions_of(signature.single_output).soft_loss(rows, temperature)
+        return load_functions(signature.single_output).soft_loss(rows, temperature)
     losses = [
         output.loss_weight
-        * functions_of(output).soft_loss(DistillationRows(score, teacher_score, batch), temperature)
+        * load_functions(output).soft_loss(
+            DistillationRows(score, teacher_score, batch), temperature
+        )
         for output, score, teacher_score in zip(
             signature.outputs,
             score_columns(scores_of(scores, signature)),

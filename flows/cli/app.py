@@ -68,7 +68,7 @@ def main() -> None:
 
 
 @app.command()
-@orders.with_order_options
+@orders.add_order_options
 def compress(
     terms: "Terms",
     force: Annotated[bool, typer.Option(help="Run the order again, as a new version.")] = False,
@@ -79,7 +79,7 @@ def compress(
 
 
 @app.command()
-@orders.with_order_options
+@orders.add_order_options
 def explain(
     terms: "Terms",
     as_json: Json = False,

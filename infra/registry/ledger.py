@@ -80,11 +80,11 @@ class Entry(Frozen):
         "written by early versions of recpress.",
     )
 
-    def with_digest(self, previous: "Entry | None") -> "Entry":
+    def add_digest(self, previous: "Entry | None") -> "Entry":
         """Return a copy whose digest covers this entry and the digest of ``previous``."""
         fields = self.model_dump(mode="json", include=set(DIGEST_FIELDS))
         # For a previous entry without a digest, the digest that it would have as a first entry.
-        after = None if previous is None else previous.digest or previous.with_digest(None).digest
+        after = None if previous is None else previous.digest or previous.add_digest(None).digest
         return self.model_copy(update={"digest": digest({**fields, "after": after})})
 
 
@@ -186,7 +186,7 @@ class Ledger:
                 at=datetime.now(UTC).isoformat(timespec="microseconds"),
                 by=by,
                 reason=reason,
-            ).with_digest(previous)
+            ).add_digest(previous)
             key, body = self._build_key(entry.sequence), entry.model_dump_json(indent=1).encode()
             try:
                 self._store.create(key, body)
@@ -239,7 +239,7 @@ class Ledger:
         if entry.digest is None:
             if previous is not None and previous.digest is not None:
                 raise ArtifactDamaged("ledger_digest_missing", place=place)
-        elif entry.digest != entry.with_digest(previous).digest:
+        elif entry.digest != entry.add_digest(previous).digest:
             changed = place if previous is None else f"{place} or the entry before it"
             raise ArtifactDamaged("ledger_digest_differs", changed=changed)
 

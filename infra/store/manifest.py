@@ -71,7 +71,7 @@ class StoreManifest(Frozen):
         """Build the version 1 manifest of these files, hashed in chunks of ``CHUNK_BYTES``."""
         return cls(files=files, chunk_bytes=CHUNK_BYTES, root=compute_root(files, CHUNK_BYTES))
 
-    def with_blobs(self) -> Self:
+    def add_blobs(self) -> Self:
         """Return this manifest in version 2, with the names of the files' blobs."""
         blobs = tuple(compute_blob_name(entry, self.chunk_bytes) for entry in self.files)
         return self.model_copy(update={"schema_version": 2, "blobs": blobs})

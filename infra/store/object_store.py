@@ -145,7 +145,7 @@ class Store:
         """Store the files of a version 1 manifest and then the manifest, as version 2."""
         if stored := self.find(manifest.root):
             return stored
-        manifest = manifest.with_blobs()
+        manifest = manifest.add_blobs()
         add_files(self._backend, folder, manifest, move=move)
         with suppress(AlreadyThere):  # another writer has stored the same content
             key = f"artifacts/{manifest.root}/manifest.json"

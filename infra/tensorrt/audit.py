@@ -159,7 +159,7 @@ def find_tables(
     return initializers
 
 
-def widened_bytes(tensors: Sequence["onnx.TensorProto"]) -> int:
+def count_widened_bytes(tensors: Sequence["onnx.TensorProto"]) -> int:
     """Return the bytes of an fp16 copy of a table: its largest initializer, 2 bytes per element."""
     return max(_count_elements(tensor) for tensor in tensors) * _WIDE_BYTES
 

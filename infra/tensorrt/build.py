@@ -26,12 +26,12 @@ from infra.child import serve
 from infra.errors import BuildRefused
 from infra.tensorrt.audit import (
     check_weights,
+    count_widened_bytes,
     find_tables,
     halve_large_tables,
     judge_scratch,
     judge_sparsity,
     read_log_bytes,
-    widened_bytes,
 )
 from infra.tensorrt.engines import Engine, EngineAudit, load
 
@@ -182,7 +182,8 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         audited_bytes, _ = read_log_bytes(engine_from_onnx(trt, audited).messages, trt.__version__)
     model = onnx.load(request.onnx, load_external_data=False)
     copy_bytes = {
-        name: widened_bytes(tensors) for name, tensors in find_tables(model, request.tables).items()
+        name: count_widened_bytes(tensors)
+        for name, tensors in find_tables(model, request.tables).items()
     }
     removed_bytes = halve_large_tables(model, request.tables)
     twin_bytes = None

@@ -172,7 +172,7 @@ def load(target: str) -> ModuleType:
     raise BuildRefused("tensorrt_missing", target=target, problem="; ".join(reasons))
 
 
-def installed_version(target: str) -> str | None:
+def find_installed_version(target: str) -> str | None:
     """Return the version of TensorRT for this target, or None if it cannot be imported."""
     try:
         return str(load(target).__version__)

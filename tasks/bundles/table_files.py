@@ -30,8 +30,8 @@ from compressors.contracts import (
 )
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.registries import METHODS, AnyStep
-from compressors.core.state.safetensors_rows import StoredRows, spec_of
-from compressors.core.state.safetensors_stream import StreamedFile, size_of
+from compressors.core.state.safetensors_rows import StoredRows, build_spec
+from compressors.core.state.safetensors_stream import StreamedFile, compute_size
 from compressors.core.steps.step import TableStep
 from compressors.errors.compression import NothingToCompress
 from compressors.quantize.table_stream import EncodingJob, encode_file
@@ -203,7 +203,7 @@ def _write_result(
     ``source_key`` identifies the content of the source.
     """
     file = StreamedFile(job.layout())
-    total = sum(size_of(rows.spec) for rows in job.sources.values())
+    total = sum(compute_size(rows.spec) for rows in job.sources.values())
     # ``block_rows`` does not affect the result, but the journal names a block by its first row
     # only. So with another value, the same name would stand for other rows.
     resume_key = [source_key, job.step, job.block_rows, code_digest(quantize)]
@@ -227,7 +227,7 @@ def _open_job(
         for name, stored in sorted(stored_tensors(source).items()):
             if stored.shard not in descriptors:
                 descriptors[stored.shard] = files.enter_context(stored.shard.open("rb")).fileno()
-            spec = spec_of(stored.fact.dtype, stored.fact.shape, name)
+            spec = build_spec(stored.fact.dtype, stored.fact.shape, name)
             descriptor = descriptors[stored.shard]
             sources[name] = StoredRows(stored.shard, descriptor, name, stored.start, spec)
         reasons = {name: _skip_reason(step, name, rows.spec) for name, rows in sources.items()}
@@ -248,9 +248,9 @@ def _skip_reason(step: TableStep, name: str, spec: TensorSpec) -> Reason | None:
     if spec.shape[0] < step.min_rows:
         return Reason("too_few_rows", rows=spec.shape[0], min_rows=step.min_rows)
     stored_tensor_specs = step.storage.layout(*spec.shape, step.settings()).values()
-    size = sum(size_of(stored) for stored in stored_tensor_specs)
-    if size >= size_of(spec):
-        return Reason("not_smaller", step=step.kind, bytes=size, present=size_of(spec))
+    size = sum(compute_size(stored) for stored in stored_tensor_specs)
+    if size >= compute_size(spec):
+        return Reason("not_smaller", step=step.kind, bytes=size, present=compute_size(spec))
     return None
 
 
@@ -285,7 +285,7 @@ def _require_all_patterns_match(step: TableStep, sources: dict[str, StoredRows])
 def _plan_line(job: EncodingJob, name: str, reason: Reason | None) -> PlanLine:
     """Return the plan line of a tensor; ``reason`` is why it is only copied; None if not."""
     spec = job.sources[name].spec
-    before = size_of(spec)
+    before = compute_size(spec)
     if reason is not None:
         role = "table" if len(spec.shape) == 2 and spec.dtype in FLOATS else "other"
         return PlanLine(
@@ -301,7 +301,7 @@ def _plan_line(job: EncodingJob, name: str, reason: Reason | None) -> PlanLine:
         role="table",
         format=job.step.storage.name,
         bytes_before=before,
-        bytes_after=sum(size_of(part) for part in job.stored(name).values()),
+        bytes_after=sum(compute_size(part) for part in job.stored(name).values()),
         steps=(job.step.kind,),
         reasons=(Reason("selected", step=job.step.kind),),
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Plan, is_out_of_memory
 from compressors.contracts.targets.runtime import Session
-from compressors.core.batches import format_row, row_of
+from compressors.core.batches import format_row, take_row
 from compressors.core.scores import join_columns
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
@@ -169,7 +169,7 @@ class GraphCheck:
         failure = replace(failure, graph=served.name, rows_from=rows_from)
         if failure.row is None:
             return ParityLost(failure)
-        single_row = row_of(inputs, served.signature, failure.row)
+        single_row = take_row(inputs, served.signature, failure.row)
         failure = replace(failure, inputs=format_row(single_row, served.signature))
         if failure.code == "parity_run" or failure.side == "network":
             return ParityLost(failure)
@@ -235,7 +235,7 @@ class GraphCheck:
         signature = self.lowered.wrapper.served_graph.signature
         for row in range(rows):
             try:
-                self.session.scores(_to_arrays(row_of(inputs, signature, row)))
+                self.session.scores(_to_arrays(take_row(inputs, signature, row)))
             except InfraError:
                 return row
         return None

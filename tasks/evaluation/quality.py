@@ -31,7 +31,7 @@ from compressors.metrics.full_ranking import (
 from compressors.metrics.intervals import PairedEstimate
 from compressors.metrics.score_change import change_of_rankings, change_of_rows
 from compressors.metrics.validation_ranking import interactions
-from tasks.bundles.loading import SCORING_ROWS, split_of
+from tasks.bundles.loading import SCORING_ROWS, fetch_split
 from tasks.orchestration.documents import Ranking
 
 Array = NDArray[Any]
@@ -138,7 +138,7 @@ class QueryQuality:
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
         """Estimate one metric of two models, and its difference with a paired interval."""
         before, after = self.values[baseline][metric], self.values[candidate][metric]
-        return intervals.paired_means(before, after, self.rows, seed=self.seed)
+        return intervals.compare_means(before, after, self.rows, seed=self.seed)
 
 
 def row_quality(
@@ -179,19 +179,19 @@ def query_quality(
     Raises:
         CompressionError: a vector is not finite, or all relevant items are earlier interactions.
     """
-    return ranking_metrics(ranked_vectors(towers, signature, test, ranking), names)
+    return ranking_metrics(compute_ranked_vectors(towers, signature, test, ranking), names)
 
 
-def ranked_vectors(
+def compute_ranked_vectors(
     towers: Mapping[str, Vectors], signature: Signature, test: Split, ranking: Ranking
 ) -> RankedVectors:
     """Compute the vectors of every test query and item; arguments as for ``query_quality``."""
-    catalogue = split_of(ranking.items.artifact, ranking.items.rows)
+    catalogue = fetch_split(ranking.items.artifact, ranking.items.rows)
     query, item = signature.of_tower("query"), signature.of_tower("item")
     item_batches = list(batches(catalogue, item, SCORING_ROWS))
     ids = Rows(catalogue, signature.of_split(ITEMS)).column(str(signature.item)).numpy()
     earlier = [
-        interactions(Rows(split_of(split.artifact, split.rows), signature))
+        interactions(Rows(fetch_split(split.artifact, split.rows), signature))
         for split in ranking.seen
     ]
     queries = ranking_queries(interactions(Rows(test, signature)), earlier, ids)

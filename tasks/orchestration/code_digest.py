@@ -53,7 +53,7 @@ def recpress_version() -> str:
     return importlib.metadata.version("recpress")
 
 
-def imported_sources(file: Path) -> tuple[Path, ...]:
+def list_imported_sources(file: Path) -> tuple[Path, ...]:
     """List a source file and every project file that it imports, directly or indirectly, sorted.
 
     Imports inside functions and imports for type checkers count. Jinja2 templates in the folder
@@ -101,7 +101,7 @@ def _iterate_imported_names(tree: ast.AST) -> Iterator[str]:
 def _hash_sources(file: Path) -> str:
     """Return a SHA-256 over the path and contents of every source of a file."""
     hasher = hashlib.sha256()
-    for source in imported_sources(file):
+    for source in list_imported_sources(file):
         is_in_project = source.is_relative_to(ROOT)
         name = source.relative_to(ROOT).as_posix() if is_in_project else source.name
         content = hashlib.sha256(source.read_bytes()).hexdigest()

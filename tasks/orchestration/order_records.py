@@ -19,7 +19,7 @@ from infra.errors import ArtifactMissing, RecordRefused
 from infra.registry.mlflow_registry import Registry
 from infra.settings import load_settings, parse_sqlite_uri, public_uri
 from infra.store.records import read_record, seal_record
-from tasks.orchestration.documents import Finished, Report, report_of
+from tasks.orchestration.documents import Finished, Report, read_report
 from tasks.orchestration.workspace import store
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def write_finished(finished: Finished) -> None:
     )
     body = seal_record({"schema_version": SCHEMA_VERSION, **record.model_dump(mode="json")})
     try:
-        store().write(finished_key(record.order), body)
+        store().write(build_finished_key(record.order), body)
     except RecordRefused as fault:
         log.warning("%s The order runs again next time.", fault)
 
@@ -127,11 +127,11 @@ def find_finished_order(order: str, *, registered: bool = True) -> Finished | No
         release = artifacts.find(record.release.sha256)
         if release is None:
             raise ArtifactMissing("release_missing", uri=artifacts.uri_of(record.release))
-        report = report_of(release)
+        report = read_report(release)
         if report.order != order:
             raise RecordRefused(
                 "record_damaged",
-                place=f"{artifacts.root}/{finished_key(order)}",
+                place=f"{artifacts.root}/{build_finished_key(order)}",
                 problem=f"it names the release of order {report.order[:12]}",
             )
         for target in report.targets:
@@ -155,7 +155,7 @@ def _read_finished_record(order: str) -> tuple[FinishedRecord, bool]:
         ArtifactMissing: there is no record.
         RecordRefused: the record is damaged, or belongs to another order.
     """
-    key = finished_key(order)
+    key = build_finished_key(order)
     fields, is_sealed = read_record(store(), key)
     damaged = _build_wrong_checksum(key)
     try:
@@ -209,6 +209,6 @@ def request_key(request: str) -> str:
     return f"requests/{request}.json"
 
 
-def finished_key(order: str) -> str:
+def build_finished_key(order: str) -> str:
     """Return the store's key of a finished order's record."""
     return f"orders/{order}.json"

@@ -13,7 +13,7 @@ from prefect.artifacts import (
 )
 
 from tasks.orchestration.documents import Finished
-from tasks.orchestration.outages import service_of, wait_out
+from tasks.orchestration.outages import find_service, wait_out
 from tasks.report.tables import markdown, number_rows
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,6 @@ class Progress:
         try:
             update_progress_artifact(self._artifact, progress=percent, description=text)
         except Exception as fault:
-            if service_of(fault) is None:
+            if find_service(fault) is None:
                 raise
             log.warning("The progress bar was not updated: Prefect's API did not respond.")

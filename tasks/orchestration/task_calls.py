@@ -186,13 +186,13 @@ def call(
     """
     key = content_key(task, context_digest, arguments)
 
-    def recorded_result() -> R:
+    def find_recorded_result() -> R:
         recorded: R = find_result(store(), task.name, key, task.fn)
         check(recorded)
         return recorded
 
     try:
-        result = wait_out(recorded_result)
+        result = wait_out(find_recorded_result)
     except (StoreOutage, RegistryOutage):
         raise
     except ArtifactMissing as fault:

@@ -11,7 +11,7 @@ from infra.errors import PromotionRefused, Refused
 from infra.registry.ledger import Entry, Ledger
 from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, RegisteredVersion, Registry
 from infra.settings import load_settings, public_uri
-from tasks.orchestration.documents import Report, report_of
+from tasks.orchestration.documents import Report, read_report
 from tasks.orchestration.workspace import store
 from tasks.promotion.acceptance import require_accepted
 
@@ -34,13 +34,13 @@ def registry() -> Registry:
     return Registry(load_settings().registry_uri)
 
 
-def version_of(registered: RegisteredVersion) -> Version:
+def read_version(registered: RegisteredVersion) -> Version:
     """Read the report of a registered version.
 
     Raises:
         PromotionRefused: the report is of another model or another order.
     """
-    report = report_of(store().artifact(registered.source))
+    report = read_report(store().artifact(registered.source))
     model, order = registered.model, registered.tags.get(ORDER_TAG)
     if (report.name, report.order) != (model, order):
         raise PromotionRefused(
@@ -65,7 +65,7 @@ def version_of_order(model: str, order: str) -> Version:
         raise PromotionRefused(
             "order_not_registered", order=order, model=model, registry=_build_registry_uri()
         )
-    return version_of(registered)
+    return read_version(registered)
 
 
 def version_of_entry(model: str, entry: Entry) -> Version:
@@ -84,7 +84,7 @@ def version_of_entry(model: str, entry: Entry) -> Version:
             by=entry.by,
             registry=_build_registry_uri(),
         )
-    version = version_of(registered)
+    version = read_version(registered)
     require_accepted(model, version.number, version.report)
     return version
 

@@ -30,7 +30,7 @@ from tasks.orchestration.documents import PAGE, Report, TargetReport
 from tasks.orchestration.workspace import store
 from tasks.promotion import triton_repository
 from tasks.promotion.acceptance import require_accepted
-from tasks.promotion.champion import Version, version_of, version_of_entry, version_of_order
+from tasks.promotion.champion import Version, read_version, version_of_entry, version_of_order
 from tasks.promotion.champion import registry as registry
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def version_report(model: str, reference: str) -> tuple[RegisteredVersion, Repor
         PromotionRefused: there is no champion, or the report is of another model or order.
     """
     if reference != "@champion":
-        version = version_of(registry().version(model, reference))
+        version = read_version(registry().version(model, reference))
         return version.registered, version.report
     entry = repair(model, only_reads=True)
     if entry is None:

@@ -279,7 +279,10 @@ def _build_graph_to_serve(
     """
     graph = part.graph.name
     capability = None
-    engines, stored = declared(target.target).engines, declared(target.target).served_file(graph)
+    engines, stored = (
+        declared(target.target).engines,
+        declared(target.target).name_served_file(graph),
+    )
     if engines is not None:
         build = store().file(target.artifact, build_record(graph))
         capability = validate_json(EngineRecord, build).capability

@@ -89,7 +89,7 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
         for judgement in target.verdict.judgements:
             limit = judgement.limit
             limited.add((target.target, limit.metric, limit.against))
-            unit = None if measurement is None else measurement.numbers.unit_of(limit.metric)
+            unit = None if measurement is None else measurement.numbers.find_unit(limit.metric)
             rows.append(_build_judgement_row(judgement, target, unit))
     if not rows:
         rows = [
@@ -225,7 +225,7 @@ def _find_numbers_without_limit(
             has_limit = (target, number.metric, number.against) in limited
             is_change = number.against != "absolute" or is_kind(number.metric, "score_change")
             if is_quality and is_change and not has_limit:
-                yield target, number, measurement.numbers.unit_of(number.metric)
+                yield target, number, measurement.numbers.find_unit(number.metric)
 
 
 def latency_section(report: Report) -> LatencySection:

@@ -138,7 +138,7 @@ def page(report: Report, validation: Validation) -> str:
     )
 
 
-def validation_of(artifact: Artifact) -> Validation:
+def read_validation(artifact: Artifact) -> Validation:
     """Read the stored result of the task ``validate``."""
     return read_document(Validation, local(artifact) / "validation.json")
 

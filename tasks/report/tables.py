@@ -354,7 +354,7 @@ def _format_metric_cells(metric: str, measurement: Measurement) -> tuple[str, st
     numbers = measurement.numbers
     after = numbers.of(metric, "absolute")
     if is_kind(metric, "score_change"):
-        unit = numbers.unit_of(metric)
+        unit = numbers.find_unit(metric)
         return "", "", "" if after is None else format_score_change(metric, after, unit)
     is_latency = is_kind(metric, "latency")
     before = measurement.baseline.of(metric, "absolute")

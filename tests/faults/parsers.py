@@ -31,8 +31,8 @@ from infra.triton.pbtxt import format_message
 from infra.triton.repository import version_in
 from tasks.bundles import table_files
 from tasks.bundles.packing import pack
-from tasks.orchestration.documents import Finished, Report, report_of
-from tasks.orchestration.order_records import find_finished_order, finished_key
+from tasks.orchestration.documents import Finished, Report, read_report
+from tasks.orchestration.order_records import build_finished_key, find_finished_order
 from tasks.orchestration.workspace import local, store
 from tasks.promotion import registry_listing
 
@@ -187,7 +187,7 @@ def record(folder: Path) -> Parser:
 def order_record(folder: Path) -> Parser:
     """Return the parser of the record of a finished order."""
     _publish_version(folder)
-    key = finished_key(ORDER_DIGEST)
+    key = build_finished_key(ORDER_DIGEST)
     body = store().read(key)
 
     def parse(changed: bytes) -> object:
@@ -209,7 +209,7 @@ def report(folder: Path) -> Parser:
         (scratch / "report.json").write_bytes(changed)
         artifact = store().put(scratch)
         try:
-            parsed: Report = report_of(artifact)
+            parsed: Report = read_report(artifact)
         finally:
             shutil.rmtree(store().folder / "artifacts" / artifact.sha256)  # type: ignore[operator]
         return parsed

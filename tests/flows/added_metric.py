@@ -10,7 +10,7 @@ from compressors.contracts import Metric
 from compressors.contracts.metrics import FAMILIES, register
 from compressors.contracts.metrics.families import find_metric
 from compressors.contracts.metrics.metric import single_metric
-from compressors.metrics.cluster_intervals import GroupedPair, Groups, grouped_pair, mean_of_rows
+from compressors.metrics.cluster_intervals import GroupedPair, Groups, mean_of_rows, pair_groups
 from compressors.metrics.estimators.protocols import ScoredRows, require_groups
 from compressors.metrics.intervals import PairedRows, RowStatistics, mean_statistic
 from compressors.metrics.point_estimates import number_groups
@@ -46,7 +46,7 @@ class Brier:
         )
         # All groups determine the precision of the interval, not only groups of one kind, which
         # ``group_description`` would describe in the message about too few groups.
-        return grouped_pair(
+        return pair_groups(
             before, after, self.metric.high, counted_groups=groups.rows.size, group_description=""
         )
 

@@ -35,10 +35,10 @@ from flows.order import Order
 from flows.terms import Targets, Terms
 from infra.errors import BuildRefused, CommandRefused
 from tasks.bundles.packing import pack
-from tasks.orchestration.documents import Report, report_of
+from tasks.orchestration.documents import Report, read_report
 from tasks.orchestration.workspace import local
 from tasks.promotion.promotions import fetch, promote, registry
-from tasks.report.page import page, validation_of
+from tasks.report.page import page, read_validation
 from tasks.report.tables import markdown, number_rows
 
 pytestmark = pytest.mark.xdist_group("added target")
@@ -302,7 +302,7 @@ def assert_report_shows_target(report: Report) -> None:
     assert {"change", "before, not-optimized", "change, not-optimized"} <= set(rows[0])
     assert all(row.keys() == rows[0].keys() for row in rows)
     assert "ONNX Runtime as written" in markdown(report)
-    html = page(report, validation_of(report.validation))
+    html = page(report, read_validation(report.validation))
     assert "not-optimized p50 latency" in html
     assert Report.model_validate_json(report.model_dump_json()) == report
 
@@ -330,7 +330,7 @@ def test_order_can_have_only_an_added_target(
     assert "measure not-optimized" in [name for name, _ in result.tasks]
     assert "measure onnxruntime" not in [name for name, _ in result.tasks]
     assert "'change' compares ONNX Runtime as written" in markdown(report)
-    assert report_of(result.finished.release) == report
+    assert read_report(result.finished.release) == report
 
 
 ENGINES = Engines(builder=CopyingBuilder, suffix=".copy")

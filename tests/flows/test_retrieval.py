@@ -26,7 +26,7 @@ from flows.order import Order
 from infra.registry.mlflow_registry import Registry
 from infra.settings import load_settings
 from tasks.bundles.packing import pack
-from tasks.orchestration.graph_documents import lowering_of
+from tasks.orchestration.graph_documents import read_lowering
 from tasks.orchestration.workspace import local
 from tasks.promotion.promotions import fetch
 
@@ -98,7 +98,7 @@ def test_fetched_graphs_have_the_reported_recall_in_plain_onnxruntime_sessions(
     into = tmp_path / "served"
     fetch("finder", result.finished.version, "onnxruntime", into)
     assert {path.name for path in into.iterdir()} == {"query.onnx", "item.onnx", "lowering.json"}
-    graphs = lowering_of(into).graphs
+    graphs = read_lowering(into).graphs
     assert [(graph.name, graph.output, graph.width) for graph in graphs] == [
         ("query", "vector", 16),
         ("item", "vector", 16),

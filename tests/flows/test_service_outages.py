@@ -178,7 +178,7 @@ def wait_for_end(run: UUID) -> FlowRun:
             with get_client(sync_client=True) as prefect:
                 return prefect.read_flow_run(run)
         except Exception as fault:
-            if outages.service_of(fault) is None:  # the fault is not the outage of a service
+            if outages.find_service(fault) is None:  # the fault is not the outage of a service
                 raise
             return None
 

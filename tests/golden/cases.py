@@ -236,7 +236,7 @@ def single_cases() -> list[Case]:
     ]
 
 
-def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
+def build_bench(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
     """Return the bench of a network; for recalibration, labels correlate with its scores."""
     reference = NETWORKS[network]
     bench = reference.bench(folder)

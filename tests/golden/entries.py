@@ -14,7 +14,7 @@ import onnx
 import torch
 
 from tests.golden import package
-from tests.golden.cases import NETWORKS, Case, bench_of
+from tests.golden.cases import NETWORKS, Case, build_bench
 from tests.golden.numerics import digest, line_of, line_of_array, line_of_tensor
 
 Entries = dict[str, str]
@@ -38,7 +38,7 @@ def entries_of(case: Case, folder: Path, targets: tuple[str, ...]) -> Entries:
 def _entries_of(case: Case, folder: Path, targets: tuple[str, ...]) -> Entries:
     reference = NETWORKS[case.network]
     model = reference.model()
-    bench = bench_of(case.network, tuple(kind for kind, _ in case.steps), folder / "data")
+    bench = build_bench(case.network, tuple(kind for kind, _ in case.steps), folder / "data")
     title, entries = f"{case.name} | {case.network}", Entries()
     stored = folder / "none"
     for index, (kind, settings) in enumerate(case.steps):

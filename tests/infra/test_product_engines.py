@@ -16,14 +16,14 @@ from compressors.core.units import stored_bytes
 from compressors.lower.export import lower
 from compressors.quantize.dense.float16 import Float16
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
-from infra.tensorrt.engines import build_engine, installed_version
+from infra.tensorrt.engines import build_engine, find_installed_version
 
 ROWS, DIM, BATCH = 400_000, 32, 64
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    installed_version("tensorrt-rtx") is None,
+    find_installed_version("tensorrt-rtx") is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 @pytest.mark.parametrize("step", [RowwiseInt8(), Float16()], ids=lambda step: step.kind)

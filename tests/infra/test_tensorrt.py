@@ -34,7 +34,7 @@ from infra.tensorrt.audit import (
     judge_scratch,
     read_log_bytes,
 )
-from infra.tensorrt.engines import build_engine, installed_version
+from infra.tensorrt.engines import build_engine, find_installed_version
 
 try:
     import tensorrt_rtx_bindings
@@ -162,7 +162,7 @@ def test_engine_of_a_packed_table_passes_the_audit(tmp_path, table):
     stored = (tmp_path / "out" / "model.engine").read_bytes()
     assert len(stored) == engine.bytes
     assert hashlib.sha256(stored).hexdigest() == engine.sha256
-    assert engine.version == installed_version("tensorrt-rtx")
+    assert engine.version == find_installed_version("tensorrt-rtx")
     record = json.loads((tmp_path / "out" / "build.json").read_text())
     assert record["engine"]["sha256"] == engine.sha256
 
@@ -334,7 +334,7 @@ def test_missing_tensorrt_is_refused_with_the_target(tmp_path, monkeypatch, targ
     request = build_request(tmp_path / "model.onnx", 1, 1, target=target)
     with raises_code(BuildRefused, "tensorrt_missing", target=target):
         build_engine(request, tmp_path)
-    assert installed_version(target) is None
+    assert find_installed_version(target) is None
 
 
 def test_bindings_without_their_native_libraries_count_as_missing(tmp_path, monkeypatch):

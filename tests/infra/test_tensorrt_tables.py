@@ -31,12 +31,12 @@ from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.errors import BuildRefused
-from infra.tensorrt.engines import build_engine, installed_version
+from infra.tensorrt.engines import build_engine, find_installed_version
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        installed_version("tensorrt-rtx") is None,
+        find_installed_version("tensorrt-rtx") is None,
         reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
     ),
 ]

@@ -26,7 +26,7 @@ FAULTS = (
     Fault(
         id="out-of-memory-shown-as-unexpected-error",
         file="flows/cli/errors.py",
-        old="    shown: Exception = as_out_of_memory(fault, quote_command(sys.argv[1:])) or fault\n",
+        old="    shown: Exception = convert_to_out_of_memory(fault, quote_command(sys.argv[1:])) or fault\n",
         new="    shown: Exception = fault\n",
         effect="Out of memory is reported like an unexpected error, without advice.",
         tests=(

@@ -17,7 +17,7 @@ import pytest
 from compressors.contracts import TARGETS
 from tasks import build, compress, gate, lower, measure, publish, rank, stages, validate
 from tasks.orchestration import code_digest as digest_module
-from tasks.orchestration.code_digest import ROOT, code_digest, imported_sources
+from tasks.orchestration.code_digest import ROOT, code_digest, list_imported_sources
 
 # Prints, for each module in the arguments, the files of the project that importing it loads.
 PRINT_LOADED_FILES = """
@@ -41,7 +41,7 @@ for name in names:
 
 def source_names(function: object) -> set[str]:
     """Return the paths of a function's sources, relative to the repository."""
-    files = imported_sources(Path(inspect.getsourcefile(function)))
+    files = list_imported_sources(Path(inspect.getsourcefile(function)))
     return {file.relative_to(ROOT).as_posix() for file in files}
 
 
@@ -94,15 +94,15 @@ def test_imported_sources_contain_estimators_and_task_kinds(task, file):
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 def test_imported_sources_contain_lowering_builder_and_runtime_of_every_target(target):
-    def file_of(class_path):
+    def find_file(class_path):
         """Return the file of a class named ``module:Class``."""
         return class_path.partition(":")[0].replace(".", "/") + ".py"
 
-    assert file_of(target.lowering) in source_names(inspect.unwrap(lower.lower_model.fn))
+    assert find_file(target.lowering) in source_names(inspect.unwrap(lower.lower_model.fn))
     if target.engines is not None:
-        assert file_of(target.engines.builder) in source_names(inspect.unwrap(build.build.fn))
+        assert find_file(target.engines.builder) in source_names(inspect.unwrap(build.build.fn))
     if target.runtime is not None:
-        assert file_of(target.runtime) in source_names(inspect.unwrap(measure.measure.fn))
+        assert find_file(target.runtime) in source_names(inspect.unwrap(measure.measure.fn))
 
 
 def test_imported_sources_contain_templates_only_of_rendered_pages():

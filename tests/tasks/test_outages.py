@@ -15,7 +15,13 @@ import pytest
 from infra import errors
 from infra.registry.mlflow_registry import Registry
 from tasks.orchestration import outages, task_calls
-from tasks.orchestration.outages import DEADLINE_SECONDS, DELAYS, TaskOutages, service_of, wait_out
+from tasks.orchestration.outages import (
+    DEADLINE_SECONDS,
+    DELAYS,
+    TaskOutages,
+    find_service,
+    wait_out,
+)
 
 REQUEST = httpx.Request("GET", "http://127.0.0.1/api")
 
@@ -88,7 +94,7 @@ def fail_until(
 def test_service_of_returns_a_name_only_for_faults_of_unavailable_services(
     fault: Exception, service: str | None
 ) -> None:
-    assert service_of(fault) == service
+    assert find_service(fault) == service
 
 
 @pytest.mark.parametrize("seconds", [1, 60, 300, 560])  # the deadline is 600 s

@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, JaggedBag, Output, PaddedBag, Signature, TargetName
-from compressors.core.batches import format_row, row_of
+from compressors.core.batches import format_row, take_row
 from compressors.core.runner import run
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
@@ -273,7 +273,7 @@ def test_score_that_depends_on_the_batch_is_reported_with_side_and_row(tmp_path)
     inputs = {"items": torch.randint(1, 30, (20, 5))}
     parity, expected = check.parity(inputs, "the data")
     with pytest.raises(ParityLost) as raised:
-        check.require_same_in_small_batch(expected[:1], row_of(inputs, MEAN_SIGNATURE, 0), parity)
+        check.require_same_in_small_batch(expected[:1], take_row(inputs, MEAN_SIGNATURE, 0), parity)
     failure = raised.value.failure
     assert (failure.code, failure.side, failure.row) == ("parity_batch", "network", 0)
     assert failure.inputs["items"].startswith("[")
@@ -334,7 +334,7 @@ def test_row_of_selects_a_row_of_every_kind_of_input():
         "b": torch.tensor([7, 8]),
         "b_lengths": torch.tensor([2, 0]),
     }
-    first, second = (format_row(row_of(inputs, signature, row), signature) for row in (0, 1))
+    first, second = (format_row(take_row(inputs, signature, row), signature) for row in (0, 1))
     assert (first["user"], first["a"], first["b"]) == ("4", "[1, 2]", "[7, 8]")
     assert (second["user"], second["a"], second["b"]) == ("5", "[3]", "[]")
     assert first["items"] == "[0, 1, 2, 3, 4, 5, 6, 7, ... 12 values]"

@@ -26,7 +26,7 @@ from tasks.bundles.loading import load_bundle
 from tasks.bundles.packing import pack
 from tasks.compress import compress
 from tasks.lower import lower_model
-from tasks.orchestration.graph_documents import Lowering, lowering_of, served_bytes
+from tasks.orchestration.graph_documents import Lowering, read_lowering, served_bytes
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
 from tasks.report.tables import markdown, number_rows
@@ -66,7 +66,7 @@ def lower_bundle(bundle: Artifact, rows: Artifact) -> tuple[Lowering, Path]:
         most_rows=65_536,  # the largest batch that a graph must accept
     )
     folder = local(graphs)
-    return lowering_of(folder), folder
+    return read_lowering(folder), folder
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from compressors.contracts.inputs.common import (
     IntegerType,
     OutOfRange,
     check_list_shape,
-    with_columns,
+    set_default_columns,
 )
 
 
@@ -34,7 +34,7 @@ class PaddedBag(Frozen):
     out_of_range: OutOfRange = "error"
     default_row: int = Field(0, ge=0)
 
-    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
+    _columns_default_to_the_name = model_validator(mode="before")(set_default_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:
@@ -64,7 +64,7 @@ class JaggedBag(Frozen):
     out_of_range: OutOfRange = "error"
     default_row: int = Field(0, ge=0)
 
-    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
+    _columns_default_to_the_name = model_validator(mode="before")(set_default_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:

@@ -53,7 +53,7 @@ class Input(Protocol):
         """The shape of one row."""
 
 
-def with_columns(data: Any) -> Any:
+def set_default_columns(data: Any) -> Any:
     """Return the data of an input with its name as ``columns`` if it has none.
 
     Each kind of input that reads columns registers this function as a validator.

@@ -13,7 +13,7 @@ from compressors.contracts.inputs.common import (
     IntegerType,
     OutOfRange,
     check_scalar_shape,
-    with_columns,
+    set_default_columns,
 )
 from compressors.contracts.value_errors import value_error
 
@@ -41,7 +41,7 @@ class IdInput(Frozen):
     out_of_range: OutOfRange = "error"
     default_row: int = Field(0, ge=0)
 
-    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
+    _columns_default_to_the_name = model_validator(mode="before")(set_default_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:

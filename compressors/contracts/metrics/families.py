@@ -88,7 +88,7 @@ def _list_default_metrics(task: str, *, grouped: bool) -> tuple[Metric, ...]:
     return tuple(
         member
         for family in FAMILIES.values()
-        for member in family.of_task(task_kind(task))
+        for member in family.list_metrics_of_task(task_kind(task))
         if can_be_measured(member, task, grouped=grouped)
     )
 

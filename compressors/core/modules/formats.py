@@ -119,7 +119,7 @@ def layout_bytes(layout: Mapping[str, TensorSpec]) -> int:
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())
 
 
-def stored_entries(spec: TensorSpec, begin: int, end: int) -> slice:
+def find_stored_entries(spec: TensorSpec, begin: int, end: int) -> slice:
     """Return the entries of a stored tensor that encode the rows ``begin`` to ``end - 1``."""
     return slice(begin // spec.rows_per_entry, -(-end // spec.rows_per_entry))
 

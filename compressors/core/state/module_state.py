@@ -137,11 +137,11 @@ def _build(
     replaced: list[nn.Parameter] = []
     for name, record in sorted(network.modules.items()):  # a composed table before its parts
         if record.kind == "output":
-            recalibration = module_of(name, record)
+            recalibration = build_module(name, record)
             if isinstance(recalibration, Recalibration) and name == RECALIBRATION:
                 attach(model, recalibration)
                 continue
-        module = module_of(name, record)
+        module = build_module(name, record)
         try:
             replaced += model.get_submodule(name).parameters()
             if isinstance(module, TiedHead):
@@ -154,7 +154,7 @@ def _build(
     return model, tuple(replaced)
 
 
-def module_of(name: str, record: ModuleRecord) -> nn.Module:
+def build_module(name: str, record: ModuleRecord) -> nn.Module:
     """Build an empty compressed module from its record.
 
     Raises:
@@ -347,7 +347,7 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return stored, ties
 
 
-def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
+def build_records(model: nn.Module) -> dict[str, ModuleRecord]:
     """Return the record of every compressed module; a bag's record includes its table."""
     records: dict[str, ModuleRecord] = {}
     tables_of_bags: set[str] = set()

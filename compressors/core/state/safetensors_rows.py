@@ -80,7 +80,7 @@ class StoredRows(NamedTuple):
         return flat.reshape(self.spec.shape)
 
 
-def spec_of(dtype: str, shape: tuple[int, ...], name: str) -> TensorSpec:
+def build_spec(dtype: str, shape: tuple[int, ...], name: str) -> TensorSpec:
     """Return the spec of a tensor from the dtype and shape in a file's header.
 
     Raises:

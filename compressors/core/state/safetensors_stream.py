@@ -90,7 +90,7 @@ class StreamedFile:
         end = 0  # a Python integer: no file size overflows it
         for name in sorted(layout, key=lambda name: (-_RANK[layout[name].dtype], name)):
             spec, begin = layout[name], end
-            end += size_of(spec)
+            end += compute_size(spec)
             self._starts[name] = begin
             entries_of_header[name] = {
                 "dtype": _NAMES[spec.dtype],
@@ -146,7 +146,7 @@ class StreamedFile:
         return Piece(at, raw_bytes(values))
 
 
-def size_of(spec: TensorSpec) -> int:
+def compute_size(spec: TensorSpec) -> int:
     """Return the size of a stored tensor in bytes."""
     return math.prod(spec.shape) * spec.dtype.itemsize
 

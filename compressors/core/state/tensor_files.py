@@ -76,7 +76,7 @@ class TensorFile(NamedTuple):
             yield StoredRows(self.path, opened.fileno(), self.path.name, self.start(), spec)
 
 
-def file_of(tensor: Tensor, files: Mapping[str, TensorFile]) -> TensorFile | None:
+def find_file(tensor: Tensor, files: Mapping[str, TensorFile]) -> TensorFile | None:
     """Return the file that holds a tensor, or None."""
     return next((file for file in files.values() if file.holds(tensor)), None)
 

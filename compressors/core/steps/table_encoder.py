@@ -12,7 +12,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from compressors.core.modules.formats import PackedTable, TensorSpec, row_blocks, stored_entries
+from compressors.core.modules.formats import (
+    PackedTable,
+    TensorSpec,
+    find_stored_entries,
+    row_blocks,
+)
 from compressors.core.state.tensor_files import TensorFile
 from compressors.core.steps.step import TableStep
 from compressors.errors.compression import ContractBroken
@@ -77,7 +82,7 @@ class TableEncoder:
         entries_and_values = {}
         for name, values in encoded.items():
             end = begin + len(block)
-            entries = stored_entries(self.layout[name], begin, end)
+            entries = find_stored_entries(self.layout[name], begin, end)
             if len(values) != entries.stop - entries.start:
                 raise ContractBroken(
                     "encoded_rows_differ",

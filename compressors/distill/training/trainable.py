@@ -109,7 +109,7 @@ def is_table(module: nn.Module, name: str) -> bool:
     return isinstance(owner, nn.Embedding | nn.EmbeddingBag)
 
 
-def packed_owner(module: nn.Module, name: str) -> PackedTable | None:
+def find_packed_owner(module: nn.Module, name: str) -> PackedTable | None:
     """Return the packed table that a tensor belongs to, or None."""
     owner = module.get_submodule(name.rpartition(".")[0])
     return owner if isinstance(owner, PackedTable) else None

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from compressors.contracts import Signature, Split
 from compressors.core.batches import Batch, JoinedRows, Rows
 from compressors.core.modules.formats import PackedLinear
-from compressors.core.placement import device_of, move_to, to_device
+from compressors.core.placement import find_device, move_to, to_device
 from compressors.core.scores import training_output
 from compressors.distill.training import data_parallel
 from compressors.distill.training.checkpoint import TrainingProgress, read_progress, store_progress
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import (
+    find_packed_owner,
     is_table,
-    packed_owner,
     replace_buffers,
     replace_trained_tensors,
     trainable_tensors,
@@ -186,11 +186,11 @@ class _Run:
         _require_float_layers(module, settings)
         self.leaves = replace_trained_tensors(module, names)
         self.auxiliary: dict[str, Tensor] = {}
-        self.device = device_of(module)
+        self.device = find_device(module)
         self.whole_lists = False
         self.statistics = replace_buffers(module)
         self.tables = [leaf for name, leaf in self.leaves.items() if is_table(module, name)]
-        owners = (packed_owner(module, name) for name in self.leaves)
+        owners = (find_packed_owner(module, name) for name in self.leaves)
         self.packed = list(dict.fromkeys(owner for owner in owners if owner is not None))
         self.nonzero = {
             name: leaf.detach() != 0
@@ -203,7 +203,7 @@ class _Run:
             if not isinstance(leaf, nn.Parameter) and name.endswith("scale")
         }
         of_tables = {id(table) for table in self.tables}
-        of_tables |= {id(leaf) for n, leaf in self.leaves.items() if packed_owner(module, n)}
+        of_tables |= {id(leaf) for n, leaf in self.leaves.items() if find_packed_owner(module, n)}
         decayed = [x for x in self.leaves.values() if x.dim() == 2 and id(x) not in of_tables]
         others = [x for x in self.leaves.values() if x.dim() != 2 or id(x) in of_tables]
         self.optimizer = torch.optim.AdamW(

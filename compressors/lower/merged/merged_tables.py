@@ -182,7 +182,7 @@ def table_groups(
     ]
 
 
-def with_merged_tables(
+def replace_merged_tables(
     model: nn.Module, groups: Sequence[TableGroup], replacement: type[nn.Module] = nn.Identity
 ) -> nn.Module:
     """Copy a model and replace the tables of the groups by modules that return looked-up rows.
@@ -231,7 +231,7 @@ def _keeps_predictions(
     expected = network_scores(model.get_submodule(path), inputs, signature)
     rows, _ = MergedTable(group, rows_of_table)([inputs[item.name] for item in group.inputs])
     hidden = {item.name: _HiddenRows(row) for item, row in zip(group.inputs, rows, strict=True)}
-    test_model = with_merged_tables(model, [group], _RowsReader)
+    test_model = replace_merged_tables(model, [group], _RowsReader)
     try:
         changed: dict[str, Any] = {**inputs, **hidden}
         predictions = network_scores(test_model.get_submodule(path), changed, signature)

@@ -94,6 +94,6 @@ class LoweringTarget(Protocol):
         """Return whether the graph has bfloat16 MatMuls, which ONNX Runtime on CPU refuses."""
 
 
-def formats_of(plan: Plan | None) -> set[str]:
+def list_formats(plan: Plan | None) -> set[str]:
     """Return the formats of all tables and dense layers of a plan; empty if there is no plan."""
     return {line.format for line in plan.lines if line.role != "other"} if plan else set()

@@ -13,7 +13,7 @@ from compressors.metrics.cluster_intervals import (
     GroupedPair,
     GroupedValue,
     Groups,
-    grouped_pair,
+    pair_groups,
     ratio,
     weighted_mean,
 )
@@ -67,7 +67,7 @@ class Auc:
         before, after = (
             _compute_without_each_group(pair.label, score, classes.groups) for score in pair.scores
         )
-        return grouped_pair(
+        return pair_groups(
             before,
             after,
             self.metric.high,
@@ -95,7 +95,7 @@ class GroupAuc:
             raise MetricRefused("groups_of_one_class")
         weight = values[0][1].astype(np.float64)
         before, after = (weighted_mean(value, weight) for value, _ in values)
-        return grouped_pair(before, after, self.metric.high, weight.size, "with both classes")
+        return pair_groups(before, after, self.metric.high, weight.size, "with both classes")
 
 
 class BothClasses(NamedTuple):

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from compressors.contracts import Metric
 from compressors.errors.metrics import MetricRefused
-from compressors.metrics.cluster_intervals import GroupedPair, grouped_pair, weighted_mean
+from compressors.metrics.cluster_intervals import GroupedPair, pair_groups, weighted_mean
 from compressors.metrics.estimators.protocols import ScoredRows, require_groups
 from compressors.metrics.intervals import PairedRows
 from compressors.metrics.point_estimates import Floats
@@ -54,7 +54,7 @@ class ListEstimator(DepthEstimator, ABC):
             for score in pair.scores
         ]
         before, after = (weighted_mean(value, np.ones(value.size)) for value in values)
-        return grouped_pair(before, after, self.metric.high, values[0].size, "with a relevant item")
+        return pair_groups(before, after, self.metric.high, values[0].size, "with a relevant item")
 
 
 def _require_values(values: Floats) -> Floats:

@@ -11,8 +11,8 @@ from compressors.metrics.cluster_intervals import (
     GroupedPair,
     GroupedValue,
     Groups,
-    grouped_pair,
     mean_of_rows,
+    pair_groups,
     ratio,
 )
 from compressors.metrics.estimators.auc import groups_of_both_classes
@@ -61,7 +61,7 @@ class LogLoss:
         before, after = (
             mean_of_rows(row_logloss(pair.label, score), groups) for score in pair.scores
         )
-        return grouped_pair(before, after, LARGEST_LOSS, groups.rows.size, "")
+        return pair_groups(before, after, LARGEST_LOSS, groups.rows.size, "")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class NormalizedEntropy:
             for score in pair.scores
         )
         largest = LARGEST_LOSS / base_entropy(float(classes.positive.mean()))
-        return grouped_pair(
+        return pair_groups(
             before,
             after,
             largest,

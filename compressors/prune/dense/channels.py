@@ -30,9 +30,13 @@ from compressors.core.model import Model
 from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, private_copy
-from compressors.distill.soft_labels import mixed_loss
+from compressors.distill.soft_labels import build_mixed_loss
 from compressors.distill.training.settings import Training
-from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
+from compressors.distill.training.training_steps import (
+    choose_trainable,
+    list_pruned_layers,
+    train_model,
+)
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
 from compressors.prune.dense import kept_shares
@@ -46,7 +50,7 @@ from compressors.prune.dense.kept_shares import Counts
 from compressors.prune.dense.reconstruct import reconstruct
 from compressors.prune.structure.channel_consumers import WidthConsumers
 from compressors.prune.structure.config_widths import Width
-from compressors.prune.structure.narrowing import WidthCut, remaining_consumers, without_channels
+from compressors.prune.structure.narrowing import WidthCut, remaining_consumers, remove_channels
 from compressors.prune.structure.prunable_widths import PrunableWidths, prunable_widths
 
 NARROWING_CODES = frozenset({"channels_cut", "one_threshold", "inputs_follow"})
@@ -386,7 +390,7 @@ class Channels(StepSettings):
         """
         cuts = [WidthCut(item.width, item, counts[item.width.path]) for item in consumers]
         try:
-            narrower, gap = without_channels(model, signature, cuts, kept_by_producer)
+            narrower, gap = remove_channels(model, signature, cuts, kept_by_producer)
         except Exception as fault:  # the class or torch may raise any exception
             if is_out_of_memory(fault):
                 raise
@@ -411,11 +415,11 @@ class Channels(StepSettings):
         return prunable_widths(model, signature, *arguments, share_is_searched=is_searched)
 
     def _train(self, model: Model, bench: Bench, training: Training, number: int) -> AppliedStep:
-        loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)
+        loss = build_mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)
         if bench.checkpoints is not None:  # one checkpoint folder per round
             folder = f"{bench.checkpoints}/round-{number}"
             bench = bench.model_copy(update={"checkpoints": folder})
-        return train_model(model, bench, loss, training, keep_zeros_in=pruned_layers(model))
+        return train_model(model, bench, loss, training, keep_zeros_in=list_pruned_layers(model))
 
 
 def _select_by_producer(

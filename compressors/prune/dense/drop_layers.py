@@ -31,7 +31,7 @@ from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import RowsMissing
 from compressors.errors.widths import NotAMember
 from compressors.metrics.validation_score import quality
-from compressors.prune.structure.config_depth import Stack, find_stacks, without_member
+from compressors.prune.structure.config_depth import Stack, find_stacks, remove_member
 
 
 class RemovableStacks(NamedTuple):
@@ -175,7 +175,7 @@ class DropLayers(StepSettings):
         stacks: list[Stack] = []
         assigned: set[str] = set()  # units of the stacks selected so far
         for stack in find_stacks(model):
-            in_stack = [unit.name for unit in units if stack.member_of(unit.name) is not None]
+            in_stack = [unit.name for unit in units if stack.find_member(unit.name) is not None]
             dense = [name for name in in_stack if name in choices]
             if not dense or assigned & set(in_stack):
                 continue
@@ -238,7 +238,7 @@ def _explain_not_removable(
 def _name_in_first_member(stack: Stack, name: str) -> str:
     """Return the name that a layer of a stack would have if its member were the first."""
     new_name: str | None = name
-    while new_name is not None and stack.member_of(new_name):
+    while new_name is not None and stack.find_member(new_name):
         new_name = stack.name_after_removal(new_name, 0)
     return new_name or name
 
@@ -254,7 +254,7 @@ def _build_candidates(
     candidates: dict[int, tuple[Model, Stack]] = {}
     for member in range(stack.members if stack.members > 1 else 0):
         try:
-            candidates[member] = without_member(model, signature, stack, member)
+            candidates[member] = remove_member(model, signature, stack, member)
         except NotAMember as fault:
             if faults is not None:
                 faults.append(fault.reason)
@@ -274,7 +274,7 @@ def _build_outcomes(
     """
     outcomes = {}
     for name in names:
-        member = stack.member_of(name)
+        member = stack.find_member(name)
         if member is None or not changes:
             continue
         reasons = list(changes)

@@ -33,9 +33,13 @@ from compressors.core.model import Model
 from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit
-from compressors.distill.soft_labels import mixed_loss
+from compressors.distill.soft_labels import build_mixed_loss
 from compressors.distill.training.settings import Training
-from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
+from compressors.distill.training.training_steps import (
+    choose_trainable,
+    list_pruned_layers,
+    train_model,
+)
 from compressors.prune.structure.channel_consumers import WidthConsumers
 from compressors.prune.structure.prunable_widths import prunable_widths
 
@@ -164,7 +168,7 @@ class L1Training(StepSettings):
         """
         penalized = plan.payload
         names = [name for name, decision in penalized.items() if decision.selected]
-        loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)
+        loss = build_mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)
         groups = (
             _find_weight_groups(model, bench.signature, penalized)
             if self.penalty == "group"
@@ -175,7 +179,7 @@ class L1Training(StepSettings):
             bench,
             loss,
             self.training,
-            keep_zeros_in=pruned_layers(model),
+            keep_zeros_in=list_pruned_layers(model),
             after_step=_build_threshold_function(
                 model.module, names, groups, self.penalty_strength
             ),

@@ -28,10 +28,10 @@ from compressors.core.units import private_copy, table_rows
 from compressors.errors.widths import NotAMember
 from compressors.prune.structure.config_widths import (
     Path,
-    defaults_of,
     describe_path,
-    integers_of,
-    with_value,
+    find_defaults,
+    iterate_integers,
+    replace_value,
 )
 from compressors.prune.structure.narrowing import (
     describe_score_difference,
@@ -62,7 +62,7 @@ class Stack:
         """Return the place of the number or list as it is written in code, such as ``hidden``."""
         return describe_path(self.path)
 
-    def member_of(self, name: str) -> int | None:
+    def find_member(self, name: str) -> int | None:
         """Return the number of the member that a module or tensor belongs to, or None."""
         for container, size in self.containers.items():
             index, _, _ = name.removeprefix(f"{container}.").partition(".")
@@ -88,7 +88,7 @@ class Stack:
 def find_stacks(model: Model) -> tuple[Stack, ...]:
     """Find the numbers and lists that set the length of containers, with one build for each."""
     before = _count_modules(model.module)
-    config = {**defaults_of(model.architecture), **model.network.architecture.config}
+    config = {**find_defaults(model.architecture), **model.network.architecture.config}
     stacks = []
     for path, members, is_list in _iterate_possible_counts(config):
         candidate = Stack(path, members, is_list, {})
@@ -124,7 +124,7 @@ def _iterate_possible_counts(config: Any, path: Path = ()) -> Iterator[tuple[Pat
         The path in the configuration, the number or the length of the list, and whether it is a
         list.
     """
-    for number_path, value in integers_of(config, path):
+    for number_path, value in iterate_integers(config, path):
         if value >= 2:
             yield number_path, value, False
     items = config.items() if isinstance(config, dict) else enumerate(config)
@@ -150,12 +150,12 @@ def _remove_member_from_config(model: Model, stack: Stack, member: int) -> dict[
     """Return the configuration after one member is removed."""
     config = model.network.architecture.config
     if not stack.is_list:
-        return with_value(model.architecture, config, stack.path, stack.members - 1)
-    value: Any = {**defaults_of(model.architecture), **config}
+        return replace_value(model.architecture, config, stack.path, stack.members - 1)
+    value: Any = {**find_defaults(model.architecture), **config}
     for key in stack.path:
         value = value[key]
     shorter = [*value[:member], *value[member + 1 :]]
-    return with_value(model.architecture, config, stack.path, shorter)
+    return replace_value(model.architecture, config, stack.path, shorter)
 
 
 def _build(model: Model, config: dict[str, Any]) -> nn.Module:
@@ -163,7 +163,7 @@ def _build(model: Model, config: dict[str, Any]) -> nn.Module:
     return construct(model.architecture, config).module
 
 
-def without_member(
+def remove_member(
     model: Model, signature: Signature, stack: Stack, member: int
 ) -> tuple[Model, Stack]:
     """Build the network without one member; it shares the tensors of the given network.

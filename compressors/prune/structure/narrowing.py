@@ -27,7 +27,7 @@ from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, PackedTable
-from compressors.core.modules.output_calibration import attach, recalibration_of
+from compressors.core.modules.output_calibration import attach, find_recalibration
 from compressors.core.modules.pointwise import PointwiseConv
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.scores import network_scores, score_columns
@@ -35,7 +35,7 @@ from compressors.core.state.construction import assign, construct
 from compressors.core.units import private_copy, replace_parameter, swap, table_rows
 from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.channel_consumers import WidthConsumers, find_consumers, trace
-from compressors.prune.structure.config_widths import Width, with_value
+from compressors.prune.structure.config_widths import Width, replace_value
 
 CHECK_ROWS = 128  # synthetic rows of each scale
 SCALES = (1.0, 30.0)
@@ -77,7 +77,7 @@ def require_narrowable(model: Model, signature: Signature, cut: WidthCut) -> Non
         kept_by_producer.update(dict.fromkeys(group, mask))
     private = replace(model, module=private_copy(model.module))
     try:
-        _, gap = without_channels(private, signature, [cut], kept_by_producer)
+        _, gap = remove_channels(private, signature, [cut], kept_by_producer)
     except Exception as fault:  # any exception of the class means: the width is fixed
         if is_out_of_memory(fault):
             raise
@@ -88,7 +88,7 @@ def require_narrowable(model: Model, signature: Signature, cut: WidthCut) -> Non
         raise NotAWidth(Reason("channels_read", gap=gap))
 
 
-def without_channels(
+def remove_channels(
     model: Model,
     signature: Signature,
     cuts: Sequence[WidthCut],
@@ -115,7 +115,7 @@ def without_channels(
             inputs[consumer] = inputs.get(consumer, torch.ones_like(removed)) & ~removed
         for producer, groups in cut.consumers.groups.items():
             outputs[producer] = kept_by_producer[producer][groups]  # (channels,)
-        config = with_value(model.architecture, config, cut.width.path, cut.count)
+        config = replace_value(model.architecture, config, cut.width.path, cut.count)
     tables = table_rows(model.module)
     expected = synthetic_scores(_copy_with_zero_weights(model.module, inputs), signature, tables)
     for name in outputs.keys() | inputs.keys():
@@ -192,7 +192,7 @@ def rebuild(
             new_module_name = new_name(name)
             if new_module_name is not None:
                 swap(module, new_module_name, part)
-    recalibration = recalibration_of(model.module)
+    recalibration = find_recalibration(model.module)
     if recalibration is not None:
         attach(module, recalibration)
     state = model.module.state_dict(keep_vars=True)

@@ -32,13 +32,13 @@ from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, ch
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, innermost, swap
-from compressors.distill.soft_labels import mixed_loss
+from compressors.distill.soft_labels import build_mixed_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.trainer import train
 from compressors.distill.training.training_steps import (
     describe_outcome,
-    pruned_layers,
+    list_pruned_layers,
     require_loss,
 )
 from compressors.errors.steps import RowsMissing, StepRefused
@@ -232,14 +232,14 @@ class QAT(StepSettings):
             bench.signature,
             bench.train,
             bench.validation,
-            mixed_loss(
+            build_mixed_loss(
                 bench, self.soft_share, self.temperature, self.kind, original=model.original
             ),
             self.training,
             seed=bench.seed,
             device=bench.device,
             checkpoints=bench.checkpoints,
-            keep_zeros_in=pruned_layers(model),
+            keep_zeros_in=list_pruned_layers(model),
             tensor_names=_list_trained_tensors(module, units, learned),
         )
         for name, layer in learned.items():

@@ -135,7 +135,7 @@ class Float8E4M3(StepSettings):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the stored layout of a table."""
-        return scales.settings_of(self.grid)
+        return scales.select_settings(self.grid)
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
         """Fit the scale if the table has one for all rows; otherwise return no parameters."""

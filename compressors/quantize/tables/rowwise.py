@@ -57,7 +57,7 @@ class RowwiseSettings(StepSettings):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the stored layout of a table."""
-        return scales.settings_of(self.grid)
+        return scales.select_settings(self.grid)
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
         """Fit scale and offset if the table has one scale; otherwise return no parameters.

@@ -43,7 +43,7 @@ class SharedScales(NamedTuple):
         )
 
 
-def settings_of(grid: Grid) -> dict[str, Any]:
+def select_settings(grid: Grid) -> dict[str, Any]:
     """Return the settings of a grid that determine a table's layout and lookup."""
     return {
         "scale": grid.scale,

@@ -375,7 +375,7 @@ def test_of_split_returns_the_inputs_and_columns_of_each_split():
     assert signature().of_split("items") == signature()
     traffic = retrieval.of_split("traffic")
     assert (traffic.inputs, traffic.group) == (test.inputs, "user")
-    assert traffic.outputs == test.without_labels().outputs
+    assert traffic.outputs == test.remove_labels().outputs
     assert signature().of_split("traffic") == with_output(signature(), label=None)
 
 

@@ -5,7 +5,7 @@ import torch
 from models import ATTENTION, BENCH_ROWS, RANKER, REFERENCES, write_split
 
 from compressors.contracts import DenseInput, IdInput, JaggedBag, PaddedBag, tensor_names
-from compressors.core.batches import Batch, batches, build_jagged_arguments, row_of
+from compressors.core.batches import Batch, batches, build_jagged_arguments, take_row
 from compressors.core.random_inputs import generate_edge_inputs, generate_inputs
 from compressors.lower.serving_wrapper import input_names
 
@@ -128,7 +128,7 @@ def test_each_input_with_ids_has_out_of_range_ids_in_two_separate_edge_rows():
 
 def test_the_last_two_edge_rows_have_empty_and_full_lists():
     inputs = generate_edge_inputs(RANKER.signature, ROWS, 30, seed=4)
-    empty, full = (row_of(inputs, RANKER.signature, row) for row in (28, 29))
+    empty, full = (take_row(inputs, RANKER.signature, row) for row in (28, 29))
     assert empty["genres"].tolist() == [[0, 0, 0, 0]]
     assert (len(empty["history"]), len(empty["tags"])) == (0, 0)
     longest = {item.name: item.shape[0] for item in RANKER.signature.inputs if item.name == "tags"}

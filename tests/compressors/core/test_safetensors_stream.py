@@ -22,7 +22,7 @@ from compressors.core.modules.formats import TensorSpec
 from compressors.core.state.safetensors_stream import (
     DTYPES,
     StreamedFile,
-    size_of,
+    compute_size,
     write,
     write_piece,
 )
@@ -186,6 +186,6 @@ def test_layout_that_safetensors_cannot_store_is_refused(name, spec):
 
 
 def test_size_of_returns_bytes():
-    assert size_of(TensorSpec((3, 5), torch.float16)) == 30
-    assert size_of(TensorSpec((), torch.float64)) == 8
-    assert size_of(TensorSpec((2**31, 4), torch.int64)) == 2**36
+    assert compute_size(TensorSpec((3, 5), torch.float16)) == 30
+    assert compute_size(TensorSpec((), torch.float64)) == 8
+    assert compute_size(TensorSpec((2**31, 4), torch.int64)) == 2**36

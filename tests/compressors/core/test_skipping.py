@@ -441,13 +441,13 @@ def test_a_fold_that_changes_scores_at_one_layer_skips_that_layer(
             x = torch.relu(self.norm(self.first(x)))
             return torch.relu(self.second_norm(self.second(x)))
 
-    original: Callable[..., tuple[Tensor, Tensor]] = fold.scaled_outputs
+    original: Callable[..., tuple[Tensor, Tensor]] = fold.scale_outputs
 
     def doubled_for_second_layer(weight: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
         scaled, bias = original(weight, *others)
         return (2 * scaled, bias) if weight.shape[1] == 16 else (scaled, bias)
 
-    monkeypatch.setattr(fold, "scaled_outputs", doubled_for_second_layer)
+    monkeypatch.setattr(fold, "scale_outputs", doubled_for_second_layer)
     reference, source = reference_and_model(TwoNorms)
     result = run_or_skip(Fold(), source, reference.bench(tmp_path / "data"), tmp_path / "out")
     assert result.plan is not None

@@ -19,9 +19,9 @@ from compressors.core.state.meta_device import parameters_on_meta
 from compressors.core.state.module_state import (
     INDEX,
     build,
+    build_module,
     load,
     map_tensors,
-    module_of,
     save,
     tensors_of,
 )
@@ -198,7 +198,7 @@ def test_build_refuses_a_record_of_an_unknown_module():
 def test_unknown_format_is_refused():
     record = ModuleRecord(kind="table", format="ternary", settings={"rows": 1, "dim": 1})
     with raises_code(ModelRefused, "format_unknown", format="ternary"):
-        module_of("user", record)
+        build_module("user", record)
 
 
 @pytest.mark.parametrize("kind", ["table", "bag", "linear"])
@@ -206,7 +206,7 @@ def test_unknown_format_is_refused():
 def test_incomplete_record_is_refused(kind, settings):
     format_name = "static_int8" if kind == "linear" else "rowwise_int8"
     with raises_code(ModelRefused, "record_incomplete", name="user"):
-        module_of("user", ModuleRecord(kind=kind, format=format_name, settings=settings))
+        build_module("user", ModuleRecord(kind=kind, format=format_name, settings=settings))
 
 
 @pytest.mark.skipif(

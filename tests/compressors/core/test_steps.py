@@ -48,7 +48,7 @@ from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.registries import AnyStep
 from compressors.core.runner import run
-from compressors.core.state.module_state import load, map_tensors, records_of, save, tensors_of
+from compressors.core.state.module_state import build_records, load, map_tensors, save, tensors_of
 from compressors.core.steps.step import Step as StepProtocol
 from compressors.core.steps.step import TableStep
 from compressors.core.units import Unit
@@ -411,7 +411,7 @@ def test_the_loaded_model_has_the_tensors_and_scores_of_the_result(method_run, r
     result = method_run.result
     ties = save(result.module, tmp_path / "again")
     assert ties == result.network.ties
-    assert records_of(result.module) == result.network.modules
+    assert build_records(result.module) == result.network.modules
     loaded = load(result.architecture, result.network, tmp_path / "again")
     expected, actual = result.module.state_dict(), loaded.state_dict()
     torch.testing.assert_close(dict(actual), dict(expected), rtol=0, atol=0)

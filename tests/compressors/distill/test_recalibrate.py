@@ -32,7 +32,7 @@ from compressors.contracts import Bench
 from compressors.core.batches import batches
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
-from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.modules.output_calibration import find_recalibration
 from compressors.core.plan_lines import OUTPUT
 from compressors.core.runner import run
 from compressors.distill.fine_tune import FineTune
@@ -236,7 +236,7 @@ def test_rows_without_a_label_do_not_change_the_map(tmp_path):
         )
         other = bench.model_copy(update={"validation": split})
         result = run(Recalibrate(method="platt"), COMPACT.model(), other, tmp_path / f"{name}-out")
-        maps.append(recalibration_of(result.module).line)
+        maps.append(find_recalibration(result.module).line)
     torch.testing.assert_close(*maps)
 
 

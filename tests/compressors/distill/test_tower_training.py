@@ -94,7 +94,7 @@ def trained_model(seed: int = 0) -> Model:
     return model
 
 
-def bench_of(model: Model, folder: Path) -> Bench:
+def build_bench(model: Model, folder: Path) -> Bench:
     """Write interactions drawn from the softmax of each user's scores, without repetition."""
     with torch.no_grad():
         users, items = torch.arange(USERS), torch.arange(ITEMS)
@@ -127,7 +127,7 @@ def recall(model: Model, bench: Bench) -> float:
 
 def test_quality_is_the_recall_of_a_ranking_without_items_of_the_training_rows(tmp_path):
     model = trained_model()
-    bench = bench_of(model, tmp_path)
+    bench = build_bench(model, tmp_path)
     assert bench.train is not None
     assert bench.validation is not None
     train, validation = (Rows(split, SIGNATURE) for split in (bench.train, bench.validation))
@@ -152,7 +152,7 @@ def test_quality_is_the_recall_of_a_ranking_without_items_of_the_training_rows(t
 
 def test_at_most_5000_queries_are_ranked(tmp_path, monkeypatch):
     model = trained_model()
-    bench = bench_of(model, tmp_path)
+    bench = build_bench(model, tmp_path)
     assert MAX_QUERIES == 5_000
     monkeypatch.setattr("compressors.metrics.validation_ranking.MAX_QUERIES", 2)
     validation = Rows(bench.validation, SIGNATURE)
@@ -177,7 +177,7 @@ def damage(model: Model, names: tuple[str, ...]) -> Model:
 
 
 def test_fine_tune_trains_random_towers(tmp_path):
-    bench = bench_of(trained_model(), tmp_path / "data")
+    bench = build_bench(trained_model(), tmp_path / "data")
     start = TOWERS.model(seed=1)
     training = TRAINING.model_copy(update={"learning_rate": 0.1, "epochs": 8})
     result = run(FineTune(training=training), start, bench, tmp_path / "out")
@@ -189,7 +189,7 @@ def test_fine_tune_trains_random_towers(tmp_path):
 @pytest.mark.parametrize("loss", ["task", "margin"])
 def test_distill_recovers_a_damaged_layer_from_the_vectors_of_the_original(loss, tmp_path):
     original = trained_model()
-    bench = bench_of(original, tmp_path / "data")
+    bench = build_bench(original, tmp_path / "data")
     start = replace(damage(original, ("item.out.weight",)), original=original.module)
     training = TRAINING.model_copy(update={"tables": False})
     step = Distill(loss=loss, training=training, soft_share=1.0)
@@ -201,7 +201,7 @@ def test_distill_recovers_a_damaged_layer_from_the_vectors_of_the_original(loss,
 
 def test_refit_codes_recovers_damaged_codebooks(tmp_path):
     original = trained_model()
-    bench = bench_of(original, tmp_path / "data")
+    bench = build_bench(original, tmp_path / "data")
     codes = ProductCodes(parts=4, bits=6, codebook_share=1.0)
     packed = run(codes, original, bench, tmp_path / "codes")
     names = ("item.table.codebook",)
@@ -215,7 +215,7 @@ def test_refit_codes_recovers_damaged_codebooks(tmp_path):
 
 def test_qat_trains_the_layers_of_both_towers(tmp_path):
     original = trained_model()
-    bench = bench_of(original, tmp_path / "data")
+    bench = build_bench(original, tmp_path / "data")
     training = TRAINING.model_copy(update={"tables": False, "epochs": 1})
     result = run(
         QAT(training=training), replace(original, original=original.module), bench, tmp_path / "out"
@@ -228,7 +228,7 @@ def test_qat_trains_the_layers_of_both_towers(tmp_path):
 
 def test_steps_without_the_original_or_with_unusable_settings_are_refused(tmp_path):
     original = trained_model()
-    bench = bench_of(original, tmp_path / "data")
+    bench = build_bench(original, tmp_path / "data")
     with raises_code(NothingToCompress, "towers_setting", setting="loss", value="pointwise"):
         run(Distill(loss="pointwise"), original, bench, tmp_path / "out")
     with raises_code(NothingToCompress, "towers_setting", setting="hints", value=("query.out",)):
@@ -239,7 +239,7 @@ def test_a_list_loss_of_two_towers_does_not_keep_the_rows_of_a_query_in_one_batc
     tmp_path, monkeypatch
 ):
     original = trained_model()
-    bench = bench_of(original, tmp_path / "data")
+    bench = build_bench(original, tmp_path / "data")
     whole_lists = []
     monkeypatch.setattr(
         "compressors.distill.distill.train_model",
@@ -255,7 +255,7 @@ def test_a_list_loss_of_two_towers_does_not_keep_the_rows_of_a_query_in_one_batc
 
 def test_validation_rows_without_a_positive_label_raise(tmp_path):
     model = trained_model()
-    bench = bench_of(model, tmp_path)
+    bench = build_bench(model, tmp_path)
     assert bench.validation is not None
     validation = Rows(bench.validation, SIGNATURE)
     validation.label = torch.zeros(len(validation))

@@ -26,7 +26,7 @@ from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.runner import run
-from compressors.core.state.module_state import load, map_tensors, module_of
+from compressors.core.state.module_state import build_module, load, map_tensors
 from compressors.core.units import Unit
 from compressors.distill.fine_tune import FineTune
 from compressors.errors.compression import ModelRefused, NothingToCompress
@@ -333,7 +333,7 @@ def test_incomplete_records_and_wrong_shapes_of_factored_layers_raise_errors():
         kind="linear", format="factored", settings={"in_features": 4, "out_features": 4}
     )
     with raises_code(ModelRefused, "record_incomplete", name="hidden") as caught:
-        module_of("hidden", record)
+        build_module("hidden", record)
     assert "bias" in caught.value.fields["problem"]
     stored = {"reduce.weight": torch.zeros(2, 4), "expand.weight": torch.zeros(2, 4)}
     with pytest.raises(ValueError, match=r"expand.weight of \(4, 2\) was given \(2, 4\)"):

@@ -13,7 +13,7 @@ from sequence_draft import CONFIG, TABLES, Padding, signature
 from sequence_network import SequenceNet
 
 from compressors.contracts import Signature, TargetName
-from compressors.core.batches import row_of
+from compressors.core.batches import take_row
 from compressors.core.random_inputs import edge_rows, generate_edge_inputs
 from compressors.core.runner import run
 from compressors.lower.export import lower
@@ -65,7 +65,7 @@ def test_row_has_the_same_score_without_the_padding_of_its_batch(padding):
     in_batch = graph.run_in_onnx(inputs)
     per_id = ("history", "history_mask", "history_positions", "categories")
     for row, length in enumerate(inputs["category_count"].tolist()):
-        alone = row_of(inputs, graph.signature, row)
+        alone = take_row(inputs, graph.signature, row)
         for name in per_id:
             ids = alone[name]
             alone[name] = ids[:, -length:] if padding == "left" else ids[:, :length]

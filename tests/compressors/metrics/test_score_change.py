@@ -283,7 +283,7 @@ def test_each_of_several_outputs_has_a_summary_and_a_warning_unless_a_limit_cove
     numbers = [Number(metric=m, against="absolute", estimate=e) for m, e in estimates.items()]
     units = {"calm": "probability", "wild": "probability"}
     measured = Measured(numbers=tuple(numbers), units_of_outputs=units)
-    assert measured.unit_of("mean_score_change[wild]") == "probability"
+    assert measured.find_unit("mean_score_change[wild]") == "probability"
 
     def reasons_with(limit):
         result = verdict("onnxruntime", (Limit.parse(limit),), measured, built=True)

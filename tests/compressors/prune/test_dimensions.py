@@ -25,9 +25,9 @@ from compressors.errors.steps import StepRefused
 from compressors.prune.tables.dimensions import (
     Dimensions,
     mean_row,
+    remove_dimensions,
     taylor,
     variance,
-    without_dimensions,
 )
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
@@ -48,7 +48,7 @@ def test_kept_dimensions_are_exact_and_dropped_dimensions_are_their_mean(seed, r
     )
     kept_columns = torch.tensor(sorted(kept))
     mean = mean_row(table, weight)
-    narrow, selection, removed_mean = without_dimensions(table, kept_columns, mean)
+    narrow, selection, removed_mean = remove_dimensions(table, kept_columns, mean)
     decoded = narrow @ selection + removed_mean
     expected = mean.float().expand(rows, -1).clone()
     expected[:, kept_columns] = table[:, kept_columns]
@@ -64,7 +64,7 @@ def test_variance_importance_is_the_error_of_dropping_a_dimension(seed, rows, ke
     importance = variance(table, weight)
     kept_columns = importance.argsort(descending=True)[:kept].sort().values
     mean = mean_row(table, weight)
-    narrow, selection, removed_mean = without_dimensions(table, kept_columns, mean)
+    narrow, selection, removed_mean = remove_dimensions(table, kept_columns, mean)
     error_of_rows = (narrow @ selection + removed_mean - table).double()
     error = float((weight * error_of_rows.square().sum(dim=1)).sum() / weight.sum())
     # The rows are float32, and up to thirty numbers of size one are averaged.

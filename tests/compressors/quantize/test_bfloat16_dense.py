@@ -23,7 +23,7 @@ from compressors.lower.parity import check_parity
 from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
 from infra.errors import BuildRefused
 from infra.onnxruntime.sessions import Session
-from infra.tensorrt.engines import build_engine, installed_version
+from infra.tensorrt.engines import build_engine, find_installed_version
 
 OP = torch.ops.recpress.bfloat16_linear
 RTX = "tensorrt-rtx"
@@ -199,7 +199,7 @@ def test_parity_accepts_bfloat16_rounding_and_rejects_changes_of_three_percent_o
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    installed_version(RTX) is None,
+    find_installed_version(RTX) is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 def test_tensorrt_engine_stores_the_layers_in_bfloat16(tmp_path: Path):

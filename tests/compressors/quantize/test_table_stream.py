@@ -21,8 +21,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from compressors.core.modules.formats import PackedTable, TensorSpec
-from compressors.core.state.module_state import module_of
-from compressors.core.state.safetensors_rows import StoredRows, spec_of
+from compressors.core.state.module_state import build_module
+from compressors.core.state.safetensors_rows import StoredRows, build_spec
 from compressors.core.state.safetensors_stream import Piece, StreamedFile
 from compressors.errors.compression import ContractBroken, ModelRefused
 from compressors.quantize.table_stream import Block, EncodingJob, encode_file
@@ -185,7 +185,7 @@ def test_other_tensors_are_copied_and_a_table_can_be_rebuilt_from_its_record():
     result = load(encode_to_memory(job, workers=2))
     for name, values in other_tensors.items():
         assert torch.equal(result[name], values)
-    table = module_of("user", job.records()["user"])
+    table = build_module("user", job.records()["user"])
     assert isinstance(table, PackedTable)
     stored = {name: result[f"user.{name}"] for name in ("codes", "scale")}
     table.load_state_dict(stored, assign=True)
@@ -387,7 +387,7 @@ def test_a_truncated_file_raises_model_refused(open_files: ExitStack, tmp_path: 
 
 def test_a_dtype_unknown_to_torch_raises_model_refused():
     with raises_code(ModelRefused, "dtype_unknown", dtype="F4"):
-        spec_of("F4", (2,), "t")
+        build_spec("F4", (2,), "t")
 
 
 def test_the_name_of_a_block_is_its_tensor_and_first_row():

@@ -18,7 +18,7 @@ from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitia
 from compressors.lower.targets.onnxruntime import operators, types
 from compressors.lower.targets.onnxruntime.join_split_rows import JoinSplitRows
 from compressors.lower.targets.onnxruntime.replace_relu_by_max import ReplaceReluByMax
-from compressors.lower.targets.target import FLOAT_ROUNDING, Tolerance, formats_of
+from compressors.lower.targets.target import FLOAT_ROUNDING, Tolerance, list_formats
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class OnnxRuntime:
 
         ``compressors/lower/parity.py`` compares them and explains the limits.
         """
-        formats = formats_of(plan)
+        formats = list_formats(plan)
         # Differences are largest where an input is midway between two levels: torch and ONNX
         # Runtime sum in another order, so each may round it to another level.
         if "float8_dense" in formats:  # one float8 level more changes a value by up to 6 %

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from compressors.contracts import DROPPED, Plan
 from compressors.core.modules.formats import PackedLinear, PackedTable
 from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls
-from compressors.lower.targets.target import FLOAT_ROUNDING, Tolerance, formats_of
+from compressors.lower.targets.target import FLOAT_ROUNDING, Tolerance, list_formats
 from compressors.lower.targets.tensorrt import dense_types, operators, types
 
 
@@ -59,7 +59,7 @@ class TensorRT:
 
         ``compressors/lower/parity.py`` compares them and explains the limits.
         """
-        formats = formats_of(plan)
+        formats = list_formats(plan)
         if "float8_dense" in formats:  # one float8 level more changes a value by up to 6 %
             return Tolerance(root_mean_square=0.02, largest=0.3, quantile_90=0.03)
         if has_bfloat16_matmuls(plan):
