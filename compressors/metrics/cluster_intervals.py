@@ -57,7 +57,7 @@ class Groups(NamedTuple):
     ids: Ints
     rows: Ints
 
-    def sums(self, values: NDArray[np.generic]) -> Floats:
+    def sum_by_group(self, values: NDArray[np.generic]) -> Floats:
         """Sum ``values`` ``(rows,)`` by group: float64 ``(groups,)``."""
         return np.bincount(self.ids, weights=values, minlength=self.rows.size).astype(np.float64)
 
@@ -136,7 +136,7 @@ def mean_of_rows(values: Floats, groups: Groups) -> GroupedValue:
     """Compute the mean of ``values`` ``(rows,)``, with and without each group."""
     total, rows = float(values.sum()), values.size
     point = total / rows
-    left_out = ratio(total - groups.sums(values), rows - groups.rows)
+    left_out = ratio(total - groups.sum_by_group(values), rows - groups.rows)
     return GroupedValue(point, left_out, groups.rows.astype(float), values - point, groups)
 
 
@@ -224,7 +224,7 @@ def _estimate_variance_of_means(value: GroupedValue) -> Floats:
     if value.influence is None or value.groups is None:
         return np.ones(value.weight.size)
     rows = value.groups.rows.astype(np.float64)
-    sums = value.groups.sums(value.influence)
+    sums = value.groups.sum_by_group(value.influence)
     freedom_within = value.influence.size - rows.size
     residual = value.influence - (sums / rows)[value.groups.ids]
     within = float(residual @ residual) / freedom_within if freedom_within else 0.0

@@ -40,7 +40,7 @@ class Interactions:
     item: ArrayLike
     label: ArrayLike
 
-    def positive(self) -> tuple[Ints, Ints]:
+    def select_positive(self) -> tuple[Ints, Ints]:
         """Return queries and items of the positive rows."""
         positive = np.asarray(self.label) > 0
         return np.asarray(self.query)[positive], np.asarray(self.item)[positive]
@@ -89,7 +89,7 @@ def ranking_queries(
         MetricRefused: a test item is not in the catalogue, or no query has a relevant item.
     """
     ids = np.asarray(catalogue)
-    test_queries, test_items = test.positive()
+    test_queries, test_items = test.select_positive()
     queries = np.unique(test_queries)
     relevant = _encode_pairs(test_queries, test_items, queries, ids)
     if relevant.size < np.unique(np.stack([test_queries, test_items]), axis=1).shape[1]:
@@ -97,7 +97,7 @@ def ranking_queries(
     hidden = np.unique(
         np.concatenate(
             [np.empty(0, np.int64)]
-            + [_encode_pairs(*part.positive(), queries, ids) for part in earlier]
+            + [_encode_pairs(*part.select_positive(), queries, ids) for part in earlier]
         )
     )
     gain = _find_largest_labels(test, relevant, queries, ids)
@@ -150,7 +150,7 @@ class RelevantRanks:
     depth: int
     gain: Floats
 
-    def ideal_sums(self, discounts: Floats) -> Floats:
+    def sum_ideal_gains(self, discounts: Floats) -> Floats:
         """Sum gains times discounts by query in the best ranking: float64 ``(queries,)``.
 
         Args:
@@ -160,14 +160,14 @@ class RelevantRanks:
         first = np.cumsum(self.relevant) - self.relevant  # of each query
         rank = np.arange(self.query.size) - first[self.query]
         padded = np.append(discounts, 0.0)[np.minimum(rank, discounts.size)]
-        return self.sums(self.gain[best] * padded)
+        return self.sum_by_query(self.gain[best] * padded)
 
-    def sums(self, values: Floats) -> Floats:
+    def sum_by_query(self, values: Floats) -> Floats:
         """Sum values of relevant items ``(pairs,)`` by query: float64 ``(queries,)``."""
         total = np.bincount(self.query, weights=values, minlength=self.relevant.size)
         return total.astype(np.float64, copy=False)
 
-    def tie_blocks(self) -> TieBlocks:
+    def group_ties(self) -> TieBlocks:
         """Group the relevant items of the first ``depth`` ranks by query and score."""
         counted = self.above < self.depth
         query_and_rank = self.query[counted] * self.depth + self.above[counted]
@@ -298,7 +298,7 @@ def _find_largest_labels(test: Interactions, pairs: Ints, queries: Ints, catalog
     """
     labels = np.asarray(test.label, np.float64)
     permutation = np.argsort(catalogue)
-    query, item = test.positive()
+    query, item = test.select_positive()
     item_index = permutation[np.searchsorted(catalogue, item, sorter=permutation)]
     pair = np.searchsorted(queries, query) * catalogue.size + item_index
     gain: Floats = np.zeros(pairs.size)

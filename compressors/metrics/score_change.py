@@ -98,7 +98,9 @@ def change_of_rows(
     # If all scores are equal, subtracting the rounded mean would leave a variance above 0.
     x = before - (before.mean() if np.ptp(before) else before[0])
     d = after - before
-    sums = _Sums(groups.rows.astype(float), *(groups.sums(v) for v in (x, d, x * x, d * d, x * d)))
+    sums = _Sums(
+        groups.rows.astype(float), *(groups.sum_by_group(v) for v in (x, d, x * x, d * d, x * d))
+    )
     size = rows, groups.rows.size if group is not None else None
     estimates = _estimate_changes(
         sums.correlation(),
@@ -270,7 +272,7 @@ def _compute_changed_best(before: Floats, after: Floats, groups: Groups) -> Floa
     candidate is not a best row of the baseline.
     """
     best = [score == _find_largest_scores(score, groups)[groups.ids] for score in (before, after)]
-    shared = groups.sums(best[0] & best[1]) / groups.sums(best[1])
+    shared = groups.sum_by_group(best[0] & best[1]) / groups.sum_by_group(best[1])
     changed: Floats = (1 - shared)[groups.rows > 1]
     return changed
 

@@ -62,7 +62,7 @@ class TieBlocks:
         """Count the positions of each block that are among the first ``k`` ranks."""
         return np.clip(k - self.above, 0, self.size)
 
-    def sums(self, values: Floats) -> Floats:
+    def sum_by_list(self, values: Floats) -> Floats:
         """Sum values of blocks ``(blocks,)`` by list: float64 ``(lists,)``."""
         total = np.bincount(self.owner, weights=values, minlength=self.relevant_of_list.size)
         return total.astype(np.float64, copy=False)
@@ -125,7 +125,7 @@ def reciprocal_rank(blocks: TieBlocks, k: int) -> Floats:
         left, relevant = first.size[at] - position, first.relevant[at]
         value[at] += none_yet[at] * (relevant / left) / (first.above[at] + position + 1)
         none_yet[at] *= (left - relevant) / left
-    return first.sums(value)
+    return first.sum_by_list(value)
 
 
 def hit(blocks: TieBlocks, k: int) -> Floats:
@@ -138,7 +138,7 @@ def hit(blocks: TieBlocks, k: int) -> Floats:
     for position, at in _iterate_positions(first, k):
         left = first.size[at] - position
         none_yet[at] *= (left - first.relevant[at]) / left
-    return first.sums(1 - none_yet)
+    return first.sum_by_list(1 - none_yet)
 
 
 def average_precision(blocks: TieBlocks, k: int) -> Floats:
@@ -161,7 +161,7 @@ def average_precision(blocks: TieBlocks, k: int) -> Floats:
     others = (blocks.relevant - 1) / np.maximum(blocks.size - 1, 1)
     constant = blocks.relevant_above() + 1 - (blocks.above + 1) * others
     precisions = constant * (harmonic[begin + positions] - harmonic[begin]) + others * positions
-    total = blocks.sums(blocks.relevant / blocks.size * precisions)
+    total = blocks.sum_by_list(blocks.relevant / blocks.size * precisions)
     # Rounding can give 1 + 2e-16.
     value: Floats = np.minimum(total / blocks.relevant_of_list, 1.0)
     return value
@@ -188,7 +188,7 @@ def precision(blocks: TieBlocks, k: int) -> Floats:
 def _count_relevant_in_top(blocks: TieBlocks, k: int) -> Floats:
     """Compute the expected number of relevant items among the first ``k`` ranks, ``(lists,)``."""
     _require_depth(k)
-    return blocks.sums(blocks.relevant * (blocks.positions(k) / blocks.size))
+    return blocks.sum_by_list(blocks.relevant * (blocks.positions(k) / blocks.size))
 
 
 def _find_first_blocks(blocks: TieBlocks, k: int) -> TieBlocks:

@@ -147,7 +147,7 @@ class Checker:
             if " got KeyError(" in str(refusal) or " got IndexError(" in str(refusal):
                 self.add_fault(where, "raw exception", str(refusal))
             name = type(refusal).__name__
-            self.findings.refusals[f"{name}: {_pattern(str(refusal))}"] += 1
+            self.findings.refusals[f"{name}: {_generalize(str(refusal))}"] += 1
             self.findings.refused.append(Fault(self.case.seed, where, name, str(refusal)))
         except AssertionError as error:
             self.add_fault(where, "wrong", str(error))
@@ -288,7 +288,7 @@ class Checker:
         path = self.folder / f"{graph.name}-{target}.onnx"
         lowered = lower(model.module, graph, target, path)
         plan = plan_of_graph(model, graph)
-        session = _session(path, target, plan)
+        session = _open_session(path, target, plan)
         self.findings.counts["graphs"] += 1
         self.findings.pairs.update(
             f"{unit.format} on {target}" for unit in Unit.of(graph.part(model.module))
@@ -404,7 +404,7 @@ def _spread(scores: FloatArray) -> float:
     return float(known.std()) if known.size else 0.0
 
 
-def _pattern(sentence: str) -> str:
+def _generalize(sentence: str) -> str:
     """Return the first words of a sentence without names and numbers, to count refusals by it."""
     words = [
         "#" if any(c.isdigit() or c in "'\"_[]" for c in word) else word
@@ -413,7 +413,7 @@ def _pattern(sentence: str) -> str:
     return " ".join(words[:14])
 
 
-def _session(path: Path, target: TargetName, plan: Plan | None) -> Session:
+def _open_session(path: Path, target: TargetName, plan: Plan | None) -> Session:
     if target == "onnxruntime" or not has_bfloat16_matmuls(plan):
         return Session(path, 1)
     checkable = path.with_name(f"checkable-{path.name}")
@@ -438,7 +438,7 @@ def run_check(case: Case, check: Callable[[Checker], None]) -> Findings:
         return checker.findings
 
 
-def units_of(model: Model) -> tuple[Sequence[str], Sequence[str]]:
+def list_float32_units(model: Model) -> tuple[Sequence[str], Sequence[str]]:
     """Return the names of the float32 tables and of the float32 layers of a model."""
     units = Unit.of(model.module)
     tables = [u.name for u in units if u.role == "table" and u.format == "float32"]

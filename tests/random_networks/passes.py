@@ -15,7 +15,7 @@ from torch import nn
 from compressors.contracts import TargetName
 from compressors.core.model import Model
 from compressors.core.units import Unit, swap
-from tests.random_networks.check import Checker, units_of
+from tests.random_networks.check import Checker, list_float32_units
 from tests.random_networks.inputs import replace_invalid_ids
 from tests.random_networks.steps import COMPOSING, LAST, LAYERS, TABLES, TARGETS, TRAINS, VALUES
 
@@ -50,7 +50,8 @@ def check_mixed_formats(checker: Checker, number: int, target: TargetName | None
     plain = model
     called = set(called_units(checker))
     tables, layers = (
-        [n for n in names if n in called or rng.random() < 0.1] for names in units_of(plain)
+        [n for n in names if n in called or rng.random() < 0.1]
+        for names in list_float32_units(plain)
     )
     for kind, names in assign_formats(
         rng, tables, _kinds(TABLES, retrieval), checker.case.seed + number

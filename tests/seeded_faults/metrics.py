@@ -169,8 +169,8 @@ FAULTS = (
     Fault(
         id="changed-top1-counts-ties",
         file="compressors/metrics/score_change.py",
-        old="shared = groups.sums(best[0] & best[1]) / groups.sums(best[1])",
-        new="shared = (groups.sums(best[0] & best[1]) > 0).astype(float)",
+        old="shared = groups.sum_by_group(best[0] & best[1]) / groups.sum_by_group(best[1])",
+        new="shared = (groups.sum_by_group(best[0] & best[1]) > 0).astype(float)",
         effect="A candidate with one score for all rows counts as changing no top-1 row.",
         tests=(
             f"{CHANGE}::test_changed_top1_is_the_share_of_groups_with_another_best_row",

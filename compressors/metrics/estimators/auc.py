@@ -124,7 +124,7 @@ def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
     positive = to_booleans(pair.label)
     groups = Groups(*number_groups(require_groups(metric, pair.group), positive.size))
     require_both_classes(metric.name, positive)
-    positives = groups.sums(positive)
+    positives = groups.sum_by_group(positive)
     with_positive, with_negative = int((positives > 0).sum()), int((positives < groups.rows).sum())
     counted_groups = min(with_positive, with_negative)
     rarer_class = "positive" if counted_groups == with_positive else "negative"
@@ -179,13 +179,13 @@ def _compute_without_each_group(label: ArrayLike, score: ArrayLike, groups: Grou
         class_wins = np.empty(class_scores.size)
         class_wins[permutation] = lower if sign > 0 else others.size - lower
         wins[class_rows] = class_wins
-    positives, rows = groups.sums(positive), groups.rows.astype(np.float64)
+    positives, rows = groups.sum_by_group(positive), groups.rows.astype(np.float64)
     negatives = rows - positives
     all_positives, all_negatives = float(positives.sum()), float(negatives.sum())
     total = float(wins[positive].sum())
     point = total / (all_positives * all_negatives)
     # A correctly ordered pair inside a group is a win of both of its rows, so count it once.
-    lost = groups.sums(wins) - wins_within_groups(positive, scores, groups.ids, groups.rows)
+    lost = groups.sum_by_group(wins) - wins_within_groups(positive, scores, groups.ids, groups.rows)
     left_out = ratio(total - lost, (all_positives - positives) * (all_negatives - negatives))
     influence = np.where(
         positive,

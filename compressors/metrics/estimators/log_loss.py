@@ -122,8 +122,8 @@ def _jackknife_relative_loss(losses: Floats, positive: Bools, groups: Groups) ->
     rate, mean = float(positive.mean()), float(losses.mean())
     entropy = float(base_entropy(rate))
     rows = losses.size - groups.rows
-    rates = ratio(float(positive.sum()) - groups.sums(positive), rows)
-    losses_left = ratio(float(losses.sum()) - groups.sums(losses), rows)
+    rates = ratio(float(positive.sum()) - groups.sum_by_group(positive), rows)
+    losses_left = ratio(float(losses.sum()) - groups.sum_by_group(losses), rows)
     with np.errstate(divide="ignore", invalid="ignore"):
         entropies = -(rates * np.log(rates) + (1 - rates) * np.log1p(-rates))
     slope = np.log((1 - rate) / rate)  # derivative of the entropy

@@ -32,5 +32,5 @@ class NdcgOfQueries(DepthEstimator):
         rank_before = np.minimum(ranks.above, self.depth)
         last_rank = np.minimum(ranks.above + ranks.equal, self.depth)
         discount = (discounts[last_rank] - discounts[rank_before]) / ranks.equal
-        value: Floats = ranks.sums(ranks.gain * discount) / ranks.ideal_sums(of_rank)
+        value: Floats = ranks.sum_by_query(ranks.gain * discount) / ranks.sum_ideal_gains(of_rank)
         return value

@@ -21,5 +21,5 @@ class RecallOfQueries(DepthEstimator):
         # Items of one score have the ranks above + 1 to above + equal.
         last_rank = np.minimum(ranks.above + ranks.equal, self.depth)
         hits = np.maximum(last_rank - ranks.above, 0) / ranks.equal
-        value: Floats = ranks.sums(hits) / ranks.relevant
+        value: Floats = ranks.sum_by_query(hits) / ranks.relevant
         return value

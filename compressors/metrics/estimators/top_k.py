@@ -36,7 +36,7 @@ class TopKEstimator(ListEstimator):
 
     def compute_per_query(self, ranks: RelevantRanks) -> Floats:
         """Compute the metric of each query, float64 ``(queries,)``."""
-        return self.formula(ranks.tie_blocks(), self.depth)
+        return self.formula(ranks.group_ties(), self.depth)
 
 
 class ReciprocalRank(TopKEstimator):
