@@ -66,7 +66,7 @@ def pack_table(step: TableStep, table: Tensor) -> PackedTable:
     return PackedTable(step.storage, rows, dim, step.settings(), encode(step, table))
 
 
-def decoded_rows(step: TableStep, table: Tensor) -> Tensor:
+def decode_rows(step: TableStep, table: Tensor) -> Tensor:
     """Return all rows of a table after encoding and decoding, float32 ``(rows, dim)``."""
     with torch.no_grad():
         return pack_table(step, table)(torch.arange(len(table)))
