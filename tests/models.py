@@ -111,7 +111,7 @@ RECIPES: tuple[tuple[str, ...], ...] = (
 )
 
 
-def recipe_with(kind: str) -> tuple[str, ...]:
+def build_recipe(kind: str) -> tuple[str, ...]:
     """Return the recipe in ``RECIPES`` that contains a kind of step."""
     (recipe,) = (recipe for recipe in RECIPES if kind in recipe)
     return recipe
@@ -493,7 +493,7 @@ def write_split(
     return Split(path=str(folder), sha256="0" * 64, rows=rows)
 
 
-def tensors_apart(model: nn.Module) -> dict[str, Tensor]:
+def copy_tensors_apart(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of every tensor of a module's state."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -503,7 +503,7 @@ def tensors_apart(model: nn.Module) -> dict[str, Tensor]:
 _SCRATCH = tempfile.TemporaryDirectory(prefix="lowered-")
 
 
-def only_graph(signature: Signature) -> ServedGraph:
+def get_only_graph(signature: Signature) -> ServedGraph:
     """Return the only graph of a model that is not split into towers."""
     (served_graph,) = served_graphs(signature)
     return served_graph
@@ -548,7 +548,7 @@ class Graph:
 
 
 @functools.cache
-def compressed_reference(reference_name: str, kinds: tuple[str, ...]) -> Model:
+def compress_reference(reference_name: str, kinds: tuple[str, ...]) -> Model:
     """Return the model of a reference after steps of these kinds with default settings."""
     reference = BY_NAME[reference_name]
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
@@ -560,10 +560,10 @@ def compressed_reference(reference_name: str, kinds: tuple[str, ...]) -> Model:
 
 
 @functools.cache
-def lowered_reference(reference_name: str, kinds: tuple[str, ...], target: TargetName) -> Graph:
+def lower_reference(reference_name: str, kinds: tuple[str, ...], target: TargetName) -> Graph:
     """Return the graph of a compressed reference; of the uncompressed one if ``kinds`` is empty."""
     reference = BY_NAME[reference_name]
-    model = compressed_reference(reference_name, kinds)
+    model = compress_reference(reference_name, kinds)
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"
-    lowered = lower(model.module, only_graph(reference.signature), target, path)
+    lowered = lower(model.module, get_only_graph(reference.signature), target, path)
     return Graph(model, lowered, reference.signature, path, target)

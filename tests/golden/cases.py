@@ -18,9 +18,9 @@ from tests.golden import package
 from tests.golden.package import Bench, DenseInput, IdInput, JaggedBag, Signature
 from tests.models import BENCH_ROWS, RANKER, Reference, write_split
 from tests.narrow_networks import HISTORY, Transformer
-from tests.signatures import with_output
+from tests.signatures import replace_output
 
-RANKING = with_output(
+RANKING = replace_output(
     HISTORY.model_copy(update={"group": "user"}), kind="ranking", form="score", metric="ndcg@10"
 )
 TOWERS = Signature.model_validate(
@@ -54,7 +54,7 @@ class NormedTransformer(Transformer):
                 nn.init.normal_(module.bias, std=0.1)
 
 
-PAIRS = with_output(
+PAIRS = replace_output(
     TOWERS, name="label", kind="ctr", form="logit", label="label", metric="auc"
 ).model_copy(
     update={

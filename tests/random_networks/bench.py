@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Bench, DenseInput, JaggedBag, Signature, Split
 from tests.random_networks.generator import Case
-from tests.random_networks.inputs import Rows, draw_typical_rows, ids_of_rows
+from tests.random_networks.inputs import Rows, draw_typical_rows, take_ids_of_rows
 
 BENCH_ROWS = 64
 
@@ -46,7 +46,7 @@ def _prepared_tensors(signature: Signature, rows: Rows) -> dict[str, Tensor]:
     for item in signature.inputs:
         tensors[item.name] = rows[item.name]
         if isinstance(item, JaggedBag) and not isinstance(item, DenseInput):
-            lengths = torch.tensor([len(ids) for ids in ids_of_rows(item, rows)])
+            lengths = torch.tensor([len(ids) for ids in take_ids_of_rows(item, rows)])
             tensors[f"@bounds/{item.name}"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     if signature.group is not None:
         tensors["@group"] = torch.arange(BENCH_ROWS) // 8

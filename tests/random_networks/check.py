@@ -42,13 +42,13 @@ from compressors.lower.serving_wrapper import VECTOR, ServedGraph, input_names, 
 from infra.onnxruntime.sessions import Session, optimized_graph
 from tests.random_networks import inputs as input_rows
 from tests.random_networks.bench import write_bench
-from tests.random_networks.generator import Case, rows_of
+from tests.random_networks.generator import Case, count_rows
 from tests.random_networks.inputs import Rows, replace_invalid_ids, select_rows
-from tests.random_networks.reference import decoded_network
+from tests.random_networks.reference import decode_network
 from tests.random_networks.rounding_errors import (
     ROUNDING_ERRORS,
+    add_rounding_errors,
     is_beyond_float16,
-    with_rounding_errors,
 )
 
 FloatArray = NDArray[np.float32]
@@ -125,7 +125,7 @@ class Checker:
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder, self.findings = case, folder, Findings()
         self.source = case.model()
-        self.tables = rows_of(self.source.module, case.signature)
+        self.tables = count_rows(self.source.module, case.signature)
         self.bench = write_bench(case, self.source.module, self.tables, folder / "bench")
         seed, signature, scales = case.seed, case.signature, case.scales
         self.rows: dict[str, Rows] = {
@@ -211,7 +211,7 @@ class Checker:
             plain: the model before its formats were applied.
             where: the step or pass, for messages.
         """
-        reference, faults = decoded_network(packed.module, plain.module)
+        reference, faults = decode_network(packed.module, plain.module)
         for sentence in faults:
             self.add_fault(where, "decoded", sentence)
         formats = {unit.format for unit in Unit.of(packed.module)}
@@ -262,7 +262,7 @@ class Checker:
         with torch.no_grad():
             scores = [module(**rows)]
             scores += [
-                with_rounding_errors(module, ROUNDING_ERRORS[precision], seed)(**rows)
+                add_rounding_errors(module, ROUNDING_ERRORS[precision], seed)(**rows)
                 for seed in (3, 4, 5)
             ]
         scores = [torch.sigmoid(score) if squash else score for score in scores]

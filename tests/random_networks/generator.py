@@ -366,7 +366,7 @@ def spread_scores(module: nn.Module, case: Case) -> None:
     if not isinstance(module, RandomNetwork):
         return
     inputs = draw_typical_rows(
-        case.signature, rows_of(module, case.signature), 128, case.scales, case.seed
+        case.signature, count_rows(module, case.signature), 128, case.scales, case.seed
     )
     values = {name: x.nan_to_num() for name, x in module.graph.values(inputs).items()}
     x = torch.cat([values[name] for name in module.reads], dim=1)
@@ -394,7 +394,7 @@ def spread_scores(module: nn.Module, case: Case) -> None:
     module.offset.sub_(logit.nan_to_num().mean())
 
 
-def rows_of(module: nn.Module, signature: Signature) -> dict[str, int]:
+def count_rows(module: nn.Module, signature: Signature) -> dict[str, int]:
     """Return the number of rows of each table that an input names."""
     return {
         item.table: module.get_submodule(item.table).num_embeddings

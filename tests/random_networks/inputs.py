@@ -159,7 +159,7 @@ def _to_tensors(item: AnyInput, lists: list[list[int]]) -> Rows:
     return {item.name: ids if item.shape else ids[:, 0]}
 
 
-def ids_of_rows(item: AnyInput, rows: Rows) -> list[list[int]]:
+def take_ids_of_rows(item: AnyInput, rows: Rows) -> list[list[int]]:
     """Return the ids of each row as a list."""
     if not isinstance(item, JaggedBag):
         ids = rows[item.name]
@@ -185,7 +185,7 @@ def replace_invalid_ids(
     for item in signature.inputs:
         if isinstance(item, DenseInput):
             continue
-        lists, row_count = ids_of_rows(item, rows), tables[item.table]
+        lists, row_count = take_ids_of_rows(item, rows), tables[item.table]
         has_error = []
         for ids in lists:
             has_invalid_id = any(not 0 <= i < row_count for i in ids)
@@ -215,6 +215,6 @@ def select_rows(signature: Signature, rows: Rows, indices: list[int]) -> Rows:
         if isinstance(item, DenseInput):
             selected[item.name] = rows[item.name][indices]
         else:
-            lists = ids_of_rows(item, rows)
+            lists = take_ids_of_rows(item, rows)
             selected |= _to_tensors(item, [lists[index] for index in indices])
     return selected

@@ -48,7 +48,7 @@ def check_mixed_formats(checker: Checker, number: int, target: TargetName | None
         if not (retrieval and name in SUPERVISED):
             model = checker.apply_step(VALUES[name](rng), model) or model
     plain = model
-    called = set(called_units(checker))
+    called = set(find_called_units(checker))
     tables, layers = (
         [n for n in names if n in called or rng.random() < 0.1]
         for names in list_float32_units(plain)
@@ -106,7 +106,7 @@ def assign_formats(
 
 
 @torch.no_grad()
-def called_units(checker: Checker) -> tuple[str, ...]:
+def find_called_units(checker: Checker) -> tuple[str, ...]:
     """Return the units that the network calls and whose weights it uses nowhere else."""
     rows = replace_invalid_ids(checker.case.signature, checker.tables, checker.rows["typical"])[0]
     names = []
@@ -145,7 +145,7 @@ def check_single_formats(checker: Checker, every: int) -> None:
     """
     rng = random.Random(f"formats {checker.case.seed}")
     retrieval = checker.case.signature.single_output.kind == "retrieval"
-    called = set(called_units(checker))
+    called = set(find_called_units(checker))
     for draws, role in ((TABLES, "table"), (LAYERS, "dense")):
         units = [u.name for u in Unit.of(checker.source.module) if u.role == role]
         names = tuple(name for name in units if name in called)

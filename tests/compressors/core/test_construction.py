@@ -39,7 +39,7 @@ from compressors.errors.compression import ModelRefused
 from compressors.errors.construction import ConstructionFailed
 
 
-def network_of(architecture: type[nn.Module], **config: object) -> Network:
+def build_network(architecture: type[nn.Module], **config: object) -> Network:
     path = f"networks:{architecture.__name__}"
     return Network(architecture=Architecture(path=path, config=config))
 
@@ -54,7 +54,7 @@ def train_and_load(
         for parameter in trained.parameters():
             parameter.add_(0.01)
     ties = save(trained, folder)
-    network = network_of(architecture, **config).model_copy(update={"ties": ties})
+    network = build_network(architecture, **config).model_copy(update={"ties": ties})
     return trained.eval(), load(architecture, network, folder)
 
 
@@ -170,7 +170,7 @@ def test_model_with_a_replaced_parameter_in_a_list_is_loaded(tmp_path):
     module.emb = packed
     tensors, ties = tensors_of(module)
     save_file(tensors, tmp_path / "model.safetensors")
-    network = network_of(Penalized).model_copy(
+    network = build_network(Penalized).model_copy(
         update={"modules": {"emb": packed.record()}, "ties": ties}
     )
     loaded = load(Penalized, network, tmp_path)
@@ -276,7 +276,7 @@ class SizedNet(nn.Module):
         return self.table(x)
 
 
-def stored_network(tmp_path, **config):
+def store_network(tmp_path, **config):
     save(SizedNet(), tmp_path)
     architecture = Architecture(path="test_construction:SizedNet", config=config)
     return Network(architecture=architecture)
@@ -288,7 +288,7 @@ def stored_network(tmp_path, **config):
     ids=["table", "layer", "buffer", "plain tensor"],
 )
 def test_constructor_of_a_far_larger_tensor_than_stored_is_refused_without_memory(tmp_path, config):
-    network = stored_network(tmp_path, **config)
+    network = store_network(tmp_path, **config)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with raises_code(ModelRefused, "construction_failed") as caught:
         load(SizedNet, network, tmp_path)
@@ -298,14 +298,14 @@ def test_constructor_of_a_far_larger_tensor_than_stored_is_refused_without_memor
 
 
 def test_constructor_of_far_more_tensors_than_stored_is_refused(tmp_path):
-    network = stored_network(tmp_path, layers=10**9)
+    network = store_network(tmp_path, layers=10**9)
     with raises_code(ModelRefused, "construction_failed") as caught:
         load(SizedNet, network, tmp_path)
     assert "far more tensors than the files contain" in caught.value.fields["problem"]
 
 
 def test_unsaved_mask_of_60_mib_is_allowed(tmp_path):
-    network = stored_network(tmp_path, mask=4000)
+    network = store_network(tmp_path, mask=4000)
     assert load(SizedNet, network, tmp_path).mask.shape == (4000, 4000)
 
 

@@ -83,7 +83,7 @@ TRAINING = Training(
 )
 
 
-def trained_model(seed: int = 0) -> Model:
+def train_tower_model(seed: int = 0) -> Model:
     """Return the network with weights of a trained one: large scores."""
     model = TOWERS.model(seed)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def recall(model: Model, bench: Bench) -> float:
 
 
 def test_quality_is_the_recall_of_a_ranking_without_items_of_the_training_rows(tmp_path):
-    model = trained_model()
+    model = train_tower_model()
     bench = build_bench(model, tmp_path)
     assert bench.train is not None
     assert bench.validation is not None
@@ -151,7 +151,7 @@ def test_quality_is_the_recall_of_a_ranking_without_items_of_the_training_rows(t
 
 
 def test_at_most_5000_queries_are_ranked(tmp_path, monkeypatch):
-    model = trained_model()
+    model = train_tower_model()
     bench = build_bench(model, tmp_path)
     assert MAX_QUERIES == 5_000
     monkeypatch.setattr("compressors.metrics.validation_ranking.MAX_QUERIES", 2)
@@ -177,7 +177,7 @@ def damage(model: Model, names: tuple[str, ...]) -> Model:
 
 
 def test_fine_tune_trains_random_towers(tmp_path):
-    bench = build_bench(trained_model(), tmp_path / "data")
+    bench = build_bench(train_tower_model(), tmp_path / "data")
     start = TOWERS.model(seed=1)
     training = TRAINING.model_copy(update={"learning_rate": 0.1, "epochs": 8})
     result = run(FineTune(training=training), start, bench, tmp_path / "out")
@@ -188,7 +188,7 @@ def test_fine_tune_trains_random_towers(tmp_path):
 
 @pytest.mark.parametrize("loss", ["task", "margin"])
 def test_distill_recovers_a_damaged_layer_from_the_vectors_of_the_original(loss, tmp_path):
-    original = trained_model()
+    original = train_tower_model()
     bench = build_bench(original, tmp_path / "data")
     start = replace(damage(original, ("item.out.weight",)), original=original.module)
     training = TRAINING.model_copy(update={"tables": False})
@@ -200,7 +200,7 @@ def test_distill_recovers_a_damaged_layer_from_the_vectors_of_the_original(loss,
 
 
 def test_refit_codes_recovers_damaged_codebooks(tmp_path):
-    original = trained_model()
+    original = train_tower_model()
     bench = build_bench(original, tmp_path / "data")
     codes = ProductCodes(parts=4, bits=6, codebook_share=1.0)
     packed = run(codes, original, bench, tmp_path / "codes")
@@ -214,7 +214,7 @@ def test_refit_codes_recovers_damaged_codebooks(tmp_path):
 
 
 def test_qat_trains_the_layers_of_both_towers(tmp_path):
-    original = trained_model()
+    original = train_tower_model()
     bench = build_bench(original, tmp_path / "data")
     training = TRAINING.model_copy(update={"tables": False, "epochs": 1})
     result = run(
@@ -227,7 +227,7 @@ def test_qat_trains_the_layers_of_both_towers(tmp_path):
 
 
 def test_steps_without_the_original_or_with_unusable_settings_are_refused(tmp_path):
-    original = trained_model()
+    original = train_tower_model()
     bench = build_bench(original, tmp_path / "data")
     with raises_code(NothingToCompress, "towers_setting", setting="loss", value="pointwise"):
         run(Distill(loss="pointwise"), original, bench, tmp_path / "out")
@@ -238,7 +238,7 @@ def test_steps_without_the_original_or_with_unusable_settings_are_refused(tmp_pa
 def test_a_list_loss_of_two_towers_does_not_keep_the_rows_of_a_query_in_one_batch(
     tmp_path, monkeypatch
 ):
-    original = trained_model()
+    original = train_tower_model()
     bench = build_bench(original, tmp_path / "data")
     whole_lists = []
     monkeypatch.setattr(
@@ -254,7 +254,7 @@ def test_a_list_loss_of_two_towers_does_not_keep_the_rows_of_a_query_in_one_batc
 
 
 def test_validation_rows_without_a_positive_label_raise(tmp_path):
-    model = trained_model()
+    model = train_tower_model()
     bench = build_bench(model, tmp_path)
     assert bench.validation is not None
     validation = Rows(bench.validation, SIGNATURE)

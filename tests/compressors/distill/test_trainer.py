@@ -12,7 +12,7 @@ import torch
 from error_codes import raises_code
 from hypothesis import given
 from models import ATTENTION, BENCH_ROWS, NORMED, RANKER, SHORT_TRAINING, Reference
-from signatures import with_output
+from signatures import replace_output
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Split
@@ -69,7 +69,7 @@ def equal_tensors(first: nn.Module, second: nn.Module) -> bool:
     )
 
 
-SELECTED_BY_MRR = replace(ATTENTION, signature=with_output(ATTENTION.signature, metric="mrr@5"))
+SELECTED_BY_MRR = replace(ATTENTION, signature=replace_output(ATTENTION.signature, metric="mrr@5"))
 
 
 @pytest.mark.parametrize(

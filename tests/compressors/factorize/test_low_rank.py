@@ -15,7 +15,7 @@ from compressors.factorize.low_rank import LowRank, factorize
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 
-def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
+def draw_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
@@ -28,7 +28,7 @@ def error(table: torch.Tensor, rank: int, weight: torch.Tensor) -> float:
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 30), dim=st.integers(1, 9))
 def test_factors_of_full_rank_reproduce_the_table(seed, rows, dim):
-    table = random_normal(seed, rows, dim)
+    table = draw_normal(seed, rows, dim)
     reduced, projection, mean = factorize(table, dim, torch.ones(rows))
     # float32 sums of up to nine products of numbers near 1
     torch.testing.assert_close(reduced @ projection + mean, table, atol=1e-5, rtol=1e-5)
@@ -37,7 +37,7 @@ def test_factors_of_full_rank_reproduce_the_table(seed, rows, dim):
 @given(seed=st.integers(0, 10**6), rows=st.integers(5, 30), rank=st.integers(1, 5))
 def test_error_of_factors_equals_the_energy_of_the_discarded_singular_values(seed, rows, rank):
     """The reference is torch's singular values of the rows minus their mean."""
-    table = random_normal(seed, rows, 6)
+    table = draw_normal(seed, rows, 6)
     discarded_energy = (
         torch.linalg.svdvals((table - table.mean(dim=0)).double())[rank:].square().sum()
     )
@@ -49,8 +49,8 @@ def test_error_of_factors_equals_the_energy_of_the_discarded_singular_values(see
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 5))
 def test_weighted_factors_have_no_larger_weighted_error_than_unweighted_factors(seed, rank):
     table, weight = (
-        random_normal(seed, 25, 6),
-        random_normal(seed + 1, 25, 1).abs().squeeze(1) + 0.01,
+        draw_normal(seed, 25, 6),
+        draw_normal(seed + 1, 25, 1).abs().squeeze(1) + 0.01,
     )
     weighted_error = error(table, rank, weight)
     reduced, projection, mean = factorize(table, rank, torch.ones(25))

@@ -15,7 +15,7 @@ from chained_networks import CHAIN
 from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import scores_of, stored_bytes
-from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, only_graph, plan_and_apply
+from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, get_only_graph, plan_and_apply
 from narrow_networks import SIGNATURE, ResidualConcatNet
 from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ from compressors.rewrite.fold import Fold
 from infra.onnxruntime.sessions import optimized_graph
 
 
-def random_normal(*shape: int, seed: int) -> Tensor:
+def draw_normal(*shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -70,8 +70,8 @@ def low_rank_product(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
 def test_factors_have_the_smallest_output_error_of_all_matrices_of_their_rank(
     inputs, outputs, seed, data
 ):
-    weight = random_normal(outputs, inputs, seed=seed)
-    x = random_normal(30, inputs, seed=seed + 1) @ random_normal(inputs, inputs, seed=seed + 2)
+    weight = draw_normal(outputs, inputs, seed=seed)
+    x = draw_normal(30, inputs, seed=seed + 1) @ draw_normal(inputs, inputs, seed=seed + 2)
     rank = data.draw(st.integers(1, min(inputs, outputs)))
     energy, directions = principal_outputs(weight, x.T @ x)
     error = output_error(weight, low_rank_product(weight, x.T @ x, rank), x)
@@ -88,8 +88,8 @@ def test_factors_have_the_smallest_output_error_of_all_matrices_of_their_rank(
 
 def test_factors_equal_the_factors_after_whitening_with_the_cholesky_factor():
     weight, x = (
-        random_normal(6, 9, seed=1),
-        random_normal(200, 9, seed=2) @ random_normal(9, 9, seed=3),
+        draw_normal(6, 9, seed=1),
+        draw_normal(200, 9, seed=2) @ draw_normal(9, 9, seed=3),
     )
     root = torch.linalg.cholesky(x.T @ x)
     left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
@@ -98,7 +98,7 @@ def test_factors_equal_the_factors_after_whitening_with_the_cholesky_factor():
 
 
 def test_factors_without_data_equal_the_truncated_singular_value_decomposition():
-    weight = random_normal(6, 9, seed=1)
+    weight = draw_normal(6, 9, seed=1)
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     expected = (left[:, :3] * values[:3]) @ right[:3]
     result = low_rank_product(weight, torch.eye(9).double(), 3)
@@ -301,7 +301,7 @@ def test_the_graph_of_factored_layers_has_the_scores_of_its_module(target: Targe
     model = run(LowRankDense(), COMPACT.model(), bench, tmp_path / "0")
     model = run(StaticInt8(), model, bench, tmp_path / "1")
     path = tmp_path / "model.onnx"
-    lowered = lower(model.module, only_graph(COMPACT.signature), target, path)
+    lowered = lower(model.module, get_only_graph(COMPACT.signature), target, path)
     graph = Graph(model, lowered, COMPACT.signature, path)
     inputs = graph.rows(1500)
     check_parity(graph.run_in_torch(inputs), graph.run_in_onnx(inputs), model.plan, target)

@@ -12,7 +12,7 @@ from models import (
     REFERENCES,
     UNDIVIDED,
     Graph,
-    lowered_reference,
+    lower_reference,
 )
 from pairwise import pairwise
 from torch import Tensor
@@ -90,7 +90,7 @@ def assert_equal_scores(
 @each_target
 @networks_and_recipes("Ranker", "Compact")
 def test_graph_has_the_scores_of_torch_at_every_batch_size(network, kinds, target):
-    lowered = lowered_reference(network, kinds, target)
+    lowered = lower_reference(network, kinds, target)
     inputs = lowered.rows(1500)
     spread = float(np.std(lowered.run_in_torch(inputs)))
     check_parity(
@@ -105,7 +105,7 @@ def test_graph_has_the_scores_of_torch_at_every_batch_size(network, kinds, targe
 @each_target
 @networks_and_recipes("Ranker")
 def test_batch_with_only_empty_bags_has_the_scores_of_the_module(network, kinds, target):
-    lowered = lowered_reference(network, kinds, target)
+    lowered = lower_reference(network, kinds, target)
     for count in (1, 3):
         inputs = lowered.rows(count)
         for name in ("history", "tags"):
@@ -135,7 +135,7 @@ OTHER_GRAPHS = pairwise(OTHERS, OTHER_RECIPES, (ORT, RTX))
     ],
 )
 def test_graphs_of_other_networks_have_the_scores_of_torch(reference, kinds, target):
-    lowered = lowered_reference(reference, kinds, target)
+    lowered = lower_reference(reference, kinds, target)
     inputs = lowered.rows(1500)
     check_parity(
         lowered.run_in_torch(inputs), lowered.run_in_onnx(inputs), lowered.model.plan, target
@@ -147,7 +147,7 @@ def test_graphs_of_other_networks_have_the_scores_of_torch(reference, kinds, tar
 
 @each_target
 def test_weight_only_layer_over_lists_has_the_scores_of_torch(target):
-    lowered = lowered_reference("Attention", ("weight_int4",), target)
+    lowered = lower_reference("Attention", ("weight_int4",), target)
     inputs = lowered.rows(1500)
     check_parity(
         lowered.run_in_torch(inputs), lowered.run_in_onnx(inputs), lowered.model.plan, target
@@ -156,7 +156,7 @@ def test_weight_only_layer_over_lists_has_the_scores_of_torch(target):
 
 @each_target
 def test_serving_wrapper_has_the_scores_of_the_module(target):
-    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
+    lowered = lower_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(20)
     with torch.no_grad():
         logits = lowered.model.module(**inputs).squeeze(1)
@@ -170,7 +170,7 @@ def test_serving_wrapper_has_the_scores_of_the_module(target):
 # ``tags`` 30. The default row is 3 for ``city`` and 2 for ``tags``.
 
 
-def refused_rows(lowered: Graph, inputs: dict[str, Tensor]) -> list[int]:
+def find_refused_rows(lowered: Graph, inputs: dict[str, Tensor]) -> list[int]:
     """Return the rows with NaN scores, which must be the same in the graph and in torch."""
     expected, actual = lowered.run_in_torch(inputs), lowered.run_in_onnx(inputs)
     assert np.array_equal(np.isnan(expected), np.isnan(actual))
@@ -180,11 +180,11 @@ def refused_rows(lowered: Graph, inputs: dict[str, Tensor]) -> list[int]:
 @each_target
 @pytest.mark.parametrize("bad_id", [-1, 40, 2**40])
 def test_policy_error_refuses_only_the_row_with_an_id_out_of_range(target, bad_id):
-    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
+    lowered = lower_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(9)
     before = lowered.run_in_onnx(inputs)
     inputs["user"][[2, 7]] = bad_id
-    assert refused_rows(lowered, inputs) == [2, 7]
+    assert find_refused_rows(lowered, inputs) == [2, 7]
     valid_rows = [0, 1, 3, 4, 5, 6, 8]
     np.testing.assert_array_equal(lowered.run_in_onnx(inputs)[valid_rows], before[valid_rows])
 
@@ -192,10 +192,10 @@ def test_policy_error_refuses_only_the_row_with_an_id_out_of_range(target, bad_i
 @each_target
 @pytest.mark.parametrize("bad_id", [-1, 20])
 def test_policy_error_refuses_only_the_row_with_a_padded_id_out_of_range(target, bad_id):
-    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
+    lowered = lower_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(6)
     inputs["genres"][4, 3] = bad_id
-    assert refused_rows(lowered, inputs) == [4]
+    assert find_refused_rows(lowered, inputs) == [4]
 
 
 @each_target
@@ -204,17 +204,17 @@ def test_policy_error_refuses_only_the_row_with_a_padded_id_out_of_range(target,
 def test_policy_error_refuses_only_the_row_with_a_jagged_id_out_of_range(
     target, bad_id, position, row
 ):
-    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
+    lowered = lower_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(6)
     inputs["history"] = torch.arange(6) + 1
     inputs["history_offsets"] = torch.tensor([0, 0, 2, 2, 5, 6])  # lists of 0, 2, 0, 3, 1, 0 ids
     inputs["history"][position] = bad_id
-    assert refused_rows(lowered, inputs) == [row]
+    assert find_refused_rows(lowered, inputs) == [row]
 
 
 @each_target
 def test_policy_clamp_replaces_an_id_out_of_range_by_the_nearest(target):
-    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
+    lowered = lower_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(4)
     inputs["item"] = torch.tensor([-5, 300, 10**9, 7])
     actual = lowered.run_in_onnx(inputs)
@@ -225,7 +225,7 @@ def test_policy_clamp_replaces_an_id_out_of_range_by_the_nearest(target):
 
 @each_target
 def test_policy_default_row_replaces_an_id_out_of_range_by_the_default(target):
-    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
+    lowered = lower_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(3)
     inputs["tags_lengths"] = torch.tensor([2, 0, 3])
     inputs["tags"] = torch.tensor([-1, 5, 30, 4, 10**6], dtype=torch.int32)
@@ -240,13 +240,13 @@ def test_policy_default_row_replaces_an_id_out_of_range_by_the_default(target):
 @each_target
 @pytest.mark.parametrize("name", ["history", "tags"])
 def test_row_with_a_list_longer_than_declared_is_refused(target, name):
-    lowered = lowered_reference("Ranker", INT8_RECIPE, target)
+    lowered = lower_reference("Ranker", INT8_RECIPE, target)
     inputs = lowered.rows(3)
     lengths = torch.tensor([LONGEST, LONGEST + 1, 1])
     inputs[name] = torch.ones(int(lengths.sum()), dtype=inputs[name].dtype)
     lengths_or_offsets = lengths if name == "tags" else lengths.cumsum(0) - lengths
     inputs[f"{name}_{'lengths' if name == 'tags' else 'offsets'}"] = lengths_or_offsets
-    assert refused_rows(lowered, inputs) == [1]
+    assert find_refused_rows(lowered, inputs) == [1]
 
 
 def test_reference_signature_has_every_policy_layout_and_input_kind():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from reason_codes import codes_of, require_reason
 from safetensors.torch import save_file
-from signatures import with_output
+from signatures import replace_output
 from torch import Tensor, nn
 
 from compressors.contracts import Reason, Signature, Split
@@ -188,7 +188,9 @@ def test_labels_of_one_class_are_refused_in_test_and_validation_and_a_warning_in
 
 
 def test_interactions_without_a_label_above_zero_are_refused_in_test_and_validation():
-    signature = with_output(signature_of("ranking", "score", "user", "ndcg@10"), kind="retrieval")
+    signature = replace_output(
+        signature_of("ranking", "score", "user", "ndcg@10"), kind="retrieval"
+    )
     for name, fatal in (("test", True), ("validation", False)):
         (problem,) = find_label_problems(signature, name, np.zeros(50), None)
         assert (problem.prevents_packing, problem.prevents_measurement) == (True, fatal)

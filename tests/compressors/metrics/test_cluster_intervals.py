@@ -54,7 +54,7 @@ def test_intervals_cover_95_percent_in_4000_simulated_test_sets(users):
     assert_coverage(users, runs=4000, slack=2)
 
 
-def simulated_rows(users, seed=0):
+def simulate_rows(users, seed=0):
     """Label, baseline score, candidate score and user of each simulated row."""
     rng = np.random.default_rng(seed)
     return simulate(rng, draw_heavy_tailed_sizes(rng, users))
@@ -115,7 +115,7 @@ def test_values_without_each_group_equal_the_metric_of_the_other_rows(data):
 
 @pytest.mark.parametrize("metric", ALL_METRICS)
 def test_intervals_do_not_depend_on_the_order_of_rows_or_names_of_groups(metric):
-    rows = simulated_rows(50)
+    rows = simulate_rows(50)
     order = np.random.default_rng(1).permutation(rows.label.size)
     names = np.array([f"user {u * 7 % 50:02}" for u in rows.user])
     first_interval = estimate_pair(metric, *rows)
@@ -149,7 +149,7 @@ def test_copies_of_rows_do_not_narrow_the_interval():
 
 @pytest.mark.parametrize("metric", ALL_METRICS)
 def test_the_interval_of_equal_scores_of_grouped_rows_is_exactly_zero(metric):
-    label, before, _, user = simulated_rows(40)
+    label, before, _, user = simulate_rows(40)
     interval = estimate_pair(metric, label, before, before.copy(), user).difference
     assert (interval.low, interval.point, interval.high) == (0, 0, 0)
 
@@ -172,7 +172,7 @@ def test_fewer_than_ten_groups_are_undecided_with_a_reason(metric, users):
 
 
 def test_a_metric_is_undecided_if_only_five_of_100_users_have_positive_rows():
-    label, before, after, user = simulated_rows(100)
+    label, before, after, user = simulate_rows(100)
     label = label & (user < 5)
     for metric in ("auc", "normalized_entropy"):
         reason = estimate_pair(metric, label, before, after, user).difference.unresolved
@@ -182,7 +182,7 @@ def test_a_metric_is_undecided_if_only_five_of_100_users_have_positive_rows():
 
 
 def test_an_undecided_limit_on_grouped_rows_has_the_rows_and_groups_to_decide():
-    rows = simulated_rows(100)
+    rows = simulate_rows(100)
     interval = estimate_pair("auc", *rows)
     bound = interval.difference.point - 0.5 * interval.resolves
     limit = Limit(metric="auc", against="baseline", at_least=bound)

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_graphs import export, network_of
+from onnx_graphs import build_network, export
 from torch import Tensor, nn
 
 LIBRARIES = Path(sys.prefix) / "libraries"
@@ -74,5 +74,5 @@ def test_exported_model_of_a_library_has_the_same_scores(
     path = tmp_path / "model.onnx"
     export(model, inputs, ["score"], path, dynamo=bool(dynamo), by_name=name not in INPUTS)
     with torch.no_grad():
-        expected, scores = model(*inputs.values()), network_of(onnx.load(path))(inputs)
+        expected, scores = model(*inputs.values()), build_network(onnx.load(path))(inputs)
     torch.testing.assert_close(scores, expected, rtol=SCORES, atol=SCORES)

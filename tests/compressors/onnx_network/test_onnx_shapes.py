@@ -13,7 +13,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from onnx import TensorProto, helper
-from onnx_graphs import Array, graph_of, network_of, require_equal
+from onnx_graphs import Array, build_graph, build_network, require_equal
 
 from compressors.errors.onnx_graphs import OnnxRefused
 
@@ -116,12 +116,12 @@ def test_computed_shape_is_that_of_onnx_runtime(tmp_path: Path, name: str) -> No
 
 
 def build_model(name: str, inputs: dict[str, Array]) -> onnx.ModelProto:
-    return graph_of(GRAPHS[name], inputs, weights={**SCALARS, **VECTORS})
+    return build_graph(GRAPHS[name], inputs, weights={**SCALARS, **VECTORS})
 
 
 @pytest.mark.parametrize("name", [name for name in GRAPHS if name != "arithmetic_of_sizes"])
 def test_graph_that_computes_a_shape_can_be_traced_for_any_number_of_rows(name: str) -> None:
-    network = network_of(build_model(name, {"x": X}))
+    network = build_network(build_model(name, {"x": X}))
     rows = torch.export.Dim("rows", min=1, max=1024)
     inputs = {"x": torch.from_numpy(X)}
     program = torch.export.export(network, (inputs,), dynamic_shapes=({"x": {0: rows}},))
@@ -135,6 +135,6 @@ def test_shape_that_depends_on_values_is_refused_with_the_node() -> None:
         node("Range", "zero longest one", "y"),
     ]
     inputs = {"count": np.arange(1, 5)}
-    network = network_of(graph_of(nodes, inputs, weights=SCALARS))
+    network = build_network(build_graph(nodes, inputs, weights=SCALARS))
     with raises_code(OnnxRefused, "shape_from_values", op="Range"):
         network({"count": torch.arange(1, 5)})

@@ -32,7 +32,7 @@ from narrow_networks import (
 )
 from reason_codes import require_reason
 from safetensors.torch import load_file, save_file
-from signatures import with_output
+from signatures import replace_output
 from torch import Tensor
 
 from compressors.contracts.reasons import Reason
@@ -274,7 +274,7 @@ def test_a_layer_that_cannot_be_pruned_does_not_prevent_pruning_others(tmp_path)
 
 def test_gradient_importance_with_lists_of_one_row_raises_step_refused(tmp_path):
     """The softmax over a list of one row is 1 for any score."""
-    ranking = with_output(
+    ranking = replace_output(
         SIGNATURE.model_copy(update={"group": "g"}), kind="ranking", form="score", metric="ndcg@10"
     )
     reference = Reference(HiddenLayerNet, ranking)

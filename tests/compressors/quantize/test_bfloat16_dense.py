@@ -8,7 +8,7 @@ import pytest
 import torch
 from error_codes import Text, raises_code
 from hypothesis import given
-from models import RANKER, lowered_reference, plan_and_apply, recipe_with
+from models import RANKER, build_recipe, lower_reference, plan_and_apply
 from onnx import TensorProto
 from random_tables import tables
 from reason_codes import require_reason
@@ -105,7 +105,7 @@ def cast_type(cast: onnx.NodeProto) -> int:
 
 def test_tensorrt_graph_has_bfloat16_gemms_between_two_casts():
     onnx_graph = onnx.load(
-        lowered_reference("Compact", recipe_with("bfloat16_dense"), RTX).path
+        lower_reference("Compact", build_recipe("bfloat16_dense"), RTX).path
     ).graph
     types = {item.name: item.data_type for item in onnx_graph.initializer}
     producer = {output: node for node in onnx_graph.node for output in node.output}
@@ -121,7 +121,7 @@ def test_tensorrt_graph_has_bfloat16_gemms_between_two_casts():
 
 def test_onnxruntime_graph_stores_bfloat16_weights_and_no_float32_copy():
     onnx_graph = onnx.load(
-        lowered_reference("Compact", recipe_with("bfloat16_dense"), "onnxruntime").path
+        lower_reference("Compact", build_recipe("bfloat16_dense"), "onnxruntime").path
     ).graph
     bfloat16_weights = [
         item for item in onnx_graph.initializer if item.data_type == TensorProto.BFLOAT16
@@ -142,7 +142,7 @@ def test_onnxruntime_cannot_run_the_bfloat16_graph_of_tensorrt(tmp_path):
         "onnxruntime_graph_refused",
         problem=Text("Could not find an implementation for Gemm"),
     ):
-        Session(lowered_reference("Compact", recipe_with("bfloat16_dense"), RTX).path, 1)
+        Session(lower_reference("Compact", build_recipe("bfloat16_dense"), RTX).path, 1)
 
 
 def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_path):
@@ -184,8 +184,8 @@ def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_pa
 def test_parity_accepts_bfloat16_rounding_and_rejects_changes_of_three_percent_of_the_spread(
     reference, tmp_path
 ):
-    kinds = recipe_with("bfloat16_dense") if reference == "Compact" else ("bfloat16_dense",)
-    lowered = lowered_reference(reference, kinds, RTX)
+    kinds = build_recipe("bfloat16_dense") if reference == "Compact" else ("bfloat16_dense",)
+    lowered = lower_reference(reference, kinds, RTX)
     inputs = lowered.rows(1500)
     expected, plan = lowered.run_in_torch(inputs), lowered.model.plan
     check_parity(expected, lowered.run_in_onnx(inputs), plan, RTX)
@@ -203,7 +203,7 @@ def test_parity_accepts_bfloat16_rounding_and_rejects_changes_of_three_percent_o
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 def test_tensorrt_engine_stores_the_layers_in_bfloat16(tmp_path: Path):
-    lowered = lowered_reference("Attention", ("bfloat16_dense",), RTX)
+    lowered = lower_reference("Attention", ("bfloat16_dense",), RTX)
     packed = sum(line.bytes_after for line in lowered.model.plan.lines)
     shapes = {"user": (), "history": (6,)}
     request = BuildRequest(

@@ -160,7 +160,7 @@ def test_a_steps_encoded_block_equals_the_specification(
         assert torch.equal(result["scale"], fitted.scale)
 
 
-def quantized_by_torch(rows: Tensor) -> Tensor:
+def quantize_by_torch(rows: Tensor) -> Tensor:
     """A table after torch's 4-bit prepack and unpack: asymmetric, float16 scale and offset."""
     packed = torch.ops.quantized.embedding_bag_4bit_prepack(rows)
     result: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(packed)
@@ -186,7 +186,7 @@ def test_least_squares_has_less_error_than_torchs_4_bit_prepack(dim: int):
         result = step.encode(rows, {})
         ids = torch.arange(len(rows))
         weights = step.storage.lookup(result, ids, dim, step.settings())
-        ratio = (weights - rows).square().sum() / (quantized_by_torch(rows) - rows).square().sum()
+        ratio = (weights - rows).square().sum() / (quantize_by_torch(rows) - rows).square().sum()
         # 0.71 to 0.89 were measured; the tables are random, so slightly more is allowed.
         assert float(ratio) < 0.92, (name, float(ratio))
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pairwise import parametrize_pairwise
 from pydantic import ValidationError
-from random_tables import random_normal
+from random_tables import draw_normal
 from rowwise_reference import StoredRows, decode_rows, encode_rows, pack_planes, unpack_planes
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def reference_weights(step: Rowwise, table: Tensor) -> Tensor:
 
 def varied_rows(rows: int, dim: int) -> Tensor:
     """Normal weights, and one row each: zeros, equal values, tiny, positive, with an outlier."""
-    table = random_normal(rows, dim)
+    table = draw_normal(rows, dim)
     table[1 % rows] = 0.0
     table[2 % rows] = -0.37
     table[3 % rows] *= 2.0**-20
@@ -105,7 +105,7 @@ def test_weights_halfway_between_two_levels_are_rounded_as_documented(step):
     dtype=[torch.int64, torch.int32],
 )
 def test_lookup_returns_the_reference_weights_for_ids_of_any_shape(step, dim, shape, dtype):
-    table = random_normal(11, dim)
+    table = draw_normal(11, dim)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
     rows = pack(step, table)(ids)
     assert rows.dtype == torch.float32
@@ -117,7 +117,7 @@ def test_lookup_returns_the_reference_weights_for_ids_of_any_shape(step, dim, sh
 def test_stored_bytes_are_the_bytes_of_codes_scales_and_offsets(step, rows, scale):
     step = step.model_copy(update={"scale": scale})
     dim, bits = 10, BITS[step.kind]
-    table = pack(step, random_normal(rows, dim))
+    table = pack(step, draw_normal(rows, dim))
     ranges = -(-rows // step.rows_per_scale) if step.rows_per_scale else 1
     numbers = ranges * (1 if step.symmetric else 2)
     size = {"float16": 2, "float32": 4}[scale]
@@ -155,9 +155,9 @@ def gradients(
 @parametrize_pairwise(step=STEPS, dim=[2, 5], scale=["float16", "float32"])
 def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
-    table = pack(step, random_normal(11, dim))
+    table = pack(step, draw_normal(11, dim))
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])  # repeated ids add up, rows 8 to 10 are never read
-    output_gradient = random_normal(6, dim).reshape(2, 3, dim)
+    output_gradient = draw_normal(6, dim).reshape(2, 3, dim)
     with_op = gradients(step, table, ids, output_gradient, with_op=True)
     with_torch = gradients(step, table, ids, output_gradient, with_op=False)
     assert set(with_op) == ({"scale"} if step.symmetric else {"scale", "offset"})
@@ -186,7 +186,7 @@ def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
 )
 def test_op_passes_opcheck(step, scale):
     step = step.model_copy(update={"scale": scale})
-    table = dict(pack(step, random_normal(6, 5)).named_buffers())
+    table = dict(pack(step, draw_normal(6, 5)).named_buffers())
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])
     offset = table.get("offset")
     learned_tensors = (

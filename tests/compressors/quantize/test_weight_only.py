@@ -53,7 +53,7 @@ rules = st.sampled_from(["min_max", "least_squares", "mse"])
 scale_types = st.sampled_from(["float16", "float32"])
 
 
-def random_normal(outputs: int, inputs: int, seed: int = 0) -> Tensor:
+def draw_normal(outputs: int, inputs: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(outputs, inputs, generator=generator) / inputs**0.5
 
@@ -63,12 +63,12 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and bias of one layer, scales in float32 to be trained."""
     weight, level_grid = (
-        random_normal(outputs, inputs, seed),
+        draw_normal(outputs, inputs, seed),
         create_grid(bits, "min_max", "float32"),
     )
     scale = fit_scales(weight, block, level_grid)
     multiples = round_to_multiples(weight, scale, block, level_grid)
-    return pack(multiples, block, bits), scale, random_normal(1, outputs, seed + 1)[0]
+    return pack(multiples, block, bits), scale, draw_normal(1, outputs, seed + 1)[0]
 
 
 # --- codes -----------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def test_rounding_error_is_at_most_half_the_scale_and_clipping_never_increases_i
     size, block, bits, clipping, scale, seed
 ):
     inputs, outputs = size
-    weight = random_normal(outputs, inputs, seed)
+    weight = draw_normal(outputs, inputs, seed)
     result = {}
     for rule in ("min_max", clipping):
         level_grid = create_grid(bits, rule, scale)
@@ -146,7 +146,7 @@ def test_op_equals_a_dense_layer_with_decoded_weights(bits, block, shape):
 @given(size=sizes, block=st.sampled_from([16, 32]), seed=seeds)
 def test_rounded_inputs_are_within_half_a_level_of_their_block(size, block, seed):
     inputs, rows = size
-    x = random_normal(rows, inputs, seed) * torch.logspace(-3, 3, inputs)
+    x = draw_normal(rows, inputs, seed) * torch.logspace(-3, 3, inputs)
     x[0] = 0
     x[0, 0] = 1e-42  # 127 divided by it is infinite
     rounded = round_inputs(x, block)
@@ -259,7 +259,7 @@ def test_op_passes_opcheck():
 def draw_correlated_inputs(rows: int, inputs: int, seed: int) -> Tensor:
     """Correlated inputs, such as the outputs of a Relu."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(rows, inputs, generator=generator) @ random_normal(inputs, inputs, seed + 1)
+    mixed = torch.randn(rows, inputs, generator=generator) @ draw_normal(inputs, inputs, seed + 1)
     return mixed.relu()
 
 
@@ -277,7 +277,7 @@ def quantize(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Ten
 @given(size=sizes, block=blocks, rows=st.integers(1, 60), seed=seeds)
 def test_gptq_never_increases_the_error_of_an_output(size, block, rows, seed):
     inputs, outputs = size
-    weight, x = random_normal(outputs, inputs, seed), draw_correlated_inputs(rows, inputs, seed)
+    weight, x = draw_normal(outputs, inputs, seed), draw_correlated_inputs(rows, inputs, seed)
     multiples, nearest, scale_of_weight, gram = quantize(weight, x, block)
     assert torch.equal(multiples, multiples.round())
     assert multiples.abs().max() <= 7
@@ -287,7 +287,7 @@ def test_gptq_never_increases_the_error_of_an_output(size, block, rows, seed):
 
 
 def test_gptq_with_correlated_inputs_has_less_than_70_percent_of_the_error():
-    weight = random_normal(64, 200)  # more columns than GPTQ's block of 128
+    weight = draw_normal(64, 200)  # more columns than GPTQ's block of 128
     x = draw_correlated_inputs(2000, 200, 3)
     multiples, nearest, scale_of_weight, gram = quantize(weight, x, 32)
     result = squared_error(multiples * scale_of_weight - weight, gram).sum()
@@ -299,7 +299,7 @@ def test_gptq_with_correlated_inputs_has_less_than_70_percent_of_the_error():
 
 
 def test_gptq_with_uncorrelated_inputs_rounds_to_the_nearest_levels():
-    weight = random_normal(8, 40)
+    weight = draw_normal(8, 40)
     x = torch.diag(torch.linspace(0.1, 3, 40))
     x[:, 7] = 0  # one input is always zero
     multiples, nearest, _, _ = quantize(weight, x, 32)
@@ -307,7 +307,7 @@ def test_gptq_with_uncorrelated_inputs_rounds_to_the_nearest_levels():
 
 
 def test_gptq_with_zero_inputs_rounds_to_the_nearest_levels():
-    multiples, nearest, _, _ = quantize(random_normal(3, 20), torch.zeros(5, 20), 16)
+    multiples, nearest, _, _ = quantize(draw_normal(3, 20), torch.zeros(5, 20), 16)
     assert torch.equal(multiples, nearest)
 
 
