@@ -139,8 +139,8 @@ def read(name: Name, folder: Path) -> tuple[dict[Part, tuple[Ints, Ints]], dict[
         table = table[np.random.default_rng(0).permutation(len(table))]
         encoded = [np.unique(column, return_inverse=True) for column in table[:, 1:].T]
         fields = ("user", "item", "tag")
-        rows = {field: len(ids) for field, (ids, _) in zip(fields, encoded, strict=True)}
-        ids, label = np.stack([codes for _, codes in encoded], axis=1), table[:, 0]
+        rows = {field: len(unique) for field, (unique, _) in zip(fields, encoded, strict=True)}
+        ids, label = np.stack([column_ids for _, column_ids in encoded], axis=1), table[:, 0]
         edges = (0, int(0.7 * len(ids)), int(0.8 * len(ids)), len(ids))
         parts = {
             part: (ids[edges[k] : edges[k + 1]], label[edges[k] : edges[k + 1]])
@@ -151,7 +151,7 @@ def read(name: Name, folder: Path) -> tuple[dict[Part, tuple[Ints, Ints]], dict[
     return {part: parts[part] for part in PARTS}, rows
 
 
-def signature(rows: dict[str, int]) -> Signature:
+def build_signature(rows: dict[str, int]) -> Signature:
     """Return the signature of the network for fields with these numbers of table rows."""
     return Signature(
         inputs=tuple(
@@ -207,7 +207,7 @@ def load_split(split: Split) -> tuple[dict[str, Tensor], Tensor]:
 # --- the network -----------------------------------------------------------------------------
 
 
-def architecture(rows: dict[str, int], settings: TrainingSettings) -> Architecture:
+def build_architecture(rows: dict[str, int], settings: TrainingSettings) -> Architecture:
     """Return the architecture of the tuned DCN-v2."""
     return Architecture(
         path="examples.dcnv2:DCNv2",
@@ -285,7 +285,7 @@ def load_baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Mod
     """
     splits, rows = prepare_splits(name, folder, cache)
     settings = TRAINING_SETTINGS[name]
-    arch = architecture(rows, settings)
+    arch = build_architecture(rows, settings)
     run_folder = cache / name / f"seed{seed}"
     if not (run_folder / "facts.json").is_file():
         start = time.perf_counter()
@@ -301,7 +301,7 @@ def load_baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Mod
     module = DCNv2(**arch.config)
     module.load_state_dict(load_file(run_folder / "model.safetensors"))
     bench = Bench(
-        signature=signature(rows),
+        signature=build_signature(rows),
         train=splits["train"],
         validation=splits["validation"],
         soft_labels=Split(**training_record["soft_labels"]),
@@ -315,7 +315,7 @@ def default_cache() -> Path:
     return load_settings().home / "benchmarks" / "ctr"
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
+def create_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks on these models share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, help=f"folder of the data sets (or {DATA_VARIABLE})")
@@ -326,7 +326,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def interval_half_width(values: list[float]) -> float:
+def compute_interval_half_width(values: list[float]) -> float:
     """Return half the width of the 95 % interval of the mean (Student's t); 0 for one value."""
     count = len(values)
     return float(student_t.ppf(0.975, count - 1)) * stdev(values) / count**0.5 if count > 1 else 0.0
@@ -334,7 +334,7 @@ def interval_half_width(values: list[float]) -> float:
 
 def main() -> None:
     """Train missing baselines and print their validation and test AUC."""
-    args = argument_parser(__doc__.splitlines()[0]).parse_args()
+    args = create_parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(args.threads)
     cache = args.cache or default_cache()
     try:
@@ -351,7 +351,7 @@ def main() -> None:
             for part in ("validation", "test"):
                 aucs[part].append(auc(model.module, splits[part]))
             print(name, seed, *(f"{v[-1]:.5f}" for v in aucs.values()), file=sys.stderr, flush=True)
-        cells = [f"{mean(v):.5f} ± {interval_half_width(v):.5f}" for v in aucs.values()]
+        cells = [f"{mean(v):.5f} ± {compute_interval_half_width(v):.5f}" for v in aucs.values()]
         print(f"| {name} | {args.seeds} | {' | '.join(cells)} |", flush=True)
 
 

@@ -20,11 +20,11 @@ from pydantic import TypeAdapter
 
 from benchmarks.ctr import (
     Name,
-    argument_parser,
     auc,
+    compute_interval_half_width,
+    create_parser,
     data_folder,
     default_cache,
-    interval_half_width,
     load_baseline,
     prepare_splits,
 )
@@ -92,7 +92,7 @@ def measure(model: Model, bench: Bench, splits: Sequence[Split]) -> dict[str, li
 
 def main() -> None:
     """Print one Markdown table per data set."""
-    args = argument_parser((__doc__ or "").splitlines()[0]).parse_args()
+    args = create_parser((__doc__ or "").splitlines()[0]).parse_args()
     torch.set_num_threads(args.threads)
     cache = args.cache or default_cache()
     try:
@@ -115,7 +115,7 @@ def main() -> None:
             cells = [f"{mean(value[0] for value in values):.1%}"]
             for column in (1, 2):
                 losses = [value[column] for value in values]
-                cells.append(f"{mean(losses):.5f} ± {interval_half_width(losses):.5f}")
+                cells.append(f"{mean(losses):.5f} ± {compute_interval_half_width(losses):.5f}")
             print(f"| {label} | {' | '.join(cells)} |", flush=True)
 
 

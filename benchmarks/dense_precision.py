@@ -24,11 +24,11 @@ import torch
 
 from benchmarks.ctr import (
     Name,
-    argument_parser,
     auc,
+    compute_interval_half_width,
+    create_parser,
     data_folder,
     default_cache,
-    interval_half_width,
     load_baseline,
     prepare_splits,
 )
@@ -55,7 +55,7 @@ STEPS: dict[str, Step] = {
 
 def main() -> None:
     """Print a Markdown table with one line per step."""
-    parser = argument_parser(__doc__.splitlines()[0])
+    parser = create_parser(__doc__.splitlines()[0])
     parser.add_argument(
         "--steps", nargs="*", help="run only steps whose name contains one of these words"
     )
@@ -95,10 +95,10 @@ def main() -> None:
                         if line.role == "dense":
                             print(f"  {line.module}: {line.reason}", file=sys.stderr)
         for step in selected:
-            cells = [
-                f"{mean(results[step, p]):+.6f} ± {interval_half_width(results[step, p]):.6f}"
-                for p in parts
-            ]
+            cells = []
+            for part in parts:
+                changes = results[step, part]
+                cells.append(f"{mean(changes):+.6f} ± {compute_interval_half_width(changes):.6f}")
             cells.append(f"{mean(results[step, 'seconds']):.0f}")
             print(f"| {name} | {step} | {' | '.join(cells)} |", flush=True)
 

@@ -28,11 +28,11 @@ import torch
 
 from benchmarks.ctr import (
     Name,
-    argument_parser,
     auc,
+    compute_interval_half_width,
+    create_parser,
     data_folder,
     default_cache,
-    interval_half_width,
     load_baseline,
     prepare_splits,
 )
@@ -132,7 +132,7 @@ def measure(model: Model, bench: Bench, test: Split, results: dict[str, RecipeRe
 
 def main() -> None:
     """Print a Markdown table with one line per recipe."""
-    args = argument_parser(__doc__.splitlines()[0]).parse_args()
+    args = create_parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(args.threads)
     cache = args.cache or default_cache()
     try:
@@ -151,7 +151,7 @@ def main() -> None:
         print("|---|---|---|---|")
         for label, line in results.items():
             mean, share = (sum(values) / args.seeds for values in (line.changes, line.shares))
-            change = f"{mean:+.5f} ± {interval_half_width(line.changes):.5f}"
+            change = f"{mean:+.5f} ± {compute_interval_half_width(line.changes):.5f}"
             print(f"| {label} | {change} | {share:.1%} | {line.operators} |")
 
 

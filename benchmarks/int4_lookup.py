@@ -9,7 +9,7 @@ Four graphs are compared:
   first columns, and the high halves those of the last columns. Two bitwise operators and one
   concatenation therefore unpack a row.
 
-Each graph is first checked against the decoded weights. Then all four are timed in turn in one
+Each graph is first checked against the dequantized weights. Then all four are timed in turn in one
 process on one thread, so that other load affects all of them. Labels with "ours" are exported by
 recpress.
 
@@ -104,14 +104,14 @@ def write_graphs(rows: int, dim: int, folder: Path) -> dict[str, tuple[Path, Ten
     plain = nn.Embedding(rows, dim, _weight=weight)
     int8, int4 = (encode_table(step, weight) for step in (RowwiseInt8(), RowwiseInt4()))
     ids = torch.arange(rows)
-    decoded8, decoded4 = int8(ids), int4(ids)
+    dequantized8, dequantized4 = int8(ids), int4(ids)
     # recpress stores a 4-bit code plus 8, as an unsigned number.
     codes4 = (bitpacking.unpack(int4.codes, dim, 4).to(torch.int8) - 8, int4.scale)
     writers: dict[str, tuple[Callable[[Path], Path], Tensor]] = {
         "fp32 Gather": (lambda path: export(plain, path), weight),
-        "int8 Gather-Cast-Mul (ours)": (lambda path: export(int8, path), decoded8),
-        "int4 GatherBlockQuantized": (lambda p: write_block_quantized(*codes4, p), decoded4),
-        "int4 planar (ours)": (lambda path: export(int4, path), decoded4),
+        "int8 Gather-Cast-Mul (ours)": (lambda path: export(int8, path), dequantized8),
+        "int4 GatherBlockQuantized": (lambda p: write_block_quantized(*codes4, p), dequantized4),
+        "int4 planar (ours)": (lambda path: export(int4, path), dequantized4),
     }
     return {
         name: (write(folder / f"{number}.onnx"), expected)
@@ -123,7 +123,7 @@ def measure(rows: int, dim: int, batches: list[int], rounds: int) -> None:
     """Print microseconds per call, and the ratio to GatherBlockQuantized, for tables of one width.
 
     Raises:
-        AssertionError: the output of a graph differs from the decoded weights.
+        AssertionError: the output of a graph differs from the dequantized weights.
     """
     with tempfile.TemporaryDirectory() as scratch:
         graphs = write_graphs(rows, dim, Path(scratch))

@@ -54,7 +54,7 @@ class Coverage(NamedTuple):
     difference: float
 
 
-def simulate(random: np.random.Generator, sizes: NDArray[np.intp]) -> TestSet:
+def simulate(rng: np.random.Generator, sizes: NDArray[np.intp]) -> TestSet:
     """Draw a test set with ``sizes[u]`` rows for user ``u``.
 
     Clicks depend on an effect of the user and on a feature of the row. The baseline's logit
@@ -63,23 +63,23 @@ def simulate(random: np.random.Generator, sizes: NDArray[np.intp]) -> TestSet:
     """
     users = sizes.size
     user = np.repeat(np.arange(users), sizes)
-    user_effect, user_error, user_shift = random.normal(size=(3, users))
-    feature, row_error, rounding = random.normal(size=(3, user.size))
+    user_effect, user_error, user_shift = rng.normal(size=(3, users))
+    feature, row_error, rounding = rng.normal(size=(3, user.size))
     probability = _sigmoid(-1 + 0.8 * user_effect[user] + feature)
-    label = random.random(user.size) < probability
+    label = rng.random(user.size) < probability
     baseline = -1 + 0.8 * feature + (0.4 * user_effect + 0.4 * user_error)[user] + 0.3 * row_error
     candidate = baseline + 0.25 * user_shift[user] + 0.25 * rounding
     return TestSet(label, _sigmoid(baseline), _sigmoid(candidate), user)
 
 
-def heavy_tailed_sizes(random: np.random.Generator, users: int) -> NDArray[np.intp]:
+def draw_heavy_tailed_sizes(rng: np.random.Generator, users: int) -> NDArray[np.intp]:
     """Draw the number of rows of each user: 1 to 200, with probability proportional to 1 / rows."""
     rows = np.arange(1, MAX_ROWS + 1)
-    return random.choice(rows, size=users, p=(1 / rows) / (1 / rows).sum())
+    return rng.choice(rows, size=users, p=(1 / rows) / (1 / rows).sum())
 
 
 @cache
-def true_values() -> dict[str, tuple[float, float]]:
+def estimate_true_values() -> dict[str, tuple[float, float]]:
     """Estimate the true values from 4 million users with one row each.
 
     The AUC of a large population hardly depends on pairs of rows of the same user, so one row per
@@ -88,7 +88,7 @@ def true_values() -> dict[str, tuple[float, float]]:
     Returns:
         By metric, its value for the baseline, and the difference between both models.
     """
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     one_row_per_user = np.ones(POPULATION_BATCH_ROWS, dtype=np.intp)
     measure = {
         "auc": point_estimates.auc,
@@ -97,7 +97,7 @@ def true_values() -> dict[str, tuple[float, float]]:
     }
     values: dict[str, list[tuple[float, float]]] = {metric: [] for metric in METRICS}
     for _ in range(POPULATION_BATCHES):
-        rows = simulate(random, one_row_per_user)
+        rows = simulate(rng, one_row_per_user)
         for metric in METRICS:
             before = measure[metric](rows.label, rows.baseline)
             after = measure[metric](rows.label, rows.candidate)
@@ -106,7 +106,7 @@ def true_values() -> dict[str, tuple[float, float]]:
     return {metric: (float(mean[0]), float(mean[1])) for metric, mean in means.items()}
 
 
-def coverage(
+def measure_coverage(
     users: int, runs: int, metrics: Iterable[str] = METRICS, *, grouped: bool = True
 ) -> dict[str, Coverage]:
     """Return by metric the share of simulated test sets whose interval contains the true value.
@@ -120,15 +120,19 @@ def coverage(
     metrics = tuple(metrics)
     hits = {metric: np.zeros(2) for metric in metrics}
     for run in range(runs):
-        random = np.random.default_rng([users, run])
-        rows = simulate(random, heavy_tailed_sizes(random, users))
+        rng = np.random.default_rng([users, run])
+        rows = simulate(rng, draw_heavy_tailed_sizes(rng, users))
         group = rows.user if grouped else None
         for metric in metrics:
             intervals = estimate_pair(
                 metric, rows.label, rows.baseline, rows.candidate, group, samples=300
             )  # ``samples``: number of bootstrap samples
             for column, (estimate, value) in enumerate(
-                zip((intervals.baseline, intervals.difference), true_values()[metric], strict=True)
+                zip(
+                    (intervals.baseline, intervals.difference),
+                    estimate_true_values()[metric],
+                    strict=True,
+                )
             ):
                 hits[metric][column] += estimate.low <= value <= estimate.high
     return {metric: Coverage(*(count / runs).tolist()) for metric, count in hits.items()}
@@ -150,8 +154,8 @@ def main() -> None:
     print("| users | metric | value | difference | row bootstrap: value | difference |")
     print("|---|---|---|---|---|---|")
     for users in USERS:
-        by_user = coverage(users, runs)
-        by_row = coverage(users, row_runs, grouped=False)
+        by_user = measure_coverage(users, runs)
+        by_row = measure_coverage(users, row_runs, grouped=False)
         for metric in METRICS:
             cells = (*by_user[metric], *by_row[metric])
             print(f"| {users} | {metric} | " + " | ".join(f"{c:.1%}" for c in cells) + " |")

@@ -2,7 +2,7 @@
 
 Packs and compresses click and retrieval models of several sizes, each in a separate process. A
 thread of that process samples the size of its resident set. Prints the peak, the peak of the
-anonymous part (memory that is not mapped from files) and the stage of the peak, next to the
+anonymous part (memory that is not mapped from files) and the phase of the peak, next to the
 estimate that was made before the run. The factors in ``tasks/orchestration/memory_estimate.py``
 were chosen by these results. An order is a request to compress a model, with the recipe, the limits
 and the targets.
@@ -161,16 +161,16 @@ def write(folder: Path, case: Case) -> None:
 
 
 def _write_click_data(folder: Path, case: Case, model: nn.Module) -> dict[str, object]:
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     splits = {"train": case.train, "validation": 2000, "test": 5000}
     for split, count in splits.items():
-        item = draw.integers(0, case.rows, count)
-        dense = draw.normal(size=(count, FIELDS)).astype(np.float32)
-        scored = min(count, 20_000)  # further rows repeat these logits, to save time
+        item = rng.integers(0, case.rows, count)
+        dense = rng.normal(size=(count, FIELDS)).astype(np.float32)
+        scored = min(count, 20_000)  # the other rows repeat these logits, to save time
         with torch.no_grad():
             logit = model(torch.from_numpy(item[:scored]), torch.from_numpy(dense[:scored])).numpy()
         logit = np.resize((logit - logit.mean()) / logit.std(), count)
-        label = (draw.random(count) < 1 / (1 + np.exp(-2 * logit))).astype(np.int64)
+        label = (rng.random(count) < 1 / (1 + np.exp(-2 * logit))).astype(np.int64)
         columns = {"item": item, "label": label}
         columns |= {f"d{column}": dense[:, column] for column in range(FIELDS)}
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
@@ -188,12 +188,12 @@ def _write_click_data(folder: Path, case: Case, model: nn.Module) -> dict[str, o
 
 
 def _write_retrieval_data(folder: Path, case: Case) -> dict[str, object]:
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     splits = {"train": case.train, "validation": 500, "test": 1000}
     catalogue = min(case.rows, 20_000)
     for split, count in splits.items():
-        user = draw.integers(0, min(case.rows, 300), count)
-        columns = {"user": user, "item": draw.integers(0, catalogue, count)}
+        user = rng.integers(0, min(case.rows, 300), count)
+        columns = {"user": user, "item": rng.integers(0, catalogue, count)}
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
     pq.write_table(pa.table({"item": np.arange(catalogue)}), folder / "items.parquet")
     signature = {
@@ -216,30 +216,30 @@ def _write_retrieval_data(folder: Path, case: Case) -> dict[str, object]:
 
 
 class Sampler(logging.Handler):
-    """Measures the peak of this process's resident set, and the stage in which it occurs.
+    """Measures the peak of this process's resident set, and the phase in which it occurs.
 
-    It is a logging handler because the order's progress logs the name of each stage that starts.
+    It is a logging handler because the order's progress logs the name of each phase that starts.
     "Anonymous" memory is the part of the resident set that is not mapped from files.
 
     Attributes:
         peak: largest number of resident bytes.
         anonymous: anonymous bytes at the time of the peak.
         most_anonymous: largest number of anonymous bytes, at any time.
-        moment: name of the stage in which the peak occurred.
-        stages: largest number of resident bytes in each stage.
+        moment: name of the phase in which the peak occurred.
+        phases: largest number of resident bytes in each phase.
     """
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
         self.peak = self.anonymous = self.most_anonymous = 0
-        self.moment = self._stage = "before the first stage"
-        self.stages: dict[str, int] = {}
+        self.moment = self._phase = "before the first phase"
+        self.phases: dict[str, int] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Store the name of the stage that starts."""
-        self._stage = record.getMessage()
+        """Store the name of the phase that starts."""
+        self._phase = record.getMessage()
 
     def _sample(self) -> None:
         while not self._ended.wait(0.02):
@@ -247,14 +247,14 @@ class Sampler(logging.Handler):
             status = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
             resident, anonymous = int(status["VmRSS"]) * KIB, int(status["RssAnon"]) * KIB
             self.most_anonymous = max(self.most_anonymous, anonymous)
-            self.stages[self._stage] = max(self.stages.get(self._stage, 0), resident)
+            self.phases[self._phase] = max(self.phases.get(self._phase, 0), resident)
             if resident > self.peak:
-                self.peak, self.anonymous, self.moment = resident, anonymous, self._stage
+                self.peak, self.anonymous, self.moment = resident, anonymous, self._phase
 
     def __enter__(self) -> "Sampler":
-        stages = logging.getLogger("tasks.orchestration.progress")
-        stages.setLevel(logging.INFO)
-        stages.addHandler(self)
+        phases = logging.getLogger("tasks.orchestration.progress")
+        phases.setLevel(logging.INFO)
+        phases.addHandler(self)
         self._thread.start()
         return self
 
@@ -292,7 +292,7 @@ def run_order(preset: str, *, engine: bool, retrieval: bool) -> None:
         "anonymous": sampler.anonymous,
         "most_anonymous": sampler.most_anonymous,
         "moment": sampler.moment,
-        "stages": sampler.stages,
+        "phases": sampler.phases,
         "seconds": time.monotonic() - start,
     }
     print(json.dumps(result))

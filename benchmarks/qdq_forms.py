@@ -1,13 +1,13 @@
 """Which Q/DQ graphs does ONNX Runtime compute in int8, and how fast?
 
 Q/DQ graphs express int8 layers by pairs of QuantizeLinear and DequantizeLinear, which a runtime may
-fuse with the product between them. There are two networks: "chain" has two layers with a Relu
-between them, "shared" has two layers with the same input. Each is written in float32 and in several
-equivalent Q/DQ forms.
+fuse with the matrix product between them. There are two networks: "chain" has two layers with a
+Relu between them, "shared" has two layers with the same input. Each is written in float32 and in
+several equivalent Q/DQ forms.
 
-The column "int8" is the number of products that ONNX Runtime's optimized graph computes in int8.
-The column "audit" is whether ``compressors/lower/audit.py`` accepts that graph. All forms of a
-network are timed in turn in one process on one thread. "ours" is the form that recpress exports.
+The column "int8" is the number of matrix products that ONNX Runtime's optimized graph computes in
+int8. The column "audit" is whether ``compressors/lower/audit.py`` accepts that graph. All forms of
+a network are timed in turn in one process on one thread. "ours" is the form that recpress exports.
 
     python benchmarks/qdq_forms.py
 """
@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compressors.contracts import Plan, PlanLine, Reason
 from compressors.errors.compression import AuditFailed
-from compressors.lower.audit import INT8_PRODUCTS, audit
+from compressors.lower.audit import INT8_MATMULS, audit
 from infra.onnxruntime.sessions import OnnxRuntime, Session, optimized_graph
 from infra.timing import describe_machine, measure_interleaved_ms
 
@@ -76,7 +76,7 @@ class GraphBuilder:
     width: int
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
-    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def constant(self, value: Any) -> str:
         """Add an initializer; return its name."""
@@ -103,8 +103,8 @@ class GraphBuilder:
     def layer(self, x: str) -> str:
         """Add a dense layer of ``width`` inputs and outputs."""
         n = self.width
-        weight = self.random.standard_normal((n, n)).astype(np.float32) / np.sqrt(n, dtype="f")
-        bias = self.random.standard_normal(n).astype(np.float32)
+        weight = self.rng.standard_normal((n, n)).astype(np.float32) / np.sqrt(n, dtype="f")
+        bias = self.rng.standard_normal(n).astype(np.float32)
         if self.form.zero is None:
             return self.node("Gemm", x, self.constant(weight), self.constant(bias), transB=1)
         scale = np.abs(weight).max(axis=1) / 127
@@ -154,12 +154,12 @@ def add_layers_of_one_input(builder: GraphBuilder) -> str:
     return builder.node("Add", builder.layer(x), builder.layer(x))
 
 
-def audit_result(graph: onnx.GraphProto, form: Form) -> tuple[int, str]:
-    """Return the number of products that run in int8, and the result of the audit.
+def audit_graph(graph: onnx.GraphProto, form: Form) -> tuple[int, str]:
+    """Return the number of matrix products that run in int8, and the result of the audit.
 
     The result is "accepted", "refused", or "-" for a graph in float32, which is not audited.
     """
-    fused = sum(node.op_type in INT8_PRODUCTS for node in graph.node)
+    fused = sum(node.op_type in INT8_MATMULS for node in graph.node)
     if form.zero is None:
         return fused, "-"
     # The audit compares the graph with a plan: here, one line for each of the two int8 layers.
@@ -192,7 +192,7 @@ def measure(
             builder = GraphBuilder(form, args.width)
             path = builder.save(network(builder), Path(scratch) / "layers.onnx")
             sessions.append(Session(path, threads=1))
-            audit_results.append(audit_result(optimized_graph(path), form))
+            audit_results.append(audit_graph(optimized_graph(path), form))
     for batch in args.batches:
         x = np.random.default_rng(batch).standard_normal((batch, args.width)).astype(np.float32)
         expected = sessions[0].scores({"x": x})

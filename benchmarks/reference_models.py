@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 from urllib.parse import unquote
 
-from benchmarks.ctr import interval_half_width
+from benchmarks.ctr import compute_interval_half_width
 from examples.public_data import DATA_VARIABLE
 from infra.settings import load_settings
 
@@ -142,14 +142,14 @@ def compress(model: ReferenceModel, preset: str, folder: Path) -> Result:
     )
 
 
-def row(model: ReferenceModel, preset: str, results: list[Result]) -> str:
+def format_row(model: ReferenceModel, preset: str, results: list[Result]) -> str:
     """Return a line of the printed table."""
     served = mean(result.compressed["bytes"] for result in results)
     share = mean(result.changes["bytes"] for result in results)
     cells = [f"`{preset}`", f"{served:,.0f} ({share:.2f}x)"]
     for metric in model.metrics:
         changes = [result.changes[metric] for result in results]
-        cells.append(f"{mean(changes):+.5f} ± {interval_half_width(changes):.5f}")
+        cells.append(f"{mean(changes):+.5f} ± {compute_interval_half_width(changes):.5f}")
     latencies = [mean(result.changes[f"p50_ms@{batch}"] for result in results) for batch in BATCHES]
     cells.append(" / ".join(f"{ratio:.2f}x" for ratio in latencies))
     return f"| {' | '.join(cells)} |"
@@ -176,7 +176,7 @@ def main() -> None:
             train_and_pack(model, seed, folder)
             for preset in args.presets:
                 results[preset].append(compress(model, preset, folder))
-                print(name, seed, row(model, preset, results[preset][-1:]), file=sys.stderr)
+                print(name, seed, format_row(model, preset, results[preset][-1:]), file=sys.stderr)
         baseline = [result.baseline for result in results[args.presets[0]]]
         print(f"\n{name}, {args.seeds} networks; uncompressed:", end=" ")
         for metric in ("bytes", *model.metrics, *(f"p50_ms@{batch}" for batch in BATCHES)):
@@ -185,7 +185,7 @@ def main() -> None:
         print(f"\n\n| preset | bytes served | {changes} | p50 at batch 1 / 64 / 1024 |")
         print("|---" * (3 + len(model.metrics)) + "|")
         for preset, measured in results.items():
-            print(row(model, preset, measured), flush=True)
+            print(format_row(model, preset, measured), flush=True)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ import torch_pruning
 from torch import Tensor, nn
 
 from benchmarks.ctr import (
-    argument_parser,
     auc,
+    compute_interval_half_width,
+    create_parser,
     data_folder,
     default_cache,
-    interval_half_width,
     load_baseline,
     load_split,
     prepare_splits,
@@ -46,7 +46,7 @@ from benchmarks.ctr import (
 from compressors.contracts import Bench
 from compressors.core.model import Model
 from compressors.core.runner import run
-from compressors.distill.soft_labels import mixed_loss
+from compressors.distill.soft_labels import build_mixed_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.training_steps import train_model
 from compressors.prune.dense.channels import Channels
@@ -71,7 +71,7 @@ class Candidate:
     soft_share: float = 0.0
 
 
-def channels_candidate(
+def build_channels_candidate(
     importance: Importance, scope: str, *, reconstruct: bool = True
 ) -> Candidate:
     """Return a candidate that prunes with ``channels`` to a share ``SHARE`` of multiply-adds.
@@ -102,7 +102,9 @@ def channels_candidate(
     return Candidate(name, prune)
 
 
-def torch_pruning_candidate(name: str, importance: Callable[[], Any], scope: str) -> Candidate:
+def build_torch_pruning_candidate(
+    name: str, importance: Callable[[], Any], scope: str
+) -> Candidate:
     """Return a candidate that prunes with Torch-Pruning to a share ``SHARE`` of multiply-adds.
 
     Nine steps of bisection find the smallest pruning ratio, to 1/512, with which the network has at
@@ -111,7 +113,7 @@ def torch_pruning_candidate(name: str, importance: Callable[[], Any], scope: str
     Args:
         name: label of the importance.
         importance: builds Torch-Pruning's importance.
-        scope: "layer" or "global", as in ``channels_candidate``.
+        scope: "layer" or "global", as in ``build_channels_candidate``.
     """
 
     def prune_at(model: Model, bench: Bench, gradients: dict[str, Tensor], ratio: float) -> DCNv2:
@@ -136,7 +138,7 @@ def torch_pruning_candidate(name: str, importance: Callable[[], Any], scope: str
         assert torch.equal(module.head.weight[:, : cross_weight.shape[1]], cross_weight)
         return module
 
-    def loss_gradients(model: Model, bench: Bench) -> dict[str, Tensor]:
+    def compute_loss_gradients(model: Model, bench: Bench) -> dict[str, Tensor]:
         module = _copy_module(model)
         assert bench.train is not None
         for batch in shuffled_batches(bench.train, bench.signature, 1024, bench.seed, limit=ROWS):
@@ -145,7 +147,7 @@ def torch_pruning_candidate(name: str, importance: Callable[[], Any], scope: str
 
     def prune(model: Model, bench: Bench) -> Model:
         original = total_multiply_adds(model.module, bench)
-        gradients = loss_gradients(model, bench) if name == "taylor" else {}
+        gradients = compute_loss_gradients(model, bench) if name == "taylor" else {}
         # Pruning ratios: the largest known to be too small, the smallest known to be enough.
         low, high = 0.0, 1.0
         pruned = model.module
@@ -169,17 +171,19 @@ def torch_pruning_candidate(name: str, importance: Callable[[], Any], scope: str
     return Candidate(f"Torch-Pruning {name}, {scope}", prune)
 
 
-CHANNELS = [channels_candidate(i, s) for i in ("l2", "activation") for s in ("layer", "global")]
+CHANNELS = [
+    build_channels_candidate(i, s) for i in ("l2", "activation") for s in ("layer", "global")
+]
 TORCH_PRUNING = [
-    torch_pruning_candidate(name, importance, scope)
+    build_torch_pruning_candidate(name, importance, scope)
     for name, importance in (
         ("group L2", lambda: torch_pruning.importance.GroupMagnitudeImportance(p=2)),
         ("taylor", lambda: torch_pruning.importance.GroupTaylorImportance()),
     )
     for scope in ("layer", "global")
 ]
-RANDOM = channels_candidate("random", "layer", reconstruct=False)
-RANDOM_RECONSTRUCTED = channels_candidate("random", "layer")
+RANDOM = build_channels_candidate("random", "layer", reconstruct=False)
+RANDOM_RECONSTRUCTED = build_channels_candidate("random", "layer")
 
 
 def _copy_module(model: Model) -> DCNv2:
@@ -196,7 +200,7 @@ def total_multiply_adds(module: nn.Module, bench: Bench) -> float:
 
 def train_candidate(model: Model, bench: Bench, training: Training, soft_share: float) -> Model:
     """Train a copy of a pruned network, with the same settings for all candidates."""
-    loss = mixed_loss(bench, soft_share, temperature=1.0, kind="benchmark")
+    loss = build_mixed_loss(bench, soft_share, temperature=1.0, kind="benchmark")
     return train_model(
         replace(model, module=_copy_module(model)), bench, loss, training, keep_zeros_in=()
     )
@@ -237,7 +241,7 @@ def select(
 
 def main() -> None:
     """Print the selection on the first seed, then a Markdown table with one line per method."""
-    parser = argument_parser(__doc__.splitlines()[0] if __doc__ else "")
+    parser = create_parser(__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument(
@@ -296,7 +300,7 @@ def main() -> None:
     print(f"| loss of AUC on test rows, {args.seeds} seeds | candidate | pruned | trained |")
     print("|---|---|---|---|")
     for name, candidate in methods.items():
-        interval = f" ± {interval_half_width(losses[name]):.5f}" if args.seeds > 1 else ""
+        interval = f" ± {compute_interval_half_width(losses[name]):.5f}" if args.seeds > 1 else ""
         print(
             f"| {name} | {candidate.name} | {mean(untrained_losses[name]):+.5f} | "
             f"{mean(losses[name]):+.5f}{interval} |",

@@ -47,12 +47,12 @@ from benchmarks.ctr import (
     TRAINING_SETTINGS,
     Name,
     Part,
-    architecture,
-    argument_parser,
     auc,
+    build_architecture,
+    compute_interval_half_width,
+    create_parser,
     data_folder,
     default_cache,
-    interval_half_width,
     load_baseline,
     load_split,
     predict,
@@ -164,7 +164,7 @@ def write_traffic(times: int, folder: Path, cache: Path) -> Split:
     return split
 
 
-def traffic_logits(seed: int, times: int, folder: Path, cache: Path) -> Tensor:
+def compute_traffic_logits(seed: int, times: int, folder: Path, cache: Path) -> Tensor:
     """Return one original's logits of the unlabelled rows, float32 ``(rows,)``; cached."""
     logits_folder = cache / NAME / f"seed{seed}" / f"traffic-{times}"
     if not logits_folder.is_dir():
@@ -199,7 +199,7 @@ def build_bench(
     )
     if variant.traffic:
         soft_scores = [
-            traffic_logits(teacher, variant.traffic, folder, cache) for teacher in teachers
+            compute_traffic_logits(teacher, variant.traffic, folder, cache) for teacher in teachers
         ]
         splits["traffic"] = write_traffic(variant.traffic, folder, cache)
         soft_traffic = save_split(
@@ -212,7 +212,7 @@ def build_bench(
 # --- students --------------------------------------------------------------------------------
 
 
-def distill_step(variant: Variant, epochs: int) -> Distill:
+def build_distill_step(variant: Variant, epochs: int) -> Distill:
     """Return the ``distill`` step that trains the student."""
     return Distill(
         student={"hidden": STUDENT_HIDDEN, "dropout": variant.dropout},
@@ -236,7 +236,7 @@ def train_from_scratch(
 ) -> nn.Module:
     """Train the student's network like the original, without a teacher."""
     splits, rows = prepare_splits(NAME, folder, cache)
-    arch = architecture(rows, SETTINGS)
+    arch = build_architecture(rows, SETTINGS)
     config = {**arch.config, "hidden": STUDENT_HIDDEN, "dropout": variant.dropout}
     arch = arch.model_copy(update={"config": config})
     settings = replace(SETTINGS, epochs=epochs)
@@ -255,7 +255,7 @@ def measure(variant: Variant, seed: int, folder: Path, cache: Path, epochs: int)
         with tempfile.TemporaryDirectory() as temporary:
             model, bench = build_bench(variant, seed, folder, cache, Path(temporary))
             module = run(
-                distill_step(variant, epochs), model, bench, Path(temporary) / "student"
+                build_distill_step(variant, epochs), model, bench, Path(temporary) / "student"
             ).module
     splits, _ = prepare_splits(NAME, folder, cache)
     result: dict[str, Any] = {}
@@ -299,7 +299,7 @@ def compare(seeds: int, folder: Path, cache: Path, epochs: int) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     cells = [
-        f"{mean(values):.5f} ± {interval_half_width(list(values)):.5f}"
+        f"{mean(values):.5f} ± {compute_interval_half_width(list(values)):.5f}"
         for values in zip(*baseline, strict=True)
     ]
     validation = mean(auc(module, splits["validation"]) for module in originals)
@@ -316,15 +316,17 @@ def compare(seeds: int, folder: Path, cache: Path, epochs: int) -> None:
             values = [result[part] for result in results]
             reference = from_scratch.setdefault(part, values)
             differences = [value - other for value, other in zip(values, reference, strict=True)]
-            cells += [f"{mean(values):.5f} ± {interval_half_width(values):.5f}"]
-            difference = f"{mean(differences):+.5f} ± {interval_half_width(differences):.5f}"
+            cells += [f"{mean(values):.5f} ± {compute_interval_half_width(values):.5f}"]
+            difference = (
+                f"{mean(differences):+.5f} ± {compute_interval_half_width(differences):.5f}"
+            )
             cells += ["" if variant is VARIANTS[0] else difference]
         print(f"| {variant.cells()} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
     """Print the tuning results with ``--tune``, else the comparison."""
-    parser = argument_parser((__doc__ or "").splitlines()[0])
+    parser = create_parser((__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--epochs", type=int, default=SETTINGS.epochs, help="largest number of epochs"
     )

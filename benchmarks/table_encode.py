@@ -45,14 +45,14 @@ def encode(step: RowwiseInt8 | RowwiseInt4, rows: Tensor) -> None:
             stored[name][start : start + BLOCK_ROWS] = values
 
 
-def prepack_round_trip(rows: Tensor) -> Tensor:
+def run_prepack_round_trip(rows: Tensor) -> Tensor:
     """Return the table after torch's 4-bit prepack and unpack."""
     packed = torch.ops.quantized.embedding_bag_4bit_prepack(rows)
     unpacked: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(packed)
     return unpacked[:, : rows.shape[1]]
 
 
-def step_round_trip(step: RowwiseInt4, rows: Tensor) -> Tensor:
+def run_round_trip(step: RowwiseInt4, rows: Tensor) -> Tensor:
     """Return the table after encoding and decoding by ``step``."""
     ids = torch.arange(len(rows))
     return step.storage.lookup(step.encode(rows, {}), ids, rows.shape[1], step.settings())
@@ -115,9 +115,9 @@ def print_errors() -> None:
             "heavy tails": tail,
         }
         for name, rows in tables.items():
-            peer_error = float((prepack_round_trip(rows) - rows).square().sum())
+            peer_error = float((run_prepack_round_trip(rows) - rows).square().sum())
             shares = [
-                float((step_round_trip(step, rows) - rows).square().sum()) / peer_error
+                float((run_round_trip(step, rows) - rows).square().sum()) / peer_error
                 for step in (MIN_MAX_INT4, LEAST_SQUARES_INT4, *SEARCHED_INT4)
             ]
             print(f"| {name} | {dim} | {' | '.join(f'{share:.3f}' for share in shares)} |")

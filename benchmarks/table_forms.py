@@ -1,7 +1,8 @@
 """Which composition of smaller tables loses least AUC at equal bytes?
 
 A composition replaces a table by smaller tables ("parts"), such as the two factors of a low-rank
-table. The benchmark composes the demo's tables, or those of another bundle. It prints
+table. The benchmark composes the tables of the demo's model (``recpress demo``: DCN-v2 on MovieLens
+100K), or those of another bundle. It prints
 
 - the bytes of all tables as a share of float32;
 - the squared error relative to the variance of the rows, unweighted and weighted by the lookup
@@ -43,7 +44,7 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.demo import BUNDLE
 from tasks.bundles.bundle_ref import find_bundle
-from tasks.bundles.loading import bench_of, load_bundle, split_of
+from tasks.bundles.loading import build_bench, fetch_split, load_bundle
 from tasks.prepare import prepare
 from tasks.score import score
 
@@ -53,7 +54,7 @@ SPLITS = ("train", "validation")
 TABLE_L2 = 0.05  # as in the demo's training
 
 
-def steps_by_share(dim: int) -> dict[str, tuple[Step, ...]]:
+def build_steps_by_share(dim: int) -> dict[str, tuple[Step, ...]]:
     """Return the compared steps for tables of width ``dim``, by the share of bytes they keep."""
     steps: dict[str, tuple[Step, ...]] = {}
     for share in (0.5, 0.25, 0.125):
@@ -75,7 +76,7 @@ def steps_by_share(dim: int) -> dict[str, tuple[Step, ...]]:
     return steps
 
 
-def step_label(step: Step) -> str:
+def format_step(step: Step) -> str:
     """Format the step's kind and the settings that distinguish it within its group."""
     shown = ("importance", "operation", "weighted", "signed")
     settings = {name: getattr(step, name) for name in shown if name in step.model_fields_set}  # type: ignore[attr-defined]
@@ -83,7 +84,7 @@ def step_label(step: Step) -> str:
     return " ".join([f"`{step.kind}`", *words])
 
 
-def decode_tables(model: Model) -> dict[str, Tensor]:
+def look_up_all_rows(model: Model) -> dict[str, Tensor]:
     """Return by table all rows as a lookup returns them, float64 ``(rows, dim)``."""
     tables = {}
     for unit in Unit.of(model.module):
@@ -121,11 +122,11 @@ def relative_error(
     return error_sum / variance_sum
 
 
-def result_cells(
+def format_cells(
     model: Model, source: Model, bench: Bench, counts: dict[str, Tensor], auc: float
 ) -> str:
     """Format bytes, errors and change of AUC of one model as the last cells of its line."""
-    before, after = decode_tables(source), decode_tables(model)
+    before, after = look_up_all_rows(source), look_up_all_rows(model)
     uniform = {name: torch.ones(len(rows), dtype=torch.float64) for name, rows in before.items()}
     cells = (
         f"{table_bytes(model) / table_bytes(source):.1%}",
@@ -143,10 +144,10 @@ def main() -> None:
     loaded = load_bundle(bundle_ref.artifact)
     rows = bundle_ref.rows
     parts = {part: prepare.fn(bundle_ref.artifact, part) for part in SPLITS}
-    splits = {part: split_of(prepared, rows[part]) for part, prepared in parts.items()}
+    splits = {part: fetch_split(prepared, rows[part]) for part, prepared in parts.items()}
     soft = score.fn(bundle_ref.artifact, parts["train"], rows["train"])
-    splits["soft_labels"] = split_of(soft, rows["train"])
-    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, seed=0)
+    splits["soft_labels"] = fetch_split(soft, rows["train"])
+    bench = build_bench(loaded.manifest, splits, bundle_ref.artifact, seed=0)
     source = loaded.model
     units = [unit for unit in Unit.of(source.module) if unit.role == "table"]
     dim = units[0].weight.shape[1]
@@ -161,13 +162,13 @@ def main() -> None:
         for number, part_step in enumerate(PART_STEPS[1:]):  # 8 and 4 bits
             assert part_step is not None
             quantized = run(part_step, source, bench, Path(scratch) / f"plain-{number}")
-            cells = result_cells(quantized, source, bench, counts, auc)
+            cells = format_cells(quantized, source, bench, counts, auc)
             print(f"| none | `{part_step.kind}` | {cells} |")
         distilled = run(distill, source, bench, Path(scratch) / "distilled")
         print(
-            f"| none | float32, distilled | {result_cells(distilled, source, bench, counts, auc)} |"
+            f"| none | float32, distilled | {format_cells(distilled, source, bench, counts, auc)} |"
         )
-        for group, steps in steps_by_share(dim).items():
+        for group, steps in build_steps_by_share(dim).items():
             for number, step in enumerate(steps):
                 folder = Path(scratch) / f"{group.replace('/', '-')}-{number}"
                 composed = run(step, source, bench, folder)
@@ -183,8 +184,8 @@ def main() -> None:
                         model = unquantized
                         if part_step is not None:
                             model = run(part_step, unquantized, bench, folder / kind.strip("`"))
-                        cells = result_cells(model, source, bench, counts, auc)
-                        print(f"| {step_label(step)} {group} | {kind} | {cells} |", flush=True)
+                        cells = format_cells(model, source, bench, counts, auc)
+                        print(f"| {format_step(step)} {group} | {kind} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from pydantic import TypeAdapter
 
 from benchmarks.ctr import (
     Name,
-    argument_parser,
     auc,
+    compute_interval_half_width,
+    create_parser,
     data_folder,
     default_cache,
-    interval_half_width,
     load_baseline,
     prepare_splits,
 )
@@ -79,7 +79,7 @@ def _additive_codes(
     Args:
         codebooks: number of codes per row; each code has 4 bits unless ``settings`` has ``bits``.
         tables: patterns of the names of tables.
-        **settings: further settings of the step. ``rounds``: rounds of the fit; ``beam``: width of
+        **settings: other settings of the step. ``rounds``: rounds of the fit; ``beam``: width of
             its beam search; ``draws``: number of fits; ``traffic=1``: rows are weighted by their
             lookup counts; ``sensitive=False``: not weighted by loss gradients.
     """
@@ -206,7 +206,7 @@ def draw(results: dict[Name, list[tuple[str, list[list[float]]]]], path: Path) -
             panel.errorbar(
                 [100 * share for share, _ in points],
                 [mean(losses) for _, losses in points],
-                yerr=[interval_half_width(losses) for _, losses in points],
+                yerr=[compute_interval_half_width(losses) for _, losses in points],
                 label=family,
                 marker=MARKERS.get(family, "v"),
                 color=COLOURS.get(family),
@@ -228,7 +228,7 @@ def draw(results: dict[Name, list[tuple[str, list[list[float]]]]], path: Path) -
 
 def main() -> None:
     """Print one Markdown table per data set; with ``--picture``, also plot them."""
-    parser = argument_parser((__doc__ or "").splitlines()[0])
+    parser = create_parser((__doc__ or "").splitlines()[0])
     parser.add_argument("--picture", type=Path, help="file for a plot of the tables")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -257,7 +257,7 @@ def main() -> None:
             cells = [f"{share:.1%} ({1 / share:.0f}x)"]
             for column in (2, 1):
                 losses = [value[column] for value in values]
-                cells.append(f"{mean(losses):.5f} ± {interval_half_width(losses):.5f}")
+                cells.append(f"{mean(losses):.5f} ± {compute_interval_half_width(losses):.5f}")
             print(f"| {family} | {description} | {' | '.join(cells)} |", flush=True)
             results[name].append((family, values))
     if args.picture is not None:

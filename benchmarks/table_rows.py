@@ -1,11 +1,12 @@
 """How much AUC do fewer table rows, and rows in two formats, lose at equal bytes?
 
-In the demo's tables with at least 64 rows, rows are pruned, clustered, merged, or split into
-frequent ("hot") and rare ("cold") rows with different formats (``tiers``). ``drop_tables`` removes
-whole tables. Prints the bytes of all tables as a share of float32, the change of AUC on validation
-rows, and the share of training lookups whose row changes. Bytes and change of AUC are printed
-before and after the remaining rows are quantized; for recipes that only quantize, and for
-``tiers``, only after. ``drop_tables`` selects tables by the same validation rows, which favors it.
+In tables with at least 64 rows of the demo's model (``recpress demo``: DCN-v2 on MovieLens 100K),
+rows are pruned, clustered, merged, or split into frequent ("hot") and rare ("cold") rows with
+different formats (``tiers``). ``drop_tables`` removes whole tables. Prints the bytes of all tables
+as a share of float32, the change of AUC on validation rows, and the share of training lookups whose
+row changes. Bytes and change of AUC are printed before and after the remaining rows are quantized;
+for recipes that only quantize, and for ``tiers``, only after. ``drop_tables`` selects tables by the
+same validation rows, which favors it.
 
 Labels: the number after ``prune_rows`` is the share of kept rows. They are selected by their
 training lookups ("traffic"), their length ("norm"), or the estimated change of the loss without the
@@ -38,7 +39,7 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.demo import BUNDLE
 from tasks.bundles.bundle_ref import find_bundle
-from tasks.bundles.loading import bench_of, load_bundle, split_of
+from tasks.bundles.loading import build_bench, fetch_split, load_bundle
 from tasks.prepare import prepare
 
 MIN_ROWS = 64  # smaller tables keep all rows
@@ -94,10 +95,10 @@ def main() -> None:
     bundle_ref = find_bundle(BUNDLE)
     loaded = load_bundle(bundle_ref.artifact)
     splits = {
-        part: split_of(prepare.fn(bundle_ref.artifact, part), bundle_ref.rows[part])
+        part: fetch_split(prepare.fn(bundle_ref.artifact, part), bundle_ref.rows[part])
         for part in ("train", "validation")
     }
-    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, seed=0)
+    bench = build_bench(loaded.manifest, splits, bundle_ref.artifact, seed=0)
     source = loaded.model
     auc = evaluate_auc(source.module, bench)
     print(f"AUC on validation rows as trained: {auc:.5f}; {table_bytes(source)} bytes of tables")

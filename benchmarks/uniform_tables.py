@@ -1,10 +1,10 @@
 """How do bits, offsets, clipping and scales of table formats affect bytes, error and AUC?
 
-Quantizes the demo's tables uniformly to 8, 4 and 2 bits with several combinations of settings,
-including scales that several rows share, and to float8 and bfloat16. Prints the bytes of all tables
-as a share of float32, the squared error as a share of the squared weights, the change of AUC on
-validation rows without further training, and the time to encode a large table divided by that of
-symmetric int8.
+Quantizes the tables of the demo's model (``recpress demo``: DCN-v2 on MovieLens 100K) uniformly to
+8, 4 and 2 bits with several combinations of settings, including scales that several rows share, and
+to float8 and bfloat16. Prints the bytes of all tables as a share of float32, the squared error as a
+share of the squared weights, the change of AUC on validation rows without further training, and the
+time to encode a large table divided by that of symmetric int8.
 
     recpress demo && python -m benchmarks.uniform_tables
 """
@@ -34,7 +34,7 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.demo import BUNDLE
 from tasks.bundles.bundle_ref import find_bundle
-from tasks.bundles.loading import bench_of, load_bundle, split_of
+from tasks.bundles.loading import build_bench, fetch_split, load_bundle
 from tasks.prepare import prepare
 
 METHODS = (RowwiseInt8, RowwiseInt4, RowwiseInt2)
@@ -44,7 +44,7 @@ TIMED_SHAPE = (20_000, 64)  # rows and width of the table that is encoded to mea
 ROUNDS = 3
 
 
-def labeled_steps() -> Iterator[tuple[str, str, str, TableStep]]:
+def generate_labeled_steps() -> Iterator[tuple[str, str, str, TableStep]]:
     """Yield every step with its labels: format, levels (offset and clipping), scales."""
     settings: dict[str, Any]
     for method in METHODS:
@@ -84,8 +84,8 @@ def measure(step: TableStep, model: Model, bench: Bench, folder: Path) -> tuple[
     error = squares = 0.0
     for name, unit in before.items():
         weight = unit.weight
-        decoded: Tensor = unwrap_bag(after[name].module)(torch.arange(unit.rows))
-        error += float((decoded - weight).double().square().sum())
+        dequantized: Tensor = unwrap_bag(after[name].module)(torch.arange(unit.rows))
+        error += float((dequantized - weight).double().square().sum())
         squares += float(weight.double().square().sum())
     share = sum(unit.bytes for unit in after.values()) / sum(unit.bytes for unit in before.values())
     return share, error / squares, evaluate_auc(compressed.module, bench)
@@ -97,24 +97,24 @@ def main() -> None:
     bundle_ref = find_bundle(BUNDLE)
     loaded = load_bundle(bundle_ref.artifact)
     prepared = prepare.fn(bundle_ref.artifact, "validation")
-    splits = {"validation": split_of(prepared, bundle_ref.rows["validation"])}
-    bench = bench_of(loaded.manifest, splits, bundle_ref.artifact, seed=0)
+    splits = {"validation": fetch_split(prepared, bundle_ref.rows["validation"])}
+    bench = build_bench(loaded.manifest, splits, bundle_ref.artifact, seed=0)
     large = torch.randn(TIMED_SHAPE, generator=torch.Generator().manual_seed(0))
     print(f"AUC on validation rows as trained: {evaluate_auc(loaded.model.module, bench):.5f}")
     print("| format | levels | scales | bytes | error | change of AUC | time / int8 |")
     print("|---|---|---|---|---|---|---|")
     before = evaluate_auc(loaded.model.module, bench)
     with tempfile.TemporaryDirectory() as scratch:
-        for number, (storage, levels, scales, step) in enumerate(labeled_steps()):
+        for number, (storage, levels, scales, step) in enumerate(generate_labeled_steps()):
             share, error, auc = measure(step, loaded.model, bench, Path(scratch) / str(number))
             print(
                 f"| `{storage}` | {levels} | {scales} | {share:.1%} | {error:.3%} "
-                f"| {auc - before:+.5f} | {relative_encode_time(step, large):.1f} |",
+                f"| {auc - before:+.5f} | {measure_relative_encode_time(step, large):.1f} |",
                 flush=True,
             )
 
 
-def relative_encode_time(step: TableStep, large: Tensor) -> float:
+def measure_relative_encode_time(step: TableStep, large: Tensor) -> float:
     """Return the time to encode a large table divided by that of int8, as median over rounds."""
     ratios = []
     for _ in range(ROUNDS):

@@ -6,7 +6,7 @@ Five kinds of layers are compared:
 - ``static_int8``: weights and inputs in int8, with calibrated input ranges (QGemm);
 - ``weight_int8`` and ``weight_int4`` with float inputs;
 - the same with inputs that are quantized to int8 at run time;
-- ONNX Runtime's 8-bit product on float inputs (MatMulNBits), which recpress does not use.
+- ONNX Runtime's 8-bit MatMul on float inputs (MatMulNBits), which recpress does not use.
 
 The number in a label such as ``weight_int4/32`` is the block size: the weights that share a scale.
 
@@ -69,7 +69,7 @@ class Layer(nn.Module):
         return y
 
 
-def signature(inputs: int) -> Signature:
+def build_signature(inputs: int) -> Signature:
     """Return the signature of a network whose only input is one vector."""
     item = DenseInput(name="x", shape=(inputs,))
     return Signature(
@@ -90,9 +90,9 @@ def build_sessions(width: int, folder: Path) -> dict[str, Session]:
         {"x": torch.randn(ROWS, width), "@label": torch.zeros(ROWS)}, rows / "data.safetensors"
     )
     split = Split(path=str(rows), sha256="0" * 64, rows=ROWS)  # the hash is not checked here
-    bench = Bench(signature=signature(width), calibration=split)
+    bench = Bench(signature=build_signature(width), calibration=split)
     # The layer outputs a vector for each row, like a tower, instead of the signature's one score.
-    graph = replace(served_graphs(signature(width))[0], outputs=(VECTOR,))
+    graph = replace(served_graphs(build_signature(width))[0], outputs=(VECTOR,))
     x = torch.randn(37, width)
     sessions = {}
     for number, (name, step) in enumerate({"fp32 Gemm": None, **STEPS}.items()):
@@ -108,7 +108,7 @@ def build_sessions(width: int, folder: Path) -> dict[str, Session]:
 
 
 def build_matmul_nbits(module: nn.Module, x: Tensor, folder: Path) -> Session:
-    """Build a session of the 8-bit product on float inputs, with blocks of 128, without bias."""
+    """Build a session of MatMulNBits with 8 bits, float inputs and blocks of 128, without bias."""
     weight = module.dense.weight.detach().numpy()
     width, block = len(weight), 128
     blocks = weight.reshape(width, -1, block)
@@ -137,8 +137,8 @@ def build_matmul_nbits(module: nn.Module, x: Tensor, folder: Path) -> Session:
     path = folder / "matmul_nbits.onnx"
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
     session = Session(path, threads=1)
-    decoded = ((codes.astype(np.float32) - 128) * scale[:, :, None]).reshape(width, width)
-    check(MATMUL_NBITS, session, x.numpy(), x.numpy() @ decoded.T)
+    dequantized = ((codes.astype(np.float32) - 128) * scale[:, :, None]).reshape(width, width)
+    check(MATMUL_NBITS, session, x.numpy(), x.numpy() @ dequantized.T)
     return session
 
 

@@ -35,10 +35,10 @@ from numpy.typing import NDArray
 
 from benchmarks.ctr import (
     DataMissing,
-    argument_parser,
+    compute_interval_half_width,
+    create_parser,
     data_folder,
     default_cache,
-    interval_half_width,
     load_baseline,
     load_split,
     prepare_splits,
@@ -69,7 +69,7 @@ THREADS = 2
 HOST = describe_machine("ONNX Runtime", OnnxRuntime().version(), THREADS)
 
 
-def student_step(hidden: list[int], cross: int, dropout: float) -> dict[str, Any]:
+def build_student_step(hidden: list[int], cross: int, dropout: float) -> dict[str, Any]:
     """Return a ``distill`` step for a smaller network of the same class.
 
     Args:
@@ -96,7 +96,7 @@ def student_step(hidden: list[int], cross: int, dropout: float) -> dict[str, Any
 INT8_LAYERS: Steps = [{"kind": "fold"}, {"kind": "static_int8"}]
 
 
-def code_steps(item: int, user: int, location: int = 2) -> Steps:
+def build_code_steps(item: int, user: int, location: int = 2) -> Steps:
     """Return steps for tables: 4-bit codes for large fields, 2 bits per weight for tiny fields.
 
     Args:
@@ -117,34 +117,37 @@ def code_steps(item: int, user: int, location: int = 2) -> Steps:
     ]
 
 
-def low_rank_step(most_error: float) -> dict[str, Any]:
+def build_low_rank_step(most_error: float) -> dict[str, Any]:
     """Return a ``low_rank_dense`` step with a bound on the outputs' relative squared error."""
     return {"kind": "low_rank_dense", "most_error": most_error}
 
 
 INT4_TABLES: Steps = [{"kind": "rowwise_int4", "clipping": "least_squares"}]
 INT4_LAYERS: Steps = [{"kind": "fold"}, {"kind": "weight_int4", "block": 0}]  # 0: scale per row
-STUDENT = student_step([200, 200], 3, 0.3)
+STUDENT = build_student_step([200, 200], 3, 0.3)
 RECIPES: list[tuple[str, Steps]] = [
     ("int8 tables and layers", [{"kind": "rowwise_int8"}, *INT8_LAYERS]),
     ("student 200-200, int4 tables, int8 layers", [STUDENT, *INT4_TABLES, *INT8_LAYERS]),
     (
         "the same, layers of low rank (2 %)",
-        [STUDENT, low_rank_step(0.02), *INT4_TABLES, *INT8_LAYERS],
+        [STUDENT, build_low_rank_step(0.02), *INT4_TABLES, *INT8_LAYERS],
     ),
-    ("the same, 3 %", [STUDENT, low_rank_step(0.03), *INT4_TABLES, *INT8_LAYERS]),
+    ("the same, 3 %", [STUDENT, build_low_rank_step(0.03), *INT4_TABLES, *INT8_LAYERS]),
     (
         "the same, 8 and 6 codes a row",
-        [STUDENT, low_rank_step(0.03), *code_steps(8, 6), *INT8_LAYERS],
+        [STUDENT, build_low_rank_step(0.03), *build_code_steps(8, 6), *INT8_LAYERS],
     ),
-    ("the same, int4 layers", [STUDENT, low_rank_step(0.03), *code_steps(8, 6), *INT4_LAYERS]),
+    (
+        "the same, int4 layers",
+        [STUDENT, build_low_rank_step(0.03), *build_code_steps(8, 6), *INT4_LAYERS],
+    ),
     (
         "the same, 5 %, 6 and 6 codes",
-        [STUDENT, low_rank_step(0.05), *code_steps(6, 6), *INT4_LAYERS],
+        [STUDENT, build_low_rank_step(0.05), *build_code_steps(6, 6), *INT4_LAYERS],
     ),
     (
         "the same, 8 %, 4 and 4 codes",
-        [STUDENT, low_rank_step(0.08), *code_steps(4, 4), *INT4_LAYERS],
+        [STUDENT, build_low_rank_step(0.08), *build_code_steps(4, 4), *INT4_LAYERS],
     ),
 ]
 
@@ -166,7 +169,7 @@ def quantize_dynamically(source: Path, output: Path, rows: Arrays) -> None:  # n
     """Quantize with ONNX Runtime: int8 weights, inputs quantized at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    reduce_range = not HOST.int8_dot  # 8-bit products saturate without VNNI
+    reduce_range = not HOST.int8_dot  # 8-bit MatMuls saturate without VNNI
     quantize_dynamic(
         source, output, weight_type=QuantType.QInt8, per_channel=True, reduce_range=reduce_range
     )
@@ -186,7 +189,7 @@ def build_static_quantizer(*operators: str) -> Peer:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
-            reduce_range=not HOST.int8_dot,  # 8-bit products saturate without VNNI
+            reduce_range=not HOST.int8_dot,  # 8-bit MatMuls saturate without VNNI
         )
 
     return quantize
@@ -201,10 +204,10 @@ def quantize_with_modelopt(source: Path, output: Path, rows: Arrays) -> None:
             str(source),
             quantize_mode="int8",
             calibration_data=rows,
-            # Without shapes ModelOpt treats a batch as one row and quantizes no product.
+            # Without shapes ModelOpt treats a batch as one row and quantizes no MatMul.
             calibration_shapes=",".join(f"{name}:{len(ids)}" for name, ids in rows.items()),
             calibration_eps=["cpu"],
-            high_precision_dtype="fp32",  # CPUs have no float16 products
+            high_precision_dtype="fp32",  # CPUs have no float16 MatMul
             dq_only=True,  # else weights are stored as float32, followed by QuantizeLinear
             output_path=str(output),
             log_level="ERROR",
@@ -335,7 +338,7 @@ def print_sizes(seeds: int, folder: Path, cache: Path) -> dict[str, list[tuple[f
         cells = [f"{mean(value[column] for value in values):.1f}x" for column in (0, 1)]
         for column in (3, 2):
             losses = [value[column] for value in values]
-            cells.append(f"{mean(losses):.5f} ± {interval_half_width(losses):.5f}")
+            cells.append(f"{mean(losses):.5f} ± {compute_interval_half_width(losses):.5f}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
         results[name] = values
     return results
@@ -352,7 +355,7 @@ def print_speeds(folder: Path, cache: Path) -> None:
     )
 
 
-def medians_ms(sessions: list[Session], inputs: Arrays, calls: int) -> list[float]:
+def measure_medians_ms(sessions: list[Session], inputs: Arrays, calls: int) -> list[float]:
     """Return the median latency of each session in milliseconds.
 
     In each round, every session runs a block of ``calls`` calls, so that other load affects all
@@ -381,7 +384,7 @@ def print_latencies(names: list[str], paths: list[Path], rows: Arrays) -> None:
     columns = []
     for size in CALLS:
         inputs = {name: ids[:size] for name, ids in rows.items()}
-        medians = medians_ms(sessions, inputs, CALLS[size])
+        medians = measure_medians_ms(sessions, inputs, CALLS[size])
         columns.append([f"{value:.4f} ({medians[0] / value:.2f}x)" for value in medians])
     for name, *cells in zip(names, *columns, strict=True):
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
@@ -404,7 +407,7 @@ def draw(results: dict[str, list[tuple[float, ...]]], path: Path) -> None:
         panel.errorbar(
             [ratio for ratio, _ in points],
             [mean(losses) for _, losses in points],
-            yerr=[interval_half_width(losses) for _, losses in points],
+            yerr=[compute_interval_half_width(losses) for _, losses in points],
             label=label,
             marker=marker,
             color=colour,
@@ -427,7 +430,7 @@ def draw(results: dict[str, list[tuple[float, ...]]], path: Path) -> None:
 
 def main() -> None:
     """Print the table of sizes, or with ``--speed`` the table of latencies."""
-    parser = argument_parser((__doc__ or "").splitlines()[0])
+    parser = create_parser((__doc__ or "").splitlines()[0])
     parser.add_argument("--picture", type=Path, help="file for a plot of the table of sizes")
     parser.add_argument("--speed", action="store_true", help="measure latency instead")
     args = parser.parse_args()

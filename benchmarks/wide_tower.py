@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.ctr import signature
+from benchmarks.ctr import build_signature
 from benchmarks.table_front import RECIPE_ADAPTER
 from benchmarks.whole_model import PEERS, load_arrays, print_latencies
 from compressors.contracts import Architecture, Bench, Network, Split
@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         split = write_rows(folder / "rows")
-        bench = Bench(signature=signature(FIELDS), calibration=split)
+        bench = Bench(signature=build_signature(FIELDS), calibration=split)
         model = build_network()
         graph = served_graphs(bench.signature)[0]
         names, paths = ["float32"], [folder / "fp32.onnx"]

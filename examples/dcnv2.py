@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from examples.perceptron import perceptron
+from examples.perceptron import build_perceptron
 
 
 class DCNv2(nn.Module):
@@ -72,7 +72,7 @@ class DCNv2(nn.Module):
         if not width:
             raise ValueError("DCNv2 needs at least one field, bag or dense input.")
         self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(cross_layers))
-        self.perceptron = perceptron(width, hidden, dropout=dropout, batch_norm=batch_norm)
+        self.perceptron = build_perceptron(width, hidden, dropout=dropout, batch_norm=batch_norm)
         last = hidden[-1] if hidden else width
         self.head = nn.Linear(last if structure == "stacked" else width + last, 1)
 

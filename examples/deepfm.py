@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from examples.perceptron import perceptron
+from examples.perceptron import build_perceptron
 
 
 class DeepFM(nn.Module):
@@ -43,7 +43,7 @@ class DeepFM(nn.Module):
         for weight in (*self.tables.parameters(), *self.linear.parameters()):
             # Small enough that the ids hardly affect the first logits.
             nn.init.normal_(weight, std=0.01)
-        self.perceptron = perceptron(
+        self.perceptron = build_perceptron(
             len(self.tables) * dim, hidden, dropout=dropout, batch_norm=batch_norm
         )
         self.head = nn.Linear(hidden[-1] if hidden else len(self.tables) * dim, 1)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from examples.perceptron import perceptron
+from examples.perceptron import build_perceptron
 
 
 class DIN(nn.Module):
@@ -40,10 +40,10 @@ class DIN(nn.Module):
         for weight in self.tables.parameters():
             # Small enough that the ids hardly affect the first logits.
             nn.init.normal_(weight, std=0.01)
-        self.attention = perceptron(4 * dim, attention)
+        self.attention = build_perceptron(4 * dim, attention)
         self.weight = nn.Linear(attention[-1], 1)
         width = (len(self.tables) + 1) * dim
-        self.perceptron = perceptron(width, hidden, dropout=dropout)
+        self.perceptron = build_perceptron(width, hidden, dropout=dropout)
         self.head = nn.Linear(hidden[-1], 1)
 
     def forward(self, history: Tensor, history_mask: Tensor, **ids: Tensor) -> Tensor:

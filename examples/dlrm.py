@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from examples.perceptron import perceptron
+from examples.perceptron import build_perceptron
 
 
 class DLRM(nn.Module):
@@ -56,12 +56,14 @@ class DLRM(nn.Module):
             nn.init.normal_(weight, std=0.1)
         self.bottom: nn.Sequential | None = None
         if dense:
-            self.bottom = perceptron(dense, [*bottom, dim], dropout=dropout, batch_norm=batch_norm)
+            self.bottom = build_perceptron(
+                dense, [*bottom, dim], dropout=dropout, batch_norm=batch_norm
+            )
         vectors = len(self.tables) + len(self.bags) + (self.bottom is not None)
-        # Places of the products below the diagonal in a flattened matrix of products.
+        # Positions of the dot products below the diagonal in the flattened matrix of all of them.
         self.pairs = [i * vectors + j for i in range(vectors) for j in range(i)]
         width = len(self.pairs) + (dim if self.bottom is not None else 0)
-        self.top = perceptron(width, top, dropout=dropout, batch_norm=batch_norm)
+        self.top = build_perceptron(width, top, dropout=dropout, batch_norm=batch_norm)
         self.head = nn.Linear(top[-1] if top else width, 1)
 
     def forward(self, **inputs: Tensor) -> Tensor:

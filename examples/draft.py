@@ -60,7 +60,7 @@ def write_draft(
     manifest.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def draft_parser(script: str, description: str | None) -> argparse.ArgumentParser:
+def create_parser(script: str, description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the arguments of all scripts that read public data.
 
     Args:

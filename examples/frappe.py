@@ -2,7 +2,8 @@
 
 Run ``python -m examples.frappe FOLDER --model deepfm|dlrm --data FOLDER``. The folder contains the
 split that the authors of NFM published. Its training file is not publicly available any more: the
-apps of its negative rows are drawn again. ``docs/results/frappe.md`` describes the data.
+apps of its negative rows are drawn again. ``docs/results/frappe.md`` describes the data. A draft is
+the folder of a bundle before it is packed.
 """
 
 import gzip
@@ -23,8 +24,8 @@ from compressors.contracts import Architecture, Signature
 from compressors.metrics.point_estimates import auc
 from examples.deepfm import DeepFM
 from examples.dlrm import DLRM
-from examples.draft import CALIBRATION_ROWS, draft_parser, run_script, write_draft
-from examples.public_data import data_folder
+from examples.draft import CALIBRATION_ROWS, create_parser, run_script, write_draft
+from examples.public_data import find_data_folder
 from examples.training import deterministic, train_with_early_stopping
 
 ModelName = Literal["deepfm", "dlrm"]
@@ -111,7 +112,7 @@ def score(network: nn.Module, ids: Tensor, batch: int = 8192) -> Tensor:
     return torch.cat([network(**take_inputs(part)) for part in torch.split(ids, batch)])
 
 
-def architecture(model: ModelName, settings: Training) -> Architecture:
+def build_architecture(model: ModelName, settings: Training) -> Architecture:
     """Return the network as an import path and JSON arguments."""
     fields = [{"name": name, "rows": rows} for name, rows in FIELDS.items()]
     widths = "hidden" if model == "deepfm" else "top"
@@ -136,11 +137,11 @@ def train(
     """Train a network and return it with the weights of its best epoch, by validation AUC."""
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
-    network = NETWORKS[model](**architecture(model, settings).config)
+    network = NETWORKS[model](**build_architecture(model, settings).config)
     ids, labels = (torch.from_numpy(array) for array in splits["train"])
     validation = torch.from_numpy(splits["validation"][0])
 
-    def loss_of(rows: Tensor) -> Tensor:
+    def compute_loss(rows: Tensor) -> Tensor:
         logits = network(**take_inputs(ids, rows))
         return F.binary_cross_entropy_with_logits(logits, labels[rows].float())
 
@@ -148,7 +149,7 @@ def train(
         return auc(splits["validation"][1], score(network, validation).numpy())
 
     train_with_early_stopping(
-        network, len(labels), loss_of, validation_auc, settings, generator, log
+        network, len(labels), compute_loss, validation_auc, settings, generator, log
     )
     return network
 
@@ -156,7 +157,7 @@ def train(
 # --- the draft of a bundle -------------------------------------------------------------------
 
 
-def signature(model: ModelName) -> Signature:
+def build_signature(model: ModelName) -> Signature:
     """Return the signature of a network."""
     ids = [
         {
@@ -202,16 +203,16 @@ def train_and_write(
     write_draft(
         folder,
         name=f"frappe-{model}",
-        architecture=architecture(model, settings),
+        architecture=build_architecture(model, settings),
         network=network,
-        signature=signature(model),
+        signature=build_signature(model),
         splits=tables,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the draft; progress goes to standard error. Returns 0, or 2 if the data is missing."""
-    parser = draft_parser("examples.frappe", main.__doc__)
+    parser = create_parser("examples.frappe", main.__doc__)
     parser.add_argument("--model", choices=get_args(ModelName), default="deepfm")
     args = parser.parse_args(argv)
     settings = Training(seed=args.seed)
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = replace(settings, epochs=args.epochs)
 
     def write(log: Callable[[str], None]) -> None:
-        data = data_folder(args.data, "frappe", REMEDY)
+        data = find_data_folder(args.data, "frappe", REMEDY)
         train_and_write(args.folder.absolute(), data, args.model, settings, log)
 
     return run_script(args.folder, write)

@@ -32,8 +32,8 @@ from compressors.metrics.full_ranking import (
     ranking_metrics,
     ranking_queries,
 )
-from examples.draft import CALIBRATION_ROWS, draft_parser, run_script
-from examples.public_data import DataMissing, data_folder
+from examples.draft import CALIBRATION_ROWS, create_parser, run_script
+from examples.public_data import DataMissing, find_data_folder
 from examples.two_tower import Ints, Training, TwoTower, compute_vectors, train
 
 USERS, ITEMS = 29_858, 40_981
@@ -102,14 +102,14 @@ def split(folder: Path, seed: int) -> Splits:
     Every user keeps at least one training row.
     """
     public, test = read_pairs(folder, "train"), read_pairs(folder, "test")
-    random = np.random.default_rng(seed)
-    permutation = random.permutation(len(public))
+    rng = np.random.default_rng(seed)
+    permutation = rng.permutation(len(public))
     # Positions in the shuffled rows; the first row of each user always stays in training.
     _, first_of_user = np.unique(public[permutation, 0], return_index=True)
     candidates = np.setdiff1d(np.arange(len(public)), first_of_user)
     is_validation = np.zeros(len(public), bool)
     is_validation[
-        permutation[random.choice(candidates, int(VALIDATION_SHARE * len(public)), replace=False)]
+        permutation[rng.choice(candidates, int(VALIDATION_SHARE * len(public)), replace=False)]
     ] = True
     return Splits(public[~is_validation], public[is_validation], test)
 
@@ -154,7 +154,7 @@ def torch_threads(count: int) -> Iterator[None]:
 def build_network(settings: Training) -> TwoTower:
     """Return an untrained network whose weights are drawn with the seed of the settings."""
     torch.manual_seed(settings.seed)
-    return TwoTower(**architecture(settings).config)
+    return TwoTower(**build_architecture(settings).config)
 
 
 def fit(
@@ -183,7 +183,7 @@ def fit(
 # --- the draft of a bundle -------------------------------------------------------------------
 
 
-def signature() -> Signature:
+def build_signature() -> Signature:
     """Return the signature of the network: inputs, output, towers, group and metric."""
     return Signature.model_validate(
         {
@@ -204,7 +204,7 @@ def signature() -> Signature:
     )
 
 
-def architecture(settings: Training) -> Architecture:
+def build_architecture(settings: Training) -> Architecture:
     """Return the network as an import path and JSON arguments."""
     return Architecture(
         path="examples.two_tower:TwoTower",
@@ -280,8 +280,8 @@ def write_draft(
         "schema_version": 2,
         "name": "gowalla-two-tower",
         "version": "1",
-        "signature": signature().model_dump(mode="json"),
-        "network": Network(architecture=architecture(settings)).model_dump(mode="json"),
+        "signature": build_signature().model_dump(mode="json"),
+        "network": Network(architecture=build_architecture(settings)).model_dump(mode="json"),
         "data": {name: f"{name}.parquet" for name in (*tables, "items")},
     }
     record: dict[str, object] = {
@@ -304,7 +304,7 @@ def write_draft(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the draft; progress goes to standard error. Returns 0, or 2 if the data is missing."""
-    parser = draft_parser("examples.gowalla", main.__doc__)
+    parser = create_parser("examples.gowalla", main.__doc__)
     parser.add_argument(
         "--everything",
         action="store_true",
@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = replace(settings, epochs=args.epochs)
 
     def write(log: Callable[[str], None]) -> None:
-        data = data_folder(args.data, "gowalla", REMEDY)
+        data = find_data_folder(args.data, "gowalla", REMEDY)
         write_draft(
             args.folder.absolute(), data, settings, train_on_validation=args.everything, log=log
         )

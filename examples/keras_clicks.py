@@ -13,7 +13,7 @@ import tf2onnx
 USERS, ITEMS = 300, 400
 
 
-def click_model() -> keras.Model:
+def build_click_model() -> keras.Model:
     """Return a network over a user, an item, a list of items and a number."""
     user = keras.Input((), name="user", dtype="int64")
     item = keras.Input((), name="item", dtype="int64")
@@ -45,7 +45,7 @@ def main() -> None:
     inputs["history"] = np.stack(
         [np.pad(ids, (0, longest - len(ids))) for ids in data["history"]]  # with 0 at the end
     )
-    model = click_model()
+    model = build_click_model()
     model.compile(keras.optimizers.Adam(0.01), "binary_crossentropy")
     model.fit(inputs, data["click"].to_numpy(), batch_size=256, epochs=5, verbose=2)
     tf2onnx.convert.from_keras(model, opset=18, output_path="model.onnx")

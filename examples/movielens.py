@@ -31,11 +31,11 @@ from examples.movielens_data import (
     Rows,
     build_vocabularies,
     convert_to_rows,
-    data_folder,
+    describe_tables,
     encode,
+    find_data_folder,
     read_ratings,
     split_by_time,
-    table_rows,
     take_calibration_rows,
     write_data,
 )
@@ -104,7 +104,7 @@ def train(
     network = DCNv2(**config)  # type: ignore[arg-type]  # plain JSON, checked by DCNv2 itself
     shares = {"user": settings.forget_user, "item": settings.forget_item}
 
-    def loss_of(part: Tensor) -> Tensor:
+    def compute_loss(part: Tensor) -> Tensor:
         logits = network(**mask_ids(rows.inputs(part), shares, generator))  # (batch,)
         return F.binary_cross_entropy_with_logits(logits, rows.clicks[part])
 
@@ -112,7 +112,7 @@ def train(
         return auc(validation.clicks.numpy(), score(network, validation).numpy())
 
     epochs = train_with_early_stopping(
-        network, len(rows), loss_of, validation_auc, settings, generator, log
+        network, len(rows), compute_loss, validation_auc, settings, generator, log
     )
     return network, epochs
 
@@ -120,15 +120,17 @@ def train(
 # --- the draft of a bundle -------------------------------------------------------------------
 
 
-def signature() -> Signature:
+def build_signature() -> Signature:
     """Return the network's signature, with the columns of label, group and time."""
-    policy = {"out_of_range": "default_row", "default_row": UNKNOWN}
-    ids = [{"kind": "id", "name": name, "table": f"tables.{name}", **policy} for name in FIELDS]
+    unknown_ids = {"out_of_range": "default_row", "default_row": UNKNOWN}
+    ids = [
+        {"kind": "id", "name": name, "table": f"tables.{name}", **unknown_ids} for name in FIELDS
+    ]
     genres = {"kind": "jagged_bag", "name": BAG, "table": f"bags.{BAG}", "shape": [LONGEST_BAG]}
     click = {"name": "score", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
     return Signature.model_validate(
         {
-            "inputs": [*ids, genres | policy],
+            "inputs": [*ids, genres | unknown_ids],
             "outputs": [click],
             "group": "person",
             "time": "timestamp",
@@ -136,12 +138,14 @@ def signature() -> Signature:
     )
 
 
-def architecture(vocabularies: Mapping[str, Mapping[str, int]], settings: Training) -> Architecture:
+def build_architecture(
+    vocabularies: Mapping[str, Mapping[str, int]], settings: Training
+) -> Architecture:
     """Return the network as an import path and JSON arguments; tables have a row for id 0."""
     return Architecture(
         path="examples.dcnv2:DCNv2",
         config={
-            **table_rows(vocabularies),
+            **describe_tables(vocabularies),
             "dim": settings.dim,
             "cross_layers": settings.cross_layers,
             "hidden": list(settings.hidden),
@@ -169,7 +173,7 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
         DataMissing: the wheel with the data is missing, or its version or files differ.
     """
     started = time.monotonic()
-    splits = split_by_time(read_ratings(data_folder()))
+    splits = split_by_time(read_ratings(find_data_folder()))
     vocabularies = build_vocabularies(splits["train"])
     tables = {name: encode(frame, vocabularies) for name, frame in splits.items()}
     tables["calibration"] = take_calibration_rows(tables["train"], settings.seed)
@@ -177,7 +181,7 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
         log(f"{name}: {len(table)} rows, {table['click'].to_numpy().mean():.1%} clicks")
 
     files = write_data(folder, tables, vocabularies)
-    arch = architecture(vocabularies, settings)
+    arch = build_architecture(vocabularies, settings)
     training_start = time.monotonic()
     rows, validation = convert_to_rows(tables["train"]), convert_to_rows(tables["validation"])
     with deterministic(settings.threads):
@@ -196,7 +200,7 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
         "schema_version": 2,
         "name": "ml100k-dcnv2",
         "version": "1",
-        "signature": signature().model_dump(mode="json"),
+        "signature": build_signature().model_dump(mode="json"),
         "network": Network(architecture=arch).model_dump(mode="json"),
         **files,
         "transforms": {},  # files that map raw values to ids; none

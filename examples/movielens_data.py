@@ -66,7 +66,7 @@ class Rows:
         return arguments
 
 
-def data_folder() -> Path:
+def find_data_folder() -> Path:
     """Return the folder of the wheel's copy of MovieLens 100K.
 
     Raises:
@@ -150,15 +150,15 @@ def split_by_time(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
 
 
-def vocabulary(tokens: Iterable[str]) -> dict[str, int]:
+def build_vocabulary(tokens: Iterable[str]) -> dict[str, int]:
     """Number the sorted tokens from 1; the empty token has no id, and id 0 means unknown."""
     return {token: number for number, token in enumerate(sorted(set(tokens) - {""}), start=1)}
 
 
 def build_vocabularies(train: pd.DataFrame) -> dict[str, dict[str, int]]:
     """Return one vocabulary (token -> id) per field, from training rows only."""
-    vocabularies = {name: vocabulary(train[name]) for name in FIELDS}
-    vocabularies[BAG] = vocabulary(genre for genres in train[BAG] for genre in genres)
+    vocabularies = {name: build_vocabulary(train[name]) for name in FIELDS}
+    vocabularies[BAG] = build_vocabulary(genre for genres in train[BAG] for genre in genres)
     return vocabularies
 
 
@@ -192,7 +192,9 @@ def convert_to_rows(table: pa.Table) -> Rows:
     )
 
 
-def table_rows(vocabularies: Mapping[str, Mapping[str, int]]) -> dict[str, list[dict[str, object]]]:
+def describe_tables(
+    vocabularies: Mapping[str, Mapping[str, int]],
+) -> dict[str, list[dict[str, object]]]:
     """Return a network's arguments ``fields`` and ``bags``; tables have a row for id 0."""
 
     def rows(names: Iterable[str]) -> list[dict[str, object]]:

@@ -7,6 +7,8 @@ films that a person rated with at least 4 stars, the latest last.
   the person's history before it.
 - SASRec retrieves the next film of a person's history. The last film of every person is the test
   row and the last but one the validation row.
+
+A draft is the folder of a bundle before it is packed.
 """
 
 import argparse
@@ -39,12 +41,12 @@ from examples.movielens_data import (
     FIELDS,
     UNKNOWN,
     build_vocabularies,
-    data_folder,
+    build_vocabulary,
     encode,
+    find_data_folder,
     read_ratings,
     split_by_time,
     take_calibration_rows,
-    vocabulary,
 )
 from examples.sasrec import SASRec
 from examples.training import deterministic, train_with_early_stopping
@@ -90,13 +92,13 @@ def pad(histories: Histories, *, left: bool) -> tuple[Tensor, Tensor]:
     ids = torch.full((len(histories), length), UNKNOWN, dtype=torch.int64)
     mask = torch.zeros(len(histories), length)
     for row, history in enumerate(histories):
-        places = slice(length - len(history), length) if left else slice(0, len(history))
-        ids[row, places] = torch.tensor(history, dtype=torch.int64)
-        mask[row, places] = 1
+        positions = slice(length - len(history), length) if left else slice(0, len(history))
+        ids[row, positions] = torch.tensor(history, dtype=torch.int64)
+        mask[row, positions] = 1
     return ids, mask
 
 
-def lists(histories: Histories) -> pa.Array:
+def to_column(histories: Histories) -> pa.Array:
     """Return histories as a column."""
     return pa.array(histories, pa.list_(pa.int64()))
 
@@ -104,7 +106,7 @@ def lists(histories: Histories) -> pa.Array:
 # --- DIN: clicks with a history --------------------------------------------------------------
 
 
-def earlier_clicks(frame: pd.DataFrame, item_ids: Mapping[str, int]) -> Histories:
+def list_earlier_clicks(frame: pd.DataFrame, item_ids: Mapping[str, int]) -> Histories:
     """Return each row's history: known films that the person clicked at earlier seconds.
 
     Args:
@@ -123,15 +125,15 @@ def earlier_clicks(frame: pd.DataFrame, item_ids: Mapping[str, int]) -> Historie
     return histories
 
 
-def click_tables() -> tuple[dict[str, pa.Table], dict[str, dict[str, int]]]:
+def build_click_tables() -> tuple[dict[str, pa.Table], dict[str, dict[str, int]]]:
     """Return the splits with a column ``history``, and the vocabularies."""
-    frame = read_ratings(data_folder())
+    frame = read_ratings(find_data_folder())
     splits = split_by_time(frame)
     vocabularies = build_vocabularies(splits["train"])
-    histories = earlier_clicks(frame, vocabularies["item"])
+    histories = list_earlier_clicks(frame, vocabularies["item"])
     tables, start = {}, 0
     for split, part in splits.items():
-        column = lists(histories[start : start + len(part)])
+        column = to_column(histories[start : start + len(part)])
         tables[split] = encode(part, vocabularies).append_column("history", column)
         start += len(part)
     return tables, vocabularies
@@ -163,7 +165,7 @@ def train_din(
     ids, histories, clicks = columns("train")
     validation_ids, validation_histories, validation_clicks = columns("validation")
 
-    def loss_of(rows: Tensor) -> Tensor:
+    def compute_loss(rows: Tensor) -> Tensor:
         logits = network(**mask_ids(take(ids, histories, rows), shares, generator))
         return F.binary_cross_entropy_with_logits(logits, clicks[rows])
 
@@ -174,15 +176,17 @@ def train_din(
         return auc(validation_clicks.numpy(), torch.cat(scores).numpy())
 
     train_with_early_stopping(
-        network, len(clicks), loss_of, validation_auc, settings, generator, log
+        network, len(clicks), compute_loss, validation_auc, settings, generator, log
     )
     return network
 
 
-def din_signature() -> Signature:
+def build_din_signature() -> Signature:
     """Return the signature of DIN."""
-    policy = {"out_of_range": "default_row", "default_row": UNKNOWN}
-    ids = [{"kind": "id", "name": name, "table": f"tables.{name}", **policy} for name in FIELDS]
+    unknown_ids = {"out_of_range": "default_row", "default_row": UNKNOWN}
+    ids = [
+        {"kind": "id", "name": name, "table": f"tables.{name}", **unknown_ids} for name in FIELDS
+    ]
     history = {
         "kind": "sequence",
         "name": "history",
@@ -194,7 +198,7 @@ def din_signature() -> Signature:
     click = {"name": "score", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
     return Signature.model_validate(
         {
-            "inputs": [*ids, history | policy],
+            "inputs": [*ids, history | unknown_ids],
             "outputs": [click],
             "group": "person",
             "time": "timestamp",
@@ -204,7 +208,7 @@ def din_signature() -> Signature:
 
 def write_din(folder: Path, settings: Training, log: Callable[[str], None]) -> None:
     """Train DIN and write its draft."""
-    tables, vocabularies = click_tables()
+    tables, vocabularies = build_click_tables()
     tables["calibration"] = take_calibration_rows(tables["train"], settings.seed)
     fields = [{"name": name, "rows": len(vocabularies[name]) + 1} for name in FIELDS]
     config = {"fields": fields, "dim": settings.dim, "dropout": settings.dropout}
@@ -215,7 +219,7 @@ def write_din(folder: Path, settings: Training, log: Callable[[str], None]) -> N
         name="ml100k-din",
         architecture=Architecture(path="examples.din:DIN", config=config),
         network=network,
-        signature=din_signature(),
+        signature=build_din_signature(),
         splits=tables,
     )
 
@@ -223,31 +227,31 @@ def write_din(folder: Path, settings: Training, log: Callable[[str], None]) -> N
 # --- SASRec: the next film of a history ------------------------------------------------------
 
 
-def clicks_of_people(frame: pd.DataFrame) -> tuple[list[list[int]], int]:
+def list_clicks_of_people(frame: pd.DataFrame) -> tuple[list[list[int]], int]:
     """Return the clicked films of each person with at least 3, in their order, and the table rows.
 
     Ids start at 1, because id 0 is padding.
     """
     clicked = frame[frame["click"] == 1]
-    ids = vocabulary(clicked["item"])
+    ids = build_vocabulary(clicked["item"])
     sequences = [
         [ids[item] for item in items] for _, items in clicked.groupby("user", sort=True)["item"]
     ]
     return [sequence for sequence in sequences if len(sequence) >= 3], len(ids) + 1
 
 
-def next_films(sequences: Iterable[list[int]], split: str) -> pa.Table:
+def build_next_film_rows(sequences: Iterable[list[int]], split: str) -> pa.Table:
     """Return a split's rows: a person, the next film, and the history before it."""
     people, films, histories = [], [], []
     for person, sequence in enumerate(sequences):
         end = len(sequence)
-        places = {"train": range(1, end - 2), "validation": [end - 2], "test": [end - 1]}[split]
-        for place in places:
+        positions = {"train": range(1, end - 2), "validation": [end - 2], "test": [end - 1]}[split]
+        for position in positions:
             people.append(person)
-            films.append(sequence[place])
-            histories.append(sequence[max(0, place - LONGEST) : place])
+            films.append(sequence[position])
+            histories.append(sequence[max(0, position - LONGEST) : position])
     return pa.table(
-        {"person": pa.array(people), "item": pa.array(films), "history": lists(histories)}
+        {"person": pa.array(people), "item": pa.array(films), "history": to_column(histories)}
     )
 
 
@@ -268,9 +272,9 @@ def train_sasrec(
         for start in range(0, max(1, len(training) - 1), LONGEST)
     ]
     parts = [part for part in parts if len(part) > 1]
-    validation = next_films(sequences, "validation")
+    validation = build_next_film_rows(sequences, "validation")
     person, item = (validation[name].to_numpy() for name in ("person", "item"))
-    seen = next_films(sequences, "train")
+    seen = build_next_film_rows(sequences, "train")
     films = np.arange(1, config["items"])  # type: ignore[call-overload]  # an int
     queries = ranking_queries(
         Interactions(person, item, np.ones(len(person))),
@@ -279,12 +283,14 @@ def train_sasrec(
     )
     histories: Histories = validation["history"].to_pylist()
 
-    def loss_of(rows: Tensor) -> Tensor:
+    def compute_loss(rows: Tensor) -> Tensor:
         batch = [parts[row] for row in rows.tolist()]
         history, mask = pad([part[:-1] for part in batch], left=True)
         target, _ = pad([part[1:] for part in batch], left=True)
-        vectors = network.query.all_vectors(history, mask.long())[mask == 1]  # (places, dim)
-        logits = vectors @ network.item.table.weight.T  # (places, items)
+        vectors = network.query.compute_all_vectors(history, mask.long())[
+            mask == 1
+        ]  # (positions, dim)
+        logits = vectors @ network.item.table.weight.T  # (positions, items)
         return F.cross_entropy(logits, target[mask == 1])
 
     @torch.no_grad()
@@ -297,12 +303,12 @@ def train_sasrec(
         return float(ranking_metrics(ranked, ("ndcg@10",))["ndcg@10"].mean())
 
     train_with_early_stopping(
-        network, len(parts), loss_of, validation_ndcg, settings, generator, log
+        network, len(parts), compute_loss, validation_ndcg, settings, generator, log
     )
     return network
 
 
-def sasrec_signature() -> Signature:
+def build_sasrec_signature() -> Signature:
     """Return the signature of SASRec."""
     history = {
         "kind": "sequence",
@@ -332,7 +338,7 @@ def sasrec_signature() -> Signature:
 
 def write_sasrec(folder: Path, settings: Training, log: Callable[[str], None]) -> None:
     """Train SASRec and write its draft."""
-    sequences, rows = clicks_of_people(read_ratings(data_folder()))
+    sequences, rows = list_clicks_of_people(read_ratings(find_data_folder()))
     config: dict[str, object] = {
         "items": rows,
         "longest": LONGEST,
@@ -341,7 +347,9 @@ def write_sasrec(folder: Path, settings: Training, log: Callable[[str], None]) -
     }
     with deterministic(settings.threads):
         network = train_sasrec(config, sequences, settings, log)
-    tables = {split: next_films(sequences, split) for split in ("train", "validation", "test")}
+    tables = {
+        split: build_next_film_rows(sequences, split) for split in ("train", "validation", "test")
+    }
     tables["calibration"] = take_calibration_rows(tables["train"], settings.seed)
     tables["items"] = pa.table({"item": pa.array(np.arange(1, rows))})
     write_draft(
@@ -349,7 +357,7 @@ def write_sasrec(folder: Path, settings: Training, log: Callable[[str], None]) -
         name="ml100k-sasrec",
         architecture=Architecture(path="examples.sasrec:SASRec", config=config),
         network=network,
-        signature=sasrec_signature(),
+        signature=build_sasrec_signature(),
         splits=tables,
         ties={"item.table.weight": "query.table.weight"},
     )

@@ -23,16 +23,16 @@ from compressors.contracts import Architecture, Network, Signature
 from compressors.metrics.point_estimates import auc
 from examples.draft import run_script
 from examples.mmoe import MMoE
-from examples.movielens import mask_ids, signature
+from examples.movielens import build_signature, mask_ids
 from examples.movielens_data import (
     Rows,
     build_vocabularies,
     convert_to_rows,
-    data_folder,
+    describe_tables,
     encode,
+    find_data_folder,
     read_ratings,
     split_by_time,
-    table_rows,
     take_calibration_rows,
     write_data,
 )
@@ -82,7 +82,7 @@ def score(network: MMoE, rows: Rows, batch: int = 8192) -> Tensor:
     return torch.cat([torch.stack([part[task] for task in TASKS], dim=1) for part in parts])
 
 
-def aucs(network: MMoE, split: LabelledRows) -> list[float]:
+def compute_aucs(network: MMoE, split: LabelledRows) -> list[float]:
     """Return the AUC of each task, of the rows that have its label."""
     logits, result = score(network, split.rows), []
     for logit, label in zip(logits.T, split.labels.T, strict=True):
@@ -91,7 +91,7 @@ def aucs(network: MMoE, split: LabelledRows) -> list[float]:
     return result
 
 
-def loss_of(logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+def compute_loss(logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
     """Return the sum over tasks of the mean cross entropy of the rows that have a label."""
     losses = []
     for task, label in zip(TASKS, labels.T, strict=True):
@@ -116,24 +116,24 @@ def train(
     network = MMoE(**config)  # type: ignore[arg-type]  # plain JSON, checked by MMoE itself
     shares = {"user": settings.forget_user, "item": settings.forget_item}
 
-    def loss_of_rows(part: Tensor) -> Tensor:
+    def compute_loss_of_rows(part: Tensor) -> Tensor:
         logits = network(**mask_ids(training.rows.inputs(part), shares, generator))
-        return loss_of(logits, training.labels[part])
+        return compute_loss(logits, training.labels[part])
 
     def mean_auc() -> float:
-        return float(np.mean(aucs(network, validation)))
+        return float(np.mean(compute_aucs(network, validation)))
 
     train_with_early_stopping(
-        network, len(training.rows), loss_of_rows, mean_auc, settings, generator, log
+        network, len(training.rows), compute_loss_of_rows, mean_auc, settings, generator, log
     )
     return network
 
 
-def signature_of_tasks() -> Signature:
+def build_task_signature() -> Signature:
     """Return the signature of ``movielens`` with both outputs."""
     click = {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
     like = {**click, "name": "like", "label": "like", "label_where": "click"}
-    document = signature().model_dump(mode="json")
+    document = build_signature().model_dump(mode="json")
     return Signature.model_validate(document | {"outputs": [click, like]})
 
 
@@ -149,7 +149,7 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
         DataMissing: the Python package that contains the data is missing, or has another version
             or other files.
     """
-    splits = split_by_time(read_ratings(data_folder()))
+    splits = split_by_time(read_ratings(find_data_folder()))
     vocabularies = build_vocabularies(splits["train"])
     tables = {}
     for name, frame in splits.items():
@@ -160,7 +160,7 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
     files = write_data(folder, tables, vocabularies)
 
     config: dict[str, object] = {
-        **table_rows(vocabularies),
+        **describe_tables(vocabularies),
         "tasks": list(TASKS),
         "dim": settings.dim,
         "experts": settings.experts,
@@ -177,7 +177,7 @@ def write_draft(folder: Path, settings: Training, log: Callable[[str], None]) ->
         "schema_version": 2,
         "name": "ml100k-mmoe",
         "version": "1",
-        "signature": signature_of_tasks().model_dump(mode="json"),
+        "signature": build_task_signature().model_dump(mode="json"),
         "network": Network(architecture=architecture).model_dump(mode="json"),
         **files,
     }

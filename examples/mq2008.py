@@ -1,8 +1,9 @@
 """Train a ranking perceptron on MQ2008 and write data and model as the draft of a bundle.
 
-Run ``python -m examples.mq2008 FOLDER --data FOLDER``. The folder contains the five parts of
-LETOR 4.0's MQ2008 for supervised ranking, ``S1.txt`` to ``S5.txt``, plain or ``.gz``.
-``docs/results/mq2008.md`` describes the data and the results.
+Run ``python -m examples.mq2008 FOLDER --data FOLDER``. The folder contains the five parts of LETOR
+4.0's MQ2008 for supervised ranking, ``S1.txt`` to ``S5.txt``, plain or ``.gz``.
+``docs/results/mq2008.md`` describes the data and the results. A draft is the folder of a bundle
+before it is packed.
 """
 
 import gzip
@@ -21,9 +22,9 @@ from compressors.contracts import Architecture, Signature
 from compressors.core.batches import Batch
 from compressors.metrics.point_estimates import group_ndcg
 from compressors.task_kinds.loss import hard_loss
-from examples.draft import draft_parser, run_script, write_draft
-from examples.perceptron import perceptron
-from examples.public_data import DataMissing, data_folder
+from examples.draft import create_parser, run_script, write_draft
+from examples.perceptron import build_perceptron
+from examples.public_data import DataMissing, find_data_folder
 from examples.training import deterministic, train_with_early_stopping
 
 FEATURES = 46
@@ -45,7 +46,7 @@ class RankingPerceptron(nn.Module):
         self, *, features: int = FEATURES, hidden: Sequence[int] = (256, 128), dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.layers = perceptron(features, hidden, dropout=dropout)
+        self.layers = build_perceptron(features, hidden, dropout=dropout)
         self.head = nn.Linear(hidden[-1] if hidden else features, 1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -104,19 +105,19 @@ def read_part(folder: Path, number: int) -> Documents:
         raise DataMissing(f"Expected {path} or {path.name}.gz, got neither. {REMEDY}")
     fields = [line.partition("#")[0].split() for line in text.splitlines()]
     query = np.array([int(row[1].partition(":")[2]) for row in fields])
-    order = np.argsort(query, kind="stable")
+    permutation = np.argsort(query, kind="stable")
     features = [[float(value.partition(":")[2]) for value in row[2:]] for row in fields]
     return Documents(
-        np.array(features, np.float32)[order],
-        np.array([int(row[0]) for row in fields])[order],
-        query[order],
+        np.array(features, np.float32)[permutation],
+        np.array([int(row[0]) for row in fields])[permutation],
+        query[permutation],
     )
 
 
 def read_fold(folder: Path, fold: int) -> dict[str, Documents]:
     """Return the splits of a fold, 1 to 5: three parts for training, one each for the others.
 
-    Fold 1 trains on the parts 1, 2 and 3, validates on part 4 and tests on part 5; each further
+    Fold 1 trains on the parts 1, 2 and 3, validates on part 4 and tests on part 5; each later
     fold is rotated by one part, as in the official folds.
     """
     parts = [read_part(folder, (fold - 1 + index) % PARTS + 1) for index in range(PARTS)]
@@ -131,7 +132,7 @@ def _join(parts: Sequence[Documents]) -> Documents:
     )
 
 
-def signature() -> Signature:
+def build_signature() -> Signature:
     """Return the signature of the network."""
     return Signature.model_validate(
         {
@@ -152,7 +153,7 @@ def signature() -> Signature:
     )
 
 
-def architecture(settings: Training) -> Architecture:
+def build_architecture(settings: Training) -> Architecture:
     """Return the network as an import path and JSON arguments."""
     return Architecture(
         path="examples.mq2008:RankingPerceptron",
@@ -170,7 +171,7 @@ def train(
     """Train with the listwise loss of recpress; keep the epoch with the best validation NDCG@10."""
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
-    network = RankingPerceptron(**architecture(settings).config)
+    network = RankingPerceptron(**build_architecture(settings).config)
     documents, validation = splits["train"], splits["validation"]
     features = torch.from_numpy(documents.features)
     labels = torch.from_numpy(documents.relevance).float()
@@ -178,10 +179,10 @@ def train(
     _, sizes = torch.unique_consecutive(query, return_counts=True)
     rows_of_query = torch.split(torch.arange(len(query)), sizes.tolist())
 
-    def loss_of(queries: Tensor) -> Tensor:
+    def compute_loss(queries: Tensor) -> Tensor:
         rows = torch.cat([rows_of_query[number] for number in queries.tolist()])
         batch = Batch({}, labels[rows], query[rows])
-        return hard_loss(signature(), network(features[rows]), batch)
+        return hard_loss(build_signature(), network(features[rows]), batch)
 
     @torch.no_grad()
     def validation_ndcg() -> float:
@@ -189,7 +190,7 @@ def train(
         return float(group_ndcg(validation.relevance, scores, validation.query, k=10).mean())
 
     train_with_early_stopping(
-        network, len(sizes), loss_of, validation_ndcg, settings, generator, log
+        network, len(sizes), compute_loss, validation_ndcg, settings, generator, log
     )
     return network
 
@@ -208,7 +209,7 @@ def to_table(documents: Documents) -> pa.Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the draft; progress goes to standard error. Returns 0, or 2 if the data is missing."""
-    parser = draft_parser("examples.mq2008", main.__doc__)
+    parser = create_parser("examples.mq2008", main.__doc__)
     parser.add_argument("--fold", type=int, choices=range(1, PARTS + 1), default=1)
     args = parser.parse_args(argv)
     settings = Training(seed=args.seed)
@@ -216,15 +217,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = replace(settings, epochs=args.epochs)
 
     def write(log: Callable[[str], None]) -> None:
-        splits = read_fold(data_folder(args.data, "mq2008", REMEDY), args.fold)
+        splits = read_fold(find_data_folder(args.data, "mq2008", REMEDY), args.fold)
         with deterministic(settings.threads):
             network = train(splits, settings, log)
         write_draft(
             args.folder.absolute(),
             name="mq2008-perceptron",
-            architecture=architecture(settings),
+            architecture=build_architecture(settings),
             network=network,
-            signature=signature(),
+            signature=build_signature(),
             splits={split: to_table(documents) for split, documents in splits.items()},
         )
 

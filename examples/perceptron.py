@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 
-def perceptron(
+def build_perceptron(
     width: int, hidden: Sequence[int], *, dropout: float = 0.0, batch_norm: bool = False
 ) -> nn.Sequential:
     """Return linear layers, each followed by ReLU and dropout.

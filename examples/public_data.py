@@ -11,7 +11,7 @@ class DataMissing(Exception):
     """The data is missing, or differs from the data of the published results."""
 
 
-def data_folder(option: Path | None, name: str, remedy: str) -> Path:
+def find_data_folder(option: Path | None, name: str, remedy: str) -> Path:
     """Return the folder of the option ``--data``, else the folder ``name`` in ``RECPRESS_DATA``.
 
     Args:

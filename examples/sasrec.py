@@ -78,12 +78,12 @@ class HistoryTower(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def all_vectors(self, history: Tensor, history_mask: Tensor) -> Tensor:
+    def compute_all_vectors(self, history: Tensor, history_mask: Tensor) -> Tensor:
         """Return the vector of the next item at each position, float ``(rows, length, dim)``."""
         length = history.shape[1]
         # The latest item has position 1, the one before 2, ...; padding, on the left, has 0.
-        places = torch.arange(length, 0, -1, device=history.device) * history_mask
-        x = self.dropout(self.table(history) + self.position(places))
+        positions = torch.arange(length, 0, -1, device=history.device) * history_mask
+        x = self.dropout(self.table(history) + self.position(positions))
         is_earlier = torch.ones(length, length, dtype=torch.bool, device=history.device).tril()
         is_item = history_mask == 1
         # A padded position attends to itself, because a softmax over nothing is NaN.
@@ -101,7 +101,7 @@ class HistoryTower(nn.Module):
             history: ids of items, int ``(rows, length)``, padded on the left.
             history_mask: int ``(rows, length)``, 1 at ids and 0 at padding.
         """
-        return self.all_vectors(history, history_mask)[:, -1]
+        return self.compute_all_vectors(history, history_mask)[:, -1]
 
 
 class ItemTower(nn.Module):

@@ -47,21 +47,21 @@ class TextTower:
         self.tokenizer, self.session, self.text = tokenizer, session, text
         self.dtypes = {item.name: DTYPES[item.type] for item in session.get_inputs()}
 
-    def vectors(self, texts: Sequence[str]) -> Vectors:
+    def compute_vectors(self, texts: Sequence[str]) -> Vectors:
         """Return float32 ``(texts, dim)``.
 
         Texts of similar length share a batch, so that few positions are padding.
         """
-        order = np.argsort([len(text) for text in texts], kind="stable")
+        permutation = np.argsort([len(text) for text in texts], kind="stable")
         parts = [
-            self._of_batch([texts[index] for index in order[begin : begin + BATCH]])
-            for begin in range(0, len(order), BATCH)
+            self._compute_batch([texts[index] for index in permutation[begin : begin + BATCH]])
+            for begin in range(0, len(permutation), BATCH)
         ]
         result = np.concatenate(parts)
-        result[order] = result.copy()
+        result[permutation] = result.copy()
         return result
 
-    def _of_batch(self, texts: list[str]) -> Vectors:
+    def _compute_batch(self, texts: list[str]) -> Vectors:
         """Tokenize the texts of one batch, and run the graph."""
         encodings = self.tokenizer.encode_batch(texts)
         ids = np.array([encoding.ids for encoding in encodings], np.int64)
@@ -85,7 +85,7 @@ class TextTower:
         return result
 
 
-def towers(folder: Path, threads: int = 1) -> tuple[TextTower, TextTower]:
+def load_towers(folder: Path, threads: int = 1) -> tuple[TextTower, TextTower]:
     """Return the towers of queries and of documents of a fetched version.
 
     Args:
@@ -131,12 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     documents = args.documents.read_text(encoding="utf-8").splitlines()
     if not documents:
         parser.error(f"Expected one document per line in {args.documents}, got an empty file.")
-    query_tower, document_tower = towers(args.folder)
-    index = document_tower.vectors(documents)
-    for query, scores in zip(args.query, query_tower.vectors(args.query) @ index.T, strict=True):
+    query_tower, document_tower = load_towers(args.folder)
+    index = document_tower.compute_vectors(documents)
+    query_vectors = query_tower.compute_vectors(args.query)
+    for query, scores in zip(args.query, query_vectors @ index.T, strict=True):
         print(query)
-        for place in np.argsort(-scores)[: args.count]:
-            print(f"  {scores[place]:.3f}  {documents[place][:90]}")
+        for best in np.argsort(-scores)[: args.count]:
+            print(f"  {scores[best]:.3f}  {documents[best][:90]}")
     return 0
 
 

@@ -3,7 +3,7 @@
 The model is a factorization machine plus a small perceptron over id fields. Ids follow Zipf's law
 and labels depend on latent factors of each id. The model therefore learns the factors of frequent
 ids and memorizes the labels of rare ids. ``python -m examples.table_heavy FOLDER [small]`` writes
-the draft of a bundle.
+the draft of a bundle. A draft is the folder of a bundle before it is packed.
 """
 
 import json
@@ -100,12 +100,12 @@ def write_draft(folder: Path, size: Size, *, name: str = "tableheavy", seed: int
         The folder of the draft.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(seed)
-    latent = [random.normal(size=(rows, 4)) for rows in size.rows]
-    ids_by_frequency = [random.permutation(rows) for rows in size.rows]
+    rng = np.random.default_rng(seed)
+    latent = [rng.normal(size=(rows, 4)) for rows in size.rows]
+    ids_by_frequency = [rng.permutation(rows) for rows in size.rows]
     counts = {"train": size.train, "validation": size.train // 5, "test": 2 * size.train // 5}
     columns = {
-        split: _draw_rows(size, count, latent, ids_by_frequency, random)
+        split: _draw_rows(size, count, latent, ids_by_frequency, rng)
         for split, count in counts.items()
     }
     for split, table in columns.items():
@@ -142,7 +142,7 @@ def _draw_rows(
     count: int,
     latent: list[NDArray[np.float64]],
     ids_by_frequency: list[NDArray[np.int64]],
-    random: np.random.Generator,
+    rng: np.random.Generator,
 ) -> Columns:
     """Draw ``count`` rows: ids by frequency, and labels from the latent factors of the ids.
 
@@ -152,12 +152,12 @@ def _draw_rows(
     ids = []
     for rows, id_of_rank in zip(size.rows, ids_by_frequency, strict=True):
         frequency = np.arange(1, rows + 1) ** -size.zipf
-        ids.append(id_of_rank[random.choice(rows, count, p=frequency / frequency.sum())])
+        ids.append(id_of_rank[rng.choice(rows, count, p=frequency / frequency.sum())])
     factors = [table[field_ids] for table, field_ids in zip(latent, ids, strict=True)]
     total = np.sum(factors, axis=0)
     pairs = 0.5 * (total**2 - np.sum([x**2 for x in factors], axis=0)).sum(axis=1)
     logits = 0.5 * np.sum([x[:, 0] for x in factors], axis=0) + 0.3 * pairs - 1.0
-    label = (random.random(count) < 1 / (1 + np.exp(-logits))).astype(np.int64)
+    label = (rng.random(count) < 1 / (1 + np.exp(-logits))).astype(np.int64)
     return {**{f"f{index}": field_ids for index, field_ids in enumerate(ids)}, "label": label}
 
 

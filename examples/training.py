@@ -66,7 +66,7 @@ def deterministic(threads: int) -> Iterator[None]:
 def train_with_early_stopping(
     network: nn.Module,
     rows: int,
-    loss_of: Callable[[Tensor], Tensor],
+    compute_loss: Callable[[Tensor], Tensor],
     metric: Callable[[], float],
     settings: LoopSettings,
     generator: torch.Generator,
@@ -80,7 +80,8 @@ def train_with_early_stopping(
     Args:
         network: the network.
         rows: number of training rows.
-        loss_of: returns the mean loss of the training rows with these indices, int64 ``(batch,)``.
+        compute_loss: returns the mean loss of the training rows with these indices, int64
+            ``(batch,)``.
         metric: returns the validation metric of the network; higher is better.
         settings: settings of the loop.
         generator: draws the order of the rows.
@@ -102,7 +103,7 @@ def train_with_early_stopping(
         total = 0.0
         permutation = torch.randperm(rows, generator=generator)  # (rows,)
         for part in torch.split(permutation, settings.batch):
-            loss = loss_of(part)
+            loss = compute_loss(part)
             penalty = torch.zeros(())
             if settings.table_l2 and tables:
                 penalty = torch.stack([weight.square().sum() for weight in tables]).sum()

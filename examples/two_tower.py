@@ -102,7 +102,7 @@ class Training:
     # Stop after so many epochs without a better metric.
     patience: int = 2
     seed: int = 1
-    # One thread is fastest: the products are too small to parallelize.
+    # One thread is fastest: the matrix products are too small to parallelize.
     threads: int = 1
 
 

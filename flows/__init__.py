@@ -10,10 +10,10 @@ step_selection.py   selects the steps of a recipe that fit the model, its data a
 memory.py           checks whether an order fits in the available memory
 dry_run.py          predicts the steps and bytes of a recipe from shapes, without data
 explain.py          describes the expected result of an order without running it
-run.py              the run context of one order, through which its stages call tasks
+run.py              the run context of one order, through which its phases call tasks
 recipe.py           applies the steps of a recipe within the budget
-stages.py           the stages of an order: pull, validate, compress, build, measure, judge, publish
-compress.py         the flow: runs all stages for one model
+phases.py           the phases of an order: pull, validate, compress, build, measure, judge, publish
+compress.py         the flow: runs all phases for one model
 server/             selects or starts the Prefect server that a command uses
 cli/                the command line
 """

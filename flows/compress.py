@@ -1,4 +1,4 @@
-"""The Prefect flow ``compress``: runs all stages of one order (``stages.py``).
+"""The Prefect flow ``compress``: runs all phases of one order (``phases.py``).
 
 The result of every task is cached by a hash of its inputs. A flow that was killed therefore
 resumes where it stopped, and a repeated order only reads cached results. ``wait_out`` repeats a
@@ -14,8 +14,18 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from compressors.contracts import limit_warnings
-from flows.memory import describe_running_stage, require_order_memory
+from flows.memory import describe_running_phase, require_order_memory
 from flows.order import Order
+from flows.phases import (
+    build_baselines,
+    build_targets,
+    compress_model,
+    judge_targets,
+    measure_result,
+    prepare_data,
+    publish_result,
+    pull_model,
+)
 from flows.resolve import (
     find_champions,
     find_result_of_other_version,
@@ -26,16 +36,6 @@ from flows.resolve import (
 )
 from flows.run import Run
 from flows.server.embedded_server import protect_ephemeral_server
-from flows.stages import (
-    build_baselines,
-    build_targets,
-    compress_model,
-    judge_targets,
-    measure_result,
-    prepare_data,
-    publish_result,
-    pull_model,
-)
 from flows.step_selection import require_teachers_are_used
 from infra.credentials import clean_exceptions
 from infra.memory import memory_errors
@@ -43,14 +43,14 @@ from tasks.bundles.bundle_ref import find_bundle, require_measurable
 from tasks.orchestration import log_lines
 from tasks.orchestration.documents import Finished
 from tasks.orchestration.outages import wait_out
-from tasks.orchestration.policy import NO_RESULTS
 from tasks.orchestration.progress import Progress, show_log_lines
+from tasks.orchestration.task_calls import NO_RESULTS
 
 log = logging.getLogger(__name__)
 log_lines.install()  # escapes names from bundles in log messages
 
-STAGES_OF_EVERY_ORDER = 8
-"""Number of stages that do not depend on the recipe or the targets.
+PHASES_OF_EVERY_ORDER = 8
+"""Number of phases that do not depend on the recipe or the targets.
 
 They are: pull, validate the data, prepare tensors, lower the untouched model, measure, evaluate the
 stages (the model after each step), judge, publish.
@@ -83,15 +83,15 @@ def compress(order: Order) -> Finished | State[Any]:
     if completed is not None:
         log.info("%s", format_already_completed(completed))
         wait_out(lambda: promote_if_ordered(order, completed))
-        return _final_state(completed)
-    target_stages = 2 * len(order.targets.requirements())  # lower and build
-    progress = Progress(stages=STAGES_OF_EVERY_ORDER + len(order.recipe()) + target_stages)
+        return _build_final_state(completed)
+    target_phases = 2 * len(order.targets.requirements())  # lower and build
+    progress = Progress(phases=PHASES_OF_EVERY_ORDER + len(order.recipe()) + target_phases)
     run = Run(order, bundle, teachers, champions, progress)
-    with memory_errors(describe_running_stage(lambda: progress.current, estimate, bundle)):
-        return _run_stages(run)
+    with memory_errors(describe_running_phase(lambda: progress.current, estimate, bundle)):
+        return _run_phases(run)
 
 
-def _run_stages(run: Run) -> Finished | State[Any]:
+def _run_phases(run: Run) -> Finished | State[Any]:
     pull_model(run)
     data = prepare_data(run)
     baselines = build_baselines(run, data)
@@ -100,10 +100,10 @@ def _run_stages(run: Run) -> Finished | State[Any]:
     measured = measure_result(run, data, baselines, compressed, built)
     verdicts = judge_targets(run, built, measured)
     finished = publish_result(run, data, baselines, compressed, built, measured, verdicts)
-    return _final_state(finished)
+    return _build_final_state(finished)
 
 
-def _final_state(finished: Finished) -> Finished | State[Any]:
+def _build_final_state(finished: Finished) -> Finished | State[Any]:
     """Return a state named after the outcome if that is rejected or undecided, else the result."""
     report = finished.report
     if report.outcome in {"accepted", "built-unmeasured"}:

@@ -64,7 +64,7 @@ def dry_run_recipe(
     """
 
     def dry_run_step(step: AnyStep, source: Model) -> Model | NotApplicable:
-        splits = _splits_without_data(parts_of_step(step, bundle), bundle)
+        splits = _build_splits_without_data(parts_of_step(step, bundle), bundle)
         bench = Bench(signature=signature, teachers=teachers, **splits)
         try:
             return dry_run(step, source, bench, smallest=pruning == "most")
@@ -114,7 +114,7 @@ def min_weight_bytes(order: Order, bundle: BundleRef) -> int:
     return weight_byte_bounds(order, bundle, loaded.manifest.signature, loaded.model, ())[0]
 
 
-def _splits_without_data(parts: tuple[Part, ...], bundle: BundleRef) -> dict[str, Split]:
+def _build_splits_without_data(parts: tuple[Part, ...], bundle: BundleRef) -> dict[str, Split]:
     """Return splits with the row counts that a step would read, but with no data."""
     return {
         part: Split(path="", sha256="0" * 64, rows=bundle.rows[split_name(part, bundle)])

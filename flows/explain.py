@@ -125,7 +125,7 @@ def explain(terms: Terms) -> Explanation:
         teachers=tuple(teacher.name for teacher in teachers),
         earlier=None if earlier is None else earlier.version,
         steps=(ExplainedStep(step=AS_TRAINED, bytes=original_bytes), *steps),
-        plan=plan if earlier is None else _with_warnings(plan, earlier.report.plan),
+        plan=plan if earlier is None else _copy_warnings(plan, earlier.report.plan),
         targets=tuple(
             _explain_target(target, requirement)
             for target, requirement in order.targets.requirements().items()
@@ -140,7 +140,7 @@ def explain(terms: Terms) -> Explanation:
     )
 
 
-def _with_warnings(plan: Plan, finished: Plan) -> Plan:
+def _copy_warnings(plan: Plan, finished: Plan) -> Plan:
     """Copy the warnings of a finished run of the order; a dry run has no data to detect them."""
     warnings = {line.module: line.warnings for line in finished.lines if line.warnings}
     return Plan(
@@ -178,10 +178,10 @@ def _explain_steps(
         if is_reported(reason):
             size = stored_bytes(model.module)
             steps.append(ExplainedStep(step=step.kind, bytes=size, left_out=reason))
-    return model, steps, _max_trained_bytes(order, stages, skip_reasons)
+    return model, steps, _find_max_trained_bytes(order, stages, skip_reasons)
 
 
-def _max_trained_bytes(
+def _find_max_trained_bytes(
     order: Order, stages: tuple[tuple[str, Model], ...], skip_reasons: Mapping[int, Reason]
 ) -> int:
     """Return the largest number of bytes of tensors that one step of the order trains."""

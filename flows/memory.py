@@ -62,14 +62,14 @@ def require_order_memory(order: Order, bundle: BundleRef) -> Memory:
     return estimate
 
 
-def describe_running_stage(
-    stage: Callable[[], str], estimate: Memory, bundle: BundleRef
+def describe_running_phase(
+    phase: Callable[[], str], estimate: Memory, bundle: BundleRef
 ) -> Callable[[], str]:
-    """Return a function that names the current stage, as the subject of an error sentence.
+    """Return a function that names the current phase, as the subject of an error sentence.
 
     The sentence continues with "ran out of memory".
     """
     return lambda: (
-        f"Stage '{stage()}' of the order for {bundle.name}@{bundle.version}, estimated to use "
+        f"Phase '{phase()}' of the order for {bundle.name}@{bundle.version}, estimated to use "
         f"{estimate.peak // MIB:,} MiB at most,"
     )

@@ -89,10 +89,10 @@ class Order(Terms):
         """
         fields = {"model": model, "teachers": teachers, "promote": False, "attempt": 0}
         order = self.model_copy(update=fields)
-        return Reproduction(command=_command(order), order=order.model_dump(mode="json"))
+        return Reproduction(command=_build_command(order), order=order.model_dump(mode="json"))
 
 
-def _command(order: Order) -> str:
+def _build_command(order: Order) -> str:
     """Return the command for an order: with options if they can express it, else with a file."""
     requirements = order.targets.requirements()
     required = [target for target, value in requirements.items() if value == "required"]

@@ -55,18 +55,18 @@ def _describe(error: Any, model: "type[BaseModel] | None") -> str:
     location, context = error["loc"], error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            name, valid_names = str(location[-1]), _field_names(model, location[:-1])
-            return f"there is no such setting{_suggestion(name, valid_names)}"
+            name, valid_names = str(location[-1]), _list_field_names(model, location[:-1])
+            return f"there is no such setting{_suggest_name(name, valid_names)}"
         case "union_tag_invalid":
             kinds = [name.strip(" '") for name in str(context["expected_tags"]).split(",")]
             field = str(context["discriminator"]).strip("'")
             kind = context["tag"]
-            return f"there is no {field} {kind!r}{_suggestion(str(kind), kinds)}"
+            return f"there is no {field} {kind!r}{_suggest_name(str(kind), kinds)}"
         case "too_short":
             length = context["actual_length"]
             return f"expected at least {context['min_length']}, got {length or 'none'}"
         case "target_unknown":
-            similar = _most_similar(context["target"], context["known"])
+            similar = _find_most_similar(context["target"], context["known"])
             return f"{error['msg']}{f' (did you mean {similar!r}?)' if similar else ''}"
         case "missing":
             return "is missing"
@@ -76,42 +76,42 @@ def _describe(error: Any, model: "type[BaseModel] | None") -> str:
             return str(error["msg"])
 
 
-def _suggestion(name: str, valid_names: Sequence[str]) -> str:
+def _suggest_name(name: str, valid_names: Sequence[str]) -> str:
     """Return the end of a sentence about an unknown name, and a sentence with all valid names.
 
     The end suggests the most similar valid name; it is a period if none is similar.
     """
     if not valid_names:
         return ""
-    similar = _most_similar(name, valid_names)
+    similar = _find_most_similar(name, valid_names)
     end = f", did you mean {similar!r}?" if similar else "."
     return f"{end} Valid names: {', '.join(sorted(valid_names))}."
 
 
-def _most_similar(name: str, valid_names: Sequence[str]) -> str | None:
+def _find_most_similar(name: str, valid_names: Sequence[str]) -> str | None:
     """Return the valid name that is most similar to a misspelled one; None if none is similar."""
     return next(iter(get_close_matches(name, valid_names, n=1)), None)
 
 
-def _field_names(model: "type[BaseModel] | None", location: Location) -> tuple[str, ...]:
+def _list_field_names(model: "type[BaseModel] | None", location: Location) -> tuple[str, ...]:
     """Return the field names at a location in a model class; none if it is unknown."""
     classes: list[Any] = [] if model is None else [model]
     for part in location:
-        classes = [inner for outer in classes for inner in _classes_at(outer, part)]
+        classes = [inner for outer in classes for inner in _find_classes_at(outer, part)]
     return tuple(name for item in classes for name in item.model_fields)
 
 
-def _classes_at(model: "type[BaseModel]", part: int | str) -> "Iterator[type[BaseModel]]":
+def _find_classes_at(model: "type[BaseModel]", part: int | str) -> "Iterator[type[BaseModel]]":
     """Yield the model classes at one part of a location: a field, a list index or a step kind."""
     if isinstance(part, int) or part not in model.model_fields:
         tag = model.model_fields.get("kind")
         if isinstance(part, int) or (tag is not None and tag.default == part):
             yield model
         return
-    yield from _model_classes(model.model_fields[part].annotation)
+    yield from _find_model_classes(model.model_fields[part].annotation)
 
 
-def _model_classes(annotation: Any) -> "Iterator[type[BaseModel]]":
+def _find_model_classes(annotation: Any) -> "Iterator[type[BaseModel]]":
     """Yield the model classes in a type annotation, at any depth."""
     from pydantic import BaseModel
 
@@ -123,4 +123,4 @@ def _model_classes(annotation: Any) -> "Iterator[type[BaseModel]]":
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
-        yield from _model_classes(inner)
+        yield from _find_model_classes(inner)

@@ -46,22 +46,24 @@ RATE_THRESHOLDS = tuple(number / 20 for number in range(1, 21))
 def add_rules(schema: Schema) -> None:
     """Add the rules to the JSON schema of ``Order``, in place."""
     schema["if"] = {}
-    schema["then"] = {"allOf": list(_rules())}
+    schema["then"] = {"allOf": list(_list_rules())}
 
 
-def _rules() -> Iterator[Schema]:
-    yield _field("limits", {"items": {"allOf": list(_limit_rules())}})
-    yield _field("targets", {"allOf": list(_target_rules())})
-    yield _field("rules", {"allOf": list(_data_rules())})
+def _list_rules() -> Iterator[Schema]:
+    yield _build_field_rule("limits", {"items": {"allOf": list(_limit_rules())}})
+    yield _build_field_rule("targets", {"allOf": list(_generate_target_rules())})
+    yield _build_field_rule("rules", {"allOf": list(_generate_data_rules())})
     is_custom = {"properties": {"preset": {"const": "custom"}}, "required": ["preset"]}
     yield {
         "if": is_custom,
         "then": {"properties": {"steps": {"minItems": 1}}, "required": ["steps"]},
         "else": {"properties": {"steps": {"maxItems": 0}}},
     }
-    yield _field("steps", {"allOf": list(_recipe_rules())})
-    yield _field("steps", {"items": {"required": ["kind"], "allOf": list(_step_rules())}})
-    yield from _teacher_rules()
+    yield _build_field_rule("steps", {"allOf": list(_generate_recipe_rules())})
+    yield _build_field_rule(
+        "steps", {"items": {"required": ["kind"], "allOf": list(_generate_step_rules())}}
+    )
+    yield from _generate_teacher_rules()
 
 
 def _limit_rules() -> Iterator[Schema]:
@@ -72,19 +74,21 @@ def _limit_rules() -> Iterator[Schema]:
     """
     for family in FAMILIES.values():
         metric = family.any_member()
-        is_metric = _satisfies("metric", {"pattern": name_pattern(family)})
+        is_metric = _build_condition("metric", {"pattern": name_pattern(family)})
         relative = {"against": {"enum": ["baseline", "champion"]}}
         if metric.compared == "never":
             absolute = {"against": {"const": "absolute"}}  # also if the order omits it
-            yield _implies(is_metric, {"properties": absolute})
-            yield _implies(is_metric, _require_bound(metric, _absolute_range(metric)))
+            yield _build_implication(is_metric, {"properties": absolute})
+            yield _build_implication(
+                is_metric, _require_bound(metric, _find_absolute_range(metric))
+            )
             continue
         by_reference = {
             "if": {"properties": relative},  # baseline if the order omits it
-            "then": _require_bound(metric, _relative_range(metric)),
-            "else": _require_bound(metric, _absolute_range(metric)),
+            "then": _require_bound(metric, _find_relative_range(metric)),
+            "else": _require_bound(metric, _find_absolute_range(metric)),
         }
-        yield _implies(is_metric, by_reference)
+        yield _build_implication(is_metric, by_reference)
 
 
 def _require_bound(metric: Metric, numbers: Schema) -> Schema:
@@ -96,7 +100,7 @@ def _require_bound(metric: Metric, numbers: Schema) -> Schema:
     return {"properties": bounds, "required": [required]}
 
 
-def _absolute_range(metric: Metric) -> Schema:
+def _find_absolute_range(metric: Metric) -> Schema:
     """Return the range of an absolute bound, as ``compressors/contracts/limits.py`` checks it.
 
     ``metric.low`` is the smallest plausible bound, ``metric.high`` the largest possible value.
@@ -113,7 +117,7 @@ def _absolute_range(metric: Metric) -> Schema:
     return {**lower, "exclusiveMaximum": metric.high}
 
 
-def _relative_range(metric: Metric) -> Schema:
+def _find_relative_range(metric: Metric) -> Schema:
     """Return the range of a bound relative to the baseline or the champion.
 
     ``metric.loosest_bound`` is the largest loss or ratio that a limit may allow.
@@ -127,7 +131,7 @@ def _relative_range(metric: Metric) -> Schema:
     return {"exclusiveMinimum": low, "exclusiveMaximum": high}
 
 
-def _target_rules() -> Iterator[Schema]:
+def _generate_target_rules() -> Iterator[Schema]:
     """Yield rules for targets: at least one is not off, and batch sizes grow."""
     default_field = default_target().field
     others = [item.field for item in TARGETS.values() if item.field != default_field]
@@ -135,44 +139,46 @@ def _target_rules() -> Iterator[Schema]:
     yield {
         # Required if the order omits it.
         "if": {"properties": {default_field: is_target}},
-        "else": {"anyOf": [_satisfies(other, is_target) for other in others]},
+        "else": {"anyOf": [_build_condition(other, is_target) for other in others]},
     }
     # Numbers of rows for which engines are built, in ascending order, with their defaults.
     sizes = (("smallest_batch", 1), ("best_batch", 64), ("largest_batch", 1024))
     for (smaller, _), (larger, default) in pairwise(sizes):
         for threshold in BATCH_THRESHOLDS:
             at_least = {"minimum": threshold}
-            is_large_enough = _satisfies(larger, at_least, by_default=default >= threshold)
-            yield _implies(_satisfies(smaller, at_least), is_large_enough)
+            is_large_enough = _build_condition(larger, at_least, by_default=default >= threshold)
+            yield _build_implication(_build_condition(smaller, at_least), is_large_enough)
     # If the order omits best_batch, its default, 64, must be between the two other sizes.
     for name, bound in (("smallest_batch", {"maximum": 64}), ("largest_batch", {"minimum": 64})):
-        yield {"if": {"required": ["best_batch"]}, "else": _field(name, bound)}
-    yield _implies(
-        _satisfies("best_batch", {"exclusiveMinimum": 1024}), {"required": ["largest_batch"]}
+        yield {"if": {"required": ["best_batch"]}, "else": _build_field_rule(name, bound)}
+    yield _build_implication(
+        _build_condition("best_batch", {"exclusiveMinimum": 1024}), {"required": ["largest_batch"]}
     )
 
 
-def _data_rules() -> Iterator[Schema]:
+def _generate_data_rules() -> Iterator[Schema]:
     """Yield rules for the thresholds of data checks: row counts, and the range of label rates."""
-    yield _field("min_rows", {"minimum": 1, "additionalProperties": {"minimum": 1}})
-    yield _field("label_rate", {"items": {}, "prefixItems": [{"minimum": 0, "maximum": 1}] * 2})
+    yield _build_field_rule("min_rows", {"minimum": 1, "additionalProperties": {"minimum": 1}})
+    yield _build_field_rule(
+        "label_rate", {"items": {}, "prefixItems": [{"minimum": 0, "maximum": 1}] * 2}
+    )
     for threshold in RATE_THRESHOLDS:
         at_least = {"minimum": threshold}
         low, both = {"prefixItems": [at_least]}, {"prefixItems": [at_least, at_least]}
-        yield _field("label_rate", _implies({"type": "array", **low}, both))
+        yield _build_field_rule("label_rate", _build_implication({"type": "array", **low}, both))
 
 
-def _recipe_rules() -> Iterator[Schema]:
+def _generate_recipe_rules() -> Iterator[Schema]:
     """Yield rules for the list of steps: 'recalibrate' occurs at most once, as the last step."""
     is_recalibrate = {"properties": {"kind": {"const": "recalibrate"}}, "required": ["kind"]}
     yield {"contains": is_recalibrate, "minContains": 0, "maxContains": 1}
     for index in range(LONGEST_RECIPE):
         earlier_steps: list[Schema] = [{}] * index
         is_at_index = {"minItems": index + 1, "prefixItems": [*earlier_steps, is_recalibrate]}
-        yield _implies(is_at_index, {"maxItems": index + 1})
+        yield _build_implication(is_at_index, {"maxItems": index + 1})
 
 
-def _step_rules() -> Iterator[Schema]:
+def _generate_step_rules() -> Iterator[Schema]:
     """Yield rules between the settings of one step, which the step's class checks too.
 
     The settings are described in the classes of the steps. ``soft_share`` is the weight of the
@@ -181,34 +187,44 @@ def _step_rules() -> Iterator[Schema]:
     """
 
     def for_kind(kind: str, when: Schema, then: Schema) -> Schema:
-        return _implies({"allOf": [_satisfies("kind", {"const": kind}), when]}, then)
+        return _build_implication(
+            {"allOf": [_build_condition("kind", {"const": kind}), when]}, then
+        )
 
     above_0 = {"exclusiveMinimum": 0}
     # Rows with few lookups can be pruned only if lookups ("traffic") are the rows' scores.
     yield for_kind(
-        "prune_rows", _satisfies("min_lookups", above_0), _field("importance", {"const": "traffic"})
+        "prune_rows",
+        _build_condition("min_lookups", above_0),
+        _build_field_rule("importance", {"const": "traffic"}),
     )
     yield for_kind(
-        "channels", _satisfies("soft_share", above_0), _satisfies("training", {"type": "object"})
+        "channels",
+        _build_condition("soft_share", above_0),
+        _build_condition("training", {"type": "object"}),
     )
-    trains_tables = _satisfies("tables", {"const": True})
-    yield for_kind("qat", {}, _field("training", _field("tables", {"const": False})))
+    trains_tables = _build_condition("tables", {"const": True})
+    yield for_kind(
+        "qat", {}, _build_field_rule("training", _build_field_rule("tables", {"const": False}))
+    )
     yield for_kind(
         "distill",
-        _satisfies("rows", {"const": "traffic"}),
-        {**_field("soft_share", {"const": 1}), "required": ["soft_share"]},
+        _build_condition("rows", {"const": "traffic"}),
+        {**_build_field_rule("soft_share", {"const": 1}), "required": ["soft_share"]},
     )
-    has_auxiliary = _satisfies("auxiliary", {"type": "string"})
-    yield for_kind("distill", has_auxiliary, _field("soft_share", {"exclusiveMaximum": 1}))
-    yield for_kind("distill", has_auxiliary, _field("rows", {"enum": ["train", "both"]}))
-    is_margin = _satisfies("loss", {"const": "margin"})
-    yield for_kind("distill", is_margin, _field("temperature", {"const": 1}))
-    no_dense = _satisfies("dense", {"const": False})
-    yield for_kind("distill", no_dense, _satisfies("training", trains_tables))
-    yield for_kind("distill", no_dense, _field("student", {"type": "null"}))
+    has_auxiliary = _build_condition("auxiliary", {"type": "string"})
+    yield for_kind(
+        "distill", has_auxiliary, _build_field_rule("soft_share", {"exclusiveMaximum": 1})
+    )
+    yield for_kind("distill", has_auxiliary, _build_field_rule("rows", {"enum": ["train", "both"]}))
+    is_margin = _build_condition("loss", {"const": "margin"})
+    yield for_kind("distill", is_margin, _build_field_rule("temperature", {"const": 1}))
+    no_dense = _build_condition("dense", {"const": False})
+    yield for_kind("distill", no_dense, _build_condition("training", trains_tables))
+    yield for_kind("distill", no_dense, _build_field_rule("student", {"type": "null"}))
 
 
-def _teacher_rules() -> Iterator[Schema]:
+def _generate_teacher_rules() -> Iterator[Schema]:
     """Yield a rule: an order with teachers has a step that learns from their predictions."""
 
     def has_teacher_loss(step: Any) -> bool:
@@ -225,23 +241,23 @@ def _teacher_rules() -> Iterator[Schema]:
             for step in group
         )
     ]
-    has_distilling_step = {"contains": _satisfies("kind", {"enum": kinds})}
-    yield _implies(
-        _satisfies("teachers", {"minItems": 1}),
+    has_distilling_step = {"contains": _build_condition("kind", {"enum": kinds})}
+    yield _build_implication(
+        _build_condition("teachers", {"minItems": 1}),
         {
-            "if": _satisfies("preset", {"const": "custom"}),
-            "then": _satisfies("steps", has_distilling_step),
-            "else": _satisfies("preset", {"enum": presets}),
+            "if": _build_condition("preset", {"const": "custom"}),
+            "then": _build_condition("steps", has_distilling_step),
+            "else": _build_condition("preset", {"enum": presets}),
         },
     )
 
 
-def _field(name: str, rule: Schema) -> Schema:
+def _build_field_rule(name: str, rule: Schema) -> Schema:
     """Return a rule for a field; it does not apply if the field is absent."""
     return {"properties": {name: rule}}
 
 
-def _satisfies(name: str, rule: Schema, *, by_default: bool = False) -> Schema:
+def _build_condition(name: str, rule: Schema, *, by_default: bool = False) -> Schema:
     """Return a condition: a field satisfies a rule.
 
     Args:
@@ -249,9 +265,13 @@ def _satisfies(name: str, rule: Schema, *, by_default: bool = False) -> Schema:
         rule: the rule.
         by_default: whether an absent field, which has its default, satisfies the rule.
     """
-    return _field(name, rule) if by_default else {**_field(name, rule), "required": [name]}
+    return (
+        _build_field_rule(name, rule)
+        if by_default
+        else {**_build_field_rule(name, rule), "required": [name]}
+    )
 
 
-def _implies(condition: Schema, then: Schema) -> Schema:
+def _build_implication(condition: Schema, then: Schema) -> Schema:
     """Return a rule that applies only to values that satisfy a condition."""
     return {"if": condition, "then": then}

@@ -44,7 +44,7 @@ class Choice:
     only_remaining_units: bool = False
 
 
-def _single_step(step: AnyStep) -> Choice:
+def _build_single_step(step: AnyStep) -> Choice:
     """Return a choice with one step, which the default budget does not exclude."""
     return Choice(((step,),), last_option_is_exempt=True)
 
@@ -70,11 +70,11 @@ _REMAINING_TABLES_TO_INT8 = Choice(
 """Store tables in int8 that int4 cannot store: those by whose weight the network multiplies."""
 
 PRESETS: dict[Preset, tuple[Choice, ...]] = {
-    "safe": (_single_step(RowwiseInt8()), _single_step(Float16())),
+    "safe": (_build_single_step(RowwiseInt8()), _build_single_step(Float16())),
     "fast": (
-        _single_step(RowwiseInt8()),
-        _single_step(Fold()),
-        _single_step(StaticInt8()),
+        _build_single_step(RowwiseInt8()),
+        _build_single_step(Fold()),
+        _build_single_step(StaticInt8()),
         _REMAINING_LAYERS_TO_FLOAT16,
     ),
     "small": (
@@ -82,8 +82,8 @@ PRESETS: dict[Preset, tuple[Choice, ...]] = {
         Choice((_KEEP_25_PERCENT,)),
         Choice(((RowwiseInt4(),), (RowwiseInt8(),)), last_option_is_exempt=True),
         _REMAINING_TABLES_TO_INT8,
-        _single_step(Fold()),
-        _single_step(StaticInt8()),
+        _build_single_step(Fold()),
+        _build_single_step(StaticInt8()),
         _REMAINING_LAYERS_TO_FLOAT16,
     ),
     # Differs from small: if keeping a quarter of the channels is over the budget, 65 % are kept; up
@@ -98,10 +98,10 @@ PRESETS: dict[Preset, tuple[Choice, ...]] = {
             ((RowwiseInt4(clipping="least_squares"),), (RowwiseInt8(),)), last_option_is_exempt=True
         ),
         _REMAINING_TABLES_TO_INT8,
-        _single_step(Fold()),
-        _single_step(StaticInt8()),
+        _build_single_step(Fold()),
+        _build_single_step(StaticInt8()),
         _REMAINING_LAYERS_TO_FLOAT16,
-        _single_step(Recalibrate(method="best")),
+        _build_single_step(Recalibrate(method="best")),
     ),
 }
 

@@ -29,7 +29,13 @@ from infra.settings import load_settings
 from tasks.bundles.teachers import Teacher
 from tasks.compress import compress as compress_step
 from tasks.evaluation.budget import quality_loss
-from tasks.orchestration.documents import AS_TRAINED, NotApplicable, PreparedRows, Ranking, Scored
+from tasks.orchestration.documents import (
+    AS_TRAINED,
+    NotApplicable,
+    PreparedRows,
+    Ranking,
+    ScoredStage,
+)
 from tasks.orchestration.outages import wait_out
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare_for_teacher
@@ -64,11 +70,11 @@ class Compressed:
 
         These are all except those skipped for a reason in ``flows.step_selection.UNREPORTED``.
         """
-        return tuple(step for _, step in self._reported_steps())
+        return tuple(step for _, step in self._list_reported_steps())
 
     def skip_reasons_by_step(self) -> dict[str, Reason]:
         """Return the reasons of skipped steps, by the steps' names in reports."""
-        steps = self._reported_steps()
+        steps = self._list_reported_steps()
         kinds = [step.kind for _, step in steps]
         reasons = {}
         for number, (index, step) in enumerate(steps, 1):
@@ -77,7 +83,7 @@ class Compressed:
                 reasons[f"{step.kind}{suffix}"] = self.skip_reasons[index]
         return reasons
 
-    def _reported_steps(self) -> list[tuple[int, AnyStep]]:
+    def _list_reported_steps(self) -> list[tuple[int, AnyStep]]:
         """Return index and step of each step that a report lists."""
         return [
             (index, step)
@@ -131,7 +137,7 @@ def _apply_steps(run: Run, excluded: Mapping[str, str]) -> Compressed:
     from_teachers: set[str] = set()  # hashes of bundles that depend on the teachers
 
     def apply_step(step: AnyStep, source: Artifact) -> Artifact | NotApplicable:
-        run.progress.stage(step.kind)
+        run.progress.start_phase(step.kind)
         depends_on_teachers = learns_from_teachers(step) or source.sha256 in from_teachers
         teachers = run.teachers if depends_on_teachers else ()
         result = _apply_step(replace(run, teachers=teachers), step, source, excluded)
@@ -163,7 +169,7 @@ def measure_recipe_stages(
     The numbers are only reported; they do not affect which steps are applied.
     """
     scored = tuple(
-        Scored(step=step, bundle=bundle, score=_predict(run, bundle, test, ranking))
+        ScoredStage(step=step, bundle=bundle, score=_score_rows(run, bundle, test, ranking))
         for step, bundle in compressed.stages
     )
     return run.call(
@@ -176,7 +182,9 @@ def measure_recipe_stages(
     )
 
 
-def _predict(run: Run, bundle: Artifact, rows: PreparedRows, ranking: Ranking | None) -> Artifact:
+def _score_rows(
+    run: Run, bundle: Artifact, rows: PreparedRows, ranking: Ranking | None
+) -> Artifact:
     """Return a model's scores of some rows; with a ranking, the metrics of each query."""
     if ranking is None:
         return run.call(score, bundle=bundle, split=rows.artifact, rows=rows.rows)
@@ -195,9 +203,9 @@ def measure_budget_loss(run: Run, stage: Artifact) -> tuple[str, Estimate]:
 
     ranking = run.prepare_ranking("validation")
 
-    def score_stage(name: str, bundle: Artifact) -> Scored:
-        predictions = _predict(run, bundle, validation, ranking)
-        return Scored(step=name, bundle=bundle, score=predictions)
+    def score_stage(name: str, bundle: Artifact) -> ScoredStage:
+        predictions = _score_rows(run, bundle, validation, ranking)
+        return ScoredStage(step=name, bundle=bundle, score=predictions)
 
     original = score_stage(AS_TRAINED, run.model.artifact)
     now = score_stage("now", stage)  # the model as compressed so far
@@ -247,7 +255,7 @@ def _apply_step(
         compress_step,
         source=source,
         step=step,
-        splits=_splits_of_step(run, step),
+        splits=_select_splits_of_step(run, step),
         original=run.model.artifact,
         teachers=tuple(teacher.artifact for teacher in run.teachers),
         seed=run.order.seed,
@@ -256,22 +264,22 @@ def _apply_step(
         # Only training depends on the device, and every step that trains needs validation rows. All
         # other results are bit-identical on any device, so their cache keys do not contain it.
         device=load_settings().device if "validation" in step.needs else "cpu",
-        code=run.code,  # digest of the model's code and the order's attempt
+        context_digest=run.context_digest,
     )
 
 
-def _splits_of_step(run: Run, step: AnyStep) -> dict[Part, Artifact]:
+def _select_splits_of_step(run: Run, step: AnyStep) -> dict[Part, Artifact]:
     """Return the splits that a step may read; others must not become part of its cache key."""
     splits: dict[Part, Artifact] = {}
     for part in parts_of_step(step, run.model):
         name = split_name(part, run.model)
         rows = run.prepare_split(name)
         is_teaching = part in SOFT_LABELS
-        splits[part] = _soft_labels(run, rows, name) if is_teaching else rows.artifact
+        splits[part] = _average_soft_labels(run, rows, name) if is_teaching else rows.artifact
     return splits
 
 
-def _soft_labels(run: Run, rows: PreparedRows, split: SplitName) -> Artifact:
+def _average_soft_labels(run: Run, rows: PreparedRows, split: SplitName) -> Artifact:
     """Return the average of the predictions of the untouched model and of the teachers."""
     original = run.call(score, bundle=run.model.artifact, split=rows.artifact, rows=rows.rows)
     if not run.teachers:
@@ -279,13 +287,13 @@ def _soft_labels(run: Run, rows: PreparedRows, split: SplitName) -> Artifact:
     forms = tuple(output.form for output in run.model.outputs)
     return run.call(
         average,
-        scores=(original, *(_teacher_scores(run, item, rows, split) for item in run.teachers)),
+        scores=(original, *(_score_by_teacher(run, item, rows, split) for item in run.teachers)),
         forms=forms,
         forms_of_teachers=(forms, *(teacher.forms for teacher in run.teachers)),
     )
 
 
-def _teacher_scores(run: Run, teacher: Teacher, rows: PreparedRows, split: SplitName) -> Artifact:
+def _score_by_teacher(run: Run, teacher: Teacher, rows: PreparedRows, split: SplitName) -> Artifact:
     """Return the predictions of an additional teacher for the rows of a split of the student."""
     if teacher.columns:
         return run.call(
@@ -295,11 +303,13 @@ def _teacher_scores(run: Run, teacher: Teacher, rows: PreparedRows, split: Split
             columns=teacher.columns,
             forms=teacher.forms,
         )
-    inputs = _teacher_inputs(run, teacher, rows, split)
+    inputs = _prepare_teacher_inputs(run, teacher, rows, split)
     return run.call_for(teacher, score, bundle=teacher.artifact, split=inputs, rows=rows.rows)
 
 
-def _teacher_inputs(run: Run, teacher: Teacher, rows: PreparedRows, split: SplitName) -> Artifact:
+def _prepare_teacher_inputs(
+    run: Run, teacher: Teacher, rows: PreparedRows, split: SplitName
+) -> Artifact:
     """Return the rows of a split as inputs of a teacher: the student's, if they are the same."""
     if not teacher.needs_separate_inputs:
         return rows.artifact
@@ -323,6 +333,6 @@ def check_teachers(run: Run) -> None:
     for split in sorted(splits & set(run.model.rows)):
         for teacher in run.teachers:
             if teacher.columns:
-                _teacher_scores(run, teacher, run.prepare_split(split), split)
+                _score_by_teacher(run, teacher, run.prepare_split(split), split)
             elif teacher.needs_separate_inputs:
-                _teacher_inputs(run, teacher, run.prepare_split(split), split)
+                _prepare_teacher_inputs(run, teacher, run.prepare_split(split), split)

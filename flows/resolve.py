@@ -4,7 +4,8 @@ The champion is the version in production. The ledger lists all changes of it. A
 published for one order.
 
 The command line calls this before it starts the flow. It imports neither Prefect nor torch, so the
-report of a repeated order is printed immediately.
+report of a repeated order is printed immediately. The ledger is the list of a model's promotions
+and rollbacks in the store.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ def find_champions(order: Terms, bundle: BundleRef) -> dict[str, Artifact]:
     """
     if not order.compares_with_champion():
         return {}
-    targets = order.targets.compared_targets()
+    targets = order.targets.list_compared_targets()
     graphs = {target: champion_graph(bundle.name, target) for target in targets}
     return {target: graph for target, graph in graphs.items() if graph is not None}
 

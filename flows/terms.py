@@ -112,13 +112,13 @@ class Targets(Frozen):
 
     def requirements(self) -> dict[str, Requirement]:
         """Return whether each ordered target is required or optional, by the target's name."""
-        by_name = {item.name: self._requirement(item) for item in TARGETS.values()}
+        by_name = {item.name: self._build_requirement(item) for item in TARGETS.values()}
         return {name: requirement for name, requirement in by_name.items() if requirement != "off"}
 
-    def _requirement(self, target: Target) -> Requirement:
+    def _build_requirement(self, target: Target) -> Requirement:
         return self.__pydantic_extra__.get(target.field, "off")
 
-    def compared_targets(self) -> tuple[str, ...]:
+    def list_compared_targets(self) -> tuple[str, ...]:
         """Return the ordered targets for which the result is compared with the untouched model.
 
         These are the targets that recpress can measure. If the order has none of them, the only

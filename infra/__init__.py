@@ -1,5 +1,7 @@
 """Adapters to outside systems, one folder for each. No Prefect, no numerics.
 
+The ledger is the list of a model's promotions and rollbacks in the store.
+
 errors/            the error classes of this package, by whether a retry can help
 settings.py        reads the settings from environment variables
 telemetry.py       disables the usage reports of libraries

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from infra.credentials import mask_credentials
 from infra.errors import BuildRefused, ChildFailed, OutOfMemory, Refused
-from infra.memory import as_out_of_memory
+from infra.memory import convert_to_out_of_memory
 
 REFUSED, NO_MEMORY = 2, 3
 """Exit codes of a child that refused its request, and of a child that ran out of memory.
@@ -137,7 +137,7 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     except Refused as fault:
         reply, code = {"error": _encode_error(fault)}, REFUSED
     except Exception as fault:
-        error = as_out_of_memory(fault, "A child process")
+        error = convert_to_out_of_memory(fault, "A child process")
         if error is None:
             raise
         reply, code = {"error": _encode_error(error)}, NO_MEMORY

@@ -71,13 +71,13 @@ def mask_credentials(message: object, *addresses: str) -> str:
     """
     text, known_secrets = str(message), find_secrets()
     if addresses:  # skipped for log records, which are many
-        further = {
+        found = {
             form
             for uri in addresses
-            for secret in _address_secrets(uri)
-            for form in _message_forms(secret)
+            for secret in _find_address_secrets(uri)
+            for form in _iterate_message_forms(secret)
         }
-        known_secrets = tuple(sorted({*known_secrets, *further}, key=len, reverse=True))
+        known_secrets = tuple(sorted({*known_secrets, *found}, key=len, reverse=True))
     for secret in known_secrets:
         text = text.replace(secret, HIDDEN)
     return _QUERY.sub(rf"\g<1>{HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", text))
@@ -116,23 +116,23 @@ def _find_secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     all_forms: set[str] = set()
     for name, value in variables:
         if _is_secret(name):
-            all_forms.update(_message_forms(value))
+            all_forms.update(_iterate_message_forms(value))
             user, colon, password = value.partition(":")
             if colon and name.endswith("AUTH_STRING"):
-                all_forms.update(_message_forms(password))
-                all_forms.update(_message_forms(_encode_basic_login(user, password)))
+                all_forms.update(_iterate_message_forms(password))
+                all_forms.update(_iterate_message_forms(_encode_basic_login(user, password)))
         if "://" in value or "@" in value:
-            for secret in _address_secrets(value):
-                all_forms.update(_message_forms(secret))
+            for secret in _find_address_secrets(value):
+                all_forms.update(_iterate_message_forms(secret))
     by_name = dict(variables)
     if login := by_name.get(MLFLOW_USER):
         all_forms.update(
-            _message_forms(_encode_basic_login(login, by_name.get(MLFLOW_PASSWORD, "")))
+            _iterate_message_forms(_encode_basic_login(login, by_name.get(MLFLOW_PASSWORD, "")))
         )
     return tuple(sorted(all_forms, key=len, reverse=True))
 
 
-def _message_forms(secret: str) -> Iterator[str]:
+def _iterate_message_forms(secret: str) -> Iterator[str]:
     """Yield a secret in all forms that messages may contain, except very short ones."""
     for text in (secret, unquote(secret)):
         for form in (text, quote(text, safe=""), quote(text), quote_plus(text), repr(text)[1:-1]):
@@ -145,7 +145,7 @@ def _encode_basic_login(user: str, password: str) -> str:
     return base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
-def _address_secrets(uri: str) -> Iterator[str]:
+def _find_address_secrets(uri: str) -> Iterator[str]:
     """Yield the password and the secret query parameters of an address; nothing for other text."""
     if match := _ADDRESS.match(uri.partition("?")[0]):
         user, password = match["user"], match["password"]

@@ -87,7 +87,7 @@ def require_memory(needed: int, doing: str) -> None:
         )
 
 
-def as_out_of_memory(fault: BaseException, doing: str = "The work") -> OutOfMemory | None:
+def convert_to_out_of_memory(fault: BaseException, doing: str = "The work") -> OutOfMemory | None:
     """Convert an out-of-memory error of any library to ``OutOfMemory``.
 
     Args:
@@ -122,7 +122,7 @@ def memory_errors(doing: Callable[[], str]) -> Iterator[None]:
             raise
         release_reserve()  # formatting the message needs memory
         traceback.clear_frames(fault.__traceback__)  # frees the local variables of the block
-        error = as_out_of_memory(fault, doing())
+        error = convert_to_out_of_memory(fault, doing())
         if error is None or error is fault:
             raise
         raise error from fault

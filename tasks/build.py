@@ -13,10 +13,15 @@ from compressors.contracts import Artifact
 from compressors.contracts import target as declared_target
 from compressors.contracts.targets.builder import BuildRequest, Profile, TableWeights
 from infra.store.temporary import scratch_folder
-from tasks.orchestration.graph_documents import BatchSizes, LoweredGraph, build_record, lowering_of
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.graph_documents import (
+    BatchSizes,
+    LoweredGraph,
+    build_record,
+    read_lowering,
+)
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
-from tasks.target_adapters import builder_of
+from tasks.target_adapters import get_builder
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +35,7 @@ def require_builder(target: str) -> None:
         Refused: the target's builder cannot build on this machine.
     """
     if declared_target(target).is_built:
-        builder_of(target).version()
+        get_builder(target).version()
 
 
 @task(task_run_name="build {target}", **{**TASK_OPTIONS, "retries": 1})
@@ -60,9 +65,9 @@ def build(
         BuildRefused: the builder is not installed, refuses a graph, or an audit failed.
         ChildFailed: the time limit passed, or the builder crashed.
     """
-    builder = builder_of(target)
+    builder = get_builder(target)
     folder = local(lowered)
-    lowering = lowering_of(folder)
+    lowering = read_lowering(folder)
     with scratch_folder("build") as scratch:
         output = Path(scratch) / "release"
         output.mkdir()
@@ -70,7 +75,7 @@ def build(
             request = BuildRequest(
                 target=target,
                 onnx=str(folder / graph.file),
-                profiles=_optimization_profiles(graph, batch, longest),
+                profiles=_build_optimization_profiles(graph, batch, longest),
                 tables=tuple(
                     TableWeights(
                         module=table.module,
@@ -99,7 +104,7 @@ def build(
         return store().put(output)
 
 
-def _optimization_profiles(
+def _build_optimization_profiles(
     graph: LoweredGraph, batch: BatchSizes, longest: dict[str, int]
 ) -> tuple[Profile, ...]:
     """Return the smallest, best and largest shape of each input, for TensorRT."""

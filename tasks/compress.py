@@ -13,11 +13,11 @@ from infra.bundle.bundle_folder import SplitName, read, seal
 from infra.settings import load_settings
 from infra.store.chunks import find_hard_links
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import bench_of, split_of
+from tasks.bundles.loading import build_bench, fetch_split
 from tasks.orchestration.code_digest import code_digest
 from tasks.orchestration.data_parallel import StepInputs, StepResult, run_step, run_step_on_devices
 from tasks.orchestration.documents import NotApplicable, not_applicable
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def compress(
     teachers: tuple[Artifact, ...],
     seed: int,
     device: str,
-    code: str,
+    context_digest: str,
     preset: bool = False,
     excluded: dict[str, str] | None = None,
 ) -> Artifact | NotApplicable:
@@ -49,8 +49,8 @@ def compress(
             parents of the result as well.
         seed: seed of all random numbers of the step.
         device: the device of a training step; several are separated by commas.
-        code: digest of the architecture's code and the number of the attempt. An interrupted
-            training resumes only from checkpoints with the same digest.
+        context_digest: digest of the source code of the model's class and of the order's
+            ``attempt``. An interrupted training resumes only from checkpoints with the same digest.
         preset: whether the step is part of a preset. If so, it is skipped if it cannot be applied.
         excluded: units that the step may not change, with the reasons.
 
@@ -75,12 +75,14 @@ def compress(
         "items": "items",
     }
     parts = {
-        part: split_of(artifact, rows[split_of_part[part]]) for part, artifact in splits.items()
+        part: fetch_split(artifact, rows[split_of_part[part]]) for part, artifact in splits.items()
     }
     devices = device.split(",")
-    inputs_digest = digest([source, step, splits, original, seed, code, code_digest(compress.fn)])
+    inputs_digest = digest(
+        [source, step, splits, original, seed, context_digest, code_digest(compress.fn)]
+    )
     checkpoints = load_settings().home / "progress" / inputs_digest
-    bench = bench_of(manifest, parts, original, seed, checkpoints, teachers, devices[0])
+    bench = build_bench(manifest, parts, original, seed, checkpoints, teachers, devices[0])
     work = StepInputs(
         source=source, original=original, step=step, bench=bench, excluded=excluded or {}
     )

@@ -4,8 +4,8 @@ from prefect import task
 
 from compressors.contracts import Artifact, Limit, Verdict
 from compressors.metrics import judge
-from tasks.orchestration.documents import measurement_of
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.documents import read_measurement
+from tasks.orchestration.task_calls import TASK_OPTIONS
 
 
 @task(task_run_name="gate {target}", **TASK_OPTIONS)
@@ -24,6 +24,6 @@ def gate(
     Raises:
         CompressionError: there are no limits, or a limit is on a number that was not measured.
     """
-    numbers = None if measurement is None else measurement_of(measurement).numbers
+    numbers = None if measurement is None else read_measurement(measurement).numbers
     # Only targets that were built are judged; without numbers the verdict is "built-unmeasured".
     return judge.verdict(target, limits, numbers, built=True)

@@ -43,7 +43,7 @@ from infra.data.tokenization import load_tokenizers
 from infra.onnxruntime.sessions import OnnxRuntime
 from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import LoadedBundle, load_bundle, split_of, tokenizer_files
+from tasks.bundles.loading import LoadedBundle, fetch_split, load_bundle, tokenizer_files
 from tasks.evaluation.parity import GraphCheck, runnable_graph
 from tasks.orchestration.graph_documents import (
     TOKENIZER_SUFFIX,
@@ -52,7 +52,7 @@ from tasks.orchestration.graph_documents import (
     Lowering,
     TextInput,
 )
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import store
 from tasks.target_adapters import runtime_of_graphs
 
@@ -104,7 +104,7 @@ def lower_model(
             path = Path(scratch) / f"{served_graph.name}.onnx"
             model = loaded.model
             lowered = lower(model.module, served_graph, target, path, most_rows, files)
-            rows = split_of(probe, probe_rows)
+            rows = fetch_split(probe, probe_rows)
             graph = _check_graph(loaded, lowered, target, path, rows, most_rows)
             log.info(
                 "%s, graph %s: outputs differ from torch by at most %.2g on %d rows",
@@ -118,8 +118,8 @@ def lower_model(
             target=target,
             name=f"{loaded.manifest.name}@{loaded.manifest.version}",
             graphs=tuple(graphs),
-            packed_bytes=_weight_bytes(loaded),
-            repeated_bytes=_repeated_bytes(loaded),
+            packed_bytes=_count_weight_bytes(loaded),
+            repeated_bytes=_count_repeated_bytes(loaded),
             texts=_write_tokenizers(loaded, Path(scratch)),
         )
         (Path(scratch) / "lowering.json").write_text(lowering.model_dump_json(indent=1))
@@ -145,7 +145,8 @@ def _check_graph(
         most_rows: the largest batch the graph must accept.
 
     Raises:
-        ParityLost, AuditFailed: as ``lower_model``.
+        ParityLost: the graph's outputs differ from the module's by more than the tolerance.
+        AuditFailed: the runtime computes a quantized layer or table in float.
     """
     served_graph = lowered.wrapper.served_graph
     signature, plan = served_graph.signature, _plan_of_graph(loaded, served_graph)
@@ -180,7 +181,7 @@ def _check_graph(
         audit = lowering_target(target).audit(optimized, plan, lowered.tables, lowered.layers)
     return LoweredGraph(
         name=served_graph.name,
-        inputs=tuple(_graph_inputs(edge, signature)),
+        inputs=tuple(_describe_graph_inputs(edge, signature)),
         output=VECTOR if served_graph.is_tower else SCORE,
         several_outputs=served_graph.outputs if len(served_graph.outputs) > 1 else (),
         width=expected.shape[1] if served_graph.is_tower else None,
@@ -188,7 +189,7 @@ def _check_graph(
         edge_parity=worst_parity(edge_parities),
         audit=audit,
         tables=lowered.tables,
-        packed_bytes=_packed_bytes(loaded, served_graph),
+        packed_bytes=_count_packed_bytes(loaded, served_graph),
         sparse_layers=sparse_layers(loaded.model.module, plan),
     )
 
@@ -251,7 +252,7 @@ def _probe_rows(split: Split, signature: Signature, served_graph: ServedGraph) -
     ]
 
 
-def _graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput]:
+def _describe_graph_inputs(example: dict[str, Tensor], signature: Signature) -> list[GraphInput]:
     """Describe a graph's inputs; dtypes and shapes are those of an example batch.
 
     The example has a row with lists of the longest length, so sequences have their largest shape.
@@ -304,14 +305,14 @@ def _write_tokenizers(loaded: LoadedBundle, folder: Path) -> tuple[TextInput, ..
     return tuple(texts)
 
 
-def _packed_bytes(loaded: LoadedBundle, served_graph: ServedGraph) -> int:
+def _count_packed_bytes(loaded: LoadedBundle, served_graph: ServedGraph) -> int:
     """Return the bytes of one graph's weights; a table that both towers read counts in both."""
     if served_graph.is_tower:
         return sum(tensor.nbytes for tensor in weights_of_graph(loaded.model.module, served_graph))
-    return _weight_bytes(loaded)
+    return _count_weight_bytes(loaded)
 
 
-def _repeated_bytes(loaded: LoadedBundle) -> int:
+def _count_repeated_bytes(loaded: LoadedBundle) -> int:
     """Return the bytes of tensors that several graphs store, without each tensor's first copy."""
     counted: set[int] = set()
     repeated = 0
@@ -322,7 +323,7 @@ def _repeated_bytes(loaded: LoadedBundle) -> int:
     return repeated
 
 
-def _weight_bytes(loaded: LoadedBundle) -> int:
+def _count_weight_bytes(loaded: LoadedBundle) -> int:
     """Return the bytes of a model's weights, counting each shared tensor once, as plans do."""
     plan = loaded.model.plan
     if plan is not None:

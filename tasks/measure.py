@@ -39,7 +39,7 @@ from compressors.metrics.measured import (
 )
 from infra.bundle.bundle_folder import read
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import SCORING_ROWS, split_of
+from tasks.bundles.loading import SCORING_ROWS, fetch_split
 from tasks.evaluation.graph_sessions import open_graph, require_same_tokenizers
 from tasks.evaluation.latency import measure_latency
 from tasks.evaluation.quality import (
@@ -50,7 +50,7 @@ from tasks.evaluation.quality import (
 )
 from tasks.orchestration.documents import Measurement, Ranking
 from tasks.orchestration.graph_documents import served_bytes
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 from tasks.retrieval.encode_items import read_item_vectors
 from tasks.retrieval.towers import encode_queries, graph_tower
@@ -118,7 +118,7 @@ def measure(
         outputs, grouped=signature.group is not None, additional=metrics
     )
     quality = _evaluate(
-        signature, sessions, split_of(test, test_rows), ranking, item_vectors, names, seed
+        signature, sessions, fetch_split(test, test_rows), ranking, item_vectors, names, seed
     )
 
     candidate_numbers: list[Number] = []
@@ -154,7 +154,7 @@ def measure(
                 "Latency at batch %d is not measured: there are only %d test rows", size, test_rows
             )
             continue
-        split = split_of(test, test_rows)
+        split = fetch_split(test, test_rows)
         # A request is a query: if one graph has both towers, its inputs are those of the query.
         request_rows = Rows(split, request_graph.signature)
         inputs = _to_arrays(request_rows.take(torch.arange(size)))

@@ -13,7 +13,7 @@ from infra.data.split_statistics import check_ids, split_statistics
 from infra.errors import DataRefused
 from infra.store.temporary import scratch_folder
 from tasks.bundles.loading import data_path, tokenizer_files
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def prepare_for_teacher(bundle: Artifact, split: SplitName, teacher: Artifact) -
     manifest, teachers_folder = read(local(bundle)), local(teacher)
     teachers_manifest = read(teachers_folder)
     not_read = {"group": None, "time": None}  # scores do not depend on them
-    signature = teachers_manifest.signature.without_labels().model_copy(update=not_read)
+    signature = teachers_manifest.signature.remove_labels().model_copy(update=not_read)
     path = data_path(manifest, split)
     facts = {name: tensor.fact for name, tensor in stored_tensors(teachers_folder).items()}
     try:

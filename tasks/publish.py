@@ -1,4 +1,7 @@
-"""Publish an order's release: store its report and register it as a version in the registry."""
+"""Publish an order's release: store its report and register it as a version in the registry.
+
+The ledger is the list of a model's promotions and rollbacks in the store.
+"""
 
 import json
 import logging
@@ -17,13 +20,13 @@ from tasks.orchestration.documents import (
     Finished,
     Report,
     page_reference,
-    report_of,
+    read_report,
 )
 from tasks.orchestration.order_records import find_finished_order, write_finished
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import registry, repair
-from tasks.report.page import page, validation_of
+from tasks.report.page import page, read_validation
 from tasks.report.tables import markdown
 
 log = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ def publish(report: Report) -> Finished:
     with scratch_folder("publish") as scratch:
         (scratch / REPORT).write_text(report.model_dump_json(indent=1))
         (scratch / MARKDOWN).write_text(markdown(report))
-        (scratch / PAGE).write_text(page(report, validation_of(report.validation)))
+        (scratch / PAGE).write_text(page(report, read_validation(report.validation)))
         release = store().put(scratch)
     uri = load_settings().registry_uri
     registered = _register_release(report, release)
@@ -54,7 +57,7 @@ def publish(report: Report) -> Finished:
         # Another process has registered the same order first. Its report, not this one, is the
         # result.
         release = store().artifact(registered.source)
-        report = report_of(release)
+        report = read_report(release)
     if report.outcome == "accepted":
         registry().set_alias(report.name, CANDIDATE, registered.version)
     result = Finished(
@@ -121,7 +124,7 @@ def require_published(result: Finished) -> None:
         ArtifactMissing: the order is not in the registry, so it must be published again.
         ArtifactDamaged: its report is not the report of its release.
     """
-    if report_of(result.release) != result.report:
+    if read_report(result.release) != result.report:
         raise ArtifactDamaged("report_differs", order=result.report.order)
     if not is_registered(result):
         raise ArtifactMissing("order_no_longer_in_registry", order=result.report.order)
@@ -133,13 +136,13 @@ def _register_release(report: Report, release: Artifact) -> RegisteredVersion:
         report.name,
         report.order,
         store().reference(release),
-        _version_tags(report, release),
+        _build_version_tags(report, release),
         f"{report.outcome}: {', '.join(step['kind'] for step in report.recipe)}. "
         f"Report: {page_reference(release)}",
     )
 
 
-def _version_tags(report: Report, release: Artifact) -> dict[str, str]:
+def _build_version_tags(report: Report, release: Artifact) -> dict[str, str]:
     tags = {
         "recpress.order": report.order,
         "recpress.release": release.sha256,
@@ -160,11 +163,11 @@ def _version_tags(report: Report, release: Artifact) -> dict[str, str]:
             graph.name for graph in target.lowering.graphs
         )
     if report.other_metrics:
-        tags["recpress.outputs"] = _outputs_tag(report)
+        tags["recpress.outputs"] = _build_outputs_tag(report)
     return tags
 
 
-def _outputs_tag(report: Report) -> str:
+def _build_outputs_tag(report: Report) -> str:
     """Return the quality of each of several outputs as JSON: by metric, its value and its change.
 
     The numbers were measured on the first measured target; null if there is none.

@@ -6,7 +6,7 @@ from prefect import task
 
 from compressors.contracts import Artifact
 from tasks.bundles.packing import check
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 
 log = logging.getLogger(__name__)
 

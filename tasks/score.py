@@ -17,8 +17,8 @@ from infra.bundle.bundle_folder import SplitName, read
 from infra.data.splits import prepare
 from infra.errors import DataRefused
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import SCORING_ROWS, data_path, load_bundle, split_of
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.bundles.loading import SCORING_ROWS, data_path, fetch_split, load_bundle
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 
@@ -43,7 +43,7 @@ def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
     """
     loaded = load_bundle(bundle)
     signature = loaded.manifest.signature
-    split_batches = batches(split_of(split, rows), signature, SCORING_ROWS)
+    split_batches = batches(fetch_split(split, rows), signature, SCORING_ROWS)
     with torch.no_grad():
         parts = [
             network_scores(loaded.model.module, batch.inputs, signature) for batch in split_batches
@@ -81,7 +81,7 @@ def read_scores(
     manifest = read(local(bundle))
     score_input = DenseInput(name="scores", columns=columns, shape=(len(columns),))
     changes = {"inputs": (score_input,), "group": None, "time": None, "towers": None, "item": None}
-    signature = manifest.signature.without_labels().model_copy(update=changes)
+    signature = manifest.signature.remove_labels().model_copy(update=changes)
     with scratch_folder("scores") as scratch:
         prepare(data_path(manifest, split), signature, Path(scratch))
         scores = load_file(Path(scratch) / "data.safetensors")["scores"].clone()

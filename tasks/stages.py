@@ -16,16 +16,16 @@ from compressors.core.scores import join_columns, score_columns
 from infra.bundle.bundle_folder import read
 from infra.bundle.shards import stored_tensors
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import split_of
+from tasks.bundles.loading import fetch_split
 from tasks.evaluation.quality import Quality, QueryQuality, row_quality
-from tasks.orchestration.documents import STAGES, Scored, Stage, StageQuality, Stages
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.documents import STAGES, ScoredStage, Stage, StageQuality, Stages
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 
 @task(task_run_name="evaluate the stages", **TASK_OPTIONS)
 def measure_stages(
-    scored: tuple[Scored, ...],
+    scored: tuple[ScoredStage, ...],
     metrics: tuple[str, ...],
     test: Artifact,
     test_rows: int,
@@ -47,10 +47,10 @@ def measure_stages(
     manifests = [read(folder) for folder in folders]
     signature = manifests[0].signature
     sizes = bytes_of_stages([manifest.plan for manifest in manifests], folders)
-    quality = compare_stages(signature, scored, split_of(test, test_rows), seed)
+    quality = compare_stages(signature, scored, fetch_split(test, test_rows), seed)
     stages = []
     for index, stage in enumerate(scored):
-        first, *others = (_quality_of_stage(quality, metric, index) for metric in metrics)
+        first, *others = (_find_quality_of_stage(quality, metric, index) for metric in metrics)
         stages.append(
             Stage(
                 step=stage.step,
@@ -66,7 +66,7 @@ def measure_stages(
         return store().put(Path(scratch))
 
 
-def _quality_of_stage(quality: Quality, metric: str, index: int) -> StageQuality:
+def _find_quality_of_stage(quality: Quality, metric: str, index: int) -> StageQuality:
     """Return one metric of a stage, and its change from the previous stage."""
     # ``paired`` compares two stages on the same rows, by name; a stage's name is its index. The
     # first stage is compared with itself, for its quality; it has no change.
@@ -96,7 +96,7 @@ def bytes_of_stages(plans: Sequence[Plan | None], folders: Sequence[Path]) -> li
 
 
 def compare_stages(
-    signature: Signature, scored: tuple[Scored, ...], test: Split, seed: int
+    signature: Signature, scored: tuple[ScoredStage, ...], test: Split, seed: int
 ) -> Quality:
     """Return the quality of the stages, named "0", "1", ... in their order.
 
@@ -117,7 +117,7 @@ def compare_stages(
     return row_quality(signature, test, scores, seed)
 
 
-def _read_scores(signature: Signature, stage: Scored) -> np.ndarray:
+def _read_scores(signature: Signature, stage: ScoredStage) -> np.ndarray:
     """Return a stage's scores; logits are converted to probabilities for log loss."""
     columns = score_columns(load_file(local(stage.score) / "data.safetensors")["score"])
     scores = [

@@ -7,7 +7,7 @@ from compressors.core.registries import AnyStep
 from compressors.core.steps.step import TableStep
 from infra.errors import CommandRefused
 from tasks.bundles.table_files import quantize_artifact, table_steps
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 
 
 @task(task_run_name="tables {step.kind}", **TASK_OPTIONS)

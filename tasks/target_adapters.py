@@ -13,7 +13,7 @@ from infra.tensorrt.engines import TensorRTBuilder as TensorRTBuilder
 from infra.timing import describe_machine
 
 
-def builder_of(name: str) -> Builder:
+def get_builder(name: str) -> Builder:
     """Return the builder of a target's engines.
 
     Raises:
@@ -25,7 +25,7 @@ def builder_of(name: str) -> Builder:
     return builder
 
 
-def runtime_of(name: str) -> Runtime:
+def get_runtime(name: str) -> Runtime:
     """Return the runtime that scores and times a target's graphs or engines.
 
     Raises:
@@ -48,4 +48,6 @@ def machine_of(name: str) -> Machine:
     Raises:
         ValueError: the target has no runtime.
     """
-    return describe_machine(target(name).label, runtime_of(name).version(), load_settings().threads)
+    return describe_machine(
+        target(name).label, get_runtime(name).version(), load_settings().threads
+    )

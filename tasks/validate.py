@@ -15,7 +15,7 @@ from infra.data.validation_page import validation_page
 from infra.store.temporary import scratch_folder
 from tasks.bundles.baseline import check_baseline, require_sound
 from tasks.bundles.loading import data_path, model_of, tokenizer_files
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,7 @@
-"""Fixtures and hooks of all tests: an isolated environment, scheduling, S3 server and registry."""
+"""Fixtures and hooks of all tests: an isolated environment, scheduling, S3 server and registry.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
+"""
 
 import gc
 import itertools

@@ -2,7 +2,8 @@
 
 A draft is the folder of a bundle before it is packed. The weights are random, and labels are drawn
 with the network's probabilities (the network is "planted" in the data). Therefore no other network
-fits the data better, and compression can only lower the quality.
+fits the data better, and compression can only lower the quality. A home is the folder with
+everything that recpress stores.
 """
 
 import json
@@ -56,7 +57,7 @@ def write_draft(
         seed: seed of the weights and of the data.
         rows: number of rows by split.
         network: path of the model class, ``module:Class``.
-        sizes: arguments of ``ClickNet`` that differ from the usual ones.
+        sizes: arguments of ``ClickNet`` that differ from the constants above.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -70,8 +71,8 @@ def write_draft(
         **sizes,
     }
     model = ClickNet(**config).eval()
-    random = np.random.default_rng(seed)
-    columns = {split: _draw_columns(count, random) for split, count in rows.items()}
+    rng = np.random.default_rng(seed)
+    columns = {split: _draw_columns(count, rng) for split, count in rows.items()}
     with torch.no_grad():
         logits = _compute_logits(model, columns["train"])
         model.out.weight *= SPREAD / logits.std()
@@ -84,11 +85,9 @@ def write_draft(
         count = len(logits)
         probability = 1 / (1 + np.exp(-logits))
         if task == "ctr":
-            columns_of_split["label"] = pa.array(
-                (random.random(count) < probability).astype(np.int64)
-            )
+            columns_of_split["label"] = pa.array((rng.random(count) < probability).astype(np.int64))
         else:  # grades 0 to 3, higher where the score is higher
-            grade = np.clip(np.round(2 * probability + random.normal(0, 0.5, count)), 0, 3)
+            grade = np.clip(np.round(2 * probability + rng.normal(0, 0.5, count)), 0, 3)
             columns_of_split["label"] = pa.array(grade.astype(np.int64))
             columns_of_split["query"] = pa.array(
                 start // ROWS_PER_QUERY + np.arange(count) // ROWS_PER_QUERY
@@ -157,10 +156,10 @@ def planted_auc(folder: Path) -> float:
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    """Return the variables of a child process: homes in ``home`` and none of the user's settings.
+    """Return the environment of a child process, without settings of the user who runs the tests.
 
     Args:
-        home: folder of the home folders of recpress and Prefect.
+        home: folder that contains the homes of recpress and Prefect.
         more: further variables.
     """
     inherited = {
@@ -196,17 +195,17 @@ def recpress(
     )
 
 
-def _draw_columns(count: int, random: np.random.Generator) -> dict[str, pa.Array]:
+def _draw_columns(count: int, rng: np.random.Generator) -> dict[str, pa.Array]:
     """Draw the inputs of ``count`` rows."""
-    lengths = random.integers(0, LONGEST + 1, count)
-    bags = [random.integers(0, TAGS, length).tolist() for length in lengths]
+    lengths = rng.integers(0, LONGEST + 1, count)
+    bags = [rng.integers(0, TAGS, length).tolist() for length in lengths]
     columns = {
-        "user": pa.array(random.integers(0, USERS, count)),
-        "item": pa.array(random.integers(0, ITEMS, count)),
+        "user": pa.array(rng.integers(0, USERS, count)),
+        "item": pa.array(rng.integers(0, ITEMS, count)),
         "tags": pa.array(bags, pa.list_(pa.int64())),
     }
     for index in range(DENSE):
-        columns[f"d{index}"] = pa.array(random.normal(size=count).astype(np.float32))
+        columns[f"d{index}"] = pa.array(rng.normal(size=count).astype(np.float32))
     return columns
 
 

@@ -68,8 +68,8 @@ def write_field_draft(folder: Path, *, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = FieldsNet(**CONFIG).eval()
-    random = np.random.default_rng(seed)
-    columns = {split: draw_columns(rows, random) for split, rows in ROWS.items()}
+    rng = np.random.default_rng(seed)
+    columns = {split: draw_columns(rows, rng) for split, rows in ROWS.items()}
     with torch.no_grad():
         factor = SPREAD / compute_logits(model, columns["train"]).std()
         for parameter in (model.out.weight, model.out.bias, model.wide.weight):
@@ -83,22 +83,22 @@ def write_field_draft(folder: Path, *, seed: int = 0) -> Path:
         signature=SIGNATURE,
         columns=columns,
         logits=logits,
-        random=random,
+        rng=rng,
     )
 
 
-def draw_columns(rows: int, random: np.random.Generator) -> dict[str, pa.Array]:
+def draw_columns(rows: int, rng: np.random.Generator) -> dict[str, pa.Array]:
     """Draw the inputs of some rows."""
-    lengths = random.integers(0, CONFIG["longest"] + 1, rows)
-    tags = [random.integers(1, CONFIG["tags"], length).tolist() for length in lengths]
+    lengths = rng.integers(0, CONFIG["longest"] + 1, rows)
+    tags = [rng.integers(1, CONFIG["tags"], length).tolist() for length in lengths]
     return {
-        "user": pa.array(random.integers(0, CONFIG["users"], rows)),
-        "item": pa.array(random.integers(0, CONFIG["items"], rows)),
-        "brand": pa.array(random.integers(0, CONFIG["brands"], rows)),
+        "user": pa.array(rng.integers(0, CONFIG["users"], rows)),
+        "item": pa.array(rng.integers(0, CONFIG["items"], rows)),
+        "brand": pa.array(rng.integers(0, CONFIG["brands"], rows)),
         "tags": pa.array(tags, pa.list_(pa.int64())),
-        "price": pa.array(random.normal(size=rows).astype(np.float32)),
-        "age": pa.array(random.normal(size=rows).astype(np.float32)),
-        "position": pa.array(random.integers(1, MAX_POSITION + 1, rows)),
+        "price": pa.array(rng.normal(size=rows).astype(np.float32)),
+        "age": pa.array(rng.normal(size=rows).astype(np.float32)),
+        "position": pa.array(rng.integers(1, MAX_POSITION + 1, rows)),
     }
 
 

@@ -16,7 +16,7 @@ from compressors.quantize.kernels.clipping import fit
 from compressors.quantize.kernels.levels import (
     FittedRange,
     Grid,
-    decode_multiples,
+    dequantize,
     nearest_multiples,
 )
 
@@ -50,6 +50,6 @@ def round_trip(table: Tensor, grid: Grid) -> tuple[Tensor, FittedRange]:
     scale_indices = torch.arange(len(table)) // (grid.rows_per_scale or len(table))
     scale, offset = (None if part is None else part[scale_indices] for part in fitted)
     assert scale is not None
-    return decode_multiples(nearest_multiples(table, fitted, grid), scale, offset), FittedRange(
+    return dequantize(nearest_multiples(table, fitted, grid), scale, offset), FittedRange(
         scale, offset
     )

@@ -49,7 +49,7 @@ from compressors.distill.recalibrate import Recalibrate
 from compressors.distill.refit_codes import RefitCodes
 from compressors.distill.training.settings import Training
 from compressors.factorize.low_rank_dense import LowRankDense
-from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
+from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
 from compressors.lower.export import Lowered, lower
 from compressors.lower.serving_wrapper import ServedGraph, input_names, served_graphs
 from compressors.prune.dense.drop_layers import DropLayers
@@ -81,7 +81,7 @@ VALUES, FORMATS, PARTS = _with_effect("values"), _with_effect("format"), _with_e
 SEARCHES = (DropTables, MergeRows)
 # LowRankDense replaces dense layers, not tables.
 PARTS = tuple(method for method in PARTS if method not in (*SEARCHES, LowRankDense))
-# Methods that keep each table as one table; test_composed.py tests the others.
+# Methods that keep each table as one table; core/test_composed.py tests the others.
 UNDIVIDED = (*VALUES, *FORMATS)
 # Without methods that change only values of weights, whose graphs are those of the uncompressed
 # network, and without Fold, since the ranker has neither norms nor dead channels.
@@ -100,7 +100,8 @@ def _kinds_for(units: set[str]) -> list[str]:
 
 # Recipes of one or two kinds. An export takes three seconds, so a method for layers and one for
 # tables share a graph. Parity has a larger tolerance if layers are quantized, so
-# test_table_forms.py and test_table_code_graphs.py check quantized tables with float32 layers.
+# lower/test_table_forms.py and lower/test_table_code_graphs.py check quantized tables with float32
+# layers.
 RECIPES: tuple[tuple[str, ...], ...] = (
     *(
         tuple(kind for kind in pair if kind is not None)
@@ -110,7 +111,7 @@ RECIPES: tuple[tuple[str, ...], ...] = (
 )
 
 
-def recipe_with(kind: str) -> tuple[str, ...]:
+def build_recipe(kind: str) -> tuple[str, ...]:
     """Return the recipe in ``RECIPES`` that contains a kind of step."""
     (recipe,) = (recipe for recipe in RECIPES if kind in recipe)
     return recipe
@@ -281,7 +282,7 @@ class Normed(nn.Module):
         return torch.sigmoid(self.out(x))
 
 
-def planned_and_applied(step: Any, model: Model, bench: Bench) -> AppliedStep:
+def plan_and_apply(step: Any, model: Model, bench: Bench) -> AppliedStep:
     """Plan and apply a step without the runner and its checks."""
     applied: AppliedStep = step.apply(model, bench, step.plan(model, bench))
     return applied
@@ -305,7 +306,7 @@ def default_step(method: type[Step]) -> Step:
 
 @dataclass(frozen=True)
 class Reference:
-    """A model class, its arguments, and its signature."""
+    """A network of the tests: its class, its signature, and ``config``, the class's arguments."""
 
     network: type[nn.Module]
     signature: Signature
@@ -492,7 +493,7 @@ def write_split(
     return Split(path=str(folder), sha256="0" * 64, rows=rows)
 
 
-def tensors_apart(model: nn.Module) -> dict[str, Tensor]:
+def copy_tensors_apart(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of every tensor of a module's state."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -502,7 +503,7 @@ def tensors_apart(model: nn.Module) -> dict[str, Tensor]:
 _SCRATCH = tempfile.TemporaryDirectory(prefix="lowered-")
 
 
-def only_graph(signature: Signature) -> ServedGraph:
+def get_only_graph(signature: Signature) -> ServedGraph:
     """Return the only graph of a model that is not split into towers."""
     (served_graph,) = served_graphs(signature)
     return served_graph
@@ -510,7 +511,15 @@ def only_graph(signature: Signature) -> ServedGraph:
 
 @dataclass(frozen=True)
 class Graph:
-    """The exported graph of a compressed reference for one target."""
+    """The exported graph of a compressed reference for one target.
+
+    Attributes:
+        model: the compressed model.
+        lowered: the result of ``lower``, with the serving wrapper in torch.
+        signature: inputs and outputs of the graph.
+        path: the ONNX file.
+        target: name of the target.
+    """
 
     model: Model
     lowered: Lowered
@@ -522,24 +531,24 @@ class Graph:
         """Return random inputs with ids within the tables."""
         return generate_inputs(self.signature, self.lowered.wrapper.rows_of_table, count, seed)
 
-    def in_torch(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+    def run_in_torch(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
         """Return the scores of the serving wrapper in torch, which applies the policy for ids."""
         with torch.no_grad():
             scores: Tensor = self.lowered.wrapper(*(inputs[n] for n in input_names(self.signature)))
         return scores.numpy()
 
-    def in_onnx(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+    def run_in_onnx(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
         """Return the graph's scores in ONNX Runtime, which also runs graphs for TensorRT."""
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
         path = self.path
-        if self.target != "onnxruntime" and has_bfloat16_products(self.model.plan):
+        if self.target != "onnxruntime" and has_bfloat16_matmuls(self.model.plan):
             path = path.with_name("checked.onnx")
             write_checkable(self.path, path)
         return Session(path, threads=1).scores(arrays)
 
 
 @functools.cache
-def compressed_reference(reference_name: str, kinds: tuple[str, ...]) -> Model:
+def compress_reference(reference_name: str, kinds: tuple[str, ...]) -> Model:
     """Return the model of a reference after steps of these kinds with default settings."""
     reference = BY_NAME[reference_name]
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
@@ -551,10 +560,10 @@ def compressed_reference(reference_name: str, kinds: tuple[str, ...]) -> Model:
 
 
 @functools.cache
-def lowered_reference(reference_name: str, kinds: tuple[str, ...], target: TargetName) -> Graph:
+def lower_reference(reference_name: str, kinds: tuple[str, ...], target: TargetName) -> Graph:
     """Return the graph of a compressed reference; of the uncompressed one if ``kinds`` is empty."""
     reference = BY_NAME[reference_name]
-    model = compressed_reference(reference_name, kinds)
+    model = compress_reference(reference_name, kinds)
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"
-    lowered = lower(model.module, only_graph(reference.signature), target, path)
+    lowered = lower(model.module, get_only_graph(reference.signature), target, path)
     return Graph(model, lowered, reference.signature, path, target)

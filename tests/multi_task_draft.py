@@ -47,8 +47,8 @@ def write_multi_task_draft(folder: Path, *, seed: int = 0, returns: str = "tuple
     torch.manual_seed(seed)
     config = CONFIG | {"returns": returns}
     model = MultiTaskNet(**config).eval()
-    random = np.random.default_rng(seed)
-    columns = {split: draw_columns(rows, random) for split, rows in ROWS.items()}
+    rng = np.random.default_rng(seed)
+    columns = {split: draw_columns(rows, rng) for split, rows in ROWS.items()}
     with torch.no_grad():
         for head, logits in zip(model.heads, logits_of(model, columns["train"]), strict=True):
             factor = SPREAD / logits.std()
@@ -56,7 +56,7 @@ def write_multi_task_draft(folder: Path, *, seed: int = 0, returns: str = "tuple
             head.bias.copy_(head.bias * factor - factor * logits.mean())
         logits_by_split = {split: logits_of(model, inputs) for split, inputs in columns.items()}
     tables = {
-        split: {**inputs, **draw_labels(logits_by_split[split], random)}
+        split: {**inputs, **draw_labels(logits_by_split[split], rng)}
         for split, inputs in columns.items()
     }
     return write_files(
@@ -69,19 +69,19 @@ def write_multi_task_draft(folder: Path, *, seed: int = 0, returns: str = "tuple
     )
 
 
-def draw_columns(rows: int, random: np.random.Generator) -> dict[str, pa.Array]:
+def draw_columns(rows: int, rng: np.random.Generator) -> dict[str, pa.Array]:
     """Draw the inputs of some rows."""
     return {
-        "user": pa.array(random.integers(0, CONFIG["users"], rows)),
-        "item": pa.array(random.integers(0, CONFIG["items"], rows)),
-        "price": pa.array(random.normal(size=rows).astype(np.float32)),
-        "age": pa.array(random.normal(size=rows).astype(np.float32)),
+        "user": pa.array(rng.integers(0, CONFIG["users"], rows)),
+        "item": pa.array(rng.integers(0, CONFIG["items"], rows)),
+        "price": pa.array(rng.normal(size=rows).astype(np.float32)),
+        "age": pa.array(rng.normal(size=rows).astype(np.float32)),
     }
 
 
-def draw_labels(logits: torch.Tensor, random: np.random.Generator) -> dict[str, pa.Array]:
+def draw_labels(logits: torch.Tensor, rng: np.random.Generator) -> dict[str, pa.Array]:
     """Draw the labels of some rows from the logits of the three outputs, ``(3, rows)``."""
-    click, liked, bought = (draw_clicks(row.sigmoid(), random) for row in logits)
+    click, liked, bought = (draw_clicks(row.sigmoid(), rng) for row in logits)
     return {
         "click": pa.array(click),
         "liked": pa.array(liked, mask=click == 0),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressors.contracts import DenseInput, IdInput, Output, PaddedBag, Signature
-from tests.signatures import with_output
+from tests.signatures import replace_output
 
 SIGNATURE = Signature(
     inputs=(IdInput(name="user", table="user"), DenseInput(name="price", shape=(5,))),
@@ -30,7 +30,7 @@ HISTORY = SIGNATURE.model_copy(
 )
 
 
-RATE = with_output(SIGNATURE, form="probability")
+RATE = replace_output(SIGNATURE, form="probability")
 
 
 RETRIEVAL = Signature.model_validate(

@@ -24,7 +24,7 @@ ROWS = "rows"
 OPSET = 18
 
 
-def graph_of(
+def build_graph(
     nodes: Sequence[onnx.NodeProto],
     inputs: Mapping[str, Array],
     outputs: Sequence[str] = ("y",),
@@ -54,10 +54,10 @@ def graph_of(
         ],
         ir_version=10,
     )
-    return typed(model)
+    return infer_types(model)
 
 
-def typed(model: onnx.ModelProto) -> onnx.ModelProto:
+def infer_types(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a model whose outputs have types, which ONNX derives from the nodes."""
     inferred = onnx.shape_inference.infer_shapes(model)
     for output in inferred.graph.output:
@@ -66,7 +66,7 @@ def typed(model: onnx.ModelProto) -> onnx.ModelProto:
     return inferred
 
 
-def network_of(model: onnx.ModelProto) -> OnnxNetwork:
+def build_network(model: onnx.ModelProto) -> OnnxNetwork:
     """Return the network that is read from a model."""
     return build(convert(ir.from_proto(model)))
 
@@ -96,7 +96,7 @@ def require_equal(
     Both compute in float32, where a sum of a few values in another order differs in the last bits.
     """
     expected = runtime_outputs(model, inputs, folder)
-    for got, array in zip(network_outputs(network_of(model), inputs), expected, strict=True):
+    for got, array in zip(network_outputs(build_network(model), inputs), expected, strict=True):
         assert got.shape == array.shape
         assert got.dtype.kind == array.dtype.kind
         np.testing.assert_allclose(

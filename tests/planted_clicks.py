@@ -30,7 +30,7 @@ def write_click_draft(
     signature: Mapping[str, Any],
     columns: Mapping[str, Mapping[str, pa.Array]],
     logits: Mapping[str, Tensor],
-    random: np.random.Generator,
+    rng: np.random.Generator,
 ) -> Path:
     """Write ``model.json``, the weights and one parquet file per split; return the folder.
 
@@ -42,10 +42,10 @@ def write_click_draft(
         signature: its signature; its label is the column ``click``.
         columns: the inputs of each split by column.
         logits: the network's logits for the rows of each split, float ``(rows,)``.
-        random: draws the labels, split after split.
+        rng: draws the labels, split after split.
     """
     tables = {
-        split: {**inputs, "click": pa.array(draw_clicks(logits[split].sigmoid(), random))}
+        split: {**inputs, "click": pa.array(draw_clicks(logits[split].sigmoid(), rng))}
         for split, inputs in columns.items()
     }
     return write_files(
@@ -58,9 +58,9 @@ def write_click_draft(
     )
 
 
-def draw_clicks(probability: Tensor, random: np.random.Generator) -> NDArray[np.int64]:
+def draw_clicks(probability: Tensor, rng: np.random.Generator) -> NDArray[np.int64]:
     """Draw labels 0 and 1, int64 ``(rows,)``, with these probabilities of 1."""
-    clicks: NDArray[np.bool_] = random.random(len(probability)) < probability.numpy()
+    clicks: NDArray[np.bool_] = rng.random(len(probability)) < probability.numpy()
     return clicks.astype(np.int64)
 
 

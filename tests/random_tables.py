@@ -27,6 +27,6 @@ def tables(max_abs: float = 6e4) -> st.SearchStrategy[Tensor]:
     return st.tuples(values, st.floats(-8, np.log10(max_abs)), shift).map(scaled)
 
 
-def random_normal(rows: int, dim: int, seed: int = 3) -> Tensor:
+def draw_normal(rows: int, dim: int, seed: int = 3) -> Tensor:
     """Return normal weights float32 ``(rows, dim)`` from a seed."""
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))

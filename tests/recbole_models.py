@@ -44,17 +44,17 @@ SEQUENTIAL = {"loss_type": "BPR", "MAX_ITEM_LIST_LENGTH": LONGEST, "n_layers": 1
 
 def write_atomic_files(folder: Path) -> None:
     """Write the data set in RecBole's format."""
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     rows = USERS * 12
     users, items = np.arange(1, USERS + 1), np.arange(1, ITEMS + 1)
     columns: dict[str, dict[str, Any]] = {
         "inter": {
             "user_id:token": np.tile(users, 12),
-            "item_id:token": np.concatenate([items, random.integers(1, ITEMS + 1, rows - ITEMS)]),
-            "label:float": random.integers(0, 2, rows),
+            "item_id:token": np.concatenate([items, rng.integers(1, ITEMS + 1, rows - ITEMS)]),
+            "label:float": rng.integers(0, 2, rows),
             "timestamp:float": np.arange(rows),
         },
-        "user": {"user_id:token": users, "age:token": random.integers(18, 60, USERS)},
+        "user": {"user_id:token": users, "age:token": rng.integers(18, 60, USERS)},
         "item": {"item_id:token": items, "kind:token": items % KINDS},
     }
     (folder / NAME).mkdir()
@@ -65,21 +65,21 @@ def write_atomic_files(folder: Path) -> None:
 
 def write_rows(folder: Path) -> None:
     """Write rows with the ids that RecBole gives to users, items and their features."""
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for split, rows in {"train": 400, "test": 600}.items():
-        lengths = random.integers(1, LONGEST + 1, rows)
+        lengths = rng.integers(1, LONGEST + 1, rows)
         columns = {
-            "user_id": random.integers(1, USERS + 1, rows),
-            "item_id": random.integers(1, ITEMS + 1, rows),
-            "age": random.integers(1, 20, rows),
-            "kind": random.integers(1, KINDS + 1, rows),
-            "item_id_list": [random.integers(1, ITEMS + 1, length) for length in lengths],
+            "user_id": rng.integers(1, USERS + 1, rows),
+            "item_id": rng.integers(1, ITEMS + 1, rows),
+            "age": rng.integers(1, 20, rows),
+            "kind": rng.integers(1, KINDS + 1, rows),
+            "item_id_list": [rng.integers(1, ITEMS + 1, length) for length in lengths],
             "item_length": lengths,
             "padded_list": [
-                np.pad(random.integers(1, ITEMS + 1, length), (0, LONGEST - length))
+                np.pad(rng.integers(1, ITEMS + 1, length), (0, LONGEST - length))
                 for length in lengths
             ],
-            "label": random.integers(0, 2, rows),
+            "label": rng.integers(0, 2, rows),
         }
         pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
 

@@ -68,17 +68,17 @@ def write_retrieval_draft(
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = TowerNet(**config).eval()
-    random = np.random.default_rng(seed)
-    bags = [random.integers(0, TAGS, count) for count in random.integers(0, LONGEST + 1, USERS)]
+    rng = np.random.default_rng(seed)
+    bags = [rng.integers(0, TAGS, count) for count in rng.integers(0, LONGEST + 1, USERS)]
     # The catalogue's order is not the order of ids.
-    ids = random.permutation(ITEMS)
+    ids = rng.permutation(ITEMS)
     items = {
         "item": pa.array(ids),
         "tags": pa.array(
-            [random.integers(0, TAGS, n).tolist() for n in random.integers(0, LONGEST + 1, ITEMS)],
+            [rng.integers(0, TAGS, n).tolist() for n in rng.integers(0, LONGEST + 1, ITEMS)],
             pa.list_(pa.int64()),
         ),
-        **{f"d{index}": pa.array(random.normal(size=ITEMS)) for index in range(DENSE)},
+        **{f"d{index}": pa.array(rng.normal(size=ITEMS)) for index in range(DENSE)},
     }
     pq.write_table(pa.table(items), folder / "items.parquet")
     lately = pa.array([bag.tolist() for bag in bags], pa.list_(pa.int64()))
@@ -88,13 +88,13 @@ def write_retrieval_draft(
         model.of_user.second.bias *= SPREAD / scores.std()
         scores = all_scores(model, lately, items)
     # Sorting scores plus Gumbel noise samples items without replacement from their softmax.
-    ranked_items = np.argsort(-(scores + random.gumbel(size=scores.shape)), axis=1)
+    ranked_items = np.argsort(-(scores + rng.gumbel(size=scores.shape)), axis=1)
     start = 0
     for split, per_user in INTERACTIONS_PER_USER.items():
         items_of_split = ranked_items[:, start : start + per_user]
         start += per_user
         user = np.repeat(np.arange(USERS), per_user)
-        shuffled = random.permutation(user.size)
+        shuffled = rng.permutation(user.size)
         columns = {
             "user": pa.array(user[shuffled]),
             "lately": lately.take(pa.array(user[shuffled])),

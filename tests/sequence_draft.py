@@ -55,8 +55,8 @@ def write_sequence_draft(folder: Path, padding: Padding = "right", *, seed: int 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = SequenceNet(**CONFIG).eval()
-    random = np.random.default_rng(seed)
-    columns = {split: draw_columns(rows, random) for split, rows in ROWS.items()}
+    rng = np.random.default_rng(seed)
+    columns = {split: draw_columns(rows, rng) for split, rows in ROWS.items()}
     with torch.no_grad():
         factor = SPREAD / compute_logits(model, columns["train"]).std()
         for parameter in (model.out.weight, model.out.bias):
@@ -69,22 +69,22 @@ def write_sequence_draft(folder: Path, padding: Padding = "right", *, seed: int 
         signature=signature(padding),
         columns=columns,
         logits={split: compute_logits(model, inputs) for split, inputs in columns.items()},
-        random=random,
+        rng=rng,
     )
 
 
-def draw_columns(rows: int, random: np.random.Generator) -> dict[str, pa.Array]:
+def draw_columns(rows: int, rng: np.random.Generator) -> dict[str, pa.Array]:
     """Draw the inputs of some rows; the two lists of a row have the same length."""
-    lengths = random.integers(1, CONFIG["longest"] + 1, rows)
+    lengths = rng.integers(1, CONFIG["longest"] + 1, rows)
 
     def draw_lists(table_rows: int) -> pa.Array:
-        lists = [random.integers(1, table_rows, length).tolist() for length in lengths]
+        lists = [rng.integers(1, table_rows, length).tolist() for length in lengths]
         return pa.array(lists, pa.list_(pa.int64()))
 
     return {
         "history": draw_lists(CONFIG["items"]),
         "categories": draw_lists(CONFIG["categories"]),
-        "item": pa.array(random.integers(1, CONFIG["items"], rows)),
+        "item": pa.array(rng.integers(1, CONFIG["items"], rows)),
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from compressors.contracts import Signature
 
 
-def with_output(signature: Signature, **changes: Any) -> Signature:
+def replace_output(signature: Signature, **changes: Any) -> Signature:
     """Return a copy of a signature with other fields of its only output, without validation."""
     output = signature.single_output.model_copy(update=changes)
     return signature.model_copy(update={"outputs": (output,)})

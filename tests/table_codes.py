@@ -66,7 +66,7 @@ def pack_table(step: TableStep, table: Tensor) -> PackedTable:
     return PackedTable(step.storage, rows, dim, step.settings(), encode(step, table))
 
 
-def decoded_rows(step: TableStep, table: Tensor) -> Tensor:
+def decode_rows(step: TableStep, table: Tensor) -> Tensor:
     """Return all rows of a table after encoding and decoding, float32 ``(rows, dim)``."""
     with torch.no_grad():
         return pack_table(step, table)(torch.arange(len(table)))
@@ -84,7 +84,7 @@ def tables(largest: int = 60) -> st.SearchStrategy[Tensor]:
     )
 
 
-def size_of(step: TableStep, rows: int, dim: int) -> int:
+def compute_size(step: TableStep, rows: int, dim: int) -> int:
     """Return the bytes of a table in the layout of a step."""
     layout = step.storage.layout(rows, dim, step.settings())
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())

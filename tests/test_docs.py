@@ -59,7 +59,7 @@ def broken_links(page: Path) -> list[str]:
     return broken
 
 
-def rows_of(text: str, header: str) -> list[str]:
+def list_rows(text: str, header: str) -> list[str]:
     """Return the rows of the table with this header, or an empty list if there is none."""
     _, separator, after = text.partition(f"{header}\n")
     if not separator:
@@ -70,7 +70,7 @@ def rows_of(text: str, header: str) -> list[str]:
 def setting_rows() -> list[str]:
     """Return the rows of the settings tables of all method pages."""
     header = "| step | settings (default) |"
-    return [row for page in METHOD_PAGES for row in rows_of(page.read_text(), header)]
+    return [row for page in METHOD_PAGES for row in list_rows(page.read_text(), header)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -182,8 +182,8 @@ def test_every_error_has_a_sentence_and_can_be_copied(error_class):
 @pytest.mark.parametrize(
     "fault",
     [
-        AuditFailed("graph_not_as_ordered", faults=("user: lost rows",)).caused_by("user"),
-        ParityLost(ParityFailure(code="parity_nan", target="tensorrt", row=3)).caused_by("user"),
+        AuditFailed("graph_not_as_ordered", faults=("user: lost rows",)).name_cause("user"),
+        ParityLost(ParityFailure(code="parity_nan", target="tensorrt", row=3)).name_cause("user"),
     ],
     ids=lambda fault: type(fault).__name__,
 )

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from tests.golden import compare, numerics, package
-from tests.golden.cases import MIXED, SINGLE, TRAINING, Case, all_cases
-from tests.golden.entries import entries_of
+from tests.golden.cases import MIXED, SINGLE, TRAINING, Case, list_all_cases
+from tests.golden.entries import compute_entries
 
 RECORDED_ON, RECORD = compare.read()
 SAMPLE = [case for case in MIXED if case.sample]
@@ -33,11 +33,11 @@ def name_of(case: Case) -> str:
 def require_recorded_entries(case: Case, targets: tuple[str, ...], folder) -> None:
     """Fail with one line for each entry of the record that differs."""
     torch.set_num_threads(1)
-    result = entries_of(case, folder, targets)
-    skipped = package.targets().keys() - set(targets)
-    expected = compare.entries_of_case(RECORD, case, skipped)
-    this_machine = numerics.machine()
-    lines = compare.differences(
+    result = compute_entries(case, folder, targets)
+    skipped = package.list_targets().keys() - set(targets)
+    expected = compare.select_entries_of_case(RECORD, case, skipped)
+    this_machine = numerics.describe_machine()
+    lines = compare.find_differences(
         expected,
         result,
         exact=this_machine == RECORDED_ON,
@@ -48,7 +48,10 @@ def require_recorded_entries(case: Case, targets: tuple[str, ...], folder) -> No
             [f"(the record was written on {RECORDED_ON}; this is {this_machine})"] if lines else []
         )
     assert not lines, "\n".join(
-        [f"{len(lines)} differences from the golden record (python -m tests.golden):", *lines[:60]]
+        [
+            f"{len(lines)} differences from the golden record (python -m tests.golden):",
+            *lines[:60],
+        ]
     )
 
 
@@ -58,9 +61,9 @@ def test_mixed_recipes_on_one_target_have_the_recorded_tensors_graphs_and_scores
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("case", all_cases(), ids=name_of)
+@pytest.mark.parametrize("case", list_all_cases(), ids=name_of)
 def test_every_method_on_every_target_has_the_recorded_tensors_graphs_and_scores(case, tmp_path):
-    require_recorded_entries(case, tuple(package.targets()), tmp_path)
+    require_recorded_entries(case, tuple(package.list_targets()), tmp_path)
 
 
 # --- the record is complete ------------------------------------------------------------------
@@ -72,16 +75,16 @@ def recorded_cases() -> set[tuple[str, str]]:
 
 
 def test_record_has_exactly_the_cases_of_all_methods_and_networks():
-    expected = {(case.name, case.network) for case in all_cases()}
+    expected = {(case.name, case.network) for case in list_all_cases()}
     assert recorded_cases() == expected
-    methods = {(kind, network) for kind in package.methods() for network in SINGLE}
+    methods = {(kind, network) for kind in package.list_methods() for network in SINGLE}
     assert methods <= expected
 
 
 def test_record_has_every_target_or_a_refusal_for_every_case():
-    targets = package.targets().keys()
-    for case in all_cases():
-        keys = [key.split(" | ") for key in compare.entries_of_case(RECORD, case)]
+    targets = package.list_targets().keys()
+    for case in list_all_cases():
+        keys = [key.split(" | ") for key in compare.select_entries_of_case(RECORD, case)]
         parts = {part.split(" ")[0] for _, _, part, _ in keys}
         refused = any(p.startswith("step") and item == "refused" for _, _, p, item in keys)
         assert refused or targets <= parts, f"{name_of(case)}: no entry for {targets - parts}"
@@ -89,18 +92,18 @@ def test_record_has_every_target_or_a_refusal_for_every_case():
 
 def test_every_method_changes_a_network_and_is_in_a_mixed_recipe():
     mixed = {kind for case in SAMPLE for kind, _ in case.steps}
-    assert mixed == package.methods().keys()
+    assert mixed == package.list_methods().keys()
     for case in SAMPLE:
         assert not [
-            key for key in compare.entries_of_case(RECORD, case) if key.endswith("| refused")
+            key for key in compare.select_entries_of_case(RECORD, case) if key.endswith("| refused")
         ]
-    for kind in package.methods():
+    for kind in package.list_methods():
         cases = [Case(kind, network, ()) for network in SINGLE]
         assert any(f"{kind} | {case.network} | torch | scores" in RECORD for case in cases), kind
 
 
 def test_sample_has_every_target():
-    assert {case.sample for case in SAMPLE} == package.targets().keys()
+    assert {case.sample for case in SAMPLE} == package.list_targets().keys()
 
 
 def test_record_file_is_sorted_with_one_line_per_entry_and_below_a_megabyte():
@@ -120,11 +123,11 @@ def differences_after_change(key: str, line: str | None) -> list[str]:
     root mean square, as in ``int8[40,6] 0 mean 0 rms 0``.
     """
     case = SAMPLE[0]
-    expected = compare.entries_of_case(RECORD, case)
+    expected = compare.select_entries_of_case(RECORD, case)
     result = {**expected, key: line}
     if line is None:
         del result[key]
-    return compare.differences(expected, result, exact=True, trains=False)
+    return compare.find_differences(expected, result, exact=True, trains=False)
 
 
 GRAPH = "mixed 1 | click | onnxruntime | "
@@ -162,12 +165,12 @@ def test_difference_in_the_last_bits_is_reported_with_equal_statistics():
 
 def test_first_step_after_which_tensors_differ_is_named_first():
     case = SAMPLE[0]
-    expected = compare.entries_of_case(RECORD, case)
+    expected = compare.select_entries_of_case(RECORD, case)
     steps = sorted(key for key in expected if key.endswith("| all tensors"))
     assert len(steps) == len(case.steps)
     first = 6  # an arbitrary step, counted from 0; the digests of it and of later steps are changed
     result = {**expected, **dict.fromkeys(steps[first:], "0" * 16)}
-    (line,) = compare.differences(expected, result, exact=True, trains=False)
+    (line,) = compare.find_differences(expected, result, exact=True, trains=False)
     kind, _ = case.steps[first]
     assert line.startswith(f"mixed 1 | click | step 06 {kind} | all tensors: the first step")
 
@@ -182,9 +185,9 @@ def test_on_another_machine_digests_may_differ_but_not_statistics_types_or_opera
         ("float32[65] 0123456789abcdef mean 0.5 rms 2", False),
     ):
         second = dict.fromkeys(first, line)
-        lines = compare.differences(first, second, exact=False, trains=False)
+        lines = compare.find_differences(first, second, exact=False, trains=False)
         assert (lines == []) == is_allowed, line
-        assert compare.differences(first, second, exact=True, trains=False)
+        assert compare.find_differences(first, second, exact=True, trains=False)
     scalar = {"a | b | stored | bias": "float32[1] = 0.5"}
     for line, after_rounding, after_training in (
         ("float32[1] = 0.50001", True, True),
@@ -193,11 +196,11 @@ def test_on_another_machine_digests_may_differ_but_not_statistics_types_or_opera
     ):
         second = dict.fromkeys(scalar, line)
         for trains, is_allowed in ((False, after_rounding), (True, after_training)):
-            lines = compare.differences(scalar, second, exact=False, trains=trains)
+            lines = compare.find_differences(scalar, second, exact=False, trains=trains)
             assert (lines == []) == is_allowed, line
     operators = {"a | b | onnxruntime | operators": "Add:3 Mul:2"}
     other_operators = dict.fromkeys(operators, "Add:3 Mul:1")
-    assert compare.differences(operators, other_operators, exact=False, trains=True)
+    assert compare.find_differences(operators, other_operators, exact=False, trains=True)
 
 
 def test_record_has_a_round_trip_and_stores_equal_targets_once(tmp_path):

@@ -35,7 +35,7 @@ def write_purchases(folder: Path) -> None:
     from torch_rechub.basic.features import SparseFeature
     from torch_rechub.models.matching import DSSM
 
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     query = [SparseFeature("user", USERS, 8)]
     item = [SparseFeature("item", ITEMS, 8), SparseFeature("brand", BRANDS, 8)]
     torch.manual_seed(0)
@@ -45,12 +45,12 @@ def write_purchases(folder: Path) -> None:
     save_file(model.state_dict(), folder / "towers.safetensors")
     items = {
         "item": torch.arange(ITEMS),
-        "brand": torch.from_numpy(random.integers(0, BRANDS, ITEMS)),
+        "brand": torch.from_numpy(rng.integers(0, BRANDS, ITEMS)),
     }
     with torch.no_grad():
         scores = model.user_tower({"user": torch.arange(USERS)}) @ model.item_tower(items).T
     bought = scores.topk(32).indices.numpy()
-    bought = random.permuted(bought, axis=1)
+    bought = rng.permuted(bought, axis=1)
     (folder / "purchases").mkdir()
     for split, places in {"train": (0, 10), "validation": (10, 12), "test": (12, 16)}.items():
         of_split = bought[:, slice(*places)]

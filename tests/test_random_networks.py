@@ -16,7 +16,7 @@ from compressors.contracts.targets.builder import BuildRequest, Profile, TableWe
 from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
-from infra.tensorrt.engines import build_engine, installed_version
+from infra.tensorrt.engines import build_engine, find_installed_version
 from tests.random_networks.check import Checker, Findings, run_check
 from tests.random_networks.generator import generate
 from tests.random_networks.passes import check_mixed_formats, check_network
@@ -107,7 +107,7 @@ def test_the_graphs_for_tensorrt_and_tensorrt_rtx_are_identical(seed, tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.skipif(
-    installed_version("tensorrt-rtx") is None, reason="TensorRT-RTX is not installed"
+    find_installed_version("tensorrt-rtx") is None, reason="TensorRT-RTX is not installed"
 )
 @pytest.mark.parametrize("seed", ENGINE_SEEDS)
 def test_a_random_network_is_built_as_a_tensorrt_rtx_engine(seed, tmp_path):

@@ -1,4 +1,7 @@
-"""Run the commands of the README and check their documented results."""
+"""Run the commands of the README and check their documented results.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import os
 import re

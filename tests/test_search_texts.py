@@ -8,7 +8,7 @@ import pytest
 from onnx import parser
 from token_draft import word_tokenizer
 
-from examples.search_texts import main, towers
+from examples.search_texts import load_towers, main
 
 GRAPH = """
 <ir_version: 9, opset_import: ["" : 20]>
@@ -48,9 +48,9 @@ def write_version(folder: Path, texts: int = 2) -> Path:
 
 
 def test_client_computes_mask_lengths_and_positions_on_the_side_of_padding(tmp_path):
-    query, document = towers(write_version(tmp_path))
+    query, document = load_towers(write_version(tmp_path))
     assert query.session is document.session
-    longer, shorter = query.vectors(["w0 w1", "w2"])
+    longer, shorter = query.compute_vectors(["w0 w1", "w2"])
     word = FIRST_WORD
     expected = [CLS, word, word + 1, SEP, *(1, 1, 1, 1), *(2, 3, 4, 5), 4]
     assert longer.tolist() == expected
@@ -58,14 +58,14 @@ def test_client_computes_mask_lengths_and_positions_on_the_side_of_padding(tmp_p
 
 
 def test_client_pads_empty_texts_of_a_tokenizer_without_special_tokens_to_one_position(tmp_path):
-    query, _ = towers(write_version(tmp_path))
+    query, _ = load_towers(write_version(tmp_path))
     query.tokenizer.post_processor = None
-    assert query.vectors(["", ""]).tolist() == [[PAD, 0, 0, 0]] * 2
+    assert query.compute_vectors(["", ""]).tolist() == [[PAD, 0, 0, 0]] * 2
 
 
 def test_client_refuses_a_version_with_another_number_of_texts(tmp_path):
     with pytest.raises(ValueError, match="got 3 texts"):
-        towers(write_version(tmp_path, texts=3))
+        load_towers(write_version(tmp_path, texts=3))
 
 
 def test_client_exits_with_code_2_without_documents(tmp_path):

@@ -29,12 +29,12 @@ from infra.registry.ledger import Ledger
 from infra.tensorrt.engines import Engine
 from tasks.bundles.bundle_ref import resolve
 from tasks.orchestration.documents import Measurement, Report, Stages
-from tasks.orchestration.graph_documents import lowering_of
+from tasks.orchestration.graph_documents import read_lowering
 from tasks.orchestration.order_records import find_finished_order
 from tasks.orchestration.result_records import read_result
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import version_report
-from tasks.report.page import page, validation_of
+from tasks.report.page import page, read_validation
 from tasks.report.tables import markdown
 from tests.stored_home import create
 from tests.stored_home.archive import fixtures, unpack
@@ -258,7 +258,7 @@ def test_every_stored_report_is_rendered(fixture: Fixture):
         model, _, number = version.partition("@")
         _, report = version_report(model, number)
         assert markdown(report).startswith("#")
-        assert "</html>" in page(report, validation_of(report.validation))
+        assert "</html>" in page(report, read_validation(report.validation))
 
 
 # --- bundles, tables and records -------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_every_stored_task_result_is_read(fixture: Fixture):
 
 DOCUMENTS = {
     "build.json": lambda path: validate_json(Engine, path.read_bytes()),
-    "lowering.json": lambda path: lowering_of(path.parent),
+    "lowering.json": lambda path: read_lowering(path.parent),
     "measurement.json": lambda path: read_document(Measurement, path),
     "model.json": lambda path: read(path.parent),
     "report.json": lambda path: validate_json(Report, path.read_bytes()),

@@ -18,7 +18,7 @@ from infra.bundle.bundle_folder import MANIFEST, read
 from tasks.bundles.bundle_ref import find_bundle
 from tasks.bundles.loading import load_bundle
 from tasks.lower import lower_model
-from tasks.orchestration.graph_documents import lowering_of
+from tasks.orchestration.graph_documents import read_lowering
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
 from tests.stored_home.scores import (
@@ -129,7 +129,7 @@ def test_bundles_of_schema_version_1_are_read_as_version_2_and_their_files_are_u
 def test_a_stored_graph_has_its_stored_scores_in_onnx_runtime(sha: str, fixture: Fixture):
     expected = fixture.expected["graphs"][sha]
     folder = local(artifact(sha))
-    lowering = lowering_of(folder)
+    lowering = read_lowering(folder)
     assert [graph.name for graph in lowering.graphs] == expected["graphs"]
     inputs = fixture.inputs(expected["model"])
     for graph in lowering.graphs:
@@ -170,7 +170,7 @@ def test_a_stored_bundle_is_lowered_to_a_graph_with_the_stored_scores(
     # most_rows is the largest batch that the graph must accept.
     lowered = local(lower_model.fn(bundle, "onnxruntime", probe, rows, most_rows=65_536))
     inputs = fixture.inputs(expected["model"])
-    for graph in lowering_of(lowered).graphs:
+    for graph in read_lowering(lowered).graphs:
         names = tuple(item.name for item in graph.inputs)
         scores = graph_scores(lowered / graph.file, names, inputs)
         key = f"onnx/{expected['graph']}/{graph.name}/rows"

@@ -42,7 +42,7 @@ def artifact_name(uri: str) -> str | None:
     return None if match is None else match[1]
 
 
-def _without_root(uri: str) -> str:
+def _remove_root(uri: str) -> str:
     """Return an artifact's URI relative to the root of the store; other URIs unchanged."""
     name = artifact_name(uri)
     return uri if name is None else f"artifacts/{name}"
@@ -60,6 +60,6 @@ class Artifact(Frozen):
         bytes: total size of all files.
     """
 
-    uri: Annotated[str, AfterValidator(_without_root)]
+    uri: Annotated[str, AfterValidator(_remove_root)]
     sha256: Sha256
     bytes: int = Field(ge=0)

@@ -25,7 +25,7 @@ class SentenceFormatter(string.Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, Mapping):
-            value = [f"{name}: {self._item(item)}" for name, item in value.items()]
+            value = [f"{name}: {self._format_item(item)}" for name, item in value.items()]
         if not isinstance(value, list | tuple):
             return str(super().format_field(value, format_spec))
         if format_spec == "lines" and len(value) == 1:
@@ -36,7 +36,7 @@ class SentenceFormatter(string.Formatter):
             return f"[{', '.join(map(str, value))}]"
         return (format_spec or ", ").join(map(str, value)) or "none"
 
-    def _item(self, value: Any) -> str:
+    def _format_item(self, value: Any) -> str:
         """Format a value of a mapping."""
         return self.format_field(value, "; ") if isinstance(value, list | tuple) else str(value)
 

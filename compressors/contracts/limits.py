@@ -155,14 +155,16 @@ def limit_problems(limits: Sequence[Limit]) -> tuple[Reason, ...]:
         if why is None:
             continue
         plausible = (
-            str(intended) for intended in _likely_intents(limit) if _find_mistake(intended) is None
+            str(intended)
+            for intended in _generate_likely_intents(limit)
+            if _find_mistake(intended) is None
         )
         intents, text = tuple(dict.fromkeys(plausible)), str(limit)
         problems.append(
             Reason("limit_with_intents", limit=text, why=why, intents=intents)
             if intents
             else Reason(
-                "limit_with_example", limit=text, why=why, example=str(_example_limit(limit))
+                "limit_with_example", limit=text, why=why, example=str(_build_example_limit(limit))
             )
         )
     return tuple(problems)
@@ -180,12 +182,12 @@ def limit_warnings(limits: Sequence[Limit]) -> tuple[Reason, ...]:
             "improvement_demanded",
             limit=str(limit),
             metric=limit.metric,
-            loss=str(_with_bound(limit, -limit.bound, limit.against)),
+            loss=str(_replace_bound(limit, -limit.bound, limit.against)),
         )
         for limit in limits
         if limit.against == "baseline"
         and limit.declared.compared == "difference"
-        and _demanded_gain(limit) > 0
+        and _compute_demanded_gain(limit) > 0
     )
 
 
@@ -223,9 +225,9 @@ def _find_mistake(limit: Limit) -> Reason | None:
         if bound > spec.loosest_bound:
             return Reason("ratio_too_large", ratio=bound, against=limit.against, metric=name)
         return None
-    if _demanded_gain(limit) >= LARGEST_GAIN:
+    if _compute_demanded_gain(limit) >= LARGEST_GAIN:
         return Reason("gain_too_large", metric=name, against=limit.against, gain=abs(bound))
-    if -_demanded_gain(limit) >= spec.loosest_bound:
+    if -_compute_demanded_gain(limit) >= spec.loosest_bound:
         return Reason("loss_too_large", metric=name, loss=abs(bound))
     return None
 
@@ -257,7 +259,7 @@ def _find_absolute_mistake(limit: Limit) -> Reason | None:
     return None
 
 
-def _likely_intents(limit: Limit) -> Iterator[Limit]:
+def _generate_likely_intents(limit: Limit) -> Iterator[Limit]:
     """Yield the limits that were probably intended instead, the most likely one first.
 
     Common mistakes are a bound on how good the result may be, a bound in percent or in seconds, and
@@ -268,44 +270,46 @@ def _likely_intents(limit: Limit) -> Iterator[Limit]:
     loss = -abs(bound) if spec.higher_is_better else abs(bound)
     if (limit.at_least is not None) != spec.higher_is_better:  # bounds how good the result may be
         is_difference = limit.against != "absolute" and spec.compared == "difference"
-        intended = _with_bound(limit, loss if is_difference else abs(bound), limit.against)
-        yield from [intended] if _find_mistake(intended) is None else _likely_intents(intended)
+        intended = _replace_bound(limit, loss if is_difference else abs(bound), limit.against)
+        yield from (
+            [intended] if _find_mistake(intended) is None else _generate_likely_intents(intended)
+        )
     elif spec.compared == "never":
-        yield _with_bound(limit, bound / 100, "absolute")  # if the bound is in percent
+        yield _replace_bound(limit, bound / 100, "absolute")  # if the bound is in percent
     elif spec.compared == "difference" and limit.against == "absolute":
         if bound > 1:  # probably in percent
-            yield _with_bound(limit, bound / 100, "absolute")
+            yield _replace_bound(limit, bound / 100, "absolute")
         # A small bound may be an allowed loss: in percent if it is at least 1.
         if bound <= 100 * LARGEST_GAIN:
-            yield _with_bound(limit, loss / 100 if bound >= 1 else loss, reference)
+            yield _replace_bound(limit, loss / 100 if bound >= 1 else loss, reference)
     elif spec.compared == "difference":
         if 0 < bound <= 1:  # probably the metric itself, not a difference
-            yield _with_bound(limit, bound, "absolute")
-        yield _with_bound(limit, loss / 100, reference)  # if the bound is in percent
+            yield _replace_bound(limit, bound, "absolute")
+        yield _replace_bound(limit, loss / 100, reference)  # if the bound is in percent
     elif limit.against == "absolute":
-        yield _with_bound(limit, bound, reference)  # if the bound is a ratio
+        yield _replace_bound(limit, bound, reference)  # if the bound is a ratio
         if bound > 1:  # or a ratio in percent
-            yield _with_bound(limit, bound / 100, reference)
+            yield _replace_bound(limit, bound / 100, reference)
         if spec.batch is not None:
-            yield _with_bound(limit, bound * 1000, "absolute")  # if the bound is in seconds
+            yield _replace_bound(limit, bound * 1000, "absolute")  # if the bound is in seconds
     else:
         if -1 < bound < 0:  # a relative change: -0.1 is the ratio 0.9
-            yield _with_bound(limit, 1 + bound, reference)
+            yield _replace_bound(limit, 1 + bound, reference)
         if 0 < bound <= 100:  # a ratio in percent
-            yield _with_bound(limit, bound / 100, reference)
-        yield _with_bound(limit, abs(bound), "absolute")  # bytes or ms instead of a ratio
+            yield _replace_bound(limit, bound / 100, reference)
+        yield _replace_bound(limit, abs(bound), "absolute")  # bytes or ms instead of a ratio
 
 
-def _example_limit(limit: Limit) -> Limit:
+def _build_example_limit(limit: Limit) -> Limit:
     """Return a typical limit on the same metric, for an example in a message."""
     spec = limit.declared
     if spec.compared == "never":
-        return _with_bound(limit, 0.999 if spec.higher_is_better else 0.05, "absolute")
+        return _replace_bound(limit, 0.999 if spec.higher_is_better else 0.05, "absolute")
     typical_bound = 1.0 if spec.compared == "ratio" else -0.002 if spec.higher_is_better else 0.002
-    return _with_bound(limit, typical_bound, "baseline")
+    return _replace_bound(limit, typical_bound, "baseline")
 
 
-def _with_bound(limit: Limit, bound: float, against: Against) -> Limit:
+def _replace_bound(limit: Limit, bound: float, against: Against) -> Limit:
     """Return a limit on the same metric with another bound, which excludes worse values."""
     bound_field = "at_least" if limit.declared.higher_is_better else "at_most"
     changes = {
@@ -317,6 +321,6 @@ def _with_bound(limit: Limit, bound: float, against: Against) -> Limit:
     return limit.model_copy(update=changes)
 
 
-def _demanded_gain(limit: Limit) -> float:
+def _compute_demanded_gain(limit: Limit) -> float:
     """Return the improvement that a difference limit demands; negative if it allows a loss."""
     return limit.bound if limit.declared.higher_is_better else -limit.bound

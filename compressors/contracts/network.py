@@ -73,7 +73,7 @@ class Architecture(Frozen):
     @property
     def argument_classes(self) -> tuple[str, ...]:
         """The paths of all classes that the arguments name, sorted."""
-        return tuple(sorted(set(_class_paths(self.config))))
+        return tuple(sorted(set(_iterate_class_paths(self.config))))
 
 
 def is_class_description(value: Any) -> bool:
@@ -81,7 +81,7 @@ def is_class_description(value: Any) -> bool:
     return isinstance(value, Mapping) and CLASS in value
 
 
-def _class_paths(value: Any) -> Iterator[str]:
+def _iterate_class_paths(value: Any) -> Iterator[str]:
     """Yield the class paths in a value of a configuration."""
     if is_class_description(value):
         yield str(value[CLASS])
@@ -89,7 +89,7 @@ def _class_paths(value: Any) -> Iterator[str]:
         value = list(value.values())
     if isinstance(value, list | tuple):
         for item in value:
-            yield from _class_paths(item)
+            yield from _iterate_class_paths(item)
 
 
 class ModuleRecord(Frozen):

@@ -34,7 +34,7 @@ def quality_metrics_of_outputs(
         measured = quality_metrics(
             output.kind,
             grouped=grouped,
-            additional=(output.metric, *(_without_output(item) for item in of_output)),
+            additional=(output.metric, *(_strip_output(item) for item in of_output)),
         )
         names += [_name_for_output(name, output, outputs) for name in measured]
     return tuple(names)
@@ -85,7 +85,7 @@ def _resolve_limit(limit: Limit, outputs: Outputs, grouped: bool) -> Iterator[Li
     declared = limit.declared
     if len(outputs) == 1:
         is_known = declared.output == outputs[0].name
-        yield _with_metric(limit, _without_output(declared)) if is_known else limit
+        yield _replace_metric(limit, _strip_output(declared)) if is_known else limit
         return
     measurable = [
         output for output in outputs if can_be_measured(declared, output.kind, grouped=grouped)
@@ -94,14 +94,14 @@ def _resolve_limit(limit: Limit, outputs: Outputs, grouped: bool) -> Iterator[Li
         yield limit
         return
     for output in measurable:
-        yield _with_metric(limit, metric_name_of_output(limit.metric, output.name))
+        yield _replace_metric(limit, metric_name_of_output(limit.metric, output.name))
 
 
-def _with_metric(limit: Limit, name: str) -> Limit:
+def _replace_metric(limit: Limit, name: str) -> Limit:
     return limit.model_copy(update={"metric": name})
 
 
-def _without_output(item: Metric) -> str:
+def _strip_output(item: Metric) -> str:
     """Return the name of a metric without the output in brackets."""
     return item.name.partition("[")[0]
 

@@ -134,7 +134,7 @@ class Output(Frozen):
         return task_kind(self.kind)
 
 
-def _form(item: AnyInput) -> dict[str, object]:
+def _describe_form(item: AnyInput) -> dict[str, object]:
     """Return the fields of an input without its names, and without the longest list of a sequence.
 
     A name of a tensor becomes whether there is such a tensor.
@@ -320,7 +320,7 @@ class Signature(Frozen):
 
     @property
     def judged_by(self) -> str:
-        """The number by which steps compare networks, for sentences (``validation_score.py``)."""
+        """The number by which steps compare networks, in words (``validation_score.quality``)."""
         names = self.judged_metrics
         return f"the mean of {', '.join(names)}" if len(names) > 1 else names[0]
 
@@ -334,7 +334,7 @@ class Signature(Frozen):
         """Whether a loss compares the rows of a group ("list"), so batches contain whole groups."""
         return any(output.task_kind.has_lists for output in self.outputs)
 
-    def without_labels(self) -> Self:
+    def remove_labels(self) -> Self:
         """Return the signature without label columns, for rows that have no labels."""
         changes = {"label": None, "label_where": None}
         outputs = tuple(output.model_copy(update=changes) for output in self.outputs)
@@ -363,7 +363,8 @@ class Signature(Frozen):
         if self.towers is None or self.towers.query.path != self.towers.item.path:
             return False
         query, item = (
-            [_form(item) for item in self.of_tower(name).inputs] for name in self.towers.named()
+            [_describe_form(item) for item in self.of_tower(name).inputs]
+            for name in self.towers.named()
         )
         return query == item
 
@@ -374,10 +375,10 @@ class Signature(Frozen):
         inputs of the item tower, one row per item; other splits contain the inputs of the query
         tower and the item's id. Split ``traffic`` has no labels.
         """
-        rows = self.without_labels() if split == TRAFFIC else self
+        rows = self.remove_labels() if split == TRAFFIC else self
         if rows.towers is None or rows.item is None:
             return rows
         if split == ITEMS:
-            items = rows.without_labels().only((*rows.towers.item.inputs, rows.item))
+            items = rows.remove_labels().only((*rows.towers.item.inputs, rows.item))
             return items.model_copy(update={"group": None, "time": None})
         return rows.only((*rows.towers.query.inputs, rows.item))

@@ -176,7 +176,7 @@ class Rows:
         ]
         return torch.stack(lengths).amax(dim=0) if lengths else None
 
-    def in_order(self, rows: Tensor) -> Tensor:
+    def order_rows(self, rows: Tensor) -> Tensor:
         """Return the row numbers in an order that ``take`` accepts: unchanged, it accepts any."""
         return rows
 
@@ -245,7 +245,7 @@ class JoinedRows:
     def take(self, rows: Tensor) -> Batch:
         """Return the rows with these numbers, int64 ``(batch,)``, as a batch.
 
-        The numbers of labelled rows must precede those of traffic, as ``in_order`` returns them.
+        The numbers of labelled rows must precede those of traffic, as ``order_rows`` returns them.
         """
         labelled = rows < self._labelled_rows
         by_part = [rows[labelled], rows[~labelled] - self._labelled_rows]
@@ -262,7 +262,7 @@ class JoinedRows:
             group,
         )
 
-    def in_order(self, rows: Tensor) -> Tensor:
+    def order_rows(self, rows: Tensor) -> Tensor:
         """Return the row numbers in an order that ``take`` accepts: labelled rows first."""
         labelled = rows < self._labelled_rows
         return torch.cat([rows[labelled], rows[~labelled]])
@@ -291,9 +291,9 @@ def model_inputs(data: Mapping[str, Tensor], signature: Signature) -> dict[str, 
             columns = [field.reshape(len(field), -1).to(dtype) for field in fields]
             inputs[item.name] = torch.cat(columns, dim=1)
         elif isinstance(item, JaggedBag):
-            inputs.update(jagged(item, data[item.name], data[bounds_name(item)]))
+            inputs.update(build_jagged_arguments(item, data[item.name], data[bounds_name(item)]))
         elif isinstance(item, SequenceInput):
-            inputs.update(padded_sequence(item, data[item.name], data[bounds_name(item)]))
+            inputs.update(pad_sequence(item, data[item.name], data[bounds_name(item)]))
         else:
             inputs[item.name] = data[item.name]
     return inputs
@@ -362,7 +362,7 @@ def concatenate_inputs(
     return inputs
 
 
-def row_of(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> dict[str, Tensor]:
+def take_row(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> dict[str, Tensor]:
     """Return the inputs of row number ``row`` of a batch, as a batch of one row."""
     row_inputs: dict[str, Tensor] = {}
     for item in signature.model_inputs:
@@ -375,7 +375,7 @@ def row_of(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> dict
         edges = torch.cat([begin, begin.new_full((1,), len(values))])
         row_values = values[int(edges[row]) : int(edges[row + 1])]
         bounds = torch.tensor([0, len(row_values)], dtype=second.dtype)
-        row_inputs.update(jagged(item, row_values, bounds))
+        row_inputs.update(build_jagged_arguments(item, row_values, bounds))
     return row_inputs
 
 
@@ -394,7 +394,7 @@ def _format(values: Tensor, item: AnyInput) -> str:
     return f"[{', '.join(texts)}]"
 
 
-def padded_sequence(item: SequenceInput, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
+def pad_sequence(item: SequenceInput, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
     """Build a sequence's forward arguments, padded to the longest list of the rows.
 
     Args:
@@ -447,7 +447,7 @@ def _concatenate_sequences(item: SequenceInput, tensors: list[list[Tensor]]) -> 
     return result
 
 
-def jagged(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
+def build_jagged_arguments(item: JaggedBag, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:
     """Build a jagged bag's two forward arguments from its ids and bounds ``(rows + 1,)``.
 
     The first argument is ``values``, the ids of all rows. The second has ``rows`` entries: the

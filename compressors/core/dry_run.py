@@ -2,8 +2,8 @@
 
 from compressors.contracts import Bench
 from compressors.core.model import Model
-from compressors.core.plan_lines import OUTPUT, build_plan, output_line, with_remarks
-from compressors.core.runner import plan_step, with_notes
+from compressors.core.plan_lines import OUTPUT, add_remarks, build_plan, output_line
+from compressors.core.runner import add_notes, plan_step
 from compressors.core.skipping import find_skippable_units
 from compressors.core.steps.step import Method
 from compressors.core.units import Unit, folded_norms, stored_bytes
@@ -35,7 +35,7 @@ def dry_run(method: Method, source: Model, bench: Bench, *, smallest: bool = Fal
         model = source.private()
         planned = plan_step(method, model, bench, skipped)
     step, plan, _ = planned
-    plan = with_notes(plan, notes)
+    plan = add_notes(plan, notes)
     model = step.smallest_dry_run(model, plan) if smallest else step.dry_run(model, plan)
     before, after = Unit.of(source.module), Unit.of(model.module)
     sizes = stored_bytes(source.module), stored_bytes(model.module)
@@ -44,5 +44,5 @@ def dry_run(method: Method, source: Model, bench: Bench, *, smallest: bool = Fal
     new_plan = build_plan(
         step.kind, source, plan.decisions, before, after, sizes, output=line, folded=folded
     )
-    new_plan = with_remarks(new_plan, step.kind, skipped, plan.decisions, outcome_reasons={})
+    new_plan = add_remarks(new_plan, step.kind, skipped, plan.decisions, outcome_reasons={})
     return Model(model.module, source.architecture, model.network, new_plan)

@@ -35,7 +35,7 @@ def resolve_decisions(
     """Return the final decision of every unit, ``taken`` or ``skipped``, with all reasons.
 
     Args:
-        kind: the step's tag.
+        kind: the step's ``kind``.
         effect: how the step changes a selected unit. ``format``: it is stored in another format.
             ``values``: its format stays; its weights change, or it becomes narrower or is removed.
             ``parts``: smaller units replace it. ``output``: no unit changes; the step adds or
@@ -66,7 +66,9 @@ def resolve_decisions(
             raise ContractBroken("unit_kept", step=kind, unit=unit.name)
         if decision.bytes is not None:
             _require_bounds(kind, unit.name, decision.bytes, after)
-        final[unit.name] = _final_decision(effect, decision, outcome, unit, is_changed=is_changed)
+        final[unit.name] = _build_final_decision(
+            effect, decision, outcome, unit, is_changed=is_changed
+        )
     if OUTPUT in planned:  # the map is no unit, so there are no tensors to compare
         final[OUTPUT] = outcomes.get(OUTPUT, planned[OUTPUT])
     _require_no_other_units(kind, effect, planned, before, after)
@@ -83,10 +85,10 @@ def _is_changed(effect: Effect, old: Unit, new: Unit) -> bool:
         return old.format != new.format
     if new.format == TIED and isinstance(new.module, TiedHead):  # its weight is the table's
         return old.module.bias is not new.module.bias
-    return not _tensors_equal(old.module, new.module)
+    return not _have_equal_tensors(old.module, new.module)
 
 
-def _final_decision(
+def _build_final_decision(
     effect: Effect,
     planned: Decision,
     outcome: Decision | None,
@@ -143,12 +145,12 @@ def _is_part_of_any(name: str, owners: Collection[str]) -> bool:
     return any(name.startswith(f"{owner}.") for owner in owners)
 
 
-def _tensors_equal(old: nn.Module, new: nn.Module) -> bool:
+def _have_equal_tensors(old: nn.Module, new: nn.Module) -> bool:
     """Whether two modules have equal tensors; tensors in the same memory count as equal.
 
     Parts of composed tables and factored layers are separate units and are not compared.
     """
-    first, second = _direct_tensors(old), _direct_tensors(new)
+    first, second = _get_direct_tensors(old), _get_direct_tensors(new)
     return first.keys() == second.keys() and all(
         tensor.data_ptr() == second[name].data_ptr()
         or (tensor.shape == second[name].shape and torch.equal(tensor, second[name]))
@@ -156,7 +158,7 @@ def _tensors_equal(old: nn.Module, new: nn.Module) -> bool:
     )
 
 
-def _direct_tensors(module: nn.Module) -> dict[str, Tensor]:
+def _get_direct_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return a unit's tensors by name, without those of its parts."""
     table = module.table if isinstance(module, Bag) else module
     if isinstance(table, ComposedTable | FactoredLinear):

@@ -32,7 +32,7 @@ def is_placeholder(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
-def with_placeholders(module: nn.Module) -> nn.Module:
+def insert_placeholders(module: nn.Module) -> nn.Module:
     """Replace a module's parameters on the meta device by placeholders, and return the module."""
     for submodule in module.modules():
         for name, parameter in list(submodule.named_parameters(recurse=False)):

@@ -33,7 +33,7 @@ class _MovedTensor:
 
 
 @contextmanager
-def moved_to(module: nn.Module, device: str) -> Iterator[None]:
+def move_to(module: nn.Module, device: str) -> Iterator[None]:
     """Move a private copy of a module to a device inside the context, and back afterwards.
 
     If the code inside the context assigns a new tensor to a name, that tensor is copied back.
@@ -89,7 +89,7 @@ def _items_to_device(sampled: SampledItems, device: torch.device) -> SampledItem
     )
 
 
-def device_of(module: nn.Module) -> torch.device:
+def find_device(module: nn.Module) -> torch.device:
     """Return the device of a module's first tensor; the CPU for a module without tensors."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device

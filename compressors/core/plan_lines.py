@@ -7,7 +7,7 @@ from torch import nn
 from compressors.contracts import DROPPED, Plan, PlanLine
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.modules.output_calibration import find_recalibration
 from compressors.core.steps.decisions import Decision
 from compressors.core.units import Unit, innermost, stored_bytes
 
@@ -35,7 +35,7 @@ def build_plan(
     """Build the plan after a step: the lines of the plan so far, updated by the step's decisions.
 
     Args:
-        kind: the step's tag.
+        kind: the step's ``kind``.
         source: the model before the step, for its plan so far.
         decisions: by name of every unit, whether the step changes the unit, and why.
         before: the units before the step.
@@ -62,7 +62,7 @@ def build_plan(
                 bytes_after=new.bytes if new else 0,
                 steps=(*steps, kind) if decision.selected else steps,
                 reasons=_combine_reasons(earlier, decision),
-                warnings=_current_warnings(earlier, new, unit.name, warnings or {}),
+                warnings=_select_warnings(earlier, new, unit.name, warnings or {}),
             )
         )
         # The parts of a composed table. Its bytes before composition remain on its line.
@@ -74,7 +74,7 @@ def build_plan(
                 bytes_before=0,
                 bytes_after=part.bytes,
                 reasons=(Reason("part_of", unit=unit.name),),
-                warnings=_current_warnings(None, part, part.name, warnings or {}),
+                warnings=_select_warnings(None, part, part.name, warnings or {}),
             )
             for part in after
             if part.name not in names_before and innermost(part.name, names_before) == unit.name
@@ -92,7 +92,7 @@ def build_plan(
             format="as trained",
             bytes_before=other.bytes_before if other else max(other_before, 0),
             bytes_after=max(sizes[1] - sum(unit.bytes for unit in after) - output_bytes, 0),
-            reasons=_other_reasons(folded),
+            reasons=_describe_other_tensors(folded),
         )
     )
     return Plan(lines=tuple(lines), reasons=source.plan.reasons if source.plan else ())
@@ -104,14 +104,14 @@ def output_line(
     """Return the plan line of the calibration map; None if no step so far has changed the map.
 
     Args:
-        kind: the step's tag.
+        kind: the step's ``kind``.
         source: the model before the step, for its plan so far.
         module: the network after the step.
         decision: the step's decision about the map; None if the step is not about the map.
     """
     if decision is None:
         return source.plan.of(OUTPUT) if source.plan else None
-    recalibration = recalibration_of(module)
+    recalibration = find_recalibration(module)
     return PlanLine(
         module=OUTPUT,
         role="other",
@@ -123,7 +123,7 @@ def output_line(
     )
 
 
-def with_remarks(
+def add_remarks(
     plan: Plan,
     kind: str,
     skipped: Mapping[str, Reason],
@@ -134,7 +134,7 @@ def with_remarks(
 
     Args:
         plan: the plan after the step.
-        kind: the step's tag.
+        kind: the step's ``kind``.
         skipped: by unit name, why the step did not change the unit.
         decisions: the final decision for every unit.
         outcome_reasons: by unit name, the reasons that the step returned after it ran.
@@ -147,7 +147,7 @@ def with_remarks(
         if kind not in output.steps:
             remarks.append(Reason("step_changed_nothing", step=kind, why=output.reasons))
     elif decisions and not any(decision.selected for decision in decisions.values()):
-        why_nothing = _without_repetition(
+        why_nothing = _remove_repetition(
             outcome_reasons[name] for name in decisions if name in outcome_reasons
         )
         remarks.append(
@@ -158,18 +158,18 @@ def with_remarks(
     else:
         remarks += [
             Reason("training_changed_nothing", step=kind, why=why)
-            for why in _without_repetition(outcome_reasons.values())
+            for why in _remove_repetition(outcome_reasons.values())
             if any(reason.code == "training_unchanged" for reason in why.walk())
         ]
     return plan.model_copy(update={"reasons": (*plan.reasons, *remarks)})
 
 
-def _without_repetition(lists: Iterable[tuple[Reason, ...]]) -> tuple[Reason, ...]:
+def _remove_repetition(lists: Iterable[tuple[Reason, ...]]) -> tuple[Reason, ...]:
     """Return the reasons of all lists without repetition, in order."""
     return tuple(dict.fromkeys(reason for reasons in lists for reason in reasons))
 
 
-def _current_warnings(
+def _select_warnings(
     earlier: PlanLine | None, new: Unit | None, name: str, warnings: Mapping[str, Reason]
 ) -> tuple[Reason, ...]:
     """Return a unit's new warning, or the earlier ones if its format has not changed.
@@ -186,7 +186,7 @@ def _current_warnings(
     return earlier.warnings if earlier is not None and same_format else ()
 
 
-def _other_reasons(folded: Collection[str]) -> tuple[Reason, ...]:
+def _describe_other_tensors(folded: Collection[str]) -> tuple[Reason, ...]:
     """Return the reasons of the line ``(other)``: what it covers, and the folded norms."""
     coverage, norms = Reason("outside_units"), tuple(sorted(folded))
     if not norms:

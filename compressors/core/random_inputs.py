@@ -45,7 +45,7 @@ def generate_inputs(
         the longest of the signature.
     """
     data = generate_data(signature, rows_of_table, rows, seed)
-    for item in _bounded_inputs(signature) if with_largest else ():
+    for item in _select_bounded_inputs(signature) if with_largest else ():
         largest = [column.last for column in value_ranges(item, rows_of_table)]
         values = data[item.name]
         values[-1:] = torch.tensor(largest, dtype=values.dtype)
@@ -92,7 +92,7 @@ def _generate_integers(
     """
     dtype = getattr(torch, item.dtype)
     if not isinstance(item, RAGGED):
-        ids = _random_integers(ranges, (rows, *item.shape), dtype, generator)
+        ids = _draw_integers(ranges, (rows, *item.shape), dtype, generator)
         if isinstance(item, PaddedBag):
             list_lengths = _generate_lengths(item, (rows, 1), generator, lengths)
             ids[torch.arange(item.shape[0]) >= list_lengths] = item.padding_id
@@ -103,11 +103,11 @@ def _generate_integers(
             list_lengths[:1] = item.shape[0]  # so that a batch has the largest tensor
         list_lengths = shared_lengths.setdefault(item.same_length_as or item.name, list_lengths)
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), list_lengths.cumsum(0)])
-    values = _random_integers(ranges, (int(bounds[-1]),), dtype, generator)
+    values = _draw_integers(ranges, (int(bounds[-1]),), dtype, generator)
     return {item.name: values, bounds_name(item): bounds}
 
 
-def _random_integers(
+def _draw_integers(
     ranges: tuple[ValueRange, ...],
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -115,7 +115,7 @@ def _random_integers(
 ) -> Tensor:
     """Return random integers: of one range, or of one range per column (last dimension)."""
     if len(ranges) > 1:
-        columns = [_random_integers((column,), shape[:-1], dtype, generator) for column in ranges]
+        columns = [_draw_integers((column,), shape[:-1], dtype, generator) for column in ranges]
         return torch.stack(columns, dim=-1)
     first, last, _ = ranges[0]
     return torch.randint(first, last + 1, shape, generator=generator, dtype=dtype)
@@ -146,7 +146,7 @@ def generate_edge_inputs(
     Raises:
         ValueError: ``rows`` is less than ``edge_rows``.
     """
-    bounded = _bounded_inputs(signature)
+    bounded = _select_bounded_inputs(signature)
     extremes: tuple[ListLengths, ...] = ()
     if rows >= edge_rows(signature):
         extremes = ("shortest", "longest")
@@ -168,10 +168,10 @@ def generate_edge_inputs(
 
 def edge_rows(signature: Signature) -> int:
     """Return the number of rows with which ``generate_edge_inputs`` covers all its cases."""
-    return 2 * len(_bounded_inputs(signature)) + 2
+    return 2 * len(_select_bounded_inputs(signature)) + 2
 
 
-def _bounded_inputs(signature: Signature) -> list[BoundedInput]:
+def _select_bounded_inputs(signature: Signature) -> list[BoundedInput]:
     """Return the inputs whose integers have a valid range."""
     return [item for item in signature.data_inputs if not isinstance(item, DenseInput | KeyInput)]
 

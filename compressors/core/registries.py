@@ -121,7 +121,7 @@ METHODS: dict[str, type[StepSettings]] = {
         Recalibrate,
     )
 }
-"""Every method by its tag, in the order of the JSON schema of a recipe line."""
+"""Every method by its ``kind``, in the order of the JSON schema of a recipe line."""
 
 
 # Storage formats and compositions by the names that bundles store.
@@ -169,11 +169,11 @@ def register(method: type[StepSettings], storage: TableFormat | None = None) -> 
     """Add a method, and the format in which it stores tables.
 
     Args:
-        method: the class of its settings; the default of ``kind`` is its tag.
+        method: the class of its settings; the default of ``kind`` is its name.
         storage: its table format; None if it has none, or uses a registered one.
 
     Raises:
-        ValueError: a method with this tag, or a format with this name, is already registered.
+        ValueError: a method of this kind, or a format with this name, is already registered.
     """
     kind = method.model_fields["kind"].default
     if kind in METHODS:
@@ -186,7 +186,7 @@ def register(method: type[StepSettings], storage: TableFormat | None = None) -> 
 
 
 @functools.lru_cache(maxsize=1)
-def _union_validator(methods: tuple[type[StepSettings], ...]) -> TypeAdapter[StepSettings]:
+def _build_union_validator(methods: tuple[type[StepSettings], ...]) -> TypeAdapter[StepSettings]:
     """Return the validator of a union of methods, of which ``kind`` selects one."""
     union: Any = Union[methods]  # noqa: UP007 - its members are known at run time
     return TypeAdapter(Annotated[union, Field(discriminator="kind")])
@@ -199,7 +199,7 @@ class _AnyMethod:
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         return core_schema.with_info_plain_validator_function(
-            lambda value, info: _union_validator(tuple(METHODS.values())).validate_python(
+            lambda value, info: _build_union_validator(tuple(METHODS.values())).validate_python(
                 value, context=info.context
             )
         )
@@ -207,7 +207,7 @@ class _AnyMethod:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return handler(_union_validator(tuple(METHODS.values())).core_schema)
+        return handler(_build_union_validator(tuple(METHODS.values())).core_schema)
 
 
 AnyStep = Annotated[StepSettings, _AnyMethod()]

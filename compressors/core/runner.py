@@ -3,7 +3,7 @@
 A *unit* is a table or dense layer of a network. A *method* (``Method``) is the settings of one
 compression algorithm, a line of a recipe. It is one of two kinds: a *step* (``Step``) plans and
 changes the whole network; a *table step* (``TableStep``) only encodes rows of a table, and
-``as_step`` converts it to a step.
+``to_step`` converts it to a step.
 
 ``plan_step`` decides which units a step changes. ``run`` plans and applies the step, and raises
 ``ContractBroken`` if the step does not follow its plan. A *part* of the bench is one of its splits,
@@ -33,13 +33,13 @@ from compressors.contracts import (
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.outcomes import resolve_decisions
-from compressors.core.plan_lines import OUTPUT, build_plan, output_line, with_remarks
+from compressors.core.plan_lines import OUTPUT, add_remarks, build_plan, output_line
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.scores import network_scores
-from compressors.core.state.module_state import load, records_of, save
+from compressors.core.state.module_state import build_records, load, save
 from compressors.core.steps.decisions import EXCEPT, Decision, StepPlan
 from compressors.core.steps.step import Method, Step
-from compressors.core.steps.table_step import as_step
+from compressors.core.steps.table_step import to_step
 from compressors.core.units import Unit, folded_norms, stored_bytes, table_rows
 from compressors.errors.compression import ContractBroken, ModelRefused, NothingToCompress
 from compressors.errors.steps import StepRefused
@@ -92,7 +92,7 @@ def plan_step(
         NothingToCompress: the step changes no unit.
         CompressionError: the step cannot be applied to this model.
     """
-    step, units = as_step(without_units(method, skipped)), Unit.of(model.module)
+    step, units = to_step(exclude_units(method, skipped)), Unit.of(model.module)
     plan = step.plan(model, bench)
     decisions = dict(plan.decisions)
     decisions |= {
@@ -115,16 +115,16 @@ def plan_step(
     return PlannedStep(step, StepPlan({**defaults, **decisions}, plan.payload), skipped)
 
 
-def with_notes(plan: StepPlan[Any], notes: Mapping[str, tuple[Reason, ...]]) -> StepPlan[Any]:
+def add_notes(plan: StepPlan[Any], notes: Mapping[str, tuple[Reason, ...]]) -> StepPlan[Any]:
     """Return a plan with additional reasons, by unit name, in the decisions of selected units."""
     decisions = {
-        name: decision.because(*decision.reasons, *notes.get(name, ()))
+        name: decision.replace_reasons(*decision.reasons, *notes.get(name, ()))
         for name, decision in plan.decisions.items()
     }
     return replace(plan, decisions=decisions)
 
 
-def without_units(method: Method, names: Collection[str]) -> Method:
+def exclude_units(method: Method, names: Collection[str]) -> Method:
     """Return a copy of the method whose name patterns exclude these units.
 
     Returns the method unchanged if ``names`` is empty or the method has no name patterns.
@@ -170,14 +170,14 @@ def run(
             code fails).
     """
     _require_parts(method, bench)
-    versions = _tensor_versions(source.module)
+    versions = _read_tensor_versions(source.module)
     model = source.private()
     with network_errors_as_refusals(method):
         step, plan, skipped = planned or plan_step(method, model, bench, skipped)
-        plan = with_notes(plan, notes)
+        plan = add_notes(plan, notes)
         model, outcomes = step.apply(model, bench, plan)
     module = model.module.eval()
-    if _tensor_versions(source.module) != versions:
+    if _read_tensor_versions(source.module) != versions:
         raise ContractBroken("source_changed", step=step.kind)
     before, after = Unit.of(source.module), Unit.of(module)
     decisions = resolve_decisions(step.kind, step.effect, plan.decisions, outcomes, before, after)
@@ -188,7 +188,7 @@ def run(
         raise ContractBroken("scores_not_finite", step=step.kind)
     ties = save(module, folder, files=source.files)
     network = Network(
-        architecture=model.network.architecture, modules=records_of(module), ties=ties
+        architecture=model.network.architecture, modules=build_records(module), ties=ties
     )
     loaded = load(source.architecture, network, folder)
     with torch.no_grad():
@@ -212,7 +212,7 @@ def run(
         warnings=warnings,
     )
     outcome_reasons = {name: outcome.reasons for name, outcome in outcomes.items()}
-    new_plan = with_remarks(new_plan, step.kind, skipped, decisions, outcome_reasons)
+    new_plan = add_remarks(new_plan, step.kind, skipped, decisions, outcome_reasons)
     return Model(loaded, source.architecture, network, new_plan)
 
 
@@ -321,7 +321,7 @@ def rows_of_tables(model: nn.Module, signature: Signature) -> dict[str, int]:
     return rows
 
 
-def _tensor_versions(model: nn.Module) -> list[tuple[str, int, int]]:
+def _read_tensor_versions(model: nn.Module) -> list[tuple[str, int, int]]:
     """Return name, address and version counter of every tensor, to detect in-place writes."""
     named = (*model.named_parameters(), *model.named_buffers())
     return [(name, tensor.data_ptr(), tensor._version) for name, tensor in named]

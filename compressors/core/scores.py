@@ -33,7 +33,7 @@ def call_network(module: nn.Module, inputs: Mapping[str, Tensor], signature: Sig
         inputs: its input tensors by name; others are ignored.
         signature: the signature, restricted to the inputs of the network or tower.
     """
-    arguments = {name: inputs[name] for name in _tensor_names(signature)}
+    arguments = {name: inputs[name] for name in _list_tensor_names(signature)}
     method = scoring_method(module, signature.method)
     match signature.call:
         case "positions":
@@ -84,7 +84,7 @@ def training_output(
         row, float ``(rows, 2, dim)``. Drawn items are further rows, with a query vector of zeros.
 
     Raises:
-        TypeError, ValueError: as ``scores_of``.
+        TypeError, ValueError: the network's output is not what the signature declares.
     """
     if signature.towers is None:
         return network_scores(module, inputs, signature)
@@ -130,14 +130,14 @@ def tower_arguments(
     return {
         argument: inputs[tensor]
         for argument, tensor in zip(
-            _tensor_names(signature.of_tower(called_as)),
-            _tensor_names(signature.of_tower(name)),
+            _list_tensor_names(signature.of_tower(called_as)),
+            _list_tensor_names(signature.of_tower(name)),
             strict=True,
         )
     }
 
 
-def _tensor_names(signature: Signature) -> list[str]:
+def _list_tensor_names(signature: Signature) -> list[str]:
     """Return the names of all input tensors, in order."""
     return [name for item in signature.model_inputs for name in tensor_names(item)]
 
@@ -146,7 +146,7 @@ def scores_of(returned: Any, signature: Signature) -> Tensor:
     """Return the scores in what a network returned.
 
     Raises:
-        TypeError, ValueError: as ``output_tensors``.
+        TypeError, ValueError: the network's output is not what the signature declares.
     """
     tensors = output_tensors(returned, signature)
     if isinstance(returned, Tensor) and signature.has_several_outputs:

@@ -2,7 +2,7 @@
 
 A unit is a table or dense layer. A unit may not support a step (one line of a recipe): the
 network's forward code reads a layer's weight instead of calling it, multiplies by the weight of a
-table whose new format has no products, or reads attributes and gives other scores. Such a unit is
+table whose new format cannot multiply, or reads attributes and gives other scores. Such a unit is
 excluded from the step, and its plan line gives the reason. If the recipe names the unit exactly
 (without a wildcard), the reason is raised as an error instead.
 
@@ -88,7 +88,7 @@ def run_or_skip(
     except (NothingToCompress, ModelRefused):
         raise
     except CompressionError as fault:
-        failing = _failing_units(method, source, bench, skipped)
+        failing = _find_failing_units(method, source, bench, skipped)
         if not failing:
             raise
         _require_unnamed(method, failing, source, fault)
@@ -201,7 +201,7 @@ _NOTES: dict[Read, Reason] = {
 
 ROUNDING = 1e-4
 """Largest relative difference of scores if the weight of a table is read: the order of additions in
-a product with a bias may change."""
+a matmul with a bias may change."""
 
 
 def _probe(
@@ -261,7 +261,7 @@ def _compute_scores(
     return torch.nan_to_num(scores)
 
 
-def _failing_units(
+def _find_failing_units(
     method: Method, source: Model, bench: Bench, skipped: Mapping[str, Reason]
 ) -> dict[str, Reason]:
     """Return the units on which the step fails, by name, with the reasons.
@@ -292,7 +292,7 @@ def _find_failing_half(
             return {}
         except CompressionError as fault:
             if len(names) == 1:
-                return {names[0]: Reason("step_failed", fault=_one_line(fault))}
+                return {names[0]: Reason("step_failed", fault=_join_lines(fault))}
         else:
             return {}
     middle = len(names) // 2
@@ -302,7 +302,7 @@ def _find_failing_half(
     }
 
 
-def _one_line(fault: Exception) -> str:
+def _join_lines(fault: Exception) -> str:
     return " ".join(str(fault).split()).rstrip(".")
 
 

@@ -111,7 +111,7 @@ def swap(model: nn.Module, name: str, new: nn.Module) -> None:
     Output heads whose weight is that of a replaced table multiply by the new table afterwards.
     """
     old = model.get_submodule(name)
-    heads = _heads_of(model, old, name)
+    heads = _build_heads(model, old, name)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
             if module is old:
@@ -123,7 +123,7 @@ def swap(model: nn.Module, name: str, new: nn.Module) -> None:
             module.set_table(new)
 
 
-def _heads_of(model: nn.Module, table: nn.Module, name: str) -> dict[nn.Module, TiedHead]:
+def _build_heads(model: nn.Module, table: nn.Module, name: str) -> dict[nn.Module, TiedHead]:
     """Return the replacement of each dense layer whose weight is that of a plain table."""
     plain = table.table if isinstance(table, Bag) else table
     if not isinstance(plain, _PLAIN_TABLES):
@@ -249,7 +249,7 @@ def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:
     """Return a unit's role, format and rows (outputs of a dense layer); None for other modules."""
     match module:
         case Bag(table=nn.Embedding() as table):
-            return "table", _dtype_name(table.weight), table.num_embeddings
+            return "table", _name_dtype(table.weight), table.num_embeddings
         case Bag(table=PackedTable() as packed):
             return "table", packed.storage.name, packed.rows
         case Bag(table=ComposedTable() as composed):
@@ -267,13 +267,13 @@ def _describe(name: str, module: nn.Module) -> tuple[Role, str, int] | None:
         case nn.Embedding() | nn.EmbeddingBag():
             if module.max_norm is not None:
                 raise StepRefused("table_renormalizes", table=name)
-            return "table", _dtype_name(module.weight), module.num_embeddings
+            return "table", _name_dtype(module.weight), module.num_embeddings
         case nn.Linear():
-            return "dense", _dtype_name(module.weight), module.out_features
+            return "dense", _name_dtype(module.weight), module.out_features
     return None
 
 
-def _dtype_name(weight: Tensor) -> str:
+def _name_dtype(weight: Tensor) -> str:
     return str(weight.dtype).removeprefix("torch.")
 
 

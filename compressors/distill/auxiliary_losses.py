@@ -192,7 +192,7 @@ def measure_widths(
     return {name: outputs[name].shape[-1] for name in names}
 
 
-def with_hint_loss(
+def add_hint_loss(
     loss: Loss,
     auxiliary: AuxiliaryLosses,
     original: nn.Module,

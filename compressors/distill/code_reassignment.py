@@ -22,7 +22,7 @@ from compressors.quantize.kernels.bitpacking import pack, unpack
 from compressors.quantize.kernels.levels import (
     FittedRange,
     Grid,
-    decode_multiples,
+    dequantize,
     expand_to_rows,
     nearest_multiples,
 )
@@ -102,13 +102,13 @@ def reassign_codes(table: PackedTable, proposal: ProposedCodes, share: float) ->
     selected_rows = proposal.gain.topk(count).indices
     codes = read_codes(table)
     codes[selected_rows] = proposal.codes[selected_rows]
-    bits = _code_bits(table)
+    bits = _get_code_bits(table)
     return codes if bits == 8 else pack(codes, bits), count
 
 
 def read_codes(table: PackedTable) -> Tensor:
     """Return a copy of a table's codes, unpacked: int8 or uint8 ``(rows, codes)``."""
-    storage, count, bits = _require_codes_format(table), table.dim, _code_bits(table)
+    storage, count, bits = _require_codes_format(table), table.dim, _get_code_bits(table)
     codes = table.get_buffer("codes")
     if bits == 8:
         return codes.clone()
@@ -123,9 +123,10 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     A value is ``multiple * scale + offset``; a symmetric table has no offset.
     Each column has its own code, so weights of columns do not matter.
     """
-    bits, shared = _code_bits(table), scales.SharedScales.of(table.settings)
+    bits, shared = _get_code_bits(table), scales.SharedScales.from_settings(table.settings)
     # A symmetric grid with a level at zero has an odd number of levels, so code 0 is not used.
-    # Symmetric int2 has no level at zero and uses all four codes (see ``levels.py``).
+    # Symmetric int2 has no level at zero and uses all four codes (see
+    # ``quantize/kernels/levels.py``).
     has_zero_level = shared.symmetric and bits > 2
     grid = Grid(2**bits - has_zero_level, shared.symmetric, rows_per_scale=shared.rows_per_scale)
     stored = dict(table.named_buffers())
@@ -134,7 +135,7 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     offset = fitted.offset
     if offset is not None:
         offset = expand_to_rows(offset, table.rows, grid.rows_per_scale)
-    values = decode_multiples(
+    values = dequantize(
         multiples, expand_to_rows(fitted.scale, table.rows, grid.rows_per_scale), offset
     )
     # A code is the multiple plus a constant. The constant is zero for asymmetric levels and for
@@ -146,7 +147,7 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     return (multiples + constant).to(torch.uint8 if bits < 8 else stored["codes"].dtype), values
 
 
-def _code_bits(table: PackedTable) -> int:
+def _get_code_bits(table: PackedTable) -> int:
     """Return the bits of a stored code."""
     storage = _require_codes_format(table)
     if isinstance(storage, RowwiseFormat):

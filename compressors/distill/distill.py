@@ -22,23 +22,27 @@ from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 from compressors.core.model import Model
-from compressors.core.placement import moved_to
+from compressors.core.placement import move_to
 from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import private_copy
 from compressors.distill.auxiliary_losses import (
     AuxiliaryLosses,
+    add_hint_loss,
     measure_widths,
     record_outputs,
     require_layers,
-    with_hint_loss,
 )
 from compressors.distill.losses import LIST_LOSSES, SoftLoss
 from compressors.distill.soft_labels import TrainingRows, soft_label_loss, soft_label_rows
 from compressors.distill.student import build_student, student_decisions, student_dry_run
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
-from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
+from compressors.distill.training.training_steps import (
+    choose_trainable,
+    list_pruned_layers,
+    train_model,
+)
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import DistillationRefused
 
@@ -150,8 +154,8 @@ class Distill(StepSettings):
         if self.loss == "calibrated_listwise" and "score" in forms:
             raise NothingToCompress("loss_without_probability", step=self.kind)
         self._require_tower_settings(bench)
-        require_layers(model.module, self._recorded_layers())
-        reasons = self._reasons(bench)
+        require_layers(model.module, self._list_recorded_layers())
+        reasons = self._describe_training(bench)
         decisions = choose_trainable(
             model,
             bench,
@@ -178,10 +182,10 @@ class Distill(StepSettings):
         """
         rows = soft_label_rows(bench, self.rows, self.kind)
         original = None if model.original is None else private_copy(model.original).eval()
-        keep_zeros_in = pruned_layers(model) if self.student is None else ()
+        keep_zeros_in = list_pruned_layers(model) if self.student is None else ()
         if self.student is not None:
             model = build_student(model, self.student, bench.seed)
-        recorded_layers = self._recorded_layers()
+        recorded_layers = self._list_recorded_layers()
         probe = rows.take(torch.arange(min(PROBE_ROWS, len(rows))))
         student_widths = (
             measure_widths(model.module, recorded_layers, probe, bench.signature, self.auxiliary)
@@ -216,10 +220,10 @@ class Distill(StepSettings):
         teacher = original if self.hints and original is not None else nn.Identity()
         with (
             record_outputs(model.module, recorded_layers) as auxiliary.outputs,
-            moved_to(teacher, bench.device),
+            move_to(teacher, bench.device),
         ):
             if self.hints:
-                loss = with_hint_loss(
+                loss = add_hint_loss(
                     loss, auxiliary, teacher, self.hints, self.hint_share, bench.signature
                 )
             return train_model(
@@ -268,11 +272,11 @@ class Distill(StepSettings):
                 expected=("no further teacher",),
             )
 
-    def _recorded_layers(self) -> tuple[str, ...]:
+    def _list_recorded_layers(self) -> tuple[str, ...]:
         """Return the layers whose outputs are recorded: those with hints or an auxiliary head."""
         return tuple(dict.fromkeys((*self.hints, *filter(None, (self.auxiliary,)))))
 
-    def _reasons(self, bench: Bench) -> tuple[Reason, ...]:
+    def _describe_training(self, bench: Bench) -> tuple[Reason, ...]:
         """Return reasons for the plan: the rows and teachers that the step trains on."""
         rows = bench.train.rows if bench.train and self.rows != "traffic" else 0
         traffic = bench.traffic.rows if bench.traffic and self.rows != "train" else 0

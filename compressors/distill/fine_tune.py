@@ -16,7 +16,11 @@ from compressors.core.model import Model
 from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.distill.training.settings import Training
-from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
+from compressors.distill.training.training_steps import (
+    choose_trainable,
+    list_pruned_layers,
+    train_model,
+)
 from compressors.task_kinds.loss import hard_loss
 
 
@@ -60,4 +64,6 @@ class FineTune(StepSettings):
         def loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
             return hard_loss(bench.signature, output, batch)
 
-        return train_model(model, bench, loss, self.training, keep_zeros_in=pruned_layers(model))
+        return train_model(
+            model, bench, loss, self.training, keep_zeros_in=list_pruned_layers(model)
+        )

@@ -74,7 +74,7 @@ def loss_of_teacher(
     )
     losses = [
         declared.loss_weight
-        * _loss_of_output(
+        * _compute_loss_of_output(
             name, declared, score, teacher_score, batch, temperature=temperature, top=top
         )
         for declared, score, teacher_score in columns
@@ -82,7 +82,7 @@ def loss_of_teacher(
     return torch.stack(losses).sum()
 
 
-def _loss_of_output(
+def _compute_loss_of_output(
     name: SoftLoss,
     declared: Output,
     score: Tensor,
@@ -171,7 +171,7 @@ def rankdistil(
     scores are compared with the last top row instead of an absolute value, so a constant added to
     all scores does not change the loss.
     """
-    rank = _teacher_ranks(teacher, list_index, num_lists)
+    rank = _rank_by_teacher(teacher, list_index, num_lists)
     is_top = rank < top
     top_list = list_index[is_top]
     target = log_shares(teacher[is_top], top_list, num_lists).exp()
@@ -217,12 +217,14 @@ def calibrated_listwise(
     return -(torch.sigmoid(teacher) * share / count[list_index]).sum() / num_lists
 
 
-def _teacher_ranks(teacher: Tensor, list_index: Tensor, num_lists: int) -> Tensor:
+def _rank_by_teacher(teacher: Tensor, list_index: Tensor, num_lists: int) -> Tensor:
     """Rank each row in its list by the teacher's scores, from 0; ties keep the order of rows."""
     by_score = teacher.argsort(descending=True, stable=True)
-    order = by_score[list_index[by_score].argsort(stable=True)]
+    permutation = by_score[list_index[by_score].argsort(stable=True)]
     count = torch.bincount(list_index, minlength=num_lists)
     begin = count.cumsum(0) - count
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - begin[list_index[order]]
+    rank = torch.empty_like(permutation)
+    rank[permutation] = (
+        torch.arange(len(permutation), device=permutation.device) - begin[list_index[permutation]]
+    )
     return rank

@@ -31,8 +31,8 @@ from compressors.core.model import Model
 from compressors.core.modules.output_calibration import (
     Recalibration,
     attach,
-    logit_of,
-    recalibration_of,
+    find_recalibration,
+    to_logit,
 )
 from compressors.core.plan_lines import OUTPUT
 from compressors.core.scores import network_scores
@@ -80,7 +80,7 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
     label = np.where(label > 0.5, (clicks + 1) / (clicks + 2), 1 / (len(label) - clicks + 2))
     columns = np.stack([logit, np.ones_like(logit)], axis=1)[:, : 2 if offset else 1]
     coefficients = np.array([1.0, 0.0])[: columns.shape[1]]
-    best = _cross_entropy(columns @ coefficients, label)
+    best = _compute_cross_entropy(columns @ coefficients, label)
     for _ in range(NEWTON_STEPS):
         probability = _sigmoid(columns @ coefficients)
         gradient = columns.T @ (probability - label) / len(label)
@@ -89,12 +89,12 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
         newton_step = np.linalg.solve(hessian + 1e-12 * np.eye(len(coefficients)), gradient)
         step_size = 1.0  # halved until the cost does not increase
         while (
-            _cross_entropy(columns @ (coefficients - step_size * newton_step), label) > best
+            _compute_cross_entropy(columns @ (coefficients - step_size * newton_step), label) > best
             and step_size > 1e-6
         ):
             step_size /= 2
         candidate = coefficients - step_size * newton_step
-        cost = _cross_entropy(columns @ candidate, label)
+        cost = _compute_cross_entropy(columns @ candidate, label)
         if cost >= best - 1e-15:
             break
         coefficients, best = candidate, cost
@@ -123,14 +123,14 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
     """
     from scipy.optimize import isotonic_regression  # importing it takes 0.2 s
 
-    order = np.argsort(logit, kind="stable")
-    ends = np.arange(1, knots) * len(order) // knots
+    permutation = np.argsort(logit, kind="stable")
+    ends = np.arange(1, knots) * len(permutation) // knots
     # Rows with equal scores stay in one bin. Every bin has at least half of the average size.
-    starts, min_rows = [0], max(len(order) // knots // 2, 1)
-    for end in np.searchsorted(logit[order], logit[order][ends], side="left"):
-        if min_rows <= end - starts[-1] and min_rows <= len(order) - end:
+    starts, min_rows = [0], max(len(permutation) // knots // 2, 1)
+    for end in np.searchsorted(logit[permutation], logit[permutation][ends], side="left"):
+        if min_rows <= end - starts[-1] and min_rows <= len(permutation) - end:
             starts.append(int(end))
-    bins = np.split(order, starts[1:])
+    bins = np.split(permutation, starts[1:])
     means = np.array([logit[rows_of_bin].mean() for rows_of_bin in bins])
     clicks = np.array([label[rows_of_bin].sum() for rows_of_bin in bins])
     rows = np.array([len(rows_of_bin) for rows_of_bin in bins], dtype=np.float64)
@@ -219,7 +219,7 @@ class Recalibrate(StepSettings):
         output = bench.signature.single_output
         if not output.task_kind.predicts_probability:
             raise NothingToCompress("probability_missing", step=self.kind, task=output.kind)
-        existing_map = recalibration_of(model.module)
+        existing_map = find_recalibration(model.module)
         if existing_map is not None:  # a second map would be hard to interpret
             raise StepRefused("recalibrated_already", step=self.kind, method=existing_map.method)
         selected = Decision("taken", (Reason("selected", step=self.kind),))
@@ -244,7 +244,7 @@ class Recalibrate(StepSettings):
         labels = torch.cat([part.label for part in parts])
         has_label = ~labels.isnan()
         predictions = predictions[has_label]
-        logit = logit_of(predictions, form).double().numpy()
+        logit = to_logit(predictions, form).double().numpy()
         label = labels[has_label].numpy().astype(np.float64)
         before = logloss(label, _sigmoid(logit))
         selected_method: Method | None = None
@@ -264,7 +264,7 @@ class Recalibrate(StepSettings):
         model.module.eval()
         with torch.no_grad():
             recalibrated = fitted(predictions)
-        after = logloss(label, _sigmoid(logit_of(recalibrated, form).double().numpy()))
+        after = logloss(label, _sigmoid(to_logit(recalibrated, form).double().numpy()))
         mapped = Reason(
             "output_mapped", method=selected_method, before=before, after=after, rows=len(label)
         )
@@ -283,6 +283,6 @@ def _sigmoid(logit: Floats) -> Floats:
     return 0.5 * (1 + np.tanh(0.5 * logit))
 
 
-def _cross_entropy(logit: Floats, label: Floats) -> float:
+def _compute_cross_entropy(logit: Floats, label: Floats) -> float:
     """Return the binary cross entropy, a mean over rows."""
     return float((np.logaddexp(0, logit) - label * logit).mean())

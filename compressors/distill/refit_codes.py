@@ -41,8 +41,8 @@ from compressors.distill.soft_labels import soft_label_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.training_steps import (
+    list_pruned_layers,
     nothing_to_train,
-    pruned_layers,
     require_loss,
     train_model,
 )
@@ -131,7 +131,7 @@ class RefitCodes(StepSettings):
                 decisions[unit.name] = Decision(
                     "skipped", (Reason("not_matched", patterns=self.tables),)
                 )
-            elif _table_with_codes(unit) is None:
+            elif _find_table_with_codes(unit) is None:
                 decisions[unit.name] = Decision(
                     "skipped", (Reason("no_codes", format=unit.format),)
                 )
@@ -153,29 +153,29 @@ class RefitCodes(StepSettings):
             bench, self.soft_share, self.temperature, self.kind, original=model.original
         )
         units_with_codes = (
-            (unit.name, _table_with_codes(unit)) for unit in plan.units(model.module)
+            (unit.name, _find_table_with_codes(unit)) for unit in plan.units(model.module)
         )
         tables = {name: table for name, table in units_with_codes if table is not None}
-        stored_types = {name: _learned_dtypes(table) for name, table in tables.items()}
-        names = _learned_names(model, tables)
+        stored_types = {name: _get_learned_dtypes(table) for name, table in tables.items()}
+        names = _list_learned_names(model, tables)
         if self.dense:
             names += trainable_tensors(model.module, tables=False)
         best, best_state = (
             quality(model.module, bench.signature, bench.validation, bench.train),
-            _tensors_of(model),
+            _collect_tensors(model),
         )
         for number in range(self.rounds):
             for table in tables.values():
-                _cast(table, dict.fromkeys(_learned_dtypes(table), torch.float32))
+                _cast(table, dict.fromkeys(_get_learned_dtypes(table), torch.float32))
             round_bench = bench.model_copy(
-                update={"seed": bench.seed + number, **_checkpoint_folder(bench, number)}
+                update={"seed": bench.seed + number, **_choose_checkpoint_folder(bench, number)}
             )
             train_model(
                 model,
                 round_bench,
                 loss,
                 self.training,
-                keep_zeros_in=pruned_layers(model),
+                keep_zeros_in=list_pruned_layers(model),
                 tensor_names=names,
             )
             rows = 0
@@ -187,7 +187,7 @@ class RefitCodes(StepSettings):
                 metric = quality(model.module, bench.signature, bench.validation, bench.train)
                 log.info("round %d, %s: validation %.5f", number + 1, phase, metric)
                 if metric > best:
-                    best, best_state = metric, _tensors_of(model)
+                    best, best_state = metric, _collect_tensors(model)
             if not rows:  # no code changed, so another round would only repeat the training
                 break
         _restore(model, best_state)
@@ -231,7 +231,7 @@ class RefitCodes(StepSettings):
         return 0
 
 
-def _table_with_codes(unit: Unit) -> PackedTable | None:
+def _find_table_with_codes(unit: Unit) -> PackedTable | None:
     """Return the packed table of a unit if its codes can be selected again; otherwise None."""
     table = unit.module.table if isinstance(unit.module, Bag) else unit.module
     if isinstance(table, PackedTable) and isinstance(table.storage, FormatWithCodes):
@@ -239,7 +239,7 @@ def _table_with_codes(unit: Unit) -> PackedTable | None:
     return None
 
 
-def _learned_names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, ...]:
+def _list_learned_names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, ...]:
     """Return the full names in the model of the tables' learned tensors.
 
     Learned tensors are those that training may change: codebooks, scales and offsets, not codes.
@@ -249,11 +249,11 @@ def _learned_names(model: Model, tables: dict[str, PackedTable]) -> tuple[str, .
         f"{path}.{name}"
         for path, module in model.module.named_modules()
         if isinstance(module, PackedTable) and module in selected
-        for name in _learned_dtypes(module)
+        for name in _get_learned_dtypes(module)
     )
 
 
-def _learned_dtypes(table: PackedTable) -> dict[str, torch.dtype]:
+def _get_learned_dtypes(table: PackedTable) -> dict[str, torch.dtype]:
     """Return the dtypes of a table's learned tensors, by name."""
     buffers = dict(table.named_buffers())
     return {name: buffers[name].dtype for name in table.storage.learned if name in buffers}
@@ -272,7 +272,7 @@ def _cast(table: PackedTable, types: dict[str, torch.dtype]) -> None:
             setattr(table, name, tensor.float().clamp(least, largest).to(dtype))
 
 
-def _checkpoint_folder(bench: Bench, number: int) -> dict[str, str]:
+def _choose_checkpoint_folder(bench: Bench, number: int) -> dict[str, str]:
     """Return the folder where a round stores its progress, as a field of the bench."""
     return {"checkpoints": f"{bench.checkpoints}/round-{number}"} if bench.checkpoints else {}
 
@@ -281,7 +281,7 @@ State = list[tuple[nn.Module, str, Tensor]]
 """The tensors of a model: each with the module that has it, and its name in that module."""
 
 
-def _tensors_of(model: Model) -> State:
+def _collect_tensors(model: Model) -> State:
     """Return all tensors of a model, not copied: training replaces tensors by new ones."""
     return [
         (module, name, tensor)

@@ -67,7 +67,7 @@ def soft_label_loss(
     if not bench.signature.scores_rows:
         if original is None:
             raise RowsMissing("soft_labels_missing", step=kind)
-        return _vector_loss(bench.signature, original, soft_share, temperature, name)
+        return _build_vector_loss(bench.signature, original, soft_share, temperature, name)
     teacher = torch.cat(
         [
             _read_predictions(split, soft_split, kind)
@@ -97,7 +97,7 @@ def soft_label_loss(
     return loss
 
 
-def _vector_loss(
+def _build_vector_loss(
     signature: Signature,
     original: nn.Module,
     soft_share: float,
@@ -155,7 +155,7 @@ def mean_predictions(scores: list[Tensor], forms: Sequence[OutputForm]) -> Tenso
         return scores[0]
     by_output = zip(*map(score_columns, scores), strict=True)
     means = [
-        _average_teachers(torch.stack(of_teachers).to(torch.float64), form)
+        _average_over_teachers(torch.stack(of_teachers).to(torch.float64), form)
         for of_teachers, form in zip(by_output, forms, strict=True)
     ]
     return join_columns(means).to(torch.float32)
@@ -185,7 +185,7 @@ def convert_scores(
     return join_columns(columns)
 
 
-def _average_teachers(scores: Tensor, form: OutputForm) -> Tensor:
+def _average_over_teachers(scores: Tensor, form: OutputForm) -> Tensor:
     """Average the scores ``(teachers, rows)`` of one output over the teachers."""
     if form != "probability":
         return scores.mean(dim=0)
@@ -210,7 +210,7 @@ def _read_predictions(split: Split | None, soft: Split | None, kind: str) -> Ten
     return teacher
 
 
-def mixed_loss(
+def build_mixed_loss(
     bench: Bench,
     soft_share: float,
     temperature: float,
@@ -220,7 +220,7 @@ def mixed_loss(
     """Build the loss of ``soft_label_loss``, or only the loss on the labels if ``soft_share`` is 0.
 
     Raises:
-        RowsMissing: as for ``soft_label_loss``.
+        RowsMissing: there are no soft labels, or their number differs from the number of rows.
     """
     if soft_share:
         return soft_label_loss(bench, soft_share, temperature, kind, original=original)

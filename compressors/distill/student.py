@@ -17,10 +17,10 @@ from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.formats import Bag, PackedTable
-from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.modules.output_calibration import find_recalibration
 from compressors.core.modules.pointwise import replace_pointwise_convs
 from compressors.core.modules.table_weight import TIED
-from compressors.core.placeholders import with_placeholders
+from compressors.core.placeholders import insert_placeholders
 from compressors.core.state.construction import assign, construct, construct_with_weights
 from compressors.core.steps.decisions import Decision
 from compressors.core.units import Unit, swap, table_rows
@@ -52,9 +52,9 @@ def student_decisions(
     units = Unit.of(model.module)
     # ``part_of`` is set for the parts of a composed table (built from smaller tables) or of a
     # factored layer (a product of two). The model class constructs only the whole.
-    original_shapes = {unit.name: _shape(unit) for unit in units if unit.part_of is None}
+    original_shapes = {unit.name: _get_shape(unit) for unit in units if unit.part_of is None}
     student = Unit.of(_build(model, config, _construct_empty))
-    student_shapes = {unit.name: _shape(unit) for unit in student}
+    student_shapes = {unit.name: _get_shape(unit) for unit in student}
     if added := sorted(student_shapes.keys() - original_shapes.keys()):
         raise DistillationRefused("layer_added", unit=added[0])
     original_rows = table_rows(model.module)
@@ -91,13 +91,13 @@ def build_student(model: Model, config: Config, seed: int) -> Model:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         student = _build(model, config, construct_with_weights)
-    return _with_original_tensors(model, student, config)
+    return _assign_original_tensors(model, student, config)
 
 
 def student_dry_run(model: Model, config: Config) -> Model:
     """Build the network of ``build_student`` with placeholders instead of initialized weights."""
     student = _build(model, config, _construct_empty)
-    return _with_original_tensors(model, with_placeholders(student), config)
+    return _assign_original_tensors(model, insert_placeholders(student), config)
 
 
 def _build(
@@ -124,7 +124,7 @@ def _construct_empty(architecture: type[nn.Module], config: Config) -> nn.Module
     return construct(architecture, config).module
 
 
-def _with_original_tensors(model: Model, student: nn.Module, config: Config) -> Model:
+def _assign_original_tensors(model: Model, student: nn.Module, config: Config) -> Model:
     """Assign the original's tensors to the student where their shapes match."""
     replace_pointwise_convs(student)
     student_names = {unit.name for unit in Unit.of(student)}
@@ -144,22 +144,22 @@ def _with_original_tensors(model: Model, student: nn.Module, config: Config) -> 
     return replace(model, module=student.eval(), network=network)
 
 
-def _shape(unit: Unit) -> tuple[int, ...]:
+def _get_shape(unit: Unit) -> tuple[int, ...]:
     """Return a table's ``(rows, dim)``, a layer's ``(out, in)``, or ``(rows,)`` without weight."""
-    module = _without_bag(unit)
+    module = _unwrap_bag(unit)
     if isinstance(module, PackedTable | ComposedTable):
         return (module.rows, module.dim)
     weight = getattr(module, "weight", None)
     return tuple(weight.shape) if isinstance(weight, Tensor) else (unit.rows,)
 
 
-def _without_bag(unit: Unit) -> nn.Module:
+def _unwrap_bag(unit: Unit) -> nn.Module:
     """Return the module of a unit or, if it is a bag, the table inside."""
     return unit.module.table if isinstance(unit.module, Bag) else unit.module
 
 
 def _is_packed_table(unit: Unit) -> bool:
-    return unit.role == "table" and isinstance(_without_bag(unit), PackedTable | ComposedTable)
+    return unit.role == "table" and isinstance(_unwrap_bag(unit), PackedTable | ComposedTable)
 
 
 def _require_packed_fit(
@@ -171,7 +171,9 @@ def _require_packed_fit(
         DistillationRefused: there is such a table; the error names it.
     """
     for unit in units:
-        if _is_packed_table(unit) and student_shapes.get(unit.name, _shape(unit)) != _shape(unit):
+        if _is_packed_table(unit) and student_shapes.get(unit.name, _get_shape(unit)) != _get_shape(
+            unit
+        ):
             raise DistillationRefused("table_packed", table=unit.name, format=unit.format)
 
 
@@ -193,7 +195,7 @@ def _require_no_map(model: Model) -> None:
     Raises:
         DistillationRefused: there is a recalibration map.
     """
-    if recalibration_of(model.module) is not None:
+    if find_recalibration(model.module) is not None:
         raise DistillationRefused("already_recalibrated")
 
 

@@ -41,7 +41,7 @@ class CompressionError(CodedError):
 
     units: tuple[str, ...] = ()
 
-    def caused_by(self, *units: str) -> Self:
+    def name_cause(self, *units: str) -> Self:
         """Set the units that caused the error, and return the error."""
         self.units = units
         return self

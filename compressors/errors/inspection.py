@@ -6,7 +6,7 @@ from compressors.errors.compression import CompressionError
 
 
 class InspectionFailed(CompressionError):
-    """The inputs or outputs of a network cannot be derived from a call with the user's data."""
+    """The inputs or outputs of a network cannot be derived from a call with rows of data."""
 
     sentences: ClassVar = {
         "method_missing": "Expected a method of {architecture}, got {method}. Name the method that "

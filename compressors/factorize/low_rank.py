@@ -38,7 +38,7 @@ from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 
 
-def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def factorize(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the closest low-rank approximation of a table, with one weight per row.
 
     Args:
@@ -68,9 +68,9 @@ def factors(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor, T
 class LowRankComposition:
     """A table composed of the table ``narrow`` ``(rows, rank)`` and two tensors.
 
-    These are ``projection`` ``(rank, dim)`` and ``mean`` ``(dim,)``, float32. Methods: see the
-    protocol ``Composition``. ``rows_per_entry=0``: the tensor belongs to the whole table, not to
-    its rows.
+    These are ``projection`` ``(rank, dim)`` and ``mean`` ``(dim,)``, float32. The protocol
+    ``Composition`` (``core/modules/composed.py``) explains the methods. ``rows_per_entry=0``: the
+    tensor belongs to the whole table, not to its rows.
     """
 
     name: str = "low_rank"
@@ -103,7 +103,7 @@ class LowRankComposition:
         reduced: Tensor = parts["narrow"](ids)  # (*ids, rank)
         return torch.matmul(reduced, stored["projection"]) + stored["mean"]
 
-    def product(self, stored: Mapping[str, Tensor], parts: Parts, x: Tensor) -> Tensor:
+    def multiply(self, stored: Mapping[str, Tensor], parts: Parts, x: Tensor) -> Tensor:
         projected = F.linear(x, stored["projection"])  # (*, rank)
         mean = torch.matmul(x, stored["mean"].unsqueeze(1))  # (*, 1), the same for every row
         # ``narrow`` may be compressed: then its weight is a ``TableWeight``.
@@ -150,7 +150,7 @@ class LowRank(ComposingStep):
         weights = row_weights(model, bench, designs, weighted=self.weighted)
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
-            reduced, projection, mean = factors(table, design.settings["rank"], weights[name])
+            reduced, projection, mean = factorize(table, design.settings["rank"], weights[name])
             return FittedParts({"projection": projection, "mean": mean}, {"narrow": reduced})
 
         return recompose(model, designs, fit)

@@ -24,7 +24,7 @@ from torch import Tensor
 from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.modules.factored import FactoredLinear, factored_layout
+from compressors.core.modules.factored import FactoredLinear, describe_factored_layout
 from compressors.core.modules.formats import layout_bytes
 from compressors.core.placeholders import placeholder
 from compressors.core.steps.composition_steps import share_or_number
@@ -69,7 +69,7 @@ def principal_outputs(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     return energy, directions * torch.gather(directions, 0, largest).sign()
 
 
-def factors(weight: Tensor, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factorize(weight: Tensor, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Compute two factors whose product approximates a weight.
 
     The product ``expand @ reduce`` is the weight projected on the first ``rank`` directions of the
@@ -167,7 +167,7 @@ class LowRankDense(StepSettings):
         decisions = choose_dense(units, self.layers, self.kind)
         for unit in selected_units(units, decisions):
             outputs, inputs = unit.weight.shape
-            largest = _largest_rank(inputs, outputs)
+            largest = _compute_largest_rank(inputs, outputs)
             if self.most_error is not None:
                 decisions[unit.name] = self._search_decision(unit, largest, self.most_error)
                 continue
@@ -190,7 +190,9 @@ class LowRankDense(StepSettings):
             reason = Reason("no_smaller_rank", inputs=inputs, outputs=outputs)
             return Decision("skipped", (reason,))
         reason = Reason("rank_searched", step=self.kind, most_error=most_error, rank=largest)
-        rank_1_bytes = layout_bytes(factored_layout(inputs, outputs, 1, bias=unit.bias is not None))
+        rank_1_bytes = layout_bytes(
+            describe_factored_layout(inputs, outputs, 1, bias=unit.bias is not None)
+        )
         return Decision("deferred", (reason,), (rank_1_bytes, unit.bytes))  # bounds of the bytes
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
@@ -202,7 +204,7 @@ class LowRankDense(StepSettings):
         """
         module, outcomes = model.module, dict[str, Decision]()
         units = plan.units(module)
-        moments = self._moments(model, bench, units)
+        moments = self._compute_moments(model, bench, units)
         for unit in units:
             outputs, inputs = unit.weight.shape
             weight, bias = unit.weight, unit.bias
@@ -213,11 +215,11 @@ class LowRankDense(StepSettings):
             rank = share_or_number(self.rank, min(inputs, outputs))
             if self.most_error is not None:
                 rank = rank_within(energy, self.most_error)
-            if rank > _largest_rank(inputs, outputs):
+            if rank > _compute_largest_rank(inputs, outputs):
                 too_large = Reason("found_rank_not_smaller", rank=rank)
                 outcomes[unit.name] = Decision("skipped", (too_large,))
                 continue
-            reduce, expand = factors(weight, directions, rank)
+            reduce, expand = factorize(weight, directions, rank)
             stored = {"reduce.weight": reduce.contiguous(), "expand.weight": expand.contiguous()}
             if bias is not None:
                 correction = (weight.double() - expand.double() @ reduce.double()) @ mean
@@ -235,15 +237,17 @@ class LowRankDense(StepSettings):
             outputs, inputs = unit.weight.shape
             rank = share_or_number(self.rank, min(inputs, outputs))
             if self.most_error is not None:
-                rank = _largest_rank(inputs, outputs)
+                rank = _compute_largest_rank(inputs, outputs)
             bias = unit.bias is not None
-            layout = factored_layout(inputs, outputs, rank, bias=bias)
+            layout = describe_factored_layout(inputs, outputs, rank, bias=bias)
             stored = {name: placeholder(spec) for name, spec in layout.items()}
             layer = FactoredLinear(inputs, outputs, rank, bias=bias, stored=stored)
             swap(model.module, unit.name, layer.eval())
         return model
 
-    def _moments(self, model: Model, bench: Bench, units: list[Unit]) -> Mapping[str, _Moments]:
+    def _compute_moments(
+        self, model: Model, bench: Bench, units: list[Unit]
+    ) -> Mapping[str, _Moments]:
         """Return the moments of the selected layers' inputs; nothing if not ``weighted``."""
         if not self.weighted:
             return {}
@@ -265,6 +269,6 @@ class LowRankDense(StepSettings):
         return moments
 
 
-def _largest_rank(inputs: int, outputs: int) -> int:
+def _compute_largest_rank(inputs: int, outputs: int) -> int:
     """Return the largest rank with fewer weights than the original layer; 0 if there is none."""
     return math.ceil(inputs * outputs / (inputs + outputs)) - 1

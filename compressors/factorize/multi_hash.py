@@ -174,7 +174,9 @@ class _System:
         for begin in range(0, len(self.index), BLOCK):
             decoded = solution[-1].expand(len(self.index[begin : begin + BLOCK]), -1).clone()
             for j in range(self.index.shape[1]):
-                decoded += self._signed(solution[self.index[begin : begin + BLOCK, j]], begin, j)
+                decoded += self._apply_signs(
+                    solution[self.index[begin : begin + BLOCK, j]], begin, j
+                )
             self._add(total, decoded, begin)
         return total
 
@@ -202,10 +204,10 @@ class _System:
         end = begin + len(rows)
         weighted = rows * self.normalized_weight[begin:end].unsqueeze(1)
         for j in range(self.index.shape[1]):
-            total.index_add_(0, self.index[begin:end, j], self._signed(weighted, begin, j))
+            total.index_add_(0, self.index[begin:end, j], self._apply_signs(weighted, begin, j))
         total[-1] += weighted.sum(dim=0)
 
-    def _signed(self, rows: Tensor, begin: int, j: int) -> Tensor:
+    def _apply_signs(self, rows: Tensor, begin: int, j: int) -> Tensor:
         """Multiply the rows of a block by the signs of hash function ``j``, if there are signs."""
         if self.sign is None:
             return rows
@@ -217,8 +219,8 @@ class MultiHashComposition:
     """A table composed of the table ``buckets`` ``(buckets, dim)`` and two tensors.
 
     These are ``functions``, the coefficients of the hash functions, int64 ``(hashes, 2 or 4)``, and
-    ``mean`` ``(dim,)``. Methods: see the protocol ``Composition``. ``rows_per_entry=0``: the tensor
-    belongs to the whole table, not to its rows.
+    ``mean`` ``(dim,)``. The protocol ``Composition`` (``core/modules/composed.py``) explains the
+    methods. ``rows_per_entry=0``: the tensor belongs to the whole table, not to its rows.
     """
 
     name: str = "multi_hash"

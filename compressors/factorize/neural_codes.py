@@ -39,7 +39,7 @@ from compressors.core.steps.composition_steps import (
 )
 from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
-from compressors.factorize.low_rank import factors
+from compressors.factorize.low_rank import factorize
 
 BATCH = 4096
 """Rows of one training step."""
@@ -126,7 +126,7 @@ def fit(
         ``codes`` float32 ``(rows, size)`` and the decoder, float32.
     """
     rows, relative_weight = table.float(), weight.double() / weight.double().mean()
-    initial_codes, projection, mean = factors(rows, size, relative_weight)
+    initial_codes, projection, mean = factorize(rows, size, relative_weight)
     # Training is on codes and rows divided by this number.
     divisor = float(initial_codes.square().mean().sqrt()) or 1.0
     generator = torch.Generator().manual_seed(seed)
@@ -177,7 +177,7 @@ def _solve_last_layer(table: Tensor, weight: Tensor, codes: Tensor, decoder: Dec
         weighted = inputs * weight[block].unsqueeze(1)
         matrix += weighted.T @ inputs
         right_side += weighted.T @ table[block].double()
-    # A hidden unit that is zero for all rows would make the matrix singular.
+    # A hidden neuron that is zero for all rows would make the matrix singular.
     damping = DAMPING * matrix.diagonal().mean()
     matrix.diagonal().add_(damping)
     last = torch.linalg.solve(matrix, right_side).float()
@@ -211,11 +211,11 @@ def _train(
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(adam_steps, 1))
         for optimizer in optimizers
     ]
-    order, begin = torch.empty(0, dtype=torch.int64), 0
+    permutation, begin = torch.empty(0, dtype=torch.int64), 0
     for _ in range(adam_steps):
-        if begin + min(rows, BATCH) > len(order):
-            order, begin = torch.randperm(rows, generator=generator), 0
-        ids = order[begin : begin + BATCH]
+        if begin + min(rows, BATCH) > len(permutation):
+            permutation, begin = torch.randperm(rows, generator=generator), 0
+        ids = permutation[begin : begin + BATCH]
         begin += len(ids)
         difference = decode(code_table(ids), Decoder(*parameters)) - table[ids]
         loss = (weight[ids].float() * difference.square().sum(dim=1)).mean()
@@ -232,8 +232,8 @@ def _train(
 class NeuralCodesComposition:
     """A table composed of the table ``codes`` ``(rows, code)`` and the tensors of ``Decoder``.
 
-    Methods: see the protocol ``Composition``. ``rows_per_entry=0``: a tensor belongs to the whole
-    table, not to its rows.
+    The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
+    ``rows_per_entry=0``: a tensor belongs to the whole table, not to its rows.
     """
 
     name: str = "neural_codes"

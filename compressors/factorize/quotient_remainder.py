@@ -76,7 +76,7 @@ def fit_sum(table: Tensor, weight: Tensor, buckets: int) -> tuple[Tensor, Tensor
     Returns:
         ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``, float32.
     """
-    weight_matrix, sums, totals, weights = _normal_equations(table, weight, buckets)
+    weight_matrix, sums, totals, weights = _sum_normal_equations(table, weight, buckets)
     # Solve for the shorter table; the longer one follows from it. Both are indices into the pairs
     # ``totals`` and ``weights``: 0 for the table of quotients, 1 for that of remainders.
     short, long = (1, 0) if buckets <= weight_matrix.shape[0] else (0, 1)
@@ -125,8 +125,8 @@ def fit_product(
     remainder = 1 + 0.1 * noise.double()
     explained = 0.0
     for _ in range(rounds):
-        quotient, _ = _optimal_rows(weighted, weight_matrix, remainder)
-        remainder, new_explained = _optimal_rows(weighted.mT, weight_matrix.T, quotient)
+        quotient, _ = _compute_optimal_rows(weighted, weight_matrix, remainder)
+        remainder, new_explained = _compute_optimal_rows(weighted.mT, weight_matrix.T, quotient)
         if new_explained - explained <= MIN_GAIN * new_explained:
             break
         explained = new_explained
@@ -142,7 +142,9 @@ def fit_product(
     return (quotient * factor).float(), (remainder / factor).float()
 
 
-def _optimal_rows(weighted: Tensor, weight_matrix: Tensor, other: Tensor) -> tuple[Tensor, float]:
+def _compute_optimal_rows(
+    weighted: Tensor, weight_matrix: Tensor, other: Tensor
+) -> tuple[Tensor, float]:
     """Return the optimal rows of one short table for given rows of the other.
 
     In the shapes, ``n`` is the number of rows of the optimized table, ``k`` of the other one.
@@ -162,7 +164,7 @@ def _optimal_rows(weighted: Tensor, weight_matrix: Tensor, other: Tensor) -> tup
     return best, float((best * numerator).sum())
 
 
-def _normal_equations(
+def _sum_normal_equations(
     table: Tensor, weight: Tensor, buckets: int
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Compute the sums in the normal equations.
@@ -197,7 +199,7 @@ def _normal_equations(
 class QuotientRemainderComposition:
     """A table composed of ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``.
 
-    Methods: see the protocol ``Composition``.
+    The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
     """
 
     name: str = "quotient_remainder"

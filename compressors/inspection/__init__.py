@@ -1,4 +1,4 @@
-"""Inspect a trained network with rows of the user's data, to write its signature.
+"""Inspect a trained network with rows of a parquet file or of arrays, to write its signature.
 
 The network is called with a sample of rows, and again with other values in one column; the lookups
 and outputs that change are those that read the column.

@@ -40,7 +40,7 @@ def first_call(
                     failure = failure or (fault, layout)
                 continue
             if layout.call.form == "mapping":
-                return *_only_accessed(with_mask, tensors, before.accessed), before
+                return *_keep_accessed(with_mask, tensors, before.accessed), before
             return with_mask, tensors, before
     if failure is None:
         raise InspectionFailed(
@@ -61,7 +61,7 @@ def first_call(
     ) from last.problem
 
 
-def _only_accessed(
+def _keep_accessed(
     layout: Layout, tensors: Tensors, accessed: frozenset[str]
 ) -> tuple[Layout, Tensors]:
     """Return the arguments of a mapping that the network reads, and their tensors."""
@@ -83,7 +83,7 @@ def _mask_dtypes(layout: Layout) -> Iterator[Layout]:
         yield replace(layout, arguments=arguments)
 
 
-def _tensors(layout: Layout, sample: Sample, floats: Mapping[str, bool]) -> Tensors:
+def _build_tensors(layout: Layout, sample: Sample, floats: Mapping[str, bool]) -> Tensors:
     """Return the input tensors; integers are int64 unless ``floats`` says float32."""
     tensors: Tensors = {}
     for argument in layout.arguments:
@@ -107,17 +107,17 @@ def _call_with_dtypes(
     """
     floats: dict[str, bool] = {}
     while True:
-        tensors = _tensors(layout, sample, floats)
+        tensors = _build_tensors(layout, sample, floats)
         try:
             before = observe(network, layout.call, tensors)
             break
         except CallFailed as fault:
-            floats = _with_one_more_float(network, layout, sample, floats, fault)
+            floats = _try_one_more_float(network, layout, sample, floats, fault)
     for argument in layout.arguments:
         if not _may_be_float(argument, sample, tensors, before.lookups):
             continue
         converted = {**floats, argument.name: True}
-        other = _tensors(layout, sample, converted)
+        other = _build_tensors(layout, sample, converted)
         try:
             after = observe(network, layout.call, other)
         except CallFailed:
@@ -127,25 +127,28 @@ def _call_with_dtypes(
     return tensors, before
 
 
-def _with_one_more_float(
+def _try_one_more_float(
     network: nn.Module,
     layout: Layout,
     sample: Sample,
     floats: Mapping[str, bool],
     fault: CallFailed,
 ) -> dict[str, bool]:
-    """Return the dtypes with one more argument as floats, with which the network comes further.
+    """Pass one more argument as floats, so that the network fails later or not at all.
+
+    Returns:
+        ``floats`` with this argument: whether each argument is passed as floats.
 
     Raises:
         CallFailed: there is none; contains the first error.
     """
-    tensors = _tensors(layout, sample, floats)
+    tensors = _build_tensors(layout, sample, floats)
     for argument in layout.arguments:
         if not _may_be_float(argument, sample, tensors, fault.lookups):
             continue
         converted = {**floats, argument.name: True}
         try:
-            observe(network, layout.call, _tensors(layout, sample, converted))
+            observe(network, layout.call, _build_tensors(layout, sample, converted))
         except CallFailed as other:
             if other.operations <= fault.operations:
                 continue

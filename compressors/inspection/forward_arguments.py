@@ -33,8 +33,9 @@ class Argument:
             concatenated; None otherwise.
         lengths: name of the argument with the length of each list; None if there is none.
         mask: name of the argument that is 1 at ids and 0 at padding; None if there is none.
-        positions: name of the argument with the place of each id; None if there is none.
-        first_position: the place of the first id.
+        positions: name of the argument with the position of each id in its list; None if there is
+            none.
+        first_position: the position of the first id, 0 or 1.
         mask_dtype: dtype of the mask.
     """
 
@@ -116,7 +117,7 @@ def layouts(
         for name, columns in given.items()
         if name not in computed
     }
-    parameters = _parameters(network, method)
+    parameters = _read_parameters(network, method)
     keywords, mapping = Call(method, "keywords"), Call(method, "mapping")
     required = [name for name, parameter in parameters.items() if _is_required(parameter)]
     # A network with an optional argument for the labels computes its loss; scoring needs none.
@@ -129,7 +130,7 @@ def layouts(
     lists = [name for name in known if name in parameters and _is_list(known[name], sample)]
     companions_of = {
         name: {
-            **_companions(name, parameters, {*known, *computed}, only=len(lists) == 1),
+            **_find_companions(name, parameters, {*known, *computed}, only=len(lists) == 1),
             **{role: argument for argument, (role, of) in computed.items() if of == name},
         }
         for name in lists
@@ -139,7 +140,7 @@ def layouts(
     is_graph = isinstance(network, OnnxNetwork)
     if not missing and all(name in parameters for name in named):
         arguments = [
-            _argument(name, known[name], sample, companions_of.get(name, {}))
+            _build_argument(name, known[name], sample, companions_of.get(name, {}))
             for name in parameters
             if name in known
         ]
@@ -154,20 +155,20 @@ def layouts(
             arguments=tuple(parameters),
         )
     if is_graph or len(required) != 1:
-        raise _arguments_unknown(network, method, missing, sample)
+        raise _build_arguments_unknown(network, method, missing, sample)
     # The only argument is one matrix or a mapping from names to tensors.
-    matrix = None if named else _described_matrix(network, method, required[0], sample)
+    matrix = None if named else _find_described_matrix(network, method, required[0], sample)
     if matrix is not None:
         yield Layout(keywords, (matrix,))
         return
     of_mapping = {name: (name,) for name in sample if name not in excluded} | named
-    yield Layout(mapping, _arguments_of_mapping(of_mapping, computed, sample))
+    yield Layout(mapping, _list_arguments_of_mapping(of_mapping, computed, sample))
     if not named:
         columns = [name for name in sample if name not in excluded and not sample[name].is_list]
-        yield Layout(keywords, (_argument(required[0], columns, sample),))
+        yield Layout(keywords, (_build_argument(required[0], columns, sample),))
 
 
-def _arguments_of_mapping(
+def _list_arguments_of_mapping(
     columns_of: Mapping[str, Sequence[str]],
     computed: Mapping[str, tuple[str, ...]],
     sample: Sample,
@@ -190,7 +191,7 @@ def _arguments_of_mapping(
         if _are_lengths(sample[columns[0]], sample[columns_of[name][0]])
     } | dict(computed)
     return tuple(
-        _argument(
+        _build_argument(
             name,
             columns,
             sample,
@@ -210,7 +211,7 @@ def _are_lengths(column: SampleColumn, lists: SampleColumn) -> bool:
     return bounds and all(count == len(values) for count, values in pairs)
 
 
-def _described_matrix(
+def _find_described_matrix(
     network: nn.Module, method: str, name: str, sample: Sample
 ) -> Argument | None:
     """Return the matrix whose columns the attribute ``feature_index`` describes.
@@ -222,18 +223,18 @@ def _described_matrix(
     """
     index = getattr(network, "feature_index", None)
     if not isinstance(index, Mapping) or not all(
-        isinstance(place, tuple) and len(place) == 2 for place in index.values()
+        isinstance(columns, tuple) and len(columns) == 2 for columns in index.values()
     ):
         return None
     if missing := [feature for feature in index if feature not in sample]:
-        raise _arguments_unknown(network, method, missing, sample)
+        raise _build_arguments_unknown(network, method, missing, sample)
     widths = (
         stop - start if sample[feature].is_list else 0 for feature, (start, stop) in index.items()
     )
     return Argument(name, tuple(index), tuple(widths))
 
 
-def _parameters(network: nn.Module, method: str) -> dict[str, inspect.Parameter]:
+def _read_parameters(network: nn.Module, method: str) -> dict[str, inspect.Parameter]:
     """Return the parameters of a method, or the inputs of a graph, by name.
 
     Raises:
@@ -292,7 +293,7 @@ def _is_list(columns: Sequence[str], sample: Sample) -> bool:
     return len(columns) == 1 and sample[columns[0]].kind == "integer_list"
 
 
-def _companions(
+def _find_companions(
     name: str,
     parameters: Mapping[str, inspect.Parameter],
     known: Container[str],
@@ -310,7 +311,7 @@ def _companions(
     return found
 
 
-def _argument(
+def _build_argument(
     name: str,
     columns: Sequence[str],
     sample: Sample,
@@ -333,7 +334,7 @@ def _argument(
     )
 
 
-def _arguments_unknown(
+def _build_arguments_unknown(
     network: nn.Module, method: str, missing: Sequence[str], sample: Sample
 ) -> InspectionFailed:
     return InspectionFailed(

@@ -1,4 +1,4 @@
-"""Derive the inputs of a signature from a trained network and rows of the user's data."""
+"""Derive the inputs of a signature from a trained network and rows of its data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from compressors.inspection.forward_arguments import (
 from compressors.inspection.list_inputs import (
     ListCall,
     describe_list,
-    padding_id_of,
-    with_equal_lengths,
+    find_equal_lengths,
+    find_padding_id,
 )
 from compressors.inspection.lookups import (
     Reading,
@@ -104,11 +104,11 @@ def derive_inputs(
         of_argument = readings[argument.name]
         described: tuple[AnyInput, str]
         if len(columns) == 1 and columns[0].is_list:
-            equal = with_equal_lengths(argument, layout.arguments, sample)
+            equal = find_equal_lengths(argument, layout.arguments, sample)
             lists = ListCall(network, layout.call, equal, sample, tensors, before.lookups)
-            described = _list_input(lists, of_argument[columns[0].name])
+            described = _describe_list_input(lists, of_argument[columns[0].name])
         else:
-            described = _numbers_input(
+            described = _describe_numbers_input(
                 table_rows, argument, columns, of_argument, tensors[argument.name]
             )
         inputs.append(described[0])
@@ -121,7 +121,7 @@ def derive_inputs(
     ]
     return DerivedInputs(
         call=layout.call,
-        inputs=_with_equal_sequences(inputs, layout.arguments, sample),
+        inputs=_link_equal_sequences(inputs, layout.arguments, sample),
         reasons=reasons,
         unused=tuple(unused),
         tensors=tensors,
@@ -129,7 +129,7 @@ def derive_inputs(
     )
 
 
-def _with_equal_sequences(
+def _link_equal_sequences(
     inputs: Sequence[AnyInput], arguments: Sequence[Argument], sample: Sample
 ) -> tuple[AnyInput, ...]:
     """Return inputs in which a sequence names the first one whose lists have the same lengths."""
@@ -138,7 +138,7 @@ def _with_equal_sequences(
     result: list[AnyInput] = []
     for item in inputs:
         equal = (
-            with_equal_lengths(argument_of[item.name], arguments, sample)
+            find_equal_lengths(argument_of[item.name], arguments, sample)
             if item.name in sequences
             else ()
         )
@@ -149,7 +149,7 @@ def _with_equal_sequences(
     return tuple(result)
 
 
-def _tables(readings: Mapping[str, Reading]) -> tuple[str, ...]:
+def _list_tables(readings: Mapping[str, Reading]) -> tuple[str, ...]:
     """Return the tables that any column of an argument is looked up in, in order."""
     return tuple(dict.fromkeys(table for reading in readings.values() for table in reading.offsets))
 
@@ -232,16 +232,16 @@ class _TableRows:
         return IdField(rows=end - offset - first, first=first, offset=offset)
 
 
-def _list_input(lists: ListCall, reading: Reading) -> tuple[AnyInput, str]:
+def _describe_list_input(lists: ListCall, reading: Reading) -> tuple[AnyInput, str]:
     """Return the input of an argument that one column of lists fills, and the reason for its kind.
 
     Raises:
-        InspectionFailed: the lists have different lengths and no table reads them, or rows of a
-            table are computed from them; or as ``describe_list``.
+        InspectionFailed: rows of a table are computed from the lists, or the lists have different
+            lengths, and no table reads them or padding changes the outputs.
     """
     column, tables = lists.column, tuple(reading.offsets)
     if tables:
-        return describe_list(lists, tables, padding_id_of(lists.network, tables[0]))
+        return describe_list(lists, tables, find_padding_id(lists.network, tables[0]))
     if reading.is_computed:
         raise InspectionFailed("list_computed", column=column.name)
     tensor = lists.tensors[lists.argument.name]
@@ -255,7 +255,7 @@ def _list_input(lists: ListCall, reading: Reading) -> tuple[AnyInput, str]:
     return item, "numbers that are not looked up in a table"
 
 
-def _numbers_input(
+def _describe_numbers_input(
     table_rows: _TableRows,
     argument: Argument,
     columns: Sequence[SampleColumn],
@@ -263,21 +263,23 @@ def _numbers_input(
     tensor: Tensor,
 ) -> tuple[AnyInput, str]:
     """Return the input of an argument that columns of numbers fill, and the reason for its kind."""
-    tables = _tables(readings)
+    tables = _list_tables(readings)
     if not tables and tensor.is_floating_point():
         width = tensor.shape[1]
         item = DenseInput(name=argument.name, columns=argument.columns, shape=(width,))
         return item, "numbers that are not looked up in a table"
     if not tables:
-        return _integer_input(argument.name, columns), "integers that are not looked up in a table"
+        return _describe_integer_input(
+            argument.name, columns
+        ), "integers that are not looked up in a table"
     same_tables = all(tuple(reading.offsets) == tables for reading in readings.values())
     if same_tables and not tensor.is_floating_point():
         return (
-            _id_input(table_rows, argument.name, argument.columns, readings),
+            _describe_id_input(table_rows, argument.name, argument.columns, readings),
             f"looked up in {', '.join(tables)}",
         )
     parts = tuple(
-        _matrix_part(table_rows, column, width, readings[column.name])
+        _describe_matrix_part(table_rows, column, width, readings[column.name])
         for column, width in zip(columns, argument.widths, strict=True)
     )
     dtype = "float32" if tensor.is_floating_point() else "int64"
@@ -285,7 +287,7 @@ def _numbers_input(
     return item_of_parts, f"its columns are looked up in {', '.join(tables)}"
 
 
-def _matrix_part(
+def _describe_matrix_part(
     table_rows: _TableRows, column: SampleColumn, width: int, reading: Reading
 ) -> MatrixPart:
     """Return the part of a matrix that one column fills."""
@@ -298,16 +300,16 @@ def _matrix_part(
             shape=(width,),
             table=table,
             more_tables=tuple(more),
-            padding_id=padding_id_of(table_rows.network, table),
+            padding_id=find_padding_id(table_rows.network, table),
         )
     if reading.offsets:
-        return _id_input(table_rows, column.name, (column.name,), {column.name: reading})
+        return _describe_id_input(table_rows, column.name, (column.name,), {column.name: reading})
     if reading.is_computed:
-        return _integer_input(column.name, [column])
+        return _describe_integer_input(column.name, [column])
     return DenseInput(name=column.name, shape=(max(1, width),))
 
 
-def _integer_input(name: str, columns: Sequence[SampleColumn]) -> IntegerInput:
+def _describe_integer_input(name: str, columns: Sequence[SampleColumn]) -> IntegerInput:
     """Return the input of integers, with the bounds of the data."""
     return IntegerInput(
         name=name,
@@ -318,7 +320,7 @@ def _integer_input(name: str, columns: Sequence[SampleColumn]) -> IntegerInput:
     )
 
 
-def _id_input(
+def _describe_id_input(
     table_rows: _TableRows, name: str, columns: Sequence[str], readings: Mapping[str, Reading]
 ) -> IdInput:
     """Return the input of ids."""

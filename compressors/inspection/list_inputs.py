@@ -14,14 +14,14 @@ from compressors.inspection.lookups import same_outputs
 from compressors.inspection.observed_call import (
     CallFailed,
     Lookup,
-    Padded,
+    PaddingSpec,
     Tensors,
     argument_tensors,
     observe,
 )
 from compressors.inspection.sample import Padding, Sample, SampleColumn
 
-FURTHER = 3
+MORE_PADDING = 3
 """Positions that are added to find whether the length of the tensor affects the output."""
 
 
@@ -56,7 +56,7 @@ class ListCall:
         """Its column of lists."""
         return self.sample[self.argument.columns[0]]
 
-    def outputs(self, sample: Sample, padded: Padded) -> Any:
+    def outputs(self, sample: Sample, padded: PaddingSpec) -> Any:
         """Return the outputs for another sample or padding; None if the network fails."""
         tensors = dict(self.tensors)
         for argument in self.arguments:
@@ -68,25 +68,26 @@ class ListCall:
             return None
 
 
-def with_equal_lengths(
+def find_equal_lengths(
     argument: Argument, others: Sequence[Argument], sample: Sample
 ) -> tuple[Argument, ...]:
-    """Return an argument, and the other ones whose lists have its lengths in every row.
+    """Return an argument, and the other ones whose lists are as long as its lists in every row.
 
-    Lists that all have one length are padded in the data, and are in no group.
+    An argument whose lists all have one length is returned alone: the data may contain padding, so
+    equal lengths say nothing.
     """
-    lengths = _lengths(argument, sample)
+    lengths = _list_lengths(argument, sample)
     if len(set(lengths)) < 2 or argument.offsets is not None:
         return (argument,)
     equal = [
         other
         for other in others
-        if other != argument and other.offsets is None and _lengths(other, sample) == lengths
+        if other != argument and other.offsets is None and _list_lengths(other, sample) == lengths
     ]
     return (argument, *equal)
 
 
-def _lengths(argument: Argument, sample: Sample) -> tuple[int, ...]:
+def _list_lengths(argument: Argument, sample: Sample) -> tuple[int, ...]:
     """Return the shortest and longest length in all data, and the length of each sampled list.
 
     The result is empty if the argument has no single column of lists.
@@ -102,7 +103,7 @@ def describe_list(
 ) -> tuple[PaddedBag | JaggedBag | SequenceInput, str]:
     """Return the input of an argument that one column of lists fills, and the reason for its kind.
 
-    A network that gives the same scores with further padding receives a sequence, or a padded bag
+    A network that gives the same scores with more padding receives a sequence, or a padded bag
     if the order of the ids does not matter either. Otherwise all lists must have one length.
 
     Args:
@@ -126,7 +127,7 @@ def describe_list(
     bag = PaddedBag(**common, shape=(longest,), padding_id=padding_id)
     if column.shortest == column.longest and not argument.companions:
         return bag, f"every list has {longest} ids"
-    side = _padding_side(lists, padding_id)
+    side = _find_padding_side(lists, padding_id)
     if side is None:
         raise InspectionFailed(
             "padding_matters",
@@ -138,7 +139,7 @@ def describe_list(
     is_alone = len(lists.arguments) == 1 and not argument.companions
     if side == "right" and is_alone and _is_unordered(lists, padding_id):
         return bag, "the order of the ids does not change the output"
-    first_position = _first_position(lists)
+    first_position = _find_first_position(lists)
     sequence = SequenceInput(
         **common,
         shape=(longest,),
@@ -155,24 +156,24 @@ def describe_list(
     return sequence, f"{reason}; positions from {first_position}" if argument.positions else reason
 
 
-def _padding_side(lists: ListCall, padding_id: int) -> Padding | None:
-    """Return the side on which further padding changes no output; None if there is none."""
-    length = _longest(lists)
+def _find_padding_side(lists: ListCall, padding_id: int) -> Padding | None:
+    """Return the side on which more padding changes no output; None if there is none."""
+    length = _find_longest(lists)
     sides: tuple[Padding, ...] = ("right", "left")
     for side in sides:
         sample, shorter = lists.sample, length
-        longer = lists.outputs(sample, Padded(length + FURTHER, side, padding_id))
+        longer = lists.outputs(sample, PaddingSpec(length + MORE_PADDING, side, padding_id))
         if longer is None:  # the network has no more positions
-            shorter = max(1, length - FURTHER)
-            sample = _with_lists_up_to(lists, shorter)
-            longer = lists.outputs(sample, Padded(length, side, padding_id))
-        outputs = lists.outputs(sample, Padded(shorter, side, padding_id))
+            shorter = max(1, length - MORE_PADDING)
+            sample = _shorten_lists(lists, shorter)
+            longer = lists.outputs(sample, PaddingSpec(length, side, padding_id))
+        outputs = lists.outputs(sample, PaddingSpec(shorter, side, padding_id))
         if outputs is not None and longer is not None and same_outputs(outputs, longer):
             return side
     return None
 
 
-def _with_lists_up_to(lists: ListCall, length: int) -> Sample:
+def _shorten_lists(lists: ListCall, length: int) -> Sample:
     """Return the sample with at most so many ids in each list of the described arguments."""
     columns = [lists.sample[argument.columns[0]] for argument in lists.arguments]
     shortened = {
@@ -186,13 +187,13 @@ def _is_unordered(lists: ListCall, padding_id: int) -> bool:
     """Return whether the outputs stay the same if the ids of each list are reversed."""
     column = lists.column
     reverse = replace(column, values=tuple(values[::-1].copy() for values in column.values))
-    padded = Padded(_longest(lists), "right", padding_id)
+    padded = PaddingSpec(_find_longest(lists), "right", padding_id)
     outputs = lists.outputs(lists.sample, padded)
     reversed_outputs = lists.outputs({**lists.sample, column.name: reverse}, padded)
     return reversed_outputs is not None and same_outputs(outputs, reversed_outputs)
 
 
-def _first_position(lists: ListCall) -> int:
+def _find_first_position(lists: ListCall) -> int:
     """Return the position of the first id.
 
     It is 1 if positions are looked up in a table with one row more than the longest list, because
@@ -207,12 +208,12 @@ def _first_position(lists: ListCall) -> int:
     return int(rows == {lists.column.longest + 1})
 
 
-def _longest(lists: ListCall) -> int:
+def _find_longest(lists: ListCall) -> int:
     """Return the length of the longest list in the sample, at least 1."""
     return max(1, *(len(values) for values in lists.column.values))
 
 
-def padding_id_of(network: nn.Module, table: str) -> int:
+def find_padding_id(network: nn.Module, table: str) -> int:
     """Return the ``padding_idx`` of a table, or 0 if it has none."""
     padding = getattr(network.get_submodule(table), "padding_idx", None)
     return 0 if padding is None else int(padding)

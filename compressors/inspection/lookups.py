@@ -59,7 +59,7 @@ def read_column(
         tensors: all input tensors.
         before: the result of the call with ``tensors``.
     """
-    changed = {**sample, column: _with_other_values(sample[column])}
+    changed = {**sample, column: _replace_values(sample[column])}
     dtype = tensors[argument.name].dtype
     try:
         after = observe(network, call, {**tensors, **argument_tensors(argument, changed, dtype)})
@@ -70,12 +70,12 @@ def read_column(
     for first, second in zip(before.lookups, after.lookups, strict=False):
         if first.ids.shape == second.ids.shape and torch.equal(first.ids, second.ids):
             continue
-        offset = _offset(sample[column], first.ids, second.ids)
+        offset = _find_offset(sample[column], first.ids, second.ids)
         if offset is None or offsets.get(first.table, offset) != offset:
             is_computed = True
         else:
             offsets[first.table] = offset
-    changes = not _equal_outputs(before.returned, after.returned)
+    changes = not _are_equal_outputs(before.returned, after.returned)
     return Reading({} if is_computed else offsets, is_computed, changes)
 
 
@@ -84,34 +84,34 @@ def _read_by_value(column: SampleColumn, observation: Observation) -> Reading:
     tables = {
         lookup.table: 0
         for lookup in observation.lookups
-        if _offset(column, lookup.ids, lookup.ids + 1) == 0
+        if _find_offset(column, lookup.ids, lookup.ids + 1) == 0
     }
     return Reading(tables, is_computed=False, changes_output=True)
 
 
-def _with_other_values(column: SampleColumn) -> SampleColumn:
+def _replace_values(column: SampleColumn) -> SampleColumn:
     """Return a column in which each value is replaced by another one that the column has.
 
-    Numbers are those of the row before. Lists keep their length, so that masks and positions stay
-    the same. Constant columns get other values.
+    A number is replaced by the number of the previous row. Lists keep their length, so that masks
+    and positions stay the same. Constant columns get other values.
     """
     if column.is_list:
         unique = np.unique(np.concatenate(column.values))
-        others = np.roll(unique, 1) if len(unique) > 1 else _neighbours(unique)
+        others = np.roll(unique, 1) if len(unique) > 1 else _replace_by_neighbours(unique)
         values: Any = tuple(others[np.searchsorted(unique, item)] for item in column.values)
     else:
         values = np.roll(column.values, 1)
         if np.array_equal(values, column.values):
-            values = _neighbours(values)
+            values = _replace_by_neighbours(values)
     return replace(column, values=values)
 
 
-def _neighbours(values: Any) -> Any:
+def _replace_by_neighbours(values: Any) -> Any:
     """Return the value before each value, and 1 for 0."""
     return np.where(values > 0, values - 1, values + 1).astype(values.dtype)
 
 
-def _offset(column: SampleColumn, ids: Tensor, changed: Tensor) -> int | None:
+def _find_offset(column: SampleColumn, ids: Tensor, changed: Tensor) -> int | None:
     """Return what the network adds to the values of a column; None if it does something else.
 
     Args:
@@ -171,7 +171,7 @@ def _is_close(first: Tensor, second: Tensor) -> bool:
     return bool(((first - second).abs() <= TOLERANCE * (1 + largest)).all())
 
 
-def _equal_outputs(first: Any, second: Any) -> bool:
+def _are_equal_outputs(first: Any, second: Any) -> bool:
     """Return whether two calls returned the same bits."""
     pairs = zip(tensors_in(first), tensors_in(second), strict=False)
     return all(torch.equal(a, b) for a, b in pairs)

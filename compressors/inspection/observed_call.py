@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressors.contracts import JaggedBag, SequenceInput, is_out_of_memory
-from compressors.core.batches import jagged, padded_sequence
+from compressors.core.batches import build_jagged_arguments, pad_sequence
 from compressors.core.scores import scoring_method
 from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.inspection.forward_arguments import Argument, Call
-from compressors.inspection.sample import Padding, Sample, SampleColumn, scalar_tensor
+from compressors.inspection.sample import Padding, Sample, SampleColumn, stack_columns
 
 Tensors = dict[str, Tensor]
 
@@ -122,7 +122,7 @@ def observe(network: nn.Module, call: Call, tensors: Tensors) -> Observation:
     operations = _CountedOperations()
     copies = _AccessedKeys({name: tensor.clone() for name, tensor in tensors.items()})
     method = scoring_method(network, call.method)
-    with _recorded_lookups(network, lookups), torch.no_grad(), operations:
+    with _record_lookups(network, lookups), torch.no_grad(), operations:
         try:
             returned = method(copies) if call.form == "mapping" else method(**dict(copies))
         except Exception as fault:
@@ -134,15 +134,15 @@ def observe(network: nn.Module, call: Call, tensors: Tensors) -> Observation:
 
 
 @contextmanager
-def _recorded_lookups(network: nn.Module, lookups: list[Lookup]) -> Iterator[None]:
+def _record_lookups(network: nn.Module, lookups: list[Lookup]) -> Iterator[None]:
     """Append the ids of each call of a table."""
 
     def record(name: str) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def append_ids(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids = args[0] if args else kwargs["input"]
             lookups.append(Lookup(name, ids.detach().clone()))
 
-        return before
+        return append_ids
 
     hooks = [
         module.register_forward_pre_hook(record(name), with_kwargs=True)
@@ -157,7 +157,7 @@ def _recorded_lookups(network: nn.Module, lookups: list[Lookup]) -> Iterator[Non
 
 
 @dataclass(frozen=True)
-class Padded:
+class PaddingSpec:
     """How the lists of an argument become a tensor: length, side and id of the padding."""
 
     length: int
@@ -166,7 +166,7 @@ class Padded:
 
 
 def argument_tensors(
-    argument: Argument, sample: Sample, dtype: torch.dtype, padded: Padded | None = None
+    argument: Argument, sample: Sample, dtype: torch.dtype, padded: PaddingSpec | None = None
 ) -> Tensors:
     """Return the tensors of one argument and of the arguments that accompany it.
 
@@ -178,10 +178,10 @@ def argument_tensors(
     """
     columns = [sample[name] for name in argument.columns]
     if not any(column.is_list for column in columns):
-        return {argument.name: scalar_tensor(columns, dtype)}
+        return {argument.name: stack_columns(columns, dtype)}
     if len(columns) > 1:  # a matrix
         parts = [
-            _padded(Argument(argument.name, (column.name,), (0,)), column, Padded(width))[
+            _pad_lists(Argument(argument.name, (column.name,), (0,)), column, PaddingSpec(width))[
                 argument.name
             ]
             if column.is_list
@@ -192,14 +192,14 @@ def argument_tensors(
     (column,) = columns
     if argument.offsets is not None:
         item = JaggedBag(name=argument.name, table=ANY_TABLE, shape=(max(1, column.longest),))
-        tensors = jagged(item, *_values_and_bounds(column))
+        tensors = build_jagged_arguments(item, *_concatenate_lists(column))
     else:
         longest = max(1, *(len(values) for values in column.values))
-        tensors = _padded(argument, column, padded or Padded(longest))
+        tensors = _pad_lists(argument, column, padded or PaddingSpec(longest))
     return {**tensors, argument.name: tensors[argument.name].to(dtype)}
 
 
-def _padded(argument: Argument, column: SampleColumn, padded: Padded) -> Tensors:
+def _pad_lists(argument: Argument, column: SampleColumn, padded: PaddingSpec) -> Tensors:
     """Return lists padded to one length, with the tensors that accompany them."""
     item = SequenceInput(
         name=argument.name,
@@ -214,10 +214,10 @@ def _padded(argument: Argument, column: SampleColumn, padded: Padded) -> Tensors
         positions=argument.positions,
         first_position=argument.first_position,
     )
-    return padded_sequence(item, *_values_and_bounds(column))
+    return pad_sequence(item, *_concatenate_lists(column))
 
 
-def _values_and_bounds(column: SampleColumn) -> tuple[Tensor, Tensor]:
+def _concatenate_lists(column: SampleColumn) -> tuple[Tensor, Tensor]:
     """Return the values of all lists, and where each begins, int64 ``(rows + 1,)``."""
     lengths = torch.tensor([0, *(len(values) for values in column.values)])
     return torch.from_numpy(np.concatenate(column.values)), lengths.cumsum(0)

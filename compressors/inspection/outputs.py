@@ -42,7 +42,9 @@ def named_scores(returned: object, rows: int, architecture: str) -> NamedScores:
     else:
         names, values = None, list(returned) if isinstance(returned, tuple | list) else []
     if not values or not all(_is_score(value, rows) for value in values):
-        raise InspectionFailed("outputs_unknown", architecture=architecture, got=_shape(returned))
+        raise InspectionFailed(
+            "outputs_unknown", architecture=architecture, got=_describe_shape(returned)
+        )
     return NamedScores(tuple(value.reshape(-1) for value in values), names)
 
 
@@ -51,14 +53,15 @@ def _is_score(value: object, rows: int) -> bool:
     return isinstance(value, Tensor) and value.shape in ((rows,), (rows, 1))
 
 
-def _shape(returned: object) -> str:
+def _describe_shape(returned: object) -> str:
     """Describe a value by its type, and tensors by their shape."""
     if isinstance(returned, Tensor):
         return f"a tensor {tuple(returned.shape)}"
     if isinstance(returned, tuple | list):
-        return f"{type(returned).__name__} of {', '.join(map(_shape, returned))}"
+        return f"{type(returned).__name__} of {', '.join(map(_describe_shape, returned))}"
     if isinstance(returned, Mapping):
-        return f"a mapping with {', '.join(f'{key}: {_shape(v)}' for key, v in returned.items())}"
+        items = [f"{key}: {_describe_shape(value)}" for key, value in returned.items()]
+        return f"a mapping with {', '.join(items)}"
     return type(returned).__name__
 
 
@@ -84,15 +87,15 @@ def derive_outputs(
     Raises:
         InspectionFailed: the labels do not fit the outputs.
     """
-    by_name = _labels_by_output(outputs, labels, architecture)
+    by_name = _map_outputs_to_labels(outputs, labels, architecture)
     indices = {name: index for index, name in enumerate(outputs.names or by_name)}
     return tuple(
-        _output(name, label, sample, outputs.scores[indices[name]], metric)
+        _describe_output(name, label, sample, outputs.scores[indices[name]], metric)
         for name, label in by_name.items()
     )
 
 
-def _labels_by_output(
+def _map_outputs_to_labels(
     outputs: NamedScores, labels: Mapping[str, str], architecture: str
 ) -> dict[str, str]:
     """Return the column with the labels of each output."""
@@ -123,7 +126,9 @@ def _is_of_lists(metric: str | None) -> bool:
     )
 
 
-def _output(name: str, label: str, sample: Sample, scores: Tensor, metric: str | None) -> Output:
+def _describe_output(
+    name: str, label: str, sample: Sample, scores: Tensor, metric: str | None
+) -> Output:
     """Return one output of the signature."""
     column = sample[label]
     values = {column.low, column.high} if column.is_integer else set(np.unique(column.values))

@@ -1,4 +1,8 @@
-"""Sampled columns of a user's data, and the tensors they fill."""
+"""Sampled columns of the data for which ``recpress new`` writes a draft, and tensors made of them.
+
+The data are rows of a training set, such as a parquet file. ``recpress new`` derives a model's
+inputs from them. A draft is the folder of a bundle before it is packed.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +21,12 @@ class SampleColumn:
     Attributes:
         name: name of the column.
         kind: type of its values.
-        values: the values of each row: int64 or float32 ``(rows,)``, or one such array per row.
-        shortest: length of the shortest list in all data; 0 without lists.
-        longest: length of the longest list in all data; 0 without lists.
-        low: smallest integer in all data; 0 for floats.
-        high: largest integer in all data; 0 for floats.
+        values: the values of the sampled rows: int64 or float32 ``(rows,)``, or for a column of
+            lists, one such array per row.
+        shortest: length of the shortest list in all rows, also those not sampled; 0 without lists.
+        longest: length of the longest list in all rows; 0 without lists.
+        low: smallest integer in all rows; 0 for floats.
+        high: largest integer in all rows; 0 for floats.
     """
 
     name: str
@@ -49,11 +54,11 @@ Sample = Mapping[str, SampleColumn]
 Padding = Literal["left", "right"]
 
 
-def scalar_tensor(columns: Sequence[SampleColumn], dtype: torch.dtype) -> Tensor:
-    """Return columns of numbers as one tensor.
+def stack_columns(columns: Sequence[SampleColumn], dtype: torch.dtype) -> Tensor:
+    """Stack columns of numbers into one tensor of this dtype.
 
-    Integers of one column have the shape ``(rows,)``, as ids have in a signature; all others
-    ``(rows, columns)``.
+    The shape is ``(rows, columns)``; for a single column and an integer dtype it is ``(rows,)``, as
+    for an id in a signature.
     """
     stacked = torch.stack([torch.from_numpy(column.values) for column in columns], dim=1).to(dtype)
     return stacked[:, 0] if len(columns) == 1 and not dtype.is_floating_point else stacked

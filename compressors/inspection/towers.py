@@ -54,10 +54,14 @@ def derive_towers(
             towers are called in different ways; or as ``derive_inputs``.
     """
     split = {name: _split_path(network, path) for name, path in paths.items()}
-    names = {name: _argument_names(network, path) for name, path in paths.items()}
+    names = {name: _list_argument_names(network, path) for name, path in paths.items()}
     calls = {
         name: derive_inputs(
-            network, samples[name], _given_to(name, names, given, samples), excluded, path
+            network,
+            samples[name],
+            _select_given_arguments(name, names, given, samples),
+            excluded,
+            path,
         )
         for name, path in paths.items()
     }
@@ -104,13 +108,13 @@ def _split_path(network: nn.Module, path: str) -> tuple[str, str]:
     return parent, method
 
 
-def _argument_names(network: nn.Module, path: str) -> tuple[str, ...]:
+def _list_argument_names(network: nn.Module, path: str) -> tuple[str, ...]:
     """Return the names of a tower's arguments."""
     tower = scoring_method(network, path)
     return tuple(inspect.signature(getattr(tower, FORWARD, tower)).parameters)
 
 
-def _given_to(
+def _select_given_arguments(
     tower: str,
     names: Mapping[str, Sequence[str]],
     given: Mapping[str, Sequence[str]],

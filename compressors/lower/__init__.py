@@ -9,7 +9,7 @@ float8_tensors.py      convert stored 8-bit floats to a graph's type
 attention.py           translate scaled dot-product attention
 custom_operators.py    register the custom PyTorch ops of all formats
 graph_builders.py      build subgraphs that several targets use
-bfloat16_products.py   rewrite bfloat16 products to run on a CPU
+bfloat16_matmuls.py   rewrite bfloat16 matmuls to run on a CPU
 passes/                changes and inspections of a graph that every target uses
 targets/               translations of each format, by target
 external_weights.py    hard links to the bundle's files for weights of a large graph

@@ -51,7 +51,7 @@ def scaled_dot_product_attention(
     transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
     logits = op.MatMul(op.Mul(query, op.Constant(value_float=factor)), transposed)
     if is_causal:
-        attn_mask = _causal_mask(logits)
+        attn_mask = _build_causal_mask(logits)
     if attn_mask is None:
         return op.MatMul(op.Softmax(logits, axis=-1), value)
     minus_infinity = op.Constant(value_float=-math.inf)
@@ -75,7 +75,7 @@ def _repeat_heads(x: Any, heads: int) -> Any:
     return op.Reshape(repeated, op.Constant(value_ints=[0, heads, -1, dim]))
 
 
-def _causal_mask(logits: Any) -> Any:
+def _build_causal_mask(logits: Any) -> Any:
     """Build the boolean mask ``(queries, keys)``: True at keys up to the query's position."""
     sizes = op.Slice(op.Shape(logits), [-2], [2**31 - 1], [0])
     ones = op.Expand(op.Constant(value_float=1.0), sizes)

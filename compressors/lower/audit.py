@@ -5,7 +5,7 @@ fuse computes in float32 after a DequantizeLinear, and a table that it folds int
 float32 again. The audit therefore reads the optimized graph, not the exported one.
 
 "Packed" weights are stored in fewer bits than float32, usually as integer "codes"; "widening"
-converts them to float32. A "product" is an operator that multiplies matrices.
+converts them to float32. A "matmul" is any operator that multiplies matrices, also Gemm and Conv.
 """
 
 import math
@@ -17,8 +17,8 @@ from compressors.contracts import Plan
 from compressors.errors.compression import AuditFailed
 from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitializers
 
-FLOAT_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv"}
-INT8_PRODUCTS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
+FLOAT_MATMULS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv"}
+INT8_MATMULS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 WIDENING = {"DequantizeLinear", "Cast", "Mul", "Sub"}
 """Operators that convert packed weights to float32."""
 
@@ -42,21 +42,21 @@ def audit(
         Counts and sizes of the optimized graph.
 
     Raises:
-        AuditFailed: a product computes in float32 after a DequantizeLinear, an int8 product has
-            signed inputs, there are fewer int8 products than int8 layers in the plan, a table is
-            widened before its Gather or product, a table's tensor is missing or has another number
+        AuditFailed: a matmul computes in float32 after a DequantizeLinear, an int8 matmul has
+            signed inputs, there are fewer int8 matmuls than int8 layers in the plan, a table is
+            widened before its Gather or matmul, a table's tensor is missing or has another number
             of rows, or the stored codes of a packed layer are missing or not read by MatMulNBits.
     """
     producers = {output: node for node in graph.node for output in node.output}
     initializers = {item.name: item for item in graph.initializer}
     faults = [
-        *_unfused_products(graph, producers),
-        *_products_of_signed_inputs(graph, producers, initializers),
-        *_widened_tables(graph, producers, initializers, tables),
+        *_describe_unfused_matmuls(graph, producers),
+        *_describe_matmuls_of_signed_inputs(graph, producers, initializers),
+        *_describe_widened_tables(graph, producers, initializers, tables),
     ]
     lines = plan.lines if plan else ()
     expected = sum(line.format == "static_int8" for line in lines)
-    int8_products = sum(node.op_type in INT8_PRODUCTS for node in graph.node)
+    int8_products = sum(node.op_type in INT8_MATMULS for node in graph.node)
     if int8_products < expected:
         faults.append(
             f"the plan has {expected} int8 layers, the graph {int8_products} int8 products"
@@ -68,23 +68,23 @@ def audit(
                 faults.append(f"table {table.module!r}: {name!r} was replaced by the runtime")
             elif entries is not None and entries != initializers[name].dims[0]:
                 faults.append(f"table {table.module!r}: {name!r} lost rows")
-    faults += _layers_without_product(graph, initializers, layers)
+    faults += _describe_layers_without_matmul(graph, initializers, layers)
     if faults:
         modules = [table.module for table in tables] + [layer.module for layer in layers]
-        raise AuditFailed("graph_not_as_ordered", faults=tuple(faults)).caused_by(
+        raise AuditFailed("graph_not_as_ordered", faults=tuple(faults)).name_cause(
             *(name for name in modules if any(f"{name!r}:" in fault for fault in faults))
         )
     return GraphAudit(
         nodes=dict(Counter(node.op_type for node in graph.node).most_common()),
         int8_products=int8_products,
         packed_tables=sum(table.format != "float32" for table in tables),
-        weight_bytes=sum(_size_in_bytes(item) for item in graph.initializer),
+        weight_bytes=sum(_count_bytes(item) for item in graph.initializer),
         packed_layers=sum(layer.packed for layer in layers),
         widened_layers=sum(layer.name not in initializers for layer in layers if not layer.packed),
     )
 
 
-def _layers_without_product(
+def _describe_layers_without_matmul(
     graph: onnx.GraphProto,
     initializers: dict[str, onnx.TensorProto],
     layers: tuple[LayerInitializer, ...],
@@ -106,17 +106,19 @@ def _layers_without_product(
     return faults
 
 
-def _unfused_products(graph: onnx.GraphProto, producers: dict[str, onnx.NodeProto]) -> list[str]:
-    """Describe the float products that read the output of a DequantizeLinear.
+def _describe_unfused_matmuls(
+    graph: onnx.GraphProto, producers: dict[str, onnx.NodeProto]
+) -> list[str]:
+    """Describe the float matmuls that read the output of a DequantizeLinear.
 
-    A product by a block of rows of a table is no fault: the rows are sliced before they are
-    dequantized, because an int8 product would round the other factor.
+    A matmul with a block of rows of a table is no fault: the rows are sliced before they are
+    dequantized, because an int8 matmul would round its other input.
     """
     return [
         f"{node.op_type} {node.name or node.output[0]!r} computes in float32 after a "
         f"DequantizeLinear"
         for node in graph.node
-        if node.op_type in FLOAT_PRODUCTS
+        if node.op_type in FLOAT_MATMULS
         and any(
             name in producers
             and producers[name].op_type == "DequantizeLinear"
@@ -130,12 +132,12 @@ def _is_slice(node: onnx.NodeProto | None) -> bool:
     return node is not None and node.op_type == "Slice"
 
 
-def _products_of_signed_inputs(
+def _describe_matmuls_of_signed_inputs(
     graph: onnx.GraphProto,
     producers: dict[str, onnx.NodeProto],
     initializers: dict[str, onnx.TensorProto],
 ) -> list[str]:
-    """Describe int8 products with signed inputs.
+    """Describe int8 matmuls with signed inputs.
 
     ONNX Runtime reorders weights once, at session start, if inputs are unsigned. For signed inputs,
     it reorders them at every call.
@@ -153,33 +155,33 @@ def _products_of_signed_inputs(
     return faults
 
 
-def _widened_tables(
+def _describe_widened_tables(
     graph: onnx.GraphProto,
     producers: dict[str, onnx.NodeProto],
     initializers: dict[str, onnx.TensorProto],
     tables: tuple[TableInitializers, ...],
 ) -> list[str]:
-    """Describe the Gathers and products that read a table that is dequantized at every call."""
+    """Describe the Gathers and matmuls that read a table that is dequantized at every call."""
     table_names = {name for table in tables for name in table.names}
     faults = []
     for node in graph.node:
-        is_product = node.op_type in FLOAT_PRODUCTS
-        if not (is_product or node.op_type.startswith("Gather")):
+        is_matmul = node.op_type in FLOAT_MATMULS
+        if not (is_matmul or node.op_type.startswith("Gather")):
             continue
-        for name in node.input if is_product else node.input[:1]:
+        for name in node.input if is_matmul else node.input[:1]:
             path = []
             while name in producers and producers[name].op_type in WIDENING:
                 path.append(producers[name].op_type)
                 name = producers[name].input[0]
-            if is_product and name not in table_names:
-                continue  # a dense layer, which ``_unfused_products`` checks
+            if is_matmul and name not in table_names:
+                continue  # a dense layer, which ``_describe_unfused_matmuls`` checks
             if path and name in initializers and len(initializers[name].dims) > 1:
-                what = "product" if is_product else "Gather"
+                what = "product" if is_matmul else "Gather"
                 faults.append(f"table {name!r} is widened ({', '.join(path)}) before its {what}")
     return faults
 
 
-def _size_in_bytes(item: onnx.TensorProto) -> int:
+def _count_bytes(item: onnx.TensorProto) -> int:
     """Return the bytes of an initializer, whose data may be in an external file."""
     bits_of_short_types = {int(onnx.TensorProto.INT4): 4, int(onnx.TensorProto.UINT4): 4}
     bits = bits_of_short_types.get(item.data_type)

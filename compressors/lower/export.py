@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import is_out_of_memory
 from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
-from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.modules.output_calibration import find_recalibration
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import rows_of_tables
 from compressors.core.state.tensor_files import TensorFile
@@ -94,7 +94,7 @@ def lower(
         AuditFailed: a packed weight is missing in the graph, or is larger there than in the model.
     """
     wrapper, program = export_program(model, served_graph, target, most_rows)
-    tables = _table_initializers(wrapper, program.model.graph)
+    tables = _collect_table_initializers(wrapper, program.model.graph)
     _convert_initializers(program.model, wrapper, target)
     initializers = program.model.graph.initializers
     tables = tuple(
@@ -102,10 +102,10 @@ def lower(
         for table in tables
         if any(depends_on_request(initializers[name]) for name in table.names)
     )
-    packed = _packed_weights(wrapper, program.model.graph)
-    small_before = _small_initializers(program.model.graph)
+    packed = _collect_packed_weights(wrapper, program.model.graph)
+    small_before = _describe_small_initializers(program.model.graph)
     simplify(program.model, _may_fold)
-    new_names = _merged_names(small_before, program.model.graph)
+    new_names = _map_merged_names(small_before, program.model.graph)
     packed = tuple(
         replace(tensor, name=new_names.get(tensor.name, tensor.name)) for tensor in packed
     )
@@ -116,19 +116,19 @@ def lower(
     _require_packed(packed, program.model.graph, target)
     _save(program, path, files)
     rows = rows_of_tables(model, served_graph.signature)
-    layers = _layer_initializers(wrapper, packed, target)
+    layers = _collect_layer_initializers(wrapper, packed, target)
     return Lowered(wrap_for_serving(model, served_graph, rows), tables, layers)
 
 
 def _save(program: torch.onnx.ONNXProgram, path: Path, files: Mapping[str, TensorFile]) -> None:
     """Write the graph; the weights of a large graph are written or linked next to it."""
-    if _inline_bytes(program.model) <= EXTERNAL_BYTES:
+    if _count_inline_bytes(program.model) <= EXTERNAL_BYTES:
         program.save(str(path), external_data=False)
         return
     values = program.model.graph.initializers.values()
     weights = [(value, value.const_value) for value in values]
     links = link_weights(program.model, path, files)
-    if _inline_bytes(program.model) <= EXTERNAL_BYTES:  # the links replace enough weights
+    if _count_inline_bytes(program.model) <= EXTERNAL_BYTES:  # the links replace enough weights
         ir.save(program.model, path)
         return
     for value, weight in weights:  # otherwise undo the links and write all weights to one file
@@ -138,7 +138,7 @@ def _save(program: torch.onnx.ONNXProgram, path: Path, files: Mapping[str, Tenso
     program.save(str(path), external_data=True)
 
 
-def _inline_bytes(model: ir.Model) -> int:
+def _count_inline_bytes(model: ir.Model) -> int:
     """Return the bytes of the initializers that are not in an external file yet."""
     values = (value.const_value for value in model.graph.initializers.values())
     return sum(value.nbytes for value in values if not isinstance(value, ir.ExternalTensor))
@@ -158,7 +158,7 @@ def export_program(
     signature = served_graph.signature
     rows = rows_of_tables(model, signature)
     lowering = lowering_target(target)
-    wrapper = wrap_for_serving(model, served_graph, rows, merge_lookups=lowering.merges_lookups)
+    wrapper = wrap_for_serving(model, served_graph, rows, merge_lookups=lowering.can_merge_lookups)
     translations = {
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
         torch.ops.aten.squeeze.default: squeeze_fixed,
@@ -166,7 +166,7 @@ def export_program(
         **lowering.translations(),
     }
     has_probabilities = any(output.form == "probability" for output in signature.outputs)
-    if has_probabilities and recalibration_of(wrapper.model) is not None:
+    if has_probabilities and find_recalibration(wrapper.model) is not None:
         translations[torch.ops.aten.sigmoid.default] = exact_sigmoid  # the map takes its logit
     inputs = generate_inputs(signature, rows, TRACE_ROWS)
     names = input_names(signature)
@@ -177,7 +177,7 @@ def export_program(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        original = _original_error(error)
+        original = _find_original_error(error)
         if isinstance(original, NotLowerable):
             raise copy.copy(original) from error
         reason = (str(original).strip().splitlines() or [repr(original)])[0].rstrip(".")
@@ -185,7 +185,7 @@ def export_program(
     return wrapper, program
 
 
-def _original_error(error: BaseException) -> BaseException:
+def _find_original_error(error: BaseException) -> BaseException:
     """Return the first error in a chain of causes; torch's exporter wraps it in other errors."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -252,12 +252,12 @@ class _PackedTensor:
     name: str
 
 
-def _packed_weights(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_PackedTensor, ...]:
+def _collect_packed_weights(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_PackedTensor, ...]:
     """Return the tensors of packed modules in a graph: weights of layers, all tensors of tables.
 
     Tensors of a table are left out if the looked-up rows are the same for every request.
     """
-    names = _names_of_tensors(wrapper)
+    names = _map_tensors_to_names(wrapper)
     result = []
     for module_name, module in wrapper.named_modules():
         if not isinstance(module, PackedTable | PackedLinear):
@@ -272,12 +272,12 @@ def _packed_weights(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_PackedTe
             value = graph.initializers[name]
             if isinstance(module, PackedTable) and not depends_on_request(value):
                 continue
-            unit = _unit_name(wrapper, module_name)
+            unit = _get_unit_name(wrapper, module_name)
             result.append(_PackedTensor(unit, module.storage.name, tensor.nbytes, name))
     return tuple(result)
 
 
-def _layer_initializers(
+def _collect_layer_initializers(
     wrapper: ServingWrapper, packed: tuple[_PackedTensor, ...], target: str
 ) -> tuple[LayerInitializer, ...]:
     """Return the initializer of each packed dense layer, and whether a runtime keeps it packed."""
@@ -311,14 +311,14 @@ def _require_packed(packed: tuple[_PackedTensor, ...], graph: ir.Graph, target: 
         if stored is None:
             raise AuditFailed(
                 "weight_replaced", target=target, unit=unit, expected=expected, format=form
-            ).caused_by(unit)
+            ).name_cause(unit)
         if (got := stored.nbytes) > expected:
             raise AuditFailed(
                 "weight_expanded", target=target, unit=unit, expected=expected, got=got, format=form
-            ).caused_by(unit)
+            ).name_cause(unit)
 
 
-def _small_initializers(graph: ir.Graph) -> dict[str, tuple[object, ...]]:
+def _describe_small_initializers(graph: ir.Graph) -> dict[str, tuple[object, ...]]:
     """Return dtype, shape and bytes of each small initializer; the optimizer merges equal ones."""
     return {
         name: (value.const_value.dtype, tuple(value.const_value.shape), value.const_value.tobytes())
@@ -327,9 +327,9 @@ def _small_initializers(graph: ir.Graph) -> dict[str, tuple[object, ...]]:
     }
 
 
-def _merged_names(before: dict[str, tuple[object, ...]], graph: ir.Graph) -> dict[str, str]:
+def _map_merged_names(before: dict[str, tuple[object, ...]], graph: ir.Graph) -> dict[str, str]:
     """Map the name of each initializer that was merged into an equal one to the new name."""
-    after = {content: name for name, content in _small_initializers(graph).items()}
+    after = {content: name for name, content in _describe_small_initializers(graph).items()}
     removed = before.keys() - graph.initializers.keys()
     return {name: after[before[name]] for name in removed if before[name] in after}
 
@@ -340,7 +340,7 @@ def _rename_initializers(table: TableInitializers, new_names: dict[str, str]) ->
     return table.model_copy(update={"names": names, "every": every})
 
 
-def _names_of_tensors(wrapper: ServingWrapper) -> dict[int, list[str]]:
+def _map_tensors_to_names(wrapper: ServingWrapper) -> dict[int, list[str]]:
     """Return all names of each tensor by ``id``; a graph stores a tied tensor under one of them."""
     names: dict[int, list[str]] = {}
     for name, tensor in wrapper.state_dict(keep_vars=True).items():
@@ -348,9 +348,11 @@ def _names_of_tensors(wrapper: ServingWrapper) -> dict[int, list[str]]:
     return names
 
 
-def _table_initializers(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[TableInitializers, ...]:
+def _collect_table_initializers(
+    wrapper: ServingWrapper, graph: ir.Graph
+) -> tuple[TableInitializers, ...]:
     """Return the initializers of each table in a graph, without tables that are never looked up."""
-    names, result = _names_of_tensors(wrapper), []
+    names, result = _map_tensors_to_names(wrapper), []
     for name, module in wrapper.named_modules():
         rows_per_entry: dict[str, int] = {}
         if isinstance(module, PackedTable):
@@ -371,7 +373,7 @@ def _table_initializers(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[Table
         }
         result.append(
             TableInitializers(
-                module=_unit_name(wrapper, name),
+                module=_get_unit_name(wrapper, name),
                 rows=rows,
                 format=storage_format,
                 names=stored_names,
@@ -382,7 +384,7 @@ def _table_initializers(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[Table
     return tuple(result)
 
 
-def _unit_name(wrapper: ServingWrapper, name: str) -> str:
+def _get_unit_name(wrapper: ServingWrapper, name: str) -> str:
     """Return the name of a unit in plans: a table inside a bag has the bag's name."""
     parent_name, _, attribute = name.rpartition(".")
     parent = wrapper.get_submodule(parent_name)
@@ -394,7 +396,11 @@ def _unit_name(wrapper: ServingWrapper, name: str) -> str:
 
 def _convert_initializers(model: ir.Model, wrapper: ServingWrapper, target: str) -> None:
     """Convert tensors of packed tables and layers to types and shapes that a target accepts."""
-    names, converted_names, lowering = _names_of_tensors(wrapper), set(), lowering_target(target)
+    names, converted_names, lowering = (
+        _map_tensors_to_names(wrapper),
+        set(),
+        lowering_target(target),
+    )
     for module in wrapper.modules():
         if not isinstance(module, PackedTable | PackedLinear):
             continue
@@ -406,9 +412,9 @@ def _convert_initializers(model: ir.Model, wrapper: ServingWrapper, target: str)
             value = _require_initializer(model, name)
             values = value.const_value.numpy()
             if isinstance(module, PackedTable):
-                converted = lowering.retyped_table(module, stored, values)
+                converted = lowering.convert_table_tensor(module, stored, values)
             else:
-                converted = lowering.retyped_layer(module, stored, values)
+                converted = lowering.convert_layer_tensor(module, stored, values)
             if converted is not None:
                 _set_tensor(value, converted)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from compressors.core.state.tensor_files import LARGE_BYTES, TensorFile, file_of
+from compressors.core.state.tensor_files import LARGE_BYTES, TensorFile, find_file
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def link_weights(model: ir.Model, path: Path, files: Mapping[str, TensorFile]) -
         weights = getattr(value.const_value, "raw", None)  # torch's exporter keeps its tensors
         if not isinstance(weights, torch.Tensor) or weights.nbytes < LARGE_BYTES:
             continue
-        file = file_of(weights, files)
+        file = find_file(weights, files)
         # Other sizes: a target's conversion changed the tensor, so it is not the one in the file.
         if file is None or value.const_value.nbytes != weights.nbytes:
             continue

@@ -117,15 +117,15 @@ def first_difference(
         expected = traced.values[node].detach()
         if tuple(expected.shape) != value.value.shape or not expected.numel():
             continue
-        relative, position = _largest_difference(node, expected, value.value, traced.values)
+        relative, position = _find_largest_difference(node, expected, value.value, traced.values)
         if not relative or (worst is not None and relative <= worst[0]):
             continue
         is_clear = relative > max(allowed, ROUNDING)
         difference = TensorDifference(
             name=value.name,
             operator=value.operator,
-            module=_module_path(node),
-            source=_source_line(node),
+            module=_find_module_path(node),
+            source=_find_source_line(node),
             place=position,
             expected=float(expected[position]),
             found=float(value.value[position]),
@@ -137,7 +137,7 @@ def first_difference(
     return None if worst is None else worst[1]
 
 
-def _largest_difference(
+def _find_largest_difference(
     node: fx.Node, expected: Tensor, actual: NDArray[Any], values: Mapping[fx.Node, Tensor]
 ) -> tuple[float, tuple[int, ...]]:
     """Return the largest difference, relative to the largest absolute value, and its position."""
@@ -148,31 +148,33 @@ def _largest_difference(
     differences[np.isnan(differences)] = np.inf  # one value is NaN, or infinities differ in sign
     if str(node.target).split(".")[1:2] and str(node.target).split(".")[1] in SUMMING_OPERATORS:
         operands = [values[item] for item in node.all_input_nodes if item in values]
-        rounding = max((_largest_finite(item.double().numpy()) for item in operands), default=0.0)
+        rounding = max(
+            (_find_largest_finite(item.double().numpy()) for item in operands), default=0.0
+        )
         differences = np.maximum(differences - CANCELLATION * rounding, 0.0)
     position = tuple(
         int(number) for number in np.unravel_index(int(np.argmax(differences)), differences.shape)
     )
     largest = float(differences[position])
-    magnitude = max(_largest_finite(first), _largest_finite(second))
+    magnitude = max(_find_largest_finite(first), _find_largest_finite(second))
     is_relative = magnitude and np.isfinite(largest)
     return (largest / magnitude if is_relative else largest), position
 
 
-def _largest_finite(values: NDArray[np.float64]) -> float:
+def _find_largest_finite(values: NDArray[np.float64]) -> float:
     """Return the largest finite absolute value; 0 if there is none."""
     finite = values[np.isfinite(values)]
     return float(np.abs(finite).max(initial=0.0))
 
 
-def _module_path(node: fx.Node) -> str:
+def _find_module_path(node: fx.Node) -> str:
     """Return the path of the innermost submodule that a node belongs to; empty for the network."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()), ("",))[0]
     return str(path).removeprefix("model").removeprefix(".")
 
 
-def _source_line(node: fx.Node) -> str:
+def _find_source_line(node: fx.Node) -> str:
     """Return file, line and code that call a node, without frames of torch and of this package.
 
     Empty if the node is not called from the network's code.

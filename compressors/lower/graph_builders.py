@@ -121,7 +121,7 @@ def integers_from_bytes(byte_values: Any, count: int) -> Any:
 
 
 def position_from_rank(rank: Any, before: Any, ids: Any) -> Any:
-    """Build the position of rows in one of the two parts of a pruned table: kept and other rows.
+    """Build the index of rows in one of the two parts of a pruned table: kept and other rows.
 
     Args:
         rank: int64 ``(*ids,)``. For a kept row, its index among the kept rows of its block; for
@@ -130,7 +130,7 @@ def position_from_rank(rank: Any, before: Any, ids: Any) -> Any:
         ids: row numbers, ``(*ids,)``.
 
     Returns:
-        Int64 ``(*ids,)``; -1 minus the position for rows that are not kept.
+        Int64 ``(*ids,)``; -1 minus the index for rows that are not kept.
     """
     block = op.Div(op.Cast(ids, to=INT64), op.Constant(value_int=BLOCK))
     kept_before = op.Cast(op.Gather(before, block, axis=0), to=INT64)

@@ -58,7 +58,7 @@ def check_parity(
     is_nan = np.isnan(expected)
     if not np.array_equal(is_nan, np.isnan(actual)):
         raise ParityLost(
-            _with_worst_row(
+            _add_worst_row(
                 ParityFailure(code="parity_nan", target=target),
                 is_nan != np.isnan(actual),
                 expected,
@@ -101,7 +101,7 @@ def check_parity(
             },
             spread=spread,
         )
-        raise ParityLost(_with_worst_row(failure, differences, expected, actual))
+        raise ParityLost(_add_worst_row(failure, differences, expected, actual))
     return parity
 
 
@@ -119,11 +119,12 @@ def check_outputs(
             each with limits that are relative to its own spread.
         actual: the graph's, in the same shape.
         outputs: the names of the graph's outputs.
-        plan: as for ``check_parity``.
-        target: as for ``check_parity``.
+        plan: the compression plan, whose formats decide the limits; None if uncompressed.
+        target: name of the serving target.
 
     Raises:
-        ParityLost: as ``check_parity``; its failure names the output if there are several.
+        ParityLost: ``check_parity`` raises it for an output, which the failure names if there are
+            several.
     """
     if len(outputs) == 1 or expected.shape != actual.shape:
         return (check_parity(expected, actual, plan, target),)
@@ -160,7 +161,7 @@ def absolute_differences(expected: FloatArray, actual: FloatArray) -> NDArray[np
     return gap
 
 
-def _with_worst_row(
+def _add_worst_row(
     failure: ParityFailure, gap: NDArray[Any], expected: FloatArray, actual: FloatArray
 ) -> ParityFailure:
     """Return a failure with the row and the two scores for which ``gap`` is largest."""

@@ -26,7 +26,7 @@ from compressors.contracts import (
 from compressors.core.modules.formats import Bag
 from compressors.core.scores import call_network, join_columns, output_tensors
 from compressors.core.units import plain_bag, private_copy, swap
-from compressors.lower.merged.merged_tables import MergedTable, table_groups, with_merged_tables
+from compressors.lower.merged.merged_tables import MergedTable, replace_merged_tables, table_groups
 from compressors.lower.value_policy import apply_policy
 
 SCORE = "score"
@@ -80,7 +80,7 @@ def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
         return (ServedGraph("model", signature, "", outputs),)
     towers = signature.towers.named()
     if signature.shares_tower:
-        of_both = _with_longest_lists(*(signature.of_tower(name) for name in towers))
+        of_both = _allow_longest_lists(*(signature.of_tower(name) for name in towers))
         module = signature.towers.query.module
         return (ServedGraph(ENCODER, of_both, module, (VECTOR,), tuple(towers)),)
     return tuple(
@@ -89,7 +89,7 @@ def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
     )
 
 
-def _with_longest_lists(query: Signature, item: Signature) -> Signature:
+def _allow_longest_lists(query: Signature, item: Signature) -> Signature:
     """Return the signature of the query tower, whose sequences may be as long as in either."""
     inputs = tuple(
         first.model_copy(update={"shape": max(first.shape, second.shape)})
@@ -101,7 +101,7 @@ def _with_longest_lists(query: Signature, item: Signature) -> Signature:
 
 
 class ServingWrapper(nn.Module):
-    """The exported module: applies the id policy, runs one graph's submodule, converts the outputs.
+    """The exported module: replaces invalid ids, runs one graph's submodule, converts the outputs.
 
     Its inputs are tensors in the order of ``input_names(served_graph.signature)``.
 
@@ -157,13 +157,13 @@ class ServingWrapper(nn.Module):
         else:
             scores = output_tensors(output, self.signature)
         served = tuple(
-            _served_score(declared, score, refused)
+            _refuse_rows(declared, score, refused)
             for declared, score in zip(self.signature.outputs, scores, strict=True)
         )
         return served if self.signature.has_several_outputs else served[0]
 
 
-def _served_score(declared: Output, score: Tensor, refused: Tensor | None) -> Tensor:
+def _refuse_rows(declared: Output, score: Tensor, refused: Tensor | None) -> Tensor:
     """Return an output ``(rows,)`` as it is served; rows in ``refused`` are NaN."""
     if declared.form == "logit":
         score = torch.sigmoid(score)
@@ -219,7 +219,7 @@ def wrap_for_serving(
     groups = table_groups(copy, served_graph.part(copy), served_graph.signature, rows_of_table)
     lookups = [MergedTable(group, rows_of_table) for group in groups]
     return ServingWrapper(
-        with_merged_tables(copy, groups), served_graph, rows_of_table, lookups
+        replace_merged_tables(copy, groups), served_graph, rows_of_table, lookups
     ).eval()
 
 

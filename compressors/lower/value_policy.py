@@ -44,15 +44,17 @@ def apply_policy(
     if isinstance(item, MatrixInput):
         return _apply_to_matrix(item, inputs, rows_of_table)
     values = inputs[item.name]
-    inside, default = _clamp(values, value_ranges(item, rows_of_table))
+    inside, default = _clamp_to_range(values, value_ranges(item, rows_of_table))
     outside = inside != values  # one operator less than comparing with both bounds
     if item.out_of_range == "default_row":
         inside = torch.where(outside, default, values)
     inputs[item.name] = inside
-    return _refused_rows(item, outside, inputs)
+    return _find_refused_rows(item, outside, inputs)
 
 
-def _clamp(values: Tensor, ranges: tuple[ValueRange, ...]) -> tuple[Tensor, float | Tensor]:
+def _clamp_to_range(
+    values: Tensor, ranges: tuple[ValueRange, ...]
+) -> tuple[Tensor, float | Tensor]:
     """Return values clamped to their range, and the default of each column.
 
     Args:
@@ -62,16 +64,18 @@ def _clamp(values: Tensor, ranges: tuple[ValueRange, ...]) -> tuple[Tensor, floa
     if len(ranges) == 1:
         only = ranges[0]
         return values.clamp(only.first, only.last), only.default
-    first, last, default = (_row_like(values, bounds) for bounds in zip(*ranges, strict=True))
+    first, last, default = (
+        _create_row_like(values, bounds) for bounds in zip(*ranges, strict=True)
+    )
     return torch.minimum(torch.maximum(values, first), last), default
 
 
-def _row_like(values: Tensor, numbers: Sequence[float]) -> Tensor:
+def _create_row_like(values: Tensor, numbers: Sequence[float]) -> Tensor:
     """Return one number per column, ``(columns,)``, with the dtype and device of ``values``."""
     return torch.tensor(numbers, dtype=values.dtype, device=values.device)
 
 
-def _refused_rows(
+def _find_refused_rows(
     item: BoundedInput, outside: Tensor, inputs: Mapping[str, Tensor]
 ) -> Tensor | None:
     """Return which rows to refuse, bool ``(rows,)``; None if this input refuses none.
@@ -98,7 +102,7 @@ def _refused_rows(
 def _apply_to_matrix(
     item: MatrixInput, inputs: dict[str, Tensor], rows_of_table: Mapping[str, int]
 ) -> Tensor | None:
-    """Apply the policy of each field to its columns of a matrix; as ``apply_policy``.
+    """Apply the policy of each field to its columns of a matrix, as ``apply_policy`` does to an id.
 
     Columns of numbers have the range from minus to plus infinity, so their values stay the same.
     """
@@ -123,11 +127,13 @@ def _apply_to_matrix(
             first.append(column.first)
             last.append(column.last)
             default.append(column.default)
-    inside = torch.minimum(torch.maximum(matrix, _row_like(matrix, first)), _row_like(matrix, last))
+    inside = torch.minimum(
+        torch.maximum(matrix, _create_row_like(matrix, first)), _create_row_like(matrix, last)
+    )
     outside = inside != matrix  # (rows, width)
     if any(has_default):
         mask = torch.tensor(has_default, device=matrix.device)
-        inside = torch.where(outside & mask, _row_like(matrix, default), inside)
+        inside = torch.where(outside & mask, _create_row_like(matrix, default), inside)
     inputs[item.name] = inside
     if not any(is_refusing):
         return None

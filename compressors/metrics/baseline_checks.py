@@ -173,8 +173,8 @@ def _split_outputs(values: Array) -> list[Array]:
 
 def _has_mixed_group(label: Array, group: Array) -> bool:
     """Whether at least one group has rows with different labels."""
-    order = np.lexsort((label, group))
-    labels, groups = label[order], group[order]
+    permutation = np.lexsort((label, group))
+    labels, groups = label[permutation], group[permutation]
     return bool(((groups[1:] == groups[:-1]) & (labels[1:] != labels[:-1])).any())
 
 

@@ -57,7 +57,7 @@ class Groups(NamedTuple):
     ids: Ints
     rows: Ints
 
-    def sums(self, values: NDArray[np.generic]) -> Floats:
+    def sum_by_group(self, values: NDArray[np.generic]) -> Floats:
         """Sum ``values`` ``(rows,)`` by group: float64 ``(groups,)``."""
         return np.bincount(self.ids, weights=values, minlength=self.rows.size).astype(np.float64)
 
@@ -127,7 +127,7 @@ def interval(value: GroupedValue) -> tuple[float, float]:
         return value.point, value.point
     count = share.size
     center = count * value.point - (count - 1) * float(value.left_out.mean())
-    freedom = _degrees_of_freedom(value, share)
+    freedom = _compute_degrees_of_freedom(value, share)
     half_width = float(stdtrit(freedom, 1 - TAIL)) * variance**0.5
     return min(center - half_width, value.point), max(center + half_width, value.point)
 
@@ -136,7 +136,7 @@ def mean_of_rows(values: Floats, groups: Groups) -> GroupedValue:
     """Compute the mean of ``values`` ``(rows,)``, with and without each group."""
     total, rows = float(values.sum()), values.size
     point = total / rows
-    left_out = ratio(total - groups.sums(values), rows - groups.rows)
+    left_out = ratio(total - groups.sum_by_group(values), rows - groups.rows)
     return GroupedValue(point, left_out, groups.rows.astype(float), values - point, groups)
 
 
@@ -151,7 +151,7 @@ def weighted_mean(values: Floats, weight: Floats) -> GroupedValue:
     return GroupedValue(point, left_out, weight)
 
 
-def grouped_pair(
+def pair_groups(
     before: GroupedValue,
     after: GroupedValue,
     max_value: float,
@@ -191,14 +191,14 @@ def ratio(numerator: Floats, denominator: Floats | NDArray[np.intp]) -> Floats:
     return quotient
 
 
-def _degrees_of_freedom(value: GroupedValue, share: Floats) -> float:
+def _compute_degrees_of_freedom(value: GroupedValue, share: Floats) -> float:
     """Compute Satterthwaite's degrees of freedom of the variance, at least 1.
 
     In the working model, the mean of a group has the variance ``between + within / rows``. The
     variance estimate is a quadratic form of the group means. Its degrees of freedom are twice its
     squared expectation divided by its variance. Both are computed in O(groups) from sums.
     """
-    spread = _variance_of_means(value)
+    spread = _estimate_variance_of_means(value)
     # ``shared[i]`` is the covariance of group i's mean and the weighted mean of all groups. The
     # deviation of group i is the first minus the second. Deviations of groups i and j have the
     # covariance ``base - shared[i] - shared[j]``, and ``diagonal[i]`` is the variance of one. The
@@ -219,12 +219,12 @@ def _degrees_of_freedom(value: GroupedValue, share: Floats) -> float:
     return max(1.0, expected**2 / float(all_pairs + correction))
 
 
-def _variance_of_means(value: GroupedValue) -> Floats:
+def _estimate_variance_of_means(value: GroupedValue) -> Floats:
     """Estimate the variance of each group's mean, up to a common factor, ``(groups,)``."""
     if value.influence is None or value.groups is None:
         return np.ones(value.weight.size)
     rows = value.groups.rows.astype(np.float64)
-    sums = value.groups.sums(value.influence)
+    sums = value.groups.sum_by_group(value.influence)
     freedom_within = value.influence.size - rows.size
     residual = value.influence - (sums / rows)[value.groups.ids]
     within = float(residual @ residual) / freedom_within if freedom_within else 0.0

@@ -40,7 +40,7 @@ class Interactions:
     item: ArrayLike
     label: ArrayLike
 
-    def positive(self) -> tuple[Ints, Ints]:
+    def select_positive(self) -> tuple[Ints, Ints]:
         """Return queries and items of the positive rows."""
         positive = np.asarray(self.label) > 0
         return np.asarray(self.query)[positive], np.asarray(self.item)[positive]
@@ -89,7 +89,7 @@ def ranking_queries(
         MetricRefused: a test item is not in the catalogue, or no query has a relevant item.
     """
     ids = np.asarray(catalogue)
-    test_queries, test_items = test.positive()
+    test_queries, test_items = test.select_positive()
     queries = np.unique(test_queries)
     relevant = _encode_pairs(test_queries, test_items, queries, ids)
     if relevant.size < np.unique(np.stack([test_queries, test_items]), axis=1).shape[1]:
@@ -97,10 +97,10 @@ def ranking_queries(
     hidden = np.unique(
         np.concatenate(
             [np.empty(0, np.int64)]
-            + [_encode_pairs(*part.positive(), queries, ids) for part in earlier]
+            + [_encode_pairs(*part.select_positive(), queries, ids) for part in earlier]
         )
     )
-    gain = _largest_labels(test, relevant, queries, ids)
+    gain = _find_largest_labels(test, relevant, queries, ids)
     is_new = np.isin(relevant, hidden, assume_unique=True, invert=True)
     relevant, gain = relevant[is_new], gain[is_new]
     if not relevant.size:
@@ -110,7 +110,7 @@ def ranking_queries(
     number = np.full(queries.size, -1)
     number[remaining] = np.arange(remaining.size)
 
-    def renumbered(pairs: Ints) -> Ints:
+    def renumber(pairs: Ints) -> Ints:
         owner = number[pairs // ids.size]
         remaining_pairs: Ints = (owner * ids.size + pairs % ids.size)[owner >= 0]
         return remaining_pairs
@@ -118,7 +118,7 @@ def ranking_queries(
     all_queries, first = np.unique(np.asarray(test.query), return_index=True)
     query = queries[remaining]
     row = first[np.searchsorted(all_queries, query)]
-    return RankingQueries(query, row, renumbered(relevant), renumbered(hidden), ids.size, gain)
+    return RankingQueries(query, row, renumber(relevant), renumber(hidden), ids.size, gain)
 
 
 class RankedVectors(NamedTuple):
@@ -130,7 +130,7 @@ class RankedVectors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RelevantPlaces:
+class RelevantRanks:
     """The positions of all relevant items in the rankings of their queries.
 
     Attributes:
@@ -150,7 +150,7 @@ class RelevantPlaces:
     depth: int
     gain: Floats
 
-    def ideal_sums(self, discounts: Floats) -> Floats:
+    def sum_ideal_gains(self, discounts: Floats) -> Floats:
         """Sum gains times discounts by query in the best ranking: float64 ``(queries,)``.
 
         Args:
@@ -160,18 +160,20 @@ class RelevantPlaces:
         first = np.cumsum(self.relevant) - self.relevant  # of each query
         rank = np.arange(self.query.size) - first[self.query]
         padded = np.append(discounts, 0.0)[np.minimum(rank, discounts.size)]
-        return self.sums(self.gain[best] * padded)
+        return self.sum_by_query(self.gain[best] * padded)
 
-    def sums(self, values: Floats) -> Floats:
+    def sum_by_query(self, values: Floats) -> Floats:
         """Sum values of relevant items ``(pairs,)`` by query: float64 ``(queries,)``."""
         total = np.bincount(self.query, weights=values, minlength=self.relevant.size)
         return total.astype(np.float64, copy=False)
 
-    def tie_blocks(self) -> TieBlocks:
+    def group_ties(self) -> TieBlocks:
         """Group the relevant items of the first ``depth`` ranks by query and score."""
         counted = self.above < self.depth
-        place = self.query[counted] * self.depth + self.above[counted]
-        first_rank, pair, relevant = np.unique(place, return_index=True, return_counts=True)
+        query_and_rank = self.query[counted] * self.depth + self.above[counted]
+        first_rank, pair, relevant = np.unique(
+            query_and_rank, return_index=True, return_counts=True
+        )
         return TieBlocks(
             first_rank // self.depth,
             first_rank % self.depth,
@@ -181,9 +183,9 @@ class RelevantPlaces:
         )
 
 
-def relevant_places(
+def rank_relevant_items(
     query: Float32s, item: Float32s, queries: RankingQueries, depth: int = DEPTH
-) -> RelevantPlaces:
+) -> RelevantRanks:
     """Rank the catalogue for every query, and find the positions of its relevant items.
 
     Args:
@@ -215,7 +217,7 @@ def relevant_places(
         )
     owner = queries.relevant // queries.items
     relevant = np.bincount(owner, minlength=queries.query.size)
-    return RelevantPlaces(owner, above, equal, relevant, depth, queries.gain)
+    return RelevantRanks(owner, above, equal, relevant, depth, queries.gain)
 
 
 def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, Floats]:
@@ -229,17 +231,18 @@ def ranking_metrics(vectors: RankedVectors, names: Iterable[str]) -> dict[str, F
         By metric name, the value of each query, float64 ``(queries,)``.
 
     Raises:
-        MetricRefused: as ``relevant_places``, or a metric has no such estimator.
+        MetricRefused: a vector is not finite or has another length, or a metric has no such
+            estimator.
     """
     declared = [metric(name) for name in names]
     depth = max((item.depth for item in declared if item.depth is not None), default=DEPTH)
-    places = relevant_places(*vectors, depth)
+    ranks = rank_relevant_items(*vectors, depth)
     values = {}
     for item in declared:
         estimator = item.estimator("queries")
         if estimator is None:
             raise MetricRefused("interval_metric_unknown", metric=item.name)
-        values[item.name] = estimator.of_queries(places)
+        values[item.name] = estimator.compute_per_query(ranks)
     return values
 
 
@@ -272,9 +275,11 @@ def _encode_pairs(
 
     Pairs whose query or item is unknown are omitted.
     """
-    order = np.argsort(catalogue)
-    item_index = order[
-        np.searchsorted(catalogue, interaction_items, sorter=order).clip(max=catalogue.size - 1)
+    permutation = np.argsort(catalogue)
+    item_index = permutation[
+        np.searchsorted(catalogue, interaction_items, sorter=permutation).clip(
+            max=catalogue.size - 1
+        )
     ]
     number = np.searchsorted(queries, interaction_queries).clip(max=queries.size - 1)
     known = (catalogue[item_index] == interaction_items) & (queries[number] == interaction_queries)
@@ -282,7 +287,7 @@ def _encode_pairs(
     return pairs
 
 
-def _largest_labels(test: Interactions, pairs: Ints, queries: Ints, catalogue: Ints) -> Floats:
+def _find_largest_labels(test: Interactions, pairs: Ints, queries: Ints, catalogue: Ints) -> Floats:
     """Return the largest label of the test rows of each pair, float64 ``(pairs,)``.
 
     Args:
@@ -292,9 +297,9 @@ def _largest_labels(test: Interactions, pairs: Ints, queries: Ints, catalogue: I
         catalogue: the id of every item.
     """
     labels = np.asarray(test.label, np.float64)
-    order = np.argsort(catalogue)
-    query, item = test.positive()
-    item_index = order[np.searchsorted(catalogue, item, sorter=order)]
+    permutation = np.argsort(catalogue)
+    query, item = test.select_positive()
+    item_index = permutation[np.searchsorted(catalogue, item, sorter=permutation)]
     pair = np.searchsorted(queries, query) * catalogue.size + item_index
     gain: Floats = np.zeros(pairs.size)
     np.maximum.at(gain, np.searchsorted(pairs, pair), labels[labels > 0])
@@ -304,7 +309,7 @@ def _largest_labels(test: Interactions, pairs: Ints, queries: Ints, catalogue: I
 def _require_valid_vectors(
     query: Float32s, item: Float32s, queries: RankingQueries, k: int
 ) -> None:
-    """Raise ``MetricRefused`` if the arguments of ``relevant_places`` are not valid."""
+    """Raise ``MetricRefused`` if the arguments of ``rank_relevant_items`` are not valid."""
     if k < 1:
         raise MetricRefused("depth_below_one", depth=k)
     shapes: Sequence[tuple[str, Float32s, int]] = (

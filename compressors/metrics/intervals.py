@@ -4,12 +4,12 @@ Baseline and candidate are evaluated on the same rows, and their difference is p
 variation that affects both models, such as easy and hard rows, cancels, and the interval of the
 difference is many times narrower than that of either model.
 
-A unit in this file is what varies independently: a row, a group or a query. (In plans, a unit is a
-table or dense layer.) Rows without a group are units. Their intervals are computed by the
-percentile bootstrap, in which every replicate draws the same rows for both models. Source: Efron
-and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13. Rows with a group (users,
-queries) are not independent: their intervals treat whole groups as the units
-(``cluster_intervals.py``). Intervals of latencies resample the rounds of the measurement.
+An observation in this file is what varies independently: a row, a query or a whole group. Rows
+without a group are observations. Their intervals are computed by the percentile bootstrap, in which
+every replicate draws the same rows for both models. Source: Efron and Tibshirani 1993, "An
+Introduction to the Bootstrap", chapter 13. Rows with a group (users, queries) are not independent:
+their intervals are computed by a jackknife of whole groups (``cluster_intervals.py`` in this
+folder). Intervals of latencies resample the rounds of the measurement.
 """
 
 import math
@@ -34,11 +34,11 @@ TAIL = 0.025
 MIN_SAMPLES = 100
 """Smallest number of replicates: with fewer, only one or two are beyond each end of an interval."""
 
-MIN_UNITS = 10
-"""Smallest number of units, or of rows of each class, for an interval.
+MIN_OBSERVATIONS = 10
+"""Smallest number of observations, or of rows of each class, for an interval.
 
-With fewer units, replicates hardly differ and the interval would be too narrow. With a single unit,
-its width would be 0, as if the number were exact.
+With fewer, replicates hardly differ and the interval would be too narrow. With a single one, its
+width would be 0, as if the number were exact.
 """
 
 LATENCY_BLOCK_BYTES = 32 * 2**20
@@ -46,7 +46,7 @@ LATENCY_BLOCK_BYTES = 32 * 2**20
 
 Counts = NDArray[np.intp]
 Statistic = Callable[[Counts], float]
-"""Maps how often a resample contains each unit to the metric; NaN if it is undefined."""
+"""Maps how often a bootstrap replicate has each observation to the metric; NaN if undefined."""
 
 
 class PairedRows(NamedTuple):
@@ -64,7 +64,7 @@ class PairedRows(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """The metric of both models as functions of a resample, and the number of rows."""
+    """The metric of both models as functions of a bootstrap replicate, and the number of rows."""
 
     rows: int
     before: Statistic
@@ -101,7 +101,7 @@ def estimate_pair(
         baseline: scores (log loss and entropy: probabilities) of the baseline, ``(rows,)``.
         candidate: scores of the candidate on the same rows, ``(rows,)``.
         group: user or query of each row, ``(rows,)``; needed by ``gauc`` and by metrics at a
-            depth k. With it the intervals treat groups as the units.
+            depth k. With it the intervals treat groups as the observations.
         samples: replicates of the bootstrap of rows without a group; at least 100. With 1000, the
             ends vary by about 5 % of the width between seeds.
         seed: seed of this bootstrap; the same seed gives the same intervals. Intervals of rows with
@@ -128,14 +128,14 @@ def estimate_pair(
         raise MetricRefused("interval_metric_unknown", metric=metric_name)
     rows = PairedRows(label, baseline, candidate, group)
     if group is not None:
-        return _paired_groups(estimator.of_groups(rows), np.size(label))
+        return _estimate_paired_groups(estimator.jackknife_groups(rows), np.size(label))
     if declared.needs_group:
         raise MetricRefused("metric_needs_groups", metric=metric_name)
-    units, before, after = estimator.of_rows(rows)
-    return _bootstrap_pair(units, before, after, np.size(label), samples, seed)
+    observations, before, after = estimator.bootstrap_rows(rows)
+    return _bootstrap_pair(observations, before, after, np.size(label), samples, seed)
 
 
-def paired_means(
+def compare_means(
     baseline: ArrayLike, candidate: ArrayLike, rows: int, samples: int = 1000, seed: int = 0
 ) -> PairedEstimate:
     """Compare two models' means over queries, with intervals from a bootstrap of queries.
@@ -157,13 +157,13 @@ def paired_means(
         raise MetricRefused("values_unpaired", baseline=before.shape, candidate=after.shape)
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise MetricRefused("values_not_finite")
-    require_units("queries with a new item", before.size)
+    require_observations("queries with a new item", before.size)
     return _bootstrap_pair(
         before.size, mean_statistic(before), mean_statistic(after), rows, samples, seed
     )
 
 
-def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
+def _estimate_paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
     """Build the estimates of rows with groups; intervals are clipped to the metric's range."""
     largest = pair.max_value
     change = pair.after.minus(pair.before)
@@ -192,15 +192,16 @@ def _paired_groups(pair: GroupedPair, rows: int) -> PairedEstimate:
 
 
 def _bootstrap_pair(
-    units: int, before: Statistic, after: Statistic, rows: int, samples: int, seed: int
+    observations: int, before: Statistic, after: Statistic, rows: int, samples: int, seed: int
 ) -> PairedEstimate:
-    """Build the estimates of two models by a bootstrap of ``units`` independent units.
+    """Build the estimates of two models by a bootstrap of independent observations.
 
-    The units are rows or queries; ``rows`` is the number of rows that the estimates report.
+    ``observations`` is the number of rows or queries that are resampled, ``rows`` the number of
+    rows that the estimates report.
     """
-    each_once = np.ones(units, dtype=np.intp)
+    each_once = np.ones(observations, dtype=np.intp)
     point_before, point_after = before(each_once), after(each_once)
-    values_before, values_after = _replicates(units, before, after, samples, seed)
+    values_before, values_after = _compute_replicates(observations, before, after, samples, seed)
     difference = _estimate(point_after - point_before, values_after - values_before, rows)
     return PairedEstimate(
         baseline=_estimate(point_before, values_before, rows),
@@ -230,7 +231,7 @@ def latency(ms: ArrayLike, quantile: float, samples: int = 1000, seed: int = 0) 
             positive and finite.
     """
     times = _check_times("latency", ms, quantile, samples)
-    values = _quantiles(times[None], quantile, samples, seed)
+    values = _compute_quantiles(times[None], quantile, samples, seed)
     return _estimate(float(np.quantile(times, quantile)), values[0], None)
 
 
@@ -257,17 +258,18 @@ def latency_ratio(
         The ratio, unitless; below 1 the candidate is faster. ``rows`` is None.
 
     Raises:
-        MetricRefused: as ``latency``, for either model.
+        MetricRefused: for either model, there are fewer rounds than ``rounds_needed(quantile)``, or
+            a time is not positive and finite.
     """
     before = _check_times("baseline latency", baseline_ms, quantile, samples)
     after = _check_times("candidate latency", candidate_ms, quantile, samples)
     if before.size == after.size:
-        values = _quantiles(np.stack([before, after]), quantile, samples, seed)
+        values = _compute_quantiles(np.stack([before, after]), quantile, samples, seed)
     else:
         seeds = np.random.SeedSequence(seed).spawn(2)
         values = np.concatenate(
             [
-                _quantiles(times[None], quantile, samples, model_seed)
+                _compute_quantiles(times[None], quantile, samples, model_seed)
                 for times, model_seed in zip((before, after), seeds, strict=True)
             ]
         )
@@ -286,24 +288,24 @@ def rounds_needed(quantile: float) -> int:
 
 
 def mean_statistic(values: Floats) -> Statistic:
-    """Return the mean of ``values`` ``(units,)`` as a function of how often each is drawn."""
+    """Return the mean of ``values`` as a function of how often each one is drawn."""
     return lambda counts: float(counts @ values) / float(counts.sum())
 
 
-def _replicates(
-    units: int, before: Statistic, after: Statistic, samples: int, seed: int
+def _compute_replicates(
+    observations: int, before: Statistic, after: Statistic, samples: int, seed: int
 ) -> tuple[Floats, Floats]:
-    """Compute both metrics of ``samples`` resamples, each ``(samples,)``.
+    """Compute both metrics of ``samples`` bootstrap replicates, each ``(samples,)``.
 
-    One resample is drawn at a time, so memory does not grow with ``samples``; both models use the
-    same resample. A resample with rows of only one class has no AUC and is drawn again. With at
-    least ``MIN_UNITS`` rows of each class, this happens for fewer than one in ten thousand.
+    One replicate is drawn at a time, so memory does not grow with ``samples``; both models use the
+    same replicate. A replicate with rows of only one class has no AUC and is drawn again. With at
+    least ``MIN_OBSERVATIONS`` rows of each class, this happens for fewer than one in ten thousand.
     """
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     values = np.empty((2, samples))
     done = 0
     while done < samples:
-        counts = np.bincount(random.integers(0, units, units), minlength=units)
+        counts = np.bincount(rng.integers(0, observations, observations), minlength=observations)
         pair = before(counts), after(counts)
         if not math.isnan(pair[0]):
             values[:, done] = pair
@@ -311,20 +313,20 @@ def _replicates(
     return values[0], values[1]
 
 
-def _quantiles(
+def _compute_quantiles(
     times: Floats, quantile: float, samples: int, seed: int | np.random.SeedSequence
 ) -> Floats:
-    """Compute quantiles of ``samples`` resamples of times ``(models, rounds)``.
+    """Compute quantiles of ``samples`` bootstrap replicates of times ``(models, rounds)``.
 
-    A resample has the same rounds for all models.
+    A replicate has the same rounds for all models.
     """
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     models, rounds = times.shape
     block = max(1, LATENCY_BLOCK_BYTES // (8 * models * rounds))
     values = np.empty((models, samples))
     for start in range(0, samples, block):
         stop = min(start + block, samples)
-        drawn = random.integers(0, rounds, (stop - start, rounds))
+        drawn = rng.integers(0, rounds, (stop - start, rounds))
         values[:, start:stop] = np.quantile(times[:, drawn], quantile, axis=2)
     return values
 
@@ -335,24 +337,24 @@ def _estimate(point: float, values: Floats, rows: int | None) -> Estimate:
     return Estimate(point=point, low=float(low), high=float(high), rows=rows)
 
 
-def require_units(units: str, count: int) -> None:
-    """Raise if there are fewer units than an interval needs; ``units`` names them.
+def require_observations(name: str, count: int) -> None:
+    """Raise if there are fewer observations than an interval needs; ``name`` describes them.
 
     Raises:
-        MetricRefused: ``count`` is below ``MIN_UNITS``.
+        MetricRefused: ``count`` is below ``MIN_OBSERVATIONS``.
     """
-    if count < MIN_UNITS:
-        raise MetricRefused("units_few", least=MIN_UNITS, units=units, got=count)
+    if count < MIN_OBSERVATIONS:
+        raise MetricRefused("units_few", least=MIN_OBSERVATIONS, units=name, got=count)
 
 
 def require_rows_of_both_classes(positive: Bools) -> None:
     """Raise if there are fewer positive or negative rows than an interval needs.
 
     Raises:
-        MetricRefused: a class has fewer than ``MIN_UNITS`` rows.
+        MetricRefused: a class has fewer than ``MIN_OBSERVATIONS`` rows.
     """
-    require_units("positive rows", int(positive.sum()))
-    require_units("negative rows", int((~positive).sum()))
+    require_observations("positive rows", int(positive.sum()))
+    require_observations("negative rows", int((~positive).sum()))
 
 
 def _require_samples(samples: int) -> None:

@@ -66,7 +66,7 @@ def verdict(
         limit covers that.
 
     Raises:
-        LimitRefused: as ``judge``, and for numbers of a target that was not built.
+        LimitRefused: ``judge`` raises it, or there are numbers of a target that was not built.
     """
     _require_limits(limits)
     if measured is None:
@@ -105,12 +105,12 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
     sign = 1 if limit.at_least is not None else -1
     goal, point = sign * bound, sign * estimate.point
     worst, best = sorted((sign * estimate.low, sign * estimate.high))
-    outcome = _outcome(goal, worst, best) if estimate.unresolved is None else "undecided"
+    outcome = _decide_outcome(goal, worst, best) if estimate.unresolved is None else "undecided"
     rows = groups = None
     may_decide = outcome == "undecided" and estimate.unresolved is None
     if may_decide and estimate.rows is not None and _counts_rows(limit):
         reach = point - worst if point > goal else best - point
-        rows = _rows_to_decide(estimate.rows, reach, abs(point - goal))
+        rows = _estimate_rows_to_decide(estimate.rows, reach, abs(point - goal))
         if rows is not None and estimate.groups is not None:
             groups = math.ceil(estimate.groups * rows / estimate.rows)
     return Judgement(
@@ -120,13 +120,13 @@ def _judge_one(limit: Limit, measured: Measured) -> Judgement:
         rows_to_decide=rows,
         groups_to_decide=groups,
         reasons=(
-            _measured_and_limit(limit, estimate, measured.unit_of(limit.metric)),
-            _conclusion(estimate, outcome, rows, groups),
+            _describe_measured_and_limit(limit, estimate, measured.find_unit(limit.metric)),
+            _describe_conclusion(estimate, outcome, rows, groups),
         ),
     )
 
 
-def _outcome(
+def _decide_outcome(
     goal: float, worst: float, best: float
 ) -> Literal["accepted", "rejected", "undecided"]:
     """Decide a limit "at least ``goal``" for an interval from ``worst`` to ``best``."""
@@ -152,12 +152,12 @@ def recompute_outcome(verdict: Verdict) -> Outcome:
         else:
             sign = 1 if item.limit.at_least is not None else -1
             worst, best = sorted((sign * item.measured.low, sign * item.measured.high))
-            outcomes.add(_outcome(sign * _bound(item.limit), worst, best))
+            outcomes.add(_decide_outcome(sign * _bound(item.limit), worst, best))
     worst_first: tuple[Outcome, ...] = ("rejected", "undecided", "accepted")
     return next((outcome for outcome in worst_first if outcome in outcomes), verdict.outcome)
 
 
-def _rows_to_decide(rows: int, reach: float, distance: float) -> int | None:
+def _estimate_rows_to_decide(rows: int, reach: float, distance: float) -> int | None:
     """Return the number of rows with which the half-width ``reach`` shrinks to ``distance``.
 
     ``distance`` is the distance of the point from the limit. The result is None if a million times
@@ -196,28 +196,31 @@ def _counts_rows(limit: Limit) -> bool:
     return limit.declared.kind in ("quality", "score_change")
 
 
-def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit | None) -> Reason:
+def _describe_measured_and_limit(
+    limit: Limit, estimate: Estimate, score_unit: ScoreUnit | None
+) -> Reason:
     """Describe a number and its limit.
 
     For example "AUC vs baseline is -0.0004 [-0.0011, +0.0003]; the limit is >= -0.0010".
     """
     bound, declared, absolute = _bound(limit), limit.declared, limit.against == "absolute"
     sign = "+" if declared.compared == "difference" and not absolute else ""
-    unit, places = declared.unit, declared.decimals
+    unit, decimals = declared.unit, declared.decimals
     if declared.compared == "ratio" and not absolute:
-        unit, places = " times", 3
+        unit, decimals = " times", 3
     elif declared.in_score_units and score_unit == "spread":
         unit = " standard deviations"
     values = (estimate.point, estimate.low, estimate.high)
     # Print enough digits that a value is shown equal to the limit only if it is equal.
-    while places < 12 and (
-        float(f"{bound:.{places}f}") != bound
+    while decimals < 12 and (
+        float(f"{bound:.{decimals}f}") != bound
         or any(
-            value != bound and f"{value:.{places}f}" == f"{bound:.{places}f}" for value in values
+            value != bound and f"{value:.{decimals}f}" == f"{bound:.{decimals}f}"
+            for value in values
         )
     ):
-        places += 1
-    point, low, high, edge = (f"{value:{sign},.{places}f}" for value in (*values, bound))
+        decimals += 1
+    point, low, high, edge = (f"{value:{sign},.{decimals}f}" for value in (*values, bound))
     metric = declared.label + ("" if absolute else f" vs {limit.against}")
     relation = ">=" if limit.at_least is not None else "<="
     number, edge, rows = f"{point}{unit}", f"{edge}{unit}", estimate.rows
@@ -238,7 +241,9 @@ def _measured_and_limit(limit: Limit, estimate: Estimate, score_unit: ScoreUnit 
     )
 
 
-def _conclusion(estimate: Estimate, outcome: str, rows: int | None, groups: int | None) -> Reason:
+def _describe_conclusion(
+    estimate: Estimate, outcome: str, rows: int | None, groups: int | None
+) -> Reason:
     """Return the reason for an outcome; for an undecided one, it says what would decide it."""
     if outcome != "undecided":
         return Reason("limit_met") if outcome == "accepted" else Reason("limit_missed")

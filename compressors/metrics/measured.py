@@ -68,7 +68,7 @@ class Measured(Frozen):
                 return number.estimate
         return None
 
-    def unit_of(self, metric: str) -> ScoreUnit | None:
+    def find_unit(self, metric: str) -> ScoreUnit | None:
         """Return the unit of the scores that a metric describes, or None."""
         output = declared_metric(metric).output
         return self.score_unit if output is None else self.units_of_outputs.get(output)

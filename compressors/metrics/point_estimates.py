@@ -107,13 +107,13 @@ def normalized_entropy(label: ArrayLike, probability: ArrayLike) -> float:
         A float >= 0, unitless. A perfect model has 0, a model that predicts the base rate 1.
 
     Raises:
-        MetricRefused: as ``logloss``, and for one class only, whose entropy is 0.
+        MetricRefused: labels or scores are not valid, or all labels are equal: their entropy is 0.
 
     Source: He et al. 2014, https://doi.org/10.1145/2648584.2648589. Differs: nats instead
     of bits in both parts, which cancels.
     """
     losses = row_logloss(label, probability)
-    positive = binary(label)
+    positive = to_booleans(label)
     require_both_classes("normalized_entropy", positive)
     return float(losses.mean()) / float(base_entropy(float(positive.mean())))
 
@@ -156,15 +156,17 @@ def wins_within_groups(positive: Bools, scores: Floats, ids: Ints, rows: Ints) -
         ids: group number of each row, ``(rows,)``.
         rows: number of rows of each group, ``(groups,)``.
     """
-    order = np.lexsort((scores, ids))
-    run = equal_score_runs(ids[order], scores[order])
+    permutation = np.lexsort((scores, ids))
+    run = equal_score_runs(ids[permutation], scores[permutation])
     run_size = np.bincount(run)
     run_end = np.cumsum(run_size)
     group_start = np.cumsum(rows) - rows
     # Rows of equal score share the mean of the ranks they occupy; ranks start at 1 in a group.
-    rank = (run_end - (run_size - 1) / 2)[run] - group_start[ids[order]]
+    rank = (run_end - (run_size - 1) / 2)[run] - group_start[ids[permutation]]
     positives = np.bincount(ids, weights=positive, minlength=rows.size)
-    rank_sum = np.bincount(ids[order], weights=rank * positive[order], minlength=rows.size)
+    rank_sum = np.bincount(
+        ids[permutation], weights=rank * positive[permutation], minlength=rows.size
+    )
     won: Floats = rank_sum - positives * (positives + 1) / 2
     return won
 
@@ -199,7 +201,7 @@ def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
 
 def gauc_left_out(label: ArrayLike, group: ArrayLike) -> float:
     """Compute the share of rows, in [0, 1], in groups of one class, which ``gauc`` leaves out."""
-    positive = binary(label)
+    positive = to_booleans(label)
     ids, rows = number_groups(group, positive.size)
     positives = np.bincount(ids, weights=positive, minlength=rows.size)
     has_both_classes = (positives > 0) & (positives < rows)
@@ -232,10 +234,10 @@ def group_ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int) -> 
     ids, rows = number_groups(group, relevance.size)
     group_start = np.cumsum(rows) - rows
 
-    def discounted(order: Ints, gains: Floats) -> NDArray[Any]:
-        rank_from_zero = np.arange(order.size) - group_start[ids[order]]
+    def discounted(permutation: Ints, gains: Floats) -> NDArray[Any]:
+        rank_from_zero = np.arange(permutation.size) - group_start[ids[permutation]]
         discount = np.where(rank_from_zero < k, 1 / np.log2(rank_from_zero + 2), 0.0)
-        return np.bincount(ids[order], weights=gains * discount, minlength=rows.size)
+        return np.bincount(ids[permutation], weights=gains * discount, minlength=rows.size)
 
     best = np.lexsort((-gain, ids))
     ideal_gain = discounted(best, gain[best])
@@ -273,13 +275,13 @@ def ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int = 10) -> f
     return float(value.mean())
 
 
-def binary(label: ArrayLike) -> Bools:
+def to_booleans(label: ArrayLike) -> Bools:
     """Convert labels to booleans ``(rows,)``.
 
     Raises:
         MetricRefused: a label other than 0 and 1, or no row.
     """
-    labels = _column("label", label)
+    labels = _to_column("label", label)
     other = (labels != 0) & (labels != 1)
     if other.any():
         raise MetricRefused(
@@ -303,7 +305,7 @@ def require_both_classes(metric: str, positive: Bools) -> None:
         raise MetricRefused("one_class_only", metric=metric, positive=count, rows=positive.size)
 
 
-def _column(name: str, values: ArrayLike) -> Floats:
+def _to_column(name: str, values: ArrayLike) -> Floats:
     """Check a column and convert it to float64, which preserves ties of float16 and float32."""
     column = np.asarray(values)
     if column.ndim != 1 or column.size == 0:
@@ -329,7 +331,7 @@ def check_labels_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Bools, 
     Raises:
         MetricRefused: a label other than 0 and 1, NaN, no row, or unequal lengths.
     """
-    positive, scores = binary(label), _column("score", score)
+    positive, scores = to_booleans(label), _to_column("score", score)
     _require_same_length(positive.size, scores.size)
     return positive, scores
 
@@ -340,7 +342,7 @@ def check_grades_and_scores(label: ArrayLike, score: ArrayLike) -> tuple[Floats,
     Raises:
         MetricRefused: a label that is negative or above 30, NaN, no row, or unequal lengths.
     """
-    grades, scores = _column("label", label), _column("score", score)
+    grades, scores = _to_column("label", label), _to_column("score", score)
     _require_same_length(grades.size, scores.size)
     if grades.min() < 0 or grades.max() > 30:
         raise MetricRefused(

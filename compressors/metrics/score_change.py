@@ -11,7 +11,7 @@ metrics here compare the scores themselves and need no labels.
 - ``top20_overlap``: only for retrieval, the share of the first 20 items that are also among the
   baseline's first 20.
 
-Intervals treat groups as the independent units, or rows if there are no groups
+Intervals treat groups as the independent observations, or rows if there are no groups
 (``cluster_intervals.py``). ``changed_top1`` has Wilson's interval (1927), whose width is not 0 even
 if no group changes. The largest change has no interval, because it describes only the measured
 rows: other rows may change more.
@@ -59,8 +59,10 @@ class _Sums:
         """Compute the correlation with and without each group; 0 if ``x`` or ``y`` is constant."""
         parts = (self.rows, self.x, self.d, self.xx, self.dd, self.xd)
         totals = [float(part.sum()) for part in parts]
-        point = float(_correlation(*(np.array([total]) for total in totals))[0])
-        left_out = _correlation(*(total - part for total, part in zip(totals, parts, strict=True)))
+        point = float(_compute_correlation(*(np.array([total]) for total in totals))[0])
+        left_out = _compute_correlation(
+            *(total - part for total, part in zip(totals, parts, strict=True))
+        )
         return GroupedValue(point, left_out, self.rows)
 
 
@@ -96,7 +98,9 @@ def change_of_rows(
     # If all scores are equal, subtracting the rounded mean would leave a variance above 0.
     x = before - (before.mean() if np.ptp(before) else before[0])
     d = after - before
-    sums = _Sums(groups.rows.astype(float), *(groups.sums(v) for v in (x, d, x * x, d * d, x * d)))
+    sums = _Sums(
+        groups.rows.astype(float), *(groups.sum_by_group(v) for v in (x, d, x * x, d * d, x * d))
+    )
     size = rows, groups.rows.size if group is not None else None
     estimates = _estimate_changes(
         sums.correlation(),
@@ -107,7 +111,9 @@ def change_of_rows(
         unchanged=not d.any(),
     )
     if group is not None and int(groups.rows.max()) > 1:
-        estimates["changed_top1"] = _estimate_share(_changed_best(before, after, groups), rows)
+        estimates["changed_top1"] = _estimate_share(
+            _compute_changed_best(before, after, groups), rows
+        )
     return estimates
 
 
@@ -225,14 +231,14 @@ def _clip_to_range(
     interval ends at the point. ``size`` is the number of rows, and the number of groups or None.
     """
     rows, groups = size
-    units = value.weight.size
+    count = value.weight.size
     unresolved = None
-    if units >= MIN_GROUPS:
+    if count >= MIN_GROUPS:
         low, high = interval(value)
     else:
         low, high = smallest, largest
         noun = "rows" if groups is None else "groups"
-        unresolved = f"{units} {noun} in the data; an interval needs at least {MIN_GROUPS}"
+        unresolved = f"{count} {noun} in the data; an interval needs at least {MIN_GROUPS}"
     point = min(max(value.point, smallest), max(largest, smallest))
     return Estimate(
         point=point,
@@ -259,22 +265,22 @@ def _estimate_share(values: Floats, rows: int) -> Estimate:
     )
 
 
-def _changed_best(before: Floats, after: Floats, groups: Groups) -> Floats:
+def _compute_changed_best(before: Floats, after: Floats, groups: Groups) -> Floats:
     """Return, for each group of two rows or more, the probability that the best row changes.
 
     All rows with the highest score are best rows. The probability is that a random best row of the
     candidate is not a best row of the baseline.
     """
-    best = [score == _largest_scores(score, groups)[groups.ids] for score in (before, after)]
-    shared = groups.sums(best[0] & best[1]) / groups.sums(best[1])
+    best = [score == _find_largest_scores(score, groups)[groups.ids] for score in (before, after)]
+    shared = groups.sum_by_group(best[0] & best[1]) / groups.sum_by_group(best[1])
     changed: Floats = (1 - shared)[groups.rows > 1]
     return changed
 
 
-def _largest_scores(score: Floats, groups: Groups) -> Floats:
+def _find_largest_scores(score: Floats, groups: Groups) -> Floats:
     """Return the largest score of each group, ``(groups,)``."""
-    order: Ints = np.lexsort((score, groups.ids))
-    largest: Floats = score[order[np.cumsum(groups.rows) - 1]]
+    permutation: Ints = np.lexsort((score, groups.ids))
+    largest: Floats = score[permutation[np.cumsum(groups.rows) - 1]]
     return largest
 
 
@@ -297,7 +303,9 @@ def _compare_rankings(
     return changed.numpy(), overlap.numpy()
 
 
-def _correlation(rows: Floats, x: Floats, d: Floats, xx: Floats, dd: Floats, xd: Floats) -> Floats:
+def _compute_correlation(
+    rows: Floats, x: Floats, d: Floats, xx: Floats, dd: Floats, xd: Floats
+) -> Floats:
     """Compute Pearson's correlation of ``x`` and ``x + d`` from sums; 0 if one is constant."""
     with np.errstate(divide="ignore", invalid="ignore"):
         variance, other, joint = xx - x * x / rows, dd - d * d / rows, xd - x * d / rows

@@ -42,7 +42,7 @@ def _score_summary(measured: Measured, output: str | None) -> list[Reason]:
     )
     if correlation is None or mean is None or largest_change is None:
         return []
-    score_unit = measured.unit_of(_name(score_changes.MEAN, output))
+    score_unit = measured.find_unit(_name(score_changes.MEAN, output))
     unit = None if score_unit is None else SCORE_UNITS[score_unit]
     largest = largest_change.point
     changes = [
@@ -75,7 +75,7 @@ def score_warning(limits: tuple[Limit, ...], measured: Measured) -> list[Reason]
 def _score_warning(measured: Measured, output: str | None) -> list[Reason]:
     correlation = measured.of(_name(score_changes.CORRELATION, output), "absolute")
     largest_change = measured.of(_name(score_changes.LARGEST, output), "absolute")
-    unit = measured.unit_of(_name(score_changes.LARGEST, output))
+    unit = measured.find_unit(_name(score_changes.LARGEST, output))
     changes = []
     if correlation is not None and correlation.point < LEAST_CORRELATION:
         low, least = _round_down(correlation.point), LEAST_CORRELATION

@@ -62,7 +62,7 @@ class TieBlocks:
         """Count the positions of each block that are among the first ``k`` ranks."""
         return np.clip(k - self.above, 0, self.size)
 
-    def sums(self, values: Floats) -> Floats:
+    def sum_by_list(self, values: Floats) -> Floats:
         """Sum values of blocks ``(blocks,)`` by list: float64 ``(lists,)``."""
         total = np.bincount(self.owner, weights=values, minlength=self.relevant_of_list.size)
         return total.astype(np.float64, copy=False)
@@ -117,15 +117,15 @@ def reciprocal_rank(blocks: TieBlocks, k: int) -> Floats:
     Raises:
         MetricRefused: ``k`` is below 1.
     """
-    first = _first_blocks(blocks, k)
+    first = _find_first_blocks(blocks, k)
     value, none_yet = np.zeros(first.owner.size), np.ones(first.owner.size)
-    for position, at in _positions(first, k):
+    for position, at in _iterate_positions(first, k):
         # Given that the positions before it have no relevant item, this one has one with
         # probability ``relevant / left``.
         left, relevant = first.size[at] - position, first.relevant[at]
         value[at] += none_yet[at] * (relevant / left) / (first.above[at] + position + 1)
         none_yet[at] *= (left - relevant) / left
-    return first.sums(value)
+    return first.sum_by_list(value)
 
 
 def hit(blocks: TieBlocks, k: int) -> Floats:
@@ -133,12 +133,12 @@ def hit(blocks: TieBlocks, k: int) -> Floats:
 
     It is 0 or 1 unless ties cross rank ``k``. For arguments and result see ``reciprocal_rank``.
     """
-    first = _first_blocks(blocks, k)
+    first = _find_first_blocks(blocks, k)
     none_yet = np.ones(first.owner.size)
-    for position, at in _positions(first, k):
+    for position, at in _iterate_positions(first, k):
         left = first.size[at] - position
         none_yet[at] *= (left - first.relevant[at]) / left
-    return first.sums(1 - none_yet)
+    return first.sum_by_list(1 - none_yet)
 
 
 def average_precision(blocks: TieBlocks, k: int) -> Floats:
@@ -161,7 +161,7 @@ def average_precision(blocks: TieBlocks, k: int) -> Floats:
     others = (blocks.relevant - 1) / np.maximum(blocks.size - 1, 1)
     constant = blocks.relevant_above() + 1 - (blocks.above + 1) * others
     precisions = constant * (harmonic[begin + positions] - harmonic[begin]) + others * positions
-    total = blocks.sums(blocks.relevant / blocks.size * precisions)
+    total = blocks.sum_by_list(blocks.relevant / blocks.size * precisions)
     # Rounding can give 1 + 2e-16.
     value: Floats = np.minimum(total / blocks.relevant_of_list, 1.0)
     return value
@@ -172,7 +172,7 @@ def recall(blocks: TieBlocks, k: int) -> Floats:
 
     For arguments and result see ``reciprocal_rank``.
     """
-    value: Floats = _relevant_in_top(blocks, k) / blocks.relevant_of_list
+    value: Floats = _count_relevant_in_top(blocks, k) / blocks.relevant_of_list
     return value
 
 
@@ -182,16 +182,16 @@ def precision(blocks: TieBlocks, k: int) -> Floats:
     The divisor is ``k`` for lists with fewer items, too. For arguments and result see
     ``reciprocal_rank``.
     """
-    return _relevant_in_top(blocks, k) / k
+    return _count_relevant_in_top(blocks, k) / k
 
 
-def _relevant_in_top(blocks: TieBlocks, k: int) -> Floats:
+def _count_relevant_in_top(blocks: TieBlocks, k: int) -> Floats:
     """Compute the expected number of relevant items among the first ``k`` ranks, ``(lists,)``."""
     _require_depth(k)
-    return blocks.sums(blocks.relevant * (blocks.positions(k) / blocks.size))
+    return blocks.sum_by_list(blocks.relevant * (blocks.positions(k) / blocks.size))
 
 
-def _first_blocks(blocks: TieBlocks, k: int) -> TieBlocks:
+def _find_first_blocks(blocks: TieBlocks, k: int) -> TieBlocks:
     """Return the first block of each list, if it begins within the first ``k`` ranks."""
     _require_depth(k)
     first = (blocks.relevant_above() == 0) & (blocks.above < k)
@@ -204,7 +204,7 @@ def _first_blocks(blocks: TieBlocks, k: int) -> TieBlocks:
     )
 
 
-def _positions(blocks: TieBlocks, k: int) -> Iterator[tuple[int, NDArray[np.intp]]]:
+def _iterate_positions(blocks: TieBlocks, k: int) -> Iterator[tuple[int, NDArray[np.intp]]]:
     """Yield each position in a block, from 0, with the indices of the blocks that have it.
 
     Positions after rank ``k`` are omitted, and those that cannot have a block's first relevant

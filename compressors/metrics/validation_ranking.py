@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Signature
 from compressors.core.batches import JoinedRows, Rows, rows_per_batch
-from compressors.core.placement import device_of, to_device
+from compressors.core.placement import find_device, to_device
 from compressors.core.scores import tower_vectors
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.full_ranking import (
@@ -47,36 +47,36 @@ def ranking_quality(
             item that is not in its training rows.
     """
     known = [train, validation] if isinstance(train, Rows) else [validation]
-    rows_of_item = [(rows, *_first_rows(rows)) for rows in known]
+    rows_of_item = [(rows, *_find_first_rows(rows)) for rows in known]
     catalogue = np.unique(np.concatenate([ids for _, ids, _ in rows_of_item]))
     vectors: Float32s | None = None
     for rows, ids, first in rows_of_item:
-        of_rows = _compute_vectors(module, signature, "item", rows, first)
+        part_vectors = _compute_vectors(module, signature, "item", rows, first)
         if vectors is None:
-            vectors = np.empty((catalogue.size, of_rows.shape[1]), np.float32)
-        vectors[np.searchsorted(catalogue, ids)] = of_rows
+            vectors = np.empty((catalogue.size, part_vectors.shape[1]), np.float32)
+        vectors[np.searchsorted(catalogue, ids)] = part_vectors
     assert vectors is not None  # noqa: S101 - there is at least one part
     group = _require_ids(validation, validation.group)
     positive = np.unique(group[validation.label.numpy() > 0])
     if not positive.size:
         raise MetricRefused("new_items_missing")
-    selected = np.flatnonzero(np.isin(group, _evenly_spaced(positive)))
+    selected = np.flatnonzero(np.isin(group, _select_evenly_spaced(positive)))
     queries = ranking_queries(
         interactions(validation, selected), map(interactions, known[:-1]), catalogue
     )
-    of_queries = _compute_vectors(module, signature, "query", validation, selected[queries.row])
+    query_vectors = _compute_vectors(module, signature, "query", validation, selected[queries.row])
     metric = signature.single_output.metric
-    values = ranking_metrics(RankedVectors(of_queries, vectors, queries), [metric])
+    values = ranking_metrics(RankedVectors(query_vectors, vectors, queries), [metric])
     return float(values[metric].mean())
 
 
-def _evenly_spaced(queries: Ints) -> Ints:
+def _select_evenly_spaced(queries: Ints) -> Ints:
     """Return at most ``MAX_QUERIES`` of the sorted queries."""
-    places = np.linspace(0, queries.size - 1, min(MAX_QUERIES, queries.size)).astype(np.int64)
-    return queries[places]
+    positions = np.linspace(0, queries.size - 1, min(MAX_QUERIES, queries.size)).astype(np.int64)
+    return queries[positions]
 
 
-def _first_rows(rows: Rows) -> tuple[Ints, Ints]:
+def _find_first_rows(rows: Rows) -> tuple[Ints, Ints]:
     """Return the ids of all items, and the first row of each."""
     ids, first = np.unique(_require_ids(rows, rows.item), return_index=True)
     return ids, first
@@ -109,7 +109,7 @@ def _compute_vectors(
     module: nn.Module, signature: Signature, tower: str, rows: Rows, numbers: Ints
 ) -> Float32s:
     """Return the vectors of one tower for the rows with these numbers, float32 ``(rows, dim)``."""
-    device, size = device_of(module), rows_per_batch(signature.of_tower(tower), ROWS_AT_ONCE)
+    device, size = find_device(module), rows_per_batch(signature.of_tower(tower), ROWS_AT_ONCE)
     pieces = [
         tower_vectors(module, to_device(rows.take(chunk), device).inputs, signature, tower)
         .float()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Output, Signature, Split, metric
 from compressors.core.batches import JoinedRows, Rows, batches
-from compressors.core.placement import device_of, to_device
+from compressors.core.placement import find_device, to_device
 from compressors.core.scores import network_scores, score_columns
 from compressors.metrics.estimators import builtin as builtin
 from compressors.metrics.estimators.protocols import RowEstimator, ScoredRows
@@ -41,7 +41,7 @@ def quality(
     if not signature.scores_rows:
         train_rows = Rows(train, signature) if isinstance(train, Split) else train
         return ranking_quality(module, signature, Rows(split, signature), train_rows)
-    parts, device = list(batches(split, signature, SCORING_ROWS)), device_of(module)
+    parts, device = list(batches(split, signature, SCORING_ROWS)), find_device(module)
     outputs = [network_scores(module, to_device(part, device).inputs, signature) for part in parts]
     scores = score_columns(torch.cat(outputs).cpu())
     labels = score_columns(torch.cat([part.label for part in parts]))
@@ -49,18 +49,20 @@ def quality(
     group = torch.cat(groups) if groups else None
     total = 0.0
     for output, score, label in zip(signature.outputs, scores, labels, strict=True):
-        value = _quality_of_output(output, score, label, group)
+        value = _compute_quality_of_output(output, score, label, group)
         if not signature.has_several_outputs:
             return value
         total += output.loss_weight * value
     return total / sum(output.loss_weight for output in signature.outputs)
 
 
-def _quality_of_output(output: Output, score: Tensor, label: Tensor, group: Tensor | None) -> float:
+def _compute_quality_of_output(
+    output: Output, score: Tensor, label: Tensor, group: Tensor | None
+) -> float:
     estimator: RowEstimator = metric(output.metric).estimator("rows")
     has_label = ~label.isnan()
     if not bool(has_label.all()):
         score, label = score[has_label], label[has_label]
         group = None if group is None else group[has_label]
     groups = None if group is None else group.numpy()
-    return estimator.point(ScoredRows(label.numpy(), score.numpy(), groups))
+    return estimator.compute(ScoredRows(label.numpy(), score.numpy(), groups))

@@ -52,17 +52,17 @@ def convert(model: ir.Model) -> Converted:
     Raises:
         OnnxRefused: the graph has an operator, a type or a form that is not supported.
     """
-    inputs = _inputs(model.graph)
+    inputs = _list_inputs(model.graph)
     if not inputs:
         raise OnnxRefused("inputs_missing")
     for item in inputs:
         _require_rows_of_numbers(item)
     initializers = set(model.graph.initializers)  # constants become initializers too
     normalize(model)
-    return _converted(model.graph, initializers)
+    return _convert_graph(model.graph, initializers)
 
 
-def _inputs(graph: ir.Graph) -> tuple[ir.Value, ...]:
+def _list_inputs(graph: ir.Graph) -> tuple[ir.Value, ...]:
     """Return the inputs; files of old versions list the initializers among them."""
     return tuple(item for item in graph.inputs if not item.is_initializer())
 
@@ -72,15 +72,15 @@ def _require_rows_of_numbers(item: ir.Value) -> None:
     if item.dtype is None or int(item.dtype) not in DTYPES or item.shape is None:
         raise OnnxRefused("input_not_tensor", name=item.name, got=str(item.type))
     if len(item.shape) == 0 or isinstance(item.shape[0], int):
-        raise OnnxRefused("batch_fixed", name=item.name, shape=_sizes_of(item.shape))
+        raise OnnxRefused("batch_fixed", name=item.name, shape=_read_sizes(item.shape))
 
 
-def _sizes_of(shape: ir.Shape) -> tuple[int | None, ...]:
+def _read_sizes(shape: ir.Shape) -> tuple[int | None, ...]:
     """Return a shape with None for dynamic dimensions."""
     return tuple(size if isinstance(size, int) else None for size in shape)
 
 
-def _converted(graph: ir.Graph, initializers: set[str]) -> Converted:
+def _convert_graph(graph: ir.Graph, initializers: set[str]) -> Converted:
     """Convert a simplified graph.
 
     Args:
@@ -90,13 +90,13 @@ def _converted(graph: ir.Graph, initializers: set[str]) -> Converted:
     calls = {call.nodes[-1]: call for call in module_calls(graph)}
     covered = {node for call in calls.values() for node in call.nodes[:-1]}
     nodes = [node for node in graph if node not in covered]
-    attributes = {node: _attributes(node) for node in nodes if node not in calls}
-    inputs = _inputs(graph)
+    attributes = {node: _convert_attributes(node) for node in nodes if node not in calls}
+    inputs = _list_inputs(graph)
     names = _Names(inputs)
-    modules = _modules(calls.values(), names)
-    sizes, tensors = _constants(graph, attributes)
+    modules = _name_module_calls(calls.values(), names)
+    sizes, tensors = _collect_constants(graph, attributes)
     for value in tensors:
-        names.of_tensor(value)
+        names.name_tensor(value)
     trained = {
         value
         for value, tensor in tensors.items()
@@ -107,12 +107,18 @@ def _converted(graph: ir.Graph, initializers: set[str]) -> Converted:
         "inputs": [{"name": names.of(item), **_type_of(item)} for item in inputs],
         "outputs": {unique_name(item.name or "", taken): names.of(item) for item in graph.outputs},
         "nodes": [
-            _call(calls[node], modules, names) if node in calls else _node(node, attributes, names)
+            _call(calls[node], modules, names)
+            if node in calls
+            else _build_node(node, attributes, names)
             for node in nodes
         ],
-        **_units(modules, layers_before(calls.values())),
-        "parameters": {names.of(v): _spec(t) for v, t in tensors.items() if v in trained},
-        "buffers": {names.of(v): _spec(t) for v, t in tensors.items() if v not in trained},
+        **_describe_modules(modules, layers_before(calls.values())),
+        "parameters": {
+            names.of(v): _describe_tensor(t) for v, t in tensors.items() if v in trained
+        },
+        "buffers": {
+            names.of(v): _describe_tensor(t) for v, t in tensors.items() if v not in trained
+        },
         "sizes": {names.of(value): integers for value, integers in sizes.items()},
     }
     weights = {names.of(value): tensor for value, tensor in tensors.items()}
@@ -130,15 +136,15 @@ def _type_of(item: ir.Value) -> dict[str, Any]:
     """Return dtype and shape of an input, as in ``GraphInput``."""
     if item.dtype is None or item.shape is None:  # excluded by _require_rows_of_numbers; for mypy
         raise ValueError(f"the input {item.name} has no type")
-    return {"dtype": _dtype_name(DTYPES[int(item.dtype)]), "shape": list(_sizes_of(item.shape))}
+    return {"dtype": _name_dtype(DTYPES[int(item.dtype)]), "shape": list(_read_sizes(item.shape))}
 
 
-def _spec(tensor: Tensor) -> dict[str, Any]:
+def _describe_tensor(tensor: Tensor) -> dict[str, Any]:
     """Return dtype and shape of a tensor."""
-    return {"dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+    return {"dtype": _name_dtype(tensor.dtype), "shape": list(tensor.shape)}
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def _name_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -152,7 +158,7 @@ class _Names:
     def __init__(self, inputs: Iterable[ir.Value]) -> None:
         self._values: set[str] = set()
         empty = OnnxNetwork([], {}, [], {}, {}, {}, {}, {}, {})
-        self._attributes = set(dir(empty))
+        self._convert_attributes = set(dir(empty))
         self._names: dict[ir.Value, str] = {}
         for item in inputs:
             self.of(item)
@@ -163,26 +169,26 @@ class _Names:
             self._names[value] = unique_name(value.name or "", self._values)
         return self._names[value]
 
-    def of_tensor(self, value: ir.Value) -> None:
+    def name_tensor(self, value: ir.Value) -> None:
         """Give an initializer that is an attribute of the network its name."""
-        self._names[value] = unique_name(value.name or "", self._values, self._attributes)
+        self._names[value] = unique_name(value.name or "", self._values, self._convert_attributes)
 
-    def of_module(self, path: tuple[str, ...]) -> str:
+    def name_module(self, path: tuple[str, ...]) -> str:
         """Return a name for a module."""
-        return unique_name("_".join(path), self._attributes)
+        return unique_name("_".join(path), self._convert_attributes)
 
 
-def _modules(
+def _name_module_calls(
     calls: Iterable[ModuleCall], names: _Names
 ) -> dict[tuple[Any, ...], tuple[str, ModuleCall]]:
     """Return the name and a call of each module, by the key of its calls."""
     by_key = {call.key: call for call in reversed(tuple(calls))}
     first = {call.key: call for call in calls if by_key[call.key] is call}
     scopes = common_scopes(call.path for call in first.values())
-    return {key: (names.of_module(call.path[scopes:]), call) for key, call in first.items()}
+    return {key: (names.name_module(call.path[scopes:]), call) for key, call in first.items()}
 
 
-def _units(
+def _describe_modules(
     modules: dict[tuple[Any, ...], tuple[str, ModuleCall]],
     before: dict[tuple[Any, ...], tuple[Any, ...]],
 ) -> dict[str, Any]:
@@ -190,7 +196,7 @@ def _units(
 
     Args:
         modules: the name and a call of each module, by key.
-        before: by key of a layer, the one whose output is its only input.
+        before: by the key of a layer, the key of the layer whose output is its only input.
     """
     tables, layers = {}, {}
     for key, (name, call) in modules.items():
@@ -219,7 +225,9 @@ def _call(
     }
 
 
-def _node(node: ir.Node, attributes: dict[ir.Node, Attributes], names: _Names) -> dict[str, Any]:
+def _build_node(
+    node: ir.Node, attributes: dict[ir.Node, Attributes], names: _Names
+) -> dict[str, Any]:
     """Return the node of the configuration that computes an operator."""
     return {
         "op": node.op_type,
@@ -229,7 +237,7 @@ def _node(node: ir.Node, attributes: dict[ir.Node, Attributes], names: _Names) -
     }
 
 
-def _attributes(node: ir.Node) -> Attributes:
+def _convert_attributes(node: ir.Node) -> Attributes:
     """Return the attributes of a node as JSON values.
 
     Raises:
@@ -238,7 +246,7 @@ def _attributes(node: ir.Node) -> Attributes:
     name = node.name or node.outputs[0].name or ""
     op = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
     require_supported(op, {}, name)
-    attributes = {key: _json_value(item, name) for key, item in node.attributes.items()}
+    attributes = {key: _convert_attribute(item, name) for key, item in node.attributes.items()}
     require_supported(op, attributes, name)
     if op == "Cast" and attributes["to"] not in DTYPES:
         dtype = ir.DataType(attributes["to"]).name
@@ -246,7 +254,7 @@ def _attributes(node: ir.Node) -> Attributes:
     return attributes
 
 
-def _json_value(attribute: ir.Attr, node: str) -> Any:
+def _convert_attribute(attribute: ir.Attr, node: str) -> Any:
     """Return the value of an attribute; a tensor of one number is this number."""
     match attribute.type:
         case ir.AttributeType.INT | ir.AttributeType.STRING:
@@ -261,7 +269,7 @@ def _json_value(attribute: ir.Attr, node: str) -> Any:
     raise OnnxRefused("form_unknown", node=node, problem=problem)
 
 
-def _constants(
+def _collect_constants(
     graph: ir.Graph, attributes: dict[ir.Node, Attributes]
 ) -> tuple[dict[ir.Value, Any], dict[ir.Value, Tensor]]:
     """Return the constants that nodes of the configuration read.
@@ -293,7 +301,7 @@ def _constants(
             is_read_as_size = computes or position in operator.sizes | operator.indices
             if item is not None and is_read_as_size and _may_be_sizes(item):
                 sizes[item] = tensor_of_value(item).tolist()
-    tensors = {value: _checked(value) for value in dict.fromkeys(read) if value not in sizes}
+    tensors = {value: _to_tensor(value) for value in dict.fromkeys(read) if value not in sizes}
     return sizes, tensors
 
 
@@ -308,7 +316,7 @@ def _may_be_sizes(value: ir.Value) -> bool:
     )
 
 
-def _checked(value: ir.Value) -> Tensor:
+def _to_tensor(value: ir.Value) -> Tensor:
     """Return an initializer as a tensor.
 
     Raises:

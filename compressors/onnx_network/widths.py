@@ -27,7 +27,7 @@ Key = tuple[Any, ...]
 def layers_before(calls: Collection[ModuleCall]) -> dict[Key, Key]:
     """Return, for dense layers, the layer whose output is their only input.
 
-    A layer whose output is read in another way too is in no entry.
+    Layers whose output is also read in another way are omitted.
 
     Args:
         calls: the calls of modules in a graph.
@@ -41,8 +41,8 @@ def layers_before(calls: Collection[ModuleCall]) -> dict[Key, Key]:
     readers: dict[Key, set[Key | None]] = {}
     sources: dict[Key, set[Key | None]] = {}
     for call in dense:
-        readers.setdefault(call.key, set()).update(_readers(call.result, by_node))
-        sources.setdefault(call.key, set()).add(_source(call.source, by_result))
+        readers.setdefault(call.key, set()).update(_iterate_readers(call.result, by_node))
+        sources.setdefault(call.key, set()).add(_find_source(call.source, by_result))
     return {
         key: layer
         for layer, keys in readers.items()
@@ -52,7 +52,7 @@ def layers_before(calls: Collection[ModuleCall]) -> dict[Key, Key]:
     }
 
 
-def _readers(value: ir.Value, by_node: Mapping[ir.Node, Key]) -> Iterator[Key | None]:
+def _iterate_readers(value: ir.Value, by_node: Mapping[ir.Node, Key]) -> Iterator[Key | None]:
     """Yield the layers that read a value, element by element; None for another reader."""
     if value.is_graph_output():
         yield None
@@ -60,19 +60,19 @@ def _readers(value: ir.Value, by_node: Mapping[ir.Node, Key]) -> Iterator[Key | 
         if node in by_node:
             yield by_node[node]
         elif _is_element_by_element(node):
-            yield from _readers(node.outputs[0], by_node)
+            yield from _iterate_readers(node.outputs[0], by_node)
         else:
             yield None
 
 
-def _source(value: ir.Value, by_result: Mapping[ir.Value, Key]) -> Key | None:
+def _find_source(value: ir.Value, by_result: Mapping[ir.Value, Key]) -> Key | None:
     """Return the layer from whose output a value is computed element by element, or None."""
     if value in by_result:
         return by_result[value]
     node = value.producer()
     if node is None or not _is_element_by_element(node) or node.inputs[0] is None:
         return None
-    return _source(node.inputs[0], by_result)
+    return _find_source(node.inputs[0], by_result)
 
 
 def _is_element_by_element(node: ir.Node) -> bool:

@@ -2,7 +2,7 @@
 
 Only a few row blocks are in memory at a time. The stored bytes do not depend on the number of rows
 per block or on the number of threads: the format's layout determines a row's position in the file,
-and rows of different blocks never share a stored entry, such as a scale.
+and rows of different blocks never share a stored number, such as a scale.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compressors.contracts import ModuleRecord
 from compressors.core.modules.formats import TensorSpec, row_blocks
-from compressors.core.state.safetensors_stream import Piece, StreamedFile, size_of
+from compressors.core.state.safetensors_stream import Piece, StreamedFile, compute_size
 from compressors.core.steps.step import TableStep
 from compressors.core.steps.table_encoder import TableEncoder
 from compressors.errors.compression import CompressionError, ModelRefused
@@ -43,7 +43,7 @@ class Source(Protocol):
         The result is valid only until the thread reads again.
         """
 
-    def mapped(self) -> Tensor:
+    def memory_map(self) -> Tensor:
         """Return the whole tensor, memory-mapped."""
 
 
@@ -132,7 +132,7 @@ class EncodingJob:
         """Yield the blocks of one tensor, in order."""
         spec = self.sources[name].spec
         rows = spec.shape[0] if spec.shape else 1
-        max_rows = max(BLOCK_BYTES * rows // max(size_of(spec), 1), 1)
+        max_rows = max(BLOCK_BYTES * rows // max(compute_size(spec), 1), 1)
         layout = {name: spec}
         if name in self.tables:
             max_rows, layout = self.block_rows or max_rows, self.stored(name)
@@ -180,8 +180,8 @@ def encode_file(
     try:
         with pool:
             try:
-                for task in _tasks(job, file, sink, progress):
-                    submitted.append(pool.submit(task))
+                for function in _create_block_functions(job, file, sink, progress):
+                    submitted.append(pool.submit(function))
                     if len(submitted) > 2 * threads:
                         submitted.popleft().result()
                 while submitted:
@@ -193,7 +193,7 @@ def encode_file(
         torch.set_num_threads(previous_threads)
 
 
-def _tasks(
+def _create_block_functions(
     job: EncodingJob, file: StreamedFile, sink: Sink, progress: Callable[[int], None] | None
 ) -> Iterator[Callable[[], None]]:
     """Yield, for each block, a function that encodes or copies it.
@@ -201,32 +201,32 @@ def _tasks(
     The step is fitted to a table before the functions of its blocks are yielded.
     """
 
-    def task(block: Block, encode: Callable[[Block], list[Piece]]) -> Callable[[], None]:
+    def bind(block: Block, encode: Callable[[Block], list[Piece]]) -> Callable[[], None]:
         def run() -> None:
             if not sink.has_block(block.name):
                 sink.write(block.name, encode(block))
             if progress is not None:
                 spec = job.sources[block.source].spec
                 rows = spec.shape[0] if spec.shape else 1
-                progress(size_of(spec) // max(rows, 1) * (block.end - block.begin))
+                progress(compute_size(spec) // max(rows, 1) * (block.end - block.begin))
 
         return run
 
     copier = _BlockCopier(job, file)
     for name in job.copied_tensors:
-        yield from (task(block, copier) for block in job.blocks(name))
+        yield from (bind(block, copier) for block in job.blocks(name))
     for name in job.tables:
         whole_table = f"{name}@{WHOLE}"
         if sink.has_block(whole_table) and all(
             sink.has_block(block.name) for block in job.blocks(name)
         ):
             # The sink contains every block, so these functions only report progress.
-            yield from (task(block, copier) for block in job.blocks(name))
+            yield from (bind(block, copier) for block in job.blocks(name))
             continue
         table_encoder = _BlockEncoder(job, file, name)
         if not sink.has_block(whole_table):
             sink.write(whole_table, table_encoder.whole())
-        yield from (task(block, table_encoder) for block in job.blocks(name))
+        yield from (bind(block, table_encoder) for block in job.blocks(name))
 
 
 @dataclass(frozen=True)
@@ -248,30 +248,32 @@ class _BlockEncoder:
         self._job, self._file, self._name = job, file, name
         self._module = job.tables[name]
         try:
-            self._encoder = TableEncoder(job.step, job.sources[name].mapped())
+            self._encoder = TableEncoder(job.step, job.sources[name].memory_map())
         except CompressionError:
             # If a NaN or infinite weight is the cause, reading the blocks raises the error for it.
             for block in job.blocks(name):
-                self._rows(block)
+                self._read_rows(block)
             raise
 
     def whole(self) -> list[Piece]:
         """Return the encoded tensors of the whole table, such as a codebook."""
-        return [self._piece(tensor, values, 0) for tensor, values in self._encoder.whole().items()]
+        return [
+            self._build_piece(tensor, values, 0) for tensor, values in self._encoder.whole().items()
+        ]
 
     def __call__(self, block: Block) -> list[Piece]:
-        encoded = self._encoder.encode(self._rows(block), block.begin)
+        encoded = self._encoder.encode(self._read_rows(block), block.begin)
         return [
-            self._piece(tensor, values, entries.start)
+            self._build_piece(tensor, values, entries.start)
             for tensor, (entries, values) in encoded.items()
         ]
 
-    def _rows(self, block: Block) -> Tensor:
+    def _read_rows(self, block: Block) -> Tensor:
         rows = self._job.sources[self._name].read(block.begin, block.end).float()
         _check_finite(self._name, rows, block.begin)
         return rows
 
-    def _piece(self, tensor: str, values: Tensor, begin: int) -> Piece:
+    def _build_piece(self, tensor: str, values: Tensor, begin: int) -> Piece:
         return self._file.piece(tensor_name(self._module, tensor), values, begin)
 
 

@@ -114,10 +114,10 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     fixed_reasons: dict[str, Reason] = {}
     input_dims: dict[str, int] = {}
     for graph, placeholders in _export_graphs(module, signature):
-        called = _called_modules(
+        called = _find_called_modules(
             graph, {node: owners.get(key, set()) for node, key in placeholders.items()}
         )
-        fixed_reasons |= _used_elsewhere(placeholders, owners, called)
+        fixed_reasons |= _find_used_elsewhere(placeholders, owners, called)
         for node, name in called.items():
             if name in input_dims:
                 fixed_reasons[name] = Reason("called_again")
@@ -181,7 +181,7 @@ def _export_graphs(
     return graphs
 
 
-def _called_modules(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> dict[Node, str]:
+def _find_called_modules(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> dict[Node, str]:
     """Return the linear and norm operators of a graph, each with the module that owns its weights.
 
     Args:
@@ -202,7 +202,7 @@ def _called_modules(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> d
     return called
 
 
-def _used_elsewhere(
+def _find_used_elsewhere(
     placeholders: Mapping[Node, int], owners: Mapping[int, set[str]], called: Mapping[Node, str]
 ) -> dict[str, Reason]:
     """Return the layers and norms whose tensors other code reads or shares, with the reason.
@@ -255,7 +255,7 @@ def _find_consumers(
         elif user.op == "output":
             raise OtherConsumer(Reason("output_leaves"))
         else:
-            raise OtherConsumer(Reason("output_enters", operator=_operator_name(user.target)))
+            raise OtherConsumer(Reason("output_enters", operator=_name_operator(user.target)))
     return result
 
 
@@ -287,5 +287,5 @@ def _fake_output(node: Any) -> Tensor:
     return value
 
 
-def _operator_name(target: Callable[..., Any] | str) -> str:
+def _name_operator(target: Callable[..., Any] | str) -> str:
     return str(target).removeprefix("aten.").partition(".")[0]

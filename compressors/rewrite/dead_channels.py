@@ -39,8 +39,8 @@ from compressors.prune.structure.config_widths import Width, find_widths
 from compressors.prune.structure.narrowing import (
     SCALES,
     WidthCut,
+    remove_channels,
     require_narrowable,
-    without_channels,
 )
 
 EXAMPLE_ROWS = 256  # synthetic rows of each scale
@@ -99,7 +99,7 @@ def find_dead_channels(
     for width in widths.values():
         if max(width.producers.values()) > 1:  # groups of channels (heads) are not searched
             continue
-        layers = {*width.producers, *_dense_layer_names(model.module, width.consumers)}
+        layers = {*width.producers, *_list_dense_layers(model.module, width.consumers)}
         if not layers <= set(changeable_layers) or not (
             sample or _may_have_dead_channels(model.module, width)
         ):
@@ -107,7 +107,7 @@ def find_dead_channels(
         try:
             traces = trace(model.module, signature, table_rows(model.module), width)
             consumers = find_consumers(width, traces, next(channel_layouts(width)))
-            dead = _dead_channels(model, signature, consumers, sample)
+            dead = _find_dead_channels(model, signature, consumers, sample)
             if dead is not None:
                 require_narrowable(model, signature, dead.cut)
                 result.append(dead)
@@ -140,7 +140,7 @@ def remove_dead_channels(
                 bias = layer.bias.detach().double() + offset
                 replace_parameter(layer, "bias", bias.to(layer.bias.dtype))
     cuts = [dead.cut for dead in dead_channels]
-    narrower, gap = without_channels(model, signature, cuts, kept_channels)
+    narrower, gap = remove_channels(model, signature, cuts, kept_channels)
     if gap is not None:
         raise StepRefused("channels_read_elsewhere", gap=gap, layers=tuple(sorted(kept_channels)))
     return narrower
@@ -148,15 +148,15 @@ def remove_dead_channels(
 
 def _may_have_dead_channels(module: nn.Module, width: Width) -> bool:
     """Whether a width has rows or columns of zeros: a fast check, because tracing is slow."""
-    producers = [_linear_weight(module, name) for name in width.producers]
+    producers = [_get_linear_weight(module, name) for name in width.producers]
     consumers = [
-        _linear_weight(module, name) for name in _dense_layer_names(module, width.consumers)
+        _get_linear_weight(module, name) for name in _list_dense_layers(module, width.consumers)
     ]
     has_zero_row = any(not bool(weight.any(dim=1).all()) for weight in producers)
     return has_zero_row or any(not bool(weight.any(dim=0).all()) for weight in consumers)
 
 
-def _dead_channels(
+def _find_dead_channels(
     model: Model, signature: Signature, consumers: WidthConsumers, sample: Sample | None
 ) -> DeadChannels | None:
     """Find the dead channels of one width; None if there are none.
@@ -166,7 +166,7 @@ def _dead_channels(
     """
     module, width = model.module, consumers.width
     consumer_names = dict.fromkeys(consumer for _, consumer in consumers.connections)
-    dense_consumers = _dense_layer_names(module, consumer_names)
+    dense_consumers = _list_dense_layers(module, consumer_names)
     low, high = _measure_input_ranges(model, signature, dense_consumers, sample)
     # By consumer, the value of each constant input, 0 for other inputs: (inputs,).
     value = {name: torch.where(low[name] == high[name], low[name], 0.0) for name in dense_consumers}
@@ -176,12 +176,12 @@ def _dead_channels(
         is_unread = torch.ones(width.value, dtype=torch.bool)
         for producer in group:
             if sample is None:
-                is_constant &= ~_linear_weight(module, producer).any(dim=1)
+                is_constant &= ~_get_linear_weight(module, producer).any(dim=1)
             for name in dense_consumers:
                 columns = consumers.connections.get((producer, name))  # (channels, inputs)
                 if columns is None:
                     continue
-                weight = _linear_weight(module, name)
+                weight = _get_linear_weight(module, name)
                 is_constant &= ~(columns & (low[name] != high[name])).any(dim=1)
                 is_unread &= ~(columns & weight.any(dim=0)).any(dim=1)
                 if module.get_submodule(name).bias is None:
@@ -209,7 +209,7 @@ def _dead_channels(
         ]
         removed = torch.stack(removed_inputs).any(dim=0)  # (inputs,)
         offsets[name] = (
-            _linear_weight(module, name)[:, removed].double() @ value[name][removed].double()
+            _get_linear_weight(module, name)[:, removed].double() @ value[name][removed].double()
         )
     cut = WidthCut(width, consumers, width.value - removed_count)
     return DeadChannels(cut, kept_channels, offsets)
@@ -247,12 +247,12 @@ def _measure_input_ranges(
         for name in names:
             part = model.module.get_submodule(name)
             hooks.callback(part.register_forward_pre_hook(record(name), with_kwargs=True).remove)
-        for inputs in _input_batches(model, signature, sample):
+        for inputs in _iterate_input_batches(model, signature, sample):
             call_network(model.module, inputs, signature)
     return low, high
 
 
-def _input_batches(
+def _iterate_input_batches(
     model: Model, signature: Signature, sample: Sample | None
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches of the sample; without one, synthetic rows with dense inputs of two scales."""
@@ -267,12 +267,12 @@ def _input_batches(
         yield inputs
 
 
-def _dense_layer_names(module: nn.Module, names: Collection[str]) -> list[str]:
+def _list_dense_layers(module: nn.Module, names: Collection[str]) -> list[str]:
     """Return the names of the float dense layers among some modules."""
     return [name for name in names if isinstance(module.get_submodule(name), nn.Linear)]
 
 
-def _linear_weight(module: nn.Module, name: str) -> Tensor:
+def _get_linear_weight(module: nn.Module, name: str) -> Tensor:
     """Return the detached weight of a Linear, ``(out, in)``.
 
     Raises:

@@ -46,7 +46,7 @@ from compressors.rewrite.unread_features import unread_features
 AffineNorm = nn.LayerNorm | nn.RMSNorm
 
 
-def scaled_outputs(
+def scale_outputs(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the weight and bias that include ``y * scale + shift`` after a Linear, in float64.
@@ -57,7 +57,7 @@ def scaled_outputs(
     return weight.double() * scale[:, None], old_bias * scale + shift
 
 
-def scaled_inputs(
+def scale_inputs(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the weight and bias that include ``x * scale + shift`` before a Linear, in float64.
@@ -189,7 +189,7 @@ class Fold(StepSettings):
             StepRefused: predictions change by more than rounding, because other code reads the
                 layers' weights or channels directly.
         """
-        after = self._without_dead_channels(model, plan.payload)
+        after = self._fold_without_dead_channels(model, plan.payload)
         outcomes = _report_unread(after, bench.signature)
         if self.rows and bench.calibration is not None:
             sample = bench.calibration, self.rows
@@ -201,9 +201,9 @@ class Fold(StepSettings):
 
     def dry_run(self, model: Model, plan: StepPlan[Folding]) -> Model:
         """Predict the result's shapes; channels constant only on calibration rows are kept."""
-        return self._without_dead_channels(model, plan.payload)
+        return self._fold_without_dead_channels(model, plan.payload)
 
-    def _without_dead_channels(self, model: Model, folding: Folding) -> Model:
+    def _fold_without_dead_channels(self, model: Model, folding: Folding) -> Model:
         """Fold the norms and remove the channels whose weights prove that they are dead.
 
         Raises:
@@ -268,13 +268,13 @@ def _plan_batch_norm(
     _, shift = batch_norm_factors(norm)
     before = flow.only_producer(name)
     needs_bias = bool(shift.any())
-    why = _reason_not_foldable(module, before, decisions, bias=needs_bias) if before else None
+    why = _explain_not_foldable(module, before, decisions, bias=needs_bias) if before else None
     if before is not None and why is None:
         return NormFold(name, (before,), norm_is_first=False)
     consumers = flow.direct_consumers(name)
     for layer in consumers:
-        bias = not _offset_has_no_effect(module, layer, shift)
-        why = _reason_not_foldable(module, layer, decisions, bias=bias)
+        bias = not _has_offset_no_effect(module, layer, shift)
+        why = _explain_not_foldable(module, layer, decisions, bias=bias)
         if why is not None:
             break
     if consumers and why is None:
@@ -301,13 +301,13 @@ def _plan_affine_part(
         why = flow.reasons.get(name, Reason("nonlinear_output"))
         return Reason("norm_kept", norm=name, why=why)
     for layer in consumers:
-        bias = not _offset_has_no_effect(module, layer, shift)
-        if (reason := _reason_not_foldable(module, layer, decisions, bias=bias)) is not None:
+        bias = not _has_offset_no_effect(module, layer, shift)
+        if (reason := _explain_not_foldable(module, layer, decisions, bias=bias)) is not None:
             return Reason("norm_kept", norm=name, why=reason)
     return NormFold(name, consumers, norm_is_first=True)
 
 
-def _offset_has_no_effect(module: nn.Module, layer: str, shift: Tensor) -> bool:
+def _has_offset_no_effect(module: nn.Module, layer: str, shift: Tensor) -> bool:
     """Whether an offset of a layer's inputs, float64 ``(in,)``, adds nothing to its output."""
     part = module.get_submodule(layer)
     if not isinstance(part, nn.Linear):
@@ -315,7 +315,7 @@ def _offset_has_no_effect(module: nn.Module, layer: str, shift: Tensor) -> bool:
     return not bool((part.weight.detach().double() @ shift).any())
 
 
-def _reason_not_foldable(
+def _explain_not_foldable(
     module: nn.Module, layer: str, decisions: Mapping[str, Decision], *, bias: bool
 ) -> Reason | None:
     """Return the reason why a norm cannot be folded into a layer; None if it can.
@@ -339,12 +339,12 @@ def _fold_norms(model: Model, norm_folds: Sequence[NormFold]) -> Model:
     """
     for norm_fold in norm_folds:
         norm = model.module.get_submodule(norm_fold.norm)
-        scale, shift = _factor_and_offset(norm)
+        scale, shift = _compute_factor_and_offset(norm)
         for name in norm_fold.layers:
             layer = model.module.get_submodule(name)
             if isinstance(layer, nn.Linear):
-                scaled = scaled_inputs if norm_fold.norm_is_first else scaled_outputs
-                weight, bias = scaled(layer.weight.detach(), _bias(layer), scale, shift)
+                scaled = scale_inputs if norm_fold.norm_is_first else scale_outputs
+                weight, bias = scaled(layer.weight.detach(), _get_bias(layer), scale, shift)
                 replace_parameter(layer, "weight", weight.to(layer.weight.dtype))
                 if layer.bias is not None:
                     replace_parameter(layer, "bias", bias.to(layer.bias.dtype))
@@ -376,7 +376,7 @@ def _report_unread(model: Model, signature: Signature) -> dict[str, Decision]:
     return {name: Decision("deferred", why) for name, why in reasons.items()}
 
 
-def _factor_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _compute_factor_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return factor and offset of a norm of any kind: float64 ``(channels,)`` each.
 
     Raises:
@@ -389,7 +389,7 @@ def _factor_and_offset(norm: nn.Module) -> tuple[Tensor, Tensor]:
     raise StepRefused("norm_not_foldable", kind=type(norm).__name__)
 
 
-def _bias(layer: nn.Linear) -> Tensor | None:
+def _get_bias(layer: nn.Linear) -> Tensor | None:
     """Return a layer's detached bias, or None if it has none."""
     return None if layer.bias is None else layer.bias.detach()
 

@@ -53,7 +53,7 @@ def choose_links(
     reasons: dict[str, Reason] = {**flow.reasons}
     for producer, consumers in flow.consumers.items():
         names = tuple(dict.fromkeys(consumer.name for consumer in consumers))
-        why = _reason_not_scalable(
+        why = _explain_not_scalable(
             model.module, producer, names, decisions, flow.input_dims, norms=norms
         )
         if why is not None:
@@ -77,7 +77,7 @@ def choose_links(
     return StepPlan(decisions, tuple(links))
 
 
-def _reason_not_scalable(
+def _explain_not_scalable(
     module: nn.Module,
     producer: str,
     consumers: Collection[str],

@@ -49,13 +49,13 @@ def unread_features(module: nn.Module, signature: Signature) -> dict[str, tuple[
         return {}  # every layer has a nonzero weight for each of its inputs
     result = {}
     table_sizes = table_rows(module)
-    for name, width, change_feature in _changeable_features(module, signature):
+    for name, width, change_feature in _iterate_changeable_features(module, signature):
         is_read = _read_columns(module, signature, table_sizes, width, change_feature)
         unread = [
             column
             for column in range(width)
             if not is_read[column]
-            and _scores_unchanged(module, signature, table_sizes, change_feature, column)
+            and _keeps_scores(module, signature, table_sizes, change_feature, column)
         ]
         if unread:
             result[name] = tuple(unread)
@@ -68,7 +68,7 @@ output of a table, a forward hook applies the change while the network runs; the
 the hook."""
 
 
-def _changeable_features(
+def _iterate_changeable_features(
     module: nn.Module, signature: Signature
 ) -> Iterator[tuple[str, int, ChangeFeature]]:
     """Yield the name of each table and dense input, its width and the function that changes it."""
@@ -146,7 +146,7 @@ def _read_columns(
 
 
 @torch.no_grad()
-def _scores_unchanged(
+def _keeps_scores(
     module: nn.Module,
     signature: Signature,
     table_sizes: dict[str, int],

@@ -24,7 +24,7 @@ BUCKET_BATCHES = 32
 """Number of batches whose rows are sorted together by the length of their sequences."""
 
 
-def functions_of(output: Output) -> TaskFunctions:
+def load_functions(output: Output) -> TaskFunctions:
     """Return the losses and score checks of an output's task kind.
 
     Raises:
@@ -53,11 +53,13 @@ def hard_loss(signature: Signature, scores: Tensor, batch: Batch) -> Tensor:
         A scalar; 0 if no row has a label.
     """
     if not signature.scores_rows:
-        return functions_of(signature.single_output).hard_loss(scores, batch)
+        return load_functions(signature.single_output).hard_loss(scores, batch)
     scores = scores_of(scores, signature)
     weights = batch.output_weights or (1.0,) * len(signature.outputs)
     losses = [
-        output.loss_weight * weight * _labelled_loss(output, score, replace(batch, label=label))
+        output.loss_weight
+        * weight
+        * _compute_labelled_loss(output, score, replace(batch, label=label))
         for output, weight, score, label in zip(
             signature.outputs,
             weights,
@@ -69,7 +71,7 @@ def hard_loss(signature: Signature, scores: Tensor, batch: Batch) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def _labelled_loss(output: Output, score: Tensor, batch: Batch) -> Tensor:
+def _compute_labelled_loss(output: Output, score: Tensor, batch: Batch) -> Tensor:
     """Compute the loss of one output, from the rows of the batch whose label is not NaN."""
     is_labelled = ~batch.label.isnan()
     if not bool(is_labelled.all()):
@@ -77,7 +79,7 @@ def _labelled_loss(output: Output, score: Tensor, batch: Batch) -> Tensor:
         score, batch = score[is_labelled], Batch({}, batch.label[is_labelled], group)
     if not len(score):
         return score.sum()  # 0, connected to the network, so that it has a gradient
-    return functions_of(output).hard_loss(score, batch)
+    return load_functions(output).hard_loss(score, batch)
 
 
 def soft_loss(
@@ -99,10 +101,12 @@ def soft_loss(
     """
     if not signature.scores_rows:
         rows = DistillationRows(scores, teacher, batch)
-        return functions_of(signature.single_output).soft_loss(rows, temperature)
+        return load_functions(signature.single_output).soft_loss(rows, temperature)
     losses = [
         output.loss_weight
-        * functions_of(output).soft_loss(DistillationRows(score, teacher_score, batch), temperature)
+        * load_functions(output).soft_loss(
+            DistillationRows(score, teacher_score, batch), temperature
+        )
         for output, score, teacher_score in zip(
             signature.outputs,
             score_columns(scores_of(scores, signature)),
@@ -157,18 +161,20 @@ def shuffled_rows(
         row_numbers = torch.randperm(len(rows), generator=generator)
         lengths = rows.lengths()
         if lengths is None:
-            yield from _without_single_rows(torch.split(row_numbers, size))
+            yield from _merge_single_rows(torch.split(row_numbers, size))
         else:
-            batches = _batches_of_similar_length(row_numbers, lengths, size, generator)
-            yield from _without_single_rows(batches)
+            batches = _iterate_batches_of_similar_length(row_numbers, lengths, size, generator)
+            yield from _merge_single_rows(batches)
         return
-    order = rows.group.argsort(stable=True)  # makes rows of a group adjacent
+    permutation = rows.group.argsort(stable=True)  # makes rows of a group adjacent
     counts = torch.unique(rows.group, return_counts=True)[1]
     begins = counts.cumsum(0) - counts
-    yield from _without_single_rows(_batches_of_groups(order, begins, counts, size, generator))
+    yield from _merge_single_rows(
+        _iterate_batches_of_groups(permutation, begins, counts, size, generator)
+    )
 
 
-def _batches_of_similar_length(
+def _iterate_batches_of_similar_length(
     row_numbers: Tensor, lengths: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
     """Yield batches of ``size`` rows, sorted by length within ``BUCKET_BATCHES`` batches.
@@ -182,17 +188,18 @@ def _batches_of_similar_length(
             yield batches[number]
 
 
-def _batches_of_groups(
-    order: Tensor, begins: Tensor, counts: Tensor, size: int, generator: torch.Generator
+def _iterate_batches_of_groups(
+    permutation: Tensor, begins: Tensor, counts: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
     """Yield batches of whole groups in random order; a batch has at least ``size`` rows.
 
-    ``order`` lists row numbers by group; group ``i`` starts at ``begins[i]`` and has ``counts[i]``.
+    ``permutation`` lists row numbers by group; group ``i`` starts at ``begins[i]`` and has
+    ``counts[i]`` rows.
     """
     pending: list[Tensor] = []
     rows = 0
     for number in torch.randperm(len(counts), generator=generator).tolist():
-        pending.append(order[begins[number] : begins[number] + counts[number]])
+        pending.append(permutation[begins[number] : begins[number] + counts[number]])
         rows += len(pending[-1])
         if rows >= size:
             yield torch.cat(pending)
@@ -201,7 +208,7 @@ def _batches_of_groups(
         yield torch.cat(pending)
 
 
-def _without_single_rows(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+def _merge_single_rows(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """Merge a batch of one row with the batch before it: batch norm needs two rows."""
     previous: Tensor | None = None
     for batch_rows in batches:

@@ -4,7 +4,8 @@ Imports are inside the commands, so that ``--help`` does not load torch or Prefe
 order without custom steps; an order from a file is its subclass ``Order``.
 
 Exit codes: 0 accepted or completed, 1 failure, 2 invalid input, 3 rejected, 4 undecided or built
-but not measured.
+but not measured. A draft is the folder of a bundle before it is packed. The ledger is the list of a
+model's promotions and rollbacks in the store.
 """
 
 import functools
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 @app.command()
-@orders.with_order_options
+@orders.add_order_options
 def compress(
     terms: "Terms",
     force: Annotated[bool, typer.Option(help="Run the order again, as a new version.")] = False,
@@ -78,7 +79,7 @@ def compress(
 
 
 @app.command()
-@orders.with_order_options
+@orders.add_order_options
 def explain(
     terms: "Terms",
     as_json: Json = False,

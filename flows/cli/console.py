@@ -112,7 +112,7 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
         from flows.compress import compress
         from flows.order import Order
         from tasks.orchestration.documents import Finished
-        from tasks.orchestration.policy import local_result
+        from tasks.orchestration.task_calls import local_result
 
         if server is not None:
             server.wait_until_ready(notify)
@@ -136,9 +136,9 @@ def show_result(finished: "Finished") -> None:
     report, out = finished.report, console()
     line = partial(_print_line, out)
     bundle = f"bundle {report.name}@{report.bundle_version}"
-    out.print(_table(bundle, number_rows(report), out.width))
+    out.print(_build_table(bundle, number_rows(report), out.width))
     if report.stages:
-        out.print(_table("Effect of each step", stage_rows(report), out.width))
+        out.print(_build_table("Effect of each step", stage_rows(report), out.width))
     out.print(describe_resolution(report))
     for remark in (*list_remarks(report), *limit_lines(report)):
         line(remark)
@@ -179,7 +179,7 @@ def show_explanation(explanation: "Explanation") -> None:
         for item in explanation.steps
     ]
     out.print(
-        _table("Steps that would run, and the bytes of weights after each", stages, out.width)
+        _build_table("Steps that would run, and the bytes of weights after each", stages, out.width)
     )
     for item in explanation.steps:
         if item.left_out is not None:
@@ -193,7 +193,7 @@ def show_explanation(explanation: "Explanation") -> None:
         }
         for unit in explanation.plan.lines
     ]
-    out.print(_table("Plan", lines, out.width))
+    out.print(_build_table("Plan", lines, out.width))
     for unit in explanation.plan.lines:
         line(f"{unit.module}: {unit.reason}")
     for warning in plan_warnings(explanation.plan):
@@ -232,7 +232,7 @@ def _print_line(out: "Console", text: str) -> None:
     out.print(one_line(text), soft_wrap=True)
 
 
-def _table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
+def _build_table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
     """Return a table with a column for each key of ``rows``.
 
     Args:

@@ -214,14 +214,14 @@ def _check_registry() -> str:
         return f"{public_uri(uri)}: {len(registry().models())} model(s)"
     base = uri.rstrip("/")
     path = "/api/2.0/mlflow/registered-models/search?max_results=1000"
-    answer = _mlflow_get(base + path)
+    answer = _request_from_mlflow(base + path)
     _require_accepted(answer, "MLflow", public_uri(uri))
     body = answer.parse_json()
     if not isinstance(body, dict) or body.keys() - {"registered_models", "next_page_token"}:
         raise CheckFailed("answer_foreign", service="MLflow", address=public_uri(uri))
     more = "+" if body.get("next_page_token") else ""
     models = len(body.get("registered_models", ()))
-    response = _mlflow_get(f"{base}/version")
+    response = _request_from_mlflow(f"{base}/version")
     version = response.body.decode("ascii", "replace")[:20] if response.status == 200 else "?"
     return f"MLflow {version} at {public_uri(uri)}: {models}{more} model(s), {answer.ms:.0f} ms"
 
@@ -232,7 +232,7 @@ def _check_champions() -> str:
     return ", ".join(f"{model} {version}" for model, version in versions.items()) or "none yet"
 
 
-def _mlflow_get(uri: str) -> HttpAnswer:
+def _request_from_mlflow(uri: str) -> HttpAnswer:
     """Send a GET request with the credentials that MLflow's client uses: a login, else a token."""
     user, password = os.environ.get(MLFLOW_USER), os.environ.get(MLFLOW_PASSWORD)
     if user and password:

@@ -115,10 +115,10 @@ def _report(fault: Exception) -> int:
     from compressors.errors.compression import CompressionError
     from flows.order_faults import format_errors
     from infra.errors import InfraError, Refused
-    from infra.memory import as_out_of_memory
+    from infra.memory import convert_to_out_of_memory
     from infra.store.disk import MACHINE_ERRORS, find_os_error, translate_input_error
 
-    shown: Exception = as_out_of_memory(fault, quote_command(sys.argv[1:])) or fault
+    shown: Exception = convert_to_out_of_memory(fault, quote_command(sys.argv[1:])) or fault
     error = find_os_error(shown)
     if error is not None and (error.filename is not None or error.errno in MACHINE_ERRORS):
         # An error without a path is reported for the folder of temporary files.

@@ -91,7 +91,7 @@ def order_from_options(
     )
 
 
-def with_order_options(command: Callable[..., None]) -> Callable[..., None]:
+def add_order_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of ``order_from_options`` to a command; it receives the order as ``terms``.
 
     typer reads the options of a command from its signature.

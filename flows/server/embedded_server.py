@@ -98,11 +98,11 @@ class EmbeddedServer:
             ServiceFailed: the process ended, or made no progress for ``stall_seconds``.
         """
         start = last_poll = time.monotonic()
-        notify_at, stalled, last = start + NOTIFY_AFTER_SECONDS, 0.0, self._progress()
+        notify_at, stalled, last = start + NOTIFY_AFTER_SECONDS, 0.0, self._read_progress()
         try:
             while not self._is_ready():
                 self.require_running(is_started=False)
-                now, current = time.monotonic(), self._progress()
+                now, current = time.monotonic(), self._read_progress()
                 if current[0] - last[0] >= CPU_SECONDS or current[1] != last[1]:
                     last, stalled = current, 0.0
                 else:
@@ -115,7 +115,7 @@ class EmbeddedServer:
                         process=self.process.pid,
                         seconds=stall_seconds,
                         folder=str(self._home),
-                        output=self._last_output(),
+                        output=self._read_last_output(),
                     )
                 if now >= notify_at:
                     notify_at = now + NOTIFY_EVERY_SECONDS
@@ -135,7 +135,7 @@ class EmbeddedServer:
         code, folder = self.process.poll(), str(self._home)
         if code is None:
             return
-        output = self._last_output()
+        output = self._read_last_output()
         if is_started:
             raise ServiceFailed(
                 "embedded_server_ended", exit_code=code, folder=folder, output=output
@@ -163,7 +163,7 @@ class EmbeddedServer:
         except NoAnswer:
             return False
 
-    def _progress(self) -> tuple[float, tuple[tuple[str, int, int], ...]]:
+    def _read_progress(self) -> tuple[float, tuple[tuple[str, int, int], ...]]:
         """Return CPU seconds of the process, and name, size and mtime of its database files."""
         files = []
         for path in sorted(self._home.glob("prefect.db*")):
@@ -174,7 +174,7 @@ class EmbeddedServer:
             files.append((path.name, state.st_size, state.st_mtime_ns))
         return cpu_seconds(self.process.pid), tuple(files)
 
-    def _last_output(self) -> str:
+    def _read_last_output(self) -> str:
         size = os.fstat(self._output.fileno()).st_size
         # pread, because the server's process shares the position of the file.
         tail = os.pread(self._output.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
@@ -206,7 +206,7 @@ def start_embedded_server(notify: Notify) -> EmbeddedServer:
         auth = new_auth_string()
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, str(listener.fileno())],
-            env=_environment(auth),
+            env=_build_environment(auth),
             pass_fds=[listener.fileno()],
             stdin=subprocess.PIPE,  # closes when this process ends, which ends the server
             stdout=output,
@@ -231,7 +231,7 @@ def protect_ephemeral_server() -> None:
     configured = settings.server.api.auth_string or settings.api.auth_string
     auth = configured.get_secret_value() if configured is not None else new_auth_string()
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
-    _set_variables(PREFECT_API_AUTH_STRING=auth, **_server_settings(auth))
+    _set_variables(PREFECT_API_AUTH_STRING=auth, **_build_server_settings(auth))
 
 
 def new_auth_string() -> str:
@@ -269,7 +269,7 @@ def _set_variables(**variables: str) -> None:
     refresh_global_settings_context()
 
 
-def _server_settings(auth: str) -> dict[str, str]:
+def _build_server_settings(auth: str) -> dict[str, str]:
     """Return the variables that make a server require a secret and allow no origin."""
     return {
         "PREFECT_SERVER_API_AUTH_STRING": auth,
@@ -279,7 +279,7 @@ def _server_settings(auth: str) -> dict[str, str]:
     }
 
 
-def _environment(auth: str) -> dict[str, str]:
+def _build_environment(auth: str) -> dict[str, str]:
     """Return the environment variables of the server's process."""
     from prefect.settings import get_current_settings
 
@@ -287,7 +287,7 @@ def _environment(auth: str) -> dict[str, str]:
     return {
         **os.environ,
         **settings,  # includes those of the Prefect profile
-        **_server_settings(auth),
+        **_build_server_settings(auth),
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
         "PREFECT_UI_ENABLED": "0",
         # Prefect sets these two for its own embedded server: fewer services, less memory.

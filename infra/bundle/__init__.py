@@ -1,7 +1,7 @@
 """Read, validate and write bundles: folders with ``model.json`` and ``*.safetensors``.
 
-A user writes a draft; packing it writes a sealed bundle, whose ``model.json`` lists all files with
-their hashes.
+A user writes a *draft*: the folder of a bundle without hashes. Packing it writes a sealed bundle,
+whose ``model.json`` lists all files with their hashes.
 
 json_limits.py      size limits of JSON text, checked before parsing
 json_reader.py      strict reader for untrusted JSON

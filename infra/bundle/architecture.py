@@ -64,12 +64,12 @@ def argument_classes(paths: Sequence[str], allowed: Sequence[str]) -> dict[str, 
         The classes by path.
 
     Raises:
-        BundleRefused: as ``network_class``; the classes need not be networks.
+        BundleRefused: a module is not allowed or cannot be imported, or has no such class.
     """
-    return {path: _argument_class(path, allowed) for path in paths}
+    return {path: _import_argument_class(path, allowed) for path in paths}
 
 
-def _argument_class(path: str, allowed: Sequence[str]) -> type:
+def _import_argument_class(path: str, allowed: Sequence[str]) -> type:
     import torch
 
     module_name, _, class_name = path.partition(":")
@@ -123,8 +123,8 @@ def _import_class(path: str, allowed: Sequence[str], base: "type[T]") -> "type[T
             "architecture_defined_elsewhere",
             path=path,
             module=loaded.__module__,
-            allowed=_names_or_nothing(allowed),
-            setting=_extended_setting(loaded.__module__, allowed),
+            allowed=_format_allowed_modules(allowed),
+            setting=_extend_setting(loaded.__module__, allowed),
         )
     return loaded
 
@@ -165,7 +165,7 @@ def import_allowed_module(path: str, allowed: Sequence[str]) -> ModuleType:
             raise BundleRefused(
                 "architecture_dependency_missing", path=path, module=module_name, missing=fault.name
             ) from fault
-        raise _module_missing_error(path, module_name) from fault
+        raise _build_module_missing(path, module_name) from fault
     except (Exception, SystemExit) as fault:  # the imported module may raise any exception
         if is_out_of_memory(fault):
             raise
@@ -197,13 +197,13 @@ def source_digest(path: str, allowed: Sequence[str], arguments: Sequence[str] = 
         BundleRefused: the module is not allowed, does not exist, or has no source file.
     """
     custom_classes = [item for item in arguments if item.partition(":")[0] != LAYERS]
-    digests = dict.fromkeys(_package_digest(item, allowed) for item in (path, *custom_classes))
+    digests = dict.fromkeys(_hash_package(item, allowed) for item in (path, *custom_classes))
     if len(digests) == 1:
         return next(iter(digests))
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _package_digest(path: str, allowed: Sequence[str]) -> str:
+def _hash_package(path: str, allowed: Sequence[str]) -> str:
     """Hash the source files of the package of a class."""
     module_name, _ = _split_and_check(path, allowed)
     importlib.invalidate_caches()
@@ -243,8 +243,8 @@ def _split_and_check(path: str, allowed: Sequence[str]) -> tuple[str, str]:
             "architecture_not_allowed",
             path=path,
             module=module_name,
-            allowed=_names_or_nothing(allowed),
-            setting=_extended_setting(module_name, allowed),
+            allowed=_format_allowed_modules(allowed),
+            setting=_extend_setting(module_name, allowed),
         )
     return module_name, class_name
 
@@ -254,17 +254,17 @@ def is_within(module_name: str, root: str) -> bool:
     return module_name == root or module_name.startswith(f"{root}.")
 
 
-def _names_or_nothing(allowed: Sequence[str]) -> tuple[str, ...]:
+def _format_allowed_modules(allowed: Sequence[str]) -> tuple[str, ...]:
     """Return the allowed modules for an error message; the word "nothing" if there are none."""
     return tuple(allowed) or ("nothing",)
 
 
-def _extended_setting(module_name: str, allowed: Sequence[str]) -> str:
+def _extend_setting(module_name: str, allowed: Sequence[str]) -> str:
     """Return the value of RECPRESS_ALLOWED_MODULES that also allows this module."""
     return ",".join([*allowed, module_name])
 
 
-def _module_missing_error(path: str, module_name: str) -> BundleRefused:
+def _build_module_missing(path: str, module_name: str) -> BundleRefused:
     """Return the error for a module that does not exist; it names the top-level package too."""
     return BundleRefused(
         "architecture_module_missing",
@@ -284,17 +284,17 @@ def _find_spec(path: str, module_name: str) -> tuple[ModuleSpec, ModuleSpec | No
     parts = module_name.split(".")
     for depth in range(1, len(parts) + 1):
         if depth > 1 and package is not spec:  # the previous part is not a package
-            raise _module_missing_error(path, module_name)
+            raise _build_module_missing(path, module_name)
         locations = None if package is None else package.submodule_search_locations
         name = ".".join(parts[:depth])
         specs = (_find(finder, name, locations) for finder in sys.meta_path)
         spec = next((candidate for candidate in specs if candidate is not None), None)
         if spec is None:
-            raise _module_missing_error(path, module_name)
+            raise _build_module_missing(path, module_name)
         if spec.submodule_search_locations is not None:
             package = spec
     if spec is None:
-        raise _module_missing_error(path, module_name)
+        raise _build_module_missing(path, module_name)
     return spec, package
 
 

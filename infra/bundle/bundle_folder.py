@@ -29,7 +29,7 @@ from infra.bundle.json_reader import (
     parse,
     raise_if_any,
     read_json,
-    short,
+    shorten,
     to_json_value,
 )
 from infra.bundle.model_json import MANIFEST, DataReference, Draft, FileRecord, Manifest, SplitName
@@ -97,7 +97,8 @@ def read_draft(folder: Path) -> Draft:
     )
     entries = ((f"{name}.{key}", text) for name, part in path_fields for key, text in part.items())
     raise_if_any(
-        folder, (p for where, text in entries if (p := _draft_path_problem(folder, where, text)))
+        folder,
+        (p for where, text in entries if (p := _find_draft_path_problem(folder, where, text))),
     )
     return draft
 
@@ -134,7 +135,7 @@ def seal(
     """
     partial_file = folder / f"{MANIFEST}.partial"
     # A killed run may have left a partial file.
-    names = _file_names(folder, ignored=partial_file.name) - {MANIFEST}
+    names = _list_file_names(folder, ignored=partial_file.name) - {MANIFEST}
     stored_tensors(folder)
     records = linked or {}
     fields = {
@@ -193,11 +194,11 @@ def read(folder: Path) -> Manifest:
         BundleRefused: a file in the folder is missing, extra, changed, unsafe or malformed.
     """
     if not folder.is_dir() or folder.is_symlink():
-        _file_names(folder)  # raises with the reason if the folder cannot be read
+        _list_file_names(folder)  # raises with the reason if the folder cannot be read
     raw, _ = read_json(folder / MANIFEST)
     manifest = parse_manifest(raw, folder)  # first, so that a draft is reported as a draft
-    names = _file_names(folder)
-    raise_if_any(folder, _differences(folder, names - {MANIFEST}, manifest.files))
+    names = _list_file_names(folder)
+    raise_if_any(folder, _find_differences(folder, names - {MANIFEST}, manifest.files))
     stored_tensors(folder)
     return manifest
 
@@ -218,7 +219,7 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
     require_known_version(document, path)
     if "seal" not in document and "files" not in document:
         raise BundleRefused("is_draft", folder=str(folder))
-    manifest = _migrate_and_parse(Manifest, _without_seal(document), path, stored=True)
+    manifest = _migrate_and_parse(Manifest, _remove_seal(document), path, stored=True)
     seal_length = len(_seal_line(b""))
     if raw[-seal_length:] != _seal_line(raw[:-seal_length]):
         raise BundleRefused("seal_differs", path=str(path))
@@ -265,7 +266,7 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
     problems: list[Reason] = []
     uses = ((item, table) for item in manifest.signature.data_inputs for table in all_tables(item))
     for item, path in uses:
-        name, table = short(item.name), short(path)
+        name, table = shorten(item.name), shorten(path)
         record = network.modules.get(path)
         weight = f"{path}.weight"
         fact = facts.get(network.ties.get(weight, weight))
@@ -279,19 +280,19 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
                         input=name,
                         table=table,
                         kind=record.kind,
-                        rows=short(count),
+                        rows=shorten(count),
                     )
                 )
             else:
                 rows[path] = count
         elif fact is None or len(fact.shape) != 2:
-            similar = _similar_names(path, [*tables, *network.modules])
+            similar = _find_similar_names(path, [*tables, *network.modules])
             problems.append(
                 Reason(
                     "table_not_stored",
                     input=name,
                     table=table,
-                    weight=short(weight),
+                    weight=shorten(weight),
                     near=similar,
                 )
                 if fact is None
@@ -299,7 +300,7 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
                     "table_shape",
                     input=name,
                     table=table,
-                    weight=short(weight),
+                    weight=shorten(weight),
                     shape=fact.shape[:MAX_DIMENSIONS_SHOWN],
                     near=similar,
                 )
@@ -321,25 +322,25 @@ def _tie_problems(ties: Mapping[str, str], tensors: Mapping[str, StoredTensor]) 
         if target not in tensors:
             yield Reason(
                 "tie_not_stored",
-                alias=short(alias),
-                target=short(target),
-                near=_similar_names(target, tensors),
+                alias=shorten(alias),
+                target=shorten(target),
+                near=_find_similar_names(target, tensors),
             )
         if alias in tensors:
-            yield Reason("tie_stored_too", alias=short(alias))
+            yield Reason("tie_stored_too", alias=shorten(alias))
 
 
-def _similar_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
+def _find_similar_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
     """Return the names most similar to a missing one; if none is similar, the first five."""
     known = list(islice(names, 2000))  # the comparison is slow and only gives a hint
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]
-    return tuple(map(short, close))
+    return tuple(map(shorten, close))
 
 
 # --- files -----------------------------------------------------------------------------------
 
 
-def _file_names(folder: Path, ignored: str = "") -> set[str]:
+def _list_file_names(folder: Path, ignored: str = "") -> set[str]:
     """Return the names of all files in a bundle's folder except the file ``ignored``.
 
     Raises:
@@ -352,7 +353,7 @@ def _file_names(folder: Path, ignored: str = "") -> set[str]:
             continue
         mode = path.lstat().st_mode
         names.add(path.name)
-        file = short(path.name)
+        file = shorten(path.name)
         if stat.S_ISLNK(mode):
             problems.append(Reason("file_is_link", file=file))
         elif stat.S_ISDIR(mode):
@@ -374,27 +375,27 @@ def hash_file(path: Path) -> FileRecord:
         return FileRecord(sha256=sha256, bytes=file.tell())
 
 
-def _differences(
+def _find_differences(
     folder: Path, names: set[str], records: Mapping[str, FileRecord]
 ) -> Iterator[Reason]:
     """Yield the differences between a folder and its manifest; reads and hashes every file."""
     for name in sorted(records.keys() - names):
-        yield Reason("file_missing", file=short(name))
+        yield Reason("file_missing", file=shorten(name))
     for name in sorted(names - records.keys()):
-        yield Reason("file_unlisted", file=short(name), manifest=MANIFEST)
+        yield Reason("file_unlisted", file=shorten(name), manifest=MANIFEST)
     for name in sorted(names & records.keys()):
         size = (folder / name).stat().st_size
         if size != (expected := records[name]).bytes:
-            yield Reason("file_size_differs", file=short(name), got=size, expected=expected.bytes)
+            yield Reason("file_size_differs", file=shorten(name), got=size, expected=expected.bytes)
         elif (actual_hash := hash_file(folder / name).sha256) != expected.sha256:
             yield Reason(
-                "file_hash_differs", file=short(name), got=actual_hash, expected=expected.sha256
+                "file_hash_differs", file=shorten(name), got=actual_hash, expected=expected.sha256
             )
 
 
-def _draft_path_problem(folder: Path, entry: str, text: str) -> Reason | None:
+def _find_draft_path_problem(folder: Path, entry: str, text: str) -> Reason | None:
     """Return why the path ``text`` of a draft's field ``entry`` cannot be used; None if it can."""
-    path, entry, shown = folder / text, truncate_sentence(entry), short(text)
+    path, entry, shown = folder / text, truncate_sentence(entry), shorten(text)
     try:
         exists = path.exists()
     except OSError as fault:
@@ -423,7 +424,7 @@ def _migrate_and_parse(
     return parse(kind, migrate(document), path, stored=stored, source_locations=locations)
 
 
-def _without_seal(document: Mapping[str, Any]) -> dict[str, Any]:
+def _remove_seal(document: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in document.items() if name != "seal"}
 
 

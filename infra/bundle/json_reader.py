@@ -38,7 +38,7 @@ _SHORT_REPR = reprlib.Repr()
 _SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120
 
 
-def short(value: object) -> str:
+def shorten(value: object) -> str:
     """Format an untrusted value as its ``repr``, truncated."""
     return _SHORT_REPR.repr(value)
 
@@ -48,7 +48,7 @@ def escape_message(message: object) -> str:
     return repr(str(message)[:300])[1:-1]
 
 
-def _first_sentences(problems: Iterable[str]) -> tuple[str, ...]:
+def _truncate_sentences(problems: Iterable[str]) -> tuple[str, ...]:
     """Return the first ``PROBLEMS_SHOWN`` sentences, each truncated, and "and more." if needed."""
     messages = [truncate_sentence(problem) for problem in islice(problems, PROBLEMS_SHOWN + 1)]
     if len(messages) > PROBLEMS_SHOWN:
@@ -61,7 +61,7 @@ def raise_if_any(place: Path | str, problems: Iterable[Reason]) -> None:
 
     Args:
         place: what the problems refer to, such as a folder; it begins the message.
-        problems: the reasons. Their fields have bounded length; ``short`` truncates a value.
+        problems: the reasons. Their fields have bounded length; ``shorten`` truncates a value.
     """
     messages = list(islice(problems, PROBLEMS_SHOWN + 1))
     if len(messages) > PROBLEMS_SHOWN:
@@ -104,7 +104,7 @@ def decode(raw: bytes, path: Path) -> dict[str, Any]:
         check_limits(raw)
         document = json.loads(
             raw.decode(),
-            object_pairs_hook=_object_without_duplicates,
+            object_pairs_hook=_build_object,
             parse_constant=_reject_constant,
             parse_float=_parse_finite,
         )
@@ -150,7 +150,7 @@ def parse(
             for error in fault.errors(include_url=False)
         )
         raise BundleRefused(
-            "fields_unusable", path=str(path), problems=_first_sentences(sentences)
+            "fields_unusable", path=str(path), problems=_truncate_sentences(sentences)
         ) from fault
 
 
@@ -199,15 +199,15 @@ def to_json_value(value: object) -> Any:
         return [to_json_value(item) for item in value]
     if isinstance(value, dict) and all(isinstance(name, str) for name in value):
         return {name: to_json_value(item) for name, item in value.items()}
-    raise ValueError(f"{short(value)} has no JSON form")
+    raise ValueError(f"{shorten(value)} has no JSON form")
 
 
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build the dict of a JSON object; raise ``ValueError`` if a name occurs twice."""
     document: dict[str, Any] = {}
     for name, value in pairs:
         if name in document:
-            raise ValueError(f"duplicate name {short(name)} in one object; keep one")
+            raise ValueError(f"duplicate name {shorten(name)} in one object; keep one")
         document[name] = value
     return document
 
@@ -220,7 +220,7 @@ def _reject_constant(text: str) -> NoReturn:
 def _parse_finite(text: str) -> float:
     """Parse a number; raise ``ValueError`` if it is too large for a float."""
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"{short(text)} is too large for a number")
+        raise ValueError(f"{shorten(text)} is too large for a number")
     return number
 
 
@@ -246,7 +246,8 @@ def _format_error(error: Mapping[str, Any], source_locations: Mapping[str, str])
 
     Args:
         error: an item of ``ValidationError.errors()``.
-        source_locations: as in ``parse``.
+        source_locations: for a migrated document, maps a location in it to the location in the
+            file.
     """
     location = ""
     is_after_index = False  # after the index of an input, pydantic adds the input's kind
@@ -254,7 +255,7 @@ def _format_error(error: Mapping[str, Any], source_locations: Mapping[str, str])
         if isinstance(part, int):
             location += f"[{part}]"
         elif part != "[key]" and not (is_after_index and part in INPUT_KINDS):
-            location += f".{part if part.isprintable() and len(part) < 80 else short(part)}"
+            location += f".{part if part.isprintable() and len(part) < 80 else shorten(part)}"
         is_after_index = isinstance(part, int)
     location = location.removeprefix(".") or "the document"
     location = source_locations.get(location, location)
@@ -265,4 +266,4 @@ def _format_error(error: Mapping[str, Any], source_locations: Mapping[str, str])
     if error["type"] in SENTENCES or error["type"] == "value_error":
         # The messages of this project's validators already contain the value.
         return f"{location}: {error['msg'].removeprefix('Value error, ')}."
-    return f"{location}: {error['msg']}; found {short(error['input'])}."
+    return f"{location}: {error['msg']}; found {shorten(error['input'])}."

@@ -2,7 +2,7 @@
 
 A bundle builds a network from its class and arguments that JSON can represent, but a network in
 memory does not store its arguments. So ``import_network`` records the arguments of constructors
-while the user's code runs, and ``describe_architecture`` writes those of the network, also where
+while the network's code runs, and ``describe_architecture`` writes those of the network, also where
 they are objects (``compressors/contracts/network.py``). An object that reads files when it is
 constructed, or whose constructor's arguments are unknown, is described by what the constructor of
 the network reads from it (``recorded_reads.py``).
@@ -72,11 +72,11 @@ class ConstructorCalls:
         if not _can_be_named(type(constructed), self.allowed):
             return
         arguments = {name: values[name] for name in names[1:] if name in values}
-        further = iter(code.co_varnames[len(names) :])
-        if code.co_flags & inspect.CO_VARARGS and values.get(name := next(further)):
+        variadic_names = iter(code.co_varnames[len(names) :])
+        if code.co_flags & inspect.CO_VARARGS and values.get(name := next(variadic_names)):
             arguments[f"*{name}"] = values[name]
         if code.co_flags & inspect.CO_VARKEYWORDS:
-            arguments |= values.get(next(further), {})
+            arguments |= values.get(next(variadic_names), {})
         copies = {name: _copy_containers(value) for name, value in arguments.items()}
         self.arguments[id(constructed)] = (constructed, copies)
         self._running.append((frame, id(constructed)))
@@ -122,19 +122,19 @@ def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, Const
     import torch
 
     calls = ConstructorCalls(allowed)
-    # Standard output has only the results of the command, not what the user's code prints.
-    with _recorded(calls), redirect_stdout(sys.stderr), same_anomaly_detection():
+    # Standard output has only the results of the command, not what the network's code prints.
+    with _record_constructor_calls(calls), redirect_stdout(sys.stderr), same_anomaly_detection():
         module = import_allowed_module(path, allowed)
         name = path.partition(":")[2]
         if name not in vars(module):
-            raise DraftRefused("model_missing", path=path, names=_candidates(vars(module)))
+            raise DraftRefused("model_missing", path=path, names=_list_candidates(vars(module)))
         value = vars(module)[name]
         if inspect.isclass(value):
             raise DraftRefused("model_is_class", path=path)
         if not isinstance(value, torch.nn.Module) and callable(value):
             try:
                 value = value()
-            except (Exception, SystemExit) as fault:  # the user's code may raise any exception
+            except (Exception, SystemExit) as fault:  # the network's code may raise anything
                 if is_out_of_memory(fault):
                     raise
                 raise DraftRefused(
@@ -146,7 +146,7 @@ def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, Const
     return value.cpu(), calls
 
 
-def _candidates(names: Mapping[str, Any]) -> tuple[str, ...]:
+def _list_candidates(names: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of networks and functions that a module defines."""
     import torch
 
@@ -168,7 +168,7 @@ def _can_be_named(of: type, allowed: Sequence[str]) -> bool:
 
 
 @contextmanager
-def _recorded(calls: ConstructorCalls) -> Iterator[None]:
+def _record_constructor_calls(calls: ConstructorCalls) -> Iterator[None]:
     """Record constructor calls of this thread; another profile function is paused."""
     previous = sys.getprofile()
     sys.setprofile(calls.record)
@@ -189,7 +189,7 @@ def describe_architecture(network: "nn.Module", calls: ConstructorCalls) -> Arch
             cannot be stored.
     """
     path = class_path(type(network))
-    arguments = _recorded_arguments(network, calls)
+    arguments = _select_recorded_arguments(network, calls)
     if arguments is None:
         raise DraftRefused("model_not_constructed", architecture=path)
     if variable := next((name for name in arguments if name.startswith("*")), None):
@@ -226,7 +226,7 @@ def class_path(of: type) -> str:
     return f"{of.__module__}:{of.__name__}"
 
 
-def _recorded_arguments(value: object, calls: ConstructorCalls) -> dict[str, Any] | None:
+def _select_recorded_arguments(value: object, calls: ConstructorCalls) -> dict[str, Any] | None:
     """Return the arguments that differ from their defaults; None if no call was recorded."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):  # a named tuple
         return dict(value._asdict())
@@ -290,7 +290,7 @@ def _encode(value: Any, calls: ConstructorCalls, *, place: str) -> Any:
         return str(value)
     if isinstance(value, type):
         return {CLASS: class_path(value)}
-    arguments = _recorded_arguments(value, calls)
+    arguments = _select_recorded_arguments(value, calls)
     if arguments is not None and not any(name.startswith("*") for name in arguments):
         encoded = {
             name: _encode(item, calls, place=f"{place}.{name}") for name, item in arguments.items()

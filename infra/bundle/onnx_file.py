@@ -50,7 +50,7 @@ def read_onnx(path: Path) -> "ir.Model":
         _require_opset(proto, path)
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent)
-        for tensor in _tensors(model):
+        for tensor in _iterate_tensors(model):
             _require_readable(tensor, path)
         onnx.checker.check_model(str(path))
     except (DraftRefused, OSError):
@@ -72,7 +72,7 @@ def _require_opset(proto: "onnx.ModelProto", path: Path) -> None:
         raise DraftRefused("onnx_opset", path=str(path), first=first, last=last, got=got)
 
 
-def _tensors(model: "ir.Model") -> "Iterator[ir.TensorProtocol]":
+def _iterate_tensors(model: "ir.Model") -> "Iterator[ir.TensorProtocol]":
     """Yield all tensors of a model: weights and attributes, also of subgraphs and functions."""
     import onnx_ir as ir
 

@@ -11,10 +11,10 @@ from pydantic import AfterValidator
 
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
-from infra.bundle.json_reader import short
+from infra.bundle.json_reader import shorten
 
 
-def _path_problem(text: str) -> Reason | None:
+def _find_path_problem(text: str) -> Reason | None:
     """Return why a path is unsafe or unusable on any system; None if it is neither."""
     if not text or not text.isprintable():
         return Reason("path_not_printable")
@@ -31,25 +31,25 @@ def _path_problem(text: str) -> Reason | None:
 
 def _require_inside(text: str) -> str:
     """Validate an ``InsidePath``."""
-    problem = _path_problem(text)
+    problem = _find_path_problem(text)
     if problem is None and text.startswith("/"):
         problem = Reason("path_absolute")
     if problem is not None:
-        raise value_error("path_not_inside", path=short(text), reason=problem)
+        raise value_error("path_not_inside", path=shorten(text), reason=problem)
     return text
 
 
 def _require_file_name(text: str) -> str:
     """Validate a ``FileName``."""
     if "/" in _require_inside(text):
-        raise value_error("path_in_subfolder", path=short(text))
+        raise value_error("path_in_subfolder", path=shorten(text))
     return text
 
 
 def _require_usable_draft_path(text: str) -> str:
     """Validate a ``DraftPath``; ``read_draft`` checks whether it is inside the draft's folder."""
-    if problem := _path_problem(text):
-        raise value_error("draft_path_unusable", path=short(text), reason=problem)
+    if problem := _find_path_problem(text):
+        raise value_error("draft_path_unusable", path=shorten(text), reason=problem)
     return text
 
 

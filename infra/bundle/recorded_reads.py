@@ -75,19 +75,19 @@ class _Recording:
         """Return ``value.name``."""
         if name not in self.attributes:
             value = getattr(self.value, name)
-            self.attributes[name] = self._result(value, f"{self.place}.{name}")
+            self.attributes[name] = self._record_result(value, f"{self.place}.{name}")
         return self.attributes[name].value
 
     def item(self, key: Any) -> Any:
         """Return ``value[key]``."""
-        place = f"{self.place}[{self._text(key)!r}]"
+        place = f"{self.place}[{self._require_text(key)!r}]"
         if key not in self.items:
-            self.items[key] = self._result(self.value[key], place)
+            self.items[key] = self._record_result(self.value[key], place)
         return self.items[key].value
 
     def has(self, key: Any) -> bool:
         """Return whether ``key in value``."""
-        return self.contains.setdefault(self._text(key), key in self.value)
+        return self.contains.setdefault(self._require_text(key), key in self.value)
 
     def call(self, *arguments: Any, **keywords: Any) -> Any:
         """Return ``value(...)``."""
@@ -98,7 +98,7 @@ class _Recording:
         for known, known_keywords, result in self.calls:
             if (known, known_keywords) == (encoded, encoded_keywords):
                 return result.value
-        result = self._result(self.value(*arguments, **keywords), place)
+        result = self._record_result(self.value(*arguments, **keywords), place)
         self.calls.append((encoded, encoded_keywords, result))
         return result.value
 
@@ -115,13 +115,13 @@ class _Recording:
         )
         return {READS: reads.model_dump(mode="json", exclude_defaults=True)}
 
-    def _text(self, key: Any) -> str:
+    def _require_text(self, key: Any) -> str:
         """Return a key, which JSON can only represent if it is a text."""
         if not isinstance(key, str):
             raise TypeError(f"expected a text as key of {self.place}, got {key!r}")
         return key
 
-    def _result(self, value: Any, place: str) -> "_Result":
+    def _record_result(self, value: Any, place: str) -> "_Result":
         """Return a result; a value that JSON cannot represent is read through a stand-in."""
         try:
             encoded = self.encode(value, place)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from infra.bundle.json_reader import short
+from infra.bundle.json_reader import shorten
 from infra.errors import BundleRefused
 
 SCHEMA_VERSION: Final = 2
@@ -37,7 +37,7 @@ def require_known_version(document: Mapping[str, Any], path: Path) -> None:
         BundleRefused: the version is missing, unknown, or lower than the fields require.
     """
     version = document.get("schema_version")
-    place, got = str(path), short(version)
+    place, got = str(path), shorten(version)
     if type(version) is not int or version < min(KNOWN_VERSIONS):
         raise BundleRefused("schema_version_unknown", path=place, got=got, known=SCHEMA_VERSION)
     if version > SCHEMA_VERSION:
@@ -71,11 +71,11 @@ def migrate(document: Mapping[str, Any]) -> dict[str, Any]:
     if migrated["schema_version"] == 1:
         migrated["schema_version"] = 2
         if isinstance(signature := migrated.get("signature"), dict):
-            migrated["signature"] = _with_outputs(signature)
+            migrated["signature"] = _move_output_to_list(signature)
     return migrated
 
 
-def _with_outputs(signature: Mapping[str, Any]) -> dict[str, Any]:
+def _move_output_to_list(signature: Mapping[str, Any]) -> dict[str, Any]:
     """Return a version 1 signature with its output's fields moved to a list ``outputs``."""
     fields = {new: signature[old] for new, old in _OUTPUT_FIELDS.items() if old in signature}
     other_fields = {

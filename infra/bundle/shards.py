@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from compressors.contracts import Frozen
 from compressors.contracts.reasons import Reason
 from infra.bundle.json_limits import MAX_JSON_BYTES, check_limits
-from infra.bundle.json_reader import decode, escape_message, raise_if_any, read_json, short
+from infra.bundle.json_reader import decode, escape_message, raise_if_any, read_json, shorten
 from infra.errors import BundleRefused
 
 INDEX = "model.safetensors.index.json"
@@ -118,7 +118,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 problems.append(
                     Reason(
                         "tensor_in_two_shards",
-                        tensor=short(name),
+                        tensor=shorten(name),
                         first=tensors[name].shard.name,
                         second=shard.name,
                     )
@@ -128,7 +128,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise BundleRefused("tensors_missing", folder=str(folder))
     raise_if_any(folder, problems)
     if (folder / INDEX).exists():
-        raise_if_any(folder, _index_problems(folder, tensors))
+        raise_if_any(folder, _find_index_problems(folder, tensors))
     elif len(shards) > 1:
         raise BundleRefused("index_missing", folder=str(folder), shards=len(shards), index=INDEX)
     return tensors
@@ -175,7 +175,7 @@ def nonfinite_problem(name: str, stored: StoredTensor, buffer: bytearray) -> Rea
         return None
     first_index //= 2 if fact.dtype == "C64" else 1  # two integers per complex weight
     place = tuple(int(i) for i in np.unravel_index(first_index, fact.shape))
-    return Reason("weights_not_finite", tensor=short(name), count=count, place=place)
+    return Reason("weights_not_finite", tensor=shorten(name), count=count, place=place)
 
 
 def pickle_problem(path: Path) -> Reason | None:
@@ -187,7 +187,7 @@ def pickle_problem(path: Path) -> Reason | None:
     if not path.is_file():
         return None
     if path.name.lower().endswith(PICKLE_SUFFIXES):
-        return Reason("file_named_like_pickle", file=short(path.name))
+        return Reason("file_named_like_pickle", file=shorten(path.name))
     if path.suffix not in (".safetensors", ".json"):
         return None
     with path.open("rb") as file:
@@ -197,7 +197,7 @@ def pickle_problem(path: Path) -> Reason | None:
     header_fits = int.from_bytes(head[:8], "little") <= size - 8 and head[8:9] == b"{"
     if header_fits or not _PICKLE.match(head):
         return None
-    return Reason("file_is_pickle", file=short(path.name))
+    return Reason("file_is_pickle", file=shorten(path.name))
 
 
 def draft_file_problem(path: Path) -> Reason | None:
@@ -207,7 +207,7 @@ def draft_file_problem(path: Path) -> Reason | None:
     stores as a bundle.
     """
     if not path.is_file() and ".safetensors" in path.name:
-        file = short(path.name)
+        file = shorten(path.name)
         if path.is_dir():
             return Reason("weights_are_folder", file=file)
         if path.is_symlink():
@@ -251,7 +251,7 @@ def _read_header(shard: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _index_problems(folder: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[Reason]:
+def _find_index_problems(folder: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[Reason]:
     """Yield the differences between the index and the tensors in the shards' headers."""
     weight_map = read_json(folder / INDEX)[1].get("weight_map")
     if not isinstance(weight_map, dict) or not all(
@@ -262,21 +262,21 @@ def _index_problems(folder: Path, tensors: Mapping[str, StoredTensor]) -> Iterat
     shards = {stored.shard.name for stored in tensors.values()}
     for file in sorted(set(weight_map.values()) - shards):
         if "/" in file or "\\" in file or file in ("", ".", ".."):
-            yield Reason("index_file_outside", index=INDEX, file=short(file))
+            yield Reason("index_file_outside", index=INDEX, file=shorten(file))
         else:
-            yield Reason("index_file_missing", index=INDEX, file=short(file))
+            yield Reason("index_file_missing", index=INDEX, file=shorten(file))
     for name, file in weight_map.items():
         if name not in tensors:
-            yield Reason("index_tensor_missing", index=INDEX, tensor=short(name))
+            yield Reason("index_tensor_missing", index=INDEX, tensor=shorten(name))
         elif file in shards and file != tensors[name].shard.name:
             yield Reason(
                 "index_tensor_elsewhere",
                 index=INDEX,
-                tensor=short(name),
-                file=short(file),
+                tensor=shorten(name),
+                file=shorten(file),
                 shard=tensors[name].shard.name,
             )
     for name, stored in tensors.items():
         if name not in weight_map:
             shard = stored.shard.name
-            yield Reason("index_without_tensor", index=INDEX, tensor=short(name), shard=shard)
+            yield Reason("index_without_tensor", index=INDEX, tensor=shorten(name), shard=shard)

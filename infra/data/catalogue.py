@@ -39,8 +39,9 @@ def prepare(
         tokenizer_files: the file of each tokenizer that an input names, by this name.
 
     Raises:
-        DataRefused: as ``splits.prepare``; or an item occurs twice in the catalogue, or is missing
-            from it; or two test rows of one query differ in the inputs of the query tower.
+        DataRefused: a split is not valid (``splits.prepare``); or an item occurs twice in the
+            catalogue, or is missing from it; or two test rows of one query differ in the inputs of
+            the query tower.
     """
     prepared = data.prepare(paths[split], signature.of_split(split), into, tokenizer_files)
     if signature.item is None:
@@ -61,7 +62,7 @@ def prepare(
 
 def _require_unique_items(parquet: Path, items: dict[str, Array], signature: Signature) -> None:
     """Raise if an item occurs twice in the catalogue."""
-    violations, (column,) = Violations(), _item_id_columns(signature)
+    violations, (column,) = Violations(), _find_item_id_columns(signature)
     _, first_rows = np.unique(items[str(signature.item)], return_index=True)
     repeated = np.setdiff1d(np.arange(len(items[str(signature.item)])), first_rows)
     violations.add(column, "an item that is in an earlier row too", repeated)
@@ -75,8 +76,10 @@ def _require_equal_queries(parquet: Path, tensors: dict[str, Array], signature: 
     """
     assert signature.towers is not None  # noqa: S101 - a retrieval signature always has towers
     violations = Violations()
-    _, first, query = np.unique(tensors["@group"], return_index=True, return_inverse=True)
-    first_row = first[query]  # (rows,): the first row with the same query
+    _, first_rows, query_indices = np.unique(
+        tensors["@group"], return_index=True, return_inverse=True
+    )
+    first_row = first_rows[query_indices]  # (rows,): the first row with the same query
     for item in signature.only(signature.towers.query.inputs).data_inputs:
         values = tensors[item.name]
         if isinstance(item, RAGGED):
@@ -111,10 +114,12 @@ def _join(
     """
     assert signature.towers is not None  # noqa: S101 - a retrieval signature always has towers
     row_ids, item_ids = tensors[str(signature.item)], items[str(signature.item)]
-    order = np.argsort(item_ids)
-    insertion_points = np.searchsorted(item_ids, row_ids, sorter=order)
-    position = order[insertion_points.clip(max=len(item_ids) - 1)]  # (rows,): row of the catalogue
-    violations, (column,) = Violations(), _item_id_columns(signature)
+    permutation = np.argsort(item_ids)
+    insertion_points = np.searchsorted(item_ids, row_ids, sorter=permutation)
+    position = permutation[
+        insertion_points.clip(max=len(item_ids) - 1)
+    ]  # (rows,): row of the catalogue
+    violations, (column,) = Violations(), _find_item_id_columns(signature)
     is_missing = item_ids[position] != row_ids
     violations.add(column, "an item that is not in 'items'", np.flatnonzero(is_missing))
     violations.refuse(parquet)
@@ -145,7 +150,7 @@ def _list_positions(starts: Array, lengths: Array) -> Array:
     return positions
 
 
-def _item_id_columns(signature: Signature) -> tuple[str, ...]:
+def _find_item_id_columns(signature: Signature) -> tuple[str, ...]:
     """Return the columns of the input with the item's id."""
     return next(item.columns for item in signature.inputs if item.name == signature.item)
 

@@ -117,7 +117,7 @@ class Check:
         - ``(VALUES, column)`` in the view ``VALUES``: one frame per list column.
         - ``(TYPES, None)`` in the view ``TYPES``: one frame with the types of all columns.
         - ``(LABELLED, column)`` in the view ``LABELLED``: one frame per condition column.
-        - ``(ROWS, None)`` in all other views: one frame with one entry per row.
+        - ``(ROWS, None)`` in all other views: one frame with one line per row of the split.
         """
         if self.view == LABELLED:
             return (LABELLED, self.condition_column)
@@ -126,7 +126,7 @@ class Check:
         return (ROWS, None)
 
     @property
-    def entry(self) -> str | None:
+    def frame_column(self) -> str | None:
         """Name of the frame's column that the check reads; None for the number of rows."""
         return f"@before/{self.later_split}" if self.view == BEFORE else self.column
 
@@ -194,7 +194,8 @@ def plan(
     if signature.time is not None:
         checks += _plan_time_checks(split, signature.time, kinds)
     unique = {
-        (check.entry, check.rule, check.view, check.condition_column): check for check in checks
+        (check.frame_column, check.rule, check.view, check.condition_column): check
+        for check in checks
     }
     return list(unique.values())
 
@@ -232,14 +233,14 @@ def _plan_input_checks(
     ]
     if not has_lists:
         return checks
-    limit = item.shape[0]
+    size = item.shape[0]
     if isinstance(item, DenseInput):
-        length = _plan_between(split, column, f"lists of {limit} value(s)", LENGTHS, limit, limit)
+        length = _plan_between(split, column, f"lists of {size} value(s)", LENGTHS, size, size)
     else:
         shortest = item.min_length if isinstance(item, SequenceInput) else 0
         counts = f"{shortest} to" if shortest else "at most"
-        rule = f"lists of {counts} {limit} id(s)"
-        length = _plan_between(split, column, rule, LENGTHS, shortest, limit)
+        rule = f"lists of {counts} {size} id(s)"
+        length = _plan_between(split, column, rule, LENGTHS, shortest, size)
     return [_plan_not_null(split, column, LENGTHS), length, *checks]
 
 

@@ -74,11 +74,11 @@ def convert_labels(
 
 
 def convert_groups(
-    column: pa.Array, name: str, first: int, codes: dict[Any, int], violations: Violations
+    column: pa.Array, name: str, first: int, group_numbers: dict[Any, int], violations: Violations
 ) -> Array:
     """Convert a group column to int64: integers are unchanged, other values are numbered.
 
-    ``codes`` contains the number of each value of earlier batches; new values are added to it.
+    ``group_numbers`` contains the number of each value of earlier batches; new values are added.
     """
     rows = first + np.arange(len(column))
     violations.add(name, "null", rows[null_positions(column)])
@@ -90,9 +90,12 @@ def convert_groups(
         numbers = column.cast(pa.float64()).fill_null(0).to_numpy()
         violations.add(name, "NaN", rows[np.isnan(numbers)])
     encoded = column.dictionary_encode()
-    numbers_of = [codes.setdefault(value, len(codes)) for value in encoded.dictionary.to_pylist()]
+    unique_numbers = [
+        group_numbers.setdefault(value, len(group_numbers))
+        for value in encoded.dictionary.to_pylist()
+    ]
     indices = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
-    return np.asarray(np.array(numbers_of or [0], np.int64)[indices])
+    return np.asarray(np.array(unique_numbers or [0], np.int64)[indices])
 
 
 def convert_times(column: pa.Array, name: str, first: int, violations: Violations) -> Array:

@@ -1,4 +1,4 @@
-"""Sample rows of a user's data, and summarize its columns, before a signature exists."""
+"""Sample rows of a data file, and summarize its columns, before a signature exists."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -115,17 +115,17 @@ def _inspect(path: Path) -> SplitContents:
         DraftRefused: there are no rows.
     """
     files = part_files(path)
-    counts = [inspect_parquet(file, []) for file in files]
+    inspections = [inspect_parquet(file, []) for file in files]
     kinds = {
-        name: kind if all(part.kinds.count((name, kind)) == 1 for part in counts) else OTHER
-        for name, kind in counts[0].kinds
+        name: kind if all(part.kinds.count((name, kind)) == 1 for part in inspections) else OTHER
+        for name, kind in inspections[0].kinds
     }
     names = [name for name, kind in kinds.items() if kind in USABLE]
-    counts = [inspect_parquet(file, names) for file in files]
-    rows = sum(count.rows for count in counts)
+    inspections = [inspect_parquet(file, names) for file in files]
+    rows = sum(part.rows for part in inspections)
     if rows == 0:
         raise DraftRefused("data_without_rows", path=str(path))
-    batch_rows = min(count.batch_rows for count in counts)
+    batch_rows = min(part.batch_rows for part in inspections)
     return SplitContents(files, rows, kinds, {}, {}, frozenset(), batch_rows)
 
 

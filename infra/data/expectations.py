@@ -6,7 +6,7 @@ inside Great Expectations counts as not evaluated.
 A check has a view: the values that it is evaluated on, such as the lengths of lists (``LENGTHS``)
 or each time minus the first time of a later split (``BEFORE``). ``COUNT`` is the number of rows,
 ``TYPES`` the type of each column. Checks that read the same pandas frame run as one suite;
-``Check.entry`` is the name of the frame's column that a check reads. The result of a check is a
+``Check.frame_column`` is the column of the frame that a check reads. The result of a check is a
 finding (``findings.py``).
 """
 
@@ -37,7 +37,7 @@ from infra.data.parquet import (
     inspect_split,
     to_plain_times,
 )
-from infra.data.parquet_inspection import kind_of
+from infra.data.parquet_inspection import get_kind
 from infra.errors import DataRefused
 
 if TYPE_CHECKING:
@@ -57,11 +57,11 @@ _LOCK = threading.Lock()
 
 @dataclass(frozen=True)
 class _InspectedSplit:
-    """The inspection files of a split and its columns.
+    """The inspected files of a split, and the types of its columns.
 
     Attributes:
-        contents: the inspection files.
-        kinds: type of each column, as ``kind_of`` names it.
+        contents: counts and column types of the files.
+        kinds: type of each column, as ``get_kind`` names it.
         usable_columns: names of the columns whose type fits all their uses.
     """
 
@@ -105,7 +105,7 @@ def validate(
         for split in splits
     }
     starts = {
-        split: _first_time(inspection, signatures[split].time)
+        split: _find_first_time(inspection, signatures[split].time)
         for split, inspection in inspections.items()
     }
     findings: list[Finding] = []
@@ -138,7 +138,7 @@ def _inspect_columns(parquet: Path, signature: Signature) -> _InspectedSplit:
     return _InspectedSplit(contents, kinds, frozenset(usable))
 
 
-def _first_time(inspection: _InspectedSplit, column: str | None) -> Any:
+def _find_first_time(inspection: _InspectedSplit, column: str | None) -> Any:
     """Return the smallest finite value of the time column of a split; None if there is none."""
     if column is None or column not in inspection.usable_columns:
         return None
@@ -157,7 +157,7 @@ def _check_split(
 
     Args:
         batch_definition: the result of ``_open_batch_definition``.
-        inspection: the inspection files of the split.
+        inspection: the inspected files of the split.
         checks: the planned checks of the split.
         starts: first time of each split by name.
 
@@ -167,9 +167,9 @@ def _check_split(
     findings: dict[int, Finding] = {}
     suites: dict[tuple[str, str | None], list[int]] = {}
     for index, check in enumerate(checks):
-        reason = _reason_not_to_evaluate(check, inspection, starts)
+        reason = _explain_no_evaluation(check, inspection, starts)
         if reason:
-            findings[index] = _unevaluated_finding(check, reason)
+            findings[index] = _build_unevaluated_finding(check, reason)
         else:
             suites.setdefault(check.frame, []).append(index)
     for frame_key, indices in suites.items():
@@ -180,7 +180,7 @@ def _check_split(
     return [findings[index] for index in range(len(checks))]
 
 
-def _reason_not_to_evaluate(
+def _explain_no_evaluation(
     check: Check, inspection: _InspectedSplit, starts: dict[str, Any]
 ) -> str:
     """Return why a check cannot be evaluated; an empty string if it can."""
@@ -215,7 +215,7 @@ def _build_frame(
     Args:
         key: ``Check.frame`` of the checks.
         suite: the checks.
-        inspection: the inspection files of the split.
+        inspection: the inspected files of the split.
         starts: first time of each split by name.
     """
     import pandas as pd
@@ -228,17 +228,17 @@ def _build_frame(
     if list_column is not None:
         values, rows, _ = flatten(_read_columns(inspection.contents, (list_column,))[list_column])
         return pd.DataFrame({list_column: _to_series(values).set_axis(rows)})
-    by_entry = {check.entry: check for check in suite if check.column is not None}
-    names = {str(check.column) for check in by_entry.values()}
+    by_frame_column = {check.frame_column: check for check in suite if check.column is not None}
+    names = {str(check.column) for check in by_frame_column.values()}
     arrays = _read_columns(inspection.contents, names)
     columns = {}
-    for entry, check in by_entry.items():
+    for frame_column, check in by_frame_column.items():
         column = arrays[str(check.column)]
         if check.view == LENGTHS:
             column = pc.list_value_length(column)
         elif check.view == BEFORE:
             column = pc.subtract(to_plain_times(column), starts[str(check.later_split)])
-        columns[entry] = _to_series(column)
+        columns[frame_column] = _to_series(column)
     return pd.DataFrame(columns, index=pd.RangeIndex(inspection.contents.rows))
 
 
@@ -283,7 +283,7 @@ def _to_series(column: pa.Array) -> "pd.Series[Any]":
     """Convert a column to pandas: nullable integers remain integers, times become microseconds."""
     import pandas as pd
 
-    kind = kind_of(column.type)
+    kind = get_kind(column.type)
     if kind == "boolean":
         column = column.cast(pa.int8())
     elif kind == "float":
@@ -343,7 +343,8 @@ def _run_suite(
         )
     except GreatExpectationsError as fault:
         return [
-            _unevaluated_finding(check, f"Great Expectations failed: {fault}") for check in suite
+            _build_unevaluated_finding(check, f"Great Expectations failed: {fault}")
+            for check in suite
         ]
     results = {item.expectation_config.meta["index"]: item for item in validation.results}
     return [
@@ -356,7 +357,7 @@ def _build_expectation(check: Check, index: int) -> Any:
     """Build the Great Expectations expectation of a check; ``index`` identifies its result."""
     import great_expectations.expectations as gxe
 
-    column = {} if check.entry is None else {"column": check.entry}
+    column = {} if check.frame_column is None else {"column": check.frame_column}
     return getattr(gxe, check.expectation)(**column, **check.settings, meta={"index": index})
 
 
@@ -365,10 +366,10 @@ def _to_finding(
 ) -> Finding:
     """Convert the result of Great Expectations for one check; ``gx_result`` is None if missing."""
     if gx_result is None:
-        return _unevaluated_finding(check, "Great Expectations returned no result for it")
-    message = _exception_message(gx_result.exception_info)
+        return _build_unevaluated_finding(check, "Great Expectations returned no result for it")
+    message = _join_exception_messages(gx_result.exception_info)
     if message:
-        return _unevaluated_finding(check, f"it raised inside Great Expectations: {message}")
+        return _build_unevaluated_finding(check, f"it raised inside Great Expectations: {message}")
     result = gx_result.result
     observed = _format_observed(check, result, inspection)
     rows: dict[int, str] = {}
@@ -396,7 +397,7 @@ def _to_finding(
     )
 
 
-def _exception_message(info: dict[str, Any]) -> str:
+def _join_exception_messages(info: dict[str, Any]) -> str:
     """Return the message of an exception inside an expectation; an empty string if none.
 
     Args:
@@ -438,7 +439,7 @@ def _format_value(check: Check, value: Any, kind: str, starts: dict[str, Any]) -
     return str(value.item() if isinstance(value, np.generic) else value)
 
 
-def _unevaluated_finding(check: Check, why: str) -> Finding:
+def _build_unevaluated_finding(check: Check, why: str) -> Finding:
     """Return the finding of a check that could not be evaluated."""
     return Finding(
         split=check.split,

@@ -68,9 +68,10 @@ def refuse_failures(validation: Validation) -> None:
     failed = [item for item in validation.findings if not item.success and item.evaluated]
     not_evaluated = [item for item in validation.findings if not item.evaluated]
     lines = [
-        f"{_location(item)}: needs {item.rule}; found {_failure_text(item)}." for item in failed
+        f"{_format_location(item)}: needs {item.rule}; found {_format_failure(item)}."
+        for item in failed
     ]
-    lines += [f"{_location(item)}: {item.rule}: {item.observed}." for item in not_evaluated]
+    lines += [f"{_format_location(item)}: {item.rule}: {item.observed}." for item in not_evaluated]
     if validation.evaluated < validation.intended:
         lines.append(
             f"Only {validation.evaluated} of {validation.intended} intended checks could be "
@@ -80,13 +81,13 @@ def refuse_failures(validation: Validation) -> None:
         raise DataRefused("checks_failed", problems=tuple(lines))
 
 
-def _location(finding: Finding) -> str:
+def _format_location(finding: Finding) -> str:
     """Format the split and the column of a finding."""
     column = "" if finding.column is None else f", column {finding.column!r}"
     return f"split {finding.split!r}{column}"
 
 
-def _failure_text(finding: Finding) -> str:
+def _format_failure(finding: Finding) -> str:
     """Format what was observed, with the first failing rows and values."""
     if not finding.failing_rows:
         return finding.observed

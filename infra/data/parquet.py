@@ -27,7 +27,7 @@ from compressors.contracts import (
 from infra.data.parquet_inspection import (
     BATCH_ROWS,
     decode_dictionary,
-    kind_of,
+    get_kind,
     open_parquet,
     record_batches,
 )
@@ -37,7 +37,7 @@ from infra.errors import DataRefused
 ROWS_SHOWN = 20
 """Most row numbers that an error lists for one violated rule."""
 
-# Column types, as ``kind_of`` names them.
+# Column types, as ``get_kind`` names them.
 NUMBERS = ("integer", "float", "boolean")
 MOMENTS = ("timestamp", "timestamp with time zone", "date")
 SCALARS = (*NUMBERS, *MOMENTS, "string", "binary", "decimal", "time of day")
@@ -51,7 +51,7 @@ class ColumnUse(NamedTuple):
     Attributes:
         column: name of the column.
         purpose: the use, for messages, such as ``the label``.
-        kinds: the accepted column types, as ``kind_of`` names them.
+        kinds: the accepted column types, as ``get_kind`` names them.
         remedy: what to do if the column has another type.
     """
 
@@ -68,7 +68,7 @@ class SplitContents:
     Attributes:
         files: the part files, in reading order.
         rows: number of rows of all parts.
-        kinds: type of each column, as ``kind_of`` names it.
+        kinds: type of each column, as ``get_kind`` names it.
         values: number of values of each column that the signature uses; a list has several.
         longest: length of the longest list of each such column; 0 for a column without lists.
         repeated: names that occur several times among the columns of a file.
@@ -148,14 +148,14 @@ def column_uses(signature: Signature) -> tuple[ColumnUse, ...]:
             else:
                 uses.append(ColumnUse(column, purpose, ("list of integer",), id_remedy))
     uses.extend(
-        ColumnUse(output.label, _label_of(output, signature), NUMBERS, "Store it as a number.")
+        ColumnUse(output.label, _name_label(output, signature), NUMBERS, "Store it as a number.")
         for output in signature.outputs
         if output.label is not None
     )
     uses.extend(
         ColumnUse(
             output.label_where,
-            f"the condition of {_label_of(output, signature)}",
+            f"the condition of {_name_label(output, signature)}",
             NUMBERS,
             "Store it as 0 and 1.",
         )
@@ -177,7 +177,7 @@ def column_uses(signature: Signature) -> tuple[ColumnUse, ...]:
     return tuple(uses)
 
 
-def _label_of(output: Output, signature: Signature) -> str:
+def _name_label(output: Output, signature: Signature) -> str:
     """Name the label of an output in messages."""
     return f"the label of {output.name!r}" if signature.has_several_outputs else "the label"
 
@@ -263,7 +263,7 @@ def check_columns(contents: SplitContents, parquet: Path, signature: Signature) 
             lines.append(f"column {column!r} is there more than once. Keep one.")
         elif kind not in kinds:
             if kind.endswith("float") and kinds[0].endswith("integer"):
-                remedy = _why_not_integers(contents, column)
+                remedy = _explain_not_integers(contents, column)
             lines.append(
                 f"column {column!r}: {purpose} needs {' or '.join(kinds)}, found {kind} in all "
                 f"{contents.rows} row(s). {remedy}"
@@ -280,7 +280,7 @@ def check_columns(contents: SplitContents, parquet: Path, signature: Signature) 
     refuse_if_any(parquet, lines)
 
 
-def _why_not_integers(contents: SplitContents, column: str) -> str:
+def _explain_not_integers(contents: SplitContents, column: str) -> str:
     """Return why a float column cannot be read as ids (nulls, fractions), and the remedy.
 
     The remedy alone is returned if all values are whole numbers.
@@ -333,7 +333,7 @@ def batches(
 
 def is_list(column: pa.Array) -> bool:
     """Return whether the values of a column are lists."""
-    return kind_of(column.type).startswith("list of ")
+    return get_kind(column.type).startswith("list of ")
 
 
 def flatten(
@@ -367,7 +367,7 @@ def null_positions(column: pa.Array) -> Array:
 
 def to_plain_times(column: pa.Array) -> pa.Array:
     """Convert times to int64 microseconds since 1970, and numbers to int64 or float64."""
-    kind = kind_of(column.type)
+    kind = get_kind(column.type)
     if kind in MOMENTS:
         zone = getattr(column.type, "tz", None)
         column = column.cast(pa.timestamp("us", zone), safe=False)

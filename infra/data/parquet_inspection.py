@@ -56,16 +56,16 @@ class NotUsable(Exception):
         self.fields = fields
 
 
-def kind_of(dtype: pa.DataType) -> str:
+def get_kind(dtype: pa.DataType) -> str:
     """Return the general name of a column type, such as ``integer`` or ``list of float``.
 
     Bit width, unit and encoding are omitted, except that a timestamp may have a time zone.
     """
     types = pa.types
     if types.is_dictionary(dtype):
-        return kind_of(dtype.value_type)
+        return get_kind(dtype.value_type)
     if types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype):
-        return f"list of {kind_of(dtype.value_type)}"
+        return f"list of {get_kind(dtype.value_type)}"
     if types.is_timestamp(dtype):
         return "timestamp with time zone" if dtype.tz else "timestamp"
     names = (
@@ -123,7 +123,7 @@ def inspect(file: str, columns: Iterable[str]) -> dict[str, Any]:
     """
     with open_parquet(file) as source:
         schema, footer = source.schema_arrow, source.metadata
-        kinds = [[name, kind_of(schema.field(k).type)] for k, name in enumerate(schema.names)]
+        kinds = [[name, get_kind(schema.field(k).type)] for k, name in enumerate(schema.names)]
         name_characters = sum(len(name) for name in schema.names)
         if len(kinds) > MAX_COLUMNS or name_characters > MAX_NAME_CHARACTERS:
             raise NotUsable(
@@ -137,7 +137,9 @@ def inspect(file: str, columns: Iterable[str]) -> dict[str, Any]:
         names = [name for name in dict.fromkeys(columns) if schema.names.count(name) == 1]
         batch_rows = _choose_batch_rows(footer, names)
         counts = (
-            _count_values(source, names, batch_rows, _max_decoded_bytes(file)) if names else None
+            _count_values(source, names, batch_rows, _compute_max_decoded_bytes(file))
+            if names
+            else None
         )
         if counts is not None and counts["rows"] != footer.num_rows:
             raise NotUsable("footer_rows_differ", expected=footer.num_rows, got=counts["rows"])
@@ -160,7 +162,7 @@ def _count_values(
         rows += batch.num_rows
         for name in columns:
             column = batch.column(name)
-            if kind_of(column.type).startswith("list of "):
+            if get_kind(column.type).startswith("list of "):
                 list_values = decode_dictionary(pc.list_flatten(column))
                 lengths = pc.list_value_length(column).fill_null(0)
                 values[name] += len(list_values)
@@ -174,7 +176,7 @@ def _count_values(
     return {"rows": rows, "values": values, "longest": longest}
 
 
-def _max_decoded_bytes(file: str) -> int:
+def _compute_max_decoded_bytes(file: str) -> int:
     """Return the number of bytes that a file may decode to."""
     return max(EXPANDED_BYTES, EXPANSION * Path(file).stat().st_size)
 
@@ -214,16 +216,16 @@ def respond(request: dict[str, Any]) -> dict[str, Any]:
     except OSError as fault:
         if fault.errno is not None:
             return {"errno": fault.errno}
-        return _encode_refusal(_unreadable_error(fault))
+        return _encode_refusal(_build_unreadable(fault))
     except Exception as fault:  # the reader raises errors of many classes on damaged files
-        return _encode_refusal(_unreadable_error(fault))
+        return _encode_refusal(_build_unreadable(fault))
 
 
 def _encode_refusal(fault: NotUsable) -> dict[str, Any]:
     return {"refused": {"code": fault.code, "fields": fault.fields}}
 
 
-def _unreadable_error(fault: Exception) -> NotUsable:
+def _build_unreadable(fault: Exception) -> NotUsable:
     """Return the error for an exception of pyarrow, with its message on one line."""
     reason = " ".join(str(fault).split())[:500].encode(errors="replace").decode()
     return NotUsable("unreadable", problem=reason)
@@ -264,9 +266,9 @@ def main() -> None:
         # If the parent has ended, this timer of the kernel ends the process. Python cannot
         # interrupt native code.
         signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 5)
-        reply = json.dumps(respond(request))
+        response = json.dumps(respond(request))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(reply, file=out, flush=True)
+        print(response, file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Inspect parquet files in a child process that runs ``parquet_inspection.py``.
 
-The child is started for the first file and used for further files, because a start takes a third
+The child is started for the first file and used for later files, because a start takes a third
 of a second. A file that crashes the child or exceeds its limits is refused, and the next file is
 inspected by a new child.
 """
@@ -36,7 +36,7 @@ BYTES_PER_SECOND = 4 * 2**20
 Reading 100 MiB usually takes one second.
 """
 
-MAX_REPLY_BYTES = 16 * 2**20
+MAX_RESPONSE_BYTES = 16 * 2**20
 MAX_CACHED_FILES = 1024
 """Number of files whose counts are kept in memory."""
 
@@ -119,21 +119,26 @@ class _Child:
         """
         line = json.dumps(request | {"seconds": seconds}).encode() + b"\n"
         try:
-            self._pipe(self._process.stdin).write(line)
+            self._require_pipe(self._process.stdin).write(line)
         except BrokenPipeError as fault:
             raise _ChildEnded from fault
         return self.read_response(seconds)
 
     def read_response(self, seconds: float) -> dict[str, Any]:
-        """Read one line from the child and decode it; raise as ``request``."""
-        out = self._pipe(self._process.stdout)
+        """Read one line from the child and decode it.
+
+        Raises:
+            _ChildEnded: the child ended before it responded.
+            TimeoutError: the child did not respond in ``seconds``.
+        """
+        out = self._require_pipe(self._process.stdout)
         end = time.monotonic() + seconds
         while b"\n" not in self._received:
             ready, _, _ = select.select([out], [], [], max(end - time.monotonic(), 0))
             if not ready:
                 raise TimeoutError
             data = os.read(out.fileno(), 2**16)
-            if not data or len(self._received) > MAX_REPLY_BYTES:
+            if not data or len(self._received) > MAX_RESPONSE_BYTES:
                 raise _ChildEnded
             self._received += data
         line, _, self._received = self._received.partition(b"\n")
@@ -164,13 +169,13 @@ class _Child:
         return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
 
     @staticmethod
-    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    def _require_pipe(pipe: IO[bytes] | None) -> IO[bytes]:
         if pipe is None:  # impossible, because both are pipes; for the type checker
             raise _ChildEnded
         return pipe
 
 
-def _refusal_error(file: str, code: str, fields: dict[str, Any]) -> DataRefused:
+def _build_refusal(file: str, code: str, fields: dict[str, Any]) -> DataRefused:
     """Build the error for a file that the child refused, from the code and fields it sent."""
     if code == "too_many_columns":
         return DataRefused(
@@ -239,7 +244,7 @@ class Inspector:
 
     def _inspect(self, file: Path, columns: tuple[str, ...], seconds: float) -> Inspected:
         """Inspect a file in the child process; raise the error that the response describes."""
-        child = self._running_child()
+        child = self._get_child()
         try:
             response = child.request({"file": str(file.absolute()), "columns": columns}, seconds)
         except TimeoutError as fault:
@@ -247,9 +252,9 @@ class Inspector:
             raise DataRefused("reader_timed_out", file=str(file), seconds=seconds) from fault
         except _ChildEnded as fault:
             message = child.last_output()
-            raise self._ended_error(file, self._end_child(), message) from fault
+            raise self._build_ended_error(file, self._end_child(), message) from fault
         if "refused" in response:
-            raise _refusal_error(str(file), **response["refused"])
+            raise _build_refusal(str(file), **response["refused"])
         if "memory" in response:
             if child.memory < MEMORY_LIMIT:
                 raise OutOfMemory(
@@ -264,7 +269,7 @@ class Inspector:
         except ValidationError as fault:
             raise DataRefused("not_parquet", file=str(file)) from fault
 
-    def _ended_error(self, file: Path, code: int, message: str) -> DataRefused | OutOfMemory:
+    def _build_ended_error(self, file: Path, code: int, message: str) -> DataRefused | OutOfMemory:
         """Return the error for a file whose inspection ended the child.
 
         Args:
@@ -284,7 +289,7 @@ class Inspector:
             message=escape_message(message),
         )
 
-    def _running_child(self) -> _Child:
+    def _get_child(self) -> _Child:
         """Return the child process; start one if there is none."""
         if self._child is None:
             try:

@@ -89,24 +89,24 @@ def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
     """
     contents = inspect_split(parquet, signature)
     check_columns(contents, parquet, signature)
-    of_integers = [
+    integer_inputs = [
         item for item in signature.data_inputs if not isinstance(item, DenseInput | TokensInput)
     ]
-    columns = {name: IdStatistics() for item in of_integers for name in item.columns}
+    columns = {name: IdStatistics() for item in integer_inputs for name in item.columns}
     low: float | int | None = None
     high: float | int | None = None
     violations = Violations()
     for first, batch in batches(contents, (use.column for use in column_uses(signature))):
         for name, known in columns.items():
-            columns[name] = _combine(known, _statistics_of(batch.column(name)))
+            columns[name] = _combine(known, _compute_statistics(batch.column(name)))
         check_equal_lengths(signature, batch, first, violations)
         if signature.time is not None:
-            limits = pc.min_max(to_plain_times(batch.column(signature.time))).as_py()
-            low, high = _smaller(low, limits["min"]), _larger(high, limits["max"])
+            ends = pc.min_max(to_plain_times(batch.column(signature.time))).as_py()
+            low, high = _select_smaller(low, ends["min"]), _select_larger(high, ends["max"])
     violations.refuse(parquet)
     inputs = {
         item.name: reduce(_combine, [columns[name] for name in item.columns])
-        for item in of_integers
+        for item in integer_inputs
     }
     return SplitStatistics(
         rows=contents.rows,
@@ -117,14 +117,14 @@ def split_statistics(parquet: Path, signature: Signature) -> SplitStatistics:
     )
 
 
-def _statistics_of(column: pa.Array) -> IdStatistics:
+def _compute_statistics(column: pa.Array) -> IdStatistics:
     """Compute the statistics of one column of a batch."""
     values, _, lengths = flatten(column)
-    limits = pc.min_max(values).as_py()
+    ends = pc.min_max(values).as_py()
     has_lists = is_list(column)
     return IdStatistics(
-        min_id=limits["min"],
-        max_id=limits["max"],
+        min_id=ends["min"],
+        max_id=ends["max"],
         shortest=int(lengths.min()) if has_lists and len(lengths) else None,
         longest=int(lengths.max(initial=0)) if has_lists else 0,
         nulls=column.null_count + (values.null_count if has_lists else 0),
@@ -134,20 +134,20 @@ def _statistics_of(column: pa.Array) -> IdStatistics:
 def _combine(first: IdStatistics, second: IdStatistics) -> IdStatistics:
     """Return the statistics of the values of both."""
     return IdStatistics(
-        min_id=_smaller(first.min_id, second.min_id),
-        max_id=_larger(first.max_id, second.max_id),
-        shortest=_smaller(first.shortest, second.shortest),
+        min_id=_select_smaller(first.min_id, second.min_id),
+        max_id=_select_larger(first.max_id, second.max_id),
+        shortest=_select_smaller(first.shortest, second.shortest),
         longest=max(first.longest, second.longest),
         nulls=first.nulls + second.nulls,
     )
 
 
-def _smaller(known: Any, new: Any) -> Any:
+def _select_smaller(known: Any, new: Any) -> Any:
     """Return the smaller value; a value that is None is ignored."""
     return min((value for value in (known, new) if value is not None), default=None)
 
 
-def _larger(known: Any, new: Any) -> Any:
+def _select_larger(known: Any, new: Any) -> Any:
     """Return the larger value; a value that is None is ignored."""
     return max((value for value in (known, new) if value is not None), default=None)
 
@@ -191,8 +191,9 @@ def check_shapes(statistics: dict[str, SplitStatistics], signature: Signature) -
 def requires_known_values(split: str, item: BoundedInput) -> bool:
     """Return whether values of an input that are out of range are an error in this split.
 
-    The policies ``clamp`` and ``default_row`` are for values that were not in the training data, so
-    they apply to validation and test data. In the other splits every value must be valid.
+    The settings ``clamp`` and ``default_row`` of ``out_of_range`` are for values that were not in
+    the training data, so they apply to validation and test data. In the other splits every value
+    must be valid.
     """
     return split not in ("validation", "test") or item.out_of_range == "error"
 
@@ -207,7 +208,7 @@ def check_ids(
 
     Args:
         statistics: statistics of each split by name.
-        signature: inputs, their tables and their policies for ids outside the table.
+        signature: the inputs and their tables, and ``out_of_range``: what happens to other ids.
         rows_of_table: number of rows by table name.
 
     Raises:
@@ -224,17 +225,17 @@ def check_ids(
                 f"input {item.name!r} reads table {table!r}; there is {known}." for table in unknown
             ]
             continue
-        lines += _setting_problems(item, rows_of_table)
-        for split, of_split in statistics.items():
+        lines += _describe_setting_problems(item, rows_of_table)
+        for split, split_ids in statistics.items():
             # The catalogue of a retrieval model has other inputs than its splits.
-            if item.name in of_split.inputs:
-                lines += _split_problems(item, split, of_split, rows_of_table)
-    lines += _inexact_ids(signature, rows_of_table)
+            if item.name in split_ids.inputs:
+                lines += _describe_split_problems(item, split, split_ids, rows_of_table)
+    lines += _describe_inexact_ids(signature, rows_of_table)
     if lines:
         raise DataRefused("ids_unfit", problems=tuple(lines))
 
 
-def _inexact_ids(signature: Signature, rows_of_table: dict[str, int]) -> list[str]:
+def _describe_inexact_ids(signature: Signature, rows_of_table: dict[str, int]) -> list[str]:
     """Return a line for each field of a float matrix with ids that float32 cannot represent."""
     return [
         f"matrix {item.name!r}, field {field.name!r}: id {largest} is not exact in float32. Use a "
@@ -248,7 +249,7 @@ def _inexact_ids(signature: Signature, rows_of_table: dict[str, int]) -> list[st
     ]
 
 
-def _setting_problems(item: BoundedInput, rows_of_table: dict[str, int]) -> list[str]:
+def _describe_setting_problems(item: BoundedInput, rows_of_table: dict[str, int]) -> list[str]:
     """Return a line for each setting of an input that is not a row of its tables."""
     if isinstance(item, IntegerInput):
         return []
@@ -283,7 +284,7 @@ def _setting_problems(item: BoundedInput, rows_of_table: dict[str, int]) -> list
     return lines
 
 
-def _split_problems(
+def _describe_split_problems(
     item: BoundedInput, split: str, statistics: SplitStatistics, rows_of_table: dict[str, int]
 ) -> list[str]:
     """Return a line for each smallest or largest value of a split that is out of range."""
@@ -296,12 +297,12 @@ def _split_problems(
             (f"input {item.name!r}, column {column!r}", statistics.columns[column])
             for column in item.columns
         ]
-    for (place, ids), (first, last, _) in zip(found, ranges, strict=True):
-        limits = (ids.min_id, ids.max_id) if requires_known_values(split, item) else ()
-        outside = {id_ for id_ in limits if id_ is not None and not first <= id_ <= last}
+    for (source, ids), (first, last, _) in zip(found, ranges, strict=True):
+        extremes = (ids.min_id, ids.max_id) if requires_known_values(split, item) else ()
+        outside = {id_ for id_ in extremes if id_ is not None and not first <= id_ <= last}
         if isinstance(item, IntegerInput):
             lines += [
-                f"split {split!r}, {place}: value {value} is not from {first} to {last}. Fix the "
+                f"split {split!r}, {source}: value {value} is not from {first} to {last}. Fix the "
                 "values, or change 'low' and 'high'."
                 for value in sorted(outside)
             ]
@@ -309,7 +310,7 @@ def _split_problems(
         rows = {table: rows_of_table[table] for table in all_tables(item)}
         smallest = min(rows, key=rows.__getitem__)
         lines += [
-            f"split {split!r}, {place}: id {id_} is not in table {smallest!r} of {rows[smallest]} "
+            f"split {split!r}, {source}: id {id_} is not in table {smallest!r} of {rows[smallest]} "
             f"rows ({first} to {last}). Fix the ids, or pack the table they belong to."
             for id_ in sorted(outside)
         ]

@@ -9,8 +9,8 @@ Layout of ``data.safetensors``, one file per split:
 
 field of a matrix       as an input of its kind, under the field's name
 other inputs            the input's name, ``(rows, *shape)``, the declared dtype
-jagged bag, sequence,   the input's name, ``(all ids,)``, and ``@bounds/<name>``, int64
-tokens                  ``(rows + 1,)``: the ids of row ``i`` are ``[bounds[i], bounds[i + 1])``
+ragged input: jagged    the input's name, ``(all ids,)``, and ``@bounds/<name>``, int64
+bag, sequence, tokens   ``(rows + 1,)``: the ids of row ``i`` are ``[bounds[i], bounds[i + 1])``
 ``@label``              float32 ``(rows,)``, or ``(rows, outputs)`` for several outputs; all 1 if
                         an output has no label; NaN in rows for which ``label_where`` is 0
 ``@group``              int64 ``(rows,)``; integers are unchanged, other values are numbered in
@@ -107,9 +107,9 @@ def prepare(
         parquet, [f"input {name!r}: names that begin with '@' are reserved." for name in reserved]
     )
     tokenizers = load_tokenizers(signature, tokenizer_files)
-    require_memory(_bytes_needed(contents, signature), f"Converting {parquet} to tensors")
+    require_memory(_compute_bytes_needed(contents, signature), f"Converting {parquet} to tensors")
     out = _allocate(contents, signature)
-    violations, codes = Violations(), dict[Any, int]()
+    violations, group_numbers = Violations(), dict[Any, int]()
     for first, batch in batches(contents, (use.column for use in column_uses(signature))):
         batch_rows = slice(first, first + batch.num_rows)
         for item in signature.data_inputs:
@@ -125,7 +125,7 @@ def prepare(
         if signature.group is not None:
             column = batch.column(signature.group)
             out["@group"][batch_rows] = convert_groups(
-                column, signature.group, first, codes, violations
+                column, signature.group, first, group_numbers, violations
             )
         if signature.time is not None:
             column = batch.column(signature.time)
@@ -158,22 +158,27 @@ def save(tensors: dict[str, Array], into: Path) -> int:
     return size
 
 
-def _bytes_needed(contents: SplitContents, signature: Signature) -> int:
+def _compute_bytes_needed(contents: SplitContents, signature: Signature) -> int:
     """Return the total size of a split's tensors in bytes."""
     row_bytes = sum(
         math.prod(item.shape) * np.dtype(item.dtype).itemsize
         for item in signature.data_inputs
         if not isinstance(item, RAGGED)
     )
-    jagged = [item for item in signature.data_inputs if isinstance(item, RAGGED)]
-    id_bytes = sum(_most_ids(item, contents) * np.dtype(item.dtype).itemsize for item in jagged)
-    # Per row: 8 bytes for the bounds of each jagged bag, 4 for each label, 16 for group and time.
+    ragged = [item for item in signature.data_inputs if isinstance(item, RAGGED)]
+    id_bytes = sum(
+        _compute_max_ids(item, contents) * np.dtype(item.dtype).itemsize for item in ragged
+    )
+    # Per row: 8 bytes for the bounds of each ragged input, 4 for each label, 16 for group and time.
     labels = 4 * len(signature.outputs)
-    return contents.rows * (row_bytes + 8 * len(jagged) + labels + 16) + id_bytes
+    return contents.rows * (row_bytes + 8 * len(ragged) + labels + 16) + id_bytes
 
 
-def _most_ids(item: JaggedBag | SequenceInput, contents: SplitContents) -> int:
-    """Return the number of ids of a split, or of texts, which are not tokenized yet, the most."""
+def _compute_max_ids(item: JaggedBag | SequenceInput, contents: SplitContents) -> int:
+    """Return the number of an input's ids in a split.
+
+    For texts, which are not tokenized yet, it is the largest possible number.
+    """
     values = contents.values[item.columns[0]]
     return values * item.shape[0] if isinstance(item, TokensInput) else values
 
@@ -183,7 +188,7 @@ def _allocate(contents: SplitContents, signature: Signature) -> dict[str, Array]
     out: dict[str, Array] = {}
     for item in signature.data_inputs:
         if isinstance(item, RAGGED):
-            out[item.name] = np.empty(_most_ids(item, contents), item.dtype)
+            out[item.name] = np.empty(_compute_max_ids(item, contents), item.dtype)
             out[f"@bounds/{item.name}"] = np.zeros(contents.rows + 1, np.int64)
         else:
             out[item.name] = np.empty((contents.rows, *item.shape), item.dtype)
@@ -263,7 +268,10 @@ def _write_texts(
     out: dict[str, Array],
     violations: Violations,
 ) -> None:
-    """Tokenize one batch of an input's texts, and write the ids; arguments as ``_write_batch``."""
+    """Tokenize one batch of an input's texts, and write the ids.
+
+    The last four arguments are those of ``_write_batch``.
+    """
     item = tokenizer.item
     ids, lengths = tokenizer.convert(batch.column(item.columns[0]), first, violations)
     _write_lists(item, ids, lengths, first, out)

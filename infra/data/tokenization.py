@@ -135,11 +135,12 @@ def check_tokenizers(
 
     Args:
         signature: the inputs.
-        files: as in ``load_tokenizers``.
+        files: the file of each tokenizer, by its name in the bundle's ``transforms``.
         rows_of_table: number of rows by table name.
 
     Raises:
-        DataRefused: as ``load_tokenizers``; or there are such ids, with one line for each table.
+        DataRefused: a tokenizer cannot be used; or there are such ids, with one line for each
+            table.
     """
     lines = []
     for name, loaded in load_tokenizers(signature, files).items():

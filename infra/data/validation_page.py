@@ -129,8 +129,8 @@ def check_lists(validation: Validation) -> CheckLists:
     splits = dict.fromkeys(finding.split for finding in validation.findings)
     return CheckLists(
         warnings=validation.warnings,
-        failing=tuple(map(_check_line, ordered)),
-        splits=tuple(_split_checks(validation, split) for split in splits),
+        failing=tuple(map(_describe_check, ordered)),
+        splits=tuple(_describe_split(validation, split) for split in splits),
     )
 
 
@@ -145,7 +145,7 @@ def _format_counts(validation: Validation) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _split_checks(validation: Validation, split: str) -> SplitChecks:
+def _describe_split(validation: Validation, split: str) -> SplitChecks:
     """Return the checks of one split as text."""
     findings = [finding for finding in validation.findings if finding.split == split]
     passed = sum(finding.success for finding in findings)
@@ -153,11 +153,11 @@ def _split_checks(validation: Validation, split: str) -> SplitChecks:
         name=split,
         tone="good" if passed == len(findings) else "bad",
         passed=f"{passed} of {format_count(len(findings), 'check')} passed",
-        checks=tuple(map(_check_line, findings)),
+        checks=tuple(map(_describe_check, findings)),
     )
 
 
-def _check_line(finding: Finding) -> CheckLine:
+def _describe_check(finding: Finding) -> CheckLine:
     """Return one check as text."""
     not_passed = "failed" if finding.evaluated else "not evaluated"
     rows = tuple(zip(finding.failing_rows, finding.failing_values, strict=True))

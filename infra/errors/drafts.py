@@ -2,7 +2,8 @@
 
 ``sentences`` of the class maps the code of each error to its message, with the fields in braces
 (see ``infra/errors/__init__.py``). ``path`` is the network in the user's module, in the form
-``module:name``, or an ONNX file in codes that begin with ``onnx``.
+``module:name``, or an ONNX file in codes that begin with ``onnx``. A draft is the folder of a
+bundle before it is packed.
 """
 
 from typing import ClassVar

@@ -10,6 +10,8 @@ Fields whose names do not explain them:
 - ``problem``: the message of another error, or a clause. ``reasons``: the reasons of the verdicts.
 - ``stated``: the outcome in the report. ``computed``: the outcome of its targets' verdicts.
 - ``by``: the person or program that wrote the ledger entry.
+
+The ledger is the list of a model's promotions and rollbacks in the store.
 """
 
 from typing import ClassVar

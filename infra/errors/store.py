@@ -9,6 +9,8 @@ Fields whose names do not explain them:
 - ``place`` and ``uri``: the address of an object or artifact in the store.
 - ``got`` and ``expected``: the actual and the required value.
 - ``known``: the existing bundles. ``by``, ``at``, ``action``, ``reason``: fields of a ledger entry.
+
+The ledger is the list of a model's promotions and rollbacks in the store.
 """
 
 from typing import ClassVar

@@ -29,7 +29,7 @@ def render(template: str, **values: object) -> str:
         jinja2.TemplateNotFound: the file does not exist.
         jinja2.UndefinedError: the template uses a variable that is not in ``values``.
     """
-    return printable(_environment().get_template(template).render(values))
+    return printable(_create_environment().get_template(template).render(values))
 
 
 def format_count(count: int, noun: str) -> str:
@@ -38,7 +38,7 @@ def format_count(count: int, noun: str) -> str:
 
 
 @functools.cache
-def _environment() -> "Environment":
+def _create_environment() -> "Environment":
     # Imported here because commands that render no page import this module too.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -117,12 +117,12 @@ def draw_composition(bars: Sequence[tuple[str, Sequence[BarSegment]]], title: st
             width = 100 * part.size / max_size if max_size else 0.0
             cut = " cut" if width >= MIN_PERCENT_WITH_GAP else ""  # CSS class: with a gap around it
             shapes.append(
-                f'<rect class="{part.role}{cut}" x="{_percent(x)}" y="{top + 24}" '
-                f'width="{_percent(width)}" height="24">'
+                f'<rect class="{part.role}{cut}" x="{_format_percent(x)}" y="{top + 24}" '
+                f'width="{_format_percent(width)}" height="24">'
                 f"<title>{escape(part.name)}: {part.size:,} bytes</title></rect>"
             )
             x += width
-    return _svg(BAR_PITCH * len(bars) - BAR_TRIM, title, shapes)
+    return _wrap_in_svg(BAR_PITCH * len(bars) - BAR_TRIM, title, shapes)
 
 
 def draw_pair(before: int, after: int, full_width: int, role: Role) -> str:
@@ -135,10 +135,10 @@ def draw_pair(before: int, after: int, full_width: int, role: Role) -> str:
         role: the kind of unit, which determines the colour.
     """
     shapes = [
-        f'<rect class="{role}{faded}" y="{y}" width="{_percent(width)}" height="7" rx="2"/>'
+        f'<rect class="{role}{faded}" y="{y}" width="{_format_percent(width)}" height="7" rx="2"/>'
         for y, width, faded in (
-            (2, _visible_percent(before, full_width), " faded"),
-            (11, _visible_percent(after, full_width), ""),
+            (2, _compute_visible_percent(before, full_width), " faded"),
+            (11, _compute_visible_percent(after, full_width), ""),
         )
     ]
     return f'<svg height="20" aria-hidden="true">{"".join(shapes)}</svg>'
@@ -177,8 +177,8 @@ def draw_strip(
         edge = x_of(limit.value)
         start, width = (0.0, edge) if refused == "below" else (edge, 100 - edge)
         shapes.append(
-            f'<rect class="refused" x="{_percent(start)}" y="18" width="{_percent(width)}" '
-            'height="22" rx="3"/>'
+            f'<rect class="refused" x="{_format_percent(start)}" y="18" '
+            f'width="{_format_percent(width)}" height="22" rx="3"/>'
         )
     shapes.append('<line class="axis" x1="0%" x2="100%" y1="29" y2="29"/>')
     if reference is not None:
@@ -187,13 +187,13 @@ def draw_strip(
         shapes += _draw_mark(x_of(limit.value), limit.label, "limit", text_y=55)
     if estimate.low < estimate.high:
         shapes.append(
-            f'<line class="interval {tone}" x1="{_percent(x_of(estimate.low))}" '
-            f'x2="{_percent(x_of(estimate.high))}" y1="29" y2="29"/>'
+            f'<line class="interval {tone}" x1="{_format_percent(x_of(estimate.low))}" '
+            f'x2="{_format_percent(x_of(estimate.high))}" y1="29" y2="29"/>'
         )
     shapes.append(
-        f'<circle class="point {tone}" cx="{_percent(x_of(estimate.point))}" cy="29" r="6"/>'
+        f'<circle class="point {tone}" cx="{_format_percent(x_of(estimate.point))}" cy="29" r="6"/>'
     )
-    return _svg(60, title, shapes)
+    return _wrap_in_svg(60, title, shapes)
 
 
 def draw_curves(
@@ -232,13 +232,13 @@ def draw_curves(
     for size, lines in below.items():
         for index, line in enumerate(lines):
             shapes.append(
-                f'<text x="{_percent(x_of(size))}" y="{232 + LINE_PITCH * index}" '
+                f'<text x="{_format_percent(x_of(size))}" y="{232 + LINE_PITCH * index}" '
                 f'text-anchor="middle">{escape(line)}</text>'
             )
     drawn_curves = [_draw_curve(curve, all_curves, x_of, y_of) for curve in all_curves]
     # All lines first, then all points, then all labels: so lines cover no points or labels.
     shapes += [item for layer in zip(*drawn_curves, strict=True) for item in layer]
-    return _svg(214 + LINE_PITCH * max(map(len, below.values())), title, shapes)
+    return _wrap_in_svg(214 + LINE_PITCH * max(map(len, below.values())), title, shapes)
 
 
 def _draw_curve(
@@ -256,12 +256,16 @@ def _draw_curve(
     lines, points, labels = [], [], []
     for (size, estimate), (next_size, next_estimate) in pairwise(curve.points):
         lines.append(
-            f'<line class="curve {curve.kind}" x1="{_percent(x_of(size) + offset)}" '
-            f'x2="{_percent(x_of(next_size) + offset)}" y1="{y_of(estimate.point):.1f}" '
+            f'<line class="curve {curve.kind}" x1="{_format_percent(x_of(size) + offset)}" '
+            f'x2="{_format_percent(x_of(next_size) + offset)}" y1="{y_of(estimate.point):.1f}" '
             f'y2="{y_of(next_estimate.point):.1f}"/>'
         )
     for size, estimate in curve.points:
-        x, above, below = _percent(x_of(size) + offset), y_of(estimate.high), y_of(estimate.low)
+        x, above, below = (
+            _format_percent(x_of(size) + offset),
+            y_of(estimate.high),
+            y_of(estimate.low),
+        )
         # The label of the highest value is above its point, the others are below.
         same_size = [
             (e.point, -all_curves.index(c)) for c in all_curves for s, e in c.points if s == size
@@ -280,7 +284,7 @@ def _draw_curve(
     return "".join(lines), "".join(points), "".join(labels)
 
 
-def _svg(height: int, title: str, shapes: Sequence[str]) -> str:
+def _wrap_in_svg(height: int, title: str, shapes: Sequence[str]) -> str:
     """Wrap shapes in an SVG element; screen readers and tooltips use its title."""
     return (
         f'<svg height="{height}" role="img"><title>{escape(title)}</title>{"".join(shapes)}</svg>'
@@ -293,7 +297,7 @@ def _draw_mark(percent: float, label: str, css_class: str, text_y: int) -> list[
     The label begins at a line on the left, ends at a line on the right, and is centered between.
     """
     anchor = "start" if percent < 30 else "end" if percent > 70 else "middle"
-    x = _percent(percent)
+    x = _format_percent(percent)
     return [
         f'<line class="{css_class}" x1="{x}" x2="{x}" y1="18" y2="40"/>',
         f'<text x="{x}" y="{text_y}" text-anchor="{anchor}">{escape(label)}</text>',
@@ -323,11 +327,11 @@ def _choose_ticks(low: float, high: float) -> list[float]:
     return [value for value in values if low <= value <= high]
 
 
-def _visible_percent(size: int, full_width: int) -> float:
+def _compute_visible_percent(size: int, full_width: int) -> float:
     """Compute ``size`` in percent of ``full_width``, large enough to be visible if positive."""
     return max(100 * size / full_width, MIN_VISIBLE_PERCENT) if size and full_width else 0.0
 
 
-def _percent(value: float) -> str:
+def _format_percent(value: float) -> str:
     """Format a length in percent for SVG."""
     return f"{value:.2f}%"

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from compressors.contracts import Frozen, digest
 from infra.bundle.json_limits import validate_json
-from infra.bundle.json_reader import short
+from infra.bundle.json_reader import shorten
 from infra.errors import (
     AlreadyThere,
     ArtifactDamaged,
@@ -80,11 +80,11 @@ class Entry(Frozen):
         "written by early versions of recpress.",
     )
 
-    def with_digest(self, previous: "Entry | None") -> "Entry":
+    def add_digest(self, previous: "Entry | None") -> "Entry":
         """Return a copy whose digest covers this entry and the digest of ``previous``."""
         fields = self.model_dump(mode="json", include=set(DIGEST_FIELDS))
         # For a previous entry without a digest, the digest that it would have as a first entry.
-        after = None if previous is None else previous.digest or previous.with_digest(None).digest
+        after = None if previous is None else previous.digest or previous.add_digest(None).digest
         return self.model_copy(update={"digest": digest({**fields, "after": after})})
 
 
@@ -105,7 +105,7 @@ class Ledger:
         except ValueError as fault:
             raise StoreRefused("model_name_no_path", problem=str(fault)) from fault
         if "/" in model or ":" in model:
-            raise StoreRefused("model_name_characters", got=short(model))
+            raise StoreRefused("model_name_characters", got=shorten(model))
         self._store = store
         self._model = model
         self._folder = f"ledger/{model}/"
@@ -122,11 +122,11 @@ class Ledger:
         return self._store.read_with_retry(self._read_all)
 
     def _read_all(self) -> tuple[Entry, ...]:
-        """List and read all entries once; the same as ``entries`` otherwise."""
+        """List and read all entries once, without the retry of ``entries``."""
         last = 0
         for key in self._store.keys(self._folder):
             number = key.removeprefix(self._folder).removesuffix(".json")
-            if key != self._key_of(number):
+            if key != self._format_key(number):
                 raise ArtifactDamaged("ledger_key_unknown", place=f"{self._store.root}/{key}")
             last = max(last, int(number))
         entries: list[Entry] = []
@@ -166,13 +166,13 @@ class Ledger:
         Raises:
             AlreadyThere: the ledger has an entry after ``expected``; the error contains that entry.
             PromotionRefused: a rollback to another order than that of ``find_rollback_target``.
-            ArtifactDamaged: as ``entries``.
+            ArtifactDamaged: an entry is missing in the sequence, or cannot be read.
             ConcurrentChange: other processes appended first ``ATTEMPTS`` times in a row.
         """
         for _ in range(ATTEMPTS):
             entries = self.entries()
             if expected is not None and len(entries) != expected:
-                raise self._outdated_error(entries, expected)
+                raise self._build_outdated_error(entries, expected)
             if action == "rollback":
                 self._check_rollback(entries, version, order)
             previous = entries[-1] if entries else None
@@ -186,8 +186,8 @@ class Ledger:
                 at=datetime.now(UTC).isoformat(timespec="microseconds"),
                 by=by,
                 reason=reason,
-            ).with_digest(previous)
-            key, body = self._key(entry.sequence), entry.model_dump_json(indent=1).encode()
+            ).add_digest(previous)
+            key, body = self._build_key(entry.sequence), entry.model_dump_json(indent=1).encode()
             try:
                 self._store.create(key, body)
             except AlreadyThere:
@@ -201,7 +201,7 @@ class Ledger:
 
     def _read_next(self, entries: tuple[Entry, ...], sequence: int) -> Entry:
         """Read the entry after ``entries`` and check that it continues them."""
-        key = self._key(sequence)
+        key = self._build_key(sequence)
         place = f"{self._store.root}/{key}"
         try:
             entry = validate_json(Entry, self._store.read(key))
@@ -218,19 +218,19 @@ class Ledger:
                 sequence=sequence,
                 model=self._model,
                 previous=previous,
-                got_sequence=short(entry.sequence),
-                got_model=short(entry.model),
-                got_previous=short(entry.previous),
+                got_sequence=shorten(entry.sequence),
+                got_model=shorten(entry.model),
+                got_previous=shorten(entry.previous),
             )
         self._check_digest(entry, last, place)
         if entry.action == "rollback":
             restored = find_rollback_target(entries)
-            if restored is None or not _have_same_champion(restored, entry):
+            if restored is None or not _name_same_champion(restored, entry):
                 raise ArtifactDamaged(
                     "ledger_rollback_unfounded",
                     place=place,
-                    version=short(entry.version),
-                    order=short(entry.order),
+                    version=shorten(entry.version),
+                    order=shorten(entry.order),
                 )
         return entry
 
@@ -239,7 +239,7 @@ class Ledger:
         if entry.digest is None:
             if previous is not None and previous.digest is not None:
                 raise ArtifactDamaged("ledger_digest_missing", place=place)
-        elif entry.digest != entry.with_digest(previous).digest:
+        elif entry.digest != entry.add_digest(previous).digest:
             changed = place if previous is None else f"{place} or the entry before it"
             raise ArtifactDamaged("ledger_digest_differs", changed=changed)
 
@@ -256,7 +256,7 @@ class Ledger:
                 got=version,
             )
 
-    def _outdated_error(self, entries: tuple[Entry, ...], expected: int) -> AlreadyThere:
+    def _build_outdated_error(self, entries: tuple[Entry, ...], expected: int) -> AlreadyThere:
         """Return the error for a ledger whose last sequence number is not ``expected``."""
         if len(entries) < expected:
             return AlreadyThere("ledger_shorter", model=self._model, expected=expected)
@@ -271,12 +271,12 @@ class Ledger:
             reason=newer.reason,
         )
 
-    def _key(self, sequence: int) -> str:
+    def _build_key(self, sequence: int) -> str:
         return f"{self._folder}{sequence:08d}.json"
 
-    def _key_of(self, number: str) -> str | None:
+    def _format_key(self, number: str) -> str | None:
         """Return the key of a sequence number as text; None if it is not a number."""
-        return self._key(int(number)) if number.isascii() and number.isdigit() else None
+        return self._build_key(int(number)) if number.isascii() and number.isdigit() else None
 
 
 def find_rollback_target(entries: tuple[Entry, ...]) -> Entry | None:
@@ -310,12 +310,12 @@ def _build_champion_stack(entries: tuple[Entry, ...]) -> list[Entry]:
     for entry in entries:
         if entry.action == "rollback":
             stack.pop()
-        elif not stack or not _have_same_champion(stack[-1], entry):
+        elif not stack or not _name_same_champion(stack[-1], entry):
             stack.append(entry)
     return stack
 
 
-def _have_same_champion(earlier: Entry, entry: Entry) -> bool:
+def _name_same_champion(earlier: Entry, entry: Entry) -> bool:
     """Return whether two entries name the same champion.
 
     Entries without a digest, of early versions of recpress, identify the champion by its version

@@ -142,7 +142,7 @@ class Registry:
         Raises:
             RegistryRefused: there is no such model; lists the existing ones.
         """
-        aliases = self._aliases(model)
+        aliases = self._read_aliases(model)
         return self._search(f"name = '{model}'", aliases)
 
     def check(self) -> None:
@@ -171,7 +171,7 @@ class Registry:
         Raises:
             RegistryRefused: there is no such model, version or alias; lists the existing ones.
         """
-        aliases = self._aliases(model)
+        aliases = self._read_aliases(model)
         number = aliases.get(ref[1:]) if ref.startswith("@") else ref
         for version in self._search(f"name = '{model}'", aliases):
             if version.version == number:
@@ -192,7 +192,7 @@ class Registry:
         version with the lowest number is returned, which ``publish`` also keeps.
         """
         require_order(order)
-        aliases = self._aliases_if_any(model)
+        aliases = self._read_aliases_if_any(model)
         if aliases is None:
             return None
         versions = self._search(f"name = '{model}' and tags.`{ORDER_TAG}` = '{order}'", aliases)
@@ -218,7 +218,7 @@ class Registry:
         Returns:
             Whether the alias was changed.
         """
-        if self._aliases(model).get(CHAMPION) == champion:
+        if self._read_aliases(model).get(CHAMPION) == champion:
             return False
         if champion is not None:
             self.set_alias(model, CHAMPION, champion)
@@ -326,15 +326,15 @@ class Registry:
             if fault.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _aliases(self, model: str) -> dict[str, str]:
+    def _read_aliases(self, model: str) -> dict[str, str]:
         """Return alias -> version of a model that must exist."""
-        aliases = self._aliases_if_any(model)
+        aliases = self._read_aliases_if_any(model)
         if aliases is None:
             models = tuple(self.models()) or ("none yet",)
             raise RegistryRefused("model_missing", model=model, models=models)
         return aliases
 
-    def _aliases_if_any(self, model: str) -> dict[str, str] | None:
+    def _read_aliases_if_any(self, model: str) -> dict[str, str] | None:
         """Return alias -> version, or None if there is no such model."""
         require_name(model)
         with self._translate_errors():
@@ -393,19 +393,19 @@ class Registry:
                 raise RegistryRefused("registry_refused", problem=message) from None
             if "out-of-date database schema" in message:
                 raise SettingRefused("registry_version_differs", problem=message) from None
-            raise self._unavailable_or_outage(message) from None
+            raise self._build_unavailable(message) from None
         except (NoSuchModuleError, ImportError) as fault:
             raise SettingRefused(
                 "registry_driver_missing", problem=self._clean_message(fault)
             ) from None
         except (OperationalError, OSError) as fault:
-            raise self._unavailable_or_outage(self._clean_message(fault)) from None
+            raise self._build_unavailable(self._clean_message(fault)) from None
         except (SQLAlchemyError, ValueError) as fault:
             raise SettingRefused(
                 "registry_database_unusable", problem=self._clean_message(fault)
             ) from None
 
-    def _unavailable_or_outage(self, problem: str) -> RegistryUnavailable:
+    def _build_unavailable(self, problem: str) -> RegistryUnavailable:
         """Return the error for a registry that does not respond.
 
         It is a ``RegistryOutage``, after which tasks wait and retry, only if the registry is a

@@ -176,7 +176,7 @@ def _replace(file: Path) -> None:
             _initialize(temporary)
         else:
             if schema.revision in {None, _read_revisions()[0]}:
-                raise _incomplete_error(
+                raise _build_incomplete_error(
                     file, schema, "a process was killed while it created tables"
                 )
             with closing(_connect(temporary, "rwc")) as copy:
@@ -206,12 +206,12 @@ def _migrate(file: Path, temporary: Path, schema: DatabaseSchema) -> None:
         if is_out_of_memory(fault):
             raise
         why = f"MLflow cannot migrate it: {mask_first_line(fault)}"
-        raise _incomplete_error(file, schema, why) from None
+        raise _build_incomplete_error(file, schema, why) from None
     if not _is_current(migrated):
-        raise _incomplete_error(file, schema, "MLflow's migration did not create every table")
+        raise _build_incomplete_error(file, schema, "MLflow's migration did not create every table")
 
 
-def _incomplete_error(file: Path, schema: DatabaseSchema, why: str) -> SettingRefused:
+def _build_incomplete_error(file: Path, schema: DatabaseSchema, why: str) -> SettingRefused:
     """Return the error for an incomplete file with rows that users wrote."""
     return SettingRefused(
         "registry_incomplete", file=str(file), problem=why, versions=schema.versions

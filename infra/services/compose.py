@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compressors.contracts import Frozen
-from infra.bundle.json_reader import short
+from infra.bundle.json_reader import shorten
 from infra.errors import SettingRefused
 from infra.telemetry import TELEMETRY_OFF
 
@@ -155,7 +155,7 @@ def read_services(
     try:
         document = yaml.safe_load(compose.read_text(encoding="utf-8"))
         return _read_services(
-            _substitute(document, variables), state, compose, ports or choose_free_ports
+            _replace_variables(document, variables), state, compose, ports or choose_free_ports
         )
     except (yaml.YAMLError, *MALFORMED_DOCUMENT) as fault:
         raise SettingRefused(
@@ -322,15 +322,15 @@ def is_port_free(port: int) -> bool:
     return True
 
 
-def _substitute(value: Any, variables: Mapping[str, str]) -> Any:
+def _replace_variables(value: Any, variables: Mapping[str, str]) -> Any:
     """Replace ``${NAME}`` in all texts of a document, as Docker Compose does."""
     match value:
         case str():
             return _VARIABLE.sub(lambda match: _resolve_variable(match, variables), value)
         case dict():
-            return {name: _substitute(item, variables) for name, item in value.items()}
+            return {name: _replace_variables(item, variables) for name, item in value.items()}
         case list():
-            return [_substitute(item, variables) for item in value]
+            return [_replace_variables(item, variables) for item in value]
     return value
 
 
@@ -357,5 +357,5 @@ def _parse_seconds(text: str) -> float:
     """Parse a duration in whole seconds, such as ``5s``; raise ``SettingRefused`` for others."""
     match = _DURATION.fullmatch(text)
     if not match:
-        raise SettingRefused("duration_form", got=short(text))
+        raise SettingRefused("duration_form", got=shorten(text))
     return float(match[1])

@@ -56,7 +56,7 @@ class HttpRequest(Generic[T]):
         self._send = send
         self._results: list[T] = []
         self._fault: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread = threading.Thread(target=self._send_requests, daemon=True)
         self._started = time.monotonic()
         self._thread.start()
 
@@ -74,7 +74,7 @@ class HttpRequest(Generic[T]):
             raise NoAnswer("no_answer_in_time", seconds=timeout)
         return self._results[0]
 
-    def _work(self) -> None:
+    def _send_requests(self) -> None:
         try:
             self._results.append(self._send())
         except BaseException as fault:

@@ -263,7 +263,7 @@ def _start_process(service: Service, logs: Path) -> "subprocess.Popen[bytes]":
     """Start the process of a service; create the cluster first if it is a Postgres server.
 
     Raises:
-        ChildFailed, SettingRefused: as ``postgres.create_cluster``.
+        ChildFailed, SettingRefused: ``postgres.create_cluster`` raises it.
     """
     environment, command = _build_environment(service), list(service.command)
     folder, run_as = ROOT, dict[str, Any]()

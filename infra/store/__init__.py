@@ -11,8 +11,8 @@ folder.py        the backend for a local folder
 s3.py            the backend for an S3 bucket
 manifest.py      the manifest of an artifact: file sizes, chunk hashes, and the artifact's name
 chunks.py        reads and hashes files in chunks
-draft.py         writes a large artifact block by block, and resumes after a kill
-artifact_files.py  stores each file of an artifact once by content, and verifies it when read
+artifact_files.py   stores each file of an artifact once by content, and verifies it when read
+artifact_writer.py  writes a large artifact block by block, and resumes after a kill
 object_store.py  the class Store: stores, reads and verifies artifacts and small records
 records.py       small JSON records that end with a checksum
 """

@@ -227,7 +227,9 @@ class ArtifactFiles:
         """
         files = self._manifest.files
         if self._blobs:
-            sizes = dict(zip(map(self.key, files), map_in_order(self._size, files), strict=True))
+            sizes = dict(
+                zip(map(self.key, files), map_in_order(self._read_size, files), strict=True)
+            )
         else:
             sizes = dict(self._backend.sizes(self._files_prefix))
         for entry in files:
@@ -250,5 +252,5 @@ class ArtifactFiles:
                 "file_unexpected", uri=self._uri, file=min(extra).removeprefix(self._files_prefix)
             )
 
-    def _size(self, entry: FileEntry) -> int | None:
+    def _read_size(self, entry: FileEntry) -> int | None:
         return self._backend.size(self.key(entry))

@@ -76,7 +76,7 @@ class Backend(Protocol):
         """
 
 
-def backend_for(root: str, setting: str) -> Backend:
+def create_backend(root: str, setting: str) -> Backend:
     """Return the backend of a folder, ``file:///folder`` or ``s3://bucket/prefix``.
 
     Args:

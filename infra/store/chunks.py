@@ -180,7 +180,7 @@ def read_verified_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
         start = index * CHUNK_BYTES
         data = _read_exact_range(path, start, min(start + CHUNK_BYTES, entry.bytes))
         if sha256(data) != entry.chunks[index]:
-            raise _change_error(path)
+            raise _build_change_error(path)
         return data
 
     yield from map_in_order(read_verified, range(len(entry.chunks)))
@@ -188,9 +188,9 @@ def read_verified_chunks(folder: Path, entry: FileEntry) -> Iterator[bytes]:
     try:
         has_other_size = path.lstat().st_size != entry.bytes
     except OSError as fault:
-        raise _change_error(path) from fault
+        raise _build_change_error(path) from fault
     if has_other_size:
-        raise _change_error(path)
+        raise _build_change_error(path)
 
 
 def read_open_file(file: int, start: int, stop: int) -> bytes:
@@ -221,10 +221,10 @@ def _read_exact_range(path: Path, start: int, stop: int) -> bytes:
     except OSError as fault:
         raise ConcurrentChange("file_unreadable", path=str(path), problem=fault.strerror) from fault
     if len(data) != stop - start:
-        raise _change_error(path)
+        raise _build_change_error(path)
     return data
 
 
-def _change_error(path: Path) -> InfraError:
+def _build_change_error(path: Path) -> InfraError:
     """Return the error for a file that changed while it was stored."""
     return ConcurrentChange("file_changed", path=str(path))

@@ -78,11 +78,11 @@ class Folder:
                 file = os.open(self._root / key, flags)
             except OSError as fault:
                 if fault.errno in {errno.ELOOP, errno.ENXIO}:  # a symlink or a socket
-                    raise self._not_a_file_error(key) from fault
+                    raise self._build_not_a_file_error(key) from fault
                 raise
             try:
                 if not stat.S_ISREG(os.fstat(file).st_mode):
-                    raise self._not_a_file_error(key)
+                    raise self._build_not_a_file_error(key)
                 return read_open_file(file, start, stop)
             finally:
                 os.close(file)
@@ -98,7 +98,7 @@ class Folder:
             try:
                 temporary.replace(path)
             except IsADirectoryError as fault:
-                raise self._not_a_file_error(key) from fault
+                raise self._build_not_a_file_error(key) from fault
 
     def move(self, file: Path, key: str) -> bool:
         """Move a local file to a key; returns False if it is on another disk.
@@ -146,7 +146,7 @@ class Folder:
             link_path.parent.mkdir(parents=True, exist_ok=True)
             if link_path.exists() and link_path.samefile(source):
                 return
-            temporary = self._temporary_path()
+            temporary = self._choose_temporary_path()
             try:
                 try:
                     os.link(source, temporary)
@@ -168,7 +168,7 @@ class Folder:
         """
         with translate_os_errors(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._temporary_path()
+            temporary = self._choose_temporary_path()
             try:
                 # Created read-only, because readers memory-map stored files.
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -181,14 +181,14 @@ class Folder:
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
 
-    def _temporary_path(self) -> Path:
+    def _choose_temporary_path(self) -> Path:
         """Return an unused path for a temporary file on the same disk as the keys."""
         temporary = self._root / TEMPORARY / generate_owned_name("key", "tmp")
         temporary.parent.mkdir(exist_ok=True)
         _remove_leftovers_if_due(temporary.parent)
         return temporary
 
-    def _not_a_file_error(self, key: str) -> RecordRefused:
+    def _build_not_a_file_error(self, key: str) -> RecordRefused:
         """Return the error for a key whose path is not a plain file."""
         return RecordRefused("record_no_plain_file", place=str(self._root / key))
 

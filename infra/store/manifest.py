@@ -57,6 +57,7 @@ class StoreManifest(Frozen):
 
     ``root`` is the hash that names the artifact (``compute_root``). ``blobs`` contains the name of
     each file's blob (``compute_blob_name``), in the order of ``files``; it is empty in version 1.
+    Files are hashed in chunks of ``chunk_bytes``.
     """
 
     schema_version: Literal[1, 2] = 1
@@ -70,7 +71,7 @@ class StoreManifest(Frozen):
         """Build the version 1 manifest of these files, hashed in chunks of ``CHUNK_BYTES``."""
         return cls(files=files, chunk_bytes=CHUNK_BYTES, root=compute_root(files, CHUNK_BYTES))
 
-    def with_blobs(self) -> Self:
+    def add_blobs(self) -> Self:
         """Return this manifest in version 2, with the names of the files' blobs."""
         blobs = tuple(compute_blob_name(entry, self.chunk_bytes) for entry in self.files)
         return self.model_copy(update={"schema_version": 2, "blobs": blobs})

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from compressors.contracts import Artifact, artifact_name
 from infra.bundle.json_limits import validate_json
-from infra.bundle.json_reader import short
+from infra.bundle.json_reader import shorten
 from infra.errors import (
     AlreadyThere,
     ArtifactDamaged,
@@ -45,7 +45,7 @@ from infra.store.artifact_files import (
     has_content,
     read_with_retry,
 )
-from infra.store.backend import backend_for
+from infra.store.backend import create_backend
 from infra.store.chunks import find_hard_links, hash_files, list_regular_files
 from infra.store.disk import translate_os_error
 from infra.store.folder import TEMPORARY, require_empty_or_missing
@@ -84,7 +84,7 @@ class Store:
     """
 
     def __init__(self, root: str, setting: str = "RECPRESS_STORE") -> None:
-        self._backend = backend_for(root, setting)
+        self._backend = create_backend(root, setting)
         self.root = self._backend.uri
 
     def put(self, folder: Path) -> Artifact:
@@ -107,10 +107,10 @@ class Store:
 
         Args:
             folder: the folder that contains the files.
-            manifest: their hashes, as ``ArtifactDraft.seal`` returns them; None to compute them.
+            manifest: their hashes, as ``ArtifactWriter.seal`` returns them; None to compute them.
 
         Raises:
-            StoreRefused, ConcurrentChange: as ``put``.
+            StoreRefused, ConcurrentChange: ``put`` cannot store the files.
         """
         if manifest is None:
             manifest = StoreManifest.of(hash_files(folder, list_regular_files(folder)))
@@ -127,8 +127,8 @@ class Store:
             parent_folder: the folder that ``local`` returned for ``parent``.
 
         Raises:
-            StoreRefused, ConcurrentChange: as ``put``.
-            ArtifactMissing, ArtifactDamaged: as ``manifest``, for ``parent``.
+            StoreRefused, ConcurrentChange: ``put`` cannot store the files.
+            ArtifactMissing, ArtifactDamaged: the parent's manifest is missing or damaged.
         """
         parent_manifest = self.manifest(parent)
         linked: dict[str, FileEntry] = {}
@@ -145,17 +145,17 @@ class Store:
         """Store the files of a version 1 manifest and then the manifest, as version 2."""
         if stored := self.find(manifest.root):
             return stored
-        manifest = manifest.with_blobs()
+        manifest = manifest.add_blobs()
         add_files(self._backend, folder, manifest, move=move)
         with suppress(AlreadyThere):  # another writer has stored the same content
             key = f"artifacts/{manifest.root}/manifest.json"
             self._backend.create(key, manifest.model_dump_json().encode())
-        return self._artifact_of(manifest)
+        return self._build_artifact(manifest)
 
     def find(self, sha256: str) -> Artifact | None:
         """Return the artifact whose name is this hash; None if it is missing or incomplete."""
         try:
-            return self._artifact_of(self._manifest(sha256))
+            return self._build_artifact(self._manifest(sha256))
         except ArtifactMissing:
             return None
 
@@ -171,7 +171,7 @@ class Store:
         """
         name = _name_from_uri(uri)
         try:
-            return self._artifact_of(self._manifest(name))
+            return self._build_artifact(self._manifest(name))
         except ArtifactMissing as fault:
             if uri.startswith((f"{self.root}/", "artifacts/")):
                 raise
@@ -187,11 +187,12 @@ class Store:
         """Return the full URI of one file of an artifact in this store.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``manifest``, or the artifact has no such file.
+            ArtifactMissing, ArtifactDamaged: the manifest is missing or damaged, or the artifact
+                has no such file.
         """
         manifest = self.manifest(artifact)
         entry = _find_entry(artifact, manifest, path)
-        use_links = self._links_folder(manifest) is not None
+        use_links = self._find_links_folder(manifest) is not None
         files = ArtifactFiles(self._backend, manifest, use_links=use_links)
         return f"{self.root}/{files.key(entry)}"
 
@@ -245,7 +246,7 @@ class Store:
             ``into``.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``manifest``, or a file is missing or damaged.
+            ArtifactMissing, ArtifactDamaged: the manifest or a file is missing or damaged.
             StoreRefused: ``into`` is not empty.
         """
         require_empty_or_missing(into)
@@ -267,11 +268,11 @@ class Store:
         ``cache/<sha256>``: every call verifies the copy and fetches it again if it is damaged.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``get``.
+            ArtifactMissing, ArtifactDamaged: the manifest or a file is missing or damaged.
             ConcurrentChange: other processes keep changing the copy.
         """
         manifest = self.manifest(artifact)
-        folder = self._links_folder(manifest)
+        folder = self._find_links_folder(manifest)
         if folder is not None:
             ArtifactFiles(self._backend, manifest, use_links=True).verify()
             return folder
@@ -291,8 +292,8 @@ class Store:
         """Read and verify one file of an artifact; it has at most ``MAX_MANIFEST_BYTES``.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``manifest``; or the artifact has no such file, or
-                the file is larger or damaged.
+            ArtifactMissing, ArtifactDamaged: the manifest or the file is missing or damaged, or the
+                file is larger.
         """
         manifest = self.manifest(artifact)
         entry = _find_entry(artifact, manifest, path)
@@ -304,8 +305,7 @@ class Store:
         """Yield the verified chunks of one file of an artifact in order. The file has any size.
 
         Raises:
-            ArtifactMissing, ArtifactDamaged: as ``manifest``; or the artifact has no such file, or
-                the file is damaged.
+            ArtifactMissing, ArtifactDamaged: the manifest or the file is missing or damaged.
         """
         manifest = self.manifest(artifact)
         entry = _find_entry(artifact, manifest, path)
@@ -361,13 +361,13 @@ class Store:
         """Return whether the value of a key is exactly this file; reads and hashes all of it."""
         return has_content(self._backend, _validate_key(key), entry, chunk_bytes)
 
-    def _links_folder(self, manifest: StoreManifest) -> Path | None:
+    def _find_links_folder(self, manifest: StoreManifest) -> Path | None:
         """Return the local folder with an artifact's files by path; None if there is none."""
         folder = self._backend.local_path(build_files_prefix(manifest.root).rstrip("/"))
         is_used = manifest.schema_version == 1 or (folder is not None and folder.exists())
         return folder if is_used else None
 
-    def _artifact_of(self, manifest: StoreManifest) -> Artifact:
+    def _build_artifact(self, manifest: StoreManifest) -> Artifact:
         """Return the artifact that a manifest describes, with a URI relative to the root."""
         uri = f"artifacts/{manifest.root}"
         return Artifact(uri=uri, sha256=manifest.root, bytes=manifest.bytes)
@@ -375,7 +375,7 @@ class Store:
     def _manifest(self, name: str) -> StoreManifest:
         """Read and verify the manifest of an artifact by its hash."""
         if not _SHA256.fullmatch(name):
-            raise StoreRefused("artifact_name_form", got=short(name))
+            raise StoreRefused("artifact_name_form", got=shorten(name))
         return self.read_with_retry(lambda: self._read_manifest(name))
 
     def _read_manifest(self, name: str) -> StoreManifest:

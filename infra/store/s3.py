@@ -114,7 +114,7 @@ class Bucket:
                     return b""
                 raise
 
-        return self._with_retries(
+        return self._send_with_retries(
             send, key, lambda fault: _is_truncated(fault) or _is_unknown_code(fault)
         )
 
@@ -195,7 +195,7 @@ class Bucket:
     def _files(self) -> Any:
         """The s3fs client."""
         environment = tuple(sorted(os.environ.items()))
-        return _client(environment, os.getpid(), time.monotonic() // CLIENT_SECONDS)
+        return _get_client(environment, os.getpid(), time.monotonic() // CLIENT_SECONDS)
 
     def _call(self, method: str, name: str, **request: Any) -> Any:
         """Send a request to the bucket; ``name`` is the key for error messages."""
@@ -203,9 +203,9 @@ class Bucket:
         def send() -> Any:
             return self._files.call_s3(method, Bucket=self._bucket, **request)
 
-        return self._with_retries(send, name, _is_unknown_code)
+        return self._send_with_retries(send, name, _is_unknown_code)
 
-    def _with_retries(
+    def _send_with_retries(
         self, send: Callable[[], Result], name: str, is_retried: Callable[[BaseException], bool]
     ) -> Result:
         """Send a request and retry it after errors that botocore does not retry.
@@ -272,7 +272,7 @@ class Bucket:
 
 
 @lru_cache(maxsize=1)
-def _client(environment: tuple[tuple[str, str], ...], process: int, period: float) -> Any:  # noqa: ARG001
+def _get_client(environment: tuple[tuple[str, str], ...], process: int, period: float) -> Any:  # noqa: ARG001
     """Return the client that all stores of this process share.
 
     A new client takes tens of milliseconds and opens a new connection, and a flow opens its store

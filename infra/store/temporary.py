@@ -51,7 +51,7 @@ def generate_owned_name(stem: str, ending: str) -> str:
         ending: the file extension without the dot, such as ``part``; letters only.
     """
     short = stem.encode()[:MAX_STEM_BYTES].decode(errors="ignore")
-    owner = f"{_machine_id()}-{os.getpid()}-{_start_time(os.getpid())}"
+    owner = f"{_compute_machine_id()}-{os.getpid()}-{_read_start_time(os.getpid())}"
     return f"{short}.{owner}-{uuid.uuid4().hex[:8]}.{ending}"
 
 
@@ -188,7 +188,7 @@ def is_old(path: Path) -> bool:
 def _is_abandoned(entry: os.DirEntry[str], earlier: re.Pattern[str]) -> bool:
     """Return whether an entry is a temporary file that no running process owns."""
     owner = _OWNED.fullmatch(entry.name)
-    if owner is not None and owner["machine"] == _machine_id():
+    if owner is not None and owner["machine"] == _compute_machine_id():
         return not _is_running(int(owner["pid"]), int(owner["start"]))
     is_temporary = owner is not None or earlier.fullmatch(entry.name) is not None
     return is_temporary and is_old(Path(entry.path))
@@ -197,7 +197,7 @@ def _is_abandoned(entry: os.DirEntry[str], earlier: re.Pattern[str]) -> bool:
 def _is_running(pid: int, start: int) -> bool:
     """Return whether the process with this PID and start time runs on this machine."""
     if pid == os.getpid():
-        return start == _start_time(pid)
+        return start == _read_start_time(pid)
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -205,10 +205,10 @@ def _is_running(pid: int, start: int) -> bool:
     except PermissionError:
         pass  # the process belongs to another user
     # A process with an unknown start time (0) counts as running, so its files are kept.
-    return _start_time(pid) in {0, start}
+    return _read_start_time(pid) in {0, start}
 
 
-def _start_time(pid: int) -> int:
+def _read_start_time(pid: int) -> int:
     """Return a process's start in clock ticks since boot.
 
     Returns:
@@ -224,7 +224,7 @@ def _start_time(pid: int) -> int:
 
 
 @cache
-def _machine_id() -> str:
+def _compute_machine_id() -> str:
     """Return twelve hex digits that identify this boot, host and PID namespace."""
     parts = [os.uname().nodename]
     # Systems without /proc have only the host name.

@@ -159,12 +159,12 @@ def find_tables(
     return initializers
 
 
-def widened_bytes(tensors: Sequence["onnx.TensorProto"]) -> int:
+def count_widened_bytes(tensors: Sequence["onnx.TensorProto"]) -> int:
     """Return the bytes of an fp16 copy of a table: its largest initializer, 2 bytes per element."""
     return max(_count_elements(tensor) for tensor in tensors) * _WIDE_BYTES
 
 
-def halve(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | None:
+def halve_large_tables(model: "onnx.ModelProto", tables: Sequence[TableWeights]) -> int | None:
     """Cut every table with ``TWIN_ROWS`` rows or more to half its rows, in place.
 
     Tables that are multiplied are not cut.
@@ -207,7 +207,7 @@ def judge_scratch(
     Args:
         scratch_bytes: scratch bytes of the engine.
         twin_bytes: scratch bytes of the twin with half the rows; None if there is no twin.
-        removed_bytes: the result of ``halve``.
+        removed_bytes: the result of ``halve_large_tables``.
         copy_bytes: bytes of a complete fp16 copy of each table, by the name of its module.
 
     Returns:

@@ -26,12 +26,12 @@ from infra.child import serve
 from infra.errors import BuildRefused
 from infra.tensorrt.audit import (
     check_weights,
+    count_widened_bytes,
     find_tables,
-    halve,
+    halve_large_tables,
     judge_scratch,
     judge_sparsity,
     read_log_bytes,
-    widened_bytes,
 )
 from infra.tensorrt.engines import Engine, EngineAudit, load
 
@@ -132,7 +132,7 @@ def engine_from_onnx(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
     if request.sparse_layers:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    if request.profiles or _dynamic_inputs(network):
+    if request.profiles or _list_dynamic_inputs(network):
         profile = builder.create_optimization_profile()
         # The engine accepts shapes from ``low`` to ``high`` and is optimized for ``best``.
         for shapes in _check_profiles(network, request.profiles):
@@ -178,13 +178,14 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     audited, audited_bytes = request, scratch_bytes
     if any(table.multiplied for table in request.tables):
         print("--- the engine for requests of one row ---")  # noqa: T201
-        audited = _for_one_row(request)
+        audited = _restrict_to_one_row(request)
         audited_bytes, _ = read_log_bytes(engine_from_onnx(trt, audited).messages, trt.__version__)
     model = onnx.load(request.onnx, load_external_data=False)
     copy_bytes = {
-        name: widened_bytes(tensors) for name, tensors in find_tables(model, request.tables).items()
+        name: count_widened_bytes(tensors)
+        for name, tensors in find_tables(model, request.tables).items()
     }
-    removed_bytes = halve(model, request.tables)
+    removed_bytes = halve_large_tables(model, request.tables)
     twin_bytes = None
     if removed_bytes is not None:
         print("--- the twin with half the rows ---")  # noqa: T201
@@ -225,7 +226,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     return engine.model_dump(mode="json")
 
 
-def _for_one_row(request: BuildRequest) -> BuildRequest:
+def _restrict_to_one_row(request: BuildRequest) -> BuildRequest:
     """Return a request for an engine that accepts only the smallest shape of each input."""
     profiles = tuple(
         shapes.model_copy(update={"best": shapes.low, "high": shapes.low})
@@ -295,7 +296,7 @@ def _count_types(trt: Any, network: Any) -> tuple[dict[str, int], dict[str, int]
     return dict(outputs), dict(constants)
 
 
-def _input_shapes(network: Any) -> dict[str, tuple[int, ...]]:
+def _list_input_shapes(network: Any) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all inputs; a dynamic dimension is -1."""
     shapes = {}
     for index in range(network.num_inputs):
@@ -304,9 +305,9 @@ def _input_shapes(network: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _dynamic_inputs(network: Any) -> list[str]:
+def _list_dynamic_inputs(network: Any) -> list[str]:
     """Return the names of inputs with a dynamic dimension, which need a profile."""
-    return [name for name, shape in _input_shapes(network).items() if -1 in shape]
+    return [name for name, shape in _list_input_shapes(network).items() if -1 in shape]
 
 
 def _check_profiles(network: Any, profiles: Sequence[Profile]) -> Sequence[Profile]:
@@ -316,9 +317,9 @@ def _check_profiles(network: Any, profiles: Sequence[Profile]) -> Sequence[Profi
         BuildRefused: an input with a dynamic dimension has no profile; or a profile is for an
             unknown input or does not match the input's shape.
     """
-    inputs = _input_shapes(network)
+    inputs = _list_input_shapes(network)
     names = {shapes.input for shapes in profiles}
-    if missing := sorted(set(_dynamic_inputs(network)) - names):
+    if missing := sorted(set(_list_dynamic_inputs(network)) - names):
         raise BuildRefused("profiles_missing", inputs=tuple(missing))
     for shapes in profiles:
         if shapes.input not in inputs:

@@ -113,7 +113,15 @@ class EngineAudit(Frozen):
 class Engine(Frozen):
     """A built engine that passed its audit.
 
-    ``capability`` is the compute capability it was built on; None for a portable RTX engine.
+    Attributes:
+        path: the engine's file.
+        bytes: size of the file.
+        sha256: hash of the file.
+        target: name of the target.
+        version: version of the builder's library.
+        seconds: duration of the build.
+        audit: the result of the audit.
+        capability: the compute capability it was built on; None for a portable RTX engine.
     """
 
     path: str
@@ -164,7 +172,7 @@ def load(target: str) -> ModuleType:
     raise BuildRefused("tensorrt_missing", target=target, problem="; ".join(reasons))
 
 
-def installed_version(target: str) -> str | None:
+def find_installed_version(target: str) -> str | None:
     """Return the version of TensorRT for this target, or None if it cannot be imported."""
     try:
         return str(load(target).__version__)

@@ -186,7 +186,7 @@ def config(served: ServedVersion) -> bytes:
         message["default_model_filename"] = served.graph
     message["model_warmup"] = [_build_warmup(served, rows) for rows in sorted({low, best, high})]
     message["parameters"] = entries(
-        {key: {"string_value": value} for key, value in _parameters(served).items()}
+        {key: {"string_value": value} for key, value in _build_parameters(served).items()}
     )
     header = (
         f"{_MARK}{served.model}.\n"
@@ -195,7 +195,7 @@ def config(served: ServedVersion) -> bytes:
     return (header + format_message(message)).encode()
 
 
-def _parameters(served: ServedVersion) -> dict[str, str]:
+def _build_parameters(served: ServedVersion) -> dict[str, str]:
     """Return the backend's thread counts, and the model's origin for clients that query it."""
     parameters = {
         "recpress.model": served.model,
@@ -321,7 +321,7 @@ def version_in(body: bytes) -> str | None:
     return match[1] if match else None
 
 
-def stage(folder: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
+def copy_version(folder: Store, source: Store, served: ServedVersion) -> tuple[str, ...]:
     """Copy a version's files and verify each; correct files are not written again.
 
     Args:
@@ -335,14 +335,14 @@ def stage(folder: Store, source: Store, served: ServedVersion) -> tuple[str, ...
     Raises:
         TritonRefused: the folder belongs to another model or program, or it serves a version with
             the same number of another order.
-        ArtifactMissing, ArtifactDamaged: as ``Store.chunks``.
+        ArtifactMissing, ArtifactDamaged: a file of the version is missing or damaged in the store.
     """
     if (owner_model := owning_model(folder)) not in (None, served.model):
         raise TritonRefused(
             "folder_of_other_model", folder=folder.root, model=owner_model, got=served.model
         )
     body = (read_config(folder) or b"").decode(errors="replace")
-    if version_in(body.encode()) == str(served.version) and _names_other_order(body, served):
+    if version_in(body.encode()) == str(served.version) and _is_of_other_order(body, served):
         raise TritonRefused(
             "version_of_other_order",
             folder=folder.root,
@@ -352,12 +352,12 @@ def stage(folder: Store, source: Store, served: ServedVersion) -> tuple[str, ...
         )
     problems = find_wrong_files(folder, source, served)
     for key in problems:
-        entry = _entries(source, served)[key]
+        entry = _map_entries(source, served)[key]
         folder.upload(key, entry.bytes, source.chunks(served.artifact, entry.path))
     return tuple(problems)
 
 
-def _names_other_order(body: str, served: ServedVersion) -> bool:
+def _is_of_other_order(body: str, served: ServedVersion) -> bool:
     """Return whether a configuration is of another order than a version."""
     return '"recpress.order"' in body and served.order not in body
 
@@ -376,7 +376,7 @@ def find_wrong_files(folder: Store, source: Store, served: ServedVersion) -> dic
     chunk_bytes = source.manifest(served.artifact).chunk_bytes
     existing = set(folder.keys(f"{served.version}/"))
     problems = {}
-    for key, entry in _entries(source, served).items():
+    for key, entry in _map_entries(source, served).items():
         if key not in existing:
             problems[key] = "missing"
         elif not folder.has_content(key, entry, chunk_bytes):
@@ -392,7 +392,7 @@ def is_current(folder: Store, source: Store, served: ServedVersion) -> bool:
     """
     sizes = folder.sizes(f"{served.version}/")
     return read_config(folder) == config(served) and all(
-        sizes.get(key) == entry.bytes for key, entry in _entries(source, served).items()
+        sizes.get(key) == entry.bytes for key, entry in _map_entries(source, served).items()
     )
 
 
@@ -403,10 +403,10 @@ def write_config(folder: Store, served: ServedVersion) -> None:
 
 def version_keys(source: Store, served: ServedVersion) -> tuple[str, ...]:
     """Return the keys of a version's files in its Triton model's folder; the graph is last."""
-    return tuple(_entries(source, served))
+    return tuple(_map_entries(source, served))
 
 
-def _entries(source: Store, served: ServedVersion) -> dict[str, FileEntry]:
+def _map_entries(source: Store, served: ServedVersion) -> dict[str, FileEntry]:
     """Return key in the Triton model's folder -> entry of that file in the artifact's manifest."""
     published = {entry.path: entry for entry in source.manifest(served.artifact).files}
     entries_by_key = {}

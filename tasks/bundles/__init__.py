@@ -1,5 +1,7 @@
 """Pack, find and load bundles. No Prefect.
 
+A draft is the folder of a bundle before it is packed.
+
 To pack is to check a folder with a model and its data (a draft) and to store it as a bundle.
 
 bundle_ref.py      finds a bundle in the store by name and version

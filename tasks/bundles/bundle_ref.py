@@ -150,7 +150,7 @@ def find_bundle(reference: str) -> BundleRef:
     bundle later. The other files are verified by the task ``pull``.
 
     Args:
-        reference: as in ``resolve``.
+        reference: the artifact's URI, ``name@version``, or ``name`` for the latest version.
     """
     artifact = resolve(reference)
     manifest = parse_manifest(store().file(artifact, MANIFEST), Path(store().uri_of(artifact)))
@@ -202,7 +202,7 @@ def resolve(reference: str) -> Artifact:
     if "/" in reference or ":" in reference:
         return bundle_store.artifact(reference)
     name, _, version = reference.partition("@")
-    packed = _packed_versions()
+    packed = _list_packed_versions()
     versions = (version,) if version else tuple(v for n, v in packed if n == name)
     records = [record for v in versions if (record := bundle_record(name, v)) is not None]
     if not records:
@@ -217,7 +217,7 @@ def resolve(reference: str) -> Artifact:
     return newest.artifact
 
 
-def _packed_versions() -> tuple[tuple[str, str], ...]:
+def _list_packed_versions() -> tuple[tuple[str, str], ...]:
     """List the name and version of every packed bundle, sorted."""
     keys = [key.split("/") for key in store().keys("bundles/")]
     return tuple(
@@ -274,27 +274,29 @@ def bundle_record(name: str, version: str) -> BundleRecord | None:
     except ArtifactMissing:
         return None
     except RecordRefused as fault:
-        raise _damaged_record(name, version, str(fault)) from fault
+        raise _build_damaged_record(name, version, str(fault)) from fault
     try:
         if is_sealed:
             if fields.pop("schema_version") != SCHEMA_VERSION:
-                raise _damaged_record(name, version, "another version of recpress wrote it")
+                raise _build_damaged_record(name, version, "another version of recpress wrote it")
             record = BundleRecord.model_validate(fields)
         elif fields.keys() == {"artifact", "packed_at"}:  # version 0.1.0
             record = BundleRecord.model_validate({"name": name, "version": version, **fields})
         else:
-            raise _damaged_record(name, version, "its checksum does not match its contents")
+            raise _build_damaged_record(name, version, "its checksum does not match its contents")
     except (ValidationError, KeyError) as fault:
-        raise _damaged_record(
+        raise _build_damaged_record(
             name, version, "its fields are not those of a bundle's record"
         ) from fault
     if (record.name, record.version) != (name, version):
-        raise _damaged_record(name, version, f"it is the record of {record.name}@{record.version}")
+        raise _build_damaged_record(
+            name, version, f"it is the record of {record.name}@{record.version}"
+        )
     if not is_sealed:
         artifact = store().find(record.artifact.sha256)
         if artifact is not None and math.isfinite(record.packed_at):
             return record.model_copy(update={"artifact": artifact})
-        raise _damaged_record(name, version, "it names an artifact that is not in the store")
+        raise _build_damaged_record(name, version, "it names an artifact that is not in the store")
     return record
 
 
@@ -313,18 +315,18 @@ def bundle_manifest(record: BundleRecord) -> Manifest:
     try:
         body = bundle_store.file(artifact, MANIFEST)
     except ArtifactMissing as fault:
-        raise _damaged_record(name, version, f"{uri} is no bundle") from fault
+        raise _build_damaged_record(name, version, f"{uri} is no bundle") from fault
     try:
         manifest = parse_manifest(body, Path(uri))
     except BundleRefused as fault:
-        raise _damaged_record(name, version, f"{uri} is no bundle ({fault})") from fault
+        raise _build_damaged_record(name, version, f"{uri} is no bundle ({fault})") from fault
     if (manifest.name, manifest.version) != (name, version):
         other = f"{manifest.name}@{manifest.version}"
-        raise _damaged_record(name, version, f"{uri} is the bundle {other}")
+        raise _build_damaged_record(name, version, f"{uri} is the bundle {other}")
     return manifest
 
 
-def _damaged_record(name: str, version: str, problem: str) -> RecordRefused:
+def _build_damaged_record(name: str, version: str, problem: str) -> RecordRefused:
     return RecordRefused(
         "bundle_record_damaged",
         name=name,

@@ -120,12 +120,12 @@ def tokenizer_files(manifest: Manifest) -> dict[str, Path]:
     }
 
 
-def split_of(prepared: Artifact, rows: int) -> Split:
+def fetch_split(prepared: Artifact, rows: int) -> Split:
     """Copy a prepared split to this machine, if it is not here yet, and describe it for reading."""
     return Split(path=str(local(prepared)), sha256=prepared.sha256, rows=rows)
 
 
-def bench_of(
+def build_bench(
     manifest: Manifest,
     splits: Mapping[Part, Split],
     teacher: Artifact,

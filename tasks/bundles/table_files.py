@@ -3,10 +3,10 @@
 Rows are read and written in blocks, so memory does not grow with the tables. An interrupted run is
 resumed by the same call.
 
-The *result* is an artifact. While it is incomplete it is called a *draft*: ``infra.store.draft``
-writes it to a hidden folder next to that of the result, with a journal of the blocks that have been
-written. ``seal`` completes the files and hashes them. Then ``publish`` renames the folder to that
-of the result; or ``Store.take`` moves the files to the store, and ``drop`` removes the folder.
+The *result* is an artifact. ``infra/store/artifact_writer.py`` writes it to a hidden folder next to
+that of the result, with a journal of the blocks that have been written. ``seal`` completes the
+files and hashes them. Then ``publish`` renames the folder to that of the result; or ``Store.take``
+moves the files to the store, and ``drop`` removes the folder.
 """
 
 import fnmatch
@@ -30,8 +30,8 @@ from compressors.contracts import (
 )
 from compressors.core.modules.formats import TensorSpec
 from compressors.core.registries import METHODS, AnyStep
-from compressors.core.state.safetensors_rows import StoredRows, spec_of
-from compressors.core.state.safetensors_stream import StreamedFile, size_of
+from compressors.core.state.safetensors_rows import StoredRows, build_spec
+from compressors.core.state.safetensors_stream import StreamedFile, compute_size
 from compressors.core.steps.step import TableStep
 from compressors.errors.compression import NothingToCompress
 from compressors.quantize.table_stream import EncodingJob, encode_file
@@ -39,8 +39,8 @@ from infra.bundle.json_reader import read_document
 from infra.bundle.shards import stored_tensors
 from infra.errors import CommandRefused
 from infra.settings import load_settings
+from infra.store.artifact_writer import FILES, ArtifactWriter, open_writer, verify_result
 from infra.store.disk import translate_input_errors
-from infra.store.draft import FILES, ArtifactDraft, open_draft, verify_result
 from tasks.orchestration.code_digest import code_digest
 from tasks.orchestration.workspace import local, store
 
@@ -149,10 +149,10 @@ def _quantize(
     progress: Progress | None,
 ) -> QuantizeResult:
     with _open_job(source, step, block_rows) as (job, plan):
-        source_key = _source_key(source)
-        with _write_draft(job, plan, into, source_key, workers, progress) as draft:
-            manifest = draft.seal()
-            draft.publish(manifest)
+        source_key = _build_source_key(source)
+        with _write_result(job, plan, into, source_key, workers, progress) as writer:
+            manifest = writer.seal()
+            writer.publish(manifest)
     return QuantizeResult(place=str(into), sha256=manifest.root, bytes=manifest.bytes, plan=plan)
 
 
@@ -168,10 +168,10 @@ def quantize_artifact(
     into = load_settings().home / "progress" / f"tables-{key}"
     with (
         _open_job(local(source), step, block_rows) as (job, plan),
-        _write_draft(job, plan, into, source.sha256, workers, None) as draft,
+        _write_result(job, plan, into, source.sha256, workers, None) as writer,
     ):
-        artifact = store().take(draft.files, draft.seal())
-        draft.drop()
+        artifact = store().take(writer.files, writer.seal())
+        writer.drop()
     return artifact
 
 
@@ -189,31 +189,31 @@ def check(folder: Path) -> tuple[Artifact, Tables]:
 
 
 @contextmanager
-def _write_draft(
+def _write_result(
     job: EncodingJob,
     plan: Plan,
     into: Path,
     source_key: object,
     workers: int | None,
     progress: Progress | None,
-) -> Iterator[ArtifactDraft]:
-    """Write all files of a result and yield them as a draft, which the caller seals.
+) -> Iterator[ArtifactWriter]:
+    """Write all files of a result, and yield the writer, which the caller seals.
 
-    The draft of an interrupted run is continued if its source, settings and code were the same.
+    An interrupted run is continued if its source, settings and code were the same.
     ``source_key`` identifies the content of the source.
     """
     file = StreamedFile(job.layout())
-    total = sum(size_of(rows.spec) for rows in job.sources.values())
+    total = sum(compute_size(rows.spec) for rows in job.sources.values())
     # ``block_rows`` does not affect the result, but the journal names a block by its first row
     # only. So with another value, the same name would stand for other rows.
     resume_key = [source_key, job.step, job.block_rows, code_digest(quantize)]
-    with open_draft(into, resume_key, TENSORS, file.bytes) as draft:
+    with open_writer(into, resume_key, TENSORS, file.bytes) as writer:
         report_bytes = None if progress is None else (lambda read: progress(read, total))
-        encode_file(job, file, draft, workers, report_bytes)
+        encode_file(job, file, writer, workers, report_bytes)
         records = job.records()
         tables = Tables.model_validate({"step": job.step, "modules": records, "plan": plan})
-        draft.add(TABLES, tables.model_dump_json(indent=1).encode())
-        yield draft
+        writer.add(TABLES, tables.model_dump_json(indent=1).encode())
+        yield writer
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def _open_job(
         for name, stored in sorted(stored_tensors(source).items()):
             if stored.shard not in descriptors:
                 descriptors[stored.shard] = files.enter_context(stored.shard.open("rb")).fileno()
-            spec = spec_of(stored.fact.dtype, stored.fact.shape, name)
+            spec = build_spec(stored.fact.dtype, stored.fact.shape, name)
             descriptor = descriptors[stored.shard]
             sources[name] = StoredRows(stored.shard, descriptor, name, stored.start, spec)
         reasons = {name: _skip_reason(step, name, rows.spec) for name, rows in sources.items()}
@@ -242,19 +242,19 @@ def _open_job(
 def _skip_reason(step: TableStep, name: str, spec: TensorSpec) -> Reason | None:
     """Return why a tensor is not compressed; None if it is compressed."""
     if len(spec.shape) != 2 or spec.dtype not in FLOATS:
-        return Reason("not_a_table", shape=tuple(spec.shape), dtype=_dtype_name(spec))
-    if not any(_matches(pattern, name) for pattern in step.tables):
+        return Reason("not_a_table", shape=tuple(spec.shape), dtype=_name_dtype(spec))
+    if not any(_is_match(pattern, name) for pattern in step.tables):
         return Reason("not_matched", patterns=step.tables)
     if spec.shape[0] < step.min_rows:
         return Reason("too_few_rows", rows=spec.shape[0], min_rows=step.min_rows)
     stored_tensor_specs = step.storage.layout(*spec.shape, step.settings()).values()
-    size = sum(size_of(stored) for stored in stored_tensor_specs)
-    if size >= size_of(spec):
-        return Reason("not_smaller", step=step.kind, bytes=size, present=size_of(spec))
+    size = sum(compute_size(stored) for stored in stored_tensor_specs)
+    if size >= compute_size(spec):
+        return Reason("not_smaller", step=step.kind, bytes=size, present=compute_size(spec))
     return None
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _is_match(pattern: str, name: str) -> bool:
     """Return whether a pattern matches the name of a tensor or of its module."""
     return any(fnmatch.fnmatchcase(text, pattern) for text in (name, module_name(name)))
 
@@ -276,7 +276,7 @@ def _require_all_patterns_match(step: TableStep, sources: dict[str, StoredRows])
         if len(rows.spec.shape) == 2 and rows.spec.dtype in FLOATS
     ]
     for pattern in step.tables:
-        if not any(_matches(pattern, name) for name in tables) and pattern != "*":
+        if not any(_is_match(pattern, name) for name in tables) and pattern != "*":
             raise NothingToCompress(
                 "name_unmatched", step=step.kind, role="table", pattern=pattern, names=tuple(tables)
             )
@@ -285,13 +285,13 @@ def _require_all_patterns_match(step: TableStep, sources: dict[str, StoredRows])
 def _plan_line(job: EncodingJob, name: str, reason: Reason | None) -> PlanLine:
     """Return the plan line of a tensor; ``reason`` is why it is only copied; None if not."""
     spec = job.sources[name].spec
-    before = size_of(spec)
+    before = compute_size(spec)
     if reason is not None:
         role = "table" if len(spec.shape) == 2 and spec.dtype in FLOATS else "other"
         return PlanLine(
             module=name,
             role=role,
-            format=_dtype_name(spec),
+            format=_name_dtype(spec),
             bytes_before=before,
             bytes_after=before,
             reasons=(reason,),
@@ -301,17 +301,17 @@ def _plan_line(job: EncodingJob, name: str, reason: Reason | None) -> PlanLine:
         role="table",
         format=job.step.storage.name,
         bytes_before=before,
-        bytes_after=sum(size_of(part) for part in job.stored(name).values()),
+        bytes_after=sum(compute_size(part) for part in job.stored(name).values()),
         steps=(job.step.kind,),
         reasons=(Reason("selected", step=job.step.kind),),
     )
 
 
-def _dtype_name(spec: TensorSpec) -> str:
+def _name_dtype(spec: TensorSpec) -> str:
     return str(spec.dtype).removeprefix("torch.")
 
 
-def _source_key(source: Path) -> object:
+def _build_source_key(source: Path) -> object:
     """Return path, size and modification time of each file: a run resumes only if they are equal.
 
     Hashes would identify the files better, but need a read of all bytes.

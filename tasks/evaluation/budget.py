@@ -4,17 +4,17 @@ from prefect import task
 
 from compressors.contracts import Artifact, Estimate
 from infra.bundle.bundle_folder import read
-from tasks.bundles.loading import split_of
-from tasks.orchestration.documents import Scored
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.bundles.loading import fetch_split
+from tasks.orchestration.documents import ScoredStage
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local
 from tasks.stages import compare_stages
 
 
 @task(task_run_name="evaluate the quality loss", **TASK_OPTIONS)
 def quality_loss(
-    original: Scored,
-    now: Scored,
+    original: ScoredStage,
+    now: ScoredStage,
     metric: str,
     validation: Artifact,
     rows: int,
@@ -31,7 +31,7 @@ def quality_loss(
         seed: seed of the bootstrap.
     """
     signature = read(local(original.bundle)).signature
-    quality = compare_stages(signature, (original, now), split_of(validation, rows), seed)
+    quality = compare_stages(signature, (original, now), fetch_split(validation, rows), seed)
     change = quality.paired(metric, "0", "1").difference  # stages are named by their position
     return change.model_copy(
         update={"point": -change.point, "low": -change.high, "high": -change.low}

@@ -11,8 +11,8 @@ from compressors.contracts.targets.runtime import Session
 from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import ServedGraph, served_graphs
 from infra.settings import load_settings
-from tasks.orchestration.graph_documents import lowering_of
-from tasks.target_adapters import runtime_of
+from tasks.orchestration.graph_documents import read_lowering
+from tasks.target_adapters import get_runtime
 
 
 def open_graph(target: str, folder: Path, signature: Signature, graph: ServedGraph) -> Session:
@@ -29,8 +29,8 @@ def open_graph(target: str, folder: Path, signature: Signature, graph: ServedGra
         Refused: the runtime does not accept the file.
     """
     _require_graphs(folder, signature)
-    file = folder / declared_target(target).served_file(graph.name)
-    return runtime_of(target).open(file, load_settings().threads)
+    file = folder / declared_target(target).name_served_file(graph.name)
+    return get_runtime(target).open(file, load_settings().threads)
 
 
 def require_same_tokenizers(folders: Mapping[str, Path]) -> None:
@@ -56,13 +56,13 @@ def _tokenizers(folder: Path) -> dict[str, Any]:
     """Return the contents of the tokenizer of each column of texts."""
     return {
         text.column: json.loads((folder / text.tokenizer).read_bytes())
-        for text in lowering_of(folder).texts
+        for text in read_lowering(folder).texts
     }
 
 
 def _require_graphs(folder: Path, signature: Signature) -> None:
     """Raise ``MetricRefused`` if a stored model has other graphs or outputs than the signature."""
-    graphs, stored = served_graphs(signature), lowering_of(folder).graphs
+    graphs, stored = served_graphs(signature), read_lowering(folder).graphs
     expected = tuple(graph.name for graph in graphs)
     got = tuple(graph.name for graph in stored)
     if sorted(got) != sorted(expected):

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from compressors.contracts import Plan, is_out_of_memory
 from compressors.contracts.targets.runtime import Session
-from compressors.core.batches import format_row, row_of
+from compressors.core.batches import format_row, take_row
 from compressors.core.scores import join_columns
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
-from compressors.lower.bfloat16_products import write_checkable
+from compressors.lower.bfloat16_matmuls import write_checkable
 from compressors.lower.export import Lowered, export_program
 from compressors.lower.findings import Parity
 from compressors.lower.first_difference import GraphValue, first_difference, run_traced
@@ -96,7 +96,7 @@ class GraphCheck:
         Raises:
             ParityLost: the graph does not run on these rows.
         """
-        expected = self._module_scores(inputs)
+        expected = self._compute_module_scores(inputs)
         try:
             return expected, self.session.scores(_to_arrays(inputs))
         except InfraError as fault:
@@ -105,7 +105,7 @@ class GraphCheck:
                 target=self.target,
                 rows=expected.shape[0],
                 reason=str(fault),
-                row=self._first_failing_row(inputs, expected.shape[0]),
+                row=self._find_first_failing_row(inputs, expected.shape[0]),
             )
             raise self.parity_error(failure, inputs, rows_from) from fault
 
@@ -169,12 +169,12 @@ class GraphCheck:
         failure = replace(failure, graph=served.name, rows_from=rows_from)
         if failure.row is None:
             return ParityLost(failure)
-        single_row = row_of(inputs, served.signature, failure.row)
+        single_row = take_row(inputs, served.signature, failure.row)
         failure = replace(failure, inputs=format_row(single_row, served.signature))
         if failure.code == "parity_run" or failure.side == "network":
             return ParityLost(failure)
         try:
-            return ParityLost(self._with_differing_tensor(failure, single_row, inputs))
+            return ParityLost(self._add_differing_tensor(failure, single_row, inputs))
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
@@ -182,7 +182,7 @@ class GraphCheck:
             log.warning("The first tensor that differs was not determined: %r", fault)
             return ParityLost(failure)
 
-    def _with_differing_tensor(
+    def _add_differing_tensor(
         self, failure: ParityFailure, single_row: dict[str, Tensor], inputs: dict[str, Tensor]
     ) -> ParityFailure:
         """Add the first tensor that differs between the exported program and the graph.
@@ -203,7 +203,10 @@ class GraphCheck:
             values = [GraphValue(*value) for value in graph_values(self.path, _to_arrays(rows))]
             # The allowed difference of a tensor, relative to its largest absolute value.
             allowed = allowed_share(self.plan, self.target)
-            expected, output = self._module_scores(rows), join_columns(traced.outputs).numpy()
+            expected, output = (
+                self._compute_module_scores(rows),
+                join_columns(traced.outputs).numpy(),
+            )
             # The limit of the largest difference: "at most" in a failure of the whole comparison,
             # "largest" in one of small batches. A failure because of NaN has no limits; then only
             # rounding differences are allowed.
@@ -220,19 +223,19 @@ class GraphCheck:
                 return replace(failure, tensor=cause, is_exported_wrong=bool(is_export_wrong))
         return replace(failure, tensor=tensor)
 
-    def _module_scores(self, inputs: Mapping[str, Tensor]) -> FloatArray:
+    def _compute_module_scores(self, inputs: Mapping[str, Tensor]) -> FloatArray:
         names = input_names(self.lowered.wrapper.served_graph.signature)
         with torch.no_grad():
             scores = stack_outputs(self.lowered.wrapper(*(inputs[name] for name in names)))
         result: FloatArray = scores.numpy()
         return result
 
-    def _first_failing_row(self, inputs: dict[str, Tensor], rows: int) -> int | None:
+    def _find_first_failing_row(self, inputs: dict[str, Tensor], rows: int) -> int | None:
         """Find the first row that the runtime refuses as a batch of one."""
         signature = self.lowered.wrapper.served_graph.signature
         for row in range(rows):
             try:
-                self.session.scores(_to_arrays(row_of(inputs, signature, row)))
+                self.session.scores(_to_arrays(take_row(inputs, signature, row)))
             except InfraError:
                 return row
         return None
@@ -244,7 +247,7 @@ def runnable_graph(path: Path, target: str, plan: Plan | None) -> Iterator[Path]
 
     The copy is deleted afterwards, since every file of the folder is stored.
     """
-    if not lowering_target(target).has_unsupported_products(plan):
+    if not lowering_target(target).has_unsupported_matmuls(plan):
         yield path
         return
     copy = path.with_name(f"checkable-{path.name}")

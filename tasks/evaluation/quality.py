@@ -27,7 +27,7 @@ from compressors.metrics.full_ranking import (
 from compressors.metrics.intervals import PairedEstimate
 from compressors.metrics.score_change import change_of_rankings, change_of_rows
 from compressors.metrics.validation_ranking import interactions
-from tasks.bundles.loading import split_of
+from tasks.bundles.loading import fetch_split
 from tasks.orchestration.documents import Ranking
 from tasks.retrieval.towers import Tower, encode_catalogue, encode_queries
 
@@ -76,7 +76,7 @@ class RowQuality:
         changes: dict[str, Estimate] = {}
         for index, output in enumerate(self.outputs):
             before, after = (
-                self._column(self.scores[model], index) for model in (baseline, candidate)
+                self._select_column(self.scores[model], index) for model in (baseline, candidate)
             )
             unit = output.task_kind.score_unit
             for name, estimate in change_of_rows(before, after, self.group, unit).items():
@@ -89,10 +89,11 @@ class RowQuality:
         """Estimate one metric of two models, and its difference with a paired interval."""
         of_output = declared_metric(metric).output
         index = 0 if self._is_single else [item.name for item in self.outputs].index(str(of_output))
-        label = self._column(self.label, index)
+        label = self._select_column(self.label, index)
         is_used = ~np.isnan(label)
         before, after = (
-            self._column(self.scores[model], index)[is_used] for model in (baseline, candidate)
+            self._select_column(self.scores[model], index)[is_used]
+            for model in (baseline, candidate)
         )
         group = None if self.group is None else self.group[is_used]
         return intervals.estimate_pair(metric, label[is_used], before, after, group, seed=self.seed)
@@ -101,7 +102,7 @@ class RowQuality:
     def _is_single(self) -> bool:
         return len(self.outputs) == 1
 
-    def _column(self, values: Array, index: int) -> Array:
+    def _select_column(self, values: Array, index: int) -> Array:
         """Return the values of one output, ``(rows,)``."""
         return values if self._is_single else values[:, index]
 
@@ -132,7 +133,7 @@ class QueryQuality:
     def paired(self, metric: str, baseline: str, candidate: str) -> PairedEstimate:
         """Estimate one metric of two models, and its difference with a paired interval."""
         before, after = self.values[baseline][metric], self.values[candidate][metric]
-        return intervals.paired_means(before, after, self.rows, seed=self.seed)
+        return intervals.compare_means(before, after, self.rows, seed=self.seed)
 
 
 def row_quality(
@@ -174,7 +175,7 @@ def query_quality(
         CompressionError: a vector is not finite, or all relevant items are earlier interactions.
     """
     queries = queries_of(signature, test, ranking)
-    catalogue = split_of(ranking.items.artifact, ranking.items.rows)
+    catalogue = fetch_split(ranking.items.artifact, ranking.items.rows)
     vectors = RankedVectors(
         encode_queries(towers["query"], signature, test, queries.row),
         encode_catalogue(towers["item"], signature, catalogue),
@@ -189,10 +190,10 @@ def queries_of(signature: Signature, test: Split, ranking: Ranking) -> RankingQu
     Raises:
         MetricRefused: all relevant items are earlier interactions, or rows have no groups.
     """
-    catalogue = split_of(ranking.items.artifact, ranking.items.rows)
+    catalogue = fetch_split(ranking.items.artifact, ranking.items.rows)
     ids = Rows(catalogue, signature.of_split(ITEMS)).column(str(signature.item)).numpy()
     earlier = [
-        interactions(Rows(split_of(split.artifact, split.rows), signature))
+        interactions(Rows(fetch_split(split.artifact, split.rows), signature))
         for split in ranking.seen
     ]
     return ranking_queries(interactions(Rows(test, signature)), earlier, ids)

@@ -8,7 +8,7 @@ code_digest.py      computes the digest of the sources that a task imports
 result_records.py   stores results of tasks, so that a repeated task returns its result
 order_records.py    stores results of orders, so that a repeated order returns its result
 outages.py          waits while a service does not respond
-policy.py           decides which faults are retried, and runs tasks with cached results
+task_calls.py       decides which faults are retried, and runs tasks with cached results
 log_lines.py        escapes log lines so that they cannot be forged
 row_progress.py     logs how many rows of a long task are done
 progress.py         shows progress and results on Prefect's pages

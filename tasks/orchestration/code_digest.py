@@ -45,7 +45,7 @@ def code_digest(function: Callable[..., Any]) -> str:
         the number of threads that ONNX Runtime uses.
     """
     file = Path(inspect.getsourcefile(inspect.unwrap(function)) or "")
-    return digest([_sources_digest(file), _library_versions(), load_settings().threads])
+    return digest([_hash_sources(file), _find_library_versions(), load_settings().threads])
 
 
 def recpress_version() -> str:
@@ -53,7 +53,7 @@ def recpress_version() -> str:
     return importlib.metadata.version("recpress")
 
 
-def imported_sources(file: Path) -> tuple[Path, ...]:
+def list_imported_sources(file: Path) -> tuple[Path, ...]:
     """List a source file and every project file that it imports, directly or indirectly, sorted.
 
     Imports inside functions and imports for type checkers count. Jinja2 templates in the folder
@@ -65,15 +65,15 @@ def imported_sources(file: Path) -> tuple[Path, ...]:
         source = pending.pop()
         if source not in sources:
             sources.add(source)
-            pending += _direct_imports(source)
+            pending += _list_direct_imports(source)
     folders = {source.parent for source in sources}
     return tuple(sorted(sources.union(*(folder.glob(TEMPLATES) for folder in folders))))
 
 
 @functools.cache
-def _direct_imports(file: Path) -> tuple[Path, ...]:
+def _list_direct_imports(file: Path) -> tuple[Path, ...]:
     """List the project files that one file imports, with the ``__init__.py`` of their packages."""
-    names = set(_imported_names(ast.parse(file.read_bytes())))
+    names = set(_iterate_imported_names(ast.parse(file.read_bytes())))
     paths = set()
     for name in names:
         parts = name.split(".")
@@ -84,7 +84,7 @@ def _direct_imports(file: Path) -> tuple[Path, ...]:
     return tuple(sorted(path for path in paths if path.is_file()))
 
 
-def _imported_names(tree: ast.AST) -> Iterator[str]:
+def _iterate_imported_names(tree: ast.AST) -> Iterator[str]:
     """Yield the dotted names of imported modules, and of names imported from them.
 
     The latter may be modules too.
@@ -98,10 +98,10 @@ def _imported_names(tree: ast.AST) -> Iterator[str]:
 
 
 @functools.cache
-def _sources_digest(file: Path) -> str:
+def _hash_sources(file: Path) -> str:
     """Return a SHA-256 over the path and contents of every source of a file."""
     hasher = hashlib.sha256()
-    for source in imported_sources(file):
+    for source in list_imported_sources(file):
         is_in_project = source.is_relative_to(ROOT)
         name = source.relative_to(ROOT).as_posix() if is_in_project else source.name
         content = hashlib.sha256(source.read_bytes()).hexdigest()
@@ -110,7 +110,7 @@ def _sources_digest(file: Path) -> str:
 
 
 @functools.cache
-def _library_versions() -> dict[str, str]:
+def _find_library_versions() -> dict[str, str]:
     """Return the installed versions of libraries; ``absent`` for those that are not installed."""
     versions = {}
     of_targets = (name for target in TARGETS.values() for name in target.libraries)

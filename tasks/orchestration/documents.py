@@ -96,7 +96,7 @@ def not_applicable(fault: CompressionError) -> NotApplicable:
     return NotApplicable(reasons=(Reason("not_applicable", fault=str(fault)),))
 
 
-class Scored(Frozen):
+class ScoredStage(Frozen):
     """A stage (the model after a step of a recipe) and its predictions.
 
     Attributes:
@@ -341,12 +341,12 @@ def page_reference(release: Artifact) -> str:
     return f"{store().reference(release)}/files/{PAGE}"
 
 
-def measurement_of(artifact: Artifact) -> Measurement:
+def read_measurement(artifact: Artifact) -> Measurement:
     """Read a stored measurement."""
     return read_document(Measurement, local(artifact) / "measurement.json")
 
 
-def report_of(release: Artifact) -> Report:
+def read_report(release: Artifact) -> Report:
     """Read a stored report, verified by its hash.
 
     Raises:

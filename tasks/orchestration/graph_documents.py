@@ -141,7 +141,7 @@ def build_record(graph: str) -> str:
     return "build.json" if graph == "model" else f"{graph}.build.json"
 
 
-def lowering_of(folder: Path) -> Lowering:
+def read_lowering(folder: Path) -> Lowering:
     """Read ``lowering.json`` in a folder of graphs or engines."""
     return read_document(Lowering, folder / "lowering.json")
 

@@ -16,9 +16,9 @@ from tasks.orchestration.documents import (
     Reproduction,
     Stages,
     TargetReport,
-    measurement_of,
+    read_measurement,
 )
-from tasks.orchestration.graph_documents import build_record, lowering_of, served_bytes
+from tasks.orchestration.graph_documents import build_record, read_lowering, served_bytes
 from tasks.orchestration.workspace import local
 
 
@@ -64,7 +64,7 @@ def build_report(
         reproduction: how to run the order again.
     """
     plan = read(local(compressed)).plan
-    measured = {target: measurement_of(item) for target, item in measurements.items()}
+    measured = {target: read_measurement(item) for target, item in measurements.items()}
     first, *others = measured or list(baselines)[:1]  # names of targets
     return Report(
         order=order,
@@ -82,7 +82,7 @@ def build_report(
         plan=plan if plan is not None else Plan(),
         outcome=overall(verdicts.values()),
         targets=tuple(
-            _target_report(target, artifact, required[target], verdicts[target])
+            _build_target_report(target, artifact, required[target], verdicts[target])
             for target, artifact in built.items()
         ),
         skipped=skipped,
@@ -98,11 +98,11 @@ def build_report(
     )
 
 
-def _target_report(
+def _build_target_report(
     target: str, artifact: Artifact, required: bool, verdict: Verdict
 ) -> TargetReport:
     folder = local(artifact)
-    lowering = lowering_of(folder)
+    lowering = read_lowering(folder)
     audits = {
         graph.name: json.loads(read_limited(path))["audit"]
         for graph in lowering.graphs

@@ -19,7 +19,7 @@ from infra.errors import ArtifactMissing, RecordRefused
 from infra.registry.mlflow_registry import Registry
 from infra.settings import load_settings, parse_sqlite_uri, public_uri
 from infra.store.records import read_record, seal_record
-from tasks.orchestration.documents import Finished, Report, report_of
+from tasks.orchestration.documents import Finished, Report, read_report
 from tasks.orchestration.workspace import store
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def write_request(request: str, order: str) -> None:
 def order_of_request(request: str) -> str | None:
     """Return the digest of the most recent order of a request; None without a valid record."""
     key = request_key(request)
-    damaged = _wrong_checksum(key)
+    damaged = _build_wrong_checksum(key)
     try:
         fields, is_sealed = read_record(store(), key)
         if not is_sealed or fields.pop("schema_version", None) != SCHEMA_VERSION:
@@ -98,11 +98,11 @@ def write_finished(finished: Finished) -> None:
         order=finished.report.order,
         release=finished.release,
         version=finished.version,
-        registry=_registry_reference(),
+        registry=_describe_registry(),
     )
     body = seal_record({"schema_version": SCHEMA_VERSION, **record.model_dump(mode="json")})
     try:
-        store().write(finished_key(record.order), body)
+        store().write(build_finished_key(record.order), body)
     except RecordRefused as fault:
         log.warning("%s The order runs again next time.", fault)
 
@@ -127,23 +127,23 @@ def find_finished_order(order: str, *, registered: bool = True) -> Finished | No
         release = artifacts.find(record.release.sha256)
         if release is None:
             raise ArtifactMissing("release_missing", uri=artifacts.uri_of(record.release))
-        report = report_of(release)
+        report = read_report(release)
         if report.order != order:
             raise RecordRefused(
                 "record_damaged",
-                place=f"{artifacts.root}/{finished_key(order)}",
+                place=f"{artifacts.root}/{build_finished_key(order)}",
                 problem=f"it names the release of order {report.order[:12]}",
             )
         for target in report.targets:
             artifacts.manifest(target.artifact)
         needs_registry = registered and not is_sealed
-        version = _registered_version(report) if needs_registry else record.version
+        version = _find_registered_version(report) if needs_registry else record.version
     except ArtifactMissing:
         return None
     except RecordRefused as fault:
         log.warning("%s The order counts as not finished.", fault)
         return None
-    is_this_registry = record.registry in {_registry_reference(), ""}
+    is_this_registry = record.registry in {_describe_registry(), ""}
     registry = public_uri(load_settings().registry_uri) if is_this_registry else record.registry
     return Finished(report=report, release=release, version=version, registry=registry)
 
@@ -155,9 +155,9 @@ def _read_finished_record(order: str) -> tuple[FinishedRecord, bool]:
         ArtifactMissing: there is no record.
         RecordRefused: the record is damaged, or belongs to another order.
     """
-    key = finished_key(order)
+    key = build_finished_key(order)
     fields, is_sealed = read_record(store(), key)
-    damaged = _wrong_checksum(key)
+    damaged = _build_wrong_checksum(key)
     try:
         if is_sealed:
             if fields.pop("schema_version") != SCHEMA_VERSION:
@@ -177,7 +177,7 @@ def _read_finished_record(order: str) -> tuple[FinishedRecord, bool]:
     return record, is_sealed
 
 
-def _wrong_checksum(key: str) -> RecordRefused:
+def _build_wrong_checksum(key: str) -> RecordRefused:
     return RecordRefused(
         "record_damaged",
         place=f"{store().root}/{key}",
@@ -185,7 +185,7 @@ def _wrong_checksum(key: str) -> RecordRefused:
     )
 
 
-def _registered_version(report: Report) -> str:
+def _find_registered_version(report: Report) -> str:
     """Return the number of an order's version in the registry of this process.
 
     Raises:
@@ -197,7 +197,7 @@ def _registered_version(report: Report) -> str:
     return registered.version
 
 
-def _registry_reference() -> str:
+def _describe_registry() -> str:
     """Return the registry as written in records: see ``FinishedRecord.registry``."""
     uri = load_settings().registry_uri
     file, root = parse_sqlite_uri(uri), store().folder
@@ -209,6 +209,6 @@ def request_key(request: str) -> str:
     return f"requests/{request}.json"
 
 
-def finished_key(order: str) -> str:
+def build_finished_key(order: str) -> str:
     """Return the store's key of a finished order's record."""
     return f"orders/{order}.json"

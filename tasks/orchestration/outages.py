@@ -1,7 +1,7 @@
 """Wait while a service is down: which faults mean that, how long to wait, and the log messages.
 
-``policy.py`` uses this file for tasks, flows use it for calls between tasks. The deadline is ten
-minutes: a restarted service responds after about one, but its migration to another node takes
+``task_calls.py`` uses this file for tasks, flows use it for calls between tasks. The deadline is
+ten minutes: a restarted service responds after about one, but its migration to another node takes
 longer.
 """
 
@@ -58,7 +58,7 @@ class Outage:
         return True
 
 
-def service_of(fault: BaseException) -> str | None:
+def find_service(fault: BaseException) -> str | None:
     """Return the name of the service that is down; None if the fault has another cause.
 
     The name is the beginning of a sentence. Prefect's API counts as a service.
@@ -90,7 +90,7 @@ def wait_out(call: Callable[[], T]) -> T:
         try:
             return call()
         except Exception as fault:
-            service = service_of(fault)
+            service = find_service(fault)
             if service is None:
                 raise
             tries += 1
@@ -108,7 +108,7 @@ class TaskOutages:
 
     def may_try_again(self, run: UUID, fault: BaseException) -> bool:
         """Return whether Prefect retries a task run whose service is down."""
-        service = service_of(fault)
+        service = find_service(fault)
         if service is None:
             return False
         outage, tries = self._outages.get(run) or (Outage(), 0)

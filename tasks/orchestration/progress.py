@@ -13,7 +13,7 @@ from prefect.artifacts import (
 )
 
 from tasks.orchestration.documents import Finished
-from tasks.orchestration.outages import service_of, wait_out
+from tasks.orchestration.outages import find_service, wait_out
 from tasks.report.tables import markdown, number_rows
 
 log = logging.getLogger(__name__)
@@ -50,26 +50,26 @@ def create_report_artifacts(finished: Finished) -> None:
 class Progress:
     """Shows the progress of a flow run: a progress bar on its page in Prefect, and log lines.
 
-    A stage here is a part of the flow, such as "measure". In reports it is the model after a step.
+    A phase is a part of the flow, such as "measure". (A stage is the model after a step.)
 
     Args:
-        stages: expected number of stages; it grows if the run has more.
+        phases: expected number of phases; it grows if the run has more.
     """
 
-    def __init__(self, stages: int) -> None:
-        self._stages = stages
+    def __init__(self, phases: int) -> None:
+        self._phases = phases
         self._done = 0
         self.current = "the start"
-        """Name of the current stage."""
+        """Name of the current phase."""
         create = functools.partial(create_progress_artifact, 0.0, description="recpress")
         self._artifact = cast(UUID, wait_out(create))
 
-    def stage(self, name: str) -> None:
-        """Log the start of a stage, and update the progress bar."""
+    def start_phase(self, name: str) -> None:
+        """Log the start of a phase, and update the progress bar."""
         self.current = name
-        self._stages = max(self._stages, self._done + 1)  # a repeated recipe adds stages
-        log.info("[%d/%d] %s", self._done + 1, self._stages, name)
-        self._update(100 * self._done / self._stages, name)
+        self._phases = max(self._phases, self._done + 1)  # a repeated recipe adds phases
+        log.info("[%d/%d] %s", self._done + 1, self._phases, name)
+        self._update(100 * self._done / self._phases, name)
         self._done += 1
 
     def finish(self) -> None:
@@ -81,6 +81,6 @@ class Progress:
         try:
             update_progress_artifact(self._artifact, progress=percent, description=text)
         except Exception as fault:
-            if service_of(fault) is None:
+            if find_service(fault) is None:
                 raise
             log.warning("The progress bar was not updated: Prefect's API did not respond.")

@@ -61,20 +61,22 @@ def read_result(store: Store, task: str, key: str, function: Callable[..., Any])
     place = record_key(task, key)
     fields, is_sealed = read_record(store, place)
     if not is_sealed:
-        raise _damaged_record(store, place, "its checksum does not match its contents")
+        raise _build_damaged_record(store, place, "its checksum does not match its contents")
     try:
         record = ResultRecord.model_validate(fields, strict=True)
     except ValidationError as fault:
-        raise _damaged_record(store, place, _first_problem(fault)) from None
+        raise _build_damaged_record(store, place, _format_first_problem(fault)) from None
     if record.schema_version != SCHEMA_VERSION:
-        raise _damaged_record(store, place, f"its schema version is {record.schema_version}")
+        raise _build_damaged_record(store, place, f"its schema version is {record.schema_version}")
     if (record.task, record.key) != (task, key):
-        raise _damaged_record(store, place, "it is the record of another task or other arguments")
+        raise _build_damaged_record(
+            store, place, "it is the record of another task or other arguments"
+        )
     try:
         return _validate_value(record.value, function)
     except ValueError as fault:
-        reason = _first_problem(fault) if isinstance(fault, ValidationError) else str(fault)
-        raise _damaged_record(store, place, reason) from None
+        reason = _format_first_problem(fault) if isinstance(fault, ValidationError) else str(fault)
+        raise _build_damaged_record(store, place, reason) from None
 
 
 def write_result(
@@ -151,7 +153,7 @@ def _validate_value(plain: Any, function: Callable[..., Any]) -> Any:
     # Records of earlier versions lack newer fields, which then have their defaults.
     if json.loads(declared.dump_json(value, exclude_unset=True)) != plain:
         raise ValueError("its value is not what recpress writes for this type")
-    for artifact in _artifacts(value):
+    for artifact in _find_artifacts(value):
         if artifact.uri != f"artifacts/{artifact.sha256}":
             raise ValueError(
                 f"expected artifacts/{artifact.sha256}, got {escape_message(artifact.uri)}"
@@ -159,24 +161,24 @@ def _validate_value(plain: Any, function: Callable[..., Any]) -> Any:
     return value
 
 
-def _artifacts(value: Any) -> Iterator[Artifact]:
+def _find_artifacts(value: Any) -> Iterator[Artifact]:
     """Yield every artifact in a value, at any depth."""
     if isinstance(value, Artifact):
         yield value
     elif isinstance(value, BaseModel):
-        yield from _artifacts([getattr(value, name) for name in type(value).model_fields])
+        yield from _find_artifacts([getattr(value, name) for name in type(value).model_fields])
     elif isinstance(value, Mapping):
-        yield from _artifacts(list(value.values()))
+        yield from _find_artifacts(list(value.values()))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _artifacts(item)
+            yield from _find_artifacts(item)
 
 
-def _damaged_record(store: Store, place: str, reason: str) -> RecordRefused:
+def _build_damaged_record(store: Store, place: str, reason: str) -> RecordRefused:
     return RecordRefused("record_damaged", place=f"{store.root}/{place}", problem=reason)
 
 
-def _first_problem(fault: ValidationError) -> str:
+def _format_first_problem(fault: ValidationError) -> str:
     """Format the first problem of a record, without its values, which are untrusted."""
     problem = fault.errors(include_input=False, include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"]) or "the value"

@@ -26,7 +26,7 @@ def require_accepted(model: str, version: str, report: Report) -> None:
     if not report.limits:
         raise PromotionRefused("limits_missing", model=model, version=version)
     for target in report.targets:
-        if problem := _contradiction(report, target):
+        if problem := _describe_contradiction(report, target):
             raise PromotionRefused(
                 "verdict_contradicts_judgements", model=model, version=version, problem=problem
             )
@@ -46,7 +46,7 @@ def require_accepted(model: str, version: str, report: Report) -> None:
         )
 
 
-def _contradiction(report: Report, target: TargetReport) -> str | None:
+def _describe_contradiction(report: Report, target: TargetReport) -> str | None:
     """Describe how a target's verdict contradicts its judgements; None if it does not."""
     verdict = target.verdict
     if verdict.target != target.target:

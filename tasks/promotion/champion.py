@@ -11,7 +11,7 @@ from infra.errors import PromotionRefused, Refused
 from infra.registry.ledger import Entry, Ledger
 from infra.registry.mlflow_registry import CHAMPION, ORDER_TAG, RegisteredVersion, Registry
 from infra.settings import load_settings, public_uri
-from tasks.orchestration.documents import Report, report_of
+from tasks.orchestration.documents import Report, read_report
 from tasks.orchestration.workspace import store
 from tasks.promotion.acceptance import require_accepted
 
@@ -34,13 +34,13 @@ def registry() -> Registry:
     return Registry(load_settings().registry_uri)
 
 
-def version_of(registered: RegisteredVersion) -> Version:
+def read_version(registered: RegisteredVersion) -> Version:
     """Read the report of a registered version.
 
     Raises:
         PromotionRefused: the report is of another model or another order.
     """
-    report = report_of(store().artifact(registered.source))
+    report = read_report(store().artifact(registered.source))
     model, order = registered.model, registered.tags.get(ORDER_TAG)
     if (report.name, report.order) != (model, order):
         raise PromotionRefused(
@@ -63,9 +63,9 @@ def version_of_order(model: str, order: str) -> Version:
     registered = registry().find_by_order(order, model)
     if registered is None:
         raise PromotionRefused(
-            "order_not_registered", order=order, model=model, registry=_registry_uri()
+            "order_not_registered", order=order, model=model, registry=_build_registry_uri()
         )
-    return version_of(registered)
+    return read_version(registered)
 
 
 def version_of_entry(model: str, entry: Entry) -> Version:
@@ -82,14 +82,14 @@ def version_of_entry(model: str, entry: Entry) -> Version:
             model=model,
             version=entry.version,
             by=entry.by,
-            registry=_registry_uri(),
+            registry=_build_registry_uri(),
         )
-    version = version_of(registered)
+    version = read_version(registered)
     require_accepted(model, version.number, version.report)
     return version
 
 
-def _registry_uri() -> str:
+def _build_registry_uri() -> str:
     """Return the registry's URI without credentials."""
     return public_uri(load_settings().registry_uri)
 
@@ -105,7 +105,7 @@ def champion_versions() -> dict[str, str]:
     numbers, problems = {}, []
     for model in models:
         try:
-            numbers[model] = _champion_number(model)
+            numbers[model] = _read_champion_number(model)
         except Refused as fault:
             problems.append(f"{model}: {fault}")
     if problems:
@@ -113,7 +113,7 @@ def champion_versions() -> dict[str, str]:
     return numbers
 
 
-def _champion_number(model: str) -> str:
+def _read_champion_number(model: str) -> str:
     """Return the champion's version number, or "none"; raises if the alias is on another one."""
     entry = Ledger(store(), model).champion()
     if entry is None:

@@ -30,7 +30,7 @@ from tasks.orchestration.documents import PAGE, Report, TargetReport
 from tasks.orchestration.workspace import store
 from tasks.promotion import triton_repository
 from tasks.promotion.acceptance import require_accepted
-from tasks.promotion.champion import Version, version_of, version_of_entry, version_of_order
+from tasks.promotion.champion import Version, read_version, version_of_entry, version_of_order
 from tasks.promotion.champion import registry as registry
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def version_report(model: str, reference: str) -> tuple[RegisteredVersion, Repor
         PromotionRefused: there is no champion, or the report is of another model or order.
     """
     if reference != "@champion":
-        version = version_of(registry().version(model, reference))
+        version = read_version(registry().version(model, reference))
         return version.registered, version.report
     entry = repair(model, only_reads=True)
     if entry is None:
@@ -178,8 +178,8 @@ def promote_order(model: str, order: str, reason: str) -> Entry:
         reason: a text for the ledger.
 
     Raises:
-        PromotionRefused: as ``apply_promotion``, or the registry does not have the order.
-        AlreadyThere: as ``apply_promotion``.
+        PromotionRefused: the version was not accepted, or the registry does not have the order.
+        AlreadyThere: another command has made another version the champion.
     """
     entries = Ledger(store(), model).entries()
     return _promote(model, version_of_order(model, order), reason, entries).entry
@@ -393,7 +393,7 @@ def export(
         SettingRefused: there is no repository, or it cannot be used.
     """
     root = triton_repository.require_repository(to)
-    registered, graphs = _champion_graphs(model, unmeasured=unmeasured)
+    registered, graphs = _find_champion_graphs(model, unmeasured=unmeasured)
     triton_repository.copy_files(root, graphs)  # also replaces files with different bytes
     triton_repository.update(root, model, graphs)
     return triton_repository.compare_models(root, model, registered.version, graphs)
@@ -407,11 +407,11 @@ def triton_contents(
     Arguments and errors as in ``export``.
     """
     root = triton_repository.require_repository(to)
-    registered, graphs = _champion_graphs(model, unmeasured=unmeasured)
+    registered, graphs = _find_champion_graphs(model, unmeasured=unmeasured)
     return triton_repository.compare_models(root, model, registered.version, graphs)
 
 
-def _champion_graphs(
+def _find_champion_graphs(
     model: str, *, unmeasured: bool
 ) -> tuple[RegisteredVersion, tuple[ServedVersion, ...]]:
     """Return the champion and its graphs for Triton, without repairing the alias.

@@ -67,14 +67,14 @@ def _describe_version(item: RegisteredVersion, release_store: Store) -> ListedVe
         notes.append(f"its tag {RECIPE_TAG} is not a list of steps")
     if not re.fullmatch(r"[0-9a-f]{64}", item.tags[ORDER_TAG]):
         notes.append(f"its tag {ORDER_TAG} is not an order's digest")
-    notes += [f"it has no tag {tag}" for tag in _missing_tags(item.tags)]
+    notes += [f"it has no tag {tag}" for tag in _list_missing_tags(item.tags)]
     if artifact_name(item.source) is None:
         notes.append("its source is not an artifact of a store")
     fields = {
         **item.model_dump(),
-        "source": _full_uri(item.source, release_store),
+        "source": _complete_uri(item.source, release_store),
         "tags": {
-            name: _full_uri(value, release_store) if _REFERENCE_TAGS.fullmatch(name) else value
+            name: _complete_uri(value, release_store) if _REFERENCE_TAGS.fullmatch(name) else value
             for name, value in item.tags.items()
         },
     }
@@ -82,7 +82,7 @@ def _describe_version(item: RegisteredVersion, release_store: Store) -> ListedVe
     return ListedVersion(**fields, recipe=recipe or (), note=note)
 
 
-def _missing_tags(tags: dict[str, str]) -> list[str]:
+def _list_missing_tags(tags: dict[str, str]) -> list[str]:
     return [tag for tag in ("recpress.outcome", "recpress.bundle") if not tags.get(tag)]
 
 
@@ -101,7 +101,7 @@ def _parse_recipe(text: str | None) -> tuple[str, ...] | None:
     return tuple(step["kind"] for step in steps)
 
 
-def _full_uri(text: str, release_store: Store) -> str:
+def _complete_uri(text: str, release_store: Store) -> str:
     """Return a reference as a full URI; return text that is not a reference unchanged."""
     match = _REFERENCE.fullmatch(text)
     sha256 = None if match is None else artifact_name(match["uri"])

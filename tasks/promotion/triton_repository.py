@@ -4,7 +4,8 @@ Each graph of a champion is a Triton model: a folder with one subfolder per vers
 configuration, which names the version that the server loads. A promotion calls ``copy_files``
 before it changes the ledger, and ``update``, which writes the configuration, at its end
 (``promotions.py``). So the server always finds a complete champion, and ``update`` completes a
-promotion that was interrupted.
+promotion that was interrupted. The ledger is the list of a model's promotions and rollbacks in the
+store.
 """
 
 import logging
@@ -97,7 +98,7 @@ def require_repository(option: str | None) -> str:
     """Return the root of the Triton repository; raise if there is no repository.
 
     Args:
-        option: as in ``repository_root``.
+        option: value of the option ``--to``; without it the setting ``RECPRESS_TRITON`` is used.
 
     Raises:
         SettingRefused: there is no repository, or it cannot be used.
@@ -128,10 +129,10 @@ def servable_graphs(
     """
     outcomes = {"accepted", "built-unmeasured"} if unmeasured else {"accepted"}
     return tuple(
-        _graph_to_serve(version, report, target, part)
+        _build_graph_to_serve(version, report, target, part)
         for target in report.targets
         if target.target in servable_targets() and target.verdict.outcome in outcomes
-        for part in _graph_parts(target)
+        for part in _list_graph_parts(target)
     )
 
 
@@ -144,8 +145,8 @@ def copy_files(root: str, graphs: tuple[ServedVersion, ...]) -> None:
     if not graphs:
         log.warning("Triton cannot serve this version: it has no accepted graph that Triton loads")
     for graph in graphs:
-        # ``triton.stage`` copies the files that are missing, and returns their keys.
-        for key in triton.stage(_model_folder(root, graph.name), store(), graph):
+        # ``triton.copy_version`` copies the files that are missing, and returns their keys.
+        for key in triton.copy_version(_get_model_folder(root, graph.name), store(), graph):
             log.info("%s: copied %s", graph.name, key)
 
 
@@ -163,12 +164,12 @@ def update(root: str, model: str, graphs: tuple[ServedVersion, ...]) -> tuple[st
     outdated = [
         graph
         for graph in graphs
-        if not triton.is_current(_model_folder(root, graph.name), store(), graph)
+        if not triton.is_current(_get_model_folder(root, graph.name), store(), graph)
     ]
     for graph in outdated:  # all files before the first configuration
-        triton.stage(_model_folder(root, graph.name), store(), graph)
+        triton.copy_version(_get_model_folder(root, graph.name), store(), graph)
     for graph in outdated:
-        triton.write_config(_model_folder(root, graph.name), graph)
+        triton.write_config(_get_model_folder(root, graph.name), graph)
     for name in stale_models(root, model, graphs):
         log.warning(
             "%s: the champion of %s has no graph of this name, so the server keeps an earlier "
@@ -190,7 +191,9 @@ def stale_models(root: str, model: str, graphs: tuple[ServedVersion, ...]) -> tu
     """
     names = {triton_name(model, target, part) for target in servable_targets() for part in PARTS}
     names -= {graph.name for graph in graphs}
-    return tuple(sorted(name for name in names if _belongs_to(_model_folder(root, name), model)))
+    return tuple(
+        sorted(name for name in names if _is_model_of(_get_model_folder(root, name), model))
+    )
 
 
 def compare_models(
@@ -204,9 +207,9 @@ def compare_models(
         version: number of the champion's version.
         graphs: the champion's graphs that Triton can serve.
     """
-    models = [_compare_one(_model_folder(root, graph.name), graph) for graph in graphs]
+    models = [_compare_one(_get_model_folder(root, graph.name), graph) for graph in graphs]
     for name in stale_models(root, model, graphs):
-        folder = _model_folder(root, name)
+        folder = _get_model_folder(root, name)
         body = triton.read_config(folder) or b""
         models.append(
             TritonModel(
@@ -247,18 +250,18 @@ def _compare_one(folder: Store, graph: ServedVersion) -> TritonModel:
     )
 
 
-def _model_folder(root: str, name: str) -> Store:
+def _get_model_folder(root: str, name: str) -> Store:
     return triton.model_store(root, name)
 
 
-def _belongs_to(folder: Store, model: str) -> bool:
+def _is_model_of(folder: Store, model: str) -> bool:
     try:
         return triton.owning_model(folder) == model
     except Refused:  # the folder belongs to another program
         return False
 
 
-def _graph_parts(target: TargetReport) -> tuple[GraphPart, ...]:
+def _list_graph_parts(target: TargetReport) -> tuple[GraphPart, ...]:
     """List the graphs of one target; each is a separate Triton model."""
     return tuple(
         GraphPart("" if graph.name == "model" else graph.name, graph)
@@ -266,7 +269,7 @@ def _graph_parts(target: TargetReport) -> tuple[GraphPart, ...]:
     )
 
 
-def _graph_to_serve(
+def _build_graph_to_serve(
     version: str, report: Report, target: TargetReport, part: GraphPart
 ) -> ServedVersion:
     """Return a graph with what its Triton configuration needs.
@@ -276,21 +279,24 @@ def _graph_to_serve(
     """
     graph = part.graph.name
     capability = None
-    engines, stored = declared(target.target).engines, declared(target.target).served_file(graph)
+    engines, stored = (
+        declared(target.target).engines,
+        declared(target.target).name_served_file(graph),
+    )
     if engines is not None:
         build = store().file(target.artifact, build_record(graph))
         capability = validate_json(EngineRecord, build).capability
         # With the GPU's compute capability in its name, other GPUs do not load the engine.
         file_name = f"{graph}-{capability}{engines.suffix}" if capability else stored
         files = {file_name: stored}  # name in the Triton repository -> name in the artifact
-        batches, threads = _ordered_batches(report), None
+        batches, threads = _find_ordered_batches(report), None
     else:
         # Large weights are stored next to the graph and must be copied before it.
         paths = {entry.path for entry in store().manifest(target.artifact).files}
         weights = sorted(path for path in paths if path.startswith(f"{stored}."))
         files = {path: path for path in (*weights, stored)}
         measurement = report.measured.get(target.target)
-        batches = _measured_batches(measurement)
+        batches = _find_measured_batches(measurement)
         threads = None if measurement is None else measurement.machine.threads
     width = () if part.graph.width is None else (part.graph.width,)
     try:
@@ -329,7 +335,7 @@ def _graph_to_serve(
         ) from fault
 
 
-def _measured_batches(measurement: Measurement | None) -> tuple[int, int, int]:
+def _find_measured_batches(measurement: Measurement | None) -> tuple[int, int, int]:
     """Return smallest, best and largest batch size of an ONNX graph.
 
     The best has the most rows per second. The largest is the largest measured batch, since no limit
@@ -346,7 +352,7 @@ def _measured_batches(measurement: Measurement | None) -> tuple[int, int, int]:
     return 1, max(rows_per_ms, key=lambda rows: rows_per_ms[rows]), max(rows_per_ms)
 
 
-def _ordered_batches(report: Report) -> tuple[int, int, int]:
+def _find_ordered_batches(report: Report) -> tuple[int, int, int]:
     """Return smallest, best and largest batch size of an engine, as in the order."""
     ordered = report.reproduction.order.get("targets", {})
     try:

@@ -116,7 +116,7 @@ def cell(text: str) -> str:
     return plain.replace("|", "\\|").replace("`", "&#96;").replace("](", "]&#40;")
 
 
-def describe_products(audit: GraphAudit) -> str:
+def describe_matmuls(audit: GraphAudit) -> str:
     """Describe how many matrix products of an optimized graph are computed in int8."""
     return format_count(audit.int8_products, "int8 matrix product")
 
@@ -134,7 +134,7 @@ def describe_packed_tables(audit: GraphAudit) -> str:
 def describe_dense_layers(audit: GraphAudit) -> str:
     """Describe how an optimized graph computes dense layers whose stored weights are quantized.
 
-    The kernel reads the quantized weights in every product, or the runtime converts them to float32
+    The kernel reads the quantized weights in every MatMul, or the runtime converts them to float32
     when a session starts, which takes more memory.
     """
     packed, converted = audit.packed_layers, audit.widened_layers

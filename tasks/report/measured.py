@@ -89,14 +89,14 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
         for judgement in target.verdict.judgements:
             limit = judgement.limit
             limited.add((target.target, limit.metric, limit.against))
-            unit = None if measurement is None else measurement.numbers.unit_of(limit.metric)
-            rows.append(_judgement_row(judgement, target, unit))
+            unit = None if measurement is None else measurement.numbers.find_unit(limit.metric)
+            rows.append(_build_judgement_row(judgement, target, unit))
     if not rows:
         rows = [
             _build_row(name=str(limit), outcome="not measured", tone=TEXT_CLASSES["unsure"])
             for limit in report.limits
         ]
-    for target_name, number, unit in _numbers_without_limit(report, limited):
+    for target_name, number, unit in _find_numbers_without_limit(report, limited):
         is_higher_better = metric(number.metric).higher_is_better
         if is_kind(number.metric, "score_change"):
             title = metric_label(number.metric)
@@ -125,7 +125,9 @@ def limit_rows(report: Report) -> tuple[LimitRow, ...]:
     return tuple(rows)
 
 
-def _judgement_row(judgement: Judgement, target: TargetReport, unit: ScoreUnit | None) -> LimitRow:
+def _build_judgement_row(
+    judgement: Judgement, target: TargetReport, unit: ScoreUnit | None
+) -> LimitRow:
     """Return the row of a judged limit; ``unit`` is the unit of the model's scores."""
     limit, measured = judgement.limit, judgement.measured
     tone = TONES[judgement.outcome]
@@ -139,7 +141,7 @@ def _judgement_row(judgement: Judgement, target: TargetReport, unit: ScoreUnit |
                 measured,
                 tone,
                 judgement.reason,
-                reference=_no_change_mark(limit),
+                reference=_build_no_change_mark(limit),
                 limit=Mark(value=bound, label=f"limit {bound:g}"),
                 # the side of the limit whose values are rejected
                 refused="below" if limit.at_least is not None else "above",
@@ -183,7 +185,7 @@ def _build_row(
     return LimitRow(name, note, picture, point, interval, outcome, tone, reason)
 
 
-def _no_change_mark(limit: Limit) -> Mark | None:
+def _build_no_change_mark(limit: Limit) -> Mark | None:
     """Return the mark of an unchanged model on the scale of a limit; None if it has no place.
 
     ``compared`` is how a metric of two models is compared: by difference, by ratio, or ``never``
@@ -208,7 +210,7 @@ def _format_measured(limit: Limit, measured: Estimate, score_unit: ScoreUnit | N
     return f"{measured.point:.5g}{declared.unit} [{measured.low:.5g}, {measured.high:.5g}]"
 
 
-def _numbers_without_limit(
+def _find_numbers_without_limit(
     report: Report, limited: Collection[tuple[str, str, str]]
 ) -> Iterator[tuple[str, Number, ScoreUnit | None]]:
     """Yield target, number and score unit of every change of quality or scores without a limit.
@@ -223,7 +225,7 @@ def _numbers_without_limit(
             has_limit = (target, number.metric, number.against) in limited
             is_change = number.against != "absolute" or is_kind(number.metric, "score_change")
             if is_quality and is_change and not has_limit:
-                yield target, number, measurement.numbers.unit_of(number.metric)
+                yield target, number, measurement.numbers.find_unit(number.metric)
 
 
 def latency_section(report: Report) -> LatencySection:
@@ -239,7 +241,7 @@ def latency_section(report: Report) -> LatencySection:
     return LatencySection(
         note=" ".join([_describe_machines(report), *notes]),
         charts=tuple(
-            _latency_chart(
+            _draw_latency_chart(
                 measurement,
                 quantile,
                 f"{target} {quantile}" if has_several_targets else quantile,
@@ -260,10 +262,10 @@ def _describe_machines(report: Report) -> str:
     )
 
 
-def _latency_chart(measurement: Measurement, quantile: str, title: str) -> Chart:
+def _draw_latency_chart(measurement: Measurement, quantile: str, title: str) -> Chart:
     """Draw one quantile of the latency by batch size, before and after compression."""
-    before = _by_batch_size(measurement.baseline.numbers, quantile)
-    after = _by_batch_size(measurement.numbers.numbers, quantile)
+    before = _sort_latency_by_batch_size(measurement.baseline.numbers, quantile)
+    after = _sort_latency_by_batch_size(measurement.numbers.numbers, quantile)
     if not before or not after:
         return Chart(title, None)
     description = ", ".join(
@@ -290,7 +292,9 @@ def _format_ratio(measurement: Measurement, quantile: str, size: int) -> str:
     return "" if ratio is None else f"{ratio.point:.2f}x"
 
 
-def _by_batch_size(numbers: Iterable[Number], quantile: str) -> tuple[tuple[int, Estimate], ...]:
+def _sort_latency_by_batch_size(
+    numbers: Iterable[Number], quantile: str
+) -> tuple[tuple[int, Estimate], ...]:
     """Return the batch sizes with their latency, by increasing size."""
     absolute = ((find_metric(n.metric), n.estimate) for n in numbers if n.against == "absolute")
     estimates = {

@@ -124,21 +124,21 @@ def page(report: Report, validation: Validation) -> str:
         picture_style=pictures.STYLE,
         name=report.name,
         version=report.bundle_version,
-        banner=_banner(report),
-        cards=_cards(report, validation),
-        numbers=_numbers_section(report),
+        banner=_build_banner(report),
+        cards=_build_cards(report, validation),
+        numbers=_build_numbers_section(report),
         limits=limit_rows(report),
         latency=latency_section(report),
         stages=stage_section(report),
         plan=plan_section(report),
-        data=_data_section(validation),
+        data=_build_data_section(validation),
         targets=targets_section(report),
-        hashes=_hashes_section(report),
-        again=_again_section(report),
+        hashes=_build_hashes_section(report),
+        again=_build_again_section(report),
     )
 
 
-def validation_of(artifact: Artifact) -> Validation:
+def read_validation(artifact: Artifact) -> Validation:
     """Read the stored result of the task ``validate``."""
     return read_document(Validation, local(artifact) / "validation.json")
 
@@ -146,7 +146,7 @@ def validation_of(artifact: Artifact) -> Validation:
 # --- result ----------------------------------------------------------------------------------
 
 
-def _banner(report: Report) -> Banner:
+def _build_banner(report: Report) -> Banner:
     return Banner(
         outcome=report.outcome.capitalize(),
         tone=TONES[report.outcome],
@@ -154,7 +154,7 @@ def _banner(report: Report) -> Banner:
     )
 
 
-def _cards(report: Report, validation: Validation) -> tuple[Card, ...]:
+def _build_cards(report: Report, validation: Validation) -> tuple[Card, ...]:
     """Return the main numbers: bytes, quality, one latency, and the data checks."""
     target = report.first_measured
     cards = []
@@ -184,7 +184,7 @@ def _cards(report: Report, validation: Validation) -> tuple[Card, ...]:
     return tuple(cards)
 
 
-def _numbers_section(report: Report) -> NumberTable:
+def _build_numbers_section(report: Report) -> NumberTable:
     rows = number_rows(report)
     columns = list(rows[0])
     note = (
@@ -201,7 +201,7 @@ def _numbers_section(report: Report) -> NumberTable:
 # --- data -----------------------------------------------------------------------------------
 
 
-def _data_section(validation: Validation) -> DataSection:
+def _build_data_section(validation: Validation) -> DataSection:
     result = summary(validation)
     intended = format_count(validation.intended, "intended check")
     return DataSection(
@@ -215,7 +215,7 @@ def _data_section(validation: Validation) -> DataSection:
 # --- artifacts -------------------------------------------------------------------------------
 
 
-def _hashes_section(report: Report) -> HashesSection:
+def _build_hashes_section(report: Report) -> HashesSection:
     named: list[tuple[str, Artifact]] = [
         ("Bundle", report.source),
         ("Compressed bundle", report.compressed),
@@ -233,7 +233,7 @@ def _hashes_section(report: Report) -> HashesSection:
     )
 
 
-def _again_section(report: Report) -> AgainSection:
+def _build_again_section(report: Report) -> AgainSection:
     reproduction = report.reproduction
     return AgainSection(
         command=reproduction.command,

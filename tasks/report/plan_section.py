@@ -90,9 +90,9 @@ def plan_section(report: Report) -> PlanSection:
             note=f"{before:,} to {after:,} bytes",
             lines=tuple(_plan_row(line, max_bytes) for line in folded),
         )
-    keys, picture = _bytes_chart(report.plan.lines)
+    keys, picture = _draw_bytes_chart(report.plan.lines)
     return PlanSection(
-        steps=tuple(_recipe_lines(report)),
+        steps=tuple(_describe_recipe_lines(report)),
         note=f"Calibrated on: {report.calibrated_on}.",
         keys=keys,
         picture=picture,
@@ -101,7 +101,7 @@ def plan_section(report: Report) -> PlanSection:
     )
 
 
-def _recipe_lines(report: Report) -> Iterator[RecipeLine]:
+def _describe_recipe_lines(report: Report) -> Iterator[RecipeLine]:
     """Yield a line per step of the recipe, per skipped step, and per remark."""
     for step in report.recipe:
         yield RecipeLine(str(step["kind"]), _format_settings(step))
@@ -111,7 +111,7 @@ def _recipe_lines(report: Report) -> Iterator[RecipeLine]:
         yield RecipeLine(None, remark)
 
 
-def _bytes_chart(lines: tuple[PlanLine, ...]) -> tuple[tuple[tuple[Role, str], ...], Markup]:
+def _draw_bytes_chart(lines: tuple[PlanLine, ...]) -> tuple[tuple[tuple[Role, str], ...], Markup]:
     """Return the legend (bytes of each role as text) and the chart of all bytes."""
     before = [
         BarSegment(name=line.module, role=line.role, size=line.bytes_before) for line in lines

@@ -16,8 +16,8 @@ from tasks.report.cells import (
     audit_heading,
     cell,
     describe_dense_layers,
+    describe_matmuls,
     describe_packed_tables,
-    describe_products,
     format_audit_value,
     format_change,
     format_reason,
@@ -44,17 +44,17 @@ def number_rows(report: Report) -> list[dict[str, str]]:
     ``before, <target>`` and ``change, <target>``.
     """
     measured = report.measured
-    rows = [_bytes_row(report), _weights_row(report)]
+    rows = [_build_bytes_row(report), _build_weights_row(report)]
     if not measured:
         return rows
     numbers = next(iter(measured.values()))
     rows += [
-        _metric_row(report, number.metric)
+        _build_metric_row(report, number.metric)
         for number in numbers.baseline.numbers
         if not is_kind(number.metric, "bytes")
     ]
     rows += [
-        _metric_row(report, number.metric)
+        _build_metric_row(report, number.metric)
         for number in numbers.numbers.numbers
         if is_kind(number.metric, "score_change")
     ]
@@ -108,7 +108,7 @@ def markdown(report: Report) -> str:
         "",
         "## Checks of each graph",
         "",
-        *_graph_checks(report),
+        *_list_graph_checks(report),
         "",
         "## Artifacts",
         "",
@@ -138,7 +138,7 @@ def list_remarks(report: Report) -> list[str]:
     texts = []
     for target, measurement in report.measured.items():
         runtime = measurement.machine.runtime
-        if slower := _slower_batches(measurement):
+        if slower := _list_slower_batches(measurement):
             where = f" in {runtime}" if len(report.measured) > 1 else ""
             texts.append(
                 f"Slower than before at batch {', '.join(slower)}{where}: put a limit on p50_ms or "
@@ -156,8 +156,9 @@ def list_remarks(report: Report) -> list[str]:
             "on processors with one."
         )
     texts += [
-        f"{_engines_contain(target)} {target.lowering.served_packed_bytes:,} bytes of weights; the "
-        f"other bytes of the {target.bytes:,} are code, which does not grow with a table's rows."
+        f"{_describe_engine_contents(target)} {target.lowering.served_packed_bytes:,} bytes of "
+        f"weights; the other bytes of the {target.bytes:,} are code, which does not grow with a "
+        "table's rows."
         for target in report.targets
         if target.audits
     ]
@@ -168,7 +169,7 @@ def list_remarks(report: Report) -> list[str]:
     return texts
 
 
-def _slower_batches(measurement: Measurement) -> list[str]:
+def _list_slower_batches(measurement: Measurement) -> list[str]:
     """List the batch sizes with a higher median latency than before (``SLOWER_RATIO``)."""
     ratios = [
         (find_metric(number.metric), number.estimate)
@@ -182,7 +183,7 @@ def _slower_batches(measurement: Measurement) -> list[str]:
     ]
 
 
-def _engines_contain(target: TargetReport) -> str:
+def _describe_engine_contents(target: TargetReport) -> str:
     """Return the beginning of a sentence on the contents of a target's engine or engines."""
     if len(target.lowering.graphs) == 1:
         return f"The {target.target} engine contains"
@@ -237,20 +238,20 @@ def describe_resolution(report: Report) -> str:
     if not report.measured:
         return "Nothing was measured on this machine."
     if len(report.measured) == 1:
-        return _resolution(report, *report.measured.values())
+        return _describe_resolution_of_target(report, *report.measured.values())
     return " ".join(
-        f"{measurement.machine.runtime}: {_resolution(report, measurement)}"
+        f"{measurement.machine.runtime}: {_describe_resolution_of_target(report, measurement)}"
         for measurement in report.measured.values()
     )
 
 
-def _resolution(report: Report, measurement: Measurement) -> str:
+def _describe_resolution_of_target(report: Report, measurement: Measurement) -> str:
     """Return the sentences of ``describe_resolution`` for one measured target, one per output."""
-    sentences = (_resolution_of_metric(metric, measurement) for metric in report.metrics)
+    sentences = (_describe_resolution_of_metric(metric, measurement) for metric in report.metrics)
     return " ".join(sentences)
 
 
-def _resolution_of_metric(metric: str, measurement: Measurement) -> str:
+def _describe_resolution_of_metric(metric: str, measurement: Measurement) -> str:
     change = measurement.numbers.of(metric, "baseline")
     # A metric of one of several outputs is of the rows that have its label.
     count = measurement.rows if change is None or change.rows is None else change.rows
@@ -265,18 +266,18 @@ def _resolution_of_metric(metric: str, measurement: Measurement) -> str:
     )
 
 
-def _graph_checks(report: Report) -> list[str]:
+def _list_graph_checks(report: Report) -> list[str]:
     """List the checks of every graph of every target, one line each."""
     lines = []
     for t in report.targets:
         for graph in t.lowering.graphs:
             where = t.target if len(t.lowering.graphs) == 1 else f"{t.target}, {graph.name}"
             audit = t.audits.get(graph.name, {})
-            lines += _checks_of_graph(where, graph, audit, target_label(t.target))
+            lines += _list_checks_of_graph(where, graph, audit, target_label(t.target))
     return lines
 
 
-def _checks_of_graph(
+def _list_checks_of_graph(
     where: str, graph: LoweredGraph, audit: dict[str, object], runtime: str
 ) -> list[str]:
     """List the differences from torch and the results of the audits of one graph.
@@ -295,7 +296,7 @@ def _checks_of_graph(
     ]
     if graph.audit is not None:
         lines.append(
-            f"- {where}: optimized graph has {describe_products(graph.audit)} and "
+            f"- {where}: optimized graph has {describe_matmuls(graph.audit)} and "
             f"{describe_packed_tables(graph.audit)}; {describe_dense_layers(graph.audit)}"
         )
         if graph.sparse_layers:
@@ -323,10 +324,10 @@ def change_column(report: Report, target: str) -> str:
     return "change" if target == next(iter(report.measured), None) else f"change, {target}"
 
 
-def _metric_row(report: Report, metric: str) -> dict[str, str]:
+def _build_metric_row(report: Report, metric: str) -> dict[str, str]:
     """Return the row of one metric, by column; a dash means that a target was not measured."""
     cells = {
-        target: _metric_cells(metric, measurement)
+        target: _format_metric_cells(metric, measurement)
         for target, measurement in report.measured.items()
     }
     has_only_change = is_kind(metric, "score_change")
@@ -348,12 +349,12 @@ def _metric_row(report: Report, metric: str) -> dict[str, str]:
     }
 
 
-def _metric_cells(metric: str, measurement: Measurement) -> tuple[str, str, str]:
+def _format_metric_cells(metric: str, measurement: Measurement) -> tuple[str, str, str]:
     """Return the cells of a metric: before, after and change."""
     numbers = measurement.numbers
     after = numbers.of(metric, "absolute")
     if is_kind(metric, "score_change"):
-        unit = numbers.unit_of(metric)
+        unit = numbers.find_unit(metric)
         return "", "", "" if after is None else format_score_change(metric, after, unit)
     is_latency = is_kind(metric, "latency")
     before = measurement.baseline.of(metric, "absolute")
@@ -365,7 +366,7 @@ def _metric_cells(metric: str, measurement: Measurement) -> tuple[str, str, str]
     )
 
 
-def _bytes_row(report: Report) -> dict[str, str]:
+def _build_bytes_row(report: Report) -> dict[str, str]:
     """Return the row of the bytes of the served files, by column."""
     first = report.first_measured
     row = {"what": "bytes served", "before": f"{report.baseline_bytes:,}"}
@@ -379,9 +380,9 @@ def _bytes_row(report: Report) -> dict[str, str]:
     return row
 
 
-def _weights_row(report: Report) -> dict[str, str]:
+def _build_weights_row(report: Report) -> dict[str, str]:
     """Return the row of the bytes of the plan, which are the same for all targets, by column."""
-    before, change = report.plan.bytes_before, _ratio(report.plan)
+    before, change = report.plan.bytes_before, _compute_ratio(report.plan)
     row = {"what": "bytes of weights", "before": f"{before:,}"}
     row |= {t.target: f"{report.plan.bytes_after:,}" for t in report.targets}
     row["change"] = f"{change:.2f}x"
@@ -390,7 +391,7 @@ def _weights_row(report: Report) -> dict[str, str]:
     return row
 
 
-def _ratio(plan: Plan) -> float:
+def _compute_ratio(plan: Plan) -> float:
     """Return the bytes of the weights after the recipe as a share of those before."""
     return plan.bytes_after / plan.bytes_before if plan.bytes_before else 1.0
 

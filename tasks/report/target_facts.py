@@ -9,8 +9,8 @@ from tasks.orchestration.graph_documents import GraphInput, LoweredGraph
 from tasks.report.cells import (
     audit_heading,
     describe_dense_layers,
+    describe_matmuls,
     describe_packed_tables,
-    describe_products,
     format_audit_value,
     target_label,
 )
@@ -53,12 +53,12 @@ class TargetsSection:
 def targets_section(report: Report) -> TargetsSection:
     """Return the facts about each target that was built, and the skipped targets."""
     return TargetsSection(
-        built=tuple(_target_with_facts(target) for target in report.targets),
+        built=tuple(_build_target_with_facts(target) for target in report.targets),
         skipped=tuple(report.skipped.items()),
     )
 
 
-def _target_with_facts(target: TargetReport) -> TargetFacts:
+def _build_target_with_facts(target: TargetReport) -> TargetFacts:
     """Return the facts about a target, then those about each of its graphs."""
     lowering, verdict = target.lowering, target.verdict
     packed_bytes = f"{lowering.served_packed_bytes:,}"
@@ -69,7 +69,7 @@ def _target_with_facts(target: TargetReport) -> TargetFacts:
     }
     for graph in lowering.graphs:
         audit = target.audits.get(graph.name, {})
-        graph_facts = _graph_facts(graph, audit, target_label(target.target))
+        graph_facts = _list_graph_facts(graph, audit, target_label(target.target))
         has_several_graphs = len(lowering.graphs) > 1
         facts |= {
             f"{name}, {graph.name}" if has_several_graphs else name: fact
@@ -78,7 +78,9 @@ def _target_with_facts(target: TargetReport) -> TargetFacts:
     return TargetFacts(target.target, tuple(facts.items()))
 
 
-def _graph_facts(graph: LoweredGraph, audit: dict[str, object], runtime: str) -> dict[str, Fact]:
+def _list_graph_facts(
+    graph: LoweredGraph, audit: dict[str, object], runtime: str
+) -> dict[str, Fact]:
     """Return the facts about one graph of a target, by name.
 
     Args:
@@ -96,7 +98,7 @@ def _graph_facts(graph: LoweredGraph, audit: dict[str, object], runtime: str) ->
     }
     if graph.audit is not None:
         facts["Optimized graph"] = Fact(
-            f"{describe_products(graph.audit)}, "
+            f"{describe_matmuls(graph.audit)}, "
             f"{describe_packed_tables(graph.audit)}, "
             f"{graph.audit.weight_bytes:,} bytes of weights; {describe_dense_layers(graph.audit)}",
             note=", ".join(f"{count} {name}" for name, count in graph.audit.nodes.items()),
@@ -113,7 +115,7 @@ def _graph_facts(graph: LoweredGraph, audit: dict[str, object], runtime: str) ->
         if value is not None or not field.startswith("sparsity")
     }
     inputs = (
-        f"{item.name} {item.dtype} [{', '.join(['rows', *_dimensions(item)])}]"
+        f"{item.name} {item.dtype} [{', '.join(['rows', *_format_dimensions(item)])}]"
         for item in graph.inputs
     )
     facts["Inputs"] = Fact("; ".join(inputs))
@@ -123,7 +125,7 @@ def _graph_facts(graph: LoweredGraph, audit: dict[str, object], runtime: str) ->
     return facts
 
 
-def _dimensions(item: GraphInput) -> list[str]:
+def _format_dimensions(item: GraphInput) -> list[str]:
     """Format the dimensions of a graph's input after the first, such as ``1 to 50``."""
     if item.shortest is not None:
         return [f"{item.shortest} to {item.shape[0]}"]

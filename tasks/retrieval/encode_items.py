@@ -19,12 +19,12 @@ from compressors.errors.metrics import MetricRefused
 from compressors.lower.serving_wrapper import input_names, served_graphs
 from infra.settings import load_settings
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import split_of
+from tasks.bundles.loading import fetch_split
 from tasks.evaluation.graph_sessions import open_graph
 from tasks.orchestration.documents import PreparedRows
-from tasks.orchestration.graph_documents import lowering_of
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.graph_documents import read_lowering
 from tasks.orchestration.row_progress import RowProgress
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import local, store
 from tasks.retrieval.towers import encode_catalogue, graph_tower
 
@@ -56,7 +56,7 @@ def encode_items(
     folder = local(model)
     graph = next(graph for graph in served_graphs(signature) if "item" in graph.towers)
     session = open_graph(target, folder, signature, graph)
-    lowering = lowering_of(folder)
+    lowering = read_lowering(folder)
     (stored,) = (item for item in lowering.graphs if item.name == graph.name)
     expected, got = input_names(graph.signature), tuple(item.name for item in stored.inputs)
     if set(got) != set(expected):
@@ -65,7 +65,7 @@ def encode_items(
     vectors = encode_catalogue(
         graph_tower(session, signature, "item"),
         signature,
-        split_of(items.artifact, items.rows),
+        fetch_split(items.artifact, items.rows),
         progress.show,
     )
     with scratch_folder("encode", store().scratch(load_settings().cache)) as scratch:

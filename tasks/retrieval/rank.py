@@ -9,10 +9,10 @@ from compressors.contracts import Artifact
 from compressors.contracts.output_metrics import quality_metrics_of_outputs
 from compressors.core.state.safetensors_stream import write
 from infra.store.temporary import scratch_folder
-from tasks.bundles.loading import load_bundle, split_of
+from tasks.bundles.loading import fetch_split, load_bundle
 from tasks.evaluation.quality import query_quality
 from tasks.orchestration.documents import PreparedRows, Ranking
-from tasks.orchestration.policy import TASK_OPTIONS
+from tasks.orchestration.task_calls import TASK_OPTIONS
 from tasks.orchestration.workspace import store
 from tasks.retrieval.towers import torch_tower
 
@@ -40,7 +40,7 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
     signature = loaded.manifest.signature
     towers = {name: torch_tower(loaded.model.module, signature, name) for name in ("query", "item")}
     names = quality_metrics_of_outputs(signature.outputs, grouped=True)
-    split = split_of(test.artifact, test.rows)
+    split = fetch_split(test.artifact, test.rows)
     metrics = query_quality(towers, signature, split, ranking, names)
     tensors = {metric: torch.from_numpy(values) for metric, values in metrics.items()}
     with scratch_folder("rank") as scratch:

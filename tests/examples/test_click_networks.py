@@ -107,12 +107,12 @@ OFFSETS = np.cumsum([0, *FIELDS.values()])[:-1]
 @pytest.fixture
 def data(tmp_path):
     """Return a folder with random rows in the formats of the public files."""
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     folder = tmp_path / "frappe"
     (folder / "derived").mkdir(parents=True)
     for split, file in FILES.items():
-        ids = random.integers(0, list(FIELDS.values()), (300, len(FIELDS))) + OFFSETS
-        label = random.integers(0, 2, 300)
+        ids = rng.integers(0, list(FIELDS.values()), (300, len(FIELDS))) + OFFSETS
+        label = rng.integers(0, 2, 300)
         if split == "train":
             lines = ["label," + ",".join(FIELDS)]
             lines += [",".join(map(str, [y, *row])) for y, row in zip(label, ids, strict=True)]

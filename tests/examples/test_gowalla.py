@@ -1,4 +1,7 @@
-"""The Gowalla example: reading and splitting the data, training, and the written draft."""
+"""The Gowalla example: reading and splitting the data, training, and the written draft.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import gzip
 import json
@@ -24,10 +27,10 @@ def synthetic_pairs():
 
     Each user likes 20 of the 80 items: 14 of them are seen, 6 unseen.
     """
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     seen, unseen = [], []
     for user in range(60):
-        liked = random.permutation([item for item in range(80) if item % 4 == user % 4])
+        liked = rng.permutation([item for item in range(80) if item % 4 == user % 4])
         seen += [(user, item) for item in liked[:14]]
         unseen += [(user, item) for item in liked[14:]]
     return np.array(seen), np.array(unseen)

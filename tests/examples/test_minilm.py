@@ -1,4 +1,7 @@
-"""The encoder example: names of trained weights, data of BEIR, and the written draft."""
+"""The encoder example: names of trained weights, data of BEIR, and the written draft.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import gzip
 import json

@@ -26,7 +26,7 @@ SMALL = Training(dim=4, cross_layers=1, hidden=(8,), epochs=2, batch=4096)
 
 @pytest.fixture(scope="module")
 def frame():
-    return movielens_data.read_ratings(movielens_data.data_folder())
+    return movielens_data.read_ratings(movielens_data.find_data_folder())
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_data_files_with_another_digest_are_refused(tmp_path, monkeypatch):
         (folder / name).write_text("user_id:token\n")
     monkeypatch.setattr(movielens_data.metadata, "distribution", lambda name: Wheel())
     with pytest.raises(movielens_data.DataMissing, match="with SHA-256"):
-        movielens_data.data_folder()
+        movielens_data.find_data_folder()
 
 
 # --- the draft -------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""The examples on histories of MovieLens 100K: rows, padding, and the written drafts."""
+"""The examples on histories of MovieLens 100K: rows, padding, and the written drafts.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import json
 from dataclasses import replace
@@ -16,9 +19,9 @@ from examples.din import DIN
 from examples.movielens_histories import (
     LONGEST,
     SETTINGS,
-    clicks_of_people,
-    earlier_clicks,
-    next_films,
+    build_next_film_rows,
+    list_clicks_of_people,
+    list_earlier_clicks,
     pad,
     write_din,
     write_sasrec,
@@ -38,7 +41,7 @@ def test_history_has_the_known_films_clicked_at_earlier_seconds():
         ],
         columns=["user", "item", "click", "timestamp"],
     )
-    histories = earlier_clicks(frame, {"x": 1, "y": 2, "z": 3})
+    histories = list_earlier_clicks(frame, {"x": 1, "y": 2, "z": 3})
     assert histories == [[], [], [], [1, 2], [1, 2], [1, 2]]
 
 
@@ -46,7 +49,7 @@ def test_history_has_the_latest_films_only():
     count = LONGEST + 3
     frame = pd.DataFrame({"user": "a", "item": [str(k) for k in range(count)], "click": 1})
     frame["timestamp"] = range(count)
-    histories = earlier_clicks(frame, {str(k): k for k in range(count)})
+    histories = list_earlier_clicks(frame, {str(k): k for k in range(count)})
     assert histories[-1] == list(range(count - 1 - LONGEST, count - 1))
 
 
@@ -59,13 +62,16 @@ def test_padding_and_mask(left):
 
 def test_last_films_are_the_test_and_validation_rows():
     sequences = [[1, 2, 3, 4], [5, 6, 7]]
-    rows = {split: next_films(sequences, split).to_pylist() for split in ("train", "validation")}
+    rows = {
+        split: build_next_film_rows(sequences, split).to_pylist()
+        for split in ("train", "validation")
+    }
     assert rows["train"] == [{"person": 0, "item": 2, "history": [1]}]
     assert rows["validation"] == [
         {"person": 0, "item": 3, "history": [1, 2]},
         {"person": 1, "item": 6, "history": [5]},
     ]
-    assert next_films(sequences, "test").to_pylist()[1] == {
+    assert build_next_film_rows(sequences, "test").to_pylist()[1] == {
         "person": 1,
         "item": 7,
         "history": [5, 6],
@@ -76,7 +82,7 @@ def test_people_with_fewer_than_three_clicks_are_left_out():
     frame = pd.DataFrame(
         {"user": list("aaabbccc"), "item": list("xyzxyxyz"), "click": [1, 1, 1, 1, 1, 1, 0, 1]}
     )
-    sequences, rows = clicks_of_people(frame)
+    sequences, rows = list_clicks_of_people(frame)
     assert sequences == [[1, 2, 3]]
     assert rows == 4  # three films, and padding
 
@@ -93,7 +99,9 @@ def test_sasrec_depends_on_the_order_of_films_but_not_on_padding_or_later_films(
     torch.testing.assert_close(network.query(padded, (padded > 0).long()), alone)
     assert not torch.allclose(network.query(history.flip(1), torch.ones_like(history)), alone)
     at_7 = [
-        network.query.all_vectors(torch.tensor([[3, 7, later]]), torch.ones(1, 3).long())[:, 1]
+        network.query.compute_all_vectors(torch.tensor([[3, 7, later]]), torch.ones(1, 3).long())[
+            :, 1
+        ]
         for later in (9, 11)
     ]
     torch.testing.assert_close(at_7[0], at_7[1], rtol=0, atol=0)

@@ -1,4 +1,7 @@
-"""The MovieLens example with two outputs: network, labels, training, and the written draft."""
+"""The MovieLens example with two outputs: network, labels, training, and the written draft.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import json
 from dataclasses import asdict
@@ -17,9 +20,9 @@ from examples.mmoe import MMoE
 from examples.movielens_tasks import (
     LabelledRows,
     Training,
-    aucs,
+    compute_aucs,
+    compute_loss,
     labelled_rows,
-    loss_of,
     main,
     score,
     write_draft,
@@ -94,9 +97,11 @@ def test_loss_and_auc_use_the_rows_that_have_a_label(draft, network):
         roc_auc_score(split.labels[:, 0], logits[:, 0]),
         roc_auc_score(split.labels[has_label, 1], logits[has_label, 1]),
     ]
-    np.testing.assert_allclose(aucs(network, split), expected, atol=1e-12)
+    np.testing.assert_allclose(compute_aucs(network, split), expected, atol=1e-12)
     part = torch.arange(50)
-    loss = loss_of(dict(zip(("click", "like"), logits[part].T, strict=True)), split.labels[part])
+    loss = compute_loss(
+        dict(zip(("click", "like"), logits[part].T, strict=True)), split.labels[part]
+    )
     assert bool(loss.isfinite())
     assert isinstance(split, LabelledRows)
 

@@ -1,4 +1,7 @@
-"""The MQ2008 example: the folds, training by query, and the written draft."""
+"""The MQ2008 example: the folds, training by query, and the written draft.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import gzip
 import json
@@ -16,14 +19,14 @@ from examples.mq2008 import FEATURES, RankingPerceptron, Training, main, read_fo
 @pytest.fixture
 def data(tmp_path):
     """Return five parts with 12 queries of 6 documents; feature 1 determines the relevance."""
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     folder = tmp_path / "mq2008"
     folder.mkdir()
     for part in range(1, 6):
         lines = []
-        for query in random.permutation(12):
+        for query in rng.permutation(12):
             for _ in range(6):
-                features = random.random(FEATURES)
+                features = rng.random(FEATURES)
                 values = " ".join(f"{i}:{value:.6f}" for i, value in enumerate(features, 1))
                 relevance = int(features[0] * 3)
                 lines.append(f"{relevance} qid:{100 * part + query} {values} #docid = x 1:9")

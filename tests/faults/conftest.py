@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import pytest
 from drafts import write_draft
 from forked import ForkServer, running_fork_server
 from homes import ROWS, Home, environment, write_order
-from outcomes import OUTCOME, format_table
+from outcomes import OUTCOME, CountOutcome, format_table
 
 START_SECONDS = 120
 
@@ -119,14 +119,14 @@ def order_variables(prefect_url: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def warm_fork_server(
+def preloaded_fork_server(
     fork_server: ForkServer,
     root: Path,
     packed_snapshot: Path,
     order: Path,
     order_variables: dict[str, str],
 ) -> ForkServer:
-    """The fork server after it has imported all modules that an order imports."""
+    """``fork_server`` after it has also imported the modules that commands with an order import."""
     home = Home(root / "home")
     for _ in range(2):
         home.restore(packed_snapshot)
@@ -139,7 +139,7 @@ def warm_fork_server(
 
 @pytest.fixture(scope="session")
 def finished_snapshot(
-    warm_fork_server: ForkServer,
+    preloaded_fork_server: ForkServer,
     root: Path,
     packed_snapshot: Path,
     order: Path,
@@ -148,7 +148,7 @@ def finished_snapshot(
     """A snapshot after one complete order, which promoted its result."""
     home = Home(root / "home")
     home.restore(packed_snapshot)
-    completed = warm_fork_server.run(
+    completed = preloaded_fork_server.run(
         ["compress", "--order", str(order)], variables=home.variables | order_variables
     )
     assert completed.code == 0, completed.text
@@ -156,8 +156,8 @@ def finished_snapshot(
 
 
 @pytest.fixture
-def outcomes(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    """A function that counts outcomes of faults: ``outcomes(suite, case, outcome, number=1)``.
+def count_outcome(request: pytest.FixtureRequest) -> Iterator[CountOutcome]:
+    """A function that counts outcomes of faults: ``count_outcome(suite, case, outcome, number=1)``.
 
     ``number`` is the number of faults with this outcome; see ``outcomes.py``.
     """

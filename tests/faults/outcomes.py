@@ -9,10 +9,12 @@ A row of the table: ``| kills | bundle pack | 109 | same result 109 |``.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 OUTCOME = "fault outcome"
 """Name of the pytest property with suite, case, outcome and number."""
+CountOutcome = Callable[..., None]
+"""Type of the fixture ``count_outcome``, which counts ``(suite, case, outcome, number=1)``."""
 
 
 def format_table(rows: Mapping[tuple[str, str, str], int]) -> list[str]:

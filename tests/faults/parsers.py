@@ -1,7 +1,9 @@
 """All parsers of untrusted bytes, with valid inputs for fuzzing.
 
 Each function takes an empty folder and returns a ``Parser``: valid inputs, and a function that
-parses bytes as a command does. ``fuzzing.py`` mutates the inputs and calls the parser.
+parses bytes as a command does. ``fuzzing.py`` mutates the inputs and calls the parser. A draft is
+the folder of a bundle before it is packed. The ledger is the list of a model's promotions and
+rollbacks in the store.
 """
 
 import json
@@ -29,8 +31,8 @@ from infra.triton.pbtxt import format_message
 from infra.triton.repository import version_in
 from tasks.bundles import table_files
 from tasks.bundles.packing import pack
-from tasks.orchestration.documents import Finished, Report, report_of
-from tasks.orchestration.order_records import find_finished_order, finished_key
+from tasks.orchestration.documents import Finished, Report, read_report
+from tasks.orchestration.order_records import build_finished_key, find_finished_order
 from tasks.orchestration.workspace import local, store
 from tasks.promotion import registry_listing
 
@@ -185,7 +187,7 @@ def record(folder: Path) -> Parser:
 def order_record(folder: Path) -> Parser:
     """Return the parser of the record of a finished order."""
     _publish_version(folder)
-    key = finished_key(ORDER_DIGEST)
+    key = build_finished_key(ORDER_DIGEST)
     body = store().read(key)
 
     def parse(changed: bytes) -> object:
@@ -207,7 +209,7 @@ def report(folder: Path) -> Parser:
         (scratch / "report.json").write_bytes(changed)
         artifact = store().put(scratch)
         try:
-            parsed: Report = report_of(artifact)
+            parsed: Report = read_report(artifact)
         finally:
             shutil.rmtree(store().folder / "artifacts" / artifact.sha256)  # type: ignore[operator]
         return parsed
@@ -322,7 +324,7 @@ def env_file(folder: Path) -> Parser:
 
 def table_files_manifest(folder: Path) -> Parser:
     """Return the parser of the manifest that ``recpress tables quantize`` writes."""
-    result, body = _quantized(folder)
+    result, body = _run_quantize(folder)
 
     def parse(changed: bytes) -> object:
         (result / "manifest.json").write_bytes(changed)
@@ -333,7 +335,7 @@ def table_files_manifest(folder: Path) -> Parser:
 
 def table_files_plan(folder: Path) -> Parser:
     """Return the parser of ``tables.json``, the description of quantized tables."""
-    result, _ = _quantized(folder)
+    result, _ = _run_quantize(folder)
     file = next(path for path in (result / "files").iterdir() if path.suffix == ".json")
     body = file.read_bytes()
 
@@ -352,7 +354,7 @@ def _publish_version(folder: Path) -> Finished:
     return result
 
 
-def _quantized(folder: Path) -> tuple[Path, bytes]:
+def _run_quantize(folder: Path) -> tuple[Path, bytes]:
     """Run ``recpress tables quantize``; return its output folder and the manifest."""
     draft = drafts.write_draft(folder / "draft", rows=ROWS)
     result = folder / "quantized"

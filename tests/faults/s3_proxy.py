@@ -59,11 +59,11 @@ def fail_at(number: int, fault: Fault, repeated: int = 1) -> Schedule:
 
 def fail_randomly(rate: float, faults: tuple[Fault, ...], seed: int) -> Schedule:
     """Return a schedule: a share ``rate`` of the requests have a random fault, from a seed."""
-    draw, lock = random.Random(seed), threading.Lock()
+    rng, lock = random.Random(seed), threading.Lock()
 
     def schedule(_: Request) -> Fault | None:
         with lock:
-            return draw.choice(faults) if draw.random() < rate else None
+            return rng.choice(faults) if rng.random() < rate else None
 
     return schedule
 

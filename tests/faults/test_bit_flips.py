@@ -5,11 +5,13 @@ Claim: after one flip, every reading command prints exactly the same output as b
 changes no other stored file. Running the same order again has the same result or fails with an
 error message.
 
-Enumeration: all files of a home after a complete order: blobs, the files of artifacts (which are
-copies of the blobs here, not links, so that each is flipped alone), manifests, records, the ledger,
-cached results, the registry, the Triton repository. In each file, one bit is flipped in the first
-byte, the last byte, one of the first 16 bytes, and bytes drawn with a fixed seed. More bytes are
-drawn in records, which are small and determine which artifacts are used, and in the registry.
+Enumeration: all files of a home (the folder with everything that recpress stores) after a complete
+order. Content files are blobs, manifests and the files of artifacts, whose names contain a hash.
+(Artifact files are copies of the blobs here, not links, so that each is flipped alone.) The other
+files say which artifacts are used: bundle and order records, the ledger of promotions, cached
+results, the registry, the Triton repository. In each file, one bit is flipped in the first byte,
+the last byte, one of the first 16 bytes, and bytes drawn with a fixed seed; more are drawn in files
+that are not content.
 
 Exception: SQLite has no checksums. ``registry list`` prints names and tags from the registry
 without verification; every other command compares them with the release, which is verified.
@@ -19,31 +21,29 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from forked import Completed, ForkServer
 from homes import Home
+from outcomes import CountOutcome
 
 SUITE = "bit flips"
 SEED = 5
 SHARDS = 6  # tests that share the flips of the nightly tier
 # Bytes that are drawn in each file, in addition to the first, the last and one of the header.
-DRAWN_IN_FILES = 2
-DRAWN_IN_RECORDS = 16
+DRAWN_IN_CONTENT = 2
+DRAWN_IN_OTHER_FILES = 16
 DRAWN_IN_REGISTRY = 60
 HEADER_BYTES = 16
 SAMPLE = 4  # flips in the default tier
 CHANGES_ON_READ = {"registry.db", "registry.db-journal"}
 """Files of SQLite, which reading commands may change, and whose content is not verified."""
 
-Outcomes = Callable[..., None]
-
 
 class FlipTest:
-    """Runs the reading commands of one home, and compares their output with that without faults.
+    """Runs the reading commands of a home after a flip, and compares their output with before.
 
     Args:
         fork_server: fork server that runs the commands.
@@ -133,7 +133,7 @@ class FlipTest:
         for name, path in self.home.files().items():
             if name not in self._before or name == flipped or Path(name).name in CHANGES_ON_READ:
                 continue
-            # An order that runs again may replace its record, results and aliases.
+            # An order that runs again may replace its order record, cached results and aliases.
             may_change = runs_order and not is_content(name)
             changed = hashlib.sha256(path.read_bytes()).hexdigest() != self._before[name]
             if changed and not may_change:
@@ -165,31 +165,34 @@ def is_content(name: str) -> bool:
     return "/artifacts/" in name or "/blobs/" in name
 
 
-def positions(name: str, size: int, draw: random.Random) -> list[tuple[int, int]]:
+def draw_bits(name: str, size: int, rng: random.Random) -> list[tuple[int, int]]:
     """Draw the bits to flip in one file, as position of the byte and number of the bit."""
-    count = DRAWN_IN_FILES
+    count = DRAWN_IN_CONTENT
     if Path(name).name == "registry.db":
         count = DRAWN_IN_REGISTRY
     elif not is_content(name):
-        count = DRAWN_IN_RECORDS
-    indices = {0, size - 1, draw.randrange(min(size, HEADER_BYTES))}
-    indices |= {draw.randrange(size) for _ in range(count)}
-    return [(index, draw.randrange(8)) for index in sorted(indices)]
+        count = DRAWN_IN_OTHER_FILES
+    indices = {0, size - 1, rng.randrange(min(size, HEADER_BYTES))}
+    indices |= {rng.randrange(size) for _ in range(count)}
+    return [(index, rng.randrange(8)) for index in sorted(indices)]
 
 
 def list_flips(flip_test: FlipTest) -> list[tuple[str, int, int]]:
     """Return all flips in a home as (file, position, bit), the same in every run."""
-    draw = random.Random(SEED)
+    rng = random.Random(SEED)
     flips = []
     for name, path in sorted(flip_test.files.items()):
         size = path.stat().st_size
         if size:
-            flips += [(name, position, bit) for position, bit in positions(name, size, draw)]
+            flips += [(name, position, bit) for position, bit in draw_bits(name, size, rng)]
     return flips
 
 
 def category(name: str) -> str:
-    """Return the category of a file in the table of outcomes."""
+    """Return the category of a file in the table of outcomes.
+
+    A file of the store belongs to its folder: ``recpress/store/orders/1f.json`` to "store orders".
+    """
     if is_content(name):
         return "manifests" if name.endswith("manifest.json") else "files of artifacts"
     if name.startswith("triton/"):
@@ -198,12 +201,14 @@ def category(name: str) -> str:
     return "registry" if parts[-1] == "registry.db" else " ".join(parts[1:-1][:2]) or parts[0]
 
 
-def check(flip_test: FlipTest, flips: list[tuple[str, int, int]], outcomes: Outcomes) -> None:
+def check(
+    flip_test: FlipTest, flips: list[tuple[str, int, int]], count_outcome: CountOutcome
+) -> None:
     """Run all flips, count their outcomes, and fail if any of them violates the claim."""
     failed = []
     for name, position, bit in flips:
         outcome, problem = flip_test.flip(name, position, bit)
-        outcomes(SUITE, category(name), outcome)
+        count_outcome(SUITE, category(name), outcome)
         if problem:
             failed.append(problem)
     assert not failed, f"{len(failed)} of {len(flips)}:\n" + "\n".join(failed[:8])
@@ -221,13 +226,13 @@ def reading_commands(model: str) -> list[list[str]]:
 
 
 def test_bit_flipped_in_a_stored_file_is_refused_or_does_not_matter(
-    fork_server: ForkServer, root: Path, promoted_snapshot: Path, outcomes: Outcomes
+    fork_server: ForkServer, root: Path, promoted_snapshot: Path, count_outcome: CountOutcome
 ) -> None:
     flip_test = FlipTest(
         fork_server, Home(root / "home"), promoted_snapshot, reading_commands("m"), {}
     )
     flips = random.Random(SEED).sample(list_flips(flip_test), SAMPLE)
-    check(flip_test, flips, outcomes)
+    check(flip_test, flips, count_outcome)
 
 
 @pytest.mark.nightly
@@ -235,12 +240,12 @@ def test_bit_flipped_in_a_stored_file_is_refused_or_does_not_matter(
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_bit_flipped_in_any_stored_file_is_refused_or_does_not_matter(
     shard: int,
-    warm_fork_server: ForkServer,
+    preloaded_fork_server: ForkServer,
     root: Path,
     finished_snapshot: Path,
     order: Path,
     order_variables: dict[str, str],
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
 ) -> None:
     commands = [
         *reading_commands("clicks"),
@@ -249,7 +254,7 @@ def test_bit_flipped_in_any_stored_file_is_refused_or_does_not_matter(
         ["compress", "--order", str(order), "--json"],
     ]
     flip_test = FlipTest(
-        warm_fork_server, Home(root / "home"), finished_snapshot, commands, order_variables
+        preloaded_fork_server, Home(root / "home"), finished_snapshot, commands, order_variables
     )
-    check(flip_test, list_flips(flip_test)[shard::SHARDS], outcomes)
+    check(flip_test, list_flips(flip_test)[shard::SHARDS], count_outcome)
     shutil.rmtree(root / "home", ignore_errors=True)

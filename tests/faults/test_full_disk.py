@@ -14,13 +14,14 @@ tests without the markers ``slow`` and ``nightly``.
 """
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from forked import Completed, ForkServer
 from homes import Home, find_damage, read_state
+from outcomes import CountOutcome
 
 SUITE = "full disk"
 # Sizes of the file systems, limits on the size of one file, and the size of the file system after
@@ -29,9 +30,6 @@ KILOBYTES = (40, 100, 250, 400, 700, 1000, 1300, 1600, 1900, 2200, 2600)
 FILE_KILOBYTES = (4, 20, 64, 150, 300)
 LARGE = "64m"
 SAMPLE_KILOBYTES = 64  # limit on the size of a file in the default tier
-
-Outcomes = Callable[..., None]
-"""Type of the fixture ``outcomes``, which counts ``(suite, case, outcome, number=1)``."""
 
 
 class Disk:
@@ -61,20 +59,24 @@ def mounted_disk(mount_point: Path, kilobytes: int) -> Iterator[Disk]:
         subprocess.run(command, check=True, capture_output=True)
 
 
-def check_failed(completed: Completed, home: Home, case: str, outcomes: Outcomes) -> None:
+def check_failed(completed: Completed, home: Home, case: str, count_outcome: CountOutcome) -> None:
     """Check that a command finished or printed an error message, and that all content is intact."""
     assert not completed.crashed, completed.text
     assert completed.code in {0, 1}, completed.text
     if completed.code:
         assert "recpress: " in completed.text, completed.text
     assert find_damage(home) == []
-    outcomes(SUITE, case, "finished" if completed.code == 0 else "exit 1 with a sentence")
+    count_outcome(SUITE, case, "finished" if completed.code == 0 else "exit 1 with a sentence")
 
 
 def test_pack_that_writes_too_large_files_exits_with_code_1_and_works_afterwards(
-    fork_server: ForkServer, root: Path, empty_snapshot: Path, draft: Path, outcomes: Outcomes
+    fork_server: ForkServer,
+    root: Path,
+    empty_snapshot: Path,
+    draft: Path,
+    count_outcome: CountOutcome,
 ) -> None:
-    check_limited(SAMPLE_KILOBYTES, fork_server, root, empty_snapshot, draft, outcomes)
+    check_limited(SAMPLE_KILOBYTES, fork_server, root, empty_snapshot, draft, count_outcome)
 
 
 @pytest.mark.nightly
@@ -86,9 +88,9 @@ def test_pack_with_any_limit_on_files_exits_with_code_1_and_works_afterwards(
     root: Path,
     empty_snapshot: Path,
     draft: Path,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
 ) -> None:
-    check_limited(kilobytes, fork_server, root, empty_snapshot, draft, outcomes)
+    check_limited(kilobytes, fork_server, root, empty_snapshot, draft, count_outcome)
 
 
 def check_limited(
@@ -97,7 +99,7 @@ def check_limited(
     root: Path,
     empty_snapshot: Path,
     draft: Path,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
 ) -> None:
     """Pack a draft with a limit on the size of files, check the failure, and pack again without."""
     home = Home(root / "home")
@@ -105,7 +107,7 @@ def check_limited(
     command = ["bundle", "pack", str(draft)]
     limited = fork_server.run(command, variables=home.variables, file_bytes=kilobytes << 10)
     assert limited.code == 1 or kilobytes << 10 >= (draft / "model.safetensors").stat().st_size
-    check_failed(limited, home, "pack, files too large", outcomes)
+    check_failed(limited, home, "pack, files too large", count_outcome)
     unlimited = fork_server.run(command, variables=home.variables)
     assert unlimited.code == 0, unlimited.text
     assert find_damage(home) == []
@@ -116,14 +118,14 @@ def check_limited(
 @pytest.mark.parametrize("kilobytes", KILOBYTES)
 def test_order_on_a_disk_that_fills_up_exits_with_code_1_and_finishes_when_there_is_space(
     kilobytes: int,
-    warm_fork_server: ForkServer,
+    preloaded_fork_server: ForkServer,
     root: Path,
     draft: Path,
     order: Path,
     finished_snapshot: Path,
     order_variables: dict[str, str],
     tmp_path: Path,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
 ) -> None:
     commands = (["bundle", "pack", str(draft)], ["compress", "--order", str(order)])
     with mounted_disk(tmp_path / "disk", kilobytes) as disk:
@@ -138,11 +140,11 @@ def test_order_on_a_disk_that_fills_up_exits_with_code_1_and_finishes_when_there
             **order_variables,
         }
         for command in commands:
-            completed = warm_fork_server.run(command, variables=variables)
-            check_failed(completed, home, " ".join(command[:1]) + ", tmpfs", outcomes)
+            completed = preloaded_fork_server.run(command, variables=variables)
+            check_failed(completed, home, " ".join(command[:1]) + ", tmpfs", count_outcome)
             if completed.code:
                 disk.resize(LARGE)
-                repeated = warm_fork_server.run(command, variables=variables)
+                repeated = preloaded_fork_server.run(command, variables=variables)
                 assert repeated.code == 0, repeated.text
                 assert find_damage(home) == []
         assert read_state(home) == read_state(Home(finished_snapshot))

@@ -6,17 +6,17 @@ There is no other exception, no crash of the process, and no message of more tha
 Enumeration: 10,000 inputs per parser in the nightly tier, 25 by default, with fixed seeds (see
 ``fuzzing`` and ``parsers``).
 
-The outcome of an input is a text such as ``refused``. The fixture ``outcomes`` counts
+The outcome of an input is a text such as ``refused``; the fixture ``count_outcome`` counts
 ``(suite, case, outcome, number=1)``. A home is a folder with all files of one installation.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from forked import ForkServer
 from homes import Home
+from outcomes import CountOutcome
 from parsers import PARSERS
 
 SUITE = "fuzz"
@@ -36,19 +36,21 @@ def fuzz(fork_server: ForkServer, home: Home, path: str, **arguments: object) ->
     return dict(completed.value)
 
 
-def check(parser: str, result: dict[str, Any], outcomes: Callable[..., None]) -> list[str]:
+def check(parser: str, result: dict[str, Any], count_outcome: CountOutcome) -> list[str]:
     """Count the outcomes of one parser; return its failures."""
     for outcome, number in result["outcomes"].items():
-        outcomes(SUITE, parser, outcome, number)
+        count_outcome(SUITE, parser, outcome, number)
     return [f"{parser}: {failure}" for failure in result["failures"]]
 
 
 def test_parsers_refuse_or_parse_a_few_changed_inputs(
-    fork_server: ForkServer, tmp_path: Path, outcomes: Callable[..., None]
+    fork_server: ForkServer, tmp_path: Path, count_outcome: CountOutcome
 ) -> None:
     results = fuzz(fork_server, Home(tmp_path), "fuzzing:run_all", count=SAMPLE, seed=0)
     assert set(results) == set(PARSERS)
-    failures = [line for parser in PARSERS for line in check(parser, results[parser], outcomes)]
+    failures = [
+        line for parser in PARSERS for line in check(parser, results[parser], count_outcome)
+    ]
     assert failures == [], "\n\n".join(failures)
 
 
@@ -57,10 +59,10 @@ def test_parsers_refuse_or_parse_a_few_changed_inputs(
 @pytest.mark.parametrize("shard", range(1, SHARDS + 1))
 @pytest.mark.parametrize("parser", PARSERS)
 def test_parser_refuses_or_parses_any_changed_input(
-    parser: str, shard: int, fork_server: ForkServer, tmp_path: Path, outcomes: Callable[..., None]
+    parser: str, shard: int, fork_server: ForkServer, tmp_path: Path, count_outcome: CountOutcome
 ) -> None:
     count = INPUTS // SHARDS
     result = fuzz(
         fork_server, Home(tmp_path), "fuzzing:run", parser=parser, count=count, seed=shard
     )
-    assert check(parser, result, outcomes) == [], "\n\n".join(result["failures"])
+    assert check(parser, result, count_outcome) == [], "\n\n".join(result["failures"])

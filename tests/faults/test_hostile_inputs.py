@@ -14,7 +14,6 @@ A draft is the folder that a user writes and ``bundle pack`` reads. Code in it w
 
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from forked import Completed, ForkServer
 from homes import Home
 from hostile_drafts import CASES, HARMLESS, RAN, SECRET, SECRET_FILE
 from hostile_registry import MAY_WORK, MODEL, ONLY_A_TAG, cases
+from outcomes import CountOutcome
 
 SUITE = "hostile inputs"
 SEED = 3
@@ -30,9 +30,6 @@ SECONDS = 20.0
 PEAK_MIB = 1536
 MEMORY = 4 * 2**30  # in addition to the process's memory; protects the machine that runs the tests
 SHARDS = 4  # tests that share the drafts in the nightly tier
-
-Outcomes = Callable[..., None]
-"""Type of the fixture ``outcomes``, which counts ``(suite, case, outcome, number=1)``."""
 
 
 def problems(completed: Completed, allowed: set[int]) -> list[str]:
@@ -94,22 +91,26 @@ def check(
     empty_snapshot: Path,
     draft: Path,
     folder: Path,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
 ) -> None:
     """Pack the drafts of some cases, count the outcomes, and fail if there is a problem."""
     failed = []
     for number, name in enumerate(names):
         failures = pack(name, fork_server, empty_snapshot, draft, folder / str(number))
-        outcomes(SUITE, "drafts", "wrong" if failures else "as claimed")
+        count_outcome(SUITE, "drafts", "wrong" if failures else "as claimed")
         failed += failures
     assert not failed, f"{len(failed)} problems:\n" + "\n".join(failed[:12])
 
 
 def test_hostile_drafts_are_refused_with_a_sentence(
-    fork_server: ForkServer, empty_snapshot: Path, draft: Path, tmp_path: Path, outcomes: Outcomes
+    fork_server: ForkServer,
+    empty_snapshot: Path,
+    draft: Path,
+    tmp_path: Path,
+    count_outcome: CountOutcome,
 ) -> None:
     names = random.Random(SEED).sample(sorted(CASES), SAMPLE)
-    check(names, fork_server, empty_snapshot, draft, tmp_path, outcomes)
+    check(names, fork_server, empty_snapshot, draft, tmp_path, count_outcome)
 
 
 @pytest.mark.nightly
@@ -121,13 +122,13 @@ def test_every_hostile_draft_is_refused_with_a_sentence(
     empty_snapshot: Path,
     draft: Path,
     tmp_path: Path,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
 ) -> None:
-    check(list(CASES)[shard::SHARDS], fork_server, empty_snapshot, draft, tmp_path, outcomes)
+    check(list(CASES)[shard::SHARDS], fork_server, empty_snapshot, draft, tmp_path, count_outcome)
 
 
 def attack(
-    name: str, version: str, fork_server: ForkServer, home: Home, outcomes: Outcomes
+    name: str, version: str, fork_server: ForkServer, home: Home, count_outcome: CountOutcome
 ) -> list[str]:
     """Show, fetch and promote a hostile version; return the violations of the claim."""
     into = home.root.parent / "fetched" / version
@@ -147,14 +148,18 @@ def attack(
         ]
         if command[1] == "fetch" and completed.code == 2 and into.exists():
             failures.append("a refused fetch left a folder")
-    outcomes(SUITE, "registry entries", "wrong" if failures else "as claimed")
+    count_outcome(SUITE, "registry entries", "wrong" if failures else "as claimed")
     return [f"{name}: {problem}" for problem in failures]
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_hostile_registry_entries_are_refused_with_a_sentence(
-    fork_server: ForkServer, root: Path, empty_snapshot: Path, tmp_path: Path, outcomes: Outcomes
+    fork_server: ForkServer,
+    root: Path,
+    empty_snapshot: Path,
+    tmp_path: Path,
+    count_outcome: CountOutcome,
 ) -> None:
     home = Home(root / "home")
     home.restore(empty_snapshot)
@@ -165,7 +170,7 @@ def test_hostile_registry_entries_are_refused_with_a_sentence(
     assert set(completed.value) == set(cases())
     failed: list[str] = []
     for name, version in completed.value.items():
-        failed += attack(name, version, fork_server, home, outcomes)
+        failed += attack(name, version, fork_server, home, count_outcome)
     for command in (["registry", "list"], ["registry", "list", "--json"]):
         listed = fork_server.run(command, variables=home.variables)
         failed += [f"list: {problem}" for problem in problems(listed, {0})]

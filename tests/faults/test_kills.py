@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from forked import ForkServer
 from homes import Home, find_damage, find_temporary_files, read_state
+from outcomes import CountOutcome
 
 SUITE = "kills"
 SEED = 11
@@ -145,7 +146,7 @@ def check(
     killing: KillTest,
     scenario: Scenario,
     faults: list[tuple[dict[str, Any], ...]],
-    outcomes: Callable[..., None],
+    count_outcome: CountOutcome,
     case: str = "",
 ) -> None:
     """Run every sequence of kills in ``faults``, count the outcomes, and fail if any is wrong.
@@ -154,14 +155,14 @@ def check(
         killing: the prepared scenario.
         scenario: its description.
         faults: sequences of kills; a kill is an argument of ``kill_points.arm``.
-        outcomes: counts outcomes.
+        count_outcome: the fixture.
         case: added to the scenario's name in the table of outcomes.
     """
     failed: list[str] = []
     for kills in faults:
         problems = killing.problems(*kills)
         outcome = "same result" if not problems else "wrong"
-        outcomes(SUITE, f"{scenario.name}{case}", outcome)
+        count_outcome(SUITE, f"{scenario.name}{case}", outcome)
         if problems:
             names = [killing.points[at - 1] for fault in kills if (at := fault.get("at"))]
             failed.append(f"{kills} {names}: {problems}")
@@ -197,7 +198,7 @@ def killing(
     def prepare(scenario: Scenario) -> KillTest:
         variables: dict[str, str] = {}
         if scenario.is_order:
-            request.getfixturevalue("warm_fork_server")
+            request.getfixturevalue("preloaded_fork_server")
             variables = request.getfixturevalue("order_variables")
         snapshot = request.getfixturevalue(scenario.start)
         files = {"draft": draft, "order": order}
@@ -211,11 +212,11 @@ def killing(
 def test_command_that_is_killed_at_a_few_points_and_run_again_gives_the_same_result(
     scenario: Scenario,
     killing: Callable[[Scenario], KillTest],
-    outcomes: Callable[..., None],
+    count_outcome: CountOutcome,
 ) -> None:
     prepared = killing(scenario)
     points = random.Random(SEED).sample(range(1, len(prepared.points) + 1), SAMPLE)
-    check(prepared, scenario, [({"at": at},) for at in sorted(points)], outcomes)
+    check(prepared, scenario, [({"at": at},) for at in sorted(points)], count_outcome)
 
 
 @pytest.mark.nightly
@@ -224,44 +225,44 @@ def test_command_that_is_killed_at_a_few_points_and_run_again_gives_the_same_res
 def test_command_that_is_killed_at_any_point_and_run_again_gives_the_same_result(
     scenario: Scenario,
     killing: Callable[[Scenario], KillTest],
-    outcomes: Callable[..., None],
+    count_outcome: CountOutcome,
 ) -> None:
     prepared = killing(scenario)
     points = range(1, len(prepared.points) + 1, scenario.stride)
-    check(prepared, scenario, [({"at": at},) for at in points], outcomes)
+    check(prepared, scenario, [({"at": at},) for at in points], count_outcome)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_order_that_is_killed_at_any_point_and_run_again_gives_the_same_bytes_and_one_version(
-    shard: int, killing: Callable[[Scenario], KillTest], outcomes: Callable[..., None]
+    shard: int, killing: Callable[[Scenario], KillTest], count_outcome: CountOutcome
 ) -> None:
     prepared = killing(ORDER)
     points = range(1 + shard, len(prepared.points) + 1, SHARDS)
-    check(prepared, ORDER, [({"at": at},) for at in points], outcomes)
+    check(prepared, ORDER, [({"at": at},) for at in points], count_outcome)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_order_that_is_killed_after_a_random_time_gives_the_same_bytes_and_one_version(
-    killing: Callable[[Scenario], KillTest], outcomes: Callable[..., None]
+    killing: Callable[[Scenario], KillTest], count_outcome: CountOutcome
 ) -> None:
     prepared = killing(ORDER)
-    draw = random.Random(SEED)
-    times = [({"after": draw.uniform(0.1, prepared.seconds)},) for _ in range(RANDOM_TIMES)]
-    check(prepared, ORDER, times, outcomes, case=", at a random time")
+    rng = random.Random(SEED)
+    times = [({"after": rng.uniform(0.1, prepared.seconds)},) for _ in range(RANDOM_TIMES)]
+    check(prepared, ORDER, times, count_outcome, case=", at a random time")
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_order_that_is_killed_twice_in_a_row_gives_the_same_bytes_and_one_version(
-    killing: Callable[[Scenario], KillTest], outcomes: Callable[..., None]
+    killing: Callable[[Scenario], KillTest], count_outcome: CountOutcome
 ) -> None:
     prepared = killing(ORDER)
-    draw, count = random.Random(SEED), len(prepared.points)
-    pairs = [sorted((draw.randint(1, count), draw.randint(1, count))) for _ in range(TWICE)]
+    rng, count = random.Random(SEED), len(prepared.points)
+    pairs = [sorted((rng.randint(1, count), rng.randint(1, count))) for _ in range(TWICE)]
     # The second run passes fewer points, because the first run finished some work. So the first is
     # killed at the larger number of a pair, and the second at the difference.
     faults = [({"at": larger}, {"at": max(1, larger - smaller)}) for smaller, larger in pairs]
-    check(prepared, ORDER, faults, outcomes, case=", twice in a row")
+    check(prepared, ORDER, faults, count_outcome, case=", twice in a row")

@@ -15,12 +15,12 @@ and a snapshot is a copy of a home.
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from forked import Completed, ForkServer, Job
 from homes import Home, find_damage, find_temporary_files, read_state, write_order
+from outcomes import CountOutcome
 from s3_server import S3Server
 
 from infra.registry.ledger import Ledger
@@ -31,9 +31,6 @@ PROCESSES = 6  # processes that run commands without an order
 ORDER_PROCESSES = 4  # processes that run complete orders
 ROUNDS = 6
 SECONDS = 600.0  # time limit of a process
-
-Outcomes = Callable[..., None]
-"""Type of the fixture ``outcomes``, which counts ``(suite, case, outcome, number=1)``."""
 
 
 def promotions(round_: int) -> list[tuple[str, ...]]:
@@ -61,7 +58,7 @@ def check_promotions(
     entries_before: int,
     completed: list[Completed],
     case: str,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
 ) -> None:
     """Check that the ledger is linear, and that the alias ``champion`` is its last entry.
 
@@ -81,24 +78,24 @@ def check_promotions(
     assert aliases["m", "champion"] == entries[-1].version
     assert find_damage(home, store) == []
     for item in completed:
-        outcomes(SUITE, case, "confirmed" if item.code == 0 else "refused with a sentence")
+        count_outcome(SUITE, case, "confirmed" if item.code == 0 else "refused with a sentence")
 
 
 def test_promotions_at_once_leave_one_linear_ledger_and_its_last_entry_as_champion(
-    fork_server: ForkServer, root: Path, promoted_snapshot: Path, outcomes: Outcomes
+    fork_server: ForkServer, root: Path, promoted_snapshot: Path, count_outcome: CountOutcome
 ) -> None:
     home = Home(root / "home")
     home.restore(promoted_snapshot)
     store = Store(str(home.store))
     completed = race(fork_server, promotions(0)[:3], home.variables)
     # The snapshot has two promotions.
-    check_promotions(home, store, 2, completed, "promotions, one home", outcomes)
+    check_promotions(home, store, 2, completed, "promotions, one home", count_outcome)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_promotions_and_rollbacks_at_once_leave_one_linear_ledger(
-    fork_server: ForkServer, root: Path, promoted_snapshot: Path, outcomes: Outcomes
+    fork_server: ForkServer, root: Path, promoted_snapshot: Path, count_outcome: CountOutcome
 ) -> None:
     home = Home(root / "home")
     home.restore(promoted_snapshot)
@@ -107,7 +104,7 @@ def test_promotions_and_rollbacks_at_once_leave_one_linear_ledger(
         before = len(Ledger(store, "m").entries())
         completed = race(fork_server, promotions(number), home.variables)
         check_promotions(
-            home, store, before, completed, "promotions and rollbacks, one home", outcomes
+            home, store, before, completed, "promotions and rollbacks, one home", count_outcome
         )
 
 
@@ -118,7 +115,7 @@ def test_promotions_and_rollbacks_at_once_on_s3_leave_one_linear_ledger(
     root: Path,
     empty_snapshot: Path,
     s3_server: S3Server,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in s3_server.environment.items():
@@ -134,13 +131,17 @@ def test_promotions_and_rollbacks_at_once_on_s3_leave_one_linear_ledger(
         before = len(Ledger(Store(address), "m").entries())
         results = race(fork_server, promotions(number), variables)
         case = "promotions and rollbacks, S3"
-        check_promotions(home, Store(address), before, results, case, outcomes)
+        check_promotions(home, Store(address), before, results, case, count_outcome)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_the_same_draft_packed_by_several_processes_is_one_bundle(
-    fork_server: ForkServer, root: Path, empty_snapshot: Path, draft: Path, outcomes: Outcomes
+    fork_server: ForkServer,
+    root: Path,
+    empty_snapshot: Path,
+    draft: Path,
+    count_outcome: CountOutcome,
 ) -> None:
     home = Home(root / "home")
     home.restore(empty_snapshot)
@@ -150,7 +151,7 @@ def test_the_same_draft_packed_by_several_processes_is_one_bundle(
     assert [item.code for item in completed] == [0] * PROCESSES, [item.text for item in completed]
     assert len({item.outputs for item in completed}) == 1
     assert (find_damage(home), find_temporary_files(home)) == ([], [])
-    outcomes(SUITE, "pack of one draft", "same bundle", PROCESSES)
+    count_outcome(SUITE, "pack of one draft", "same bundle", PROCESSES)
 
 
 @pytest.mark.nightly
@@ -160,7 +161,7 @@ def test_restore_of_a_lost_registry_by_several_processes_registers_each_order_on
     root: Path,
     promoted_snapshot: Path,
     empty_snapshot: Path,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
 ) -> None:
     home = Home(root / "home")
     home.restore(promoted_snapshot)
@@ -172,7 +173,7 @@ def test_restore_of_a_lost_registry_by_several_processes_registers_each_order_on
     assert [item.code for item in completed] == [0] * PROCESSES, [item.text for item in completed]
     assert sorted(order for _, _, order, _ in read_state(home)["versions"]) == sorted(expected)
     assert find_damage(home) == []
-    outcomes(SUITE, "restore", "each order once", PROCESSES)
+    count_outcome(SUITE, "restore", "each order once", PROCESSES)
 
 
 @pytest.mark.nightly
@@ -180,7 +181,7 @@ def test_restore_of_a_lost_registry_by_several_processes_registers_each_order_on
 @pytest.mark.parametrize("location", ["one home", "S3"])
 def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
     location: str,
-    warm_fork_server: ForkServer,
+    preloaded_fork_server: ForkServer,
     root: Path,
     empty_snapshot: Path,
     draft: Path,
@@ -188,15 +189,17 @@ def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
     finished_snapshot: Path,
     order_variables: dict[str, str],
     s3_server: S3Server,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     home, store, variables = _prepare_store(
         location, "same-order", root, empty_snapshot, s3_server, monkeypatch
     )
-    assert warm_fork_server.run(["bundle", "pack", str(draft)], variables=variables).code == 0
+    assert preloaded_fork_server.run(["bundle", "pack", str(draft)], variables=variables).code == 0
     command = ("compress", "--order", str(order), "--json")
-    completed = race(warm_fork_server, [command] * ORDER_PROCESSES, variables | order_variables)
+    completed = race(
+        preloaded_fork_server, [command] * ORDER_PROCESSES, variables | order_variables
+    )
     assert [item.code for item in completed] == [0] * ORDER_PROCESSES, [
         item.text for item in completed
     ]
@@ -204,7 +207,7 @@ def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
     assert Counter(result["version"] for result in results) == {"1": ORDER_PROCESSES}
     assert read_state(home, store) == read_state(Home(finished_snapshot))
     assert find_damage(home, store) == []
-    outcomes(SUITE, f"one order, {location}", "one version, same bytes", ORDER_PROCESSES)
+    count_outcome(SUITE, f"one order, {location}", "one version, same bytes", ORDER_PROCESSES)
 
 
 @pytest.mark.nightly
@@ -212,24 +215,24 @@ def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
 @pytest.mark.parametrize("location", ["one home", "S3"])
 def test_concurrent_promoted_orders_have_one_version_and_one_ledger_entry_each(
     location: str,
-    warm_fork_server: ForkServer,
+    preloaded_fork_server: ForkServer,
     root: Path,
     empty_snapshot: Path,
     draft: Path,
     order_variables: dict[str, str],
     s3_server: S3Server,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     home, store, variables = _prepare_store(
         location, "orders", root, empty_snapshot, s3_server, monkeypatch
     )
-    assert warm_fork_server.run(["bundle", "pack", str(draft)], variables=variables).code == 0
+    assert preloaded_fork_server.run(["bundle", "pack", str(draft)], variables=variables).code == 0
     files = [
         write_order(root / f"order{number}.json", seed=number) for number in range(ORDER_PROCESSES)
     ]
     commands = [("compress", "--order", str(file), "--json") for file in files]
-    completed = race(warm_fork_server, commands, variables | order_variables)
+    completed = race(preloaded_fork_server, commands, variables | order_variables)
     assert not any(item.crashed for item in completed), [
         item.text for item in completed if item.crashed
     ]
@@ -238,7 +241,7 @@ def test_concurrent_promoted_orders_have_one_version_and_one_ledger_entry_each(
             # Registered, but another version became champion at the same time.
             assert item.code == 2, item.text
             assert "was changed in the meantime" in item.messages[0], item.text
-            repeated = warm_fork_server.run(command, variables=variables | order_variables)
+            repeated = preloaded_fork_server.run(command, variables=variables | order_variables)
             assert repeated.code == 0, repeated.text
     result = read_state(home, store)
     orders = {order for _, _, order, _ in result["versions"]}
@@ -250,7 +253,7 @@ def test_concurrent_promoted_orders_have_one_version_and_one_ledger_entry_each(
     assert find_damage(home, store) == []
     for item in completed:
         outcome = "one version and one entry" if item.code == 0 else "refused, then promoted"
-        outcomes(SUITE, f"different orders, {location}", outcome)
+        count_outcome(SUITE, f"different orders, {location}", outcome)
 
 
 def _prepare_store(

@@ -12,6 +12,8 @@ to 15 % of all requests of complete orders.
 
 A fault is ``500`` or ``503`` (an error response), ``slow``, ``reset`` (before the request arrives),
 ``truncated``, ``lost`` (executed, but without a response) or ``flipped`` (one bit of the response).
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``). The ledger is the
+list of a model's promotions and rollbacks in the store.
 """
 
 import random
@@ -19,13 +21,14 @@ import secrets
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from forked import ForkServer
 from homes import Home, read_state
+from outcomes import CountOutcome
 from s3_proxy import FAULTS, Proxy, fail_at, fail_randomly, running_proxy
 from s3_server import S3Server
 
@@ -45,9 +48,6 @@ APPENDS = 40 // WRITERS  # per writer
 ORDER_SEEDS = (1, 2, 3, 4)
 ORDER_RATES = (0.02, 0.05, 0.1, 0.15)  # one for each seed
 ATTEMPTS = 12  # runs of a command of an order; the last one has no faults
-
-Outcomes = Callable[..., None]
-"""Type of the fixture ``outcomes``, which counts ``(suite, case, outcome, number=1)``."""
 
 
 @pytest.fixture
@@ -70,19 +70,19 @@ class Operation:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self._folder, self._number = name, folder, 0
         self.store = Store("s3://models/faults")
-        self._draw = random.Random(name)
+        self._rng = random.Random(name)
 
     def prepare(self) -> None:
         """Create the inputs of the operation, without faults."""
         self._number += 1
         self.key = f"{secrets.token_hex(8)}/{self._number}"
-        self.body = self._draw.randbytes(2000)
+        self.body = self._rng.randbytes(2000)
         self._source = self._folder / "source"
         shutil.rmtree(self._folder, ignore_errors=True)
         self._source.mkdir(parents=True)
         large = self.name == "put a large artifact"
         size = CHUNK_BYTES + 1_000_000 if large else 20_000
-        (self._source / "weights").write_bytes(self._draw.randbytes(size))
+        (self._source / "weights").write_bytes(self._rng.randbytes(size))
         (self._source / "notes").write_bytes(self.body)
         if self.name == "get an artifact":
             self._artifact = self.store.put(self._source)
@@ -197,7 +197,7 @@ def check_every_request(
     proxy: Proxy,
     operation: Operation,
     repeated: int,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
     only_request: int | None = None,
 ) -> None:
     """Test each fault in each request of one operation, or only in request ``only_request``.
@@ -222,16 +222,20 @@ def check_every_request(
                 outcome = "wrong"
                 failed.append(f"{fault} at request {number}: {type(error).__name__}: {error}")
             case = "once" if repeated == 1 else f"{repeated} times in a row"
-            outcomes(SUITE, f"{operation.name}, {case}", outcome)
+            count_outcome(SUITE, f"{operation.name}, {case}", outcome)
     assert not failed, "\n".join(failed)
 
 
 @pytest.mark.parametrize("name", ["get an artifact", "create a record", "append to a ledger"])
 def test_operation_with_a_fault_in_its_first_request_is_right_or_retryable(
-    name: str, proxy: Proxy, tmp_path: Path, outcomes: Outcomes
+    name: str, proxy: Proxy, tmp_path: Path, count_outcome: CountOutcome
 ) -> None:
     check_every_request(
-        proxy, Operation(name, tmp_path / "work"), repeated=1, outcomes=outcomes, only_request=1
+        proxy,
+        Operation(name, tmp_path / "work"),
+        repeated=1,
+        count_outcome=count_outcome,
+        only_request=1,
     )
 
 
@@ -240,9 +244,9 @@ def test_operation_with_a_fault_in_its_first_request_is_right_or_retryable(
 @pytest.mark.parametrize("repeated", [1, IN_A_ROW])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_with_any_fault_in_any_request_is_right_or_retryable(
-    name: str, repeated: int, proxy: Proxy, tmp_path: Path, outcomes: Outcomes
+    name: str, repeated: int, proxy: Proxy, tmp_path: Path, count_outcome: CountOutcome
 ) -> None:
-    check_every_request(proxy, Operation(name, tmp_path / "work"), repeated, outcomes)
+    check_every_request(proxy, Operation(name, tmp_path / "work"), repeated, count_outcome)
 
 
 @pytest.mark.nightly
@@ -250,7 +254,7 @@ def test_operation_with_any_fault_in_any_request_is_right_or_retryable(
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("name", ["put an artifact", "get an artifact", "create a record"])
 def test_operation_with_faults_in_a_share_of_all_requests_is_right_or_retryable(
-    name: str, rate: float, proxy: Proxy, tmp_path: Path, outcomes: Outcomes
+    name: str, rate: float, proxy: Proxy, tmp_path: Path, count_outcome: CountOutcome
 ) -> None:
     operation = Operation(name, tmp_path / "work")
     failed = []
@@ -264,7 +268,7 @@ def test_operation_with_faults_in_a_share_of_all_requests_is_right_or_retryable(
         except Exception as error:
             outcome = "wrong"
             failed.append(f"seed {seed}: {type(error).__name__}: {error}")
-        outcomes(SUITE, f"{name}, {rate:.0%} of requests", outcome)
+        count_outcome(SUITE, f"{name}, {rate:.0%} of requests", outcome)
     assert not failed, "\n".join(failed)
 
 
@@ -272,7 +276,7 @@ def test_operation_with_faults_in_a_share_of_all_requests_is_right_or_retryable(
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("rate", RATES)
 def test_writers_of_one_ledger_with_lost_responses_have_exactly_one_entry_for_each_append(
-    rate: float, proxy: Proxy, outcomes: Outcomes
+    rate: float, proxy: Proxy, count_outcome: CountOutcome
 ) -> None:
     model = f"race-{secrets.token_hex(8)}"
     confirmed: list[str] = []
@@ -303,8 +307,8 @@ def test_writers_of_one_ledger_with_lost_responses_have_exactly_one_entry_for_ea
     assert set(confirmed) <= set(written), "a confirmed entry was lost"
     assert len(confirmed) + len(failed) == WRITERS * APPENDS
     case = f"{WRITERS} writers of one ledger, {rate:.0%} lost responses"
-    outcomes(SUITE, case, "confirmed, written once", len(confirmed))
-    outcomes(SUITE, case, "retryable error, written at most once", len(failed))
+    count_outcome(SUITE, case, "confirmed, written once", len(confirmed))
+    count_outcome(SUITE, case, "retryable error, written at most once", len(failed))
 
 
 class OrderOnS3:
@@ -359,7 +363,7 @@ class OrderOnS3:
 @pytest.mark.parametrize("seed", ORDER_SEEDS)
 def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
     seed: int,
-    warm_fork_server: ForkServer,
+    preloaded_fork_server: ForkServer,
     root: Path,
     empty_snapshot: Path,
     draft: Path,
@@ -368,7 +372,7 @@ def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
     order_variables: dict[str, str],
     proxy: Proxy,
     s3_server: S3Server,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
 ) -> None:
     home = Home(root / "home")
     home.restore(finished_snapshot)
@@ -376,7 +380,7 @@ def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
     home.restore(empty_snapshot)
     variables = order_variables | s3_server.environment | {"AWS_ENDPOINT_URL": proxy.url}
     address = f"s3://models/order{seed}"
-    order_on_s3 = OrderOnS3(warm_fork_server, home, proxy, address, variables)
+    order_on_s3 = OrderOnS3(preloaded_fork_server, home, proxy, address, variables)
     rate = ORDER_RATES[ORDER_SEEDS.index(seed)]
     order_on_s3.finish("bundle", "pack", str(draft), rate=rate, seed=seed)
     order_on_s3.finish("compress", "--order", str(order), rate=rate, seed=seed)
@@ -387,7 +391,7 @@ def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
     assert result == expected
     for code, number in order_on_s3.codes.items():
         names = {0: "finished", 1: "retryable error", 2: "refused as damaged"}
-        outcomes(SUITE, f"whole order, {rate:.0%} of requests", names[code], number)
+        count_outcome(SUITE, f"whole order, {rate:.0%} of requests", names[code], number)
 
 
 @pytest.mark.nightly
@@ -401,7 +405,7 @@ def test_pack_with_a_fault_in_any_request_is_right_or_exits_with_code_1(
     draft: Path,
     proxy: Proxy,
     s3_server: S3Server,
-    outcomes: Outcomes,
+    count_outcome: CountOutcome,
 ) -> None:
     home = Home(root / "home")
     home.restore(empty_snapshot)
@@ -433,5 +437,5 @@ def test_pack_with_a_fault_in_any_request_is_right_or_exits_with_code_1(
             failed.append(
                 f"request {number}: {completed.code} {completed.text[-400:]} {repeated.text[-400:]}"
             )
-        outcomes(SUITE, f"pack, {fault}", outcome)
+        count_outcome(SUITE, f"pack, {fault}", outcome)
     assert not failed, "\n".join(failed)

@@ -10,7 +10,7 @@ from compressors.contracts import Metric
 from compressors.contracts.metrics import FAMILIES, register
 from compressors.contracts.metrics.families import find_metric
 from compressors.contracts.metrics.metric import single_metric
-from compressors.metrics.cluster_intervals import GroupedPair, Groups, grouped_pair, mean_of_rows
+from compressors.metrics.cluster_intervals import GroupedPair, Groups, mean_of_rows, pair_groups
 from compressors.metrics.estimators.protocols import ScoredRows, require_groups
 from compressors.metrics.intervals import PairedRows, RowStatistics, mean_statistic
 from compressors.metrics.point_estimates import number_groups
@@ -31,14 +31,14 @@ class Brier:
 
     metric: Metric
 
-    def point(self, rows: ScoredRows) -> float:
+    def compute(self, rows: ScoredRows) -> float:
         return float(squared_errors(rows.label, rows.score).mean())
 
-    def of_rows(self, pair: PairedRows) -> RowStatistics:
+    def bootstrap_rows(self, pair: PairedRows) -> RowStatistics:
         before, after = (squared_errors(pair.label, score) for score in pair.scores)
         return RowStatistics(before.size, mean_statistic(before), mean_statistic(after))
 
-    def of_groups(self, pair: PairedRows) -> GroupedPair:
+    def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         group = require_groups(self.metric, pair.group)
         groups = Groups(*number_groups(group, np.size(pair.label)))
         before, after = (
@@ -46,7 +46,7 @@ class Brier:
         )
         # All groups determine the precision of the interval, not only groups of one kind, which
         # ``group_description`` would describe in the message about too few groups.
-        return grouped_pair(
+        return pair_groups(
             before, after, self.metric.high, counted_groups=groups.rows.size, group_description=""
         )
 

@@ -5,7 +5,8 @@ the folder that a user writes and ``pack`` stores as a bundle. An order is accep
 is: the compressed model is within all limits.
 
 The accepted order runs in Prefect once per session. Tests that do not concern Prefect run the
-flow's function without Prefect's engine, which is faster (``orders.py``).
+flow's function without Prefect's engine, which is faster (``orders.py``). The ledger is the list of
+a model's promotions and rollbacks in the store.
 """
 
 import shutil

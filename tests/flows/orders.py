@@ -34,7 +34,7 @@ from infra.bundle.bundle_folder import read
 from infra.registry.mlflow_registry import Registry
 from tasks.bundles.bundle_ref import find_bundle
 from tasks.bundles.packing import Packed
-from tasks.orchestration import policy, progress
+from tasks.orchestration import progress, task_calls
 from tasks.orchestration.documents import STAGES, Finished, Stage, Stages
 from tasks.orchestration.workspace import local
 
@@ -91,8 +91,8 @@ def without_prefect_engine() -> Iterator[list[tuple[str, str]]]:
         return uuid4()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy, "run_task", run_task)
-        patch.setattr(policy, "show_cached", show_cached)
+        patch.setattr(task_calls, "run_task", run_task)
+        patch.setattr(task_calls, "show_cached", show_cached)
         for kind in ("markdown", "table", "progress"):
             patch.setattr(progress, f"create_{kind}_artifact", create_artifact)
         patch.setattr(progress, "update_progress_artifact", create_artifact)
@@ -142,7 +142,7 @@ def run_recipe(order: Order) -> RecipeRun:
             find_bundle(order.model),
             teachers=(),
             champions={},
-            progress=progress.Progress(stages=1),  # only the length of the progress bar
+            progress=progress.Progress(phases=1),  # only the length of the progress bar
         )
         result = recipe.apply_recipe(run)
         stages = recipe.measure_recipe_stages(

@@ -1,4 +1,4 @@
-"""One declaration with an estimator adds a metric that every stage of an order can use.
+"""One declaration with an estimator adds a metric that every phase of an order can use.
 
 The metric is the Brier score of ``added_metric.py``; the order is that of ``added_order.py``.
 """

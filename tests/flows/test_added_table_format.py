@@ -1,4 +1,4 @@
-"""One file and one registration add a table format that every stage of an order can use.
+"""One file and one registration add a table format that every phase of an order can use.
 
 The format and its method are in ``added_table_format.py``; the order is in ``added_order.py``.
 """

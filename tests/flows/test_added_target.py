@@ -1,6 +1,7 @@
 """Adding a target: one declaration, with a lowering and a runtime, makes it usable in orders.
 
-The added target runs plain ONNX graphs in ONNX Runtime without graph optimizations.
+The added target runs plain ONNX graphs in ONNX Runtime without graph optimizations. A home is the
+folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import json
@@ -27,17 +28,17 @@ from compressors.core.modules.formats import PackedLinear
 from compressors.errors.compression import AuditFailed
 from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitializers
 from compressors.lower.graph_builders import FLOAT
-from compressors.lower.targets.target import EXACT, Tolerance
+from compressors.lower.targets.target import FLOAT_ROUNDING, Tolerance
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.orders import build_terms
 from flows.order import Order
 from flows.terms import Targets, Terms
 from infra.errors import BuildRefused, CommandRefused
 from tasks.bundles.packing import pack
-from tasks.orchestration.documents import Report, report_of
+from tasks.orchestration.documents import Report, read_report
 from tasks.orchestration.workspace import local
 from tasks.promotion.promotions import fetch, promote, registry
-from tasks.report.page import page, validation_of
+from tasks.report.page import page, read_validation
 from tasks.report.tables import markdown, number_rows
 
 pytestmark = pytest.mark.xdist_group("added target")
@@ -64,14 +65,14 @@ class PlainLowering:
     tensors with the types of the module, and lets no layer multiply by stored codes.
     """
 
-    merges_lookups = False
+    can_merge_lookups = False
 
     def translations(self) -> Mapping[Any, Callable[..., Any]]:
         return {torch.ops.recpress.rowwise_int8.default: rowwise_int8}
 
-    def retyped_table(self, *_: object) -> None: ...
+    def convert_table_tensor(self, *_: object) -> None: ...
 
-    def retyped_layer(self, *_: object) -> None: ...
+    def convert_layer_tensor(self, *_: object) -> None: ...
 
     def stays_packed(self, layer: PackedLinear) -> bool:
         return False
@@ -80,9 +81,9 @@ class PlainLowering:
         return ()
 
     def tolerance(self, plan: Plan | None) -> Tolerance:
-        return EXACT
+        return FLOAT_ROUNDING
 
-    def has_unsupported_products(self, plan: Plan | None) -> bool:
+    def has_unsupported_matmuls(self, plan: Plan | None) -> bool:
         return False
 
     def audit(
@@ -301,7 +302,7 @@ def assert_report_shows_target(report: Report) -> None:
     assert {"change", "before, not-optimized", "change, not-optimized"} <= set(rows[0])
     assert all(row.keys() == rows[0].keys() for row in rows)
     assert "ONNX Runtime as written" in markdown(report)
-    html = page(report, validation_of(report.validation))
+    html = page(report, read_validation(report.validation))
     assert "not-optimized p50 latency" in html
     assert Report.model_validate_json(report.model_dump_json()) == report
 
@@ -329,7 +330,7 @@ def test_order_can_have_only_an_added_target(
     assert "measure not-optimized" in [name for name, _ in result.tasks]
     assert "measure onnxruntime" not in [name for name, _ in result.tasks]
     assert "'change' compares ONNX Runtime as written" in markdown(report)
-    assert report_of(result.finished.release) == report
+    assert read_report(result.finished.release) == report
 
 
 ENGINES = Engines(builder=CopyingBuilder, suffix=".copy")

@@ -1,4 +1,4 @@
-"""One declaration with its functions adds a task kind that every stage of an order can use.
+"""One declaration with its functions adds a task kind that every phase of an order can use.
 
 The task kind is in ``added_task_kind.py``; the order is in ``added_order.py``.
 """

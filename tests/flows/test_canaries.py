@@ -22,7 +22,7 @@ from compressors.contracts import Limit
 from infra.credentials import clean_exceptions
 from infra.errors import RegistryUnavailable
 from tasks.orchestration.documents import Finished
-from tasks.orchestration.policy import NO_RESULTS, TASK_OPTIONS, call
+from tasks.orchestration.task_calls import NO_RESULTS, TASK_OPTIONS, call
 
 SECRETS = canaries()
 LIMIT = "auc vs baseline >= -0.2"
@@ -117,10 +117,10 @@ def test_secrets_in_an_exception_are_not_stored_or_logged_by_prefect(
     with pytest.raises(ValueError, match="http"):
         failing_flow()
     APILogHandler().flush()
-    assert_no_secret_in([empty_home, prefect_folder], dict(captured_texts(capfd)))
+    assert_no_secret_in([empty_home, prefect_folder], dict(capture_texts(capfd)))
 
 
-def captured_texts(capfd: pytest.CaptureFixture) -> Iterator[tuple[str, str]]:
+def capture_texts(capfd: pytest.CaptureFixture) -> Iterator[tuple[str, str]]:
     """Yield name and content of both outputs of this process."""
     captured = capfd.readouterr()
     yield "stdout", captured.out

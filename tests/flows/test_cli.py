@@ -28,7 +28,7 @@ from tasks.bundles.packing import Packed, pack
 from tasks.orchestration.documents import Finished, Report
 from tasks.orchestration.order_records import find_finished_order
 from tasks.publish import publish
-from tasks.report.page import page, validation_of
+from tasks.report.page import page, read_validation
 
 LIMIT = "auc vs baseline >= -0.02"
 TARGETS = ("--target", "onnxruntime", "--target", "tensorrt-rtx")
@@ -440,7 +440,7 @@ def test_registry_show_html_writes_the_published_page(
     html = (tmp_path / "report.html").read_text()
     assert f"{tmp_path}/report.html" in result.out
     report = accepted_order.result.finished.report
-    assert html == page(report, validation_of(report.validation))
+    assert html == page(report, read_validation(report.validation))
     for line in report.plan.lines:
         assert f"<code>{line.module}</code>" in html
     assert report.reproduction.command.startswith("recpress compress clicks@1")

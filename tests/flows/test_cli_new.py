@@ -1,4 +1,7 @@
-"""``recpress new``: its output, its prompt, and input that it refuses with exit code 2."""
+"""``recpress new``: its output, its prompt, and input that it refuses with exit code 2.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import io
 import json
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from command_line import run_main, run_main_apart
-from shop_data import shop_data
+from shop_data import write_shop_data
 
 MODELS = "new_draft_models"
 
@@ -19,7 +22,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", MODELS)
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))
     monkeypatch.delitem(sys.modules, MODELS, raising=False)
-    data = shop_data(tmp_path / "data")
+    data = write_shop_data(tmp_path / "data")
     return ["new", str(tmp_path / "new"), "--model", f"{MODELS}:shop", "--data", str(data)]
 
 

@@ -35,7 +35,7 @@ from infra.settings import load_settings
 from tasks import prepare as preparing
 from tasks.bundles.packing import pack
 from tasks.orchestration.graph_documents import Lowering
-from tasks.orchestration.policy import call
+from tasks.orchestration.task_calls import call
 from tasks.orchestration.workspace import store
 from tasks.prepare import prepare
 from tasks.promotion.promotions import champion_graph, fetch, promote
@@ -375,7 +375,7 @@ def test_champion_limit_holds_without_a_champion_and_is_measured_with_one(
 
 
 @flow
-def only_prepare(bundle: Any) -> Any:
+def run_prepare(bundle: Any) -> Any:
     """Run the task ``prepare``, with a cache key that was never used.
 
     The second argument of ``call`` is a part of the key.
@@ -403,7 +403,7 @@ def test_task_is_retried_once_after_a_store_failure(
         return store()
 
     monkeypatch.setattr(preparing, "store", fail_once)
-    assert only_prepare(accepted_order.packed.artifact).bytes > 0
+    assert run_prepare(accepted_order.packed.artifact).bytes > 0
     assert run_counts_of_newest_flow() == [2]
 
 
@@ -418,7 +418,7 @@ def test_task_that_refuses_its_input_is_not_retried(
 
     monkeypatch.setattr(preparing, "store", refuse)
     with raises_code(DataRefused, "checks_missing"):
-        only_prepare(accepted_order.packed.artifact)
+        run_prepare(accepted_order.packed.artifact)
     assert len(calls) == 1
 
 

@@ -111,7 +111,7 @@ def test_server_receives_the_events_of_task_runs(flow_run: FlowRun) -> None:
 
 
 def logged_lines(flow_run: FlowRun) -> list[Log]:
-    """Return the log lines of the run, at most 200, once the name of the last stage has arrived.
+    """Return the log lines of the run, at most 200, once the name of the last phase has arrived.
 
     A worker sends its last lines after the state ``Completed``.
     """
@@ -130,11 +130,11 @@ def test_log_of_the_run_has_its_stages_and_warnings(
     client: dict[str, str], flow_run: FlowRun
 ) -> None:
     lines = logged_lines(flow_run)
-    stages = [line.message for line in lines if line.message.startswith("[")]
-    assert stages[0].endswith("] pull clicks 1")
-    assert stages[-1].endswith("] publish")
-    numbers = [int(stage[1:].partition("/")[0]) for stage in stages]
-    assert numbers == list(range(1, len(stages) + 1))
+    phases = [line.message for line in lines if line.message.startswith("[")]
+    assert phases[0].endswith("] pull clicks 1")
+    assert phases[-1].endswith("] publish")
+    numbers = [int(phase[1:].partition("/")[0]) for phase in phases]
+    assert numbers == list(range(1, len(phases) + 1))
     # This model has no layer for the step 'fold', which logs a warning.
     warnings = [line.message for line in lines if line.level == logging.WARNING]
     assert any(text.startswith("fold has nothing to do") for text in warnings)

@@ -1,4 +1,7 @@
-"""The embedded Prefect server of a command: authentication, start, failures and its end."""
+"""The embedded Prefect server of a command: authentication, start, failures and its end.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
+"""
 
 import json
 import os

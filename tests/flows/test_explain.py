@@ -2,7 +2,9 @@
 
 Fields of an explanation: ``left_out`` of a step is the reason why it would be skipped,
 ``bytes_between`` are the fewest and most bytes that the order can result in, and ``earlier`` is the
-version that the same order has produced before. A report has skipped steps in ``idle_reasons``.
+version that the same order has produced before. A report has skipped steps in ``idle_reasons``. A
+home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
+of a bundle before it is packed.
 """
 
 import json

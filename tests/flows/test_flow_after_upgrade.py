@@ -1,7 +1,8 @@
 """After an upgrade of recpress, completed orders in the same home do not run again.
 
 An order's digest depends on the version of recpress. A request record maps the digest of an order
-without the version to the completed order.
+without the version to the completed order. A home is the folder with everything that recpress
+stores (``RECPRESS_HOME``).
 """
 
 import importlib.metadata

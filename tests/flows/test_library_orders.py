@@ -1,4 +1,8 @@
-"""Orders for models of libraries: every preset, on the drafts that ``recpress new`` writes."""
+"""Orders for models of libraries: every preset, on the drafts that ``recpress new`` writes.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
+of a bundle before it is packed.
+"""
 
 import sys
 from pathlib import Path

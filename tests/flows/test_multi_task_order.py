@@ -20,7 +20,7 @@ from infra.settings import load_settings
 from tasks.bundles.bundle_ref import find_bundle, require_measurable
 from tasks.bundles.packing import pack
 from tasks.orchestration.workspace import local
-from tasks.report.page import page, validation_of
+from tasks.report.page import page, read_validation
 from tasks.report.tables import markdown
 
 AUCS = ("auc[click]", "auc[like]", "auc[buy]")
@@ -82,7 +82,7 @@ def test_each_output_is_measured_judged_and_served(draft: Path) -> None:
     # The report has each output's quality, and its change by each step.
     for stage in report.stages:
         assert tuple(stage.other_outputs) == AUCS[1:]
-    for text in (markdown(report), page(report, validation_of(report.validation))):
+    for text in (markdown(report), page(report, read_validation(report.validation))):
         for name in ("AUC of click", "AUC of like", "AUC of buy"):
             assert name in text
         assert "scores of like against the baseline" in text

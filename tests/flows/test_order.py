@@ -228,8 +228,8 @@ def test_sources_of_recpress_do_not_change_the_order_digest(
     def unreadable(path: Path) -> bytes:
         raise AssertionError(f"{path} was read")
 
-    code_digest._direct_imports.cache_clear()
-    code_digest._sources_digest.cache_clear()
+    code_digest._list_direct_imports.cache_clear()
+    code_digest._hash_sources.cache_clear()
     monkeypatch.setattr(Path, "read_bytes", unreadable)
     assert order_digest(ORDER, BUNDLE, {}) == DIGEST
 

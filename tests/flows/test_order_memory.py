@@ -1,7 +1,9 @@
 """Orders and commands without enough memory: early errors, exit codes and messages.
 
 Parameters named ``limit`` are resource limits of a child process, in MiB. The lowest ones are
-exceeded while modules are imported; with higher ones the command may succeed.
+exceeded while modules are imported; with higher ones the command may succeed. A home is the folder
+with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder of a bundle before
+it is packed.
 """
 
 import json
@@ -15,7 +17,7 @@ from error_codes import Text, raises_code
 from compressors.contracts import Limit
 from flows.cli import errors as cli_errors
 from flows.compress import compress
-from flows.memory import describe_running_stage, estimate_memory, require_order_memory
+from flows.memory import describe_running_phase, estimate_memory, require_order_memory
 from flows.order import Order
 from infra.errors import InfraError, OutOfMemory
 from infra.memory import memory_errors
@@ -69,10 +71,10 @@ def test_order_that_fits_in_memory_is_not_refused(monkeypatch):
 def test_out_of_memory_error_names_stage_model_and_estimate():
     bundle = find_bundle("clicks")
     memory = estimate_memory(safe_order(), bundle)
-    description = describe_running_stage(lambda: "measure", memory, bundle)
+    description = describe_running_phase(lambda: "measure", memory, bundle)
     with (
         raises_code(
-            OutOfMemory, None, doing=Text("^Stage 'measure' of the order for clicks@1, estimated")
+            OutOfMemory, None, doing=Text("^Phase 'measure' of the order for clicks@1, estimated")
         ),
         memory_errors(description),
     ):

@@ -1,8 +1,9 @@
 """Teachers other than bundles with the student's inputs: score columns, bundles with other inputs.
 
-The student is ``ClickNet``, whose clicks are drawn with its own probabilities (``drafts.py``). One
-teacher is a gradient boosting model of scikit-learn, whose probabilities are a column of the data.
-The other is a network that reads a column that the student does not.
+The student is ``ClickNet``, whose clicks are drawn with its own probabilities
+(``tests/drafts.py``). One teacher is a gradient boosting model of scikit-learn, whose probabilities
+are a column of the data. The other is a network that reads a column that the student does not. A
+draft is the folder of a bundle before it is packed.
 """
 
 import json

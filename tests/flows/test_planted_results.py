@@ -1,7 +1,8 @@
 """Malicious files in place of stored task results: none is executed, imported or unpickled.
 
 recpress stores the results of tasks as records, and forbids Prefect to store or read any: the
-options ``NO_RESULTS`` of each flow and task. A block is Prefect's description of a storage.
+options ``NO_RESULTS`` of each flow and task. A block is Prefect's description of a storage. A home
+is the folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import base64
@@ -30,8 +31,8 @@ from infra.settings import load_settings
 from infra.store.records import seal_record
 from tasks.bundles.packing import pack
 from tasks.gate import gate
-from tasks.orchestration.policy import NO_RESULTS, call, content_key
 from tasks.orchestration.result_records import record_key
+from tasks.orchestration.task_calls import NO_RESULTS, call, content_key
 from tasks.orchestration.workspace import store
 from tasks.prepare import prepare
 
@@ -307,7 +308,7 @@ def test_task_killed_before_its_record_was_written_runs_again(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("tasks.orchestration.policy.write_result", raise_killed)
+        patch.setattr("tasks.orchestration.task_calls.write_result", raise_killed)
         with pytest.raises(Killed):
             two_tasks(bundle, code)
     assert cache_keys(bundle, code)["prepare"] not in " ".join(store().keys("results/"))

@@ -1,4 +1,8 @@
-"""The presets, on a model that consists mostly of tables with rarely used rows."""
+"""The presets, on a model that consists mostly of tables with rarely used rows.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
+of a bundle before it is packed.
+"""
 
 import json
 import shutil
@@ -222,7 +226,7 @@ def test_unit_that_cannot_be_lowered_is_excluded_and_the_preset_is_applied_again
         if any(weight.module == "layers.0" for weight in packed):
             raise AuditFailed(
                 "weight_replaced", target=target, unit="layers.0", expected=1, format="static_int8"
-            ).caused_by("layers.0")
+            ).name_cause("layers.0")
         require_packed(packed, graph, target)
 
     monkeypatch.setattr(export, "_require_packed", refuse_one_layer)

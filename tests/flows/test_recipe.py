@@ -1,7 +1,8 @@
 """Recipes that train and quantize: stages, the stored student, and steps that do not fit.
 
 A stage is the untouched model or the model after an applied step. Skipped steps are in
-``idle_reasons``. A draft is the folder that a user writes and ``pack`` stores as a bundle.
+``idle_reasons``. A draft is the folder that a user writes and ``pack`` stores as a bundle. A home
+is the folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 from pathlib import Path

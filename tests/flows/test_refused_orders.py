@@ -1,4 +1,7 @@
-"""Orders with meaningless limits and metrics end with exit code 2 before any work."""
+"""Orders with meaningless limits and metrics end with exit code 2 before any work.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
+"""
 
 import json
 import sys

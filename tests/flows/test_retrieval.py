@@ -2,7 +2,9 @@
 
 The query tower ``of_user`` reads the user and the tags of recently used items (``lately``), the
 item tower ``of_item`` the item, its tags and dense features. ``planted_recall`` computes the recall
-without recpress; its argument ``mask`` excludes the items of a user's rows in other splits.
+without recpress; its argument ``mask`` excludes the items of a user's rows in other splits. A home
+is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder of a
+bundle before it is packed.
 """
 
 import json
@@ -54,8 +56,8 @@ from tasks.bundles.packing import pack
 from tasks.measure import measure
 from tasks.orchestration import row_progress
 from tasks.orchestration.documents import PreparedRows, Ranking, Report
-from tasks.orchestration.graph_documents import lowering_of
-from tasks.orchestration.policy import call, content_key
+from tasks.orchestration.graph_documents import read_lowering
+from tasks.orchestration.task_calls import call, content_key
 from tasks.orchestration.workspace import local, store
 from tasks.prepare import prepare
 from tasks.promotion.promotions import fetch, promote
@@ -143,7 +145,7 @@ def test_fetched_graphs_have_the_reported_recall_in_plain_onnxruntime_sessions(
     into = tmp_path / "served"
     fetch("finder", result.finished.version, "onnxruntime", into)
     assert {path.name for path in into.iterdir()} == {"query.onnx", "item.onnx", "lowering.json"}
-    graphs = lowering_of(into).graphs
+    graphs = read_lowering(into).graphs
     assert [(graph.name, graph.output, graph.width) for graph in graphs] == [
         ("query", "vector", 16),
         ("item", "vector", 16),

@@ -26,7 +26,7 @@ def send_to_embedded_server(
         auth: the authentication string of the server.
         requests: the headers of each request.
     """
-    for name, value in embedded_server._environment(auth).items():
+    for name, value in embedded_server._build_environment(auth).items():
         monkeypatch.setenv(name, value)
 
     async def send_requests() -> list[httpx.Response]:

@@ -30,7 +30,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from infra import errors
 from infra.errors import NoAnswer
 from infra.services.http_probe import send_request
-from tasks.orchestration import outages, policy
+from tasks.orchestration import outages, task_calls
 
 MAX_SECONDS = 600
 ORDER: dict[str, Any] = {
@@ -47,7 +47,7 @@ OUTAGE_SECONDS = 60
 def retried_task(call: Callable[[], int]) -> Any:
     """Return a task with the retries of the project's tasks, but short delays."""
     # Options with "retr" in their names: retries, retry_delay_seconds and retry_condition_fn.
-    options = {name: value for name, value in policy.TASK_OPTIONS.items() if "retr" in name}
+    options = {name: value for name, value in task_calls.TASK_OPTIONS.items() if "retr" in name}
     options["retry_delay_seconds"] = [0.2] * len(outages.DELAYS)
     return task(call, **options)
 
@@ -178,7 +178,7 @@ def wait_for_end(run: UUID) -> FlowRun:
             with get_client(sync_client=True) as prefect:
                 return prefect.read_flow_run(run)
         except Exception as fault:
-            if outages.service_of(fault) is None:  # the fault is not the outage of a service
+            if outages.find_service(fault) is None:  # the fault is not the outage of a service
                 raise
             return None
 

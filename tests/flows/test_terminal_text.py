@@ -1,7 +1,7 @@
 """Untrusted names and values are printed completely, but cannot control a terminal, log or page.
 
 ``printable`` escapes control, invisible and direction characters, but not tabs and line ends;
-``one_line`` escapes those, too.
+``one_line`` escapes those, too. A draft is the folder of a bundle before it is packed.
 """
 
 import ast

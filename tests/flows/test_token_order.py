@@ -1,4 +1,8 @@
-"""An order for a retrieval model over texts, whose two towers are one encoder."""
+"""An order for a retrieval model over texts, whose two towers are one encoder.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
+of a bundle before it is packed.
+"""
 
 import json
 import shutil
@@ -16,7 +20,7 @@ from token_draft import LONGEST_DOCUMENT, LONGEST_QUERY, write_token_draft
 
 from compressors.contracts import Limit
 from compressors.errors.metrics import MetricRefused
-from examples.search_texts import towers
+from examples.search_texts import load_towers
 from flows.order import Order
 from tasks.bundles.packing import pack
 from tasks.evaluation.graph_sessions import require_same_tokenizers
@@ -76,8 +80,10 @@ def rank(folder: Path, draft: Path) -> dict[str, dict[str, float]]:
     queries = {
         row["query_id"]: row["query"] for row in pq.read_table(draft / "test.parquet").to_pylist()
     }
-    query_tower, document_tower = towers(folder)
-    scores = query_tower.vectors(list(queries.values())) @ document_tower.vectors(items["text"]).T
+    query_tower, document_tower = load_towers(folder)
+    scores = query_tower.compute_vectors(list(queries.values())) @ (
+        document_tower.compute_vectors(items["text"]).T
+    )
     return {
         str(query): {
             str(document): float(score)

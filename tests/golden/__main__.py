@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from tests.golden import compare, package
-from tests.golden.cases import all_cases
-from tests.golden.entries import Entries, entries_of
-from tests.golden.numerics import machine
+from tests.golden.cases import list_all_cases
+from tests.golden.entries import Entries, compute_entries
+from tests.golden.numerics import describe_machine
 from tests.onnx_operators import operators_read_once
 
 
@@ -36,24 +36,26 @@ def main() -> int:
     entries: Entries = {}
     if options.only:
         recorded_on, entries = compare.read()
-        if recorded_on != machine():
-            sys.stderr.write(f"Expected the record's machine {recorded_on}, got {machine()}.\n")
+        if recorded_on != describe_machine():
+            sys.stderr.write(
+                f"Expected the record's machine {recorded_on}, got {describe_machine()}.\n"
+            )
             return 1
     with operators_read_once():
-        for case in all_cases():
+        for case in list_all_cases():
             title = f"{case.name} | {case.network}"
             if options.only not in title:
                 continue
             start = time.process_time()
             with tempfile.TemporaryDirectory() as folder:
-                case_entries = entries_of(case, Path(folder), tuple(package.targets()))
+                case_entries = compute_entries(case, Path(folder), tuple(package.list_targets()))
             entries = {
                 k: v for k, v in entries.items() if not k.startswith(f"{title} | ")
             } | case_entries
             sys.stderr.write(
                 f"{title}: {len(case_entries)} in {time.process_time() - start:.1f} s\n"
             )
-    compare.write(machine(), entries, options.out)
+    compare.write(describe_machine(), entries, options.out)
     return 0
 
 

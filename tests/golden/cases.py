@@ -18,9 +18,9 @@ from tests.golden import package
 from tests.golden.package import Bench, DenseInput, IdInput, JaggedBag, Signature
 from tests.models import BENCH_ROWS, RANKER, Reference, write_split
 from tests.narrow_networks import HISTORY, Transformer
-from tests.signatures import with_output
+from tests.signatures import replace_output
 
-RANKING = with_output(
+RANKING = replace_output(
     HISTORY.model_copy(update={"group": "user"}), kind="ranking", form="score", metric="ndcg@10"
 )
 TOWERS = Signature.model_validate(
@@ -54,7 +54,7 @@ class NormedTransformer(Transformer):
                 nn.init.normal_(module.bias, std=0.1)
 
 
-PAIRS = with_output(
+PAIRS = replace_output(
     TOWERS, name="label", kind="ctr", form="logit", label="label", metric="auc"
 ).model_copy(
     update={
@@ -88,7 +88,15 @@ Steps = tuple[tuple[str, dict[str, Any]], ...]
 
 @dataclass(frozen=True)
 class Case:
-    """Steps on one network; ``sample`` is the target for which the default tier lowers it."""
+    """Steps on one network.
+
+    Attributes:
+        name: name of the case.
+        network: a key of ``NETWORKS``.
+        steps: kind and settings of each step.
+        sample: the target for which the default tier lowers the case; empty: only the nightly tier
+            checks it.
+    """
 
     name: str
     network: str
@@ -229,9 +237,9 @@ MIXED: tuple[Case, ...] = (
 )
 
 
-def single_cases() -> list[Case]:
+def list_single_cases() -> list[Case]:
     """Return every method on each network of ``SINGLE``, and every variant on the first."""
-    kinds = {kind: (kind, SETTINGS.get(kind, {})) for kind in package.methods()} | VARIANTS
+    kinds = {kind: (kind, SETTINGS.get(kind, {})) for kind in package.list_methods()} | VARIANTS
     return [
         Case(name, network, (*BEFORE.get(last[0], ()), last))
         for name, last in kinds.items()
@@ -239,7 +247,7 @@ def single_cases() -> list[Case]:
     ]
 
 
-def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
+def build_bench(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
     """Return the bench of a network; for recalibration, labels correlate with its scores."""
     reference = NETWORKS[network]
     bench = reference.bench(folder)
@@ -248,7 +256,7 @@ def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
     module = reference.model().module
     noise = torch.randn(BENCH_ROWS, generator=torch.Generator().manual_seed(0))
 
-    def noisy_scores(inputs: dict[str, Tensor]) -> Tensor:
+    def compute_noisy_scores(inputs: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             scores: Tensor = module(**inputs).reshape(-1)
         return scores + scores.std() * noise
@@ -258,11 +266,11 @@ def bench_of(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
         reference.rows_of_tables(),
         folder / "agreeing",
         seed=9,
-        score_function=noisy_scores,
+        score_function=compute_noisy_scores,
     )
     return bench.model_copy(update={"validation": validation})
 
 
-def all_cases() -> list[Case]:
+def list_all_cases() -> list[Case]:
     """Return all cases of the record."""
-    return [*MIXED, *single_cases()]
+    return [*MIXED, *list_single_cases()]

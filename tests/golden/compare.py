@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.golden.cases import Case
-from tests.golden.numerics import is_near, is_scalar, kind_of
+from tests.golden.numerics import get_type_and_shape, is_near, is_scalar
 
 RECORD = Path(__file__).with_name("record.json")
 SAME = "same as"
@@ -48,19 +48,28 @@ def write(machine: dict[str, str], entries: Entries, path: Path = RECORD) -> Non
         groups.setdefault(group, {})[item] = line
     for group, items in sorted(groups.items()):
         equal_groups = (name for name in sorted(groups) if name < group and groups[name] == items)
-        equal_group = next((name for name in equal_groups if _owner(name) == _owner(group)), None)
+        equal_group = next(
+            (
+                name
+                for name in equal_groups
+                if _get_case_and_network(name) == _get_case_and_network(group)
+            ),
+            None,
+        )
         if equal_group is not None and len(items) > 2:
             groups[group] = {SAME: equal_group}
     content = {"machine": machine, "entries": groups}
     path.write_text(json.dumps(content, indent=0, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _owner(group: str) -> str:
+def _get_case_and_network(group: str) -> str:
     """Return the case and the network of a group."""
     return group.rpartition(" | ")[0]
 
 
-def entries_of_case(entries: Entries, case: Case, skipped_targets: Iterable[str] = ()) -> Entries:
+def select_entries_of_case(
+    entries: Entries, case: Case, skipped_targets: Iterable[str] = ()
+) -> Entries:
     """Return the record's entries of one case, without the entries of ``skipped_targets``."""
     skipped = set(skipped_targets)
     start = f"{case.name} | {case.network} | "
@@ -71,7 +80,7 @@ def entries_of_case(entries: Entries, case: Case, skipped_targets: Iterable[str]
     }
 
 
-def differences(expected: Entries, actual: Entries, *, exact: bool, trains: bool) -> list[str]:
+def find_differences(expected: Entries, actual: Entries, *, exact: bool, trains: bool) -> list[str]:
     """Return one line for each entry that differs; empty if none does.
 
     If stored tensors differ after a step, the first line names the first such step.
@@ -85,7 +94,7 @@ def differences(expected: Entries, actual: Entries, *, exact: bool, trains: bool
     lines, first_step = [], ""
     for key in sorted(expected.keys() | actual.keys()):
         first, second = expected.get(key), actual.get(key)
-        if first == second or (first and second and _allowed(key, first, second, exact, trains)):
+        if first == second or (first and second and _is_allowed(key, first, second, exact, trains)):
             continue
         if first and second and key.endswith(ALL):
             first_step = first_step or f"{key}: the first step after which stored tensors differ"
@@ -94,24 +103,24 @@ def differences(expected: Entries, actual: Entries, *, exact: bool, trains: bool
         elif second is None:
             lines.append(f"{key}: recorded {first}, got nothing of this name")
         elif key.endswith("| operators"):
-            lines.append(f"{key}: {_counts_that_differ(first, second)}")
+            lines.append(f"{key}: {_describe_counts_that_differ(first, second)}")
         else:
             near = f" (mean and rms within {NEAR:.1%})" if is_near(first, second, NEAR) else ""
             lines.append(f"{key}: recorded {first}, got {second}{near}")
     return [first_step, *lines] if first_step else lines
 
 
-def _allowed(key: str, expected: str, actual: str, exact: bool, trains: bool) -> bool:
+def _is_allowed(key: str, expected: str, actual: str, exact: bool, trains: bool) -> bool:
     if exact:
         return False
     if key.endswith(ALL):  # every tensor of the last step has an entry with statistics
         return True
     if trains and is_scalar(expected) and is_scalar(actual):
-        return kind_of(expected) == kind_of(actual)
+        return get_type_and_shape(expected) == get_type_and_shape(actual)
     return is_near(expected, actual, NEAR_TRAINED if trains else NEAR)
 
 
-def _counts_that_differ(expected: str, actual: str) -> str:
+def _describe_counts_that_differ(expected: str, actual: str) -> str:
     pairs = [dict(item.rsplit(":", 1) for item in text.split()) for text in (expected, actual)]
     names = sorted(name for name in pairs[0] | pairs[1] if pairs[0].get(name) != pairs[1].get(name))
     return "; ".join(

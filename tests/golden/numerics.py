@@ -28,7 +28,7 @@ LIBRARIES = ("torch", "numpy", "scipy", "numba", "onnx", "onnx-ir", "onnxscript"
 LINE = re.compile(r"(?P<type>\S+) (?P<digest>[0-9a-f]{16}) mean (?P<mean>\S+) rms (?P<rms>\S+)")
 
 
-def machine() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     """Return properties that may change last bits: CPU vendor and features, library versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     entries = [line.partition(":") for line in lines]
@@ -45,7 +45,9 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def line_of(kind: str, content: bytes, shape: tuple[int, ...], values: NDArray[np.float64]) -> str:
+def format_line(
+    kind: str, content: bytes, shape: tuple[int, ...], values: NDArray[np.float64]
+) -> str:
     """Return one line that describes a tensor.
 
     Args:
@@ -63,20 +65,20 @@ def line_of(kind: str, content: bytes, shape: tuple[int, ...], values: NDArray[n
     return f"{title} {digest(content)} mean {mean:.5g} rms {rms:.5g}"
 
 
-def line_of_array(array: NDArray[np.generic]) -> str:
+def format_array(array: NDArray[np.generic]) -> str:
     """Return one line that describes scores; all NaNs are treated as equal."""
     array = np.where(np.isnan(array), np.float32("nan"), array).astype(np.float32)
-    return line_of("float32", array.tobytes(), array.shape, array.astype(np.float64))
+    return format_line("float32", array.tobytes(), array.shape, array.astype(np.float64))
 
 
-def line_of_tensor(tensor: torch.Tensor) -> str:
+def format_tensor(tensor: torch.Tensor) -> str:
     """Return one line that describes a stored tensor."""
     contiguous = tensor.detach().contiguous()
     content = (
         contiguous.reshape(-1).view(torch.uint8).numpy().tobytes() if contiguous.numel() else b""
     )
     kind = str(contiguous.dtype).removeprefix("torch.")
-    return line_of(kind, content, tuple(contiguous.shape), contiguous.to(torch.float64).numpy())
+    return format_line(kind, content, tuple(contiguous.shape), contiguous.to(torch.float64).numpy())
 
 
 def is_near(expected: str, actual: str, tolerance: float) -> bool:
@@ -86,14 +88,14 @@ def is_near(expected: str, actual: str, tolerance: float) -> bool:
     """
     first, second = LINE.fullmatch(expected), LINE.fullmatch(actual)
     if first is None or second is None:
-        return _scalars_near(expected, actual, tolerance)
+        return _are_scalars_near(expected, actual, tolerance)
     if first["type"] != second["type"]:
         return False
     allowed = tolerance * max(float(first["rms"]), 1e-12)
     return all(abs(float(first[name]) - float(second[name])) <= allowed for name in ("mean", "rms"))
 
 
-def kind_of(line: str) -> str:
+def get_type_and_shape(line: str) -> str:
     """Return the dtype and shape in a line."""
     return line.partition(" ")[0]
 
@@ -103,8 +105,8 @@ def is_scalar(line: str) -> bool:
     return line.startswith(("float", "bfloat")) and " = " in line
 
 
-def _scalars_near(expected: str, actual: str, tolerance: float) -> bool:
-    if not is_scalar(expected) or kind_of(expected) != kind_of(actual):
+def _are_scalars_near(expected: str, actual: str, tolerance: float) -> bool:
+    if not is_scalar(expected) or get_type_and_shape(expected) != get_type_and_shape(actual):
         return expected == actual
     first, second = (float(line.partition(" = ")[2]) for line in (expected, actual))
     return math.isclose(first, second, rel_tol=tolerance, abs_tol=1e-12)

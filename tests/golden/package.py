@@ -63,14 +63,14 @@ def name_in_record(name: str, names: dict[str, str]) -> str:
     return names.get(name, name)
 
 
-def recorded_tensor(name: str) -> str:
+def name_tensor_in_record(name: str) -> str:
     """Return the record's name for a stored tensor or an initializer."""
     for pattern, replacement in TENSORS.items():
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def methods() -> dict[str, type[Step]]:
+def list_methods() -> dict[str, type[Step]]:
     """Return all registered methods by their kinds in the record."""
     registered = tuple(METHODS.values())
     return {
@@ -78,14 +78,14 @@ def methods() -> dict[str, type[Step]]:
     }
 
 
-def targets() -> dict[str, str]:
+def list_targets() -> dict[str, str]:
     """Return all registered targets by their names in the record."""
     return {name_in_record(target, TARGETS): target for target in DECLARED_TARGETS}
 
 
-def step(kind: str, **settings: Any) -> Step:
+def build_step(kind: str, **settings: Any) -> Step:
     """Return a step with these settings and short training; ``kind`` is the kind in the record."""
-    method = methods()[kind]
+    method = list_methods()[kind]
     return method(**{**default_step(method).model_dump(), **settings})
 
 
@@ -108,12 +108,12 @@ def compress(step_to_apply: Step, model: Model, bench: Bench, folder: Path) -> M
         return run(step_to_apply, model, bench, folder)
 
 
-def stored_tensors(folder: Path) -> dict[str, Tensor]:
+def read_stored_tensors(folder: Path) -> dict[str, Tensor]:
     """Return all stored tensors by their names in the record."""
-    return {recorded_tensor(name): tensor for name, tensor in map_tensors(folder).items()}
+    return {name_tensor_in_record(name): tensor for name, tensor in map_tensors(folder).items()}
 
 
-def module_scores(model: Model, reference: Reference) -> NDArray[Any]:
+def compute_module_scores(model: Model, reference: Reference) -> NDArray[Any]:
     """Return the module's output on fixed valid inputs, float32."""
     inputs = generate_inputs(reference.signature, reference.rows_of_tables(), ROWS, seed=5)
     with torch.no_grad():

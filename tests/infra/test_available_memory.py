@@ -20,7 +20,12 @@ from compressors.contracts import is_out_of_memory
 from compressors.errors.compression import ModelRefused
 from infra import memory
 from infra.errors import DataRefused, OutOfMemory, SettingRefused
-from infra.memory import as_out_of_memory, estimate_available_memory, memory_errors, require_memory
+from infra.memory import (
+    convert_to_out_of_memory,
+    estimate_available_memory,
+    memory_errors,
+    require_memory,
+)
 from infra.store.disk import translate_input_error, translate_os_error
 
 MIB = 2**20
@@ -59,7 +64,7 @@ def onnxruntime_error() -> None:
 def test_allocation_error_of_each_library_is_out_of_memory(cause):
     fault = raised_exception(cause)
     assert is_out_of_memory(fault), repr(fault)
-    error = as_out_of_memory(fault, "This test")
+    error = convert_to_out_of_memory(fault, "This test")
     assert error is not None
     assert str(error).startswith("This test ran out of memory.")
 

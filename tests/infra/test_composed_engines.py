@@ -27,10 +27,10 @@ from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
 from compressors.prune.tables.dimensions import Dimensions
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
-from infra.tensorrt.engines import build_engine, installed_version
+from infra.tensorrt.engines import build_engine, find_installed_version
 
 needs_rtx = pytest.mark.skipif(
-    installed_version("tensorrt-rtx") is None,
+    find_installed_version("tensorrt-rtx") is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 FIELDS, DIM = 26, 32

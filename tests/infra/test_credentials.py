@@ -36,7 +36,7 @@ SECRET = SECRETS.of("MLFLOW_TRACKING_URI")
 ENCODED = SECRETS.in_address("MLFLOW_TRACKING_URI")  # percent-encoded
 
 
-def formatted_exception(fault: BaseException) -> str:
+def format_exception_as_text(fault: BaseException) -> str:
     """Return all text of an exception that a program may print or store."""
     return "".join(traceback.format_exception(fault)) + repr(fault) + repr(fault.args)
 
@@ -165,7 +165,7 @@ def test_remove_database_secrets_separates_passwords_from_the_uri(
 def test_error_for_an_invalid_database_uri_does_not_quote_it() -> None:
     with pytest.raises(ValueError, match="not a database URI") as raised:
         remove_database_secrets(f"postgresql://me:{ENCODED}@db:port/m")
-    assert_no_secret(formatted_exception(raised.value))
+    assert_no_secret(format_exception_as_text(raised.value))
 
 
 def test_pass_to_driver_adds_the_password_only_for_its_uri(tmp_path) -> None:
@@ -223,7 +223,7 @@ def test_errors_of_the_registry_do_not_contain_the_credential_of_its_uri(
     monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)  # 100 s otherwise
     with pytest.raises((InfraError, Refused)) as raised:
         Registry(load_settings().registry_uri).models()
-    assert_no_secret(formatted_exception(raised.value), caplog.text)
+    assert_no_secret(format_exception_as_text(raised.value), caplog.text)
     assert raised.value.__cause__ is None
 
 
@@ -237,7 +237,7 @@ def test_errors_of_an_s3_store_do_not_contain_a_credential(monkeypatch: pytest.M
     for work in (lambda: Store("s3://models/x").keys(""), lambda: create_buckets(("models",))):
         with pytest.raises((InfraError, Refused)) as raised:
             work()
-        assert_no_secret(formatted_exception(raised.value))
+        assert_no_secret(format_exception_as_text(raised.value))
 
 
 @pytest.mark.parametrize("name", ["RECPRESS_STORE", "RECPRESS_TRITON"])
@@ -250,7 +250,7 @@ def test_error_for_an_invalid_root_does_not_contain_its_credential(name: str, fo
         try:
             uri = Store(root, name).root
         except SettingRefused as fault:
-            assert_no_secret(formatted_exception(fault))
+            assert_no_secret(format_exception_as_text(fault))
         else:
             assert uri.startswith("file://")  # the root is a valid name of a folder
 
@@ -261,7 +261,7 @@ def test_error_for_an_invalid_setting_does_not_contain_its_credential(
     monkeypatch.setenv("RECPRESS_DEVICE", f"http://me:{ENCODED}@host")
     with raises_code(SettingRefused, "variable_invalid", name="RECPRESS_DEVICE") as raised:
         load_settings()
-    assert_no_secret(formatted_exception(raised.value))
+    assert_no_secret(format_exception_as_text(raised.value))
 
 
 class LibraryError(Exception):
@@ -308,7 +308,7 @@ def test_clean_exceptions_removes_secrets_and_keeps_the_class(
 
     with pytest.raises(kind) as raised:
         work()
-    assert_no_secret(formatted_exception(raised.value))
+    assert_no_secret(format_exception_as_text(raised.value))
     assert "host" in str(raised.value)
 
 

@@ -28,10 +28,10 @@ from compressors.quantize.dense.float8_dense import Float8Dense
 from compressors.quantize.dense.weight_int4 import WeightInt4
 from compressors.quantize.dense.weight_int8 import WeightInt8
 from infra.tensorrt.audit import judge_sparsity
-from infra.tensorrt.engines import Engine, build_engine, installed_version
+from infra.tensorrt.engines import Engine, build_engine, find_installed_version
 
 needs_rtx = pytest.mark.skipif(
-    installed_version("tensorrt-rtx") is None,
+    find_installed_version("tensorrt-rtx") is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 INPUTS, WIDTH = 500, 512  # 500 is not a multiple of the blocks of weights that share a scale

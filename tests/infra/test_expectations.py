@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from error_codes import Text, raises_code, raises_value_error
-from signatures import with_output
+from signatures import replace_output
 
 from compressors.contracts import DenseInput, IdInput, JaggedBag, Output, PaddedBag, Signature
 from infra.data import expectations
@@ -212,7 +212,7 @@ def test_label_rate_outside_the_given_bounds_fails(write):
 
 
 def test_ranking_labels_that_are_negative_or_all_zero_fail(write):
-    ranking = with_output(signature_reading("click"), kind="ranking", form="score")
+    ranking = replace_output(signature_reading("click"), kind="ranking", form="score")
 
     def rules(labels):
         path = write(train={"click": pa.array(labels)})["train"]

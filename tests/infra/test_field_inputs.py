@@ -25,9 +25,9 @@ def split(tmp_path):
     """Write a parquet file of valid rows, in which some columns are replaced; return it."""
 
     def write(**replaced):
-        random = np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         clicks = {"click": pa.array(np.arange(ROWS) % 2)}
-        table = pa.table(draw_columns(ROWS, random) | clicks | replaced)
+        table = pa.table(draw_columns(ROWS, rng) | clicks | replaced)
         pq.write_table(table, tmp_path / "split.parquet")
         return tmp_path / "split.parquet"
 

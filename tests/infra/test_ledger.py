@@ -215,7 +215,7 @@ def test_entry_that_does_not_continue_the_previous_entry_is_reported_as_damage(l
         first.model_copy(update={"sequence": 2, "previous": "1", "model": "other"}),
     ):
         # The digest is recomputed, so that only the changed field can be refused.
-        body = forged.with_digest(first).model_dump_json().encode()
+        body = forged.add_digest(first).model_dump_json().encode()
         ledger._store.write("ledger/ranker/00000002.json", body)
         with pytest.raises(ArtifactDamaged) as caught:
             ledger.champion()
@@ -226,7 +226,7 @@ def test_changed_entry_with_a_recomputed_digest_is_detected_at_the_next_entry(le
     for version in "123":
         promote(ledger, version)
     first = ledger.entries()[0]
-    changed = first.model_copy(update={"reason": "another reason"}).with_digest(None)
+    changed = first.model_copy(update={"reason": "another reason"}).add_digest(None)
     ledger._store.write("ledger/ranker/00000001.json", changed.model_dump_json().encode())
     with raises_code(ArtifactDamaged, "ledger_digest_differs") as caught:
         ledger.entries()

@@ -20,7 +20,7 @@ ALLOWED = ("new_draft_models",)
 MODULE = "new_draft_models"
 
 
-def described(name: str) -> Architecture:
+def describe(name: str) -> Architecture:
     """Import a network of ``new_draft_models`` and describe it.
 
     The module is executed again, because only constructors that run meanwhile are recorded.
@@ -35,7 +35,7 @@ def not_imported(monkeypatch):
 
 
 def test_description_has_objects_by_class_and_arguments_without_defaults():
-    assert described("shop") == Architecture(
+    assert describe("shop") == Architecture(
         path="new_draft_models:ShopNet",
         config={
             "settings": {
@@ -64,7 +64,7 @@ def test_description_has_objects_by_class_and_arguments_without_defaults():
 
 
 def test_network_built_from_its_description_has_the_same_layers():
-    architecture = described("shop")
+    architecture = describe("shop")
     register_argument_classes(argument_classes(architecture.argument_classes, ALLOWED))
     built = network_class(architecture.path, ALLOWED)(**decode_arguments(architecture.config))
     assert str(built) == str(new_draft_models.shop())
@@ -72,7 +72,7 @@ def test_network_built_from_its_description_has_the_same_layers():
 
 
 def test_variable_constructed_while_its_module_is_imported_is_described():
-    assert described("tied") == Architecture(path="new_draft_models:TiedNet")
+    assert describe("tied") == Architecture(path="new_draft_models:TiedNet")
 
 
 def test_prints_of_the_imported_code_go_to_standard_error(capsys):
@@ -103,7 +103,7 @@ def test_import_from_a_module_that_is_not_allowed_raises_before_it_runs():
 
 def test_function_as_argument_raises_with_its_place():
     with raises_code(DraftRefused, "argument_not_stored", place="FunctionNet(activation)"):
-        described("function")
+        describe("function")
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_decoding_a_malformed_description_raises(value):
 
 
 def test_arguments_that_are_changed_later_are_described_as_given():
-    assert described("changed").config == {
+    assert describe("changed").config == {
         "widths": [3],
         "settings": {"$class": "new_draft_models:Width", "$arguments": {"dim": 8}},
         "level": {"$class": "new_draft_models:Level", "$arguments": {"value": 2}},
@@ -195,4 +195,4 @@ def test_arguments_that_are_changed_later_are_described_as_given():
 
 def test_variable_arguments_raise():
     with raises_code(DraftRefused, "argument_not_stored", place="AnyArguments(*widths)"):
-        described("any_arguments")
+        describe("any_arguments")

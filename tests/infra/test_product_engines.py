@@ -5,7 +5,7 @@ in float16 does not fit into the scratch memory of a request of one row.
 """
 
 import pytest
-from models import Reference, only_graph
+from models import Reference, get_only_graph
 from weight_readers import LONGEST, MASKED_ITEM_HEAD, MaskedItemHead
 
 from compressors.contracts import Bench
@@ -16,14 +16,14 @@ from compressors.core.units import stored_bytes
 from compressors.lower.export import lower
 from compressors.quantize.dense.float16 import Float16
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
-from infra.tensorrt.engines import build_engine, installed_version
+from infra.tensorrt.engines import build_engine, find_installed_version
 
 ROWS, DIM, BATCH = 400_000, 32, 64
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    installed_version("tensorrt-rtx") is None,
+    find_installed_version("tensorrt-rtx") is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 @pytest.mark.parametrize("step", [RowwiseInt8(), Float16()], ids=lambda step: step.kind)
@@ -32,7 +32,7 @@ def test_engine_of_an_output_head_does_not_widen_its_table(step: Method, tmp_pat
     bench = Bench(signature=reference.signature)
     model = run_or_skip(step, reference.model(), bench, tmp_path / "out")
     graph = tmp_path / "model.onnx"
-    lowered = lower(model.module, only_graph(reference.signature), "tensorrt-rtx", graph)
+    lowered = lower(model.module, get_only_graph(reference.signature), "tensorrt-rtx", graph)
     lists = {"low": (1, 1), "best": (BATCH, LONGEST), "high": (BATCH, LONGEST)}
     request = BuildRequest(
         target="tensorrt-rtx",

@@ -45,13 +45,13 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def described(name: str) -> Architecture:
+def describe(name: str) -> Architecture:
     return describe_architecture(*import_network(f"{MODULE}:{name}", (MODULE,)))
 
 
 @pytest.mark.parametrize("name", ["reading", "copied"])
 def test_object_that_reads_a_file_or_was_not_constructed_is_described_by_reads(name: str) -> None:
-    assert described(name).config == {"rows": {READS: READS_OF_ROWS}, "dim": 4}
+    assert describe(name).config == {"rows": {READS: READS_OF_ROWS}, "dim": 4}
 
 
 def test_network_is_built_from_recorded_reads_without_the_file(rows: Path) -> None:
@@ -67,7 +67,7 @@ def test_network_is_built_from_recorded_reads_without_the_file(rows: Path) -> No
 def test_value_that_only_python_can_use_is_refused_with_its_place() -> None:
     place = "AveragingNet(rows).matrix()"
     with raises_code(DraftRefused, "read_not_stored", place=place, kind="Tensor"):
-        described("averaging")
+        describe("averaging")
 
 
 def test_read_that_was_not_recorded_raises_what_the_object_would_raise() -> None:

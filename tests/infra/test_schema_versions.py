@@ -1,4 +1,7 @@
-"""Migration of ``model.json`` from schema version 1, and the locations in its errors."""
+"""Migration of ``model.json`` from schema version 1, and the locations in its errors.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import copy
 import json

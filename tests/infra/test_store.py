@@ -260,13 +260,13 @@ def test_manifest_with_a_changed_hash_is_damage(stored, folder):
     changed_entry = next(entry for entry in manifest["files"] if entry["path"] == "model.json")
     changed_entry["chunks"] = ["0" * 64]
     entries = tuple(FileEntry(**entry) for entry in manifest["files"])
-    manifest["blobs"] = list(StoreManifest.of(entries).with_blobs().blobs)
+    manifest["blobs"] = list(StoreManifest.of(entries).add_blobs().blobs)
     stored.overwrite(key, json.dumps(manifest).encode())
     with raises_code(ArtifactDamaged, "manifest_changed"):
         stored.store.manifest(artifact)
     # A root that matches the changed files is refused too, because it is not the artifact's name.
     forged = StoreManifest.of(tuple(FileEntry(**entry) for entry in manifest["files"]))
-    forged = forged.with_blobs()
+    forged = forged.add_blobs()
     stored.overwrite(key, forged.model_dump_json().encode())
     with raises_code(ArtifactDamaged, "manifest_changed"):
         stored.store.manifest(artifact)

@@ -1,9 +1,9 @@
 """Removal of temporary files: files of killed processes are removed, others are kept.
 
 The name of a temporary file contains machine, PID and start time of the process that writes it.
-Arguments of ``open_draft`` are the folder of the result, the job, and path and size of a file. A
-draft is an artifact that is being written. ``EARLIER_SIBLINGS`` is the pattern of names that
-version 0.1.0 gave to temporary folders next to their results.
+Arguments of ``open_writer`` are the folder of the result, the job, and path and size of a file.
+``EARLIER_SIBLINGS`` is the pattern of names that version 0.1.0 gave to temporary folders next to
+their results.
 """
 
 import os
@@ -20,7 +20,7 @@ import pytest
 
 from infra.store import folder as store_folder
 from infra.store import temporary
-from infra.store.draft import open_draft
+from infra.store.artifact_writer import open_writer
 from infra.store.object_store import Store
 from infra.store.temporary import (
     MAX_AGE_SECONDS,
@@ -135,7 +135,7 @@ def test_zombie_process_does_not_count_as_running(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     try:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # WNOWAIT keeps the zombie
-        assert temporary._start_time(process.pid) == -1
+        assert temporary._read_start_time(process.pid) == -1
         assert not temporary._is_running(process.pid, 1)
     finally:
         process.wait()
@@ -143,7 +143,7 @@ def test_zombie_process_does_not_count_as_running(tmp_path: Path) -> None:
 
 def test_file_of_an_earlier_process_with_the_same_pid_is_removed(tmp_path: Path) -> None:
     current_name = generate_owned_name("key", "tmp")
-    start = temporary._start_time(os.getpid())
+    start = temporary._read_start_time(os.getpid())
     earlier_name = current_name.replace(f"-{start}-", f"-{start - 1}-")
     for name in (current_name, earlier_name):
         (tmp_path / name).touch()
@@ -154,7 +154,7 @@ def test_file_of_an_earlier_process_with_the_same_pid_is_removed(tmp_path: Path)
 def name_from_another_machine(monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the name of a temporary file that another machine would create."""
     with monkeypatch.context() as patch:
-        patch.setattr(temporary, "_machine_id", lambda: "0123456789ab")
+        patch.setattr(temporary, "_compute_machine_id", lambda: "0123456789ab")
         return generate_owned_name(".out", "part")
 
 
@@ -209,7 +209,7 @@ def test_remove_leftovers_removes_a_symlink_and_keeps_its_target(
 ) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "f").touch()
-    start = temporary._start_time(os.getpid())
+    start = temporary._read_start_time(os.getpid())
     # The name of a file of a process that has ended: with the same PID and another start time.
     link = tmp_path / generate_owned_name("x", "tmp").replace(f"-{start}-", "-1-")
     link.symlink_to(tmp_path / "kept")
@@ -234,21 +234,21 @@ def test_scratch_folder_is_private_and_removed_after_an_error(top: Path) -> None
     assert list((top / "tmp").iterdir()) == []
 
 
-# --- Drafts: a repeated command resumes a killed run, so only old drafts are removed ----------
+# --- a repeated command resumes a killed run, so only old unfinished artifacts are removed ----
 
 
-def leave_unfinished_draft(into: Path, days: float) -> None:
+def leave_unfinished_artifact(into: Path, days: float) -> None:
     """Create the files of a killed run of ``tables quantize`` that changed ``days`` days ago."""
-    with open_draft(into, "job", "data", 5) as unfinished:
-        unfinished.write("0", [(0, memoryview(b"12345"))])
-    read_last_change = time.time() - days * 86_400
+    with open_writer(into, "job", "data", 5) as writer:
+        writer.write("0", [(0, memoryview(b"12345"))])
+    last_change = time.time() - days * 86_400
     unfinished_folder = into.with_name(f".{into.name}.part")
     for path in (
         *unfinished_folder.rglob("*"),
         unfinished_folder,
         into.with_name(f".{into.name}.journal"),
     ):
-        os.utime(path, (read_last_change, read_last_change))
+        os.utime(path, (last_change, last_change))
 
 
 def hidden_files(folder: Path) -> list[str]:
@@ -256,42 +256,42 @@ def hidden_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
 
 
-def finish_other_draft(folder: Path) -> None:
-    """Write and publish a draft in ``folder``, which removes abandoned drafts there."""
-    with open_draft(folder / "other", "job", "data", 5) as unfinished:
-        unfinished.write("0", [(0, memoryview(b"12345"))])
-        unfinished.publish(unfinished.seal())
+def finish_other_artifact(folder: Path) -> None:
+    """Publish an artifact in ``folder``, which removes abandoned unfinished artifacts there."""
+    with open_writer(folder / "other", "job", "data", 5) as writer:
+        writer.write("0", [(0, memoryview(b"12345"))])
+        writer.publish(writer.seal())
 
 
-def test_draft_unchanged_for_more_than_a_week_is_removed(tmp_path: Path) -> None:
-    leave_unfinished_draft(tmp_path / "recent", days=6)
-    leave_unfinished_draft(tmp_path / "old", days=8)
-    finish_other_draft(tmp_path)
+def test_unfinished_artifact_unchanged_for_more_than_a_week_is_removed(tmp_path: Path) -> None:
+    leave_unfinished_artifact(tmp_path / "recent", days=6)
+    leave_unfinished_artifact(tmp_path / "old", days=8)
+    finish_other_artifact(tmp_path)
     assert hidden_files(tmp_path) == [".recent.journal", ".recent.part"]
 
 
-def test_old_draft_that_a_process_has_open_is_kept(tmp_path: Path) -> None:
-    with open_draft(tmp_path / "open", "job", "data", 5):
+def test_old_unfinished_artifact_that_a_process_has_open_is_kept(tmp_path: Path) -> None:
+    with open_writer(tmp_path / "open", "job", "data", 5):
         for path in (tmp_path / ".open.journal", *(tmp_path / ".open.part").rglob("*")):
             os.utime(path, (0, 0))
         os.utime(tmp_path / ".open.part", (0, 0))
-        finish_other_draft(tmp_path)
+        finish_other_artifact(tmp_path)
         assert hidden_files(tmp_path) == [".open.journal", ".open.part"]
 
 
 def test_old_file_with_a_journals_name_but_other_content_is_kept(tmp_path: Path) -> None:
     (tmp_path / ".unrelated.journal").write_text("not a header\n")
     os.utime(tmp_path / ".unrelated.journal", (0, 0))
-    finish_other_draft(tmp_path)
+    finish_other_artifact(tmp_path)
     assert hidden_files(tmp_path) == [".unrelated.journal"]
 
 
-def test_draft_refused_for_a_full_folder_leaves_no_journal(tmp_path: Path) -> None:
+def test_result_refused_for_a_full_folder_leaves_no_journal(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "f").touch()
     with (
         pytest.raises(Exception, match="not empty"),
-        open_draft(tmp_path / "full", "job", "data", 5),
+        open_writer(tmp_path / "full", "job", "data", 5),
     ):
         pass
     assert hidden_files(tmp_path) == []

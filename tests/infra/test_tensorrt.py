@@ -30,11 +30,11 @@ from infra.tensorrt.audit import (
     TWIN_ROWS,
     check_weights,
     find_tables,
-    halve,
+    halve_large_tables,
     judge_scratch,
     read_log_bytes,
 )
-from infra.tensorrt.engines import build_engine, installed_version
+from infra.tensorrt.engines import build_engine, find_installed_version
 
 try:
     import tensorrt_rtx_bindings
@@ -162,7 +162,7 @@ def test_engine_of_a_packed_table_passes_the_audit(tmp_path, table):
     stored = (tmp_path / "out" / "model.engine").read_bytes()
     assert len(stored) == engine.bytes
     assert hashlib.sha256(stored).hexdigest() == engine.sha256
-    assert engine.version == installed_version("tensorrt-rtx")
+    assert engine.version == find_installed_version("tensorrt-rtx")
     record = json.loads((tmp_path / "out" / "build.json").read_text())
     assert record["engine"]["sha256"] == engine.sha256
 
@@ -334,7 +334,7 @@ def test_missing_tensorrt_is_refused_with_the_target(tmp_path, monkeypatch, targ
     request = build_request(tmp_path / "model.onnx", 1, 1, target=target)
     with raises_code(BuildRefused, "tensorrt_missing", target=target):
         build_engine(request, tmp_path)
-    assert installed_version(target) is None
+    assert find_installed_version(target) is None
 
 
 def test_bindings_without_their_native_libraries_count_as_missing(tmp_path, monkeypatch):
@@ -405,7 +405,7 @@ def test_halve_keeps_the_first_half_of_large_tables_and_all_of_small_tables(kind
     names = ("codes",) if kind == "fp16" else ("codes", "scale")
     large = TableWeights(module="items", rows=rows, initializers=names)
     small = TableWeights(module="weight", rows=FIELDS * dim, initializers=("weight",))
-    removed = halve(model, [large, small])
+    removed = halve_large_tables(model, [large, small])
     after = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     kept_rows = rows // 4 * 2  # half, rounded down to an even number: 4-bit rows end on a byte
     for name, values in before.items():
@@ -434,7 +434,7 @@ def test_halve_keeps_only_the_shared_scales_of_the_kept_rows():
     kept_rows = rows // 128 // 2 * 128
     kept_scales = kept_rows // 64
     removed_scales = len(shared) - kept_scales
-    assert halve(model, [table]) == (rows - kept_rows) * DIM + removed_scales * 2
+    assert halve_large_tables(model, [table]) == (rows - kept_rows) * DIM + removed_scales * 2
     (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == "scale")
     np.testing.assert_array_equal(numpy_helper.to_array(scale), shared[:kept_scales])
     initializers = find_tables(model, [table.model_copy(update={"rows": kept_rows})])
@@ -447,7 +447,7 @@ def test_halve_cuts_a_table_shared_by_two_modules_once():
     tables = [
         TableWeights(module=name, rows=rows, initializers=("codes", "scale")) for name in "ab"
     ]
-    assert halve(model, tables) == rows // 2 * (DIM + 2)
+    assert halve_large_tables(model, tables) == rows // 2 * (DIM + 2)
     halved = [table.model_copy(update={"rows": rows // 2}) for table in tables]
     assert set(find_tables(model, halved)) == {"a", "b"}
 
@@ -455,10 +455,10 @@ def test_halve_cuts_a_table_shared_by_two_modules_once():
 def test_halve_returns_none_without_a_large_table():
     model, _ = build_lookup_model("int8", 100)
     table = TableWeights(module="items", rows=100, initializers=("codes",))
-    assert halve(model, [table]) is None
+    assert halve_large_tables(model, [table]) is None
 
 
 def test_halve_does_not_cut_a_table_that_the_graph_multiplies():
     model, _ = build_lookup_model("int8", TWIN_ROWS)
     table = TableWeights(module="items", rows=TWIN_ROWS, initializers=("codes",), multiplied=True)
-    assert halve(model, [table]) is None
+    assert halve_large_tables(model, [table]) is None

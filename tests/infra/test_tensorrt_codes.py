@@ -27,10 +27,10 @@ from compressors.quantize.tables.kmeans import KMeans
 from compressors.quantize.tables.product_codes import ProductCodes
 from compressors.quantize.tables.residual_codes import ResidualCodes
 from infra.errors import BuildRefused
-from infra.tensorrt.engines import Engine, build_engine, installed_version
+from infra.tensorrt.engines import Engine, build_engine, find_installed_version
 
 pytestmark = pytest.mark.skipif(
-    installed_version("tensorrt-rtx") is None,
+    find_installed_version("tensorrt-rtx") is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 FIELDS = 26

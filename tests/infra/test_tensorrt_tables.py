@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from error_codes import raises_code
-from models import Reference, only_graph
+from models import Reference, get_only_graph
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, IdInput, Output, Signature
@@ -31,12 +31,12 @@ from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.errors import BuildRefused
-from infra.tensorrt.engines import build_engine, installed_version
+from infra.tensorrt.engines import build_engine, find_installed_version
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        installed_version("tensorrt-rtx") is None,
+        find_installed_version("tensorrt-rtx") is None,
         reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
     ),
 ]
@@ -101,7 +101,7 @@ def build_request(case: Case, folder: Path) -> BuildRequest:
     packed = stored_bytes(model.module)
     assert packed == ROWS * case.row_bytes + bytes_outside_rows(model.module)
     lowered = lower(
-        model.module, only_graph(SIGNATURE), "tensorrt-rtx", folder / "model.onnx", most_rows=64
+        model.module, get_only_graph(SIGNATURE), "tensorrt-rtx", folder / "model.onnx", most_rows=64
     )
     (table,) = lowered.tables
     weights = TableWeights(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from error_codes import raises_code, raises_value_error
-from models import REFERENCES, lowered_reference
+from models import REFERENCES, lower_reference
 from pbtxt_reader import parse_message
 from triton_configs import (
     PRICE,
@@ -183,7 +183,7 @@ def test_warm_ups_have_the_smallest_optimal_and_largest_batch() -> None:
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)
 def test_graph_returns_finite_scores_for_every_warm_up_request(reference: Any) -> None:
-    lowered = lowered_reference(reference.network.__name__, (), "onnxruntime")
+    lowered = lower_reference(reference.network.__name__, (), "onnxruntime")
     inputs = declared_tensors(lowered.signature, lowered.lowered.wrapper.rows_of_table)
     text = config(served_version(*inputs, batches=(1, 7, 130))).decode()
     batch_sizes = []
@@ -200,7 +200,7 @@ def test_graph_returns_finite_scores_for_every_warm_up_request(reference: Any) -
 def test_config_has_the_inputs_and_outputs_of_the_onnx_graph() -> None:
     import onnx
 
-    lowered = lowered_reference("Ranker", (), "onnxruntime")
+    lowered = lower_reference("Ranker", (), "onnxruntime")
     inputs = declared_tensors(lowered.signature, lowered.lowered.wrapper.rows_of_table)
     message = parse_message(config(served_version(*inputs)).decode())
     onnx_graph = onnx.load(lowered.path).graph

@@ -3,13 +3,13 @@
 Reading order:
 
 parts.py           parts that work on vectors, and the interface of a part
-shape_parts.py     parts that reorder the elements of a vector or transform them element by element
+shape_parts.py     parts that rearrange a vector, or transform its values
 field_parts.py     parts that work on stacked fields: interactions
 sequence_parts.py  parts that work on sequences: masked pooling and attention
 input_parts.py     parts that read inputs: lookups, bags, histories, dense inputs
 network.py         builds a network from a list of parts
 generator.py       generates a network with its signature and weights from a seed
-inputs.py          rows with edge cases, and a second implementation of the request policy
+inputs.py          rows with edge cases, and the policies for invalid ids in Python
 bench.py           training, validation and calibration rows as prepared data
 reference.py       the same network with decoded weights
 rounding_errors.py perturbs a network by the rounding errors of a target's arithmetic

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Bench, DenseInput, JaggedBag, Signature, Split
 from tests.random_networks.generator import Case
-from tests.random_networks.inputs import Rows, ids_of_rows, typical_rows
+from tests.random_networks.inputs import Rows, draw_typical_rows, take_ids_of_rows
 
 BENCH_ROWS = 64
 
@@ -28,7 +28,7 @@ def write_bench(case: Case, module: nn.Module, tables: dict[str, int], folder: P
     """
     parts: dict[str, Split] = {}
     for seed, name in enumerate(("calibration", "train", "validation"), 70):
-        rows = typical_rows(case.signature, tables, BENCH_ROWS, case.scales, seed)
+        rows = draw_typical_rows(case.signature, tables, BENCH_ROWS, case.scales, seed)
         with torch.no_grad():
             score = module(**rows).reshape(-1).nan_to_num()
         if name == "train":  # the network is its teacher, whose scores are the soft labels
@@ -46,7 +46,7 @@ def _prepared_tensors(signature: Signature, rows: Rows) -> dict[str, Tensor]:
     for item in signature.inputs:
         tensors[item.name] = rows[item.name]
         if isinstance(item, JaggedBag) and not isinstance(item, DenseInput):
-            lengths = torch.tensor([len(ids) for ids in ids_of_rows(item, rows)])
+            lengths = torch.tensor([len(ids) for ids in take_ids_of_rows(item, rows)])
             tensors[f"@bounds/{item.name}"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     if signature.group is not None:
         tensors["@group"] = torch.arange(BENCH_ROWS) // 8

@@ -35,20 +35,20 @@ from compressors.core.units import Unit
 from compressors.errors.compression import CompressionError, ContractBroken, ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.audit import audit
-from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
+from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
 from compressors.lower.export import lower
 from compressors.lower.parity import check_parity
 from compressors.lower.serving_wrapper import VECTOR, ServedGraph, input_names, served_graphs
 from infra.onnxruntime.sessions import Session, optimized_graph
-from tests.random_networks import inputs as row_makers
+from tests.random_networks import inputs as input_rows
 from tests.random_networks.bench import write_bench
-from tests.random_networks.generator import Case, rows_of
-from tests.random_networks.inputs import Rows, replace_invalid_ids, some_rows
-from tests.random_networks.reference import decoded_network
+from tests.random_networks.generator import Case, count_rows
+from tests.random_networks.inputs import Rows, replace_invalid_ids, select_rows
+from tests.random_networks.reference import decode_network
 from tests.random_networks.rounding_errors import (
     ROUNDING_ERRORS,
+    add_rounding_errors,
     is_beyond_float16,
-    with_rounding_errors,
 )
 
 FloatArray = NDArray[np.float32]
@@ -125,14 +125,14 @@ class Checker:
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder, self.findings = case, folder, Findings()
         self.source = case.model()
-        self.tables = rows_of(self.source.module, case.signature)
+        self.tables = count_rows(self.source.module, case.signature)
         self.bench = write_bench(case, self.source.module, self.tables, folder / "bench")
         seed, signature, scales = case.seed, case.signature, case.scales
         self.rows: dict[str, Rows] = {
-            "typical": row_makers.typical_rows(signature, self.tables, 48, scales, seed),
-            "edge": row_makers.edge_rows(signature, self.tables, scales, seed),
-            "extreme": row_makers.extreme_rows(signature, self.tables, scales, seed),
-            "empty": row_makers.empty_rows(signature, self.tables, 2),
+            "typical": input_rows.draw_typical_rows(signature, self.tables, 48, scales, seed),
+            "edge": input_rows.draw_edge_rows(signature, self.tables, scales, seed),
+            "extreme": input_rows.draw_extreme_rows(signature, self.tables, scales, seed),
+            "empty": input_rows.make_empty_rows(signature, self.tables, 2),
         }
         self.number = 0
         self.findings.counts["networks"] += 1
@@ -147,7 +147,7 @@ class Checker:
             if " got KeyError(" in str(refusal) or " got IndexError(" in str(refusal):
                 self.add_fault(where, "raw exception", str(refusal))
             name = type(refusal).__name__
-            self.findings.refusals[f"{name}: {_pattern(str(refusal))}"] += 1
+            self.findings.refusals[f"{name}: {_generalize(str(refusal))}"] += 1
             self.findings.refused.append(Fault(self.case.seed, where, name, str(refusal)))
         except AssertionError as error:
             self.add_fault(where, "wrong", str(error))
@@ -211,7 +211,7 @@ class Checker:
             plain: the model before its formats were applied.
             where: the step or pass, for messages.
         """
-        reference, faults = decoded_network(packed.module, plain.module)
+        reference, faults = decode_network(packed.module, plain.module)
         for sentence in faults:
             self.add_fault(where, "decoded", sentence)
         formats = {unit.format for unit in Unit.of(packed.module)}
@@ -262,7 +262,7 @@ class Checker:
         with torch.no_grad():
             scores = [module(**rows)]
             scores += [
-                with_rounding_errors(module, ROUNDING_ERRORS[precision], seed)(**rows)
+                add_rounding_errors(module, ROUNDING_ERRORS[precision], seed)(**rows)
                 for seed in (3, 4, 5)
             ]
         scores = [torch.sigmoid(score) if squash else score for score in scores]
@@ -288,7 +288,7 @@ class Checker:
         path = self.folder / f"{graph.name}-{target}.onnx"
         lowered = lower(model.module, graph, target, path)
         plan = plan_of_graph(model, graph)
-        session = _session(path, target, plan)
+        session = _open_session(path, target, plan)
         self.findings.counts["graphs"] += 1
         self.findings.pairs.update(
             f"{unit.format} on {target}" for unit in Unit.of(graph.part(model.module))
@@ -310,7 +310,7 @@ class Checker:
             self.findings.counts["parities"] += 1
         inputs = {key: self.rows["typical"][key] for key in input_names(graph.signature)}
         for indices in ([0], [1, 2]):
-            rows = some_rows(graph.signature, inputs, indices)
+            rows = select_rows(graph.signature, inputs, indices)
             batch_scores = session.scores({key: x.numpy() for key, x in rows.items()})
             self._check_parity(
                 scores["typical"][indices], batch_scores, plan, target, model, graph, rows, few=True
@@ -320,18 +320,18 @@ class Checker:
             self.findings.counts["audits"] += 1
 
     def reference_scores(self, module: nn.Module, graph: ServedGraph, rows: Rows) -> FloatArray:
-        """Return torch's scores of a graph's part of the network, NaN for refused rows.
+        """Return torch's scores of a graph's part of the network, NaN for rows without a score.
 
         Invalid ids are replaced as ``inputs.replace_invalid_ids`` does.
         """
-        within, refused = replace_invalid_ids(graph.signature, self.tables, rows)
+        valid_rows, without_score = replace_invalid_ids(graph.signature, self.tables, rows)
         with torch.no_grad():
-            score = graph.part(module)(**within)
+            score = graph.part(module)(**valid_rows)
         if graph.outputs != (VECTOR,):  # not the graph of a tower, which returns vectors
             score = score.reshape(-1)
             score = torch.sigmoid(score) if graph.signature.single_output.form == "logit" else score
         score = score.clone()
-        score[refused] = torch.nan
+        score[without_score] = torch.nan
         return score.numpy()
 
     def _assert_same_scores(self, what: str, expected: FloatArray, actual: FloatArray) -> None:
@@ -381,9 +381,9 @@ class Checker:
             else:
                 check_parity(expected, actual, plan, target)
         except ParityLost:
-            within = replace_invalid_ids(graph.signature, self.tables, rows)[0]
+            valid_rows = replace_invalid_ids(graph.signature, self.tables, rows)[0]
             part = graph.part(model.module)
-            if target != "onnxruntime" and is_beyond_float16(part, within):
+            if target != "onnxruntime" and is_beyond_float16(part, valid_rows):
                 self.findings.counts["beyond float16"] += 1
                 return
             nan = np.isnan(expected)
@@ -392,10 +392,10 @@ class Checker:
             formats = {unit.format for unit in Unit.of(graph.part(model.module))}
             precision = "float32"
             if target != "onnxruntime" and formats - {"float32"}:
-                precision = "bfloat16" if has_bfloat16_products(plan) else "float16"
+                precision = "bfloat16" if has_bfloat16_matmuls(plan) else "float16"
             gap_tensor = torch.from_numpy(expected - actual)
             squash = graph.outputs != (VECTOR,) and graph.signature.single_output.form == "logit"
-            if not self.is_rounding(gap_tensor, part, within, precision, squash=squash):
+            if not self.is_rounding(gap_tensor, part, valid_rows, precision, squash=squash):
                 raise
 
 
@@ -404,7 +404,7 @@ def _spread(scores: FloatArray) -> float:
     return float(known.std()) if known.size else 0.0
 
 
-def _pattern(sentence: str) -> str:
+def _generalize(sentence: str) -> str:
     """Return the first words of a sentence without names and numbers, to count refusals by it."""
     words = [
         "#" if any(c.isdigit() or c in "'\"_[]" for c in word) else word
@@ -413,8 +413,8 @@ def _pattern(sentence: str) -> str:
     return " ".join(words[:14])
 
 
-def _session(path: Path, target: TargetName, plan: Plan | None) -> Session:
-    if target == "onnxruntime" or not has_bfloat16_products(plan):
+def _open_session(path: Path, target: TargetName, plan: Plan | None) -> Session:
+    if target == "onnxruntime" or not has_bfloat16_matmuls(plan):
         return Session(path, 1)
     checkable = path.with_name(f"checkable-{path.name}")
     write_checkable(path, checkable)
@@ -438,7 +438,7 @@ def run_check(case: Case, check: Callable[[Checker], None]) -> Findings:
         return checker.findings
 
 
-def units_of(model: Model) -> tuple[Sequence[str], Sequence[str]]:
+def list_float32_units(model: Model) -> tuple[Sequence[str], Sequence[str]]:
     """Return the names of the float32 tables and of the float32 layers of a model."""
     units = Unit.of(model.module)
     tables = [u.name for u in units if u.role == "table" and u.format == "float32"]

@@ -23,7 +23,7 @@ from torch import nn
 from compressors.contracts import Architecture, Network, Output, Signature
 from compressors.core.model import Model
 from compressors.core.modules.pointwise import replace_pointwise_convs
-from tests.random_networks.inputs import typical_rows
+from tests.random_networks.inputs import draw_typical_rows
 from tests.random_networks.network import RandomNetwork, TwoTowers
 from tests.random_networks.parts import PARTS, draw_activation
 
@@ -50,7 +50,7 @@ OPERATIONS = tuple(
 )
 """Kinds of parts that read other parts."""
 POLICIES = ("error", "error", "clamp", "default_row")
-"""Policies for ids outside of a table."""
+"""Values of ``out_of_range``: what a graph does with ids outside of a table."""
 SCALES = (1.0, 1.0, 1.0, 0.01, 30.0, 1000.0)
 """Standard deviations of dense inputs."""
 TABLE_SCALES = (0.01, 0.1, 0.3, 0.3, 1.0, 1.0, 3.0)
@@ -223,10 +223,12 @@ class Composer:
 def generate(seed: int) -> Case:
     """Return the network of a seed; every eighth network has two towers."""
     rng = random.Random(f"recpress {seed}")
-    return _two_tower_model(seed, rng) if seed % 8 == 7 else _click_model(seed, rng)
+    return (
+        _generate_two_tower_model(seed, rng) if seed % 8 == 7 else _generate_click_model(seed, rng)
+    )
 
 
-def _click_model(seed: int, rng: random.Random) -> Case:
+def _generate_click_model(seed: int, rng: random.Random) -> Case:
     composer = Composer(rng)
     composer.add_source("Lookup")
     composer.compose(rng.randint(2, 6), rng.randint(2, 8))
@@ -259,7 +261,7 @@ def _click_model(seed: int, rng: random.Random) -> Case:
     return Case(seed, {"parts": composer.parts, "head": head}, signature, composer.scales)
 
 
-def _two_tower_model(seed: int, rng: random.Random) -> Case:
+def _generate_two_tower_model(seed: int, rng: random.Random) -> Case:
     width, normalize = rng.choice((3, 8, 16)), rng.choice(("function", "division", "none"))
     towers = {}
     for side in ("query", "item"):
@@ -289,7 +291,7 @@ def _two_tower_model(seed: int, rng: random.Random) -> Case:
     return Case(seed, config, signature, scales)
 
 
-def _rng(seed: int, name: str) -> random.Random:
+def _create_rng(seed: int, name: str) -> random.Random:
     return random.Random(f"{seed} {name}")
 
 
@@ -297,7 +299,7 @@ def _rng(seed: int, name: str) -> random.Random:
 def set_weights(module: nn.Module, seed: int) -> None:
     """Set all weights to values of realistic magnitude; some rows and layers are unusual."""
     for name, owner in module.named_modules():
-        rng = _rng(seed, name)
+        rng = _create_rng(seed, name)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         for key, value in [*owner._parameters.items(), *owner._buffers.items()]:
             if value is None or not value.is_floating_point():
@@ -327,7 +329,9 @@ def _set_table(
 ) -> None:
     value.copy_(rng.choice(TABLE_SCALES) * draw)
     row = rng.randrange(len(value))
-    form = rng.choice(("usual", "usual", "usual", "zero", "constant", "large", "small", "equal"))
+    form = rng.choice(
+        ("typical", "typical", "typical", "zero", "constant", "large", "small", "equal")
+    )
     if form == "zero":
         value[row] = 0
     elif form == "constant":
@@ -361,8 +365,8 @@ def spread_scores(module: nn.Module, case: Case) -> None:
     """Scale the last layers so that logits of typical rows have mean 0 and deviation about 1.5."""
     if not isinstance(module, RandomNetwork):
         return
-    inputs = typical_rows(
-        case.signature, rows_of(module, case.signature), 128, case.scales, case.seed
+    inputs = draw_typical_rows(
+        case.signature, count_rows(module, case.signature), 128, case.scales, case.seed
     )
     values = {name: x.nan_to_num() for name, x in module.graph.values(inputs).items()}
     x = torch.cat([values[name] for name in module.reads], dim=1)
@@ -390,7 +394,7 @@ def spread_scores(module: nn.Module, case: Case) -> None:
     module.offset.sub_(logit.nan_to_num().mean())
 
 
-def rows_of(module: nn.Module, signature: Signature) -> dict[str, int]:
+def count_rows(module: nn.Module, signature: Signature) -> dict[str, int]:
     """Return the number of rows of each table that an input names."""
     return {
         item.table: module.get_submodule(item.table).num_embeddings

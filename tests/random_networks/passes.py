@@ -15,7 +15,7 @@ from torch import nn
 from compressors.contracts import TargetName
 from compressors.core.model import Model
 from compressors.core.units import Unit, swap
-from tests.random_networks.check import Checker, units_of
+from tests.random_networks.check import Checker, list_float32_units
 from tests.random_networks.inputs import replace_invalid_ids
 from tests.random_networks.steps import COMPOSING, LAST, LAYERS, TABLES, TARGETS, TRAINS, VALUES
 
@@ -48,9 +48,10 @@ def check_mixed_formats(checker: Checker, number: int, target: TargetName | None
         if not (retrieval and name in SUPERVISED):
             model = checker.apply_step(VALUES[name](rng), model) or model
     plain = model
-    called = set(called_units(checker))
+    called = set(find_called_units(checker))
     tables, layers = (
-        [n for n in names if n in called or rng.random() < 0.1] for names in units_of(plain)
+        [n for n in names if n in called or rng.random() < 0.1]
+        for names in list_float32_units(plain)
     )
     kinds = [kind for kind in _kinds(TABLES, retrieval) if kind not in TRAINS]
     for kind, names in assign_formats(rng, tables, kinds, checker.case.seed + number):
@@ -104,7 +105,7 @@ def assign_formats(
 
 
 @torch.no_grad()
-def called_units(checker: Checker) -> tuple[str, ...]:
+def find_called_units(checker: Checker) -> tuple[str, ...]:
     """Return the units that the network calls and whose weights it uses nowhere else."""
     rows = replace_invalid_ids(checker.case.signature, checker.tables, checker.rows["typical"])[0]
     names = []
@@ -143,7 +144,7 @@ def check_single_formats(checker: Checker, every: int) -> None:
     """
     rng = random.Random(f"formats {checker.case.seed}")
     retrieval = checker.case.signature.single_output.kind == "retrieval"
-    called = set(called_units(checker))
+    called = set(find_called_units(checker))
     for draws, role in ((TABLES, "table"), (LAYERS, "dense")):
         units = [u.name for u in Unit.of(checker.source.module) if u.role == role]
         names = tuple(name for name in units if name in called)

@@ -40,7 +40,7 @@ class QuantizedInputLinear(nn.Module):
         super().__init__()
         stored = {name: value.detach().clone() for name, value in layer.named_buffers()}
         self.layer, self.stored, self.format_name = layer, stored, layer.storage.name
-        self.weight = decoded_layer(layer)
+        self.weight = decode_layer(layer)
         self.bias = stored["bias"].float() if "bias" in stored else None
         if self.format_name == "static_int8":  # stored as a multiple of the product of both scales
             bias_scale = stored["weight_scale"] * stored["input_scale"]
@@ -57,7 +57,7 @@ class QuantizedInputLinear(nn.Module):
             scale = self.stored["input_scale"]
             return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
         if self.format_name in ("weight_int8", "weight_int4"):
-            layout = LayoutSettings.of(self.layer.settings)
+            layout = LayoutSettings.from_settings(self.layer.settings)
             if layout.activations == "int8":
                 return _quantize_blocks(x, self._block_width(layout.block))
         return x
@@ -85,14 +85,14 @@ def _quantize_blocks(x: Tensor, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def decoded_table(table: nn.Module, rows: int) -> Tensor:
+def decode_table(table: nn.Module, rows: int) -> Tensor:
     """Return all rows of a packed or composed table, float32 ``(rows, dim)``."""
     weight: Tensor = table(torch.arange(rows))
     return weight
 
 
 @torch.no_grad()
-def decoded_layer(layer: nn.Module) -> Tensor:
+def decode_layer(layer: nn.Module) -> Tensor:
     """Return the weight ``(out, in)`` of a packed layer.
 
     If the layer quantizes its inputs, the weight is decoded from the stored tensors; otherwise it
@@ -113,7 +113,7 @@ PACKED = (Bag, PackedTable, ComposedTable, PackedLinear, FactoredLinear)
 """Modules of compressed units."""
 
 
-def decoded_network(packed: nn.Module, plain: nn.Module) -> tuple[nn.Module, list[str]]:
+def decode_network(packed: nn.Module, plain: nn.Module) -> tuple[nn.Module, list[str]]:
     """Return a copy of ``plain`` with the decoded weights of ``packed``.
 
     Args:
@@ -134,7 +134,7 @@ def decoded_network(packed: nn.Module, plain: nn.Module) -> tuple[nn.Module, lis
         if isinstance(table, PackedTable | ComposedTable):
             replaced.add(name)
             old = reference.get_submodule(name)
-            weight = decoded_table(table, table.rows)
+            weight = decode_table(table, table.rows)
             if isinstance(table, PackedTable):
                 faults += _error_over_limit(name, table.storage.name, old.weight.detach(), weight)
             old.weight = nn.Parameter(weight, requires_grad=False)
@@ -147,7 +147,7 @@ def decoded_network(packed: nn.Module, plain: nn.Module) -> tuple[nn.Module, lis
                 faults += _error_over_limit(name, format_name, old.weight.detach(), new.weight)
             else:
                 new = nn.Linear(module.in_features, module.out_features)
-                new.weight = nn.Parameter(decoded_layer(module), requires_grad=False)
+                new.weight = nn.Parameter(decode_layer(module), requires_grad=False)
                 zero = torch.zeros(1, module.in_features)
                 new.bias = nn.Parameter(module(zero)[0].detach(), requires_grad=False)
             _replace(reference, old, new)

@@ -17,7 +17,7 @@ IN_FLOAT16 = ("weight_int8", "weight_int4", "float16")
 """Formats of layers that TensorRT multiplies in float16."""
 
 
-def with_rounding_errors(module: nn.Module, size: float, seed: int) -> nn.Module:
+def add_rounding_errors(module: nn.Module, size: float, seed: int) -> nn.Module:
     """Return a copy of a module that perturbs every layer's output by a relative error."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,6 +1,7 @@
-"""Parts of random networks that reorder the elements of a vector, or transform each element.
+"""Parts of random networks that rearrange a vector, or transform its values, without a layer.
 
-``takes``, ``gives``, ``size``, ``draw`` and the setting ``form`` are explained in ``parts.py``.
+``takes``, ``gives``, ``size``, ``draw`` and the setting ``form``, which selects one of the formulas
+in ``forward``, are explained in ``tests/random_networks/parts.py``.
 """
 
 import random
@@ -14,8 +15,8 @@ from tests.random_networks.parts import Part, Sizes, part
 
 
 @part
-class Reshape(Part):
-    """Reorders or pads a vector: swapped halves, flip, roll, view, index, padding, interleaving."""
+class Rearrange(Part):
+    """Reorders a vector, pads it with zeros, or appends a scaled copy of it (``stack``)."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -38,7 +39,7 @@ class Reshape(Part):
                 return x.flip(1)
             case "roll":
                 return torch.roll(x, 1, dims=1)
-            case "view":
+            case "view":  # does not change the order; exports as Reshape and Transpose
                 return x.view(-1, 1, width).transpose(1, 2).reshape(x.size(0), -1)
             case "index":
                 return x[:, self.order]
@@ -48,8 +49,8 @@ class Reshape(Part):
 
 
 @part
-class Elementwise(Part):
-    """Functions that models apply to dense inputs: log, clip, tanh, scale, norm, softmax."""
+class Transform(Part):
+    """Applies a function that models use on dense inputs, with a learned scale in some forms."""
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Mutation tests: known faults that the default test tier must detect, applied one at a time.
 
+The ledger is the list of a model's promotions and rollbacks in the store.
+
 ``python -m tests.seeded_faults`` applies each fault to a copy of the repository and runs the tests
 that the fault names. When you fix a bug, add the fault that restores it.
 ``tests/test_seeded_faults.py`` checks that all faults apply to the current code.

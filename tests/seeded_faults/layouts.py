@@ -92,8 +92,8 @@ FAULTS = (
     Fault(
         id="kernel-threads-share-first-scales",
         file="compressors/quantize/kernels/row_encoding.py",
-        old="entries = slice(begin // group_rows, -(-end // group_rows))",
-        new="entries = slice(0, -(-end // group_rows))",
+        old="scale_slice = slice(begin // group_rows, -(-end // group_rows))",
+        new="scale_slice = slice(0, -(-end // group_rows))",
         effect="With several threads rows are rounded by the scales of the first rows.",
         tests=(f"{KERNELS}::test_results_and_errors_do_not_depend_on_the_number_of_threads",),
     ),

@@ -95,7 +95,7 @@ FAULTS = (
     Fault(
         id="audit-accepts-float-gemm",
         file="compressors/lower/audit.py",
-        old="        *_unfused_products(graph, producers),\n",
+        old="        *_describe_unfused_matmuls(graph, producers),\n",
         new="",
         effect="A Gemm that computes in float32 after a DequantizeLinear passes the audit.",
         tests=(f"{AUDIT}::test_audit_rejects_int8_layers_that_are_not_fused_or_are_repacked",),

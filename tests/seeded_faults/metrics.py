@@ -69,7 +69,7 @@ FAULTS = (
         id="interval-difference-not-paired",
         file="compressors/metrics/intervals.py",
         old="        pair = before(counts), after(counts)\n",
-        new="        pair = before(counts), after(random.permutation(counts))\n",
+        new="        pair = before(counts), after(rng.permutation(counts))\n",
         effect="Two models are resampled separately, which widens the interval of the difference.",
         tests=(f"{INTERVALS}::test_the_interval_of_equal_scores_without_groups_is_exactly_zero",),
     ),
@@ -93,10 +93,10 @@ FAULTS = (
         id="cluster-interval-of-rows",
         file="compressors/metrics/intervals.py",
         old="    if group is not None:\n"
-        "        return _paired_groups(estimator.of_groups(rows), np.size(label))\n",
+        "        return _estimate_paired_groups(estimator.jackknife_groups(rows), np.size(label))\n",
         new="    if group is not None and metric_name not in "
         '("auc", "logloss", "normalized_entropy"):\n'
-        "        return _paired_groups(estimator.of_groups(rows), np.size(label))\n",
+        "        return _estimate_paired_groups(estimator.jackknife_groups(rows), np.size(label))\n",
         effect="Rows of one user count as independent: the intervals of AUC and log loss shrink.",
         tests=(f"{CLUSTERS}::test_copies_of_rows_do_not_narrow_the_interval",),
     ),
@@ -111,8 +111,8 @@ FAULTS = (
     Fault(
         id="latency-ratio-not-interleaved",
         file="compressors/metrics/intervals.py",
-        old="    if before.size == after.size:\n        values = _quantiles",
-        new="    if before.size != after.size:\n        values = _quantiles",
+        old="    if before.size == after.size:\n        values = _compute_quantiles",
+        new="    if before.size != after.size:\n        values = _compute_quantiles",
         effect="Interleaved rounds are resampled separately: a shared slowdown does not cancel.",
         tests=(
             f"{INTERVALS}::test_latency_ratio_of_equally_many_rounds_resamples_the_same_rounds",
@@ -129,8 +129,8 @@ FAULTS = (
     Fault(
         id="ranking-ties-count-as-found",
         file="compressors/metrics/estimators/recall.py",
-        old="hits = np.maximum(last_rank - places.above, 0) / places.equal",
-        new="hits = (places.above < places.depth).astype(float)",
+        old="hits = np.maximum(last_rank - ranks.above, 0) / ranks.equal",
+        new="hits = (ranks.above < ranks.depth).astype(float)",
         effect="A model with equal scores for all items has recall 1.",
         tests=(f"{RANKING}::test_recall_of_equal_scores_equals_the_recall_of_a_random_ranking",),
     ),
@@ -169,8 +169,8 @@ FAULTS = (
     Fault(
         id="changed-top1-counts-ties",
         file="compressors/metrics/score_change.py",
-        old="shared = groups.sums(best[0] & best[1]) / groups.sums(best[1])",
-        new="shared = (groups.sums(best[0] & best[1]) > 0).astype(float)",
+        old="shared = groups.sum_by_group(best[0] & best[1]) / groups.sum_by_group(best[1])",
+        new="shared = (groups.sum_by_group(best[0] & best[1]) > 0).astype(float)",
         effect="A candidate with one score for all rows counts as changing no top-1 row.",
         tests=(
             f"{CHANGE}::test_changed_top1_is_the_share_of_groups_with_another_best_row",

@@ -10,7 +10,7 @@ from tests.seeded_faults.fault import Fault
 CLI = "tests/flows/test_cli.py"
 ORDER = "tests/flows/test_order.py"
 OUTAGES = "tests/tasks/test_outages.py"
-POLICY = "tests/tasks/test_policy.py"
+TASK_CALLS = "tests/tasks/test_task_calls.py"
 
 FAULTS = (
     Fault(
@@ -26,7 +26,7 @@ FAULTS = (
     Fault(
         id="out-of-memory-shown-as-unexpected-error",
         file="flows/cli/errors.py",
-        old="    shown: Exception = as_out_of_memory(fault, quote_command(sys.argv[1:])) or fault\n",
+        old="    shown: Exception = convert_to_out_of_memory(fault, quote_command(sys.argv[1:])) or fault\n",
         new="    shown: Exception = fault\n",
         effect="Out of memory is reported like an unexpected error, without advice.",
         tests=(
@@ -117,11 +117,11 @@ FAULTS = (
     ),
     Fault(
         id="bad-order-retried",
-        file="tasks/orchestration/policy.py",
+        file="tasks/orchestration/task_calls.py",
         old="    return isinstance(fault, InfraError) and run.run_count <= OTHER_RETRIES\n",
         new="    return run.run_count <= OTHER_RETRIES\n",
         effect="A task that rejects its input runs three times.",
-        tests=(f"{POLICY}::test_refused_order_or_bug_is_not_retried",),
+        tests=(f"{TASK_CALLS}::test_refused_order_or_bug_is_not_retried",),
     ),
     Fault(
         id="task-without-our-options",
@@ -129,16 +129,16 @@ FAULTS = (
         old='@task(task_run_name="validate", **TASK_OPTIONS)\n',
         new='@task(task_run_name="validate")\n',
         effect="A task is not retried, and Prefect stores its result.",
-        tests=(POLICY,),
+        tests=(TASK_CALLS,),
     ),
     Fault(
         id="planted-prefect-result-followed",
-        file="tasks/orchestration/policy.py",
+        file="tasks/orchestration/task_calls.py",
         old="    if data is None or isinstance(data, ResultRecordMetadata) or not state.is_completed():\n",
         new="    if data is None or not state.is_completed():\n",
         effect="A result that Prefect's API refers to is used as the result of a run.",
         tests=(
-            f"{POLICY}::test_local_result_never_reads_the_location_named_by_a_state_of_the_api",
+            f"{TASK_CALLS}::test_local_result_never_reads_the_location_named_by_a_state_of_the_api",
         ),
     ),
 )

@@ -1,7 +1,8 @@
 """Faults in the promotion ledger, the registry, and promotions and rollbacks.
 
-Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
-A judgement is the outcome of one limit; the verdict of a target is derived from its judgements.
+Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then
+fail. A judgement is the outcome of one limit; the verdict of a target is derived from its
+judgements. The ledger is the list of a model's promotions and rollbacks in the store.
 """
 
 from tests.seeded_faults.fault import Fault
@@ -53,7 +54,7 @@ FAULTS = (
     Fault(
         id="ledger-digest-not-checked",
         file="infra/registry/ledger.py",
-        old="        elif entry.digest != entry.with_digest(previous).digest:\n",
+        old="        elif entry.digest != entry.add_digest(previous).digest:\n",
         new="        elif len(entry.digest) != 64:\n",
         effect="A modified entry is read without an error.",
         tests=(f"{LOST}::test_ledger_entry_with_a_changed_value_is_refused",),
@@ -62,7 +63,7 @@ FAULTS = (
         id="ledger-digest-not-chained",
         file="infra/registry/ledger.py",
         old="        after = None if previous is None else "
-        "previous.digest or previous.with_digest(None).digest\n",
+        "previous.digest or previous.add_digest(None).digest\n",
         new="        after = None\n",
         effect="An entry's digest does not cover the previous entry.",
         tests=(

@@ -208,8 +208,8 @@ FAULTS = (
     Fault(
         id="pages-with-control-characters",
         file="infra/pages/html.py",
-        old="    return printable(_environment().get_template(template).render(values))\n",
-        new="    return _environment().get_template(template).render(values)\n",
+        old="    return printable(_create_environment().get_template(template).render(values))\n",
+        new="    return _create_environment().get_template(template).render(values)\n",
         effect="A name on a page may hide characters or reorder those around it.",
         tests=(f"{TEXT}::test_rendered_page_escapes_the_control_characters_of_its_title",),
     ),

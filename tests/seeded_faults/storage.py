@@ -11,7 +11,7 @@ from tests.seeded_faults.fault import Fault
 STORE = "tests/infra/test_store.py"
 RESULTS = "tests/tasks/test_result_records.py"
 ORDERS = "tests/tasks/test_order_records.py"
-POLICY = "tests/tasks/test_policy.py"
+TASK_CALLS = "tests/tasks/test_task_calls.py"
 ORDER = "tests/flows/test_order.py"
 CODE_DIGEST = "tests/tasks/test_code_digest.py"
 
@@ -51,7 +51,7 @@ FAULTS = (
     Fault(
         id="store-changing-file-stored",
         file="infra/store/chunks.py",
-        old="        if sha256(data) != entry.chunks[index]:\n            raise _change_error(path)\n",
+        old="        if sha256(data) != entry.chunks[index]:\n            raise _build_change_error(path)\n",
         new="",
         effect="A file that changes while it is stored becomes a damaged artifact.",
         tests=(f"{STORE}::test_put_of_a_file_that_changes_meanwhile_stores_no_artifact",),
@@ -106,11 +106,11 @@ FAULTS = (
     ),
     Fault(
         id="cache-key-without-defaults",
-        file="tasks/orchestration/policy.py",
+        file="tasks/orchestration/task_calls.py",
         old="    bound.apply_defaults()\n",
         new="",
         effect="An explicit default value changes the cache key, so the task runs again.",
-        tests=(f"{POLICY}::test_content_key_is_the_same_with_an_explicit_default",),
+        tests=(f"{TASK_CALLS}::test_content_key_is_the_same_with_an_explicit_default",),
     ),
     Fault(
         id="cache-key-of-object-addresses",
@@ -118,7 +118,9 @@ FAULTS = (
         old='        raise TypeError(f"{type(item).__name__} has no canonical JSON form")\n',
         new="        return repr(item)\n",
         effect="Arguments without a canonical form give keys that change with the process.",
-        tests=(f"{POLICY}::test_content_key_of_an_argument_without_canonical_form_is_an_error",),
+        tests=(
+            f"{TASK_CALLS}::test_content_key_of_an_argument_without_canonical_form_is_an_error",
+        ),
     ),
     Fault(
         id="order-digest-without-budget",

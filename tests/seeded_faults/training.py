@@ -101,8 +101,8 @@ FAULTS = (
     Fault(
         id="sparse-keeps-three-of-four",
         file="compressors/prune/dense/sparse_2_4.py",
-        old="scatter_(1, order[:, :2], True)",
-        new="scatter_(1, order[:, :3], True)",
+        old="scatter_(1, permutation[:, :2], True)",
+        new="scatter_(1, permutation[:, :3], True)",
         effect="Three of four weights remain, which no sparse kernel accepts.",
         tests=(f"{SPARSE}::test_kept_2_4_keeps_the_two_most_important_of_every_four_inputs",),
     ),
@@ -117,8 +117,8 @@ FAULTS = (
     Fault(
         id="channels-drop-ties",
         file="compressors/prune/dense/importance.py",
-        old="        total = torch.stack([importance[producer] for producer in group]).sum(dim=0)\n",
-        new="        total = importance[group[0]]\n",
+        old="        total = torch.stack([importance[producer] for producer in tied]).sum(dim=0)\n",
+        new="        total = importance[tied[0]]\n",
         effect="Layers that share channels are pruned by the importance of only one of them.",
         tests=(
             "tests/compressors/prune/test_channels.py::test_layers_whose_outputs_are_added_keep_the_same_channels",

@@ -37,8 +37,8 @@ FAULTS = (
     Fault(
         id="judge-decides-without-interval",
         file="compressors/metrics/judge.py",
-        old='outcome = _outcome(goal, worst, best) if estimate.unresolved is None else "undecided"',
-        new="outcome = _outcome(goal, point, point)",
+        old='outcome = _decide_outcome(goal, worst, best) if estimate.unresolved is None else "undecided"',
+        new="outcome = _decide_outcome(goal, point, point)",
         effect="A limit on data of few groups is decided by the point estimate.",
         tests=(
             "tests/compressors/metrics/test_score_change.py"

@@ -1,5 +1,7 @@
 """Backward compatibility: recpress homes of earlier versions, and the results to expect from them.
 
+A draft is the folder of a bundle before it is packed.
+
 A home is a folder with all files of one recpress installation. A fixture is a stored home with its
 expected results, in a folder below ``fixtures``.
 

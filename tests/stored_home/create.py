@@ -9,7 +9,7 @@ with ``--recipe`` for the new entries only. Without ``--recipe`` the home has al
 orders of ``orders.py`` and their promotions; this takes about ten minutes.
 
 All content is created by the command line, and single steps by the tasks of a flow. All data is
-generated from seeds.
+generated from seeds. A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import argparse
@@ -185,7 +185,7 @@ def _apply_recipe(name: str) -> dict[str, Any]:
             teachers=(),
             seed=0,
             device="cpu",
-            code=CODE,
+            context_digest=CODE,
         )
         if not hasattr(bundle, "sha256"):
             raise RuntimeError(f"recipe {name!r}: {bundle}")
@@ -246,7 +246,7 @@ def _compute_scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
         Descriptions of the bundles and of the graphs, by hash; inputs and scores as tensors by key.
     """
     from tasks.bundles.loading import load_bundle
-    from tasks.orchestration.graph_documents import lowering_of
+    from tasks.orchestration.graph_documents import read_lowering
     from tasks.orchestration.workspace import store
     from tests.stored_home.drafts import scored_inputs
     from tests.stored_home.scores import (
@@ -279,7 +279,7 @@ def _compute_scores(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[st
                 "formats": sorted(formats),
             }
         elif (folder / "lowering.json").is_file():
-            lowering = lowering_of(folder)
+            lowering = read_lowering(folder)
             if lowering.target != "onnxruntime":
                 continue
             name = lowering.name.partition("@")[0]

@@ -2,7 +2,7 @@
 
 A draft is a folder from which a bundle is packed. All data is generated from a seed. Labels follow
 the network's scores, so the original network is close to optimal and steps that train have a signal
-to learn from.
+to learn from. A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import json
@@ -50,7 +50,7 @@ def write_click_draft(folder: Path, *, name: str = "clicks", ranking: bool = Fal
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = ClickNet(**CLICK_CONFIG).eval()
-    columns = {split: _rows(count, rng) for split, count in ROWS.items()}
+    columns = {split: _draw_rows(count, rng) for split, count in ROWS.items()}
     with torch.no_grad():
         model.user.weight[-EQUAL_USERS:] = model.user.weight[:EQUAL_USERS]
         nn.init.uniform_(model.norm.running_mean, -0.5, 0.5)
@@ -142,7 +142,7 @@ def scored_inputs(name: str) -> dict[str, Tensor]:
     rng = np.random.default_rng(9)
     rows = 24
     if name != "finder":
-        columns = _rows(rows, rng)
+        columns = _draw_rows(rows, rng)
         return _arguments(columns)
     users, items, tags = (TOWER_CONFIG[key] for key in ("users", "items", "tags"))
     recent, recent_offsets = _flat(_bags(rows, tags, rng))
@@ -218,7 +218,7 @@ def _dense_input() -> dict[str, Any]:
     return {"kind": "dense", "name": "dense", "columns": columns, "shape": [DENSE]}
 
 
-def _rows(count: int, rng: np.random.Generator) -> dict[str, pa.Array]:
+def _draw_rows(count: int, rng: np.random.Generator) -> dict[str, pa.Array]:
     """Draw the input columns of ``count`` rows of the click and the ranking model."""
     # Skewed lookups as in real logs: a few ids have most of the lookups.
     users, items = CLICK_CONFIG["users"], CLICK_CONFIG["items"]

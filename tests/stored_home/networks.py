@@ -1,7 +1,8 @@
 """The networks of the stored home. Bundles name these classes by path: never rename or move them.
 
 A change of a constructor's arguments, of a module's name or of the computation makes the stored
-bundles unreadable or their stored scores wrong. Add a new class instead.
+bundles unreadable or their stored scores wrong. Add a new class instead. A home is the folder with
+everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import torch

@@ -1,6 +1,8 @@
 """The order files of the stored home, and the commands that run between the orders.
 
-The models ``clicks``, ``ranker`` and ``finder`` are those of ``drafts.py``.
+The models ``clicks``, ``ranker`` and ``finder`` are those of ``drafts.py``. A home is the folder
+with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder of a bundle before
+it is packed.
 """
 
 from typing import Any

@@ -3,7 +3,7 @@
 ``RECIPES`` are JSON values as in an order file, so that a step's class can be renamed without a
 change here. Their settings cover all layouts of stored tensors: code widths, scale types, offsets,
 rows per scale, block sizes and codebook types. Never reuse a name, and never change an entry that a
-fixture contains.
+fixture contains. A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 from typing import Any

@@ -11,7 +11,8 @@ promotes them. Then it reads commands from standard input, one per line:
 - ``race COMMAND N``: run COMMAND in N processes at once. COMMAND can also be ``publish``.
 
 Each command is followed by output lines of JSON and an empty line. Processes are forks of this one,
-so that they need no imports.
+so that they need no imports. A home is the folder with everything that recpress stores
+(``RECPRESS_HOME``). The ledger is the list of a model's promotions and rollbacks in the store.
 """
 
 import json

@@ -11,7 +11,7 @@ from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
 from tasks.bundles.packing import pack
 from tasks.compress import compress
 from tasks.lower import lower_model
-from tasks.orchestration.graph_documents import lowering_of
+from tasks.orchestration.graph_documents import read_lowering
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
 
@@ -31,7 +31,7 @@ def test_graph_with_bfloat16_products_is_compared_and_its_copy_without_them_is_n
         teachers=(),
         seed=0,
         device="cpu",
-        code="c",  # digest of the model's code, which is only part of a cache key; here any text
+        context_digest="c",  # only a part of a cache key; here any text
     )
     assert isinstance(compressed, Artifact)
     graph = lower_model.fn(
@@ -46,7 +46,7 @@ def test_graph_with_bfloat16_products_is_compared_and_its_copy_without_them_is_n
     # The graph is compared through a copy that computes these products in float32, on operands
     # that are rounded to bfloat16. The copy's name begins with "checkable".
     assert not {name for name in names if "checkable" in name}
-    (lowered,) = lowering_of(local(graph)).graphs
+    (lowered,) = read_lowering(local(graph)).graphs
     # Relative to the spread of the scores, the differences are those of rounding to the 8
     # significant bits of bfloat16: larger than those of float32 sums, and below 2^-6.
     assert 1e-5 < lowered.rows_parity.root_mean_square / lowered.rows_parity.spread < 0.015

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from compressors.contracts import TARGETS
-from tasks import build, compress, gate, lower, measure, publish, rank, stages, validate
+from tasks import build, compress, gate, lower, measure, publish, stages, validate
 from tasks.orchestration import code_digest as digest_module
-from tasks.orchestration.code_digest import ROOT, code_digest, imported_sources
+from tasks.orchestration.code_digest import ROOT, code_digest, list_imported_sources
+from tasks.retrieval import rank
 
 # Prints, for each module in the arguments, the files of the project that importing it loads.
 PRINT_LOADED_FILES = """
@@ -41,7 +42,7 @@ for name in names:
 
 def source_names(function: object) -> set[str]:
     """Return the paths of a function's sources, relative to the repository."""
-    files = imported_sources(Path(inspect.getsourcefile(function)))
+    files = list_imported_sources(Path(inspect.getsourcefile(function)))
     return {file.relative_to(ROOT).as_posix() for file in files}
 
 
@@ -94,15 +95,15 @@ def test_imported_sources_contain_estimators_and_task_kinds(task, file):
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 def test_imported_sources_contain_lowering_builder_and_runtime_of_every_target(target):
-    def file_of(class_path):
+    def find_file(class_path):
         """Return the file of a class named ``module:Class``."""
         return class_path.partition(":")[0].replace(".", "/") + ".py"
 
-    assert file_of(target.lowering) in source_names(inspect.unwrap(lower.lower_model.fn))
+    assert find_file(target.lowering) in source_names(inspect.unwrap(lower.lower_model.fn))
     if target.engines is not None:
-        assert file_of(target.engines.builder) in source_names(inspect.unwrap(build.build.fn))
+        assert find_file(target.engines.builder) in source_names(inspect.unwrap(build.build.fn))
     if target.runtime is not None:
-        assert file_of(target.runtime) in source_names(inspect.unwrap(measure.measure.fn))
+        assert find_file(target.runtime) in source_names(inspect.unwrap(measure.measure.fn))
 
 
 def test_imported_sources_contain_templates_only_of_rendered_pages():
@@ -142,8 +143,8 @@ def project(tmp_path, monkeypatch):
 
 
 def _clear_caches():
-    digest_module._direct_imports.cache_clear()
-    digest_module._sources_digest.cache_clear()
+    digest_module._list_direct_imports.cache_clear()
+    digest_module._hash_sources.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -163,11 +164,11 @@ def _clear_caches():
     ],
 )
 def test_editing_a_file_changes_the_digest_only_if_the_task_imports_it(project, edited, is_part):
-    before = digest_module._sources_digest(project / "tasks/work.py")
+    before = digest_module._hash_sources(project / "tasks/work.py")
     with (project / edited).open("a") as file:
         file.write("# edited\n")
     _clear_caches()
-    assert (digest_module._sources_digest(project / "tasks/work.py") != before) == is_part
+    assert (digest_module._hash_sources(project / "tasks/work.py") != before) == is_part
 
 
 def test_thread_count_and_library_versions_change_the_digest(monkeypatch):
@@ -175,6 +176,8 @@ def test_thread_count_and_library_versions_change_the_digest(monkeypatch):
     monkeypatch.setenv("RECPRESS_THREADS", "7")
     assert code_digest(gate.gate.fn) != before
     monkeypatch.delenv("RECPRESS_THREADS")
-    versions = digest_module._library_versions()
-    monkeypatch.setattr(digest_module, "_library_versions", lambda: versions | {"onnx": "0.0.1"})
+    versions = digest_module._find_library_versions()
+    monkeypatch.setattr(
+        digest_module, "_find_library_versions", lambda: versions | {"onnx": "0.0.1"}
+    )
     assert code_digest(gate.gate.fn) != before

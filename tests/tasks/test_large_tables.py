@@ -79,7 +79,7 @@ def test_quantize_of_a_17_gb_table_is_correct_at_32_bit_borders_in_flat_memory(t
             "t.scale": TensorSpec((ROWS, 1), torch.float16),
         }
     )
-    rows = rows_at_borders(result.place("t.codes"))
+    rows = rows_at_borders(result.find_offset("t.codes"))
     with source.open("wb") as opened:
         opened.write(file.header)
         opened.truncate(file.bytes)

@@ -1,4 +1,7 @@
-"""Models of torch-rechub, DeepCTR-Torch and RecBole become bundles without code for them."""
+"""Models of torch-rechub, DeepCTR-Torch and RecBole become bundles without code for them.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import shutil
 import sys
@@ -30,23 +33,23 @@ DEEPCTR = tuple(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the data that the models of ``library_models.py`` read."""
+    """A folder with the data that the models of ``tests/library_models.py`` read."""
     folder = tmp_path_factory.mktemp("data")
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for split, rows in {"train": 400, "test": 600}.items():
-        lengths = random.integers(1, LONGEST + 1, rows)
-        click = random.integers(0, 2, rows)
+        lengths = rng.integers(1, LONGEST + 1, rows)
+        click = rng.integers(0, 2, rows)
         columns = {
-            "user": random.integers(0, USERS, rows),
-            "item": random.integers(1, ITEMS, rows),
-            "genre": random.integers(0, GENRES, rows),
-            "price": random.random(rows, np.float32),
-            "age": random.integers(18, 80, rows),
+            "user": rng.integers(0, USERS, rows),
+            "item": rng.integers(1, ITEMS, rows),
+            "genre": rng.integers(0, GENRES, rows),
+            "price": rng.random(rows, np.float32),
+            "age": rng.integers(18, 80, rows),
             # torch-rechub trains on lists that are padded in the data.
-            "history": list(random.integers(1, ITEMS, (rows, LONGEST))),
-            "recent": [random.integers(1, ITEMS, length) for length in lengths],
+            "history": list(rng.integers(1, ITEMS, (rows, LONGEST))),
+            "recent": [rng.integers(1, ITEMS, length) for length in lengths],
             "click": click,
-            "like": click * random.integers(0, 2, rows),
+            "like": click * rng.integers(0, 2, rows),
         }
         pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
     return folder
@@ -94,18 +97,18 @@ def test_model_of_torch_rechub_becomes_a_bundle(
 def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with interactions of members with products, and the catalogue of products."""
     folder = tmp_path_factory.mktemp("interactions")
-    random = np.random.default_rng(0)
-    lately = [random.integers(1, ITEMS, length) for length in random.integers(1, 6, USERS)]
+    rng = np.random.default_rng(0)
+    lately = [rng.integers(1, ITEMS, length) for length in rng.integers(1, 6, USERS)]
     for split, rows in {"train": 600, "test": 300}.items():
-        member = random.integers(0, USERS, rows)
+        member = rng.integers(0, USERS, rows)
         columns = {
             "member": member,
             "lately": [lately[number] for number in member],
-            "product": random.integers(1, ITEMS, rows),
+            "product": rng.integers(1, ITEMS, rows),
         }
         pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
     products = np.arange(1, ITEMS)
-    kinds = random.integers(0, GENRES, len(products))
+    kinds = rng.integers(0, GENRES, len(products))
     pd.DataFrame({"product": products, "kind": kinds}).to_parquet(folder / "items.parquet")
     return folder
 

@@ -1,4 +1,7 @@
-"""Weights of a large graph are hard links to the bundle's files, so that both are stored once."""
+"""Weights of a large graph are hard links to the bundle's files, so that both are stored once.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
+"""
 
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from tasks.bundles.packing import pack
 from tasks.compress import compress
 from tasks.lower import lower_model
-from tasks.orchestration.graph_documents import lowering_of
+from tasks.orchestration.graph_documents import read_lowering
 from tasks.orchestration.workspace import local, store
 from tasks.prepare import prepare
 
@@ -43,7 +46,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
             teachers=(),
             seed=0,
             device="cpu",
-            code="c",  # digest of the model's code, only part of a cache key; here any text
+            context_digest="c",  # only a part of a cache key; here any text
         )
         rows = prepare.fn(source, "test")
     assert isinstance(quantized, Artifact)
@@ -152,5 +155,5 @@ def test_tensor_that_is_not_mapped_from_its_file_is_not_linked(large_bundles, mo
 def test_only_a_compressed_model_is_audited(kind, is_audited, large_bundles):
     # An audit takes memory, since ONNX Runtime copies every tensor to write its optimized graph. In
     # the graph of an untouched model nothing is quantized, so there is nothing to audit.
-    (graph,) = lowering_of(local(lower_bundle(large_bundles, kind))).graphs
+    (graph,) = read_lowering(local(lower_bundle(large_bundles, kind))).graphs
     assert (graph.audit is not None) == is_audited

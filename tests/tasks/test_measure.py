@@ -1,4 +1,8 @@
-"""The task ``measure`` on the lowered graph of a packed bundle, without a flow."""
+"""The task ``measure`` on the lowered graph of a packed bundle, without a flow.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
+of a bundle before it is packed.
+"""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -20,8 +24,8 @@ from tasks import measure as measuring
 from tasks.bundles.packing import pack
 from tasks.evaluation import latency
 from tasks.lower import PROBE_ROWS, lower_model
-from tasks.orchestration.documents import Measurement, measurement_of
-from tasks.orchestration.graph_documents import lowering_of, served_bytes
+from tasks.orchestration.documents import Measurement, read_measurement
+from tasks.orchestration.graph_documents import read_lowering, served_bytes
 from tasks.orchestration.workspace import local, store
 from tasks.prepare import prepare
 from tasks.report.tables import latency_remarks
@@ -79,7 +83,7 @@ def measure_graph(
         "metrics": (),
         "seed": 0,
     }
-    return measurement_of(measuring.measure.fn(**(arguments | changes)))
+    return read_measurement(measuring.measure.fn(**(arguments | changes)))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,7 @@ def _use_home(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lowering_describes_the_inputs_and_the_parity_of_its_graph(
     graphs: Graphs,
 ) -> None:
-    (graph,) = lowering_of(local(graphs.graph)).graphs
+    (graph,) = read_lowering(local(graphs.graph)).graphs
     # The width is that of output vectors; this output is one number per row.
     assert (graph.name, graph.output, graph.width) == ("model", "score", None)
     inputs = {item.name: (item.dtype, item.shape) for item in graph.inputs}
@@ -235,7 +239,7 @@ def test_champion_with_other_inputs_or_graphs_is_refused(
     other = tmp_path / "other"
     other.mkdir()
     onnx.save(model, other / "model.onnx")
-    lowering = lowering_of(local(graphs.graph))
+    lowering = read_lowering(local(graphs.graph))
     (other / "lowering.json").write_text(lowering.model_dump_json())
     with raises_code(MetricRefused, "inputs_differ", model="champion"):
         measure_graph(graphs, champion=store().put(other))
@@ -254,7 +258,7 @@ def test_champion_with_other_outputs_is_refused(
     """Scores of two models are compared by the position of the output."""
     other = tmp_path / "other"
     shutil.copytree(local(graphs.graph), other)
-    lowering = lowering_of(other)
+    lowering = read_lowering(other)
     graph = lowering.graphs[0].model_copy(update={"several_outputs": outputs})
     text = lowering.model_copy(update={"graphs": (graph,)}).model_dump_json()
     (other / "lowering.json").unlink()

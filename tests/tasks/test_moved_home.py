@@ -23,7 +23,7 @@ from tasks import publish as publishing
 from tasks.bundles.bundle_ref import bundle_key, find_bundle, resolve
 from tasks.bundles.packing import check, pack, show
 from tasks.orchestration.documents import Finished, Report
-from tasks.orchestration.order_records import find_finished_order, finished_key
+from tasks.orchestration.order_records import build_finished_key, find_finished_order
 from tasks.orchestration.workspace import store
 from tasks.promotion.promotions import champion_graph, fetch, promote, rollback, version_report
 from tasks.promotion.registry_listing import list_versions
@@ -59,7 +59,7 @@ def publish_as_0_1_0(home: Path, order_digit: str) -> Finished:
     (folder / "report.json").write_text(make_uris_absolute(order_report.model_dump_json(indent=1)))
     (folder / "report.html").write_text("<p>")
     release = store().put(folder)
-    tags = publishing._version_tags(order_report, release)
+    tags = publishing._build_version_tags(order_report, release)
     for name, value in tags.items():
         if value.startswith("artifacts/"):
             tags[name] = f"{root}/{value}"
@@ -70,7 +70,7 @@ def publish_as_0_1_0(home: Path, order_digit: str) -> Finished:
         report=order_report, release=release, version=version, registry=load_settings().registry_uri
     )
     record = make_uris_absolute(finished.model_dump_json())
-    store().write(finished_key(order_report.order), record.encode())
+    store().write(build_finished_key(order_report.order), record.encode())
     return finished
 
 

@@ -1,7 +1,8 @@
 """Drafts that are derived from networks and data, compared with drafts that are written by hand.
 
 A draft written by hand gives the class, its arguments, the weights and the data. The new draft must
-have the same signature, except where the difference is a choice of the user.
+have the same signature, except where the difference is a choice of the user. A draft is the folder
+of a bundle before it is packed.
 """
 
 import json
@@ -16,7 +17,7 @@ import pytest
 import retrieval_draft
 import sequence_draft
 from error_codes import Text, raises_code
-from shop_data import shop_data
+from shop_data import write_shop_data
 
 from compressors.contracts import Signature
 from compressors.errors.inspection import InspectionFailed
@@ -204,7 +205,7 @@ def test_item_column_must_be_named_if_rows_and_catalogue_have_several(
 
 def shop_request(home: Path, model: str = "shop", **options: Any) -> DraftRequest:
     """Return a request for a network of ``new_draft_models``."""
-    data = home / "data" if (home / "data").exists() else shop_data(home / "data")
+    data = home / "data" if (home / "data").exists() else write_shop_data(home / "data")
     return DraftRequest(
         folder=home / "new",
         model=f"{MODELS}:{model}",
@@ -298,7 +299,7 @@ def test_names_that_model_json_cannot_have_are_refused(
 
 
 def test_data_without_a_test_split_is_refused(home: Path) -> None:
-    (shop_data(home / "data") / "test.parquet").unlink()
+    (write_shop_data(home / "data") / "test.parquet").unlink()
     with raises_code(DraftRefused, "data_missing", got=("train.parquet",)):
         new_draft(shop_request(home))
 
@@ -314,5 +315,5 @@ def test_weights_that_do_not_fit_are_refused(home: Path) -> None:
 
 
 def test_label_candidates_have_columns_of_0_and_1_first(home: Path) -> None:
-    candidates = label_candidates(read_rows(shop_data(home / "data")))
+    candidates = label_candidates(read_rows(write_shop_data(home / "data")))
     assert candidates == ("click", "user", "item", "price", "age")

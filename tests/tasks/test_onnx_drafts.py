@@ -1,4 +1,7 @@
-"""``recpress new --onnx``: drafts that are written from ONNX files."""
+"""``recpress new --onnx``: drafts that are written from ONNX files.
+
+A draft is the folder of a bundle before it is packed.
+"""
 
 import shutil
 from pathlib import Path
@@ -11,7 +14,7 @@ import torch
 from click_data import write_clicks
 from error_codes import raises_code
 from onnx import helper
-from onnx_graphs import graph_of
+from onnx_graphs import build_graph
 
 from compressors.contracts import ONNX_NETWORK
 from compressors.core.units import Unit
@@ -26,7 +29,7 @@ from tasks.bundles.new_draft import DraftRequest, NewDraft, new_draft
 from tasks.bundles.packing import pack
 
 KERAS = Path(__file__).parents[1] / "onnx_files" / "keras_clicks.onnx"
-random = np.random.default_rng(0)
+rng = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def draft(home: Path, data: Path, model: onnx.ModelProto | Path, **options: Any)
 
 
 def floats(*shape: int) -> Any:
-    return random.normal(size=shape).astype(np.float32)
+    return rng.normal(size=shape).astype(np.float32)
 
 
 WEIGHTS = {"user.weight": floats(300, 4), "item.weight": floats(400, 4), "out.weight": floats(4, 1)}
@@ -70,7 +73,7 @@ def two_outputs() -> onnx.ModelProto:
     ]
     inputs = {"user": np.zeros(2, np.int32), "item": np.zeros((2, 1), np.int64)}
     weights = {**WEIGHTS, "one": np.array([1])}
-    return graph_of(nodes, inputs, ["click/score", "like"], weights)
+    return build_graph(nodes, inputs, ["click/score", "like"], weights)
 
 
 def test_model_of_keras_becomes_a_bundle_with_the_scores_of_onnx_runtime(
@@ -111,7 +114,7 @@ def test_column_of_another_name_is_named_with_the_input(home: Path, data: Path) 
     ]
     inputs = {"ids": np.zeros((2, 2), np.int64)}
     weights = {**WEIGHTS, "axes": np.array([1, 2])}
-    model = graph_of(nodes, inputs, weights=weights)
+    model = build_graph(nodes, inputs, weights=weights)
     with raises_code(InspectionFailed, "arguments_unknown", names=("ids",)):
         draft(home, data, model)
     written = draft(home, data, model, inputs={"ids": ("user", "item")})

@@ -1,8 +1,9 @@
 """Damaged records of orders and bundles: they count as absent or are refused, never used.
 
 A record of an order refers to its result, a record of a bundle to its artifact. An order with a
-damaged record runs again. A bundle with a damaged record is refused. A record with
-a checksum is "sealed"; those of recpress 0.1.0 are not.
+damaged record runs again. A bundle with a damaged record is refused. A record with a checksum is
+"sealed"; those of recpress 0.1.0 are not. A home is the folder with everything that recpress stores
+(``RECPRESS_HOME``). A draft is the folder of a bundle before it is packed.
 """
 
 import json
@@ -23,7 +24,11 @@ from infra.store.records import is_sealed, seal_record
 from tasks.bundles.bundle_ref import bundle_key, resolve
 from tasks.bundles.packing import Packed, pack
 from tasks.orchestration.documents import Finished
-from tasks.orchestration.order_records import find_finished_order, finished_key, write_finished
+from tasks.orchestration.order_records import (
+    build_finished_key,
+    find_finished_order,
+    write_finished,
+)
 from tasks.orchestration.workspace import store
 
 ORDER = "a" * 64
@@ -95,7 +100,7 @@ def test_order_record_has_references_only_and_no_local_path(
     home: Path,
 ) -> None:
     finished = publish_version(home, "a")
-    body = store().read(finished_key(ORDER))
+    body = store().read(build_finished_key(ORDER))
     assert is_sealed(body)
     assert str(home).encode() not in body
     assert json.loads(body).keys() == {
@@ -113,7 +118,7 @@ def test_order_record_has_references_only_and_no_local_path(
 def test_order_record_with_a_flipped_bit_counts_as_absent(
     count: int | None, finished: Finished, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    key = finished_key(ORDER)
+    key = build_finished_key(ORDER)
     body = store().read(key)
     path = home / "recpress" / "store" / key
     path.chmod(0o644)
@@ -132,9 +137,9 @@ def test_unsealed_order_record_with_a_flipped_bit_gives_the_same_result_or_none(
     finished: Finished, home: Path, count: int | None
 ) -> None:
     body = order_record_of_0_1_0(finished, home)
-    store().write(finished_key(ORDER), body)
+    store().write(build_finished_key(ORDER), body)
     assert find_finished_order(ORDER) == finished
-    path = home / "recpress" / "store" / finished_key(ORDER)
+    path = home / "recpress" / "store" / build_finished_key(ORDER)
     path.chmod(0o644)
     for changed in flipped_bits(body, count):
         path.write_bytes(changed)
@@ -145,7 +150,7 @@ def test_unsealed_order_record_with_a_flipped_bit_gives_the_same_result_or_none(
 def test_invalid_order_record_counts_as_absent_and_is_replaced(
     kind: str, finished: Finished, home: Path
 ) -> None:
-    key = finished_key(ORDER)
+    key = build_finished_key(ORDER)
     if kind == "a folder":
         path = replace_by_folder(key, home)
         assert find_finished_order(ORDER) is None
@@ -162,24 +167,26 @@ def test_invalid_order_record_counts_as_absent_and_is_replaced(
 
 def test_order_record_with_the_release_of_another_order_counts_as_absent(home: Path) -> None:
     first, second = publish_version(home, "a"), publish_version(home, "b")
-    record, other_record = (store().read(finished_key(order_digit * 64)) for order_digit in "ab")
-    store().write(finished_key("a" * 64), other_record)
+    record, other_record = (
+        store().read(build_finished_key(order_digit * 64)) for order_digit in "ab"
+    )
+    store().write(build_finished_key("a" * 64), other_record)
     assert find_finished_order("a" * 64) is None
     fields = {name: value for name, value in json.loads(record).items() if name != "seal"}
     fields["release"] = json.loads(other_record)["release"]
-    store().write(finished_key("a" * 64), seal_record(fields))
+    store().write(build_finished_key("a" * 64), seal_record(fields))
     assert find_finished_order("a" * 64) is None, "valid checksum, release of another order"
     earlier = order_record_of_0_1_0(first, home).replace(
         first.release.sha256.encode(), second.release.sha256.encode()
     )
-    store().write(finished_key("a" * 64), earlier)
+    store().write(build_finished_key("a" * 64), earlier)
     assert find_finished_order("a" * 64) is None
     fields["release"] = {
         "uri": f"artifacts/{first.report.compressed.sha256}",
         "sha256": first.report.compressed.sha256,
         "bytes": 1,
     }
-    store().write(finished_key("a" * 64), seal_record(fields))
+    store().write(build_finished_key("a" * 64), seal_record(fields))
     assert find_finished_order("a" * 64) is None, "an artifact that is no release"
 
 

@@ -14,8 +14,14 @@ import pytest
 
 from infra import errors
 from infra.registry.mlflow_registry import Registry
-from tasks.orchestration import outages, policy
-from tasks.orchestration.outages import DEADLINE_SECONDS, DELAYS, TaskOutages, service_of, wait_out
+from tasks.orchestration import outages, task_calls
+from tasks.orchestration.outages import (
+    DEADLINE_SECONDS,
+    DELAYS,
+    TaskOutages,
+    find_service,
+    wait_out,
+)
 
 REQUEST = httpx.Request("GET", "http://127.0.0.1/api")
 
@@ -88,7 +94,7 @@ def fail_until(
 def test_service_of_returns_a_name_only_for_faults_of_unavailable_services(
     fault: Exception, service: str | None
 ) -> None:
-    assert service_of(fault) == service
+    assert find_service(fault) == service
 
 
 @pytest.mark.parametrize("seconds", [1, 60, 300, 560])  # the deadline is 600 s
@@ -150,7 +156,7 @@ def test_deadline_of_a_task_run_begins_at_its_first_fault(
 
 def test_delays_add_up_to_the_deadline_and_are_within_prefects_limit() -> None:
     assert sum(DELAYS) >= DEADLINE_SECONDS
-    assert policy.TASK_OPTIONS["retries"] == len(DELAYS) <= 50  # Prefect refuses more delays
+    assert task_calls.TASK_OPTIONS["retries"] == len(DELAYS) <= 50  # Prefect refuses more delays
 
 
 def test_fault_of_a_registry_file_is_no_outage(tmp_path: object) -> None:

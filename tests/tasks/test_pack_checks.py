@@ -1,7 +1,8 @@
 """Checks of ``pack`` on a model that loads: its construction, metric, labels and scores.
 
 Notes are remarks on how the model's class was constructed, and are stored in the manifest. Warnings
-are problems of labels and scores that do not prevent packing.
+are problems of labels and scores that do not prevent packing. A home is the folder with everything
+that recpress stores (``RECPRESS_HOME``). A draft is the folder of a bundle before it is packed.
 """
 
 import html
@@ -32,7 +33,8 @@ from tasks.bundles.packing import examine, pack, show
 from tasks.orchestration.workspace import local, store
 from tasks.validate import validate
 
-# ClickNet of draft_network.py with code at the end of its constructor and another returned score.
+# ClickNet of tests/draft_network.py with code at the end of its constructor and another returned
+# score.
 CHANGED_NETWORK = """
 import copy
 import torch

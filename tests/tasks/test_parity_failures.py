@@ -14,13 +14,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import METHODS, Graph, Reference, default_step, only_graph
+from models import METHODS, Graph, Reference, default_step, get_only_graph
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, JaggedBag, Output, PaddedBag, Signature, TargetName
-from compressors.core.batches import format_row, row_of
+from compressors.core.batches import format_row, take_row
 from compressors.core.runner import run
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
@@ -64,7 +64,7 @@ def mean_graph(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TargetName
         path = tmp_path_factory.mktemp("mean") / "model.onnx"
         return Graph(
             model,
-            lower(model.module, only_graph(MEAN_SIGNATURE), target, path),
+            lower(model.module, get_only_graph(MEAN_SIGNATURE), target, path),
             MEAN_SIGNATURE,
             path,
             target,
@@ -112,7 +112,7 @@ def export_quantized(kinds: tuple[str, ...], target: TargetName, folder: Path) -
     path = folder / "model.onnx"
     return Graph(
         model,
-        lower(model.module, only_graph(CROSS_SIGNATURE), target, path),
+        lower(model.module, get_only_graph(CROSS_SIGNATURE), target, path),
         CROSS_SIGNATURE,
         path,
         target,
@@ -266,14 +266,14 @@ def test_score_that_depends_on_the_batch_is_reported_with_side_and_row(tmp_path)
 
     model = Reference(BatchCentredNet, MEAN_SIGNATURE).model()
     path = tmp_path / "model.onnx"
-    lowered = lower(model.module, only_graph(MEAN_SIGNATURE), "onnxruntime", path)
+    lowered = lower(model.module, get_only_graph(MEAN_SIGNATURE), "onnxruntime", path)
     no_plan, largest_batch = None, 64
     session = Session(path, 1)
     check = GraphCheck(model.module, lowered, no_plan, "onnxruntime", largest_batch, path, session)
     inputs = {"items": torch.randint(1, 30, (20, 5))}
     parity, expected = check.parity(inputs, "the data")
     with pytest.raises(ParityLost) as raised:
-        check.require_same_in_small_batch(expected[:1], row_of(inputs, MEAN_SIGNATURE, 0), parity)
+        check.require_same_in_small_batch(expected[:1], take_row(inputs, MEAN_SIGNATURE, 0), parity)
     failure = raised.value.failure
     assert (failure.code, failure.side, failure.row) == ("parity_batch", "network", 0)
     assert failure.inputs["items"].startswith("[")
@@ -286,7 +286,7 @@ def test_difference_of_the_exported_program_is_reported_as_such(tmp_path):
 
     model = Reference(ExportDependentNet, MEAN_SIGNATURE).model()
     path = tmp_path / "model.onnx"
-    lowered = lower(model.module, only_graph(MEAN_SIGNATURE), "onnxruntime", path)
+    lowered = lower(model.module, get_only_graph(MEAN_SIGNATURE), "onnxruntime", path)
     graph = Graph(model, lowered, MEAN_SIGNATURE, path)
     failure = parity_failure(graph, path, {"items": torch.randint(1, 30, (20, 5))})
     assert failure.is_exported_wrong
@@ -334,7 +334,7 @@ def test_row_of_selects_a_row_of_every_kind_of_input():
         "b": torch.tensor([7, 8]),
         "b_lengths": torch.tensor([2, 0]),
     }
-    first, second = (format_row(row_of(inputs, signature, row), signature) for row in (0, 1))
+    first, second = (format_row(take_row(inputs, signature, row), signature) for row in (0, 1))
     assert (first["user"], first["a"], first["b"]) == ("4", "[1, 2]", "[7, 8]")
     assert (second["user"], second["a"], second["b"]) == ("5", "[3]", "[]")
     assert first["items"] == "[0, 1, 2, 3, 4, 5, 6, 7, ... 12 values]"

@@ -1,6 +1,7 @@
 """Promotion, rollback and fetch: the ledger, the registry's alias, and refused versions.
 
-``triton_versions.py`` explains how orders are published, also with the fixture ``fill``.
+``triton_versions.py`` explains how orders are published, also with the fixture ``fill``. The ledger
+is the list of a model's promotions and rollbacks in the store.
 """
 
 from pathlib import Path

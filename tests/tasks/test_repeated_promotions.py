@@ -3,7 +3,8 @@
 A change is the result of a promotion or rollback: the ledger entry, and whether the command added
 it (``is_new``) or an earlier one did.
 
-``triton_versions.py`` explains how orders are published with the fixture ``fill``.
+``triton_versions.py`` explains how orders are published with the fixture ``fill``. The ledger is
+the list of a model's promotions and rollbacks in the store.
 """
 
 from collections.abc import Iterator

@@ -13,8 +13,8 @@ from reports import create_report
 from compressors.contracts import Estimate, Outcome, Plan, TargetName
 from compressors.contracts.reasons import Reason
 from compressors.metrics.measured import Number
-from tasks.orchestration.documents import Finished, Report, Stage, StageQuality, report_of
-from tasks.orchestration.order_records import finished_key
+from tasks.orchestration.documents import Finished, Report, Stage, StageQuality, read_report
+from tasks.orchestration.order_records import build_finished_key
 from tasks.orchestration.workspace import store
 from tasks.report.stages import stage_rows
 from tasks.report.tables import describe_resolution, list_remarks, markdown, number_rows
@@ -166,11 +166,11 @@ def test_report_of_a_stored_release_equals_the_report(order_report: Report, tmp_
     folder.mkdir()
     (folder / "report.json").write_text(order_report.model_dump_json())
     release = store().put(folder)
-    assert report_of(release) == order_report
+    assert read_report(release) == order_report
     finished = Finished(
         report=order_report, release=release, version="3", registry="sqlite:///r.db"
     )
-    assert finished_key(order_report.order) == f"orders/{'a' * 64}.json"
+    assert build_finished_key(order_report.order) == f"orders/{'a' * 64}.json"
     assert finished.fetch_command() == (
         "recpress registry fetch m --version 3 --target onnxruntime --into ./m"
     )

@@ -22,7 +22,7 @@ from compressors.errors.compression import ModelRefused
 from compressors.errors.steps import StepRefused
 from compressors.prune.dense.l1_training import L1Training
 from infra.bundle.bundle_folder import read
-from tasks.bundles.loading import bench_of, split_of
+from tasks.bundles.loading import build_bench, fetch_split
 from tasks.bundles.packing import pack
 from tasks.orchestration import data_parallel as rank_processes
 from tasks.orchestration.data_parallel import (
@@ -51,9 +51,9 @@ def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> StepInputs:
     # negligible.
     step = L1Training(training=TRAINING, soft_share=0, penalty_strength=1e-9)
     splits: dict[Any, Any] = {
-        part: split_of(prepare.fn(bundle, part), ROWS[part]) for part in step.needs
+        part: fetch_split(prepare.fn(bundle, part), ROWS[part]) for part in step.needs
     }
-    bench = bench_of(manifest, splits, bundle, seed=3)
+    bench = build_bench(manifest, splits, bundle, seed=3)
     return StepInputs(source=bundle, original=bundle, step=step, bench=bench)
 
 

@@ -1,6 +1,7 @@
 """Bytes that a step stores: the tensors that it changed and at most a megabyte more.
 
-Unchanged tensors are in files of the source bundle, to which the result refers.
+Unchanged tensors are in files of the source bundle, to which the result refers. A home is the
+folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import time
@@ -61,7 +62,14 @@ def quantize_table(source: Artifact, original: Artifact, table: str) -> Artifact
     step = RowwiseInt8(tables=(table,))
     # ``code`` is the digest of the model's code, which is only part of a cache key; here any text.
     result = compress.fn(
-        source, step, splits={}, original=original, teachers=(), seed=0, device="cpu", code="c"
+        source,
+        step,
+        splits={},
+        original=original,
+        teachers=(),
+        seed=0,
+        device="cpu",
+        context_digest="c",
     )
     assert isinstance(result, Artifact)
     return result

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressors.contracts import Reason
-from compressors.core.state.module_state import module_of
+from compressors.core.state.module_state import build_module
 from compressors.errors.compression import ModelRefused, NothingToCompress
 from compressors.quantize.dense.float16 import Float16
 from compressors.quantize.tables.kmeans import KMeans
@@ -71,7 +71,7 @@ def test_quantize_encodes_matched_tables_copies_others_and_plans_the_bytes(
     for name in ("tower.weight", "tower.bias", "steps"):
         assert torch.equal(stored[name], original[name])
     for name, record in tables.modules.items():
-        table = module_of(name, record)
+        table = build_module(name, record)
         state = {part: stored[f"{name}.{part}"] for part in ("codes", "scale")}
         table.load_state_dict(state, assign=True)
         weight = original[f"{name}.weight"].float()

@@ -1,7 +1,7 @@
 """Teachers: the first difference of a teacher's outputs from the student's is reported."""
 
 import pytest
-from signatures import with_output
+from signatures import replace_output
 
 from compressors.contracts import IdInput, Output, Signature
 from tasks.bundles.teachers import output_difference
@@ -30,7 +30,7 @@ STUDENT = Signature(
 def test_output_difference_describes_the_first_differing_field(changed, expected):
     inputs = changed.get("inputs", STUDENT.inputs)
     output = {name: value for name, value in changed.items() if name != "inputs"}
-    teacher = with_output(STUDENT, **output).model_copy(update={"inputs": inputs})
+    teacher = replace_output(STUDENT, **output).model_copy(update={"inputs": inputs})
     assert output_difference(teacher, STUDENT) == expected
 
 

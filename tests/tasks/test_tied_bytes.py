@@ -1,7 +1,8 @@
 """Bytes of weights that two towers share (ties), before and after compression.
 
 ``packed_bytes`` of a lowering are the bytes of its weights, each counted once; ``repeated_bytes``
-are those of weights that a further graph contains, too.
+are those of weights that a further graph contains, too. A draft is the folder of a bundle before it
+is packed.
 """
 
 from pathlib import Path
@@ -25,7 +26,7 @@ from tasks.bundles.loading import load_bundle
 from tasks.bundles.packing import pack
 from tasks.compress import compress
 from tasks.lower import lower_model
-from tasks.orchestration.graph_documents import Lowering, lowering_of, served_bytes
+from tasks.orchestration.graph_documents import Lowering, read_lowering, served_bytes
 from tasks.orchestration.workspace import local
 from tasks.prepare import prepare
 from tasks.report.tables import markdown, number_rows
@@ -65,7 +66,7 @@ def lower_bundle(bundle: Artifact, rows: Artifact) -> tuple[Lowering, Path]:
         most_rows=65_536,  # the largest batch that a graph must accept
     )
     folder = local(graphs)
-    return lowering_of(folder), folder
+    return read_lowering(folder), folder
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
         teachers=(),
         seed=0,
         device="cpu",
-        code="c",  # digest of the model's code, which is only part of a cache key; here any text
+        context_digest="c",  # only a part of a cache key; here any text
     )
     assert isinstance(quantized, Artifact)
     untouched, compressed = load_bundle(bundle), load_bundle(quantized)

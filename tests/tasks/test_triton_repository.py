@@ -1,7 +1,8 @@
 """Updates of a Triton repository: promotion, repair, killed processes, and S3.
 
 ``triton_versions.py`` explains how orders are published, also with the fixture ``fill``.
-``loaded_version`` returns the version that a server would load and the bytes of its graph.
+``loaded_version`` returns the version that a server would load and the bytes of its graph. The
+ledger is the list of a model's promotions and rollbacks in the store.
 """
 
 import time

@@ -1,6 +1,7 @@
 """Graphs of a version that Triton serves: selection, configuration, and ``recpress triton``.
 
-``triton_versions.py`` explains how orders are published, also with the fixture ``fill``.
+``triton_versions.py`` explains how orders are published, also with the fixture ``fill``. A home is
+the folder with everything that recpress stores (``RECPRESS_HOME``).
 """
 
 import json
@@ -140,7 +141,7 @@ def publish_with_engine(
 
     Args:
         home: the fixture ``home``.
-        order_digit: as in ``publish_version``.
+        order_digit: the hex digit of which the order's digest consists.
         outcome: the outcome of the engine.
         target_settings: the order's settings of targets, which contain the batch sizes; None for
             the batch sizes 1 (smallest), 8 (best) and 32 (largest).

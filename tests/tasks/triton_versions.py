@@ -2,7 +2,9 @@
 
 Digests of orders are one repeated hexadecimal digit. Tests publish most orders with the fixture
 ``fill`` of ``conftest.py``: ``fill("ab", "a")`` publishes the orders "aaa..." and "bbb..." as
-versions 1 and 2, promotes the first, and returns ``("1", "2")``.
+versions 1 and 2, promotes the first, and returns ``("1", "2")``. A home is the folder with
+everything that recpress stores (``RECPRESS_HOME``). The ledger is the list of a model's promotions
+and rollbacks in the store.
 """
 
 from collections.abc import Callable

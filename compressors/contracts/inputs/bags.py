@@ -1,4 +1,7 @@
-"""Bags: a list of ids per row whose order does not matter, padded or concatenated."""
+"""Bags: a list of ids per row whose order does not matter, padded or concatenated.
+
+``common.py`` explains the fields that all kinds of inputs have, and ``out_of_range``.
+"""
 
 from typing import Literal, Self
 
@@ -9,15 +12,15 @@ from compressors.contracts.inputs.common import (
     IntegerType,
     OutOfRange,
     check_list_shape,
-    with_columns,
+    set_default_columns,
 )
 
 
 class PaddedBag(Frozen):
     """A list of ids per row, padded at the end with ``padding_id``; ``shape`` is ``(length,)``.
 
-    The tensor is int ``(rows, length)``. ``more_tables`` are further tables in which the same ids
-    are looked up.
+    The tensor is int ``(rows, length)``. ``more_tables`` are other tables in which the same ids are
+    looked up.
     """
 
     kind: Literal["padded_bag"] = "padded_bag"
@@ -31,7 +34,7 @@ class PaddedBag(Frozen):
     out_of_range: OutOfRange = "error"
     default_row: int = Field(0, ge=0)
 
-    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
+    _columns_default_to_the_name = model_validator(mode="before")(set_default_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:
@@ -46,7 +49,7 @@ class JaggedBag(Frozen):
     ``name_offsets``, the index of each row's first id, int ``(rows,)``, or ``name_lengths``, the
     number of ids per row, int ``(rows,)``. ``shape`` is ``(longest,)``: the longest list that a
     request may contain, because a served graph pads lists to this length. A row with a longer list
-    has the score NaN; lists are never silently truncated. ``more_tables`` are further tables in
+    has the score NaN; lists are never silently truncated. ``more_tables`` are other tables in
     which the same ids are looked up.
     """
 
@@ -61,7 +64,7 @@ class JaggedBag(Frozen):
     out_of_range: OutOfRange = "error"
     default_row: int = Field(0, ge=0)
 
-    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
+    _columns_default_to_the_name = model_validator(mode="before")(set_default_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:

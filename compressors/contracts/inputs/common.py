@@ -18,6 +18,7 @@ With ``error``, the score is NaN. With ``clamp``, the id becomes the first or la
 """
 
 IntegerType = Literal["int64", "int32"]
+"""The dtype of an input's tensor."""
 
 
 class IdField(Frozen):
@@ -27,7 +28,7 @@ class IdField(Frozen):
         rows: number of valid ids.
         first: the smallest valid id.
         offset: what the network adds to an id; the sum is the row of the table.
-        default_row: the id that replaces one out of range, with the policy ``default_row``.
+        default_row: the id that replaces one out of range, if ``out_of_range`` is ``default_row``.
     """
 
     rows: int = Field(ge=1)
@@ -52,7 +53,7 @@ class Input(Protocol):
         """The shape of one row."""
 
 
-def with_columns(data: Any) -> Any:
+def set_default_columns(data: Any) -> Any:
     """Return the data of an input with its name as ``columns`` if it has none.
 
     Each kind of input that reads columns registers this function as a validator.

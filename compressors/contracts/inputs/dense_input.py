@@ -1,11 +1,14 @@
-"""Dense vectors: a fixed number of floats per row."""
+"""Dense vectors: a fixed number of floats per row.
+
+``common.py`` explains the fields that all kinds of inputs have.
+"""
 
 from typing import Literal, Self
 
 from pydantic import model_validator
 
 from compressors.contracts.frozen import Frozen
-from compressors.contracts.inputs.common import check_values, with_columns
+from compressors.contracts.inputs.common import check_values, set_default_columns
 from compressors.contracts.value_errors import value_error
 
 
@@ -22,7 +25,7 @@ class DenseInput(Frozen):
     dtype: Literal["float32"] = "float32"
     shape: tuple[int, ...]
 
-    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
+    _columns_default_to_the_name = model_validator(mode="before")(set_default_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:

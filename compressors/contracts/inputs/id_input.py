@@ -1,4 +1,7 @@
-"""Ids: one per row, or one for each of several columns."""
+"""Ids: one per row, or one for each of several columns.
+
+``common.py`` explains the fields that all kinds of inputs have, and ``out_of_range``.
+"""
 
 from typing import Literal, Self
 
@@ -10,7 +13,7 @@ from compressors.contracts.inputs.common import (
     IntegerType,
     OutOfRange,
     check_scalar_shape,
-    with_columns,
+    set_default_columns,
 )
 from compressors.contracts.value_errors import value_error
 
@@ -22,7 +25,7 @@ class IdInput(Frozen):
 
     Attributes:
         table: the table in which the ids are looked up.
-        more_tables: further tables in which the same ids are looked up.
+        more_tables: other tables in which the same ids are looked up.
         fields: the valid ids of each column, if each reads a part of the table. Empty: every row
             of the table is valid.
     """
@@ -38,7 +41,7 @@ class IdInput(Frozen):
     out_of_range: OutOfRange = "error"
     default_row: int = Field(0, ge=0)
 
-    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
+    _columns_default_to_the_name = model_validator(mode="before")(set_default_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:

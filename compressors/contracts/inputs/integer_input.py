@@ -1,4 +1,7 @@
-"""Bounded integers that are not looked up in a table, such as counts, positions or domains."""
+"""Bounded integers that are not looked up in a table, such as counts, positions or domains.
+
+``common.py`` explains the fields that all kinds of inputs have, and ``out_of_range``.
+"""
 
 from typing import Literal, Self
 
@@ -8,7 +11,7 @@ from compressors.contracts.frozen import Frozen
 from compressors.contracts.inputs.common import (
     IntegerType,
     check_scalar_shape,
-    with_columns,
+    set_default_columns,
 )
 from compressors.contracts.value_errors import value_error
 
@@ -34,7 +37,7 @@ class IntegerInput(Frozen):
     high: int = Field(ge=-(2**31), lt=2**31)
     out_of_range: Literal["error", "clamp"] = "error"
 
-    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
+    _columns_default_to_the_name = model_validator(mode="before")(set_default_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape_and_bounds(self) -> Self:

@@ -1,11 +1,14 @@
-"""Keys: integers that identify an item and are not passed to the model."""
+"""Keys: integers that identify an item and are not passed to the model.
+
+``common.py`` explains the fields that all kinds of inputs have.
+"""
 
 from typing import Literal, Self
 
 from pydantic import model_validator
 
 from compressors.contracts.frozen import Frozen
-from compressors.contracts.inputs.common import check_scalar_shape, with_columns
+from compressors.contracts.inputs.common import check_scalar_shape, set_default_columns
 from compressors.contracts.value_errors import value_error
 
 
@@ -21,7 +24,7 @@ class KeyInput(Frozen):
     dtype: Literal["int64"] = "int64"
     shape: tuple[()] = ()
 
-    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
+    _columns_default_to_the_name = model_validator(mode="before")(set_default_columns)
 
     @model_validator(mode="after")
     def _require_one_column(self) -> Self:

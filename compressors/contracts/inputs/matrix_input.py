@@ -1,4 +1,7 @@
-"""Matrices: one tensor whose columns hold several inputs, such as ids next to numbers."""
+"""Matrices: one tensor whose columns hold several inputs, such as ids next to numbers.
+
+``common.py`` explains the fields that all kinds of inputs have.
+"""
 
 from typing import Annotated, Literal, Self
 

@@ -27,7 +27,7 @@ def all_tables(item: BoundedInput | DenseInput | KeyInput | MatrixInput) -> tupl
 class ValueRange(NamedTuple):
     """The valid integers of one column of an input: ``first`` to ``last``, both included.
 
-    ``default`` replaces other integers if the policy of the input is ``default_row``.
+    ``default`` replaces other integers if ``out_of_range`` of the input is ``default_row``.
     """
 
     first: int

@@ -1,4 +1,7 @@
-"""Sequences: a list of ids per row whose order matters, padded to the longest list of a batch."""
+"""Sequences: a list of ids per row whose order matters, padded to the longest list of a batch.
+
+``common.py`` explains the fields that all kinds of inputs have, and ``out_of_range``.
+"""
 
 from typing import Literal, Self
 
@@ -9,7 +12,7 @@ from compressors.contracts.inputs.common import (
     IntegerType,
     OutOfRange,
     check_list_shape,
-    with_columns,
+    set_default_columns,
 )
 from compressors.contracts.value_errors import value_error
 
@@ -18,19 +21,19 @@ class SequenceInput(Frozen):
     """A list of ids per row, padded to the longest list of the batch; ``shape`` is ``(longest,)``.
 
     The tensor is int ``(rows, length)``. ``length`` is that of the longest list in the batch and
-    differs from batch to batch, from 1 to ``longest``. The model may receive further tensors, each
+    differs from batch to batch, from 1 to ``longest``. The model may receive more tensors, each
     under the name that is given here:
 
     Attributes:
         table: the table in which the ids are looked up.
-        more_tables: further tables in which the same ids are looked up.
+        more_tables: other tables in which the same ids are looked up.
         min_length: smallest number of ids in a list.
         padding: the side on which shorter lists are padded.
         padding_id: the id of padded positions.
         mask: name of the tensor ``(rows, length)`` that is 1 (or True) at ids and 0 at padding.
         mask_dtype: dtype of the mask.
         lengths: name of the tensor int64 ``(rows,)`` with the number of ids in each list.
-        positions: name of the tensor int64 ``(rows, length)`` with the place of each id in its
+        positions: name of the tensor int64 ``(rows, length)`` with the position of each id in its
             list: ``first_position``, ``first_position + 1``, ...; 0 at padding.
         first_position: position of the first id.
         same_length_as: name of another sequence whose lists have the same length in every row,
@@ -56,7 +59,7 @@ class SequenceInput(Frozen):
     out_of_range: OutOfRange = "error"
     default_row: int = Field(0, ge=0)
 
-    _columns_default_to_the_name = model_validator(mode="before")(with_columns)
+    _columns_default_to_the_name = model_validator(mode="before")(set_default_columns)
 
     @model_validator(mode="after")
     def _require_valid_shape(self) -> Self:
@@ -70,8 +73,8 @@ class SequenceInput(Frozen):
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors: the ids, and the mask, lengths and positions if declared."""
-        further = (self.mask, self.lengths, self.positions)
-        return (self.name, *(name for name in further if name is not None))
+        optional = (self.mask, self.lengths, self.positions)
+        return (self.name, *(name for name in optional if name is not None))
 
     @property
     def tensors_of_ids(self) -> tuple[str, ...]:

@@ -83,19 +83,21 @@ for _family in (*quality.FAMILIES, *score_changes.FAMILIES, *serving.FAMILIES):
 # --- metrics of a task -------------------------------------------------------------------------
 
 
-def _default_metrics(task: str, *, grouped: bool) -> tuple[Metric, ...]:
+def _list_default_metrics(task: str, *, grouped: bool) -> tuple[Metric, ...]:
     """Return the metrics that every order of a task kind measures, as far as its data allows."""
     return tuple(
         member
         for family in FAMILIES.values()
-        for member in family.of_task(task_kind(task))
+        for member in family.list_metrics_of_task(task_kind(task))
         if can_be_measured(member, task, grouped=grouped)
     )
 
 
 def default_metrics() -> dict[str, Metric]:
     """Return, by name, the metrics that are measured for every model of at least one task kind."""
-    return {item.name: item for task in TASK_KINDS for item in _default_metrics(task, grouped=True)}
+    return {
+        item.name: item for task in TASK_KINDS for item in _list_default_metrics(task, grouped=True)
+    }
 
 
 def quality_metrics(task: str, *, grouped: bool, additional: Iterable[str] = ()) -> tuple[str, ...]:
@@ -107,14 +109,14 @@ def quality_metrics(task: str, *, grouped: bool, additional: Iterable[str] = ())
         additional: names of metrics to measure in addition to the default metrics; only quality
             metrics are used.
     """
-    default_names = [item.name for item in _default_metrics(task, grouped=grouped)]
+    default_names = [item.name for item in _list_default_metrics(task, grouped=grouped)]
     names = dict.fromkeys([*default_names, *additional])  # each name once, in this order
     return tuple(name for name in names if metric(name).kind == "quality")
 
 
 def default_metrics_of_task(task: str) -> tuple[Metric, ...]:
     """Return the metrics that are measured for every model of a task kind whose data has groups."""
-    return _default_metrics(task, grouped=True)
+    return _list_default_metrics(task, grouped=True)
 
 
 def can_be_measured(
@@ -154,7 +156,7 @@ def measured_metrics(task: str, *, grouped: bool, test_rows: int) -> tuple[str, 
 def default_batch_sizes(task: str) -> tuple[int, ...]:
     """Return the batch sizes at which latency is measured for every model of a task kind."""
     batches = {
-        item.batch for item in _default_metrics(task, grouped=True) if item.batch is not None
+        item.batch for item in _list_default_metrics(task, grouped=True) if item.batch is not None
     }
     return tuple(sorted(batches))
 

@@ -128,7 +128,7 @@ class MetricFamily:
         """The family's name as messages show it, such as ``auc`` or ``ndcg@k``."""
         return f"{self.name}{self.number}"
 
-    def of_task(self, kind: TaskKind) -> tuple[Metric, ...]:
+    def list_metrics_of_task(self, kind: TaskKind) -> tuple[Metric, ...]:
         """Return the metrics of the family that every order measures for a task kind."""
         if not self.number:
             return (self.member(),)

@@ -11,7 +11,7 @@ ESTIMATORS = "compressors.metrics.estimators"
 """Package of the estimators, which are named as text so that contracts need no numpy."""
 
 
-def _bounded_quality(
+def _create_bounded_metric(
     name: str,
     label: str,
     labels: Labels,
@@ -54,7 +54,9 @@ def _bounded_quality(
     )
 
 
-def _loss(name: str, label: str, *, loosest_bound: float, high: float, estimator: str) -> Metric:
+def _create_loss_metric(
+    name: str, label: str, *, loosest_bound: float, high: float, estimator: str
+) -> Metric:
     """Create a metric that is a loss of predicted probabilities; its best value is 0.
 
     Args:
@@ -63,7 +65,7 @@ def _loss(name: str, label: str, *, loosest_bound: float, high: float, estimator
         loosest_bound: a limit that allows an increase of this size or more would accept a useless
             model.
         high: largest possible or, without such a bound, largest meaningful value.
-        estimator: name of the estimator's class in ``log_loss.py``.
+        estimator: name of the estimator's class in ``metrics/estimators/log_loss.py``.
     """
     return Metric(
         name=name,
@@ -80,7 +82,7 @@ def _loss(name: str, label: str, *, loosest_bound: float, high: float, estimator
     )
 
 
-def _of_first_ranks(name: str, label: str, k: int, *, rows: str, queries: str) -> Metric:
+def _create_metric_at_depth(name: str, label: str, k: int, *, rows: str, queries: str) -> Metric:
     """Create a metric of the first ``k`` ranks of lists of rows or of rankings of the catalogue.
 
     Args:
@@ -90,7 +92,7 @@ def _of_first_ranks(name: str, label: str, k: int, *, rows: str, queries: str) -
         rows: ``file:class`` of the estimator of lists of rows.
         queries: ``file:class`` of the estimator of each query's ranking of the catalogue.
     """
-    return _bounded_quality(
+    return _create_bounded_metric(
         f"{name}@{k}",
         f"{label}@{k}",
         "grades",
@@ -102,38 +104,40 @@ def _of_first_ranks(name: str, label: str, k: int, *, rows: str, queries: str) -
 
 def ndcg(k: int) -> Metric:
     """Create NDCG at rank ``k``."""
-    return _of_first_ranks("ndcg", "NDCG", k, rows="ndcg:NdcgOfRows", queries="ndcg:NdcgOfQueries")
+    return _create_metric_at_depth(
+        "ndcg", "NDCG", k, rows="ndcg:NdcgOfRows", queries="ndcg:NdcgOfQueries"
+    )
 
 
 def recall(k: int) -> Metric:
     """Create recall: the share of the relevant items that are in the first ``k`` ranks."""
-    return _of_first_ranks(
+    return _create_metric_at_depth(
         "recall", "Recall", k, rows="top_k:RecallOfRows", queries="recall:RecallOfQueries"
     )
 
 
 def mrr(k: int) -> Metric:
     """Create MRR: 1 / rank of the first relevant item, or 0 if that rank is above ``k``."""
-    return _of_first_ranks(
+    return _create_metric_at_depth(
         "mrr", "MRR", k, rows="top_k:ReciprocalRank", queries="top_k:ReciprocalRank"
     )
 
 
 def mean_average_precision(k: int) -> Metric:
     """Create MAP at rank ``k``, divided by the number of all relevant items as in trec_eval."""
-    return _of_first_ranks(
+    return _create_metric_at_depth(
         "map", "MAP", k, rows="top_k:AveragePrecision", queries="top_k:AveragePrecision"
     )
 
 
 def hit(k: int) -> Metric:
     """Create the share of lists with a relevant item in the first ``k`` ranks."""
-    return _of_first_ranks("hit", "Hit", k, rows="top_k:Hit", queries="top_k:Hit")
+    return _create_metric_at_depth("hit", "Hit", k, rows="top_k:Hit", queries="top_k:Hit")
 
 
 def precision(k: int) -> Metric:
     """Create precision: the share of the first ``k`` ranks with a relevant item."""
-    return _of_first_ranks(
+    return _create_metric_at_depth(
         "precision", "Precision", k, rows="top_k:Precision", queries="top_k:Precision"
     )
 
@@ -143,7 +147,7 @@ CHANCE_AUC = 0.5
 
 FAMILIES = (
     single_metric(
-        _bounded_quality(
+        _create_bounded_metric(
             "auc",
             "AUC",
             "clicks",
@@ -153,10 +157,15 @@ FAMILIES = (
             estimators={"rows": f"{ESTIMATORS}.auc:Auc"},
         )
     ),
-    # ``point_estimates.py`` clips probabilities, so the loss of a row is at most 15.943 nats.
-    single_metric(_loss("logloss", "log loss", loosest_bound=0.2, high=15.95, estimator="LogLoss")),
+    # ``metrics/point_estimates.py`` clips probabilities, so the loss of a row is at most 15.943
+    # nats.
     single_metric(
-        _loss(
+        _create_loss_metric(
+            "logloss", "log loss", loosest_bound=0.2, high=15.95, estimator="LogLoss"
+        )
+    ),
+    single_metric(
+        _create_loss_metric(
             "normalized_entropy",
             "normalized entropy",
             loosest_bound=0.5,
@@ -167,7 +176,7 @@ FAMILIES = (
         )
     ),
     single_metric(
-        _bounded_quality(
+        _create_bounded_metric(
             "gauc",
             "GAUC",
             "clicks",

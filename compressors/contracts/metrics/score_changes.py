@@ -7,7 +7,7 @@ from compressors.contracts.metrics.metric import Metric, single_metric
 from compressors.contracts.task_kind import Evaluation
 
 
-def _change(
+def _create_metric(
     name: str,
     label: str,
     *,
@@ -45,12 +45,12 @@ def _change(
 
 
 # Pearson correlation of both models' scores.
-CORRELATION = _change("score_correlation", "score correlation", higher_is_better=True)
-MEAN = _change("mean_score_change", "mean score change", high=100.0)
+CORRELATION = _create_metric("score_correlation", "score correlation", higher_is_better=True)
+MEAN = _create_metric("mean_score_change", "mean score change", high=100.0)
 # The maximum has no interval, because rows that were not measured can change more.
-LARGEST = _change("max_score_change", "largest score change", high=100.0, has_interval=False)
+LARGEST = _create_metric("max_score_change", "largest score change", high=100.0, has_interval=False)
 # The share of groups in which another row has the highest score (of queries: another item).
-TOP1 = _change(
+TOP1 = _create_metric(
     "changed_top1",
     "share of changed top-1",
     heading="changed top-1",
@@ -58,7 +58,7 @@ TOP1 = _change(
     needs_group=True,
 )
 # The share of a query's 20 items with the highest scores that the baseline also ranks there.
-TOP20 = _change(
+TOP20 = _create_metric(
     "top20_overlap",
     "overlap of the top 20",
     heading="top-20 overlap",

@@ -105,7 +105,7 @@ class Reason:
         require_fields(code, sentence, fields)
         object.__setattr__(self, "code", code)
         object.__setattr__(
-            self, "fields", {name: _plain_value(name, value) for name, value in fields.items()}
+            self, "fields", {name: _to_plain_value(name, value) for name, value in fields.items()}
         )
         try:
             str(self)
@@ -129,13 +129,16 @@ class Reason:
                 if isinstance(item, Reason):
                     yield from item.walk()
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return an object ``{"code": ..., "fields": {...}}`` of JSON values."""
-        return {"code": self.code, "fields": {n: _as_json(v) for n, v in self.fields.items()}}
+        return {
+            "code": self.code,
+            "fields": {n: _convert_to_json(v) for n, v in self.fields.items()},
+        }
 
     @classmethod
-    def of_json(cls, value: Any) -> "Reason":
-        """Build a reason from the result of ``as_json``; a ``Reason`` is returned unchanged.
+    def from_json(cls, value: Any) -> "Reason":
+        """Build a reason from the result of ``to_json``; a ``Reason`` is returned unchanged.
 
         Raises:
             ValueError: the value has another form, or this version of recpress does not know its
@@ -151,7 +154,9 @@ class Reason:
                     "expected an object with the keys 'code' (a string) and 'fields' (an object)"
                 )
         try:
-            return cls(code, **{str(name): _of_json(item) for name, item in fields.items()})
+            return cls(
+                code, **{str(name): _convert_from_json(item) for name, item in fields.items()}
+            )
         except TypeError as fault:
             raise ValueError(str(fault)) from fault
 
@@ -160,8 +165,8 @@ class Reason:
         cls, source: type[Any], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            cls.of_json,
-            serialization=core_schema.plain_serializer_function_ser_schema(cls.as_json),
+            cls.from_json,
+            serialization=core_schema.plain_serializer_function_ser_schema(cls.to_json),
         )
 
     @classmethod
@@ -199,13 +204,13 @@ def read_reasons(
     Raises:
         ValidationError: raised by ``validate``.
     """
-    result = validate(_with_reasons(value, sentence, reasons))
+    result = validate(_replace_sentence_by_reasons(value, sentence, reasons))
     if isinstance(value, Mapping) and reasons not in value:
         result.model_fields_set.discard(reasons)
     return result
 
 
-def _with_reasons(value: Any, sentence: str, reasons: str) -> Any:
+def _replace_sentence_by_reasons(value: Any, sentence: str, reasons: str) -> Any:
     """Replace the sentence of a mapping by reasons, as ``read_reasons`` describes.
 
     Values that have another form are returned unchanged; validating them reports the error.
@@ -230,13 +235,13 @@ def _are_known(stored: Any) -> bool:
     """Return whether this version can read all stored reasons."""
     try:
         for item in stored.values() if isinstance(stored, Mapping) else stored:
-            Reason.of_json(item)
+            Reason.from_json(item)
     except (TypeError, ValueError):
         return False
     return True
 
 
-def _plain_value(name: str, value: Any) -> Value:
+def _to_plain_value(name: str, value: Any) -> Value:
     """Convert a field's value to plain Python types; non-finite floats to text."""
     if isinstance(value, bool | str | Reason):
         return value
@@ -245,22 +250,26 @@ def _plain_value(name: str, value: Any) -> Value:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else f"{value:g}"
     if isinstance(value, tuple):
-        return tuple(_plain_value(name, item) for item in value)
+        return tuple(_to_plain_value(name, item) for item in value)
     raise TypeError(
         f"expected text, a number, a Reason or a tuple of them as field {name!r}, got "
         f"{type(value).__name__}"
     )
 
 
-def _as_json(value: Value) -> Any:
+def _convert_to_json(value: Value) -> Any:
     """Convert a field's value to a JSON value; a tuple to a list, a reason to an object."""
     if isinstance(value, Reason):
-        return value.as_json()
-    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
+        return value.to_json()
+    return [_convert_to_json(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _of_json(value: Any) -> Any:
-    """Convert a JSON value to a field's value: the inverse of ``_as_json``."""
+def _convert_from_json(value: Any) -> Any:
+    """Convert a JSON value to a field's value: the inverse of ``_convert_to_json``."""
     if isinstance(value, Mapping):
-        return Reason.of_json(value)
-    return tuple(_of_json(item) for item in value) if isinstance(value, list | tuple) else value
+        return Reason.from_json(value)
+    return (
+        tuple(_convert_from_json(item) for item in value)
+        if isinstance(value, list | tuple)
+        else value
+    )

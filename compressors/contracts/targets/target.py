@@ -99,7 +99,7 @@ class Target:
         """Whether the target has a runtime that scores and times graphs or engines."""
         return self.runtime is not None
 
-    def served_file(self, graph: str) -> str:
+    def name_served_file(self, graph: str) -> str:
         """Return the name of the file that is served for a graph; large weights are next to it."""
         return f"{graph}{'.onnx' if self.engines is None else self.engines.suffix}"
 

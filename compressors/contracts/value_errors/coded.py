@@ -67,11 +67,11 @@ def value_error(code: str, /, **fields: Any) -> PydanticCustomError:
     require_fields(code, sentence, fields)
     context = {**fields, "sentence": SentenceFormatter().vformat(sentence, (), fields)}
     return PydanticCustomError(
-        code, "{sentence}", {name: _encodable(value) for name, value in context.items()}
+        code, "{sentence}", {name: _escape_surrogates(value) for name, value in context.items()}
     )
 
 
-def _encodable(value: Any) -> Any:
+def _escape_surrogates(value: Any) -> Any:
     """Replace the surrogates of a text by escapes; return other values unchanged."""
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()

@@ -35,7 +35,7 @@ class Composition(Protocol):
 
     @property
     def name(self) -> str:
-        """The composition's tag in plans and bundles."""
+        """The composition's name in plans and bundles."""
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ class Composition(Protocol):
 class ProductComposition(Protocol):
     """A composition that can multiply by its table if its parts can; see ``ProductFormat``."""
 
-    def product(self, stored: Mapping[str, Tensor], parts: Parts, x: Tensor) -> Tensor:
+    def multiply(self, stored: Mapping[str, Tensor], parts: Parts, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
 
 
@@ -152,12 +152,12 @@ class ComposedTable(nn.Module):
         parts = (self.get_submodule(name) for name in self.part_names)
         return isinstance(self.composition, ProductComposition) and all(map(can_multiply, parts))
 
-    def product(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
         assert isinstance(self.composition, ProductComposition)  # noqa: S101 - ``can_multiply``
         stored = dict(self.named_buffers(recurse=False))
         parts = {name: self.get_submodule(name) for name in self.part_names}
-        return self.composition.product(stored, parts, x)
+        return self.composition.multiply(stored, parts, x)
 
     def record(self) -> ModuleRecord:
         """Return the record from which a bundle rebuilds this module, without its parts."""
@@ -168,13 +168,13 @@ class ComposedTable(nn.Module):
         )
 
 
-def sum_counts(counts: Tensor, place: Tensor, places: int) -> Tensor:
-    """Sum lookup counts by row of a part, ``(places,)``.
+def sum_counts(counts: Tensor, index: Tensor, part_rows: int) -> Tensor:
+    """Sum lookup counts by row of a part, ``(part_rows,)``.
 
-    ``place``, int64 in the shape of ``counts``, is the row of the part to which each count is
-    added; ``places`` is the number of its rows.
+    ``index``, int64 in the shape of ``counts``, is the row of the part to which each count is
+    added.
     """
-    return counts.new_zeros(places).index_add_(0, place, counts)
+    return counts.new_zeros(part_rows).index_add_(0, index, counts)
 
 
 def plain_table(spec: PartSpec, weight: Tensor | None) -> nn.Embedding:

@@ -37,7 +37,7 @@ class FactoredLinear(nn.Module):
             out_features: outputs of the whole layer.
             rank: features between ``reduce`` and ``expand``.
             bias: whether ``expand`` has a bias.
-            stored: float32 tensors, with the names and shapes of ``factored_layout``.
+            stored: float32 tensors, with the names and shapes of ``describe_factored_layout``.
 
         Raises:
             ValueError: a tensor has another shape.
@@ -47,7 +47,9 @@ class FactoredLinear(nn.Module):
         self.has_bias = bias
         self.reduce = nn.Linear(in_features, rank, bias=False, device="meta")
         self.expand = nn.Linear(rank, out_features, bias=bias, device="meta")
-        for name, spec in factored_layout(in_features, out_features, rank, bias=bias).items():
+        for name, spec in describe_factored_layout(
+            in_features, out_features, rank, bias=bias
+        ).items():
             if stored is None:
                 continue
             if tuple(stored[name].shape) != spec.shape:
@@ -74,7 +76,9 @@ class FactoredLinear(nn.Module):
         )
 
 
-def factored_layout(inputs: int, outputs: int, rank: int, *, bias: bool) -> dict[str, TensorSpec]:
+def describe_factored_layout(
+    inputs: int, outputs: int, rank: int, *, bias: bool
+) -> dict[str, TensorSpec]:
     """Return the shape and dtype of the tensors of both parts, by name."""
     layout = {
         "reduce.weight": TensorSpec((rank, inputs), torch.float32),

@@ -44,7 +44,7 @@ class TableFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """The format's tag in plans and bundles."""
+        """The format's name in plans and bundles."""
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -64,14 +64,13 @@ class ProductFormat(Protocol):
     """A table format that can also multiply by its codes, for networks that read the weight.
 
     Its file registers a second custom op for that, with a gradient. A table whose weight is
-    multiplied is not stored in a format without products, because each product would decode the
-    whole table.
+    multiplied is stored in no other format, because each matmul would decode the whole table.
     """
 
     def can_multiply(self, settings: Mapping[str, Any]) -> bool:
         """Return whether it multiplies with these settings on every target."""
 
-    def product(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def multiply(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
 
 
@@ -80,7 +79,7 @@ class LinearFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """The format's tag in plans and bundles."""
+        """The format's name in plans and bundles."""
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -120,7 +119,7 @@ def layout_bytes(layout: Mapping[str, TensorSpec]) -> int:
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())
 
 
-def stored_entries(spec: TensorSpec, begin: int, end: int) -> slice:
+def find_stored_entries(spec: TensorSpec, begin: int, end: int) -> slice:
     """Return the entries of a stored tensor that encode the rows ``begin`` to ``end - 1``."""
     return slice(begin // spec.rows_per_entry, -(-end // spec.rows_per_entry))
 
@@ -160,10 +159,10 @@ class PackedTable(nn.Module):
         storage = self.storage
         return isinstance(storage, ProductFormat) and storage.can_multiply(self.settings)
 
-    def product(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
         assert isinstance(self.storage, ProductFormat)  # noqa: S101 - see ``can_multiply``
-        return self.storage.product(dict(self.named_buffers()), x)
+        return self.storage.multiply(dict(self.named_buffers()), x)
 
     def record(self) -> ModuleRecord:
         """Return the record from which a bundle rebuilds this module."""
@@ -269,7 +268,7 @@ class Bag(nn.Module):
             ids, weights = input, per_sample_weights  # (bags, length)
             inside = torch.ones_like(ids, dtype=torch.bool)
         else:
-            ids, inside, position = self._padded(input, offsets)  # (bags, longest)
+            ids, inside, position = self._pad_bags(input, offsets)  # (bags, longest)
             weights = None
             if per_sample_weights is not None:
                 weights = gather_padded(per_sample_weights, position)
@@ -288,7 +287,7 @@ class Bag(nn.Module):
             total = total / inside.sum(dim=1, keepdim=True).clamp(min=1).to(rows.dtype)
         return total
 
-    def _padded(self, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _pad_bags(self, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return padded ids, the mask of real ids, and positions in ``values`` (bags, longest)."""
         count = values.shape[0]
         if self.include_last_offset:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from compressors.core.modules.table_weight import TableWeight, can_multiply
 
 Read = Literal["looked_up", "multiplied", "decoded"]
-"""How code reads a weight: some rows of it, a product with all rows, or the whole matrix."""
+"""How code reads a weight: some rows of it, a matmul with all rows, or the whole matrix."""
 
 Observe = Callable[[Read, Tensor | None], None]
 """Is called for each read: the kind, and the ids ``(*,)`` or the multiplied vectors ``(*, dim)``.
@@ -30,6 +30,8 @@ class ObservedTable(nn.Module):
 
     def __init__(self, table: nn.Module, observe: Observe, *, hides_attributes: bool) -> None:
         super().__init__()
+        # In the instance's dict, so that the table is no submodule and keeps its name in the
+        # network.
         vars(self).update(observed=table, observe=observe, hides_attributes=hides_attributes)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -45,7 +47,7 @@ class ObservedTable(nn.Module):
         """Return whether the table multiplies without decoding all rows at once."""
         return can_multiply(vars(self)["observed"])
 
-    def product(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row, and report it."""
         return self.weight.multiply(x)
 

@@ -22,7 +22,7 @@ RECALIBRATION = "recalibration"
 SMALLEST_PROBABILITY, LARGEST_PROBABILITY = torch.finfo(torch.float32).tiny, 1 - 2.0**-24
 
 
-def logit_of(output: Tensor, form: str) -> Tensor:
+def to_logit(output: Tensor, form: str) -> Tensor:
     """Convert an output to a logit; unless its ``form`` is ``probability``, it already is one."""
     if form != "probability":
         return output
@@ -67,7 +67,7 @@ class Recalibration(nn.Module):
             self.bends = None
 
     def forward(self, output: Tensor) -> Tensor:
-        logit = logit_of(output, self.output)
+        logit = to_logit(output, self.output)
         below = logit if self.bends is None else torch.minimum(logit, self.bends[0, 0])
         calibrated = self.line[0] * below + self.line[1]
         if self.bends is not None:
@@ -85,7 +85,7 @@ class Recalibration(nn.Module):
         return ModuleRecord(kind="output", format=self.method, settings=settings)
 
 
-def recalibration_of(module: nn.Module) -> Recalibration | None:
+def find_recalibration(module: nn.Module) -> Recalibration | None:
     """Return the calibration map of a network's output, or None."""
     submodule = getattr(module, RECALIBRATION, None)
     return submodule if isinstance(submodule, Recalibration) else None
@@ -97,7 +97,7 @@ def attach(module: nn.Module, recalibration: Recalibration) -> None:
     Raises:
         StepRefused: the network has another attribute with the name ``RECALIBRATION``.
     """
-    if recalibration_of(module) is None:
+    if find_recalibration(module) is None:
         if hasattr(module, RECALIBRATION):
             raise StepRefused(
                 "attribute_taken", architecture=type(module).__name__, name=RECALIBRATION

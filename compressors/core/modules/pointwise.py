@@ -74,7 +74,7 @@ def replace_pointwise_convs(model: nn.Module) -> nn.Module:
     replaced: dict[nn.Module, PointwiseConv] = {}
     for module in list(model.modules()):
         if _is_pointwise(module) and all(users[id(p)] == 1 for p in module.parameters()):
-            replaced[module] = _pointwise(module)
+            replaced[module] = _build_replacement(module)
     for parent in list(model.modules()):
         for child, part in list(parent._modules.items()):
             if part is not None and part in replaced:
@@ -93,7 +93,7 @@ def _is_pointwise(module: nn.Module) -> bool:
     )
 
 
-def _pointwise(conv: Any) -> PointwiseConv:
+def _build_replacement(conv: Any) -> PointwiseConv:
     """Return the replacement of a convolution, with views of its weights."""
     with torch.no_grad():
         linear = nn.Linear(1, 1, bias=conv.bias is not None, device="meta")

@@ -2,10 +2,10 @@
 
 Such networks slice a table's weight (``positions.weight[:length]``) or multiply by it, as an output
 head that scores all items (``hidden @ items.weight.T``) does. A ``TableWeight`` takes the place of
-the weight. Slices and ids decode only these rows, and products multiply by the stored codes, block
-by block. Every other use decodes the whole table.
+the weight. Slices and ids decode only these rows, and a matmul multiplies by the stored codes,
+block by block. Every other use decodes the whole table.
 
-``TiedHead`` is the same product for a dense layer whose weight is the weight of a table.
+``TiedHead`` is the same matmul for a dense layer whose weight is the weight of a table.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Multiplicable(Protocol):
     def can_multiply(self) -> bool:
         """Return whether its format and settings allow that."""
 
-    def product(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
 
 
@@ -69,15 +69,15 @@ class TableWeight:
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""
         if isinstance(self.table, Multiplicable) and self.table.can_multiply():
-            return self.table.product(x)
-        return F.linear(x, self.look_up(self._all_ids()))
+            return self.table.multiply(x)
+        return F.linear(x, self.look_up(self._list_all_ids()))
 
     def decode(self) -> Tensor:
         """Decode all rows: float32, in the shape of this object."""
-        decoded = self.look_up(self._all_ids())
+        decoded = self.look_up(self._list_all_ids())
         return decoded.T if self.transposed else decoded
 
-    def _all_ids(self) -> Tensor:
+    def _list_all_ids(self) -> Tensor:
         return torch.arange(self.rows, device=self.device)
 
     def _transpose(self) -> "TableWeight":
@@ -138,18 +138,18 @@ class TableWeight:
     def __getitem__(self, index: Any) -> Tensor:
         """Decode the rows that an index selects; indices of columns are applied afterwards."""
         first, *others = index if isinstance(index, tuple) and index else (index,)
-        ids = None if self.transposed else self._ids_of(first)
+        ids = None if self.transposed else self._select_ids(first)
         if ids is None or (others and not isinstance(first, slice)):
             return self.decode()[index]
         rows = self.look_up(ids)
         return rows[(slice(None), *others)] if others else rows
 
-    def _ids_of(self, index: Any) -> Tensor | None:
+    def _select_ids(self, index: Any) -> Tensor | None:
         """Return the ids that an index of rows selects; None for other kinds of indices."""
         match index:
             case slice(step=None | 1):
-                begin = 0 if index.start is None else self._position(index.start)
-                end = self.rows if index.stop is None else self._position(index.stop)
+                begin = 0 if index.start is None else self._find_position(index.start)
+                end = self.rows if index.stop is None else self._find_position(index.stop)
                 if type(begin) is type(end) is int:
                     end = max(begin, end)
                 return torch.arange(begin, end, device=self.device)
@@ -159,7 +159,7 @@ class TableWeight:
                 return torch.tensor(index % self.rows, device=self.device)
         return None
 
-    def _position(self, side: Any) -> Any:
+    def _find_position(self, side: Any) -> Any:
         """Return one side of a slice, counted from the first row; a symbolic length is unchanged.
 
         While a network is exported, a length may be symbolic: it has no value yet.
@@ -188,42 +188,46 @@ class TableWeight:
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
-        args, kwargs = tree_map(_decoded, (args, kwargs or {}))
+        args, kwargs = tree_map(_decode_if_weight, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def _decoded(value: Any) -> Any:
+def _decode_if_weight(value: Any) -> Any:
     return value.decode() if isinstance(value, TableWeight) else value
 
 
 def _matmul(x: Any, other: Any) -> Tensor:
-    """Return ``x @ other``; a product of rows and the transposed weight decodes no whole table."""
+    """Return ``x @ other``; a matmul with the transposed weight decodes no whole table."""
     if isinstance(other, TableWeight) and other.transposed and isinstance(x, Tensor):
         return other.multiply(x)
     if isinstance(x, TableWeight) and not x.transposed and isinstance(other, Tensor):
-        product = x.multiply(other.transpose(-2, -1) if other.dim() > 1 else other)
-        return product.transpose(-2, -1) if other.dim() > 1 else product
-    return torch.matmul(_decoded(x), _decoded(other))
+        transposed = x.multiply(other.transpose(-2, -1) if other.dim() > 1 else other)
+        return transposed.transpose(-2, -1) if other.dim() > 1 else transposed
+    return torch.matmul(_decode_if_weight(x), _decode_if_weight(other))
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:  # noqa: A002 - torch's names
     """Return ``F.linear`` with the weight of a table."""
     if not isinstance(weight, TableWeight) or weight.transposed or not isinstance(input, Tensor):
-        return F.linear(_decoded(input), _decoded(weight), _decoded(bias))
-    product = weight.multiply(input)
-    return product if bias is None else product + bias
+        return F.linear(
+            _decode_if_weight(input), _decode_if_weight(weight), _decode_if_weight(bias)
+        )
+    output = weight.multiply(input)
+    return output if bias is None else output + bias
 
 
 def _embedding(input: Tensor, weight: Any, *settings: Any, **named: Any) -> Tensor:  # noqa: A002
     """Return ``F.embedding`` of the weight of a table; the settings concern gradients only."""
     decodes = not isinstance(weight, TableWeight) or weight.transposed
-    return F.embedding(input, _decoded(weight)) if decodes else weight.look_up(input)
+    return F.embedding(input, _decode_if_weight(weight)) if decodes else weight.look_up(input)
 
 
 def _index_select(weight: Any, dim: int, index: Tensor) -> Tensor:
     """Return ``torch.index_select`` of the weight of a table."""
     rows = isinstance(weight, TableWeight) and not weight.transposed and dim in (0, -2)
-    return weight.look_up(index) if rows else torch.index_select(_decoded(weight), dim, index)
+    return (
+        weight.look_up(index) if rows else torch.index_select(_decode_if_weight(weight), dim, index)
+    )
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -243,7 +247,7 @@ def _define_operators() -> None:
     """Define Python's operators: they decode the table, and compute with the matrix."""
 
     def operator(name: str) -> Callable[..., Any]:
-        return lambda self, *others: getattr(self.decode(), name)(*map(_decoded, others))
+        return lambda self, *others: getattr(self.decode(), name)(*map(_decode_if_weight, others))
 
     for name in ("add", "sub", "mul", "truediv", "pow"):
         for method in (f"__{name}__", f"__r{name}__"):

@@ -32,8 +32,8 @@ from compressors.core.state.meta_device import (
     ACCELERATOR,
     ConstructionLimits,
     Placement,
+    create_on_cpu,
     exchange,
-    on_cpu,
     parameters_on_meta,
 )
 from compressors.core.state.plain_values import plain_tensors, plain_values
@@ -93,12 +93,12 @@ def _construct_unchecked(
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, ConstructionFailed):
             raise
-        reason = f"its constructor reads weight values ({_source_line(error)})"
+        reason = f"its constructor reads weight values ({_describe_source_line(error)})"
         return _construct_with_note(architecture, config, reason, limits)
     _link_views(module, placement)
-    recomputed = {name for name, *_ in _computed_weights(module)}
+    recomputed = {name for name, *_ in _find_computed_weights(module)}
     if names_without_values := [
-        name for name in _plain_tensors_without_values(module) if name not in recomputed
+        name for name in _find_plain_tensors_without_values(module) if name not in recomputed
     ]:
         reason = f"its constructor computes {_list_names(names_without_values)} from weight values"
         construction = _construct_with_note(architecture, config, reason, limits)
@@ -109,7 +109,7 @@ def _construct_unchecked(
             names_without_values,
         )
         return construction
-    return Construction(module, _device_notes(module, placement))
+    return Construction(module, _correct_device_attributes(module, placement))
 
 
 def construct_with_weights(architecture: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
@@ -153,7 +153,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool) ->
     # several names gets one object, so ties are preserved.
     new_objects: dict[int, Tensor] = {}
     assigned = {
-        name: new_objects.setdefault(id(value), _same_values(value))
+        name: new_objects.setdefault(id(value), _share_memory(value))
         for name, value in tensors.items()
     }
     module.load_state_dict(assigned, strict=strict, assign=True)
@@ -178,7 +178,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool) ->
         if values.stride() == stride:  # otherwise it has no values, and loading raises an error
             begin = values.storage_offset() + offset - parameter_offset
             exchange(view, values.as_strided(shape, view_stride, begin))
-    _recompute(module)
+    _recompute_weights(module)
 
 
 def tensors_without_values(module: nn.Module, replaced: Iterable[Tensor] = ()) -> list[str]:
@@ -208,7 +208,7 @@ def differing_tensors(first: nn.Module, second: nn.Module) -> list[str]:
     return [
         name
         for name, tensor in plain_tensors(first)
-        if name not in other or not _equal_tensors(tensor, other[name])
+        if name not in other or not _are_equal_tensors(tensor, other[name])
     ]
 
 
@@ -224,7 +224,7 @@ def _construct_with_note(
         f"{architecture.__name__} is built with all its weights in memory each time it is loaded, "
         f"because {reason}. Memory while loading is that of the weights, not of the file's pages."
     )
-    return Construction(module, (note, *_device_notes(module, placement)))
+    return Construction(module, (note, *_correct_device_attributes(module, placement)))
 
 
 def _construct_on_cpu(
@@ -234,14 +234,14 @@ def _construct_on_cpu(
 ) -> tuple[nn.Module, Placement]:
     """Build a network with its initial weights; also return the context it was built in."""
     try:
-        with on_cpu(copy.copy(limits)) as placement:
+        with create_on_cpu(copy.copy(limits)) as placement:
             module = architecture(**decode_arguments(config))
     except TooLarge as error:
         raise ConstructionFailed("tensors_too_large", problem=str(error)) from error
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, ConstructionFailed):
             raise
-        raise _construction_error(architecture, error) from error
+        raise _build_construction_error(architecture, error) from error
     return module, placement
 
 
@@ -261,9 +261,11 @@ def _require_arguments(architecture: type[nn.Module], config: Mapping[str, Any])
         ) from error
 
 
-def _construction_error(architecture: type[nn.Module], error: Exception) -> ConstructionFailed:
+def _build_construction_error(
+    architecture: type[nn.Module], error: Exception
+) -> ConstructionFailed:
     """Build the error for a constructor that raised ``error``."""
-    error_class, source_line = type(error).__name__, _source_line(error)
+    error_class, source_line = type(error).__name__, _describe_source_line(error)
     problem, name = (str(error).strip() or "no message").rstrip("."), architecture.__name__
     if any(word in problem for word in ("CUDA", "cuda", "NVIDIA", "accelerator")):
         return ConstructionFailed(
@@ -299,8 +301,8 @@ def _require_safe_names(architecture: type[nn.Module], module: nn.Module) -> Non
                 )
 
 
-def _source_line(error: BaseException) -> str:
-    """Describe the innermost line of the user's code in an error's traceback."""
+def _describe_source_line(error: BaseException) -> str:
+    """Describe the innermost line of the network's source code in an error's traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     user_frames = [frame for frame in frames if not frame.filename.startswith(_LIBRARY_FOLDERS)]
     if not user_frames:
@@ -332,7 +334,7 @@ def _link_views(module: nn.Module, placement: Placement) -> None:
             exchange(tensor, parameter.detach().as_strided(shape, stride, begin))
 
 
-def _plain_tensors_without_values(module: nn.Module) -> list[str]:
+def _find_plain_tensors_without_values(module: nn.Module) -> list[str]:
     """Return names of plain tensors on meta that no loaded tensor will give values.
 
     They are views neither of a parameter nor of a buffer.
@@ -360,12 +362,12 @@ def _require_equal(
         )
 
 
-def _equal_tensors(first: Tensor, second: Tensor) -> bool:
+def _are_equal_tensors(first: Tensor, second: Tensor) -> bool:
     """Return whether two tensors have the same shape and values."""
     return first.shape == second.shape and bool(torch.equal(first, second))
 
 
-def _device_notes(module: nn.Module, placement: Placement) -> tuple[str, ...]:
+def _correct_device_attributes(module: nn.Module, placement: Placement) -> tuple[str, ...]:
     """Set device attributes of a network to the CPU; return a note if it used another device."""
     changed = []
     for item in list(plain_values(module)):
@@ -388,14 +390,14 @@ def _device_notes(module: nn.Module, placement: Placement) -> tuple[str, ...]:
     )
 
 
-def _same_values(tensor: Tensor) -> Tensor:
+def _share_memory(tensor: Tensor) -> Tensor:
     """Create another tensor object with the same memory."""
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
     return tensor.detach()
 
 
-def _computed_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+def _find_computed_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """Yield weights that hooks of ``torch.nn.utils`` compute from parameters before each forward.
 
     Yields the weight's name, its module and the hook (weight norm, spectral norm or pruning).
@@ -409,12 +411,12 @@ def _computed_weights(module: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]
 
 
 @torch.no_grad()
-def _recompute(module: nn.Module) -> None:
-    """Compute the weights of ``_computed_weights`` from the loaded parameters.
+def _recompute_weights(module: nn.Module) -> None:
+    """Compute the weights of ``_find_computed_weights`` from the loaded parameters.
 
     Spectral norm uses its stored vectors, without a power iteration.
     """
-    for name, part, hook in _computed_weights(module):
+    for name, part, hook in _find_computed_weights(module):
         if isinstance(hook, BasePruningMethod):
             weight = hook.apply_mask(part)  # type: ignore[no-untyped-call]
         elif isinstance(hook, SpectralNorm):

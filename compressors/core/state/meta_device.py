@@ -1,8 +1,8 @@
 """Contexts in which a network's class is built, with or without values of its parameters.
 
-``construction.py`` builds a class in one of two contexts: ``parameters_on_meta``, or ``on_cpu`` if
-the constructor needs the values. In both, no tensor is on an accelerator, even if the constructor
-moves it there: recpress decides where a network runs.
+``construction.py`` builds a class in one of two contexts: ``parameters_on_meta``, or
+``create_on_cpu`` if the constructor needs the values. In both, no tensor is on an accelerator, even
+if the constructor moves it there: recpress decides where a network runs.
 """
 
 import re
@@ -98,7 +98,7 @@ class Placement(TorchFunctionMode):
             if func == _DATA_SETTER and tensor.is_meta and not args[1].is_meta:
                 return func(tensor, args[1].to("meta"))
             if func is Tensor.type and (kind := (*args[1:], *kwargs.values())[:1]):
-                return tensor.to(_dtype_of_legacy_type(kind[0]))
+                return tensor.to(_find_dtype_of_legacy_type(kind[0]))
             if func is Tensor.to:
                 args, kwargs = self._keep_device(tensor, args[1:], kwargs)
         # torch adds the default device later than this mode runs, so it is added here.
@@ -141,7 +141,7 @@ class Placement(TorchFunctionMode):
         if device not in self.devices:
             self.devices.append(device)
 
-    def without_values(self, parameter: nn.Parameter) -> nn.Parameter:
+    def drop_values(self, parameter: nn.Parameter) -> nn.Parameter:
         """Move a parameter to meta, which drops its values; references to it remain valid."""
         storage = parameter.untyped_storage()
         # This mode would otherwise intercept these calls and keep the copy on the CPU.
@@ -156,7 +156,7 @@ class Placement(TorchFunctionMode):
 
 
 @contextmanager
-def on_cpu(limits: ConstructionLimits | None = None) -> Iterator[Placement]:
+def create_on_cpu(limits: ConstructionLimits | None = None) -> Iterator[Placement]:
     """Create tensors of this thread on the CPU and keep them there, inside the context."""
     with _defaults_restored(), Placement(limits) as placement:
         yield placement
@@ -175,7 +175,7 @@ def parameters_on_meta(limits: ConstructionLimits | None = None) -> Iterator[Pla
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and threading.get_ident() == thread:
-            param = param if param.is_meta or is_lazy(param) else placement.without_values(param)
+            param = param if param.is_meta or is_lazy(param) else placement.drop_values(param)
         register(module, name, param)
 
     with _LOCK:
@@ -219,7 +219,7 @@ def exchange(first: Tensor, second: Tensor) -> bool:
     return True
 
 
-def _dtype_of_legacy_type(kind: Any) -> torch.dtype:
+def _find_dtype_of_legacy_type(kind: Any) -> torch.dtype:
     """Return the dtype of a legacy tensor type, such as ``torch.cuda.FloatTensor`` or its name."""
     if isinstance(kind, torch.dtype):
         return kind

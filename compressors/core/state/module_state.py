@@ -103,10 +103,10 @@ def construction_limits(folder: Path, network: Network) -> ConstructionLimits:
 
 def largest_replaced(network: Network) -> int:
     """Return the bytes of the largest weight that a compressed module replaces after building."""
-    return max((_full_bytes(record) for record in network.modules.values()), default=0)
+    return max((_compute_full_bytes(record) for record in network.modules.values()), default=0)
 
 
-def _full_bytes(record: ModuleRecord) -> int:
+def _compute_full_bytes(record: ModuleRecord) -> int:
     """Return the bytes of the float32 weight that a compressed module replaces."""
     names = ("in_features", "out_features") if record.kind == "linear" else ("rows", "dim")
     sides = [record.settings.get(name) for name in names]
@@ -137,11 +137,11 @@ def _build(
     replaced: list[nn.Parameter] = []
     for name, record in sorted(network.modules.items()):  # a composed table before its parts
         if record.kind == "output":
-            recalibration = module_of(name, record)
+            recalibration = build_module(name, record)
             if isinstance(recalibration, Recalibration) and name == RECALIBRATION:
                 attach(model, recalibration)
                 continue
-        module = module_of(name, record)
+        module = build_module(name, record)
         try:
             replaced += model.get_submodule(name).parameters()
             if isinstance(module, TiedHead):
@@ -154,7 +154,7 @@ def _build(
     return model, tuple(replaced)
 
 
-def module_of(name: str, record: ModuleRecord) -> nn.Module:
+def build_module(name: str, record: ModuleRecord) -> nn.Module:
     """Build an empty compressed module from its record.
 
     Raises:
@@ -230,7 +230,7 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
             raise ModelRefused(
                 "tie_unknown", name=name, stored=stored, architecture=network.architecture.path
             )
-    undeclared_ties = _undeclared_ties(state, tensors, network.architecture.path)
+    undeclared_ties = _find_undeclared_ties(state, tensors, network.architecture.path)
     ties = {**network.ties, **undeclared_ties}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in undeclared_ties}
     _require_matching_tensors(model, tensors, network.model_copy(update={"ties": ties}))
@@ -249,7 +249,7 @@ def load(architecture: type[nn.Module], network: Network, folder: Path) -> nn.Mo
     return replace_pointwise_convs(model).eval()
 
 
-def _undeclared_ties(
+def _find_undeclared_ties(
     state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str
 ) -> dict[str, str]:
     """Find undeclared ties: two stored tensors that are one tensor in the network.
@@ -347,7 +347,7 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return stored, ties
 
 
-def records_of(model: nn.Module) -> dict[str, ModuleRecord]:
+def build_records(model: nn.Module) -> dict[str, ModuleRecord]:
     """Return the record of every compressed module; a bag's record includes its table."""
     records: dict[str, ModuleRecord] = {}
     tables_of_bags: set[str] = set()

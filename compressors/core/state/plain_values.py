@@ -65,7 +65,7 @@ def plain_values(module: nn.Module) -> Iterator[PlainValue]:
     """
     visited = {id(part) for part in module.modules()}
     for name, part in module.named_modules():
-        yield from _attributes(name, part, visited, 0)
+        yield from _iterate_attributes(name, part, visited, 0)
 
 
 def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -83,7 +83,9 @@ def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield item.path, item.value
 
 
-def _attributes(path: str, owner: Any, visited: set[int], depth: int) -> Iterator[PlainValue]:
+def _iterate_attributes(
+    path: str, owner: Any, visited: set[int], depth: int
+) -> Iterator[PlainValue]:
     """Yield the plain values in the attributes of an object."""
     internal = _INTERNAL if isinstance(owner, nn.Module) else frozenset[str]()
     for key, value in list(vars(owner).items()):
@@ -106,7 +108,7 @@ def _search(item: PlainValue, visited: set[int], depth: int) -> Iterator[PlainVa
     if id(value) in visited or depth == MAX_DEPTH:
         return
     visited.add(id(value))
-    for key, entry, path in _entries(item):
+    for key, entry, path in _iterate_entries(item):
         yield from _search(PlainValue(path, entry, value, key), visited, depth + 1)
     if isinstance(value, nn.Module):
         for entries in (value._parameters, value._buffers, value._modules):
@@ -114,10 +116,10 @@ def _search(item: PlainValue, visited: set[int], depth: int) -> Iterator[PlainVa
                 inner = PlainValue(f"{item.path}.{key}", entry, entries, key)
                 yield from _search(inner, visited, depth + 1)
     if hasattr(value, "__dict__"):
-        yield from _attributes(item.path, value, visited, depth + 1)
+        yield from _iterate_attributes(item.path, value, visited, depth + 1)
 
 
-def _entries(item: PlainValue) -> Iterator[tuple[Any, Any, str]]:
+def _iterate_entries(item: PlainValue) -> Iterator[tuple[Any, Any, str]]:
     """Yield the entries of a container with their keys and paths."""
     value = item.value
     if isinstance(value, functools.partial):

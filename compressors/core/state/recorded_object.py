@@ -23,38 +23,38 @@ class RecordedObject:
     def __getattr__(self, name: str) -> Any:
         # The private attribute is missing while the object is copied.
         if name.startswith("_RecordedObject__") or name not in self.__reads.attributes:
-            raise AttributeError(_not_recorded(f"the attribute {name!r}"))
+            raise AttributeError(_build_not_recorded(f"the attribute {name!r}"))
         return self.__reads.attributes[name]
 
     def __getitem__(self, key: Any) -> Any:
         if key not in self.__reads.items:
-            raise KeyError(_not_recorded(f"the key {key!r}"))
+            raise KeyError(_build_not_recorded(f"the key {key!r}"))
         return self.__reads.items[key]
 
     def __contains__(self, key: Any) -> bool:
         if key not in self.__reads.contains:
-            raise KeyError(_not_recorded(f"whether it contains {key!r}"))
+            raise KeyError(_build_not_recorded(f"whether it contains {key!r}"))
         return self.__reads.contains[key]
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        given = _with_lists([arguments, keywords])
+        given = _convert_tuples_to_lists([arguments, keywords])
         for call in self.__reads.calls:
-            if _with_lists([call.arguments, call.keywords]) == given:
+            if _convert_tuples_to_lists([call.arguments, call.keywords]) == given:
                 return call.value
-        raise TypeError(_not_recorded(f"a call with {arguments} and {keywords}"))
+        raise TypeError(_build_not_recorded(f"a call with {arguments} and {keywords}"))
 
 
-def _not_recorded(read: str) -> str:
+def _build_not_recorded(read: str) -> str:
     return (
         f"expected a read that the constructor made when the draft was written, got {read}. Write "
         "the draft again"
     )
 
 
-def _with_lists(value: Any) -> Any:
+def _convert_tuples_to_lists(value: Any) -> Any:
     """Return a value with lists in place of tuples, as in JSON."""
     if isinstance(value, list | tuple):
-        return [_with_lists(item) for item in value]
+        return [_convert_tuples_to_lists(item) for item in value]
     if isinstance(value, Mapping):
-        return {key: _with_lists(item) for key, item in value.items()}
+        return {key: _convert_tuples_to_lists(item) for key, item in value.items()}
     return value

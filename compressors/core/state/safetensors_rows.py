@@ -51,7 +51,7 @@ class StoredRows(NamedTuple):
         offset, size = self.start + begin * entry_bytes, math.prod(shape) * self.spec.dtype.itemsize
         if not size:
             return torch.empty(shape, dtype=self.spec.dtype)
-        buffer = _buffer(size)
+        buffer = _get_buffer(size)
         view, bytes_read = memoryview(buffer.numpy())[:size], 0  # type: ignore[arg-type]
         while bytes_read < size:
             count = os.preadv(
@@ -64,7 +64,7 @@ class StoredRows(NamedTuple):
             bytes_read += count
         return buffer[:size].view(self.spec.dtype).reshape(shape)
 
-    def mapped(self) -> Tensor:
+    def memory_map(self) -> Tensor:
         """Memory-map the whole tensor read-only; writing to it ends the process.
 
         The safetensors library maps files as writable. Then the system counts the whole file as
@@ -80,7 +80,7 @@ class StoredRows(NamedTuple):
         return flat.reshape(self.spec.shape)
 
 
-def spec_of(dtype: str, shape: tuple[int, ...], name: str) -> TensorSpec:
+def build_spec(dtype: str, shape: tuple[int, ...], name: str) -> TensorSpec:
     """Return the spec of a tensor from the dtype and shape in a file's header.
 
     Raises:
@@ -94,7 +94,7 @@ def spec_of(dtype: str, shape: tuple[int, ...], name: str) -> TensorSpec:
 _thread = threading.local()
 
 
-def _buffer(size: int) -> Tensor:
+def _get_buffer(size: int) -> Tensor:
     """Return this thread's buffer, of at least ``size`` bytes."""
     buffer: Tensor | None = getattr(_thread, "buffer", None)
     if buffer is None or buffer.numel() < size:

@@ -90,7 +90,7 @@ class StreamedFile:
         end = 0  # a Python integer: no file size overflows it
         for name in sorted(layout, key=lambda name: (-_RANK[layout[name].dtype], name)):
             spec, begin = layout[name], end
-            end += size_of(spec)
+            end += compute_size(spec)
             self._starts[name] = begin
             entries_of_header[name] = {
                 "dtype": _NAMES[spec.dtype],
@@ -104,7 +104,7 @@ class StreamedFile:
         self.bytes = len(self.header) + end
         """Size of the whole file in bytes."""
 
-    def place(self, name: str, entry: int = 0) -> int:
+    def find_offset(self, name: str, entry: int = 0) -> int:
         """Return the byte offset, in the file, of an entry of a tensor's first dimension.
 
         Raises:
@@ -116,7 +116,7 @@ class StreamedFile:
         entries = spec.shape[0] if spec.shape else 0
         if not 0 <= entry <= entries:
             raise ContractBroken("entry_outside", name=name, entries=entries, entry=entry)
-        return len(self.header) + self._starts[name] + entry * _entry_bytes(spec)
+        return len(self.header) + self._starts[name] + entry * _compute_entry_bytes(spec)
 
     def piece(self, name: str, values: Tensor, entry: int = 0) -> Piece:
         """Return entries of a tensor's first dimension as bytes with their offset in the file.
@@ -131,7 +131,7 @@ class StreamedFile:
             ContractBroken: the name, dtype or shape does not fit the layout, or there are too many
                 entries.
         """
-        at = self.place(name, entry)
+        at = self.find_offset(name, entry)
         spec = self.layout[name]
         if values.dtype != spec.dtype:
             raise ContractBroken(
@@ -146,7 +146,7 @@ class StreamedFile:
         return Piece(at, raw_bytes(values))
 
 
-def size_of(spec: TensorSpec) -> int:
+def compute_size(spec: TensorSpec) -> int:
     """Return the size of a stored tensor in bytes."""
     return math.prod(spec.shape) * spec.dtype.itemsize
 
@@ -180,7 +180,7 @@ def write(
     with path.open("wb", buffering=0) as opened:
         write_piece(opened.fileno(), Piece(0, memoryview(file.header)))
         for name, tensor in tensors.items():
-            for piece in _pieces(file, name, tensor):
+            for piece in _iterate_pieces(file, name, tensor):
                 write_piece(opened.fileno(), piece)
 
 
@@ -192,15 +192,15 @@ def write_piece(file: int, piece: Piece) -> None:
         at, data = at + bytes_written, data[bytes_written:]
 
 
-def _pieces(file: StreamedFile, name: str, tensor: Tensor) -> Iterator[Piece]:
+def _iterate_pieces(file: StreamedFile, name: str, tensor: Tensor) -> Iterator[Piece]:
     """Yield a tensor in pieces of about ``PIECE_BYTES``."""
     if not tensor.dim():
         yield file.piece(name, tensor)
         return
-    entries_per_piece = max(PIECE_BYTES // max(_entry_bytes(file.layout[name]), 1), 1)
+    entries_per_piece = max(PIECE_BYTES // max(_compute_entry_bytes(file.layout[name]), 1), 1)
     for begin in range(0, len(tensor), entries_per_piece):
         yield file.piece(name, tensor[begin : begin + entries_per_piece], begin)
 
 
-def _entry_bytes(spec: TensorSpec) -> int:
+def _compute_entry_bytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape[1:]) * spec.dtype.itemsize

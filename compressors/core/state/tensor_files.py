@@ -76,7 +76,7 @@ class TensorFile(NamedTuple):
             yield StoredRows(self.path, opened.fileno(), self.path.name, self.start(), spec)
 
 
-def file_of(tensor: Tensor, files: Mapping[str, TensorFile]) -> TensorFile | None:
+def find_file(tensor: Tensor, files: Mapping[str, TensorFile]) -> TensorFile | None:
     """Return the file that holds a tensor, or None."""
     return next((file for file in files.values() if file.holds(tensor)), None)
 
@@ -132,7 +132,7 @@ def write_tensors(
         The paths of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = _tensors_by_file(tensors, shard_bytes, large_bytes)
+    files = _group_tensors_by_file(tensors, shard_bytes, large_bytes)
     for file, tensors_of_file in files.items():
         path = folder / file
         path.unlink(missing_ok=True)  # it may be a link to a stored file
@@ -149,7 +149,7 @@ def write_tensors(
     return tuple(folder / file for file in files)
 
 
-def _tensors_by_file(
+def _group_tensors_by_file(
     tensors: Mapping[str, Tensor], shard_bytes: int, large_bytes: int
 ) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of each file, by the file's name.

@@ -79,7 +79,7 @@ def choose_composed(
         model: the model whose tables are considered.
         tables: patterns of table names.
         min_rows: tables with fewer rows are skipped.
-        kind: the step's tag.
+        kind: the step's ``kind``.
         design: returns a table's design, or the reason why it is not composed.
         only_if_smaller: skip a table if composing saves no bytes. False: compose it anyway, because
             later steps reduce its bytes.

@@ -46,8 +46,8 @@ class Decision:
         """Whether the step changes the unit, or may change it."""
         return self.status != "skipped"
 
-    def because(self, *reasons: Reason) -> "Decision":
-        """Return the decision with these reasons if the unit is selected, else unchanged."""
+    def replace_reasons(self, *reasons: Reason) -> "Decision":
+        """Return the decision with only these reasons if the unit is selected, else unchanged."""
         return replace(self, reasons=reasons) if self.selected else self
 
 
@@ -104,7 +104,7 @@ def choose_tables(
         units: the units of the model.
         patterns: patterns of table names; one that begins with ``!`` excludes the matching units.
         min_rows: tables with fewer rows are skipped.
-        kind: the step's tag, for the reasons.
+        kind: the step's ``kind``, for the reasons.
         storage: the new format; tables that it would not make smaller are skipped. None: do not
             compare bytes.
         settings: arguments of the format's layout.
@@ -118,13 +118,13 @@ def choose_tables(
     require_matches(patterns, tables, kind, "table")
     decisions = {}
     for unit in tables:
-        why = _why_skipped(unit, patterns, with_heads=with_heads)
+        why = _explain_skipping(unit, patterns, with_heads=with_heads)
         if why is None and unit.rows < min_rows:
             why = Reason("too_few_rows", rows=unit.rows, min_rows=min_rows)
         if why is None and storage is not None:
             rows, dim = unit.weight.shape
-            why = _why_not_smaller(unit, kind, storage.layout(rows, dim, settings or {}))
-        decisions[unit.name] = _decision(why, kind)
+            why = _explain_not_smaller(unit, kind, storage.layout(rows, dim, settings or {}))
+        decisions[unit.name] = _build_decision(why, kind)
     return decisions
 
 
@@ -140,7 +140,7 @@ def choose_dense(
     Args:
         units: the units of the model.
         patterns: patterns of layer names; one that begins with ``!`` excludes the matching units.
-        kind: the step's tag, for the reasons.
+        kind: the step's ``kind``, for the reasons.
         storage: the new format; layers that it would not make smaller are skipped. None: do not
             compare bytes.
         settings: arguments of the format's layout.
@@ -152,16 +152,16 @@ def choose_dense(
     require_matches(patterns, layers, kind, "dense layer")
     decisions = {}
     for unit in layers:
-        why = _why_skipped(unit, patterns)
+        why = _explain_skipping(unit, patterns)
         if why is None and storage is not None:
             outputs, inputs = unit.weight.shape
             layout = storage.layout(inputs, outputs, settings or {}, bias=unit.bias is not None)
-            why = _why_not_smaller(unit, kind, layout)
-        decisions[unit.name] = _decision(why, kind)
+            why = _explain_not_smaller(unit, kind, layout)
+        decisions[unit.name] = _build_decision(why, kind)
     return decisions
 
 
-def _why_not_smaller(unit: Unit, kind: str, layout: Mapping[str, TensorSpec]) -> Reason | None:
+def _explain_not_smaller(unit: Unit, kind: str, layout: Mapping[str, TensorSpec]) -> Reason | None:
     """Return the reason if a unit would not have fewer bytes in a layout, else None."""
     size = layout_bytes(layout)
     if size < unit.bytes:
@@ -196,13 +196,13 @@ def defer(
     return result
 
 
-def _decision(why_skipped: Reason | None, kind: str) -> Decision:
+def _build_decision(why_skipped: Reason | None, kind: str) -> Decision:
     if why_skipped is None:
         return Decision("taken", (Reason("selected", step=kind),))
     return Decision("skipped", (why_skipped,))
 
 
-def _why_skipped(
+def _explain_skipping(
     unit: Unit, patterns: tuple[str, ...], *, with_heads: bool = False
 ) -> Reason | None:
     """Return why a unit is not selected, or None.
@@ -213,14 +213,14 @@ def _why_skipped(
         return Reason("already_stored", format=unit.format)
     if unit.shared_with is not None and not (with_heads and unit.shares_with_heads):
         return Reason("shares_weight", unit=unit.shared_with)
-    if (why := _custom_behaviour(unit.module)) is not None:
+    if (why := _describe_custom_behaviour(unit.module)) is not None:
         return why
     if not is_among(unit, patterns):
         return Reason("not_matched", patterns=patterns)
     return None
 
 
-def _custom_behaviour(module: nn.Module) -> Reason | None:
+def _describe_custom_behaviour(module: nn.Module) -> Reason | None:
     """Return how a layer differs from its torch class (custom forward code or hooks), or None.
 
     A compressed layer computes what the torch class computes, so it cannot replace such a layer.
@@ -256,7 +256,7 @@ def require_matches(patterns: tuple[str, ...], units: list[Unit], kind: str, rol
     Args:
         patterns: the name patterns of a step.
         units: the units of the role that the patterns are about.
-        kind: the step's tag, for the message.
+        kind: the step's ``kind``, for the message.
         role: the role, for the message.
 
     Raises:

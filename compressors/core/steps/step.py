@@ -45,7 +45,7 @@ class StepSettings(Frozen):
         requires_budget: whether a preset includes it only if its loss of quality can be measured on
             validation rows.
         trains_towers: whether it can train a model with two towers.
-        kind: the method's tag in recipes, plans and reports.
+        kind: the method's name in recipes, plans and reports.
     """
 
     effect: ClassVar[Effect] = "format"
@@ -90,7 +90,7 @@ class Method(Protocol):
 
     @property
     def kind(self) -> str:
-        """The method's tag."""
+        """The method's name in recipes, plans and reports."""
 
     @property
     def effect(self) -> Effect:

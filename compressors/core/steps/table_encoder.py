@@ -2,7 +2,8 @@
 
 ``encode_table`` encodes in memory; ``compressors/quantize/table_stream.py`` uses ``TableEncoder``
 to encode from file to file. The stored bytes do not depend on the number of rows per block: the
-format's layout determines the position of each row, and no stored entry covers rows of two blocks.
+format's layout determines the position of each row, and rows of two blocks share no stored number,
+such as a scale.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from compressors.core.modules.formats import PackedTable, TensorSpec, row_blocks, stored_entries
+from compressors.core.modules.formats import (
+    PackedTable,
+    TensorSpec,
+    find_stored_entries,
+    row_blocks,
+)
 from compressors.core.state.tensor_files import TensorFile
 from compressors.core.steps.step import TableStep
 from compressors.errors.compression import ContractBroken
@@ -48,7 +54,7 @@ class TableEncoder:
         names = [name for name, spec in self.layout.items() if not spec.rows_per_entry]
         if missing := [name for name in names if name not in self._params]:
             raise ContractBroken("fit_incomplete", step=self._step.kind, name=missing[0])
-        return {name: self._with_expected_dtype(name, self._params[name]) for name in names}
+        return {name: self._require_expected_dtype(name, self._params[name]) for name in names}
 
     def encode(self, block: Tensor, begin: int) -> dict[str, tuple[slice, Tensor]]:
         """Encode a block of rows, float ``(rows of the block, dim)``.
@@ -58,8 +64,8 @@ class TableEncoder:
             begin: the number of the block's first row in the table.
 
         Returns:
-            By the name of each stored tensor of rows: the entries that encode the block, and their
-            values.
+            By the name of each stored tensor of rows: which entries of its first dimension encode
+            the block, and their values. An entry may cover several rows, such as a shared scale.
 
         Raises:
             ContractBroken: names, dtypes or numbers of entries differ from the layout.
@@ -76,8 +82,8 @@ class TableEncoder:
         entries_and_values = {}
         for name, values in encoded.items():
             end = begin + len(block)
-            place = stored_entries(self.layout[name], begin, end)
-            if len(values) != place.stop - place.start:
+            entries = find_stored_entries(self.layout[name], begin, end)
+            if len(values) != entries.stop - entries.start:
                 raise ContractBroken(
                     "encoded_rows_differ",
                     step=self._step.kind,
@@ -85,12 +91,12 @@ class TableEncoder:
                     begin=begin,
                     end=end,
                     got=len(values),
-                    expected=place.stop - place.start,
+                    expected=entries.stop - entries.start,
                 )
-            entries_and_values[name] = place, self._with_expected_dtype(name, values)
+            entries_and_values[name] = entries, self._require_expected_dtype(name, values)
         return entries_and_values
 
-    def _with_expected_dtype(self, name: str, values: Tensor) -> Tensor:
+    def _require_expected_dtype(self, name: str, values: Tensor) -> Tensor:
         """Return the values; raise ``ContractBroken`` if their dtype differs from the layout."""
         spec = self.layout[name]
         if values.dtype != spec.dtype:
@@ -126,6 +132,6 @@ def encode_table(step: TableStep, weight: Tensor, file: TensorFile | None = None
     with nullcontext() if file is None else file.rows() as rows:
         for begin, end in row_blocks(encoder.layout, encoder.rows, BLOCK_ROWS):
             block = weight[begin:end] if rows is None else rows.read(begin, end)
-            for name, (place, values) in encoder.encode(block, begin).items():
-                stored[name][place] = values
+            for name, (entries, values) in encoder.encode(block, begin).items():
+                stored[name][entries] = values
     return PackedTable(step.storage, encoder.rows, encoder.dim, step.settings(), stored)

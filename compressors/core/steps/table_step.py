@@ -6,7 +6,7 @@ from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.placeholders import dry_run_packed
-from compressors.core.state.tensor_files import file_of
+from compressors.core.state.tensor_files import find_file
 from compressors.core.steps.decisions import (
     AppliedStep,
     Decision,
@@ -38,7 +38,7 @@ class EncodeTables:
 
     @property
     def kind(self) -> str:
-        """The method's tag."""
+        """The method's name in recipes, plans and reports."""
         return self._encoder.kind
 
     @property
@@ -83,7 +83,7 @@ class EncodeTables:
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Formats]) -> AppliedStep:
         """Encode the selected tables, one after another."""
         for unit in plan.units(model.module):
-            file = file_of(unit.weight, model.files)
+            file = find_file(unit.weight, model.files)
             packed = encode_table(plan.payload[unit.name], unit.weight, file)
             swap(model.module, unit.name, pack_table(unit.module, packed))
         return AppliedStep(model)
@@ -98,11 +98,11 @@ class EncodeTables:
         return model
 
     def smallest_dry_run(self, model: Model, plan: StepPlan[Formats]) -> Model:
-        """Predict as ``dry_run``: a format's layout determines its bytes."""
+        """Return the result of ``dry_run``: a format's layout determines the bytes exactly."""
         return self.dry_run(model, plan)
 
 
-def as_step(method: Method) -> Step:
+def to_step(method: Method) -> Step:
     """Return a ``Step`` unchanged, or a ``TableStep`` adapted by ``EncodeTables``.
 
     Raises:

@@ -90,7 +90,7 @@ def average_buffers(buffers: Iterable[Tensor]) -> None:
             distributed.broadcast(buffer, src=0)
 
 
-def from_first_rank(value: float, device: torch.device) -> float:
+def broadcast_from_first_rank(value: float, device: torch.device) -> float:
     """Return the first rank's value on all ranks, so that they make the same decisions.
 
     Values computed on different devices may differ in the last bits.

@@ -25,7 +25,7 @@ def trainable_tensors(module: nn.Module, *, tables: bool, dense: bool = True) ->
             frozen |= {id(parameter) for parameter in part.parameters() if not tables}
     for owner, part in module.named_modules():
         prefix = f"{owner}." if owner else ""
-        learned = _learned_names(part)
+        learned = _list_learned_names(part)
         for name, tensor in (
             *part.named_parameters(recurse=False),
             *part.named_buffers(recurse=False),
@@ -38,7 +38,7 @@ def trainable_tensors(module: nn.Module, *, tables: bool, dense: bool = True) ->
     return tuple(names)
 
 
-def _learned_names(part: nn.Module) -> tuple[str, ...]:
+def _list_learned_names(part: nn.Module) -> tuple[str, ...]:
     """Return the names of the buffers that a compressed module's format declares as learned."""
     match part:
         case PackedLinear() | PackedTable():
@@ -109,7 +109,7 @@ def is_table(module: nn.Module, name: str) -> bool:
     return isinstance(owner, nn.Embedding | nn.EmbeddingBag)
 
 
-def packed_owner(module: nn.Module, name: str) -> PackedTable | None:
+def find_packed_owner(module: nn.Module, name: str) -> PackedTable | None:
     """Return the packed table that a tensor belongs to, or None."""
     owner = module.get_submodule(name.rpartition(".")[0])
     return owner if isinstance(owner, PackedTable) else None

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from compressors.contracts import Signature, Split
 from compressors.core.batches import Batch, JoinedRows, Rows
 from compressors.core.modules.formats import PackedLinear
-from compressors.core.placement import device_of, moved_to, to_device
+from compressors.core.placement import find_device, move_to, to_device
 from compressors.core.scores import training_output
 from compressors.distill.training import data_parallel
 from compressors.distill.training.checkpoint import TrainingProgress, read_progress, store_progress
 from compressors.distill.training.item_sampler import ItemSampler, build_sampler
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import (
+    find_packed_owner,
     is_table,
-    packed_owner,
     replace_buffers,
     replace_trained_tensors,
     trainable_tensors,
@@ -109,7 +109,7 @@ def train(
         RowsMissing: there are ``negatives`` and no ``items``.
         StepRefused: the device does not exist.
     """
-    with moved_to(module, device), moved_to(auxiliary or nn.Identity(), device):
+    with move_to(module, device), move_to(auxiliary or nn.Identity(), device):
         train_rows = Rows(rows, signature) if isinstance(rows, Split) else rows
         run = _Run(
             module,
@@ -191,11 +191,11 @@ class _Run:
         _require_float_layers(module, settings)
         self.leaves = replace_trained_tensors(module, names)
         self.auxiliary: dict[str, Tensor] = {}
-        self.device = device_of(module)
+        self.device = find_device(module)
         self.whole_lists = False
         self.statistics = replace_buffers(module)
         self.tables = [leaf for name, leaf in self.leaves.items() if is_table(module, name)]
-        owners = (packed_owner(module, name) for name in self.leaves)
+        owners = (find_packed_owner(module, name) for name in self.leaves)
         self.packed = list(dict.fromkeys(owner for owner in owners if owner is not None))
         self.nonzero = {
             name: leaf.detach() != 0
@@ -208,7 +208,7 @@ class _Run:
             if not isinstance(leaf, nn.Parameter) and name.endswith("scale")
         }
         of_tables = {id(table) for table in self.tables}
-        of_tables |= {id(leaf) for n, leaf in self.leaves.items() if packed_owner(module, n)}
+        of_tables |= {id(leaf) for n, leaf in self.leaves.items() if find_packed_owner(module, n)}
         decayed = [x for x in self.leaves.values() if x.dim() == 2 and id(x) not in of_tables]
         others = [x for x in self.leaves.values() if x.dim() != 2 or id(x) in of_tables]
         self.optimizer = torch.optim.AdamW(
@@ -240,7 +240,7 @@ class _Run:
 
     def begin(self) -> None:
         """Evaluate the state before training, the first candidate for the best epoch."""
-        self.epochs = [Epoch(0, math.nan, self._quality())]
+        self.epochs = [Epoch(0, math.nan, self._measure_quality())]
         self.best = _copy_tensors(self.state())
 
     def is_over(self) -> bool:
@@ -260,12 +260,12 @@ class _Run:
             torch.manual_seed(seed + data_parallel.rank())  # dropout
             if self.sampler is not None:
                 self.sampler.seed(seed, data_parallel.rank())
-            for row_numbers in self._batches(seed):
-                total += self._step(self.rows.in_order(row_numbers)) * len(row_numbers)
+            for row_numbers in self._iterate_batches(seed):
+                total += self._take_step(self.rows.order_rows(row_numbers)) * len(row_numbers)
                 rows += len(row_numbers)
         self.module.eval()
         data_parallel.average_buffers(self.module.get_buffer(name) for name in self.statistics)
-        result = Epoch(number, total / rows, self._quality())
+        result = Epoch(number, total / rows, self._measure_quality())
         log.info("epoch %d: loss %.5f, validation %.5f", number, result.loss, result.quality)
         if result.quality > max(epoch.quality for epoch in self.epochs):
             self.best, self.epochs_since_best = _copy_tensors(self.state()), 0
@@ -334,28 +334,28 @@ class _Run:
         if data_parallel.rank() == 0:
             store_progress(folder, self.progress())
 
-    def _quality(self) -> float:
+    def _measure_quality(self) -> float:
         """Return the validation metric, the same on all ranks."""
-        return data_parallel.from_first_rank(
+        return data_parallel.broadcast_from_first_rank(
             quality(self.module, self.signature, self.validation, self.rows), self.device
         )
 
-    def _backward(self, row_numbers: Tensor) -> Tensor:
+    def _compute_gradients(self, row_numbers: Tensor) -> Tensor:
         """Compute gradients on some rows; return the loss without the table penalty."""
         if not len(row_numbers):
             return torch.zeros((), device=self.device)
         sampled = None if self.sampler is None else self.sampler.draw()
         batch = to_device(replace(self.rows.take(row_numbers), sampled=sampled), self.device)
-        with self._precision():
+        with self._create_precision_context():
             output = training_output(self.module, batch.inputs, self.signature, batch.sampled)
         loss = self.loss(output.float(), batch, row_numbers)
         total = loss
-        for table in self._penalized():
+        for table in self._get_penalized_weights():
             total = total + self.settings.table_l2 / 2 * table.square().sum()
         torch.autograd.backward(total)
         return loss.detach()
 
-    def _step(self, row_numbers: Tensor) -> float:
+    def _take_step(self, row_numbers: Tensor) -> float:
         """Take one optimizer step on a batch; return its loss.
 
         Raises:
@@ -366,10 +366,12 @@ class _Run:
             row_numbers, None if lists is None else lists[row_numbers]
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss = data_parallel.sum_gradients(self._optimized(), weight, self._backward(rank_rows))
+        loss = data_parallel.sum_gradients(
+            self._list_optimized_tensors(), weight, self._compute_gradients(rank_rows)
+        )
         if not bool(loss.isfinite()):
             raise TrainingFailed("diverged", loss=float(loss), epoch=len(self.epochs))
-        rate = self._rate()
+        rate = self._compute_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -384,37 +386,37 @@ class _Run:
                 leaf.copy_(leaf.clamp(initial / MAX_SCALE_FACTOR, initial * MAX_SCALE_FACTOR))
         return float(loss)
 
-    def _optimized(self) -> list[Tensor]:
+    def _list_optimized_tensors(self) -> list[Tensor]:
         """Return every tensor that the optimizer changes."""
         return [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
 
-    def _batches(self, seed: int) -> Iterator[Tensor]:
+    def _iterate_batches(self, seed: int) -> Iterator[Tensor]:
         """Yield the row numbers of each batch of an epoch."""
         return shuffled_rows(
             self.rows, self.signature, self.settings.batch, seed, whole_lists=self.whole_lists
         )
 
-    def _precision(self) -> AbstractContextManager[None]:
+    def _create_precision_context(self) -> AbstractContextManager[None]:
         """Return the context that sets the precision of the forward pass."""
         if self.settings.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _penalized(self) -> list[Tensor]:
+    def _get_penalized_weights(self) -> list[Tensor]:
         """Return the weights of trained tables for the penalty; packed tables are dequantized."""
         if not self.settings.table_l2:
             return []
         dequantized = (table(torch.arange(table.rows, device=self.device)) for table in self.packed)
         return [*self.tables, *dequantized]
 
-    def _rate(self) -> float:
+    def _compute_rate(self) -> float:
         """Return Adam's learning rate for the next optimizer step."""
         settings = self.settings
         warmup = min(1.0, (self.steps + 1) / settings.warmup) if settings.warmup else 1.0
         if settings.schedule == "plateau":
             return settings.learning_rate * warmup * self.rate_factor
         if self.max_steps is None:  # only the cosine schedule needs it; counting shuffles an epoch
-            self.max_steps = settings.epochs * sum(1 for _ in self._batches(self.seed))
+            self.max_steps = settings.epochs * sum(1 for _ in self._iterate_batches(self.seed))
         decay = (1 + math.cos(math.pi * min(1.0, self.steps / self.max_steps))) / 2
         return settings.learning_rate * warmup * decay
 

@@ -91,7 +91,7 @@ def nothing_to_train(unit: Unit, kind: str) -> Reason:
     return Reason("nothing_to_train", format=unit.format, step=kind)
 
 
-def pruned_layers(model: Model) -> tuple[str, ...]:
+def list_pruned_layers(model: Model) -> tuple[str, ...]:
     """Return the names of layers whose zeros must stay zero in training.
 
     These are the layers that a step with ``keeps_zeros`` compressed, such as ``magnitude``: it

@@ -47,7 +47,7 @@ class TableGroup:
 
 
 class MergedTable(nn.Module):
-    """The tables of a group, concatenated along the rows, and the id policy of their inputs.
+    """The tables of a group, concatenated along the rows, and their policy for ids out of range.
 
     Attributes:
         first: the first row of each input's table in the merged one, ``(inputs,)``.
@@ -176,13 +176,13 @@ def table_groups(
         for members in members_by_key.values()
         if len(members) > 1
         and sum(tensor.nbytes for _, table in members for tensor in table.buffers()) <= MAX_BYTES
-        and _predictions_unchanged(
+        and _keeps_predictions(
             model, path, signature, rows_of_table, group := TableGroup(*zip(*members, strict=True))
         )
     ]
 
 
-def with_merged_tables(
+def replace_merged_tables(
     model: nn.Module, groups: Sequence[TableGroup], replacement: type[nn.Module] = nn.Identity
 ) -> nn.Module:
     """Copy a model and replace the tables of the groups by modules that return looked-up rows.
@@ -219,7 +219,7 @@ def _concatenate(tables: Sequence[PackedTable]) -> PackedTable:
 
 
 @torch.no_grad()
-def _predictions_unchanged(
+def _keeps_predictions(
     model: nn.Module,
     path: str,
     signature: Signature,
@@ -231,7 +231,7 @@ def _predictions_unchanged(
     expected = network_scores(model.get_submodule(path), inputs, signature)
     rows, _ = MergedTable(group, rows_of_table)([inputs[item.name] for item in group.inputs])
     hidden = {item.name: _HiddenRows(row) for item, row in zip(group.inputs, rows, strict=True)}
-    test_model = with_merged_tables(model, [group], _RowsReader)
+    test_model = replace_merged_tables(model, [group], _RowsReader)
     try:
         changed: dict[str, Any] = {**inputs, **hidden}
         predictions = network_scores(test_model.get_submodule(path), changed, signature)

@@ -20,25 +20,25 @@ from onnxscript.rewriter import pattern
 from onnxscript.rewriter.rules import common as rules
 
 
-def _scalar(value: int) -> pattern.Constant:
+def _match_scalar(value: int) -> pattern.Constant:
     """Build a pattern that matches a scalar constant of exactly this value."""
     return pattern.Constant(value, rel_tol=0.0, abs_tol=0.0)
 
 
-def _plus_0(_op: Any, x: Any) -> Any:
-    return x + _scalar(0)
+def _match_plus_0(_op: Any, x: Any) -> Any:
+    return x + _match_scalar(0)
 
 
-def _minus_0(_op: Any, x: Any) -> Any:
-    return x - _scalar(0)
+def _match_minus_0(_op: Any, x: Any) -> Any:
+    return x - _match_scalar(0)
 
 
-def _times_1(_op: Any, x: Any) -> Any:
-    return x * _scalar(1)
+def _match_times_1(_op: Any, x: Any) -> Any:
+    return x * _match_scalar(1)
 
 
-def _over_1(_op: Any, x: Any) -> Any:
-    return x / _scalar(1)
+def _match_over_1(_op: Any, x: Any) -> Any:
+    return x / _match_scalar(1)
 
 
 def _identity(op: Any, x: Any, **_: Any) -> Any:
@@ -46,10 +46,10 @@ def _identity(op: Any, x: Any, **_: Any) -> Any:
 
 
 EXACT_NO_OPS = (
-    *pattern.RewriteRule(_plus_0, _identity, name="ExactPlus0").commute(),
-    pattern.RewriteRule(_minus_0, _identity, name="ExactMinus0"),
-    *pattern.RewriteRule(_times_1, _identity, name="ExactTimes1").commute(),
-    pattern.RewriteRule(_over_1, _identity, name="ExactOver1"),
+    *pattern.RewriteRule(_match_plus_0, _identity, name="ExactPlus0").commute(),
+    pattern.RewriteRule(_match_minus_0, _identity, name="ExactMinus0"),
+    *pattern.RewriteRule(_match_times_1, _identity, name="ExactTimes1").commute(),
+    pattern.RewriteRule(_match_over_1, _identity, name="ExactOver1"),
 )
 RULES = (
     *EXACT_NO_OPS,

@@ -1,11 +1,11 @@
-"""How an exported graph reads the stored tensors of a table: by lookups, slices or products."""
+"""How an exported graph reads the stored tensors of a table: by lookups, slices or matmuls."""
 
 from collections.abc import Iterator
 
 import onnx_ir as ir
 
-_BEFORE_PRODUCT = {"Slice", "DequantizeLinear", "Cast", "Transpose"}
-"""Operators between a stored tensor and the product that reads it."""
+_BEFORE_MATMUL = {"Slice", "DequantizeLinear", "Cast", "Transpose"}
+"""Operators between a stored tensor and the matmul that reads it."""
 
 
 def depends_on_request(value: ir.Value) -> bool:
@@ -14,13 +14,13 @@ def depends_on_request(value: ir.Value) -> bool:
     Position embeddings, for example, are read at the same rows in every call. A runtime computes
     such a lookup once and drops the table, which is not an error.
     """
-    return any(not _is_constant(other) for _, other in _reads(value))
+    return any(not _is_constant(other) for _, other in _iterate_reads(value))
 
 
-def _reads(value: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
+def _iterate_reads(value: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
     """Yield the operators that read rows of a value or multiply by it, with their other input.
 
-    These are the ids of a Gather, the first row of a Slice, and the other factor of a product. A
+    These are the ids of a Gather, the first row of a Slice, and the other input of a Gemm. A
     DequantizeLinear may be in between.
     """
     for node in value.consumers():
@@ -29,14 +29,14 @@ def _reads(value: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
         elif node.op_type == "Gemm" and value is node.inputs[1]:
             yield node, node.inputs[0]
         elif node.op_type == "DequantizeLinear":
-            yield from _reads(node.outputs[0])
+            yield from _iterate_reads(node.outputs[0])
 
 
 def is_multiplied(value: ir.Value) -> bool:
-    """Return whether a product reads a stored tensor: all of it, or blocks of rows."""
+    """Return whether a Gemm or MatMul reads a stored tensor: all of it, or blocks of rows."""
     return any(
         node.op_type in ("Gemm", "MatMul")
-        or (node.op_type in _BEFORE_PRODUCT and any(map(is_multiplied, node.outputs)))
+        or (node.op_type in _BEFORE_MATMUL and any(map(is_multiplied, node.outputs)))
         for node in value.consumers()
     )
 

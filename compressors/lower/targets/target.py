@@ -26,38 +26,41 @@ class Tolerance(NamedTuple):
     quantile_90: float
 
 
-EXACT = Tolerance(root_mean_square=1e-4, largest=1e-3, quantile_90=2e-4)
-"""A graph without int8 arithmetic differs only by float rounding."""
+FLOAT_ROUNDING = Tolerance(root_mean_square=1e-4, largest=1e-3, quantile_90=2e-4)
+"""Tolerance of graphs without int8 or float8 arithmetic, which differ only by float32 rounding."""
 
 
 class LoweringTarget(Protocol):
     """Translations, stored types, passes, tolerances and audit of one serving target."""
 
     @property
-    def merges_lookups(self) -> bool:
-        """Whether tables of the same format are merged and looked up together."""
+    def can_merge_lookups(self) -> bool:
+        """Whether tables of the same format are concatenated and looked up by one Gather."""
 
     def translations(self) -> Mapping[Any, Callable[..., Any]]:
         """Return, for each custom op, the function that builds its ONNX subgraph."""
 
-    def retyped_table(
+    def convert_table_tensor(
         self, table: PackedTable, name: str, values: np.ndarray
     ) -> ir.TensorProtocol | None:
-        """Convert a stored tensor of a table to the target's type; None if it needs no change.
+        """Convert a stored tensor of a table to the dtype and shape that the target reads.
 
         Args:
             table: the table to which the tensor belongs.
             name: the tensor's name in the table's format.
             values: the tensor as the module stores it.
+
+        Returns:
+            The converted tensor; None if the target reads ``values`` unchanged.
         """
 
-    def retyped_layer(
+    def convert_layer_tensor(
         self, layer: PackedLinear, name: str, values: np.ndarray
     ) -> ir.TensorProtocol | None:
-        """Convert a stored tensor of a dense layer; arguments as for ``retyped_table``."""
+        """Convert a stored tensor of a dense layer, as ``convert_table_tensor`` does for tables."""
 
     def stays_packed(self, layer: PackedLinear) -> bool:
-        """Return whether the runtime multiplies by a dense layer's codes as they are stored."""
+        """Return whether the runtime's MatMul reads a dense layer's codes as they are stored."""
 
     def passes(self) -> tuple[ir.passes.InPlacePass, ...]:
         """Return the target's graph passes, which run after the passes of ``passes/``, in order."""
@@ -84,13 +87,13 @@ class LoweringTarget(Protocol):
             Counts and sizes; None if the target does not audit graphs.
 
         Raises:
-            AuditFailed: a weight or a product does not have the plan's format.
+            AuditFailed: a weight or a MatMul does not have the plan's format.
         """
 
-    def has_unsupported_products(self, plan: Plan | None) -> bool:
-        """Return whether the graph has bfloat16 products, which ONNX Runtime on CPU refuses."""
+    def has_unsupported_matmuls(self, plan: Plan | None) -> bool:
+        """Return whether the graph has bfloat16 MatMuls, which ONNX Runtime on CPU refuses."""
 
 
-def formats_of(plan: Plan | None) -> set[str]:
+def list_formats(plan: Plan | None) -> set[str]:
     """Return the formats of all tables and dense layers of a plan; empty if there is no plan."""
     return {line.format for line in plan.lines if line.role != "other"} if plan else set()

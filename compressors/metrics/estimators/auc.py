@@ -13,7 +13,7 @@ from compressors.metrics.cluster_intervals import (
     GroupedPair,
     GroupedValue,
     Groups,
-    grouped_pair,
+    pair_groups,
     ratio,
     weighted_mean,
 )
@@ -28,12 +28,12 @@ from compressors.metrics.intervals import (
 from compressors.metrics.point_estimates import (
     Bools,
     auc,
-    binary,
     check_labels_and_scores,
     gauc,
     group_auc,
     number_groups,
     require_both_classes,
+    to_booleans,
     wins_within_groups,
 )
 
@@ -44,30 +44,30 @@ class Auc:
 
     metric: Metric
 
-    def point(self, rows: ScoredRows) -> float:
+    def compute(self, rows: ScoredRows) -> float:
         """Compute the AUC of all rows."""
         return auc(rows.label, rows.score)
 
-    def of_rows(self, pair: PairedRows) -> RowStatistics:
+    def bootstrap_rows(self, pair: PairedRows) -> RowStatistics:
         """Return the AUCs of baseline and candidate as functions of bootstrap counts of rows."""
         positive, before = check_labels_and_scores(pair.label, pair.baseline)
         _, after = check_labels_and_scores(pair.label, pair.candidate)
         require_rows_of_both_classes(positive)
         # The order of rows does not affect the bootstrap. In the order of scores, the counts are
         # read almost sequentially, also for the candidate, whose order is nearly the same.
-        order = np.lexsort((before, positive))
-        positive, before, after = positive[order], before[order], after[order]
+        permutation = np.lexsort((before, positive))
+        positive, before, after = positive[permutation], before[permutation], after[permutation]
         return RowStatistics(
             positive.size, auc_statistic(positive, before), auc_statistic(positive, after)
         )
 
-    def of_groups(self, pair: PairedRows) -> GroupedPair:
+    def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute the AUCs of baseline and candidate, also with each group left out (jackknife)."""
         classes = groups_of_both_classes(self.metric, pair)
         before, after = (
-            _without_each_group(pair.label, score, classes.groups) for score in pair.scores
+            _compute_without_each_group(pair.label, score, classes.groups) for score in pair.scores
         )
-        return grouped_pair(
+        return pair_groups(
             before,
             after,
             self.metric.high,
@@ -83,11 +83,11 @@ class GroupAuc:
 
     metric: Metric
 
-    def point(self, rows: ScoredRows) -> float:
+    def compute(self, rows: ScoredRows) -> float:
         """Compute the weighted mean over groups that have rows of both classes."""
         return gauc(rows.label, rows.score, require_groups(self.metric, rows.group))
 
-    def of_groups(self, pair: PairedRows) -> GroupedPair:
+    def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute the means of baseline and candidate, also with each group left out."""
         group = require_groups(self.metric, pair.group)
         values = [group_auc(pair.label, score, group) for score in pair.scores]
@@ -95,7 +95,7 @@ class GroupAuc:
             raise MetricRefused("groups_of_one_class")
         weight = values[0][1].astype(np.float64)
         before, after = (weighted_mean(value, weight) for value, _ in values)
-        return grouped_pair(before, after, self.metric.high, weight.size, "with both classes")
+        return pair_groups(before, after, self.metric.high, weight.size, "with both classes")
 
 
 class BothClasses(NamedTuple):
@@ -121,10 +121,10 @@ def groups_of_both_classes(metric: Metric, pair: PairedRows) -> BothClasses:
     Raises:
         MetricRefused: all labels are of one class.
     """
-    positive = binary(pair.label)
+    positive = to_booleans(pair.label)
     groups = Groups(*number_groups(require_groups(metric, pair.group), positive.size))
     require_both_classes(metric.name, positive)
-    positives = groups.sums(positive)
+    positives = groups.sum_by_group(positive)
     with_positive, with_negative = int((positives > 0).sum()), int((positives < groups.rows).sum())
     counted_groups = min(with_positive, with_negative)
     rarer_class = "positive" if counted_groups == with_positive else "negative"
@@ -159,7 +159,7 @@ def auc_statistic(label: ArrayLike, score: ArrayLike) -> Statistic:
     return statistic
 
 
-def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> GroupedValue:
+def _compute_without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> GroupedValue:
     """Compute the AUC, and the AUC without the pairs of each group's rows (jackknife).
 
     The result also has the influence of each row: the derivative of the AUC with respect to the
@@ -172,20 +172,20 @@ def _without_each_group(label: ArrayLike, score: ArrayLike, groups: Groups) -> G
     for class_rows, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
         class_scores = scores[class_rows]
         # Sorted queries read the other class sequentially instead of at random.
-        order = np.argsort(class_scores, kind="stable")
-        below = np.searchsorted(others, class_scores[order], side="left")
-        not_above = np.searchsorted(others, class_scores[order], side="right")
+        permutation = np.argsort(class_scores, kind="stable")
+        below = np.searchsorted(others, class_scores[permutation], side="left")
+        not_above = np.searchsorted(others, class_scores[permutation], side="right")
         lower = (below + not_above) / 2
         class_wins = np.empty(class_scores.size)
-        class_wins[order] = lower if sign > 0 else others.size - lower
+        class_wins[permutation] = lower if sign > 0 else others.size - lower
         wins[class_rows] = class_wins
-    positives, rows = groups.sums(positive), groups.rows.astype(np.float64)
+    positives, rows = groups.sum_by_group(positive), groups.rows.astype(np.float64)
     negatives = rows - positives
     all_positives, all_negatives = float(positives.sum()), float(negatives.sum())
     total = float(wins[positive].sum())
     point = total / (all_positives * all_negatives)
     # A correctly ordered pair inside a group is a win of both of its rows, so count it once.
-    lost = groups.sums(wins) - wins_within_groups(positive, scores, groups.ids, groups.rows)
+    lost = groups.sum_by_group(wins) - wins_within_groups(positive, scores, groups.ids, groups.rows)
     left_out = ratio(total - lost, (all_positives - positives) * (all_negatives - negatives))
     influence = np.where(
         positive,

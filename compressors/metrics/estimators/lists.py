@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from compressors.contracts import Metric
 from compressors.errors.metrics import MetricRefused
-from compressors.metrics.cluster_intervals import GroupedPair, grouped_pair, weighted_mean
+from compressors.metrics.cluster_intervals import GroupedPair, pair_groups, weighted_mean
 from compressors.metrics.estimators.protocols import ScoredRows, require_groups
 from compressors.metrics.intervals import PairedRows
 from compressors.metrics.point_estimates import Floats
@@ -32,7 +32,7 @@ class ListEstimator(DepthEstimator, ABC):
     """A metric that is the mean over the lists with a relevant row; all have the same weight."""
 
     @abstractmethod
-    def of_lists(self, label: ArrayLike, score: ArrayLike, group: ArrayLike) -> Floats:
+    def compute_per_list(self, label: ArrayLike, score: ArrayLike, group: ArrayLike) -> Floats:
         """Compute the metric of each list with a relevant row, float64 ``(lists,)``.
 
         Args:
@@ -41,17 +41,20 @@ class ListEstimator(DepthEstimator, ABC):
             group: the list that each row belongs to, ``(rows,)``.
         """
 
-    def point(self, rows: ScoredRows) -> float:
+    def compute(self, rows: ScoredRows) -> float:
         """Compute the mean over lists with a relevant row."""
         group = require_groups(self.metric, rows.group)
-        return float(_require_values(self.of_lists(rows.label, rows.score, group)).mean())
+        return float(_require_values(self.compute_per_list(rows.label, rows.score, group)).mean())
 
-    def of_groups(self, pair: PairedRows) -> GroupedPair:
+    def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute both means with and without each list."""
         group = require_groups(self.metric, pair.group)
-        values = [_require_values(self.of_lists(pair.label, score, group)) for score in pair.scores]
+        values = [
+            _require_values(self.compute_per_list(pair.label, score, group))
+            for score in pair.scores
+        ]
         before, after = (weighted_mean(value, np.ones(value.size)) for value in values)
-        return grouped_pair(before, after, self.metric.high, values[0].size, "with a relevant item")
+        return pair_groups(before, after, self.metric.high, values[0].size, "with a relevant item")
 
 
 def _require_values(values: Floats) -> Floats:

@@ -11,8 +11,8 @@ from compressors.metrics.cluster_intervals import (
     GroupedPair,
     GroupedValue,
     Groups,
-    grouped_pair,
     mean_of_rows,
+    pair_groups,
     ratio,
 )
 from compressors.metrics.estimators.auc import groups_of_both_classes
@@ -23,18 +23,18 @@ from compressors.metrics.intervals import (
     RowStatistics,
     Statistic,
     mean_statistic,
+    require_observations,
     require_rows_of_both_classes,
-    require_units,
 )
 from compressors.metrics.point_estimates import (
     Bools,
     Floats,
     base_entropy,
-    binary,
     logloss,
     normalized_entropy,
     number_groups,
     row_logloss,
+    to_booleans,
 )
 
 
@@ -44,24 +44,24 @@ class LogLoss:
 
     metric: Metric
 
-    def point(self, rows: ScoredRows) -> float:
+    def compute(self, rows: ScoredRows) -> float:
         """Compute the mean of all rows in nats."""
         return logloss(rows.label, rows.score)
 
-    def of_rows(self, pair: PairedRows) -> RowStatistics:
+    def bootstrap_rows(self, pair: PairedRows) -> RowStatistics:
         """Return both means as functions of how often a resample contains each row."""
         before, after = (row_logloss(pair.label, score) for score in pair.scores)
-        require_units("rows", before.size)
+        require_observations("rows", before.size)
         return RowStatistics(before.size, mean_statistic(before), mean_statistic(after))
 
-    def of_groups(self, pair: PairedRows) -> GroupedPair:
+    def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute both means with and without each group."""
         group = require_groups(self.metric, pair.group)
         groups = Groups(*number_groups(group, np.size(pair.label)))
         before, after = (
             mean_of_rows(row_logloss(pair.label, score), groups) for score in pair.scores
         )
-        return grouped_pair(before, after, LARGEST_LOSS, groups.rows.size, "")
+        return pair_groups(before, after, LARGEST_LOSS, groups.rows.size, "")
 
 
 @dataclass(frozen=True)
@@ -70,33 +70,33 @@ class NormalizedEntropy:
 
     metric: Metric
 
-    def point(self, rows: ScoredRows) -> float:
+    def compute(self, rows: ScoredRows) -> float:
         """Compute the quotient of all rows."""
         return normalized_entropy(rows.label, rows.score)
 
-    def of_rows(self, pair: PairedRows) -> RowStatistics:
+    def bootstrap_rows(self, pair: PairedRows) -> RowStatistics:
         """Return both quotients as functions of how often a resample contains each row."""
         before, after = (row_logloss(pair.label, score) for score in pair.scores)
-        require_units("rows", before.size)
-        positive = binary(pair.label)
+        require_observations("rows", before.size)
+        positive = to_booleans(pair.label)
         require_rows_of_both_classes(positive)
         return RowStatistics(
             before.size,
-            _relative_loss_statistic(before, positive),
-            _relative_loss_statistic(after, positive),
+            _build_relative_loss_statistic(before, positive),
+            _build_relative_loss_statistic(after, positive),
         )
 
-    def of_groups(self, pair: PairedRows) -> GroupedPair:
+    def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute both quotients with and without each group."""
         classes = groups_of_both_classes(self.metric, pair)
         before, after = (
-            _relative_loss_of_groups(
+            _jackknife_relative_loss(
                 row_logloss(pair.label, score), classes.positive, classes.groups
             )
             for score in pair.scores
         )
         largest = LARGEST_LOSS / base_entropy(float(classes.positive.mean()))
-        return grouped_pair(
+        return pair_groups(
             before,
             after,
             largest,
@@ -106,7 +106,7 @@ class NormalizedEntropy:
         )
 
 
-def _relative_loss_statistic(losses: Floats, positive: Bools) -> Statistic:
+def _build_relative_loss_statistic(losses: Floats, positive: Bools) -> Statistic:
     """Return mean loss divided by the entropy of the base rate, as a function of a resample."""
 
     def statistic(counts: Counts) -> float:
@@ -117,13 +117,13 @@ def _relative_loss_statistic(losses: Floats, positive: Bools) -> Statistic:
     return statistic
 
 
-def _relative_loss_of_groups(losses: Floats, positive: Bools, groups: Groups) -> GroupedValue:
+def _jackknife_relative_loss(losses: Floats, positive: Bools, groups: Groups) -> GroupedValue:
     """Compute mean loss divided by the entropy of the base rate, with and without each group."""
     rate, mean = float(positive.mean()), float(losses.mean())
     entropy = float(base_entropy(rate))
     rows = losses.size - groups.rows
-    rates = ratio(float(positive.sum()) - groups.sums(positive), rows)
-    losses_left = ratio(float(losses.sum()) - groups.sums(losses), rows)
+    rates = ratio(float(positive.sum()) - groups.sum_by_group(positive), rows)
+    losses_left = ratio(float(losses.sum()) - groups.sum_by_group(losses), rows)
     with np.errstate(divide="ignore", invalid="ignore"):
         entropies = -(rates * np.log(rates) + (1 - rates) * np.log1p(-rates))
     slope = np.log((1 - rate) / rate)  # derivative of the entropy

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 from compressors.contracts import Metric
 from compressors.errors.metrics import MetricRefused
 from compressors.metrics.cluster_intervals import GroupedPair
-from compressors.metrics.full_ranking import RelevantPlaces
+from compressors.metrics.full_ranking import RelevantRanks
 from compressors.metrics.intervals import PairedRows, RowStatistics
 from compressors.metrics.point_estimates import Floats
 
@@ -26,36 +26,41 @@ class RowEstimator(Protocol):
     The constructor's argument is the declaration of the metric, a ``Metric``.
     """
 
-    def point(self, rows: ScoredRows) -> float:
-        """Compute the metric of one model.
+    def compute(self, rows: ScoredRows) -> float:
+        """Compute the metric of one model, without an interval.
 
         Raises:
             MetricRefused: the metric is undefined for these rows.
         """
 
-    def of_groups(self, pair: PairedRows) -> GroupedPair:
-        """Compute the metrics of baseline and candidate for all rows, and without each one group.
+    def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
+        """Compute leave-one-group-out values of baseline and candidate for a jackknife.
+
+        These are the metric of all rows and, for each group, the metric without the group's rows.
 
         Raises:
-            MetricRefused: as ``point``.
+            MetricRefused: the metric is undefined for these rows.
         """
 
 
 class UngroupedEstimator(RowEstimator, Protocol):
-    """Computes a metric that needs no groups; then rows are the units of its interval."""
+    """Computes a metric that is also defined for rows without groups.
 
-    def of_rows(self, pair: PairedRows) -> RowStatistics:
-        """Return both models' metrics as functions of how often a resample contains each row.
+    Its interval without groups is computed by a bootstrap of rows.
+    """
+
+    def bootstrap_rows(self, pair: PairedRows) -> RowStatistics:
+        """Return both models' metrics as functions of how often a bootstrap sample has each row.
 
         Raises:
-            MetricRefused: as ``point``.
+            MetricRefused: the metric is undefined for these rows.
         """
 
 
 class QueryEstimator(Protocol):
     """Computes a metric of retrieval models, which rank the whole catalogue for each query."""
 
-    def of_queries(self, places: RelevantPlaces) -> Floats:
+    def compute_per_query(self, ranks: RelevantRanks) -> Floats:
         """Compute the metric of each query, float64 ``(queries,)``, from its relevant items."""
 
 

@@ -6,7 +6,7 @@ Recall of lists of rows is in ``top_k.py``.
 import numpy as np
 
 from compressors.metrics.estimators.lists import DepthEstimator
-from compressors.metrics.full_ranking import RelevantPlaces
+from compressors.metrics.full_ranking import RelevantRanks
 from compressors.metrics.point_estimates import Floats
 
 
@@ -16,10 +16,10 @@ class RecallOfQueries(DepthEstimator):
     For items of equal score, the result is the mean over all their orders.
     """
 
-    def of_queries(self, places: RelevantPlaces) -> Floats:
+    def compute_per_query(self, ranks: RelevantRanks) -> Floats:
         """Compute the recall of each query, float64 ``(queries,)`` in [0, 1]."""
         # Items of one score have the ranks above + 1 to above + equal.
-        last_rank = np.minimum(places.above + places.equal, self.depth)
-        hits = np.maximum(last_rank - places.above, 0) / places.equal
-        value: Floats = places.sums(hits) / places.relevant
+        last_rank = np.minimum(ranks.above + ranks.equal, self.depth)
+        hits = np.maximum(last_rank - ranks.above, 0) / ranks.equal
+        value: Floats = ranks.sum_by_query(hits) / ranks.relevant
         return value

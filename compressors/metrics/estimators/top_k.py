@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from compressors.metrics import top_k
 from compressors.metrics.estimators.lists import ListEstimator
-from compressors.metrics.full_ranking import RelevantPlaces
+from compressors.metrics.full_ranking import RelevantRanks
 from compressors.metrics.point_estimates import Floats
 from compressors.metrics.top_k import TieBlocks
 
@@ -30,13 +30,13 @@ class TopKEstimator(ListEstimator):
 
     formula: ClassVar[Formula]
 
-    def of_lists(self, label: ArrayLike, score: ArrayLike, group: ArrayLike) -> Floats:
+    def compute_per_list(self, label: ArrayLike, score: ArrayLike, group: ArrayLike) -> Floats:
         """Compute the metric of each list with a relevant row, float64 ``(lists,)``."""
         return self.formula(top_k.tie_blocks_of_rows(label, score, group), self.depth)
 
-    def of_queries(self, places: RelevantPlaces) -> Floats:
+    def compute_per_query(self, ranks: RelevantRanks) -> Floats:
         """Compute the metric of each query, float64 ``(queries,)``."""
-        return self.formula(places.tie_blocks(), self.depth)
+        return self.formula(ranks.group_ties(), self.depth)
 
 
 class ReciprocalRank(TopKEstimator):

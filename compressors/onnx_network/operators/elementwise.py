@@ -22,7 +22,7 @@ DTYPES: Mapping[int, torch.dtype] = {
 sizes are int64, as ids are in a signature."""
 
 
-def _reduced(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+def _make_variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     """Return an operator with any number of inputs from a function of two."""
     return lambda *inputs: functools.reduce(function, inputs)
 
@@ -109,10 +109,10 @@ ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
     "Div": _divide,
     "Mod": _modulo,
     "Pow": _power,
-    "Sum": _reduced(torch.add),
+    "Sum": _make_variadic(torch.add),
     "Mean": _mean,
-    "Max": _reduced(torch.maximum),
-    "Min": _reduced(torch.minimum),
+    "Max": _make_variadic(torch.maximum),
+    "Min": _make_variadic(torch.minimum),
     "Equal": torch.eq,
     "Greater": torch.gt,
     "GreaterOrEqual": torch.ge,

@@ -96,7 +96,7 @@ def _slice(
     return x
 
 
-def _non_negative(indices: Tensor, size: int) -> Tensor:
+def _to_non_negative(indices: Tensor, size: int) -> Tensor:
     """Return indices that count from the start; those of ONNX may count from the end."""
     return torch.where(indices < 0, indices + size, indices)
 
@@ -107,13 +107,13 @@ def _gather(x: Tensor, indices: Indices, *, axis: int = 0) -> Tensor:
     if not isinstance(indices, Tensor):
         indices = tensor_of(indices, x.device)
     axis = axis % x.dim()
-    rows = x.index_select(axis, _non_negative(indices, x.shape[axis]).reshape(-1).long())
+    rows = x.index_select(axis, _to_non_negative(indices, x.shape[axis]).reshape(-1).long())
     return rows.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 def _gather_elements(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     # torch.gather accepts fewer indices than elements in the other dimensions, as ONNX does.
-    return torch.gather(x, axis, _non_negative(indices, x.shape[axis]).long())
+    return torch.gather(x, axis, _to_non_negative(indices, x.shape[axis]).long())
 
 
 def _gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
@@ -123,13 +123,13 @@ def _gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
         )
         for axis in range(batch_dims)
     )
-    return x[(*batch, *(place.long() for place in indices.unbind(dim=-1)))]
+    return x[(*batch, *(index.long() for index in indices.unbind(dim=-1)))]
 
 
 def _one_hot(indices: Tensor, depth: Sizes, values: Tensor, *, axis: int = -1) -> Tensor:
     count = integer(depth)
     classes = torch.arange(count, device=indices.device)
-    is_class = _non_negative(indices.long(), count).unsqueeze(-1) == classes
+    is_class = _to_non_negative(indices.long(), count).unsqueeze(-1) == classes
     off, on = values.unbind()
     return torch.where(is_class, on, off).movedim(-1, axis)
 

@@ -20,7 +20,7 @@ Sizes: TypeAlias = NDArray[np.object_]
 """Integers of a shape, of dtype object: ``()`` or ``(values,)``."""
 
 
-def as_sizes(values: Any) -> Sizes:
+def to_sizes(values: Any) -> Sizes:
     """Return an integer, or a list of them, as an array of objects."""
     return np.asarray(values, dtype=object)
 
@@ -49,25 +49,25 @@ def tensor_of(sizes: Sizes, device: torch.device) -> Tensor:
 
 def shape(x: Tensor, *, start: int = 0, end: int | None = None) -> Sizes:
     """Shape: the sizes of dimensions ``start`` to ``end``."""
-    return as_sizes(list(x.shape)[start:end])
+    return to_sizes(list(x.shape)[start:end])
 
 
 def size(x: Tensor) -> Sizes:
     """Size: the number of elements."""
-    return as_sizes(x.numel())
+    return to_sizes(x.numel())
 
 
 def _elementwise(function: Callable[..., Any]) -> Callable[..., Sizes]:
     """Return an operator that applies a function of numpy to integers."""
 
     def operator(*sizes: Sizes) -> Sizes:
-        return as_sizes(functools.reduce(function, sizes[1:], sizes[0]))
+        return to_sizes(functools.reduce(function, sizes[1:], sizes[0]))
 
     return operator
 
 
 def _gather(x: Sizes, indices: Sizes, *, axis: int = 0) -> Sizes:
-    return as_sizes(np.take(x, indices.astype(np.int64), axis=axis))
+    return to_sizes(np.take(x, indices.astype(np.int64), axis=axis))
 
 
 def _slice(
@@ -101,37 +101,37 @@ def _identity(x: Sizes, **_: Any) -> Sizes:
 
 
 def _divide(x: Sizes, y: Sizes) -> Sizes:
-    return as_sizes(np.floor_divide(x, y))
+    return to_sizes(np.floor_divide(x, y))
 
 
 def _minimum(*sizes: Sizes) -> Sizes:
-    return as_sizes(functools.reduce(np.frompyfunc(torch.sym_min, 2, 1), sizes))
+    return to_sizes(functools.reduce(np.frompyfunc(torch.sym_min, 2, 1), sizes))
 
 
 def _maximum(*sizes: Sizes) -> Sizes:
-    return as_sizes(functools.reduce(np.frompyfunc(torch.sym_max, 2, 1), sizes))
+    return to_sizes(functools.reduce(np.frompyfunc(torch.sym_max, 2, 1), sizes))
 
 
 def _equal(x: Sizes, y: Sizes) -> Sizes:
-    return as_sizes(np.equal(x, y))
+    return to_sizes(np.equal(x, y))
 
 
 def _where(condition: Sizes, x: Sizes, y: Sizes) -> Sizes:
-    return as_sizes(np.where(condition.astype(bool), x, y))
+    return to_sizes(np.where(condition.astype(bool), x, y))
 
 
 def _product(x: Sizes, axes: Sizes | None = None, *, keepdims: int = 1, **_: Any) -> Sizes:
-    return as_sizes(np.prod(x, keepdims=bool(keepdims)))
+    return to_sizes(np.prod(x, keepdims=bool(keepdims)))
 
 
 def _one_hot(indices: Sizes, depth: Sizes, values: Sizes, *, axis: int = -1) -> Sizes:
     off, on = integers(values)
     is_class = np.equal.outer(indices, np.arange(integer(depth)))
-    return as_sizes(np.where(is_class, as_sizes(on), as_sizes(off)))
+    return to_sizes(np.where(is_class, to_sizes(on), to_sizes(off)))
 
 
 def _shape(x: Sizes, *, start: int = 0, end: int | None = None) -> Sizes:
-    return as_sizes(x.shape[start:end])
+    return to_sizes(x.shape[start:end])
 
 
 def _filled(target: Sizes, *, value: int = 0) -> Sizes:
@@ -143,7 +143,7 @@ SIZE_OPERATORS: Mapping[str, Callable[..., Sizes]] = {
     "Sub": _elementwise(np.subtract),
     "Mul": _elementwise(np.multiply),
     "Mod": _elementwise(np.mod),
-    "Neg": lambda x: as_sizes(np.negative(x)),
+    "Neg": lambda x: to_sizes(np.negative(x)),
     "Div": _divide,
     "Min": _minimum,
     "Max": _maximum,

@@ -33,7 +33,7 @@ class Operator:
     needs_device: bool = False
 
 
-def _operator(function: Callable[..., Any]) -> Operator:
+def _describe_operator(function: Callable[..., Any]) -> Operator:
     """Describe a function by its parameters; those of torch take tensors only."""
     if not inspect.isfunction(function) or function.__module__.startswith("torch"):
         return Operator(function)
@@ -51,7 +51,7 @@ def _operator(function: Callable[..., Any]) -> Operator:
 
 
 OPERATORS: dict[str, Operator] = {
-    name: _operator(function)
+    name: _describe_operator(function)
     for name, function in {
         **ELEMENTWISE,
         **LAYOUT,

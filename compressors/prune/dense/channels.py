@@ -5,8 +5,9 @@ removes the matching input of every layer that consumes it
 (``compressors.prune.structure.channel_consumers``). The layer's width is a number in the
 architecture's configuration (an argument of the model class). That number becomes smaller, so the
 result is stored and built like any other network. If the number counts groups of channels, such as
-attention heads, whole groups are removed. In this file a *unit* is one channel or one such group, a
-*producer* a layer that outputs it, and a *consumer* a layer or norm that takes it as input.
+attention heads, whole groups are removed. In this file a *group* is one channel or several that the
+number counts as one, a *producer* a layer that outputs it, and a *consumer* a layer or norm that
+takes it as input.
 
 Sources: those of ``compressors.prune.dense.importance``, and Frankle and Carbin 2019,
 https://arxiv.org/abs/1803.03635, sec. 2 (iterative pruning: prune and train in turn, the same share
@@ -29,23 +30,27 @@ from compressors.core.model import Model
 from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, private_copy
-from compressors.distill.soft_labels import mixed_loss
+from compressors.distill.soft_labels import build_mixed_loss
 from compressors.distill.training.settings import Training
-from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
+from compressors.distill.training.training_steps import (
+    choose_trainable,
+    list_pruned_layers,
+    train_model,
+)
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
 from compressors.prune.dense import kept_shares
 from compressors.prune.dense.importance import (
     Importance,
-    kept_units,
-    unit_importance,
+    group_importance,
+    select_kept_groups,
     weight_importance,
 )
 from compressors.prune.dense.kept_shares import Counts
 from compressors.prune.dense.reconstruct import reconstruct
 from compressors.prune.structure.channel_consumers import WidthConsumers
 from compressors.prune.structure.config_widths import Width
-from compressors.prune.structure.narrowing import WidthCut, remaining_consumers, without_channels
+from compressors.prune.structure.narrowing import WidthCut, remaining_consumers, remove_channels
 from compressors.prune.structure.prunable_widths import PrunableWidths, prunable_widths
 
 NARROWING_CODES = frozenset({"channels_cut", "one_threshold", "inputs_follow"})
@@ -159,7 +164,7 @@ class Channels(StepSettings):
         """
         if self.importance == "gradient" and not bench.signature.scores_rows:
             raise NothingToCompress("loss_missing", step=self.kind)
-        prunable = self._prunable_widths(model, bench.signature)
+        prunable = self._find_prunable_widths(model, bench.signature)
         decisions = dict(prunable.decisions)
         checked = CheckedWidths(bench.signature, prunable)
         if not prunable.consumers:
@@ -167,7 +172,9 @@ class Channels(StepSettings):
         counts, work_share = self._estimate(model, bench.signature, prunable.widths)
         for item in prunable.consumers:
             for producer in item.width.producers:
-                reasons = self._reasons(item.width, producer, counts[item.width.path], work_share)
+                reasons = self._build_reasons(
+                    item.width, producer, counts[item.width.path], work_share
+                )
                 decisions[producer] = _take(decisions[producer], *reasons)
             for consumer in item.width.consumers:
                 if consumer in decisions:
@@ -204,21 +211,21 @@ class Channels(StepSettings):
             importance = {
                 producer: total
                 for item in consumers
-                for producer, total in unit_importance(item, scores, self.importance).items()
+                for producer, total in group_importance(item, scores, self.importance).items()
             }
             progress = number / self.rounds
-            counts = self._counts(
+            counts = self._compute_counts(
                 model, signature, consumers, importance, initial, initial_work, progress
             )
             before = private_copy(model.module).eval()
-            kept_by_producer = _kept_units(consumers, importance, counts)
+            kept_by_producer = _select_by_producer(consumers, importance, counts)
             model = self._narrow(model, signature, consumers, kept_by_producer, counts)
             if self.reconstruct:
                 layers = sorted({name for width in prunable.widths for name in width.consumers})
                 outputs = {  # by producer, which of its output channels stay
-                    producer: kept_by_producer[producer][units]
+                    producer: kept_by_producer[producer][groups]
                     for item in consumers
-                    for producer, units in item.units.items()
+                    for producer, groups in item.groups.items()
                 }
                 reconstruct(model.module, before, bench, layers, outputs, self.rows)
             if self.training is not None:
@@ -238,7 +245,7 @@ class Channels(StepSettings):
         work_left = Reason("multiply_adds_left", share=final_work / initial_work)
         narrowed = {
             producer: (
-                _width_reason(width, producer, width.value, counts[width.path]),
+                _build_width_reason(width, producer, width.value, counts[width.path]),
                 work_left,
                 *training_reasons.get(producer, ()),
             )
@@ -260,17 +267,19 @@ class Channels(StepSettings):
             for item in prunable.consumers
             for producer in item.width.producers
         }
-        kept_by_producer = _kept_units(prunable.consumers, equal_importance, counts)
+        kept_by_producer = _select_by_producer(prunable.consumers, equal_importance, counts)
         return self._narrow(model, signature, prunable.consumers, kept_by_producer, counts)
 
-    def _reasons(self, width: Width, producer: str, count: int, work_share: float) -> list[Reason]:
+    def _build_reasons(
+        self, width: Width, producer: str, count: int, work_share: float
+    ) -> list[Reason]:
         """Return the plan's reasons for a producer; ``work_share`` of all multiply-adds remains."""
         step, importance = self.kind, self.importance
         if self.scope == "global":
             argument = width.description()
             reasons = [Reason("one_threshold", step=step, width=argument, importance=importance)]
         else:
-            fewer = _width_reason(width, producer, width.value, count)
+            fewer = _build_width_reason(width, producer, width.value, count)
             reasons = [Reason("channels_cut", step=step, what=fewer, importance=importance)]
             if self.flops is not None:
                 reasons.append(Reason("multiply_adds_left", share=work_share))
@@ -284,16 +293,18 @@ class Channels(StepSettings):
         """Estimate the result if every width keeps the same share.
 
         Returns:
-            The number of units that each width keeps, and the share of multiply-adds that remains.
+            The number of groups that each width keeps, and the share of multiply-adds that remains.
         """
         initial = {width.path: width.value for width in widths}
         work = kept_shares.multiply_adds(model.module, signature)
         initial_work = sum(work.values())
-        counts = self._equal_counts(model, work, widths, initial, initial_work, progress=1.0)
+        counts = self._compute_equal_counts(
+            model, work, widths, initial, initial_work, progress=1.0
+        )
         remaining = kept_shares.remaining_multiply_adds(work, model.module, widths, counts)
         return counts, remaining / initial_work
 
-    def _equal_counts(
+    def _compute_equal_counts(
         self,
         model: Model,
         work: Mapping[str, float],
@@ -302,10 +313,10 @@ class Channels(StepSettings):
         initial_work: float,
         progress: float,
     ) -> Counts:
-        """Return the number of units that every width keeps if all keep the same share.
+        """Return the number of groups that every width keeps if all keep the same share.
 
         ``work`` has the present multiply-adds for one row, by layer. For the other arguments see
-        ``_counts``.
+        ``_compute_counts``.
         """
         if self.flops is None:
             return kept_shares.equal_shares(widths, initial, self.keep**progress, self.multiple)
@@ -319,7 +330,7 @@ class Channels(StepSettings):
             "multiply-adds",
         )
 
-    def _counts(
+    def _compute_counts(
         self,
         model: Model,
         signature: Signature,
@@ -329,14 +340,14 @@ class Channels(StepSettings):
         initial_work: float,
         progress: float,
     ) -> Counts:
-        """Return the number of units that every width keeps after a round.
+        """Return the number of groups that every width keeps after a round.
 
         Args:
             model: the present network.
             signature: describes its inputs.
             consumers: the consumers of the present widths.
             importance: by producer, float ``(units,)``.
-            initial: number of units of each width before the first round.
+            initial: number of groups of each width before the first round.
             initial_work: multiply-adds of all dense layers for one row before the first round.
             progress: round number / number of rounds; after the round, ``keep ** progress`` of the
                 initial channels (or ``flops ** progress`` of the multiply-adds) remain.
@@ -344,7 +355,7 @@ class Channels(StepSettings):
         widths = tuple(item.width for item in consumers)
         work = kept_shares.multiply_adds(model.module, signature)
         if self.scope == "layer":
-            return self._equal_counts(model, work, widths, initial, initial_work, progress)
+            return self._compute_equal_counts(model, work, widths, initial, initial_work, progress)
         normalized = kept_shares.normalized_importance(consumers, importance)
         floors = {path: value * self.least for path, value in initial.items()}
 
@@ -372,14 +383,14 @@ class Channels(StepSettings):
         kept_by_producer: Mapping[str, Tensor],
         counts: Counts,
     ) -> Model:
-        """Build the network with the kept units and check it.
+        """Build the network with the kept groups and check it.
 
         Raises:
             StepRefused: the narrower network fails, or code other than layers reads the channels.
         """
         cuts = [WidthCut(item.width, item, counts[item.width.path]) for item in consumers]
         try:
-            narrower, gap = without_channels(model, signature, cuts, kept_by_producer)
+            narrower, gap = remove_channels(model, signature, cuts, kept_by_producer)
         except Exception as fault:  # the class or torch may raise any exception
             if is_out_of_memory(fault):
                 raise
@@ -395,7 +406,7 @@ class Channels(StepSettings):
             )
         return narrower
 
-    def _prunable_widths(self, model: Model, signature: Signature) -> PrunableWidths:
+    def _find_prunable_widths(self, model: Model, signature: Signature) -> PrunableWidths:
         """Find the widths that can be pruned; see ``prunable_widths``."""
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         # Whether a search determines the share of each width, so that it may be below ``share``.
@@ -404,20 +415,20 @@ class Channels(StepSettings):
         return prunable_widths(model, signature, *arguments, share_is_searched=is_searched)
 
     def _train(self, model: Model, bench: Bench, training: Training, number: int) -> AppliedStep:
-        loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)
+        loss = build_mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)
         if bench.checkpoints is not None:  # one checkpoint folder per round
             folder = f"{bench.checkpoints}/round-{number}"
             bench = bench.model_copy(update={"checkpoints": folder})
-        return train_model(model, bench, loss, training, keep_zeros_in=pruned_layers(model))
+        return train_model(model, bench, loss, training, keep_zeros_in=list_pruned_layers(model))
 
 
-def _kept_units(
+def _select_by_producer(
     consumers: tuple[WidthConsumers, ...], importance: Mapping[str, Tensor], counts: Counts
 ) -> dict[str, Tensor]:
-    """Select the units that are kept, by producer: bool ``(units,)`` each."""
+    """Select the groups that are kept, by producer: bool ``(groups,)`` each."""
     kept_by_producer: dict[str, Tensor] = {}
     for item in consumers:
-        kept_by_producer |= kept_units(item, importance, counts[item.width.path])
+        kept_by_producer |= select_kept_groups(item, importance, counts[item.width.path])
     return kept_by_producer
 
 
@@ -426,11 +437,8 @@ def _build_deferred_outcomes(reasons: Mapping[str, tuple[Reason, ...]]) -> dict[
     return {name: Decision("deferred", why) for name, why in reasons.items()}
 
 
-def _width_reason(width: Width, producer: str, before: int, after: int) -> Reason:
-    """Build a reason, such as "16 -> 8 outputs (hidden[0])" or "32 -> 16 outputs (heads 4 -> 2)".
-
-    ``before`` and ``after`` are numbers of units.
-    """
+def _build_width_reason(width: Width, producer: str, before: int, after: int) -> Reason:
+    """Build a reason, such as "16 -> 8 outputs (hidden[0])"; arguments are numbers of groups."""
     size = width.producers[producer]
     if size == 1:
         return Reason("fewer_channels", before=before, after=after, width=width.description())

@@ -31,7 +31,7 @@ from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import RowsMissing
 from compressors.errors.widths import NotAMember
 from compressors.metrics.validation_score import quality
-from compressors.prune.structure.config_depth import Stack, find_stacks, without_member
+from compressors.prune.structure.config_depth import Stack, find_stacks, remove_member
 
 
 class RemovableStacks(NamedTuple):
@@ -87,7 +87,7 @@ class DropLayers(StepSettings):
         """
         if self._needs_quality and not bench.signature.scores_rows:
             raise NothingToCompress("row_metric_for_layers_missing", step=self.kind)
-        stacks, decisions = self._removable_stacks(model, bench.signature)
+        stacks, decisions = self._find_removable_stacks(model, bench.signature)
         return StepPlan(decisions, RemovableStacks(bench.signature, tuple(stacks)))
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[RemovableStacks]) -> AppliedStep:
@@ -99,7 +99,7 @@ class DropLayers(StepSettings):
         if self._needs_quality and bench.validation is None:
             raise RowsMissing("validation_rows_missing", step=self.kind)
         names = [unit.name for unit in Unit.of(model.module)]
-        baseline_quality = self._quality(model, bench)
+        baseline_quality = self._measure_quality(model, bench)
         generator = torch.Generator().manual_seed(bench.seed)
         outcomes: dict[str, Decision] = {}
         for original_stack in plan.payload.stacks:
@@ -114,10 +114,10 @@ class DropLayers(StepSettings):
                     members = sorted(candidates)
                     index = int(torch.randint(len(members), (1,), generator=generator))
                     selected = members[index]
-                    qualities = {selected: self._quality(candidates[selected][0], bench)}
+                    qualities = {selected: self._measure_quality(candidates[selected][0], bench)}
                 else:
                     qualities = {
-                        member: self._quality(candidate, bench)
+                        member: self._measure_quality(candidate, bench)
                         for member, (candidate, _) in candidates.items()
                     }
                     # Of members with equal quality, the first one is removed.
@@ -151,13 +151,13 @@ class DropLayers(StepSettings):
                     model, stack = candidates[max(candidates)]
         return model
 
-    def _quality(self, model: Model, bench: Bench) -> float:
+    def _measure_quality(self, model: Model, bench: Bench) -> float:
         """Return the metric on the validation rows; 0 if quality need not be measured."""
         if not self._needs_quality or bench.validation is None:
             return 0.0
         return quality(model.module, bench.signature, bench.validation)
 
-    def _removable_stacks(
+    def _find_removable_stacks(
         self, model: Model, signature: Signature
     ) -> tuple[list[Stack], dict[str, Decision]]:
         """Find the stacks with removable members.
@@ -175,11 +175,11 @@ class DropLayers(StepSettings):
         stacks: list[Stack] = []
         assigned: set[str] = set()  # units of the stacks selected so far
         for stack in find_stacks(model):
-            in_stack = [unit.name for unit in units if stack.member_of(unit.name) is not None]
+            in_stack = [unit.name for unit in units if stack.find_member(unit.name) is not None]
             dense = [name for name in in_stack if name in choices]
             if not dense or assigned & set(in_stack):
                 continue
-            reason = _reason_not_removable(model, signature, stack, choices, dense)
+            reason = _explain_not_removable(model, signature, stack, choices, dense)
             for name in in_stack:
                 if reason is not None and (name not in choices or choices[name].selected):
                     decisions[name] = Decision("skipped", (reason,))
@@ -199,7 +199,7 @@ class DropLayers(StepSettings):
         return stacks, decisions
 
 
-def _reason_not_removable(
+def _explain_not_removable(
     model: Model,
     signature: Signature,
     stack: Stack,
@@ -238,7 +238,7 @@ def _reason_not_removable(
 def _name_in_first_member(stack: Stack, name: str) -> str:
     """Return the name that a layer of a stack would have if its member were the first."""
     new_name: str | None = name
-    while new_name is not None and stack.member_of(new_name):
+    while new_name is not None and stack.find_member(new_name):
         new_name = stack.name_after_removal(new_name, 0)
     return new_name or name
 
@@ -254,7 +254,7 @@ def _build_candidates(
     candidates: dict[int, tuple[Model, Stack]] = {}
     for member in range(stack.members if stack.members > 1 else 0):
         try:
-            candidates[member] = without_member(model, signature, stack, member)
+            candidates[member] = remove_member(model, signature, stack, member)
         except NotAMember as fault:
             if faults is not None:
                 faults.append(fault.reason)
@@ -274,7 +274,7 @@ def _build_outcomes(
     """
     outcomes = {}
     for name in names:
-        member = stack.member_of(name)
+        member = stack.find_member(name)
         if member is None or not changes:
             continue
         reasons = list(changes)

@@ -9,8 +9,9 @@ consume it, as for dependency groups (Fang et al. 2023, https://arxiv.org/abs/23
 to their outputs, as a share of the contributions of all their inputs, because the outputs of
 different consumers differ in scale.
 
-Here a *unit* is one channel or one group of channels, a *producer* a layer that outputs it, and a
-*consumer* a layer or norm that takes it as input (``prune/structure/config_widths.py``).
+Here a *group* is one channel or several that are counted as one (a head), a *producer* a layer that
+outputs it, and a *consumer* a layer or norm that takes it as input
+(``prune/structure/config_widths.py``).
 """
 
 from collections.abc import Mapping
@@ -69,9 +70,9 @@ def weight_importance(
             generator = torch.Generator().manual_seed(bench.seed)
             scores = {name: torch.rand(w.shape, generator=generator) for name, w in weights.items()}
         case "gradient":
-            scores = _taylor(model.module, bench, weights, rows)
+            scores = _compute_taylor_importance(model.module, bench, weights, rows)
         case "activation":
-            scores = _contributions(model.module, bench, rows)
+            scores = _compute_contributions(model.module, bench, rows)
     if not any(bool(score.any()) for score in scores.values()):
         raise (
             StepRefused("channel_gradients_zero")
@@ -81,29 +82,29 @@ def weight_importance(
     return scores
 
 
-def unit_importance(
+def group_importance(
     consumers: WidthConsumers, scores: Mapping[str, Tensor], importance: Importance
 ) -> dict[str, Tensor]:
-    """Sum the importances of the weights that produce and that consume each unit of a width.
+    """Sum the importances of the weights that produce and that consume each group of a width.
 
     Args:
-        consumers: the consumers of the width, with the unit of each channel of a producer
-            (``units``), and for each producer and consumer which inputs take which unit
-            (``connections``, bool ``(units, inputs)``).
+        consumers: the consumers of the width, with the group of each channel of a producer
+            (``groups``), and for each producer and consumer which inputs take which group
+            (``connections``, bool ``(groups, inputs)``).
         scores: by parameter name, the importance of every weight, in the parameter's shape.
         importance: the criterion; with ``activation`` only the consuming weights count.
 
     Returns:
-        By producer, float ``(units,)``.
+        By producer, float ``(groups,)``.
     """
     totals = {}
-    for producer, units in consumers.units.items():
+    for producer, groups in consumers.groups.items():
         total = torch.zeros(consumers.width.value)
         if importance != "activation":
             channels = scores[f"{producer}.weight"].sum(dim=1)  # (channels,)
             if f"{producer}.bias" in scores:
                 channels = channels + scores[f"{producer}.bias"]
-            total = total.index_add(0, units, channels)
+            total = total.index_add(0, groups, channels)
         for (name, consumer), columns in consumers.connections.items():
             if name == producer:
                 inputs = scores.get(f"{consumer}.weight")  # (out, in), or (in,) of a norm
@@ -115,30 +116,30 @@ def unit_importance(
     return totals
 
 
-def kept_units(
+def select_kept_groups(
     consumers: WidthConsumers, importance: Mapping[str, Tensor], count: int
 ) -> dict[str, Tensor]:
-    """Select the most important units: by producer, bool ``(units,)`` with ``count`` True.
+    """Select the most important groups: by producer, bool ``(groups,)`` with ``count`` True.
 
-    Producers whose channels are combined element by element keep the same units, ranked by the sum
-    of their importances. Of equally important units the first ones are kept.
+    Producers whose channels are combined element by element keep the same groups, ranked by the sum
+    of their importances. Of equally important groups the first ones are kept.
 
     Args:
         consumers: the consumers of the width.
-        importance: by producer, float ``(units,)``.
-        count: number of units to keep.
+        importance: by producer, float ``(groups,)``.
+        count: number of groups to keep.
     """
     kept_by_producer = {}
-    for group in consumers.tied_producers:
-        total = torch.stack([importance[producer] for producer in group]).sum(dim=0)
+    for tied in consumers.tied_producers:
+        total = torch.stack([importance[producer] for producer in tied]).sum(dim=0)
         best = total.sort(descending=True, stable=True).indices[:count]
         mask = torch.zeros(len(total), dtype=torch.bool)
         mask[best] = True
-        kept_by_producer.update(dict.fromkeys(group, mask))
+        kept_by_producer.update(dict.fromkeys(tied, mask))
     return kept_by_producer
 
 
-def _taylor(
+def _compute_taylor_importance(
     module: nn.Module, bench: Bench, weights: Mapping[str, Tensor], rows: int
 ) -> dict[str, Tensor]:
     """Compute (gradient of the loss times weight) squared, summed over batches of training rows.
@@ -165,7 +166,7 @@ def _taylor(
 
 
 @torch.no_grad()
-def _contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tensor]:
+def _compute_contributions(module: nn.Module, bench: Bench, rows: int) -> dict[str, Tensor]:
     """Compute the mean square of weight times input, scaled to sum 1 over each dense layer.
 
     Summed over a layer's outputs, this is the share that one input contributes to the total: for an

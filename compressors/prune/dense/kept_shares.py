@@ -1,8 +1,8 @@
-"""Select how many units each width keeps: an equal share, or the units above one threshold.
+"""Select how many groups each width keeps: an equal share, or the groups above one threshold.
 
 A *width* is a number of the configuration that counts the channels of one or more layers, or groups
-of channels such as heads (``prune/structure/config_widths.py``). A *unit* is one such channel or
-group, and a *producer* is a dense layer that outputs the channels. Widths depend on each other: a
+of channels such as heads (``prune/structure/config_widths.py``). A *group* is one such channel or
+head, and a *producer* is a dense layer that outputs the channels. Widths depend on each other: a
 layer between two pruned widths has fewer outputs and fewer inputs, so its multiply-adds decrease
 with the product. So the widths for a given number of multiply-adds are found by a search over the
 rounded widths.
@@ -29,7 +29,7 @@ from compressors.prune.structure.channel_consumers import WidthConsumers
 from compressors.prune.structure.config_widths import Path, Width
 
 Counts = dict[Path, int]
-"""By the path of a width in the configuration, the number of units that it keeps."""
+"""By the path of a width in the configuration, the number of groups that it keeps."""
 SEARCH_STEPS = 1000  # resolution of the search for the share that every width keeps
 ROWS = 4  # synthetic rows, to count how often each layer is called
 
@@ -40,10 +40,10 @@ def kept_width(value: int, keep: float, multiple: int) -> int:
 
 
 def multiple_of(width: Width, multiple: int) -> int:
-    """Return the smallest number of units whose channels are a multiple of ``multiple``.
+    """Return the smallest number of groups whose channels are a multiple of ``multiple``.
 
-    With 4 channels per unit and the multiple 8, for example, it is 2. If producers have different
-    numbers of channels per unit, their greatest common divisor counts.
+    With 4 channels per group and the multiple 8, for example, it is 2. If producers have different
+    numbers of channels per group, their greatest common divisor counts.
     """
     size = gcd(*width.producers.values())
     return multiple // gcd(multiple, size)
@@ -97,7 +97,7 @@ def remaining_multiply_adds(
         work: present multiply-adds for one row, by layer.
         module: the network with these layers.
         widths: the pruned widths, each a different number of the configuration.
-        counts: number of units that each width keeps.
+        counts: number of groups that each width keeps.
 
     Raises:
         TypeError: a name in ``work`` is not the name of a dense layer.
@@ -117,14 +117,14 @@ def remaining_multiply_adds(
 def equal_shares(
     widths: Sequence[Width], initial: Mapping[Path, int], keep: float, multiple: int
 ) -> Counts:
-    """Return the number of units that each width keeps if all widths keep the same share.
+    """Return the number of groups that each width keeps if all widths keep the same share.
 
-    It is rounded to the nearest multiple, and at most the present number of units.
+    It is rounded to the nearest multiple, and at most the present number of groups.
 
     Args:
         widths: the present widths.
-        initial: by width, the number of units before the first round, of which the share is taken.
-        keep: the share of units that is kept.
+        initial: by width, the number of groups before the first round, of which the share is taken.
+        keep: the share of groups that is kept.
         multiple: the number of channels stays a multiple of this.
     """
     return {
@@ -142,24 +142,25 @@ def kept_above_threshold(
     threshold: float,
     multiple: int,
 ) -> Counts:
-    """Return the number of units above a threshold, rounded to a multiple, at least the floor.
+    """Return the number of groups above a threshold, rounded to a multiple, at least the floor.
 
     Args:
-        importance: by width, the importance of its units, float ``(units,)``.
+        importance: by width, the importance of its groups, float ``(groups,)``.
         widths: the present widths.
-        floors: by width, the smallest number of units that it keeps; rounded up to a multiple.
-        threshold: units of a higher importance are kept.
+        floors: by width, the smallest number of groups that it keeps; rounded up to a multiple.
+        threshold: groups of a higher importance are kept.
         multiple: the number of channels stays a multiple of this.
     """
     counts = {}
     for width in widths:
-        units_per_multiple = multiple_of(width, multiple)
+        groups_per_multiple = multiple_of(width, multiple)
         floor = max(
-            units_per_multiple, ceil(floors[width.path] / units_per_multiple) * units_per_multiple
+            groups_per_multiple,
+            ceil(floors[width.path] / groups_per_multiple) * groups_per_multiple,
         )
         above = (
-            round(int((importance[width.path] > threshold).sum()) / units_per_multiple)
-            * units_per_multiple
+            round(int((importance[width.path] > threshold).sum()) / groups_per_multiple)
+            * groups_per_multiple
         )
         counts[width.path] = min(width.value, max(floor, above))
     return counts
@@ -168,27 +169,28 @@ def kept_above_threshold(
 def normalized_importance(
     consumers: Sequence[WidthConsumers], importance: Mapping[str, Tensor]
 ) -> dict[Path, Tensor]:
-    """Sort and normalize the importance of the units, so that widths can be compared.
+    """Sort and normalize the importance of the groups, so that widths can be compared.
 
-    For each group of producers that keep the same units, importance is sorted and divided by its
-    mean. A width with several groups gets the mean of their sorted importances, rank by rank.
+    Tied producers, whose channels are combined element by element, keep the same groups: their sum
+    of importances is sorted and divided by its mean. If a width has producers that are not tied to
+    each other, it gets the mean of their sorted importances, rank by rank.
 
     Args:
         consumers: the consumers of each width.
-        importance: by producer, float ``(units,)``.
+        importance: by producer, float ``(groups,)``.
 
     Returns:
-        By width, float ``(units,)`` in descending order.
+        By width, float ``(groups,)`` in descending order.
     """
     normalized = {}
     for item in consumers:
         ranked = []
-        for group in item.tied_producers:
-            total = torch.stack([importance[producer] for producer in group]).sum(dim=0)
+        for tied in item.tied_producers:
+            total = torch.stack([importance[producer] for producer in tied]).sum(dim=0)
             mean = total.mean()
             relative = total / mean if bool(mean > 0) else torch.ones_like(total)
             ranked.append(relative.sort(descending=True).values)
-        normalized[item.width.path] = torch.stack(ranked).mean(dim=0)  # (units,)
+        normalized[item.width.path] = torch.stack(ranked).mean(dim=0)  # (groups,)
     return normalized
 
 
@@ -201,15 +203,15 @@ def counts_by_threshold(
     max_cost: float,
     cost_unit: str,
 ) -> Counts:
-    """Return the number of units above the lowest threshold with a cost of at most ``max_cost``.
+    """Return the number of groups above the lowest threshold with a cost of at most ``max_cost``.
 
     For the arguments see ``kept_above_threshold`` and ``largest_counts_within``.
 
     Raises:
         StepRefused: even with every width at its floor the cost is above ``max_cost``.
     """
-    values = {value for units in importance.values() for value in units.tolist()}
-    # The first threshold leaves every width at its floor, the last one keeps all units.
+    values = {value for groups in importance.values() for value in groups.tolist()}
+    # The first threshold leaves every width at its floor, the last one keeps all groups.
     thresholds = [inf, *sorted(values, reverse=True), -1.0]
     return largest_counts_within(
         lambda k: kept_above_threshold(importance, widths, floors, thresholds[k], multiple),

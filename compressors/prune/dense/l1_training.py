@@ -33,9 +33,13 @@ from compressors.core.model import Model
 from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit
-from compressors.distill.soft_labels import mixed_loss
+from compressors.distill.soft_labels import build_mixed_loss
 from compressors.distill.training.settings import Training
-from compressors.distill.training.training_steps import choose_trainable, pruned_layers, train_model
+from compressors.distill.training.training_steps import (
+    choose_trainable,
+    list_pruned_layers,
+    train_model,
+)
 from compressors.prune.structure.channel_consumers import WidthConsumers
 from compressors.prune.structure.prunable_widths import prunable_widths
 
@@ -142,7 +146,7 @@ class L1Training(StepSettings):
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Penalized]:
         """Select the penalized layers and the other trained units; give reasons for all others."""
-        penalized = self._penalized_layers(model)
+        penalized = self._select_penalized_layers(model)
         decisions = choose_trainable(model, bench, self.kind, self.training)
         if not any(decision.selected for decision in penalized.values()):
             # Without a penalized layer the step does not train, so every layer is skipped.
@@ -164,7 +168,7 @@ class L1Training(StepSettings):
         """
         penalized = plan.payload
         names = [name for name, decision in penalized.items() if decision.selected]
-        loss = mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)
+        loss = build_mixed_loss(bench, self.soft_share, self.temperature, self.kind, model.original)
         groups = (
             _find_weight_groups(model, bench.signature, penalized)
             if self.penalty == "group"
@@ -175,8 +179,10 @@ class L1Training(StepSettings):
             bench,
             loss,
             self.training,
-            keep_zeros_in=pruned_layers(model),
-            after_step=_threshold_after_step(model.module, names, groups, self.penalty_strength),
+            keep_zeros_in=list_pruned_layers(model),
+            after_step=_build_threshold_function(
+                model.module, names, groups, self.penalty_strength
+            ),
             keep_last_epoch=True,  # return the network of the last epoch, not of the best one
         )
         outcomes = dict(trained.outcomes)
@@ -187,7 +193,7 @@ class L1Training(StepSettings):
             outcomes[name] = Decision("deferred", (*zeros, *outcomes[name].reasons))
         return AppliedStep(trained.model, outcomes)
 
-    def _penalized_layers(self, model: Model) -> dict[str, Decision]:
+    def _select_penalized_layers(self, model: Model) -> dict[str, Decision]:
         """Select the penalized dense layers; give a reason for each other layer."""
         units = Unit.of(model.module)
         penalized = choose_dense(units, self.layers, self.kind)
@@ -198,7 +204,7 @@ class L1Training(StepSettings):
         return penalized
 
 
-def _threshold_after_step(
+def _build_threshold_function(
     module: nn.Module, layers: Sequence[str], groups: Sequence[WeightGroups], strength: float
 ) -> Callable[[float], None]:
     """Build the function that thresholds the weights after an optimizer step.
@@ -251,7 +257,7 @@ def _find_weight_groups(
     for name, decision in penalized.items():
         if decision.selected and name not in grouped:
             outputs = torch.arange(model.module.get_parameter(f"{name}.weight").shape[0])
-            parts = dict.fromkeys(_parameter_names(model.module, name), (outputs, outputs))
+            parts = dict.fromkeys(_list_parameter_names(model.module, name), (outputs, outputs))
             groups.append(WeightGroups(len(outputs), parts))
     return groups
 
@@ -259,28 +265,28 @@ def _find_weight_groups(
 def _group_of_producers(
     module: nn.Module, consumers: WidthConsumers, producers: tuple[str, ...]
 ) -> WeightGroups:
-    """Group the parameters of each unit of some producers and of the batch norms after them.
+    """Group the parameters of the channels of some producers and of the batch norms after them.
 
-    A unit is one channel, or one group of channels such as a head, that the width counts.
+    A group is one channel, or several that the width counts as one, such as a head.
     """
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for producer in producers:
-        units = consumers.units[producer]
-        for name in _parameter_names(module, producer):
-            parts[name] = (torch.arange(len(units)), units)
+        groups = consumers.groups[producer]
+        for name in _list_parameter_names(module, producer):
+            parts[name] = (torch.arange(len(groups)), groups)
         for (other_producer, consumer), columns in consumers.connections.items():
-            # ``columns`` says which inputs of the consumer take which unit: bool (units, inputs).
+            # ``columns`` says which inputs of the consumer take which group: bool (groups, inputs).
             if other_producer == producer and isinstance(
                 module.get_submodule(consumer), nn.BatchNorm1d
             ):
                 indices = columns.any(dim=0).nonzero().flatten()
-                unit_of_index = columns.int().argmax(dim=0)[indices]
-                for name in _parameter_names(module, consumer):
-                    parts[name] = (indices, unit_of_index)
+                group_of_index = columns.int().argmax(dim=0)[indices]
+                for name in _list_parameter_names(module, consumer):
+                    parts[name] = (indices, group_of_index)
     return WeightGroups(consumers.width.value, parts)
 
 
-def _parameter_names(module: nn.Module, owner: str) -> list[str]:
+def _list_parameter_names(module: nn.Module, owner: str) -> list[str]:
     """Return the full names of the parameters of a submodule."""
     return [f"{owner}.{name}" for name, _ in module.get_submodule(owner).named_parameters()]
 

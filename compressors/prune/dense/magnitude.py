@@ -69,7 +69,7 @@ class Magnitude(StepSettings):
             if self.scope == "layer"
             else Reason("zeros_of_all_layers", step=self.kind, share=self.share)
         )
-        decisions = {name: decision.because(reason) for name, decision in decisions.items()}
+        decisions = {name: decision.replace_reasons(reason) for name, decision in decisions.items()}
         return StepPlan(decisions, None)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:

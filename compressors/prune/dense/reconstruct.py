@@ -103,12 +103,12 @@ def reconstruct(
         if layer.bias is not None:
             weight = torch.cat([weight, layer.bias.detach().double().unsqueeze(1)], dim=1)
         solved = ridge_weights(gram, product, weight).float()
-        replace_parameter(layer, "weight", _contiguous_copy(solved[:, : layer.in_features]))
+        replace_parameter(layer, "weight", _copy_contiguously(solved[:, : layer.in_features]))
         if layer.bias is not None:
-            replace_parameter(layer, "bias", _contiguous_copy(solved[:, -1]))
+            replace_parameter(layer, "bias", _copy_contiguously(solved[:, -1]))
 
 
-def _contiguous_copy(part: Tensor) -> Tensor:
+def _copy_contiguously(part: Tensor) -> Tensor:
     """Copy a tensor contiguously, with the usual strides even if it has only one element."""
     return part.clone(memory_format=torch.contiguous_format)
 

@@ -57,8 +57,8 @@ def kept_2_4(weight: Tensor, norms: Tensor | None = None) -> Tensor:
     """
     importance = weight.abs() if norms is None else weight.abs() * norms
     blocks = importance.reshape(-1, 4)
-    order = blocks.argsort(dim=1, descending=True, stable=True)
-    is_kept = torch.zeros(blocks.shape, dtype=torch.bool).scatter_(1, order[:, :2], True)
+    permutation = blocks.argsort(dim=1, descending=True, stable=True)
+    is_kept = torch.zeros(blocks.shape, dtype=torch.bool).scatter_(1, permutation[:, :2], True)
     return is_kept.reshape(weight.shape)
 
 
@@ -186,7 +186,7 @@ class Sparse24(StepSettings):
             StepRefused: a layer never ran on the calibration rows, or received only zeros.
         """
         units = plan.units(model.module)
-        input_grams = self._input_grams(model, units, bench) if self.needs else {}
+        input_grams = self._compute_input_grams(model, units, bench) if self.needs else {}
         outcomes: dict[str, Decision] = {}
         for unit in units:
             layer, weight, gram = unit.module, unit.weight, input_grams.get(unit.name)
@@ -206,7 +206,9 @@ class Sparse24(StepSettings):
                 replace_parameter(layer, "weight", new_weight)
         return AppliedStep(model, outcomes)
 
-    def _input_grams(self, model: Model, units: list[Unit], bench: Bench) -> dict[str, Tensor]:
+    def _compute_input_grams(
+        self, model: Model, units: list[Unit], bench: Bench
+    ) -> dict[str, Tensor]:
         """Compute the gram matrix of each layer's inputs on calibration rows: float64 ``(in, in)``.
 
         Raises:

@@ -10,8 +10,8 @@ network, so it also follows channels through concatenations.
 
 A *width* is a number in the network's configuration that sets the number of channels of one or more
 layers (``config_widths.py``). A *producer* is a dense layer that outputs these channels, a
-*consumer* is a layer or norm that takes them as inputs, and a *unit* is one channel or one group of
-channels that the width counts.
+*consumer* is a layer or norm that takes them as inputs, and a *group* is one channel,
+or several channels that the width counts as one, such as an attention head.
 
 If a width counts groups of channels, such as heads, channels of one group may mix: the NaN of a
 query reaches the whole output of its head. The network does not record which channels form a group,
@@ -43,20 +43,20 @@ of the producer reaches."""
 
 @dataclass(frozen=True)
 class WidthConsumers:
-    """The consumers of the units of one width.
+    """The consumers of the groups of channels of one width.
 
     Attributes:
         width: the width.
-        connections: by producer and consumer, which inputs of the consumer take which unit of the
-            producer: bool ``(units, inputs of the consumer)``.
-        units: by producer, the unit of each of its channels, int64 ``(channels,)``.
+        connections: by producer and consumer, which inputs of the consumer take which group of the
+            producer: bool ``(groups, inputs of the consumer)``.
+        groups: by producer, the group of each of its channels, int64 ``(channels,)``.
         tied_producers: groups of producers whose channels are combined (a residual sum, a gate,
-            query and key of a head), so that they must keep the same units.
+            query and key of a head), so that they must keep the same groups.
     """
 
     width: Width
     connections: dict[tuple[str, str], Tensor]
-    units: dict[str, Tensor]
+    groups: dict[str, Tensor]
     tied_producers: tuple[tuple[str, ...], ...]
 
 
@@ -103,54 +103,54 @@ def trace(
 
 
 def channel_layouts(width: Width) -> Iterator[dict[str, Tensor]]:
-    """Yield the possible assignments of channels to units, by producer int64 ``(channels,)``.
+    """Yield the possible assignments of channels to groups, by producer int64 ``(channels,)``.
 
-    Either the channels of a unit are contiguous; or the layer has two or three parts, each with
-    contiguous units, as a layer that computes queries, keys and values; or units alternate channel
-    by channel.
+    Either the channels of a group are contiguous; or the layer has two or three parts, each with
+    contiguous groups, as a layer that computes queries, keys and values; or groups alternate
+    channel by channel.
     """
     largest = max(width.producers.values())
     for parts in dict.fromkeys((1, 2, 3, largest)):
         if any(size % parts == 0 for size in width.producers.values()):
             yield {
-                producer: _units_of_channels(width.value, size, parts if size % parts == 0 else 1)
+                producer: _assign_groups(width.value, size, parts if size % parts == 0 else 1)
                 for producer, size in width.producers.items()
             }
 
 
-def _units_of_channels(value: int, size: int, parts: int) -> Tensor:
-    """Return the unit of each channel, int64 ``(value * size,)``.
+def _assign_groups(value: int, size: int, parts: int) -> Tensor:
+    """Return the group of each channel, int64 ``(value * size,)``.
 
     Args:
-        value: number of units.
+        value: number of groups.
         size: channels per unit.
-        parts: number of equal parts of the layer; in each part the channels of a unit are
+        parts: number of equal parts of the layer; in each part the channels of a group are
             contiguous.
     """
     part = torch.arange(value).repeat_interleave(size // parts)  # (value * size / parts,)
     return part.repeat(parts)
 
 
-def find_consumers(width: Width, traces: Traces, units: dict[str, Tensor]) -> WidthConsumers:
-    """Find the consumers of the units of a width for one assignment of channels to units.
+def find_consumers(width: Width, traces: Traces, groups: dict[str, Tensor]) -> WidthConsumers:
+    """Find the consumers of the groups of a width for one assignment of channels to groups.
 
     Raises:
-        NotAWidth: an input depends on two units, some inputs of a consumer depend on none of them,
-            or the units reach different numbers of a consumer's inputs.
+        NotAWidth: an input depends on two groups, some inputs of a consumer depend on none of them,
+            or the groups reach different numbers of a consumer's inputs.
     """
     connections: dict[tuple[str, str], Tensor] = {}
     for (producer, consumer), columns in traces.items():
         counts = torch.zeros(width.value, columns.shape[1]).index_add_(
-            0, units[producer], columns.float()
+            0, groups[producer], columns.float()
         )
-        reached = counts > 0  # (units, inputs)
-        inputs_per_unit = reached.sum(dim=1)  # (units,)
-        if bool((inputs_per_unit != inputs_per_unit[0]).any()) or bool(
+        reached = counts > 0  # (groups, inputs)
+        inputs_per_group = reached.sum(dim=1)  # (groups,)
+        if bool((inputs_per_group != inputs_per_group[0]).any()) or bool(
             (reached.sum(dim=0) > 1).any()
         ):
             raise NotAWidth(Reason("mixed_before_reader", maker=producer, reader=consumer))
         connections[producer, consumer] = reached
-    for consumer, per_unit in width.consumers.items():
+    for consumer, per_group in width.consumers.items():
         columns_of_producers = [
             columns for (_, name), columns in connections.items() if name == consumer
         ]
@@ -159,9 +159,9 @@ def find_consumers(width: Width, traces: Traces, units: dict[str, Tensor]) -> Wi
             if columns_of_producers
             else torch.zeros(1, 1)
         )
-        if int(reached.sum()) != per_unit * width.value or not columns_of_producers:
+        if int(reached.sum()) != per_group * width.value or not columns_of_producers:
             raise NotAWidth(Reason("inputs_of_several", reader=consumer))
-    return WidthConsumers(width, connections, units, _tied_producers(width, connections))
+    return WidthConsumers(width, connections, groups, _find_tied_producers(width, connections))
 
 
 @contextmanager
@@ -223,7 +223,7 @@ def _nan_trace(
         yield reached
 
 
-def _tied_producers(
+def _find_tied_producers(
     width: Width, connections: Mapping[tuple[str, str], Tensor]
 ) -> tuple[tuple[str, ...], ...]:
     """Return groups of producers whose channels arrive at the same inputs.

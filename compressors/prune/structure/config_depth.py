@@ -28,10 +28,10 @@ from compressors.core.units import private_copy, table_rows
 from compressors.errors.widths import NotAMember
 from compressors.prune.structure.config_widths import (
     Path,
-    defaults_of,
     describe_path,
-    integers_of,
-    with_value,
+    find_defaults,
+    iterate_integers,
+    replace_value,
 )
 from compressors.prune.structure.narrowing import (
     describe_score_difference,
@@ -62,7 +62,7 @@ class Stack:
         """Return the place of the number or list as it is written in code, such as ``hidden``."""
         return describe_path(self.path)
 
-    def member_of(self, name: str) -> int | None:
+    def find_member(self, name: str) -> int | None:
         """Return the number of the member that a module or tensor belongs to, or None."""
         for container, size in self.containers.items():
             index, _, _ = name.removeprefix(f"{container}.").partition(".")
@@ -87,13 +87,15 @@ class Stack:
 
 def find_stacks(model: Model) -> tuple[Stack, ...]:
     """Find the numbers and lists that set the length of containers, with one build for each."""
-    before = _lengths(model.module)
-    config = {**defaults_of(model.architecture), **model.network.architecture.config}
+    before = _count_modules(model.module)
+    config = {**find_defaults(model.architecture), **model.network.architecture.config}
     stacks = []
-    for path, members, is_list in _possible_counts(config):
+    for path, members, is_list in _iterate_possible_counts(config):
         candidate = Stack(path, members, is_list, {})
         try:
-            after = _lengths(_build(model, _config_without(model, candidate, members - 1)))
+            after = _count_modules(
+                _build(model, _remove_member_from_config(model, candidate, members - 1))
+            )
         except Exception as fault:
             if is_out_of_memory(fault):
                 raise
@@ -115,14 +117,14 @@ def find_stacks(model: Model) -> tuple[Stack, ...]:
     return tuple(stacks)
 
 
-def _possible_counts(config: Any, path: Path = ()) -> Iterator[tuple[Path, int, bool]]:
+def _iterate_possible_counts(config: Any, path: Path = ()) -> Iterator[tuple[Path, int, bool]]:
     """Yield numbers of at least 2 and lists of at least two numbers, which may count layers.
 
     Yields:
         The path in the configuration, the number or the length of the list, and whether it is a
         list.
     """
-    for number_path, value in integers_of(config, path):
+    for number_path, value in iterate_integers(config, path):
         if value >= 2:
             yield number_path, value, False
     items = config.items() if isinstance(config, dict) else enumerate(config)
@@ -130,12 +132,12 @@ def _possible_counts(config: Any, path: Path = ()) -> Iterator[tuple[Path, int, 
         if isinstance(value, list) and len(value) >= 2 and all(type(v) is int for v in value):
             yield (*path, key), len(value), True
         elif isinstance(value, dict | list):
-            for inner_path, length, is_list in _possible_counts(value, (*path, key)):
+            for inner_path, length, is_list in _iterate_possible_counts(value, (*path, key)):
                 if is_list:  # inner numbers were already yielded above
                     yield inner_path, length, is_list
 
 
-def _lengths(module: nn.Module) -> dict[str, int]:
+def _count_modules(module: nn.Module) -> dict[str, int]:
     """Return the number of modules in each container, by name."""
     return {
         name: len(part)
@@ -144,16 +146,16 @@ def _lengths(module: nn.Module) -> dict[str, int]:
     }
 
 
-def _config_without(model: Model, stack: Stack, member: int) -> dict[str, Any]:
+def _remove_member_from_config(model: Model, stack: Stack, member: int) -> dict[str, Any]:
     """Return the configuration after one member is removed."""
     config = model.network.architecture.config
     if not stack.is_list:
-        return with_value(model.architecture, config, stack.path, stack.members - 1)
-    value: Any = {**defaults_of(model.architecture), **config}
+        return replace_value(model.architecture, config, stack.path, stack.members - 1)
+    value: Any = {**find_defaults(model.architecture), **config}
     for key in stack.path:
         value = value[key]
     shorter = [*value[:member], *value[member + 1 :]]
-    return with_value(model.architecture, config, stack.path, shorter)
+    return replace_value(model.architecture, config, stack.path, shorter)
 
 
 def _build(model: Model, config: dict[str, Any]) -> nn.Module:
@@ -161,7 +163,7 @@ def _build(model: Model, config: dict[str, Any]) -> nn.Module:
     return construct(model.architecture, config).module
 
 
-def without_member(
+def remove_member(
     model: Model, signature: Signature, stack: Stack, member: int
 ) -> tuple[Model, Stack]:
     """Build the network without one member; it shares the tensors of the given network.
@@ -173,7 +175,7 @@ def without_member(
         NotAMember: the remaining tensors do not fit the shapes of the shorter network, or its
             scores differ from those of the old network with that member skipped.
     """
-    config = _config_without(model, stack, member)
+    config = _remove_member_from_config(model, stack, member)
     try:
         module = rebuild(model, config, lambda name: stack.name_after_removal(name, member))
     except Exception as fault:  # the class or torch may raise any exception
@@ -199,7 +201,7 @@ def _require_same_as_skipped(
     tables = table_rows(model.module)
     scores = synthetic_scores(shorter.module, signature, tables)
     gaps = []
-    for replacement in (_input_of_layer, _zeros):
+    for replacement in (_return_input, _return_zeros):
         skipping = private_copy(model.module).eval()
         try:
             with _replace_outputs(skipping, stack, member, replacement):
@@ -221,7 +223,7 @@ def _require_same_as_skipped(
     raise NotAMember(Reason("cannot_be_skipped", layer=member))
 
 
-def _input_of_layer(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _return_input(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Return a layer's input, which replaces its output if the layer is skipped."""
     if args[0].shape != output.shape:
         raise ValueError(
@@ -230,7 +232,7 @@ def _input_of_layer(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return args[0]
 
 
-def _zeros(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _return_zeros(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Return zeros, which replace a layer's output if the layer is skipped."""
     return torch.zeros_like(output)
 

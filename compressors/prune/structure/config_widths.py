@@ -6,8 +6,9 @@ that number, this module changes each number, builds the network without its wei
 the shapes of the tensors.
 
 A number counts channels or groups of channels: with ``heads`` and ``head_dim`` in the
-configuration, each head is ``head_dim`` channels of three layers. In this file a *unit* is one
-channel or one group that the number counts. A *producer* is a dense layer that outputs the
+configuration, each head is ``head_dim`` channels of three layers. In this file a *group* is what
+the number counts: one channel, or all channels of a head. A *producer* is a dense layer that
+    outputs the
 channels, a *consumer* is a layer or norm that takes them as inputs.
 """
 
@@ -41,9 +42,9 @@ class Width:
 
     Attributes:
         path: where the number is in the configuration.
-        value: the number: how many units the layers have.
+        value: the number: how many groups the layers have.
         producers: by name, the dense layers whose outputs it counts, each with its channels per
-            unit: 1 if the number is the layer's width, the size of a head if it counts heads.
+            group: 1 if the number is the layer's width, the size of a head if it counts heads.
         consumers: by name, the layers and norms that take these channels as inputs, each with its
             inputs per unit.
     """
@@ -64,22 +65,26 @@ def describe_path(path: Path) -> str:
     return str(first) + "".join(f"[{part!r}]" for part in rest)
 
 
-def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
+def find_defaults(architecture: type[nn.Module]) -> dict[str, Any]:
     """Return the defaults of the constructor arguments that a configuration may set, by name."""
     return {
-        name: _as_lists(parameter.default)
+        name: _convert_tuples_to_lists(parameter.default)
         for name, parameter in inspect.signature(architecture).parameters.items()
         if parameter.default is not inspect.Parameter.empty
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
 
 
-def _as_lists(value: Any) -> Any:
+def _convert_tuples_to_lists(value: Any) -> Any:
     """Convert tuples to lists, as in JSON, so that one element can be replaced."""
-    return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value
+    return (
+        [_convert_tuples_to_lists(item) for item in value]
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
-def with_value(
+def replace_value(
     architecture: type[nn.Module], config: Mapping[str, Any], path: Path, value: Any
 ) -> dict[str, Any]:
     """Return the configuration with one value replaced and the other arguments unchanged.
@@ -89,7 +94,7 @@ def with_value(
     argument = path[0]
     changed: dict[Any, Any] = copy.deepcopy(dict(config))
     if argument not in changed:
-        changed[argument] = copy.deepcopy(defaults_of(architecture)[str(argument)])
+        changed[argument] = copy.deepcopy(find_defaults(architecture)[str(argument)])
     container: Any = changed
     for key in path[:-1]:
         container = container[key]
@@ -113,17 +118,17 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason,
         if isinstance(layer, nn.Linear | PackedLinear)
     }
     config = model.network.architecture.config
-    before = shapes_of(model.architecture, config)
+    before = find_shapes(model.architecture, config)
     widths: dict[str, Width] = {}
     reasons: dict[str, tuple[Reason, ...]] = {}
     # Numbers with which no layer grows in proportion, such as a number of heads that split a width.
     not_proportional: dict[str, int] = {}
-    for path, value in integers_of({**defaults_of(model.architecture), **config}):
+    for path, value in iterate_integers({**find_defaults(model.architecture), **config}):
         divides = value > 1 and any(outputs % value == 0 for outputs in output_widths.values())
         if before is None or not divides:
             continue
         try:
-            width = _width(model, before, path, value)
+            width = _find_width(model, before, path, value)
         except NotAWidth as fault:
             # The reason applies to the layers of that width, unless another number sets their
             # width.
@@ -145,7 +150,7 @@ def find_widths(model: Model) -> tuple[dict[str, Width], dict[str, tuple[Reason,
     return widths, {name: why for name, why in reasons.items() if name not in producers}
 
 
-def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
+def _find_width(model: Model, before: Shapes, path: Path, value: int) -> Width:
     """Find the layers whose shapes depend on one number of the configuration.
 
     Args:
@@ -165,7 +170,9 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
     first_name = {module: name for name, module in reversed(modules)}
     was_built = False
     for increase in INCREASES:
-        after = shapes_of(architecture, with_value(architecture, config, path, value + increase))
+        after = find_shapes(
+            architecture, replace_value(architecture, config, path, value + increase)
+        )
         was_built |= after is not None
         if after is not None and after.keys() == before.keys():
             break
@@ -207,19 +214,19 @@ def _width(model: Model, before: Shapes, path: Path, value: int) -> Width:
     return Width(path, value, producers, consumers)
 
 
-def integers_of(value: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
+def iterate_integers(value: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
     """Yield every integer of a configuration with its path."""
     if isinstance(value, int) and not isinstance(value, bool):
         yield path, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from integers_of(item, (*path, key))
+            yield from iterate_integers(item, (*path, key))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from integers_of(item, (*path, index))
+            yield from iterate_integers(item, (*path, index))
 
 
-def shapes_of(architecture: type[nn.Module], config: Mapping[str, Any]) -> Shapes | None:
+def find_shapes(architecture: type[nn.Module], config: Mapping[str, Any]) -> Shapes | None:
     """Return the shapes of a network's tensors; None if the configuration does not build it."""
     try:
         module = construct(architecture, config).module

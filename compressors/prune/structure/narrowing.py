@@ -6,9 +6,10 @@ Then both networks score the same synthetic rows; in the old network the weights
 the removed channels are zero. The scores of both must agree.
 
 A *width* is a number in the configuration that sets the number of channels of one or more layers
-(``config_widths.py``). A *unit* is one channel or one group of channels that the width counts, a
-*producer* is a layer that outputs the channels, a *consumer* takes them as inputs. A *private copy*
-of a network has its own modules and shares the tensors, which are replaced instead of changed.
+(``config_widths.py``). A *group* is one channel, or several that the width counts as one (a head),
+a *producer* is a layer that outputs the channels, a *consumer* takes them as inputs. A *private
+copy* of a network has its own modules and shares the tensors, which are replaced instead of
+changed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from compressors.core.model import Model
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, PackedTable
-from compressors.core.modules.output_calibration import attach, recalibration_of
+from compressors.core.modules.output_calibration import attach, find_recalibration
 from compressors.core.modules.pointwise import PointwiseConv
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.scores import network_scores, score_columns
@@ -34,7 +35,7 @@ from compressors.core.state.construction import assign, construct
 from compressors.core.units import private_copy, replace_parameter, swap, table_rows
 from compressors.errors.widths import NotAWidth
 from compressors.prune.structure.channel_consumers import WidthConsumers, find_consumers, trace
-from compressors.prune.structure.config_widths import Width, with_value
+from compressors.prune.structure.config_widths import Width, replace_value
 
 CHECK_ROWS = 128  # synthetic rows of each scale
 SCALES = (1.0, 30.0)
@@ -54,7 +55,7 @@ hundred terms in another order differs by a few times the change from rounding e
 
 @dataclass(frozen=True)
 class WidthCut:
-    """A width that is reduced to ``count`` units, with the consumers of its channels."""
+    """A width that is reduced to ``count`` groups, with the consumers of its channels."""
 
     width: Width
     consumers: WidthConsumers
@@ -62,7 +63,7 @@ class WidthCut:
 
 
 def require_narrowable(model: Model, signature: Signature, cut: WidthCut) -> None:
-    """Require that one width can be reduced; the check removes randomly selected units.
+    """Require that one width can be reduced; the check removes randomly selected groups.
 
     Raises:
         NotAWidth: the network cannot be built or run with the smaller width, or its scores differ
@@ -76,7 +77,7 @@ def require_narrowable(model: Model, signature: Signature, cut: WidthCut) -> Non
         kept_by_producer.update(dict.fromkeys(group, mask))
     private = replace(model, module=private_copy(model.module))
     try:
-        _, gap = without_channels(private, signature, [cut], kept_by_producer)
+        _, gap = remove_channels(private, signature, [cut], kept_by_producer)
     except Exception as fault:  # any exception of the class means: the width is fixed
         if is_out_of_memory(fault):
             raise
@@ -87,7 +88,7 @@ def require_narrowable(model: Model, signature: Signature, cut: WidthCut) -> Non
         raise NotAWidth(Reason("channels_read", gap=gap))
 
 
-def without_channels(
+def remove_channels(
     model: Model,
     signature: Signature,
     cuts: Sequence[WidthCut],
@@ -99,7 +100,7 @@ def without_channels(
         model: a private copy; its layers are narrowed in place.
         signature: describes the inputs of the network.
         cuts: the widths to reduce.
-        kept_by_producer: the kept units, by producer, bool ``(units,)``.
+        kept_by_producer: the kept groups, by producer, bool ``(groups,)``.
 
     Returns:
         The new network, and a description of the score difference; None if the scores agree.
@@ -112,11 +113,11 @@ def without_channels(
         for (producer, consumer), columns in cut.consumers.connections.items():
             removed = columns[~kept_by_producer[producer]].any(dim=0)  # (inputs of the consumer,)
             inputs[consumer] = inputs.get(consumer, torch.ones_like(removed)) & ~removed
-        for producer, units in cut.consumers.units.items():
-            outputs[producer] = kept_by_producer[producer][units]  # (channels,)
-        config = with_value(model.architecture, config, cut.width.path, cut.count)
+        for producer, groups in cut.consumers.groups.items():
+            outputs[producer] = kept_by_producer[producer][groups]  # (channels,)
+        config = replace_value(model.architecture, config, cut.width.path, cut.count)
     tables = table_rows(model.module)
-    expected = synthetic_scores(_with_zero_weights(model.module, inputs), signature, tables)
+    expected = synthetic_scores(_copy_with_zero_weights(model.module, inputs), signature, tables)
     for name in outputs.keys() | inputs.keys():
         _narrow(model.module.get_submodule(name), outputs.get(name), inputs.get(name))
     network = model.network.model_copy(
@@ -147,25 +148,25 @@ def remaining_consumers(
     signature: Signature,
     kept_by_producer: Mapping[str, Tensor],
 ) -> WidthConsumers:
-    """Find the consumers of the remaining units of a width, for the next round.
+    """Find the consumers of the remaining groups of a width, for the next round.
 
     Args:
         consumers: the consumers before the width was reduced.
         model: the narrower network.
         signature: describes the inputs of the network.
-        kept_by_producer: the kept units, by producer, bool ``(units,)``.
+        kept_by_producer: the kept groups, by producer, bool ``(groups,)``.
 
     Raises:
-        NotAWidth: the remaining units are not consumed as they were before.
+        NotAWidth: the remaining groups are not consumed as they were before.
     """
-    units, count = {}, 0
-    for producer, old_units in consumers.units.items():
+    groups, count = {}, 0
+    for producer, old_groups in consumers.groups.items():
         mask = kept_by_producer[producer]
-        new_index, count = mask.cumsum(0) - 1, int(mask.sum())  # of each kept unit
-        units[producer] = new_index[old_units[mask[old_units]]]
+        new_index, count = mask.cumsum(0) - 1, int(mask.sum())  # of each kept group
+        groups[producer] = new_index[old_groups[mask[old_groups]]]
     width = replace(consumers.width, value=count)
     return find_consumers(
-        width, trace(model.module, signature, table_rows(model.module), width), units
+        width, trace(model.module, signature, table_rows(model.module), width), groups
     )
 
 
@@ -191,7 +192,7 @@ def rebuild(
             new_module_name = new_name(name)
             if new_module_name is not None:
                 swap(module, new_module_name, part)
-    recalibration = recalibration_of(model.module)
+    recalibration = find_recalibration(model.module)
     if recalibration is not None:
         attach(module, recalibration)
     state = model.module.state_dict(keep_vars=True)
@@ -234,11 +235,14 @@ def rounded_scores(module: nn.Module, signature: Signature, tables: dict[str, in
         Float ``(draws, scales, rows)``.
     """
     return torch.stack(
-        [_scores_of_rounded(module, signature, tables, draw) for draw in range(ROUNDING_DRAWS)]
+        [
+            _compute_scores_of_rounded(module, signature, tables, draw)
+            for draw in range(ROUNDING_DRAWS)
+        ]
     )
 
 
-def _scores_of_rounded(
+def _compute_scores_of_rounded(
     module: nn.Module, signature: Signature, tables: dict[str, int], seed: int
 ) -> Tensor:
     """Return scores after a random relative change of each number by at most 2^-23 (float32)."""
@@ -303,8 +307,8 @@ def describe_score_difference(
     Returns:
         The difference as text; None if the scores agree.
     """
-    reference = _in_logits(expected, signature)
-    largest = (_in_logits(scores, signature) - reference).abs().amax(dim=1)  # (scales,)
+    reference = _to_logits(expected, signature)
+    largest = (_to_logits(scores, signature) - reference).abs().amax(dim=1)  # (scales,)
     # The second term matters if all scores are nearly equal, the third if all are zero.
     spread = reference.std(dim=1) + 1e-3 * reference.abs().amax(dim=1)
     spread = spread.clamp(min=1e-12)
@@ -312,7 +316,7 @@ def describe_score_difference(
         return None
     allowed = TOLERANCE * spread
     if rounded is not None:
-        draws = _in_logits(rounded(), signature)  # (draws, scales, rows)
+        draws = _to_logits(rounded(), signature)  # (draws, scales, rows)
         noise = (draws - draws[:1]).abs().amax(dim=(0, 2))
         noise = torch.maximum(noise, _change_to_next_float32(expected, signature))
         allowed = torch.maximum(allowed, ROUNDING_FACTOR * noise)
@@ -322,7 +326,7 @@ def describe_score_difference(
     return f"{float((largest / spread)[too_large].max()):.2g} of their spread"
 
 
-def _in_logits(scores: Tensor, signature: Signature) -> Tensor:
+def _to_logits(scores: Tensor, signature: Signature) -> Tensor:
     """Convert scores to float64, and probabilities to logits.
 
     Click probabilities are small, so even a large relative error is a small difference of them.
@@ -338,10 +342,10 @@ def _in_logits(scores: Tensor, signature: Signature) -> Tensor:
 def _change_to_next_float32(scores: Tensor, signature: Signature) -> Tensor:
     """Return the largest change of a score to the next float32 number, by scale: ``(scales,)``."""
     up = torch.nextafter(scores.float(), torch.full_like(scores, torch.inf, dtype=torch.float32))
-    return (_in_logits(up, signature) - _in_logits(scores, signature)).abs().amax(dim=1)
+    return (_to_logits(up, signature) - _to_logits(scores, signature)).abs().amax(dim=1)
 
 
-def _with_zero_weights(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
+def _copy_with_zero_weights(module: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
     """Copy the network with zero weights for the inputs that will be removed.
 
     ``inputs`` has, by layer name, which inputs are kept: bool ``(inputs,)``.

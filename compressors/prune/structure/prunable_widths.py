@@ -1,8 +1,8 @@
 """Find the widths of a network that can be pruned, and check each of them.
 
 A *width* is a number in the network's configuration that sets the number of channels of one or more
-layers, its *producers* (``config_widths.py``). A *unit* is one channel or one group of channels
-that the width counts. Layers whose width cannot be pruned get a reason.
+layers, its *producers* (``config_widths.py``). A *group* is one channel, or several that the width
+counts as one, such as an attention head. Layers whose width cannot be pruned get a reason.
 """
 
 from collections.abc import Mapping
@@ -58,9 +58,9 @@ def prunable_widths(
         model: the network; it is not changed.
         signature: describes the inputs of the network.
         decisions: the dense layers that the step selects.
-        share: the approximate share of its units that each width keeps.
+        share: the approximate share of its groups that each width keeps.
         multiple: the number of channels stays a multiple of this.
-        share_is_searched: whether the step searches how many units each width keeps, so that a
+        share_is_searched: whether the step searches how many groups each width keeps, so that a
             width may keep fewer than that share.
 
     Returns:
@@ -77,7 +77,7 @@ def prunable_widths(
         try:
             _require_all_selected(width, decisions)
             count = _count_to_check(width, share, multiple, share_is_searched=share_is_searched)
-            prunable.append(_checked_consumers(model, signature, width, count))
+            prunable.append(_find_consumers(model, signature, width, count))
         except NotAWidth as fault:
             for name in width.producers:  # of two numbers the first is more likely the width
                 reasons.setdefault(name, (fault.reason,))
@@ -102,15 +102,15 @@ def _require_all_selected(width: Width, decisions: Mapping[str, Decision]) -> No
 
 
 def _count_to_check(width: Width, share: float, multiple: int, *, share_is_searched: bool) -> int:
-    """Return the number of units to which the check reduces a width.
+    """Return the number of groups to which the check reduces a width.
 
     Raises:
-        NotAWidth: with this share no unit would be removed.
+        NotAWidth: with this share no group would be removed.
     """
-    units_per_multiple = multiple_of(width, multiple)
-    count = kept_width(width.value, share, units_per_multiple)
+    groups_per_multiple = multiple_of(width, multiple)
+    count = kept_width(width.value, share, groups_per_multiple)
     if count >= width.value and share_is_searched:
-        count = units_per_multiple
+        count = groups_per_multiple
     if count >= width.value:
         if max(width.producers.values()) > 1:
             no_fewer = Reason(
@@ -118,19 +118,17 @@ def _count_to_check(width: Width, share: float, multiple: int, *, share_is_searc
                 groups=width.value,
                 width=width.description(),
                 share=share,
-                multiple=units_per_multiple,
+                multiple=groups_per_multiple,
             )
         else:
             no_fewer = Reason(
-                "no_fewer_channels", channels=width.value, share=share, multiple=units_per_multiple
+                "no_fewer_channels", channels=width.value, share=share, multiple=groups_per_multiple
             )
         raise NotAWidth(no_fewer)
     return count
 
 
-def _checked_consumers(
-    model: Model, signature: Signature, width: Width, count: int
-) -> WidthConsumers:
+def _find_consumers(model: Model, signature: Signature, width: Width, count: int) -> WidthConsumers:
     """Return the consumers of a width, for the first layout of its channels that passes the check.
 
     Raises:
@@ -138,9 +136,9 @@ def _checked_consumers(
     """
     traces = trace(model.module, signature, table_rows(model.module), width)
     faults: list[NotAWidth] = []
-    for units in channel_layouts(width):
+    for groups in channel_layouts(width):
         try:
-            consumers = find_consumers(width, traces, units)
+            consumers = find_consumers(width, traces, groups)
             require_narrowable(model, signature, WidthCut(width, consumers, count))
         except NotAWidth as fault:
             faults.append(fault)

@@ -50,7 +50,7 @@ def cluster_rare_rows(
         clusters: number of clusters of the other rows, at most the number of these rows.
 
     Returns:
-        ``place`` int64 ``(rows,)``, the number of each row in ``unique``, and ``unique`` float32
+        ``index`` int64 ``(rows,)``, the number of each row in ``unique``, and ``unique`` float32
         ``(hot + clusters, dim)``: first the hot rows in their order, then the cluster means.
     """
     is_hot = select_highest(counts, hot)
@@ -58,17 +58,18 @@ def cluster_rare_rows(
     weight = counts[~is_hot] + UNSEEN  # so that rows without lookups have some weight
     sample = select_highest(weight, min(len(cold), SAMPLE))
     centers = kmeans(cold[sample], clusters, weight[sample]).codebook
-    place = torch.empty(len(table), dtype=torch.int64)
-    place[is_hot] = torch.arange(hot)
-    place[~is_hot] = hot + nearest_entries(cold, centers)
-    return place, torch.cat([table[is_hot].float(), centers])
+    index = torch.empty(len(table), dtype=torch.int64)
+    index[is_hot] = torch.arange(hot)
+    index[~is_hot] = hot + nearest_entries(cold, centers)
+    return index, torch.cat([table[is_hot].float(), centers])
 
 
 class ClusterRows(ComposingStep):
     """Cluster the rarely looked-up rows of embedding tables, so that they share a few rows.
 
     The result is the composition of ``row_map.py``: the table ``unique`` of hot rows and cluster
-    means, and a map from each id to its row (its *place*), stored as the tensor ``planes``.
+    means, and a map from each id to the index of its row in ``unique``, stored as the tensor
+    ``planes``.
     """
 
     kind: Literal["cluster_rows"] = "cluster_rows"
@@ -108,10 +109,10 @@ class ClusterRows(ComposingStep):
         counts = lookup_counts(model, bench, designs)
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
-            hot, clusters = self._sizes(len(table))
-            place, unique = cluster_rare_rows(table, counts[name], hot, clusters)
+            hot, clusters = self._choose_sizes(len(table))
+            index, unique = cluster_rare_rows(table, counts[name], hot, clusters)
             clustered_share = lookup_share(counts[name], ~select_highest(counts[name], hot))
-            stored = {"planes": byte_planes(place, len(unique))}
+            stored = {"planes": byte_planes(index, len(unique))}
             reason = Reason("shared_lookups", share=clustered_share)
             return FittedParts(stored, {"unique": unique}, (reason,))
 
@@ -119,11 +120,11 @@ class ClusterRows(ComposingStep):
 
     def design(self, rows: int, dim: int) -> Design:
         """Design the composition of a table of ``rows x dim``."""
-        hot, clusters = self._sizes(rows)
+        hot, clusters = self._choose_sizes(rows)
         reason = Reason("clustered_rows", hot=hot, rows=rows, clusters=clusters)
         return Design(COMPOSITION, {"places": hot + clusters}, reason)
 
-    def _sizes(self, rows: int) -> tuple[int, int]:
+    def _choose_sizes(self, rows: int) -> tuple[int, int]:
         """Return the number of hot rows and the number of clusters."""
         hot = min(rows - 1, round(self.hot * rows))
         return hot, share_or_number(self.clusters, rows - hot)

@@ -56,7 +56,7 @@ def variance(table: Tensor, weight: Tensor) -> Tensor:
     return (weight / weight.sum()).double() @ deviation.square()
 
 
-def without_dimensions(
+def remove_dimensions(
     table: Tensor, kept_dimensions: Tensor, mean: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the narrow table, and the matrix and the row that restore rows of full width.
@@ -137,9 +137,7 @@ class Dimensions(ComposingStep):
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             most_important_first = importance[name].argsort(descending=True, stable=True)
             kept_dimensions = most_important_first[: design.settings["rank"]].sort().values
-            narrow, selection, removed_mean = without_dimensions(
-                table, kept_dimensions, means[name]
-            )
+            narrow, selection, removed_mean = remove_dimensions(table, kept_dimensions, means[name])
             stored = {"projection": selection, "mean": removed_mean}
             return FittedParts(stored, {"narrow": narrow})
 

@@ -7,7 +7,8 @@ dropped if the metric of the network without it and without those already droppe
 stays within the allowed loss.
 
 A dropped table returns its mean row, weighted by lookup counts, for every id, so the next layers do
-not change. ``channels`` or a distilled student can then remove its columns.
+not change. The step ``channels`` or a distilled student can then remove the inputs of these layers
+that the table fills with constants.
 """
 
 from collections.abc import Mapping
@@ -39,9 +40,9 @@ class ConstantComposition:
     """A table without parts that returns the same ``row``, float32 ``(dim,)``, for every id.
 
     A composition defines how a table computes its rows from stored tensors and from inner tables,
-    its *parts*. Methods: see the protocol ``Composition``. ``learned``: names of the tensors that
-    training may change. ``rows_per_entry=0``: the tensor belongs to the whole table, not to its
-    rows.
+    its *parts*. The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
+    ``learned``: names of the tensors that training may change. ``rows_per_entry=0``: the tensor
+    belongs to the whole table, not to its rows.
     """
 
     name: str = "constant"
@@ -170,7 +171,7 @@ class DropTables(StepSettings):
             candidate = model.private()
             unit = units[name]
             # ``pack_table`` puts the new table into a ``Bag`` if it replaces an EmbeddingBag.
-            constant = pack_table(unit.module, _mean_row_table(unit, counts[name]))
+            constant = pack_table(unit.module, _build_mean_row_table(unit, counts[name]))
             swap(candidate.module, name, constant)
             change = quality(candidate.module, bench.signature, bench.validation) - baseline
             if change >= -self.most_loss:
@@ -183,7 +184,7 @@ class DropTables(StepSettings):
         return AppliedStep(model, outcomes)
 
 
-def _mean_row_table(unit: Unit, counts: Tensor) -> ComposedTable:
+def _build_mean_row_table(unit: Unit, counts: Tensor) -> ComposedTable:
     """Build a table that returns the mean of the unit's rows, weighted by lookup counts."""
     weight = unit.weight
     rows, dim = weight.shape

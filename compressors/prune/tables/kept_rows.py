@@ -1,9 +1,9 @@
 """Map of kept rows: one byte per row and four bytes per 128 rows.
 
 A table is split into kept rows and other rows, each in their original order. The new index
-(*place*) of a kept row is therefore the number of kept rows before its block of 128 rows, plus its
+of a kept row is therefore the number of kept rows before its block of 128 rows, plus its
 rank within the block. The same holds for the other rows. Ranks are stored as int8, because
-TensorRT stores one-byte constants in one byte only as int8 (``row_map.py``).
+TensorRT stores one-byte constants in one byte only as int8 (``row_map.py`` in this folder).
 """
 
 import torch
@@ -28,8 +28,8 @@ def lookup_share(counts: Tensor, chosen: Tensor) -> float:
     return float(counts[chosen].sum() / counts.sum().clamp(min=1))
 
 
-def kept_order(is_kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Build the map from each row to its place among the kept rows or among the others.
+def build_kept_map(is_kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Build the map from each row to its index among the kept rows or among the others.
 
     Args:
         is_kept: bool ``(rows,)``.
@@ -54,7 +54,7 @@ def kept_order(is_kept: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("recpress::kept_place", mutates_args=())
 def kept_place(within: Tensor, before: Tensor, ids: Tensor) -> Tensor:
-    """Look up places in the map of ``kept_order``.
+    """Look up indices in the map of ``build_kept_map``.
 
     Args:
         within: int8 ``(rows,)``.
@@ -62,8 +62,8 @@ def kept_place(within: Tensor, before: Tensor, ids: Tensor) -> Tensor:
         ids: row numbers, integers of any shape.
 
     Returns:
-        Int64 in the shape of ``ids``. For a kept row, its place among the kept rows; for another
-        row, -1 minus its place among the other rows.
+        Int64 in the shape of ``ids``. For a kept row, its index among the kept rows; for another
+        row, -1 minus its index among the other rows.
     """
     rank, block = within[ids].to(torch.int64), ids.to(torch.int64) // BLOCK
     # A block has BLOCK * block rows before it, so BLOCK * block - before other rows. A negative

@@ -48,8 +48,8 @@ def merge_similar_rows(table: Tensor, weight: Tensor, within: float) -> tuple[Te
             of a row. 0 merges only rows that are equal bit for bit, except for the sign of zero.
 
     Returns:
-        ``place`` int64 ``(rows,)`` and ``merged_rows`` float32 ``(places, dim)``: each row is
-        replaced by ``merged_rows[place]``. Places are in the order of their first row.
+        ``index`` int64 ``(rows,)`` and ``merged_rows`` float32 ``(merged, dim)``: each row is
+        replaced by ``merged_rows[index]``. Merged rows are in the order of the first row of each.
     """
     distinct, distinct_of_row = torch.unique(table, dim=0, return_inverse=True)
     total = torch.zeros(len(distinct), dtype=torch.float64)
@@ -61,14 +61,14 @@ def merge_similar_rows(table: Tensor, weight: Tensor, within: float) -> tuple[Te
         0, group, torch.arange(len(table)), "amin"
     )
     groups = first_row.sort().indices[: int((first_row < len(table)).sum())]
-    place_of_group = torch.empty(len(distinct), dtype=torch.int64)
-    place_of_group[groups] = torch.arange(len(groups))
-    place = place_of_group[group]
+    index_of_group = torch.empty(len(distinct), dtype=torch.int64)
+    index_of_group[groups] = torch.arange(len(groups))
+    index = index_of_group[group]
     weights = weight.double().unsqueeze(1)
     sums = torch.zeros(len(groups), table.shape[1], dtype=torch.float64)
-    sums = sums.index_add_(0, place, weights * table.double())
-    weight_sums = torch.zeros(len(groups), 1, dtype=torch.float64).index_add_(0, place, weights)
-    return place, (sums / weight_sums).float()
+    sums = sums.index_add_(0, index, weights * table.double())
+    weight_sums = torch.zeros(len(groups), 1, dtype=torch.float64).index_add_(0, index, weights)
+    return index, (sums / weight_sums).float()
 
 
 def _find_leaders(table: Tensor, weight: Tensor, within: float) -> Tensor:
@@ -101,7 +101,7 @@ class MergeRows(StepSettings):
     """Merge rows of embedding tables that are equal or nearly equal.
 
     The result is the composition of ``row_map.py``: the table ``unique`` of merged rows, and a map
-    from each id to its row (its *place*), stored as the tensor ``planes``.
+    from each id to the index of its row, stored as the tensor ``planes``.
     """
 
     effect: ClassVar[Effect] = "parts"  # a table is replaced by a smaller table and a map
@@ -150,14 +150,14 @@ class MergeRows(StepSettings):
         for unit in units:
             rows, dim = unit.weight.shape
             weight = counts[unit.name] + UNSEEN  # so that rows without lookups have some weight
-            place, unique = merge_similar_rows(unit.weight, weight, self.within)
+            index, unique = merge_similar_rows(unit.weight, weight, self.within)
             reason = Reason("merged_rows", rows=rows, unique=len(unique))
             design = Design(COMPOSITION, {"places": len(unique)}, reason)
             if design.bytes(rows, dim) >= unit.bytes:
                 outcomes[unit.name] = Decision("skipped", (reason,))
                 continue
             outcomes[unit.name] = Decision("taken", (reason,))
-            stored = {"planes": byte_planes(place, len(unique))}
+            stored = {"planes": byte_planes(index, len(unique))}
             table = design.table(rows, dim, stored, {"unique": unique})
             # ``pack_table`` puts the new table into a ``Bag`` if it replaces an EmbeddingBag.
             swap(model.module, unit.name, pack_table(unit.module, table))

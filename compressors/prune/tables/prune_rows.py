@@ -42,7 +42,7 @@ from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, ch
 from compressors.core.steps.unit_settings import MinRows
 from compressors.core.units import Unit
 from compressors.prune.tables import row_map
-from compressors.prune.tables.kept_rows import BLOCK, kept_order, lookup_share, select_highest
+from compressors.prune.tables.kept_rows import BLOCK, build_kept_map, lookup_share, select_highest
 from compressors.prune.tables.row_map import byte_planes
 from compressors.quantize.calibration.lookup_counts import lookup_counts, squared_gradients
 from compressors.quantize.kernels.lloyd import nearest_entries
@@ -52,9 +52,10 @@ from compressors.quantize.kernels.lloyd import nearest_entries
 class KeptRowsComposition:
     """A table of the kept rows (part ``kept``), whose last row replaces all pruned rows, and a map.
 
-    The map is ``within`` and ``before`` of ``kept_rows.kept_order``. Methods: see the protocol
-    ``Composition``. ``rows_per_entry``: number of rows per entry of a stored tensor. ``learned``:
-    names of the stored tensors that training may change.
+    The map is ``within`` and ``before`` of ``kept_rows.build_kept_map``. The protocol
+    ``Composition`` (``core/modules/composed.py``) explains the methods. ``rows_per_entry``: number
+    of rows per entry of a stored tensor. ``learned``: names of the stored tensors that training may
+    change.
     """
 
     name: str = "kept_rows"
@@ -73,9 +74,9 @@ class KeptRowsComposition:
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         ids, kept_count = torch.arange(len(counts)), settings["kept"]
-        place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        index = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
         return {
-            "kept": sum_counts(counts, torch.where(place < 0, kept_count, place), kept_count + 1)
+            "kept": sum_counts(counts, torch.where(index < 0, kept_count, index), kept_count + 1)
         }
 
     def lookup(
@@ -85,8 +86,8 @@ class KeptRowsComposition:
         ids: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
-        rows: Tensor = parts["kept"](torch.where(place < 0, settings["kept"], place))
+        index = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        rows: Tensor = parts["kept"](torch.where(index < 0, settings["kept"], index))
         return rows
 
 
@@ -148,7 +149,7 @@ class PruneRows(ComposingStep):
         decisions = choose_tables(units, self.tables, min_rows, self.kind)
 
         def bytes_with_one_row(unit: Unit) -> int:
-            return self._design(1, reason).bytes(*unit.weight.shape)
+            return self._design_table(1, reason).bytes(*unit.weight.shape)
 
         return StepPlan(defer(units, decisions, reason, bytes_with_one_row), {})
 
@@ -163,7 +164,7 @@ class PruneRows(ComposingStep):
         if self.min_lookups:
             names = [unit.name for unit in plan.units(model.module)]
             counts = lookup_counts(model, bench, names)
-            designs, skipped = self._designs_by_lookups(model, counts)
+            designs, skipped = self._design_by_lookups(model, counts)
         else:
             counts = lookup_counts(model, bench, designs)
         by_gradient = self.importance == "gradient"
@@ -182,12 +183,12 @@ class PruneRows(ComposingStep):
             )
             affected = Reason("pruned_lookups", share=lookup_share(counts[name], ~is_kept))
             reasons = (design.reason, affected) if self.min_lookups else (affected,)
-            return self._parts(table, is_kept, counts[name])._replace(reasons=reasons)
+            return self._build_parts(table, is_kept, counts[name])._replace(reasons=reasons)
 
         pruned = recompose(model, designs, fit)
         return AppliedStep(pruned.model, {**skipped, **pruned.outcomes})
 
-    def _parts(self, weight: Tensor, is_kept: Tensor, count: Tensor) -> FittedParts:
+    def _build_parts(self, weight: Tensor, is_kept: Tensor, count: Tensor) -> FittedParts:
         """Build the map and the table of the kept rows.
 
         Args:
@@ -196,15 +197,15 @@ class PruneRows(ComposingStep):
             count: lookups of each row, ``(rows,)``; weights of the mean of the pruned rows.
         """
         if self.pruned == "nearest":
-            place = torch.empty(len(is_kept), dtype=torch.int64)
-            place[is_kept] = torch.arange(int(is_kept.sum()))
-            place[~is_kept] = nearest_entries(weight[~is_kept], weight[is_kept])
-            planes = byte_planes(place, int(is_kept.sum()))
+            index = torch.empty(len(is_kept), dtype=torch.int64)
+            index[is_kept] = torch.arange(int(is_kept.sum()))
+            index[~is_kept] = nearest_entries(weight[~is_kept], weight[is_kept])
+            planes = byte_planes(index, int(is_kept.sum()))
             return FittedParts({"planes": planes}, {"unique": weight[is_kept]})
-        within, before = kept_order(is_kept)
+        within, before = build_kept_map(is_kept)
         shared = torch.zeros(weight.shape[1])
         if self.pruned != "zero":
-            shared = _mean_row(weight, ~is_kept, count)
+            shared = _compute_mean_row(weight, ~is_kept, count)
         rows = torch.cat([weight[is_kept], shared.unsqueeze(0)])
         return FittedParts({"within": within, "before": before}, {"kept": rows})
 
@@ -215,9 +216,9 @@ class PruneRows(ComposingStep):
         no_lookups = {
             unit.name: torch.zeros(()).expand(unit.rows) for unit in plan.units(model.module)
         }
-        return dry_run_composed(model, self._designs_by_lookups(model, no_lookups)[0])
+        return dry_run_composed(model, self._design_by_lookups(model, no_lookups)[0])
 
-    def _designs_by_lookups(
+    def _design_by_lookups(
         self, model: Model, counts: Mapping[str, Tensor]
     ) -> tuple[dict[str, Design], dict[str, Decision]]:
         """Design each table from its lookup counts; give a reason for each table not pruned.
@@ -235,7 +236,7 @@ class PruneRows(ComposingStep):
             reason = Reason(
                 "kept_rows_by_lookups", kept=kept_count, rows=rows, min_lookups=self.min_lookups
             )
-            design = self._design(kept_count, reason)
+            design = self._design_table(kept_count, reason)
             packed_row_bytes = min(2 * dim, -(-dim // 2) + 2)  # as float16, or as int4 with a scale
             part_rows = sum(
                 p.rows for p in design.composition.parts(rows, dim, design.settings).values()
@@ -253,9 +254,9 @@ class PruneRows(ComposingStep):
         """Design the composition of a table of ``rows x dim``."""
         kept_count = min(rows - 1, max(1, round(self.keep * rows)))
         reason = Reason("kept_rows", kept=kept_count, rows=rows, importance=self.importance)
-        return self._design(kept_count, reason)
+        return self._design_table(kept_count, reason)
 
-    def _design(self, kept_count: int, reason: Reason) -> Design:
+    def _design_table(self, kept_count: int, reason: Reason) -> Design:
         composition = row_map.COMPOSITION if self.pruned == "nearest" else COMPOSITION
         return Design(composition, {_COUNT_SETTING[composition.name]: kept_count}, reason)
 
@@ -265,7 +266,7 @@ _BLOCK_ROWS = 65_536
 _COUNT_SETTING = {COMPOSITION.name: "kept", row_map.COMPOSITION.name: "places"}
 
 
-def _mean_row(weight: Tensor, chosen: Tensor, count: Tensor) -> Tensor:
+def _compute_mean_row(weight: Tensor, chosen: Tensor, count: Tensor) -> Tensor:
     """Compute the mean of the chosen rows, weighted by their lookups: float32 ``(dim,)``.
 
     The rows are summed in blocks, because most rows of a large table may be chosen.

@@ -30,7 +30,7 @@ from compressors.core.steps.composition_steps import (
 )
 from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.unit_settings import MinRows
-from compressors.prune.tables.kept_rows import BLOCK, kept_order, lookup_share, select_highest
+from compressors.prune.tables.kept_rows import BLOCK, build_kept_map, lookup_share, select_highest
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 
@@ -38,12 +38,14 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 class TiersComposition:
     """Parts ``hot`` and ``cold``, both in the original order of rows, and the map of hot rows.
 
-    The map consists of ``within``, a row's rank among the hot (or, negative, the cold) rows of its
-    block, and ``before``, the number of hot rows before each block (``kept_rows.kept_order``).
-    ``kept_place`` computes from them a row's place in ``hot``, or -1 minus its place in ``cold``.
+    The map has two tensors for blocks of 128 rows (``build_kept_map`` in
+    ``prune/tables/kept_rows.py``): ``within``, a row's rank among the hot (or, negative, the cold)
+    rows of its block, and ``before``, the number of hot rows before each block. The custom op
+    ``kept_place`` computes from them a row's index in ``hot``, or -1 minus its index in ``cold``.
 
-    Methods: see the protocol ``Composition``. ``rows_per_entry``: number of rows per entry of a
-    stored tensor. ``learned``: names of the stored tensors that training may change.
+    The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
+    ``rows_per_entry``: number of rows per entry of a stored tensor. ``learned``: names of the
+    stored tensors that training may change.
     """
 
     name: str = "tiers"
@@ -76,10 +78,10 @@ class TiersComposition:
         ids: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        place = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
-        hot: Tensor = parts["hot"](place.clamp(min=0))
-        cold: Tensor = parts["cold"]((-1 - place).clamp(min=0))
-        return torch.where((place >= 0).unsqueeze(-1), hot, cold)
+        index = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        hot: Tensor = parts["hot"](index.clamp(min=0))
+        cold: Tensor = parts["cold"]((-1 - index).clamp(min=0))
+        return torch.where((index >= 0).unsqueeze(-1), hot, cold)
 
 
 COMPOSITION: Composition = TiersComposition()
@@ -126,7 +128,7 @@ class Tiers(ComposingStep):
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             hot = select_highest(counts[name], design.settings["hot"])
             hot_lookups = Reason("hot_lookups", share=lookup_share(counts[name], hot))
-            within, before = kept_order(hot)
+            within, before = build_kept_map(hot)
             stored = {"within": within, "before": before}
             return FittedParts(stored, {"hot": table[hot], "cold": table[~hot]}, (hot_lookups,))
 

@@ -51,7 +51,7 @@ def to_float16(weight: Tensor) -> Tensor:
     return weight.detach().to(torch.float16)
 
 
-def overflow_reason(*weights: Tensor | None) -> Reason | None:
+def find_overflow(*weights: Tensor | None) -> Reason | None:
     """Return the reason why float16 cannot represent some tensors, or None if it can."""
     for weight in weights:
         if weight is not None and not bool(torch.isfinite(to_float16(weight)).all()):
@@ -60,7 +60,7 @@ def overflow_reason(*weights: Tensor | None) -> Reason | None:
     return None
 
 
-def largest_sum(x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+def compute_largest_sum(x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
     """Return the largest absolute partial sum of a layer's outputs, over all orders of summation.
 
     It occurs if all terms of one sign are added first. A GPU may accumulate partial sums in
@@ -118,13 +118,13 @@ class Float16(StepSettings):
         """Replace every selected table and layer that float16 can represent."""
         module, selected = model.module, plan.units(model.module)
         dense = [unit for unit in selected if unit.role == "dense"]
-        overflowing = self._overflowing(module, dense, bench)
+        overflowing = self._find_overflowing_layers(module, dense, bench)
         outcomes: dict[str, Decision] = {}
         if bench.calibration is None:
             unchecked = Decision("taken", (Reason("sums_not_checked"),))
             outcomes |= {unit.name: unchecked for unit in dense}
         for unit in selected:
-            reason = overflow_reason(unit.weight, unit.bias) or overflowing.get(unit.name)
+            reason = find_overflow(unit.weight, unit.bias) or overflowing.get(unit.name)
             if reason is not None:
                 outcomes[unit.name] = Decision("skipped", (reason,))
             else:
@@ -136,7 +136,7 @@ class Float16(StepSettings):
         units = plan.units(model.module)
         return dry_run_packed(model, units, table=TABLE_FORMAT, linear=LINEAR_FORMAT)
 
-    def _overflowing(
+    def _find_overflowing_layers(
         self, module: nn.Module, layers: Sequence[Unit], bench: Bench
     ) -> dict[str, Reason]:
         """Return the layers whose inputs or sums are near or above 65,504, with the reasons."""
@@ -147,7 +147,7 @@ class Float16(StepSettings):
         def update(unit: Unit, x: Tensor) -> None:
             if x.numel():
                 sizes = largest[unit.name]
-                sums = largest_sum(x, unit.weight, unit.bias)
+                sums = compute_largest_sum(x, unit.weight, unit.bias)
                 for what, size in (("an input", float(x.abs().max())), ("a sum", sums)):
                     sizes[what] = size if math.isnan(size) else max(sizes[what], size)
 

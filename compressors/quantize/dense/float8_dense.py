@@ -34,7 +34,7 @@ from compressors.core.units import Unit, swap
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
 from compressors.quantize.dense.calibrated import ALL_LAYERS, ZERO_INPUTS
-from compressors.quantize.tables.float8_e4m3 import LARGEST, decode_float8
+from compressors.quantize.tables.float8_e4m3 import LARGEST, convert_from_float8
 
 SMALLEST = torch.finfo(torch.float32).tiny
 """Smallest scale: the smallest normal float32 number."""
@@ -68,12 +68,12 @@ def round_to_float8(x: Tensor) -> Tensor:
 def float8_linear(
     x: Tensor, codes: Tensor, weight_scale: Tensor, input_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Compute a Gemm of 8-bit floats, with products summed in float32.
+    """Compute a Gemm of 8-bit floats, with sums in float32.
 
     ``x`` float32 ``(*, in)``, ``codes`` uint8 ``(out, in)``, ``weight_scale`` ``(out,)`` or ``()``,
     ``input_scale`` ``()``, ``bias`` float32 ``(out,)`` -> float32 ``(*, out)``.
     """
-    weight = decode_float8(codes) * weight_scale.reshape(-1, 1)
+    weight = convert_from_float8(codes) * weight_scale.reshape(-1, 1)
     return F.linear(round_to_float8(x / input_scale) * input_scale, weight, bias)
 
 
@@ -94,32 +94,34 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Straight-through gradients for rounding; zero for clipped inputs (Esser et al. 2020)."""
     x, codes, weight_scale, input_scale = ctx.saved_tensors
     ratio = x / input_scale
     inside = ratio.abs() <= LARGEST
-    rounded, weights = round_to_float8(ratio), decode_float8(codes)
-    to_input = grad @ (weights * weight_scale.reshape(-1, 1))  # (*, in)
-    flat = grad.reshape(-1, grad.shape[-1])
+    rounded, weights = round_to_float8(ratio), convert_from_float8(codes)
+    grad_input = grad @ (weights * weight_scale.reshape(-1, 1))  # (*, in)
+    flat_grad = grad.reshape(-1, grad.shape[-1])
     inputs = (rounded * input_scale).reshape(-1, rounded.shape[-1])  # (rows, in)
-    by_weight = flat.T @ inputs * weights  # (out, in)
-    to_weight_scale = by_weight.sum(dim=1) if weight_scale.dim() else by_weight.sum()
-    to_input_scale = (to_input * torch.where(inside, rounded - ratio, rounded)).sum()
-    to_x = torch.where(inside, to_input, torch.zeros_like(to_input))
-    to_bias = flat.sum(dim=0) if ctx.has_bias else None
-    return to_x, None, to_weight_scale, to_input_scale.reshape(input_scale.shape), to_bias
+    grad_scale_by_weight = flat_grad.T @ inputs * weights  # (out, in)
+    grad_weight_scale = (
+        grad_scale_by_weight.sum(dim=1) if weight_scale.dim() else grad_scale_by_weight.sum()
+    )
+    grad_input_scale = (grad_input * torch.where(inside, rounded - ratio, rounded)).sum()
+    grad_x = torch.where(inside, grad_input, torch.zeros_like(grad_input))
+    grad_bias = flat_grad.sum(dim=0) if ctx.has_bias else None
+    return grad_x, None, grad_weight_scale, grad_input_scale.reshape(input_scale.shape), grad_bias
 
 
-float8_linear.register_autograd(_backward, setup_context=_setup_context)
+float8_linear.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)
 class Float8DenseFormat:
     """Stores ``codes`` uint8 ``(out, in)``, two scales, and a float32 bias if the layer has one.
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``LinearFormat``.
+    ``learned``: names of the tensors that training may change. The protocol ``LinearFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str = "float8_dense"

@@ -47,7 +47,7 @@ def gptq(
     scales = scale.double().expand_as(weight)
     # Columns are processed in descending order of the mean square of their input.
     permutation = gram.diagonal().argsort(descending=True, stable=True)
-    inverse_root = _inverse_root(gram[permutation][:, permutation])
+    inverse_root = _compute_inverse_root(gram[permutation][:, permutation])
     # The weights not yet rounded, with the compensation of the errors so far.
     remaining, ordered_scales = weight.double().clone()[:, permutation], scales[:, permutation]
     rounded = torch.zeros_like(remaining)
@@ -71,7 +71,7 @@ def gptq(
     return torch.where(worse[:, None], nearest.double(), multiples).float()
 
 
-def _inverse_root(gram: Tensor) -> Tensor:
+def _compute_inverse_root(gram: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse of a damped Gram matrix, float64."""
     squares = gram.diagonal()
     # An input that is always zero has only a diagonal entry, so its column compensates no error.

@@ -32,13 +32,13 @@ from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, ch
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, innermost, swap
-from compressors.distill.soft_labels import mixed_loss
+from compressors.distill.soft_labels import build_mixed_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.trainer import train
 from compressors.distill.training.training_steps import (
     describe_outcome,
-    pruned_layers,
+    list_pruned_layers,
     require_loss,
 )
 from compressors.errors.steps import RowsMissing, StepRefused
@@ -233,7 +233,7 @@ class QAT(StepSettings):
             bench.signature,
             bench.train,
             bench.validation,
-            mixed_loss(
+            build_mixed_loss(
                 bench, self.soft_share, self.temperature, self.kind, original=model.original
             ),
             self.training,
@@ -241,8 +241,8 @@ class QAT(StepSettings):
             seed=bench.seed,
             device=bench.device,
             checkpoints=bench.checkpoints,
-            keep_zeros_in=pruned_layers(model),
-            tensor_names=_trained_tensors(module, units, learned),
+            keep_zeros_in=list_pruned_layers(model),
+            tensor_names=_list_trained_tensors(module, units, learned),
         )
         for name, layer in learned.items():
             swap(module, name, layer.packed())
@@ -265,7 +265,7 @@ def _build_learned(layer: nn.Module, initial: PackedLinear) -> LearnedInt8:
     return LearnedInt8(layer, initial)
 
 
-def _trained_tensors(
+def _list_trained_tensors(
     module: nn.Module, units: Collection[Unit], learned: Collection[str]
 ) -> tuple[str, ...]:
     """Return the names of the tensors to train: of these layers, and of modules outside units."""

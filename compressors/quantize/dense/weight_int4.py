@@ -95,8 +95,10 @@ class WeightInt4(StepSettings):
             StepRefused: with gptq, a layer's inputs are all zero on the calibration rows.
         """
         selected = plan.units(model.module)
-        by_layer = self._grams(model, selected, bench) if self.rounding == "gptq" else {}
-        grid = weight_only.grid(BITS, self.clipping, self.scale)
+        by_layer = (
+            self._compute_gram_matrices(model, selected, bench) if self.rounding == "gptq" else {}
+        )
+        grid = weight_only.create_grid(BITS, self.clipping, self.scale)
         outcomes: dict[str, Decision] = {}
         for unit in selected:
             weight, bias = unit.weight, unit.bias
@@ -106,8 +108,8 @@ class WeightInt4(StepSettings):
                 gram, nearest = by_layer[unit.name], multiples
                 scales = weight_only.expand_scales(scale, weight.shape[1], self.block)
                 multiples = gptq(weight, nearest, gram, scales, max_multiple=grid.max_multiple)
-                error = _output_error(multiples, scales, weight, gram)
-                share = error / _output_error(nearest, scales, weight, gram)
+                error = _compute_output_error(multiples, scales, weight, gram)
+                share = error / _compute_output_error(nearest, scales, weight, gram)
                 outcomes[unit.name] = Decision("taken", (Reason("gptq_error", share=share),))
             outputs, inputs = weight.shape
             packed = PackedLinear(
@@ -121,7 +123,9 @@ class WeightInt4(StepSettings):
             swap(model.module, unit.name, packed)
         return AppliedStep(model, outcomes)
 
-    def _grams(self, model: Model, layers: list[Unit], bench: Bench) -> dict[str, Tensor]:
+    def _compute_gram_matrices(
+        self, model: Model, layers: list[Unit], bench: Bench
+    ) -> dict[str, Tensor]:
         """Compute the Gram matrix of each layer's inputs on calibration rows, ``(in, in)``."""
         if bench.calibration is None:
             raise RowsMissing("gptq_needs_rows", step=self.kind)
@@ -134,6 +138,6 @@ class WeightInt4(StepSettings):
         return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())
 
 
-def _output_error(multiples: Tensor, scale: Tensor, weight: Tensor, gram: Tensor) -> float:
+def _compute_output_error(multiples: Tensor, scale: Tensor, weight: Tensor, gram: Tensor) -> float:
     """Return the squared error of a layer's outputs, as a positive number to divide by."""
     return float(squared_error(multiples * scale - weight, gram).sum()) + 1e-300

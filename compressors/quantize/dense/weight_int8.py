@@ -7,7 +7,7 @@ With ``activations="int8"``, ONNX Runtime rounds the inputs at run time, with a 
 largest input of each data row and block. This needs no calibration and loses almost no precision,
 and the weights stay packed in memory. With ``activations="float32"``, only the file is smaller: the
 weights are converted to float32 when a session starts, because for one data row, ONNX Runtime's
-product of float inputs and 8-bit weights is four to twelve times slower than a float32 Gemm
+MatMul of float inputs and 8-bit weights is four to twelve times slower than a float32 Gemm
 (``benchmarks/weight_only.py``).
 
 Source: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339 (LLM.int8(), vector-wise scales).
@@ -75,7 +75,7 @@ class WeightInt8(StepSettings):
         Raises:
             ValueNotStorable: a scale is too large for the dtype in which it is stored.
         """
-        grid = weight_only.grid(BITS, self.clipping, self.scale)
+        grid = weight_only.create_grid(BITS, self.clipping, self.scale)
         for unit in plan.units(model.module):
             weight, bias = unit.weight, unit.bias
             scale = weight_only.fit_scales(weight, self.block, grid)

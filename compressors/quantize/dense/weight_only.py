@@ -48,7 +48,7 @@ SMALLEST = 1e-36
 """
 
 
-def grid(bits: int, clipping: Clipping, scale: ScaleType) -> Grid:
+def create_grid(bits: int, clipping: Clipping, scale: ScaleType) -> Grid:
     """Return the symmetric grid of codes of ``bits`` bits: ``2 ** bits - 1`` levels.
 
     ``clipping`` is the rule that fits scales, ``scale`` the dtype in which they are stored.
@@ -82,8 +82,8 @@ def split_into_blocks(weight: Tensor, block: int) -> Tensor:
     """Reshape weights ``(out, in)`` to blocks ``(out * blocks, block)``, padded with zeros."""
     if not block:
         return weight
-    full = F.pad(weight, (0, padded_length(weight.shape[1], block) - weight.shape[1]))
-    return full.reshape(-1, block)
+    padded = F.pad(weight, (0, padded_length(weight.shape[1], block) - weight.shape[1]))
+    return padded.reshape(-1, block)
 
 
 def fit_scales(weight: Tensor, block: int, grid: Grid) -> Tensor:
@@ -167,14 +167,14 @@ def weight_only_linear(
     ``padded_length(in, block)``, ``scale`` ``(out, blocks)``, ``bias`` float32 ``(out,)`` ->
     float32 ``(*, out)``.
     """
-    weight, layer_inputs = _operands(x, codes, scale, bits, block, activations)
+    weight, layer_inputs = _convert_operands(x, codes, scale, bits, block, activations)
     return F.linear(layer_inputs, weight, bias)
 
 
-def _operands(
+def _convert_operands(
     x: Tensor, codes: Tensor, scale: Tensor, bits: int, block: int, activations: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the decoded weights, float32 ``(out, in)``, and the inputs, rounded if int8."""
+    """Return dequantized weights, float32 ``(out, in)``, and the inputs, rounded if int8."""
     inputs = x.shape[-1]
     weight = unpack(codes, inputs, bits) * expand_scales(scale, inputs, block)
     return weight, round_inputs(x, block_length(inputs, block)) if activations == "int8" else x
@@ -199,22 +199,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, codes, scale)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Compute straight-through gradients for the rounding of inputs; no input is clipped."""
     x, codes, scale = ctx.saved_tensors
-    weight, layer_inputs = _operands(x, codes, scale, ctx.bits, ctx.block, ctx.activations)
-    flat, rows = grad.reshape(-1, grad.shape[-1]), layer_inputs.reshape(-1, layer_inputs.shape[-1])
+    weight, layer_inputs = _convert_operands(x, codes, scale, ctx.bits, ctx.block, ctx.activations)
+    flat_grad = grad.reshape(-1, grad.shape[-1])
+    flat_inputs = layer_inputs.reshape(-1, layer_inputs.shape[-1])
     inputs = x.shape[-1]
-    by_weight = (flat.T @ rows) * unpack(codes, inputs, ctx.bits)  # (out, in)
+    grad_scale_by_weight = (flat_grad.T @ flat_inputs) * unpack(
+        codes, inputs, ctx.bits
+    )  # (out, in)
     if ctx.block:
-        to_scale = split_into_blocks(by_weight, ctx.block).sum(dim=1).reshape(scale.shape)
+        grad_scale = (
+            split_into_blocks(grad_scale_by_weight, ctx.block).sum(dim=1).reshape(scale.shape)
+        )
     else:
-        to_scale = by_weight.sum(dim=1, keepdim=True)
-    to_bias = flat.sum(dim=0) if ctx.has_bias else None
-    return grad @ weight, None, to_scale.to(scale.dtype), to_bias, None, None, None
+        grad_scale = grad_scale_by_weight.sum(dim=1, keepdim=True)
+    grad_bias = flat_grad.sum(dim=0) if ctx.has_bias else None
+    return grad @ weight, None, grad_scale.to(scale.dtype), grad_bias, None, None, None
 
 
-weight_only_linear.register_autograd(_backward, setup_context=_setup_context)
+weight_only_linear.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 class LayoutSettings(NamedTuple):
@@ -231,7 +236,7 @@ class LayoutSettings(NamedTuple):
     activations: str
 
     @staticmethod
-    def of(settings: Mapping[str, Any]) -> "LayoutSettings":
+    def from_settings(settings: Mapping[str, Any]) -> "LayoutSettings":
         """Read them from the ``settings`` of a step or of a stored layer."""
         dtype = getattr(torch, settings["scale"])
         return LayoutSettings(settings["block"], dtype, settings["activations"])
@@ -241,8 +246,8 @@ class LayoutSettings(NamedTuple):
 class WeightOnlyFormat:
     """Stores packed ``codes`` uint8, ``scale`` ``(out, blocks)``, and a float32 ``bias`` if any.
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``LinearFormat``.
+    ``learned``: names of the tensors that training may change. The protocol ``LinearFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str
@@ -252,7 +257,7 @@ class WeightOnlyFormat:
     def layout(
         self, inputs: int, outputs: int, settings: Mapping[str, Any], *, bias: bool
     ) -> dict[str, TensorSpec]:
-        block, dtype, _ = LayoutSettings.of(settings)
+        block, dtype, _ = LayoutSettings.from_settings(settings)
         length = padded_length(inputs, block)
         specs = {
             "codes": TensorSpec((outputs, length * self.bits // 8), torch.uint8),
@@ -261,7 +266,7 @@ class WeightOnlyFormat:
         return {**specs, "bias": TensorSpec((outputs,), torch.float32)} if bias else specs
 
     def apply(self, stored: Mapping[str, Tensor], x: Tensor, settings: Mapping[str, Any]) -> Tensor:
-        block, _, activations = LayoutSettings.of(settings)
+        block, _, activations = LayoutSettings.from_settings(settings)
         y: Tensor = torch.ops.recpress.weight_only_linear(
             x, stored["codes"], stored["scale"], stored.get("bias"), self.bits, block, activations
         )
@@ -274,7 +279,7 @@ class WeightOnlyFormat:
         settings: Mapping[str, Any],
     ) -> Tensor:
         """Return the inputs that the weights multiply, rounded if int8: float32 ``(*, in)``."""
-        block, _, activations = LayoutSettings.of(settings)
+        block, _, activations = LayoutSettings.from_settings(settings)
         return round_inputs(x, block_length(x.shape[-1], block)) if activations == "int8" else x
 
 

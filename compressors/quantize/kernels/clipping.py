@@ -183,7 +183,9 @@ def _fit_greedy(
         high_error = squared_error(values, from_high, grid)
         moves_low = low_error < high_error
         error = torch.where(moves_low, low_error, high_error)
-        best = _where(error < least_error, _where(moves_low, from_low, from_high), best)
+        best = _select_ranges_where(
+            error < least_error, _select_ranges_where(moves_low, from_low, from_high), best
+        )
         least_error = torch.minimum(error, least_error)
         low_bins, high_bins = low_bins + moves_low.float(), high_bins + (~moves_low).float()
     return best
@@ -207,7 +209,7 @@ def _search_asymmetric(
     reach = 1.25 * grid.max_multiple * _search_symmetric(values, widest, around_zero).float()
     low, high = torch.maximum(low, -reach), torch.minimum(high, reach)
     candidate, error = _search_ends(values, asymmetric_range(low, high, grid), low, high, grid)
-    return _where(error < least_error, candidate, best)
+    return _select_ranges_where(error < least_error, candidate, best)
 
 
 def _search_ends(
@@ -227,7 +229,7 @@ def _search_ends(
         candidate = asymmetric_range(low + new_low * width, high - new_high * width, grid)
         error = squared_error(values, candidate, grid)
         better = error < least_error
-        best = _where(better, candidate, best)
+        best = _select_ranges_where(better, candidate, best)
         least_error = torch.where(better, error, least_error)
         low_cut = torch.where(better, new_low, low_cut)
         high_cut = torch.where(better, new_high, high_cut)
@@ -273,13 +275,15 @@ def _replace_ranges(into: Tensor, mask: Tensor, values: Tensor) -> Tensor:
     return changed
 
 
-def _where(condition: Tensor, ranges: FittedRange, others: FittedRange) -> FittedRange:
+def _select_ranges_where(
+    condition: Tensor, ranges: FittedRange, others: FittedRange
+) -> FittedRange:
     """Select each asymmetric range from ``ranges`` if its condition is true, else from others."""
-    offset = torch.where(condition, _offset(ranges), _offset(others))
+    offset = torch.where(condition, _get_offset(ranges), _get_offset(others))
     return FittedRange(torch.where(condition, ranges.scale, others.scale), offset)
 
 
-def _offset(fitted: FittedRange) -> Tensor:
+def _get_offset(fitted: FittedRange) -> Tensor:
     if fitted.offset is None:
         raise ValueError("an asymmetric range has an offset")
     return fitted.offset

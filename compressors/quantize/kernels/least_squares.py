@@ -29,7 +29,7 @@ from compressors.quantize.kernels.levels import (
     FittedRange,
     Grid,
     asymmetric_range,
-    decode_multiples,
+    dequantize,
     range_bounds,
     stored_offset,
     stored_scale,
@@ -46,7 +46,7 @@ ROUNDS = 2
 class Residuals(NamedTuple):
     """Sums over each range of codes ``q``, residuals ``r`` and products: ``(ranges, 1)`` each.
 
-    A residual is a weight minus its decoded code; ``rr`` is the squared error.
+    A residual is a weight minus its dequantized code; ``rr`` is the squared error.
     """
 
     q: Tensor
@@ -102,7 +102,7 @@ def residuals(values: Tensor, fitted: FittedRange, grid: Grid) -> Residuals:
         q = multiples.clamp(-grid.max_multiple, grid.max_multiple).round()
     else:  # odd multiples of 0.5
         q = (multiples.floor() + 0.5).clamp(-grid.max_multiple, grid.max_multiple)
-    r = values - decode_multiples(q, scale, offset)
+    r = values - dequantize(q, scale, offset)
     return Residuals(*(sum_in_order(each) for each in (q, q * q, r, q * r, r * r)))
 
 

@@ -114,11 +114,11 @@ def nearest_multiples(rows: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
     offset = fitted.offset
     if offset is not None:
         offset = expand_to_rows(offset, len(rows), grid.rows_per_scale)
-    return _nearest(rows, scale, offset, grid)
+    return _round_to_multiples(rows, scale, offset, grid)
 
 
-def decode_multiples(multiples: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """Decode multiples of the scale, ``(*, dim)``, to float32 weights.
+def dequantize(multiples: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Convert multiples of the scale, ``(*, dim)``, to float32 weights.
 
     Scales and offsets are ``(*, 1)``. The product is rounded to float32 before the offset is added,
     without a fused multiply-add, as on every serving target.
@@ -242,7 +242,9 @@ def squared_error(values: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
     scale, offset = fitted
     total = []
     for part in torch.split(values, PART_VALUES, dim=1):
-        error = decode_multiples(_nearest(part, scale, offset, grid), scale, offset) - part.float()
+        error = (
+            dequantize(_round_to_multiples(part, scale, offset, grid), scale, offset) - part.float()
+        )
         squares = error.square()
         while squares.shape[1] > SUM_VALUES:
             split = squares.shape[1] // SUM_VALUES * SUM_VALUES  # the rest is shorter
@@ -262,7 +264,7 @@ def expand_to_rows(stored: Tensor, rows: int, rows_per_scale: int) -> Tensor:
     return stored.repeat_interleave(rows_per_scale, dim=0)[:rows]
 
 
-def _nearest(values: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
+def _round_to_multiples(values: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
     """Compute ``nearest_multiples`` with one scale and one offset per row, ``(*, 1)`` each."""
     if offset is not None:
         multiples = (values.float() - offset.float()) / scale.float()

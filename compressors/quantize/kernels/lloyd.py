@@ -73,15 +73,17 @@ def kmeans(
         The codebook in float32, and the weighted sums of squared errors, which never increase from
         round to round. If there are fewer different points than levels, some entries are equal.
     """
-    counts = torch.ones(len(points), dtype=torch.float64) if weight is None else weight.double()
-    codebook = _draw_entries(points, levels, counts, seed)
+    point_weights = (
+        torch.ones(len(points), dtype=torch.float64) if weight is None else weight.double()
+    )
+    codebook = _draw_entries(points, levels, point_weights, seed)
     codes = nearest_entries(points, codebook)
-    point_errors = squared_distance(points, codebook[codes]) * counts
+    point_errors = squared_distance(points, codebook[codes]) * point_weights
     errors = [float(point_errors.sum())]
     for _ in range(rounds):
-        new_codebook = _update_entries(points, codes, counts, codebook, point_errors)
+        new_codebook = _update_entries(points, codes, point_weights, codebook, point_errors)
         codes = nearest_entries(points, new_codebook)
-        point_errors = squared_distance(points, new_codebook[codes]) * counts
+        point_errors = squared_distance(points, new_codebook[codes]) * point_weights
         error = float(point_errors.sum())
         if error >= errors[-1]:  # converged up to rounding
             break
@@ -113,7 +115,9 @@ def nearest_entries(points: Tensor, codebook: Tensor) -> Tensor:
         is_near = score <= (least + tolerance * size).unsqueeze(1)
         ambiguous = is_near.sum(dim=1) != 1
         if bool(ambiguous.any()):
-            block_codes[ambiguous] = _exact_distances(block[ambiguous], entries).argmin(dim=1)
+            block_codes[ambiguous] = _compute_exact_distances(block[ambiguous], entries).argmin(
+                dim=1
+            )
         codes[begin : begin + BLOCK] = block_codes
     return codes
 
@@ -144,7 +148,7 @@ def squared_distance(points: Tensor, others: Tensor) -> Tensor:
     return (points - others).double().square().sum(dim=1)
 
 
-def _exact_distances(points: Tensor, entries: Tensor) -> Tensor:
+def _compute_exact_distances(points: Tensor, entries: Tensor) -> Tensor:
     """Return squared distances, float64 ``(points, levels)``, summed dimension by dimension."""
     total = torch.zeros(len(points), len(entries), dtype=torch.float64)
     for column in range(points.shape[1]):
@@ -153,19 +157,21 @@ def _exact_distances(points: Tensor, entries: Tensor) -> Tensor:
     return total
 
 
-def _draw_entries(points: Tensor, levels: int, counts: Tensor, seed: int) -> Tensor:
+def _draw_entries(points: Tensor, levels: int, point_weights: Tensor, seed: int) -> Tensor:
     """Draw the first entries from the points by k-means++.
 
     The probability of a point is proportional to its weight times its squared distance to the
     nearest point already drawn.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = [_draw_index(counts, generator)]
+    chosen = [_draw_index(point_weights, generator)]
     exact_points = points.double()
-    errors = (exact_points - exact_points[chosen[0]]).square().sum(dim=1) * counts  # (points,)
+    errors = (exact_points - exact_points[chosen[0]]).square().sum(
+        dim=1
+    ) * point_weights  # (points,)
     while len(chosen) < levels and bool((errors > 0).any()):
         chosen.append(_draw_index(errors, generator))
-        new_errors = (exact_points - exact_points[chosen[-1]]).square().sum(dim=1) * counts
+        new_errors = (exact_points - exact_points[chosen[-1]]).square().sum(dim=1) * point_weights
         errors = torch.minimum(errors, new_errors)
     chosen += chosen[:1] * (levels - len(chosen))  # fewer different points than levels
     return points[torch.tensor(chosen)].clone()
@@ -181,15 +187,15 @@ def _draw_index(weights: Tensor, generator: torch.Generator) -> int:
 
 
 def _update_entries(
-    points: Tensor, codes: Tensor, counts: Tensor, codebook: Tensor, point_errors: Tensor
+    points: Tensor, codes: Tensor, point_weights: Tensor, codebook: Tensor, point_errors: Tensor
 ) -> Tensor:
     """Replace each entry by the weighted mean of its points.
 
     Entries without points are moved to the points with the largest errors.
     """
     total = torch.zeros(len(codebook), points.shape[1], dtype=torch.float64)
-    total.index_add_(0, codes, points.double() * counts.unsqueeze(1))
-    mass = torch.zeros(len(codebook), dtype=torch.float64).index_add_(0, codes, counts)
+    total.index_add_(0, codes, points.double() * point_weights.unsqueeze(1))
+    mass = torch.zeros(len(codebook), dtype=torch.float64).index_add_(0, codes, point_weights)
     is_used = mass > 0
     means = codebook.clone()
     means[is_used] = (total[is_used] / mass[is_used].unsqueeze(1)).to(codebook.dtype)
@@ -223,13 +229,15 @@ def scalar_kmeans(
     if len(distinct) <= levels:
         exact = torch.cat([distinct, distinct[-1:].expand(levels - len(distinct))])
         return KMeansFit(exact.float().unsqueeze(1), (0.0,))
-    counts = torch.ones_like(sorted_values) if weight is None else weight.double()[permutation]
+    point_weights = (
+        torch.ones_like(sorted_values) if weight is None else weight.double()[permutation]
+    )
     # Cumulative sums over the sorted values: of the weights (mass), of weight times value (first
     # moment), and of weight times squared value (second moment).
     zero = sorted_values.new_zeros(1)
-    mass = torch.cat([zero, counts.cumsum(0)])  # (values + 1,)
-    first = torch.cat([zero, (counts * sorted_values).cumsum(0)])
-    second = torch.cat([zero, (counts * sorted_values.square()).cumsum(0)])
+    mass = torch.cat([zero, point_weights.cumsum(0)])  # (values + 1,)
+    first = torch.cat([zero, (point_weights * sorted_values).cumsum(0)])
+    second = torch.cat([zero, (point_weights * sorted_values.square()).cumsum(0)])
     total = float(mass[-1])
     shares = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels  # (levels,)
     quantiles = sorted_values[
@@ -240,15 +248,17 @@ def scalar_kmeans(
     for start in (quantiles, evenly_spaced):
         entries, errors = start.clone(), [math.inf]
         for _ in range(rounds):
-            middle = (entries[1:] + entries[:-1]) / 2
-            inner = torch.searchsorted(sorted_values, middle, right=True)
-            border = torch.cat(
+            midpoints = (entries[1:] + entries[:-1]) / 2
+            inner = torch.searchsorted(sorted_values, midpoints, right=True)
+            boundaries = torch.cat(
                 [inner.new_zeros(1), inner, inner.new_full((1,), len(sorted_values))]
             )
-            entry_mass = mass[border].diff()  # (levels,)
-            moment = first[border].diff()
+            entry_mass = mass[boundaries].diff()  # (levels,)
+            moment = first[boundaries].diff()
             mean = torch.where(entry_mass > 0, moment / entry_mass.clamp(min=1e-300), entries)
-            entry_errors = second[border].diff() - 2 * mean * moment + mean.square() * entry_mass
+            entry_errors = (
+                second[boundaries].diff() - 2 * mean * moment + mean.square() * entry_mass
+            )
             error = float(entry_errors.clamp(min=0).sum())
             if error >= errors[-1]:
                 break

@@ -12,7 +12,7 @@ one per user, are not used, because a process that can write to them could run c
 
 Arguments and variables of several loops:
 
-- ``top`` is the highest level in units of the scale, ``low`` the lowest.
+- ``top`` is the highest multiple of the scale (see ``levels.py``), ``low`` the lowest.
 - ``is_float16``: scales and offsets are stored as float16, otherwise as float32.
 - ``planar``: codes have 4 bits and are packed (``bitpacking.py``).
 - ``shift`` is added to the multiples of symmetric 4-bit formats, so that codes are not negative.
@@ -72,7 +72,7 @@ def _compile(function: Function) -> Function:
     return cast("Function", numba.njit(function, nogil=True, error_model="numpy"))
 
 
-def _bitcast(source: Any, result: Any, to: Any) -> Any:
+def _create_bitcast(source: Any, result: Any, to: Any) -> Any:
     """Create a compiler intrinsic that reads the bits of one type as another."""
 
     def bitcast(context: Any, value: Any) -> Any:
@@ -84,14 +84,14 @@ def _bitcast(source: Any, result: Any, to: Any) -> Any:
     return intrinsic(bitcast)
 
 
-_bits: Callable[[Any], np.int32] = _bitcast(types.float32, types.int32, ir.IntType(32))
+_bits: Callable[[Any], np.int32] = _create_bitcast(types.float32, types.int32, ir.IntType(32))
 """Returns the bits of a float32 as int32."""
-_float: Callable[[Any], np.float32] = _bitcast(types.int32, types.float32, ir.FloatType())
+_float: Callable[[Any], np.float32] = _create_bitcast(types.int32, types.float32, ir.FloatType())
 """Returns the float32 with these bits."""
 
 
 @_compile
-def _to_16(number: np.float32) -> np.int32:
+def _to_float16_bits(number: np.float32) -> np.int32:
     """Round a float32 below 65520 in absolute value to float16 bits, ties to even."""
     bits = _bits(number)
     size = bits & ALL_BUT_SIGN
@@ -104,7 +104,7 @@ def _to_16(number: np.float32) -> np.int32:
 
 
 @_compile
-def _from_16(bits: np.int32) -> np.float32:
+def _to_float32(bits: np.int32) -> np.float32:
     """Convert finite float16 bits to float32."""
     size = bits & np.int32(0x7FFF)
     subnormal = np.float32(size) * SMALLEST_16
@@ -116,16 +116,16 @@ def _from_16(bits: np.int32) -> np.float32:
 @_compile
 def _scale_16(scale: np.float32, top: np.float32) -> np.int32:
     """Compute ``levels.stored_scale`` for float16, and return its bits."""
-    bits = _to_16(max(scale, SMALLEST_16))
-    clipped = scale * top > _from_16(bits) * (top + HALF)
+    bits = _to_float16_bits(max(scale, SMALLEST_16))
+    clipped = scale * top > _to_float32(bits) * (top + HALF)
     return bits + np.int32(1) if clipped else bits
 
 
 @_compile
 def _round_down_16(low: np.float32) -> np.int32:
     """Round a float32 down to float16, and return its bits."""
-    bits = _to_16(low)
-    if _from_16(bits) <= low:
+    bits = _to_float16_bits(low)
+    if _to_float32(bits) <= low:
         return bits
     if bits & np.int32(0x7FFF) == np.int32(0):
         return np.int32(0x8001)
@@ -133,7 +133,7 @@ def _round_down_16(low: np.float32) -> np.int32:
 
 
 @_compile
-def _largest_bits(rows: NDArray[np.float32], begin: int, end: int) -> np.int32:
+def _find_largest_bits(rows: NDArray[np.float32], begin: int, end: int) -> np.int32:
     """Return the bits of the largest absolute value in rows; for NaN, more than infinity's."""
     largest = np.int32(0)
     for row in range(begin, end):
@@ -149,7 +149,7 @@ def _to_ordered_bits(bits: np.int32) -> np.int32:
 
 
 @_compile
-def _bounds(rows: NDArray[np.float32], begin: int, end: int) -> tuple[np.int32, np.int32]:
+def _find_bounds(rows: NDArray[np.float32], begin: int, end: int) -> tuple[np.int32, np.int32]:
     """Return the smallest and the largest number in rows, as ``_to_ordered_bits`` maps them."""
     smallest, largest = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for row in range(begin, end):
@@ -201,16 +201,16 @@ def _fit_symmetric(
 ) -> bool:
     """Compute ``levels.symmetric_scale`` as floats and bits; return whether all can be stored."""
     failed = np.int32(0)
-    for entry in range(count):
-        scale = _float(largest[entry]) / top
-        failed |= np.int32(largest[entry] >= INFINITE)
+    for lane in range(count):
+        scale = _float(largest[lane]) / top
+        failed |= np.int32(largest[lane] >= INFINITE)
         if is_float16:
             failed |= np.int32(scale > LARGEST_16)
-            scale_bits[entry] = _scale_16(scale, top)
-            scales[entry] = _from_16(scale_bits[entry])
+            scale_bits[lane] = _scale_16(scale, top)
+            scales[lane] = _to_float32(scale_bits[lane])
         else:
-            scales[entry] = max(scale, SMALLEST_32)
-            scale_bits[entry] = _bits(scales[entry])
+            scales[lane] = max(scale, SMALLEST_32)
+            scale_bits[lane] = _bits(scales[lane])
     return bool(failed == np.int32(0))
 
 
@@ -228,25 +228,25 @@ def _fit_asymmetric(
 ) -> bool:
     """Compute ``levels.asymmetric_range`` as floats and bits; return whether all can be stored."""
     failed = np.int32(0)
-    for entry in range(count):
-        low = _float(_to_ordered_bits(smallest[entry])) + ZERO  # no -0
-        failed |= np.int32(largest[entry] >= INFINITE) | np.int32(_bits(abs(low)) >= INFINITE)
+    for lane in range(count):
+        low = _float(_to_ordered_bits(smallest[lane])) + ZERO  # no -0
+        failed |= np.int32(largest[lane] >= INFINITE) | np.int32(_bits(abs(low)) >= INFINITE)
         if is_float16:
             failed |= np.int32(abs(low) > LARGEST_16)
-            offset_bits[entry] = _round_down_16(low)
-            offsets[entry] = _from_16(offset_bits[entry])
+            offset_bits[lane] = _round_down_16(low)
+            offsets[lane] = _to_float32(offset_bits[lane])
         else:
-            offsets[entry] = low
-            offset_bits[entry] = _bits(low)
-        scale = max(_float(_to_ordered_bits(largest[entry])) - offsets[entry], ZERO) / top
+            offsets[lane] = low
+            offset_bits[lane] = _bits(low)
+        scale = max(_float(_to_ordered_bits(largest[lane])) - offsets[lane], ZERO) / top
         if is_float16:
             failed |= np.int32(scale > LARGEST_16)
-            scale_bits[entry] = _scale_16(scale, top)
-            scales[entry] = _from_16(scale_bits[entry])
+            scale_bits[lane] = _scale_16(scale, top)
+            scales[lane] = _to_float32(scale_bits[lane])
         else:
             failed |= np.int32(_bits(scale) >= INFINITE)
-            scales[entry] = max(scale, SMALLEST_32)
-            scale_bits[entry] = _bits(scales[entry])
+            scales[lane] = max(scale, SMALLEST_32)
+            scale_bits[lane] = _bits(scales[lane])
     return bool(failed == np.int32(0))
 
 
@@ -277,15 +277,15 @@ def min_max(
     scale_bits, offset_bits = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     scales, offsets = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     for first in range(0, count, LANES * rows_per_scale):
-        entry = first // rows_per_scale
+        first_range = first // rows_per_scale
         ranges = min(LANES, -(-(count - first) // rows_per_scale))
         for index in range(ranges):
             begin = first + index * rows_per_scale
             end = min(begin + rows_per_scale, count)
             if symmetric:
-                largest[index] = _largest_bits(rows, begin, end)
+                largest[index] = _find_largest_bits(rows, begin, end)
             else:
-                smallest[index], largest[index] = _bounds(rows, begin, end)
+                smallest[index], largest[index] = _find_bounds(rows, begin, end)
         if symmetric:
             good = _fit_symmetric(largest, ranges, top, is_float16, scales, scale_bits)
         else:
@@ -296,13 +296,13 @@ def min_max(
             return first
         for index in range(ranges):
             if is_float16:
-                scale_16[entry + index] = np.uint16(scale_bits[index])
+                scale_16[first_range + index] = np.uint16(scale_bits[index])
                 if not symmetric:
-                    offset_16[entry + index] = np.uint16(offset_bits[index])
+                    offset_16[first_range + index] = np.uint16(offset_bits[index])
             else:
-                scale_32[entry + index] = np.uint32(scale_bits[index])
+                scale_32[first_range + index] = np.uint32(scale_bits[index])
                 if not symmetric:
-                    offset_32[entry + index] = np.uint32(offset_bits[index])
+                    offset_32[first_range + index] = np.uint32(offset_bits[index])
         for index in range(ranges):
             begin = first + index * rows_per_scale
             for row in range(begin, min(begin + rows_per_scale, count)):
@@ -325,7 +325,7 @@ def nearest(
     planar: bool,
     codes: NDArray[np.uint8],
 ) -> None:
-    """Encode rows with given scales and offsets; ``rows_per_scale`` rows share an entry."""
+    """Encode rows with given scales and offsets; ``rows_per_scale`` rows share one of each."""
     count, dim = rows.shape
     low = -top if symmetric else ZERO
     shift = np.uint64(8) if symmetric else np.uint64(0)
@@ -356,9 +356,9 @@ REMAINING = np.array([1.0, *(1 - share for share in SHARES)], np.float32)
 
 
 @_compile
-def _stored_scale(scale: np.float32, top: np.float32, is_float16: bool) -> np.float32:
+def _compute_stored_scale(scale: np.float32, top: np.float32, is_float16: bool) -> np.float32:
     """Compute ``levels.stored_scale``, as a float32."""
-    return _from_16(_scale_16(scale, top)) if is_float16 else max(scale, SMALLEST_32)
+    return _to_float32(_scale_16(scale, top)) if is_float16 else max(scale, SMALLEST_32)
 
 
 @_compile
@@ -376,7 +376,7 @@ def _round_weight(
     low: np.float32,
     top: np.float32,
 ) -> tuple[np.float32, np.float32]:
-    """Return the nearest level of a weight in units of the scale, and the rounding residual."""
+    """Return the multiple of the nearest level of a weight, and the rounding residual."""
     q = (min(max((value - offset) * inverse, low), top) + ROUNDER) - ROUNDER
     return q, value - (q * scale + offset)
 
@@ -398,7 +398,7 @@ def _transpose(rows: NDArray[np.float32], first: int, used: int, tile: NDArray[n
 
 
 @_compile
-def _errors(
+def _compute_errors(
     tile: NDArray[np.float32],
     lanes: NDArray[np.float32],
     fit: int,
@@ -436,7 +436,7 @@ def _errors(
 
 
 @_compile
-def _residuals(
+def _compute_residuals(
     tile: NDArray[np.float32],
     lanes: NDArray[np.float32],
     fit: int,
@@ -519,10 +519,10 @@ def _clip(
             removed = (largest - smallest) * cut
             low, high = (smallest + removed) + ZERO, largest - removed
             failed |= np.int32(abs(low) > limit)
-            offset = _from_16(_round_down_16(low)) if is_float16 else low
+            offset = _to_float32(_round_down_16(low)) if is_float16 else low
             scale = max(high - offset, ZERO) / top
         failed |= np.int32(scale > limit)
-        lanes[fit + lane] = _stored_scale(scale, top, is_float16)
+        lanes[fit + lane] = _compute_stored_scale(scale, top, is_float16)
         lanes[fit + LANES + lane] = offset
     return bool(failed == np.int32(0))
 
@@ -547,9 +547,9 @@ def _refit(
             scale_change = _zero_if_not_finite((qr * count - q * r) / (qq * count - q * q))
             offset_change = _zero_if_not_finite((r - scale_change * q) / count)
             offset = min(max(lanes[BEST + LANES + lane] + offset_change, -limit), limit) + ZERO
-            offset = _from_16(_to_16(offset)) if is_float16 else offset
+            offset = _to_float32(_to_float16_bits(offset)) if is_float16 else offset
         scale = min(max(lanes[BEST + lane] + scale_change, ZERO), limit)
-        lanes[NEW + lane] = _stored_scale(scale, top, is_float16)
+        lanes[NEW + lane] = _compute_stored_scale(scale, top, is_float16)
         lanes[NEW + LANES + lane] = offset
 
 
@@ -581,7 +581,7 @@ def least_squares(
     for first in range(0, count, LANES):
         used = min(LANES, count - first)
         for lane in range(used):  # row by row: fastest memory order
-            smallest, largest = _bounds(rows, first + lane, first + lane + 1)
+            smallest, largest = _find_bounds(rows, first + lane, first + lane + 1)
             if largest >= INFINITE or _to_ordered_bits(smallest) & ALL_BUT_SIGN >= INFINITE:
                 return first
             lanes[LOW + lane], lanes[HIGH + lane] = (
@@ -591,24 +591,24 @@ def least_squares(
         _transpose(rows, first, used, tile)
         if not _clip(lanes, BEST, CUTS[0], REMAINING[0], top, symmetric, is_float16):
             return first
-        _errors(tile, lanes, BEST, BEST_SUMS, low, top)
+        _compute_errors(tile, lanes, BEST, BEST_SUMS, low, top)
         for cut in range(1, CUTS.size):
             if not _clip(lanes, NEW, CUTS[cut], REMAINING[cut], top, symmetric, is_float16):
                 return first
-            _errors(tile, lanes, NEW, NEW_SUMS, low, top)
+            _compute_errors(tile, lanes, NEW, NEW_SUMS, low, top)
             _keep_better(lanes, 1)  # only the squared error
-        _residuals(tile, lanes, BEST, BEST_SUMS, low, top)
+        _compute_residuals(tile, lanes, BEST, BEST_SUMS, low, top)
         for _ in range(rounds):
             _refit(lanes, np.float32(dim), top, symmetric, is_float16)
-            _residuals(tile, lanes, NEW, NEW_SUMS, low, top)
+            _compute_residuals(tile, lanes, NEW, NEW_SUMS, low, top)
             _keep_better(lanes, 5)  # all sums of ``Residuals``
         for lane in range(used):
             row = first + lane
             scale, offset = lanes[BEST + lane], lanes[BEST + LANES + lane]
             if is_float16:
-                scale_16[row] = np.uint16(_to_16(scale))
+                scale_16[row] = np.uint16(_to_float16_bits(scale))
                 if not symmetric:
-                    offset_16[row] = np.uint16(_to_16(offset))
+                    offset_16[row] = np.uint16(_to_float16_bits(offset))
             else:
                 scale_32[row] = np.uint32(_bits(scale))
                 if not symmetric:

@@ -16,21 +16,21 @@ def row_ranges(rows: int, dim: int) -> Iterator[tuple[int, int]]:
     yield from ((begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
-def multiply_by_blocks(x: Tensor, numbers: Tensor) -> Tensor:
-    """Multiply float32 ``(*, dim)`` by the transpose of ``numbers`` ``(rows, dim)``, of any dtype.
+def multiply_by_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply float32 ``(*, dim)`` by the transpose of ``weight`` ``(rows, dim)``, of any dtype.
 
     Returns float32 ``(*, rows)``.
     """
-    ranges = row_ranges(*numbers.shape)
-    return torch.cat([F.linear(x, numbers[b:e].float()) for b, e in ranges], dim=-1)
+    ranges = row_ranges(*weight.shape)
+    return torch.cat([F.linear(x, weight[b:e].float()) for b, e in ranges], dim=-1)
 
 
-def gradient_by_blocks(grad: Tensor, numbers: Tensor) -> Tensor:
+def compute_grad_x_by_blocks(grad: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient of ``x`` in ``multiply_by_blocks``: float32 ``(*, dim)``.
 
     ``grad`` is the gradient of the product, ``(*, rows)``.
     """
-    total = grad.new_zeros((*grad.shape[:-1], numbers.shape[1]))
-    for begin, end in row_ranges(*numbers.shape):
-        total += torch.matmul(grad[..., begin:end], numbers[begin:end].float())
+    total = grad.new_zeros((*grad.shape[:-1], weight.shape[1]))
+    for begin, end in row_ranges(*weight.shape):
+        total += torch.matmul(grad[..., begin:end], weight[begin:end].float())
     return total

@@ -45,17 +45,20 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
     """
     count, dim = rows.shape
     rows_per_scale = grid.rows_per_scale
-    values, codes = _to_float32(rows), _empty_codes(rows, bits)
+    values, codes = _to_float32(rows), _allocate_codes(rows, bits)
     scale = torch.empty(-(-count // rows_per_scale), 1, dtype=grid.dtype)
     offset = None if grid.symmetric else torch.empty_like(scale)
     top = np.float32(grid.max_multiple if grid.symmetric else grid.levels - 1)
     # Without offsets the loops do not write to the last arrays, so any arrays are passed.
-    stored_scale, stored_offset = _as_words(scale), _as_words(scale if offset is None else offset)
+    stored_scale, stored_offset = (
+        _view_as_words(scale),
+        _view_as_words(scale if offset is None else offset),
+    )
 
     def encode_rows(begin: int, end: int) -> int:
-        entries = slice(begin // rows_per_scale, -(-end // rows_per_scale))
+        scale_slice = slice(begin // rows_per_scale, -(-end // rows_per_scale))
         part_codes = codes.numpy()[begin:end]
-        words = [array[entries] for array in (*stored_scale, *stored_offset)]
+        words = [array[scale_slice] for array in (*stored_scale, *stored_offset)]
         refits = grid.clipping == "least_squares"
         loop: Callable[..., int] = numba_kernels.least_squares if refits else numba_kernels.min_max
         bad_row = loop(
@@ -69,45 +72,45 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
         )
         return -1 if bad_row < 0 else begin + bad_row
 
-    bad_row = _in_threads(encode_rows, count, dim, rows_per_scale)
+    bad_row = _encode_in_threads(encode_rows, count, dim, rows_per_scale)
     if bad_row >= 0:
         bad_rows = rows[bad_row : bad_row + numba_kernels.LANES * rows_per_scale]
-        raise _not_storable(bad_rows, bad_row, grid)
+        raise _build_error(bad_rows, bad_row, grid)
     return codes, FittedRange(scale, offset)
 
 
-def encode_as(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tensor:
+def encode_with_scales(rows: Tensor, fitted: FittedRange, grid: Grid, bits: int) -> Tensor:
     """Encode rows to their nearest levels with given scales and offsets.
 
     Args:
         rows: finite, float, ``(rows, dim)``; the first row begins a group of rows with one scale.
         fitted: scales and offsets of these rows, or those of the table if it has one scale.
         grid: the grid of levels, with any ``rows_per_scale``.
-        bits: as in ``encode``.
+        bits: 8 for one byte per code, or 4 for the planar layout of ``bitpacking``.
 
     Returns:
         Codes as in ``encode``.
     """
     count, dim = rows.shape
-    values, codes = _to_float32(rows), _empty_codes(rows, bits)
+    values, codes = _to_float32(rows), _allocate_codes(rows, bits)
     top = np.float32(grid.max_multiple if grid.symmetric else grid.levels - 1)
     scales = _to_float32(fitted.scale)[:, 0]
     offsets = np.zeros_like(scales) if fitted.offset is None else _to_float32(fitted.offset)[:, 0]
     group_rows = grid.rows_per_scale or max(count, 1)
 
     def encode_rows(begin: int, end: int) -> int:
-        entries = slice(begin // group_rows, -(-end // group_rows))
+        scale_slice = slice(begin // group_rows, -(-end // group_rows))
         if not grid.rows_per_scale:  # the table has one scale
-            entries = slice(1)
+            scale_slice = slice(1)
         part_codes = codes.numpy()[begin:end]
         is_planar = bits == 4
         numba_kernels.nearest(
-            values[begin:end], scales[entries], offsets[entries], group_rows, top, grid.symmetric,
-            is_planar, part_codes,
+            values[begin:end], scales[scale_slice], offsets[scale_slice], group_rows, top,
+            grid.symmetric, is_planar, part_codes,
         )  # fmt: skip
         return -1
 
-    _in_threads(encode_rows, count, dim, grid.rows_per_scale or 1)
+    _encode_in_threads(encode_rows, count, dim, grid.rows_per_scale or 1)
     return codes
 
 
@@ -115,14 +118,14 @@ def _to_float32(values: Tensor) -> NDArray[np.float32]:
     return cast("NDArray[np.float32]", values.detach().cpu().float().contiguous().numpy())
 
 
-def _empty_codes(rows: Tensor, bits: int) -> Tensor:
+def _allocate_codes(rows: Tensor, bits: int) -> Tensor:
     """Allocate memory for the codes of these rows."""
     count, dim = rows.shape
     # numpy puts large arrays in huge pages, which are allocated several times faster.
     return torch.from_numpy(np.empty((count, dim if bits == 8 else -(-dim // 2)), np.uint8))
 
 
-def _as_words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
+def _view_as_words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
     """Return the bits of float16 or float32 numbers as 16-bit or 32-bit words.
 
     The array of the other size is empty.
@@ -133,7 +136,7 @@ def _as_words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
     return np.empty(0, np.uint16), flat.view(np.uint32)
 
 
-def _in_threads(
+def _encode_in_threads(
     encode_rows: Callable[[int, int], int], rows: int, dim: int, rows_per_scale: int
 ) -> int:
     """Process all rows with torch's number of threads; return the first bad row, or -1.
@@ -145,7 +148,9 @@ def _in_threads(
         return encode_rows(0, rows)
     size = -(-rows // (threads * rows_per_scale)) * rows_per_scale  # rows per thread
     submitted = [
-        _thread_pool(os.getpid(), threads - 1).submit(encode_rows, begin, min(begin + size, rows))
+        _get_thread_pool(os.getpid(), threads - 1).submit(
+            encode_rows, begin, min(begin + size, rows)
+        )
         for begin in range(size, rows, size)
     ]
     results = [encode_rows(0, min(size, rows)), *(future.result() for future in submitted)]
@@ -153,7 +158,7 @@ def _in_threads(
 
 
 @functools.cache
-def _thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
+def _get_thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Return this process's pool of threads; ``process`` is its id.
 
     The id is part of the cache key, because a forked process cannot use the threads of its parent.
@@ -161,7 +166,7 @@ def _thread_pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="encode-rows")
 
 
-def _not_storable(rows: Tensor, begin: int, grid: Grid) -> ValueNotStorable:
+def _build_error(rows: Tensor, begin: int, grid: Grid) -> ValueNotStorable:
     """Build the error for rows of which at least one cannot be stored.
 
     ``begin`` is the number of the first of these rows in the block.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressors.core.modules.formats import TensorSpec
-from compressors.quantize.kernels.products import gradient_by_blocks, multiply_by_blocks
+from compressors.quantize.kernels.products import compute_grad_x_by_blocks, multiply_by_blocks
 
 
 @torch.library.custom_op("recpress::float16_product", mutates_args=())
@@ -27,13 +27,13 @@ def _save_product(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> No
     ctx.save_for_backward(*inputs)
 
 
-def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     x, weight = ctx.saved_tensors
-    to_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-    return gradient_by_blocks(grad, weight), to_weight.to(weight.dtype)
+    grad_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    return compute_grad_x_by_blocks(grad, weight), grad_weight.to(weight.dtype)
 
 
-float16_product.register_autograd(_product_backward, setup_context=_save_product)
+float16_product.register_autograd(_compute_gradients, setup_context=_save_product)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class ShortFloatTableFormat:
     Attributes:
         name: name of the format, which is the name of the dtype.
         dtype: dtype of the stored tensor.
-        learned: empty: no tensor can be trained, because rounding would undo Adam's small updates.
+        learned: names of the tensors that can be trained: none, because rounding would undo Adam's
+            small updates.
     """
 
     name: str
@@ -65,9 +66,9 @@ class ShortFloatTableFormat:
         return rows
 
     def can_multiply(self, settings: Mapping[str, Any]) -> bool:
-        return self.dtype == torch.float16  # ONNX Runtime on CPUs has no bfloat16 products
+        return self.dtype == torch.float16  # ONNX Runtime has no bfloat16 MatMul on CPUs
 
-    def product(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def multiply(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
         scores: Tensor = torch.ops.recpress.float16_product(x, stored["weight"])
         return scores
 
@@ -81,7 +82,7 @@ class ShortFloatLinearFormat:
     Attributes:
         name: name of the format, which is the name of the dtype.
         dtype: dtype of the stored tensors.
-        learned: empty: no tensor can be trained, as for tables.
+        learned: names of the tensors that can be trained: none, as for tables.
     """
 
     name: str
@@ -159,8 +160,9 @@ def short_float_linear_format(name: str, dtype: torch.dtype) -> ShortFloatLinear
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias = ctx.saved_tensors
-        flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        return grad @ weight.float(), (flat.T @ rows).to(weight.dtype), flat.sum(0).to(bias.dtype)
+        flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad_weight, grad_bias = flat_grad.T @ flat_x, flat_grad.sum(0)
+        return grad @ weight.float(), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
     linear.register_fake(fake)
     linear.register_autograd(backward, setup_context=save_inputs)

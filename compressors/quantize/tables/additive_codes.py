@@ -272,18 +272,20 @@ class AdditiveCodes(StepSettings):
                 weight = lookup_weight(count, float(count.sum()), self.traffic)
             best: tuple[float, nn.Module] | None = None
             for seed in range(self.draws):
-                stored = self._encoded(unit.weight, weight, matrix, seed)
+                stored = self._fit_and_encode(unit.weight, weight, matrix, seed)
                 packed = PackedTable(FORMAT, rows, dim, self.settings(), stored)
                 # ``pack_table`` puts the new table into a ``Bag`` if it replaces an EmbeddingBag.
                 table = pack_table(unit.module, packed)
-                metric = self._validation_metric(model, bench, unit.name, table)
+                metric = self._measure_validation_metric(model, bench, unit.name, table)
                 if best is None or metric > best[0]:
                     best = metric, table
             if best is not None:
                 swap(model.module, unit.name, best[1])
         return AppliedStep(model)
 
-    def _validation_metric(self, model: Model, bench: Bench, name: str, table: nn.Module) -> float:
+    def _measure_validation_metric(
+        self, model: Model, bench: Bench, name: str, table: nn.Module
+    ) -> float:
         """Return the validation metric with one fit of a table; 0 if there is only one fit."""
         if self.draws == 1 or bench.validation is None:
             return 0.0
@@ -296,7 +298,7 @@ class AdditiveCodes(StepSettings):
         units = plan.units(model.module)
         return dry_run_packed(model, units, table=FORMAT, settings=self.settings())
 
-    def _encoded(
+    def _fit_and_encode(
         self, table: Tensor, weight: Tensor, matrix: Tensor, seed: int
     ) -> dict[str, Tensor]:
         """Return the stored tensors of a table, fitted to its rows times ``matrix``."""

@@ -37,7 +37,7 @@ CodebookShare = Annotated[
 ]
 
 
-def width_of(levels: int) -> int:
+def compute_code_width(levels: int) -> int:
     """Return the bits of a stored code for a codebook of ``levels`` entries, at most 256."""
     return next(width for width in WIDTHS if levels <= 1 << width)
 
@@ -63,7 +63,9 @@ class Shape(NamedTuple):
     width: int
 
 
-def shape_of(rows: int, dim: int, books: int, entry_dim: int, settings: Mapping[str, Any]) -> Shape:
+def compute_shape(
+    rows: int, dim: int, books: int, entry_dim: int, settings: Mapping[str, Any]
+) -> Shape:
     """Compute the sizes of the codebooks of a table of ``rows x dim``.
 
     Args:
@@ -81,7 +83,7 @@ def shape_of(rows: int, dim: int, books: int, entry_dim: int, settings: Mapping[
     # The original table takes 4 bytes per weight.
     allowed = int(settings["codebook_share"] * 4 * rows * dim // (books * entry_dim * size))
     levels = max(min(1 << settings["bits"], allowed), 2)
-    return Shape(books, levels, entry_dim, width_of(levels))
+    return Shape(books, levels, entry_dim, compute_code_width(levels))
 
 
 def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from compressors.core.modules.formats import TableFormat, TensorSpec
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
-from compressors.quantize.kernels.levels import Grid, RowsPerScale, ScaleType, decode_multiples
+from compressors.quantize.kernels.levels import Grid, RowsPerScale, ScaleType, dequantize
 from compressors.quantize.tables import scales
 
 LARGEST = 448
@@ -39,25 +39,25 @@ def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
 
     Args:
         table: float, ``(rows, dim)``; the first row begins a group of rows with one scale.
-        scale: the stored scales, ``(entries, 1)``.
+        scale: the stored scales, ``(number of scales, 1)``.
         rows_per_scale: number of rows that share a scale; 0: all rows of the table.
     """
     rows = torch.arange(len(table), device=table.device)
-    scale_of_row = scale[scales.entries_of(rows, rows_per_scale)].float()
+    scale_of_row = scale[scales.scale_indices(rows, rows_per_scale)].float()
     rounded = (table.float() / scale_of_row).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return rounded.view(torch.uint8)
 
 
-def decode_float8(codes: Tensor) -> Tensor:
-    """Decode the bits of 8-bit floats to float32 in the same shape."""
+def convert_from_float8(codes: Tensor) -> Tensor:
+    """Convert the bits of 8-bit floats to float32, in the same shape."""
     return codes.view(torch.float8_e4m3fn).float()
 
 
 @torch.library.custom_op("recpress::float8_e4m3_table", mutates_args=())
 def float8_e4m3_table(codes: Tensor, scale: Tensor, ids: Tensor, rows_per_scale: int) -> Tensor:
     """Look up rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
-    scale_of_id = scale[scales.entries_of(ids, rows_per_scale)]
-    return decode_multiples(decode_float8(codes[ids]), scale_of_id, offset=None)
+    scale_of_id = scale[scales.scale_indices(ids, rows_per_scale)]
+    return dequantize(convert_from_float8(codes[ids]), scale_of_id, offset=None)
 
 
 @float8_e4m3_table.register_fake
@@ -70,21 +70,23 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
     codes, scale, ids = ctx.saved_tensors
-    by_scale = scales.gradients(grad, decode_float8(codes[ids]), scale, ids, ctx.rows_per_scale)
-    return None, by_scale, None, None
+    grad_scale = scales.compute_gradient(
+        grad, convert_from_float8(codes[ids]), scale, ids, ctx.rows_per_scale
+    )
+    return None, grad_scale, None, None
 
 
-float8_e4m3_table.register_autograd(_backward, setup_context=_setup_context)
+float8_e4m3_table.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)
 class Float8E4M3Format:
     """Stores ``codes`` uint8 ``(rows, dim)``, the bits of 8-bit floats, and ``scale``.
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``TableFormat``.
+    ``learned``: names of the tensors that training may change. The protocol ``TableFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str = "float8_e4m3"
@@ -101,7 +103,7 @@ class Float8E4M3Format:
         dim: int,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        rows_per_scale = scales.SharedScales.of(settings).rows_per_scale
+        rows_per_scale = scales.SharedScales.from_settings(settings).rows_per_scale
         codes, scale = stored["codes"], stored["scale"]
         rows: Tensor = torch.ops.recpress.float8_e4m3_table(codes, scale, ids, rows_per_scale)
         return rows
@@ -133,7 +135,7 @@ class Float8E4M3(StepSettings):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the stored layout of a table."""
-        return scales.settings_of(self.grid)
+        return scales.select_settings(self.grid)
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
         """Fit the scale if the table has one for all rows; otherwise return no parameters."""

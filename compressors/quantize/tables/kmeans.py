@@ -113,17 +113,17 @@ def encode(
     """
     rows = table.float()
     if scale_type == "none":
-        return _nearest_codes(rows, codebook), None
+        return _find_nearest_codes(rows, codebook), None
     scale = largest_weights(rows, scale_type)
-    codes = _nearest_codes(rows / scale.float(), codebook)
+    codes = _find_nearest_codes(rows / scale.float(), codebook)
     for _ in range(ALTERNATIONS):
         levels = codebook[codes.long()]
         square = levels.square().sum(dim=1, keepdim=True)
         fitted = ((levels * rows).sum(dim=1, keepdim=True) / square).to(scale.dtype)
         is_usable = fitted.isfinite() & (fitted > 0)
         fitted = torch.where(is_usable, fitted, scale)
-        new_codes = _nearest_codes(rows / fitted.float(), codebook)
-        better = _row_errors(rows, codebook, new_codes, fitted) < _row_errors(
+        new_codes = _find_nearest_codes(rows / fitted.float(), codebook)
+        better = _compute_row_errors(rows, codebook, new_codes, fitted) < _compute_row_errors(
             rows, codebook, codes, scale
         )
         scale, codes = torch.where(better, fitted, scale), torch.where(better, new_codes, codes)
@@ -132,13 +132,13 @@ def encode(
     return codes, scale
 
 
-def _nearest_codes(values: Tensor, codebook: Tensor) -> Tensor:
+def _find_nearest_codes(values: Tensor, codebook: Tensor) -> Tensor:
     """Return the codes of the levels nearest to scaled values, uint8 in the same shape."""
     boundaries = (codebook[1:] + codebook[:-1]) / 2
     return torch.bucketize(values, boundaries).to(torch.uint8)
 
 
-def _row_errors(rows: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def _compute_row_errors(rows: Tensor, codebook: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Return the squared error of each decoded row: ``(rows, 1)``."""
     error = codebook[codes.long()] * scale.float() - rows
     return error.square().sum(dim=1, keepdim=True)
@@ -181,21 +181,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(codes, codebook, *([scale] if ctx.has_scale else []), ids)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, *scales, ids = ctx.saved_tensors
-    entries = unpack(codes[ids], ctx.dim, ctx.width).long()  # (*ids, dim)
-    to_scale = None
+    indices = unpack(codes[ids], ctx.dim, ctx.width).long()  # in the codebook, (*ids, dim)
+    grad_scale = None
     if ctx.has_scale:
-        by_lookup = (grad * codebook[entries]).sum(dim=-1).reshape(-1)  # (lookups,)
+        by_lookup = (grad * codebook[indices]).sum(dim=-1).reshape(-1)  # (lookups,)
         total = torch.zeros(len(scales[0]), device=grad.device)
         total.index_add_(0, ids.reshape(-1), by_lookup)
-        to_scale = total.unsqueeze(1).to(scales[0].dtype)
+        grad_scale = total.unsqueeze(1).to(scales[0].dtype)
         grad = grad * scales[0][ids].float()
-    to_codebook = torch.zeros_like(codebook).index_add_(0, entries.reshape(-1), grad.reshape(-1))
-    return None, to_codebook, to_scale, None, None, None
+    grad_codebook = torch.zeros_like(codebook).index_add_(0, indices.reshape(-1), grad.reshape(-1))
+    return None, grad_codebook, grad_scale, None, None, None
 
 
-kmeans_table.register_autograd(_backward, setup_context=_setup_context)
+kmeans_table.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,8 @@ class KMeansFormat:
     """Stores packed ``codes`` uint8, ``codebook`` float32 ``(levels,)`` and ``scale``.
 
     ``learned``: names of the tensors that training may change. ``rows_per_entry=0``: the codebook
-    belongs to the whole table, not to its rows. For the methods, see the protocol ``TableFormat``.
+    belongs to the whole table, not to its rows. The protocol ``TableFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str = "kmeans"

@@ -27,11 +27,11 @@ from compressors.quantize.tables.codebooks import (
     CodebookShare,
     CodebookType,
     Shape,
+    compute_code_width,
+    compute_shape,
     convert_codebook,
     entry_indices,
     layout,
-    shape_of,
-    width_of,
 )
 
 
@@ -130,28 +130,30 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, ids = ctx.saved_tensors
-    entry = entry_indices(unpack(codes[ids], ctx.parts, ctx.width), len(codebook))  # (*ids, parts)
+    indices = entry_indices(
+        unpack(codes[ids], ctx.parts, ctx.width), len(codebook)
+    )  # (*ids, parts)
     column_indices = padded_columns(ctx.dim, ctx.parts)
     if column_indices is not None:
         padded_grad = grad.new_zeros((*grad.shape[:-1], ctx.parts * codebook.shape[1]))
         padded_grad[..., column_indices] = grad
         grad = padded_grad
     total = torch.zeros(codebook.shape, device=grad.device)
-    total.index_add_(0, entry.reshape(-1), grad.reshape(-1, codebook.shape[1]))
+    total.index_add_(0, indices.reshape(-1), grad.reshape(-1, codebook.shape[1]))
     return None, total.to(codebook.dtype), None, None, None, None
 
 
-product_codes.register_autograd(_backward, setup_context=_setup_context)
+product_codes.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)
 class ProductCodesFormat:
     """Stores packed ``codes`` uint8, and ``codebook`` ``(parts * levels, widest part)``.
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``TableFormat``.
+    ``learned``: names of the tensors that training may change. The protocol ``TableFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str = "product_codes"
@@ -160,7 +162,7 @@ class ProductCodesFormat:
     def shape(self, rows: int, dim: int, settings: Mapping[str, Any]) -> Shape:
         """Return the sizes of the codes and codebooks of a ``rows x dim`` table."""
         widths = part_widths(dim, settings["parts"])
-        return shape_of(rows, dim, len(widths), widths[0], settings)
+        return compute_shape(rows, dim, len(widths), widths[0], settings)
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return layout(rows, self.shape(rows, dim, settings), settings)
@@ -223,4 +225,4 @@ class ProductCodes(StepSettings):
         """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         codes = encode(block, params["codebook"], self.parts)
         levels = len(params["codebook"]) // codes.shape[1]
-        return {"codes": pack(codes, width_of(levels))}
+        return {"codes": pack(codes, compute_code_width(levels))}

@@ -39,11 +39,11 @@ from compressors.quantize.tables.codebooks import (
     CodebookShare,
     CodebookType,
     Shape,
+    compute_code_width,
+    compute_shape,
     convert_codebook,
     entry_indices,
     layout,
-    shape_of,
-    width_of,
 )
 
 MAX_PASSES = 8
@@ -89,11 +89,11 @@ def fit(
         fitted.append(book)
     codebook = torch.cat(fitted)
     codes = encode(rows, codebook, books)
-    errors = [_error(rows, codes, codebook, counts)]
+    errors = [_compute_error(rows, codes, codebook, counts)]
     for _ in range(refine):
         refined = least_squares(rows, codes, codebook, counts)
         codes = encode(rows, refined, books)
-        error = _error(rows, codes, refined, counts)
+        error = _compute_error(rows, codes, refined, counts)
         if error >= errors[-1]:
             break
         codebook = refined
@@ -170,7 +170,7 @@ def decode(codes: Tensor, codebook: Tensor) -> Tensor:
     return codebook[entry_indices(codes, len(codebook))].float().sum(dim=-2)
 
 
-def _error(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor) -> float:
+def _compute_error(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor) -> float:
     """Return the squared error of the decoded rows, each times its weight, summed."""
     return float((squared_distance(rows, decode(codes, codebook)) * weight).sum())
 
@@ -194,7 +194,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, ids = ctx.saved_tensors
     entry = entry_indices(unpack(codes[ids], ctx.books, ctx.width), len(codebook))  # (*ids, books)
     flat = grad.reshape(-1, codebook.shape[1])
@@ -204,15 +204,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, total.to(codebook.dtype), None, None, None
 
 
-residual_codes.register_autograd(_backward, setup_context=_setup_context)
+residual_codes.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 @dataclass(frozen=True)
 class ResidualCodesFormat:
     """Stores packed ``codes`` uint8, and ``codebook`` ``(codebooks * levels, dim)``.
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``TableFormat``.
+    ``learned``: names of the tensors that training may change. The protocol ``TableFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str = "residual_codes"
@@ -220,7 +220,7 @@ class ResidualCodesFormat:
 
     def shape(self, rows: int, dim: int, settings: Mapping[str, Any]) -> Shape:
         """Return the sizes of the codes and codebooks of a ``rows x dim`` table."""
-        return shape_of(rows, dim, settings["codebooks"], dim, settings)
+        return compute_shape(rows, dim, settings["codebooks"], dim, settings)
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
         return layout(rows, self.shape(rows, dim, settings), settings)
@@ -282,4 +282,4 @@ class ResidualCodes(StepSettings):
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
         codes = encode(block, params["codebook"], self.codebooks)
-        return {"codes": pack(codes, width_of(len(params["codebook"]) // self.codebooks))}
+        return {"codes": pack(codes, compute_code_width(len(params["codebook"]) // self.codebooks))}

@@ -57,7 +57,7 @@ class RowwiseSettings(StepSettings):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the stored layout of a table."""
-        return scales.settings_of(self.grid)
+        return scales.select_settings(self.grid)
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
         """Fit scale and offset if the table has one scale; otherwise return no parameters.
@@ -72,7 +72,7 @@ class PackedRowsFormat:
     """Row-wise format with packed codes of 2 or 4 bits.
 
     It stores ``codes``, uint8 ``(rows, ceil(dim * bits / 8))``, several codes per byte as in
-    ``bitpacking.py``, ``scale``, and ``offset`` if the levels are asymmetric.
+    ``quantize/kernels/bitpacking.py``, ``scale``, and ``offset`` if the levels are asymmetric.
 
     Attributes:
         name: name of the format and of its custom op.
@@ -80,7 +80,7 @@ class PackedRowsFormat:
         zero_code: the code of zero with symmetric levels; 1.5 if zero is between the codes 1 and 2.
         learned: names of the tensors that training may change.
 
-    For its methods, see the protocol ``TableFormat``.
+    The protocol ``TableFormat`` (``core/modules/formats.py``) explains the methods.
     """
 
     name: str
@@ -95,7 +95,7 @@ class PackedRowsFormat:
     def lookup(
         self, stored: Mapping[str, Tensor], ids: Tensor, dim: int, settings: Mapping[str, Any]
     ) -> Tensor:
-        rows_per_scale = scales.SharedScales.of(settings).rows_per_scale
+        rows_per_scale = scales.SharedScales.from_settings(settings).rows_per_scale
         op = getattr(torch.ops.recpress, self.name)
         rows: Tensor = op(
             stored["codes"], stored["scale"], stored.get("offset"), ids, dim, rows_per_scale

@@ -3,7 +3,8 @@
 By default each row has a scale, so large weights of a popular item do not round the small weights
 of a rare item to zero. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
 ``rows * (dim + 2)`` bytes with a float16 scale per row. Asymmetric levels have an offset per row,
-so the table takes ``rows * (dim + 4)`` bytes.
+so the table takes ``rows * (dim + 4)`` bytes. The setting ``rows_per_scale`` is the number of
+neighbouring rows that share a scale and an offset; 0 means all rows of the table.
 
 Paper: Guan et al. 2019, https://arxiv.org/abs/1911.02079 (row-wise uniform quantization).
 Differs: symmetric by default (TensorRT has no zero point, so a symmetric lookup is cheaper there),
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from compressors.core.modules.formats import TableFormat, TensorSpec
-from compressors.quantize.kernels.levels import decode_multiples
-from compressors.quantize.kernels.products import gradient_by_blocks, multiply_by_blocks
+from compressors.quantize.kernels.levels import dequantize
+from compressors.quantize.kernels.products import compute_grad_x_by_blocks, multiply_by_blocks
 from compressors.quantize.tables import scales
 from compressors.quantize.tables.rowwise import RowwiseSettings
 
@@ -33,10 +34,18 @@ def code_type(*, symmetric: bool) -> torch.dtype:
 def rowwise_int8(
     codes: Tensor, scale: Tensor, offset: Tensor | None, ids: Tensor, rows_per_scale: int
 ) -> Tensor:
-    """Look up rows of a stored table: codes ``(rows, dim)``, ids -> float32 ``(*ids, dim)``."""
-    entries = scales.entries_of(ids, rows_per_scale)
-    return decode_multiples(
-        codes[ids].float(), scale[entries], None if offset is None else offset[entries]
+    """Look up rows of a stored table as float32 ``(*ids, dim)``.
+
+    Args:
+        codes: int8 or uint8 ``(rows, dim)``.
+        scale: ``(scales, 1)``.
+        offset: ``(scales, 1)``; None if the levels are symmetric.
+        ids: row numbers, of any shape.
+        rows_per_scale: number of rows that share a scale; 0: all rows of the table.
+    """
+    indices = scales.scale_indices(ids, rows_per_scale)
+    return dequantize(
+        codes[ids].float(), scale[indices], None if offset is None else offset[indices]
     )
 
 
@@ -60,16 +69,16 @@ def _setup_context(
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None, None]:
+def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None, None]:
     codes, scale, offset, ids = ctx.saved_tensors
-    by_scale = scales.gradients(grad, codes[ids].float(), scale, ids, ctx.rows_per_scale)
-    by_offset = None
+    grad_scale = scales.compute_gradient(grad, codes[ids].float(), scale, ids, ctx.rows_per_scale)
+    grad_offset = None
     if offset is not None:
-        by_offset = scales.gradients(grad, None, offset, ids, ctx.rows_per_scale)
-    return None, by_scale, by_offset, None, None
+        grad_offset = scales.compute_gradient(grad, None, offset, ids, ctx.rows_per_scale)
+    return None, grad_scale, grad_offset, None, None
 
 
-rowwise_int8.register_autograd(_backward, setup_context=_setup_context)
+rowwise_int8.register_autograd(_compute_gradients, setup_context=_setup_context)
 
 
 @torch.library.custom_op("recpress::rowwise_int8_product", mutates_args=())
@@ -92,27 +101,27 @@ def _(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _save_product(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+def _compute_product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
     x, codes, scale = ctx.saved_tensors
-    to_x = gradient_by_blocks(grad * scale.float().flatten(), codes)
-    by_row = (grad * multiply_by_blocks(x, codes)).reshape(-1, len(codes)).sum(dim=0)  # (rows,)
-    to_scale = by_row if len(scale) > 1 else by_row.sum()
-    return to_x, None, to_scale.reshape(-1, 1).to(scale.dtype)
+    grad_x = compute_grad_x_by_blocks(grad * scale.float().flatten(), codes)
+    grad_scale_by_row = (grad * multiply_by_blocks(x, codes)).reshape(-1, len(codes)).sum(dim=0)
+    grad_scale = grad_scale_by_row if len(scale) > 1 else grad_scale_by_row.sum()
+    return grad_x, None, grad_scale.reshape(-1, 1).to(scale.dtype)
 
 
-rowwise_int8_product.register_autograd(_product_backward, setup_context=_save_product)
+rowwise_int8_product.register_autograd(_compute_product_gradients, setup_context=_save_inputs)
 
 
 @dataclass(frozen=True)
 class RowwiseInt8Format:
     """Stores ``codes`` ``(rows, dim)``, ``scale``, and ``offset`` if the levels are asymmetric.
 
-    ``learned``: names of the tensors that training may change. For the methods, see the protocol
-    ``TableFormat``.
+    ``learned``: names of the tensors that training may change. The protocol ``TableFormat``
+    (``core/modules/formats.py``) explains the methods.
     """
 
     name: str = "rowwise_int8"
@@ -120,7 +129,7 @@ class RowwiseInt8Format:
     learned: tuple[str, ...] = ("scale", "offset")
 
     def layout(self, rows: int, dim: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-        symmetric = scales.SharedScales.of(settings).symmetric
+        symmetric = scales.SharedScales.from_settings(settings).symmetric
         codes = TensorSpec((rows, dim), code_type(symmetric=symmetric))
         return {"codes": codes, **scales.layout(rows, settings)}
 
@@ -131,16 +140,16 @@ class RowwiseInt8Format:
         dim: int,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        rows_per_scale = scales.SharedScales.of(settings).rows_per_scale
+        rows_per_scale = scales.SharedScales.from_settings(settings).rows_per_scale
         codes, scale, offset = stored["codes"], stored["scale"], stored.get("offset")
         rows: Tensor = torch.ops.recpress.rowwise_int8(codes, scale, offset, ids, rows_per_scale)
         return rows
 
     def can_multiply(self, settings: Mapping[str, Any]) -> bool:
-        sharing = scales.SharedScales.of(settings)
-        return sharing.symmetric and sharing.rows_per_scale in (0, 1)
+        sharing = scales.SharedScales.from_settings(settings)
+        return sharing.symmetric and sharing.rows_per_scale in (0, 1)  # one for all, or one per row
 
-    def product(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def multiply(self, stored: Mapping[str, Tensor], x: Tensor) -> Tensor:
         op = torch.ops.recpress.rowwise_int8_product
         scores: Tensor = op(x, stored["codes"], stored["scale"])
         return scores
@@ -164,7 +173,8 @@ class RowwiseInt8(RowwiseSettings):
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode one block of rows, float ``(rows, dim)``, to its stored tensors.
 
-        ``params`` is the result of ``fit``: scales that the rows of the whole table share, if any.
+        ``params`` is the result of ``fit``: the scale (and offset) of the whole table if
+        ``rows_per_scale`` is 0, otherwise empty. ``grid`` and ``fit`` are in ``rowwise.py``.
         """
         stored = scales.encode_codes(block, params, self.grid, FORMAT.bits)
         return {**stored, "codes": stored["codes"].view(code_type(symmetric=self.symmetric))}

@@ -1,7 +1,8 @@
 """Scales and offsets of row-wise formats: layout, encoding, lookup and gradients.
 
-A group of ``rows_per_scale`` rows shares one entry: a scale and, if the levels are asymmetric, an
-offset. A weight is ``multiple * scale + offset``: a *multiple* is a level in units of the scale.
+A group of ``rows_per_scale`` rows (0: all rows of the table) shares one scale and, if the levels
+are asymmetric, one offset. A weight is ``multiple * scale + offset``: a *multiple* is a level in
+units of the scale (``compressors/quantize/kernels/levels.py``).
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from compressors.quantize.kernels.clipping import fit
 from compressors.quantize.kernels.levels import (
     FittedRange,
     Grid,
-    decode_multiples,
+    dequantize,
     nearest_multiples,
 )
 
@@ -34,7 +35,7 @@ class SharedScales(NamedTuple):
     rows_per_scale: int
 
     @staticmethod
-    def of(settings: Mapping[str, Any]) -> "SharedScales":
+    def from_settings(settings: Mapping[str, Any]) -> "SharedScales":
         """Read them from the ``settings`` of a step or of a stored table."""
         dtype = getattr(torch, settings["scale"])
         return SharedScales(
@@ -42,7 +43,7 @@ class SharedScales(NamedTuple):
         )
 
 
-def settings_of(grid: Grid) -> dict[str, Any]:
+def select_settings(grid: Grid) -> dict[str, Any]:
     """Return the settings of a grid that determine a table's layout and lookup."""
     return {
         "scale": grid.scale,
@@ -52,21 +53,21 @@ def settings_of(grid: Grid) -> dict[str, Any]:
 
 
 def layout(rows: int, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    """Return shape and dtype of ``scale`` and, unless symmetric, ``offset``: ``(entries, 1)``."""
-    dtype, symmetric, rows_per_scale = SharedScales.of(settings)
-    entries = -(-rows // rows_per_scale) if rows_per_scale else 1
-    spec = TensorSpec((entries, 1), dtype, rows_per_entry=rows_per_scale)
+    """Return shape and dtype of ``scale`` and, unless symmetric, ``offset``: ``(scales, 1)``."""
+    dtype, symmetric, rows_per_scale = SharedScales.from_settings(settings)
+    count = -(-rows // rows_per_scale) if rows_per_scale else 1
+    spec = TensorSpec((count, 1), dtype, rows_per_entry=rows_per_scale)
     return {"scale": spec} if symmetric else {"scale": spec, "offset": spec}
 
 
 def fit_table(rows: Tensor, grid: Grid) -> dict[str, Tensor]:
     """Fit scale and offset of a table with one scale for all rows; otherwise return no tensors."""
-    return {} if grid.rows_per_scale else _by_name(fit(rows, grid))
+    return {} if grid.rows_per_scale else _name_tensors(fit(rows, grid))
 
 
 def fit_block(block: Tensor, grid: Grid) -> dict[str, Tensor]:
     """Fit scales and offsets of a block of rows; no tensors if the table has only one scale."""
-    return _by_name(fit(block, grid)) if grid.rows_per_scale else {}
+    return _name_tensors(fit(block, grid)) if grid.rows_per_scale else {}
 
 
 def encode_block(
@@ -118,27 +119,27 @@ def encode_codes(
     )
     if fits_in_loops:
         codes, fitted = row_encoding.encode(block, grid, bits)
-        return {"codes": codes, **_by_name(fitted)}
+        return {"codes": codes, **_name_tensors(fitted)}
     stored = fit_block(block, grid)
     by_name = {**params, **stored}
     fitted = FittedRange(by_name["scale"], by_name.get("offset"))
-    return {"codes": row_encoding.encode_as(block, fitted, grid, bits), **stored}
+    return {"codes": row_encoding.encode_with_scales(block, fitted, grid, bits), **stored}
 
 
-def _by_name(fitted: FittedRange) -> dict[str, Tensor]:
+def _name_tensors(fitted: FittedRange) -> dict[str, Tensor]:
     """Return scale and, if there is one, offset by the names under which they are stored."""
     offset = {} if fitted.offset is None else {"offset": fitted.offset}
     return {"scale": fitted.scale, **offset}
 
 
-def entries_of(ids: Tensor, rows_per_scale: int) -> Tensor:
+def scale_indices(ids: Tensor, rows_per_scale: int) -> Tensor:
     """Return the index of the scale of each row, for ids of any shape: int, the same shape."""
     if rows_per_scale == 1:
         return ids
     return ids // rows_per_scale if rows_per_scale else torch.zeros_like(ids)
 
 
-def gradients(
+def compute_gradient(
     grad: Tensor,
     multiples: Tensor | None,
     stored: Tensor,
@@ -150,23 +151,26 @@ def gradients(
     Args:
         grad: gradient of the looked-up weights, ``(*ids, dim)``.
         multiples: the weights' levels in units of the scale, ``(*ids, dim)``.
-        stored: the scales or offsets, ``(entries, 1)``.
+        stored: the scales or offsets, ``(scales, 1)``.
         ids: the looked-up rows.
-        rows_per_scale: number of rows that share an entry; 0: all.
+        rows_per_scale: number of rows that share a scale; 0: all.
 
     Returns:
-        ``(entries, 1)`` in the dtype of ``stored``.
+        ``(scales, 1)`` in the dtype of ``stored``.
     """
     by_lookup = (
         (grad if multiples is None else grad * multiples).sum(dim=-1).reshape(-1)
     )  # (lookups,)
     total = torch.zeros(stored.shape[0], device=stored.device)
-    total.index_add_(0, entries_of(ids, rows_per_scale).reshape(-1), by_lookup)
+    total.index_add_(0, scale_indices(ids, rows_per_scale).reshape(-1), by_lookup)
     return total.unsqueeze(1).to(stored.dtype)
 
 
 class DecodeCodes(Protocol):
-    """A function that decodes the packed codes of a format (see ``bitpacking.py``)."""
+    """A function that decodes the packed codes of a format.
+
+    ``compressors/quantize/kernels/bitpacking.py`` explains how several codes share a byte.
+    """
 
     def __call__(self, packed: Tensor, dim: int, *, symmetric: bool) -> Tensor:
         """Decode packed codes ``(*, bytes)`` to multiples of the scale, float32 ``(*, dim)``."""
@@ -182,9 +186,9 @@ def look_up_packed_rows(
     decode_codes: DecodeCodes,
 ) -> Tensor:
     """Look up rows of a table of packed codes ``(rows, bytes)``: ids -> float32 ``(*ids, dim)``."""
-    entries = entries_of(ids, rows_per_scale)
+    indices = scale_indices(ids, rows_per_scale)
     multiples = decode_codes(codes[ids], dim, symmetric=offset is None)
-    return decode_multiples(multiples, scale[entries], None if offset is None else offset[entries])
+    return dequantize(multiples, scale[indices], None if offset is None else offset[indices])
 
 
 def register_packed_op(op: Any, decode_codes: DecodeCodes) -> None:
@@ -211,11 +215,11 @@ def register_packed_op(op: Any, decode_codes: DecodeCodes) -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None, None, None]:
         codes, scale, offset, ids = ctx.saved_tensors
         multiples = decode_codes(codes[ids], ctx.dim, symmetric=offset is None)
-        by_scale = gradients(grad, multiples, scale, ids, ctx.rows_per_scale)
-        by_offset = None
+        grad_scale = compute_gradient(grad, multiples, scale, ids, ctx.rows_per_scale)
+        grad_offset = None
         if offset is not None:
-            by_offset = gradients(grad, None, offset, ids, ctx.rows_per_scale)
-        return None, by_scale, by_offset, None, None, None
+            grad_offset = compute_gradient(grad, None, offset, ids, ctx.rows_per_scale)
+        return None, grad_scale, grad_offset, None, None, None
 
     op.register_fake(fake)
     op.register_autograd(backward, setup_context=save_inputs)

@@ -34,23 +34,23 @@ from compressors.core.steps.step import StepSettings, TableStep
 from compressors.core.steps.table_encoder import encode_table
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.core.units import Unit, innermost, pack_table, swap
-from compressors.distill.soft_labels import mixed_loss
+from compressors.distill.soft_labels import build_mixed_loss
 from compressors.distill.training.settings import Training
 from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.trainer import train
 from compressors.distill.training.training_steps import (
     describe_outcome,
-    pruned_layers,
+    list_pruned_layers,
     require_loss,
 )
 from compressors.errors.steps import RowsMissing
 from compressors.quantize.kernels.levels import ScaleType
-from compressors.quantize.tables.rowwise import RowwiseSettings
 from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
-ENCODERS: Mapping[int, type[RowwiseSettings]] = {8: RowwiseInt8, 4: RowwiseInt4, 2: RowwiseInt2}
+Encoder = RowwiseInt8 | RowwiseInt4 | RowwiseInt2
+ENCODERS: Mapping[int, type[Encoder]] = {8: RowwiseInt8, 4: RowwiseInt4, 2: RowwiseInt2}
 """The step that encodes the trained table, by the number of bits of a weight."""
 
 
@@ -72,7 +72,8 @@ class RoundedTable(nn.Embedding):
         self.padding_idx = table.padding_idx if isinstance(table, nn.Embedding) else None
         self.weight = table.weight
         self.encoder = encoder
-        layout = encoder.storage.layout(*table.weight.shape, encoder.settings())
+        rows, dim = table.weight.shape
+        layout = encoder.storage.layout(rows, dim, encoder.settings())
         self.group = math.lcm(*(spec.rows_per_entry for spec in layout.values()))
         """Number of neighbouring rows that share an entry of a stored tensor, such as a scale."""
 
@@ -87,7 +88,7 @@ class RoundedTable(nn.Embedding):
     @torch.no_grad()
     def rounded_rows(self, ids: Tensor) -> Tensor:
         """Encode the looked-up rows, with all rows that share their scales, and decode them."""
-        groups, position = (ids.long() // self.group).unique(return_inverse=True)
+        groups, position = torch.unique(ids.long() // self.group, return_inverse=True)
         rows = groups[:, None] * self.group + torch.arange(self.group, device=ids.device)
         # The last group may be incomplete; a repeated row does not change the largest weight.
         rows = rows.flatten().clamp(max=self.num_embeddings - 1)
@@ -141,7 +142,7 @@ class TableQAT(StepSettings):
         return (*parts, "soft_labels") if self.soft_share else parts
 
     @property
-    def encoder(self) -> RowwiseSettings:
+    def encoder(self) -> Encoder:
         """The step that encodes the trained tables.
 
         Levels are symmetric and no weight is clipped: training adapts the weights to the levels,
@@ -162,7 +163,7 @@ class TableQAT(StepSettings):
         Raises:
             NothingToCompress: the signature's task has no loss yet.
         """
-        require_loss(bench, self.kind)
+        require_loss(bench, self.kind, self.training)
         encoder = self.encoder
         decisions = choose_tables(
             Unit.of(model.module),
@@ -196,14 +197,14 @@ class TableQAT(StepSettings):
             bench.signature,
             bench.train,
             bench.validation,
-            mixed_loss(
+            build_mixed_loss(
                 bench, self.soft_share, self.temperature, self.kind, original=model.original
             ),
             self.training,
             seed=bench.seed,
             device=bench.device,
             checkpoints=bench.checkpoints,
-            keep_zeros_in=pruned_layers(model),
+            keep_zeros_in=list_pruned_layers(model),
             tensor_names=_trained_tensors(module, units, tables.values()),
         )
         for name, table in tables.items():

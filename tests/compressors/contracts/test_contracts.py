@@ -7,7 +7,7 @@ import pytest
 from error_codes import HasReason, Text, raises_value_error
 from models import RANKER
 from pydantic import TypeAdapter, ValidationError
-from signatures import with_output
+from signatures import replace_output
 
 from compressors.contracts import (
     AnyInput,
@@ -249,8 +249,8 @@ def test_output_name_that_is_no_identifier_is_refused(name):
 
 
 def test_has_lists_and_scores_rows_depend_on_the_task_kind():
-    ranking = with_output(signature(), kind="ranking", form="score")
-    retrieval = with_output(signature(), kind="retrieval", form="score")
+    ranking = replace_output(signature(), kind="ranking", form="score")
+    retrieval = replace_output(signature(), kind="retrieval", form="score")
     assert [s.has_lists for s in (signature(), ranking, retrieval)] == [False, True, False]
     assert [s.scores_rows for s in (signature(), ranking, retrieval)] == [True, True, False]
 
@@ -375,8 +375,8 @@ def test_of_split_returns_the_inputs_and_columns_of_each_split():
     assert signature().of_split("items") == signature()
     traffic = retrieval.of_split("traffic")
     assert (traffic.inputs, traffic.group) == (test.inputs, "user")
-    assert traffic.outputs == test.without_labels().outputs
-    assert signature().of_split("traffic") == with_output(signature(), label=None)
+    assert traffic.outputs == test.remove_labels().outputs
+    assert signature().of_split("traffic") == replace_output(signature(), label=None)
 
 
 OF_FIRST_RANKS = ("recall@k", "ndcg@k", "mrr@k", "map@k", "hit@k", "precision@k")

@@ -42,7 +42,7 @@ def problems(*texts: str) -> tuple[Reason, ...]:
     return limit_problems([Limit.parse(text) for text in texts])
 
 
-def suggested_limits(reason: Reason) -> tuple[str, ...]:
+def suggest_limits(reason: Reason) -> tuple[str, ...]:
     """Return the limits that a reason suggests to write instead."""
     fields = reason.fields
     return fields["intents"] if reason.code == "limit_with_intents" else (fields["example"],)
@@ -94,7 +94,7 @@ def suggested_limits(reason: Reason) -> tuple[str, ...]:
 def test_implausible_limit_is_reported_with_the_likely_intents(text, intents):
     (problem,) = problems(text)
     assert problem.fields["limit"] == text
-    assert set(intents) <= set(suggested_limits(problem))
+    assert set(intents) <= set(suggest_limits(problem))
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_every_suggested_limit_is_plausible(reference, side, bound):
         bound = abs(bound)
     limit = Limit(metric=metric, against=against, **{side: bound})
     for problem in limit_problems([limit]):
-        assert suggested_limits(problem)
-        for suggestion in suggested_limits(problem):
+        assert suggest_limits(problem)
+        for suggestion in suggest_limits(problem):
             assert problems(suggestion) == (), suggestion
 
 
@@ -180,7 +180,7 @@ def test_bound_that_is_not_finite_is_refused(metric, value):
 )
 def test_implausible_limit_on_a_score_change_is_reported_with_the_likely_intent(text, intent):
     (problem,) = problems(text)
-    assert intent in suggested_limits(problem)
+    assert intent in suggest_limits(problem)
 
 
 @pytest.mark.parametrize("metric", SELECTABLE_METRICS)

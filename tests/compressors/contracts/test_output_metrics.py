@@ -18,7 +18,7 @@ GRADE = Output(name="grade", kind="ranking", form="score", label="grade", metric
 OUTPUTS = (CLICK, GRADE)
 
 
-def resolved_limits(*texts, outputs=OUTPUTS, grouped=True):
+def resolve_limits(*texts, outputs=OUTPUTS, grouped=True):
     """Parse limits and return, as text, the limits of the outputs that they stand for."""
     limits = tuple(Limit.parse(text) for text in texts)
     return [str(limit) for limit in limits_of_outputs(limits, outputs, grouped=grouped)]
@@ -43,11 +43,11 @@ def test_metric_of_the_whole_model_or_of_a_malformed_output_is_unknown(name):
 
 
 def test_limit_without_an_output_applies_to_each_output_that_has_the_metric():
-    assert resolved_limits("auc vs baseline >= -0.001", outputs=(CLICK, BUY)) == [
+    assert resolve_limits("auc vs baseline >= -0.001", outputs=(CLICK, BUY)) == [
         "auc[click] vs baseline >= -0.001",
         "auc[buy] vs baseline >= -0.001",
     ]
-    assert resolved_limits("auc >= 0.7", "score_correlation >= 0.99") == [
+    assert resolve_limits("auc >= 0.7", "score_correlation >= 0.99") == [
         "auc[click] >= 0.7",  # not measured for the grades of a ranking
         "score_correlation[click] >= 0.99",
         "score_correlation[grade] >= 0.99",
@@ -56,22 +56,22 @@ def test_limit_without_an_output_applies_to_each_output_that_has_the_metric():
 
 def test_limits_on_a_named_output_or_on_the_whole_model_are_unchanged():
     texts = ("ndcg@10[grade] vs champion >= -0.001", "bytes vs baseline <= 0.5", "p50_ms@1 <= 2")
-    assert resolved_limits(*texts) == list(texts)
+    assert resolve_limits(*texts) == list(texts)
 
 
 def test_limit_that_no_output_can_measure_is_unchanged_and_refused_later():
-    assert resolved_limits("gauc vs baseline >= -0.001", grouped=False) == [
+    assert resolve_limits("gauc vs baseline >= -0.001", grouped=False) == [
         "gauc vs baseline >= -0.001"
     ]
-    assert resolved_limits("auc[other] >= 0.7") == ["auc[other] >= 0.7"]
+    assert resolve_limits("auc[other] >= 0.7") == ["auc[other] >= 0.7"]
 
 
 def test_limit_of_a_model_with_one_output_may_name_the_output_or_omit_it():
-    assert resolved_limits("auc[click] >= 0.7", "auc >= 0.6", outputs=(CLICK,)) == [
+    assert resolve_limits("auc[click] >= 0.7", "auc >= 0.6", outputs=(CLICK,)) == [
         "auc >= 0.7",
         "auc >= 0.6",
     ]
-    assert resolved_limits("auc[buy] >= 0.7", outputs=(CLICK,)) == ["auc[buy] >= 0.7"]
+    assert resolve_limits("auc[buy] >= 0.7", outputs=(CLICK,)) == ["auc[buy] >= 0.7"]
 
 
 def test_default_and_additional_quality_metrics_are_measured_for_each_output():

@@ -21,7 +21,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 bags = st.lists(st.lists(st.integers(0, ROWS - 1), max_size=6), max_size=5)
 
 
-def torch_bag(
+def build_torch_bag(
     mode: str, padding_idx: int | None, include_last_offset: bool = False
 ) -> nn.EmbeddingBag:
     """Build torch's module with the same random weight in each call."""
@@ -31,7 +31,7 @@ def torch_bag(
     ).eval()
 
 
-def converted_bag(old: nn.EmbeddingBag) -> Bag:
+def convert_bag(old: nn.EmbeddingBag) -> Bag:
     """Build a ``Bag`` that shares the weight of torch's module.
 
     ``pack_table`` returns the module that replaces a table: for an ``EmbeddingBag``, a ``Bag`` with
@@ -65,10 +65,10 @@ def assert_close(pooled: Tensor, expected: Tensor) -> None:
 def test_jagged_bags_equal_torchs_embedding_bag(mode, include_last_offset, lists, padding_idx):
     if include_last_offset and not lists:
         lists = [[]]  # torch refuses offsets with only the last offset
-    old = torch_bag(mode, padding_idx, include_last_offset)
+    old = build_torch_bag(mode, padding_idx, include_last_offset)
     values, offsets = jagged(lists, include_last_offset=include_last_offset)
     with torch.no_grad():
-        assert_close(converted_bag(old)(values, offsets), old(values, offsets))
+        assert_close(convert_bag(old)(values, offsets), old(values, offsets))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -79,45 +79,45 @@ def test_jagged_bags_equal_torchs_embedding_bag(mode, include_last_offset, lists
     seed=st.integers(0, 9),
 )
 def test_padded_bags_equal_torchs_embedding_bag(mode, rows, length, padding_idx, seed):
-    old = torch_bag(mode, padding_idx)
+    old = build_torch_bag(mode, padding_idx)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(ROWS, (rows, length), generator=generator)
     if rows and padding_idx is not None:
         ids[0] = padding_idx  # the first bag contains only padding
     with torch.no_grad():
-        assert_close(converted_bag(old)(ids), old(ids))
+        assert_close(convert_bag(old)(ids), old(ids))
 
 
 @given(lists=bags, padding_idx=st.sampled_from([None, 0, 4]), seed=st.integers(0, 9))
 def test_jagged_bags_with_weights_per_id_equal_torchs_embedding_bag(lists, padding_idx, seed):
-    old = torch_bag("sum", padding_idx)
+    old = build_torch_bag("sum", padding_idx)
     values, offsets = jagged(lists, include_last_offset=False)
     weights = torch.randn(len(values), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        pooled = converted_bag(old)(values, offsets, per_sample_weights=weights)
+        pooled = convert_bag(old)(values, offsets, per_sample_weights=weights)
         assert_close(pooled, old(values, offsets, per_sample_weights=weights))
 
 
 @pytest.mark.parametrize("padding_idx", [None, 0])
 def test_padded_bags_with_weights_per_id_equal_torchs_embedding_bag(padding_idx):
-    old = torch_bag("sum", padding_idx)
+    old = build_torch_bag("sum", padding_idx)
     ids, weights = torch.randint(ROWS, (4, 5)), torch.randn(4, 5)
     with torch.no_grad():
-        pooled = converted_bag(old)(ids, per_sample_weights=weights)
+        pooled = convert_bag(old)(ids, per_sample_weights=weights)
         assert_close(pooled, old(ids, per_sample_weights=weights))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_table_gradients_equal_the_gradients_of_torchs_embedding_bag(mode):
     values, offsets = jagged([[1, 2, 2], [], [5], [0, 4]], include_last_offset=False)
-    old = torch_bag(mode, 0)
+    old = build_torch_bag(mode, 0)
     old(values, offsets).square().sum().backward()
     expected, old.weight.grad = old.weight.grad, None
-    converted_bag(old)(values, offsets).square().sum().backward()
+    convert_bag(old)(values, offsets).square().sum().backward()
     torch.testing.assert_close(old.weight.grad, expected, **CLOSE)
 
 
-def encoded_table(name: str, weight: Tensor) -> PackedTable:
+def encode_table_for_bag(name: str, weight: Tensor) -> PackedTable:
     """Encode a table, float ``(rows, dim)``, in the format ``name``."""
     if name == "float16":
         stored = {"weight": float16.to_float16(weight)}
@@ -131,8 +131,8 @@ def encoded_table(name: str, weight: Tensor) -> PackedTable:
 @pytest.mark.parametrize("name", sorted(TABLE_FORMATS))
 @pytest.mark.parametrize("mode", MODES)
 def test_bag_of_a_compressed_table_equals_torchs_bag_of_the_decoded_table(name, mode):
-    old = torch_bag(mode, 4)
-    table = encoded_table(name, old.weight.detach())
+    old = build_torch_bag(mode, 4)
+    table = encode_table_for_bag(name, old.weight.detach())
     with torch.no_grad():
         old.weight.copy_(table(torch.arange(ROWS)))
         for lists in ([[1, 4, 8], [], [4]], [[], []]):

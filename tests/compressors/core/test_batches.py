@@ -16,9 +16,9 @@ from compressors.core.batches import (
     MAX_SEQUENCE_IDS,
     Batch,
     batches,
-    jagged,
-    row_of,
+    build_jagged_arguments,
     rows_per_batch,
+    take_row,
 )
 from compressors.core.random_inputs import generate_edge_inputs, generate_inputs
 from compressors.lower.serving_wrapper import input_names
@@ -33,7 +33,7 @@ def split(tmp_path_factory):
 
 
 def bags(item: JaggedBag, batch: Batch) -> list[list[int]]:
-    """Return the ids of each row of a jagged input."""
+    """Return the ids of each row of a build_jagged_arguments input."""
     values, bounds = (batch.inputs[name] for name in tensor_names(item))
     lengths = (
         bounds
@@ -93,8 +93,8 @@ def test_batches_have_groups_if_the_signature_names_a_group_column(tmp_path):
 def test_jagged_writes_bounds_as_offsets_or_lengths():
     values, bounds = torch.arange(5), torch.tensor([0, 2, 2, 5])
     history, tags = JAGGED["history"], JAGGED["tags"]
-    assert jagged(history, values, bounds)["history_offsets"].tolist() == [0, 2, 2]
-    assert jagged(tags, values, bounds)["tags_lengths"].tolist() == [2, 0, 3]
+    assert build_jagged_arguments(history, values, bounds)["history_offsets"].tolist() == [0, 2, 2]
+    assert build_jagged_arguments(tags, values, bounds)["tags_lengths"].tolist() == [2, 0, 3]
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda item: item.network.__name__)
@@ -152,7 +152,7 @@ def test_each_input_with_ids_has_out_of_range_ids_in_two_separate_edge_rows():
 
 def test_the_last_two_edge_rows_have_empty_and_full_lists():
     inputs = generate_edge_inputs(RANKER.signature, ROWS, 30, seed=4)
-    empty, full = (row_of(inputs, RANKER.signature, row) for row in (28, 29))
+    empty, full = (take_row(inputs, RANKER.signature, row) for row in (28, 29))
     assert empty["genres"].tolist() == [[0, 0, 0, 0]]
     assert (len(empty["history"]), len(empty["tags"])) == (0, 0)
     longest = {item.name: item.shape[0] for item in RANKER.signature.inputs if item.name == "tags"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from model_scores import stored_bytes
-from models import PARTS, RANKER, Graph, Reference, lowered_reference, only_graph
+from models import PARTS, RANKER, Graph, Reference, get_only_graph, lower_reference
 from reason_codes import require_reason
 from test_steps import cached_run, method_on_references
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="composed-")
 PACKING_STEPS = (RowwiseInt4, Float16)
 
 
-def composed_units(model: models.Model) -> tuple[Unit, ...]:
+def list_composed_units(model: models.Model) -> tuple[Unit, ...]:
     """Return the tables that consist of parts."""
     owners = {unit.part_of for unit in Unit.of(model.module)}
     return tuple(unit for unit in Unit.of(model.module) if unit.name in owners)
@@ -58,7 +58,7 @@ def test_each_part_of_a_composed_table_has_a_float32_plan_line(method, reference
         cached_run(method, reference.network.__name__),
     )
     source, result = run_of_method.source, run_of_method.result
-    composed = composed_units(result)
+    composed = list_composed_units(result)
     assert composed
     for unit in composed:
         line = result.plan.of(unit.name)
@@ -95,7 +95,7 @@ def test_a_later_step_compresses_the_parts_of_a_composed_table(method, packing_s
         assert line.format == step.kind == packed.network.modules[name].format
         assert line.steps == (step.kind,)
         assert line.reasons == (Reason("selected", step=step.kind),)
-    for unit in composed_units(composed):
+    for unit in list_composed_units(composed):
         assert packed.plan.of(unit.name) == composed.plan.of(unit.name)
     assert sum(line.bytes_after for line in packed.plan.lines) == stored_bytes(
         map_tensors(tmp_path / "packed")
@@ -136,7 +136,7 @@ def test_a_pattern_that_matches_a_table_also_selects_its_parts(method, tmp_path)
     composed, bench = cached_run(method, "Ranker").result, cached_run(method, "Ranker").bench
     packed = run(RowwiseInt8(tables=("item",)), composed, bench, tmp_path / "packed")
     for unit in Unit.of(packed.module):
-        if unit.role == "table" and unit.name not in {u.name for u in composed_units(packed)}:
+        if unit.role == "table" and unit.name not in {u.name for u in list_composed_units(packed)}:
             assert (unit.format == "rowwise_int8") == (unit.part_of == "item"), unit.name
 
 
@@ -216,25 +216,27 @@ def test_a_graph_of_several_composing_methods_has_the_scores_of_its_module(index
         FOUR_TABLES.signature,
     )
     composed = Graph(
-        model, lower(model.module, only_graph(signature), target, path), signature, path
+        model, lower(model.module, get_only_graph(signature), target, path), signature, path
     )
     inputs = composed.rows(600)
-    check_parity(composed.in_torch(inputs), composed.in_onnx(inputs), model.plan, target)
+    check_parity(composed.run_in_torch(inputs), composed.run_in_onnx(inputs), model.plan, target)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_computes_what_the_module_computes(kind, target):
-    composed = lowered_reference("Ranker", (kind, "rowwise_int8"), target)
+    composed = lower_reference("Ranker", (kind, "rowwise_int8"), target)
     inputs = composed.rows(600)
-    check_parity(composed.in_torch(inputs), composed.in_onnx(inputs), composed.model.plan, target)
+    check_parity(
+        composed.run_in_torch(inputs), composed.run_in_onnx(inputs), composed.model.plan, target
+    )
 
 
 @each_composing_method
 def test_trainable_tensors_exclude_composed_tables_unless_tables_is_true(method):
     result = cached_run(method, "Ranker").result
-    inside_composed = tuple(f"{unit.name}." for unit in composed_units(result))
+    inside_composed = tuple(f"{unit.name}." for unit in list_composed_units(result))
     trained_without_tables, trained_with_tables = (
         trainable_tensors(result.module, tables=tables) for tables in (False, True)
     )
@@ -264,7 +266,7 @@ def test_composing_methods_are_steps_but_not_table_steps():
 
 def test_reading_the_weight_of_a_composed_table_raises_step_refused():
     result = cached_run(PARTS[0], "Ranker").result
-    unit = composed_units(result)[0]
+    unit = list_composed_units(result)[0]
     with raises_code(StepRefused, "already_compressed", unit=unit.name, format=unit.format):
         _ = unit.weight
 

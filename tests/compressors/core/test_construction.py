@@ -1,8 +1,8 @@
 """Build and load networks whose constructors move, copy, cast or read their parameters.
 
-The networks are subclasses of ``Base`` in ``constructed_networks.py``: a table ``emb``, a dense
-layer ``out``, and the non-persistent buffer ``places`` with the values 0, 1, 2. ``Base`` calls the
-method ``finish`` of the subclass at the end of its constructor.
+The networks are subclasses of ``Base`` in ``tests/constructed_networks.py``: a table ``emb``, a
+dense layer ``out``, and the non-persistent buffer ``places`` with the values 0, 1, 2. ``Base``
+calls the method ``finish`` of the subclass at the end of its constructor.
 
 A note is a sentence for the user on how a network had to be built. ``private_copy`` copies the
 module tree of a network but shares its tensors.
@@ -39,12 +39,12 @@ from compressors.errors.compression import ModelRefused
 from compressors.errors.construction import ConstructionFailed
 
 
-def network_of(architecture: type[nn.Module], **config: object) -> Network:
+def build_network(architecture: type[nn.Module], **config: object) -> Network:
     path = f"networks:{architecture.__name__}"
     return Network(architecture=Architecture(path=path, config=config))
 
 
-def trained_and_loaded(
+def train_and_load(
     architecture: type[nn.Module], folder, **config: object
 ) -> tuple[nn.Module, nn.Module]:
     """Return a trained network, and the same network loaded from its file."""
@@ -54,7 +54,7 @@ def trained_and_loaded(
         for parameter in trained.parameters():
             parameter.add_(0.01)
     ties = save(trained, folder)
-    network = network_of(architecture, **config).model_copy(update={"ties": ties})
+    network = build_network(architecture, **config).model_copy(update={"ties": ties})
     return trained.eval(), load(architecture, network, folder)
 
 
@@ -76,7 +76,7 @@ def test_constructor_that_moves_casts_or_copies_is_built_on_meta(architecture, d
 
 @pytest.mark.parametrize("architecture", [*BUILT_WITHOUT_WEIGHTS, *BUILT_WITH_WEIGHTS])
 def test_loaded_network_has_the_scores_of_the_trained_one(architecture, tmp_path):
-    trained, loaded = trained_and_loaded(architecture, tmp_path)
+    trained, loaded = train_and_load(architecture, tmp_path)
     ids = torch.arange(7)
     # Both run the same operations on the same numbers, so the scores are identical.
     torch.testing.assert_close(loaded(ids), trained(ids), rtol=0, atol=0)
@@ -135,7 +135,7 @@ def test_device_attributes_of_a_network_are_set_to_the_cpu():
 
 
 def test_parameters_in_plain_attributes_have_the_loaded_values(tmp_path):
-    trained, loaded = trained_and_loaded(Penalized, tmp_path)
+    trained, loaded = train_and_load(Penalized, tmp_path)
     for loaded_value, expected in zip(loaded.penalties(), trained.penalties(), strict=True):
         assert torch.equal(loaded_value, expected)
     assert loaded.weights[0][0][0] is loaded.emb.weight
@@ -152,7 +152,7 @@ def test_plain_tensor_that_shares_memory_with_a_parameter_has_the_loaded_values(
             self.rows = rows
             self.listed = [self.out.weight]
 
-    _, loaded = trained_and_loaded(SharesMemory, tmp_path)
+    _, loaded = train_and_load(SharesMemory, tmp_path)
     assert torch.equal(loaded.rows, loaded.emb.weight)
     assert loaded.listed[0] is loaded.out.weight
 
@@ -170,7 +170,7 @@ def test_model_with_a_replaced_parameter_in_a_list_is_loaded(tmp_path):
     module.emb = packed
     tensors, ties = tensors_of(module)
     save_file(tensors, tmp_path / "model.safetensors")
-    network = network_of(Penalized).model_copy(
+    network = build_network(Penalized).model_copy(
         update={"modules": {"emb": packed.record()}, "ties": ties}
     )
     loaded = load(Penalized, network, tmp_path)
@@ -207,7 +207,7 @@ def test_weight_with_weak_references_is_loaded(tmp_path):
         def finish(self, device):
             self.watch = weakref.ref(self.emb.weight)
 
-    trained, loaded = trained_and_loaded(WeakReferenceNet, tmp_path)
+    trained, loaded = train_and_load(WeakReferenceNet, tmp_path)
     assert torch.equal(loaded.emb.weight, trained.emb.weight)
 
 
@@ -221,7 +221,7 @@ def test_loaded_parameter_has_its_class_and_attributes(tmp_path):
             marked.group = "slow"
             self.marked = marked
 
-    _, loaded = trained_and_loaded(MarkedParameterNet, tmp_path)
+    _, loaded = train_and_load(MarkedParameterNet, tmp_path)
     assert type(loaded.marked) is MarkedParameter
     assert loaded.marked.group == "slow"
 
@@ -276,7 +276,7 @@ class SizedNet(nn.Module):
         return self.table(x)
 
 
-def stored_network(tmp_path, **config):
+def store_network(tmp_path, **config):
     save(SizedNet(), tmp_path)
     architecture = Architecture(path="test_construction:SizedNet", config=config)
     return Network(architecture=architecture)
@@ -288,7 +288,7 @@ def stored_network(tmp_path, **config):
     ids=["table", "layer", "buffer", "plain tensor"],
 )
 def test_constructor_of_a_far_larger_tensor_than_stored_is_refused_without_memory(tmp_path, config):
-    network = stored_network(tmp_path, **config)
+    network = store_network(tmp_path, **config)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with raises_code(ModelRefused, "construction_failed") as caught:
         load(SizedNet, network, tmp_path)
@@ -298,14 +298,14 @@ def test_constructor_of_a_far_larger_tensor_than_stored_is_refused_without_memor
 
 
 def test_constructor_of_far_more_tensors_than_stored_is_refused(tmp_path):
-    network = stored_network(tmp_path, layers=10**9)
+    network = store_network(tmp_path, layers=10**9)
     with raises_code(ModelRefused, "construction_failed") as caught:
         load(SizedNet, network, tmp_path)
     assert "far more tensors than the files contain" in caught.value.fields["problem"]
 
 
 def test_unsaved_mask_of_60_mib_is_allowed(tmp_path):
-    network = stored_network(tmp_path, mask=4000)
+    network = store_network(tmp_path, mask=4000)
     assert load(SizedNet, network, tmp_path).mask.shape == (4000, 4000)
 
 
@@ -354,7 +354,7 @@ def test_attribute_name_that_could_run_as_code_is_refused(place, character):
 
 def test_harmless_unusual_attribute_name_is_built_and_traced(tmp_path):
     name = "price[usd] {0} %s </b> $(a) `b` ü \u2028 \x1b[31m # ; x=1"
-    trained, loaded = trained_and_loaded(KeyedByFeature, tmp_path, name=name)
+    trained, loaded = train_and_load(KeyedByFeature, tmp_path, name=name)
     ids = torch.arange(3)
     program = torch.export.export(loaded, (ids,)).run_decompositions({})
     torch.testing.assert_close(program.module()(ids), trained(ids), rtol=0, atol=0)

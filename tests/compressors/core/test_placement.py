@@ -6,7 +6,7 @@ from error_codes import raises_code
 from models import NORMED, RANKER, SHORT_TRAINING, TIED
 from torch import nn
 
-from compressors.core.placement import device_of, moved_to
+from compressors.core.placement import find_device, move_to
 from compressors.core.runner import run
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
@@ -55,8 +55,8 @@ def test_moved_to_restores_moved_tensors_and_keeps_replaced_tensors():
     before = dict(module.named_parameters(remove_duplicate=False))
     pointers = {name: tensor.data_ptr() for name, tensor in before.items()}
     new = nn.Parameter(torch.zeros_like(module.out.weight))
-    with moved_to(module, "meta"):
-        assert device_of(module).type == "meta"
+    with move_to(module, "meta"):
+        assert find_device(module).type == "meta"
         assert module.item.weight is module.similar.weight
         module.out.weight = new
     after = dict(module.named_parameters(remove_duplicate=False))
@@ -71,7 +71,7 @@ def test_moved_to_restores_moved_tensors_and_keeps_replaced_tensors():
 def test_moved_to_restores_all_tensors_after_an_exception():
     module = NORMED.model().module
     before = dict(module.named_buffers()) | dict(module.named_parameters())
-    with pytest.raises(ValueError, match="fault"), moved_to(module, "meta"):
+    with pytest.raises(ValueError, match="fault"), move_to(module, "meta"):
         raise ValueError("fault")
     after = dict(module.named_buffers()) | dict(module.named_parameters())
     assert all(after[name] is tensor for name, tensor in before.items())
@@ -86,7 +86,7 @@ def test_training_on_a_gpu_gives_nearly_the_weights_of_training_on_a_cpu(step, t
     one_epoch = step.model_copy(update={"training": step.training.model_copy(update={"epochs": 1})})
     result = run(one_epoch, source, gpu_bench, tmp_path / "gpu").module
     expected = run(one_epoch, RANKER.model(), bench, tmp_path / "cpu").module
-    assert device_of(result).type == device_of(source.module).type == "cpu"
+    assert find_device(result).type == find_device(source.module).type == "cpu"
     # A GPU adds in another order, and Adam amplifies the difference; bfloat16 rounds to 8 bits.
     tolerance = 0.2 if step.training.precision == "bfloat16" else 0.02
     torch.testing.assert_close(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Graph, Reference, only_graph, signature_of
+from models import Graph, Reference, get_only_graph, signature_of
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput
@@ -158,11 +158,11 @@ def test_dense_steps_and_targets_support_convolutions(
         assert line is not None
         assert line.format == expected_format
     path = Path(tempfile.mkdtemp(dir=tmp_path)) / "model.onnx"
-    lowered = lower(model.module, only_graph(REFERENCE.signature), target, path)
+    lowered = lower(model.module, get_only_graph(REFERENCE.signature), target, path)
     graph = Graph(model, lowered, REFERENCE.signature, path, target)
     inputs = graph.rows(64)
-    expected = graph.in_torch(inputs)
-    difference = (graph.in_onnx(inputs) - expected) / expected.std()
+    expected = graph.run_in_torch(inputs)
+    difference = (graph.run_in_onnx(inputs) - expected) / expected.std()
     tolerance = lowering_target(target).tolerance(model.plan)
     # The largest difference only: with so few weights, many rows have an input that the graph for
     # TensorRT, which rounds table rows to float16, rounds to the next of the 255 levels.

@@ -22,7 +22,7 @@ from compressors.core.modules.formats import TensorSpec
 from compressors.core.state.safetensors_stream import (
     DTYPES,
     StreamedFile,
-    size_of,
+    compute_size,
     write,
     write_piece,
 )
@@ -119,8 +119,8 @@ def test_offsets_beyond_32_bits_are_exact(overflow: int, dtype: torch.dtype, wid
     header_bytes = len(file.header)
     entry_bytes = width * dtype.itemsize
     for entry in (overflow // width - 1, overflow // width, overflow // width + 1):
-        assert file.place("a", entry) == header_bytes + entry * entry_bytes
-        assert file.place("b", entry) == header_bytes + (rows + entry) * entry_bytes
+        assert file.find_offset("a", entry) == header_bytes + entry * entry_bytes
+        assert file.find_offset("b", entry) == header_bytes + (rows + entry) * entry_bytes
     assert file.bytes == header_bytes + 2 * rows * entry_bytes
     # The first 8 bytes are the length of the JSON that follows.
     offsets = json.loads(file.header[8:])["b"]["data_offsets"]
@@ -186,6 +186,6 @@ def test_layout_that_safetensors_cannot_store_is_refused(name, spec):
 
 
 def test_size_of_returns_bytes():
-    assert size_of(TensorSpec((3, 5), torch.float16)) == 30
-    assert size_of(TensorSpec((), torch.float64)) == 8
-    assert size_of(TensorSpec((2**31, 4), torch.int64)) == 2**36
+    assert compute_size(TensorSpec((3, 5), torch.float16)) == 30
+    assert compute_size(TensorSpec((), torch.float64)) == 8
+    assert compute_size(TensorSpec((2**31, 4), torch.int64)) == 2**36

@@ -9,7 +9,7 @@ from models import write_split
 from sequence_draft import CONFIG, TABLES, signature
 
 from compressors.contracts import IdInput, Output, SequenceInput, Signature
-from compressors.core.batches import JoinedRows, Rows, batches, concatenate_inputs, padded_sequence
+from compressors.core.batches import JoinedRows, Rows, batches, concatenate_inputs, pad_sequence
 from compressors.core.random_inputs import edge_rows, generate_edge_inputs, generate_inputs
 from compressors.task_kinds.loss import shuffled_rows
 
@@ -38,7 +38,7 @@ VALUES, BOUNDS = torch.tensor([4, 5, 6, 7]), torch.tensor([0, 3, 4, 4])
 
 
 def test_sequence_is_padded_on_the_right_to_the_longest_list():
-    tensors = padded_sequence(sequence(min_length=0), VALUES, BOUNDS)
+    tensors = pad_sequence(sequence(min_length=0), VALUES, BOUNDS)
     assert tensors["h"].tolist() == [[4, 5, 6], [7, 9, 9], [9, 9, 9]]
     assert tensors["m"].tolist() == [[True] * 3, [True, False, False], [False] * 3]
     assert tensors["n"].tolist() == [3, 1, 0]
@@ -46,14 +46,14 @@ def test_sequence_is_padded_on_the_right_to_the_longest_list():
 
 
 def test_sequence_is_padded_on_the_left_with_positions_from_the_first_id():
-    tensors = padded_sequence(sequence(padding="left", min_length=0), VALUES, BOUNDS)
+    tensors = pad_sequence(sequence(padding="left", min_length=0), VALUES, BOUNDS)
     assert tensors["h"].tolist() == [[4, 5, 6], [9, 9, 7], [9, 9, 9]]
     assert tensors["m"].tolist() == [[True] * 3, [False, False, True], [False] * 3]
     assert tensors["p"].tolist() == [[1, 2, 3], [0, 0, 1], [0, 0, 0]]
 
 
 def test_empty_lists_have_one_padded_position():
-    tensors = padded_sequence(sequence(min_length=0), torch.tensor([], dtype=torch.int64),
+    tensors = pad_sequence(sequence(min_length=0), torch.tensor([], dtype=torch.int64),
                               torch.tensor([0, 0, 0]))  # fmt: skip
     assert tensors["h"].tolist() == [[9], [9]]
 
@@ -67,7 +67,7 @@ def test_ids_under_the_mask_are_the_lists_in_order(lengths, padding, data):
     lists = [data.draw(st.lists(st.integers(0, 99), min_size=n, max_size=n)) for n in lengths]
     values = torch.tensor([number for ids in lists for number in ids], dtype=torch.int64)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    tensors = padded_sequence(sequence(padding=padding, min_length=0), values, bounds)
+    tensors = pad_sequence(sequence(padding=padding, min_length=0), values, bounds)
     rows = [row[mask].tolist() for row, mask in zip(tensors["h"], tensors["m"], strict=True)]
     assert rows == lists
     assert tensors["n"].tolist() == lengths
@@ -79,10 +79,10 @@ def test_concatenated_batches_are_padded_like_one_batch(padding):
     item = sequence(padding=padding, min_length=0)
     both = Signature(inputs=(item,), outputs=(CLICK,))
     parts = [
-        padded_sequence(item, VALUES[:3], BOUNDS[:2]),
-        padded_sequence(item, VALUES[3:], BOUNDS[1:] - 3),
+        pad_sequence(item, VALUES[:3], BOUNDS[:2]),
+        pad_sequence(item, VALUES[3:], BOUNDS[1:] - 3),
     ]
-    joined, expected = concatenate_inputs(parts, both), padded_sequence(item, VALUES, BOUNDS)
+    joined, expected = concatenate_inputs(parts, both), pad_sequence(item, VALUES, BOUNDS)
     assert joined.keys() == expected.keys()
     assert all(joined[name].equal(tensor) for name, tensor in expected.items())
 

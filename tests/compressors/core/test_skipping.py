@@ -283,7 +283,7 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="skipping-")
 
 
 @functools.cache
-def packed_and_folded(network: type[BaseNet]) -> tuple[Model, Bench]:
+def pack_and_fold(network: type[BaseNet]) -> tuple[Model, Bench]:
     """Return a network with its tables in int8 and its norms folded, and its bench; cached."""
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     reference, model = reference_and_model(network)
@@ -323,7 +323,7 @@ def test_each_step_runs_on_a_network_with_one_unusual_unit(
     ],
 )
 def test_two_steps_skip_only_the_unusual_unit(network: type[BaseNet], tmp_path: Path) -> None:
-    model, bench = packed_and_folded(network)
+    model, bench = pack_and_fold(network)
     for number, step in enumerate((StaticInt8(), Float16())):
         model = run_step(step, model, bench, tmp_path / f"then{number}")
     formats = {line.module: line.format for line in model.plan.lines} if model.plan else {}
@@ -441,13 +441,13 @@ def test_a_fold_that_changes_scores_at_one_layer_skips_that_layer(
             x = torch.relu(self.norm(self.first(x)))
             return torch.relu(self.second_norm(self.second(x)))
 
-    original: Callable[..., tuple[Tensor, Tensor]] = fold.scaled_outputs
+    original: Callable[..., tuple[Tensor, Tensor]] = fold.scale_outputs
 
     def doubled_for_second_layer(weight: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
         scaled, bias = original(weight, *others)
         return (2 * scaled, bias) if weight.shape[1] == 16 else (scaled, bias)
 
-    monkeypatch.setattr(fold, "scaled_outputs", doubled_for_second_layer)
+    monkeypatch.setattr(fold, "scale_outputs", doubled_for_second_layer)
     reference, source = reference_and_model(TwoNorms)
     result = run_or_skip(Fold(), source, reference.bench(tmp_path / "data"), tmp_path / "out")
     assert result.plan is not None
@@ -461,7 +461,7 @@ def test_a_fold_that_changes_scores_at_one_layer_skips_that_layer(
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.__name__)
 def test_scores_stay_close_if_units_are_skipped(network: type[BaseNet], tmp_path: Path) -> None:
     _, source = reference_and_model(network)
-    folded, bench = packed_and_folded(network)
+    folded, bench = pack_and_fold(network)
     model = run_step(Float16(), folded, bench, tmp_path / "out")
     generator = torch.Generator().manual_seed(3)
     inputs = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from error_codes import raises_code
-from models import BUFFERED, NORMED, RANKER, TIED, compressed_reference
+from models import BUFFERED, NORMED, RANKER, TIED, compress_reference
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,9 +19,9 @@ from compressors.core.state.meta_device import parameters_on_meta
 from compressors.core.state.module_state import (
     INDEX,
     build,
+    build_module,
     load,
     map_tensors,
-    module_of,
     save,
     tensors_of,
 )
@@ -30,7 +30,7 @@ from compressors.errors.compression import ModelRefused
 ALL_UNITS_INT8 = ("rowwise_int8", "static_int8")  # the steps that compress all tables and layers
 
 
-def network_of(reference, **changes) -> Network:
+def build_network(reference, **changes) -> Network:
     return reference.model().network.model_copy(update=changes)
 
 
@@ -58,7 +58,7 @@ def test_parameters_on_meta_does_not_affect_other_threads_or_later_modules():
 def test_loaded_model_has_identical_tensors_and_is_in_evaluation_mode(reference, tmp_path):
     source = reference.model()
     ties = save(source.module.train(), tmp_path)
-    loaded = load(reference.network, network_of(reference, ties=ties), tmp_path)
+    loaded = load(reference.network, build_network(reference, ties=ties), tmp_path)
     expected, actual = source.module.state_dict(), loaded.state_dict()
     torch.testing.assert_close(dict(actual), dict(expected), rtol=0, atol=0)
     assert not any(module.training for module in loaded.modules())
@@ -69,7 +69,7 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
     ties = save(source.module, tmp_path)
     assert ties == {"similar.weight": "item.weight", "friend.weight": "user.weight"}
     assert set(map_tensors(tmp_path)) == {"item.weight", "user.weight", "out.weight", "out.bias"}
-    loaded = load(TIED.network, network_of(TIED, ties=ties), tmp_path)
+    loaded = load(TIED.network, build_network(TIED, ties=ties), tmp_path)
     assert loaded.similar.weight is loaded.item.weight
     assert loaded.friend is loaded.user
 
@@ -108,7 +108,7 @@ def test_plain_tensor_computed_from_a_parameter_is_refused(tmp_path):
 
 
 def test_model_in_shards_has_an_index_and_is_loaded_unchanged(tmp_path):
-    model = compressed_reference("Ranker", ALL_UNITS_INT8)
+    model = compress_reference("Ranker", ALL_UNITS_INT8)
     ties = save(model.module, tmp_path, shard_bytes=1000)
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(shards) > 3
@@ -132,7 +132,7 @@ def test_tensor_in_two_files_is_refused(tmp_path):
 
 
 def test_records_are_unchanged_by_a_json_round_trip():
-    network = compressed_reference("Ranker", ALL_UNITS_INT8).network
+    network = compress_reference("Ranker", ALL_UNITS_INT8).network
     assert Network.model_validate_json(network.model_dump_json()) == network
     assert network.modules["history"].kind == "bag"
     assert network.modules["tags"].settings["include_last_offset"] is True
@@ -155,7 +155,7 @@ def test_load_refuses_missing_and_unexpected_tensors(tmp_path):
 def test_load_refuses_a_tensor_of_another_shape(tmp_path):
     """The network was saved with its default width of 12."""
     save(NORMED.model().module, tmp_path)
-    network = network_of(
+    network = build_network(
         NORMED, architecture=Architecture(path="models:Normed", config={"width": 5})
     )
     with raises_code(ModelRefused, "shape_differs", stored=[12], expected=[5]):
@@ -173,13 +173,13 @@ def test_load_refuses_integers_for_a_float_parameter(tmp_path):
 
 def test_load_refuses_a_tie_to_a_tensor_that_is_not_stored(tmp_path):
     save(TIED.model().module, tmp_path)
-    network = network_of(TIED, ties={"similar.weight": "items.weight"})
+    network = build_network(TIED, ties={"similar.weight": "items.weight"})
     with raises_code(ModelRefused, "tie_not_stored", stored="items.weight"):
         load(TIED.network, network, tmp_path)
 
 
 def test_build_refuses_an_unknown_argument_of_the_class():
-    network = network_of(
+    network = build_network(
         NORMED, architecture=Architecture(path="models:Normed", config={"depth": 5})
     )
     with raises_code(ModelRefused, "construction_failed", architecture="models:Normed") as caught:
@@ -188,17 +188,17 @@ def test_build_refuses_an_unknown_argument_of_the_class():
 
 
 def test_build_refuses_a_record_of_an_unknown_module():
-    record = compressed_reference("Normed", ALL_UNITS_INT8).network.modules["user"]
+    record = compress_reference("Normed", ALL_UNITS_INT8).network.modules["user"]
     with raises_code(
         ModelRefused, "compressed_module_missing", name="users", architecture="models:Normed"
     ):
-        build(NORMED.network, network_of(NORMED, modules={"users": record}))
+        build(NORMED.network, build_network(NORMED, modules={"users": record}))
 
 
 def test_unknown_format_is_refused():
     record = ModuleRecord(kind="table", format="ternary", settings={"rows": 1, "dim": 1})
     with raises_code(ModelRefused, "format_unknown", format="ternary"):
-        module_of("user", record)
+        build_module("user", record)
 
 
 @pytest.mark.parametrize("kind", ["table", "bag", "linear"])
@@ -206,7 +206,7 @@ def test_unknown_format_is_refused():
 def test_incomplete_record_is_refused(kind, settings):
     format_name = "static_int8" if kind == "linear" else "rowwise_int8"
     with raises_code(ModelRefused, "record_incomplete", name="user"):
-        module_of("user", ModuleRecord(kind=kind, format=format_name, settings=settings))
+        build_module("user", ModuleRecord(kind=kind, format=format_name, settings=settings))
 
 
 @pytest.mark.skipif(
@@ -214,7 +214,7 @@ def test_incomplete_record_is_refused(kind, settings):
 )
 def test_loaded_tensors_are_memory_mapped(tmp_path):
     ties = save(RANKER.model().module, tmp_path)
-    loaded = load(RANKER.network, network_of(RANKER, ties=ties), tmp_path)
+    loaded = load(RANKER.network, build_network(RANKER, ties=ties), tmp_path)
     lines = Path("/proc/self/maps").read_text().splitlines()
     file = str(tmp_path / "model.safetensors")
     ranges = [line.split()[0].split("-") for line in lines if line.endswith(file)]

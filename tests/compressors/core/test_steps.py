@@ -37,7 +37,7 @@ from models import (
     VALUES,
     Reference,
     Step,
-    tensors_apart,
+    copy_tensors_apart,
 )
 from pydantic import TypeAdapter, ValidationError
 from reason_codes import codes_of, require_reason
@@ -48,7 +48,7 @@ from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.registries import AnyStep
 from compressors.core.runner import run
-from compressors.core.state.module_state import load, map_tensors, records_of, save, tensors_of
+from compressors.core.state.module_state import build_records, load, map_tensors, save, tensors_of
 from compressors.core.steps.step import Step as StepProtocol
 from compressors.core.steps.step import TableStep
 from compressors.core.units import Unit
@@ -86,9 +86,10 @@ def unit_settings(method: type[Step]) -> set[str]:
 
 
 # Their scores are not close: the few codes of a row represent random rows badly.
-# test_table_codes.py tests their error.
+# quantize/test_table_codes.py tests their error.
 CODEBOOK_METHODS = {ProductCodes, ResidualCodes, AdditiveCodes}
-# Formats whose scores stay close. Training in QAT moves scores to the labels; see test_qat.py.
+# Formats whose scores stay close. Training in QAT moves scores to the labels; see
+# quantize/test_qat.py.
 CLOSE_FORMATS = tuple(
     method for method in FORMATS if method not in CODEBOOK_METHODS and method is not QAT
 )
@@ -226,7 +227,7 @@ def cached_run(method: type[Step], name: str) -> CachedRun:
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     source = reference.model()
     source.module.train()
-    before, tensors = state_of(source), tensors_apart(source.module)
+    before, tensors = state_of(source), copy_tensors_apart(source.module)
     bench = reference.bench(folder / "data")
     result = run(models.default_step(method), source, bench, folder / "out")
     return CachedRun(source, before, tensors, result, folder / "out", bench)
@@ -260,7 +261,7 @@ def test_every_method_and_every_reference_is_in_the_default_tier():
 def test_a_step_does_not_change_its_source_model(method_run):
     assert state_of(method_run.source) == method_run.before
     torch.testing.assert_close(
-        tensors_apart(method_run.source.module), method_run.tensors, rtol=0, atol=0
+        copy_tensors_apart(method_run.source.module), method_run.tensors, rtol=0, atol=0
     )
 
 
@@ -391,7 +392,7 @@ def test_methods_that_change_values_run_before_and_after_formats(
     assert line.steps[0] == method().kind
     assert line.reasons[0].fields["step"] == method().kind
     if method is Channels and "layers" in unit_settings(format_class):
-        return  # ``Channels`` refuses compressed layers; see test_channels.py
+        return  # ``Channels`` refuses compressed layers; see prune/test_channels.py
     packed_first = cached_run(format_class, reference.network.__name__).result
     if method in (Equalize, SmoothQuant) and "layers" in unit_settings(format_class):
         with raises_code(NothingToCompress, "units_missing") as caught:
@@ -414,7 +415,7 @@ def test_the_loaded_model_has_the_tensors_and_scores_of_the_result(method_run, r
     result = method_run.result
     ties = save(result.module, tmp_path / "again")
     assert ties == result.network.ties
-    assert records_of(result.module) == result.network.modules
+    assert build_records(result.module) == result.network.modules
     loaded = load(result.architecture, result.network, tmp_path / "again")
     expected, actual = result.module.state_dict(), loaded.state_dict()
     torch.testing.assert_close(dict(actual), dict(expected), rtol=0, atol=0)

@@ -39,12 +39,12 @@ STEPS = (
 UNSUPPORTED = (RowwiseInt8(symmetric=False), RowwiseInt8(rows_per_scale=4), RowwiseInt4())
 
 
-def packed(step: Any, rows: int = ROWS, dim: int = DIM, seed: int = 0) -> PackedTable:
+def pack(step: Any, rows: int = ROWS, dim: int = DIM, seed: int = 0) -> PackedTable:
     weight = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
     return encode_table(step, weight)
 
 
-def decoded(table: nn.Module) -> Tensor:
+def decode(table: nn.Module) -> Tensor:
     return table(torch.arange(ROWS if not isinstance(table, PackedTable) else table.rows))
 
 
@@ -56,12 +56,12 @@ def decoded(table: nn.Module) -> Tensor:
     block=st.sampled_from((1, 10, 2**19)),
 )
 def test_product_equals_a_product_with_the_decoded_table(step, rows, dim, leading, block):
-    table = packed(step, rows, dim)
+    table = pack(step, rows, dim)
     x = torch.randn(*leading, dim, generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "BLOCK_VALUES", block)  # several blocks of rows
-        result = table.product(x)
-    expected = F.linear(x, decoded(table))
+        result = table.multiply(x)
+    expected = F.linear(x, decode(table))
     assert result.shape == (*leading, rows)
     # Sums of at most 7 products of numbers of about 1: differences are float32 rounding.
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
@@ -69,15 +69,15 @@ def test_product_equals_a_product_with_the_decoded_table(step, rows, dim, leadin
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.kind}-{step.settings()}")
 def test_gradients_of_a_product_are_those_of_the_decoded_table(step: Any) -> None:
-    table = packed(step)
+    table = pack(step)
     learned = [b for name, b in table.named_buffers() if name in table.storage.learned]
     for tensor in learned:
         tensor.requires_grad_(tensor.dtype == torch.float32)
     x = torch.randn(3, 2, DIM, generator=torch.Generator().manual_seed(1), requires_grad=True)
     upstream = torch.randn(3, 2, ROWS, generator=torch.Generator().manual_seed(2))
     leaves = [x, *(tensor for tensor in learned if tensor.requires_grad)]
-    gradients = torch.autograd.grad((table.product(x) * upstream).sum(), leaves)
-    through_rows = torch.autograd.grad((F.linear(x, decoded(table)) * upstream).sum(), leaves)
+    gradients = torch.autograd.grad((table.multiply(x) * upstream).sum(), leaves)
+    through_rows = torch.autograd.grad((F.linear(x, decode(table)) * upstream).sum(), leaves)
     for gradient, expected in zip(gradients, through_rows, strict=True):
         # Sums of up to 66 terms of about 1 in another order.
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
@@ -118,9 +118,9 @@ USES: dict[str, Callable[[Any, Tensor], Any]] = {
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
 def test_each_use_of_a_compressed_weight_gives_the_result_of_the_matrix(use: Any) -> None:
-    table = packed(RowwiseInt8())
+    table = pack(RowwiseInt8())
     x = torch.randn(4, DIM, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(use(table.weight, x), use(decoded(table), x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(use(table.weight, x), use(decode(table), x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_each_use_of_a_compressed_weight_gives_the_result_of_the_matrix(use: Any
 def test_only_unusual_uses_decode_all_rows(
     use: str, decodes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table, read = packed(RowwiseInt8()), []
+    table, read = pack(RowwiseInt8()), []
     look_up = TableWeight.look_up
     monkeypatch.setattr(
         TableWeight, "look_up", lambda self, ids: read.append(ids.numel()) or look_up(self, ids)
@@ -143,7 +143,7 @@ def test_only_unusual_uses_decode_all_rows(
 
 
 def test_a_row_out_of_range_raises_an_index_error() -> None:
-    weight = packed(RowwiseInt8()).weight
+    weight = pack(RowwiseInt8()).weight
     for row in (ROWS, -ROWS - 1):
         with pytest.raises(IndexError):
             _ = weight[row]
@@ -151,14 +151,14 @@ def test_a_row_out_of_range_raises_an_index_error() -> None:
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.kind)
 def test_formats_with_products_can_multiply(step: Any) -> None:
-    assert can_multiply(packed(step))
+    assert can_multiply(pack(step))
 
 
 @pytest.mark.parametrize("step", UNSUPPORTED, ids=lambda step: step.kind)
 def test_formats_without_products_cannot_multiply_but_give_correct_products(step: Any) -> None:
-    table, x = packed(step), torch.ones(2, DIM)
+    table, x = pack(step), torch.ones(2, DIM)
     assert not can_multiply(table)
-    torch.testing.assert_close(x @ table.weight.T, x @ decoded(table).T)
+    torch.testing.assert_close(x @ table.weight.T, x @ decode(table).T)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -215,13 +215,13 @@ def test_a_copy_of_a_network_with_a_tied_head_refers_to_its_own_table() -> None:
     network = nn.Module()
     network.item, network.head = nn.Embedding(5, 4), nn.Linear(4, 5)
     network.head.weight = network.item.weight
-    swap(network, "item", packed(RowwiseInt8(), 5, 4))
+    swap(network, "item", pack(RowwiseInt8(), 5, 4))
     copy = private_copy(network)
     assert copy.head.table is copy.item is not network.item
-    swap(copy, "item", packed(Float16Rows(), 5, 4, seed=3))
+    swap(copy, "item", pack(Float16Rows(), 5, 4, seed=3))
     x = torch.ones(2, 4)
-    torch.testing.assert_close(copy.head(x), F.linear(x, decoded(copy.item), copy.head.bias))
-    torch.testing.assert_close(network.head(x), F.linear(x, decoded(network.item), copy.head.bias))
+    torch.testing.assert_close(copy.head(x), F.linear(x, decode(copy.item), copy.head.bias))
+    torch.testing.assert_close(network.head(x), F.linear(x, decode(network.item), copy.head.bias))
 
 
 def test_a_format_without_products_keeps_the_table_that_is_multiplied(tmp_path: Path) -> None:
@@ -261,13 +261,13 @@ def test_reads_of_a_weight_are_counted_as_lookups(tmp_path: Path) -> None:
 
 def test_an_observed_table_gives_the_scores_of_its_table() -> None:
     reads: list[str] = []
-    table = packed(RowwiseInt8())
+    table = pack(RowwiseInt8())
     observed = ObservedTable(table, lambda read, _: reads.append(read), hides_attributes=False)
     x = torch.ones(2, DIM)
     assert torch.equal(observed(torch.tensor([1])), table(torch.tensor([1])))
-    assert torch.equal(x @ observed.weight.T, table.product(x))
+    assert torch.equal(x @ observed.weight.T, table.multiply(x))
     assert torch.equal(observed.weight[:2], table(torch.arange(2)))
-    assert torch.equal(observed.weight.sum(), decoded(table).sum())
+    assert torch.equal(observed.weight.sum(), decode(table).sum())
     assert reads == ["multiplied", "looked_up", "decoded"]
     assert observed.rows == ROWS
     hidden = ObservedTable(table, lambda *_: None, hides_attributes=True)

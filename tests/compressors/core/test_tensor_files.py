@@ -17,7 +17,7 @@ from compressors.core.state.tensor_files import (
     INDEX,
     LARGE_BYTES,
     file_name,
-    file_of,
+    find_file,
     tensor_files,
     write_tensors,
 )
@@ -216,10 +216,10 @@ def test_tensor_that_differs_from_its_file_is_not_read_from_it(changed, tmp_path
     module = save_and_load(tmp_path / "source")
     files = tensor_files(module, tmp_path / "source")
     weight = module.user.weight
-    assert file_of(weight, files) == files["user.weight"]
+    assert find_file(weight, files) == files["user.weight"]
     if changed == "written":
         with torch.no_grad():
             weight[0] = 1
     else:
         weight = weight.detach().clone()
-    assert file_of(weight, files) is None
+    assert find_file(weight, files) is None

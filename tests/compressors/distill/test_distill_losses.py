@@ -171,7 +171,7 @@ def test_rankdistil_gradient_orders_the_top_and_keeps_other_rows_below():
 
 def test_equal_teacher_scores_get_different_ranks():
     list_index = torch.tensor([0, 1, 0, 1, 0])
-    ranks = losses._teacher_ranks(torch.tensor([1.0, 5.0, 1.0, 6.0, 2.0]), list_index, 2)
+    ranks = losses._rank_by_teacher(torch.tensor([1.0, 5.0, 1.0, 6.0, 2.0]), list_index, 2)
     assert ranks.tolist() == [1, 1, 2, 0, 0]
 
 

@@ -22,7 +22,7 @@ from models import (
     RANKER,
     SHORT_TRAINING,
     Reference,
-    only_graph,
+    get_only_graph,
     write_split,
 )
 from reason_codes import require_reason
@@ -32,7 +32,7 @@ from compressors.contracts import Bench
 from compressors.core.batches import batches
 from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
-from compressors.core.modules.output_calibration import recalibration_of
+from compressors.core.modules.output_calibration import find_recalibration
 from compressors.core.plan_lines import OUTPUT
 from compressors.core.runner import run
 from compressors.distill.fine_tune import FineTune
@@ -58,10 +58,10 @@ def random_labels(
     slope: float, offset: float, rows: int = ROWS, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Random logits, and labels of probability sigmoid(slope * logit + offset)."""
-    random = np.random.default_rng(seed)
-    logit = random.normal(size=rows) * 2
+    rng = np.random.default_rng(seed)
+    logit = rng.normal(size=rows) * 2
     probability = 1 / (1 + np.exp(-(slope * logit + offset)))
-    return logit, (random.random(rows) < probability).astype(np.float64)
+    return logit, (rng.random(rows) < probability).astype(np.float64)
 
 
 def bench_with_drawn_labels(reference: Reference, folder, slope: float, offset: float) -> Bench:
@@ -104,11 +104,11 @@ def test_every_output_map_is_strictly_increasing(slope, offset, method, knots):
 
 
 def test_isotonic_value_of_equal_scores_is_the_mean_of_their_labels():
-    random = np.random.default_rng(0)
-    logit = np.concatenate([np.full(3_000, -1.0), random.normal(0.5, 1, 3_000)])
+    rng = np.random.default_rng(0)
+    logit = np.concatenate([np.full(3_000, -1.0), rng.normal(0.5, 1, 3_000)])
     probabilities_of_other_scores = np.where(logit[3_000:] < -1, 0.02, 0.4)
     probabilities = np.concatenate([np.linspace(0.02, 0.22, 3_000), probabilities_of_other_scores])
-    label = (random.random(6_000) < probabilities).astype(np.float64)
+    label = (rng.random(6_000) < probabilities).astype(np.float64)
     knot_positions, knot_values = fit_pieces(logit, label, knots=32)
     probability = label[:3_000].mean()  # all rows of this score
     mapped = 1 / (1 + np.exp(-np.interp(-1.0, knot_positions, knot_values)))
@@ -117,8 +117,8 @@ def test_isotonic_value_of_equal_scores_is_the_mean_of_their_labels():
 
 
 def test_isotonic_map_beyond_its_outer_knots_has_slope_at_most_one():
-    random, logit = np.random.default_rng(0), np.linspace(-0.5, 0.5, 20_000)
-    label = (random.random(logit.size) < 1 / (1 + np.exp(-6 * logit))).astype(np.float64)
+    rng, logit = np.random.default_rng(0), np.linspace(-0.5, 0.5, 20_000)
+    label = (rng.random(logit.size) < 1 / (1 + np.exp(-6 * logit))).astype(np.float64)
     output_map = fit_map("isotonic", "logit", logit, label, knots=8)
     inner = output_map(torch.tensor([-0.4, -0.2, 0.2, 0.4]))
     # The true slope is 6 everywhere; a group of 2,500 rows has a standard error of 0.05 in logits.
@@ -236,7 +236,7 @@ def test_rows_without_a_label_do_not_change_the_map(tmp_path):
         )
         other = bench.model_copy(update={"validation": split})
         result = run(Recalibrate(method="platt"), COMPACT.model(), other, tmp_path / f"{name}-out")
-        maps.append(recalibration_of(result.module).line)
+        maps.append(find_recalibration(result.module).line)
     torch.testing.assert_close(*maps)
 
 
@@ -245,7 +245,7 @@ def test_the_graph_contains_the_output_map(tmp_path):
     for method in ("platt", "isotonic"):
         result = run(Recalibrate(method=method), COMPACT.model(), bench, tmp_path / method)
         path = tmp_path / f"{method}.onnx"
-        lowered = lower(result.module, only_graph(COMPACT.signature), "onnxruntime", path)
+        lowered = lower(result.module, get_only_graph(COMPACT.signature), "onnxruntime", path)
         (batch,) = batches(bench.validation, COMPACT.signature, ROWS)
         arrays = {k: v.numpy() for k, v in batch.inputs.items()}
         scores = Session(path, threads=1).scores(arrays)

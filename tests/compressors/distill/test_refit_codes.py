@@ -95,7 +95,9 @@ def ranker_bench(tmp_path: Path) -> Bench:
     return RANKER.bench(tmp_path / "ranker")
 
 
-def packed(step: TableStep, bench: Bench, folder: Path, reference: Reference = COMPACT) -> Model:
+def pack_tables(
+    step: TableStep, bench: Bench, folder: Path, reference: Reference = COMPACT
+) -> Model:
     """Return a reference network after a step that compresses its tables."""
     return run(step, reference.model(), bench, folder / "packed")
 
@@ -107,7 +109,7 @@ def validation_quality(model: Model, bench: Bench) -> float:
 @each_format
 def test_refitting_improves_quality_and_keeps_formats_and_dtypes(table_step, bench, tmp_path):
     """The labels are the opposite of the network's predictions, so quality can increase a lot."""
-    before = packed(table_step, bench, tmp_path)
+    before = pack_tables(table_step, bench, tmp_path)
     after = run(RefitCodes(training=SHORT_TRAINING), before, bench, tmp_path / "out")
     assert validation_quality(after, bench) > validation_quality(before, bench) + 0.2
     assert after.network.modules == before.network.modules
@@ -130,13 +132,13 @@ def test_refitting_improves_quality_and_keeps_formats_and_dtypes(table_step, ben
 @pytest.mark.parametrize("reference", [NORMED, ATTENTION], ids=lambda item: item.network.__name__)
 def test_refitting_improves_probability_and_ranking_models(reference, tmp_path):
     bench = reference.bench(tmp_path / "data")
-    before = packed(ProductCodes(), bench, tmp_path, reference)
+    before = pack_tables(ProductCodes(), bench, tmp_path, reference)
     after = run(RefitCodes(training=SHORT_TRAINING), before, bench, tmp_path / "out")
     assert validation_quality(after, bench) > validation_quality(before, bench) + 0.1
 
 
 def test_dense_layers_are_trained_only_with_dense_true(bench, tmp_path):
-    before = packed(ProductCodes(), bench, tmp_path)
+    before = pack_tables(ProductCodes(), bench, tmp_path)
     for dense in (False, True):
         step = RefitCodes(training=SHORT_TRAINING, rounds=1, dense=dense)
         after = run(step, before, bench, tmp_path / str(dense))
@@ -148,7 +150,7 @@ def test_dense_layers_are_trained_only_with_dense_true(bench, tmp_path):
 
 
 def test_refitting_with_share_zero_keeps_codes_and_trains_codebooks(bench, tmp_path):
-    before = packed(ProductCodes(), bench, tmp_path)
+    before = pack_tables(ProductCodes(), bench, tmp_path)
     after = run(RefitCodes(training=SHORT_TRAINING, share=0), before, bench, tmp_path / "out")
     assert torch.equal(after.module.item.codes, before.module.item.codes)
     assert not torch.equal(after.module.item.codebook, before.module.item.codebook)
@@ -164,7 +166,7 @@ def test_refitting_never_lowers_the_validation_quality(bench, tmp_path):
         score_function=lambda inputs: -COMPACT.negated_scores(inputs),
     )
     bench = bench.model_copy(update={"validation": like_predictions})
-    before = packed(ProductCodes(parts=6, bits=4), bench, tmp_path)
+    before = pack_tables(ProductCodes(parts=6, bits=4), bench, tmp_path)
     after = run(RefitCodes(training=SHORT_TRAINING), before, bench, tmp_path / "out")
     assert validation_quality(before, bench) > 0.9
     assert validation_quality(after, bench) == validation_quality(before, bench)
@@ -227,13 +229,13 @@ def test_refitting_without_codes_raises_nothing_to_compress(bench, tmp_path):
 
 
 def test_the_dry_run_of_refitting_has_the_plan_of_its_result(bench, tmp_path):
-    before = packed(ProductCodes(), bench, tmp_path)
+    before = pack_tables(ProductCodes(), bench, tmp_path)
     step = RefitCodes(training=SHORT_TRAINING, rounds=1)
     assert dry_run(step, before, bench).plan == run(step, before, bench, tmp_path / "x").plan
 
 
 def test_an_interrupted_refit_resumes_and_ends_with_the_same_bits(bench, tmp_path, monkeypatch):
-    before = packed(ProductCodes(), bench, tmp_path)
+    before = pack_tables(ProductCodes(), bench, tmp_path)
     step = RefitCodes(training=SHORT_TRAINING, rounds=2)
     uninterrupted = run(step, before, bench, tmp_path / "whole")
     resumable_bench = bench.model_copy(update={"checkpoints": str(tmp_path / "progress")})
@@ -295,7 +297,7 @@ def test_rows_without_a_label_do_not_enlarge_the_squared_gradients(tmp_path):
 def test_loss_gradients_equal_torchs_gradients_of_the_decoded_table(ranker_bench, tmp_path):
     """The reference is autograd on the decoded table, one data row at a time."""
     bench = ranker_bench
-    model = packed(ProductCodes(tables=("item", "history")), bench, tmp_path, RANKER)
+    model = pack_tables(ProductCodes(tables=("item", "history")), bench, tmp_path, RANKER)
     tables = {"item": model.module.item, "history": model.module.history.table}
 
     def loss(output: Tensor, batch, row_numbers: Tensor) -> Tensor:
@@ -336,7 +338,7 @@ def predicted_change(
     """Change of the quadratic approximation of the loss from ``initial_rows``: ``(rows,)``.
 
     ``gradient`` and ``curvature`` (mean squared gradients) are ``(rows, dim)``. The factor ``dim``
-    makes the approximation an upper bound; see ``code_reassignment.py``.
+    makes the approximation an upper bound; see ``distill/code_reassignment.py``.
     """
     with torch.no_grad():
         change = table(torch.arange(table.rows)) - initial_rows
@@ -408,7 +410,7 @@ def test_zero_gradients_reassign_no_codes():
 
 
 def test_reassignments_that_raise_the_loss_are_undone(bench, tmp_path, monkeypatch):
-    before = packed(ProductCodes(parts=6, bits=4), bench, tmp_path)
+    before = pack_tables(ProductCodes(parts=6, bits=4), bench, tmp_path)
     teacher = COMPACT.model().module
     rows = Rows(bench.train, bench.signature)
     with torch.no_grad():
@@ -445,7 +447,7 @@ TRAIN_TABLES = SHORT_TRAINING.model_copy(update={"tables": True})
     "table_step", [KMeans(scale="float32"), ProductCodes(), ResidualCodes()], ids=lambda s: s.kind
 )
 def test_fine_tuning_trains_codebooks_only_with_tables_true(table_step, bench, tmp_path):
-    before = packed(table_step, bench, tmp_path)
+    before = pack_tables(table_step, bench, tmp_path)
     after = run(FineTune(training=TRAIN_TABLES), before, bench, tmp_path / "out")
     assert validation_quality(after, bench) > validation_quality(before, bench)
     for name in table_step.storage.learned:
@@ -460,7 +462,7 @@ def test_fine_tuning_trains_codebooks_only_with_tables_true(table_step, bench, t
 
 
 def test_float16_codebooks_are_not_trained_and_the_plan_has_a_reason(bench, tmp_path):
-    before = packed(ProductCodes(codebook_type="float16"), bench, tmp_path)
+    before = pack_tables(ProductCodes(codebook_type="float16"), bench, tmp_path)
     after = run(FineTune(training=TRAIN_TABLES), before, bench, tmp_path / "out")
     assert torch.equal(after.module.item.codebook, before.module.item.codebook)
     choice = FineTune(training=TRAIN_TABLES).plan(before, bench).decisions["item"]
@@ -472,7 +474,7 @@ def test_float16_codebooks_are_not_trained_and_the_plan_has_a_reason(bench, tmp_
 
 
 def test_table_l2_lowers_the_norm_of_packed_tables(bench, tmp_path):
-    before = packed(ResidualCodes(), bench, tmp_path)
+    before = pack_tables(ResidualCodes(), bench, tmp_path)
     norms = []
     for penalty in (0.0, 0.1):
         training = Training(batch=16, learning_rate=0.02, warmup=0, tables=True, table_l2=penalty)
@@ -484,7 +486,7 @@ def test_table_l2_lowers_the_norm_of_packed_tables(bench, tmp_path):
 
 def test_weight_decay_does_not_change_unread_codebook_entries(bench, tmp_path):
     """Otherwise, entries that no training row reads would shrink."""
-    before = packed(ProductCodes(parts=7), bench, tmp_path)
+    before = pack_tables(ProductCodes(parts=7), bench, tmp_path)
     training = TRAIN_TABLES.model_copy(update={"weight_decay": 0.5, "epochs": 1})
     after = run(FineTune(training=training), before, bench, tmp_path / "out")
     rows = Rows(bench.train, bench.signature)

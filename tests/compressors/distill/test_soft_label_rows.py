@@ -66,7 +66,7 @@ def test_predictions_of_joined_rows_equal_the_predictions_of_each_part(reference
     joined = JoinedRows(labelled, traffic)
     model = reference.model().module
     row_numbers = torch.tensor([BENCH_ROWS + 3, 5, 0, BENCH_ROWS, 7])
-    row_numbers_in_order = joined.in_order(row_numbers)
+    row_numbers_in_order = joined.order_rows(row_numbers)
     assert row_numbers_in_order.tolist() == [5, 0, 7, BENCH_ROWS + 3, BENCH_ROWS]
     batch = joined.take(row_numbers_in_order)
     with torch.no_grad():

@@ -88,7 +88,7 @@ TRAINING = Training(
 )
 
 
-def trained_model(seed: int = 0) -> Model:
+def train_tower_model(seed: int = 0) -> Model:
     """Return the network with weights of a trained one: large scores."""
     model = TOWERS.model(seed)
     with torch.no_grad():
@@ -99,17 +99,17 @@ def trained_model(seed: int = 0) -> Model:
     return model
 
 
-def bench_of(model: Model, folder: Path) -> Bench:
+def build_bench(model: Model, folder: Path) -> Bench:
     """Write interactions drawn from the softmax of each user's scores, without repetition."""
     with torch.no_grad():
         users, items = torch.arange(USERS), torch.arange(ITEMS)
         scores = model.module.query(user=users) @ model.module.item(item=items).T
-    random = np.random.default_rng(0)
-    gumbel = random.gumbel(size=scores.shape)
-    order = np.argsort(-(scores.numpy() + gumbel), axis=1)  # samples without replacement
+    rng = np.random.default_rng(0)
+    gumbel = rng.gumbel(size=scores.shape)
+    permutation = np.argsort(-(scores.numpy() + gumbel), axis=1)  # samples without replacement
     parts, begin = {}, 0
     for part, count in PER_USER.items():
-        chosen = order[:, begin : begin + count]
+        chosen = permutation[:, begin : begin + count]
         begin += count
         tensors = {
             "user": torch.arange(USERS).repeat_interleave(count),
@@ -135,8 +135,8 @@ def recall(model: Model, bench: Bench) -> float:
 
 
 def test_quality_is_the_recall_of_a_ranking_without_items_of_the_training_rows(tmp_path):
-    model = trained_model()
-    bench = bench_of(model, tmp_path)
+    model = train_tower_model()
+    bench = build_bench(model, tmp_path)
     assert bench.train is not None
     assert bench.validation is not None
     train, validation = (Rows(split, SIGNATURE) for split in (bench.train, bench.validation))
@@ -160,8 +160,8 @@ def test_quality_is_the_recall_of_a_ranking_without_items_of_the_training_rows(t
 
 
 def test_at_most_5000_queries_are_ranked(tmp_path, monkeypatch):
-    model = trained_model()
-    bench = bench_of(model, tmp_path)
+    model = train_tower_model()
+    bench = build_bench(model, tmp_path)
     assert MAX_QUERIES == 5_000
     monkeypatch.setattr("compressors.metrics.validation_ranking.MAX_QUERIES", 2)
     validation = Rows(bench.validation, SIGNATURE)
@@ -170,7 +170,7 @@ def test_at_most_5000_queries_are_ranked(tmp_path, monkeypatch):
     assert value * 6 == pytest.approx(round(value * 6), abs=1e-9)
 
 
-def damaged(model: Model, names: tuple[str, ...]) -> Model:
+def damage(model: Model, names: tuple[str, ...]) -> Model:
     """Return the network with noise in some tensors; its recall is far below the original's."""
     module = private_copy(model.module)
     generator = torch.Generator().manual_seed(3)
@@ -187,7 +187,7 @@ def damaged(model: Model, names: tuple[str, ...]) -> Model:
 
 @pytest.mark.parametrize("negatives", [0, 40])
 def test_fine_tune_trains_random_towers(negatives, tmp_path):
-    bench = bench_of(trained_model(), tmp_path / "data")
+    bench = build_bench(train_tower_model(), tmp_path / "data")
     start = TOWERS.model(seed=1)
     changes = {"learning_rate": 0.1, "epochs": 8, "negatives": negatives}
     training = TRAINING.model_copy(update=changes)
@@ -201,9 +201,9 @@ def test_fine_tune_trains_random_towers(negatives, tmp_path):
 def test_distill_recovers_a_damaged_layer_from_the_vectors_of_the_original(
     loss, negatives, tmp_path
 ):
-    original = trained_model()
-    bench = bench_of(original, tmp_path / "data")
-    start = replace(damaged(original, ("item.out.weight",)), original=original.module)
+    original = train_tower_model()
+    bench = build_bench(original, tmp_path / "data")
+    start = replace(damage(original, ("item.out.weight",)), original=original.module)
     training = TRAINING.model_copy(update={"tables": False, "negatives": negatives})
     step = Distill(loss=loss, training=training, soft_share=1.0)
     result = run(step, start, bench, tmp_path / "out")
@@ -213,12 +213,12 @@ def test_distill_recovers_a_damaged_layer_from_the_vectors_of_the_original(
 
 
 def test_refit_codes_recovers_damaged_codebooks(tmp_path):
-    original = trained_model()
-    bench = bench_of(original, tmp_path / "data")
+    original = train_tower_model()
+    bench = build_bench(original, tmp_path / "data")
     codes = ProductCodes(parts=4, bits=6, codebook_share=1.0)
     packed = run(codes, original, bench, tmp_path / "codes")
     names = ("item.table.codebook",)
-    start = replace(damaged(packed, names), original=original.module)
+    start = replace(damage(packed, names), original=original.module)
     step = RefitCodes(rounds=1, share=0, training=TRAINING.model_copy(update={"tables": False}))
     result = run(step, start, bench, tmp_path / "out")
     before, lost, recovered = (recall(model, bench) for model in (packed, start, result))
@@ -227,8 +227,8 @@ def test_refit_codes_recovers_damaged_codebooks(tmp_path):
 
 
 def test_qat_trains_the_layers_of_both_towers(tmp_path):
-    original = trained_model()
-    bench = bench_of(original, tmp_path / "data")
+    original = train_tower_model()
+    bench = build_bench(original, tmp_path / "data")
     training = TRAINING.model_copy(update={"tables": False, "epochs": 1})
     result = run(
         QAT(training=training), replace(original, original=original.module), bench, tmp_path / "out"
@@ -240,8 +240,8 @@ def test_qat_trains_the_layers_of_both_towers(tmp_path):
 
 
 def test_steps_without_the_original_or_with_unusable_settings_are_refused(tmp_path):
-    original = trained_model()
-    bench = bench_of(original, tmp_path / "data")
+    original = train_tower_model()
+    bench = build_bench(original, tmp_path / "data")
     with raises_code(NothingToCompress, "towers_setting", setting="loss", value="pointwise"):
         run(Distill(loss="pointwise"), original, bench, tmp_path / "out")
     with raises_code(NothingToCompress, "towers_setting", setting="hints", value=("query.out",)):
@@ -251,8 +251,8 @@ def test_steps_without_the_original_or_with_unusable_settings_are_refused(tmp_pa
 def test_a_list_loss_of_two_towers_does_not_keep_the_rows_of_a_query_in_one_batch(
     tmp_path, monkeypatch
 ):
-    original = trained_model()
-    bench = bench_of(original, tmp_path / "data")
+    original = train_tower_model()
+    bench = build_bench(original, tmp_path / "data")
     whole_lists = []
     monkeypatch.setattr(
         "compressors.distill.distill.train_model",
@@ -267,8 +267,8 @@ def test_a_list_loss_of_two_towers_does_not_keep_the_rows_of_a_query_in_one_batc
 
 
 def test_validation_rows_without_a_positive_label_raise(tmp_path):
-    model = trained_model()
-    bench = bench_of(model, tmp_path)
+    model = train_tower_model()
+    bench = build_bench(model, tmp_path)
     assert bench.validation is not None
     validation = Rows(bench.validation, SIGNATURE)
     validation.label = torch.zeros(len(validation))
@@ -277,8 +277,8 @@ def test_validation_rows_without_a_positive_label_raise(tmp_path):
 
 
 def test_drawn_items_have_the_vectors_of_the_item_tower_and_no_query(tmp_path):
-    model = trained_model()
-    bench = bench_of(model, tmp_path)
+    model = train_tower_model()
+    bench = build_bench(model, tmp_path)
     rows = Rows(bench.train, SIGNATURE)
     sampled = ItemSampler(bench.items, SIGNATURE, rows, 30).draw()
     batch = rows.take(torch.arange(5))
@@ -293,8 +293,8 @@ def test_drawn_items_have_the_vectors_of_the_item_tower_and_no_query(tmp_path):
 
 
 def test_original_and_network_are_compared_on_the_same_drawn_items(tmp_path):
-    original = trained_model()
-    bench = bench_of(original, tmp_path)
+    original = train_tower_model()
+    bench = build_bench(original, tmp_path)
     rows = Rows(bench.train, SIGNATURE)
     numbers = torch.arange(20)
     sampled = ItemSampler(bench.items, SIGNATURE, rows, 30).draw()
@@ -308,7 +308,7 @@ def test_original_and_network_are_compared_on_the_same_drawn_items(tmp_path):
 
 
 def test_killed_training_with_negatives_resumes_and_ends_with_the_same_bits(tmp_path, monkeypatch):
-    bench = bench_of(trained_model(), tmp_path / "data")
+    bench = build_bench(train_tower_model(), tmp_path / "data")
     training = TRAINING.model_copy(update={"epochs": 3, "negatives": 16})
 
     def trained(checkpoints: Path, seed: int = 0) -> Tensor:
@@ -338,6 +338,6 @@ def test_negatives_are_refused_without_a_catalogue(tmp_path):
     model = RANKER.model()
     with raises_code(NothingToCompress, "negatives_without_catalogue", negatives=8, task="ctr"):
         run(step, model, RANKER.bench(tmp_path / "ctr"), tmp_path / "out")
-    bench = bench_of(trained_model(), tmp_path / "data").model_copy(update={"items": None})
+    bench = build_bench(train_tower_model(), tmp_path / "data").model_copy(update={"items": None})
     with raises_code(NothingToCompress, "rows_missing", missing=("items",)):
-        run(step, trained_model(), bench, tmp_path / "out")
+        run(step, train_tower_model(), bench, tmp_path / "out")

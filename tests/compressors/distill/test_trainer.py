@@ -12,7 +12,7 @@ import torch
 from error_codes import raises_code
 from hypothesis import given
 from models import ATTENTION, BENCH_ROWS, NORMED, RANKER, SHORT_TRAINING, Reference
-from signatures import with_output
+from signatures import replace_output
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Split
@@ -69,7 +69,7 @@ def equal_tensors(first: nn.Module, second: nn.Module) -> bool:
     )
 
 
-SELECTED_BY_MRR = replace(ATTENTION, signature=with_output(ATTENTION.signature, metric="mrr@5"))
+SELECTED_BY_MRR = replace(ATTENTION, signature=replace_output(ATTENTION.signature, metric="mrr@5"))
 
 
 @pytest.mark.parametrize(
@@ -223,9 +223,9 @@ def test_learning_rate_follows_warmup_schedule_and_factor(tmp_path):
         result = []
         for step in range(21):
             run.steps = step
-            result.append(run._rate())
+            result.append(run._compute_rate())
         run.rate_factor = 0.1  # by which the plateau schedule multiplies the learning rate
-        return [*result, run._rate()]
+        return [*result, run._compute_rate()]
 
     plateau = learning_rates(warmup=4)
     assert plateau[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]

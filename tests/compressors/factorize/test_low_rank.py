@@ -11,25 +11,25 @@ from reason_codes import require_reason
 from compressors.contracts import Bench
 from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
-from compressors.factorize.low_rank import LowRank, factors
+from compressors.factorize.low_rank import LowRank, factorize
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 
-def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
+def draw_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
 def error(table: torch.Tensor, rank: int, weight: torch.Tensor) -> float:
     """Return the squared error of the factors, summed with the weights of the rows."""
-    reduced, projection, mean = factors(table, rank, weight)
+    reduced, projection, mean = factorize(table, rank, weight)
     difference = reduced @ projection + mean - table
     return float((weight * difference.square().sum(dim=1)).sum())
 
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 30), dim=st.integers(1, 9))
 def test_factors_of_full_rank_reproduce_the_table(seed, rows, dim):
-    table = random_normal(seed, rows, dim)
-    reduced, projection, mean = factors(table, dim, torch.ones(rows))
+    table = draw_normal(seed, rows, dim)
+    reduced, projection, mean = factorize(table, dim, torch.ones(rows))
     # float32 sums of up to nine products of numbers near 1
     torch.testing.assert_close(reduced @ projection + mean, table, atol=1e-5, rtol=1e-5)
 
@@ -37,7 +37,7 @@ def test_factors_of_full_rank_reproduce_the_table(seed, rows, dim):
 @given(seed=st.integers(0, 10**6), rows=st.integers(5, 30), rank=st.integers(1, 5))
 def test_error_of_factors_equals_the_energy_of_the_discarded_singular_values(seed, rows, rank):
     """The reference is torch's singular values of the rows minus their mean."""
-    table = random_normal(seed, rows, 6)
+    table = draw_normal(seed, rows, 6)
     discarded_energy = (
         torch.linalg.svdvals((table - table.mean(dim=0)).double())[rank:].square().sum()
     )
@@ -49,11 +49,11 @@ def test_error_of_factors_equals_the_energy_of_the_discarded_singular_values(see
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 5))
 def test_weighted_factors_have_no_larger_weighted_error_than_unweighted_factors(seed, rank):
     table, weight = (
-        random_normal(seed, 25, 6),
-        random_normal(seed + 1, 25, 1).abs().squeeze(1) + 0.01,
+        draw_normal(seed, 25, 6),
+        draw_normal(seed + 1, 25, 1).abs().squeeze(1) + 0.01,
     )
     weighted_error = error(table, rank, weight)
-    reduced, projection, mean = factors(table, rank, torch.ones(25))
+    reduced, projection, mean = factorize(table, rank, torch.ones(25))
     unweighted_error = (weight * (reduced @ projection + mean - table).square().sum(dim=1)).sum()
     assert weighted_error <= float(unweighted_error) * (1 + 1e-5)
 
@@ -61,7 +61,7 @@ def test_weighted_factors_have_no_larger_weighted_error_than_unweighted_factors(
 def test_weights_of_rows_decide_which_direction_is_kept():
     table = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
     for weight, expected_column in (((1.0, 1.0, 1.0, 1.0), 1), ((9.0, 9.0, 1.0, 1.0), 0)):
-        _, projection, _ = factors(table, 1, torch.tensor(weight))
+        _, projection, _ = factorize(table, 1, torch.tensor(weight))
         assert projection.abs().argmax() == expected_column
 
 

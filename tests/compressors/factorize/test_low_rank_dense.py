@@ -15,7 +15,7 @@ from chained_networks import CHAIN
 from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import scores_of, stored_bytes
-from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, only_graph, planned_and_applied
+from models import COMPACT, NORMED, RANKER, TIED, Graph, Reference, get_only_graph, plan_and_apply
 from narrow_networks import SIGNATURE, ResidualConcatNet
 from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
@@ -26,14 +26,14 @@ from compressors.core.dry_run import dry_run
 from compressors.core.model import Model
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.runner import run
-from compressors.core.state.module_state import load, map_tensors, module_of
+from compressors.core.state.module_state import build_module, load, map_tensors
 from compressors.core.units import Unit
 from compressors.distill.fine_tune import FineTune
 from compressors.errors.compression import ModelRefused, NothingToCompress
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.factorize.low_rank_dense import (
     LowRankDense,
-    factors,
+    factorize,
     principal_outputs,
     rank_within,
 )
@@ -47,7 +47,7 @@ from compressors.rewrite.fold import Fold
 from infra.onnxruntime.sessions import optimized_graph
 
 
-def random_normal(*shape: int, seed: int) -> Tensor:
+def draw_normal(*shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -62,7 +62,7 @@ def low_rank_product(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
     ``moment`` is the second moment of the inputs, ``x.T @ x``.
     """
     _, directions = principal_outputs(weight, moment)
-    reduce, expand = factors(weight, directions, rank)
+    reduce, expand = factorize(weight, directions, rank)
     return expand.double() @ reduce.double()
 
 
@@ -70,8 +70,8 @@ def low_rank_product(weight: Tensor, moment: Tensor, rank: int) -> Tensor:
 def test_factors_have_the_smallest_output_error_of_all_matrices_of_their_rank(
     inputs, outputs, seed, data
 ):
-    weight = random_normal(outputs, inputs, seed=seed)
-    x = random_normal(30, inputs, seed=seed + 1) @ random_normal(inputs, inputs, seed=seed + 2)
+    weight = draw_normal(outputs, inputs, seed=seed)
+    x = draw_normal(30, inputs, seed=seed + 1) @ draw_normal(inputs, inputs, seed=seed + 2)
     rank = data.draw(st.integers(1, min(inputs, outputs)))
     energy, directions = principal_outputs(weight, x.T @ x)
     error = output_error(weight, low_rank_product(weight, x.T @ x, rank), x)
@@ -88,8 +88,8 @@ def test_factors_have_the_smallest_output_error_of_all_matrices_of_their_rank(
 
 def test_factors_equal_the_factors_after_whitening_with_the_cholesky_factor():
     weight, x = (
-        random_normal(6, 9, seed=1),
-        random_normal(200, 9, seed=2) @ random_normal(9, 9, seed=3),
+        draw_normal(6, 9, seed=1),
+        draw_normal(200, 9, seed=2) @ draw_normal(9, 9, seed=3),
     )
     root = torch.linalg.cholesky(x.T @ x)
     left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
@@ -98,7 +98,7 @@ def test_factors_equal_the_factors_after_whitening_with_the_cholesky_factor():
 
 
 def test_factors_without_data_equal_the_truncated_singular_value_decomposition():
-    weight = random_normal(6, 9, seed=1)
+    weight = draw_normal(6, 9, seed=1)
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     expected = (left[:, :3] * values[:3]) @ right[:3]
     result = low_rank_product(weight, torch.eye(9).double(), 3)
@@ -301,14 +301,14 @@ def test_the_graph_of_factored_layers_has_the_scores_of_its_module(target: Targe
     model = run(LowRankDense(), COMPACT.model(), bench, tmp_path / "0")
     model = run(StaticInt8(), model, bench, tmp_path / "1")
     path = tmp_path / "model.onnx"
-    lowered = lower(model.module, only_graph(COMPACT.signature), target, path)
+    lowered = lower(model.module, get_only_graph(COMPACT.signature), target, path)
     graph = Graph(model, lowered, COMPACT.signature, path)
     inputs = graph.rows(1500)
-    check_parity(graph.in_torch(inputs), graph.in_onnx(inputs), model.plan, target)
+    check_parity(graph.run_in_torch(inputs), graph.run_in_onnx(inputs), model.plan, target)
     if target == "onnxruntime":
         report = audit(optimized_graph(path), model.plan, lowered.tables)
         assert report.int8_products == 9  # four factored layers with two products each, and ``out``
-        assert np.isfinite(graph.in_onnx(inputs)).all()
+        assert np.isfinite(graph.run_in_onnx(inputs)).all()
 
 
 def test_unweighted_factors_need_no_rows_and_weighted_factors_raise_without_rows(tmp_path):
@@ -318,14 +318,14 @@ def test_unweighted_factors_need_no_rows_and_weighted_factors_raise_without_rows
     with raises_code(NothingToCompress, "rows_missing", missing=("calibration",)):
         run(LowRankDense(), RANKER.model(), bench, tmp_path / "again")
     with raises_code(RowsMissing, "weighted_needs_rows"):
-        planned_and_applied(LowRankDense(), RANKER.model(), bench)
+        plan_and_apply(LowRankDense(), RANKER.model(), bench)
 
 
 def test_a_layer_that_is_never_called_raises_step_refused(tmp_path):
     source = LOW_RANK_INPUTS.model()
     source.module.spare = nn.Linear(20, 20)
     with raises_code(StepRefused, "layer_not_called", layer="spare"):
-        planned_and_applied(LowRankDense(), source, LOW_RANK_INPUTS.bench(tmp_path / "data"))
+        plan_and_apply(LowRankDense(), source, LOW_RANK_INPUTS.bench(tmp_path / "data"))
 
 
 def test_incomplete_records_and_wrong_shapes_of_factored_layers_raise_errors():
@@ -333,7 +333,7 @@ def test_incomplete_records_and_wrong_shapes_of_factored_layers_raise_errors():
         kind="linear", format="factored", settings={"in_features": 4, "out_features": 4}
     )
     with raises_code(ModelRefused, "record_incomplete", name="hidden") as caught:
-        module_of("hidden", record)
+        build_module("hidden", record)
     assert "bias" in caught.value.fields["problem"]
     stored = {"reduce.weight": torch.zeros(2, 4), "expand.weight": torch.zeros(2, 4)}
     with pytest.raises(ValueError, match=r"expand.weight of \(4, 2\) was given \(2, 4\)"):

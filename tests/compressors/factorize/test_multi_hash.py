@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import RANKER, lowered_reference
+from models import RANKER, lower_reference
 from reason_codes import require_reason
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from compressors.lower.parity import check_parity
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 
-def random_normal(seed: int, rows: int, dim: int = 3) -> Tensor:
+def draw_normal(seed: int, rows: int, dim: int = 3) -> Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
@@ -74,11 +74,11 @@ def test_fit_has_the_error_of_the_least_squares_solution(
     seed, rows, buckets, hashes, signed, has_equal_weights
 ):
     """The reference is torch's least squares for the whole system, including the mean."""
-    table = random_normal(seed, rows) + 1
+    table = draw_normal(seed, rows) + 1
     weight = (
         torch.ones(rows).double()
         if has_equal_weights
-        else 10 ** random_normal(seed + 1, rows, 1)[:, 0].double()
+        else 10 ** draw_normal(seed + 1, rows, 1)[:, 0].double()
     )
     functions = coefficients(hashes, seed, signed=signed)
     ids = torch.arange(rows)
@@ -106,7 +106,7 @@ def test_fit_has_the_error_of_the_least_squares_solution(
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(2, 40))
 def test_fit_in_blocks_of_rows_equals_fit_at_once(seed, rows):
-    table, functions = random_normal(seed, rows), coefficients(2, seed, signed=True)
+    table, functions = draw_normal(seed, rows), coefficients(2, seed, signed=True)
     weight = torch.ones(rows).double()
     at_once = fit(table, weight, functions, 7)
     with pytest.MonkeyPatch.context() as patch:
@@ -120,7 +120,7 @@ def test_fit_in_blocks_of_rows_equals_fit_at_once(seed, rows):
 
 @given(seed=st.integers(0, 10**6), draws=st.integers(1, 5))
 def test_best_fit_returns_the_functions_with_the_smallest_error(seed, draws):
-    table, weight = random_normal(seed, 30), 10 ** random_normal(seed + 1, 30, 1)[:, 0].double()
+    table, weight = draw_normal(seed, 30), 10 ** draw_normal(seed + 1, 30, 1)[:, 0].double()
     functions_drawn = coefficients(2 * draws, seed, signed=False).split(2)
     functions, best = best_fit(table, weight, functions_drawn, 9)
     errors = [fit(table, weight, drawn, 9).error for drawn in functions_drawn]
@@ -130,7 +130,7 @@ def test_best_fit_returns_the_functions_with_the_smallest_error(seed, draws):
 
 def test_a_bucket_that_no_row_uses_is_zero():
     functions = coefficients(2, 0, signed=False)
-    buckets = fit(random_normal(0, 5), torch.ones(5).double(), functions, 50).buckets
+    buckets = fit(draw_normal(0, 5), torch.ones(5).double(), functions, 50).buckets
     used_buckets = hash_ids(torch.arange(5), functions, 50).unique()
     empty = [number for number in range(50) if number not in used_buckets.tolist()]
     assert len(empty) >= 40
@@ -164,10 +164,13 @@ def test_multi_hash_skips_a_table_that_would_grow(tmp_path):
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 def test_the_graph_of_hashed_tables_has_the_scores_of_its_module(target):
-    hashed_graph = lowered_reference("Buffered", ("multi_hash",), target)
+    hashed_graph = lower_reference("Buffered", ("multi_hash",), target)
     inputs = hashed_graph.rows(600)
     check_parity(
-        hashed_graph.in_torch(inputs), hashed_graph.in_onnx(inputs), hashed_graph.model.plan, target
+        hashed_graph.run_in_torch(inputs),
+        hashed_graph.run_in_onnx(inputs),
+        hashed_graph.model.plan,
+        target,
     )
 
 

@@ -19,24 +19,24 @@ from compressors.contracts import Bench
 from compressors.core.runner import run
 from compressors.distill.distill import Distill
 from compressors.factorize import neural_codes
-from compressors.factorize.low_rank import factors
+from compressors.factorize.low_rank import factorize
 from compressors.factorize.neural_codes import NeuralCodes, decode, fit, squared_error
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 
-def random_normal(seed: int, rows: int, dim: int) -> Tensor:
+def draw_normal(seed: int, rows: int, dim: int) -> Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
 def rows_on_a_curved_surface() -> Tensor:
     """500 rows of 10 numbers that are a nonlinear function of two random numbers per row."""
-    hidden = torch.sin(random_normal(0, 500, 2) @ random_normal(1, 2, 32) * 1.5)
-    return hidden @ random_normal(2, 32, 10) / 6
+    hidden = torch.sin(draw_normal(0, 500, 2) @ draw_normal(1, 2, 32) * 1.5)
+    return hidden @ draw_normal(2, 32, 10) / 6
 
 
 def low_rank_error(table: Tensor, weight: Tensor, size: int) -> float:
     """Weighted squared error of the low-rank approximation with ``size`` numbers per row."""
-    low_rank_codes, projection, mean = factors(table, size, weight)
+    low_rank_codes, projection, mean = factorize(table, size, weight)
     difference = (low_rank_codes @ projection + mean - table).double()
     return float((weight / weight.mean() * difference.square().sum(dim=1)).sum())
 
@@ -53,8 +53,8 @@ def test_neural_codes_never_have_a_larger_error_than_low_rank_of_equal_size(
     seed, rows, size, hidden, adam_steps, power
 ):
     table, weight = (
-        random_normal(seed, rows, 6) * 10**power,
-        random_normal(seed + 1, rows, 1).abs()[:, 0] + 0.01,
+        draw_normal(seed, rows, 6) * 10**power,
+        draw_normal(seed + 1, rows, 1).abs()[:, 0] + 0.01,
     )
     weight = weight.double()
     codes, decoder = fit(table, weight, size=size, hidden=hidden, adam_steps=adam_steps, seed=seed)
@@ -69,8 +69,8 @@ def test_neural_codes_never_have_a_larger_error_than_low_rank_of_equal_size(
 def test_the_last_layer_of_the_decoder_is_the_least_squares_solution(seed, rows, power):
     """The reference is torch's least squares for the hidden units of the untrained decoder."""
     table, weight = (
-        random_normal(seed, rows, 6) * 10**power,
-        10 ** random_normal(seed + 1, rows, 1)[:, 0].double(),
+        draw_normal(seed, rows, 6) * 10**power,
+        10 ** draw_normal(seed + 1, rows, 1)[:, 0].double(),
     )
     codes, decoder = fit(table, weight, size=2, hidden=5, adam_steps=0, seed=seed)
     hidden_units = F.relu(codes @ decoder.inner + decoder.bias)
@@ -87,7 +87,7 @@ def test_the_last_layer_of_the_decoder_is_the_least_squares_solution(seed, rows,
 
 
 def test_fit_returns_the_untrained_decoder_if_training_increases_the_error(monkeypatch):
-    table, weight = random_normal(0, 50, 6), torch.ones(50).double()
+    table, weight = draw_normal(0, 50, 6), torch.ones(50).double()
     untrained_error = squared_error(
         table, weight, *fit(table, weight, size=2, hidden=8, adam_steps=0, seed=0)
     )
@@ -156,7 +156,7 @@ def test_training_in_batches_lowers_the_error_and_is_deterministic(monkeypatch):
 
 
 def test_fit_in_blocks_of_rows_has_the_error_of_one_block(monkeypatch):
-    table, weight = random_normal(0, 50, 6), torch.ones(50).double()
+    table, weight = draw_normal(0, 50, 6), torch.ones(50).double()
     at_once = fit(table, weight, size=3, hidden=8, adam_steps=0, seed=0)
     monkeypatch.setattr("compressors.factorize.neural_codes.BLOCK", 7)
     error, error_in_blocks = (
@@ -209,7 +209,7 @@ def test_weighted_neural_codes_have_a_smaller_error_on_looked_up_rows(tmp_path):
 
 
 def test_decode_equals_the_formula_written_out():
-    table, weight = random_normal(0, 20, 5), torch.ones(20).double()
+    table, weight = draw_normal(0, 20, 5), torch.ones(20).double()
     codes, d = fit(table, weight, size=2, hidden=4, adam_steps=3, seed=0)
     expected = torch.stack(
         [

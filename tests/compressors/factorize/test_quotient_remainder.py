@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import RANKER, compressed_reference
+from models import RANKER, compress_reference
 from reason_codes import require_reason
 from torch import Tensor
 
@@ -32,7 +32,7 @@ given_tables = given(
 )
 
 
-def random_normal(seed: int, rows: int, dim: int = 3) -> Tensor:
+def draw_normal(seed: int, rows: int, dim: int = 3) -> Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
@@ -40,7 +40,7 @@ def random_weights(seed: int, rows: int, *, has_equal_weights: bool) -> Tensor:
     """Weights of rows, float64: ones, or numbers as different as lookup counts."""
     if has_equal_weights:
         return torch.ones(rows, dtype=torch.float64)
-    return 10 ** (2 * random_normal(seed + 1, rows, 1).squeeze(1).double())
+    return 10 ** (2 * draw_normal(seed + 1, rows, 1).squeeze(1).double())
 
 
 def buckets_of(rows: int, share: float) -> int:
@@ -68,7 +68,7 @@ def error(table: Tensor, weight: Tensor, fitted: tuple[Tensor, Tensor], operatio
 def test_fit_sum_has_the_error_of_the_least_squares_solution(seed, rows, share, has_equal_weights):
     """The reference is torch's least squares for the whole system of equations."""
     table, weight = (
-        random_normal(seed, rows),
+        draw_normal(seed, rows),
         random_weights(seed, rows, has_equal_weights=has_equal_weights),
     )
     buckets = buckets_of(rows, share)
@@ -88,7 +88,7 @@ def test_fit_sum_has_the_error_of_the_least_squares_solution(seed, rows, share, 
 def test_fit_sum_reproduces_a_table_of_sums(seed, rows):
     buckets = max(1, round(rows**0.5))
     table = combined_rows(
-        (random_normal(seed, -(-rows // buckets)), random_normal(seed + 1, buckets)), rows, "add"
+        (draw_normal(seed, -(-rows // buckets)), draw_normal(seed + 1, buckets)), rows, "add"
     ).float()
     weight = random_weights(seed, rows, has_equal_weights=False)
     error_of_fit = error(table, weight, fit_sum(table, weight, buckets), "add")
@@ -104,7 +104,7 @@ def test_fit_product_reproduces_a_table_of_products(seed, quotients, buckets):
     """
     rows = quotients * buckets
     table = combined_rows(
-        (random_normal(seed, quotients), random_normal(seed + 1, buckets)), rows, "multiply"
+        (draw_normal(seed, quotients), draw_normal(seed + 1, buckets)), rows, "multiply"
     ).float()
     weight = torch.ones(rows, dtype=torch.float64)
     error_of_fit = error(table, weight, fit_product(table, weight, buckets), "multiply")
@@ -114,7 +114,7 @@ def test_fit_product_reproduces_a_table_of_products(seed, quotients, buckets):
 @given_tables
 def test_rounds_of_fit_product_never_increase_the_error(seed, rows, share, has_equal_weights):
     table, weight = (
-        random_normal(seed, rows),
+        draw_normal(seed, rows),
         random_weights(seed, rows, has_equal_weights=has_equal_weights),
     )
     buckets = buckets_of(rows, share)
@@ -131,7 +131,7 @@ def test_rounds_of_fit_product_never_increase_the_error(seed, rows, share, has_e
 def test_fit_product_converges_to_the_best_rank_one_approximation(seed, rows):
     """Each dimension is a matrix of quotients and remainders; singular values are compared."""
     buckets = 3
-    table = random_normal(seed, rows // buckets * buckets)
+    table = draw_normal(seed, rows // buckets * buckets)
     grid = table.reshape(-1, buckets, 3).permute(2, 0, 1).double()
     spectrum = torch.linalg.svdvals(grid)  # (dim, 3)
     smallest_error = float(spectrum[:, 1:].square().sum())
@@ -195,6 +195,6 @@ def test_weighted_quotient_remainder_has_a_smaller_error_on_looked_up_rows(tmp_p
 
 
 def test_int32_ids_look_up_the_same_rows_as_int64_ids():
-    table = compressed_reference("Ranker", ("quotient_remainder",)).module.city
+    table = compress_reference("Ranker", ("quotient_remainder",)).module.city
     with torch.no_grad():
         assert torch.equal(table(torch.arange(9, dtype=torch.int32)), table(torch.arange(9)))

@@ -25,19 +25,19 @@ from compressors.inspection.inputs import DerivedInputs, derive_inputs
 from compressors.inspection.sample import Sample, SampleColumn
 
 ROWS, USERS, ITEMS = 64, 40, 30
-random = np.random.default_rng(0)
+rng = np.random.default_rng(0)
 
 
 def integers(name: str, low: int, high: int) -> SampleColumn:
     """A column of integers from ``low`` to ``high``."""
-    values = random.integers(low, high + 1, ROWS)
+    values = rng.integers(low, high + 1, ROWS)
     return SampleColumn(name, "integer", values, low=low, high=high)
 
 
 def lists(name: str, shortest: int, longest: int, rows: int = ITEMS) -> SampleColumn:
     """A column of lists with ids from 1."""
-    lengths = random.integers(shortest, longest + 1, ROWS)
-    values = tuple(random.integers(1, rows, length) for length in lengths)
+    lengths = rng.integers(shortest, longest + 1, ROWS)
+    values = tuple(rng.integers(1, rows, length) for length in lengths)
     return SampleColumn(name, "integer_list", values, shortest, longest, low=1, high=rows - 1)
 
 
@@ -48,8 +48,8 @@ SAMPLE: Sample = {
         integers("item", 0, ITEMS - 1),
         integers("hour", 0, 23),
         integers("orders", 0, 99),
-        SampleColumn("price", "float", random.random(ROWS, np.float32)),
-        SampleColumn("age", "float", random.random(ROWS, np.float32)),
+        SampleColumn("price", "float", rng.random(ROWS, np.float32)),
+        SampleColumn("age", "float", rng.random(ROWS, np.float32)),
         lists("seen", 2, 6),
         lists("fixed", 5, 5),
     )

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from error_codes import raises_code
-from models import FORMATS, lowered_reference, recipe_with
+from models import FORMATS, build_recipe, lower_reference
 from onnx import TensorProto, helper, numpy_helper
 from test_lowering import OTHER_GRAPHS, OTHER_RECIPES, OTHERS, networks_and_recipes
 
@@ -37,7 +37,7 @@ class GraphBuilder:
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self.random = np.random.default_rng(0)
+        self.rng = np.random.default_rng(0)
 
     def add_constant(self, value: Any, name: str = "") -> str:
         """Add an initializer and return its name."""
@@ -63,12 +63,12 @@ class GraphBuilder:
 
     def add_gemm(self, x: str, *, int32_bias: bool = True) -> str:
         """Add a Gemm with int8 weights and an int32 or a float bias."""
-        weight = self.random.standard_normal((WIDTH, WIDTH)).astype(np.float32)
+        weight = self.rng.standard_normal((WIDTH, WIDTH)).astype(np.float32)
         scale = np.abs(weight).max(axis=1) / 127
         codes = self.add_constant(np.rint(weight / scale[:, None]).astype(np.int8))
         zeros = self.add_constant(np.zeros(WIDTH, np.int8))
         w = self.add_node("DequantizeLinear", codes, self.add_constant(scale), zeros, axis=0)
-        bias = self.random.standard_normal(WIDTH).astype(np.float32)
+        bias = self.rng.standard_normal(WIDTH).astype(np.float32)
         if int32_bias:
             bias_scale = scale * INPUT_SCALE
             b = self.add_node(
@@ -185,8 +185,8 @@ ROWS = 1000
 
 def add_table(builder: GraphBuilder, form: str) -> tuple[str, TableInitializers]:
     """Add a table whose rows are the graph's output; ``form`` says how they are looked up."""
-    codes = builder.add_constant(builder.random.integers(-127, 128, (ROWS, 8), np.int8), "codes")
-    scale = builder.random.random(ROWS).astype(np.float32)
+    codes = builder.add_constant(builder.rng.integers(-127, 128, (ROWS, 8), np.int8), "codes")
+    scale = builder.rng.random(ROWS).astype(np.float32)
     names = ("codes", "scale")
     if form == "gather first":
         builder.add_constant(scale[:, None], "scale")
@@ -263,7 +263,7 @@ def test_audit_expects_one_scale_for_each_group_of_rows(tmp_path):
 
 def test_audit_rejects_weight_only_layer_without_a_product_of_its_codes(tmp_path):
     """``packed_layers`` multiply codes; ``widened_layers`` are decoded when a session starts."""
-    lowered = lowered_reference("Compact", recipe_with("weight_int4"), "onnxruntime")
+    lowered = lower_reference("Compact", build_recipe("weight_int4"), "onnxruntime")
     optimized = optimized_graph(lowered.path)
     layers = lowered.lowered.layers
     result = audit(optimized, lowered.model.plan, (), layers)
@@ -290,13 +290,13 @@ def test_audit_rejects_weight_only_layer_without_a_product_of_its_codes(tmp_path
 
 @pytest.mark.parametrize("kind", ["float16", "float8_dense"])
 def test_audit_counts_layers_that_are_widened_when_a_session_starts(kind):
-    lowered = lowered_reference("Compact", recipe_with(kind), "onnxruntime")
+    lowered = lower_reference("Compact", build_recipe(kind), "onnxruntime")
     result = audit(optimized_graph(lowered.path), None, (), lowered.lowered.layers)
     assert (result.packed_layers, result.widened_layers) == (0, 5)
 
 
 def test_audit_rejects_graph_that_was_exported_for_tensorrt():
-    lowered = lowered_reference("Compact", recipe_with("rowwise_int8"), "tensorrt-rtx")
+    lowered = lower_reference("Compact", build_recipe("rowwise_int8"), "tensorrt-rtx")
     optimized = optimized_graph(lowered.path)
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
         audit(optimized, lowered.model.plan, lowered.lowered.tables)
@@ -310,7 +310,7 @@ TABLE_COUNTS = {"Ranker": 6, "Compact": 2}
 
 @networks_and_recipes("Ranker", "Compact")
 def test_audit_accepts_every_recipe_exported_for_onnxruntime(network, kinds):
-    lowered = lowered_reference(network, kinds, "onnxruntime")
+    lowered = lower_reference(network, kinds, "onnxruntime")
     result = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
     # Both networks have five dense layers.
     assert result.int8_products == (5 if {"static_int8", "qat"} & set(kinds) else 0)
@@ -333,7 +333,7 @@ def test_audit_accepts_every_recipe_exported_for_onnxruntime(network, kinds):
     ],
 )
 def test_audit_accepts_other_networks_exported_for_onnxruntime(reference, kinds):
-    lowered = lowered_reference(reference, kinds, "onnxruntime")
+    lowered = lower_reference(reference, kinds, "onnxruntime")
     result = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
     expected = sum(line.format == "static_int8" for line in lowered.model.plan.lines)
     assert result.int8_products == expected
@@ -342,8 +342,8 @@ def test_audit_accepts_other_networks_exported_for_onnxruntime(reference, kinds)
 
 def test_audit_reports_fewer_weight_bytes_for_fewer_bits():
     sizes = []
-    for kinds in ((), recipe_with("rowwise_int8"), recipe_with("rowwise_int4")):
-        lowered = lowered_reference("Compact", kinds, "onnxruntime")
+    for kinds in ((), build_recipe("rowwise_int8"), build_recipe("rowwise_int4")):
+        lowered = lower_reference("Compact", kinds, "onnxruntime")
         optimized = optimized_graph(lowered.path)
         sizes.append(audit(optimized, lowered.model.plan, lowered.lowered.tables).weight_bytes)
     assert sizes[0] > sizes[1] > sizes[2]

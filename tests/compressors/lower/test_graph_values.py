@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import Reference, only_graph
+from models import Reference, get_only_graph
 from numpy.typing import NDArray
-from signatures import with_output
+from signatures import replace_output
 from torch import Tensor, nn
 
 from compressors.contracts import DenseInput, Output, Signature, TargetName
@@ -20,7 +20,7 @@ SIGNATURE = Signature(
     inputs=(DenseInput(name="x", shape=(4,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
 )
-PROBABILITY = with_output(SIGNATURE, form="probability")
+PROBABILITY = replace_output(SIGNATURE, form="probability")
 
 
 class Linear(nn.Module):
@@ -52,7 +52,7 @@ class SigmoidOfSum(nn.Module):
 def session(module: nn.Module, signature: Signature, target: TargetName, folder: Path) -> Session:
     """Export the target's graph and load it in ONNX Runtime (also graphs for TensorRT)."""
     path = folder / f"{target}.onnx"
-    lower(module, only_graph(signature), target, path)
+    lower(module, get_only_graph(signature), target, path)
     return Session(path, 1)
 
 

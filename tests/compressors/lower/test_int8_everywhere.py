@@ -1,6 +1,6 @@
 """Every dense layer of every reference model runs in int8 in ONNX Runtime.
 
-``INT8_PRODUCTS`` and ``FLOAT_PRODUCTS`` are the ONNX operators that multiply matrices of int8 codes
+``INT8_MATMULS`` and ``FLOAT_MATMULS`` are the ONNX operators that multiply matrices of int8 codes
 and of floats.
 """
 
@@ -14,13 +14,13 @@ from torch import nn
 
 from compressors.contracts import IdInput, JaggedBag, Output, Signature
 from compressors.core.runner import run
-from compressors.lower.audit import FLOAT_PRODUCTS, INT8_PRODUCTS, audit
+from compressors.lower.audit import FLOAT_MATMULS, INT8_MATMULS, audit
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
 from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.rewrite.fold import Fold
 from examples.dcnv2 import DCNv2
-from examples.gowalla import signature
+from examples.gowalla import build_signature
 from examples.two_tower import TwoTower
 from infra.onnxruntime.sessions import optimized_graph
 
@@ -52,7 +52,7 @@ MODELS = {
     "DCNv2 parallel": dcnv2("parallel"),
     "DCNv2 stacked": dcnv2("stacked"),
     "TwoTower": Reference(
-        TwoTower, signature(), {"users": 40, "items": 90, "dim": 8, "hidden": 24}
+        TwoTower, build_signature(), {"users": 40, "items": 90, "dim": 8, "hidden": 24}
     ),
 }
 
@@ -98,11 +98,11 @@ def test_every_dense_layer_of_every_reference_model_runs_in_int8(
         plan = model.plan.model_copy(update={"lines": ()})  # the lines are of both graphs
         audit(graph, plan, lowered.tables, lowered.layers)
         initializers = {item.name for item in graph.initializer}
-        products += sum(node.op_type in INT8_PRODUCTS for node in graph.node)
+        products += sum(node.op_type in INT8_MATMULS for node in graph.node)
         assert not [
             node.name
             for node in graph.node
-            if node.op_type in FLOAT_PRODUCTS and initializers.intersection(node.input)
+            if node.op_type in FLOAT_MATMULS and initializers.intersection(node.input)
         ]
     assert products == len(layers)
 
@@ -117,6 +117,6 @@ def test_float_layer_is_found_among_the_products(tmp_path: Path) -> None:
     graph: onnx.GraphProto = optimized_graph(path)
     initializers = {item.name for item in graph.initializer}
     float_products = [
-        n for n in graph.node if n.op_type in FLOAT_PRODUCTS and initializers.intersection(n.input)
+        n for n in graph.node if n.op_type in FLOAT_MATMULS and initializers.intersection(n.input)
     ]
     assert len(float_products) == 1

@@ -13,10 +13,10 @@ from models import (
     RANKER,
     UNDIVIDED,
     Ranker,
-    compressed_reference,
-    lowered_reference,
-    only_graph,
-    recipe_with,
+    build_recipe,
+    compress_reference,
+    get_only_graph,
+    lower_reference,
 )
 from narrow_networks import DataDependentBranchNet
 from onnx import TensorProto
@@ -43,7 +43,7 @@ each_target = pytest.mark.parametrize("target", [ORT, RTX])
 
 @each_target
 def test_graph_has_inputs_and_output_of_the_signature(target):
-    written = onnx.load(lowered_reference("Ranker", INT8_RECIPE, target).path).graph
+    written = onnx.load(lower_reference("Ranker", INT8_RECIPE, target).path).graph
     assert [item.name for item in written.input] == list(input_names(RANKER.signature))
     types = {item.name: item.type.tensor_type.elem_type for item in written.input}
     assert types["user"] == TensorProto.INT64
@@ -56,9 +56,9 @@ def test_graph_has_inputs_and_output_of_the_signature(target):
 
 
 def test_graph_returns_ranking_scores_unchanged():
-    lowered = lowered_reference("Attention", (), ORT)
+    lowered = lower_reference("Attention", (), ORT)
     inputs = lowered.rows(50)
-    scores = lowered.in_onnx(inputs)
+    scores = lowered.run_in_onnx(inputs)
     with torch.no_grad():
         # The float32 sums have another order.
         np.testing.assert_allclose(scores, lowered.model.module(**inputs).numpy(), atol=1e-6)
@@ -66,14 +66,14 @@ def test_graph_returns_ranking_scores_unchanged():
 
 
 def test_graph_applies_no_sigmoid_to_a_probability():
-    lowered = lowered_reference("Normed", (), ORT)
+    lowered = lower_reference("Normed", (), ORT)
     inputs = lowered.rows(50)
     with torch.no_grad():
         expected = lowered.model.module(**inputs).squeeze(1).numpy()
-    np.testing.assert_allclose(lowered.in_onnx(inputs), expected, atol=1e-6)
+    np.testing.assert_allclose(lowered.run_in_onnx(inputs), expected, atol=1e-6)
 
 
-def consumers_of(graph: onnx.GraphProto, name: str) -> Iterator[onnx.NodeProto]:
+def find_consumers(graph: onnx.GraphProto, name: str) -> Iterator[onnx.NodeProto]:
     """Yield the nodes that read a tensor."""
     return (node for node in graph.node if name in node.input)
 
@@ -84,7 +84,7 @@ def on_networks(kinds: list[str]) -> list[object]:
     The default tier has the recipes on the compact network, and int8 tables also on the ranker.
     """
     return [
-        pytest.param(name, kind, recipe_with(kind), id=f"{name}-{kind}", marks=marks)
+        pytest.param(name, kind, build_recipe(kind), id=f"{name}-{kind}", marks=marks)
         for name, marks in (("Compact", ()), ("Ranker", pytest.mark.nightly))
         for kind in kinds
     ] + [pytest.param("Ranker", "rowwise_int8", INT8_RECIPE, id=f"Ranker-{'+'.join(INT8_RECIPE)}")]
@@ -100,14 +100,14 @@ TABLE_COUNTS = {"Ranker": 6, "Compact": 2}
 
 @each_network_with([kind for kind in KINDS if kind != "static_int8"])
 def test_tables_in_onnxruntime_are_read_by_gather_only(network, kind, recipe):
-    lowered = lowered_reference(network, recipe, ORT)
+    lowered = lower_reference(network, recipe, ORT)
     graph = optimized_graph(lowered.path)
     initializers = {item.name for item in graph.initializer}
     assert len(lowered.lowered.tables) == TABLE_COUNTS[network]
     for table in lowered.lowered.tables:
         for name in table.names:
             assert name in initializers
-            assert [node.op_type for node in consumers_of(graph, name)] == ["Gather"], name
+            assert [node.op_type for node in find_consumers(graph, name)] == ["Gather"], name
 
 
 STORED_TYPES = {
@@ -124,7 +124,7 @@ SHORT_FLOATS = {"float16", "bfloat16"}
 
 @each_network_with(sorted(STORED_TYPES))
 def test_packed_tables_for_tensorrt_are_read_by_dequantize_only(network, kind, recipe):
-    lowered = lowered_reference(network, recipe, RTX)
+    lowered = lower_reference(network, recipe, RTX)
     written = onnx.load(lowered.path).graph
     initializers = {item.name: item for item in written.initializer}
     expected_operators = {"Gather"} if kind in SHORT_FLOATS else {"DequantizeLinear"}
@@ -132,21 +132,21 @@ def test_packed_tables_for_tensorrt_are_read_by_dequantize_only(network, kind, r
         codes = initializers[table.names[0]]
         assert codes.data_type == STORED_TYPES[kind]
         assert codes.dims[0] == table.rows
-        assert {node.op_type for node in consumers_of(written, codes.name)} == expected_operators
-        for node in consumers_of(written, codes.name):
+        assert {node.op_type for node in find_consumers(written, codes.name)} == expected_operators
+        for node in find_consumers(written, codes.name):
             if kind not in SHORT_FLOATS:
                 next_operators = [
-                    reader.op_type for reader in consumers_of(written, node.output[0])
+                    reader.op_type for reader in find_consumers(written, node.output[0])
                 ]
                 assert next_operators == ["Gather"]
 
 
 def test_int8_layers_for_tensorrt_are_symmetric_with_a_float_bias():
-    written = onnx.load(lowered_reference("Ranker", INT8_RECIPE, RTX).path).graph
+    written = onnx.load(lower_reference("Ranker", INT8_RECIPE, RTX).path).graph
     initializers = {item.name: item for item in written.initializer}
     for item in initializers.values():
         if item.data_type == TensorProto.INT8:
-            readers = {node.op_type for node in consumers_of(written, item.name)}
+            readers = {node.op_type for node in find_consumers(written, item.name)}
             assert readers in ({"DequantizeLinear"}, {"QuantizeLinear"}), item.name
     producers = {output: node for node in written.node for output in node.output}
     gemms = [node for node in written.node if node.op_type == "Gemm"]
@@ -165,10 +165,10 @@ def test_int8_layers_for_tensorrt_are_symmetric_with_a_float_bias():
 @each_target
 @pytest.mark.parametrize(
     ("network", "kinds"),
-    [("Ranker", ()), ("Ranker", INT8_RECIPE), ("Compact", recipe_with("rowwise_int4"))],
+    [("Ranker", ()), ("Ranker", INT8_RECIPE), ("Compact", build_recipe("rowwise_int4"))],
 )
 def test_graph_contains_no_metadata_of_the_exporter(network, kinds, target):
-    model = onnx.load(lowered_reference(network, kinds, target).path)
+    model = onnx.load(lower_reference(network, kinds, target).path)
     assert not model.metadata_props
     parts = (*model.graph.node, *model.graph.input, *model.graph.initializer)
     assert not any(item.metadata_props for item in (*parts, *model.graph.value_info))
@@ -179,7 +179,7 @@ def test_graph_contains_no_metadata_of_the_exporter(network, kinds, target):
 @each_target
 @each_network_with(sorted(STORED_TYPES))
 def test_tables_in_the_file_take_the_bytes_of_the_plan(network, kind, recipe, target):
-    lowered = lowered_reference(network, recipe, target)
+    lowered = lower_reference(network, recipe, target)
     written = onnx.load(lowered.path).graph
     initializers = {item.name: item for item in written.initializer}
     for table in lowered.lowered.tables:
@@ -229,7 +229,7 @@ def test_unsigned_int8_codes_for_tensorrt_are_128_lower():
 
 @each_target
 def test_graph_stores_tied_and_shared_tables_once(target):
-    lowered = lowered_reference("Tied", INT8_RECIPE, target)
+    lowered = lower_reference("Tied", INT8_RECIPE, target)
     by_module = {table.module: table.names for table in lowered.lowered.tables}
     assert by_module["item"] == by_module["similar"]
     written = onnx.load(lowered.path).graph
@@ -256,7 +256,7 @@ def test_graph_stores_tied_and_shared_tables_once(target):
 )
 def test_table_read_at_constant_rows_is_not_reported(kinds, target):
     # A runtime computes such a lookup once and drops the table.
-    assert [t.module for t in lowered_reference("Buffered", kinds, target).lowered.tables] == [
+    assert [t.module for t in lower_reference("Buffered", kinds, target).lowered.tables] == [
         "fields"
     ]
 
@@ -265,7 +265,7 @@ def test_table_read_at_constant_rows_is_not_reported(kinds, target):
 def test_unused_table_is_not_reported_and_does_not_stop_lowering(target, tmp_path):
     model = NORMED.model().module
     model.spare = nn.Embedding(3, 4)
-    tables = lower(model, only_graph(NORMED.signature), target, tmp_path / "model.onnx").tables
+    tables = lower(model, get_only_graph(NORMED.signature), target, tmp_path / "model.onnx").tables
     assert [table.module for table in tables] == ["user"]
 
 
@@ -276,7 +276,7 @@ def test_table_whose_attribute_is_named_table_keeps_its_name(tmp_path):
     signature = Signature.model_validate_json(
         NORMED.signature.model_dump_json().replace('"table":"user"', '"table":"user.table"')
     )
-    tables = lower(model, only_graph(signature), ORT, tmp_path / "model.onnx").tables
+    tables = lower(model, get_only_graph(signature), ORT, tmp_path / "model.onnx").tables
     assert [table.module for table in tables] == ["user.table"]
 
 
@@ -287,7 +287,7 @@ def test_table_whose_attribute_is_named_table_keeps_its_name(tmp_path):
 def test_network_that_branches_on_tensor_values_is_not_lowerable(target, tmp_path):
     path = tmp_path / "model.onnx"
     with raises_code(NotLowerable, "export_failed", target=target) as caught:
-        lower(DataDependentBranchNet(), only_graph(NORMED.signature), target, path)
+        lower(DataDependentBranchNet(), get_only_graph(NORMED.signature), target, path)
     assert "data-dependent" in caught.value.fields["problem"]
     assert caught.value.__cause__ is not None
     assert not path.exists()
@@ -307,7 +307,7 @@ class EigenvalueNet(nn.Module):
 
 def test_error_names_the_operator_that_onnx_lacks(tmp_path):
     with raises_code(NotLowerable, "export_failed") as caught:
-        lower(EigenvalueNet(), only_graph(NORMED.signature), ORT, tmp_path / "model.onnx")
+        lower(EigenvalueNet(), get_only_graph(NORMED.signature), ORT, tmp_path / "model.onnx")
     assert "No ONNX function found for " in caught.value.fields["problem"]
     assert "linalg_eig" in caught.value.fields["problem"]
 
@@ -330,7 +330,7 @@ def test_jagged_bag_without_a_declared_longest_list_is_not_lowerable(tmp_path):
     (item,) = (item for item in RANKER.signature.inputs if item.name == "history")
     signature = RANKER.signature.model_copy(update={"inputs": (item,)})
     with raises_code(NotLowerable, "longest_list_unknown"):
-        lower(UndeclaredBagNet(), only_graph(signature), ORT, tmp_path / "model.onnx")
+        lower(UndeclaredBagNet(), get_only_graph(signature), ORT, tmp_path / "model.onnx")
 
 
 def test_signature_that_names_a_missing_table_is_refused(tmp_path):
@@ -339,12 +339,12 @@ def test_signature_that_names_a_missing_table_is_refused(tmp_path):
     with raises_code(
         NothingToCompress, "input_table_missing", input="user", table="usre", tables=("user",)
     ):
-        lower(NORMED.model().module, only_graph(signature), ORT, tmp_path / "model.onnx")
+        lower(NORMED.model().module, get_only_graph(signature), ORT, tmp_path / "model.onnx")
 
 
 def test_wrap_for_serving_does_not_modify_the_module():
     model = RANKER.model().module.train()
-    wrapper = wrap_for_serving(model, only_graph(RANKER.signature), RANKER.rows_of_tables())
+    wrapper = wrap_for_serving(model, get_only_graph(RANKER.signature), RANKER.rows_of_tables())
     assert isinstance(model, Ranker)
     assert isinstance(model.history, nn.EmbeddingBag)
     assert model.training
@@ -354,10 +354,10 @@ def test_wrap_for_serving_does_not_modify_the_module():
 
 @each_target
 def test_lower_does_not_modify_the_module(target, tmp_path):
-    model = compressed_reference("Normed", INT8_RECIPE).module
+    model = compress_reference("Normed", INT8_RECIPE).module
     before = {name: (id(module), module.training) for name, module in model.named_modules()}
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    lower(model, only_graph(NORMED.signature), target, tmp_path / "model.onnx")
+    lower(model, get_only_graph(NORMED.signature), target, tmp_path / "model.onnx")
     after = {name: (id(module), module.training) for name, module in model.named_modules()}
     assert after == before
     torch.testing.assert_close(dict(model.state_dict()), tensors, rtol=0, atol=0)
@@ -386,7 +386,7 @@ def test_split_and_concat_along_different_axes_are_not_removed(tmp_path):
     )
     torch.manual_seed(0)
     model = SplitHeadsNet().eval()
-    lowered = lower(model, only_graph(signature), ORT, tmp_path / "model.onnx")
+    lowered = lower(model, get_only_graph(signature), ORT, tmp_path / "model.onnx")
     items = torch.randint(20, (9, 3), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = lowered.wrapper(items).numpy()

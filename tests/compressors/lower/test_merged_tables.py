@@ -85,7 +85,7 @@ def lower_model(
 
 
 @functools.cache
-def compressed_and_lowered(step: AnyStep, policy: str) -> tuple[Model, Lowered, Path]:
+def compress_and_lower(step: AnyStep, policy: str) -> tuple[Model, Lowered, Path]:
     """Return the network after a step, and its graph for ONNX Runtime."""
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     reference = reference_of_fields(policy)
@@ -112,7 +112,7 @@ def count_operators(path: Path) -> Counter[str]:
 )
 def test_tables_with_the_same_layout_share_one_lookup_with_unchanged_scores(step, policy):
     reference = reference_of_fields(policy)
-    model, lowered, path = compressed_and_lowered(step, policy)
+    model, lowered, path = compress_and_lower(step, policy)
     tensors, tensors_of_wide = (
         len(dict(table.named_buffers()))
         for table in (model.module.tables["user"], model.module.wide)
@@ -137,7 +137,7 @@ def test_tables_with_the_same_layout_share_one_lookup_with_unchanged_scores(step
 
 
 def test_audit_accepts_merged_tables_which_store_every_row_once():
-    model, lowered, path = compressed_and_lowered(RowwiseInt8(), "clamp")
+    model, lowered, path = compress_and_lower(RowwiseInt8(), "clamp")
     result = audit(optimized_graph(path), model.plan, lowered.tables)
     assert result.packed_tables == 2  # one of 40 + 300 + 9 rows, and ``wide``
     rows = {table.module: table.rows for table in lowered.tables}
@@ -148,7 +148,7 @@ def test_audit_accepts_merged_tables_which_store_every_row_once():
 
 
 def test_graph_has_no_split_if_the_network_concatenates_the_rows():
-    _, _, path = compressed_and_lowered(RowwiseInt8(), "clamp")
+    _, _, path = compress_and_lower(RowwiseInt8(), "clamp")
     assert count_operators(path)["Split"] == 0
 
 
@@ -181,7 +181,7 @@ def test_float32_tables_and_tables_for_tensorrt_are_not_merged(tmp_path):
     reference = reference_of_fields()
     _, uncompressed = lower_model(reference, reference.model(), tmp_path)
     assert count_operators(uncompressed)["Gather"] == 4
-    model, _, _ = compressed_and_lowered(RowwiseInt8(), "clamp")
+    model, _, _ = compress_and_lower(RowwiseInt8(), "clamp")
     _, for_tensorrt = lower_model(reference, model, tmp_path, "tensorrt")
     assert count_operators(for_tensorrt)["Gather"] == 4
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from error_codes import raises_code
-from models import Graph, lowered_reference, recipe_with
+from models import Graph, build_recipe, lower_reference
 from onnx import numpy_helper
 
 from compressors.contracts import Plan, PlanLine
@@ -52,7 +52,7 @@ def test_equal_scores_pass_with_differences_of_zero():
     assert parity.spread == pytest.approx(SPREAD, rel=0.1)
 
 
-def exceeded_limits(failure: ParityFailure) -> set[str]:
+def find_exceeded_limits(failure: ParityFailure) -> set[str]:
     """Return the names of the limits that a failure exceeds.
 
     Limits of the differences: ``root mean square``, ``in nine of ten rows`` (the 90 % quantile),
@@ -68,7 +68,7 @@ def test_float_graph_passes_with_rounding_errors_and_fails_with_larger_ones(floa
     check_parity(generate_scores(), generate_scores() + rounding, float_plan, target)
     with raises_code(ParityLost, "parity_limit") as caught:
         check_parity(generate_scores(), generate_scores() + 40 * rounding, float_plan, target)
-    assert "root mean square" in exceeded_limits(caught.value.fields["failure"])
+    assert "root mean square" in find_exceeded_limits(caught.value.fields["failure"])
 
 
 @pytest.mark.parametrize("table_format", ["rowwise_int8", "rowwise_int4", "float16"])
@@ -95,7 +95,7 @@ def test_int8_layers_may_differ_by_one_level_in_single_rows_but_not_in_all():
     check_parity(generate_scores(), slightly_shifted, create_plan("static_int8"), "tensorrt-rtx")
     with raises_code(ParityLost, "parity_limit") as caught:
         check_parity(generate_scores(), slightly_shifted, create_plan("static_int8"), "onnxruntime")
-    assert exceeded_limits(caught.value.fields["failure"]) == {"in nine of ten rows"}
+    assert find_exceeded_limits(caught.value.fields["failure"]) == {"in nine of ten rows"}
     with pytest.raises(ParityLost):
         check_parity(generate_scores(), shifted, create_plan("static_int8"), "tensorrt-rtx")
 
@@ -105,7 +105,7 @@ def test_one_row_with_a_large_difference_fails():
     changed[7] += 0.25 * SPREAD  # the limit is 0.2
     with raises_code(ParityLost, "parity_limit") as caught:
         check_parity(generate_scores(5000), changed, create_plan("static_int8"), "onnxruntime")
-    assert exceeded_limits(caught.value.fields["failure"]) == {"at most"}
+    assert find_exceeded_limits(caught.value.fields["failure"]) == {"at most"}
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -204,10 +204,10 @@ def largest_weight_of(lowered: Graph, dtype: int) -> str:
     [((), onnx.TensorProto.FLOAT), (("rowwise_int8", "static_int8"), onnx.TensorProto.INT8)],
 )
 def test_graph_with_a_transposed_weight_fails(kinds, dtype, target, tmp_path):
-    lowered = lowered_reference("Ranker", kinds, target)
+    lowered = lower_reference("Ranker", kinds, target)
     inputs = lowered.rows(1500)
-    expected = lowered.in_torch(inputs)
-    check_parity(expected, lowered.in_onnx(inputs), lowered.model.plan, target)
+    expected = lowered.run_in_torch(inputs)
+    check_parity(expected, lowered.run_in_onnx(inputs), lowered.model.plan, target)
     name = largest_weight_of(lowered, dtype)
     path = save_with_changed_tensor(lowered, name, transpose, tmp_path / "broken.onnx")
     actual = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
@@ -217,14 +217,14 @@ def test_graph_with_a_transposed_weight_fails(kinds, dtype, target, tmp_path):
 
 @pytest.mark.parametrize("change", [multiply, roll])
 def test_graph_with_wrong_scales_of_one_table_fails(change, tmp_path):
-    lowered = lowered_reference("Compact", recipe_with("rowwise_int8"), "onnxruntime")
+    lowered = lower_reference("Compact", build_recipe("rowwise_int8"), "onnxruntime")
     inputs = lowered.rows(1500)
     name = next(t.names[1] for t in lowered.lowered.tables if t.module == "item")
 
-    def as_float16(tensor: onnx.TensorProto) -> np.ndarray:
+    def round_to_float16(tensor: onnx.TensorProto) -> np.ndarray:
         return change(tensor).astype(np.float16)
 
-    path = save_with_changed_tensor(lowered, name, as_float16, tmp_path / "broken.onnx")
+    path = save_with_changed_tensor(lowered, name, round_to_float16, tmp_path / "broken.onnx")
     actual = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
     with pytest.raises(ParityLost):
-        check_parity(lowered.in_torch(inputs), actual, lowered.model.plan, "onnxruntime")
+        check_parity(lowered.run_in_torch(inputs), actual, lowered.model.plan, "onnxruntime")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from safetensors.torch import save_file
-from signatures import with_output
+from signatures import replace_output
 from torch import Tensor, nn
 
 from compressors.contracts import (
@@ -120,7 +120,7 @@ def test_network_with_nan_scores_is_refused_before_the_step(tmp_path):
 
 
 def test_recalibrated_probability_near_zero_is_equal_in_the_graph(tmp_path):
-    signature = with_output(USERS, form="probability")
+    signature = replace_output(USERS, form="probability")
     module = model(ExtremeProbabilityNet).module
     slope_and_offset = torch.tensor([0.1, 0.0])
     attach(module, Recalibration("platt", "probability", line=slope_and_offset))

@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import Graph, Reference, only_graph
+from models import Graph, Reference, get_only_graph
 from sequence_draft import CONFIG, TABLES, Padding, signature
 from sequence_network import SequenceNet
 
 from compressors.contracts import Signature, TargetName
-from compressors.core.batches import row_of
+from compressors.core.batches import take_row
 from compressors.core.random_inputs import edge_rows, generate_edge_inputs
 from compressors.core.runner import run
 from compressors.lower.export import lower
@@ -30,7 +30,7 @@ TOLERANCES = {"plain": 1e-5, "tables": 1e-3, "all": 1e-2}
 
 
 @functools.cache
-def graph_of(recipe: str, target: TargetName, padding: Padding) -> Graph:
+def build_graph(recipe: str, target: TargetName, padding: Padding) -> Graph:
     """Return the graph of the network after a recipe."""
     reference = Reference(SequenceNet, Signature.model_validate(signature(padding)), CONFIG)
     folder = Path(tempfile.mkdtemp(dir=SCRATCH.name))
@@ -38,7 +38,7 @@ def graph_of(recipe: str, target: TargetName, padding: Padding) -> Graph:
     for number, step in enumerate(RECIPES[recipe]):
         model = run(step, model, bench, folder / str(number))
     path = folder / "model.onnx"
-    lowered = lower(model.module, only_graph(reference.signature), target, path)
+    lowered = lower(model.module, get_only_graph(reference.signature), target, path)
     return Graph(model, lowered, reference.signature, path, target)
 
 
@@ -48,33 +48,33 @@ def graph_of(recipe: str, target: TargetName, padding: Padding) -> Graph:
     [("plain", "onnxruntime"), ("all", "onnxruntime"), ("tables", "tensorrt-rtx")],
 )
 def test_graph_has_the_scores_of_torch_at_every_length(recipe, target, padding):
-    graph = graph_of(recipe, target, padding)
+    graph = build_graph(recipe, target, padding)
     inputs = graph.rows(30)
-    expected = graph.in_torch(inputs)
-    np.testing.assert_allclose(graph.in_onnx(inputs), expected, atol=TOLERANCES[recipe])
+    expected = graph.run_in_torch(inputs)
+    np.testing.assert_allclose(graph.run_in_onnx(inputs), expected, atol=TOLERANCES[recipe])
     edge = generate_edge_inputs(graph.signature, TABLES, edge_rows(graph.signature))
-    scores = graph.in_onnx(edge)
-    np.testing.assert_allclose(scores, graph.in_torch(edge), atol=TOLERANCES[recipe])
+    scores = graph.run_in_onnx(edge)
+    np.testing.assert_allclose(scores, graph.run_in_torch(edge), atol=TOLERANCES[recipe])
     assert np.isnan(scores).any()  # policy error of "categories" and "item"
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_row_has_the_same_score_without_the_padding_of_its_batch(padding):
-    graph = graph_of("plain", "onnxruntime", padding)
+    graph = build_graph("plain", "onnxruntime", padding)
     inputs = graph.rows(12)
-    in_batch = graph.in_onnx(inputs)
+    in_batch = graph.run_in_onnx(inputs)
     per_id = ("history", "history_mask", "history_positions", "categories")
     for row, length in enumerate(inputs["category_count"].tolist()):
-        alone = row_of(inputs, graph.signature, row)
+        alone = take_row(inputs, graph.signature, row)
         for name in per_id:
             ids = alone[name]
             alone[name] = ids[:, -length:] if padding == "left" else ids[:, :length]
         assert alone["history"].shape == (1, length)
-        np.testing.assert_allclose(graph.in_onnx(alone), in_batch[row : row + 1], atol=1e-5)
+        np.testing.assert_allclose(graph.run_in_onnx(alone), in_batch[row : row + 1], atol=1e-5)
 
 
 def test_graph_has_one_dynamic_length_for_sequences_of_the_same_length():
-    graph = graph_of("plain", "onnxruntime", "right")
+    graph = build_graph("plain", "onnxruntime", "right")
     inputs = onnx.load(graph.path).graph.input
     dims = {
         item.name: [dim.dim_param for dim in item.type.tensor_type.shape.dim] for item in inputs
@@ -87,13 +87,13 @@ def test_graph_has_one_dynamic_length_for_sequences_of_the_same_length():
 
 
 def test_id_out_of_range_in_a_list_is_replaced_or_refused_as_declared():
-    graph = graph_of("plain", "onnxruntime", "right")
+    graph = build_graph("plain", "onnxruntime", "right")
     inputs = graph.rows(3)
     changed = {name: tensor.clone() for name, tensor in inputs.items()}
     changed["history"][0, 0] = TABLES["item"]  # policy default_row
     changed["categories"][1, 0] = -1  # policy error
     inputs["history"][0, 0] = 0
-    scores = graph.in_onnx(changed)
+    scores = graph.run_in_onnx(changed)
     assert np.flatnonzero(np.isnan(scores)).tolist() == [1]
-    np.testing.assert_array_equal(scores[[0, 2]], graph.in_onnx(inputs)[[0, 2]])
+    np.testing.assert_array_equal(scores[[0, 2]], graph.run_in_onnx(inputs)[[0, 2]])
     assert torch.tensor(scores[[0, 2]]).isfinite().all()

@@ -73,8 +73,8 @@ def test_a_refused_row_is_nan_in_every_output(tmp_path):
 
 
 def test_parity_of_each_output_is_relative_to_its_own_spread():
-    random = np.random.default_rng(0)
-    expected = random.normal(size=(500, 2)).astype(np.float32) * [1.0, 0.01]
+    rng = np.random.default_rng(0)
+    expected = rng.normal(size=(500, 2)).astype(np.float32) * [1.0, 0.01]
     expected = expected.astype(np.float32)
     within = expected + np.float32(1e-7)
     parities = check_outputs(expected, within, ("wide", "narrow"), None, "onnxruntime")

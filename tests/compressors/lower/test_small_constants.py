@@ -10,11 +10,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from models import BENCH_ROWS, Reference, only_graph, write_split
+from models import BENCH_ROWS, Reference, get_only_graph, write_split
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from pairwise import parametrize_pairwise
-from signatures import with_output
+from signatures import replace_output
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,7 +86,7 @@ def lower_network(eps: float, table_format: str, target: TargetName) -> tuple[Lo
         rows = write_split(SIGNATURE, reference.rows_of_tables(), folder / "data", rows=BENCH_ROWS)
         model = run(step, model, Bench(signature=SIGNATURE, train=rows), folder / "model")
     path = folder / "model.onnx"
-    return lower(model.module, only_graph(SIGNATURE), target, path), path
+    return lower(model.module, get_only_graph(SIGNATURE), target, path), path
 
 
 def scores(
@@ -153,10 +153,10 @@ class LogSigmoid(MaskedMeans):
 
 
 def test_log_sigmoid_of_a_large_negative_logit_is_finite_in_the_graph(tmp_path):
-    signature = with_output(SIGNATURE, form="score")
+    signature = replace_output(SIGNATURE, form="score")
     model = Reference(LogSigmoid, signature, {"eps": 1e-6}).model()
     path = tmp_path / "model.onnx"
-    lowered_graph = lower(model.module, only_graph(signature), "onnxruntime", path)
+    lowered_graph = lower(model.module, get_only_graph(signature), "onnxruntime", path)
     inputs = generate_inputs(signature, {"user": 12, "items": 40}, 8)
     with torch.no_grad():
         expected = lowered_graph.wrapper(*(inputs[name] for name in input_names(signature))).numpy()
@@ -186,7 +186,7 @@ def build_simplified(
     return ir.to_proto(ir_model)
 
 
-def operators_of(model: onnx.ModelProto) -> list[str]:
+def list_operators(model: onnx.ModelProto) -> list[str]:
     """Return the operators of a graph, without Identity."""
     return [node.op_type for node in model.graph.node if node.op_type != "Identity"]
 
@@ -204,12 +204,12 @@ def run_graph(model: onnx.ModelProto, x: NDArray[np.float32], folder: Path) -> N
 def test_no_op_rules_remove_only_exact_neutral_elements(kind, values, neutral, operands):
     for value in values:
         node = helper.make_node(kind, operands.split(), ["y"])
-        assert operators_of(build_simplified([node], c=np.array(value, np.float32))) == [kind], (
+        assert list_operators(build_simplified([node], c=np.array(value, np.float32))) == [kind], (
             value
         )
     if operands == "x c" or kind in ("Add", "Mul"):
         node = helper.make_node(kind, operands.split(), ["y"])
-        assert operators_of(build_simplified([node], c=np.array(neutral, np.float32))) == []
+        assert list_operators(build_simplified([node], c=np.array(neutral, np.float32))) == []
 
 
 @pytest.mark.parametrize("value", SMALL)

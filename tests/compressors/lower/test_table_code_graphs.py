@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from error_codes import raises_code
-from models import LONGEST, Graph, Reference, only_graph, run
+from models import LONGEST, Graph, Reference, get_only_graph, run
 from onnx import TensorProto
 from table_codes import STEPS, step_id
 from torch import Tensor, nn
@@ -99,22 +99,22 @@ each_graph = pytest.mark.parametrize(
 
 
 @functools.cache
-def lowered_step(step_index: int, target: TargetName) -> Graph:
+def lower_step(step_index: int, target: TargetName) -> Graph:
     """Apply a step of ``STEPS`` to the network and export its graph."""
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     bench = Bench(signature=REFERENCE.signature)
     model = run(STEPS[step_index], REFERENCE.model(), bench, folder)
     path = folder / "model.onnx"
-    lowered = lower(model.module, only_graph(REFERENCE.signature), target, path)
+    lowered = lower(model.module, get_only_graph(REFERENCE.signature), target, path)
     return Graph(model, lowered, REFERENCE.signature, path)
 
 
 @each_graph
 def test_graph_of_codebook_tables_has_the_scores_of_torch(step_index, target):
-    lowered = lowered_step(step_index, target)
+    lowered = lower_step(step_index, target)
     for count in (1, 400):
         inputs = lowered.rows(count)
-        expected, actual = lowered.in_torch(inputs), lowered.in_onnx(inputs)
+        expected, actual = lowered.run_in_torch(inputs), lowered.run_in_onnx(inputs)
         # Looked-up entries are exact on every target; only sums after the tables are rounded.
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
     check_parity(expected, actual, lowered.model.plan, target)
@@ -122,7 +122,7 @@ def test_graph_of_codebook_tables_has_the_scores_of_torch(step_index, target):
 
 @each_graph
 def test_codebook_tables_in_graphs_take_the_bytes_of_the_plan(step_index, target):
-    lowered = lowered_step(step_index, target)
+    lowered = lower_step(step_index, target)
     initializers = {item.name: item for item in onnx.load(lowered.path).graph.initializer}
     compressed_tables = [
         table for table in lowered.lowered.tables if table.format == STEPS[step_index].kind
@@ -143,7 +143,7 @@ def test_codebook_tables_in_graphs_take_the_bytes_of_the_plan(step_index, target
 
 @each_graph_for_onnxruntime
 def test_codes_in_onnxruntime_are_gathered_before_they_are_unpacked(step_index):
-    lowered = lowered_step(step_index, ORT)
+    lowered = lower_step(step_index, ORT)
     optimized = optimized_graph(lowered.path)
     result = audit(optimized, lowered.model.plan, lowered.lowered.tables)
     compressed_tables = [table for table in lowered.lowered.tables if table.format != "float32"]
@@ -155,7 +155,7 @@ def test_codes_in_onnxruntime_are_gathered_before_they_are_unpacked(step_index):
 
 @each_graph_for_tensorrt
 def test_codes_for_tensorrt_are_signed_and_dequantized_with_scale_1(step_index):
-    step, lowered = STEPS[step_index], lowered_step(step_index, RTX)
+    step, lowered = STEPS[step_index], lower_step(step_index, RTX)
     graph = onnx.load(lowered.path).graph
     initializers = {item.name: item for item in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
@@ -182,7 +182,7 @@ def test_codes_for_tensorrt_are_signed_and_dequantized_with_scale_1(step_index):
 
 
 def test_audit_rejects_codes_that_are_unpacked_before_the_gather():
-    lowered = lowered_step(STEPS.index(ProductCodes(parts=3, bits=4, codebook_type="float16")), ORT)
+    lowered = lower_step(STEPS.index(ProductCodes(parts=3, bits=4, codebook_type="float16")), ORT)
     graph = optimized_graph(lowered.path)
     (table,) = (t for t in lowered.lowered.tables if t.module == "item")
     (name,) = (name for name in table.names if name.endswith(".codes"))

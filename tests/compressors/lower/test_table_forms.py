@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import LONGEST, Graph, Reference, only_graph
+from models import LONGEST, Graph, Reference, get_only_graph
 from pairwise import pairwise
 from torch import Tensor, nn
 
@@ -136,7 +136,7 @@ def graph(
     request: pytest.FixtureRequest, network, compressed, tmp_path_factory
 ) -> tuple[Graph, TargetName]:
     path = tmp_path_factory.mktemp("graph") / "model.onnx"
-    lowered = lower(compressed.module, only_graph(network.signature), request.param, path)
+    lowered = lower(compressed.module, get_only_graph(network.signature), request.param, path)
     return Graph(compressed, lowered, network.signature, path), request.param
 
 
@@ -154,7 +154,7 @@ def test_graph_of_every_form_has_the_scores_of_torch(graph):
     lowered, target = graph
     for count in (1500, 2, 1):
         inputs = lowered.rows(count)
-        expected, scores_of_graph = lowered.in_torch(inputs), lowered.in_onnx(inputs)
+        expected, scores_of_graph = lowered.run_in_torch(inputs), lowered.run_in_onnx(inputs)
         if count > 2:
             # The limit depends on the spread of the scores, so it is that of the largest batch.
             parity = check_parity(expected, scores_of_graph, lowered.model.plan, target)
@@ -202,7 +202,7 @@ def test_parity_fails_if_the_scales_of_any_one_table_are_wrong(forms, network, c
     """This shows that the comparison above would fail for a wrong form."""
     lowered, target = graph
     inputs = lowered.rows(1500)
-    scores_of_graph = lowered.in_onnx(inputs)
+    scores_of_graph = lowered.run_in_onnx(inputs)
     changed_model = compressed.private()
     for name in forms:
         parts = changed_model.module.get_submodule(name).modules()
@@ -211,7 +211,7 @@ def test_parity_fails_if_the_scales_of_any_one_table_are_wrong(forms, network, c
         original = dict(table.named_buffers())[tensor_name]
         setattr(table, tensor_name, (original.float() * 1.2).to(original.dtype))
         wrapper = wrap_for_serving(
-            changed_model.module, only_graph(network.signature), network.rows_of_tables()
+            changed_model.module, get_only_graph(network.signature), network.rows_of_tables()
         )
         with torch.no_grad():
             scores = wrapper(*(inputs[key] for key in input_names(network.signature))).numpy()

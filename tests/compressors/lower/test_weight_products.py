@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from error_codes import raises_code
-from models import Graph, only_graph
+from models import Graph, get_only_graph
 from onnx import TensorProto, helper
 from weight_readers import LONGEST, READERS
 
@@ -47,7 +47,7 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="weights-")
 
 
 @functools.cache
-def compressed(reader: str, recipe: str) -> Model:
+def compress(reader: str, recipe: str) -> Model:
     """Return a network of ``READERS`` after the steps of a recipe that apply to it."""
     folder, reference = Path(tempfile.mkdtemp(dir=_SCRATCH.name)), READERS[reader]
     model, bench = reference.model(), reference.bench(folder / "data")
@@ -59,11 +59,11 @@ def compressed(reader: str, recipe: str) -> Model:
     return model
 
 
-def lowered(reader: str, recipe: str, target: str) -> Graph:
-    model, signature = compressed(reader, recipe), READERS[reader].signature
+def lower_network(reader: str, recipe: str, target: str) -> Graph:
+    model, signature = compress(reader, recipe), READERS[reader].signature
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"
     return Graph(
-        model, lower(model.module, only_graph(signature), target, path), signature, path, target
+        model, lower(model.module, get_only_graph(signature), target, path), signature, path, target
     )
 
 
@@ -86,14 +86,14 @@ DEFAULT_TIER = {
     ],
 )
 def test_scores_of_a_graph_are_those_of_the_network(reader: str, recipe: str, target: str) -> None:
-    graph = lowered(reader, recipe, target)
+    graph = lower_network(reader, recipe, target)
     inputs = graph.rows(64)
-    expected = graph.in_torch(inputs)
-    difference = (graph.in_onnx(inputs) - expected) / expected.std()
+    expected = graph.run_in_torch(inputs)
+    difference = (graph.run_in_onnx(inputs) - expected) / expected.std()
     tolerance = lowering_target(target).tolerance(graph.model.plan)
     assert np.sqrt(np.mean(difference**2)) <= tolerance.root_mean_square
     one_row = {name: tensor[:1] for name, tensor in inputs.items()}
-    assert abs(graph.in_onnx(one_row) - graph.in_torch(one_row)).max() <= (
+    assert abs(graph.run_in_onnx(one_row) - graph.run_in_torch(one_row)).max() <= (
         tolerance.largest * expected.std()
     )
     if recipe == "none":
@@ -110,16 +110,16 @@ def test_scores_of_a_graph_are_those_of_the_network(reader: str, recipe: str, ta
 
 
 def test_blocks_of_rows_give_the_scores_of_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    one_block = lowered("self-attentive", "fast", "onnxruntime")
+    one_block = lower_network("self-attentive", "fast", "onnxruntime")
     monkeypatch.setattr(onnxruntime_tables, "BLOCK_VALUES", 7 * 16)  # of 40 rows
-    blocks = lowered("self-attentive", "fast", "onnxruntime")
+    blocks = lower_network("self-attentive", "fast", "onnxruntime")
     products = [
         sum(node.op_type == "Slice" for node in onnx.load(graph.path).graph.node)
         for graph in (one_block, blocks)
     ]
     assert products[1] - products[0] == 2 * 5  # codes and scales of five more blocks
     inputs = blocks.rows(8)
-    np.testing.assert_array_equal(blocks.in_onnx(inputs), one_block.in_onnx(inputs))
+    np.testing.assert_array_equal(blocks.run_in_onnx(inputs), one_block.run_in_onnx(inputs))
     assert inputs["history"].shape[1] <= LONGEST
     audit(optimized_graph(blocks.path), blocks.model.plan, blocks.lowered.tables)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from reason_codes import codes_of, require_reason
 from safetensors.torch import save_file
-from signatures import with_output
+from signatures import replace_output
 from torch import Tensor, nn
 
 from compressors.contracts import Reason, Signature, Split
@@ -69,9 +69,9 @@ def problems_of(signature, tmp_path, score, label, group=None):
 
 def calibrated_clicks(seed=0, shift=-1.0, spread=1.5):
     """Random logits, and labels drawn with their probabilities: a calibrated model."""
-    random = np.random.default_rng(seed)
-    logit = random.normal(shift, spread, ROWS)
-    return logit, (random.random(ROWS) < 1 / (1 + np.exp(-logit))).astype(float)
+    rng = np.random.default_rng(seed)
+    logit = rng.normal(shift, spread, ROWS)
+    return logit, (rng.random(ROWS) < 1 / (1 + np.exp(-logit))).astype(float)
 
 
 def sigmoid(logit):
@@ -104,9 +104,9 @@ def test_logits_outside_0_to_1_declared_as_probabilities_are_refused(tmp_path):
 def test_logits_between_0_and_1_are_accepted_as_logits_and_give_a_warning_as_probabilities(
     tmp_path,
 ):
-    random = np.random.default_rng(0)
-    logit = random.uniform(0.05, 0.95, ROWS)
-    label = (random.random(ROWS) < sigmoid(logit)).astype(float)
+    rng = np.random.default_rng(0)
+    logit = rng.uniform(0.05, 0.95, ROWS)
+    label = (rng.random(ROWS) < sigmoid(logit)).astype(float)
     assert problems_of(CLICKS, tmp_path, logit, label) == []
     (problem,) = problems_of(PROBABILITIES, tmp_path, logit, label)
     assert not problem.prevents_packing  # in the range of probabilities, so only a warning
@@ -155,20 +155,20 @@ def test_equal_scores_give_a_warning_and_nan_scores_a_fatal_problem(tmp_path):
 
 
 def test_lists_in_reverse_order_give_a_warning_and_random_ones_none(tmp_path):
-    random = np.random.default_rng(0)
-    label = random.integers(0, 4, ROWS)
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 4, ROWS)
     group = np.arange(ROWS) // 8
-    (problem,) = problems_of(LISTS, tmp_path, -label + random.normal(0, 0.1, ROWS), label, group)
+    (problem,) = problems_of(LISTS, tmp_path, -label + rng.normal(0, 0.1, ROWS), label, group)
     assert not problem.prevents_packing
     require_reason([problem.reason], "worse_than_random_order", groups=SAMPLE_ROWS // 8)
-    assert problems_of(LISTS, tmp_path, random.normal(size=ROWS), label, group) == []
-    assert problems_of(LISTS, tmp_path, label + random.normal(size=ROWS), label, group) == []
+    assert problems_of(LISTS, tmp_path, rng.normal(size=ROWS), label, group) == []
+    assert problems_of(LISTS, tmp_path, label + rng.normal(size=ROWS), label, group) == []
 
 
 def test_the_sample_covers_a_split_that_is_sorted_by_label(tmp_path):
     logit, label = calibrated_clicks()
-    order = np.argsort(label, kind="stable")
-    problems = problems_of(CLICKS, tmp_path, -logit[order], label[order])
+    permutation = np.argsort(label, kind="stable")
+    problems = problems_of(CLICKS, tmp_path, -logit[permutation], label[permutation])
     require_reason([problem.reason for problem in problems], "worse_than_chance")
 
 
@@ -188,7 +188,9 @@ def test_labels_of_one_class_are_refused_in_test_and_validation_and_a_warning_in
 
 
 def test_interactions_without_a_label_above_zero_are_refused_in_test_and_validation():
-    signature = with_output(signature_of("ranking", "score", "user", "ndcg@10"), kind="retrieval")
+    signature = replace_output(
+        signature_of("ranking", "score", "user", "ndcg@10"), kind="retrieval"
+    )
     for name, fatal in (("test", True), ("validation", False)):
         (problem,) = find_label_problems(signature, name, np.zeros(50), None)
         assert (problem.prevents_packing, problem.prevents_measurement) == (True, fatal)

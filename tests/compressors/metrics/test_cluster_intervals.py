@@ -14,7 +14,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from reason_codes import require_reason
 
-from benchmarks.interval_coverage import METRICS, coverage, heavy_tailed_sizes, simulate
+from benchmarks.interval_coverage import (
+    METRICS,
+    draw_heavy_tailed_sizes,
+    measure_coverage,
+    simulate,
+)
 from compressors.contracts import Limit
 from compressors.contracts import metric as metric_named
 from compressors.metrics import point_estimates, top_k
@@ -29,7 +34,7 @@ ALL_METRICS = (*METRICS, "gauc", *OF_LISTS)
 def assert_coverage(users, runs, slack):
     """Assert coverage of 95 %, within 1 percentage point and ``slack`` standard errors."""
     noise = slack * math.sqrt(0.95 * 0.05 / runs)
-    for metric, interval in coverage(users, runs).items():
+    for metric, interval in measure_coverage(users, runs).items():
         for name, share in interval._asdict().items():
             assert share == pytest.approx(0.95, abs=0.01 + noise), (users, metric, name, share)
 
@@ -49,10 +54,10 @@ def test_intervals_cover_95_percent_in_4000_simulated_test_sets(users):
     assert_coverage(users, runs=4000, slack=2)
 
 
-def simulated_rows(users, seed=0):
+def simulate_rows(users, seed=0):
     """Label, baseline score, candidate score and user of each simulated row."""
-    random = np.random.default_rng(seed)
-    return simulate(random, heavy_tailed_sizes(random, users))
+    rng = np.random.default_rng(seed)
+    return simulate(rng, draw_heavy_tailed_sizes(rng, users))
 
 
 def metric_of_rows(metric, label, score, group):
@@ -75,17 +80,17 @@ def metric_of_rows(metric, label, score, group):
 def metric_without_each_group(metric, label, score, group):
     """The metric on all rows (``point``), and without each group (``left_out``)."""
     rows = PairedRows(label, score, score, group)
-    return metric_named(metric).estimator("rows").of_groups(rows).before
+    return metric_named(metric).estimator("rows").jackknife_groups(rows).before
 
 
 @given(st.data())
 def test_values_without_each_group_equal_the_metric_of_the_other_rows(data):
     rows, users = data.draw(st.integers(30, 80)), data.draw(st.integers(3, 8))
-    random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
-    user = random.permutation(np.r_[np.arange(users), random.integers(0, users, rows - users)])
-    label = random.random(rows) < 0.5
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    user = rng.permutation(np.r_[np.arange(users), rng.integers(0, users, rows - users)])
+    label = rng.random(rows) < 0.5
     # Few distinct scores: ties within and across users.
-    score = random.integers(1, 9, rows) / 10
+    score = rng.integers(1, 9, rows) / 10
     users_with_both_classes = [
         u for u in range(users) if 0 < label[user == u].sum() < (user == u).sum()
     ]
@@ -110,7 +115,7 @@ def test_values_without_each_group_equal_the_metric_of_the_other_rows(data):
 
 @pytest.mark.parametrize("metric", ALL_METRICS)
 def test_intervals_do_not_depend_on_the_order_of_rows_or_names_of_groups(metric):
-    rows = simulated_rows(50)
+    rows = simulate_rows(50)
     order = np.random.default_rng(1).permutation(rows.label.size)
     names = np.array([f"user {u * 7 % 50:02}" for u in rows.user])
     first_interval = estimate_pair(metric, *rows)
@@ -144,7 +149,7 @@ def test_copies_of_rows_do_not_narrow_the_interval():
 
 @pytest.mark.parametrize("metric", ALL_METRICS)
 def test_the_interval_of_equal_scores_of_grouped_rows_is_exactly_zero(metric):
-    label, before, _, user = simulated_rows(40)
+    label, before, _, user = simulate_rows(40)
     interval = estimate_pair(metric, label, before, before.copy(), user).difference
     assert (interval.low, interval.point, interval.high) == (0, 0, 0)
 
@@ -167,7 +172,7 @@ def test_fewer_than_ten_groups_are_undecided_with_a_reason(metric, users):
 
 
 def test_a_metric_is_undecided_if_only_five_of_100_users_have_positive_rows():
-    label, before, after, user = simulated_rows(100)
+    label, before, after, user = simulate_rows(100)
     label = label & (user < 5)
     for metric in ("auc", "normalized_entropy"):
         reason = estimate_pair(metric, label, before, after, user).difference.unresolved
@@ -177,7 +182,7 @@ def test_a_metric_is_undecided_if_only_five_of_100_users_have_positive_rows():
 
 
 def test_an_undecided_limit_on_grouped_rows_has_the_rows_and_groups_to_decide():
-    rows = simulated_rows(100)
+    rows = simulate_rows(100)
     interval = estimate_pair("auc", *rows)
     bound = interval.difference.point - 0.5 * interval.resolves
     limit = Limit(metric="auc", against="baseline", at_least=bound)
@@ -189,17 +194,17 @@ def test_an_undecided_limit_on_grouped_rows_has_the_rows_and_groups_to_decide():
 
 
 def test_interval_bounds_are_within_the_range_of_the_metric():
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     user = np.repeat(np.arange(12), 4)
     label = np.tile([0, 0, 1, 1], 12)
-    score = label + 0.3 * random.normal(size=48)
-    interval = estimate_pair("auc", label, score, score + 0.3 * random.normal(size=48), user)
+    score = label + 0.3 * rng.normal(size=48)
+    interval = estimate_pair("auc", label, score, score + 0.3 * rng.normal(size=48), user)
     assert 0 <= interval.baseline.low <= interval.baseline.point <= interval.baseline.high <= 1
 
 
 def test_intervals_of_a_million_grouped_rows_take_less_than_12_seconds():
-    random = np.random.default_rng(0)
-    rows = simulate(random, heavy_tailed_sizes(random, 27_000))
+    rng = np.random.default_rng(0)
+    rows = simulate(rng, draw_heavy_tailed_sizes(rng, 27_000))
     start = time.process_time()
     for metric in METRICS:
         estimate_pair(metric, *rows)

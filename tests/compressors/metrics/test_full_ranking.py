@@ -24,7 +24,7 @@ from compressors.metrics.full_ranking import (
     ranking_metrics,
     ranking_queries,
 )
-from compressors.metrics.intervals import paired_means
+from compressors.metrics.intervals import compare_means
 
 
 def recall_and_ndcg(query, item, queries, k=20):
@@ -163,9 +163,9 @@ def test_a_test_item_outside_the_catalogue_raises_metric_refused():
 
 
 def test_paired_means_resamples_the_same_queries_for_both_models():
-    random = np.random.default_rng(0)
-    before = random.random(400)
-    means = paired_means(before, before - 0.01, rows=1234)
+    rng = np.random.default_rng(0)
+    before = rng.random(400)
+    means = compare_means(before, before - 0.01, rows=1234)
     assert means.difference.point == pytest.approx(-0.01)
     assert means.resolves < 1e-9  # every query lost the same
     assert means.baseline.rows == 1234
@@ -173,7 +173,7 @@ def test_paired_means_resamples_the_same_queries_for_both_models():
     # errors. The width from 1,000 replicates has a standard error of 4 %; over three are allowed.
     half_width = 1.96 * before.std() / math.sqrt(400)
     assert means.baseline.high - means.baseline.low == pytest.approx(2 * half_width, rel=0.15)
-    with_other_candidate = paired_means(before, random.random(400), rows=1234)
+    with_other_candidate = compare_means(before, rng.random(400), rows=1234)
     assert with_other_candidate.baseline == means.baseline  # the same queries are resampled
 
 
@@ -187,4 +187,4 @@ def test_paired_means_resamples_the_same_queries_for_both_models():
 )
 def test_paired_means_of_unusable_values_raise_metric_refused(before, after, code, fields):
     with raises_code(MetricRefused, code, **fields):
-        paired_means(before, after, rows=20)
+        compare_means(before, after, rows=20)

@@ -32,12 +32,12 @@ EXACT = 1e-12
 
 def impressions(rows, seed=0, noise=0.3):
     """Clicks, the probabilities of two related models, and users."""
-    random = np.random.default_rng(seed)
-    label = (random.random(rows) < 0.3).astype(np.float32)
-    score = random.normal(size=rows) + label
-    other = score + noise * random.normal(size=rows)
+    rng = np.random.default_rng(seed)
+    label = (rng.random(rows) < 0.3).astype(np.float32)
+    score = rng.normal(size=rows) + label
+    other = score + noise * rng.normal(size=rows)
     sigmoid = [1 / (1 + np.exp(-logit)) for logit in (score, other)]
-    return label, *sigmoid, random.integers(0, max(2, rows // 12), rows)
+    return label, *sigmoid, rng.integers(0, max(2, rows // 12), rows)
 
 
 @given(st.data())
@@ -109,9 +109,9 @@ def test_the_interval_of_equal_scores_without_groups_is_exactly_zero(metric):
 
 
 def test_the_interval_of_a_mean_loss_is_the_normal_95_percent_interval():
-    random = np.random.default_rng(4)
-    label = random.random(5000) < 0.3
-    first, second = 0.2 + 0.2 * random.random((2, 5000))
+    rng = np.random.default_rng(4)
+    label = rng.random(5000) < 0.3
+    first, second = 0.2 + 0.2 * rng.random((2, 5000))
     interval = estimate_pair("logloss", label, first, second, samples=2000)
     losses = [-np.log(np.where(label, score, 1 - score)) for score in (first, second)]
     for estimate, values in (
@@ -152,9 +152,9 @@ def covering_intervals(metric, truth, draw, runs=100, samples=300):
 # tests allow 88 to 99: three standard deviations below, because the percentile interval of a small
 # sample is slightly too narrow, and two above. Seeds are fixed.
 def test_the_auc_interval_covers_the_true_difference_in_95_percent_of_runs():
-    def draw(random):
+    def draw(rng):
         label = np.repeat([1, 0], [150, 250])
-        shared, of_baseline, of_candidate = random.normal(size=(3, 400))
+        shared, of_baseline, of_candidate = rng.normal(size=(3, 400))
         baseline = shared + of_baseline + 1.0 * label
         return label, baseline, shared + of_candidate + 0.8 * label, None
 
@@ -173,21 +173,21 @@ def test_the_logloss_interval_covers_the_true_difference_in_95_percent_of_runs()
 
     predictions = np.array([0.15, 0.45, 0.7]), np.array([0.2, 0.5, 0.75])
 
-    def draw(random):
-        row_kind = random.integers(0, 3, 300)
-        label = random.random(300) < probability[row_kind]
+    def draw(rng):
+        row_kind = rng.integers(0, 3, 300)
+        label = rng.random(300) < probability[row_kind]
         return label, predictions[0][row_kind], predictions[1][row_kind], None
 
     truth = loss(predictions[1]) - loss(predictions[0])
     assert 88 <= covering_intervals("logloss", truth, draw) <= 99
 
 
-def rows_of_60_users(random):
+def rows_of_60_users(rng):
     """60 users of 12 rows: the candidate is better for half of them, and random for the others."""
     group = np.repeat(np.arange(60), 12)
     label = np.tile(np.repeat([1, 0], 6), 60)
-    has_good_candidate = (random.random(60) < 0.5)[group]
-    noise = random.normal(size=(2, group.size))
+    has_good_candidate = (rng.random(60) < 0.5)[group]
+    noise = rng.normal(size=(2, group.size))
     return label, noise[0] + 1.0 * label, noise[1] + 2.0 * has_good_candidate * label, group
 
 

@@ -25,10 +25,10 @@ SCORE_CHANGES = [name for name, item in default_metrics().items() if item.kind =
 
 def rows_of_users(users, seed=0, change=0.05):
     """Probabilities of two models, and users of 5 rows each; changes differ between users."""
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     user = np.repeat(np.arange(users), 5)
-    before = random.random(user.size)
-    change_of_row = change * (random.normal(size=users)[user] + random.normal(size=user.size))
+    before = rng.random(user.size)
+    change_of_row = change * (rng.normal(size=users)[user] + rng.normal(size=user.size))
     return before, (before + change_of_row).clip(0, 1), user
 
 
@@ -68,9 +68,9 @@ def test_changes_in_spread_are_in_standard_deviations_of_the_baseline():
 
 
 def test_a_correlation_close_to_one_is_exact_to_its_distance_from_one():
-    random = np.random.default_rng(0)
-    before = random.normal(size=10_000)
-    noise = 1e-4 * random.normal(size=10_000)
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=10_000)
+    noise = 1e-4 * rng.normal(size=10_000)
     estimate = change_of_rows(before, before + noise, None, "spread")["score_correlation"]
     # 1 - r is half the ratio of the variances of noise and scores; its standard error is 1.4 %.
     assert 1 - estimate.point == pytest.approx(0.5e-8, rel=0.05)
@@ -78,10 +78,10 @@ def test_a_correlation_close_to_one_is_exact_to_its_distance_from_one():
 
 
 def test_equal_changes_within_users_widen_the_interval():
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     user = np.repeat(np.arange(50), 40)
-    before = random.random(2000)
-    after = before + 0.1 * random.normal(size=50)[user]
+    before = rng.random(2000)
+    after = before + 0.1 * rng.normal(size=50)[user]
     by_user = change_of_rows(before, after, user, "probability")["mean_score_change"]
     by_row = change_of_rows(before, after, None, "probability")["mean_score_change"]
     # Each user has 40 rows with equal changes, so the interval is sqrt(40) = 6.3 times as wide.
@@ -155,13 +155,13 @@ def test_nan_or_unpaired_scores_raise_metric_refused():
 
 
 def retrieval_models(queries=40, items=60, seed=0, noise=0.1):
-    random = np.random.default_rng(seed)
-    test = Interactions(np.arange(queries), random.integers(0, items, queries), np.ones(queries))
+    rng = np.random.default_rng(seed)
+    test = Interactions(np.arange(queries), rng.integers(0, items, queries), np.ones(queries))
     hidden = Interactions(np.arange(queries), (np.asarray(test.item) + 1) % items, np.ones(queries))
     ranking = ranking_queries(test, [hidden], np.arange(items))
-    query, item = random.normal(size=(2, max(queries, items), 8)).astype(np.float32)
+    query, item = rng.normal(size=(2, max(queries, items), 8)).astype(np.float32)
     query, item = query[:queries], item[:items]
-    changed = [(v + noise * random.normal(size=v.shape)).astype(np.float32) for v in (query, item)]
+    changed = [(v + noise * rng.normal(size=v.shape)).astype(np.float32) for v in (query, item)]
     return RankedVectors(query, item, ranking), RankedVectors(*changed, ranking)
 
 
@@ -216,9 +216,9 @@ def test_a_limit_of_an_order_file_on_a_score_change_needs_no_reference(metric):
 
 
 def auc_numbers():
-    random = np.random.default_rng(0)
-    label = random.random(500) < 0.5
-    pair = estimate_pair("auc", label, random.random(500), random.random(500))
+    rng = np.random.default_rng(0)
+    label = rng.random(500) < 0.5
+    pair = estimate_pair("auc", label, rng.random(500), rng.random(500))
     return quality_numbers("auc", pair)
 
 
@@ -283,7 +283,7 @@ def test_each_of_several_outputs_has_a_summary_and_a_warning_unless_a_limit_cove
     numbers = [Number(metric=m, against="absolute", estimate=e) for m, e in estimates.items()]
     units = {"calm": "probability", "wild": "probability"}
     measured = Measured(numbers=tuple(numbers), units_of_outputs=units)
-    assert measured.unit_of("mean_score_change[wild]") == "probability"
+    assert measured.find_unit("mean_score_change[wild]") == "probability"
 
     def reasons_with(limit):
         result = verdict("onnxruntime", (Limit.parse(limit),), measured, built=True)

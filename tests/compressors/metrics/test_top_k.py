@@ -74,12 +74,12 @@ def lists_without_ties(lists=60, seed=0):
 
     Lists have 1 to 40 rows. Some have no relevant row, and some more than 10.
     """
-    random = np.random.default_rng(seed)
-    group = random.permutation(np.repeat(np.arange(lists), random.integers(1, 41, lists)))
-    share = random.random(lists) ** 2
-    label = random.integers(1, 5, group.size) * (random.random(group.size) < share[group])
+    rng = np.random.default_rng(seed)
+    group = rng.permutation(np.repeat(np.arange(lists), rng.integers(1, 41, lists)))
+    share = rng.random(lists) ** 2
+    label = rng.integers(1, 5, group.size) * (rng.random(group.size) < share[group])
     # Integers, because trec_eval reads scores as 32-bit floats.
-    return label, random.permutation(group.size).astype(float), group
+    return label, rng.permutation(group.size).astype(float), group
 
 
 def trec_values(label, score, group, measures, ranks=None):
@@ -134,10 +134,10 @@ def test_ndcg_of_rows_without_ties_equals_trec_eval(k):
 
 
 def test_metrics_of_a_full_ranking_without_ties_equal_trec_eval():
-    random, users, items = np.random.default_rng(0), 30, 200
-    query, item = random.normal(size=(users, 8)), random.normal(size=(items, 8))
+    rng, users, items = np.random.default_rng(0), 30, 200
+    query, item = rng.normal(size=(users, 8)), rng.normal(size=(items, 8))
     query, item = query.astype(np.float32), item.astype(np.float32)
-    is_relevant = random.random((users, items)) < 0.08
+    is_relevant = rng.random((users, items)) < 0.08
     is_relevant[:, 0] = True
     user, clicked = np.nonzero(is_relevant)
     queries = ranking_queries(Interactions(user, clicked, np.ones(user.size)), [], np.arange(items))
@@ -158,10 +158,10 @@ def test_metrics_of_a_full_ranking_without_ties_equal_trec_eval():
 @pytest.mark.parametrize("k", DEPTHS)
 def test_graded_ndcg_of_a_full_ranking_without_ties_equals_trec_eval(k):
     """Gains are the labels, also of a pair that several rows have: its largest label counts."""
-    random, users, items = np.random.default_rng(1), 20, 60
-    query, item = random.normal(size=(users, 8)), random.normal(size=(items, 8))
+    rng, users, items = np.random.default_rng(1), 20, 60
+    query, item = rng.normal(size=(users, 8)), rng.normal(size=(items, 8))
     query, item = query.astype(np.float32), item.astype(np.float32)
-    label = random.integers(1, 4, (users, items)) * (random.random((users, items)) < 0.3)
+    label = rng.integers(1, 4, (users, items)) * (rng.random((users, items)) < 0.3)
     label[:, 0] = 2
     user, judged = np.nonzero(label)
     again = np.concatenate([user, user]), np.concatenate([judged, judged])
@@ -210,17 +210,17 @@ def test_every_estimator_returns_the_mean_over_lists_with_a_relevant_row(data, k
     for name, function in FUNCTIONS.items():
         estimator = metric_named(f"{name}@{k}").estimator("rows")
         if label.any():
-            point = estimator.point(ScoredRows(label, score, group))
+            point = estimator.compute(ScoredRows(label, score, group))
             assert point == pytest.approx(function(blocks, k).mean(), abs=EXACT)
         else:
             with raises_code(MetricRefused, "relevant_items_missing"):
-                estimator.point(ScoredRows(label, score, group))
+                estimator.compute(ScoredRows(label, score, group))
 
 
 @given(tied_lists(), st.integers(1, 8), st.randoms(use_true_random=False))
-def test_metrics_are_in_their_range_and_do_not_depend_on_the_order_of_rows(data, k, random):
+def test_metrics_are_in_their_range_and_do_not_depend_on_the_order_of_rows(data, k, rng):
     order = list(range(data[0].size))
-    random.shuffle(order)
+    rng.shuffle(order)
     blocks = tie_blocks_of_rows(*data)
     shuffled = tie_blocks_of_rows(*(column[order] for column in data))
     for name, function in FUNCTIONS.items():
@@ -331,4 +331,4 @@ def test_invalid_rows_are_refused(columns, code):
 def test_rows_without_a_group_are_refused(name):
     estimator = metric_named(f"{name}@3").estimator("rows")
     with raises_code(MetricRefused, "metric_needs_groups", metric=f"{name}@3"):
-        estimator.point(ScoredRows([0, 1], [0.1, 0.2]))
+        estimator.compute(ScoredRows([0, 1], [0.1, 0.2]))

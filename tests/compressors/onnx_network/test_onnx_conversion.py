@@ -10,7 +10,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from onnx import TensorProto, helper, numpy_helper
-from onnx_graphs import Array, graph_of, network_of, require_equal
+from onnx_graphs import Array, build_graph, build_network, require_equal
 from torch import nn
 
 from compressors.contracts import ONNX_NETWORK
@@ -18,12 +18,12 @@ from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.onnx_network.conversion import convert
 from compressors.onnx_network.network import OnnxNetwork
 
-random = np.random.default_rng(0)
+rng = np.random.default_rng(0)
 IDS = np.array([0, 2, 1])
 
 
 def floats(*shape: int) -> Array:
-    return random.normal(size=shape).astype(np.float32)
+    return rng.normal(size=shape).astype(np.float32)
 
 
 def node(op: str, inputs: str, output: str, name: str = "", **attributes: Any) -> onnx.NodeProto:
@@ -53,8 +53,8 @@ def test_lookup_and_product_with_a_bias_are_a_table_and_a_layer(tmp_path: Path) 
         "out.weight": floats(1, 2),
         "out.bias": floats(1),
     }
-    model = graph_of(nodes, {"user": IDS}, weights=weights)
-    network = network_of(model)
+    model = build_graph(nodes, {"user": IDS}, weights=weights)
+    network = build_network(model)
     assert units(network) == {"user": "Embedding", "mlp_0": "Linear", "out": "Linear"}
     assert [name for name, _ in network.named_parameters()] == [
         *("user.weight", "mlp_0.weight", "mlp_0.bias", "out.weight", "out.bias")
@@ -69,8 +69,8 @@ def test_layers_that_share_their_weights_are_one_module() -> None:
         node("MatMul", "c w", "d"),
         node("Add", "d b", "y"),
     ]
-    network = network_of(
-        graph_of(nodes, {"x": floats(3, 2)}, weights={"w": floats(2, 2), "b": floats(2)})
+    network = build_network(
+        build_graph(nodes, {"x": floats(3, 2)}, weights={"w": floats(2, 2), "b": floats(2)})
     )
     assert units(network) == {"w": "Linear"}
 
@@ -87,8 +87,8 @@ def test_layers_that_share_their_weights_are_one_module() -> None:
 def test_weight_that_a_compressed_module_does_not_have_stays_a_parameter(
     tmp_path: Path, nodes: list[onnx.NodeProto]
 ) -> None:
-    model = graph_of(nodes, {"x": IDS}, weights={"w": floats(3, 3)})
-    network = network_of(model)
+    model = build_graph(nodes, {"x": IDS}, weights={"w": floats(3, 3)})
+    network = build_network(model)
     assert "Embedding" not in units(network).values()
     require_equal(model, {"x": IDS}, tmp_path)
 
@@ -106,14 +106,16 @@ def test_trained_floats_are_parameters_and_constants_are_buffers() -> None:
         "mask": np.array([0, -np.inf], np.float32),
         "temperature": np.float32(3),
     }
-    network = network_of(graph_of(nodes, {"x": floats(3, 2)}, weights=weights))
+    network = build_network(build_graph(nodes, {"x": floats(3, 2)}, weights=weights))
     assert [name for name, _ in network.named_parameters()] == ["scale"]
     assert {name for name, _ in network.named_buffers()} >= {"mask", "temperature"}
 
 
 def test_input_and_table_of_the_same_name_keep_it() -> None:
     nodes = [node("Gather", "user.weight user", "forward"), node("Relu", "forward", "y")]
-    network = network_of(graph_of(nodes, {"user": IDS}, weights={"user.weight": floats(3, 2)}))
+    network = build_network(
+        build_graph(nodes, {"user": IDS}, weights={"user.weight": floats(3, 2)})
+    )
     assert units(network) == {"user": "Embedding"}
     assert [item.name for item in network.inputs] == ["user"]
 
@@ -135,7 +137,7 @@ def test_names_of_units_come_from_the_scopes_of_nodes(
         node("MatMul", "a v", "y", name=scopes[1]),
     ]
     weights = {"w": floats(3, 2), "v": floats(2, 2)}
-    assert list(units(network_of(graph_of(nodes, {"x": IDS}, weights=weights)))) == expected
+    assert list(units(build_network(build_graph(nodes, {"x": IDS}, weights=weights)))) == expected
 
 
 def test_lookup_as_tf2onnx_writes_it_is_one_node(tmp_path: Path) -> None:
@@ -152,13 +154,13 @@ def test_lookup_as_tf2onnx_writes_it_is_one_node(tmp_path: Path) -> None:
         node("Gather", "w found", "y"),
     ]
     weights = {"w": floats(3, 2), "rows": np.int64(3), "zero": np.float32(0)}
-    model = graph_of(nodes, {"ids": IDS}, weights=weights)
-    network = network_of(model)
+    model = build_graph(nodes, {"ids": IDS}, weights=weights)
+    network = build_network(model)
     assert [item.op for item in network.nodes] == ["Module"]
     require_equal(model, {"ids": IDS}, tmp_path)
     weights["rows"] = np.int64(1)  # not the rows of the table: another function
-    model = graph_of(nodes, {"ids": IDS}, weights=weights)
-    assert len(network_of(model).nodes) > 1
+    model = build_graph(nodes, {"ids": IDS}, weights=weights)
+    assert len(build_network(model).nodes) > 1
     require_equal(model, {"ids": IDS - 1}, tmp_path)
 
 
@@ -173,12 +175,14 @@ def test_graph_of_an_older_opset_is_converted(tmp_path: Path, opset: int) -> Non
     ]
     x = {"x": floats(3, 4, 2)}
     weights = {"axis": np.array([1])} if opset >= 13 else {}
-    require_equal(graph_of(nodes, x, weights=weights, opset=opset), x, tmp_path)
+    require_equal(build_graph(nodes, x, weights=weights, opset=opset), x, tmp_path)
 
 
 def test_input_of_one_value_per_row_may_be_a_column_or_not() -> None:
-    model = graph_of([node("Gather", "w x", "y")], {"x": IDS[:, None]}, weights={"w": floats(3, 2)})
-    network = network_of(model)
+    model = build_graph(
+        [node("Gather", "w x", "y")], {"x": IDS[:, None]}, weights={"w": floats(3, 2)}
+    )
+    network = build_network(model)
     flat, column = (network({"x": torch.from_numpy(ids)}) for ids in (IDS, IDS[:, None]))
     assert torch.equal(flat, column)
     with pytest.raises(TypeError, match="expected integers as the input x"):
@@ -194,7 +198,7 @@ def test_gradients_reach_tables_layers_and_parameters() -> None:
         node("Mul", "b scale", "y"),
     ]
     weights = {"table": floats(3, 2), "layer": floats(2, 2), "scale": floats(2)}
-    network = network_of(graph_of(nodes, {"x": IDS}, weights=weights))
+    network = build_network(build_graph(nodes, {"x": IDS}, weights=weights))
     network({"x": torch.from_numpy(IDS)}).square().sum().backward()
     assert all(bool(p.grad.abs().sum() > 0) for p in network.parameters() if p.grad is not None)
     assert all(p.grad is not None for p in network.parameters())
@@ -221,40 +225,40 @@ def test_gradients_reach_tables_layers_and_parameters() -> None:
 def test_node_that_cannot_be_computed_is_refused_by_name(
     made: list[onnx.NodeProto], code: str, fields: dict[str, Any]
 ) -> None:
-    model = graph_of(made, {"x": floats(3, 2)}, domains=["com.microsoft"])
+    model = build_graph(made, {"x": floats(3, 2)}, domains=["com.microsoft"])
     with raises_code(OnnxRefused, code, **fields):
-        network_of(model)
+        build_network(model)
 
 
 def test_fixed_number_of_rows_is_refused_with_the_input() -> None:
-    model = graph_of([node("Relu", "x", "y")], {"x": floats(3, 2)})
+    model = build_graph([node("Relu", "x", "y")], {"x": floats(3, 2)})
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
     with raises_code(OnnxRefused, "batch_fixed", name="x", shape=(3, 2)):
-        network_of(model)
+        build_network(model)
 
 
 def test_graph_without_inputs_is_refused() -> None:
     with raises_code(OnnxRefused, "inputs_missing"):
-        network_of(graph_of([node("Relu", "w", "y")], {}, weights={"w": floats(2)}))
+        build_network(build_graph([node("Relu", "w", "y")], {}, weights={"w": floats(2)}))
 
 
 def test_texts_as_input_and_weights_of_16_bits_are_refused() -> None:
-    model = graph_of([node("Relu", "x", "y")], {"x": floats(3, 2)})
+    model = build_graph([node("Relu", "x", "y")], {"x": floats(3, 2)})
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.STRING
     with raises_code(OnnxRefused, "input_not_tensor", name="x"):
-        network_of(model)
+        build_network(model)
     half = numpy_helper.from_array(floats(2).astype(np.float16), "w")
-    model = graph_of([node("Mul", "x w", "y")], {"x": floats(3, 2)})
+    model = build_graph([node("Mul", "x w", "y")], {"x": floats(3, 2)})
     model.graph.initializer.append(half)
     with raises_code(OnnxRefused, "weights_dtype", name="w"):
-        network_of(model)
+        build_network(model)
 
 
 def perceptron(*between: onnx.NodeProto) -> onnx.ModelProto:
     """Return a model of two layers with nodes that compute ``b`` from ``a`` between them."""
     nodes = [node("MatMul", "x first", "a"), *between, node("MatMul", "b second", "y")]
     weights = {"first": floats(2, 6), "second": floats(6, 1), "scale": floats(6)}
-    return graph_of(nodes, {"x": floats(3, 2)}, weights=weights)
+    return build_graph(nodes, {"x": floats(3, 2)}, weights=weights)
 
 
 def test_layer_that_only_layers_read_has_a_width_that_can_be_changed() -> None:
@@ -285,5 +289,5 @@ def test_layer_that_other_nodes_read_has_a_fixed_width(between: list[onnx.NodePr
 def test_layer_whose_output_is_also_an_output_of_the_graph_has_a_fixed_width() -> None:
     nodes = [node("MatMul", "x first", "a"), node("Relu", "a", "b"), node("MatMul", "b last", "y")]
     weights = {"first": floats(2, 6), "last": floats(6, 1)}
-    model = graph_of(nodes, {"x": floats(3, 2)}, ["y", "a"], weights)
+    model = build_graph(nodes, {"x": floats(3, 2)}, ["y", "a"], weights)
     assert convert(ir.from_proto(model)).config["widths"] == {}

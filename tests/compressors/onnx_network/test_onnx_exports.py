@@ -6,7 +6,7 @@ import onnx
 import pytest
 import torch
 from models import ATTENTION, BUFFERED, COMPACT, MULTI_TASK, NORMED, TIED, Reference
-from onnx_graphs import export, network_of
+from onnx_graphs import build_network, export
 
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.scores import network_scores
@@ -38,7 +38,7 @@ def test_exported_network_has_the_same_scores_and_units(
     inputs = generate_inputs(signature, reference.rows_of_tables(), rows=6)
     outputs = [output.name for output in signature.outputs]
     export(module, inputs, outputs, tmp_path / "model.onnx", dynamo=dynamo)
-    network = network_of(onnx.load(tmp_path / "model.onnx"))
+    network = build_network(onnx.load(tmp_path / "model.onnx"))
     called = signature.model_copy(update={"call": "mapping"})
     other = generate_inputs(signature, reference.rows_of_tables(), rows=9, seed=1)
     with torch.no_grad():

@@ -7,20 +7,20 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_graphs import export, network_of
+from onnx_graphs import build_network, export
 from torch import Tensor, nn
 
 LIBRARIES = Path(sys.prefix) / "libraries"
 ROWS = 5
-random = np.random.default_rng(0)
+rng = np.random.default_rng(0)
 COLUMNS = {
-    "user": random.integers(0, 50, ROWS),
-    "item": random.integers(1, 80, ROWS),
-    "genre": random.integers(0, 18, ROWS),
-    "price": random.random(ROWS, np.float32),
-    "age": random.integers(18, 80, ROWS).astype(np.float32),
-    "history": random.integers(1, 80, (ROWS, 6)),
-    "recent": random.integers(0, 80, (ROWS, 6)),
+    "user": rng.integers(0, 50, ROWS),
+    "item": rng.integers(1, 80, ROWS),
+    "genre": rng.integers(0, 18, ROWS),
+    "price": rng.random(ROWS, np.float32),
+    "age": rng.integers(18, 80, ROWS).astype(np.float32),
+    "history": rng.integers(1, 80, (ROWS, 6)),
+    "recent": rng.integers(0, 80, (ROWS, 6)),
 }
 NUMBERS, IDS = ("price", "age"), ("user", "item", "genre")
 INPUTS = {
@@ -74,5 +74,5 @@ def test_exported_model_of_a_library_has_the_same_scores(
     path = tmp_path / "model.onnx"
     export(model, inputs, ["score"], path, dynamo=bool(dynamo), by_name=name not in INPUTS)
     with torch.no_grad():
-        expected, scores = model(*inputs.values()), network_of(onnx.load(path))(inputs)
+        expected, scores = model(*inputs.values()), build_network(onnx.load(path))(inputs)
     torch.testing.assert_close(scores, expected, rtol=SCORES, atol=SCORES)

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 from error_codes import raises_code
 from onnx import helper
-from onnx_graphs import Array, graph_of, network_of, network_outputs, require_equal
+from onnx_graphs import Array, build_graph, build_network, network_outputs, require_equal
 
 from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.onnx_network.operators.table import OPERATORS
 
-random = np.random.default_rng(0)
+rng = np.random.default_rng(0)
 
 
 def floats(*shape: int) -> Array:
-    return random.normal(size=shape).astype(np.float32)
+    return rng.normal(size=shape).astype(np.float32)
 
 
 def ids(*shape: int, low: int = 0, high: int = 3) -> Array:
-    return random.integers(low, high, shape)
+    return rng.integers(low, high, shape)
 
 
 def sizes(*values: int) -> Array:
@@ -28,7 +28,7 @@ def sizes(*values: int) -> Array:
 
 
 def flags(*shape: int) -> Array:
-    return random.integers(0, 2, shape).astype(bool)
+    return rng.integers(0, 2, shape).astype(bool)
 
 
 X, POSITIVE, LONG = floats(4, 3), np.abs(floats(4, 3)) + 0.1, floats(4, 5, 3)
@@ -155,14 +155,14 @@ def test_operator_computes_what_onnx_runtime_computes(tmp_path: Path, case: Case
     weights = {f"w{index}": array for index, array in enumerate(constants)}
     outputs = [f"y{index}" for index in range(OUTPUTS.get(op, 1))]
     node = helper.make_node(op, [*inputs, *weights], outputs, **attributes)
-    model = graph_of([node], inputs, outputs, weights, opset=LATER.get(op, 18))
+    model = build_graph([node], inputs, outputs, weights, opset=LATER.get(op, 18))
     require_equal(model, inputs, tmp_path)
 
 
 def test_form_that_torch_does_not_have_is_refused_with_the_node() -> None:
     weights = {"w": floats(1, 6, 3), "r": floats(1, 6, 2)}
     node = helper.make_node("GRU", ["x", "w", "r"], ["", "state"], hidden_size=2)
-    network = network_of(graph_of([node], {"x": LONG}, ["state"], weights))
+    network = build_network(build_graph([node], {"x": LONG}, ["state"], weights))
     with raises_code(OnnxRefused, "form_unknown", node="value"):
         network_outputs(network, {"x": LONG})
 

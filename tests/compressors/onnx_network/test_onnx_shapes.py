@@ -1,4 +1,8 @@
-"""Shapes that a graph computes from the shapes of its inputs, for any number of rows."""
+"""Shapes that a graph computes from the shapes of its inputs, for any number of rows.
+
+Each graph has the input ``x``, float32 ``(rows, length, dim)``, and the output ``y``. Its nodes may
+read the constants ``SCALARS`` and ``VECTORS``.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +12,8 @@ import onnx
 import pytest
 import torch
 from error_codes import raises_code
-from onnx import helper
-from onnx_graphs import Array, graph_of, network_of, require_equal
+from onnx import TensorProto, helper
+from onnx_graphs import Array, build_graph, build_network, require_equal
 
 from compressors.errors.onnx_graphs import OnnxRefused
 
@@ -29,6 +33,7 @@ SCALARS = {"zero": np.int64(0), "one": np.int64(1), "two": np.int64(2)}
 VECTORS = {"v0": int64(0), "v1": int64(1), "v2": int64(2), "all": int64(-1), "six": int64(6)}
 VECTORS["all32"] = np.array([-1], np.int32)
 SHAPE = node("Shape", "x", "shape")
+ONE = helper.make_tensor("", TensorProto.INT64, [1], [1])
 GRAPHS: dict[str, list[onnx.NodeProto]] = {
     "reshape_as_torchscript_writes_it": [
         SHAPE,
@@ -43,10 +48,10 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
     ],
     "reshape_as_tf2onnx_writes_it": [
         SHAPE,
-        node("Cast", "shape", "shape32", to=6),
+        node("Cast", "shape", "shape32", to=TensorProto.INT32),
         node("Slice", "shape32 v0 v1 v0", "rows"),
         node("Concat", "rows all32", "target32", axis=0),
-        node("Cast", "target32", "target", to=7),
+        node("Cast", "target32", "target", to=TensorProto.INT64),
         node("Reshape", "x target", "y"),
     ],
     "expand_to_where_of_a_size": [
@@ -54,7 +59,7 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
         node("Slice", "shape v0 v1", "rows"),
         node("Concat", "all v1 all", "wanted", axis=0),
         node("Shape", "wanted", "count"),
-        node("ConstantOfShape", "count", "ones", value=helper.make_tensor("", 7, [1], [1])),
+        node("ConstantOfShape", "count", "ones", value=ONE),
         node("Equal", "wanted all", "is_any"),
         node("Where", "is_any ones wanted", "target"),
         node("Expand", "x target", "y"),
@@ -71,14 +76,14 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
         SHAPE,
         node("Gather", "shape one", "length"),
         node("Range", "zero length one", "positions"),
-        node("Cast", "positions", "numbers", to=1),
+        node("Cast", "positions", "numbers", to=TensorProto.FLOAT),
         node("Unsqueeze", "numbers v1", "column"),
         node("Add", "x column", "y"),
     ],
     "size_as_a_number": [
         SHAPE,
         node("Gather", "shape one", "length"),
-        node("Cast", "length", "number", to=1),
+        node("Cast", "length", "number", to=TensorProto.FLOAT),
         node("Div", "x number", "y"),
     ],
     "arithmetic_of_sizes": [
@@ -104,19 +109,19 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_computed_shape_is_that_of_onnx_runtime(tmp_path: Path, name: str) -> None:
-    inputs = {"x": X, **({"wide": X[:, :, 0]} if name == "arithmetic_of_sizes" else {})}
-    if name == "arithmetic_of_sizes":
+    inputs = {"x": X}
+    if name == "arithmetic_of_sizes":  # its output is ``wide`` with another shape
         inputs["wide"] = np.concatenate([X[:, :, 0], X[:, :1, 1]], axis=1)  # (4, 6): 24 values
-    require_equal(model_of(name, inputs), inputs, tmp_path)
+    require_equal(build_model(name, inputs), inputs, tmp_path)
 
 
-def model_of(name: str, inputs: dict[str, Array]) -> onnx.ModelProto:
-    return graph_of(GRAPHS[name], inputs, weights={**SCALARS, **VECTORS})
+def build_model(name: str, inputs: dict[str, Array]) -> onnx.ModelProto:
+    return build_graph(GRAPHS[name], inputs, weights={**SCALARS, **VECTORS})
 
 
 @pytest.mark.parametrize("name", [name for name in GRAPHS if name != "arithmetic_of_sizes"])
 def test_graph_that_computes_a_shape_can_be_traced_for_any_number_of_rows(name: str) -> None:
-    network = network_of(model_of(name, {"x": X}))
+    network = build_network(build_model(name, {"x": X}))
     rows = torch.export.Dim("rows", min=1, max=1024)
     inputs = {"x": torch.from_numpy(X)}
     program = torch.export.export(network, (inputs,), dynamic_shapes=({"x": {0: rows}},))
@@ -130,6 +135,6 @@ def test_shape_that_depends_on_values_is_refused_with_the_node() -> None:
         node("Range", "zero longest one", "y"),
     ]
     inputs = {"count": np.arange(1, 5)}
-    network = network_of(graph_of(nodes, inputs, weights=SCALARS))
+    network = build_network(build_graph(nodes, inputs, weights=SCALARS))
     with raises_code(OnnxRefused, "shape_from_values", op="Range"):
         network({"count": torch.arange(1, 5)})

@@ -1,6 +1,6 @@
 """``channels`` where a config argument counts attention heads, feed-forward widths or ranks.
 
-The argument ``heads`` counts units of several channels. With ``fused``, one layer ``qkv`` computes
+The argument ``heads`` counts groups of channels. With ``fused``, one layer ``qkv`` computes
 queries, keys and values. ``mix`` is the output projection of the attention, and ``up`` the first
 feed-forward layer.
 """

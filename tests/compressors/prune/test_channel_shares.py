@@ -1,6 +1,6 @@
 """``channels``: how many channels each width keeps, and pruning in rounds with training.
 
-A width is a number of the configuration. It counts units, here single channels, of the layers that
+A width is a number of the configuration. It counts groups, here single channels, of the layers that
 have this width.
 """
 
@@ -145,7 +145,8 @@ def test_activation_importance_is_the_share_of_energy_that_a_channel_adds_to_its
 
 
 # Two widths of consecutive layers: 40 outputs of ``a`` into ``b``, 24 outputs of ``b`` into ``c``.
-# ``value`` is the number of units. The dictionaries have the channels of one unit of each layer: 1.
+# ``value`` is the number of groups. The dictionaries have the channels of one group of each layer:
+# 1.
 WIDTHS = (
     Width(path=("a",), value=40, producers={"a": 1}, consumers={"b": 1}),
     Width(path=("b",), value=24, producers={"b": 1}, consumers={"c": 1}),

@@ -32,7 +32,7 @@ from narrow_networks import (
 )
 from reason_codes import require_reason
 from safetensors.torch import load_file, save_file
-from signatures import with_output
+from signatures import replace_output
 from torch import Tensor
 
 from compressors.contracts.reasons import Reason
@@ -41,7 +41,7 @@ from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
 from compressors.prune.dense.channels import Channels
-from compressors.prune.dense.importance import kept_units, unit_importance
+from compressors.prune.dense.importance import group_importance, select_kept_groups
 from compressors.prune.dense.kept_shares import kept_width
 from compressors.prune.structure.channel_consumers import (
     WidthConsumers,
@@ -142,7 +142,7 @@ def test_layers_whose_outputs_are_added_keep_the_same_channels():
     importance = {"left": torch.zeros(16), "again": torch.zeros(16)}
     importance["left"][[3, 5]] = 1.0
     importance["again"][[5, 9]] = 2.0
-    kept_channels = kept_units(consumers, importance, 3)
+    kept_channels = select_kept_groups(consumers, importance, 3)
     assert kept_channels["left"].nonzero().flatten().tolist() == [3, 5, 9]
     assert torch.equal(kept_channels["left"], kept_channels["again"])
 
@@ -156,7 +156,7 @@ def test_importance_is_the_norm_of_the_weights_of_the_channel_and_of_its_consume
         for name, weight in source.module.named_parameters()
         if not name.startswith("user")
     }
-    importance_of_hidden = unit_importance(consumers, squared_weights, "l2")["hidden"]
+    importance_of_hidden = group_importance(consumers, squared_weights, "l2")["hidden"]
     hidden, out = source.module.hidden, source.module.out
     producing = [(hidden.weight[c] ** 2).sum() + hidden.bias[c] ** 2 for c in range(16)]
     consuming = [(out.weight[:, c] ** 2).sum() for c in range(16)]
@@ -274,7 +274,7 @@ def test_a_layer_that_cannot_be_pruned_does_not_prevent_pruning_others(tmp_path)
 
 def test_gradient_importance_with_lists_of_one_row_raises_step_refused(tmp_path):
     """The softmax over a list of one row is 1 for any score."""
-    ranking = with_output(
+    ranking = replace_output(
         SIGNATURE.model_copy(update={"group": "g"}), kind="ranking", form="score", metric="ndcg@10"
     )
     reference = Reference(HiddenLayerNet, ranking)
@@ -348,6 +348,6 @@ def test_networks_of_random_widths_and_weights_are_pruned_to_the_expected_widths
     config = {"left": left * 4, "right": right * 4, "deep": deep * 4}
     model = Reference(ResidualConcatNet, SIGNATURE, config).model(seed).private()
     bench = models.Bench(signature=SIGNATURE)
-    result = models.planned_and_applied(Channels(multiple=4), model, bench).model
+    result = models.plan_and_apply(Channels(multiple=4), model, bench).model
     expected = {name: kept_width(value, 0.5, 4) for name, value in config.items()}
     assert result.network.architecture.config == expected

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER
 from reason_codes import require_reason
-from signatures import with_output
+from signatures import replace_output
 from torch.nn import functional as F
 
 from compressors.contracts import Bench
@@ -25,14 +25,14 @@ from compressors.errors.steps import StepRefused
 from compressors.prune.tables.dimensions import (
     Dimensions,
     mean_row,
+    remove_dimensions,
     taylor,
     variance,
-    without_dimensions,
 )
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 
-def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
+def draw_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
@@ -43,12 +43,12 @@ def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
 )
 def test_kept_dimensions_are_exact_and_dropped_dimensions_are_their_mean(seed, rows, kept):
     table, weight = (
-        random_normal(seed, rows, 7),
-        random_normal(seed + 1, rows, 1).abs().squeeze(1) + 0.01,
+        draw_normal(seed, rows, 7),
+        draw_normal(seed + 1, rows, 1).abs().squeeze(1) + 0.01,
     )
     kept_columns = torch.tensor(sorted(kept))
     mean = mean_row(table, weight)
-    narrow, selection, removed_mean = without_dimensions(table, kept_columns, mean)
+    narrow, selection, removed_mean = remove_dimensions(table, kept_columns, mean)
     decoded = narrow @ selection + removed_mean
     expected = mean.float().expand(rows, -1).clone()
     expected[:, kept_columns] = table[:, kept_columns]
@@ -58,13 +58,13 @@ def test_kept_dimensions_are_exact_and_dropped_dimensions_are_their_mean(seed, r
 @given(seed=st.integers(0, 10**6), rows=st.integers(2, 30), kept=st.integers(1, 6))
 def test_variance_importance_is_the_error_of_dropping_a_dimension(seed, rows, kept):
     table, weight = (
-        random_normal(seed, rows, 7),
-        random_normal(seed + 1, rows, 1).abs().squeeze(1) + 0.01,
+        draw_normal(seed, rows, 7),
+        draw_normal(seed + 1, rows, 1).abs().squeeze(1) + 0.01,
     )
     importance = variance(table, weight)
     kept_columns = importance.argsort(descending=True)[:kept].sort().values
     mean = mean_row(table, weight)
-    narrow, selection, removed_mean = without_dimensions(table, kept_columns, mean)
+    narrow, selection, removed_mean = remove_dimensions(table, kept_columns, mean)
     error_of_rows = (narrow @ selection + removed_mean - table).double()
     error = float((weight * error_of_rows.square().sum(dim=1)).sum() / weight.sum())
     # The rows are float32, and up to thirty numbers of size one are averaged.
@@ -81,8 +81,8 @@ def test_traffic_importance_weights_rows_by_lookups(tmp_path):
         # Dimension 2 is not zero in rows with lookups, dimension 5 in the others, which are more.
         # So dimension 5 has the larger variance only if lookups are not the weights.
         weight.zero_()
-        weight[counts > 0, 2] = random_normal(0, int((counts > 0).sum()), 1).squeeze(1)
-        weight[counts == 0, 5] = 0.9 * random_normal(1, int((counts == 0).sum()), 1).squeeze(1)
+        weight[counts > 0, 2] = draw_normal(0, int((counts > 0).sum()), 1).squeeze(1)
+        weight[counts == 0, 5] = 0.9 * draw_normal(1, int((counts == 0).sum()), 1).squeeze(1)
     assert bool((counts > 0).any())
     for importance, expected_column in (("variance", 5), ("traffic", 2)):
         step = Dimensions(tables=("item",), keep=1, importance=importance)
@@ -170,7 +170,7 @@ def test_gradient_importance_without_gradients_raises_step_refused(tmp_path):
 
 def test_gradient_importance_for_retrieval_raises_loss_missing(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    signature = with_output(bench.signature, kind="retrieval")
+    signature = replace_output(bench.signature, kind="retrieval")
     retrieval_bench = bench.model_copy(update={"signature": signature})
     with raises_code(NothingToCompress, "loss_missing"):
         run(Dimensions(importance="gradient"), RANKER.model(), retrieval_bench, tmp_path / "out")

@@ -35,7 +35,7 @@ from compressors.metrics.validation_score import quality
 from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.drop_layers import DropLayers
 from compressors.prune.dense.magnitude import Magnitude
-from compressors.prune.structure.config_depth import find_stacks, without_member
+from compressors.prune.structure.config_depth import find_stacks, remove_member
 from compressors.quantize.dense.static_int8 import StaticInt8
 
 # ``down`` and ``up`` are the low-rank factors of the cross layers. ``deep`` has three modules for
@@ -131,14 +131,14 @@ def test_removing_a_layer_decreases_the_index_of_all_modules_of_later_layers():
     """A hidden layer is three modules (linear, norm, relu), and all three get a new index."""
     source = DEEP.model()
     (stack,) = (item for item in find_stacks(source) if item.description() == "hidden")
-    shorter, shorter_stack = without_member(source.private(), SIGNATURE, stack, 2)
+    shorter, shorter_stack = remove_member(source.private(), SIGNATURE, stack, 2)
     assert shorter_stack.members == 3
     before, after = source.module.deep, shorter.module.deep
     assert torch.equal(after[6].weight, before[9].weight)
     assert torch.equal(after[7].running_mean, before[10].running_mean)
     assert torch.equal(after[3].weight, before[3].weight)
     with pytest.raises(NotAMember) as caught:
-        without_member(source.private(), SIGNATURE, stack, 1)
+        remove_member(source.private(), SIGNATURE, stack, 1)
     require_reason([caught.value.reason], "rest_does_not_fit", layer=1)
 
 

@@ -15,8 +15,8 @@ sizes = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 9)), min_size=1, ma
 
 @given(sizes, st.floats(0, 1), st.integers(0, 2**20))
 def test_zero_smallest_zeroes_the_smallest_weights_and_changes_no_others(shapes, share, seed):
-    random = np.random.default_rng(seed)
-    weights = [torch.tensor(random.normal(size=shape)) for shape in shapes]
+    rng = np.random.default_rng(seed)
+    weights = [torch.tensor(rng.normal(size=shape)) for shape in shapes]
     result = zero_smallest(weights, share)
     before = torch.cat([weight.flatten() for weight in weights])
     after = torch.cat([weight.flatten() for weight in result])

@@ -19,14 +19,14 @@ from compressors.core.runner import run
 from compressors.prune.tables.merge_rows import MergeRows, merge_similar_rows
 
 
-def random_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
+def draw_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
 @given(seed=st.integers(0, 10**6), distinct=st.integers(1, 20), rows=st.integers(1, 60))
 def test_merging_within_zero_merges_exactly_the_equal_rows(seed, distinct, rows):
     choice = torch.randint(distinct, (rows,), generator=torch.Generator().manual_seed(seed))
-    table = random_normal(seed, distinct, 5)[choice]
+    table = draw_normal(seed, distinct, 5)[choice]
     index, unique = merge_similar_rows(table, torch.ones(rows), 0)
     assert len(unique) == len(choice.unique())
     # The float64 mean of equal float32 numbers is exact.
@@ -43,8 +43,8 @@ def test_merged_rows_are_within_the_distance_of_their_leader_and_become_their_me
     seed, rows, within, dim
 ):
     table, weight = (
-        random_normal(seed, rows, dim),
-        random_normal(seed + 1, rows, 1).abs().squeeze(1) + 0.1,
+        draw_normal(seed, rows, dim),
+        draw_normal(seed + 1, rows, 1).abs().squeeze(1) + 0.1,
     )
     index, unique = merge_similar_rows(table, weight, within)
     largest_distance = within * float(table.double().square().sum(dim=1).mean().sqrt())
@@ -60,20 +60,20 @@ def test_merged_rows_are_within_the_distance_of_their_leader_and_become_their_me
 
 @given(seed=st.integers(0, 10**6))
 def test_merged_groups_do_not_depend_on_the_order_of_rows(seed):
-    centres = random_normal(seed, 5, 6) * 10
-    noise = 0.01 * random_normal(seed + 1, 40, 6)
+    centres = draw_normal(seed, 5, 6) * 10
+    noise = 0.01 * draw_normal(seed + 1, 40, 6)
     table = centres[torch.arange(40) % 5] + noise
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+    permutation = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
     weight = torch.arange(40) + 1.0
     index, _ = merge_similar_rows(table, weight, 0.01)
-    shuffled, _ = merge_similar_rows(table[order], weight[order], 0.01)
-    expected = index[order].unsqueeze(0) == index[order].unsqueeze(1)
+    shuffled, _ = merge_similar_rows(table[permutation], weight[permutation], 0.01)
+    expected = index[permutation].unsqueeze(0) == index[permutation].unsqueeze(1)
     assert torch.equal(shuffled.unsqueeze(0) == shuffled.unsqueeze(1), expected)
 
 
 def test_rows_close_to_eight_centres_become_8_to_12_rows():
-    centres = random_normal(0, 8, 6) * 10
-    table = centres[torch.arange(400) % 8] + 0.001 * random_normal(1, 400, 6)
+    centres = draw_normal(0, 8, 6) * 10
+    table = centres[torch.arange(400) % 8] + 0.001 * draw_normal(1, 400, 6)
     _, unique = merge_similar_rows(table, torch.ones(400), 0.01)
     # Only rows in the same cell of a grid are compared, so a group across a border may be cut.
     assert 8 <= len(unique) <= 12

@@ -15,7 +15,7 @@ from compressors.prune.dense.channels import Channels
 from compressors.prune.dense.reconstruct import reconstruct, ridge_weights
 from compressors.prune.structure.channel_consumers import channel_layouts, find_consumers, trace
 from compressors.prune.structure.config_widths import find_widths
-from compressors.prune.structure.narrowing import WidthCut, without_channels
+from compressors.prune.structure.narrowing import WidthCut, remove_channels
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 99), st.floats(1e-6, 1.0))
@@ -75,7 +75,7 @@ def test_reconstruct_adds_the_weights_of_removed_duplicate_channels(tmp_path):
     consumers = find_consumers(width, traces, next(channel_layouts(width)))
     cut = WidthCut(width, consumers, count=8)
     kept_channels = {"hidden": torch.arange(16) < 8}
-    narrow, _ = without_channels(source.private(), SIGNATURE, [cut], kept_channels)
+    narrow, _ = remove_channels(source.private(), SIGNATURE, [cut], kept_channels)
     # ``outputs`` has the remaining outputs of layers that lost some; ``out`` lost only inputs.
     reconstruct(narrow.module, source.module, bench, layers=["out"], outputs={}, rows=1000)
     summed_weights = source.module.out.weight[:, :8] + source.module.out.weight[:, 8:]

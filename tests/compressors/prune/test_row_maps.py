@@ -1,7 +1,7 @@
 """Row maps of pruned tables: encoded positions of rows, and the ops that decode them.
 
-The map of ``kept_order`` has the rank of each row among the kept, or the pruned, rows of its block
-of 128 rows, and the number of kept rows before each block. The map of ``byte_planes`` has the
+The map of ``build_kept_map`` has the rank of each row among the kept, or the pruned, rows of its
+block of 128 rows, and the number of kept rows before each block. The map of ``byte_planes`` has the
 position of each row, in as many bytes as the largest position needs.
 """
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressors.prune.tables.kept_rows import BLOCK, kept_order, lookup_share, select_highest
+from compressors.prune.tables.kept_rows import BLOCK, build_kept_map, lookup_share, select_highest
 from compressors.prune.tables.row_map import byte_planes, bytes_needed
 
 
@@ -20,7 +20,7 @@ from compressors.prune.tables.row_map import byte_planes, bytes_needed
 )
 def test_kept_place_counts_kept_rows_from_0_and_pruned_rows_from_minus_1(kept, repeats, dtype):
     is_kept = torch.tensor(kept * repeats)
-    rank_in_block, before = kept_order(is_kept)
+    rank_in_block, before = build_kept_map(is_kept)
     ids = torch.arange(len(is_kept), dtype=dtype)
     position = torch.ops.recpress.kept_place(rank_in_block, before, ids)
     assert torch.equal(position[is_kept], torch.arange(int(is_kept.sum())))
@@ -30,7 +30,7 @@ def test_kept_place_counts_kept_rows_from_0_and_pruned_rows_from_minus_1(kept, r
 
 def test_ranks_of_blocks_of_only_kept_or_pruned_rows_fit_in_a_byte():
     for is_kept in (True, False):
-        rank_in_block, _ = kept_order(torch.full((2 * BLOCK,), is_kept))
+        rank_in_block, _ = build_kept_map(torch.full((2 * BLOCK,), is_kept))
         expected = (0, 127) if is_kept else (-128, -1)
         assert (int(rank_in_block.min()), int(rank_in_block.max())) == expected
 
@@ -56,7 +56,7 @@ def test_bytes_needed_is_the_smallest_number_for_every_position():
 
 def test_row_map_ops_pass_opcheck():
     """Schema, fake kernel and real kernel agree, as an export requires."""
-    rank_in_block, before = kept_order(torch.tensor([True, False, True] * 50))
+    rank_in_block, before = build_kept_map(torch.tensor([True, False, True] * 50))
     ids = torch.tensor([[0, 149], [7, 128]])
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(

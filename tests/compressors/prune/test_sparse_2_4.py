@@ -33,25 +33,21 @@ seeds = st.integers(0, 2**20)
 LAYERS = ("cross", "hidden", "capped", "plain", "out")
 
 
-def random_normal(outputs: int, inputs: int, seed: int) -> Tensor:
-    random = np.random.default_rng(seed)
-    return torch.tensor(random.normal(size=(outputs, inputs)), dtype=torch.float32)
+def draw_normal(outputs: int, inputs: int, seed: int) -> Tensor:
+    rng = np.random.default_rng(seed)
+    return torch.tensor(rng.normal(size=(outputs, inputs)), dtype=torch.float32)
 
 
 def gram_of(rows: int, inputs: int, seed: int) -> Tensor:
     """Compute the gram matrix, float64 ``(inputs, inputs)``, of correlated random inputs."""
-    x = (
-        (random_normal(rows, inputs, seed) @ random_normal(inputs, inputs, seed + 1))
-        .relu()
-        .double()
-    )
+    x = (draw_normal(rows, inputs, seed) @ draw_normal(inputs, inputs, seed + 1)).relu().double()
     return x.T @ x
 
 
 @given(size=sizes, seed=seeds, has_norms=st.booleans())
 def test_kept_2_4_keeps_the_two_most_important_of_every_four_inputs(size, seed, has_norms):
     inputs, outputs = size
-    weight = random_normal(outputs, inputs, seed)
+    weight = draw_normal(outputs, inputs, seed)
     norms = torch.tensor(np.random.default_rng(seed).random(inputs)).float() if has_norms else None
     is_kept = kept_2_4(weight, norms)
     groups = is_kept.reshape(-1, 4)
@@ -79,7 +75,7 @@ def test_refit_kept_weights_keeps_zeros_and_never_increases_the_error_of_an_outp
     size, rows, seed
 ):
     inputs, outputs = size
-    weight, gram = random_normal(outputs, inputs, seed), gram_of(rows, inputs, seed)
+    weight, gram = draw_normal(outputs, inputs, seed), gram_of(rows, inputs, seed)
     is_kept = kept_2_4(weight)
     refitted = refit_kept_weights(weight, is_kept, gram)
     assert refitted.dtype == weight.dtype
@@ -92,7 +88,7 @@ def test_refit_kept_weights_keeps_zeros_and_never_increases_the_error_of_an_outp
 @given(size=sizes, seed=seeds)
 def test_refit_kept_weights_equals_the_damped_least_squares_solution(size, seed):
     inputs, outputs = size
-    weight, gram = random_normal(outputs, inputs, seed), gram_of(60, inputs, seed)
+    weight, gram = draw_normal(outputs, inputs, seed), gram_of(60, inputs, seed)
     is_kept = kept_2_4(weight)
     refitted = refit_kept_weights(weight, is_kept, gram)
     damped_gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(inputs)

@@ -42,7 +42,7 @@ from compressors.quantize.tables.additive_codes import (
 from compressors.quantize.tables.residual_codes import decode
 
 
-def random_normal(seed: int, *shape: int) -> Tensor:
+def draw_normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -52,7 +52,7 @@ def error(table: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
 
 @given(seed=st.integers(0, 10**6), books=st.integers(1, 3), rows=st.integers(1, 20))
 def test_encode_with_a_beam_of_all_sums_finds_the_smallest_error(seed, books, rows):
-    table, codebook = random_normal(seed, rows, 5), random_normal(seed + 1, books * 3, 5)
+    table, codebook = draw_normal(seed, rows, 5), draw_normal(seed + 1, books * 3, 5)
     all_codes = torch.tensor(list(itertools.product(range(3), repeat=books)), dtype=torch.uint8)
     sums = decode(all_codes, codebook)  # (3 ** books, dim)
     best = torch.cdist(table.double(), sums.double()).square().amin(dim=1)
@@ -63,7 +63,7 @@ def test_encode_with_a_beam_of_all_sums_finds_the_smallest_error(seed, books, ro
 
 @given(seed=st.integers(0, 10**6), books=st.integers(1, 4))
 def test_encode_with_a_beam_of_one_has_the_error_of_greedy_codes(seed, books):
-    table, codebook = random_normal(seed, 15, 6), random_normal(seed + 1, books * 4, 6)
+    table, codebook = draw_normal(seed, 15, 6), draw_normal(seed + 1, books * 4, 6)
     residual, greedy = table, []
     for book in codebook.reshape(books, 4, 6):
         greedy.append(nearest_entries(residual, book))
@@ -74,7 +74,7 @@ def test_encode_with_a_beam_of_one_has_the_error_of_greedy_codes(seed, books):
 
 
 def test_encode_in_small_blocks_has_the_error_of_encoding_all_rows_at_once(monkeypatch):
-    table, codebook = random_normal(0, 50, 6), random_normal(1, 12, 6)
+    table, codebook = draw_normal(0, 50, 6), draw_normal(1, 12, 6)
     at_once = error(table, encode(table, codebook, 3, beam=4), codebook)
     monkeypatch.setattr("compressors.quantize.tables.additive_codes.BLOCK", 7)
     in_blocks = encode(table, codebook, 3, beam=4)
@@ -104,7 +104,7 @@ def test_fit_returns_the_codebook_of_the_best_round_not_of_the_last():
 
 def test_rounds_lower_the_weighted_error():
     """The codes before the rounds are weighted too, so only weighted rounds lower the error."""
-    table, weight = random_normal(3, 300, 8), torch.ones(300)
+    table, weight = draw_normal(3, 300, 8), torch.ones(300)
     weight[:30] = 50
     _, errors = fit(table, weight, 2, 8)
     assert min(errors) < 0.9 * errors[0]  # 0.84 was measured
@@ -125,7 +125,7 @@ def test_fit_has_the_same_relative_error_for_a_table_multiplied_by_a_constant(se
 
 
 def test_rows_of_larger_weight_have_a_smaller_error_than_with_equal_weights():
-    table = random_normal(3, 300, 8)
+    table = draw_normal(3, 300, 8)
     weight = torch.ones(300)
     weight[:30] = 50
     unweighted, _ = fit(table, torch.ones(300), 2, 8)
@@ -139,7 +139,7 @@ def test_rows_of_larger_weight_have_a_smaller_error_than_with_equal_weights():
 
 @given(seed=st.integers(0, 10**6))
 def test_squared_error_after_the_weighting_matrix_is_the_error_weighted_by_sensitivity(seed):
-    gradients, difference = random_normal(seed, 40, 5).double(), random_normal(seed + 1, 3, 5)
+    gradients, difference = draw_normal(seed, 40, 5).double(), draw_normal(seed + 1, 3, 5)
     matrix = gradients.T @ gradients  # the sensitivity
     # Half of the weight of a column is equal for all columns.
     identity = torch.eye(5, dtype=torch.float64) * matrix.diagonal().mean()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from hypothesis import given
-from random_tables import random_normal, tables
+from random_tables import draw_normal, tables
 
 from compressors.core.steps.table_encoder import encode_table
 from compressors.errors.steps import ValueNotStorable
@@ -27,7 +27,7 @@ def test_encoding_a_weight_that_rounds_to_infinity_raises_value_not_storable(val
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (0,)])
 def test_lookup_accepts_ids_of_any_shape(shape):
-    table = random_normal(11, 5)
+    table = draw_normal(11, 5)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0))
     rows = encode_table(BFloat16(), table)(ids)
     assert rows.dtype == torch.float32
@@ -36,8 +36,8 @@ def test_lookup_accepts_ids_of_any_shape(shape):
 
 def test_op_passes_opcheck_and_its_gradient_equals_plain_torch():
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])
-    output_gradient = random_normal(6, 4).reshape(2, 3, 4)
-    weight = random_normal(6, 4).to(torch.bfloat16)
+    output_gradient = draw_normal(6, 4).reshape(2, 3, 4)
+    weight = draw_normal(6, 4).to(torch.bfloat16)
     with_op, with_torch = (weight.clone().requires_grad_() for _ in range(2))
     op = torch.ops.recpress.bfloat16_table
     torch.library.opcheck(op.default, (with_op, ids))

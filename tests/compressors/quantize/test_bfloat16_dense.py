@@ -8,7 +8,7 @@ import pytest
 import torch
 from error_codes import Text, raises_code
 from hypothesis import given
-from models import RANKER, lowered_reference, planned_and_applied, recipe_with
+from models import RANKER, build_recipe, lower_reference, plan_and_apply
 from onnx import TensorProto
 from random_tables import tables
 from reason_codes import require_reason
@@ -18,12 +18,12 @@ from compressors.contracts import Bench
 from compressors.contracts.targets.builder import BuildRequest, Profile
 from compressors.core.runner import run
 from compressors.errors.compression import ParityLost
-from compressors.lower.bfloat16_products import has_bfloat16_products, write_checkable
+from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
 from compressors.lower.parity import check_parity
 from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
 from infra.errors import BuildRefused
 from infra.onnxruntime.sessions import Session
-from infra.tensorrt.engines import build_engine, installed_version
+from infra.tensorrt.engines import build_engine, find_installed_version
 
 OP = torch.ops.recpress.bfloat16_linear
 RTX = "tensorrt-rtx"
@@ -59,7 +59,7 @@ def test_rounding_error_is_at_most_half_the_last_of_eight_bits(table):
     layer.weight = torch.nn.Parameter(table)
     model.module.hidden = layer
     step = BFloat16Dense(layers=("hidden",))
-    applied = planned_and_applied(step, model, Bench(signature=RANKER.signature))
+    applied = plan_and_apply(step, model, Bench(signature=RANKER.signature))
     result = applied.model.module.hidden.weight.float()
     # Half of the last of 8 significant bits. Subnormal numbers are evenly spaced by 2^-133.
     assert torch.all((result - table).abs() <= table.abs() * 2.0**-8 + 2.0**-134)
@@ -69,7 +69,7 @@ def test_a_layer_that_rounds_to_infinity_is_skipped_with_a_reason():
     model = RANKER.model().private()
     with torch.no_grad():
         model.module.hidden.bias[0] = -3.4e38
-    result = planned_and_applied(BFloat16Dense(), model, Bench(signature=RANKER.signature))
+    result = plan_and_apply(BFloat16Dense(), model, Bench(signature=RANKER.signature))
     assert result.outcomes.keys() == {"hidden"}  # the decisions that ``apply`` returned
     largest = float(torch.tensor(3.4e38))
     require_reason(
@@ -87,8 +87,8 @@ def test_every_dense_layer_is_stored_in_two_bytes_per_number(tmp_path):
     result = run(BFloat16Dense(), RANKER.model(), bench, tmp_path / "out")
     lines = [line for line in result.plan.lines if line.role == "dense"]
     assert {line.format for line in lines} == {"bfloat16"}
-    assert has_bfloat16_products(result.plan)
-    assert not has_bfloat16_products(RANKER.model().plan)
+    assert has_bfloat16_matmuls(result.plan)
+    assert not has_bfloat16_matmuls(RANKER.model().plan)
     for line in lines:  # a layer without bias gets a bias of zeros
         layer = RANKER.model().module.get_submodule(line.module)
         assert line.bytes_after == 2 * (layer.weight.numel() + layer.out_features)
@@ -105,7 +105,7 @@ def cast_type(cast: onnx.NodeProto) -> int:
 
 def test_tensorrt_graph_has_bfloat16_gemms_between_two_casts():
     onnx_graph = onnx.load(
-        lowered_reference("Compact", recipe_with("bfloat16_dense"), RTX).path
+        lower_reference("Compact", build_recipe("bfloat16_dense"), RTX).path
     ).graph
     types = {item.name: item.data_type for item in onnx_graph.initializer}
     producer = {output: node for node in onnx_graph.node for output in node.output}
@@ -121,7 +121,7 @@ def test_tensorrt_graph_has_bfloat16_gemms_between_two_casts():
 
 def test_onnxruntime_graph_stores_bfloat16_weights_and_no_float32_copy():
     onnx_graph = onnx.load(
-        lowered_reference("Compact", recipe_with("bfloat16_dense"), "onnxruntime").path
+        lower_reference("Compact", build_recipe("bfloat16_dense"), "onnxruntime").path
     ).graph
     bfloat16_weights = [
         item for item in onnx_graph.initializer if item.data_type == TensorProto.BFLOAT16
@@ -142,14 +142,14 @@ def test_onnxruntime_cannot_run_the_bfloat16_graph_of_tensorrt(tmp_path):
         "onnxruntime_graph_refused",
         problem=Text("Could not find an implementation for Gemm"),
     ):
-        Session(lowered_reference("Compact", recipe_with("bfloat16_dense"), RTX).path, 1)
+        Session(lower_reference("Compact", build_recipe("bfloat16_dense"), RTX).path, 1)
 
 
 def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_path):
     """``write_checkable`` rewrites a TensorRT graph so that ONNX Runtime can compute its scores."""
-    random = np.random.default_rng(0)
-    weight = torch.from_numpy(random.standard_normal((3, 8)).astype(np.float32)).bfloat16()
-    bias = torch.from_numpy(random.standard_normal(3).astype(np.float32)).bfloat16()
+    rng = np.random.default_rng(0)
+    weight = torch.from_numpy(rng.standard_normal((3, 8)).astype(np.float32)).bfloat16()
+    bias = torch.from_numpy(rng.standard_normal(3).astype(np.float32)).bfloat16()
     initializers = [
         onnx.helper.make_tensor(name, TensorProto.BFLOAT16, list(t.shape), t.float().flatten())
         for name, t in (("w", weight), ("b", bias))
@@ -171,7 +171,7 @@ def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_pa
         onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "g.onnx"
     )
     write_checkable(tmp_path / "g.onnx", tmp_path / "c.onnx")
-    x = random.standard_normal((50, 8)).astype(np.float32)
+    x = rng.standard_normal((50, 8)).astype(np.float32)
     result = Session(tmp_path / "c.onnx", 1).scores({"x": x})
     product = F.linear(torch.from_numpy(x).bfloat16().float(), weight.float(), bias.float())
     # Sums in another order may round to the neighbouring bfloat16 number.
@@ -184,11 +184,11 @@ def test_checkable_graph_computes_the_rounded_product_of_rounded_operands(tmp_pa
 def test_parity_accepts_bfloat16_rounding_and_rejects_changes_of_three_percent_of_the_spread(
     reference, tmp_path
 ):
-    kinds = recipe_with("bfloat16_dense") if reference == "Compact" else ("bfloat16_dense",)
-    lowered = lowered_reference(reference, kinds, RTX)
+    kinds = build_recipe("bfloat16_dense") if reference == "Compact" else ("bfloat16_dense",)
+    lowered = lower_reference(reference, kinds, RTX)
     inputs = lowered.rows(1500)
-    expected, plan = lowered.in_torch(inputs), lowered.model.plan
-    check_parity(expected, lowered.in_onnx(inputs), plan, RTX)
+    expected, plan = lowered.run_in_torch(inputs), lowered.model.plan
+    check_parity(expected, lowered.run_in_onnx(inputs), plan, RTX)
     spread = expected.std()  # standard deviation of the scores over the rows
     wrong_scores = expected + np.float32(0.03) * spread
     with pytest.raises(ParityLost):
@@ -199,11 +199,11 @@ def test_parity_accepts_bfloat16_rounding_and_rejects_changes_of_three_percent_o
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    installed_version(RTX) is None,
+    find_installed_version(RTX) is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 def test_tensorrt_engine_stores_the_layers_in_bfloat16(tmp_path: Path):
-    lowered = lowered_reference("Attention", ("bfloat16_dense",), RTX)
+    lowered = lower_reference("Attention", ("bfloat16_dense",), RTX)
     packed = sum(line.bytes_after for line in lowered.model.plan.lines)
     shapes = {"user": (), "history": (6,)}
     request = BuildRequest(

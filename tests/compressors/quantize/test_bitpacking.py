@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from compressors.lower.targets.tensorrt.types import codes_tensor
 from compressors.quantize.kernels.bitpacking import pack, unpack
-from compressors.quantize.tables.codebooks import WIDTHS, row_bytes, width_of
+from compressors.quantize.tables.codebooks import WIDTHS, compute_code_width, row_bytes
 
 
 @given(data=st.data(), width=st.sampled_from(WIDTHS), shape=st.tuples(*[st.integers(1, 13)] * 2))
@@ -36,7 +36,7 @@ def test_row_bytes_pads_by_less_than_a_byte(count, width):
     ("levels", "width"), [(1, 2), (2, 2), (4, 2), (5, 4), (16, 4), (17, 8), (256, 8)]
 )
 def test_width_of_is_the_smallest_stored_width_for_the_levels(levels, width):
-    assert width_of(levels) == width
+    assert compute_code_width(levels) == width
 
 
 @pytest.mark.parametrize("width", [2, 4])

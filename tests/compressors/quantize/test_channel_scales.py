@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mixed_ranges import model_and_bench
-from models import only_graph
+from models import get_only_graph
 from torch import Tensor, nn
 
 from compressors.contracts import TargetName
@@ -21,7 +21,7 @@ from compressors.core.model import Model
 from compressors.core.modules.formats import PackedLinear
 from compressors.core.runner import run
 from compressors.core.units import Unit
-from compressors.lower.audit import INT8_PRODUCTS
+from compressors.lower.audit import INT8_MATMULS
 from compressors.lower.export import lower
 from compressors.quantize.dense.calibrated import channel_factors
 from compressors.quantize.dense.static_int8 import StaticInt8, packed_int8
@@ -108,7 +108,7 @@ def test_graph_with_channel_scales_has_int8_products_and_the_scores_of_torch(tmp
     result = run(BY_CHANNEL, source, bench, tmp_path / "out")
     path = tmp_path / "graph.onnx"
     name: TargetName = target
-    lower(result.module, only_graph(bench.signature), name, path)
+    lower(result.module, get_only_graph(bench.signature), name, path)
     (batch,) = batches(bench.calibration, bench.signature, 500, 500)
     inputs = {key: value.numpy() for key, value in batch.inputs.items()}
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_graph_with_channel_scales_has_int8_products_and_the_scores_of_torch(tmp
     assert sum(item.dims == [32, 19] for item in weights.values()) == 1
     if target == "onnxruntime":
         operators = [node.op_type for node in optimized_graph(path).node]
-        assert sum(operator in INT8_PRODUCTS for operator in operators) == 2
+        assert sum(operator in INT8_MATMULS for operator in operators) == 2
         assert operators.count("Div") == 2  # of the inputs of each layer
 
 

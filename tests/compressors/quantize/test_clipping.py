@@ -17,7 +17,7 @@ from grids import (
     scale_types,
 )
 from hypothesis import given
-from random_tables import random_normal, tables
+from random_tables import draw_normal, tables
 from torch import Tensor
 
 from compressors.quantize.kernels import clipping
@@ -67,7 +67,7 @@ def test_clipping_never_increases_the_error_of_a_range(grid, rule, table, scale,
 
 def test_mse_finds_the_best_share_of_every_symmetric_row():
     """The reference encodes the table for every share and takes the best one of each row."""
-    table = random_normal(200, 24)
+    table = draw_normal(200, 24)
     grid = changed_grid(INT4, scale="float32")
     widest = fit(table, grid).scale
     errors_of_shares = []
@@ -83,7 +83,7 @@ def test_mse_finds_the_best_share_of_every_symmetric_row():
 
 @each_asymmetric
 def test_mse_error_is_within_1_percent_of_a_search_over_all_pairs_of_ends(grid):
-    table = random_normal(100, 16)
+    table = draw_normal(100, 16)
     low, high = range_bounds(table)
     move = (high - low) / clipping.STEPS
     move_counts = range(clipping.STEPS // 2)
@@ -103,7 +103,7 @@ def test_mse_error_is_within_1_percent_of_a_search_over_all_pairs_of_ends(grid):
 @each_asymmetric
 def test_greedy_error_is_within_2_percent_of_torchs_implementation(grid):
     """Torch has the same search, but stops at local minima and rounds offsets to the nearest."""
-    table = random_normal(100, 16)
+    table = draw_normal(100, 16)
     bits = grid.levels.bit_length() - 1
     share = 0.16  # the largest part of a range that the search removes
     result = [
@@ -121,7 +121,7 @@ def test_greedy_error_is_within_2_percent_of_torchs_implementation(grid):
 
 @each_grid
 def test_greedy_removes_at_most_16_percent_of_a_range(grid):
-    table = random_normal(300, 16)
+    table = draw_normal(300, 16)
     without_clipping, result = (
         fit(table, changed_grid(grid, clipping=rule)).scale for rule in ("min_max", "greedy")
     )
@@ -149,7 +149,7 @@ def test_mse_with_two_bits_and_one_scale_finds_the_optimal_scale_despite_an_outl
     symmetric, outlier
 ):
     """The size of a single outlier does not affect the scale, the distance of two levels."""
-    table = random_normal(4000, 16)
+    table = draw_normal(4000, 16)
     table[7, 3] = outlier
     grid = Grid(4, symmetric=symmetric, rows_per_scale=0)
     scale = float(fit(table, changed_grid(grid, clipping="mse")).scale)
@@ -162,7 +162,7 @@ def test_mse_with_two_bits_and_one_scale_finds_the_optimal_scale_despite_an_outl
 @each_grid
 @pytest.mark.parametrize("rule", ["min_max", "greedy", "mse"])
 def test_a_range_fitted_in_parts_is_close_to_the_range_fitted_at_once(grid, rule, monkeypatch):
-    table = random_normal(64, 10)
+    table = draw_normal(64, 10)
     one_range = changed_grid(grid, rows_per_scale=0, clipping=rule)
     at_once = fit(table, one_range)
     # 640 values in parts of 100: the last part is shorter.
@@ -177,7 +177,7 @@ def test_a_range_fitted_in_parts_is_close_to_the_range_fitted_at_once(grid, rule
 
 
 def test_ranges_of_a_table_with_one_scale_share_its_memory():
-    table = random_normal(1000, 8)
+    table = draw_normal(1000, 8)
     (values,) = split_into_ranges(table, 0)
     assert values.data_ptr() == table.data_ptr()
     assert values.shape == (1, 8000)

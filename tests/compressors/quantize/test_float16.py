@@ -16,7 +16,12 @@ from torch.nn import functional as F
 
 from compressors.contracts import Bench, DenseInput, Output, Signature, Split
 from compressors.core.runner import run
-from compressors.quantize.dense.float16 import Float16, largest_sum, overflow_reason, to_float16
+from compressors.quantize.dense.float16 import (
+    Float16,
+    compute_largest_sum,
+    find_overflow,
+    to_float16,
+)
 
 OPS = torch.ops.recpress
 
@@ -32,11 +37,9 @@ def test_rounding_error_is_at_most_half_a_float16_step(value):
 def test_weight_beyond_the_float16_range_is_reported(value):
     weight = torch.tensor([[0.0, value]])
     largest = float(weight.abs().max())  # the value as float32
-    require_reason(
-        [overflow_reason(weight, None)], "beyond_largest", largest=largest, limit=65504.0
-    )
-    assert overflow_reason(torch.ones(1, 2), weight) == overflow_reason(weight)
-    assert overflow_reason(torch.tensor([65519.0, -65519.0])) is None  # rounds to 65,504
+    require_reason([find_overflow(weight, None)], "beyond_largest", largest=largest, limit=65504.0)
+    assert find_overflow(torch.ones(1, 2), weight) == find_overflow(weight)
+    assert find_overflow(torch.tensor([65519.0, -65519.0])) is None  # rounds to 65,504
 
 
 @given(
@@ -47,7 +50,7 @@ def test_weight_beyond_the_float16_range_is_reported(value):
 )
 def test_largest_sum_bounds_partial_sums_in_any_order(x, weight, bias, seed):
     terms = np.concatenate([x[:, None] * weight, np.broadcast_to(bias, (3, 2))[..., None]], axis=2)
-    result = largest_sum(*map(torch.from_numpy, (x, weight, bias)))
+    result = compute_largest_sum(*map(torch.from_numpy, (x, weight, bias)))
     shuffled = np.random.default_rng(seed).permuted(terms.astype(np.float64), axis=2)
     tolerance = 1e-5 * np.abs(terms).sum(axis=2).max()
     assert np.abs(shuffled.cumsum(axis=2)).max() <= result + tolerance

@@ -18,11 +18,11 @@ from compressors.core.runner import run
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
 from compressors.quantize.dense.float8_dense import LARGEST, Float8Dense, encode, round_to_float8
-from compressors.quantize.tables.float8_e4m3 import decode_float8
+from compressors.quantize.tables.float8_e4m3 import convert_from_float8
 
 OP = torch.ops.recpress.float8_linear
 # All E4M3 numbers, from the bits of the format, without the two codes of NaN. The largest is 448.
-NUMBERS = decode_float8(
+NUMBERS = convert_from_float8(
     torch.tensor([code for code in range(256) if code & 127 != 127]).byte()
 ).numpy()
 
@@ -51,10 +51,10 @@ def test_scale_maps_the_largest_weight_to_448(by_channel):
     weight = torch.randn(6, 40) * torch.logspace(-3, 3, 6)[:, None]
     codes, scale = encode(weight, by_channel=by_channel)
     assert scale.shape == ((6,) if by_channel else ())
-    largest_values = decode_float8(codes).abs().amax(dim=1)
+    largest_values = convert_from_float8(codes).abs().amax(dim=1)
     assert largest_values.max() == LARGEST
     assert bool((largest_values == LARGEST).all()) == by_channel
-    rounding_error = (decode_float8(codes) * scale.reshape(-1, 1) - weight).abs()
+    rounding_error = (convert_from_float8(codes) * scale.reshape(-1, 1) - weight).abs()
     if by_channel:
         # Half of the last of 4 bits; below 2^-6 times the scale, half of 2^-9 times the scale.
         allowed = torch.maximum(weight.abs() * 2.0**-4, scale[:, None] * 2.0**-10)
@@ -66,7 +66,7 @@ def test_channels_of_zeros_or_denormals_have_a_positive_scale_and_finite_weights
     weight[1] = 1e-45  # a denormal number: its scale would be zero
     codes, scale = encode(weight, by_channel=True)
     assert (scale > 0).all()
-    assert torch.isfinite(decode_float8(codes) * scale[:, None]).all()
+    assert torch.isfinite(convert_from_float8(codes) * scale[:, None]).all()
 
 
 @pytest.mark.parametrize("by_channel", [True, False])
@@ -76,7 +76,7 @@ def test_op_multiplies_rounded_inputs_by_stored_weights(shape, by_channel):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     x.view(-1)[0] = 100.0  # above 448 * 0.01: clipped, as QuantizeLinear does
     rounded = round_to_float8((x / input_scale).clamp(-448, 448)).double() * 0.01
-    weight = decode_float8(codes).double() * scale.double().reshape(-1, 1)
+    weight = convert_from_float8(codes).double() * scale.double().reshape(-1, 1)
     result = OP(x, codes, scale, input_scale, bias)
     torch.testing.assert_close(result.double(), rounded @ weight.T + bias, rtol=1e-5, atol=1e-5)
     without_bias = OP(x, codes, scale, input_scale, None)
@@ -96,7 +96,7 @@ def test_gradients_equal_the_straight_through_estimate(by_channel):
     def with_torch(x: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
         ratio = (x / input_scale).clamp(-448, 448)
         rounded = ratio + (round_to_float8(ratio) - ratio).detach()
-        return rounded * input_scale @ (decode_float8(codes) * scale.reshape(-1, 1)).T + bias
+        return rounded * input_scale @ (convert_from_float8(codes) * scale.reshape(-1, 1)).T + bias
 
     def with_op(x: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor) -> Tensor:
         return OP(x, codes, scale, input_scale, bias)

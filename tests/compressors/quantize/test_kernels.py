@@ -47,7 +47,9 @@ def compile_loops() -> None:
     """Compile the loops before any example, because compilation takes seconds."""
     row_encoding.encode(torch.zeros(1, 1), Grid(15), 4)
     row_encoding.encode(torch.zeros(1, 1), Grid(15, clipping="least_squares"), 4)
-    row_encoding.encode_as(torch.zeros(1, 1), FittedRange(torch.ones(1, 1), None), Grid(15), 4)
+    row_encoding.encode_with_scales(
+        torch.zeros(1, 1), FittedRange(torch.ones(1, 1), None), Grid(15), 4
+    )
 
 
 def bits_of(tensor: Tensor) -> Tensor:
@@ -79,7 +81,7 @@ def require_equal_encoding(rows: Tensor, grid: Grid, bits: int) -> None:
         nearest_multiples(rows, expected, grid), bits, symmetric=grid.symmetric
     )
     assert torch.equal(codes, codes_of_levels)
-    assert torch.equal(row_encoding.encode_as(rows, expected, grid, bits), codes_of_levels)
+    assert torch.equal(row_encoding.encode_with_scales(rows, expected, grid, bits), codes_of_levels)
 
 
 def rows_from_bits(bit_patterns: list[int], dim: int) -> Tensor:
@@ -158,7 +160,7 @@ def test_a_steps_encoded_block_equals_the_specification(
         assert torch.equal(result["scale"], fitted.scale)
 
 
-def quantized_by_torch(rows: Tensor) -> Tensor:
+def quantize_by_torch(rows: Tensor) -> Tensor:
     """A table after torch's 4-bit prepack and unpack: asymmetric, float16 scale and offset."""
     packed = torch.ops.quantized.embedding_bag_4bit_prepack(rows)
     result: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(packed)
@@ -184,7 +186,7 @@ def test_least_squares_has_less_error_than_torchs_4_bit_prepack(dim: int):
         result = step.encode(rows, {})
         ids = torch.arange(len(rows))
         weights = step.storage.lookup(result, ids, dim, step.settings())
-        ratio = (weights - rows).square().sum() / (quantized_by_torch(rows) - rows).square().sum()
+        ratio = (weights - rows).square().sum() / (quantize_by_torch(rows) - rows).square().sum()
         # 0.71 to 0.89 were measured; the tables are random, so slightly more is allowed.
         assert float(ratio) < 0.92, (name, float(ratio))
 
@@ -214,7 +216,7 @@ def test_results_and_errors_do_not_depend_on_the_number_of_threads(
     at_once = row_encoding.encode(rows, grid, 4)
     one_scale_grid = Grid(15, True, "min_max", "float16", 0)
     fitted = clipping.fit(rows, one_scale_grid)
-    codes_with_one_scale = row_encoding.encode_as(rows, fitted, one_scale_grid, 4)
+    codes_with_one_scale = row_encoding.encode_with_scales(rows, fitted, one_scale_grid, 4)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -222,9 +224,9 @@ def test_results_and_errors_do_not_depend_on_the_number_of_threads(
         assert torch.equal(codes, at_once[0])
         assert torch.equal(result.scale, at_once[1].scale)
         assert torch.equal(
-            row_encoding.encode_as(rows, fitted, one_scale_grid, 4), codes_with_one_scale
+            row_encoding.encode_with_scales(rows, fitted, one_scale_grid, 4), codes_with_one_scale
         )
-        assert torch.equal(row_encoding.encode_as(rows, at_once[1], grid, 4), at_once[0])
+        assert torch.equal(row_encoding.encode_with_scales(rows, at_once[1], grid, 4), at_once[0])
         rows[777, 3] = float("nan")
         with raises_code(ValueNotStorable, "row_not_finite", row=777):
             row_encoding.encode(rows, grid, 4)
@@ -261,7 +263,7 @@ def test_encoding_no_rows_returns_no_codes():
     codes, fitted = row_encoding.encode(torch.zeros(0, 5), Grid(15), 4)
     assert codes.shape == (0, 3)
     assert fitted.scale.shape == (0, 1)
-    assert row_encoding.encode_as(
+    assert row_encoding.encode_with_scales(
         torch.zeros(0, 5), FittedRange(torch.ones(1, 1), None), Grid(15), 4
     ).shape == (0, 3)
 

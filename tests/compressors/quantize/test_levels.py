@@ -22,7 +22,7 @@ from grids import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from random_tables import random_normal, tables
+from random_tables import draw_normal, tables
 from torch import Tensor
 
 from compressors.errors.steps import ValueNotStorable
@@ -128,7 +128,7 @@ def test_an_offset_reduces_the_squared_error_of_weights_of_one_sign_4_times(grid
 
 
 def test_four_levels_around_zero_have_less_error_than_three_with_a_zero():
-    table = random_normal(500, 16)
+    table = draw_normal(500, 16)
     errors = {
         levels: (round_trip(table, Grid(levels, clipping="mse"))[0] - table).square().sum()
         for levels in (3, 4)
@@ -193,7 +193,7 @@ def test_the_fit_of_a_range_does_not_depend_on_other_ranges(grid, table, clippin
 @each_grid
 @pytest.mark.parametrize("rows", [8, 11, 3])
 def test_a_shared_scale_equals_the_scale_of_one_row_with_all_the_values(grid, rows):
-    table = random_normal(rows, 3, seed=rows)
+    table = draw_normal(rows, 3, seed=rows)
     shared = fit(table, changed_grid(grid, rows_per_scale=4))
     assert len(shared.scale) == -(-rows // 4)
     for number, part in enumerate(table.split(4)):

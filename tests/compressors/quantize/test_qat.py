@@ -60,8 +60,8 @@ def test_the_gradient_of_a_scale_has_the_sign_that_lowers_the_error():
 # --- the layer in training, and the stored layer ---------------------------------------------
 
 
-def layer_with_changed_scales(bias: bool = True) -> LearnedInt8:
-    """A layer in training whose scales differ from their initial values.
+def build_layer_with_changed_scales(bias: bool = True) -> LearnedInt8:
+    """Return a layer in training whose scales differ from their initial values.
 
     A scale is its initial value times e to the power of its ``growth``.
     """
@@ -77,7 +77,7 @@ def layer_with_changed_scales(bias: bool = True) -> LearnedInt8:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_layer_has_the_outputs_of_the_trained_layer(bias):
-    layer_in_training = layer_with_changed_scales(bias).eval()
+    layer_in_training = build_layer_with_changed_scales(bias).eval()
     x = torch.randn(7, 3, 20, generator=torch.Generator().manual_seed(1))
     packed = layer_in_training.packed()
     assert torch.equal(packed(x), layer_in_training(x))
@@ -101,7 +101,7 @@ def test_an_untrained_layer_is_packed_as_the_calibrated_layer():
 
 
 def test_every_parameter_of_a_learned_layer_gets_a_gradient():
-    layer_in_training = layer_with_changed_scales().train()
+    layer_in_training = build_layer_with_changed_scales().train()
     layer_in_training(torch.randn(50, 20)).square().sum().backward()
     assert {name for name, p in layer_in_training.named_parameters() if p.grad.abs().sum() > 0} == {
         "weight",
@@ -231,8 +231,8 @@ SIGNATURE = Signature(
 SMALL_AND_LARGE = Reference(SmallAndLargeInputsNet, SIGNATURE)
 
 
-def split_with_outlier(folder: Path, seed: int) -> Split:
-    """Rows of eight numbers near 0 and one of 60 or -60, labelled by the network's predictions."""
+def write_split_with_outlier(folder: Path, seed: int) -> Split:
+    """Write rows of eight numbers near 0 and one of 60 or -60, labelled by the network."""
     generator = torch.Generator().manual_seed(seed)
     x = 0.3 * torch.randn(ROWS, WIDTH, generator=generator)
     x[:, -1] = 60 * (2 * torch.randint(2, (ROWS,), generator=generator) - 1)
@@ -250,7 +250,9 @@ def test_qat_loses_less_than_a_third_of_the_auc_that_static_int8_loses(soft_shar
     Training learns to clip the large input, of which only the sign matters, and to give it a larger
     weight.
     """
-    train, validation, test = (split_with_outlier(tmp_path / str(seed), seed) for seed in (1, 2, 3))
+    train, validation, test = (
+        write_split_with_outlier(tmp_path / str(seed), seed) for seed in (1, 2, 3)
+    )
     bench = Bench(
         signature=SIGNATURE,
         calibration=train,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pairwise import parametrize_pairwise
 from pydantic import ValidationError
-from random_tables import random_normal
+from random_tables import draw_normal
 from rowwise_reference import StoredRows, decode_rows, encode_rows, pack_planes, unpack_planes
 from torch import Tensor
 
@@ -39,7 +39,7 @@ STEPS = {
 }
 
 
-def packed(step: Rowwise, table: Tensor) -> PackedTable:
+def pack(step: Rowwise, table: Tensor) -> PackedTable:
     """A table as the step stores it, in blocks of eight rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compressors.core.steps.table_encoder.BLOCK_ROWS", 8)
@@ -57,7 +57,7 @@ def reference(step: Rowwise, table: Tensor) -> StoredRows:
     )
 
 
-def expected(step: Rowwise, table: Tensor) -> Tensor:
+def reference_weights(step: Rowwise, table: Tensor) -> Tensor:
     """The decoded weights according to the numpy reference."""
     stored, dim = reference(step, table), table.shape[1]
     return torch.from_numpy(decode_rows(stored, BITS[step.kind], dim, step.rows_per_scale))
@@ -65,7 +65,7 @@ def expected(step: Rowwise, table: Tensor) -> Tensor:
 
 def varied_rows(rows: int, dim: int) -> Tensor:
     """Normal weights, and one row each: zeros, equal values, tiny, positive, with an outlier."""
-    table = random_normal(rows, dim)
+    table = draw_normal(rows, dim)
     table[1 % rows] = 0.0
     table[2 % rows] = -0.37
     table[3 % rows] *= 2.0**-20
@@ -78,7 +78,7 @@ def varied_rows(rows: int, dim: int) -> Tensor:
 def test_stored_codes_scales_and_offsets_equal_the_numpy_reference(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
     table = varied_rows(11, dim)
-    stored, expected_rows = packed(step, table), reference(step, table)
+    stored, expected_rows = pack(step, table), reference(step, table)
     assert np.array_equal(stored.codes.view(torch.uint8).numpy(), expected_rows.codes)
     assert np.array_equal(stored.scale.numpy(), expected_rows.scale)
     if expected_rows.offset is None:
@@ -95,7 +95,7 @@ def test_weights_halfway_between_two_levels_are_rounded_as_documented(step):
     if step.kind == "rowwise_int4":
         halves = torch.cat([halves, torch.tensor([7.0 if step.symmetric else 15.0])])
     table = halves.repeat(4, 1)
-    assert torch.equal(packed(step, table)(torch.arange(4)), expected(step, table))
+    assert torch.equal(pack(step, table)(torch.arange(4)), reference_weights(step, table))
 
 
 @parametrize_pairwise(
@@ -105,19 +105,19 @@ def test_weights_halfway_between_two_levels_are_rounded_as_documented(step):
     dtype=[torch.int64, torch.int32],
 )
 def test_lookup_returns_the_reference_weights_for_ids_of_any_shape(step, dim, shape, dtype):
-    table = random_normal(11, dim)
+    table = draw_normal(11, dim)
     ids = torch.randint(11, shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    rows = packed(step, table)(ids)
+    rows = pack(step, table)(ids)
     assert rows.dtype == torch.float32
     assert rows.shape == (*shape, dim)
-    assert torch.equal(rows, expected(step, table)[ids.long()])
+    assert torch.equal(rows, reference_weights(step, table)[ids.long()])
 
 
 @parametrize_pairwise(step=STEPS, rows=[1, 8, 11], scale=["float16", "float32"])
 def test_stored_bytes_are_the_bytes_of_codes_scales_and_offsets(step, rows, scale):
     step = step.model_copy(update={"scale": scale})
     dim, bits = 10, BITS[step.kind]
-    table = packed(step, random_normal(rows, dim))
+    table = pack(step, draw_normal(rows, dim))
     ranges = -(-rows // step.rows_per_scale) if step.rows_per_scale else 1
     numbers = ranges * (1 if step.symmetric else 2)
     size = {"float16": 2, "float32": 4}[scale]
@@ -155,9 +155,9 @@ def gradients(
 @parametrize_pairwise(step=STEPS, dim=[2, 5], scale=["float16", "float32"])
 def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
     step = step.model_copy(update={"scale": scale})
-    table = packed(step, random_normal(11, dim))
+    table = pack(step, draw_normal(11, dim))
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])  # repeated ids add up, rows 8 to 10 are never read
-    output_gradient = random_normal(6, dim).reshape(2, 3, dim)
+    output_gradient = draw_normal(6, dim).reshape(2, 3, dim)
     with_op = gradients(step, table, ids, output_gradient, with_op=True)
     with_torch = gradients(step, table, ids, output_gradient, with_op=False)
     assert set(with_op) == ({"scale"} if step.symmetric else {"scale", "offset"})
@@ -186,7 +186,7 @@ def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
 )
 def test_op_passes_opcheck(step, scale):
     step = step.model_copy(update={"scale": scale})
-    table = dict(packed(step, random_normal(6, 5)).named_buffers())
+    table = dict(pack(step, draw_normal(6, 5)).named_buffers())
     ids = torch.tensor([[0, 5, 5], [2, 1, 0]])
     offset = table.get("offset")
     learned_tensors = (
@@ -238,7 +238,7 @@ def deterministic_weights(rows: int = 300, dim: int = 11) -> Tensor:
 )
 def test_symmetric_tables_have_the_bytes_of_the_version_without_offsets(step, digest):
     """The expected digests are those of commit e06a5ae for the same table."""
-    table = packed(step, deterministic_weights())
+    table = pack(step, deterministic_weights())
     data = b"".join(tensor.numpy().tobytes() for tensor in (table.codes, table.scale))
     assert hashlib.sha256(data).hexdigest()[:16] == digest
 
@@ -248,7 +248,7 @@ def test_a_record_without_offset_settings_loads_as_symmetric_with_a_scale_per_ro
     layout = form.layout(9, 6, {"scale": "float16"})
     assert set(layout) == {"codes", "scale"}
     assert layout["scale"].shape == (9, 1)
-    table = packed(
+    table = pack(
         {"rowwise_int8": RowwiseInt8, "rowwise_int4": RowwiseInt4}[form.name](),
         deterministic_weights(),
     )

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import RANKER, run
 from reason_codes import require_reason
-from table_codes import STEPS, each_step, encode, pack_table, size_of, step_id, tables
+from table_codes import STEPS, compute_size, each_step, encode, pack_table, step_id, tables
 from torch import Tensor
 
 from compressors.contracts import Bench
@@ -66,7 +66,7 @@ def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
     ids=lambda value: step_id(value) if hasattr(value, "kind") else str(value),
 )
 def test_stored_bytes_are_the_bytes_of_padded_codes_scales_and_codebooks(step, shape, size):
-    assert size_of(step, *shape) == size
+    assert compute_size(step, *shape) == size
 
 
 @given(
@@ -133,7 +133,7 @@ def test_a_table_that_would_not_shrink_is_skipped_and_the_plan_gives_both_sizes(
     plan = run(step, RANKER.model(), Bench(signature=RANKER.signature), tmp_path).plan
     line = plan.of("city")  # 9 x 6
     assert line.format == "float32"
-    size = size_of(step, 9, 6)
+    size = compute_size(step, 9, 6)
     require_reason(line.reasons, "not_smaller", step=step.kind, bytes=size, present=216)
     assert size >= 216
     assert all(line.bytes_after < line.bytes_before for line in plan.lines if line.steps)

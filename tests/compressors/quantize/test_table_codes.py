@@ -13,7 +13,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from hypothesis import given
-from table_codes import clustered_rows, decoded_rows, each_step, tables
+from table_codes import clustered_rows, decode_rows, each_step, tables
 from torch import Tensor
 
 from compressors.core.steps.step import TableStep
@@ -25,9 +25,9 @@ from compressors.quantize.tables.residual_codes import ResidualCodes
 
 
 def squared_error(step: TableStep, table: Tensor) -> float:
-    """Squared error of the decoded rows, as a share of that of the mean row."""
+    """Return the squared error of the decoded rows, as a share of the error of their mean row."""
     spread = (table - table.mean(dim=0)).double().square().sum()
-    return float((decoded_rows(step, table) - table).double().square().sum() / spread)
+    return float((decode_rows(step, table) - table).double().square().sum() / spread)
 
 
 # --- error -------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def squared_error(step: TableStep, table: Tensor) -> float:
 @given(table=tables())
 def test_the_error_is_at_most_the_error_of_storing_the_mean_row(step, table):
     """One entry for all rows would be their mean, and a codebook has at least two entries."""
-    difference = (decoded_rows(step, table) - table).double().square().sum()
+    difference = (decode_rows(step, table) - table).double().square().sum()
     mean = table.double().mean() if step.kind == "kmeans" else table.double().mean(dim=0)
     worst = (table.double() - mean).square().sum()
     if step.kind == "kmeans" and step.scale != "none":
@@ -123,14 +123,14 @@ def test_refined_codes_have_no_larger_error_than_greedy_codes(monkeypatch):
     table = clustered_rows(500, 6)
     codebook = torch.randn(3 * 16, 6, generator=torch.Generator().manual_seed(0))
 
-    def each_error() -> Tensor:
+    def compute_errors() -> Tensor:
         codes = residual_codes.encode(table, codebook, 3)
         return (residual_codes.decode(codes, codebook) - table).double().square().sum(dim=1)
 
-    refined = each_error()
+    refined = compute_errors()
     # Passes, which select each code of a row again, follow the greedy selection.
     monkeypatch.setattr(residual_codes, "MAX_PASSES", 0)
-    greedy = each_error()
+    greedy = compute_errors()
     assert torch.all(refined <= greedy * (1 + 1e-5))
     assert refined.sum() < 0.9 * greedy.sum()
 
@@ -141,8 +141,8 @@ def test_with_a_row_scale_small_rows_have_a_small_relative_error(scale):
     table = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
     table[::2] *= 1e-3
     small = table[::2]
-    with_scale = decoded_rows(KMeans(scale=scale), table)[::2]
-    without_scale = decoded_rows(KMeans(scale="none"), table)[::2]
+    with_scale = decode_rows(KMeans(scale=scale), table)[::2]
+    without_scale = decode_rows(KMeans(scale="none"), table)[::2]
     assert (with_scale - small).square().sum() < 0.01 * small.square().sum()
     assert (without_scale - small).square().sum() > 0.5 * small.square().sum()
 
@@ -151,10 +151,10 @@ def test_kmeans_with_row_scales_keeps_rows_of_zeros_exact():
     table = torch.randn(50, 6)
     table[[3, 17]] = 0
     for bits in (2, 4, 8):
-        rows = decoded_rows(KMeans(bits=bits), table)
+        rows = decode_rows(KMeans(bits=bits), table)
         assert not rows[[3, 17]].any()
         assert rows.isfinite().all()
-    assert not decoded_rows(KMeans(), torch.zeros(9, 3)).any()
+    assert not decode_rows(KMeans(), torch.zeros(9, 3)).any()
 
 
 @each_step
@@ -162,7 +162,7 @@ def test_two_different_rows_are_exact(step):
     table = torch.tensor([[1.0, -2.0, 0.5, 0.25], [3.0, 0.0, 1.0, -1.0]]).repeat(40, 1)
     if step.kind == "kmeans":  # encodes single numbers, so the rows have only the numbers 0, 1, 2
         table = table.sign().abs() * torch.tensor([[1.0], [2.0]]).repeat(40, 1)
-    torch.testing.assert_close(decoded_rows(step, table), table, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(decode_rows(step, table), table, rtol=1e-6, atol=1e-6)
 
 
 def test_rows_of_larger_weight_have_a_smaller_error():
@@ -170,28 +170,28 @@ def test_rows_of_larger_weight_have_a_smaller_error():
     weight = torch.ones(600)
     weight[:30] = 1000
 
-    def error_of_weighted_rows(
+    def measure_error_of_weighted_rows(
         codebook: Tensor, encode_and_decode: Callable[[Tensor], Tensor]
     ) -> float:
         return float((encode_and_decode(codebook) - table)[:30].square().sum())
 
-    def with_product_codes(codebook: Tensor) -> Tensor:
+    def encode_with_product_codes(codebook: Tensor) -> Tensor:
         return product_codes.decode(product_codes.encode(table, codebook, 3), codebook, 6)
 
-    def with_residual_codes(codebook: Tensor) -> Tensor:
+    def encode_with_residual_codes(codebook: Tensor) -> Tensor:
         return residual_codes.decode(residual_codes.encode(table, codebook, 2), codebook)
 
-    def with_kmeans(codebook: Tensor) -> Tensor:
+    def encode_with_kmeans(codebook: Tensor) -> Tensor:
         codes, scale = kmeans.encode(table, codebook, "none")
         return kmeans.decode(codes, codebook, scale)
 
     for fit, encode_and_decode in (
-        (lambda w: product_codes.fit(table, 3, 8, w), with_product_codes),
-        (lambda w: residual_codes.fit(table, 2, 8, 4, w).codebook, with_residual_codes),
-        (lambda w: kmeans.fit(table, 2, "none", w), with_kmeans),
+        (lambda w: product_codes.fit(table, 3, 8, w), encode_with_product_codes),
+        (lambda w: residual_codes.fit(table, 2, 8, 4, w).codebook, encode_with_residual_codes),
+        (lambda w: kmeans.fit(table, 2, "none", w), encode_with_kmeans),
     ):
         weighted, unweighted = (
-            error_of_weighted_rows(fit(row_weights), encode_and_decode)
+            measure_error_of_weighted_rows(fit(row_weights), encode_and_decode)
             for row_weights in (weight, None)
         )
         assert weighted < 0.97 * unweighted
@@ -213,4 +213,4 @@ def test_row_weights_for_a_sampled_table_raise_a_value_error(monkeypatch):
 )
 def test_weights_beyond_float16_raise_value_not_storable(step, code):
     with raises_code(ValueNotStorable, code):
-        decoded_rows(step, torch.full((20, 4), 1e5))
+        decode_rows(step, torch.full((20, 4), 1e5))

@@ -21,8 +21,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from compressors.core.modules.formats import PackedTable, TensorSpec
-from compressors.core.state.module_state import module_of
-from compressors.core.state.safetensors_rows import StoredRows, spec_of
+from compressors.core.state.module_state import build_module
+from compressors.core.state.safetensors_rows import StoredRows, build_spec
 from compressors.core.state.safetensors_stream import Piece, StreamedFile
 from compressors.errors.compression import ContractBroken, ModelRefused
 from compressors.quantize.table_stream import Block, EncodingJob, encode_file
@@ -50,7 +50,7 @@ class TensorSource:
     def read(self, begin: int, end: int) -> Tensor:
         return self.values[begin:end] if self.values.dim() else self.values
 
-    def mapped(self) -> Tensor:
+    def memory_map(self) -> Tensor:
         return self.values
 
 
@@ -68,7 +68,7 @@ class ComputedSource:
     def read(self, begin: int, end: int) -> Tensor:
         return (torch.arange(begin, end) % 97 + 1.0).unsqueeze(1).expand(-1, self.dim)
 
-    def mapped(self) -> Tensor:
+    def memory_map(self) -> Tensor:
         return torch.empty(self.rows, self.dim, device="meta")
 
 
@@ -185,7 +185,7 @@ def test_other_tensors_are_copied_and_a_table_can_be_rebuilt_from_its_record():
     result = load(encode_to_memory(job, workers=2))
     for name, values in other_tensors.items():
         assert torch.equal(result[name], values)
-    table = module_of("user", job.records()["user"])
+    table = build_module("user", job.records()["user"])
     assert isinstance(table, PackedTable)
     stored = {name: result[f"user.{name}"] for name in ("codes", "scale")}
     table.load_state_dict(stored, assign=True)
@@ -246,7 +246,7 @@ BORDER_ROWS = sorted({*(n // DIM for n in ELEMENTS), *(n // (4 * DIM) for n in B
 def test_rows_beyond_32_bit_offsets_are_written_at_their_positions(row: int, block_rows: int):
     job = EncodingJob(RowwiseInt8(), {"t": "t"}, {"t": ComputedSource(ROWS, DIM)}, block_rows)
     file = StreamedFile(job.layout())
-    starts = {part: file.place(f"t.{part}") for part in ("codes", "scale")}
+    starts = {part: file.find_offset(f"t.{part}") for part in ("codes", "scale")}
     checked_blocks = [
         block for block in job.blocks("t") if block.begin - block_rows <= row <= block.end
     ]
@@ -270,7 +270,7 @@ def test_rows_beyond_32_bit_offsets_are_written_at_their_positions(row: int, blo
         expected_weights = torch.arange(block.begin, block.end) % 97 + 1.0
         # A float16 scale is within 2^-11 of the largest weight over 127.
         torch.testing.assert_close(scales.float() * 127, expected_weights, rtol=2**-10, atol=0)
-    assert file.place("t.codes", ROWS) == starts["codes"] + ROWS * DIM
+    assert file.find_offset("t.codes", ROWS) == starts["codes"] + ROWS * DIM
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -358,7 +358,7 @@ def stored_rows(open_files: ExitStack, path: Path, name: str, values: Tensor) ->
     header = int.from_bytes(file.read(8), "little")
     begin = json.loads(file.read(header))[name]["data_offsets"][0]
     rows = StoredRows(path, file.fileno(), name, 8 + header + begin, TensorSource(values).spec)
-    assert torch.equal(rows.mapped(), values)
+    assert torch.equal(rows.memory_map(), values)
     return rows
 
 
@@ -387,7 +387,7 @@ def test_a_truncated_file_raises_model_refused(open_files: ExitStack, tmp_path: 
 
 def test_a_dtype_unknown_to_torch_raises_model_refused():
     with raises_code(ModelRefused, "dtype_unknown", dtype="F4"):
-        spec_of("F4", (2,), "t")
+        build_spec("F4", (2,), "t")
 
 
 def test_the_name_of_a_block_is_its_tensor_and_first_row():

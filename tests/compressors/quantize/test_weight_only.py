@@ -30,9 +30,9 @@ from compressors.quantize.dense.weight_int4 import WeightInt4
 from compressors.quantize.dense.weight_int8 import WeightInt8
 from compressors.quantize.dense.weight_only import (
     block_length,
+    create_grid,
     expand_scales,
     fit_scales,
-    grid,
     pack,
     padded_length,
     round_inputs,
@@ -53,7 +53,7 @@ rules = st.sampled_from(["min_max", "least_squares", "mse"])
 scale_types = st.sampled_from(["float16", "float32"])
 
 
-def random_normal(outputs: int, inputs: int, seed: int = 0) -> Tensor:
+def draw_normal(outputs: int, inputs: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(outputs, inputs, generator=generator) / inputs**0.5
 
@@ -62,10 +62,13 @@ def layer(
     inputs: int, outputs: int, bits: int, block: int, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and bias of one layer, scales in float32 to be trained."""
-    weight, level_grid = random_normal(outputs, inputs, seed), grid(bits, "min_max", "float32")
+    weight, level_grid = (
+        draw_normal(outputs, inputs, seed),
+        create_grid(bits, "min_max", "float32"),
+    )
     scale = fit_scales(weight, block, level_grid)
     multiples = round_to_multiples(weight, scale, block, level_grid)
-    return pack(multiples, block, bits), scale, random_normal(1, outputs, seed + 1)[0]
+    return pack(multiples, block, bits), scale, draw_normal(1, outputs, seed + 1)[0]
 
 
 # --- codes -----------------------------------------------------------------------------------
@@ -75,9 +78,9 @@ def layer(
 def test_unpack_restores_packed_codes_and_padding_is_zero(size, block, bits, seed):
     inputs, outputs = size
     largest_code = 2 ** (bits - 1) - 1
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     multiples = torch.tensor(
-        random.integers(-largest_code, largest_code + 1, (outputs, inputs))
+        rng.integers(-largest_code, largest_code + 1, (outputs, inputs))
     ).float()
     codes = pack(multiples, block, bits)
     assert codes.shape == (outputs, padded_length(inputs, block) * bits // 8)
@@ -90,10 +93,10 @@ def test_rounding_error_is_at_most_half_the_scale_and_clipping_never_increases_i
     size, block, bits, clipping, scale, seed
 ):
     inputs, outputs = size
-    weight = random_normal(outputs, inputs, seed)
+    weight = draw_normal(outputs, inputs, seed)
     result = {}
     for rule in ("min_max", clipping):
-        level_grid = grid(bits, rule, scale)
+        level_grid = create_grid(bits, rule, scale)
         scales = fit_scales(weight, block, level_grid)
         assert scales.dtype == level_grid.dtype
         assert (scales > 0).all()
@@ -143,7 +146,7 @@ def test_op_equals_a_dense_layer_with_decoded_weights(bits, block, shape):
 @given(size=sizes, block=st.sampled_from([16, 32]), seed=seeds)
 def test_rounded_inputs_are_within_half_a_level_of_their_block(size, block, seed):
     inputs, rows = size
-    x = random_normal(rows, inputs, seed) * torch.logspace(-3, 3, inputs)
+    x = draw_normal(rows, inputs, seed) * torch.logspace(-3, 3, inputs)
     x[0] = 0
     x[0, 0] = 1e-42  # 127 divided by it is infinite
     rounded = round_inputs(x, block)
@@ -253,16 +256,16 @@ def test_op_passes_opcheck():
 # --- GPTQ ------------------------------------------------------------------------------------
 
 
-def correlated(rows: int, inputs: int, seed: int) -> Tensor:
+def draw_correlated_inputs(rows: int, inputs: int, seed: int) -> Tensor:
     """Correlated inputs, such as the outputs of a Relu."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(rows, inputs, generator=generator) @ random_normal(inputs, inputs, seed + 1)
+    mixed = torch.randn(rows, inputs, generator=generator) @ draw_normal(inputs, inputs, seed + 1)
     return mixed.relu()
 
 
-def quantized(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Multiples by GPTQ, the nearest multiples, the scale of each weight, and the Gram matrix."""
-    level_grid = grid(4, "mse", "float16")
+    level_grid = create_grid(4, "mse", "float16")
     scale = fit_scales(weight, block, level_grid)
     nearest = round_to_multiples(weight, scale, block, level_grid)
     scale_of_weight = expand_scales(scale, weight.shape[1], block)
@@ -274,8 +277,8 @@ def quantized(weight: Tensor, x: Tensor, block: int) -> tuple[Tensor, Tensor, Te
 @given(size=sizes, block=blocks, rows=st.integers(1, 60), seed=seeds)
 def test_gptq_never_increases_the_error_of_an_output(size, block, rows, seed):
     inputs, outputs = size
-    weight, x = random_normal(outputs, inputs, seed), correlated(rows, inputs, seed)
-    multiples, nearest, scale_of_weight, gram = quantized(weight, x, block)
+    weight, x = draw_normal(outputs, inputs, seed), draw_correlated_inputs(rows, inputs, seed)
+    multiples, nearest, scale_of_weight, gram = quantize(weight, x, block)
     assert torch.equal(multiples, multiples.round())
     assert multiples.abs().max() <= 7
     error_of_gptq = squared_error(multiples * scale_of_weight - weight, gram)
@@ -284,9 +287,9 @@ def test_gptq_never_increases_the_error_of_an_output(size, block, rows, seed):
 
 
 def test_gptq_with_correlated_inputs_has_less_than_70_percent_of_the_error():
-    weight = random_normal(64, 200)  # more columns than GPTQ's block of 128
-    x = correlated(2000, 200, 3)
-    multiples, nearest, scale_of_weight, gram = quantized(weight, x, 32)
+    weight = draw_normal(64, 200)  # more columns than GPTQ's block of 128
+    x = draw_correlated_inputs(2000, 200, 3)
+    multiples, nearest, scale_of_weight, gram = quantize(weight, x, 32)
     result = squared_error(multiples * scale_of_weight - weight, gram).sum()
     # The ratio was 0.50 to 0.60 for ten seeds. Without compensation it would be 1.
     assert result < 0.7 * squared_error(nearest * scale_of_weight - weight, gram).sum()
@@ -296,15 +299,15 @@ def test_gptq_with_correlated_inputs_has_less_than_70_percent_of_the_error():
 
 
 def test_gptq_with_uncorrelated_inputs_rounds_to_the_nearest_levels():
-    weight = random_normal(8, 40)
+    weight = draw_normal(8, 40)
     x = torch.diag(torch.linspace(0.1, 3, 40))
     x[:, 7] = 0  # one input is always zero
-    multiples, nearest, _, _ = quantized(weight, x, 32)
+    multiples, nearest, _, _ = quantize(weight, x, 32)
     assert torch.equal(multiples, nearest)
 
 
 def test_gptq_with_zero_inputs_rounds_to_the_nearest_levels():
-    multiples, nearest, _, _ = quantized(random_normal(3, 20), torch.zeros(5, 20), 16)
+    multiples, nearest, _, _ = quantize(draw_normal(3, 20), torch.zeros(5, 20), 16)
     assert torch.equal(multiples, nearest)
 
 

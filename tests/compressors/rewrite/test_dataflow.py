@@ -13,7 +13,7 @@ import pytest
 import torch
 from chained_networks import BLOCK, CHAIN, NORM_FIRST
 from error_codes import raises_code
-from models import RANKER, Reference, compressed_reference
+from models import RANKER, Reference, compress_reference
 from narrow_networks import SIGNATURE, DataDependentBranchNet, HiddenLayerNet
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -179,7 +179,7 @@ def test_a_step_traces_the_network_once(monkeypatch, tmp_path):
 
 
 def test_packed_layers_have_no_consumers():
-    model = compressed_reference("Ranker", ("static_int8",))
+    model = compress_reference("Ranker", ("static_int8",))
     assert not dataflow(model.module, RANKER.signature).consumers
 
 

@@ -17,7 +17,7 @@ from chained_networks import BLOCK, NORM_FIRST, NormFirst
 from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import float32_rounding, scores_of
-from models import COMPACT, NORMED, Reference, only_graph
+from models import COMPACT, NORMED, Reference, get_only_graph
 from narrow_networks import SIGNATURE
 from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from compressors.errors.steps import StepRefused
 from compressors.lower.export import lower
 from compressors.prune.dense.channels import Channels
 from compressors.quantize.dense.static_int8 import StaticInt8
-from compressors.rewrite.fold import Fold, batch_norm_factors, scaled_inputs, scaled_outputs
+from compressors.rewrite.fold import Fold, batch_norm_factors, scale_inputs, scale_outputs
 from compressors.rewrite.unread_features import unread_features
 from examples.dcnv2 import DCNv2
 from infra.onnxruntime.sessions import optimized_graph
@@ -80,10 +80,10 @@ def test_scaled_outputs_and_inputs_equal_a_factor_and_an_offset_after_and_before
     x, weight = numbers(5, inputs), numbers(outputs, inputs)
     bias = numbers(outputs) if has_bias else None
     scale, shift = numbers(outputs), numbers(outputs)
-    after = F.linear(x, *scaled_outputs(weight, bias, scale, shift))
+    after = F.linear(x, *scale_outputs(weight, bias, scale, shift))
     torch.testing.assert_close(after, F.linear(x, weight, bias) * scale + shift)
     scale, shift = numbers(inputs), numbers(inputs)
-    before = F.linear(x, *scaled_inputs(weight, bias, scale, shift))
+    before = F.linear(x, *scale_inputs(weight, bias, scale, shift))
     torch.testing.assert_close(before, F.linear(x * scale + shift, weight, bias))
 
 
@@ -281,7 +281,7 @@ def test_a_norm_whose_statistics_other_code_reads_is_kept(tmp_path):
 
 
 def test_a_fold_that_changes_scores_raises_step_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("compressors.rewrite.fold.scaled_outputs", lambda w, b, *_: (w, b))
+    monkeypatch.setattr("compressors.rewrite.fold.scale_outputs", lambda w, b, *_: (w, b))
     with raises_code(StepRefused, "folded_scores_differ"):
         fold_reference(NORMED, tmp_path)
 
@@ -355,7 +355,7 @@ def test_later_steps_run_on_a_folded_network(tmp_path):
 def optimized_graph_of(model: Model, reference: Reference, folder: Path) -> onnx.GraphProto:
     """Lower a model and return the graph that ONNX Runtime executes."""
     path = folder / "model.onnx"
-    lower(model.module, only_graph(reference.signature), "onnxruntime", path)
+    lower(model.module, get_only_graph(reference.signature), "onnxruntime", path)
     return optimized_graph(path)
 
 
@@ -404,7 +404,7 @@ def test_values_that_depend_on_no_input_are_one_initializer_of_the_graph(tmp_pat
     """The export folds constants, so a runtime does not have to."""
     path = tmp_path / "model.onnx"
     module = Reference(ConstantSoftmaxNet, SIGNATURE).model().module
-    lower(module, only_graph(SIGNATURE), "onnxruntime", path)
+    lower(module, get_only_graph(SIGNATURE), "onnxruntime", path)
     graph = onnx.load(path).graph
     assert not {"Softmax", "Exp"} & {node.op_type for node in graph.node}
     (product,) = (node for node in graph.node if node.op_type == "Mul")

@@ -141,7 +141,7 @@ def test_a_fold_with_wrong_factors_is_refused_if_float32_rounding_exceeds_the_to
     """One of the 32 factors of each norm is 1 % off, far more than rounding."""
     from compressors.rewrite import fold
 
-    original = fold.scaled_outputs
+    original = fold.scale_outputs
     factor = torch.ones(32, dtype=torch.float64)
     factor[0] = 1.01
 
@@ -150,7 +150,7 @@ def test_a_fold_with_wrong_factors_is_refused_if_float32_rounding_exceeds_the_to
     ) -> tuple[Tensor, Tensor]:
         return original(weight, bias, scale * factor, shift)
 
-    monkeypatch.setattr(fold, "scaled_outputs", wrong_scaled_outputs)
+    monkeypatch.setattr(fold, "scale_outputs", wrong_scaled_outputs)
     with raises_code(StepRefused, "folded_scores_differ"):
         run(
             Fold(),

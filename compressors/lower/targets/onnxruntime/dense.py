@@ -80,7 +80,7 @@ def weight_only_linear(
     """
     outputs, inputs = int(codes.shape[0]), int(x.shape[-1])
     if not multiplies_codes(bits, activations):
-        return _widened_linear(x, codes, scale, bias, bits, block)
+        return _build_widened_linear(x, codes, scale, bias, bits, block)
     block_size = block_length(inputs, block)
     scales = op.Cast(scale, to=FLOAT)
     if not block:  # one scale per row, repeated for each block
@@ -92,7 +92,7 @@ def weight_only_linear(
     )  # fmt: skip
 
 
-def _widened_linear(x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int) -> Any:
+def _build_widened_linear(x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int) -> Any:
     """Build a Gemm whose weights are computed from codes once, when the session starts."""
     outputs, inputs = int(codes.shape[0]), int(x.shape[-1])
     flat, restore = flatten_to_matrix(x, inputs, outputs)

@@ -1,7 +1,7 @@
 """A graph pass that removes a Split whose parts are concatenated again.
 
-The merged lookup of several tables (``merged_tables.py``) ends with a Split, and networks often
-concatenate the looked-up rows.
+The merged lookup of several tables (``lower/merged/merged_tables.py``) ends with a Split, and
+networks often concatenate the looked-up rows.
 """
 
 import onnx_ir as ir
@@ -25,7 +25,9 @@ class JoinSplitRows(ir.passes.InPlacePass):
                     and split.op_type == "Split"
                     and inputs[: len(parts)] == parts
                     and split.inputs[0] is not None
-                    and _axis(split, split.inputs[0]) == _axis(node, split.inputs[0]) is not None
+                    and _get_axis(split, split.inputs[0])
+                    == _get_axis(node, split.inputs[0])
+                    is not None
                 )
                 joined.append(split.inputs[0] if split is not None and is_complete else inputs[0])
                 inputs = inputs[len(parts) if is_complete else 1 :]
@@ -52,7 +54,7 @@ class JoinSplitRows(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=modified)
 
 
-def _axis(node: ir.Node, value: ir.Value) -> int | None:
+def _get_axis(node: ir.Node, value: ir.Value) -> int | None:
     """Return the axis of a Concat or Split, counted from the front; None if the rank is unknown.
 
     ``value`` is a tensor of the same rank as the node's inputs.

@@ -66,7 +66,7 @@ def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, 
     input_zero = constant(onnx.TensorProto.UINT8, 128)
     channels = int(codes.shape[0])
     if any(not isinstance(size, int) for size in list(x.shape)[1:-1]):
-        return _int8_matmul(x, codes, weight_scale, input_scale, bias)
+        return _build_int8_matmul(x, codes, weight_scale, input_scale, bias)
     flat, restore = flatten_to_matrix(x, int(codes.shape[1]), channels)
     inputs = op.DequantizeLinear(
         op.QuantizeLinear(flat, input_scale, input_zero), input_scale, input_zero
@@ -80,8 +80,8 @@ def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, 
     return restore(op.Gemm(inputs, weight, rounded_bias, transB=1))
 
 
-def _int8_matmul(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
-    """Build an int8 product of inputs ``(*, inputs)``; see ``static_int8_linear``."""
+def _build_int8_matmul(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
+    """Build an int8 Gemm of inputs ``(*, inputs)``; ``static_int8_linear`` explains the form."""
     input_zero = constant(onnx.TensorProto.UINT8, 128)
     rounded = op.QuantizeLinear(x, input_scale, input_zero)
     # ONNX Runtime transposes the codes once, at session start.

@@ -26,7 +26,7 @@ def convert_type(layer: PackedLinear, name: str, values: np.ndarray) -> ir.Tenso
         return float8_codes(name, values)
     if not isinstance(storage, WeightOnlyFormat) or name != "codes" or not stays_packed(layer):
         return None
-    block = block_length(layer.in_features, LayoutSettings.of(layer.settings).block)
+    block = block_length(layer.in_features, LayoutSettings.from_settings(layer.settings).block)
     bytes_per_block = block * storage.bits // 8
     return ir.Tensor(values.reshape(len(values), -1, bytes_per_block))
 
@@ -36,7 +36,7 @@ def stays_packed(layer: PackedLinear) -> bool:
     storage = layer.storage
     if not isinstance(storage, WeightOnlyFormat):
         return False
-    return multiplies_codes(storage.bits, LayoutSettings.of(layer.settings).activations)
+    return multiplies_codes(storage.bits, LayoutSettings.from_settings(layer.settings).activations)
 
 
 def multiplies_codes(bits: int, activations: str) -> bool:

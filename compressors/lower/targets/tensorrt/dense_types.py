@@ -27,7 +27,7 @@ def convert_type(layer: PackedLinear, name: str, values: np.ndarray) -> ir.Tenso
         return float8_codes(name, values)
     if not isinstance(form, WeightOnlyFormat):
         return None
-    block = LayoutSettings.of(layer.settings).block
+    block = LayoutSettings.from_settings(layer.settings).block
     if name == "scale" and not block:  # one per channel: a vector
         return ir.Tensor(values.reshape(-1))
     if name != "codes":

@@ -32,7 +32,7 @@ def convert_type(table: PackedTable, name: str, values: np.ndarray) -> ir.Tensor
         return codes_tensor(values, storage_format.width(table.rows, table.dim, table.settings))
     if storage_format.name not in {"rowwise_int8", "rowwise_int4", "rowwise_int2", "float8_e4m3"}:
         return None
-    sharing = SharedScales.of(table.settings)
+    sharing = SharedScales.from_settings(table.settings)
     if name == "scale":
         return _reshape_scale(storage_format.name, sharing, values)
     match storage_format.name, name:

@@ -1,8 +1,8 @@
 """Artifacts written block by block: chunk hashes of pieces in any order, resuming, publishing.
 
-A draft is an artifact that is being written. A piece is bytes and their offset ``at`` in the large
+A piece is bytes and their offset ``at`` in the large
 file; a block is a named list of pieces, which is written again or not at all after an interruption;
-a chunk is the unit of hashes. Arguments of ``open_draft`` are the folder of the result, the job
+a chunk is the unit of hashes. Arguments of ``open_writer`` are the folder of the result, the job
 that determines the content, and path and size of the large file.
 """
 
@@ -21,13 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import ArtifactDamaged, ArtifactMissing, StoreRefused
-from infra.store import draft as store_draft
+from infra.store import artifact_writer
+from infra.store.artifact_writer import ArtifactWriter, ChunkHashes, open_writer, verify_result
 from infra.store.chunks import hash_files, sha256
-from infra.store.draft import ArtifactDraft, ChunkHashes, open_draft, verify_result
 from infra.store.manifest import StoreManifest
 from infra.store.object_store import CHUNK_BYTES, Store
 
-DraftAction = Callable[[ArtifactDraft], object]
+WriterAction = Callable[[ArtifactWriter], object]
 BODY = random.Random(0).randbytes(2 * CHUNK_BYTES + 1000)
 BLOCK_BYTES = 3 * 2**20
 BLOCK_STARTS = range(0, len(BODY), BLOCK_BYTES)
@@ -104,25 +104,25 @@ def test_byte_outside_the_file_is_refused(at: int, size: int):
         ChunkHashes(10, 4).add(at, memoryview(bytes(size)))
 
 
-def write_missing_blocks(artifact_draft: ArtifactDraft, max_blocks: int = 99) -> None:
+def write_missing_blocks(writer: ArtifactWriter, max_blocks: int = 99) -> None:
     """Write at most ``max_blocks`` of the blocks of ``BODY`` that are not written yet."""
-    missing = [start for start in BLOCK_STARTS if not artifact_draft.has_block(str(start))]
+    missing = [start for start in BLOCK_STARTS if not writer.has_block(str(start))]
     for start in missing[:max_blocks]:
         block = memoryview(BODY)[start : start + BLOCK_BYTES]
-        artifact_draft.write(str(start), [(start, block)])
+        writer.write(str(start), [(start, block)])
 
 
 def write_and_publish(into: Path) -> StoreManifest:
-    """Write a whole draft, or the rest of an interrupted one, and publish it."""
-    with open_draft(into, "job", "data", len(BODY)) as artifact_draft:
-        write_missing_blocks(artifact_draft)
-        artifact_draft.add("notes", b"small")
-        manifest = artifact_draft.seal()
-        artifact_draft.publish(manifest)
+    """Write a whole artifact, or the rest of an interrupted one, and publish it."""
+    with open_writer(into, "job", "data", len(BODY)) as writer:
+        write_missing_blocks(writer)
+        writer.add("notes", b"small")
+        manifest = writer.seal()
+        writer.publish(manifest)
     return manifest
 
 
-def test_published_draft_has_the_manifest_that_the_store_computes(tmp_path: Path):
+def test_published_artifact_has_the_manifest_that_the_store_computes(tmp_path: Path):
     manifest = write_and_publish(tmp_path / "out")
     files = tmp_path / "out" / "files"
     assert (files / "data").read_bytes() == BODY
@@ -138,38 +138,38 @@ class Killed(BaseException):
 
 
 def interrupt(
-    into: Path, max_blocks: int, job: str = "job", action: DraftAction | None = None
+    into: Path, max_blocks: int, job: str = "job", action: WriterAction | None = None
 ) -> None:
-    """Write some blocks of a draft, call ``action``, and leave the files of a killed process."""
+    """Write some blocks, call ``action``, and leave the files of a killed process."""
 
     def run() -> None:
-        with open_draft(into, job, "data", len(BODY)) as artifact_draft:
-            write_missing_blocks(artifact_draft, max_blocks)
+        with open_writer(into, job, "data", len(BODY)) as writer:
+            write_missing_blocks(writer, max_blocks)
             if action is not None:
-                action(artifact_draft)
+                action(writer)
             raise Killed
 
     with pytest.raises(Killed):
         run()
 
 
-def test_incomplete_draft_cannot_be_sealed_and_leaves_no_result(tmp_path: Path):
+def test_incomplete_artifact_cannot_be_sealed_and_leaves_no_result(tmp_path: Path):
     interrupt(tmp_path / "out", 3)
     assert not (tmp_path / "out").exists()
     with (
-        open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft,
+        open_writer(tmp_path / "out", "job", "data", len(BODY)) as writer,
         raises_code(ArtifactDamaged, "draft_incomplete"),
     ):
-        artifact_draft.seal()
+        writer.seal()
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("max_blocks", [0, 1, 4, 99])
-def test_interrupted_draft_resumes_and_gives_the_same_result(max_blocks: int, tmp_path: Path):
+def test_interrupted_run_resumes_and_gives_the_same_result(max_blocks: int, tmp_path: Path):
     expected = write_and_publish(tmp_path / "whole")
     interrupt(tmp_path / "out", max_blocks)
-    with open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
-        written = [start for start in BLOCK_STARTS if artifact_draft.has_block(str(start))]
+    with open_writer(tmp_path / "out", "job", "data", len(BODY)) as writer:
+        written = [start for start in BLOCK_STARTS if writer.has_block(str(start))]
     assert len(written) == min(max_blocks, len(BLOCK_STARTS))
     assert write_and_publish(tmp_path / "out") == expected
     assert (tmp_path / "out" / "files" / "data").read_bytes() == BODY
@@ -182,8 +182,8 @@ def test_block_with_lost_bytes_is_written_again(tmp_path: Path):
     with unfinished.open("r+b") as file:  # as after a power failure that lost these bytes
         file.seek(BLOCK_BYTES + 5)
         file.write(bytes(100))
-    with open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
-        is_written = [artifact_draft.has_block(str(start)) for start in BLOCK_STARTS[:4]]
+    with open_writer(tmp_path / "out", "job", "data", len(BODY)) as writer:
+        is_written = [writer.has_block(str(start)) for start in BLOCK_STARTS[:4]]
         assert is_written == [True, False, True, True]
     assert write_and_publish(tmp_path / "out") == expected
 
@@ -194,37 +194,35 @@ def test_incomplete_journal_line_is_ignored_and_later_lines_are_read(tmp_path: P
     journal = tmp_path / ".out.journal"
     journal.write_bytes(journal.read_bytes()[:-9])
     for count_before, count_after in ((2, 3), (3, 4)):
-        with open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
-            assert (
-                sum(artifact_draft.has_block(str(start)) for start in BLOCK_STARTS) == count_before
-            )
-            write_missing_blocks(artifact_draft, count_after - count_before)
+        with open_writer(tmp_path / "out", "job", "data", len(BODY)) as writer:
+            assert sum(writer.has_block(str(start)) for start in BLOCK_STARTS) == count_before
+            write_missing_blocks(writer, count_after - count_before)
     assert write_and_publish(tmp_path / "out") == expected
 
 
-def test_draft_of_another_job_is_not_resumed(tmp_path: Path):
+def test_unfinished_artifact_of_another_job_is_not_resumed(tmp_path: Path):
     interrupt(tmp_path / "out", 3, "another job")
-    with open_draft(tmp_path / "out", "job", "data", len(BODY)) as artifact_draft:
-        assert not artifact_draft.has_block("0")
+    with open_writer(tmp_path / "out", "job", "data", len(BODY)) as writer:
+        assert not writer.has_block("0")
     assert write_and_publish(tmp_path / "out") == write_and_publish(tmp_path / "whole")
 
 
 def test_run_killed_after_seal_resumes_and_gives_the_same_result(tmp_path: Path):
-    def seal(artifact_draft: ArtifactDraft) -> None:
-        artifact_draft.add("notes", b"small")
-        artifact_draft.seal()
+    def seal(writer: ArtifactWriter) -> None:
+        writer.add("notes", b"small")
+        writer.seal()
 
     interrupt(tmp_path / "out", 99, action=seal)
     assert write_and_publish(tmp_path / "out") == write_and_publish(tmp_path / "whole")
 
 
 def test_second_writer_of_one_result_is_refused(tmp_path: Path):
-    second_draft = open_draft(tmp_path / "out", "job", "data", 5)
+    second_writer = open_writer(tmp_path / "out", "job", "data", 5)
     with (
-        open_draft(tmp_path / "out", "job", "data", 5),
+        open_writer(tmp_path / "out", "job", "data", 5),
         raises_code(StoreRefused, "output_in_use", folder=str(tmp_path / "out")),
     ):
-        second_draft.__enter__()
+        second_writer.__enter__()
 
 
 def test_folder_with_files_is_refused_at_the_start_and_at_publish(tmp_path: Path):
@@ -232,37 +230,37 @@ def test_folder_with_files_is_refused_at_the_start_and_at_publish(tmp_path: Path
     (tmp_path / "out" / "mine").write_text("mine")
     with (
         raises_code(StoreRefused, "output_not_empty"),
-        open_draft(tmp_path / "out", "job", "data", 5),
+        open_writer(tmp_path / "out", "job", "data", 5),
     ):
         pass
-    with open_draft(tmp_path / "late", "job", "data", 1) as artifact_draft:
-        artifact_draft.write("all", [(0, memoryview(b"x"))])
+    with open_writer(tmp_path / "late", "job", "data", 1) as writer:
+        writer.write("all", [(0, memoryview(b"x"))])
         (tmp_path / "late").mkdir()
         (tmp_path / "late" / "mine").write_text("mine")
-        manifest = artifact_draft.seal()
+        manifest = writer.seal()
         with raises_code(StoreRefused, "output_not_empty"):
-            artifact_draft.publish(manifest)
+            writer.publish(manifest)
     assert (tmp_path / "late" / "mine").read_text() == "mine"
 
 
 def test_exception_of_the_caller_is_not_translated(tmp_path: Path):
-    with pytest.raises(FileNotFoundError), open_draft(tmp_path / "out", "job", "data", 5):
+    with pytest.raises(FileNotFoundError), open_writer(tmp_path / "out", "job", "data", 5):
         raise FileNotFoundError("of the caller")
 
 
-def test_store_takes_a_sealed_draft_without_hashing_it_again(
+def test_store_takes_a_sealed_artifact_without_hashing_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     store = Store(str(tmp_path / "store"))
     # None: a call of one of these functions, which read and hash files, would fail.
-    monkeypatch.setattr(store_draft, "hash_files", None)
+    monkeypatch.setattr(artifact_writer, "hash_files", None)
     monkeypatch.setattr("infra.store.object_store.hash_files", None)
     monkeypatch.setattr("infra.store.artifact_files.read_verified_chunks", None)
-    with open_draft(tmp_path / "work", "job", "data", len(BODY)) as artifact_draft:
-        write_missing_blocks(artifact_draft)
-        manifest = artifact_draft.seal()
-        artifact = store.take(artifact_draft.files, manifest)
-        artifact_draft.drop()
+    with open_writer(tmp_path / "work", "job", "data", len(BODY)) as writer:
+        write_missing_blocks(writer)
+        manifest = writer.seal()
+        artifact = store.take(writer.files, manifest)
+        writer.drop()
     assert artifact.sha256 == manifest.root
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     links = store.local(artifact, tmp_path / "cache")
@@ -270,11 +268,11 @@ def test_store_takes_a_sealed_draft_without_hashing_it_again(
     assert (links / "data").stat().st_mode & 0o222 == 0
 
 
-def test_bucket_takes_a_sealed_draft(tmp_path: Path, s3):
+def test_bucket_takes_a_sealed_artifact(tmp_path: Path, s3):
     store = Store("s3://models/drafts")
-    with open_draft(tmp_path / "work", "job", "data", len(BODY)) as artifact_draft:
-        write_missing_blocks(artifact_draft)
-        artifact = store.take(artifact_draft.files, artifact_draft.seal())
+    with open_writer(tmp_path / "work", "job", "data", len(BODY)) as writer:
+        write_missing_blocks(writer)
+        artifact = store.take(writer.files, writer.seal())
     assert (store.local(artifact, tmp_path / "cache") / "data").read_bytes() == BODY
     assert store.take(tmp_path / "gone", store.manifest(artifact)) == artifact
 

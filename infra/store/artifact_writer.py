@@ -1,8 +1,7 @@
 """Write an artifact block by block, in any order, from several threads, and resume after a kill.
 
 The artifact has one large file and a few small ones. A block is a named set of byte ranges (pieces)
-of the large file. The unfinished artifact is called a draft (it is not the draft of a bundle), and
-the finished one a result. The files of a result ``name``::
+of the large file. The finished artifact is called the result. The files of a result ``name``::
 
     <parent>/.<name>.part/files/...   the unfinished files
     <parent>/.<name>.journal          a header line, and one line per written block: its name, and
@@ -92,10 +91,10 @@ class ChunkHashes:
         """Add bytes of the chunk ``index``: hash them now, or keep a copy for later."""
         with self._lock:
             if index in self._chunk_hashes:
-                raise _written_twice_error(start)
+                raise _build_written_twice_error(start)
             chunk = self._open_chunks.setdefault(index, _Chunk(index * self._chunk_bytes))
             if start < chunk.at or start in chunk.early_pieces:
-                raise _written_twice_error(start)
+                raise _build_written_twice_error(start)
             if chunk.is_hashing or start != chunk.at:
                 chunk.early_pieces[start] = bytes(data)
                 return
@@ -144,8 +143,8 @@ class _Chunk:
         self.is_hashing = False
 
 
-class ArtifactDraft:
-    """An unfinished artifact of one large file and a few small ones; see ``open_draft``.
+class ArtifactWriter:
+    """Writes an artifact of one large file and a few small ones; see ``open_writer``.
 
     Args:
         into: the folder that ``publish`` creates.
@@ -156,7 +155,7 @@ class ArtifactDraft:
 
     def __init__(self, into: Path, journal: int, path: str, size: int) -> None:
         self.into = into
-        self.folder = _unfinished_folder(into)
+        self.folder = _get_unfinished_folder(into)
         self._path, self._size, self._journal = path, size, journal
         self._small_files: dict[str, bytes] = {}
         self._blocks: set[str] = set()
@@ -273,7 +272,7 @@ def verify_result(into: Path) -> StoreManifest:
     """Verify every chunk of a published result, and return its manifest.
 
     Args:
-        into: the folder that ``ArtifactDraft.publish`` created.
+        into: the folder that ``ArtifactWriter.publish`` created.
 
     Raises:
         ArtifactMissing: there is no manifest, so no result was published.
@@ -303,7 +302,7 @@ def verify_result(into: Path) -> StoreManifest:
 
 
 @contextmanager
-def open_draft(into: Path, job: object, path: str, size: int) -> Iterator[ArtifactDraft]:
+def open_writer(into: Path, job: object, path: str, size: int) -> Iterator[ArtifactWriter]:
     """Start to write an artifact, or resume an earlier run that was interrupted.
 
     Args:
@@ -324,14 +323,14 @@ def open_draft(into: Path, job: object, path: str, size: int) -> Iterator[Artifa
         try:
             require_empty_or_missing(into)
             with translate_os_errors(journal_path, "write"):
-                draft = _start_or_resume(into, journal, header, path, size)
+                writer = _start_or_resume(into, journal, header, path, size)
             try:
-                yield draft
+                yield writer
             finally:
-                draft.close()
+                writer.close()
         finally:
             # There is no unfinished folder after publish(), after drop(), or if the start failed.
-            if not _unfinished_folder(into).exists():
+            if not _get_unfinished_folder(into).exists():
                 journal_path.unlink(missing_ok=True)
 
 
@@ -344,7 +343,7 @@ def _remove_abandoned(into: Path) -> None:
     with suppress(OSError):  # the caller does not depend on the removal
         for journal_path in into.parent.glob(".*.journal"):
             name = journal_path.name.removeprefix(".").removesuffix(".journal")
-            unfinished = _unfinished_folder(journal_path.with_name(name))
+            unfinished = _get_unfinished_folder(journal_path.with_name(name))
             is_recent = not is_old(journal_path) or (unfinished.exists() and not is_old(unfinished))
             if name == into.name or is_recent:
                 continue
@@ -384,31 +383,31 @@ def _open_journal(into: Path, journal_path: Path) -> Iterator[int]:
 
 def _start_or_resume(
     into: Path, journal: int, header: bytes, path: str, size: int
-) -> ArtifactDraft:
-    """Return the draft of an interrupted run whose journal has this header, or an empty draft."""
+) -> ArtifactWriter:
+    """Continue an interrupted run whose journal has this header, or start with no blocks."""
     content = read_open_file(journal, 0, os.fstat(journal).st_size)
     first_line, *lines = content.split(b"\n")
-    file = _unfinished_folder(into) / FILES / path
+    file = _get_unfinished_folder(into) / FILES / path
     is_resumed = first_line == header and file.is_file() and file.stat().st_size == size
     if not is_resumed:
-        shutil.rmtree(_unfinished_folder(into), ignore_errors=True)
+        shutil.rmtree(_get_unfinished_folder(into), ignore_errors=True)
         os.ftruncate(journal, 0)
         os.write(journal, header + b"\n")
     else:
         file.chmod(0o644)  # seal() of the earlier run may have made it read-only
         if not content.endswith(b"\n"):
             os.write(journal, b"\n")  # the kill left an incomplete line
-    draft = ArtifactDraft(into, journal, path, size)
+    writer = ArtifactWriter(into, journal, path, size)
     if is_resumed:
         try:
-            draft.resume(lines)
+            writer.resume(lines)
         except BaseException:
-            draft.close()
+            writer.close()
             raise
-    return draft
+    return writer
 
 
-def _unfinished_folder(into: Path) -> Path:
+def _get_unfinished_folder(into: Path) -> Path:
     """Return the folder of the unfinished files of the result ``into``."""
     return into.parent / f".{into.name}.part"
 
@@ -420,6 +419,6 @@ def _write_at(file: int, start: int, data: memoryview) -> None:
         start, data = start + written, data[written:]
 
 
-def _written_twice_error(start: int) -> ArtifactDamaged:
+def _build_written_twice_error(start: int) -> ArtifactDamaged:
     """Return the error for a byte that was already written."""
     return ArtifactDamaged("draft_written_twice", start=start)

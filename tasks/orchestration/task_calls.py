@@ -1,4 +1,4 @@
-"""Retry and cache policy of tasks: which faults are retried, and how cached results are found.
+"""Retries and caching of tasks: which faults are retried, and how cached results are found.
 
 The key of a result consists of the task's name, its arguments (artifacts count by their hash) and a
 digest of the sources that the task imports (``code_digest.py``). Results are records in the object
@@ -135,12 +135,13 @@ TASK_OPTIONS: dict[str, Any] = {
 """Options of every task."""
 
 
-def content_key(task: Task[..., Any], code: str, arguments: Mapping[str, Any]) -> str:
-    """Compute the cache key of a result, from the task's sources, ``code`` and all arguments.
+def content_key(task: Task[..., Any], context_digest: str, arguments: Mapping[str, Any]) -> str:
+    """Compute the cache key of a result: task's sources, ``context_digest`` and all arguments.
 
     Args:
         task: the task of the result.
-        code: digest of other inputs: the architecture's code and the number of the attempt.
+        context_digest: digest of other inputs, such as the source code of the model's class
+            (``Run.context_digest`` in ``flows/run.py``).
         arguments: the arguments of the task by name; missing ones have their defaults.
 
     Raises:
@@ -148,7 +149,7 @@ def content_key(task: Task[..., Any], code: str, arguments: Mapping[str, Any]) -
     """
     bound = inspect.signature(task.fn).bind(**arguments)
     bound.apply_defaults()
-    return digest([code_digest(task.fn), code, dict(bound.arguments)])
+    return digest([code_digest(task.fn), context_digest, dict(bound.arguments)])
 
 
 def require_stored(result: object) -> None:
@@ -165,7 +166,7 @@ def require_stored(result: object) -> None:
 
 def call(
     task: Task[..., R],
-    code: str,
+    context_digest: str,
     /,
     check: Callable[[R], object] = require_stored,
     **arguments: Any,
@@ -174,7 +175,7 @@ def call(
 
     Args:
         task: a task with the options ``TASK_OPTIONS``.
-        code: digest of inputs other than the arguments; part of the cache key.
+        context_digest: digest of inputs other than the arguments; part of the cache key.
         check: raises ``ArtifactMissing`` or ``ArtifactDamaged`` for a result that cannot be used,
             so that the task runs again.
         arguments: the arguments of the task, by name.
@@ -183,15 +184,15 @@ def call(
         StoreOutage, RegistryOutage: the service is still down at the deadline.
         Exception: the exception of the task.
     """
-    key = content_key(task, code, arguments)
+    key = content_key(task, context_digest, arguments)
 
-    def recorded_result() -> R:
+    def find_recorded_result() -> R:
         recorded: R = find_result(store(), task.name, key, task.fn)
         check(recorded)
         return recorded
 
     try:
-        result = wait_out(recorded_result)
+        result = wait_out(find_recorded_result)
     except (StoreOutage, RegistryOutage):
         raise
     except ArtifactMissing as fault:

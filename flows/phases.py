@@ -1,6 +1,6 @@
-"""The stages of an order in sequence, one function each; ``flows/compress.py`` calls them.
+"""The phases of an order in sequence, one function each; ``flows/compress.py`` calls them.
 
-A function receives the run context and the results of earlier stages. To lower a model is to write
+A function receives the run context and the results of earlier phases. To lower a model is to write
 it as a graph for a target; to build is to make an engine from the graph, if the target needs one.
 """
 
@@ -77,7 +77,7 @@ class MeasuredResult:
 
     Attributes:
         served: measurements of the served graphs or engines, by target.
-        stages: bytes and quality of the model after each step, measured in PyTorch.
+        stages: bytes and quality of each stage (the model after a step), measured in PyTorch.
     """
 
     served: dict[str, Artifact]
@@ -90,7 +90,7 @@ def pull_model(run: Run) -> None:
     Raises:
         Refused: a required target cannot be built on this machine, or a bundle is damaged.
     """
-    run.progress.stage(f"pull {run.model.name} {run.model.version}")
+    run.progress.start_phase(f"pull {run.model.name} {run.model.version}")
     for target, requirement in run.order.targets.requirements().items():
         if requirement == "required":
             require_builder(target)
@@ -106,9 +106,9 @@ def prepare_data(run: Run) -> PreparedData:
     Raises:
         DataRefused: a check failed, or the data cannot be used to measure the model.
     """
-    run.progress.stage("validate the data")
+    run.progress.start_phase("validate the data")
     validation = run.call(validate, bundle=run.model.artifact, rules=run.order.rules)
-    run.progress.stage("prepare tensors")
+    run.progress.start_phase("prepare tensors")
     test = run.prepare_split("test")
     ranking = run.prepare_ranking()
     check_teachers(run)
@@ -127,7 +127,7 @@ def compress_model(run: Run, data: PreparedData) -> Compressed:
     """
     compressed = apply_recipe(run)
     excluded: dict[str, str] = {}
-    while units := _units_that_prevent_lowering(run, compressed.bundle, data, excluded):
+    while units := _find_units_that_prevent_lowering(run, compressed.bundle, data, excluded):
         excluded |= units
         compressed = apply_recipe(run, excluded)
     return compressed
@@ -139,9 +139,9 @@ def build_baselines(run: Run, data: PreparedData) -> BuiltTargets:
     An optional target that fails is skipped, unless no earlier target succeeded: the report needs
     the bytes of at least one baseline.
     """
-    run.progress.stage("lower the untouched model")
+    run.progress.start_phase("lower the untouched model")
     baselines = BuiltTargets({}, {})
-    for target in run.order.targets.compared_targets():
+    for target in run.order.targets.list_compared_targets():
         with _skip_if_optional(run, target, baselines, is_needed=not baselines.artifacts):
             graph = _lower(run, run.model.artifact, target, data)
             baselines.artifacts[target] = _build(run, target, graph)
@@ -162,9 +162,9 @@ def build_targets(
         if target in baselines.skipped:
             continue
         with _skip_if_optional(run, target, result):
-            run.progress.stage(f"lower for {target}")
+            run.progress.start_phase(f"lower for {target}")
             graph = _lower(run, bundle, target, data)
-            run.progress.stage(f"build {target}")
+            run.progress.start_phase(f"build {target}")
             result.artifacts[target] = _build(run, target, graph)
     if not result.artifacts:
         raise OrderRefused("no_target_built", reasons=result.skipped)
@@ -182,7 +182,7 @@ def measure_result(
 
     Also evaluate the model after each step of the recipe, in PyTorch.
     """
-    run.progress.stage("measure")
+    run.progress.start_phase("measure")
     served = {
         target: run.call(
             measure,
@@ -201,7 +201,7 @@ def measure_result(
         for target, candidate in built.artifacts.items()
         if TARGETS[target].is_measured
     }
-    run.progress.stage("evaluate the stages")
+    run.progress.start_phase("evaluate the stages")
     return MeasuredResult(served, measure_recipe_stages(run, compressed, data.test, data.ranking))
 
 
@@ -233,7 +233,7 @@ def _encode_items(
 
 def judge_targets(run: Run, built: BuiltTargets, measured: MeasuredResult) -> dict[str, Verdict]:
     """Compare the order's limits with the measurements, for each target that was built."""
-    run.progress.stage("judge")
+    run.progress.start_phase("judge")
     return {
         target: run.call(
             gate,
@@ -255,7 +255,7 @@ def publish_result(
     verdicts: dict[str, Verdict],
 ) -> Finished:
     """Store the report, register the release, and promote it if the order has ``promote``."""
-    run.progress.stage("publish")
+    run.progress.start_phase("publish")
     order, model = run.order, run.model
     write_report = functools.partial(
         build_report,
@@ -292,7 +292,7 @@ def publish_result(
     return finished
 
 
-def _units_that_prevent_lowering(
+def _find_units_that_prevent_lowering(
     run: Run, bundle: Artifact, data: PreparedData, excluded: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the units of a preset's result that cannot be lowered for a required target.

@@ -1,13 +1,13 @@
-"""A graph pass that keeps int8 products in int8 if a Relu or Clip follows them."""
+"""A graph pass that keeps int8 layers in int8 if a Relu or Clip follows them."""
 
 import numpy as np
 import onnx_ir as ir
 
 
-class SpellOutClipping(ir.passes.InPlacePass):
-    """Replace a Relu or Clip after an int8 Gemm by operators that leave the product in int8.
+class ReplaceReluByMax(ir.passes.InPlacePass):
+    """Replace a Relu or Clip after an int8 Gemm by operators that leave the Gemm in int8.
 
-    ONNX Runtime merges Gemm and Relu into a float FusedGemm *before* it looks for int8 products.
+    ONNX Runtime merges Gemm and Relu into a float FusedGemm *before* it looks for int8 Gemms.
     The layer then computes in float32 after a DequantizeLinear, 3.5 times slower than in int8
     (``benchmarks/qdq_forms.py``). It does not merge Gemm with Max or Min, so these replace Relu and
     Clip. If the only consumer of a Relu is the QuantizeLinear of the next int8 layer, a Clip of the
@@ -68,7 +68,7 @@ def _replace_by_max_and_min(model: ir.Model, node: ir.Node) -> None:
     """Replace a Relu or Clip by Max, Min, or both."""
     low, high = (*node.inputs[1:], None, None)[:2]
     if node.op_type == "Relu":
-        low = _scalar_initializer(model, "relu_floor", 0.0)
+        low = _get_scalar_initializer(model, "relu_floor", 0.0)
     current, new_nodes = node.inputs[0], []
     for op_type, bound in (("Max", low), ("Min", high)):
         if bound is not None:
@@ -82,7 +82,7 @@ def _replace_by_max_and_min(model: ir.Model, node: ir.Node) -> None:
     )
 
 
-def _scalar_initializer(model: ir.Model, name: str, value: float) -> ir.Value:
+def _get_scalar_initializer(model: ir.Model, name: str, value: float) -> ir.Value:
     """Return the float32 initializer of this name; add it if the graph has none."""
     if name not in model.graph.initializers:
         tensor = ir.Tensor(np.array(value, np.float32), name=name)

@@ -24,7 +24,7 @@ from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.compress import compress as compress_flow
 from infra import errors
 from tasks import compress, tables
-from tasks.orchestration import policy
+from tasks.orchestration import task_calls
 
 ARTIFACT = Artifact(uri="file:///s/artifacts/a", sha256="a" * 64, bytes=1)  # is not read
 
@@ -53,7 +53,7 @@ def is_retried(fault: BaseException, run_count: int = 1) -> bool:
     """Return whether Prefect retries a task run after its ``run_count``-th failure."""
     state: State[Any] = Failed(data=fault, message=str(fault))
     run = TaskRun.model_construct(id=uuid4(), run_count=run_count)
-    return policy.should_retry(cast("Any", None), run, state)
+    return task_calls.should_retry(cast("Any", None), run, state)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_refused_order_or_bug_is_not_retried(kind: type[Exception]) -> None:
 
 def test_successful_run_is_not_retried() -> None:
     state: State[Any] = Completed(data=1)
-    assert not policy.should_retry(cast("Any", None), cast("TaskRun", None), state)
+    assert not task_calls.should_retry(cast("Any", None), cast("TaskRun", None), state)
 
 
 def test_tasks_of_every_declaring_module_are_checked() -> None:
@@ -124,7 +124,7 @@ def test_tasks_of_every_declaring_module_are_checked() -> None:
 )
 def test_prefect_stores_no_result_of_a_task_or_flow(prefect_task: Any) -> None:
     assert prefect_task.persist_result is False
-    assert isinstance(prefect_task.result_storage, policy.NoResultStorage)
+    assert isinstance(prefect_task.result_storage, task_calls.NoResultStorage)
     assert prefect_task.result_serializer == "json"
 
 
@@ -132,13 +132,13 @@ def test_prefect_stores_no_result_of_a_task_or_flow(prefect_task: Any) -> None:
 def test_every_task_has_our_retry_condition_and_no_prefect_cache(prefect_task: Any) -> None:
     assert prefect_task.cache_policy is NO_CACHE
     assert prefect_task.cache_key_fn is None
-    assert prefect_task.retry_condition_fn is policy.should_retry
+    assert prefect_task.retry_condition_fn is task_calls.should_retry
     assert prefect_task.retries >= 1
     assert "return" in get_type_hints(prefect_task.fn)  # records are validated by it
 
 
 def test_no_result_storage_stores_nothing() -> None:
-    storage = policy.NoResultStorage()
+    storage = task_calls.NoResultStorage()
     storage.write_path("key", b"content")
     with pytest.raises(ValueError, match="recpress stores results itself"):
         storage.read_path("key")
@@ -148,12 +148,12 @@ def test_no_result_storage_stores_nothing() -> None:
 
 
 def test_local_result_returns_the_result_or_raises_the_exception_of_a_state() -> None:
-    assert policy.local_result(Completed(data=1)) == 1
-    assert policy.local_result(Completed(data=Completed(data=2))) == 2
+    assert task_calls.local_result(Completed(data=1)) == 1
+    assert task_calls.local_result(Completed(data=Completed(data=2))) == 2
     with raises_code(errors.DataRefused, "checks_missing"):
-        policy.local_result(Failed(data=errors.DataRefused("checks_missing")))
+        task_calls.local_result(Failed(data=errors.DataRefused("checks_missing")))
     with pytest.raises(KeyboardInterrupt):
-        policy.local_result(Crashed(data=KeyboardInterrupt()))
+        task_calls.local_result(Crashed(data=KeyboardInterrupt()))
 
 
 @pytest.mark.parametrize(
@@ -170,20 +170,20 @@ def test_local_result_never_reads_the_location_named_by_a_state_of_the_api(
     state: State[Any],
 ) -> None:
     with raises_code(errors.ServiceFailed, "run_ended_by_prefect", state=state.name, problem="m"):
-        policy.local_result(state)
+        task_calls.local_result(state)
 
 
 # --- keys ------------------------------------------------------------------------------------
 
 
 def content_key(
-    prefect_task: Any = tables.quantize_tables, code: str = "c", /, **arguments: Any
+    prefect_task: Any = tables.quantize_tables, context_digest: str = "c", /, **arguments: Any
 ) -> str:
     """Return the cache key of a task's result for these arguments.
 
-    ``code`` stands for the digest of the sources that the task imports.
+    ``context_digest`` stands for the digest of what no argument contains.
     """
-    return policy.content_key(prefect_task, code, arguments)
+    return task_calls.content_key(prefect_task, context_digest, arguments)
 
 
 def test_content_key_depends_on_code_and_every_argument_but_not_their_order() -> None:
@@ -207,7 +207,7 @@ def test_content_key_is_the_same_with_an_explicit_default() -> None:
         "teachers": (),
         "seed": 0,
         "device": "cpu",
-        "code": "c",
+        "context_digest": "c",
     }
     one = content_key(compress.compress, **arguments)
     assert one == content_key(compress.compress, **arguments, preset=False, excluded=None)
