@@ -77,6 +77,24 @@ def test_hard_loss_with_all_items_drawn_is_the_softmax_over_the_catalogue(rows, 
     assert float(actual) == pytest.approx(np.mean(losses) if losses else 0.0, abs=1e-12)
 
 
+@given(rows_of_batches, st.lists(st.integers(0, ITEMS - 1), min_size=1, unique=True))
+def test_hard_loss_divides_each_exponential_by_the_probability_of_inclusion(rows, drawn):
+    batch = batch_of(rows, drawn)
+    query, item = vectors(len(rows), 0), vectors(ITEMS, 1)
+    share = (1 + np.arange(ITEMS)) / 100
+    included = 1 - (1 - share) ** (len(rows) - 1) * (1 - len(drawn) / ITEMS)
+    terms = np.exp((query @ item.T).numpy()) / included  # (rows, ITEMS)
+    losses = []
+    for row, (own, of_query, label) in enumerate(rows):
+        positives = {other for other, q, liked in rows if q == of_query and liked}
+        candidates = {*drawn, *(other for other, _, _ in rows)} - positives | {own}
+        if label:
+            losses.append(np.log(terms[row, list(candidates)].sum() / terms[row, own]))
+    actual = LOSSES.hard_loss(output_of(query, item, batch), batch)
+    # A float64 sum of a few terms.
+    assert float(actual) == pytest.approx(np.mean(losses) if losses else 0.0, abs=1e-12)
+
+
 @given(rows_of_batches, st.integers(0, 1000), st.floats(0.5, 4))
 def test_soft_loss_with_all_items_drawn_is_the_cross_entropy_over_the_catalogue(
     rows, seed, temperature
