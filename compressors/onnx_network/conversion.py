@@ -19,13 +19,11 @@ from compressors.onnx_network.names import common_scopes, unique_name
 from compressors.onnx_network.network import MODULE, OnnxNetwork, require_supported
 from compressors.onnx_network.normalize import normalize
 from compressors.onnx_network.operators.elementwise import DTYPES
+from compressors.onnx_network.operators.sizes import MOST_SIZES
 from compressors.onnx_network.operators.table import OPERATORS, computes_sizes
 from compressors.onnx_network.widths import layers_before
 
 SHAPE_READERS = ("Shape", "Size")
-
-MOST_SIZES = 1024
-"""Most integers of one constant that are written to the configuration."""
 
 Attributes = dict[str, Any]
 

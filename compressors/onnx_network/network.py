@@ -172,14 +172,14 @@ class OnnxNetwork(nn.Module):
         self, node: Node, arguments: list[Value | None], device: torch.device
     ) -> tuple[Value, ...]:
         """Return the outputs of a node."""
-        result: Any
+        result: Any = None
         if node.module is not None:
             result = self.get_submodule(node.module)(_tensor(arguments[0], device))
         elif not any(isinstance(item, Tensor) for item in arguments) and computes_sizes(
             node.op, node.attributes
         ):
             result = SIZE_OPERATORS[node.op](*arguments, **node.attributes)
-        else:
+        if result is None:
             operator = OPERATORS[node.op]
             converted: list[Value | None] = []
             for position, argument in enumerate(arguments):

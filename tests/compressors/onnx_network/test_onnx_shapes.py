@@ -27,7 +27,18 @@ def node(op: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto
 
 SCALARS = {"zero": np.int64(0), "one": np.int64(1), "two": np.int64(2)}
 VECTORS = {"v0": int64(0), "v1": int64(1), "v2": int64(2), "all": int64(-1), "six": int64(6)}
-VECTORS["all32"] = np.array([-1], np.int32)
+VECTORS |= {
+    "all32": np.array([-1], np.int32),
+    "last_two": int64(-2, -1),
+    "all_of_it": int64(2**62),
+    "lowest": int64(-(2**62)),
+    "pairs": int64(-1, 2),
+    "square": int64(2, 2),
+    "zero_all": int64(0, -1),
+    "split": int64(1, 2),
+    "off_on": int64(0, 1),
+    "six0": np.array(6),
+}
 SHAPE = node("Shape", "x", "shape")
 GRAPHS: dict[str, list[onnx.NodeProto]] = {
     "reshape_as_torchscript_writes_it": [
@@ -81,6 +92,28 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
         node("Cast", "length", "number", to=1),
         node("Div", "x number", "y"),
     ],
+    "integers_of_the_rows": [
+        SHAPE,
+        node("Slice", "shape v0 v1", "rows"),
+        node("ConstantOfShape", "rows", "ones", value=helper.make_tensor("", 7, [1], [2])),
+        node("Unsqueeze", "ones last_two", "column"),
+        node("Cast", "column", "numbers", to=1),
+        node("Mul", "x numbers", "y"),
+    ],
+    "pads_as_torchscript_writes_them": [
+        SHAPE,
+        node("Slice", "shape v2 all_of_it", "dim"),
+        node("Concat", "dim v1 v0 v2 v0 v0", "from_last", axis=0),
+        node("Reshape", "from_last pairs", "by_axis"),
+        node("Slice", "by_axis all lowest v0 all", "reversed"),
+        node("Transpose", "reversed", "by_side", perm=[1, 0]),
+        node("Reshape", "by_side all", "pads"),
+        node("Pad", "x pads", "y"),
+    ],
+}
+"""Graphs that compute floats for any number of rows."""
+
+VALUES: dict[str, list[onnx.NodeProto]] = {
     "arithmetic_of_sizes": [
         node("Size", "x", "count"),
         SHAPE,
@@ -99,10 +132,48 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
         node("Concat", "v2 same1 six", "target", axis=0),
         node("Reshape", "wide target", "y"),
     ],
+    "matrix_of_sizes": [
+        SHAPE,
+        node("Concat", "shape six", "four", axis=0),
+        node("Reshape", "four square", "matrix"),
+        node("Slice", "matrix v1 v2 v1", "second"),
+        node("Squeeze", "second v1", "values"),
+        node("ReduceProd", "matrix v1", "products", keepdims=0),
+        node("Unsqueeze", "products v1", "column"),
+        node("Reshape", "column zero_all", "again"),
+        node("Concat", "matrix again", "wide", axis=1),
+        node("OneHot", "values six0 off_on", "classes", axis=0),
+        node("Transpose", "wide", "tall", perm=[1, 0]),
+        node("Concat", "classes tall", "y", axis=0),
+    ],
+    "other_operators_on_sizes": [
+        SHAPE,
+        node("Slice", "shape v2 all_of_it", "dim"),
+        node("Sub", "dim six", "negative"),
+        node("Div", "negative v2", "quotient"),
+        node("Mod", "negative v2", "rest", fmod=0),
+        node("Mod", "negative v2", "rest_in_c", fmod=1),
+        node("Abs", "negative", "distance"),
+        node("ReduceSum", "shape", "sum"),
+        node("ReduceMax", "shape", "largest"),
+        node("ReduceMin", "shape", "smallest"),
+        helper.make_node("Split", ["shape", "split"], ["first", "others"]),
+        node("Tile", "others v2", "twice"),
+        node("Expand", "dim v2", "expanded"),
+        node("Less", "shape six", "is_less"),
+        node("Where", "is_less shape all", "chosen"),
+        node(
+            "Concat",
+            "quotient rest rest_in_c distance sum largest smallest first twice expanded chosen",
+            "y",
+            axis=0,
+        ),
+    ],
 }
+"""Graphs that compute with the integers of shapes, for one number of rows."""
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", [*GRAPHS, *VALUES])
 def test_computed_shape_is_that_of_onnx_runtime(tmp_path: Path, name: str) -> None:
     inputs = {"x": X, **({"wide": X[:, :, 0]} if name == "arithmetic_of_sizes" else {})}
     if name == "arithmetic_of_sizes":
@@ -111,10 +182,11 @@ def test_computed_shape_is_that_of_onnx_runtime(tmp_path: Path, name: str) -> No
 
 
 def model_of(name: str, inputs: dict[str, Array]) -> onnx.ModelProto:
-    return graph_of(GRAPHS[name], inputs, weights={**SCALARS, **VECTORS})
+    nodes = {**GRAPHS, **VALUES}[name]
+    return graph_of(nodes, inputs, weights={**SCALARS, **VECTORS})
 
 
-@pytest.mark.parametrize("name", [name for name in GRAPHS if name != "arithmetic_of_sizes"])
+@pytest.mark.parametrize("name", GRAPHS)
 def test_graph_that_computes_a_shape_can_be_traced_for_any_number_of_rows(name: str) -> None:
     network = network_of(model_of(name, {"x": X}))
     rows = torch.export.Dim("rows", min=1, max=1024)
