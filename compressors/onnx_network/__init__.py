@@ -1,6 +1,7 @@
 """Networks that exist only as an ONNX file, as torch networks.
 
 rules.py       rewrite rules for what exporters write around a lookup
+weights.py     follow trained weights through the simplification of a graph
 normalize.py   bring a graph to one opset and simplify it
 names.py       names of modules and values from those of initializers and nodes
 layers.py      find the tables and dense layers of a graph

@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 from torch import Tensor
 
 from compressors.errors.onnx_graphs import OnnxRefused
@@ -21,6 +22,7 @@ from compressors.onnx_network.normalize import normalize
 from compressors.onnx_network.operators.elementwise import DTYPES
 from compressors.onnx_network.operators.sizes import MOST_SIZES
 from compressors.onnx_network.operators.table import OPERATORS, computes_sizes
+from compressors.onnx_network.weights import Weights
 from compressors.onnx_network.widths import layers_before
 
 SHAPE_READERS = ("Shape", "Size")
@@ -50,19 +52,13 @@ def convert(model: ir.Model) -> Converted:
     Raises:
         OnnxRefused: the graph has an operator, a type or a form that is not supported.
     """
-    inputs = _inputs(model.graph)
-    if not inputs:
+    RemoveInitializersFromInputsPass()(model)  # files of old versions have them there too
+    if not model.graph.inputs:
         raise OnnxRefused("inputs_missing")
-    for item in inputs:
+    for item in model.graph.inputs:
         _require_rows_of_numbers(item)
-    initializers = set(model.graph.initializers)  # constants become initializers too
-    normalize(model)
-    return _converted(model.graph, initializers)
-
-
-def _inputs(graph: ir.Graph) -> tuple[ir.Value, ...]:
-    """Return the inputs; files of old versions list the initializers among them."""
-    return tuple(item for item in graph.inputs if not item.is_initializer())
+    weights = normalize(model)
+    return _converted(model.graph, weights)
 
 
 def _require_rows_of_numbers(item: ir.Value) -> None:
@@ -78,31 +74,31 @@ def _sizes_of(shape: ir.Shape) -> tuple[int | None, ...]:
     return tuple(size if isinstance(size, int) else None for size in shape)
 
 
-def _converted(graph: ir.Graph, initializers: set[str]) -> Converted:
+def _converted(graph: ir.Graph, weights: Weights) -> Converted:
     """Convert a simplified graph.
 
     Args:
         graph: the graph.
-        initializers: the names of the values that the file stores as initializers.
+        weights: what follows its trained weights.
     """
     calls = {call.nodes[-1]: call for call in module_calls(graph)}
     covered = {node for call in calls.values() for node in call.nodes[:-1]}
     nodes = [node for node in graph if node not in covered]
     attributes = {node: _attributes(node) for node in nodes if node not in calls}
-    inputs = _inputs(graph)
-    names = _Names(inputs)
+    names = _Names(graph.inputs)
     modules = _modules(calls.values(), names)
     sizes, tensors = _constants(graph, attributes)
     for value in tensors:
         names.of_tensor(value)
+    statistics = _statistics(nodes)
     trained = {
         value
         for value, tensor in tensors.items()
-        if value.name in initializers and _may_be_trained(tensor)
+        if value not in statistics and weights.include(value) and _may_be_trained(tensor)
     }
     taken: set[str] = set()
     config = {
-        "inputs": [{"name": names.of(item), **_type_of(item)} for item in inputs],
+        "inputs": [{"name": names.of(item), **_type_of(item)} for item in graph.inputs],
         "outputs": {unique_name(item.name or "", taken): names.of(item) for item in graph.outputs},
         "nodes": [
             _call(calls[node], modules, names) if node in calls else _node(node, attributes, names)
@@ -113,10 +109,16 @@ def _converted(graph: ir.Graph, initializers: set[str]) -> Converted:
         "buffers": {names.of(v): _spec(t) for v, t in tensors.items() if v not in trained},
         "sizes": {names.of(value): integers for value, integers in sizes.items()},
     }
-    weights = {names.of(value): tensor for value, tensor in tensors.items()}
+    state = {names.of(value): tensor for value, tensor in tensors.items()}
     for name, call in modules.values():
-        weights |= {f"{name}.{attribute}": w for attribute, w in call.weights().items()}
-    return Converted(config, weights)
+        state |= {f"{name}.{attribute}": w for attribute, w in call.weights().items()}
+    return Converted(config, state)
+
+
+def _statistics(nodes: Iterable[ir.Node]) -> set[ir.Value | None]:
+    """Return the running means and variances of batch norms, which gradients do not change."""
+    norms = [node for node in nodes if node.op_type == "BatchNormalization"]
+    return {value for node in norms for value in node.inputs[3:5]}
 
 
 def _may_be_trained(tensor: Tensor) -> bool:
@@ -319,6 +321,7 @@ def _checked(value: ir.Value) -> Tensor:
 
 def build(converted: Converted) -> OnnxNetwork:
     """Return the network with its weights, in evaluation mode."""
-    network = OnnxNetwork(**converted.config)
+    with torch.device("meta"):  # the state dict replaces all tensors
+        network = OnnxNetwork(**converted.config)
     network.load_state_dict(converted.weights, strict=True, assign=True)
     return network.eval()

@@ -111,6 +111,96 @@ def test_trained_floats_are_parameters_and_constants_are_buffers() -> None:
     assert {name for name, _ in network.named_buffers()} >= {"mask", "temperature"}
 
 
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node("Unsqueeze", "w axis", "a"), node("Add", "x a", "y")],
+        [node("Reshape", "w back", "a"), node("Relu", "a", "b"), node("MatMul", "x b", "y")],
+        [node("Gather", "w ids", "a"), node("ReduceSum", "a", "b"), node("Add", "x b", "y")],
+        [node("Shape", "x", "s"), node("Reshape", "w s", "a"), node("Add", "x a", "y")],
+        [node("Mul", "w w", "a"), node("ReduceSum", "w", "s"), node("Gemm", "x a s", "y")],
+    ],
+    ids=["unsqueeze", "reshape", "constant_rows", "dynamic_reshape", "two_readers"],
+)
+def test_trained_weight_of_which_nodes_compute_another_stays_a_parameter_of_its_name(
+    tmp_path: Path, nodes: list[onnx.NodeProto]
+) -> None:
+    weights = {"w": floats(3, 3), "axis": np.array([0]), "back": np.array([3, -1])}
+    inputs = {"x": floats(3, 3)}
+    model = graph_of(nodes, inputs, weights={**weights, "ids": np.array([2, 2, 0])})
+    network = network_of(model)
+    assert [name.removesuffix(".weight") for name, _ in network.named_parameters()] == ["w"]
+    require_equal(model, inputs, tmp_path)
+
+
+def test_weights_that_are_equal_when_they_are_read_are_trained_apart() -> None:
+    nodes = [node("Mul", "x first", "a"), node("Relu", "a", "b"), node("Mul", "b second", "y")]
+    ones = np.ones(2, np.float32)
+    model = graph_of(nodes, {"x": floats(3, 2)}, weights={"first": ones, "second": ones})
+    assert {name for name, _ in network_of(model).named_parameters()} == {"first", "second"}
+
+
+def test_statistics_of_a_norm_are_buffers_and_gradients_pass_it() -> None:
+    nodes = [node("Relu", "x", "a"), node("BatchNormalization", "a scale bias mean var", "y")]
+    weights = {name: np.abs(floats(2)) for name in ("scale", "bias", "mean", "var")}
+    network = network_of(graph_of(nodes, {"x": floats(3, 2)}, weights=weights))
+    assert {name for name, _ in network.named_parameters()} == {"scale", "bias"}
+    network({"x": torch.ones(3, 2)}).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_initializer_that_is_also_an_input_is_a_weight(tmp_path: Path) -> None:
+    model = graph_of([node("MatMul", "x w", "y")], {"x": floats(3, 2)}, weights={"w": floats(2, 4)})
+    declared = helper.make_tensor_value_info("w", TensorProto.FLOAT, [2, 4])
+    model.graph.input.append(declared)
+    assert units(network_of(model)) == {"w": "Linear"}
+
+
+def test_names_of_a_weight_with_a_suffix_do_not_collide() -> None:
+    nodes = [
+        node("Transpose", "w", "t"),
+        node("MatMul", "x t", "a"),
+        node("Add", "a w.original", "y"),
+    ]
+    weights = {"w": floats(2, 2), "w.original": floats(3, 2)}
+    names = {
+        name
+        for name, _ in network_of(
+            graph_of(nodes, {"x": floats(3, 2)}, weights=weights)
+        ).named_parameters()
+    }
+    assert names == {"w.weight", "w_original"}
+
+
+def test_opset_of_the_domain_ai_onnx_is_the_opset_of_the_graph() -> None:
+    model = graph_of([node("Relu", "x", "y")], {"x": floats(3, 2)})
+    model.opset_import[0].domain = "ai.onnx"
+    assert [item.op for item in network_of(model).nodes] == ["Relu"]
+
+
+def test_constant_that_would_be_large_is_not_computed_before_it_is_read() -> None:
+    nodes = [node("Expand", "one shape", "a"), node("Add", "x a", "y")]
+    weights = {"one": np.float32(1), "shape": np.array([10**6, 10**6])}
+    network = network_of(graph_of(nodes, {"x": floats(1, 1)}, weights=weights))
+    assert [item.op for item in network.nodes] == ["Expand", "Add"]
+
+
+def test_graph_that_the_libraries_cannot_simplify_is_refused() -> None:
+    call = node("Again", "x", "y", domain="own")
+    model = graph_of([node("Relu", "x", "y")], {"x": floats(3, 2)}, domains=["own"])
+    model.graph.node[0].CopyFrom(call)
+    model.functions.append(helper.make_function("own", "Again", ["x"], ["y"], [call], []))
+    with raises_code(OnnxRefused, "simplification_failed"):
+        network_of(model)
+
+
+def test_building_a_network_computes_no_random_weights() -> None:
+    model = graph_of([node("Gather", "w x", "y")], {"x": IDS}, weights={"w": floats(3, 2)})
+    before = torch.get_rng_state()
+    network_of(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_input_and_table_of_the_same_name_keep_it() -> None:
     nodes = [node("Gather", "user.weight user", "forward"), node("Relu", "forward", "y")]
     network = network_of(graph_of(nodes, {"user": IDS}, weights={"user.weight": floats(3, 2)}))
