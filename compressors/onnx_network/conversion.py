@@ -240,10 +240,36 @@ def _attributes(node: ir.Node) -> Attributes:
     require_supported(op, {}, name)
     attributes = {key: _json_value(item, name) for key, item in node.attributes.items()}
     require_supported(op, attributes, name)
-    if op == "Cast" and attributes["to"] not in DTYPES:
-        dtype = ir.DataType(attributes["to"]).name
-        raise OnnxRefused("form_unknown", node=name, problem=f"a cast to {dtype}")
+    if op == "Cast":
+        _torch_dtype(attributes["to"], name)
+    if op == "ConstantOfShape" and "value" in node.attributes:
+        dtype = _torch_dtype(node.attributes["value"].as_tensor().dtype, name)
+        attributes |= {"dtype": _dtype_name(dtype)} if dtype is torch.float64 else {}
+    _require_results(node, op, name)
     return attributes
+
+
+def _torch_dtype(number: int, node: str) -> torch.dtype:
+    """Return the torch dtype of a number of ``TensorProto.DataType`` in a node's attribute.
+
+    Raises:
+        OnnxRefused: there is none.
+    """
+    if number not in DTYPES:
+        problem = f"numbers of the type {ir.DataType(number).name}"
+        raise OnnxRefused("form_unknown", node=node, problem=problem)
+    return DTYPES[number]
+
+
+def _require_results(node: ir.Node, op: str, name: str) -> None:
+    """Raise if outputs are read that the function of an operator does not compute."""
+    results = OPERATORS[op].results
+    missing = () if results is None else node.outputs[results:]
+    if any(output.uses() or output.is_graph_output() for output in missing):
+        problem = f"{op} of which more than {results} outputs are read"
+        raise OnnxRefused("form_unknown", node=name, problem=problem)
+    if op == "Dropout" and len(node.inputs) > 2:  # simplification has removed it for inference
+        raise OnnxRefused("form_unknown", node=name, problem="Dropout for training")
 
 
 def _json_value(attribute: ir.Attr, node: str) -> Any:
@@ -256,7 +282,8 @@ def _json_value(attribute: ir.Attr, node: str) -> Any:
         case ir.AttributeType.FLOAT if math.isfinite(attribute.value):
             return attribute.value
         case ir.AttributeType.TENSOR if attribute.value.size == 1:
-            return attribute.value.numpy().reshape(-1)[0].item()
+            number = attribute.value.numpy().reshape(-1)[0].item()
+            return number if math.isfinite(number) else str(number)
     problem = f"the attribute {attribute.name} of the type {attribute.type.name}"
     raise OnnxRefused("form_unknown", node=node, problem=problem)
 

@@ -97,7 +97,8 @@ def _size(value: ir.Value) -> int | None:
     """Return the number of elements; None if it is not known."""
     if value.shape is None or not value.shape.is_static():
         return None
-    return math.prod(value.shape.numpy())
+    size: int = math.prod(value.shape.numpy())
+    return size
 
 
 def _is_larger(value: ir.Value, count: int) -> bool:

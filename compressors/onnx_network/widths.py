@@ -5,7 +5,7 @@ number of inputs of the other layers too. So pruning can make the layer narrower
 (``compressors/prune/structure/config_widths.py``).
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -52,27 +52,34 @@ def layers_before(calls: Collection[ModuleCall]) -> dict[Key, Key]:
     }
 
 
-def _readers(value: ir.Value, by_node: Mapping[ir.Node, Key]) -> Iterator[Key | None]:
-    """Yield the layers that read a value, element by element; None for another reader."""
-    if value.is_graph_output():
-        yield None
-    for node in value.consumers():
-        if node in by_node:
-            yield by_node[node]
-        elif _is_element_by_element(node):
-            yield from _readers(node.outputs[0], by_node)
-        else:
-            yield None
+def _readers(value: ir.Value, by_node: Mapping[ir.Node, Key]) -> set[Key | None]:
+    """Return the layers that read a value, element by element; None for another reader."""
+    readers: set[Key | None] = set()
+    visited = {value}
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if value.is_graph_output():
+            readers.add(None)
+        for node in value.consumers():
+            if node in by_node:
+                readers.add(by_node[node])
+            elif not _is_element_by_element(node) or node.inputs[0] is not value:
+                readers.add(None)
+            elif node.outputs[0] not in visited:
+                visited.add(node.outputs[0])
+                pending.append(node.outputs[0])
+    return readers
 
 
 def _source(value: ir.Value, by_result: Mapping[ir.Value, Key]) -> Key | None:
     """Return the layer from whose output a value is computed element by element, or None."""
-    if value in by_result:
-        return by_result[value]
-    node = value.producer()
-    if node is None or not _is_element_by_element(node) or node.inputs[0] is None:
-        return None
-    return _source(node.inputs[0], by_result)
+    while value not in by_result:
+        node = value.producer()
+        if node is None or not _is_element_by_element(node) or node.inputs[0] is None:
+            return None
+        value = node.inputs[0]
+    return by_result[value]
 
 
 def _is_element_by_element(node: ir.Node) -> bool:

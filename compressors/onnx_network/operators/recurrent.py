@@ -42,7 +42,7 @@ def _require_defaults(
         raise NotImplementedError(f"{kind} with the activations {activations}")
     if direction == "reverse" or layout:
         raise NotImplementedError(f"{kind} with direction {direction} and layout {layout}")
-    if given := [name for name, value in unsupported.items() if value not in (None, 0, 0.0)]:
+    if given := [n for n, value in unsupported.items() if isinstance(value, Tensor) or value]:
         raise NotImplementedError(f"{kind} with {', '.join(given)}")
 
 

@@ -1,5 +1,6 @@
 """Graphs become networks with tables and layers, whose names are those of the trained model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from compressors.contracts import ONNX_NETWORK
 from compressors.errors.onnx_graphs import OnnxRefused
-from compressors.onnx_network.conversion import convert
+from compressors.onnx_network.conversion import build, convert
 from compressors.onnx_network.network import OnnxNetwork
 
 random = np.random.default_rng(0)
@@ -143,15 +144,32 @@ def test_weights_that_are_equal_when_they_are_read_are_trained_apart() -> None:
 def test_statistics_of_a_norm_are_buffers_and_gradients_pass_it() -> None:
     nodes = [node("Relu", "x", "a"), node("BatchNormalization", "a scale bias mean var", "y")]
     weights = {name: np.abs(floats(2)) for name in ("scale", "bias", "mean", "var")}
-    network = network_of(graph_of(nodes, {"x": floats(3, 2)}, weights=weights))
+    converted = convert(ir.from_proto(graph_of(nodes, {"x": floats(3, 2)}, weights=weights)))
+    network = build(converted)
     assert {name for name, _ in network.named_parameters()} == {"scale", "bias"}
     network({"x": torch.ones(3, 2)}).sum().backward()
     assert all(p.grad is not None for p in network.parameters())
+    # Bundles of earlier versions have the statistics as parameters.
+    config = converted.config
+    parameters = {**config["parameters"], **config["buffers"]}
+    earlier = OnnxNetwork(**{**config, "parameters": parameters, "buffers": {}})
+    earlier.load_state_dict(converted.weights)
+    earlier({"x": torch.ones(3, 2)}).sum().backward()
 
 
-def test_initializer_that_is_also_an_input_is_a_weight(tmp_path: Path) -> None:
-    model = graph_of([node("MatMul", "x w", "y")], {"x": floats(3, 2)}, weights={"w": floats(2, 4)})
-    declared = helper.make_tensor_value_info("w", TensorProto.FLOAT, [2, 4])
+def test_weights_of_a_convolution_and_the_norm_after_it_are_trained_as_one() -> None:
+    nodes = [node("Conv", "x w", "a"), node("BatchNormalization", "a scale bias mean var", "y")]
+    weights = {name: np.abs(floats(2)) for name in ("scale", "bias", "mean", "var")}
+    model = graph_of(nodes, {"x": floats(3, 4, 5)}, weights={**weights, "w": floats(2, 4, 3)})
+    network = network_of(model)
+    assert [item.op for item in network.nodes] == ["Conv"]
+    assert [parameter.shape for parameter in network.parameters()] == [(2, 4, 3), (2,)]
+
+
+def test_initializer_that_is_also_an_input_is_a_weight() -> None:
+    nodes = [node("Transpose", "w", "t"), node("MatMul", "x t", "y")]
+    model = graph_of(nodes, {"x": floats(3, 2)}, weights={"w": floats(4, 2)})
+    declared = helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 2])
     model.graph.input.append(declared)
     assert units(network_of(model)) == {"w": "Linear"}
 
@@ -183,6 +201,21 @@ def test_constant_that_would_be_large_is_not_computed_before_it_is_read() -> Non
     weights = {"one": np.float32(1), "shape": np.array([10**6, 10**6])}
     network = network_of(graph_of(nodes, {"x": floats(1, 1)}, weights=weights))
     assert [item.op for item in network.nodes] == ["Expand", "Add"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "dtype"),
+    [(TensorProto.FLOAT, -np.inf, torch.float32), (TensorProto.DOUBLE, 0.1, torch.float64)],
+)
+def test_constant_of_a_shape_keeps_its_number_and_dtype_in_json(
+    kind: int, number: float, dtype: torch.dtype
+) -> None:
+    value = helper.make_tensor("", kind, [1], [number])
+    nodes = [node("Shape", "x", "shape"), node("ConstantOfShape", "shape", "y", value=value)]
+    config = convert(ir.from_proto(graph_of(nodes, {"x": floats(3, 2)}))).config
+    network = OnnxNetwork(**json.loads(json.dumps(config, allow_nan=False)))
+    output = network({"x": torch.zeros(2, 2)})
+    assert torch.equal(output, torch.full((2, 2), number, dtype=dtype))
 
 
 def test_graph_that_the_libraries_cannot_simplify_is_refused() -> None:
@@ -370,6 +403,17 @@ def test_layer_that_only_layers_read_has_a_width_that_can_be_changed() -> None:
 )
 def test_layer_that_other_nodes_read_has_a_fixed_width(between: list[onnx.NodeProto]) -> None:
     assert convert(ir.from_proto(perceptron(*between))).config["widths"] == {}
+
+
+def test_activations_with_many_branches_are_followed_once() -> None:
+    between = [node("Relu", "a", "n0")]
+    for index in range(40):
+        between += [
+            node("Neg", f"n{index}", f"m{index}"),
+            node("Clip", f"n{index} m{index}", f"n{index + 1}"),
+        ]
+    model = perceptron(*between, node("Tanh", "n40", "b"))
+    assert convert(ir.from_proto(model)).config["widths"] == {}
 
 
 def test_layer_whose_output_is_also_an_output_of_the_graph_has_a_fixed_width() -> None:

@@ -47,7 +47,7 @@ def test_exported_network_has_the_same_scores_and_units(
             network_scores(network, other, called), expected, rtol=TOLERANCE, atol=TOLERANCE
         )
     described = {(unit.name, unit.role, unit.rows) for unit in Unit.of(module)}
-    described.discard(("position", "table", 3))  # read at constant rows, which are folded
+    described.discard(("position", "table", 3))  # read at constant rows: a parameter
     if reference is NORMED:  # the norm is folded into the layer, which TorchScript names after it
         described = {("norm" if n == "hidden" and not dynamo else n, *u) for n, *u in described}
     assert {(unit.name, unit.role, unit.rows) for unit in Unit.of(network)} == described

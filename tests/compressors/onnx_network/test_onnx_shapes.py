@@ -132,6 +132,18 @@ VALUES: dict[str, list[onnx.NodeProto]] = {
         node("Concat", "v2 same1 six", "target", axis=0),
         node("Reshape", "wide target", "y"),
     ],
+    "flatten_up_to_the_last_dimension": [
+        SHAPE,
+        node("Max", "shape v1", "same"),  # whose value the rules do not know
+        node("Reshape", "x same", "again"),
+        node("Flatten", "again", "y", axis=-1),
+    ],
+    "range_without_numbers": [
+        SHAPE,
+        node("Gather", "shape one", "length"),
+        node("Range", "length two one", "nothing"),
+        node("Concat", "nothing v1", "y", axis=0),
+    ],
     "matrix_of_sizes": [
         SHAPE,
         node("Concat", "shape six", "four", axis=0),
