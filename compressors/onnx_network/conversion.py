@@ -15,9 +15,10 @@ from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 from torch import Tensor
 
 from compressors.errors.onnx_graphs import OnnxRefused
+from compressors.onnx_network.ids import may_be_negative
 from compressors.onnx_network.layers import ModuleCall, module_calls, tensor_of_value
 from compressors.onnx_network.names import common_scopes, unique_name
-from compressors.onnx_network.network import MODULE, OnnxNetwork, require_supported
+from compressors.onnx_network.network import MODULE, ROWS, OnnxNetwork, require_supported
 from compressors.onnx_network.normalize import normalize
 from compressors.onnx_network.operators.elementwise import DTYPES
 from compressors.onnx_network.operators.sizes import MOST_SIZES
@@ -211,11 +212,13 @@ def _call(
     call: ModuleCall, modules: dict[tuple[Any, ...], tuple[str, ModuleCall]], names: _Names
 ) -> dict[str, Any]:
     """Return the node of the configuration that calls a module."""
+    is_lookup_from_the_end = call.kind == "Embedding" and may_be_negative(call.source)
     return {
         "op": MODULE,
         "module": modules[call.key][0],
         "inputs": [names.of(call.source)],
         "outputs": [names.of(call.result)],
+        **({"attributes": {ROWS: call.arguments[0]}} if is_lookup_from_the_end else {}),
     }
 
 

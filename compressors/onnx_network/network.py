@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.errors.onnx_graphs import OnnxRefused
+from compressors.onnx_network.operators.layout import from_start
 from compressors.onnx_network.operators.sizes import SIZE_OPERATORS, Sizes, as_sizes, tensor_of
 from compressors.onnx_network.operators.table import OPERATORS, computes_sizes
 
@@ -82,6 +83,9 @@ class Node:
 
 
 MODULE = "Module"
+
+ROWS = "rows"
+"""The attribute of a call of a table whose ids may be negative: its number of rows."""
 
 
 class OnnxNetwork(nn.Module):
@@ -174,7 +178,10 @@ class OnnxNetwork(nn.Module):
         """Return the outputs of a node."""
         result: Any = None
         if node.module is not None:
-            result = self.get_submodule(node.module)(_tensor(arguments[0], device))
+            source = _tensor(arguments[0], device)
+            if ROWS in node.attributes:
+                source = from_start(source, node.attributes[ROWS])
+            result = self.get_submodule(node.module)(source)
         elif not any(isinstance(item, Tensor) for item in arguments) and computes_sizes(
             node.op, node.attributes
         ):

@@ -1,7 +1,8 @@
 """Rewrite rules for what exporters write around a lookup.
 
 TensorFlow adds the number of rows to negative indices before it looks them up, and tf2onnx writes
-its selection as two products. ONNX's Gather accepts negative indices, so it needs neither.
+its selection as two products. ONNX's Gather counts negative indices from the last row anyway, so
+it needs neither; ``ids.py`` finds lookups for which this matters.
 """
 
 from typing import Any

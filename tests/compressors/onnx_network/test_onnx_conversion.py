@@ -285,6 +285,27 @@ def test_lookup_as_tf2onnx_writes_it_is_one_node(tmp_path: Path) -> None:
     require_equal(model, {"ids": IDS - 1}, tmp_path)
 
 
+def test_ids_that_are_computed_and_negative_count_from_the_last_row(tmp_path: Path) -> None:
+    nodes = [node("Sub", "ids one", "before"), node("Gather", "w before", "y")]
+    weights = {"w": floats(3, 2), "one": np.int64(1)}
+    model = graph_of(nodes, {"ids": IDS}, weights=weights)
+    assert units(network_of(model)) == {"w": "Embedding"}
+    require_equal(model, {"ids": IDS}, tmp_path)
+
+
+def test_ids_that_are_not_negative_are_looked_up_as_they_are() -> None:
+    nodes = [
+        node("Mod", "ids count", "bucket"),
+        node("Add", "bucket offset", "row"),
+        node("Clip", "row zero", "bounded"),
+        node("Cast", "bounded", "narrow", to=6),
+        node("Gather", "w narrow", "y"),
+    ]
+    weights = {"w": floats(5, 2), "count": np.int64(3), "offset": np.int64(2), "zero": np.int64(0)}
+    network = network_of(graph_of(nodes, {"ids": IDS}, weights=weights))
+    assert network.nodes[-1].attributes == {}
+
+
 @pytest.mark.parametrize("opset", [9, 11, 13, 17])
 def test_graph_of_an_older_opset_is_converted(tmp_path: Path, opset: int) -> None:
     # Softmax flattens before opset 13, and the axes of ReduceSum are an attribute.
