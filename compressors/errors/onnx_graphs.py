@@ -24,6 +24,8 @@ class OnnxRefused(CompressionError):
         "model without it.",
         "opset_unconverted": "Expected a graph that can be converted to opset {expected}, got one "
         "of opset {got} that cannot: {problem}. Export the model with opset {expected} or later.",
+        "simplification_failed": "Expected a graph that ONNX's libraries can simplify, got the "
+        "error: {problem}. Check the file with onnx.checker and ONNX Runtime.",
         "weights_dtype": "Expected weights of type float32, got {dtype} as {name}. Export the "
         "trained model before it is converted or quantized.",
         "batch_fixed": "Expected a dynamic number of rows, got the input {name} with the shape "

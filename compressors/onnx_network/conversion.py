@@ -11,21 +11,22 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 from torch import Tensor
 
 from compressors.errors.onnx_graphs import OnnxRefused
+from compressors.onnx_network.ids import may_be_negative
 from compressors.onnx_network.layers import ModuleCall, module_calls, tensor_of_value
 from compressors.onnx_network.names import common_scopes, unique_name
-from compressors.onnx_network.network import MODULE, OnnxNetwork, require_supported
+from compressors.onnx_network.network import MODULE, ROWS, OnnxNetwork, require_supported
 from compressors.onnx_network.normalize import normalize
 from compressors.onnx_network.operators.elementwise import DTYPES
+from compressors.onnx_network.operators.sizes import MOST_SIZES
 from compressors.onnx_network.operators.table import OPERATORS, computes_sizes
+from compressors.onnx_network.weights import Weights
 from compressors.onnx_network.widths import layers_before
 
 SHAPE_READERS = ("Shape", "Size")
-
-MOST_SIZES = 1024
-"""Most integers of one constant that are written to the configuration."""
 
 Attributes = dict[str, Any]
 
@@ -52,19 +53,13 @@ def convert(model: ir.Model) -> Converted:
     Raises:
         OnnxRefused: the graph has an operator, a type or a form that is not supported.
     """
-    inputs = _list_inputs(model.graph)
-    if not inputs:
+    RemoveInitializersFromInputsPass()(model)  # files of old versions have them there too
+    if not model.graph.inputs:
         raise OnnxRefused("inputs_missing")
-    for item in inputs:
+    for item in model.graph.inputs:
         _require_rows_of_numbers(item)
-    initializers = set(model.graph.initializers)  # constants become initializers too
-    normalize(model)
-    return _convert_graph(model.graph, initializers)
-
-
-def _list_inputs(graph: ir.Graph) -> tuple[ir.Value, ...]:
-    """Return the inputs; files of old versions list the initializers among them."""
-    return tuple(item for item in graph.inputs if not item.is_initializer())
+    weights = normalize(model)
+    return _converted(model.graph, weights)
 
 
 def _require_rows_of_numbers(item: ir.Value) -> None:
@@ -72,59 +67,59 @@ def _require_rows_of_numbers(item: ir.Value) -> None:
     if item.dtype is None or int(item.dtype) not in DTYPES or item.shape is None:
         raise OnnxRefused("input_not_tensor", name=item.name, got=str(item.type))
     if len(item.shape) == 0 or isinstance(item.shape[0], int):
-        raise OnnxRefused("batch_fixed", name=item.name, shape=_read_sizes(item.shape))
+        raise OnnxRefused("batch_fixed", name=item.name, shape=_sizes_of(item.shape))
 
 
-def _read_sizes(shape: ir.Shape) -> tuple[int | None, ...]:
+def _sizes_of(shape: ir.Shape) -> tuple[int | None, ...]:
     """Return a shape with None for dynamic dimensions."""
     return tuple(size if isinstance(size, int) else None for size in shape)
 
 
-def _convert_graph(graph: ir.Graph, initializers: set[str]) -> Converted:
+def _converted(graph: ir.Graph, weights: Weights) -> Converted:
     """Convert a simplified graph.
 
     Args:
         graph: the graph.
-        initializers: the names of the values that the file stores as initializers.
+        weights: what follows its trained weights.
     """
     calls = {call.nodes[-1]: call for call in module_calls(graph)}
     covered = {node for call in calls.values() for node in call.nodes[:-1]}
     nodes = [node for node in graph if node not in covered]
-    attributes = {node: _convert_attributes(node) for node in nodes if node not in calls}
-    inputs = _list_inputs(graph)
-    names = _Names(inputs)
-    modules = _name_module_calls(calls.values(), names)
-    sizes, tensors = _collect_constants(graph, attributes)
+    attributes = {node: _attributes(node) for node in nodes if node not in calls}
+    names = _Names(graph.inputs)
+    modules = _modules(calls.values(), names)
+    sizes, tensors = _constants(graph, attributes)
     for value in tensors:
-        names.name_tensor(value)
+        names.of_tensor(value)
+    statistics = _statistics(nodes)
     trained = {
         value
         for value, tensor in tensors.items()
-        if value.name in initializers and _may_be_trained(tensor)
+        if value not in statistics and weights.include(value) and _may_be_trained(tensor)
     }
     taken: set[str] = set()
     config = {
-        "inputs": [{"name": names.of(item), **_type_of(item)} for item in inputs],
+        "inputs": [{"name": names.of(item), **_type_of(item)} for item in graph.inputs],
         "outputs": {unique_name(item.name or "", taken): names.of(item) for item in graph.outputs},
         "nodes": [
-            _call(calls[node], modules, names)
-            if node in calls
-            else _build_node(node, attributes, names)
+            _call(calls[node], modules, names) if node in calls else _node(node, attributes, names)
             for node in nodes
         ],
-        **_describe_modules(modules, layers_before(calls.values())),
-        "parameters": {
-            names.of(v): _describe_tensor(t) for v, t in tensors.items() if v in trained
-        },
-        "buffers": {
-            names.of(v): _describe_tensor(t) for v, t in tensors.items() if v not in trained
-        },
+        **_units(modules, layers_before(calls.values())),
+        "parameters": {names.of(v): _spec(t) for v, t in tensors.items() if v in trained},
+        "buffers": {names.of(v): _spec(t) for v, t in tensors.items() if v not in trained},
         "sizes": {names.of(value): integers for value, integers in sizes.items()},
     }
-    weights = {names.of(value): tensor for value, tensor in tensors.items()}
+    state = {names.of(value): tensor for value, tensor in tensors.items()}
     for name, call in modules.values():
-        weights |= {f"{name}.{attribute}": w for attribute, w in call.weights().items()}
-    return Converted(config, weights)
+        state |= {f"{name}.{attribute}": w for attribute, w in call.weights().items()}
+    return Converted(config, state)
+
+
+def _statistics(nodes: Iterable[ir.Node]) -> set[ir.Value | None]:
+    """Return the running means and variances of batch norms, which gradients do not change."""
+    norms = [node for node in nodes if node.op_type == "BatchNormalization"]
+    return {value for node in norms for value in node.inputs[3:5]}
 
 
 def _may_be_trained(tensor: Tensor) -> bool:
@@ -136,15 +131,15 @@ def _type_of(item: ir.Value) -> dict[str, Any]:
     """Return dtype and shape of an input, as in ``GraphInput``."""
     if item.dtype is None or item.shape is None:  # excluded by _require_rows_of_numbers; for mypy
         raise ValueError(f"the input {item.name} has no type")
-    return {"dtype": _name_dtype(DTYPES[int(item.dtype)]), "shape": list(_read_sizes(item.shape))}
+    return {"dtype": _dtype_name(DTYPES[int(item.dtype)]), "shape": list(_sizes_of(item.shape))}
 
 
-def _describe_tensor(tensor: Tensor) -> dict[str, Any]:
+def _spec(tensor: Tensor) -> dict[str, Any]:
     """Return dtype and shape of a tensor."""
-    return {"dtype": _name_dtype(tensor.dtype), "shape": list(tensor.shape)}
+    return {"dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape)}
 
 
-def _name_dtype(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -158,7 +153,7 @@ class _Names:
     def __init__(self, inputs: Iterable[ir.Value]) -> None:
         self._values: set[str] = set()
         empty = OnnxNetwork([], {}, [], {}, {}, {}, {}, {}, {})
-        self._convert_attributes = set(dir(empty))
+        self._attributes = set(dir(empty))
         self._names: dict[ir.Value, str] = {}
         for item in inputs:
             self.of(item)
@@ -169,26 +164,26 @@ class _Names:
             self._names[value] = unique_name(value.name or "", self._values)
         return self._names[value]
 
-    def name_tensor(self, value: ir.Value) -> None:
+    def of_tensor(self, value: ir.Value) -> None:
         """Give an initializer that is an attribute of the network its name."""
-        self._names[value] = unique_name(value.name or "", self._values, self._convert_attributes)
+        self._names[value] = unique_name(value.name or "", self._values, self._attributes)
 
-    def name_module(self, path: tuple[str, ...]) -> str:
+    def of_module(self, path: tuple[str, ...]) -> str:
         """Return a name for a module."""
-        return unique_name("_".join(path), self._convert_attributes)
+        return unique_name("_".join(path), self._attributes)
 
 
-def _name_module_calls(
+def _modules(
     calls: Iterable[ModuleCall], names: _Names
 ) -> dict[tuple[Any, ...], tuple[str, ModuleCall]]:
     """Return the name and a call of each module, by the key of its calls."""
     by_key = {call.key: call for call in reversed(tuple(calls))}
     first = {call.key: call for call in calls if by_key[call.key] is call}
     scopes = common_scopes(call.path for call in first.values())
-    return {key: (names.name_module(call.path[scopes:]), call) for key, call in first.items()}
+    return {key: (names.of_module(call.path[scopes:]), call) for key, call in first.items()}
 
 
-def _describe_modules(
+def _units(
     modules: dict[tuple[Any, ...], tuple[str, ModuleCall]],
     before: dict[tuple[Any, ...], tuple[Any, ...]],
 ) -> dict[str, Any]:
@@ -196,7 +191,7 @@ def _describe_modules(
 
     Args:
         modules: the name and a call of each module, by key.
-        before: by the key of a layer, the key of the layer whose output is its only input.
+        before: by key of a layer, the one whose output is its only input.
     """
     tables, layers = {}, {}
     for key, (name, call) in modules.items():
@@ -217,17 +212,17 @@ def _call(
     call: ModuleCall, modules: dict[tuple[Any, ...], tuple[str, ModuleCall]], names: _Names
 ) -> dict[str, Any]:
     """Return the node of the configuration that calls a module."""
+    is_lookup_from_the_end = call.kind == "Embedding" and may_be_negative(call.source)
     return {
         "op": MODULE,
         "module": modules[call.key][0],
         "inputs": [names.of(call.source)],
         "outputs": [names.of(call.result)],
+        **({"attributes": {ROWS: call.arguments[0]}} if is_lookup_from_the_end else {}),
     }
 
 
-def _build_node(
-    node: ir.Node, attributes: dict[ir.Node, Attributes], names: _Names
-) -> dict[str, Any]:
+def _node(node: ir.Node, attributes: dict[ir.Node, Attributes], names: _Names) -> dict[str, Any]:
     """Return the node of the configuration that computes an operator."""
     return {
         "op": node.op_type,
@@ -237,7 +232,7 @@ def _build_node(
     }
 
 
-def _convert_attributes(node: ir.Node) -> Attributes:
+def _attributes(node: ir.Node) -> Attributes:
     """Return the attributes of a node as JSON values.
 
     Raises:
@@ -246,15 +241,41 @@ def _convert_attributes(node: ir.Node) -> Attributes:
     name = node.name or node.outputs[0].name or ""
     op = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
     require_supported(op, {}, name)
-    attributes = {key: _convert_attribute(item, name) for key, item in node.attributes.items()}
+    attributes = {key: _json_value(item, name) for key, item in node.attributes.items()}
     require_supported(op, attributes, name)
-    if op == "Cast" and attributes["to"] not in DTYPES:
-        dtype = ir.DataType(attributes["to"]).name
-        raise OnnxRefused("form_unknown", node=name, problem=f"a cast to {dtype}")
+    if op == "Cast":
+        _torch_dtype(attributes["to"], name)
+    if op == "ConstantOfShape" and "value" in node.attributes:
+        dtype = _torch_dtype(node.attributes["value"].as_tensor().dtype, name)
+        attributes |= {"dtype": _dtype_name(dtype)} if dtype is torch.float64 else {}
+    _require_results(node, op, name)
     return attributes
 
 
-def _convert_attribute(attribute: ir.Attr, node: str) -> Any:
+def _torch_dtype(number: int, node: str) -> torch.dtype:
+    """Return the torch dtype of a number of ``TensorProto.DataType`` in a node's attribute.
+
+    Raises:
+        OnnxRefused: there is none.
+    """
+    if number not in DTYPES:
+        problem = f"numbers of the type {ir.DataType(number).name}"
+        raise OnnxRefused("form_unknown", node=node, problem=problem)
+    return DTYPES[number]
+
+
+def _require_results(node: ir.Node, op: str, name: str) -> None:
+    """Raise if outputs are read that the function of an operator does not compute."""
+    results = OPERATORS[op].results
+    missing = () if results is None else node.outputs[results:]
+    if any(output.uses() or output.is_graph_output() for output in missing):
+        problem = f"{op} of which more than {results} outputs are read"
+        raise OnnxRefused("form_unknown", node=name, problem=problem)
+    if op == "Dropout" and len(node.inputs) > 2:  # simplification has removed it for inference
+        raise OnnxRefused("form_unknown", node=name, problem="Dropout for training")
+
+
+def _json_value(attribute: ir.Attr, node: str) -> Any:
     """Return the value of an attribute; a tensor of one number is this number."""
     match attribute.type:
         case ir.AttributeType.INT | ir.AttributeType.STRING:
@@ -264,12 +285,13 @@ def _convert_attribute(attribute: ir.Attr, node: str) -> Any:
         case ir.AttributeType.FLOAT if math.isfinite(attribute.value):
             return attribute.value
         case ir.AttributeType.TENSOR if attribute.value.size == 1:
-            return attribute.value.numpy().reshape(-1)[0].item()
+            number = attribute.value.numpy().reshape(-1)[0].item()
+            return number if math.isfinite(number) else str(number)
     problem = f"the attribute {attribute.name} of the type {attribute.type.name}"
     raise OnnxRefused("form_unknown", node=node, problem=problem)
 
 
-def _collect_constants(
+def _constants(
     graph: ir.Graph, attributes: dict[ir.Node, Attributes]
 ) -> tuple[dict[ir.Value, Any], dict[ir.Value, Tensor]]:
     """Return the constants that nodes of the configuration read.
@@ -301,7 +323,7 @@ def _collect_constants(
             is_read_as_size = computes or position in operator.sizes | operator.indices
             if item is not None and is_read_as_size and _may_be_sizes(item):
                 sizes[item] = tensor_of_value(item).tolist()
-    tensors = {value: _to_tensor(value) for value in dict.fromkeys(read) if value not in sizes}
+    tensors = {value: _checked(value) for value in dict.fromkeys(read) if value not in sizes}
     return sizes, tensors
 
 
@@ -316,7 +338,7 @@ def _may_be_sizes(value: ir.Value) -> bool:
     )
 
 
-def _to_tensor(value: ir.Value) -> Tensor:
+def _checked(value: ir.Value) -> Tensor:
     """Return an initializer as a tensor.
 
     Raises:
@@ -329,6 +351,7 @@ def _to_tensor(value: ir.Value) -> Tensor:
 
 def build(converted: Converted) -> OnnxNetwork:
     """Return the network with its weights, in evaluation mode."""
-    network = OnnxNetwork(**converted.config)
+    with torch.device("meta"):  # the state dict replaces all tensors
+        network = OnnxNetwork(**converted.config)
     network.load_state_dict(converted.weights, strict=True, assign=True)
     return network.eval()

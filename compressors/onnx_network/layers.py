@@ -25,7 +25,7 @@ class ModuleCall:
         kind: name of the module's class in ``torch.nn``.
         path: parts of the module's name.
         arguments: rows and dimension of a table; inputs, outputs and bias of a layer.
-        weights: function that returns its state dict.
+        weights: returns its state dict.
         source: the value that it receives.
         result: the value that it returns.
         nodes: the nodes that the call replaces.
@@ -52,8 +52,8 @@ def tensor_of_value(value: ir.Value) -> Tensor:
 def module_calls(graph: ir.Graph) -> tuple[ModuleCall, ...]:
     """Return the calls of tables and dense layers, in the order of the graph.
 
-    A weight that other nodes read too, such as a table whose transpose scores all items, does not
-    become part of a module, because a compressed module has no weight that they could read.
+    A weight that other nodes read too, such as a table whose transpose scores all items, is none
+    of a module, because a compressed module has no such weight.
     """
     calls = tuple(call for node in graph for call in _call(node))
     key_of = {node: call.key for call in calls for node in call.nodes}
@@ -74,15 +74,13 @@ def _call(node: ir.Node) -> Iterator[ModuleCall]:
     match node.op_type:
         case "Gather" if _is_matrix(first) and not second.is_initializer():
             if node.attributes.get_int("axis", 0) in (0, -2):
-                yield _build_table_call(node, weight=first, ids=second)
+                yield _table(node, weight=first, ids=second)
         case "MatMul" if _is_matrix(second) and not first.is_initializer():
-            yield _build_dense_call(node, source=first, weight=second, is_transposed=False)
+            yield _dense(node, source=first, weight=second, is_transposed=False)
         case "Gemm" if _is_matrix(second) and not first.is_initializer():
             if not node.attributes.get_int("transA", 0) and _has_vector(node, second):
                 is_transposed = bool(node.attributes.get_int("transB", 0))
-                yield _build_dense_call(
-                    node, source=first, weight=second, is_transposed=is_transposed
-                )
+                yield _dense(node, source=first, weight=second, is_transposed=is_transposed)
 
 
 def _is_matrix(value: ir.Value) -> bool:
@@ -91,8 +89,8 @@ def _is_matrix(value: ir.Value) -> bool:
     return stored is not None and stored.dtype == ir.DataType.FLOAT and len(stored.shape) == 2
 
 
-def _build_table_call(node: ir.Node, weight: ir.Value, ids: ir.Value) -> ModuleCall:
-    rows, dim = _get_shape(weight)
+def _table(node: ir.Node, weight: ir.Value, ids: ir.Value) -> ModuleCall:
+    rows, dim = _shape(weight)
     return ModuleCall(
         key=(weight, "Embedding"),
         kind="Embedding",
@@ -105,13 +103,11 @@ def _build_table_call(node: ir.Node, weight: ir.Value, ids: ir.Value) -> ModuleC
     )
 
 
-def _build_dense_call(
-    node: ir.Node, source: ir.Value, weight: ir.Value, *, is_transposed: bool
-) -> ModuleCall:
+def _dense(node: ir.Node, source: ir.Value, weight: ir.Value, *, is_transposed: bool) -> ModuleCall:
     """Return the call of the layer ``source @ weight + bias``."""
-    outputs, inputs = _get_shape(weight) if is_transposed else _get_shape(weight)[::-1]
+    outputs, inputs = _shape(weight) if is_transposed else _shape(weight)[::-1]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    addition = None if node.op_type == "Gemm" else _find_bias_add(node.outputs[0], outputs)
+    addition = None if node.op_type == "Gemm" else _addition(node.outputs[0], outputs)
     if addition is not None:
         bias = next(item for item in addition.inputs if item is not node.outputs[0])
     alpha = node.attributes.get_float("alpha", 1.0)
@@ -136,7 +132,7 @@ def _build_dense_call(
     )
 
 
-def _get_shape(weight: ir.Value) -> tuple[int, int]:
+def _shape(weight: ir.Value) -> tuple[int, int]:
     assert weight.const_value is not None  # noqa: S101 - _is_matrix has checked it; for mypy
     rows, columns = (int(size) for size in weight.const_value.shape)
     return rows, columns
@@ -146,7 +142,7 @@ def _has_vector(gemm: ir.Node, weight: ir.Value) -> bool:
     """Return whether what a Gemm adds is one number per column, or nothing."""
     if len(gemm.inputs) < 3 or gemm.inputs[2] is None:
         return True
-    columns = _get_shape(weight)[0 if gemm.attributes.get_int("transB", 0) else 1]
+    columns = _shape(weight)[0 if gemm.attributes.get_int("transB", 0) else 1]
     return _is_vector(gemm.inputs[2], (1, columns))
 
 
@@ -161,12 +157,12 @@ def _is_vector(value: ir.Value | None, counts: tuple[int, ...]) -> bool:
     )
 
 
-def _find_bias_add(matmul: ir.Value, outputs: int) -> ir.Node | None:
-    """Return the Add of a bias if nothing else reads the output of a MatMul; else None."""
-    consumers = tuple(matmul.consumers())
-    if len(consumers) != 1 or matmul.is_graph_output() or consumers[0].op_type != "Add":
+def _addition(product: ir.Value, outputs: int) -> ir.Node | None:
+    """Return the Add of a bias that alone reads a product; None if there is none."""
+    consumers = tuple(product.consumers())
+    if len(consumers) != 1 or product.is_graph_output() or consumers[0].op_type != "Add":
         return None
-    bias = next((item for item in consumers[0].inputs if item is not matmul), None)
-    # With more dimensions, the bias could add one to the matmul.
+    bias = next((item for item in consumers[0].inputs if item is not product), None)
+    # With more dimensions, the bias could add one to the product.
     has_two = bias is not None and bias.shape is not None and len(bias.shape) <= 2
     return consumers[0] if has_two and _is_vector(bias, (outputs,)) else None

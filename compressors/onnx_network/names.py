@@ -24,14 +24,12 @@ def layer_path(node: ir.Node, weight: ir.Value) -> tuple[str, ...]:
     for name in (node.name, node.outputs[0].name):
         *scope, _ = (name or "").strip("/").split("/")
         if scope:
-            return tuple(
-                part for item in _remove_repeated_scopes(scope) for part in item.split(".")
-            )
+            return tuple(part for item in _without_repetition(scope) for part in item.split("."))
     parts = re.split(r"[./:]+", weight.name or "weight")
     return tuple(parts[:-1] if len(parts) > 1 and parts[-1] in _KINDS else parts)
 
 
-def _remove_repeated_scopes(scope: list[str]) -> list[str]:
+def _without_repetition(scope: list[str]) -> list[str]:
     """Leave out scopes that the next one repeats: torch writes ``/mlp/mlp.0/MatMul``."""
     return [
         part

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from compressors.errors.onnx_graphs import OnnxRefused
-from compressors.onnx_network.operators.sizes import SIZE_OPERATORS, Sizes, tensor_of, to_sizes
+from compressors.onnx_network.operators.layout import from_start
+from compressors.onnx_network.operators.sizes import SIZE_OPERATORS, Sizes, as_sizes, tensor_of
 from compressors.onnx_network.operators.table import OPERATORS, computes_sizes
 
 Value: TypeAlias = Tensor | Sizes
@@ -83,6 +84,9 @@ class Node:
 
 MODULE = "Module"
 
+ROWS = "rows"
+"""The attribute of a call of a table whose ids may be negative: its number of rows."""
+
 
 class OnnxNetwork(nn.Module):
     """A network that computes the outputs of an ONNX graph.
@@ -122,8 +126,8 @@ class OnnxNetwork(nn.Module):
             GraphInput(item["name"], item["dtype"], tuple(item["shape"])) for item in inputs
         )
         self.outputs = dict(outputs)
-        self.nodes = tuple(_build_node(item) for item in nodes)
-        self.sizes = {name: to_sizes(values) for name, values in sizes.items()}
+        self.nodes = tuple(_node(item) for item in nodes)
+        self.sizes = {name: as_sizes(values) for name, values in sizes.items()}
         self.tensor_names = (*parameters, *buffers)
         for name, (rows, dim) in tables.items():
             self.add_module(name, nn.Embedding(rows, dim))
@@ -132,10 +136,10 @@ class OnnxNetwork(nn.Module):
             inner, outer = (widths[end] if isinstance(end, str) else end for end in ends)
             self.add_module(name, nn.Linear(inner, outer, bias=layer["bias"]))
         for name, spec in parameters.items():
-            self.register_parameter(name, nn.Parameter(_create_empty(spec)))
+            self.register_parameter(name, nn.Parameter(_empty(spec)))
         for name, spec in buffers.items():
-            self.register_buffer(name, _create_empty(spec))
-        self._released = _find_last_uses(self.nodes, self.outputs.values())
+            self.register_buffer(name, _empty(spec))
+        self._released = _last_uses(self.nodes, self.outputs.values())
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """Compute the outputs.
@@ -157,14 +161,14 @@ class OnnxNetwork(nn.Module):
             )
             for name in released:
                 values.pop(name, None)
-        outputs = {name: _to_tensor(values[value], device) for name, value in self.outputs.items()}
+        outputs = {name: _tensor(values[value], device) for name, value in self.outputs.items()}
         return outputs if len(outputs) > 1 else next(iter(outputs.values()))
 
     def graph_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs with the dtypes and dimensions of the graph.
 
         Raises:
-            TypeError, ValueError: a tensor does not have the dtype or the sizes of its input.
+            TypeError, ValueError: as ``GraphInput.convert``.
         """
         return {item.name: item.convert(inputs[item.name]) for item in self.inputs}
 
@@ -172,21 +176,24 @@ class OnnxNetwork(nn.Module):
         self, node: Node, arguments: list[Value | None], device: torch.device
     ) -> tuple[Value, ...]:
         """Return the outputs of a node."""
-        result: Any
+        result: Any = None
         if node.module is not None:
-            result = self.get_submodule(node.module)(_to_tensor(arguments[0], device))
+            source = _tensor(arguments[0], device)
+            if ROWS in node.attributes:
+                source = from_start(source, node.attributes[ROWS])
+            result = self.get_submodule(node.module)(source)
         elif not any(isinstance(item, Tensor) for item in arguments) and computes_sizes(
             node.op, node.attributes
         ):
             result = SIZE_OPERATORS[node.op](*arguments, **node.attributes)
-        else:
+        if result is None:
             operator = OPERATORS[node.op]
             converted: list[Value | None] = []
             for position, argument in enumerate(arguments):
                 if position in operator.sizes and isinstance(argument, Tensor):
                     raise OnnxRefused("shape_from_values", op=node.op, node=node.outputs[0])
                 keeps = position in operator.sizes | operator.indices or argument is None
-                converted.append(argument if keeps else _to_tensor(argument, device))
+                converted.append(argument if keeps else _tensor(argument, device))
             placed = {"device": device} if operator.needs_device else {}
             try:
                 result = operator.function(*converted, **node.attributes, **placed)
@@ -196,7 +203,7 @@ class OnnxNetwork(nn.Module):
         return result if isinstance(result, tuple) else (result,)
 
 
-def _build_node(item: Mapping[str, Any]) -> Node:
+def _node(item: Mapping[str, Any]) -> Node:
     """Return a node of the configuration.
 
     Raises:
@@ -231,17 +238,17 @@ def require_supported(op: str, attributes: Mapping[str, Any], node: str) -> None
         raise OnnxRefused("attributes_unknown", op=op, node=node, attributes=unknown)
 
 
-def _create_empty(spec: Mapping[str, Any]) -> Tensor:
+def _empty(spec: Mapping[str, Any]) -> Tensor:
     """Return a tensor of this dtype and shape, whose values are loaded later."""
     return torch.zeros(spec["shape"], dtype=getattr(torch, spec["dtype"]))
 
 
-def _to_tensor(value: Any, device: torch.device) -> Tensor:
+def _tensor(value: Any, device: torch.device) -> Tensor:
     """Return a value as a tensor."""
     return value if isinstance(value, Tensor) else tensor_of(value, device)
 
 
-def _find_last_uses(nodes: Sequence[Node], outputs: Any) -> tuple[tuple[str, ...], ...]:
+def _last_uses(nodes: Sequence[Node], outputs: Any) -> tuple[tuple[str, ...], ...]:
     """Return, for each node, the values that no later node and no output reads."""
     seen = set(outputs)
     released = []

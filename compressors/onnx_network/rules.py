@@ -1,8 +1,8 @@
 """Rewrite rules for what exporters write around a lookup.
 
 TensorFlow adds the number of rows to negative indices before it looks them up, and tf2onnx writes
-its selection (Where) as a sum of two products with a condition. ONNX's Gather accepts negative
-indices, so it needs neither. The functions below are patterns and their replacements.
+its selection as two products. ONNX's Gather counts negative indices from the last row anyway, so
+it needs neither; ``ids.py`` finds lookups for which this matters.
 """
 
 from typing import Any
@@ -39,12 +39,12 @@ def _adds_rows(_: Any, table: ir.Value, zero: ir.Value, rows: ir.Value, **__: An
         table.shape is not None
         and gather is not None
         and all(node.attributes.get_int("axis", 0) == 0 for node in table.consumers())
-        and _read_number(zero) == 0
-        and _read_number(rows) == table.shape[0]
+        and _number(zero) == 0
+        and _number(rows) == table.shape[0]
     )
 
 
-def _read_number(value: ir.Value) -> float | None:
+def _number(value: ir.Value) -> float | None:
     """Return the value of a constant number; None for other values."""
     stored = value.const_value
     return float(stored.numpy().reshape(-1)[0]) if stored is not None and stored.size == 1 else None

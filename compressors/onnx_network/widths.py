@@ -5,7 +5,7 @@ number of inputs of the other layers too. So pruning can make the layer narrower
 (``compressors/prune/structure/config_widths.py``).
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -27,7 +27,7 @@ Key = tuple[Any, ...]
 def layers_before(calls: Collection[ModuleCall]) -> dict[Key, Key]:
     """Return, for dense layers, the layer whose output is their only input.
 
-    Layers whose output is also read in another way are omitted.
+    A layer whose output is read in another way too is in no entry.
 
     Args:
         calls: the calls of modules in a graph.
@@ -41,8 +41,8 @@ def layers_before(calls: Collection[ModuleCall]) -> dict[Key, Key]:
     readers: dict[Key, set[Key | None]] = {}
     sources: dict[Key, set[Key | None]] = {}
     for call in dense:
-        readers.setdefault(call.key, set()).update(_iterate_readers(call.result, by_node))
-        sources.setdefault(call.key, set()).add(_find_source(call.source, by_result))
+        readers.setdefault(call.key, set()).update(_readers(call.result, by_node))
+        sources.setdefault(call.key, set()).add(_source(call.source, by_result))
     return {
         key: layer
         for layer, keys in readers.items()
@@ -52,27 +52,34 @@ def layers_before(calls: Collection[ModuleCall]) -> dict[Key, Key]:
     }
 
 
-def _iterate_readers(value: ir.Value, by_node: Mapping[ir.Node, Key]) -> Iterator[Key | None]:
-    """Yield the layers that read a value, element by element; None for another reader."""
-    if value.is_graph_output():
-        yield None
-    for node in value.consumers():
-        if node in by_node:
-            yield by_node[node]
-        elif _is_element_by_element(node):
-            yield from _iterate_readers(node.outputs[0], by_node)
-        else:
-            yield None
+def _readers(value: ir.Value, by_node: Mapping[ir.Node, Key]) -> set[Key | None]:
+    """Return the layers that read a value, element by element; None for another reader."""
+    readers: set[Key | None] = set()
+    visited = {value}
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if value.is_graph_output():
+            readers.add(None)
+        for node in value.consumers():
+            if node in by_node:
+                readers.add(by_node[node])
+            elif not _is_element_by_element(node) or node.inputs[0] is not value:
+                readers.add(None)
+            elif node.outputs[0] not in visited:
+                visited.add(node.outputs[0])
+                pending.append(node.outputs[0])
+    return readers
 
 
-def _find_source(value: ir.Value, by_result: Mapping[ir.Value, Key]) -> Key | None:
+def _source(value: ir.Value, by_result: Mapping[ir.Value, Key]) -> Key | None:
     """Return the layer from whose output a value is computed element by element, or None."""
-    if value in by_result:
-        return by_result[value]
-    node = value.producer()
-    if node is None or not _is_element_by_element(node) or node.inputs[0] is None:
-        return None
-    return _find_source(node.inputs[0], by_result)
+    while value not in by_result:
+        node = value.producer()
+        if node is None or not _is_element_by_element(node) or node.inputs[0] is None:
+            return None
+        value = node.inputs[0]
+    return by_result[value]
 
 
 def _is_element_by_element(node: ir.Node) -> bool:

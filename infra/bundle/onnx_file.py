@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressors.contracts import is_out_of_memory
-from infra.errors import DraftRefused
+from infra.errors import DraftRefused, OutOfMemory
 from infra.memory import require_memory
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ MAX_ONNX_BYTES = 2**31 - 1
 """The limit of protobuf; larger models have external data."""
 
 MEMORY_FACTOR = 3
-"""Memory per byte of the file: the bytes, the parsed message, and a copy of the weights."""
+"""Memory per byte of the file: the bytes, the parsed message, and a copy of the weights. External
+data are mapped into memory, and only their copy counts."""
 
 OPSETS = (7, 25)
 """The first opset whose binary operators broadcast as they do today, and the last known one."""
@@ -49,11 +50,14 @@ def read_onnx(path: Path) -> "ir.Model":
             raise DraftRefused("onnx_unreadable", path=str(path), problem="no graph with outputs")
         _require_opset(proto, path)
         model = ir.from_proto(proto)
-        ir.external_data.set_base_dir(model.graph, path.parent)
-        for tensor in _iterate_tensors(model):
+        external = [item for item in _tensors(model) if isinstance(item, ir.ExternalTensor)]
+        for tensor in external:
+            tensor.base_dir = path.parent
             _require_readable(tensor, path)
+        files = sum(tensor.nbytes for tensor in external)
+        require_memory(MEMORY_FACTOR * size + files, f"Reading {path.name} and its external data")
         onnx.checker.check_model(str(path))
-    except (DraftRefused, OSError):
+    except (DraftRefused, OutOfMemory, OSError):
         raise
     except Exception as fault:  # the libraries raise many types for a damaged file
         if is_out_of_memory(fault):
@@ -72,33 +76,34 @@ def _require_opset(proto: "onnx.ModelProto", path: Path) -> None:
         raise DraftRefused("onnx_opset", path=str(path), first=first, last=last, got=got)
 
 
-def _iterate_tensors(model: "ir.Model") -> "Iterator[ir.TensorProtocol]":
+def _tensors(model: "ir.Model") -> "Iterator[ir.TensorProtocol]":
     """Yield all tensors of a model: weights and attributes, also of subgraphs and functions."""
     import onnx_ir as ir
 
-    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    functions = tuple(model.functions.values())
+    graphs = [model.graph, *(function.graph for function in functions)]
     nodes = [node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)]
     graphs += [node.graph for node in nodes if isinstance(node.graph, ir.Graph)]
     for graph in dict.fromkeys(graphs):
         for value in graph.initializers.values():
             if value.const_value is not None:
                 yield value.const_value
-    for node in nodes:
-        for attribute in node.attributes.values():
-            if attribute.type is ir.AttributeType.TENSOR and attribute.value is not None:
+    for owner in (*nodes, *functions):  # attributes of functions are default values
+        for attribute in owner.attributes.values():
+            if attribute.value is None:
+                continue
+            if attribute.type is ir.AttributeType.TENSOR:
                 yield attribute.value
+            elif attribute.type is ir.AttributeType.TENSORS:
+                yield from attribute.value
 
 
-def _require_readable(tensor: "ir.TensorProtocol", path: Path) -> None:
+def _require_readable(tensor: "ir.ExternalTensor", path: Path) -> None:
     """Raise if a tensor is in another file that may not or cannot be read.
 
     Raises:
         DraftRefused: the file is outside of the model's folder, missing or too short.
     """
-    import onnx_ir as ir
-
-    if not isinstance(tensor, ir.ExternalTensor):
-        return
     location = str(tensor.location)
     if Path(location).is_absolute() or not _is_inside(path.parent / location, path.parent):
         raise DraftRefused("onnx_data_outside", path=str(path), location=location)

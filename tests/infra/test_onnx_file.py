@@ -91,6 +91,48 @@ def test_external_data_of_a_constant_is_checked_too(tmp_path: Path) -> None:
         read_onnx(tmp_path / "model.onnx")
 
 
+def constant_with_external_data() -> onnx.NodeProto:
+    """Return a Constant whose value is in the file ``table.bin``."""
+    tensor = onnx.TensorProto(name="value", data_type=onnx.TensorProto.FLOAT, dims=WEIGHT.shape)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="table.bin")
+    return helper.make_node("Constant", [], ["c"], value=tensor)
+
+
+def test_external_data_of_a_function_is_read_from_the_folder_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lookup()
+    model.graph.ClearField("initializer")
+    model.graph.node[0].CopyFrom(helper.make_node("Rows", ["ids"], ["y"], domain="own"))
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    nodes = [constant_with_external_data(), helper.make_node("Gather", ["c", "ids"], ["y"])]
+    imports = [helper.make_opsetid("", 18)]
+    model.functions.append(helper.make_function("own", "Rows", ["ids"], ["y"], nodes, imports))
+    path = tmp_path / "model" / "model.onnx"
+    path.parent.mkdir()
+    path.write_bytes(model.SerializeToString())
+    (path.parent / "table.bin").write_bytes(WEIGHT.tobytes())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "table.bin").write_bytes((WEIGHT + 1).tobytes())
+    monkeypatch.chdir(elsewhere)
+    (function,) = read_onnx(path).functions.values()
+    stored = next(iter(function)).attributes["value"].as_tensor()
+    assert np.array_equal(stored.numpy(), WEIGHT)
+
+
+def test_external_data_counts_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = with_location(write_with_external_data(tmp_path / "model"), length=2**33)
+    model = onnx.load(path, load_external_data=False)
+    model.graph.initializer[0].dims[0] = 2**33 // (4 * WEIGHT.shape[1])
+    path.write_bytes(model.SerializeToString())
+    os.truncate(path.parent / "table.bin", 2**33)  # a sparse file
+    monkeypatch.setenv("RECPRESS_MEMORY_MB", "6000")  # enough for the file itself
+    with pytest.raises(OutOfMemory):
+        read_onnx(path)
+
+
 def damaged(name: str) -> bytes:
     """Return the bytes of a file that is no usable model."""
     whole = lookup().SerializeToString()

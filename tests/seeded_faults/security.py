@@ -64,6 +64,17 @@ FAULTS = (
         ),
     ),
     Fault(
+        id="onnx-external-data-of-a-function-in-the-current-folder",
+        file="infra/bundle/onnx_file.py",
+        old="            tensor.base_dir = path.parent\n",
+        new="",
+        effect="Weights in the body of a function are read from the folder of the process.",
+        tests=(
+            "tests/infra/test_onnx_file.py"
+            "::test_external_data_of_a_function_is_read_from_the_folder_of_the_file",
+        ),
+    ),
+    Fault(
         id="attribute-names-run-as-code",
         file="compressors/core/state/construction.py",
         old="            if _UNSAFE_IN_TEXT.search(name):\n",

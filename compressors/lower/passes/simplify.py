@@ -13,17 +13,23 @@ from onnxscript.rewriter import RewritePass
 
 from compressors.lower.passes.exact_rules import RULES
 
+MOST_MERGED = 1024
+"""Most elements of equal initializers that become one, as in ``optimize_ir``."""
+
 ROUNDS = 2
 """Largest number of rounds of constant folding and rewriting, as in ``optimize_ir``."""
 
 
-def simplify(model: ir.Model, may_fold: Callable[[ir.Node], bool | None]) -> None:
+def simplify(
+    model: ir.Model, may_fold: Callable[[ir.Node], bool | None], *, most_merged: int = MOST_MERGED
+) -> None:
     """Inline functions, fold constants and remove operators without effect, in place.
 
     Args:
         model: the exported graph.
         may_fold: returns whether a node with constant inputs may be replaced by its result; None
             for the default of onnxscript's constant folding.
+        most_merged: most elements of equal initializers that become one.
     """
     passes.InlinePass()(model)
     for _ in range(ROUNDS):
@@ -40,7 +46,7 @@ def simplify(model: ir.Model, may_fold: Callable[[ir.Node], bool | None]) -> Non
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.LiftSubgraphInitializersToMainGraphPass(),
-        passes.DeduplicateInitializersPass(),
+        passes.DeduplicateInitializersPass(size_limit=most_merged),
         passes.CommonSubexpressionEliminationPass(),
         passes.OutputFixPass(),
         passes.NameFixPass(),

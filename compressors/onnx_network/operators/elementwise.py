@@ -21,8 +21,18 @@ DTYPES: Mapping[int, torch.dtype] = {
 """The torch dtype of each number of ``TensorProto.DataType`` that a graph may use. Integers of all
 sizes are int64, as ids are in a signature."""
 
+NARROW: Mapping[int, torch.dtype] = {
+    2: torch.uint8,
+    3: torch.int8,
+    4: torch.uint16,
+    5: torch.int16,
+    6: torch.int32,
+    12: torch.uint32,
+}
+"""The integers of ``TensorProto.DataType`` that have fewer bits than int64."""
 
-def _make_variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+
+def _reduced(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     """Return an operator with any number of inputs from a function of two."""
     return lambda *inputs: functools.reduce(function, inputs)
 
@@ -45,6 +55,8 @@ def _power(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
+    if x.dtype is torch.int64 and to in NARROW:  # a larger number keeps its last bits
+        x = x.to(NARROW[to])
     return x.to(DTYPES[to])
 
 
@@ -77,7 +89,7 @@ def _celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
 def _selu(
     x: Tensor, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875
 ) -> Tensor:
-    return gamma * torch.where(x > 0, x, alpha * torch.expm1(x))
+    return gamma * F.elu(x, alpha)
 
 
 def _hard_sigmoid(x: Tensor, *, alpha: float = 0.2, beta: float = 0.5) -> Tensor:
@@ -109,10 +121,10 @@ ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
     "Div": _divide,
     "Mod": _modulo,
     "Pow": _power,
-    "Sum": _make_variadic(torch.add),
+    "Sum": _reduced(torch.add),
     "Mean": _mean,
-    "Max": _make_variadic(torch.maximum),
-    "Min": _make_variadic(torch.minimum),
+    "Max": _reduced(torch.maximum),
+    "Min": _reduced(torch.minimum),
     "Equal": torch.eq,
     "Greater": torch.gt,
     "GreaterOrEqual": torch.ge,

@@ -30,7 +30,7 @@ def _is(size: int, value: int) -> bool:
 
 
 def _flatten(x: Tensor, *, axis: int = 1) -> Tensor:
-    axis = axis % (x.dim() + 1)
+    axis = axis + x.dim() if axis < 0 else axis
     if axis == 0:
         return x.reshape(1, -1)
     return (
@@ -88,16 +88,14 @@ def _slice(
     along = list(range(len(begins))) if axes is None else integers(axes)
     strides = [1] * len(begins) if steps is None else integers(steps)
     for axis, begin, stop, stride in zip(along, begins, stops, strides, strict=True):
-        if stride < 0:
-            kept = range(*slice(begin, stop, stride).indices(int(x.shape[axis])))
-            x = x.index_select(axis, torch.tensor(list(kept), device=x.device))
-        else:
-            x = x[(slice(None),) * (axis % x.dim()) + (slice(begin, stop, stride),)]
+        if stride < 0:  # torch has no negative strides; element i is -1 - i in the reverse order
+            x, begin, stop, stride = x.flip(axis), -1 - begin, -1 - stop, -stride
+        x = x[(slice(None),) * (axis % x.dim()) + (slice(begin, stop, stride),)]
     return x
 
 
-def _to_non_negative(indices: Tensor, size: int) -> Tensor:
-    """Return indices that count from the start; those of ONNX may count from the end."""
+def from_start(indices: Tensor, size: int) -> Tensor:
+    """Return indices that count from the start; negative ones of ONNX count from the end."""
     return torch.where(indices < 0, indices + size, indices)
 
 
@@ -107,13 +105,13 @@ def _gather(x: Tensor, indices: Indices, *, axis: int = 0) -> Tensor:
     if not isinstance(indices, Tensor):
         indices = tensor_of(indices, x.device)
     axis = axis % x.dim()
-    rows = x.index_select(axis, _to_non_negative(indices, x.shape[axis]).reshape(-1).long())
+    rows = x.index_select(axis, from_start(indices, x.shape[axis]).reshape(-1).long())
     return rows.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 def _gather_elements(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     # torch.gather accepts fewer indices than elements in the other dimensions, as ONNX does.
-    return torch.gather(x, axis, _to_non_negative(indices, x.shape[axis]).long())
+    return torch.gather(x, axis, from_start(indices, x.shape[axis]).long())
 
 
 def _gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
@@ -123,13 +121,13 @@ def _gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
         )
         for axis in range(batch_dims)
     )
-    return x[(*batch, *(index.long() for index in indices.unbind(dim=-1)))]
+    return x[(*batch, *(place.long() for place in indices.unbind(dim=-1)))]
 
 
 def _one_hot(indices: Tensor, depth: Sizes, values: Tensor, *, axis: int = -1) -> Tensor:
     count = integer(depth)
     classes = torch.arange(count, device=indices.device)
-    is_class = _to_non_negative(indices.long(), count).unsqueeze(-1) == classes
+    is_class = from_start(indices.long(), count).unsqueeze(-1) == classes
     off, on = values.unbind()
     return torch.where(is_class, on, off).movedim(-1, axis)
 
@@ -157,15 +155,25 @@ def _pad(
 
 
 def _constant_of_shape(
-    shape: Sizes, *, value: float = 0.0, device: torch.device | None = None
+    shape: Sizes,
+    *,
+    value: float | str = 0.0,
+    dtype: str | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
-    return torch.full(integers(shape), value, device=device)
+    # JSON has no infinite numbers; they are stored as texts.
+    number = float(value) if isinstance(value, str) else value
+    kind: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
+    return torch.full(integers(shape), number, dtype=kind, device=device)
 
 
 def _range(
     start: Sizes, limit: Sizes, delta: Sizes, *, device: torch.device | None = None
 ) -> Tensor:
-    return torch.arange(integer(start), integer(limit), integer(delta), device=device)
+    first, last, step = integer(start), integer(limit), integer(delta)
+    if isinstance(first, int) and isinstance(last, int):  # torch refuses an empty range
+        last = max(first, last) if step > 0 else min(first, last)
+    return torch.arange(first, last, step, device=device)
 
 
 def _trilu(x: Tensor, k: Sizes | None = None, *, upper: int = 1) -> Tensor:

@@ -14,7 +14,7 @@ _GRU_GATES, _LSTM_GATES = (1, 0, 2), (0, 2, 3, 1)
 _ACTIVATIONS = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
 
 
-def _convert_weights(
+def _weights(
     w: Tensor, r: Tensor, b: Tensor | None, gates: tuple[int, ...]
 ) -> tuple[list[Tensor], bool]:
     """Return the weights of all directions in torch's order, and whether there are biases."""
@@ -42,16 +42,16 @@ def _require_defaults(
         raise NotImplementedError(f"{kind} with the activations {activations}")
     if direction == "reverse" or layout:
         raise NotImplementedError(f"{kind} with direction {direction} and layout {layout}")
-    if given := [name for name, value in unsupported.items() if value not in (None, 0, 0.0)]:
+    if given := [n for n, value in unsupported.items() if isinstance(value, Tensor) or value]:
         raise NotImplementedError(f"{kind} with {', '.join(given)}")
 
 
-def _get_initial_state(state: Tensor | None, x: Tensor, w: Tensor, hidden_size: int) -> Tensor:
+def _initial(state: Tensor | None, x: Tensor, w: Tensor, hidden_size: int) -> Tensor:
     """Return the initial state, zeros if there is none: ``(directions, rows, hidden)``."""
     return x.new_zeros(w.shape[0], x.shape[1], hidden_size) if state is None else state
 
 
-def _split_directions(output: Tensor, directions: int) -> Tensor:
+def _by_direction(output: Tensor, directions: int) -> Tensor:
     """Return torch's output as ONNX's: ``(steps, directions, rows, hidden)``."""
     steps, rows, _ = output.shape
     return output.reshape(steps, rows, directions, -1).transpose(1, 2)
@@ -76,10 +76,10 @@ def _gru(
     _require_defaults("GRU", direction, activations, layout, unsupported)
     if not linear_before_reset:
         raise NotImplementedError("GRU without linear_before_reset, which torch has not")
-    weights, has_biases = _convert_weights(w, r, b, _GRU_GATES)
+    weights, has_biases = _weights(w, r, b, _GRU_GATES)
     output, state = torch.gru(
         x,
-        _get_initial_state(initial_h, x, w, hidden_size),
+        _initial(initial_h, x, w, hidden_size),
         weights,
         has_biases,
         num_layers=1,
@@ -88,7 +88,7 @@ def _gru(
         bidirectional=direction == "bidirectional",
         batch_first=False,
     )
-    return _split_directions(output, w.shape[0]), state
+    return _by_direction(output, w.shape[0]), state
 
 
 def _lstm(
@@ -110,10 +110,10 @@ def _lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     unsupported = {"sequence_lens": sequence_lens, "P": p, "input_forget": input_forget}
     _require_defaults("LSTM", direction, activations, layout, {**unsupported, "clip": clip})
-    weights, has_biases = _convert_weights(w, r, b, _LSTM_GATES)
+    weights, has_biases = _weights(w, r, b, _LSTM_GATES)
     output, state, cell = torch.lstm(
         x,
-        [_get_initial_state(initial, x, w, hidden_size) for initial in (initial_h, initial_c)],
+        [_initial(initial, x, w, hidden_size) for initial in (initial_h, initial_c)],
         weights,
         has_biases,
         num_layers=1,
@@ -122,7 +122,7 @@ def _lstm(
         bidirectional=direction == "bidirectional",
         batch_first=False,
     )
-    return _split_directions(output, w.shape[0]), state, cell
+    return _by_direction(output, w.shape[0]), state, cell
 
 
 RECURRENT: Mapping[str, Callable[..., Any]] = {"GRU": _gru, "LSTM": _lstm}

@@ -36,8 +36,8 @@ def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Callabl
         x: Tensor, axes: Sizes | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
     ) -> Tensor:
         along = [] if axes is None else integers(axes)
-        if not along and noop_with_empty_axes:
-            return x
+        if not along and noop_with_empty_axes:  # each element is reduced alone
+            return function(x.unsqueeze(-1), [-1], False)
         return function(x, along or list(range(x.dim())), bool(keepdims))
 
     return reduce
@@ -49,8 +49,14 @@ def _product(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
     return x
 
 
-def _norm(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
-    return x.square().sum(axes, keepdim=keepdim).sqrt()
+def _in_floats(function: Callable[..., Tensor]) -> Callable[[Tensor, list[int], bool], Tensor]:
+    """Return a function of integers too: it is computed in float64 and rounded towards zero."""
+
+    def compute(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
+        numbers = x if x.is_floating_point() else x.double()
+        return function(numbers, dim=axes, keepdim=keepdim).to(x.dtype)
+
+    return compute
 
 
 def _arg(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -71,15 +77,21 @@ def _top_k(
     axis: int = -1,
     largest: int = 1,
     sorted: int = 1,  # noqa: A002
-) -> tuple[Tensor, ...]:
-    return tuple(torch.topk(x, integer(k), axis, largest=bool(largest), sorted=bool(sorted)))
+) -> tuple[Tensor, Tensor]:
+    count, descending = integer(k), bool(largest)
+    if torch.compiler.is_exporting():  # becomes TopK of ONNX, in which the first of equals wins
+        values, indices = torch.topk(x, count, axis, largest=descending)
+        return values, indices
+    values, indices = torch.sort(x, dim=axis, descending=descending, stable=True)
+    return values.narrow(axis, 0, count), indices.narrow(axis, 0, count)
 
 
 def _cumulative_sum(x: Tensor, axis: Sizes, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     dim = integer(axis)
     x = x.flip(dim) if reverse else x
+    if exclusive:  # shift by one; torch lists the pairs from the last dimension to the first
+        x = F.pad(x, [*[0, 0] * (-1 - dim if dim < 0 else x.dim() - 1 - dim), 1, -1])
     total = x.cumsum(dim, dtype=x.dtype)
-    total = total - x if exclusive else total
     return total.flip(dim) if reverse else total
 
 
@@ -101,8 +113,13 @@ def _layer_normalization(
     stash_type: int = 1,
 ) -> Tensor:
     shape = list(x.shape[axis % x.dim() :])
-    bias = None if bias is None else bias.expand(shape)
-    return F.layer_norm(x, shape, scale.expand(shape), bias, epsilon)
+    bias = None if bias is None else _of_shape(bias, shape)
+    return F.layer_norm(x, shape, _of_shape(scale, shape), bias, epsilon)
+
+
+def _of_shape(weight: Tensor, shape: list[int]) -> Tensor:
+    """Return a weight in this shape; it may have leading dimensions of size 1."""
+    return weight.reshape(weight.shape[-len(shape) :]).expand(shape)
 
 
 def _rms_normalization(
@@ -125,12 +142,14 @@ def _batch_normalization(
 ) -> Tensor:
     if training_mode:
         raise NotImplementedError("BatchNormalization with training_mode")
-    return F.batch_norm(x, mean, variance, scale, bias, training=False, eps=epsilon)
+    # Bundles of earlier versions have the statistics as parameters, which batch_norm refuses.
+    statistics = (mean.detach(), variance.detach())
+    return F.batch_norm(x, *statistics, scale, bias, training=False, eps=epsilon)
 
 
 def _lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(x, p, dim=axis, keepdim=True)
-    return x / length
+    return x / length.masked_fill(length == 0, 1)  # a vector of zeros stays one
 
 
 def _convolution(
@@ -166,15 +185,15 @@ REDUCTIONS: Mapping[str, Callable[..., Any]] = {
     "Gemm": _gemm,
     "Einsum": _einsum,
     "ReduceSum": _reduction(lambda x, axes, keep: x.sum(axes, keepdim=keep, dtype=x.dtype)),
-    "ReduceMean": _reduction(lambda x, axes, keep: x.mean(axes, keepdim=keep)),
+    "ReduceMean": _reduction(_in_floats(torch.mean)),
     "ReduceMax": _reduction(lambda x, axes, keep: x.amax(axes, keepdim=keep)),
     "ReduceMin": _reduction(lambda x, axes, keep: x.amin(axes, keepdim=keep)),
     "ReduceProd": _reduction(_product),
     "ReduceL1": _reduction(lambda x, axes, keep: x.abs().sum(axes, keepdim=keep)),
-    "ReduceL2": _reduction(_norm),
+    "ReduceL2": _reduction(_in_floats(torch.linalg.vector_norm)),
     "ReduceSumSquare": _reduction(lambda x, axes, keep: x.square().sum(axes, keepdim=keep)),
     "ReduceLogSum": _reduction(lambda x, axes, keep: x.sum(axes, keepdim=keep).log()),
-    "ReduceLogSumExp": _reduction(lambda x, axes, keep: x.logsumexp(axes, keepdim=keep)),
+    "ReduceLogSumExp": _reduction(_in_floats(torch.logsumexp)),
     "ArgMax": _arg(torch.argmax),
     "ArgMin": _arg(torch.argmin),
     "TopK": _top_k,

@@ -8,7 +8,8 @@ functions compute with both.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,10 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Sizes: TypeAlias = NDArray[np.object_]
-"""Integers of a shape, of dtype object: ``()`` or ``(values,)``."""
+"""Integers of a shape, of dtype object, in any number of dimensions."""
+
+MOST_SIZES = 1024
+"""Most elements of a value that is computed with integers; larger ones are tensors."""
 
 
-def to_sizes(values: Any) -> Sizes:
+def as_sizes(values: Any) -> Sizes:
     """Return an integer, or a list of them, as an array of objects."""
     return np.asarray(values, dtype=object)
 
@@ -49,25 +53,46 @@ def tensor_of(sizes: Sizes, device: torch.device) -> Tensor:
 
 def shape(x: Tensor, *, start: int = 0, end: int | None = None) -> Sizes:
     """Shape: the sizes of dimensions ``start`` to ``end``."""
-    return to_sizes(list(x.shape)[start:end])
+    return as_sizes(list(x.shape)[start:end])
 
 
 def size(x: Tensor) -> Sizes:
     """Size: the number of elements."""
-    return to_sizes(x.numel())
+    return as_sizes(x.numel())
+
+
+def _are_few(target: Sequence[int]) -> bool:
+    """Return whether a value of this shape has a known, small number of elements."""
+    return all(isinstance(size, int) for size in target) and math.prod(target) <= MOST_SIZES
 
 
 def _elementwise(function: Callable[..., Any]) -> Callable[..., Sizes]:
     """Return an operator that applies a function of numpy to integers."""
 
     def operator(*sizes: Sizes) -> Sizes:
-        return to_sizes(functools.reduce(function, sizes[1:], sizes[0]))
+        return as_sizes(functools.reduce(function, sizes[1:], sizes[0]))
 
     return operator
 
 
+def _quotient(x: int, y: int) -> int:
+    """Divide towards zero; dynamic sizes are not negative."""
+    if isinstance(x, int) and isinstance(y, int) and (x < 0) != (y < 0):
+        return -(-x // y)
+    return x // y
+
+
+_divide = np.frompyfunc(_quotient, 2, 1)
+_minimum = np.frompyfunc(torch.sym_min, 2, 1)
+_maximum = np.frompyfunc(torch.sym_max, 2, 1)
+
+
+def _modulo(x: Sizes, y: Sizes, *, fmod: int = 0) -> Sizes:
+    return as_sizes(x - y * _divide(x, y) if fmod else np.mod(x, y))
+
+
 def _gather(x: Sizes, indices: Sizes, *, axis: int = 0) -> Sizes:
-    return to_sizes(np.take(x, indices.astype(np.int64), axis=axis))
+    return as_sizes(np.take(x, indices.astype(np.int64), axis=axis))
 
 
 def _slice(
@@ -77,89 +102,144 @@ def _slice(
     axes: Sizes | None = None,
     steps: Sizes | None = None,
 ) -> Sizes:
-    return x[slice(integer(starts), integer(ends), None if steps is None else integer(steps))]
+    begins, stops = integers(starts), integers(ends)
+    along = range(len(begins)) if axes is None else integers(axes)
+    strides = [1] * len(begins) if steps is None else integers(steps)
+    kept = [slice(None)] * x.ndim
+    for axis, begin, stop, stride in zip(along, begins, stops, strides, strict=True):
+        kept[axis] = slice(begin, stop, stride)
+    return x[tuple(kept)]
 
 
 def _concat(*sizes: Sizes, axis: int) -> Sizes:
     return np.concatenate(sizes, axis=axis)
 
 
+def _split(
+    x: Sizes, split: Sizes | None = None, *, axis: int = 0, num_outputs: int = 1
+) -> tuple[Sizes, ...]:
+    size = -(-x.shape[axis] // num_outputs)
+    counts = [size] * num_outputs if split is None else integers(split)
+    return tuple(np.split(x, np.cumsum(counts)[:-1], axis=axis))
+
+
 def _squeeze(x: Sizes, axes: Sizes | None = None) -> Sizes:
-    return x.reshape(())
+    return np.squeeze(x, axis=None if axes is None else tuple(integers(axes)))
 
 
 def _unsqueeze(x: Sizes, axes: Sizes) -> Sizes:
-    return x.reshape(-1)
+    return np.expand_dims(x, tuple(integers(axes)))
 
 
 def _reshape(x: Sizes, target: Sizes, *, allowzero: int = 0) -> Sizes:
-    return x.reshape(integers(target))
+    sizes = integers(target)
+    if not allowzero:
+        sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
+    return x.reshape(sizes)
+
+
+def _transpose(x: Sizes, *, perm: list[int] | None = None) -> Sizes:
+    return np.transpose(x, perm)
+
+
+def _expand(x: Sizes, target: Sizes) -> Sizes | None:
+    sizes = integers(target)
+    return np.broadcast_to(x, np.broadcast_shapes(x.shape, sizes)) if _are_few(sizes) else None
+
+
+def _tile(x: Sizes, repeats: Sizes) -> Sizes | None:
+    counts = integers(repeats)
+    return np.tile(x, counts) if _are_few([*counts, x.size]) else None
 
 
 def _identity(x: Sizes, **_: Any) -> Sizes:
     return x
 
 
-def _divide(x: Sizes, y: Sizes) -> Sizes:
-    return to_sizes(np.floor_divide(x, y))
-
-
-def _minimum(*sizes: Sizes) -> Sizes:
-    return to_sizes(functools.reduce(np.frompyfunc(torch.sym_min, 2, 1), sizes))
-
-
-def _maximum(*sizes: Sizes) -> Sizes:
-    return to_sizes(functools.reduce(np.frompyfunc(torch.sym_max, 2, 1), sizes))
-
-
-def _equal(x: Sizes, y: Sizes) -> Sizes:
-    return to_sizes(np.equal(x, y))
-
-
 def _where(condition: Sizes, x: Sizes, y: Sizes) -> Sizes:
-    return to_sizes(np.where(condition.astype(bool), x, y))
+    return as_sizes(np.where(condition.astype(bool), x, y))
 
 
-def _product(x: Sizes, axes: Sizes | None = None, *, keepdims: int = 1, **_: Any) -> Sizes:
-    return to_sizes(np.prod(x, keepdims=bool(keepdims)))
+def _reduction(function: np.ufunc) -> Callable[..., Sizes]:
+    """Return a Reduce operator from a function of two integers."""
+
+    def reduce(
+        x: Sizes, axes: Sizes | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+    ) -> Sizes:
+        along = [] if axes is None else integers(axes)
+        if not along and not noop_with_empty_axes:
+            along = list(range(x.ndim))
+        for axis in sorted((axis % x.ndim for axis in along), reverse=True):
+            x = as_sizes(function.reduce(x, axis=axis, keepdims=bool(keepdims)))
+        return x
+
+    return reduce
 
 
-def _one_hot(indices: Sizes, depth: Sizes, values: Sizes, *, axis: int = -1) -> Sizes:
+def _one_hot(indices: Sizes, depth: Sizes, values: Sizes, *, axis: int = -1) -> Sizes | None:
+    count = integer(depth)
+    if not _are_few([count, indices.size]):
+        return None
     off, on = integers(values)
-    is_class = np.equal.outer(indices, np.arange(integer(depth)))
-    return to_sizes(np.where(is_class, to_sizes(on), to_sizes(off)))
+    classes = np.where(indices < 0, indices + count, indices)
+    is_class = np.equal.outer(classes, np.arange(count))
+    return np.moveaxis(as_sizes(np.where(is_class, as_sizes(on), as_sizes(off))), -1, axis)
 
 
 def _shape(x: Sizes, *, start: int = 0, end: int | None = None) -> Sizes:
-    return to_sizes(x.shape[start:end])
+    return as_sizes(x.shape[start:end])
 
 
-def _filled(target: Sizes, *, value: int = 0) -> Sizes:
-    return np.full(integers(target), value, dtype=object)
+def _size(x: Sizes) -> Sizes:
+    return as_sizes(x.size)
 
 
-SIZE_OPERATORS: Mapping[str, Callable[..., Sizes]] = {
+def _filled(target: Sizes, *, value: int = 0) -> Sizes | None:
+    sizes = integers(target)
+    return np.full(sizes, value, dtype=object) if _are_few(sizes) else None
+
+
+SIZE_OPERATORS: Mapping[str, Callable[..., Sizes | tuple[Sizes, ...] | None]] = {
     "Add": _elementwise(np.add),
     "Sub": _elementwise(np.subtract),
     "Mul": _elementwise(np.multiply),
-    "Mod": _elementwise(np.mod),
-    "Neg": lambda x: to_sizes(np.negative(x)),
-    "Div": _divide,
-    "Min": _minimum,
-    "Max": _maximum,
-    "Equal": _equal,
+    "Div": _elementwise(_divide),
+    "Mod": _modulo,
+    "Sum": _elementwise(np.add),
+    "Neg": lambda x: as_sizes(np.negative(x)),
+    "Abs": lambda x: as_sizes(np.absolute(x)),
+    "Min": _elementwise(_minimum),
+    "Max": _elementwise(_maximum),
+    "Equal": _elementwise(np.equal),
+    "Greater": _elementwise(np.greater),
+    "GreaterOrEqual": _elementwise(np.greater_equal),
+    "Less": _elementwise(np.less),
+    "LessOrEqual": _elementwise(np.less_equal),
+    "And": _elementwise(np.logical_and),
+    "Or": _elementwise(np.logical_or),
+    "Not": lambda x: as_sizes(np.logical_not(x)),
     "Where": _where,
     "Gather": _gather,
     "Slice": _slice,
     "Concat": _concat,
+    "Split": _split,
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
     "Reshape": _reshape,
+    "Transpose": _transpose,
+    "Expand": _expand,
+    "Tile": _tile,
     "Identity": _identity,
     "Cast": _identity,
-    "ReduceProd": _product,
+    "ReduceSum": _reduction(np.add),
+    "ReduceProd": _reduction(np.multiply),
+    "ReduceMin": _reduction(_minimum),
+    "ReduceMax": _reduction(_maximum),
     "ConstantOfShape": _filled,
     "OneHot": _one_hot,
     "Shape": _shape,
+    "Size": _size,
 }
-"""Operators on integers of shapes, used if all inputs of a node are such integers."""
+"""Operators on integers of shapes, used if all inputs of a node are such integers. One returns
+None if the number of elements of its result is dynamic or large: then it is computed as a
+tensor."""

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from compressors.onnx_network.operators.elementwise import ELEMENTWISE
 from compressors.onnx_network.operators.layout import LAYOUT, Indices
@@ -24,6 +24,7 @@ class Operator:
         indices: positions of the inputs that may be either.
         attributes: names of the attributes that the function accepts.
         needs_device: whether it creates a tensor, on the device that it receives.
+        results: the number of its outputs; None for any number.
     """
 
     function: Callable[..., Any]
@@ -31,13 +32,16 @@ class Operator:
     indices: frozenset[int] = frozenset()
     attributes: frozenset[str] = frozenset()
     needs_device: bool = False
+    results: int | None = 1
 
 
-def _describe_operator(function: Callable[..., Any]) -> Operator:
+def _operator(function: Callable[..., Any]) -> Operator:
     """Describe a function by its parameters; those of torch take tensors only."""
     if not inspect.isfunction(function) or function.__module__.startswith("torch"):
         return Operator(function)
-    parameters = list(inspect.signature(function).parameters.values())
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    returned = get_args(signature.return_annotation)  # of a tuple: the types of its items
     keywords = {item.name for item in parameters if item.kind is item.KEYWORD_ONLY}
     return Operator(
         function,
@@ -47,11 +51,12 @@ def _describe_operator(function: Callable[..., Any]) -> Operator:
         indices=frozenset(i for i, p in enumerate(parameters) if p.annotation == Indices),
         attributes=frozenset(keywords - {DEVICE}),
         needs_device=DEVICE in keywords,
+        results=None if Ellipsis in returned else max(1, len(returned)),
     )
 
 
 OPERATORS: dict[str, Operator] = {
-    name: _describe_operator(function)
+    name: _operator(function)
     for name, function in {
         **ELEMENTWISE,
         **LAYOUT,

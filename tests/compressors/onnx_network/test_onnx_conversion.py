@@ -1,5 +1,6 @@
 """Graphs become networks with tables and layers, whose names are those of the trained model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ from torch import nn
 
 from compressors.contracts import ONNX_NETWORK
 from compressors.errors.onnx_graphs import OnnxRefused
-from compressors.onnx_network.conversion import convert
+from compressors.onnx_network.conversion import build, convert
 from compressors.onnx_network.network import OnnxNetwork
 
-rng = np.random.default_rng(0)
+random = np.random.default_rng(0)
 IDS = np.array([0, 2, 1])
 
 
 def floats(*shape: int) -> Array:
-    return rng.normal(size=shape).astype(np.float32)
+    return random.normal(size=shape).astype(np.float32)
 
 
 def node(op: str, inputs: str, output: str, name: str = "", **attributes: Any) -> onnx.NodeProto:
@@ -111,6 +112,128 @@ def test_trained_floats_are_parameters_and_constants_are_buffers() -> None:
     assert {name for name, _ in network.named_buffers()} >= {"mask", "temperature"}
 
 
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node("Unsqueeze", "w axis", "a"), node("Add", "x a", "y")],
+        [node("Reshape", "w back", "a"), node("Relu", "a", "b"), node("MatMul", "x b", "y")],
+        [node("Gather", "w ids", "a"), node("ReduceSum", "a", "b"), node("Add", "x b", "y")],
+        [node("Shape", "x", "s"), node("Reshape", "w s", "a"), node("Add", "x a", "y")],
+        [node("Mul", "w w", "a"), node("ReduceSum", "w", "s"), node("Gemm", "x a s", "y")],
+    ],
+    ids=["unsqueeze", "reshape", "constant_rows", "dynamic_reshape", "two_readers"],
+)
+def test_trained_weight_of_which_nodes_compute_another_stays_a_parameter_of_its_name(
+    tmp_path: Path, nodes: list[onnx.NodeProto]
+) -> None:
+    weights = {"w": floats(3, 3), "axis": np.array([0]), "back": np.array([3, -1])}
+    inputs = {"x": floats(3, 3)}
+    model = build_graph(nodes, inputs, weights={**weights, "ids": np.array([2, 2, 0])})
+    network = build_network(model)
+    assert [name.removesuffix(".weight") for name, _ in network.named_parameters()] == ["w"]
+    require_equal(model, inputs, tmp_path)
+
+
+def test_weights_that_are_equal_when_they_are_read_are_trained_apart() -> None:
+    nodes = [node("Mul", "x first", "a"), node("Relu", "a", "b"), node("Mul", "b second", "y")]
+    ones = np.ones(2, np.float32)
+    model = build_graph(nodes, {"x": floats(3, 2)}, weights={"first": ones, "second": ones})
+    assert {name for name, _ in build_network(model).named_parameters()} == {"first", "second"}
+
+
+def test_statistics_of_a_norm_are_buffers_and_gradients_pass_it() -> None:
+    nodes = [node("Relu", "x", "a"), node("BatchNormalization", "a scale bias mean var", "y")]
+    weights = {name: np.abs(floats(2)) for name in ("scale", "bias", "mean", "var")}
+    converted = convert(ir.from_proto(build_graph(nodes, {"x": floats(3, 2)}, weights=weights)))
+    network = build(converted)
+    assert {name for name, _ in network.named_parameters()} == {"scale", "bias"}
+    network({"x": torch.ones(3, 2)}).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    # Bundles of earlier versions have the statistics as parameters.
+    config = converted.config
+    parameters = {**config["parameters"], **config["buffers"]}
+    earlier = OnnxNetwork(**{**config, "parameters": parameters, "buffers": {}})
+    earlier.load_state_dict(converted.weights)
+    earlier({"x": torch.ones(3, 2)}).sum().backward()
+
+
+def test_weights_of_a_convolution_and_the_norm_after_it_are_trained_as_one() -> None:
+    nodes = [node("Conv", "x w", "a"), node("BatchNormalization", "a scale bias mean var", "y")]
+    weights = {name: np.abs(floats(2)) for name in ("scale", "bias", "mean", "var")}
+    model = build_graph(nodes, {"x": floats(3, 4, 5)}, weights={**weights, "w": floats(2, 4, 3)})
+    network = build_network(model)
+    assert [item.op for item in network.nodes] == ["Conv"]
+    assert [parameter.shape for parameter in network.parameters()] == [(2, 4, 3), (2,)]
+
+
+def test_initializer_that_is_also_an_input_is_a_weight() -> None:
+    nodes = [node("Transpose", "w", "t"), node("MatMul", "x t", "y")]
+    model = build_graph(nodes, {"x": floats(3, 2)}, weights={"w": floats(4, 2)})
+    declared = helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 2])
+    model.graph.input.append(declared)
+    assert units(build_network(model)) == {"w": "Linear"}
+
+
+def test_names_of_a_weight_with_a_suffix_do_not_collide() -> None:
+    nodes = [
+        node("Transpose", "w", "t"),
+        node("MatMul", "x t", "a"),
+        node("Add", "a w.original", "y"),
+    ]
+    weights = {"w": floats(2, 2), "w.original": floats(3, 2)}
+    names = {
+        name
+        for name, _ in build_network(
+            build_graph(nodes, {"x": floats(3, 2)}, weights=weights)
+        ).named_parameters()
+    }
+    assert names == {"w.weight", "w_original"}
+
+
+def test_opset_of_the_domain_ai_onnx_is_the_opset_of_the_graph() -> None:
+    model = build_graph([node("Relu", "x", "y")], {"x": floats(3, 2)})
+    model.opset_import[0].domain = "ai.onnx"
+    assert [item.op for item in build_network(model).nodes] == ["Relu"]
+
+
+def test_constant_that_would_be_large_is_not_computed_before_it_is_read() -> None:
+    nodes = [node("Expand", "one shape", "a"), node("Add", "x a", "y")]
+    weights = {"one": np.float32(1), "shape": np.array([10**6, 10**6])}
+    network = build_network(build_graph(nodes, {"x": floats(1, 1)}, weights=weights))
+    assert [item.op for item in network.nodes] == ["Expand", "Add"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "dtype"),
+    [(TensorProto.FLOAT, -np.inf, torch.float32), (TensorProto.DOUBLE, 0.1, torch.float64)],
+)
+def test_constant_of_a_shape_keeps_its_number_and_dtype_in_json(
+    kind: int, number: float, dtype: torch.dtype
+) -> None:
+    value = helper.make_tensor("", kind, [1], [number])
+    nodes = [node("Shape", "x", "shape"), node("ConstantOfShape", "shape", "y", value=value)]
+    config = convert(ir.from_proto(build_graph(nodes, {"x": floats(3, 2)}))).config
+    network = OnnxNetwork(**json.loads(json.dumps(config, allow_nan=False)))
+    output = network({"x": torch.zeros(2, 2)})
+    assert torch.equal(output, torch.full((2, 2), number, dtype=dtype))
+
+
+def test_graph_that_the_libraries_cannot_simplify_is_refused() -> None:
+    call = node("Again", "x", "y", domain="own")
+    model = build_graph([node("Relu", "x", "y")], {"x": floats(3, 2)}, domains=["own"])
+    model.graph.node[0].CopyFrom(call)
+    model.functions.append(helper.make_function("own", "Again", ["x"], ["y"], [call], []))
+    with raises_code(OnnxRefused, "simplification_failed"):
+        build_network(model)
+
+
+def test_building_a_network_computes_no_random_weights() -> None:
+    model = build_graph([node("Gather", "w x", "y")], {"x": IDS}, weights={"w": floats(3, 2)})
+    before = torch.get_rng_state()
+    build_network(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_input_and_table_of_the_same_name_keep_it() -> None:
     nodes = [node("Gather", "user.weight user", "forward"), node("Relu", "forward", "y")]
     network = build_network(
@@ -162,6 +285,27 @@ def test_lookup_as_tf2onnx_writes_it_is_one_node(tmp_path: Path) -> None:
     model = build_graph(nodes, {"ids": IDS}, weights=weights)
     assert len(build_network(model).nodes) > 1
     require_equal(model, {"ids": IDS - 1}, tmp_path)
+
+
+def test_ids_that_are_computed_and_negative_count_from_the_last_row(tmp_path: Path) -> None:
+    nodes = [node("Sub", "ids one", "before"), node("Gather", "w before", "y")]
+    weights = {"w": floats(3, 2), "one": np.int64(1)}
+    model = build_graph(nodes, {"ids": IDS}, weights=weights)
+    assert units(build_network(model)) == {"w": "Embedding"}
+    require_equal(model, {"ids": IDS}, tmp_path)
+
+
+def test_ids_that_are_not_negative_are_looked_up_as_they_are() -> None:
+    nodes = [
+        node("Mod", "ids count", "bucket"),
+        node("Add", "bucket offset", "row"),
+        node("Clip", "row zero", "bounded"),
+        node("Cast", "bounded", "narrow", to=6),
+        node("Gather", "w narrow", "y"),
+    ]
+    weights = {"w": floats(5, 2), "count": np.int64(3), "offset": np.int64(2), "zero": np.int64(0)}
+    network = build_network(build_graph(nodes, {"ids": IDS}, weights=weights))
+    assert network.nodes[-1].attributes == {}
 
 
 @pytest.mark.parametrize("opset", [9, 11, 13, 17])
@@ -284,6 +428,17 @@ def test_layer_that_only_layers_read_has_a_width_that_can_be_changed() -> None:
 )
 def test_layer_that_other_nodes_read_has_a_fixed_width(between: list[onnx.NodeProto]) -> None:
     assert convert(ir.from_proto(perceptron(*between))).config["widths"] == {}
+
+
+def test_activations_with_many_branches_are_followed_once() -> None:
+    between = [node("Relu", "a", "n0")]
+    for index in range(40):
+        between += [
+            node("Neg", f"n{index}", f"m{index}"),
+            node("Clip", f"n{index} m{index}", f"n{index + 1}"),
+        ]
+    model = perceptron(*between, node("Tanh", "n40", "b"))
+    assert convert(ir.from_proto(model)).config["widths"] == {}
 
 
 def test_layer_whose_output_is_also_an_output_of_the_graph_has_a_fixed_width() -> None:

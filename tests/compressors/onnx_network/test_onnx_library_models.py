@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 LIBRARIES = Path(sys.prefix) / "libraries"
 ROWS = 5
-rng = np.random.default_rng(0)
+random = np.random.default_rng(0)
 COLUMNS = {
-    "user": rng.integers(0, 50, ROWS),
-    "item": rng.integers(1, 80, ROWS),
-    "genre": rng.integers(0, 18, ROWS),
-    "price": rng.random(ROWS, np.float32),
-    "age": rng.integers(18, 80, ROWS).astype(np.float32),
-    "history": rng.integers(1, 80, (ROWS, 6)),
-    "recent": rng.integers(0, 80, (ROWS, 6)),
+    "user": random.integers(0, 50, ROWS),
+    "item": random.integers(1, 80, ROWS),
+    "genre": random.integers(0, 18, ROWS),
+    "price": random.random(ROWS, np.float32),
+    "age": random.integers(18, 80, ROWS).astype(np.float32),
+    "history": random.integers(1, 80, (ROWS, 6)),
+    "recent": random.integers(0, 80, (ROWS, 6)),
 }
 NUMBERS, IDS = ("price", "age"), ("user", "item", "genre")
 INPUTS = {

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from error_codes import raises_code
 from onnx import helper
 from onnx_graphs import Array, build_graph, build_network, network_outputs, require_equal
@@ -12,15 +13,15 @@ from onnx_graphs import Array, build_graph, build_network, network_outputs, requ
 from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.onnx_network.operators.table import OPERATORS
 
-rng = np.random.default_rng(0)
+random = np.random.default_rng(0)
 
 
 def floats(*shape: int) -> Array:
-    return rng.normal(size=shape).astype(np.float32)
+    return random.normal(size=shape).astype(np.float32)
 
 
 def ids(*shape: int, low: int = 0, high: int = 3) -> Array:
-    return rng.integers(low, high, shape)
+    return random.integers(low, high, shape)
 
 
 def sizes(*values: int) -> Array:
@@ -28,7 +29,7 @@ def sizes(*values: int) -> Array:
 
 
 def flags(*shape: int) -> Array:
-    return rng.integers(0, 2, shape).astype(bool)
+    return random.integers(0, 2, shape).astype(bool)
 
 
 X, POSITIVE, LONG = floats(4, 3), np.abs(floats(4, 3)) + 0.1, floats(4, 5, 3)
@@ -43,6 +44,9 @@ UNARY = (
     *("ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare"),
     *("ReduceLogSumExp", "Shape", "Size", "ArgMax", "ArgMin"),
 )
+NOT_ALONE = ("ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp")
+"""Reductions that change a single element."""
+
 CASES: list[Case] = [
     *((op, [X], [], {}) for op in UNARY),
     *((op, [POSITIVE], [], {}) for op in ("Reciprocal", "Sqrt", "Log", "ReduceLogSum")),
@@ -70,11 +74,14 @@ CASES: list[Case] = [
     ("Gelu", [X], [], {}),
     ("Cast", [X], [], {"to": 7}),
     ("Cast", [ids(4, 3)], [], {"to": 9}),
+    ("Cast", [np.array([5 * 10**9, -(3 * 10**9), 7])], [], {"to": 6}),
+    ("Cast", [np.array([300, -200, 7])], [], {"to": 3}),
     ("CastLike", [X, ids(4, 3)], [], {}),
     ("Softmax", [LONG], [], {"axis": 1}),
     ("LpNormalization", [LONG], [], {"axis": 1, "p": 1}),
     ("Flatten", [LONG], [], {"axis": 2}),
     ("Flatten", [LONG], [], {"axis": 0}),
+    ("Flatten", [LONG], [], {"axis": -1}),
     ("Transpose", [LONG], [], {"perm": [0, 2, 1]}),
     ("Reshape", [LONG], [sizes(0, -1)], {}),
     ("Squeeze", [floats(4, 1, 3)], [sizes(1)], {}),
@@ -87,6 +94,8 @@ CASES: list[Case] = [
     ("Slice", [LONG], [sizes(1, -2), sizes(2**62, 3), sizes(1, 2)], {}),
     ("Slice", [LONG], [sizes(-1), sizes(-(2**62)), sizes(1), sizes(-2)], {}),
     ("Slice", [LONG], [sizes(0), sizes(5), sizes(1), sizes(2)], {}),
+    ("Slice", [LONG], [sizes(3), sizes(0), sizes(1), sizes(-1)], {}),
+    ("Slice", [LONG], [sizes(0), sizes(3), sizes(1), sizes(-1)], {}),
     ("Gather", [LONG], [sizes(2, -1)], {"axis": 1}),
     ("Gather", [LONG], [np.int64(-1)], {"axis": 2}),
     ("Gather", [X, ids(4, 2, low=-4)], [], {}),
@@ -109,16 +118,27 @@ CASES: list[Case] = [
     ("ReduceSum", [LONG], [sizes(1, -1)], {"keepdims": 0}),
     ("ReduceMean", [LONG], [sizes(1)], {}),
     ("ReduceProd", [LONG], [sizes(1, 2)], {"keepdims": 0}),
-    ("ReduceSum", [X], [], {"noop_with_empty_axes": 1}),
+    *((op, [X], [], {"noop_with_empty_axes": 1}) for op in ("ReduceSum", *NOT_ALONE)),
+    *((op, [ids(4, 3).astype(np.int32)], [sizes(1)], {}) for op in ("ReduceMean", "ReduceL2")),
     ("ReduceSum", [ids(4, 3)], [sizes(1)], {}),
     ("ArgMax", [ids(4, 5)], [], {"axis": 1, "keepdims": 0, "select_last_index": 1}),
     ("ArgMin", [LONG], [], {"axis": 1}),
     ("TopK", [LONG], [sizes(2)], {"axis": 1}),
     ("TopK", [LONG], [sizes(2)], {"largest": 0}),
+    ("TopK", [np.ones((4, 99), np.float32)], [sizes(9)], {}),
     ("CumSum", [LONG], [np.int64(1)], {"exclusive": 1, "reverse": 1}),
+    ("CumSum", [np.array([[1, 2, 1e8]], np.float32)], [np.int64(-1)], {"exclusive": 1}),
+    (
+        "CumSum",
+        [np.array([[1e8, 1, 2]], np.float32)],
+        [np.int64(1)],
+        {"exclusive": 1, "reverse": 1},
+    ),
     ("CumSum", [ids(4, 3)], [np.int64(-1)], {}),
     ("LayerNormalization", [LONG], [floats(3), floats(3)], {"epsilon": 0.01}),
     ("LayerNormalization", [LONG], [floats(5, 3)], {"axis": 1}),
+    ("LayerNormalization", [LONG], [floats(1, 3), floats(1, 1, 3)], {}),
+    ("LpNormalization", [np.zeros((2, 3), np.float32)], [], {}),
     (
         "BatchNormalization",
         [X],
@@ -159,12 +179,56 @@ def test_operator_computes_what_onnx_runtime_computes(tmp_path: Path, case: Case
     require_equal(model, inputs, tmp_path)
 
 
-def test_form_that_torch_does_not_have_is_refused_with_the_node() -> None:
-    weights = {"w": floats(1, 6, 3), "r": floats(1, 6, 2)}
-    node = helper.make_node("GRU", ["x", "w", "r"], ["", "state"], hidden_size=2)
+@pytest.mark.parametrize(
+    ("op", "array"),
+    [
+        ("ReduceL2", np.zeros((2, 3), np.float32)),
+        ("LpNormalization", np.zeros((2, 3), np.float32)),
+        ("Selu", np.full((2, 3), 100, np.float32)),
+    ],
+)
+def test_gradients_are_finite_where_a_formula_divides_by_zero_or_overflows(
+    op: str, array: Array
+) -> None:
+    network = build_network(build_graph([helper.make_node(op, ["x"], ["y"])], {"x": array}))
+    x = torch.from_numpy(array).requires_grad_()
+    network({"x": x}).sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "attributes"),
+    [
+        ("GRU", "x w r", {}),
+        ("GRU", "x w r  lengths", {"linear_before_reset": 1}),
+        ("LSTM", "x w4 r4     p", {}),
+    ],
+    ids=["gates", "lengths", "peepholes"],
+)
+def test_form_that_torch_does_not_have_is_refused_with_the_node(
+    op: str, inputs: str, attributes: dict[str, Any]
+) -> None:
+    weights = {"w": floats(1, 6, 3), "r": floats(1, 6, 2), "p": floats(1, 6)}
+    weights |= {"w4": floats(1, 8, 3), "r4": floats(1, 8, 2), "lengths": np.full(5, 4, np.int32)}
+    node = helper.make_node(op, inputs.split(" "), ["", "state"], hidden_size=2, **attributes)
     network = build_network(build_graph([node], {"x": LONG}, ["state"], weights))
     with raises_code(OnnxRefused, "form_unknown", node="value"):
         network_outputs(network, {"x": LONG})
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "output"),
+    [("LayerNormalization", "x scale", 1), ("Dropout", "x ratio is_training", 0)],
+)
+def test_output_that_only_training_has_is_refused_with_the_node(
+    op: str, inputs: str, output: int
+) -> None:
+    weights = {"scale": floats(3), "ratio": np.float32(0.5), "is_training": np.array(True)}
+    node = helper.make_node(op, inputs.split(), ["a", "b"], name="training")
+    model = build_graph([node], {"x": X}, [node.output[output]], weights)
+    with raises_code(OnnxRefused, "form_unknown", node="training"):
+        build_network(model)
 
 
 def test_every_operator_of_the_list_has_a_case() -> None:

@@ -1,8 +1,4 @@
-"""Shapes that a graph computes from the shapes of its inputs, for any number of rows.
-
-Each graph has the input ``x``, float32 ``(rows, length, dim)``, and the output ``y``. Its nodes may
-read the constants ``SCALARS`` and ``VECTORS``.
-"""
+"""Shapes that a graph computes from the shapes of its inputs, for any number of rows."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +8,7 @@ import onnx
 import pytest
 import torch
 from error_codes import raises_code
-from onnx import TensorProto, helper
+from onnx import helper
 from onnx_graphs import Array, build_graph, build_network, require_equal
 
 from compressors.errors.onnx_graphs import OnnxRefused
@@ -31,9 +27,19 @@ def node(op: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto
 
 SCALARS = {"zero": np.int64(0), "one": np.int64(1), "two": np.int64(2)}
 VECTORS = {"v0": int64(0), "v1": int64(1), "v2": int64(2), "all": int64(-1), "six": int64(6)}
-VECTORS["all32"] = np.array([-1], np.int32)
+VECTORS |= {
+    "all32": np.array([-1], np.int32),
+    "last_two": int64(-2, -1),
+    "all_of_it": int64(2**62),
+    "lowest": int64(-(2**62)),
+    "pairs": int64(-1, 2),
+    "square": int64(2, 2),
+    "zero_all": int64(0, -1),
+    "split": int64(1, 2),
+    "off_on": int64(0, 1),
+    "six0": np.array(6),
+}
 SHAPE = node("Shape", "x", "shape")
-ONE = helper.make_tensor("", TensorProto.INT64, [1], [1])
 GRAPHS: dict[str, list[onnx.NodeProto]] = {
     "reshape_as_torchscript_writes_it": [
         SHAPE,
@@ -48,10 +54,10 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
     ],
     "reshape_as_tf2onnx_writes_it": [
         SHAPE,
-        node("Cast", "shape", "shape32", to=TensorProto.INT32),
+        node("Cast", "shape", "shape32", to=6),
         node("Slice", "shape32 v0 v1 v0", "rows"),
         node("Concat", "rows all32", "target32", axis=0),
-        node("Cast", "target32", "target", to=TensorProto.INT64),
+        node("Cast", "target32", "target", to=7),
         node("Reshape", "x target", "y"),
     ],
     "expand_to_where_of_a_size": [
@@ -59,7 +65,7 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
         node("Slice", "shape v0 v1", "rows"),
         node("Concat", "all v1 all", "wanted", axis=0),
         node("Shape", "wanted", "count"),
-        node("ConstantOfShape", "count", "ones", value=ONE),
+        node("ConstantOfShape", "count", "ones", value=helper.make_tensor("", 7, [1], [1])),
         node("Equal", "wanted all", "is_any"),
         node("Where", "is_any ones wanted", "target"),
         node("Expand", "x target", "y"),
@@ -76,16 +82,38 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
         SHAPE,
         node("Gather", "shape one", "length"),
         node("Range", "zero length one", "positions"),
-        node("Cast", "positions", "numbers", to=TensorProto.FLOAT),
+        node("Cast", "positions", "numbers", to=1),
         node("Unsqueeze", "numbers v1", "column"),
         node("Add", "x column", "y"),
     ],
     "size_as_a_number": [
         SHAPE,
         node("Gather", "shape one", "length"),
-        node("Cast", "length", "number", to=TensorProto.FLOAT),
+        node("Cast", "length", "number", to=1),
         node("Div", "x number", "y"),
     ],
+    "integers_of_the_rows": [
+        SHAPE,
+        node("Slice", "shape v0 v1", "rows"),
+        node("ConstantOfShape", "rows", "ones", value=helper.make_tensor("", 7, [1], [2])),
+        node("Unsqueeze", "ones last_two", "column"),
+        node("Cast", "column", "numbers", to=1),
+        node("Mul", "x numbers", "y"),
+    ],
+    "pads_as_torchscript_writes_them": [
+        SHAPE,
+        node("Slice", "shape v2 all_of_it", "dim"),
+        node("Concat", "dim v1 v0 v2 v0 v0", "from_last", axis=0),
+        node("Reshape", "from_last pairs", "by_axis"),
+        node("Slice", "by_axis all lowest v0 all", "reversed"),
+        node("Transpose", "reversed", "by_side", perm=[1, 0]),
+        node("Reshape", "by_side all", "pads"),
+        node("Pad", "x pads", "y"),
+    ],
+}
+"""Graphs that compute floats for any number of rows."""
+
+VALUES: dict[str, list[onnx.NodeProto]] = {
     "arithmetic_of_sizes": [
         node("Size", "x", "count"),
         SHAPE,
@@ -104,24 +132,75 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
         node("Concat", "v2 same1 six", "target", axis=0),
         node("Reshape", "wide target", "y"),
     ],
+    "flatten_up_to_the_last_dimension": [
+        SHAPE,
+        node("Max", "shape v1", "same"),  # whose value the rules do not know
+        node("Reshape", "x same", "again"),
+        node("Flatten", "again", "y", axis=-1),
+    ],
+    "range_without_numbers": [
+        SHAPE,
+        node("Gather", "shape one", "length"),
+        node("Range", "length two one", "nothing"),
+        node("Concat", "nothing v1", "y", axis=0),
+    ],
+    "matrix_of_sizes": [
+        SHAPE,
+        node("Concat", "shape six", "four", axis=0),
+        node("Reshape", "four square", "matrix"),
+        node("Slice", "matrix v1 v2 v1", "second"),
+        node("Squeeze", "second v1", "values"),
+        node("ReduceProd", "matrix v1", "products", keepdims=0),
+        node("Unsqueeze", "products v1", "column"),
+        node("Reshape", "column zero_all", "again"),
+        node("Concat", "matrix again", "wide", axis=1),
+        node("OneHot", "values six0 off_on", "classes", axis=0),
+        node("Transpose", "wide", "tall", perm=[1, 0]),
+        node("Concat", "classes tall", "y", axis=0),
+    ],
+    "other_operators_on_sizes": [
+        SHAPE,
+        node("Slice", "shape v2 all_of_it", "dim"),
+        node("Sub", "dim six", "negative"),
+        node("Div", "negative v2", "quotient"),
+        node("Mod", "negative v2", "rest", fmod=0),
+        node("Mod", "negative v2", "rest_in_c", fmod=1),
+        node("Abs", "negative", "distance"),
+        node("ReduceSum", "shape", "sum"),
+        node("ReduceMax", "shape", "largest"),
+        node("ReduceMin", "shape", "smallest"),
+        helper.make_node("Split", ["shape", "split"], ["first", "others"]),
+        node("Tile", "others v2", "twice"),
+        node("Expand", "dim v2", "expanded"),
+        node("Less", "shape six", "is_less"),
+        node("Where", "is_less shape all", "chosen"),
+        node(
+            "Concat",
+            "quotient rest rest_in_c distance sum largest smallest first twice expanded chosen",
+            "y",
+            axis=0,
+        ),
+    ],
 }
+"""Graphs that compute with the integers of shapes, for one number of rows."""
+
+
+@pytest.mark.parametrize("name", [*GRAPHS, *VALUES])
+def test_computed_shape_is_that_of_onnx_runtime(tmp_path: Path, name: str) -> None:
+    inputs = {"x": X, **({"wide": X[:, :, 0]} if name == "arithmetic_of_sizes" else {})}
+    if name == "arithmetic_of_sizes":
+        inputs["wide"] = np.concatenate([X[:, :, 0], X[:, :1, 1]], axis=1)  # (4, 6): 24 values
+    require_equal(model_of(name, inputs), inputs, tmp_path)
+
+
+def model_of(name: str, inputs: dict[str, Array]) -> onnx.ModelProto:
+    nodes = {**GRAPHS, **VALUES}[name]
+    return build_graph(nodes, inputs, weights={**SCALARS, **VECTORS})
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_computed_shape_is_that_of_onnx_runtime(tmp_path: Path, name: str) -> None:
-    inputs = {"x": X}
-    if name == "arithmetic_of_sizes":  # its output is ``wide`` with another shape
-        inputs["wide"] = np.concatenate([X[:, :, 0], X[:, :1, 1]], axis=1)  # (4, 6): 24 values
-    require_equal(build_model(name, inputs), inputs, tmp_path)
-
-
-def build_model(name: str, inputs: dict[str, Array]) -> onnx.ModelProto:
-    return build_graph(GRAPHS[name], inputs, weights={**SCALARS, **VECTORS})
-
-
-@pytest.mark.parametrize("name", [name for name in GRAPHS if name != "arithmetic_of_sizes"])
 def test_graph_that_computes_a_shape_can_be_traced_for_any_number_of_rows(name: str) -> None:
-    network = build_network(build_model(name, {"x": X}))
+    network = build_network(model_of(name, {"x": X}))
     rows = torch.export.Dim("rows", min=1, max=1024)
     inputs = {"x": torch.from_numpy(X)}
     program = torch.export.export(network, (inputs,), dynamic_shapes=({"x": {0: rows}},))
