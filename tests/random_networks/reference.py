@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
+from compressors.core.modules.table_weight import TiedHead
 from compressors.core.units import private_copy
 from compressors.quantize.dense.weight_only import LayoutSettings
 
@@ -43,7 +44,9 @@ class QuantizedInputLinear(nn.Module):
         self.weight = decode_layer(layer)
         self.bias = stored["bias"].float() if "bias" in stored else None
         if self.format_name == "static_int8":  # stored as a multiple of the product of both scales
-            bias_scale = stored["weight_scale"] * stored["input_scale"]
+            # With a scale for each input, the weights contain these scales.
+            input_scale = stored["input_scale"] if stored["input_scale"].ndim == 0 else 1.0
+            bias_scale = stored["weight_scale"] * input_scale
             self.bias = torch.round(self.bias / bias_scale) * bias_scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +105,10 @@ def decode_layer(layer: nn.Module) -> Tensor:
         codes = layer.get_buffer("codes")
         if layer.storage.name == "float8_dense":
             codes = codes.view(torch.float8_e4m3fn)
-        return codes.float() * layer.get_buffer("weight_scale").reshape(-1, 1)
+        weight = codes.float() * layer.get_buffer("weight_scale").reshape(-1, 1)
+        # With a scale for each input, the stored weights are multiplied by it.
+        by_input = layer.settings.get("input_scales") == "channel"
+        return weight / layer.get_buffer("input_scale") if by_input else weight
     inputs = layer.in_features
     bias = layer(torch.zeros(1, inputs))
     weight: Tensor = (layer(torch.eye(inputs)) - bias).T
@@ -138,6 +144,12 @@ def decode_network(packed: nn.Module, plain: nn.Module) -> tuple[nn.Module, list
             if isinstance(table, PackedTable):
                 faults += _error_over_limit(name, table.storage.name, old.weight.detach(), weight)
             old.weight = nn.Parameter(weight, requires_grad=False)
+        elif isinstance(module, TiedHead):
+            table = module.table.table if isinstance(module.table, Bag) else module.table
+            if isinstance(table, PackedTable | ComposedTable):
+                weight = decode_table(table, table.rows)
+                head = reference.get_submodule(name)
+                head.weight = nn.Parameter(weight, requires_grad=False)
         elif isinstance(module, PackedLinear | FactoredLinear):
             replaced.add(name)
             old = reference.get_submodule(name)
