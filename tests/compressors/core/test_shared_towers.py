@@ -66,6 +66,12 @@ def test_towers_of_one_module_with_other_inputs_are_two_graphs(changes):
     assert [graph.name for graph in served_graphs(signature)] == ["query", "item"]
 
 
+def test_towers_of_one_module_with_other_tokenizers_are_one_graph():
+    query, item = SIGNATURE["inputs"][:2]
+    signature = with_inputs(query, item | {"tokenizer": "item.tokenizer.json"})
+    assert [graph.name for graph in served_graphs(signature)] == ["encoder"]
+
+
 def test_towers_with_different_modules_are_two_graphs():
     towers = {**SIGNATURE["towers"], "item": {"module": "other", "inputs": ["document_ids"]}}
     signature = Signature.model_validate(SIGNATURE | {"towers": towers})
