@@ -136,7 +136,7 @@ def _load(item: TokensInput, files: Mapping[str, Path]) -> TextTokenizer:
             tokenizer=item.tokenizer,
             transforms=tuple(sorted(files)) or ("none",),
         )
-    tokenizer = _read(path)
+    tokenizer = read_tokenizer(path)
     tokenizer.no_padding()
     settings = {"max_length": item.shape[0], "direction": "right", **(tokenizer.truncation or {})}
     longest = min(int(settings["max_length"]), item.shape[0])
@@ -158,7 +158,7 @@ def _load(item: TokensInput, files: Mapping[str, Path]) -> TextTokenizer:
     return TextTokenizer(item, tokenizer)
 
 
-def _read(path: Path) -> "Tokenizer":
+def read_tokenizer(path: Path) -> "Tokenizer":
     """Read a ``tokenizer.json`` within the limits of untrusted JSON.
 
     Raises:
