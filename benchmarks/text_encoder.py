@@ -1,6 +1,6 @@
 """How fast and how good is a text encoder in int8 on a CPU, compared with dynamic quantization?
 
-All-MiniLM-L6-v2 encodes queries and documents of SciFact (``examples/minilm.py``) in four ways:
+All-MiniLM-L6-v2 encodes queries and documents of SciFact (``examples/scifact.py``) in four ways:
 
 - torch in float32;
 - ONNX Runtime in float32, exported by ``torch.onnx.export`` without recpress;
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import quantize_dynamic
 from tokenizers import Tokenizer
 
-from compressors.contracts import Architecture, Bench, Network, Split
+from compressors.contracts import Bench, Split
 from compressors.core.model import Model
 from compressors.core.runner import run
 from compressors.lower.export import lower
@@ -44,18 +44,14 @@ from compressors.metrics.full_ranking import (
 )
 from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
-from examples.bert import TextRetriever
-from examples.minilm import (
-    CONFIG,
-    LONGEST_DOCUMENT,
-    LONGEST_QUERY,
-    data_folder,
-    load_network,
-    model_folder,
-    signature,
-    write_draft,
-)
+from compressors.text_encoder.network import TextRetriever
+from examples.public_data import find_data_folder
+from examples.scifact import REMEDY, write_splits
+from infra.bundle.bundle_folder import Draft
 from infra.data.catalogue import prepare
+from tasks.bundles.draft_request import DraftRequest
+from tasks.bundles.new_draft import new_draft
+from tasks.bundles.text_models import load_text_model
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -64,6 +60,9 @@ Encoder = Callable[[Ints, Ints], Floats]
 
 SIZES = {"one query, 20 tokens": (1, 20, 60), "32 documents, 128 tokens": (32, 128, 5)}
 """Rows, tokens and timed calls."""
+LONGEST = 256
+"""Tokens of a text in the exported graph, as in training."""
+
 BATCH, CALIBRATION_ROWS = 16, 48
 RECPRESS, STOCK = "recpress, int8", "quantize_dynamic"
 ORT_FLOAT, OURS_DYNAMIC = "ONNX Runtime, float32", "quantize_dynamic, graph of recpress"
@@ -100,7 +99,7 @@ def in_torch(network: TextRetriever) -> Encoder:
 def export_without_recpress(network: TextRetriever, path: Path) -> None:
     """Export the encoder in float32 as a user of torch would."""
     ids = torch.ones(2, 7, dtype=torch.int64)
-    dims = {0: torch.export.Dim("rows"), 1: torch.export.Dim("length", max=LONGEST_DOCUMENT)}
+    dims = {0: torch.export.Dim("rows"), 1: torch.export.Dim("length", max=LONGEST)}
     torch.onnx.export(
         network.encoder,
         (ids, ids.clone()),
@@ -112,25 +111,29 @@ def export_without_recpress(network: TextRetriever, path: Path) -> None:
     )
 
 
-def compress(network: TextRetriever, draft: Path, folder: Path) -> Model:
-    """Apply the int8 steps with the calibration pairs of a draft."""
-    splits = {name: draft / f"{name}.parquet" for name in ("calibration", "items")}
-    files = {"tokenizer.json": draft / "tokenizer.json"}
-    prepared = prepare(splits, "calibration", signature(), folder / "calibration", files)
+def compress(draft: Draft, network: TextRetriever, data: Path, folder: Path) -> Model:
+    """Apply the int8 steps with the calibration pairs.
+
+    Args:
+        draft: the description of the network and of the data.
+        network: the network.
+        data: folder with the parquet files.
+        folder: contains the tokenizer; results are written to it.
+    """
+    splits = {name: data / f"{name}.parquet" for name in ("calibration", "items")}
+    files = {name: folder / "draft" / name for name in draft.transforms}
+    prepared = prepare(splits, "calibration", draft.signature, folder / "calibration", files)
     split = Split(path=str(folder / "calibration"), sha256="0" * 64, rows=prepared.rows)
-    bench = Bench(signature=signature(), calibration=split)
-    architecture = Architecture(path="examples.bert:TextRetriever", config=CONFIG)
-    model = Model(network, TextRetriever, Network(architecture=architecture))
+    bench = Bench(signature=draft.signature, calibration=split)
+    model = Model(network, TextRetriever, draft.network)
     for step in (RowwiseInt8(), StaticInt8(rows=CALIBRATION_ROWS)):
         (folder / step.kind).mkdir()
         model = run(step, model, bench, folder / step.kind)
     return model
 
 
-def encode_texts(encoder: Encoder, texts: list[str], draft: Path, longest: int) -> Floats:
+def encode_texts(encoder: Encoder, texts: list[str], tokenizer: Tokenizer) -> Floats:
     """Return the vectors of texts, float32 ``(texts, dim)``; similar lengths share a batch."""
-    tokenizer = Tokenizer.from_file(str(draft / "tokenizer.json"))
-    tokenizer.enable_truncation(longest)
     encodings = tokenizer.encode_batch(texts)
     order = np.argsort([len(encoding) for encoding in encodings], kind="stable")
     parts = []
@@ -146,16 +149,15 @@ def encode_texts(encoder: Encoder, texts: list[str], draft: Path, longest: int) 
     return vectors
 
 
-def ndcg(encoder: Encoder, draft: Path) -> float:
-    """Return the mean NDCG@10 of the test queries of a draft."""
-    items = pq.read_table(draft / "items.parquet").to_pydict()
-    test = pq.read_table(draft / "test.parquet").to_pydict()
+def ndcg(encoder: Encoder, data: Path, tokenizer: Tokenizer) -> float:
+    """Return the mean NDCG@10 of the test queries in a folder of parquet files."""
+    items = pq.read_table(data / "items.parquet").to_pydict()
+    test = pq.read_table(data / "test.parquet").to_pydict()
     interactions = Interactions(test["query_id"], test["document"], test["relevance"])
     queries = ranking_queries(interactions, [], np.array(items["document"]))
-    texts = [test["query"][row] for row in queries.row]
     ranked = RankedVectors(
-        encode_texts(encoder, texts, draft, LONGEST_QUERY),
-        encode_texts(encoder, items["text"], draft, LONGEST_DOCUMENT),
+        encode_texts(encoder, [test["query"][row] for row in queries.row], tokenizer),
+        encode_texts(encoder, items["text"], tokenizer),
         queries,
     )
     return float(ranking_metrics(ranked, ["ndcg@10"])["ndcg@10"].mean())
@@ -184,7 +186,7 @@ def main() -> None:
     """Print one row for each encoder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--documents", type=int, default=500)
     parser.add_argument("--no-quality", action="store_true", help="time only")
     args = parser.parse_args()
@@ -194,11 +196,18 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        draft = folder / "draft"
-        model = model_folder(args.model)
-        write_draft(draft, data_folder(args.data), model, args.documents, seed=1)
-        network = load_network(model)
-        (graph,) = served_graphs(signature())
+        data = folder / "data"
+        write_splits(data, find_data_folder(args.data, "scifact", REMEDY), args.documents, seed=1)
+        request = DraftRequest(
+            folder=folder / "draft",
+            model=None,
+            sentence_transformer=args.model,
+            data=data,
+            labels={},
+        )
+        draft, texts = new_draft(request).draft, load_text_model(args.model)
+        network, (tokenizer,) = texts.network, texts.tokenizers.values()
+        (graph,) = served_graphs(draft.signature)
         paths = {
             ORT_FLOAT: folder / "float32.onnx",
             STOCK: folder / "dynamic.onnx",
@@ -209,7 +218,7 @@ def main() -> None:
         quantize_dynamic(paths[ORT_FLOAT], paths[STOCK])
         lower(network, graph, "onnxruntime", folder / "ours.onnx")
         quantize_dynamic(folder / "ours.onnx", paths[OURS_DYNAMIC])
-        compressed = compress(network, draft, folder)
+        compressed = compress(draft, network, data, folder)
         lower(compressed.module, graph, "onnxruntime", paths[RECPRESS])
         encoders = {
             "torch, float32": in_torch(network),
@@ -226,7 +235,7 @@ def main() -> None:
                 for size in SIZES
             ]
             rate = SIZES[documents][0] / times[name][documents] * 1000
-            quality = f"{ndcg(encoder, draft):.4f}" if name in JUDGED - skipped else ""
+            quality = f"{ndcg(encoder, data, tokenizer):.4f}" if name in JUDGED - skipped else ""
             print(f"| {name} | {file_size} | {' | '.join(cells)} | {rate:.0f} | {quality} |")
 
 

@@ -5,6 +5,7 @@ errors/     errors with codes and fields, raised while a model is compressed
 core/       model, units, formats, the step protocol, the runner, the list of all steps
 inspection/ derive the inputs and outputs of a trained network from calls of it
 onnx_network/ a torch network that computes an ONNX graph
+text_encoder/ a transformer encoder of texts, as sentence-transformers has it
 task_kinds/ losses and score checks of each kind of model output
 metrics/    compute metrics and intervals, and judge limits
 quantize/   store tables and dense layers in fewer bits

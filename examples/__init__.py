@@ -26,10 +26,8 @@ mq2008.py      trains a ranking perceptron on MQ2008 and writes the draft of a b
 two_tower.py   a two-tower retrieval model over ids, and its training loop
 gowalla.py     trains the two-tower model on Gowalla check-ins and writes the draft of a bundle:
                ``python -m examples.gowalla FOLDER --data FOLDER``
-bert.py        a BERT encoder in plain torch, and a retrieval model that encodes queries and
-               documents with it
-minilm.py      writes all-MiniLM-L6-v2 and SciFact as the draft of a bundle:
-               ``python -m examples.minilm FOLDER --data FOLDER --model FOLDER``
+scifact.py     writes the documents, queries and judgements of SciFact for a text encoder:
+               ``python -m examples.scifact FOLDER --data FOLDER``
 search_texts.py  searches documents with a released text encoder, without torch and recpress
 table_heavy.py a click model whose bytes are almost all in tables, on synthetic data with many rare
                ids: ``python -m examples.table_heavy FOLDER``

@@ -28,6 +28,7 @@ MODULES = (
     "compressors.errors.onnx_graphs",
     "compressors.errors.orders",
     "compressors.errors.steps",
+    "compressors.errors.text_encoders",
     "infra.errors.base",
     "infra.errors.bundles",
     "infra.errors.commands",

@@ -47,6 +47,8 @@ OPTIONAL = {
     "modelopt",
     "keras",  # of the example that trains a model of TensorFlow, in an environment of its own
     "tf2onnx",
+    "sentence_transformers",  # of the script that writes the models in tests/text_models
+    "transformers",
 }
 
 

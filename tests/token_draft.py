@@ -5,6 +5,7 @@ document is drawn from the encoder's scores, so no other network fits the data b
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from examples.bert import BertEncoder, TextRetriever
+from compressors.contracts import TEXT_RETRIEVER
+from compressors.text_encoder.network import TextEncoder, TextRetriever
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 WORDS = tuple(f"w{index}" for index in range(56))
@@ -31,6 +33,9 @@ CONFIG = {
     "layers": 2,
 }
 QUERIES, DOCUMENTS = 80, 150
+Encode = Callable[[str, list[str]], torch.Tensor]
+"""Tower and texts -> vectors, float ``(texts, dim)``."""
+
 RELEVANT = {"train": 3, "validation": 1, "test": 2}
 """Relevant documents of each query, by split."""
 
@@ -92,9 +97,10 @@ def draw_texts(count: int, most_words: int, random: np.random.Generator) -> list
     return [" ".join(random.choice(WORDS, length)) for length in lengths]
 
 
-def encode(encoder: BertEncoder, texts: list[str], longest: int) -> torch.Tensor:
+def encode(
+    encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str], longest: int
+) -> torch.Tensor:
     """Return the vectors of texts, one after another and so without padding."""
-    tokenizer = word_tokenizer()
     tokenizer.enable_truncation(longest)
     with torch.no_grad():
         return torch.cat(
@@ -106,21 +112,21 @@ def encode(encoder: BertEncoder, texts: list[str], longest: int) -> torch.Tensor
         )
 
 
-def write_token_draft(folder: Path, *, seed: int = 0) -> Path:
-    """Write ``model.json``, weights, tokenizer and one parquet file per split; return the folder.
+def write_texts(folder: Path, encode: Encode, random: np.random.Generator) -> Path:
+    """Write a catalogue and one parquet file per split; return the folder.
 
     Documents have up to 20 words, so the tokenizer truncates some of them.
+
+    Args:
+        folder: the folder.
+        encode: returns the vectors of queries or of documents; relevant are documents with a large
+            dot product.
+        random: draws texts, grades and noise.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    model = TextRetriever(**CONFIG).eval()
-    random = np.random.default_rng(seed)
     queries = draw_texts(QUERIES, LONGEST_QUERY - 2, random)
     documents = draw_texts(DOCUMENTS, 20, random)
-    scores = (
-        encode(model.encoder, queries, LONGEST_QUERY)
-        @ encode(model.encoder, documents, LONGEST_DOCUMENT).T
-    ).numpy()
+    scores = (encode("query", queries) @ encode("item", documents).T).numpy()
     noise = random.gumbel(scale=scores.std() / 4, size=scores.shape)
     ranked = np.argsort(-(scores + noise), axis=1)
     ids = random.permutation(DOCUMENTS) + 1000
@@ -138,6 +144,20 @@ def write_token_draft(folder: Path, *, seed: int = 0) -> Path:
         }
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
         first += count
+    return folder
+
+
+def write_token_draft(folder: Path, *, seed: int = 0) -> Path:
+    """Write ``model.json``, weights, tokenizer and the parquet files; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = TextRetriever(**CONFIG).eval()
+    longest = {"query": LONGEST_QUERY, "item": LONGEST_DOCUMENT}
+    write_texts(
+        folder,
+        lambda tower, texts: encode(model.encoder, word_tokenizer(), texts, longest[tower]),
+        np.random.default_rng(seed),
+    )
     save_file(model.state_dict(), folder / "model.safetensors")
     word_tokenizer().save(str(folder / "tokenizer.json"))
     document = {
@@ -145,7 +165,7 @@ def write_token_draft(folder: Path, *, seed: int = 0) -> Path:
         "name": "texts",
         "version": "1",
         "signature": SIGNATURE,
-        "network": {"architecture": {"path": "examples.bert:TextRetriever", "config": CONFIG}},
+        "network": {"architecture": {"path": TEXT_RETRIEVER, "config": CONFIG}},
         "data": {split: f"{split}.parquet" for split in (*RELEVANT, "items")},
         "transforms": {"tokenizer.json": "tokenizer.json"},
     }

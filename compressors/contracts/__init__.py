@@ -69,6 +69,7 @@ from compressors.contracts.network import CLASS as CLASS
 from compressors.contracts.network import ONNX_NETWORK as ONNX_NETWORK
 from compressors.contracts.network import OWN_NETWORKS as OWN_NETWORKS
 from compressors.contracts.network import READS as READS
+from compressors.contracts.network import TEXT_RETRIEVER as TEXT_RETRIEVER
 from compressors.contracts.network import Architecture as Architecture
 from compressors.contracts.network import ModuleRecord as ModuleRecord
 from compressors.contracts.network import Network as Network

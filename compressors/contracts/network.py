@@ -28,7 +28,10 @@ CLASS, ARGUMENTS = "$class", "$arguments"
 ONNX_NETWORK = "compressors.onnx_network.network:OnnxNetwork"
 """The class of networks that were read from an ONNX file."""
 
-OWN_NETWORKS = frozenset({ONNX_NETWORK})
+TEXT_RETRIEVER = "compressors.text_encoder.network:TextRetriever"
+"""The class of networks that were read from a folder of sentence-transformers."""
+
+OWN_NETWORKS = frozenset({ONNX_NETWORK, TEXT_RETRIEVER})
 """The paths of network classes of recpress itself. Bundles store them, so they do not change."""
 
 READS = "$reads"

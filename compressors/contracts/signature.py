@@ -135,11 +135,12 @@ class Output(Frozen):
 
 
 def _describe_form(item: AnyInput) -> dict[str, object]:
-    """Return the fields of an input without its names, and without the longest list of a sequence.
+    """Return what a graph depends on: the fields of an input without its names.
 
-    A name of a tensor becomes whether there is such a tensor.
+    A name of a tensor becomes whether there is such a tensor. The longest list of a sequence is
+    left out, and so is the tokenizer: texts are tokenized before the graph.
     """
-    fields = item.model_dump(exclude={"name", "columns"})
+    fields = item.model_dump(exclude={"name", "columns", "tokenizer"})
     if isinstance(item, SequenceInput):
         names = ("mask", "lengths", "positions", "token_types", "same_length_as")
         fields |= {name: fields.get(name) is not None for name in names} | {"shape": None}

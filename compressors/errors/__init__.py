@@ -7,6 +7,7 @@ widths.py          exceptions with the reason why layers or channels cannot be r
 steps.py           errors of applying a step to a network
 inspection.py      errors of deriving the inputs and outputs of a trained network
 onnx_graphs.py     errors of converting an ONNX graph to a network
+text_encoders.py   errors of reading a trained text encoder
 metrics.py         errors of computing metrics and judging limits
 orders.py          errors about parts of an order that do not fit together
 """

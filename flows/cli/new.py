@@ -33,6 +33,12 @@ def new(
     onnx: Annotated[
         Path | None, typer.Option(help="The trained network as an ONNX file, without --model.")
     ] = None,
+    sentence_transformer: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of a trained model of sentence-transformers, without --model."
+        ),
+    ] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(
@@ -74,12 +80,29 @@ def new(
     item: Annotated[
         str | None,
         typer.Option(
-            help="Column with the item's id, with towers (default: the only column that the rows "
-            "and the catalogue have)."
+            help="Column with the item's id, in a retrieval model (default: the only column of "
+            "integers that the rows and the catalogue have).",
+            metavar="COLUMN",
+        ),
+    ] = None,
+    query_text: Annotated[
+        str | None,
+        typer.Option(
+            help="Column with the texts of queries, with --sentence-transformer (default: the "
+            "only one that the catalogue lacks).",
+            metavar="COLUMN",
+        ),
+    ] = None,
+    item_text: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the catalogue with the texts of items (default: the only one).",
+            metavar="COLUMN",
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of the model (default: that of its class or file).")
+        str | None,
+        typer.Option(help="Name of the model (default: that of its class, file or folder)."),
     ] = None,
     version: Annotated[str, typer.Option(help="Version of the model.")] = "1",
     weights: Annotated[
@@ -94,7 +117,8 @@ def new(
 
     rows = None
     labels = _pairs("--label", label or [], key_is_optional=True)
-    if not labels and query_tower is None and sys.stdin.isatty():
+    is_retrieval = query_tower is not None or sentence_transformer is not None
+    if not labels and not is_retrieval and sys.stdin.isatty():
         rows = read_rows(data)
         candidates = label_candidates(rows)
         write_line(f"Columns of numbers: {', '.join(candidates[:CANDIDATES])}")
@@ -121,6 +145,9 @@ def new(
         weights=weights,
         config=config,
         onnx=onnx,
+        sentence_transformer=sentence_transformer,
+        query_text=query_text,
+        item_text=item_text,
     )
     written = new_draft(request, rows)
     if as_json:
@@ -174,13 +201,17 @@ def _show(written: "NewDraft") -> None:
     write_line(f"Tables (rows): {tables or 'none'}")
     if written.unused:
         write_line(f"No effect on the output: {', '.join(written.unused)}")
+    for remark in written.remarks:
+        write_line(remark)
     write_line(
         f"Wrote {written.folder}/model.json and {written.weight_bytes:,} bytes of weights. A "
         "network built from them has the same scores."
     )
     write_line("Next:")
     write_line(f"  recpress bundle pack {written.folder}")
+    output = draft.signature.outputs[0]
+    least = "-0.02" if output.kind == "retrieval" else "-0.002"
     write_line(
         f"  recpress compress {draft.name} --preset fast --target onnxruntime "
-        f'--limit "{draft.signature.outputs[0].metric} vs baseline >= -0.002"'
+        f'--limit "{output.metric} vs baseline >= {least}"'
     )

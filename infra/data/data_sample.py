@@ -25,10 +25,16 @@ USABLE = {
     "list of integer": "integer_list",
     "list of float": "float_list",
 }
-"""The types of columns that a network can read, and their kind in a summary."""
+"""The types of columns of numbers, which a network can read, and their kind in a summary."""
+
+TEXT = "text"
+"""The kind of a column of strings."""
 
 OTHER = "other"
 """The kind of a column of any other type."""
+
+KINDS = {**USABLE, "string": TEXT}
+"""The types of all columns that are sampled, and their kind in a summary."""
 
 TRAIN = "train"
 
@@ -38,8 +44,9 @@ class ColumnSummary:
     """The sampled values of one column, and statistics of all its values in all splits.
 
     Attributes:
-        kind: a value of ``USABLE``, or ``OTHER``.
-        values: int64 or float32 ``(rows,)``, or one such array per row; none of another type.
+        kind: a value of ``USABLE``, ``TEXT`` or ``OTHER``.
+        values: int64 or float32 ``(rows,)``, or one such array per row; a list of strings for
+            texts; none of another type.
         shortest: length of the shortest list; 0 without lists.
         longest: length of the longest list; 0 without lists.
         low: smallest integer; 0 for floats.
@@ -80,8 +87,8 @@ def data_files(folder: Path, splits: tuple[str, ...]) -> dict[str, Path]:
 def summarize_columns(files: Mapping[str, Path]) -> dict[str, ColumnSummary]:
     """Sample rows of the training data, and compute the ranges of all columns in all splits.
 
-    Nulls count as 0; packing refuses them with their row numbers. A column whose type differs
-    between splits or part files, or that a part lacks, has the kind ``OTHER``.
+    Nulls count as 0 or as an empty text; packing refuses them with their row numbers. A column
+    whose type differs between splits or part files, or that a part lacks, has the kind ``OTHER``.
 
     Args:
         files: the file or folder of each split, with ``train``.
@@ -93,14 +100,19 @@ def summarize_columns(files: Mapping[str, Path]) -> dict[str, ColumnSummary]:
     summaries: dict[str, ColumnSummary] = {}
     for split in sorted(files, key=lambda name: name != TRAIN):  # the training data first
         contents = _inspect(files[split])
-        kinds = {name: USABLE.get(kind, OTHER) for name, kind in contents.kinds.items()}
+        kinds = {name: KINDS.get(kind, OTHER) for name, kind in contents.kinds.items()}
         if split == TRAIN:
             summaries = {name: ColumnSummary(kind) for name, kind in kinds.items()}
         for name, summary in summaries.items():
             if kinds.get(name, summary.kind) != summary.kind:
                 summary.kind = OTHER
         names = [name for name in summaries if kinds.get(name, OTHER) == summaries[name].kind]
-        names = [name for name in names if summaries[name].kind != OTHER]
+        names = [name for name in names if summaries[name].kind in USABLE.values()]
+        texts = [name for name, summary in summaries.items() if summary.kind == TEXT]
+        if split == TRAIN and texts:
+            _, batch = next(batches(contents, texts))
+            for name in texts:
+                summaries[name].values = _sample_rows(batch.column(name)).fill_null("").to_pylist()
         for first, batch in batches(contents, names):
             for name in names:
                 _add(summaries[name], batch.column(name), is_first=split == TRAIN and first == 0)
@@ -120,7 +132,7 @@ def _inspect(path: Path) -> SplitContents:
         name: kind if all(part.kinds.count((name, kind)) == 1 for part in inspections) else OTHER
         for name, kind in inspections[0].kinds
     }
-    names = [name for name, kind in kinds.items() if kind in USABLE]
+    names = [name for name, kind in kinds.items() if kind in KINDS]
     inspections = [inspect_parquet(file, names) for file in files]
     rows = sum(part.rows for part in inspections)
     if rows == 0:
@@ -146,10 +158,15 @@ def _add(summary: ColumnSummary, column: pa.Array, *, is_first: bool) -> None:
         summary.values = _sample_values(summary, column)
 
 
-def _sample_values(summary: ColumnSummary, column: pa.Array) -> Any:
-    """Return the values of ``SAMPLE_ROWS`` rows spread over a record batch."""
+def _sample_rows(column: pa.Array) -> pa.Array:
+    """Return ``SAMPLE_ROWS`` rows spread over a record batch."""
     rows = np.unique(np.linspace(0, len(column) - 1, SAMPLE_ROWS).astype(np.int64))
-    chosen = column.take(pa.array(rows))
+    return column.take(pa.array(rows))
+
+
+def _sample_values(summary: ColumnSummary, column: pa.Array) -> Any:
+    """Return the values of the sampled rows of a record batch as numbers."""
+    chosen = _sample_rows(column)
     if not summary.kind.endswith("_list"):
         return _to_numbers(summary, chosen)
     values, _, lengths = flatten(chosen)

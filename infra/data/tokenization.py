@@ -171,7 +171,7 @@ def _load(item: TokensInput, files: Mapping[str, Path]) -> TextTokenizer:
             tokenizer=item.tokenizer,
             transforms=tuple(sorted(files)) or ("none",),
         )
-    tokenizer = _read(path)
+    tokenizer = read_tokenizer(path)
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None) is not None:
         tokenizer.model.dropout = None
@@ -206,7 +206,7 @@ def _load(item: TokensInput, files: Mapping[str, Path]) -> TextTokenizer:
     return TextTokenizer(item, tokenizer)
 
 
-def _read(path: Path) -> "Tokenizer":
+def read_tokenizer(path: Path) -> "Tokenizer":
     """Read a ``tokenizer.json`` within the limits of untrusted JSON.
 
     Raises:

@@ -2,8 +2,9 @@
 
 ``sentences`` of the class maps the code of each error to its message, with the fields in braces
 (see ``infra/errors/__init__.py``). ``path`` is the network in the user's module, in the form
-``module:name``, or an ONNX file in codes that begin with ``onnx``. A draft is the folder of a
-bundle before it is packed.
+``module:name``, an ONNX file in codes that begin with ``onnx``, and a file of a model of
+sentence-transformers in codes that begin with ``text_model``. A draft is the folder of a bundle
+before it is packed.
 """
 
 from typing import ClassVar
@@ -73,8 +74,53 @@ class DraftRefused(Refused):
         "Copy the file to the folder and export or save the model again.",
         "onnx_data_missing": "Expected {bytes} bytes of the tensor {name} in {location}, got a "
         "file that is missing or too short. Copy the file again.",
-        "onnx_and_model": "Expected --onnx FILE or --model MODULE:NAME, got {got}. Give one of "
-        "them; --weights, --config, --method and the towers belong to --model.",
+        "onnx_and_model": "Expected one of --model MODULE:NAME, --onnx FILE and "
+        "--sentence-transformer FOLDER, got {got}. Give one of them; --weights, --config, --method "
+        "and the towers belong to --model, --query-text and --item-text to "
+        "--sentence-transformer.",
+        "item_without_towers": "Expected --item only for a model with two towers, got --item "
+        "{got}. Name the towers with --query-tower and --item-tower, or leave --item out.",
+        "inputs_of_texts": "Expected no --input for a model of sentence-transformers, got "
+        "--input {got}. Name the columns with --query-text and --item-text.",
+        "query_text_unknown": "Expected one column of texts that only the rows have, as the "
+        "queries; got {columns}. Give it with --query-text COLUMN.",
+        "item_text_unknown": "Expected one column of texts in the catalogue, got {columns}. Give "
+        "it with --item-text COLUMN; texts in several columns, such as title and text, must be "
+        "joined in the data.",
+        "query_id_unknown": "Expected one column of integers that identifies the query, so that "
+        "rows with equal integers have equal queries; got {columns}. Give it with --group COLUMN.",
+        "grades_unknown": "Expected at most one column of integers from 0 to {highest} as the "
+        "relevance of an item, got {columns}. Give it with --label COLUMN.",
+        "text_model_unreadable": "Expected JSON in {path}, got {problem}. Save the model again.",
+        "text_model_no_modules": "Expected a folder with the modules.json of sentence-transformers "
+        "as {folder}, got {got}. Save the model with "
+        "SentenceTransformer(...).save_pretrained(FOLDER).",
+        "text_model_other_model": "Expected a SentenceTransformer in {folder}, which has a vector "
+        "for each text, got {got}. Only models with one dense vector per text are read.",
+        "text_model_module_foreign": "Expected modules of sentence-transformers in {path}, got "
+        "{got}. Write the network and its bundle by hand (docs/encoders.md).",
+        "text_model_module_unknown": "Expected a Transformer as the first module in {path}, got "
+        "{got}. Write the network and its bundle by hand (docs/encoders.md).",
+        "text_model_file_outside": "Expected files in the folder {folder}, got {got}. Save the "
+        "model again.",
+        "text_model_tokenizer_missing": "Expected the tokenizer as {path}, got no such file. Load "
+        "and save the model with a current version of sentence-transformers, which writes it.",
+        "text_model_tokenizer_types": "Expected the token type 0 for all tokens of a text from "
+        "{path}, got others. Write the network and its bundle by hand (docs/encoders.md).",
+        "text_model_vocabulary": "Expected token ids below {rows}, the vocab_size in config.json, "
+        "from {path}, got ids up to {got}. Save the model with the tokenizer it was trained with.",
+        "text_model_length": "Expected texts of more than {added} tokens, which {path} adds to "
+        "each text, got at most {got}. Raise max_seq_length in sentence_bert_config.json.",
+        "text_model_weights_missing": "Expected model.safetensors in {folder}, got no such file. "
+        "Save the model again.",
+        "text_model_weights_pickled": "Expected model.safetensors in {folder}, got {got}, which is "
+        "pickled and is not read. Load the model where you trust it, and save it with "
+        "SentenceTransformer(...).save_pretrained(FOLDER), which writes safetensors.",
+        "text_model_prompt_unclear": "Expected the prompts query and document in "
+        "config_sentence_transformers.json, got the default prompt {name} ({text!r}). Rename it to "
+        "query or document, or repeat it as both, and set default_prompt_name to null.",
+        "text_model_prompt_excluded": "Expected a pooling over all tokens, got include_prompt "
+        "false with prompts. Write the network and its bundle by hand (docs/encoders.md).",
         "state_no_tensor": "Expected only tensors in the network's state_dict(), got a {kind} as "
         "{name}. Store it as an argument of the constructor.",
     }

@@ -7,7 +7,9 @@ To pack is to check a folder with a model and its data (a draft) and to store it
 bundle_ref.py      finds a bundle in the store by name and version
 draft_request.py   what a user says about a network, and the rows of the data
 onnx_models.py     reads a trained network from an ONNX file
+text_models.py     reads a trained text encoder from a folder of sentence-transformers
 draft_signature.py describes the signature of a network for a new draft
+text_signature.py  describes the signature of a text encoder
 new_draft.py       writes a draft from a trained network and its data
 packing.py         packs, checks and shows bundles
 loading.py         loads a stored bundle as a module, a stored split as tensors

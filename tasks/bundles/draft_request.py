@@ -1,9 +1,10 @@
 """What a user says about a trained network, and the data that a draft is written from."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast, get_args
 
 from pydantic import Field
@@ -13,7 +14,7 @@ from compressors.contracts.metrics.families import OUTPUT_NAME
 from compressors.inspection.sample import ColumnKind, SampleColumn
 from infra.bundle.bundle_folder import SplitName
 from infra.bundle.model_json import NAME, VERSION
-from infra.data.data_sample import OTHER, ColumnSummary, data_files, summarize_columns
+from infra.data.data_sample import USABLE, ColumnSummary, data_files, summarize_columns
 from infra.errors import DraftRefused
 from infra.store.disk import translate_input_errors
 
@@ -27,7 +28,7 @@ class DraftRequest(Frozen):
     Attributes:
         folder: the new folder of the draft.
         model: a network, a function that returns one, or with ``weights`` its class, in the form
-            ``module:name``; None with ``onnx``.
+            ``module:name``; None with ``onnx`` or ``sentence_transformer``.
         data: folder with the splits.
         labels: column with the labels by output, in the order of the outputs.
         metric: the metric that decides quality; None for the default of the task kind.
@@ -43,6 +44,9 @@ class DraftRequest(Frozen):
         weights: safetensors file with the weights, if ``model`` is a class.
         config: keyword arguments of the class, as JSON, with ``weights``.
         onnx: ONNX file with the network, in place of ``model``.
+        sentence_transformer: folder with a model of sentence-transformers, in place of ``model``.
+        query_text: column of the rows with the texts of queries; None for the only one.
+        item_text: column of the catalogue with the texts of items; None for the only one.
     """
 
     folder: Path
@@ -62,15 +66,23 @@ class DraftRequest(Frozen):
     weights: Path | None = None
     config: str = "{}"
     onnx: Path | None = None
+    sentence_transformer: Path | None = None
+    query_text: str | None = None
+    item_text: str | None = None
 
     @property
     def source(self) -> str:
         """What the network is read from."""
-        return self.model or str(self.onnx)
+        return self.model or str(self.onnx or self.sentence_transformer)
+
+    @property
+    def is_retrieval(self) -> bool:
+        """Whether the model retrieves items of a catalogue."""
+        return bool(self.towers) or self.sentence_transformer is not None
 
     @property
     def towers(self) -> dict[str, str]:
-        """The attribute paths of the towers by name; empty for a model of rows."""
+        """The attribute paths of the towers that the user names."""
         paths = {"query": self.query_tower, "item": self.item_tower}
         return {name: path for name, path in paths.items() if path is not None}
 
@@ -135,28 +147,45 @@ def sample_of(summaries: Mapping[str, ColumnSummary]) -> dict[str, SampleColumn]
             high=summary.high,
         )
         for name, summary in summaries.items()
-        if summary.kind != OTHER
+        if summary.kind in USABLE.values()
     }
 
 
+SOURCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "--model": ("--weights", "--config", "--method", "--query-tower", "--item-tower"),
+        "--onnx": (),
+        "--sentence-transformer": ("--query-text", "--item-text"),
+    }
+)
+"""The options that name the network, and the options that belong to each."""
+
+
 def require_one_source(request: DraftRequest) -> None:
-    """Raise unless the network is in a module or in an ONNX file, and not in both.
+    """Raise unless one option names the network, and all other options belong to it.
 
     Raises:
         DraftRefused: names the options.
     """
     options = {
-        "--onnx": request.onnx is not None,
         "--model": request.model is not None,
+        "--onnx": request.onnx is not None,
+        "--sentence-transformer": request.sentence_transformer is not None,
         "--weights": request.weights is not None,
         "--config": request.config != "{}",
         "--method": request.method != FORWARD,
         "--query-tower": request.query_tower is not None,
         "--item-tower": request.item_tower is not None,
+        "--query-text": request.query_text is not None,
+        "--item-text": request.item_text is not None,
     }
-    given = [option for option, is_given in options.items() if is_given]
-    if given[:1] != ["--model"] and given != ["--onnx"]:
-        raise DraftRefused("onnx_and_model", got=tuple(given) or ("none",))
+    source, *others = [option for option, is_given in options.items() if is_given] or ["none"]
+    if source not in SOURCES or not set(others) <= set(SOURCES[source]):
+        raise DraftRefused("onnx_and_model", got=(source, *others))
+    if request.item is not None and not request.is_retrieval:
+        raise DraftRefused("item_without_towers", got=request.item)
+    if request.inputs and request.sentence_transformer is not None:
+        raise DraftRefused("inputs_of_texts", got=next(iter(request.inputs)))
 
 
 def require_names(request: DraftRequest) -> None:
@@ -173,7 +202,8 @@ def require_names(request: DraftRequest) -> None:
 def require_columns(request: DraftRequest, summaries: Mapping[str, ColumnSummary]) -> None:
     """Raise unless there is a label, and the data has the columns that the user names.
 
-    A retrieval model needs no label, because each row may be an interaction, but a group.
+    A retrieval model needs no label, because each row may be an interaction. One with towers that
+    the user names needs a group.
 
     Raises:
         DraftRefused: contains the option and the columns of the data.
@@ -182,18 +212,26 @@ def require_columns(request: DraftRequest, summaries: Mapping[str, ColumnSummary
         raise DraftRefused("towers_incomplete")
     if request.towers and request.group is None:
         raise DraftRefused("group_missing", columns=tuple(summaries))
-    if request.towers and len(request.labels) > 1:
+    if request.is_retrieval and len(request.labels) > 1:
         raise DraftRefused("labels_of_towers", got=tuple(request.labels))
-    if not request.labels and not request.towers:
+    if not request.labels and not request.is_retrieval:
         raise DraftRefused("label_missing", columns=tuple(summaries))
-    numbers = {name for name, summary in summaries.items() if summary.kind in ("integer", "float")}
-    named = [("--label", column, numbers) for column in request.labels.values()]
+    numbers = [name for name, summary in summaries.items() if summary.kind in ("integer", "float")]
+    for column in request.labels.values():
+        require_column("--label", column, numbers)
     options = {"--group": request.group, "--time": request.time, "--item": request.item}
-    for option, column in options.items():
-        if column is not None:
-            named.append((option, column, set(summaries)))
-    for option, column, known in named:
-        if column not in known:
-            raise DraftRefused(
-                "column_missing", option=option, column=column, columns=tuple(sorted(known))
-            )
+    for option, name in options.items():
+        if name is not None:
+            require_column(option, name, summaries)
+
+
+def require_column(option: str, column: str, known: Iterable[str]) -> str:
+    """Return the column that an option names.
+
+    Raises:
+        DraftRefused: it is none of the known columns.
+    """
+    names = tuple(sorted(known))
+    if column not in names:
+        raise DraftRefused("column_missing", option=option, column=column, columns=names)
+    return column

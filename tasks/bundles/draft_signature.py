@@ -1,7 +1,7 @@
 """Describe the signature of a trained network, as it is written to ``model.json``."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,19 @@ DEFAULT_METRIC = "recall@20"
 
 @dataclass(frozen=True)
 class Described:
-    """A signature as it is written to ``model.json``, and the calls from which it was derived."""
+    """A signature, and what else a draft contains.
+
+    Attributes:
+        signature: the signature as it is written to ``model.json``.
+        calls: the calls from which it was derived: that of the network, or those of the towers.
+        transforms: the content of the files that inputs refer to, by name.
+        remarks: sentences for the user about what was derived.
+    """
 
     signature: dict[str, Any]
     calls: tuple[DerivedInputs, ...]
+    transforms: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
 def describe_rows(request: DraftRequest, module: nn.Module, sample: Sample) -> Described:
@@ -43,7 +52,7 @@ def describe_rows(request: DraftRequest, module: nn.Module, sample: Sample) -> D
         architecture,
     )
     signature = {
-        "inputs": [_document_of(item) for item in derived.inputs],
+        "inputs": [document_of(item) for item in derived.inputs],
         "outputs": [output.model_dump(mode="json", exclude_defaults=True) for output in outputs],
         **_common_fields(request, derived),
     }
@@ -63,7 +72,7 @@ def describe_towers(
         module,
         request.towers,
         {"query": sample, "item": items},
-        request.item or _item_column(sample, items),
+        request.item or item_column(sample, items),
         request.inputs,
         _excluded(request),
     )
@@ -77,7 +86,7 @@ def describe_towers(
         metric=request.metric or DEFAULT_METRIC,
     )
     signature = {
-        "inputs": [_document_of(item) for item in derived.inputs],
+        "inputs": [document_of(item) for item in derived.inputs],
         "outputs": [output.model_dump(mode="json", exclude_defaults=True)],
         **_common_fields(request, derived.calls["query"]),
         "item": derived.item,
@@ -105,7 +114,7 @@ def _require_read(
         )
 
 
-def _item_column(rows: Sample, items: Sample) -> str:
+def item_column(rows: Sample, items: Sample) -> str:
     """Return the only column of integers that rows and catalogue have.
 
     Raises:
@@ -133,11 +142,11 @@ def _common_fields(request: DraftRequest, derived: DerivedInputs) -> dict[str, A
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _document_of(item: Any) -> dict[str, Any]:
+def document_of(item: Any) -> dict[str, Any]:
     """Return the fields of an input that differ from their default, and its kind."""
     fields = item.model_dump(mode="json", exclude_defaults=True)
     if fields.get("columns") == [item.name]:
         del fields["columns"]
     if isinstance(item, MatrixInput):
-        fields["fields"] = [_document_of(part) for part in item.fields]
+        fields["fields"] = [document_of(part) for part in item.fields]
     return {"kind": item.kind, **fields}

@@ -1,9 +1,10 @@
 """Write the draft of a bundle from a trained network and rows of the data.
 
-The network is in a user's module or in an ONNX file.
+The network is in a user's module, in an ONNX file or in a folder of sentence-transformers.
 
-The network is called with rows of the data (``compressors/inspection``) to derive its inputs and
-outputs, and its arguments are recorded while it is constructed (``infra/bundle/live_model.py``).
+A network of a module or an ONNX file is called with rows of the data (``compressors/inspection``)
+to derive its inputs and outputs. The arguments of one of a module are recorded while it is
+constructed (``infra/bundle/live_model.py``).
 """
 
 import json
@@ -28,7 +29,7 @@ from compressors.contracts import (
     is_out_of_memory,
 )
 from compressors.core.runner import rows_of_tables
-from compressors.core.scores import call_network
+from compressors.core.scores import call_network, tower_vectors
 from compressors.core.state.argument_values import decode_arguments
 from compressors.core.state.module_state import load, tensors_of
 from compressors.core.state.tensor_files import SINGLE
@@ -58,6 +59,8 @@ from tasks.bundles.draft_request import (
 from tasks.bundles.draft_signature import describe_rows, describe_towers
 from tasks.bundles.loading import import_architecture
 from tasks.bundles.onnx_models import load_onnx, require_onnx_scores
+from tasks.bundles.text_models import load_text_model
+from tasks.bundles.text_signature import describe_texts
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class NewDraft:
         reasons: by input, why it has its kind.
         unused: columns that fill an input and change no output.
         weight_bytes: size of the weights' file.
+        remarks: further sentences about what was derived.
     """
 
     folder: Path
@@ -79,6 +83,7 @@ class NewDraft:
     reasons: Mapping[str, str]
     unused: tuple[str, ...]
     weight_bytes: int
+    remarks: tuple[str, ...] = ()
 
 
 def new_draft(request: DraftRequest, rows: RowsOfData | None = None) -> NewDraft:
@@ -107,17 +112,23 @@ def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
     rows = rows or read_rows(request.data)
     require_columns(request, rows.summaries)
     sample, files = sample_of(rows.summaries), dict(rows.files)
-    if request.towers:
+    if request.is_retrieval:
         files[ITEMS] = catalogue_file(request.data)
-    module, architecture = _imported(request)
-    _require_only_tensors(module)
+    module: nn.Module
+    if request.sentence_transformer is not None:
+        texts = load_text_model(request.sentence_transformer)
+        module, architecture = texts.network, texts.architecture
+        described = describe_texts(request, texts, rows.summaries, files[ITEMS])
+    else:
+        module, architecture = _imported(request)
+        _require_only_tensors(module)
+        described = (
+            describe_towers(request, module, sample, files[ITEMS])
+            if request.towers
+            else describe_rows(request, module, sample)
+        )
     tensors, ties = tensors_of(module)
     network = Network(architecture=architecture, ties=ties)
-    described = (
-        describe_towers(request, module, sample, files[ITEMS])
-        if request.towers
-        else describe_rows(request, module, sample)
-    )
     if isinstance(module, OnnxNetwork):
         (call,) = described.calls
         require_onnx_scores(Path(request.source), module, call.tensors, call.returned)
@@ -129,15 +140,19 @@ def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
         "network": network.model_dump(mode="json", exclude_defaults=True),
         "data": {split: str(path.resolve()) for split, path in files.items()},
     }
+    if described.transforms:
+        document["transforms"] = {file: file for file in described.transforms}
     parse(Draft, document, request.folder / MANIFEST)  # errors name the user's folder
     with scratch_folder("new") as scratch:
         # Copies, because safetensors refuses tensors that share memory.
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, scratch / SINGLE)
+        for file, content in described.transforms.items():
+            (scratch / file).write_text(content)
         (scratch / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
         draft = read_draft(scratch)
         _require_same_scores(request, scratch, draft, described.calls)
         request.folder.mkdir(parents=True, exist_ok=True)
-        for name in (SINGLE, MANIFEST):
+        for name in (SINGLE, *described.transforms, MANIFEST):
             shutil.move(scratch / name, request.folder / name)
     return NewDraft(
         folder=request.folder,
@@ -146,14 +161,17 @@ def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
         reasons={name: why for call in described.calls for name, why in call.reasons.items()},
         unused=tuple(column for call in described.calls for column in call.unused),
         weight_bytes=(request.folder / SINGLE).stat().st_size,
+        remarks=described.remarks,
     )
 
 
 def _default_name(request: DraftRequest, module: nn.Module) -> str:
-    """Return the name of the bundle: that of the class or of the ONNX file, in lower case."""
-    if request.onnx is None:
+    """Return the name of the bundle: that of the class, file or folder, in lower case."""
+    if request.model is not None:
         return type(module).__name__.lower()
-    return re.sub(r"[^a-z0-9._-]+", "-", request.onnx.stem.lower()).strip("._-")[:64]
+    path = Path(request.source).resolve()
+    name = path.stem if request.onnx is not None else path.name
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("._-")[:64]
 
 
 def _imported(request: DraftRequest) -> tuple[nn.Module, Architecture]:
@@ -230,19 +248,14 @@ def _require_same_scores(
     problem = "other scores"
     try:
         rebuilt = load(import_architecture(architecture), draft.network, folder)
-        called = (
-            [(rebuilt, signature)]
-            if signature.towers is None
-            else [
-                (rebuilt.get_submodule(tower.module), signature.of_tower(name))
-                for name, tower in signature.towers.named().items()
-            ]
-        )
         with torch.no_grad():
-            returned = [
-                call_network(part, call.tensors, only)
-                for (part, only), call in zip(called, calls, strict=True)
-            ]
+            if signature.towers is None:
+                returned = [call_network(rebuilt, call.tensors, signature) for call in calls]
+            else:
+                returned = [
+                    tower_vectors(rebuilt, call.tensors, signature, tower)
+                    for tower, call in zip(signature.towers.named(), calls, strict=True)
+                ]
         if same_outputs(returned, [call.returned for call in calls]):
             return
     except (CompressionError, Refused):

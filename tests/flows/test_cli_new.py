@@ -88,8 +88,17 @@ def test_new_without_a_label_and_a_terminal_exits_with_code_2(arguments, monkeyp
         ["--label", "click", "--metric", "accuracy"],
         ["--label", "click", "--name", "Two Words"],
         ["--label", "click", "--metric", "gauc"],
+        ["--label", "click", "--item", "item"],
     ],
-    ids=["label twice", "no output", "no column", "metric", "name", "metric without a group"],
+    ids=[
+        "label twice",
+        "no output",
+        "no column",
+        "metric",
+        "name",
+        "metric without a group",
+        "item without towers",
+    ],
 )
 def test_new_with_unusable_options_exits_with_code_2_and_writes_nothing(
     arguments, options, monkeypatch, capsys

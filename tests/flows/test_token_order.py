@@ -36,7 +36,6 @@ def token_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowResul
     home = tmp_path_factory.mktemp("texts")
     with pytest.MonkeyPatch.context() as patch:
         use_home(patch, home / "recpress")
-        patch.setenv("RECPRESS_ALLOWED_MODULES", "examples")
         pack(write_token_draft(home / "draft"))
         order = Order(model="texts", preset="fast", limits=LIMITS, targets=BOTH_TARGETS)
         return home, run_without_prefect(order)
@@ -45,7 +44,6 @@ def token_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowResul
 @pytest.fixture(autouse=True)
 def _use_home(token_run: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch) -> None:
     use_home(monkeypatch, token_run[0] / "recpress")
-    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "examples")
 
 
 def test_order_for_texts_is_accepted_with_one_graph_of_both_towers(

@@ -12,12 +12,12 @@ from token_draft import (
     tokens,
 )
 
-from compressors.contracts import Signature
+from compressors.contracts import TEXT_RETRIEVER, Signature
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.scores import network_scores, tower_arguments, tower_vectors
 from compressors.core.smoke_test import smoke_test
 from compressors.lower.serving_wrapper import served_graphs
-from examples.bert import TextRetriever
+from compressors.text_encoder.network import TextRetriever
 
 TEXTS = Signature.model_validate(SIGNATURE)
 TABLES = {"encoder.word": VOCABULARY}
@@ -53,7 +53,7 @@ def test_item_tower_is_called_with_the_names_of_the_query():
         vectors = [tower_vectors(model, inputs, TEXTS, name) for name in ("query", "item")]
         score = network_scores(model, inputs, TEXTS)
     torch.testing.assert_close((vectors[0] * vectors[1]).sum(dim=1), score, rtol=0, atol=1e-6)
-    smoke_test(model, TEXTS, "examples.bert:TextRetriever")
+    smoke_test(model, TEXTS, TEXT_RETRIEVER)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,12 @@ def test_towers_of_one_module_with_other_inputs_are_two_graphs(changes):
     signature = with_inputs(query, item | changes)
     assert not signature.shares_tower
     assert [graph.name for graph in served_graphs(signature)] == ["query", "item"]
+
+
+def test_towers_of_one_module_with_other_tokenizers_are_one_graph():
+    query, item = SIGNATURE["inputs"][:2]
+    signature = with_inputs(query, item | {"tokenizer": "item.tokenizer.json"})
+    assert [graph.name for graph in served_graphs(signature)] == ["encoder"]
 
 
 def test_towers_with_different_modules_are_two_graphs():

@@ -1,0 +1,196 @@
+"""Read a trained text encoder from a folder of sentence-transformers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.normalizers import Lowercase, Normalizer, Prepend, Sequence
+from torch import Tensor
+
+from compressors.contracts import TEXT_RETRIEVER, Architecture, is_out_of_memory
+from compressors.text_encoder.families import encoder_arguments, encoder_weights
+from compressors.text_encoder.network import TextRetriever
+from compressors.text_encoder.pooling import (
+    DENSE,
+    NORMALIZE,
+    pooling_arguments,
+    projection_weights,
+)
+from infra.bundle.sentence_transformer import (
+    SavedSentenceTransformer,
+    read_sentence_transformer,
+    weight_files,
+)
+from infra.data.tokenization import read_tokenizer
+from infra.errors import DraftRefused
+from infra.memory import require_memory
+
+MEMORY_FACTOR = 2
+"""Memory per byte of the weights: those of the file, and those in float32 if it has others."""
+
+SHARED = "tokenizer.json"
+"""Name of the tokenizer of both towers."""
+
+SEPARATE = MappingProxyType({"query": "query.tokenizer.json", "item": "item.tokenizer.json"})
+"""Names of the tokenizers if a prompt is written before the texts of one tower."""
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A trained text encoder.
+
+    Attributes:
+        network: the network, in evaluation mode.
+        architecture: its class and arguments.
+        adds_norm: whether vectors have the norm 1 without a module of the model that says so.
+        longest: the largest number of tokens of a text.
+        padding_id: the id of the padding token.
+        prompts: what the tokenizers of ``query`` and ``item`` write before a text.
+        tokenizer_of: name of the tokenizer by tower.
+        tokenizers: the tokenizers by name.
+    """
+
+    network: TextRetriever
+    architecture: Architecture
+    adds_norm: bool
+    longest: int
+    padding_id: int
+    prompts: dict[str, str]
+    tokenizer_of: dict[str, str]
+    tokenizers: dict[str, Tokenizer]
+
+
+def load_text_model(folder: Path) -> TextModel:
+    """Read a model of sentence-transformers.
+
+    Raises:
+        DraftRefused: the folder is no such model, or is unusable or unsafe.
+        TextEncoderRefused: the encoder or another module cannot become a network.
+        DataRefused: the tokenizer cannot be read.
+        OutOfMemory: there is not enough memory.
+    """
+    saved = read_sentence_transformer(folder)
+    arguments = {
+        **encoder_arguments(saved.config),
+        **pooling_arguments(
+            [(module.name, module.settings) for module in saved.modules], saved.similarity
+        ),
+    }
+    has_prompts = any(saved.prompts.values())
+    tokenizer_of = dict(SEPARATE) if has_prompts else dict.fromkeys(SEPARATE, SHARED)
+    longest = min(saved.longest or arguments["longest"], arguments["longest"])
+    return TextModel(
+        network=_network(saved, arguments),
+        architecture=Architecture(path=TEXT_RETRIEVER, config=arguments),
+        adds_norm=arguments["normalize"] and saved.modules[-1].name != NORMALIZE,
+        longest=longest,
+        padding_id=_padding_id(saved),
+        prompts=dict(saved.prompts),
+        tokenizer_of=tokenizer_of,
+        tokenizers={
+            name: _tokenizer(saved, saved.prompts[tower], longest, arguments["vocabulary"])
+            for tower, name in tokenizer_of.items()
+        },
+    )
+
+
+def _network(saved: SavedSentenceTransformer, arguments: dict[str, object]) -> TextRetriever:
+    """Build the network with the trained weights.
+
+    Raises:
+        DraftRefused: the weights are missing, pickled or damaged, or do not fit the settings.
+    """
+    weights = encoder_weights(saved.config, _load(weight_files(saved.encoder.folder)))
+    projections = [module for module in saved.modules if module.name == DENSE]
+    for number, module in enumerate(projections):
+        weights |= projection_weights(number, _load(weight_files(module.folder)))
+    try:
+        with torch.device("meta"):
+            network = TextRetriever(**arguments)
+        network.encoder.load_state_dict(weights, assign=True)
+    except Exception as fault:  # torch and the layers raise many types for numbers that do not fit
+        if is_out_of_memory(fault):
+            raise
+        raise _unfit(saved.folder, fault) from fault
+    return network.eval()
+
+
+def _load(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Load safetensors files.
+
+    Raises:
+        DraftRefused: a file is damaged.
+        OutOfMemory: there is not enough memory.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        require_memory(MEMORY_FACTOR * file.stat().st_size, f"Reading {file.name}")
+        try:
+            weights |= load_file(file)
+        except OSError:
+            raise
+        except Exception as fault:  # the library raises its own type for a damaged file
+            if is_out_of_memory(fault):
+                raise
+            raise _unfit(file, fault) from fault
+    return weights
+
+
+def _unfit(path: Path, fault: Exception) -> DraftRefused:
+    return DraftRefused(
+        "weights_unfit", path=str(path), architecture=TEXT_RETRIEVER, problem=str(fault)
+    )
+
+
+def _tokenizer(saved: SavedSentenceTransformer, prompt: str, longest: int, rows: int) -> Tokenizer:
+    """Return the tokenizer of a tower: it writes the prompt, changes the case, and truncates.
+
+    As the library's, it writes the prompt before it changes the case. Two texts differ: nothing is
+    written before an empty one, and the prompt is repeated after a special token in a text.
+
+    Args:
+        saved: the model.
+        prompt: what is written before a text.
+        longest: the largest number of tokens of a text.
+        rows: rows of the table of tokens.
+
+    Raises:
+        DraftRefused: tokens have other types than 0 or ids outside of the table, or all tokens of a
+            text are those that the tokenizer adds.
+        DataRefused: the file cannot be read.
+    """
+    tokenizer = read_tokenizer(saved.tokenizer)
+    before: list[Normalizer] = [Prepend(prompt)] if prompt else []
+    if saved.is_lowered:
+        before.append(Lowercase())
+    if before:
+        present = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        tokenizer.normalizer = Sequence([*before, *present])
+    tokenizer.no_padding()
+    if any(tokenizer.encode("a").type_ids):
+        raise DraftRefused("text_model_tokenizer_types", path=str(saved.tokenizer))
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= rows:
+        raise DraftRefused(
+            "text_model_vocabulary", path=str(saved.tokenizer), rows=rows, got=largest
+        )
+    added = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if added >= longest:
+        raise DraftRefused("text_model_length", path=str(saved.tokenizer), added=added, got=longest)
+    tokenizer.enable_truncation(longest, direction=_direction(tokenizer))
+    return tokenizer
+
+
+def _direction(tokenizer: Tokenizer) -> str:
+    """Return the side on which a tokenizer truncates."""
+    return str((tokenizer.truncation or {}).get("direction", "right"))
+
+
+def _padding_id(saved: SavedSentenceTransformer) -> int:
+    """Return the id of the padding token; masks hide it, so any row of the table is as good."""
+    value = saved.config.get("pad_token_id")
+    return value if isinstance(value, int) and value >= 0 else 0

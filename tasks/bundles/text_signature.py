@@ -1,0 +1,216 @@
+"""Describe the signature of a text encoder: the columns of texts, ids and grades in the data."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressors.contracts import FORWARD, KeyInput, TokensInput
+from compressors.inspection.forward_arguments import Call
+from compressors.inspection.inputs import DerivedInputs
+from compressors.inspection.sample import Sample, SampleColumn
+from infra.data.data_sample import TEXT, TRAIN, ColumnSummary, summarize_columns
+from infra.errors import DraftRefused
+from tasks.bundles.draft_request import DraftRequest, require_column, sample_of
+from tasks.bundles.draft_signature import Described, document_of, item_column
+from tasks.bundles.text_models import TextModel
+
+METRIC = "ndcg@10"
+"""The metric that decides the quality of a text encoder by default."""
+
+HIGHEST_GRADE = 10
+"""Largest value of a column that is taken for grades of relevance without being named."""
+
+ENCODED_TEXTS = 8
+"""Texts of each tower that the network is called with; activations of long texts are large."""
+
+Summaries = Mapping[str, ColumnSummary]
+
+
+def describe_texts(
+    request: DraftRequest, model: TextModel, rows: Summaries, catalogue: Path
+) -> Described:
+    """Describe a text encoder, whose two towers are one module.
+
+    Args:
+        request: the columns that the user names.
+        model: the encoder.
+        rows: the columns of the rows.
+        catalogue: the file of the catalogue.
+
+    Raises:
+        DraftRefused: a column cannot be derived, or the user names one that is missing.
+    """
+    items = summarize_columns({TRAIN: catalogue})
+    query_text, item_text = _query_text(request, rows, items), _item_text(request, items)
+    numbers = sample_of(rows)
+    item = request.item or item_column(numbers, sample_of(items))
+    used = {item, request.time, *request.labels.values()}
+    group = request.group or _query_id(numbers, rows[query_text].values, used)
+    label = next(iter(request.labels.values()), None) or _grades(numbers, {*used, group})
+    inputs = {
+        "query": _tokens(model, "query", ("input_ids", "attention_mask"), query_text),
+        "item": _tokens(model, "item", ("document_ids", "document_mask"), item_text),
+    }
+    texts = {"query": rows[query_text].values, "item": items[item_text].values}
+    fields: dict[str, Any] = {
+        "inputs": [document_of(entry) for entry in (*inputs.values(), KeyInput(name=item))],
+        "outputs": [
+            {
+                "name": next(iter(request.labels), "score"),
+                "kind": "retrieval",
+                "form": "score",
+                "label": label,
+                "metric": request.metric or METRIC,
+            }
+        ],
+        "group": group,
+        "item": item,
+        "towers": {
+            tower: {"module": "encoder", "inputs": [entry.name]} for tower, entry in inputs.items()
+        },
+    }
+    if request.time is not None:
+        fields["time"] = request.time
+    calls = tuple(_call(model, tower, inputs[tower], texts[tower]) for tower in inputs)
+    remarks = [f"Rows with equal {group} are one query."]
+    if model.adds_norm:
+        remarks.append(
+            "Vectors have the norm 1, because the model compares them by cosine and has no "
+            "module Normalize."
+        )
+    files = {name: tokenizer.to_str() for name, tokenizer in model.tokenizers.items()}
+    return Described(fields, calls, files, tuple(remarks))
+
+
+def _query_text(request: DraftRequest, rows: Summaries, items: Summaries) -> str:
+    """Return the column with the texts of the queries.
+
+    Raises:
+        DraftRefused: the named one has no texts; or there is none, or there are several.
+    """
+    texts = _texts(rows)
+    if request.query_text is not None:
+        return require_column("--query-text", request.query_text, texts)
+    found = tuple(name for name in texts if name not in items) or texts
+    if len(found) != 1:
+        raise DraftRefused("query_text_unknown", columns=found or "none")
+    return found[0]
+
+
+def _item_text(request: DraftRequest, items: Summaries) -> str:
+    """Return the column of the catalogue with the texts of the items.
+
+    Raises:
+        DraftRefused: as ``_query_text``.
+    """
+    texts = _texts(items)
+    if request.item_text is not None:
+        return require_column("--item-text", request.item_text, texts)
+    if len(texts) != 1:
+        raise DraftRefused("item_text_unknown", columns=texts or "none")
+    return texts[0]
+
+
+def _texts(columns: Summaries) -> tuple[str, ...]:
+    """Return the columns of texts."""
+    return tuple(name for name, column in columns.items() if column.kind == TEXT)
+
+
+def _query_id(numbers: Sample, texts: list[str], used: Iterable[str | None]) -> str:
+    """Return the column of integers that identifies the query: equal ones have equal texts.
+
+    Row numbers have this property too, so of several such columns the one with the fewest values is
+    returned.
+
+    Args:
+        numbers: the sampled columns of numbers.
+        texts: the texts of the queries of the sampled rows.
+        used: columns with another meaning.
+
+    Raises:
+        DraftRefused: there is no such column, or there are several.
+    """
+    counts = {}
+    for column in _integers(numbers, used):
+        ids = column.values.tolist()
+        if len(set(zip(ids, texts, strict=True))) == len(set(ids)):
+            counts[column.name] = len(set(ids))
+    found = tuple(name for name, count in counts.items() if count == min(counts.values()))
+    if len(found) != 1:
+        raise DraftRefused("query_id_unknown", columns=found or "none")
+    return found[0]
+
+
+def _grades(numbers: Sample, used: Iterable[str | None]) -> str | None:
+    """Return the only column of small integers that are not negative; None if there is none.
+
+    Raises:
+        DraftRefused: there are several.
+    """
+    found = tuple(
+        column.name
+        for column in _integers(numbers, used)
+        if column.low >= 0 and column.high <= HIGHEST_GRADE
+    )
+    if len(found) > 1:
+        raise DraftRefused("grades_unknown", highest=HIGHEST_GRADE, columns=found)
+    return found[0] if found else None
+
+
+def _integers(numbers: Sample, used: Iterable[str | None]) -> Iterator[SampleColumn]:
+    """Yield the columns of integers without another meaning."""
+    others = set(used)
+    for name, column in numbers.items():
+        if column.kind == "integer" and name not in others:
+            yield column
+
+
+def _tokens(model: TextModel, tower: str, names: tuple[str, str], column: str) -> TokensInput:
+    """Return the input of a tower.
+
+    Args:
+        model: the encoder.
+        tower: ``query`` or ``item``.
+        names: names of the token ids and of the mask.
+        column: the column of texts.
+    """
+    tokenizer = model.tokenizer_of[tower]
+    return TokensInput.model_validate(
+        {
+            "name": names[0],
+            "columns": (column,),
+            "shape": (model.longest,),
+            "table": "encoder.word",
+            "tokenizer": tokenizer,
+            "min_length": len(model.tokenizers[tokenizer].encode("")),
+            "padding_id": model.padding_id,
+            "mask": names[1],
+            "out_of_range": "clamp",  # a tokenizer gives no other id
+        }
+    )
+
+
+def _call(model: TextModel, tower: str, item: TokensInput, texts: list[str]) -> DerivedInputs:
+    """Encode a few sampled texts, and give the reason for the kind of the input."""
+    encodings = model.tokenizers[item.tokenizer].encode_batch(texts[:ENCODED_TEXTS])
+    longest = max(len(encoding) for encoding in encodings)
+    ids, mask = (torch.zeros(len(encodings), longest, dtype=torch.int64) for _ in range(2))
+    for row, encoding in enumerate(encodings):
+        ids[row, : len(encoding)] = torch.tensor(encoding.ids)
+        mask[row, : len(encoding)] = 1
+    tensors: dict[str, Tensor] = dict(zip(item.tensors, (ids, mask), strict=True))
+    with torch.no_grad():
+        returned = model.network.encoder(ids, mask)
+    prompt = model.prompts[tower]
+    reason = f"texts of at most {model.longest} tokens"
+    return DerivedInputs(
+        call=Call(FORWARD, "keywords"),
+        inputs=(item,),
+        reasons={item.name: f"{reason} after {prompt!r}" if prompt else reason},
+        unused=(),
+        tensors=tensors,
+        returned=returned,
+    )
