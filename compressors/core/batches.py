@@ -20,7 +20,6 @@ from torch import Tensor
 
 from compressors.contracts import (
     RAGGED,
-    AnyInput,
     DataInput,
     DenseInput,
     JaggedBag,
@@ -32,15 +31,11 @@ from compressors.contracts import (
     tensor_names,
 )
 
-MAX_SHOWN_VALUES = 8
-"""Largest number of values of one list that ``format_row`` shows."""
-
 MAX_TOKENS = 2**14
 """Largest number of tokens of a batch of texts, padding included.
 
 An encoder's activations are large: 1,024 texts of 256 tokens and 1,536 channels take 1.6 GB.
 """
-
 
 MAX_SEQUENCE_IDS = 2**20
 """Largest number of ids of a batch of sequences, padding included: 8,192 lists of 128 ids."""
@@ -360,38 +355,6 @@ def concatenate_inputs(
             (name, torch.cat(pieces)) for name, pieces in zip(names, tensors, strict=True)
         )
     return inputs
-
-
-def take_row(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> dict[str, Tensor]:
-    """Return the inputs of row number ``row`` of a batch, as a batch of one row."""
-    row_inputs: dict[str, Tensor] = {}
-    for item in signature.model_inputs:
-        if not isinstance(item, JaggedBag):
-            names = tensor_names(item)
-            row_inputs.update((name, inputs[name][row : row + 1]) for name in names)
-            continue
-        values, second = (inputs[name] for name in tensor_names(item))
-        begin = second if item.layout == "offsets" else second.cumsum(0) - second
-        edges = torch.cat([begin, begin.new_full((1,), len(values))])
-        row_values = values[int(edges[row]) : int(edges[row + 1])]
-        bounds = torch.tensor([0, len(row_values)], dtype=second.dtype)
-        row_inputs.update(build_jagged_arguments(item, row_values, bounds))
-    return row_inputs
-
-
-def format_row(inputs: Mapping[str, Tensor], signature: Signature) -> dict[str, str]:
-    """Format the inputs of a batch of one row, by input name; long lists are shortened."""
-    return {item.name: _format(inputs[item.name], item) for item in signature.model_inputs}
-
-
-def _format(values: Tensor, item: AnyInput) -> str:
-    flat = values.reshape(-1).tolist()
-    texts = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in flat]
-    if len(texts) == 1 and not isinstance(item, JaggedBag) and not item.shape:
-        return texts[0]
-    if len(texts) > MAX_SHOWN_VALUES:
-        return f"[{', '.join(texts[:MAX_SHOWN_VALUES])}, ... {len(texts)} values]"
-    return f"[{', '.join(texts)}]"
 
 
 def pad_sequence(item: SequenceInput, values: Tensor, bounds: Tensor) -> dict[str, Tensor]:

@@ -73,8 +73,8 @@ def find_equal_lengths(
 ) -> tuple[Argument, ...]:
     """Return an argument, and the other ones whose lists are as long as its lists in every row.
 
-    An argument whose lists all have one length is returned alone: the data may contain padding, so
-    equal lengths say nothing.
+    An argument whose lists all have one length is returned alone: equal lengths may result from
+    padding in the data.
     """
     lengths = _list_lengths(argument, sample)
     if len(set(lengths)) < 2 or argument.offsets is not None:

@@ -169,7 +169,7 @@ def _check_split(
     for index, check in enumerate(checks):
         reason = _explain_no_evaluation(check, inspection, starts)
         if reason:
-            findings[index] = _build_unevaluated_finding(check, reason)
+            findings[index] = _unevaluated(check, reason)
         else:
             suites.setdefault(check.frame, []).append(index)
     for frame_key, indices in suites.items():
@@ -342,10 +342,7 @@ def _run_suite(
             },
         )
     except GreatExpectationsError as fault:
-        return [
-            _build_unevaluated_finding(check, f"Great Expectations failed: {fault}")
-            for check in suite
-        ]
+        return [_unevaluated(check, f"Great Expectations failed: {fault}") for check in suite]
     results = {item.expectation_config.meta["index"]: item for item in validation.results}
     return [
         _to_finding(check, results.get(index), inspection, starts)
@@ -366,10 +363,10 @@ def _to_finding(
 ) -> Finding:
     """Convert the result of Great Expectations for one check; ``gx_result`` is None if missing."""
     if gx_result is None:
-        return _build_unevaluated_finding(check, "Great Expectations returned no result for it")
+        return _unevaluated(check, "Great Expectations returned no result for it")
     message = _join_exception_messages(gx_result.exception_info)
     if message:
-        return _build_unevaluated_finding(check, f"it raised inside Great Expectations: {message}")
+        return _unevaluated(check, f"it raised inside Great Expectations: {message}")
     result = gx_result.result
     observed = _format_observed(check, result, inspection)
     rows: dict[int, str] = {}
@@ -439,7 +436,7 @@ def _format_value(check: Check, value: Any, kind: str, starts: dict[str, Any]) -
     return str(value.item() if isinstance(value, np.generic) else value)
 
 
-def _build_unevaluated_finding(check: Check, why: str) -> Finding:
+def _unevaluated(check: Check, why: str) -> Finding:
     """Return the finding of a check that could not be evaluated."""
     return Finding(
         split=check.split,

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from compressors.contracts import Plan, is_out_of_memory
 from compressors.contracts.targets.runtime import Session
-from compressors.core.batches import format_row, take_row
 from compressors.core.scores import join_columns
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
@@ -37,6 +36,7 @@ from compressors.lower.serving_wrapper import input_names, stack_outputs
 from compressors.lower.targets.registry import lowering_target
 from infra.errors import InfraError
 from infra.onnxruntime.sessions import graph_values
+from tasks.evaluation.single_rows import format_row, take_row
 
 log = logging.getLogger(__name__)
 

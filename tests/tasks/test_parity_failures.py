@@ -20,13 +20,13 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, JaggedBag, Output, PaddedBag, Signature, TargetName
-from compressors.core.batches import format_row, take_row
 from compressors.core.runner import run
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.export import lower
 from infra.onnxruntime.sessions import Session
 from tasks.evaluation.parity import GraphCheck, runnable_graph
+from tasks.evaluation.single_rows import format_row, take_row
 
 each_target = pytest.mark.parametrize("target", ["onnxruntime", "tensorrt", "tensorrt-rtx"])
 

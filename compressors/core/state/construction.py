@@ -241,7 +241,7 @@ def _construct_on_cpu(
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, ConstructionFailed):
             raise
-        raise _build_construction_error(architecture, error) from error
+        raise _describe_failure(architecture, error) from error
     return module, placement
 
 
@@ -261,9 +261,7 @@ def _require_arguments(architecture: type[nn.Module], config: Mapping[str, Any])
         ) from error
 
 
-def _build_construction_error(
-    architecture: type[nn.Module], error: Exception
-) -> ConstructionFailed:
+def _describe_failure(architecture: type[nn.Module], error: Exception) -> ConstructionFailed:
     """Build the error for a constructor that raised ``error``."""
     error_class, source_line = type(error).__name__, _describe_source_line(error)
     problem, name = (str(error).strip() or "no message").rstrip("."), architecture.__name__

@@ -4,16 +4,15 @@ The matrices become smaller, which is faster on every target. Removing an output
 removes the matching input of every layer that consumes it
 (``compressors.prune.structure.channel_consumers``). The layer's width is a number in the
 architecture's configuration (an argument of the model class). That number becomes smaller, so the
-result is stored and built like any other network. If the number counts groups of channels, such as
-attention heads, whole groups are removed. In this file a *group* is one channel or several that the
-number counts as one, a *producer* a layer that outputs it, and a *consumer* a layer or norm that
-takes it as input.
+result is stored and built like any other network. In this file a *group* is one channel, or several
+that the number counts as one, such as an attention head; whole groups are removed. A *producer* is
+a layer that outputs a group, and a *consumer* a layer or norm that takes it as input.
 
 Sources: those of ``compressors.prune.dense.importance``, and Frankle and Carbin 2019,
 https://arxiv.org/abs/1803.03635, sec. 2 (iterative pruning: prune and train in turn, the same share
 of the remaining channels each time).
-Differs: layers that share one number of the configuration lose the same number of channels, and
-the number of channels to keep may follow from a share of the multiply-adds.
+Differs: layers that share a number of the configuration lose the same number of channels, which may
+follow from a share of the multiply-adds.
 """
 
 from collections.abc import Mapping
@@ -172,9 +171,7 @@ class Channels(StepSettings):
         counts, work_share = self._estimate(model, bench.signature, prunable.widths)
         for item in prunable.consumers:
             for producer in item.width.producers:
-                reasons = self._build_reasons(
-                    item.width, producer, counts[item.width.path], work_share
-                )
+                reasons = self._explain(item.width, producer, counts[item.width.path], work_share)
                 decisions[producer] = _take(decisions[producer], *reasons)
             for consumer in item.width.consumers:
                 if consumer in decisions:
@@ -270,9 +267,7 @@ class Channels(StepSettings):
         kept_by_producer = _select_by_producer(prunable.consumers, equal_importance, counts)
         return self._narrow(model, signature, prunable.consumers, kept_by_producer, counts)
 
-    def _build_reasons(
-        self, width: Width, producer: str, count: int, work_share: float
-    ) -> list[Reason]:
+    def _explain(self, width: Width, producer: str, count: int, work_share: float) -> list[Reason]:
         """Return the plan's reasons for a producer; ``work_share`` of all multiply-adds remains."""
         step, importance = self.kind, self.importance
         if self.scope == "global":
@@ -298,13 +293,11 @@ class Channels(StepSettings):
         initial = {width.path: width.value for width in widths}
         work = kept_shares.multiply_adds(model.module, signature)
         initial_work = sum(work.values())
-        counts = self._compute_equal_counts(
-            model, work, widths, initial, initial_work, progress=1.0
-        )
+        counts = self._share_counts(model, work, widths, initial, initial_work, progress=1.0)
         remaining = kept_shares.remaining_multiply_adds(work, model.module, widths, counts)
         return counts, remaining / initial_work
 
-    def _compute_equal_counts(
+    def _share_counts(
         self,
         model: Model,
         work: Mapping[str, float],
@@ -355,7 +348,7 @@ class Channels(StepSettings):
         widths = tuple(item.width for item in consumers)
         work = kept_shares.multiply_adds(model.module, signature)
         if self.scope == "layer":
-            return self._compute_equal_counts(model, work, widths, initial, initial_work, progress)
+            return self._share_counts(model, work, widths, initial, initial_work, progress)
         normalized = kept_shares.normalized_importance(consumers, importance)
         floors = {path: value * self.least for path, value in initial.items()}
 
@@ -442,14 +435,9 @@ def _build_width_reason(width: Width, producer: str, before: int, after: int) ->
     size = width.producers[producer]
     if size == 1:
         return Reason("fewer_channels", before=before, after=after, width=width.description())
-    return Reason(
-        "fewer_groups",
-        before=before * size,
-        after=after * size,
-        width=width.description(),
-        units_before=before,
-        units_after=after,
-    )
+    channels = {"before": before * size, "after": after * size}
+    groups = {"units_before": before, "units_after": after}
+    return Reason("fewer_groups", width=width.description(), **channels, **groups)
 
 
 def _take(decision: Decision, *reasons: Reason) -> Decision:

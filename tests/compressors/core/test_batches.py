@@ -18,10 +18,10 @@ from compressors.core.batches import (
     batches,
     build_jagged_arguments,
     rows_per_batch,
-    take_row,
 )
 from compressors.core.random_inputs import generate_edge_inputs, generate_inputs
 from compressors.lower.serving_wrapper import input_names
+from tasks.evaluation.single_rows import take_row
 
 ROWS = RANKER.rows_of_tables()
 JAGGED = {item.name: item for item in RANKER.signature.inputs if isinstance(item, JaggedBag)}

@@ -13,12 +13,12 @@ from sequence_draft import CONFIG, TABLES, Padding, signature
 from sequence_network import SequenceNet
 
 from compressors.contracts import Signature, TargetName
-from compressors.core.batches import take_row
 from compressors.core.random_inputs import edge_rows, generate_edge_inputs
 from compressors.core.runner import run
 from compressors.lower.export import lower
 from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from tasks.evaluation.single_rows import take_row
 
 RECIPES = {"plain": (), "tables": (RowwiseInt8(),), "all": (RowwiseInt8(), StaticInt8())}
 SCRATCH = tempfile.TemporaryDirectory(prefix="sequences-")
