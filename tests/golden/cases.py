@@ -220,6 +220,7 @@ MIXED: tuple[Case, ...] = (
         "onnxruntime",
     ),
     Case("mixed 7", "pairs", (("product_codes", {}), ("weight_int4", {}))),
+    Case("mixed 8", "ranking", (("table_qat", {}), ("fold", {})), "onnxruntime"),
     Case("plain", "click", ()),
     Case("plain", "ranking", ()),
     Case("plain", "towers", ()),
