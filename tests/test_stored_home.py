@@ -56,7 +56,12 @@ FILES = {
         "expected.json": "84f888849e9c56fc21f72017864f3a92f38ee72c41db7fbb32e5bef4f87c467c",
         "expected.safetensors": "cb36e959eb5c72642ec3afc2d2636cdecc7c1fd76a0cf3afc8156a905ad13ed4",
         "home.tar.xz.1": "ffd26476d21366bbfdae56b1b2aa53ffffa99609c0f821a71973091167ccbde9",
-    }
+    },
+    "0.1.0-2026-12-01": {
+        "expected.json": "41663a2209834c22d65bfbc887e822d547937b6fb8460542693cc547afe9e48b",
+        "expected.safetensors": "5d32c40d255efe93314e4557365580d15071291ddac9a4a6966b72bd90169028",
+        "home.tar.xz.1": "c27559de2bd2c42358db0be529bbb0c58284d1b90b4ff4edf952c26fa0132181",
+    },
 }
 """SHA-256 of every file of every fixture; lines are added, never changed."""
 every_fixture = pytest.mark.parametrize("name", NAMES)

@@ -127,6 +127,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         "clicks",
         _dense("static_int8", calibrator="best", weights="mse"),
     ),
+    "static-int8-channels": ("clicks", _dense("static_int8", input_scales="channel")),
     "weight-int8": ("clicks", _dense("weight_int8")),
     "weight-int8-blocks": (
         "clicks",
@@ -142,6 +143,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "bfloat16-dense": ("clicks", _dense("bfloat16_dense")),
     "float16": ("clicks", ({"kind": "float16"},)),
     "qat": ("clicks", _dense("qat", training=QUICK)),
+    "table-qat": ("clicks", _table("table_qat", bits=4, rows_per_scale=8, training=QUICK)),
     "low-rank-dense": ("clicks", _dense("low_rank_dense", rank=0.25)),
     "low-rank-dense-then-int8": (
         "clicks",

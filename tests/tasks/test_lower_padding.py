@@ -29,8 +29,9 @@ def test_network_that_reads_padding_is_refused_if_the_first_rows_are_the_longest
     lower_model.fn(bundle, "onnxruntime", test, **arguments)
     forward = SequenceNet.forward
 
-    def without_mask(network, history, history_mask, *others):
-        return forward(network, history, history_mask.clamp(min=1), *others)
+    def without_mask(network, **inputs):
+        mask = inputs["history_mask"].clamp(min=1)
+        return forward(network, **{**inputs, "history_mask": mask})
 
     monkeypatch.setattr(SequenceNet, "forward", without_mask)
     with pytest.raises(ParityLost) as caught:

@@ -9,8 +9,7 @@ that the number counts as one, such as an attention head; whole groups are remov
 a layer that outputs a group, and a *consumer* a layer or norm that takes it as input.
 
 Sources: those of ``compressors.prune.dense.importance``, and Frankle and Carbin 2019,
-https://arxiv.org/abs/1803.03635, sec. 2 (iterative pruning: prune and train in turn, the same share
-of the remaining channels each time).
+https://arxiv.org/abs/1803.03635, sec. 2 (prune the same share and train, in turn).
 Differs: layers that share a number of the configuration lose the same number of channels, which may
 follow from a share of the multiply-adds.
 """
@@ -435,9 +434,14 @@ def _build_width_reason(width: Width, producer: str, before: int, after: int) ->
     size = width.producers[producer]
     if size == 1:
         return Reason("fewer_channels", before=before, after=after, width=width.description())
-    channels = {"before": before * size, "after": after * size}
-    groups = {"units_before": before, "units_after": after}
-    return Reason("fewer_groups", width=width.description(), **channels, **groups)
+    return Reason(
+        "fewer_groups",
+        before=before * size,
+        after=after * size,
+        width=width.description(),
+        units_before=before,
+        units_after=after,
+    )
 
 
 def _take(decision: Decision, *reasons: Reason) -> Decision:

@@ -72,6 +72,7 @@ from compressors.quantize.tables.residual_codes import ResidualCodes
 from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
+from compressors.quantize.tables.table_qat import TableQAT
 from compressors.rewrite.equalize import Equalize
 from compressors.rewrite.fold import Fold
 from compressors.rewrite.smooth_quant import SmoothQuant
@@ -89,9 +90,9 @@ def unit_settings(method: type[Step]) -> set[str]:
 # quantize/test_table_codes.py tests their error.
 CODEBOOK_METHODS = {ProductCodes, ResidualCodes, AdditiveCodes}
 # Formats whose scores stay close. Training in QAT moves scores to the labels; see
-# quantize/test_qat.py.
+# quantize/test_qat.py and test_table_qat.py.
 CLOSE_FORMATS = tuple(
-    method for method in FORMATS if method not in CODEBOOK_METHODS and method is not QAT
+    method for method in FORMATS if method not in (*CODEBOOK_METHODS, QAT, TableQAT)
 )
 
 

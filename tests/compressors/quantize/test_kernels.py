@@ -282,7 +282,9 @@ def test_importing_the_registries_does_not_import_numba():
 def test_numba_writes_nothing_to_the_cache_folders_of_users(tmp_path):
     """numba's caches are pickles: a user who can write to such a folder can run code here."""
     module = "compressors.quantize.kernels.numba_kernels"
-    code = f"from {module} import _to_16; import numpy; _to_16(numpy.float32(1))"
+    code = (
+        f"from {module} import _to_float16_bits; import numpy; _to_float16_bits(numpy.float32(1))"
+    )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120, env=environment)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
