@@ -67,7 +67,8 @@ class TextTower:
         ids = np.array([encoding.ids for encoding in encodings], np.int64)
         mask = np.array([encoding.attention_mask for encoding in encodings], np.int64)
         if not ids.shape[1]:  # only empty texts: the graph needs a padded position
-            ids = np.full((len(texts), 1), self.tokenizer.padding["pad_id"])
+            padding: Any = self.tokenizer.padding
+            ids = np.full((len(texts), 1), padding["pad_id"], np.int64)
             mask = np.zeros_like(ids)
         tensors = {
             self.text["ids"]: ids,
