@@ -23,11 +23,10 @@ from compressors.core.steps.decisions import AppliedStep, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit
 from compressors.errors.steps import RowsMissing
-from compressors.quantize.calibration.layer_inputs import BATCH, input_vectors, read_layer_inputs
+from compressors.quantize.calibration.layer_inputs import BATCH
 from compressors.quantize.dense.smoothing import (
-    SAMPLE,
-    InputRecorder,
     best_smoothing,
+    record_inputs,
     smoothing_factors,
 )
 from compressors.rewrite.scaling import Link, choose_links, linear_weight, rescale
@@ -81,18 +80,14 @@ class SmoothQuant(StepSettings):
             raise RowsMissing("calibration_rows_missing", step=self.kind)
         links = plan.payload
         module = model.module
-        calls = -(-min(self.rows, bench.calibration.rows) // BATCH)
-        consumers = [name for link in links for name in link.consumers]
-        vectors_per_call = -(-SAMPLE // calls)  # rounded up
-        recorders = {name: InputRecorder(vectors_per_call) for name in consumers}
-        read_layer_inputs(
+        consumers = {name for link in links for name in link.consumers}
+        recorders = record_inputs(
             module,
-            [unit for unit in Unit.of(module) if unit.name in recorders],
+            [unit for unit in Unit.of(module) if unit.name in consumers],
             bench.calibration,
             bench.signature,
             batch=BATCH,
             limit=self.rows,
-            receive=lambda unit, x: recorders[unit.name](input_vectors(x)),
         )
         # Last link first: a factor changes the weight rows of the previous layer, and the factor of
         # the link before that depends on these rows. The measured inputs of any other layer do not

@@ -15,12 +15,8 @@ from compressors.core.units import Unit
 from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.quantize.calibration import calibrators as calibration
 from compressors.quantize.calibration.calibrators import Histogram
-from compressors.quantize.calibration.layer_inputs import (
-    Receive,
-    input_vectors,
-    read_layer_inputs,
-)
-from compressors.quantize.dense.smoothing import SAMPLE, InputRecorder, best_smoothing
+from compressors.quantize.calibration.layer_inputs import Receive, read_layer_inputs
+from compressors.quantize.dense.smoothing import best_smoothing, record_inputs
 
 ALL_LAYERS = "*"
 """Pattern that matches every layer. With it, a layer whose inputs are all zero is skipped.
@@ -130,7 +126,12 @@ def calibrate_layers(
         )
 
     histograms = {unit.name: Histogram() for unit in layers}
-    read(layers, lambda unit, x: histograms[unit.name].add(x / factors.get(unit.name, 1)))
+
+    def count(unit: Unit, x: Tensor) -> None:
+        factor = factors.get(unit.name)
+        histograms[unit.name].add(x if factor is None else x / factor)
+
+    read(layers, count)
     units = [unit for unit in layers if not skip_zero_inputs or histograms[unit.name].largest != 0]
     linears = {unit.name: _require_scale(unit, histograms[unit.name]) for unit in units}
     calibrators = get_args(Calibrator)[:-1] if calibrator == "best" else (calibrator,)
@@ -184,29 +185,20 @@ def channel_factors(
         RowsMissing: there are no calibration rows.
     """
     split = _require_calibration(bench)
-    calls = -(-min(rows, split.rows) // batch)
-    recorders = {unit.name: InputRecorder(-(-SAMPLE // calls)) for unit in layers}
-    read_layer_inputs(
-        module,
-        layers,
-        split,
-        bench.signature,
-        batch=batch,
-        limit=rows,
-        receive=lambda unit, x: recorders[unit.name](input_vectors(x)),
-    )
+    recorders = record_inputs(module, layers, split, bench.signature, batch=batch, limit=rows)
     factors = {unit.name: torch.ones(unit.weight.shape[1]) for unit in layers}
-    readers: dict[bytes, list[Unit]] = {}  # layers by the largest inputs of their channels
+    # Layers with the same largest input of each channel read the same vector.
+    readers: dict[bytes, tuple[Tensor, list[Unit]]] = {}
     for unit in layers:
         if recorders[unit.name].maxima:
             largest = recorders[unit.name].largest(unit.name)
             if bool(torch.isfinite(largest).all()):
-                readers.setdefault(largest.numpy().tobytes(), []).append(unit)
-    for units in readers.values():
+                readers.setdefault(largest.numpy().tobytes(), (largest, []))[1].append(unit)
+    for largest, units in readers.values():
         weights = [unit.weight.detach().float() for unit in units]
         samples = [torch.cat(recorders[unit.name].sample) for unit in units]
         best = best_smoothing(
-            recorders[units[0].name].largest(units[0].name),
+            largest,
             torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0),
             list(zip(samples, weights, strict=True)),
         ).float()

@@ -11,13 +11,16 @@ as AWQ does for weights (Lin et al. 2023, https://arxiv.org/abs/2306.00978); no 
 the candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from compressors.contracts import Signature, Split
+from compressors.core.units import Unit
 from compressors.errors.steps import StepRefused
 from compressors.quantize.calibration.calibrators import LEVELS
+from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
 from compressors.quantize.dense.int8_codes import encode, quantize
 
 SAMPLE = 1024
@@ -90,6 +93,39 @@ def best_smoothing(inputs: Tensor, weights: Tensor, layers: Sequence[LayerSample
     candidates = [torch.ones_like(inputs, dtype=torch.float64)]
     candidates += [smoothing_factors(inputs, weights, alpha) for alpha in STRENGTHS]
     return min(candidates, key=lambda factors: int8_error(layers, factors))
+
+
+def record_inputs(
+    module: nn.Module,
+    layers: Collection[Unit],
+    calibration: Split,
+    signature: Signature,
+    *,
+    batch: int,
+    limit: int,
+) -> dict[str, "InputRecorder"]:
+    """Run a network on calibration rows and record the inputs of its layers, by layer name.
+
+    Args:
+        module: the network in evaluation mode; it is not changed.
+        layers: dense layers of the module.
+        calibration: data of which the first ``limit`` rows are read.
+        signature: inputs of the network.
+        batch: rows per batch.
+        limit: largest number of rows that are read.
+    """
+    calls = -(-min(limit, calibration.rows) // batch)  # rounded up, as the vectors of each
+    recorders = {unit.name: InputRecorder(-(-SAMPLE // calls)) for unit in layers}
+    read_layer_inputs(
+        module,
+        layers,
+        calibration,
+        signature,
+        batch=batch,
+        limit=limit,
+        receive=lambda unit, x: recorders[unit.name](input_vectors(x)),
+    )
+    return recorders
 
 
 class InputRecorder:
