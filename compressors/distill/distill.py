@@ -36,7 +36,7 @@ from compressors.distill.auxiliary_losses import (
 from compressors.distill.losses import LIST_LOSSES, SoftLoss
 from compressors.distill.soft_labels import TrainingRows, soft_label_loss, soft_label_rows
 from compressors.distill.student import build_student, student_decisions, student_dry_run
-from compressors.distill.training.settings import Training
+from compressors.distill.training.settings import Temperature, Training
 from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.training_steps import (
     choose_trainable,
@@ -64,12 +64,7 @@ class Distill(StepSettings):
         le=1,
         description="Weight of the teacher's predictions; the labels get the rest.",
     )
-    temperature: float = Field(
-        1.0,
-        ge=0.1,
-        le=100,
-        description="Temperature: divides the logits of both models before they are compared.",
-    )
+    temperature: Temperature = 1.0
     loss: SoftLoss = Field(
         "task",
         description="Loss on the teacher's predictions. task: pointwise for CTR, listwise for "

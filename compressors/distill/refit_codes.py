@@ -38,7 +38,7 @@ from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit
 from compressors.distill.code_reassignment import FormatWithCodes, propose, reassign_codes
 from compressors.distill.soft_labels import soft_label_loss
-from compressors.distill.training.settings import Training
+from compressors.distill.training.settings import Temperature, Training
 from compressors.distill.training.trainable import trainable_tensors
 from compressors.distill.training.training_steps import (
     list_pruned_layers,
@@ -84,12 +84,7 @@ class RefitCodes(StepSettings):
         le=1,
         description="Weight of the teacher's predictions; the labels get the rest.",
     )
-    temperature: float = Field(
-        1.0,
-        ge=0.1,
-        le=100,
-        description="Temperature: divides the logits of both models before they are compared.",
-    )
+    temperature: Temperature = 1.0
     training: Training = Field(
         default_factory=lambda: Training(epochs=3, learning_rate=3e-4, patience=1),
         description="Settings of the training in each round. Set table_l2 to the penalty of the "

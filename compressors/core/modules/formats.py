@@ -94,6 +94,11 @@ class LinearFormat(Protocol):
         """Return the layer's output as float32, ``(*x.shape[:-1], outputs)``."""
 
 
+def rows_per_group(layout: Mapping[str, TensorSpec]) -> int:
+    """Return the number of neighbouring rows that can be encoded without other rows."""
+    return math.lcm(*(spec.rows_per_entry for spec in layout.values() if spec.rows_per_entry))
+
+
 def row_blocks(
     layout: Mapping[str, TensorSpec], rows: int, max_rows: int
 ) -> Iterator[tuple[int, int]]:
@@ -107,10 +112,8 @@ def row_blocks(
         rows: rows of the table.
         max_rows: largest number of rows of a block. It is exceeded if one entry covers more rows.
     """
-    rows_per_entry = math.lcm(
-        *(spec.rows_per_entry for spec in layout.values() if spec.rows_per_entry)
-    )
-    block_rows = max(max_rows // rows_per_entry, 1) * rows_per_entry
+    group = rows_per_group(layout)
+    block_rows = max(max_rows // group, 1) * group
     yield from ((begin, min(begin + block_rows, rows)) for begin in range(0, rows, block_rows))
 
 

@@ -4,11 +4,28 @@ The ``position`` of a setting is its place in Prefect's form for a flow run; it 
 """
 
 import operator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from compressors.contracts import Frozen, Part
+
+SoftShare = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="Weight of the original model's predictions; the labels get the rest.",
+    ),
+]
+Temperature = Annotated[
+    float,
+    Field(
+        ge=0.1,
+        le=100,
+        description="Temperature: divides the logits of both models before they are compared.",
+    ),
+]
 
 
 class Training(Frozen):

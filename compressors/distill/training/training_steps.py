@@ -106,6 +106,29 @@ def list_pruned_layers(model: Model) -> tuple[str, ...]:
     )
 
 
+def list_tensors_of_units(
+    module: nn.Module, units: Collection[Unit], selected: Collection[str]
+) -> tuple[str, ...]:
+    """Return the names of the tensors to train: of some units, and of modules outside of units.
+
+    Tensors of other tables are none of these, although a composed table has some outside of its
+    parts, which are the units.
+
+    Args:
+        module: the network, in which selected units may be replaced by modules for training.
+        units: all units of the network.
+        selected: the names of the selected ones.
+    """
+    names = {unit.name for unit in units}
+    outside_tables = set(trainable_tensors(module, tables=False))
+    owners = {name: innermost(name, names) for name in trainable_tensors(module, tables=True)}
+    return tuple(
+        name
+        for name, owner in owners.items()
+        if owner in selected or (owner is None and name in outside_tables)
+    )
+
+
 def train_model(
     model: Model,
     bench: Bench,

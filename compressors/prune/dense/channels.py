@@ -29,7 +29,7 @@ from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, ch
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit, private_copy
 from compressors.distill.soft_labels import build_mixed_loss
-from compressors.distill.training.settings import Training
+from compressors.distill.training.settings import SoftShare, Temperature, Training
 from compressors.distill.training.training_steps import (
     choose_trainable,
     list_pruned_layers,
@@ -113,19 +113,8 @@ class Channels(StepSettings):
     training: Training | None = Field(
         None, description="Training after each round. Empty: no training."
     )
-    soft_share: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Weight of the original model's predictions in training; the labels get the "
-        "rest.",
-    )
-    temperature: float = Field(
-        1.0,
-        ge=0.1,
-        le=100,
-        description="Temperature: divides the logits of both models before they are compared.",
-    )
+    soft_share: SoftShare = 0.0
+    temperature: Temperature = 1.0
 
     @model_validator(mode="after")
     def _require_training_for_soft_labels(self) -> Self:

@@ -34,7 +34,7 @@ from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, ch
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.core.units import Unit
 from compressors.distill.soft_labels import build_mixed_loss
-from compressors.distill.training.settings import Training
+from compressors.distill.training.settings import SoftShare, Temperature, Training
 from compressors.distill.training.training_steps import (
     choose_trainable,
     list_pruned_layers,
@@ -117,18 +117,8 @@ class L1Training(StepSettings):
         description="l1: single weights become zero. group: all weights that compute an output "
         "channel are penalized together, so that whole channels become zero.",
     )
-    soft_share: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Weight of the original model's predictions; the labels get the rest.",
-    )
-    temperature: float = Field(
-        1.0,
-        ge=0.1,
-        le=100,
-        description="Temperature: divides the logits of both models before they are compared.",
-    )
+    soft_share: SoftShare = 0.0
+    temperature: Temperature = 1.0
     training: Training = Field(
         default_factory=lambda: Training(schedule="cosine"),
         description="Settings of the training. All epochs run, and the result is the last one.",

@@ -14,7 +14,6 @@ parameters, and a scale is small. The paper's scaling of gradients is omitted, b
 it.
 """
 
-from collections.abc import Collection
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -31,14 +30,14 @@ from compressors.core.placeholders import dry_run_packed
 from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan, choose_dense
 from compressors.core.steps.step import StepSettings
 from compressors.core.steps.unit_settings import LayerPatterns
-from compressors.core.units import Unit, innermost, swap
+from compressors.core.units import Unit, swap
 from compressors.distill.soft_labels import build_mixed_loss
-from compressors.distill.training.settings import Training
-from compressors.distill.training.trainable import trainable_tensors
+from compressors.distill.training.settings import SoftShare, Temperature, Training
 from compressors.distill.training.trainer import train
 from compressors.distill.training.training_steps import (
     describe_outcome,
     list_pruned_layers,
+    list_tensors_of_units,
     require_loss,
 )
 from compressors.errors.steps import RowsMissing, StepRefused
@@ -150,18 +149,8 @@ class QAT(StepSettings):
     )
     rows: int = Field(4096, ge=1, description="Largest number of calibration rows that are read.")
     batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
-    soft_share: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="Weight of the loss against the original's predictions; labels get the rest.",
-    )
-    temperature: float = Field(
-        1.0,
-        ge=0.1,
-        le=100,
-        description="Divides the predictions of both networks before they are compared.",
-    )
+    soft_share: SoftShare = 0.5
+    temperature: Temperature = 1.0
     training: Training = Field(
         default_factory=lambda: Training(epochs=5, learning_rate=3e-4),
         description="How the layers are trained. Tables cannot be trained.",
@@ -242,7 +231,7 @@ class QAT(StepSettings):
             device=bench.device,
             checkpoints=bench.checkpoints,
             keep_zeros_in=list_pruned_layers(model),
-            tensor_names=_list_trained_tensors(module, units, learned),
+            tensor_names=list_tensors_of_units(module, units, learned),
         )
         for name, layer in learned.items():
             swap(module, name, layer.packed())
@@ -263,12 +252,3 @@ def _build_learned(layer: nn.Module, initial: PackedLinear) -> LearnedInt8:
     if not isinstance(layer, nn.Linear):  # choose_dense selects only these
         raise StepRefused("layer_not_linear", got=type(layer).__name__)
     return LearnedInt8(layer, initial)
-
-
-def _list_trained_tensors(
-    module: nn.Module, units: Collection[Unit], learned: Collection[str]
-) -> tuple[str, ...]:
-    """Return the names of the tensors to train: of these layers, and of modules outside units."""
-    names = {unit.name for unit in units}
-    owners = {name: innermost(name, names) for name in trainable_tensors(module, tables=False)}
-    return tuple(name for name, owner in owners.items() if owner is None or owner in learned)

@@ -11,8 +11,7 @@ Differs from the second: float weights are kept while training, and the scale of
 from its largest weight instead of being learned, because rows are looked up rarely.
 """
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 
 from compressors.contracts import Bench, Part
 from compressors.core.model import Model
+from compressors.core.modules.formats import rows_per_group
 from compressors.core.placeholders import dry_run_packed
 from compressors.core.steps.decisions import (
     AppliedStep,
@@ -33,14 +33,14 @@ from compressors.core.steps.decisions import (
 from compressors.core.steps.step import StepSettings, TableStep
 from compressors.core.steps.table_encoder import encode_table
 from compressors.core.steps.unit_settings import MinRows, TablePatterns
-from compressors.core.units import Unit, innermost, pack_table, swap
+from compressors.core.units import Unit, pack_table, swap
 from compressors.distill.soft_labels import build_mixed_loss
-from compressors.distill.training.settings import Training
-from compressors.distill.training.trainable import trainable_tensors
+from compressors.distill.training.settings import SoftShare, Temperature, Training
 from compressors.distill.training.trainer import train
 from compressors.distill.training.training_steps import (
     describe_outcome,
     list_pruned_layers,
+    list_tensors_of_units,
     require_loss,
 )
 from compressors.errors.steps import RowsMissing
@@ -73,8 +73,7 @@ class RoundedTable(nn.Embedding):
         self.weight = table.weight
         self.encoder = encoder
         rows, dim = table.weight.shape
-        layout = encoder.storage.layout(rows, dim, encoder.settings())
-        self.group = math.lcm(*(spec.rows_per_entry for spec in layout.values()))
+        self.group = rows_per_group(encoder.storage.layout(rows, dim, encoder.settings()))
         """Number of neighbouring rows that share an entry of a stored tensor, such as a scale."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for the ids
@@ -113,18 +112,8 @@ class TableQAT(StepSettings):
     rows_per_scale: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = Field(
         1, description="Number of neighbouring rows that share a scale."
     )
-    soft_share: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="Weight of the loss against the original's predictions; labels get the rest.",
-    )
-    temperature: float = Field(
-        1.0,
-        ge=0.1,
-        le=100,
-        description="Divides the predictions of both networks before they are compared.",
-    )
+    soft_share: SoftShare = 0.5
+    temperature: Temperature = 1.0
     training: Training = Field(
         default_factory=lambda: Training(epochs=5, learning_rate=1e-3, tables=True),
         description="How the tables are trained; 'tables' has no effect.",
@@ -205,7 +194,7 @@ class TableQAT(StepSettings):
             device=bench.device,
             checkpoints=bench.checkpoints,
             keep_zeros_in=list_pruned_layers(model),
-            tensor_names=_trained_tensors(module, units, tables.values()),
+            tensor_names=list_tensors_of_units(module, units, tables),
         )
         for name, table in tables.items():
             packed = encode_table(encoder, table.weight.detach())
@@ -223,14 +212,3 @@ class TableQAT(StepSettings):
 def _rounded(table: nn.Module, encoder: TableStep) -> RoundedTable:
     assert isinstance(table, nn.Embedding | nn.EmbeddingBag)  # noqa: S101 - see ``choose_tables``
     return RoundedTable(table, encoder)
-
-
-def _trained_tensors(
-    module: nn.Module, units: Collection[Unit], tables: Collection[RoundedTable]
-) -> tuple[str, ...]:
-    """Return the names of the tensors to train: of these tables, and of modules outside units."""
-    of_tables = {id(table.weight) for table in tables}
-    names = [name for name, weight in module.named_parameters() if id(weight) in of_tables]
-    unit_names = {unit.name for unit in units}
-    others = trainable_tensors(module, tables=False)
-    return (*names, *(name for name in others if innermost(name, unit_names) is None))
