@@ -161,10 +161,9 @@ def _check_graph(
             for size in SMALL_BATCHES:
                 inputs = rows.take(rows.first(size))
                 check.require_same_in_small_batch(expected[:size], inputs, parities)
-            if rows.most_padded is not None:
-                padded, _ = check.scores(rows.take(rows.most_padded), "the data")
-                alone = rows.take(rows.most_padded[:1])
-                check.require_same_in_small_batch(padded[:1], alone, parities)
+            if (numbers := rows.find_most_padded()) is not None:
+                padded, _ = check.scores(rows.take(numbers), "the data")
+                check.require_same_in_small_batch(padded[:1], rows.take(numbers[:1]), parities)
             rows_parities += parities
         tables = rows_of_tables(loaded.model.module, signature)
         # Two rows per input with ids out of range, one with empty lists, one with full lists.
@@ -226,9 +225,8 @@ class _ProbeRows:
         """Return the numbers of the first rows: ``count``, or fewer if these have long texts."""
         return torch.arange(min(rows_per_batch(self._rows.signature, count), len(self._rows)))
 
-    @property
-    def most_padded(self) -> Tensor | None:
-        """The numbers of the shortest and the longest row; None if all rows have one length."""
+    def find_most_padded(self) -> Tensor | None:
+        """Return the numbers of the shortest and longest row; None if all have one length."""
         lengths = self._rows.lengths()
         if lengths is None or bool((lengths == lengths[0]).all()):
             return None

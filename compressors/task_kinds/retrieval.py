@@ -55,7 +55,7 @@ class Retrieval:
             return _sampled_losses(scores, batch, batch.sampled)[is_positive].mean()
         if batch.item_log_share is not None:
             scores = scores - batch.item_log_share
-        logits = scores.masked_fill(is_excluded(batch, len(scores), scores.device), -torch.inf)
+        logits = scores.masked_fill(is_excluded(batch), -torch.inf)
         losses = logits.logsumexp(dim=1) - logits.diagonal()
         return losses[is_positive].mean()
 
@@ -104,15 +104,14 @@ def scores_of_pairs(vectors: Tensor, batch: Batch) -> Tensor:
     return vectors[: len(batch.label), 0] @ vectors[:, 1].T
 
 
-def is_excluded(batch: Batch, rows: int, device: torch.device) -> Tensor:
+def is_excluded(batch: Batch) -> Tensor:
     """Return which items of the batch are no negatives of a query, bool ``(rows, rows)``.
 
     They are the query's item in another row, and other positive items of the query.
     """
-    excluded = torch.zeros(rows, rows, dtype=torch.bool, device=device)
+    excluded = _is_positive_pair(batch)
     if batch.item is not None:
         excluded |= batch.item[:, None] == batch.item[None, :]
-    excluded |= _is_positive_pair(batch, device)
     excluded.fill_diagonal_(fill_value=False)
     return excluded
 
@@ -140,11 +139,11 @@ def first_rows(batch: Batch) -> Tensor:
     return first.scatter_reduce(0, inverse, numbers, "amin")[inverse]
 
 
-def _is_positive_pair(batch: Batch, device: torch.device) -> Tensor:
+def _is_positive_pair(batch: Batch) -> Tensor:
     """Return which rows have a positive item of each row's query, bool ``(rows, rows)``."""
-    rows = len(batch.label)
     if batch.group is None:
-        return torch.zeros(rows, rows, dtype=torch.bool, device=device)
+        rows = len(batch.label)
+        return torch.zeros(rows, rows, dtype=torch.bool, device=batch.label.device)
     return (batch.group[:, None] == batch.group[None, :]) & (batch.label > 0)[None, :]
 
 
@@ -164,7 +163,7 @@ def _sampled_losses(scores: Tensor, batch: Batch, sampled: SampledItems) -> Tens
     own = (counted.cumsum(0) - 1)[first_rows(batch)]  # the column of each row's item
     shares = torch.cat([batch.item_log_share, sampled.item_log_share])[counted]
     excluded = torch.zeros(rows, len(shares), dtype=torch.bool, device=scores.device)
-    query, row = _is_positive_pair(batch, scores.device).nonzero(as_tuple=True)
+    query, row = _is_positive_pair(batch).nonzero(as_tuple=True)
     excluded[query, own[row]] = True
     excluded[torch.arange(rows, device=scores.device), own] = False
     log_inclusion = log_inclusion_of(shares, rows - 1, sampled.drawn_share)

@@ -4,7 +4,8 @@ This is the only place where texts are tokenized: prepared splits contain ids. A
 ``tokenizer.json`` of the library ``tokenizers``. It is data: reading it runs no code of the bundle.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,24 +74,22 @@ class TextTokenizer:
     def _encode(self, texts: list[str], first: int) -> "Sequence[Encoding]":
         """Tokenize texts; ``first`` is the row number of the first one."""
         try:
-            return self.tokenizer.encode_batch_fast(texts)
-        except BaseException as fault:
-            if not _is_fault_of_library(fault):
-                raise
+            with tokenizer_faults():
+                return self.tokenizer.encode_batch_fast(texts)
+        except TokenizerFault as fault:
             row = first + next((row for row, text in enumerate(texts) if self._fails_on(text)), 0)
             raise DataRefused(
                 "tokenizer_fails",
                 input=self.item.name,
                 text=f"row {row:,}",
-                problem=_message(fault),
+                problem=str(fault),
             ) from fault
 
     def _fails_on(self, text: str) -> bool:
         try:
-            self.tokenizer.encode_batch_fast([text])
-        except BaseException as fault:
-            if not _is_fault_of_library(fault):
-                raise
+            with tokenizer_faults():
+                self.tokenizer.encode_batch_fast([text])
+        except TokenizerFault:
             return True
         return False
 
@@ -180,16 +179,15 @@ def _load(item: TokensInput, files: Mapping[str, Path]) -> TextTokenizer:
     added = tokenizer.num_special_tokens_to_add(is_pair=False)
     tokenizer.no_truncation()
     try:
-        tokenizer.encode(UNKNOWN_TEXT)
-        empty = tokenizer.encode("")
-    except BaseException as fault:
-        if not _is_fault_of_library(fault):
-            raise
+        with tokenizer_faults():
+            tokenizer.encode(UNKNOWN_TEXT)
+            empty = tokenizer.encode("")
+    except TokenizerFault as fault:
         raise DataRefused(
             "tokenizer_fails",
             input=item.name,
             text="an empty text or an unknown character",
-            problem=_message(fault),
+            problem=str(fault),
         ) from fault
     if len(empty) < item.min_length or added >= longest:
         raise DataRefused(
@@ -215,25 +213,32 @@ def read_tokenizer(path: Path) -> "Tokenizer":
     from tokenizers import Tokenizer  # 50 ms, only for models with texts
 
     try:
-        raw = read_bounded(path, MAX_TOKENIZER_BYTES)
-        check_limits(raw, MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES)
-        return Tokenizer.from_str(raw.decode())
-    except BaseException as fault:
-        if not _is_fault_of_library(fault):
-            raise
-        raise DataRefused(
-            "tokenizer_unreadable", path=str(path), problem=_message(fault)
-        ) from fault
+        with tokenizer_faults():
+            raw = read_bounded(path, MAX_TOKENIZER_BYTES)
+            check_limits(raw, MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES)
+            return Tokenizer.from_str(raw.decode())
+    except TokenizerFault as fault:
+        raise DataRefused("tokenizer_unreadable", path=str(path), problem=str(fault)) from fault
 
 
-def _is_fault_of_library(fault: BaseException) -> bool:
-    """Whether a tokenizer is at fault: not if memory is exhausted, or the process is to end.
+class TokenizerFault(Exception):
+    """A tokenizer cannot be read, or fails on a text; the message is that of the library."""
+
+
+@contextmanager
+def tokenizer_faults() -> Iterator[None]:
+    """Raise ``TokenizerFault`` in place of what the library raises for a faulty tokenizer.
 
     The library raises ``Exception`` itself; a panic of its Rust code is only a ``BaseException``.
+    Exhausted memory and the end of the process are no such faults.
     """
-    is_panic = type(fault).__module__ == "pyo3_runtime"
-    return is_panic or (isinstance(fault, Exception) and not isinstance(fault, MemoryError))
-
-
-def _message(fault: BaseException) -> str:
-    return " ".join(str(fault).split())[:300].rstrip(".") or repr(fault)
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as fault:
+        is_panic = type(fault).__module__ == "pyo3_runtime"
+        if not is_panic and not isinstance(fault, Exception):
+            raise
+        problem = " ".join(str(fault).split())[:300].rstrip(".") or repr(fault)
+        raise TokenizerFault(problem) from fault

@@ -25,8 +25,13 @@ from infra.bundle.sentence_transformer import (
     read_sentence_transformer,
     weight_files,
 )
-from infra.data.tokenization import read_tokenizer
-from infra.errors import DraftRefused
+from infra.data.tokenization import (
+    UNKNOWN_TEXT,
+    TokenizerFault,
+    read_tokenizer,
+    tokenizer_faults,
+)
+from infra.errors import DataRefused, DraftRefused
 from infra.memory import require_memory
 
 MEMORY_FACTOR = 2
@@ -161,7 +166,7 @@ def _tokenizer(saved: SavedSentenceTransformer, prompt: str, longest: int, rows:
     Raises:
         DraftRefused: tokens have other types than 0 or ids outside of the table, or all tokens of a
             text are those that the tokenizer adds.
-        DataRefused: the file cannot be read.
+        DataRefused: the file cannot be read, or has no token for unknown words.
     """
     tokenizer = read_tokenizer(saved.tokenizer)
     before: list[Normalizer] = [Prepend(prompt)] if prompt else []
@@ -171,7 +176,15 @@ def _tokenizer(saved: SavedSentenceTransformer, prompt: str, longest: int, rows:
         present = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = Sequence([*before, *present])
     tokenizer.no_padding()
-    if any(tokenizer.encode("a").type_ids):
+    try:
+        with tokenizer_faults():
+            tokenizer.encode(UNKNOWN_TEXT)
+            types = tokenizer.encode("a").type_ids
+    except TokenizerFault as fault:
+        raise DataRefused(
+            "tokenizer_unreadable", path=str(saved.tokenizer), problem=str(fault)
+        ) from fault
+    if any(types):
         raise DraftRefused("text_model_tokenizer_types", path=str(saved.tokenizer))
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= rows:

@@ -15,10 +15,11 @@ from error_codes import raises_code
 from safetensors.torch import load_file, save_file
 from token_draft import encode, write_texts
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from compressors.contracts import TEXT_RETRIEVER, TokensInput
 from compressors.errors.text_encoders import TextEncoderRefused
-from infra.errors import DraftRefused
+from infra.errors import DataRefused, DraftRefused
 from tasks.bundles.new_draft import DraftRequest, NewDraft, new_draft
 from tasks.bundles.packing import pack
 from tasks.bundles.text_models import TextModel, load_text_model
@@ -292,6 +293,13 @@ def test_model_that_the_network_cannot_compute_is_refused(
     folder = copied(tmp_path)
     change(folder)
     with raises_code(TextEncoderRefused, code):
+        load_text_model(folder)
+
+
+def test_tokenizer_without_a_token_for_unknown_words_is_refused(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    Tokenizer(WordLevel({"a": 0}, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
+    with raises_code(DataRefused, "tokenizer_unreadable"):
         load_text_model(folder)
 
 
