@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from torch import nn
 
-from compressors.contracts import Bench
+from compressors.contracts import Bench, Split
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import JoinedRows, Rows
 from compressors.core.model import Model
@@ -106,18 +106,67 @@ def list_pruned_layers(model: Model) -> tuple[str, ...]:
     )
 
 
-def list_tensors_of_units(
+def require_training_rows(bench: Bench) -> tuple[Split, Split]:
+    """Return the training and validation rows.
+
+    Raises:
+        RowsMissing: the bench lacks them.
+    """
+    if bench.train is None or bench.validation is None:
+        raise RowsMissing("training_needs_rows")
+    return bench.train, bench.validation
+
+
+def train_units(
+    model: Model,
+    bench: Bench,
+    loss: Loss,
+    settings: Training,
+    units: Collection[Unit],
+    selected: Collection[str],
+) -> tuple[Reason, ...]:
+    """Train some units, and modules outside of units, such as norms.
+
+    Args:
+        model: the network, in which modules for training may replace the selected units.
+        bench: provides the rows.
+        loss: the loss to minimize.
+        settings: how the units are trained.
+        units: all units of the network before any was replaced.
+        selected: the names of the selected ones.
+
+    Returns:
+        The result of the training for the plan. The network has the tensors of the best epoch.
+
+    Raises:
+        RowsMissing: the bench lacks training or validation rows.
+        TrainingFailed: training diverged, or nothing can be trained.
+    """
+    rows, validation = require_training_rows(bench)
+    epochs = train(
+        model.module,
+        bench.signature,
+        rows,
+        validation,
+        loss,
+        settings,
+        items=bench.items,
+        seed=bench.seed,
+        device=bench.device,
+        checkpoints=bench.checkpoints,
+        keep_zeros_in=list_pruned_layers(model),
+        tensor_names=_list_tensors_of_units(model.module, units, selected),
+    )
+    return describe_outcome(epochs, bench.signature.judged_by, settings)
+
+
+def _list_tensors_of_units(
     module: nn.Module, units: Collection[Unit], selected: Collection[str]
 ) -> tuple[str, ...]:
-    """Return the names of the tensors to train: of some units, and of modules outside of units.
+    """Return the names of the tensors of the selected units, and of modules outside of units.
 
     Tensors of other tables are none of these, although a composed table has some outside of its
     parts, which are the units.
-
-    Args:
-        module: the network, in which selected units may be replaced by modules for training.
-        units: all units of the network.
-        selected: the names of the selected ones.
     """
     names = {unit.name for unit in units}
     outside_tables = set(trainable_tensors(module, tables=False))

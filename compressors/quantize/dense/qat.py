@@ -33,14 +33,12 @@ from compressors.core.steps.unit_settings import LayerPatterns
 from compressors.core.units import Unit, swap
 from compressors.distill.soft_labels import build_mixed_loss
 from compressors.distill.training.settings import SoftShare, Temperature, Training
-from compressors.distill.training.trainer import train
 from compressors.distill.training.training_steps import (
-    describe_outcome,
-    list_pruned_layers,
-    list_tensors_of_units,
     require_loss,
+    require_training_rows,
+    train_units,
 )
-from compressors.errors.steps import RowsMissing, StepRefused
+from compressors.errors.steps import StepRefused
 from compressors.quantize.calibration.calibrators import LEVELS
 from compressors.quantize.dense.calibrated import (
     ALL_LAYERS,
@@ -194,8 +192,7 @@ class QAT(StepSettings):
                 does not contain the pattern ``*``.
             TrainingFailed: training diverged.
         """
-        if bench.train is None or bench.validation is None:
-            raise RowsMissing("training_needs_rows")
+        require_training_rows(bench)  # before the calibration, which takes time
         module, units = model.module, Unit.of(model.module)
         selected = plan.units(module)
         initial = calibrate_layers(
@@ -217,25 +214,12 @@ class QAT(StepSettings):
         }
         for name, layer in learned.items():
             swap(module, name, layer)
-        epochs = train(
-            module,
-            bench.signature,
-            bench.train,
-            bench.validation,
-            build_mixed_loss(
-                bench, self.soft_share, self.temperature, self.kind, original=model.original
-            ),
-            self.training,
-            items=bench.items,
-            seed=bench.seed,
-            device=bench.device,
-            checkpoints=bench.checkpoints,
-            keep_zeros_in=list_pruned_layers(model),
-            tensor_names=list_tensors_of_units(module, units, learned),
+        loss = build_mixed_loss(
+            bench, self.soft_share, self.temperature, self.kind, original=model.original
         )
+        outcome = train_units(model, bench, loss, self.training, units, learned)
         for name, layer in learned.items():
             swap(module, name, layer.packed())
-        outcome = describe_outcome(epochs, bench.signature.judged_by, self.training)
         outcomes = {unit.name: ZERO_INPUTS for unit in selected if unit.name not in initial}
         for name in learned:
             start = initial[name].reasons()

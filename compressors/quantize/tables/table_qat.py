@@ -36,14 +36,11 @@ from compressors.core.steps.unit_settings import MinRows, TablePatterns
 from compressors.core.units import Unit, pack_table, swap
 from compressors.distill.soft_labels import build_mixed_loss
 from compressors.distill.training.settings import SoftShare, Temperature, Training
-from compressors.distill.training.trainer import train
 from compressors.distill.training.training_steps import (
-    describe_outcome,
-    list_pruned_layers,
-    list_tensors_of_units,
     require_loss,
+    require_training_rows,
+    train_units,
 )
-from compressors.errors.steps import RowsMissing
 from compressors.quantize.kernels.levels import ScaleType
 from compressors.quantize.tables.rowwise_int2 import RowwiseInt2
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
@@ -126,8 +123,8 @@ class TableQAT(StepSettings):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training and validation rows, and soft labels if they are used."""
-        parts: tuple[Part, ...] = ("train", "validation")
+        """Training and validation rows, soft labels if they are used, and the training's parts."""
+        parts: tuple[Part, ...] = ("train", "validation", *self.training.needs)
         return (*parts, "soft_labels") if self.soft_share else parts
 
     @property
@@ -173,33 +170,20 @@ class TableQAT(StepSettings):
             RowsMissing: the bench lacks training or validation rows, or soft labels.
             TrainingFailed: training diverged.
         """
-        if bench.train is None or bench.validation is None:
-            raise RowsMissing("training_needs_rows")
+        require_training_rows(bench)
         module, encoder = model.module, self.encoder
         units = Unit.of(module)
         originals = {unit.name: unit.module for unit in selected_units(units, plan.decisions)}
         tables = {name: _rounded(table, encoder) for name, table in originals.items()}
         for name, table in tables.items():
             swap(module, name, pack_table(originals[name], table))
-        epochs = train(
-            module,
-            bench.signature,
-            bench.train,
-            bench.validation,
-            build_mixed_loss(
-                bench, self.soft_share, self.temperature, self.kind, original=model.original
-            ),
-            self.training,
-            seed=bench.seed,
-            device=bench.device,
-            checkpoints=bench.checkpoints,
-            keep_zeros_in=list_pruned_layers(model),
-            tensor_names=list_tensors_of_units(module, units, tables),
+        loss = build_mixed_loss(
+            bench, self.soft_share, self.temperature, self.kind, original=model.original
         )
+        outcome = train_units(model, bench, loss, self.training, units, tables)
         for name, table in tables.items():
             packed = encode_table(encoder, table.weight.detach())
             swap(module, name, pack_table(originals[name], packed))
-        outcome = describe_outcome(epochs, bench.signature.judged_by, self.training)
         return AppliedStep(model, dict.fromkeys(tables, Decision("taken", outcome)))
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:

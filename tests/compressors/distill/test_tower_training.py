@@ -21,7 +21,7 @@ from compressors.core.model import Model
 from compressors.core.runner import run
 from compressors.core.scores import training_output
 from compressors.core.steps.decisions import AppliedStep
-from compressors.core.units import private_copy
+from compressors.core.units import Unit, private_copy
 from compressors.distill.distill import Distill
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.refit_codes import RefitCodes
@@ -36,6 +36,7 @@ from compressors.metrics.validation_ranking import MAX_QUERIES, ranking_quality
 from compressors.metrics.validation_score import quality
 from compressors.quantize.dense.qat import QAT
 from compressors.quantize.tables.product_codes import ProductCodes
+from compressors.quantize.tables.table_qat import TableQAT
 
 USERS, ITEMS, DIM = 400, 120, 8
 PER_USER = {"train": 12, "validation": 5, "calibration": 2}
@@ -236,6 +237,19 @@ def test_qat_trains_the_layers_of_both_towers(tmp_path):
     assert {line.format for line in result.plan.lines if line.module.endswith("out")} == {
         "static_int8"
     }
+    assert recall(result, bench) > 0.9 * recall(original, bench)
+
+
+def test_table_qat_trains_the_tables_of_both_towers_with_negatives_of_the_catalogue(tmp_path):
+    original = train_tower_model()
+    bench = build_bench(original, tmp_path / "data")
+    training = TRAINING.model_copy(update={"negatives": 20, "epochs": 1})
+    step = TableQAT(bits=8, training=training)
+    assert "items" in step.needs
+    source = replace(original, original=original.module)
+    result = run(step, source, bench, tmp_path / "out")
+    tables = [unit.format for unit in Unit.of(result.module) if unit.role == "table"]
+    assert set(tables) == {"rowwise_int8"}
     assert recall(result, bench) > 0.9 * recall(original, bench)
 
 
