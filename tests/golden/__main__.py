@@ -3,10 +3,10 @@
 The record has a line for each stored tensor, score and graph that the code computed for each case;
 the golden test compares the current code with it. See ``cases.py`` and ``entries.py``.
 
-``python -m tests.golden`` records all cases. ``--only mixed`` rewrites the cases whose
-``name | network`` contains "mixed" and leaves the others unchanged; it requires the CPU and the
-library versions of the record. A commit that changes the record lists each change and its reason
-in its message.
+``PYTHONPATH=tests python -m tests.golden`` records all cases. ``--only mixed`` rewrites the cases
+whose ``name | network`` contains "mixed" and leaves the others unchanged; it requires the CPU and
+the library versions of the record. A commit that changes the record lists each change and its
+reason in its message.
 """
 
 import argparse
