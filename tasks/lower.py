@@ -26,10 +26,10 @@ from compressors.core.random_inputs import edge_rows, generate_edge_inputs
 from compressors.core.runner import rows_of_tables
 from compressors.core.scores import tower_arguments
 from compressors.core.units import Unit, stored_bytes
+from compressors.lower.comparison.parity import worst_parity
 from compressors.lower.export import Lowered, lower
 from compressors.lower.findings import Parity
 from compressors.lower.graph_weights import weights_of_graph
-from compressors.lower.parity import worst_parity
 from compressors.lower.serving_wrapper import (
     SCORE,
     VECTOR,

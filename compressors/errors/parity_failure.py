@@ -65,6 +65,8 @@ class ParityFailure:
         measured: the differences by name, in the order of ``limits``.
         limits: the largest allowed differences by name.
         spread: standard deviation of the module's scores.
+        by_rounding: root mean square of the changes of the module's scores by rounding errors, if
+            these were measured, for ``parity_limit``.
         shapes: shapes of the module's and the graph's output.
         side: ``network`` or ``graph``: which of them has scores that depend on the batch, for
             ``parity_batch``.
@@ -88,6 +90,7 @@ class ParityFailure:
     measured: Mapping[str, float] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
     spread: float = 0.0
+    by_rounding: float = 0.0
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     side: str = ""
     reason: str = ""
@@ -136,9 +139,15 @@ class ParityFailure:
             f"{value:.2g} {name} (limit {self.limits[name]:.2g})"
             for name, value in self.measured.items()
         )
+        rounding = (
+            f" Rounding errors change the module's scores by {self.by_rounding:.2g} (root mean "
+            f"square), which explains only a part of the difference."
+            if self.by_rounding
+            else ""
+        )
         return (
             f"The scores of the {graph} differ by {sizes}; the standard deviation of scores is "
-            f"{self.spread:.2g}."
+            f"{self.spread:.2g}.{rounding}"
         )
 
     def _describe_row(self) -> str:

@@ -14,7 +14,6 @@ passes/                changes and inspections of a graph that every target uses
 targets/               translations of each format, by target
 external_weights.py    hard links to the bundle's files for weights of a large graph
 export.py              torch.onnx.export with a target's translations
-parity.py              compare the scores of graph and module
-first_difference.py    find the first tensor that differs
+comparison/            compare a graph with its module
 audit.py               check an optimized graph against the plan
 """

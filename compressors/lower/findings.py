@@ -90,6 +90,8 @@ class Parity(Frozen):
         rms_limit: largest allowed ``root_mean_square``.
         largest_limit: largest allowed ``largest``.
         quantile_90_limit: largest allowed ``quantile_90``.
+        by_rounding: root mean square of the changes of the module's scores by rounding errors, if
+            the limits allow them; 0 if the limits depend only on the target and the plan.
     """
 
     rows: int
@@ -101,3 +103,13 @@ class Parity(Frozen):
     largest_limit: float
     quantile_90_limit: float
     output: str = Field("", exclude_if=operator.not_)
+    by_rounding: float = Field(0.0, exclude_if=operator.not_)
+
+    @property
+    def exceeds_limit(self) -> bool:
+        """Whether a difference is larger than its limit."""
+        return (
+            self.root_mean_square > self.rms_limit
+            or self.largest > self.largest_limit
+            or self.quantile_90 > self.quantile_90_limit
+        )

@@ -23,15 +23,16 @@ from compressors.core.scores import join_columns
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.bfloat16_matmuls import write_checkable
-from compressors.lower.export import Lowered, export_program
-from compressors.lower.findings import Parity
-from compressors.lower.first_difference import GraphValue, first_difference, run_traced
-from compressors.lower.parity import (
+from compressors.lower.comparison.first_difference import GraphValue, first_difference, run_traced
+from compressors.lower.comparison.parity import (
     FloatArray,
     absolute_differences,
     allowed_share,
     check_outputs,
 )
+from compressors.lower.comparison.rounding_errors import rounding_errors
+from compressors.lower.export import Lowered, export_program
+from compressors.lower.findings import Parity
 from compressors.lower.serving_wrapper import input_names, stack_outputs
 from compressors.lower.targets.registry import lowering_target
 from infra.errors import InfraError
@@ -39,6 +40,9 @@ from infra.onnxruntime.sessions import graph_values
 from tasks.evaluation.single_rows import format_row, take_row
 
 log = logging.getLogger(__name__)
+
+ROUNDING_REPETITIONS = 3
+"""How often the effect of rounding errors is measured, since small batches give few values."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,17 @@ class GraphCheck:
         """
         expected, actual = self.scores(inputs, rows_from)
         try:
-            outputs = self.lowered.wrapper.served_graph.outputs
-            return check_outputs(expected, actual, outputs, self.plan, self.target), expected
+            parities = check_outputs(
+                expected,
+                actual,
+                self.lowered.wrapper.served_graph.outputs,
+                self.plan,
+                self.target,
+                lambda: self._measure_rounding(inputs, expected),
+            )
         except ParityLost as fault:
             raise self.parity_error(fault.failure, inputs, rows_from) from None
+        return parities, expected
 
     def scores(self, inputs: dict[str, Tensor], rows_from: str) -> tuple[FloatArray, FloatArray]:
         """Return the outputs of the module and of the graph.
@@ -229,6 +240,24 @@ class GraphCheck:
             scores = stack_outputs(self.lowered.wrapper(*(inputs[name] for name in names)))
         result: FloatArray = scores.numpy()
         return result
+
+    def _measure_rounding(self, inputs: Mapping[str, Tensor], expected: FloatArray) -> FloatArray:
+        """Return the changes of the module's outputs by rounding errors of the target.
+
+        Args:
+            inputs: one batch, by input name.
+            expected: the module's outputs for this batch without errors.
+
+        Returns:
+            ``(ROUNDING_REPETITIONS, *expected.shape)``, each with other errors.
+        """
+        network = self.lowered.wrapper
+        size = lowering_target(self.target).rounding_error(self.plan)
+        changes = []
+        for seed in range(ROUNDING_REPETITIONS):
+            with rounding_errors(network, size, seed):
+                changes.append(self._compute_module_scores(inputs) - expected)
+        return np.stack(changes)
 
     def _find_first_failing_row(self, inputs: dict[str, Tensor], rows: int) -> int | None:
         """Find the first row that the runtime refuses as a batch of one."""

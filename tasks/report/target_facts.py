@@ -135,8 +135,13 @@ def _format_dimensions(item: GraphInput) -> list[str]:
 def _format_parity(parity: Parity, rows: str) -> str:
     """Format the differences between a graph and its torch module, with their limits."""
     of_output = f" (of {parity.output}, the closest to its limit)" if parity.output else ""
+    by_rounding = (
+        f"; rounding errors alone change the module's by {parity.by_rounding:.2g}"
+        if parity.by_rounding
+        else ""
+    )
     return (
         f"differ{of_output} by at most {parity.largest:.2g} (allowed {parity.largest_limit:.2g}), "
         f"root mean square {parity.root_mean_square:.2g} (allowed {parity.rms_limit:.2g}), on "
-        f"{parity.rows:,} {rows}"
+        f"{parity.rows:,} {rows}{by_rounding}"
     )

@@ -28,7 +28,7 @@ from compressors.core.modules.formats import PackedLinear
 from compressors.errors.compression import AuditFailed
 from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitializers
 from compressors.lower.graph_builders import FLOAT
-from compressors.lower.targets.target import FLOAT_ROUNDING, Tolerance
+from compressors.lower.targets.target import FLOAT32_ERROR, FLOAT_ROUNDING, Tolerance
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from flows.cli.orders import build_terms
 from flows.order import Order
@@ -82,6 +82,9 @@ class PlainLowering:
 
     def tolerance(self, plan: Plan | None) -> Tolerance:
         return FLOAT_ROUNDING
+
+    def rounding_error(self, plan: Plan | None) -> float:
+        return FLOAT32_ERROR
 
     def has_unsupported_matmuls(self, plan: Plan | None) -> bool:
         return False

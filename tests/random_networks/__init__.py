@@ -12,7 +12,7 @@ generator.py       generates a network with its signature and weights from a see
 inputs.py          rows with edge cases, and the policies for invalid ids in Python
 bench.py           training, validation and calibration rows as prepared data
 reference.py       the same network with decoded weights
-rounding_errors.py perturbs a network by the rounding errors of a target's arithmetic
+float16_range.py   finds values beyond the range of float16
 check.py           comparisons, and the definition of a fault
 steps.py           steps with random settings
 passes.py          sequences of steps and targets for one network

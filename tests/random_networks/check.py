@@ -1,9 +1,9 @@
 """Compress a random network step by step, lower it, and compare every result with torch.
 
 A correct result is parity (scores equal to torch's within the limits of
-``compressors/lower/parity.py``), or a refusal by one of recpress's error classes. Anything else is
-a ``Fault``: a graph or module with other outputs, a step that violates the requirements of all
-steps (``ContractBroken``), or an unexpected exception.
+``compressors/lower/comparison/parity.py``), or a refusal by one of recpress's error classes.
+Anything else is a ``Fault``: a graph or module with other outputs, a step that violates the
+requirements of all steps (``ContractBroken``), or an unexpected exception.
 
 A difference over the limit is excused only if rounding explains it. For this test torch evaluates
 the network again while the output of every layer is perturbed by the rounding error of the target's
@@ -36,20 +36,19 @@ from compressors.errors.compression import CompressionError, ContractBroken, Par
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.audit import audit
 from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
+from compressors.lower.comparison.parity import check_parity
+from compressors.lower.comparison.rounding_errors import rounding_errors
 from compressors.lower.export import lower
-from compressors.lower.parity import check_parity
 from compressors.lower.serving_wrapper import VECTOR, ServedGraph, input_names, served_graphs
+from compressors.lower.targets.registry import lowering_target
+from compressors.lower.targets.target import FLOAT32_ERROR
 from infra.onnxruntime.sessions import Session, optimized_graph
 from tests.random_networks import inputs as input_rows
 from tests.random_networks.bench import write_bench
+from tests.random_networks.float16_range import is_beyond_float16
 from tests.random_networks.generator import Case, count_rows
 from tests.random_networks.inputs import Rows, replace_invalid_ids, select_rows
 from tests.random_networks.reference import decode_network
-from tests.random_networks.rounding_errors import (
-    ROUNDING_ERRORS,
-    add_rounding_errors,
-    is_beyond_float16,
-)
 
 FloatArray = NDArray[np.float32]
 EXCUSED_FACTOR = 4
@@ -244,27 +243,26 @@ class Checker:
         gap = (expected - actual).nan_to_num()
         limit = share * spread + 1e-5
         rms = float(gap.square().mean().sqrt()) if len(gap) else 0.0
-        if rms > limit and not self.is_rounding(gap, first, rows, "float32", squash=False):
+        if rms > limit and not self.is_rounding(gap, first, rows, FLOAT32_ERROR, squash=False):
             raise AssertionError(f"{what}: differs by {rms:.2g} (limit {limit:.2g})")
 
     def is_rounding(
-        self, gap: Tensor, module: nn.Module, rows: Rows, precision: str, *, squash: bool
+        self, gap: Tensor, module: nn.Module, rows: Rows, error: float, *, squash: bool
     ) -> bool:
-        """Return whether rounding errors of a precision explain the difference of scores ``gap``.
+        """Return whether rounding errors of one size explain the difference of scores ``gap``.
 
         Args:
             gap: the difference, float32 ``(rows,)``.
             module: the network in torch.
             rows: its inputs.
-            precision: a key of ``ROUNDING_ERRORS``.
+            error: error of a layer's output, relative to its absolute value.
             squash: whether the scores are sigmoids of the network's outputs.
         """
         with torch.no_grad():
             scores = [module(**rows)]
-            scores += [
-                add_rounding_errors(module, ROUNDING_ERRORS[precision], seed)(**rows)
-                for seed in (3, 4, 5)
-            ]
+            for seed in (3, 4, 5):
+                with rounding_errors(module, error, seed):
+                    scores.append(module(**rows))
         scores = [torch.sigmoid(score) if squash else score for score in scores]
         changes = torch.stack([(x - scores[0]).nan_to_num() for x in scores[1:]])
         rms, largest = changes.square().mean().sqrt(), changes.abs().max()
@@ -273,7 +271,7 @@ class Checker:
             gap.square().mean().sqrt() <= EXCUSED_FACTOR * rms
             and gap.abs().max() <= EXCUSED_FACTOR * largest
         )
-        self.findings.counts[f"ill-conditioned in {precision}"] += excused
+        self.findings.counts["ill-conditioned"] += excused
         return excused
 
     def check_lowering(self, model: Model, target: TargetName, where: str) -> None:
@@ -389,13 +387,10 @@ class Checker:
             nan = np.isnan(expected)
             if expected.shape != actual.shape or not np.array_equal(nan, np.isnan(actual)):
                 raise
-            formats = {unit.format for unit in Unit.of(graph.part(model.module))}
-            precision = "float32"
-            if target != "onnxruntime" and formats - {"float32"}:
-                precision = "bfloat16" if has_bfloat16_matmuls(plan) else "float16"
+            error = lowering_target(target).rounding_error(plan)
             gap_tensor = torch.from_numpy(expected - actual)
             squash = graph.outputs != (VECTOR,) and graph.signature.single_output.form == "logit"
-            if not self.is_rounding(gap_tensor, part, valid_rows, precision, squash=squash):
+            if not self.is_rounding(gap_tensor, part, valid_rows, error, squash=squash):
                 raise
 
 

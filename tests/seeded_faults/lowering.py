@@ -126,7 +126,7 @@ FAULTS = (
     ),
     Fault(
         id="parity-ignores-single-rows",
-        file="compressors/lower/parity.py",
+        file="compressors/lower/comparison/parity.py",
         old="        or parity.largest > parity.largest_limit\n",
         new="",
         effect="One row with a large difference passes the parity check.",
@@ -134,7 +134,7 @@ FAULTS = (
     ),
     Fault(
         id="parity-ignores-nan",
-        file="compressors/lower/parity.py",
+        file="compressors/lower/comparison/parity.py",
         old="    if not np.array_equal(is_nan, np.isnan(actual)):\n",
         new="    if np.isnan(actual).all() and not is_nan.all():\n",
         effect="NaN in the graph's scores passes where the module has a number.",
@@ -142,7 +142,7 @@ FAULTS = (
     ),
     Fault(
         id="parity-spread-of-infinite-scores",
-        file="compressors/lower/parity.py",
+        file="compressors/lower/comparison/parity.py",
         old="finite = expected[np.isfinite(expected)]",
         new="finite = np.nan_to_num(expected[~np.isnan(expected)])",
         effect="One infinite score makes every parity limit huge and hides other differences.",

@@ -12,7 +12,7 @@ SSE give different last bits in 73.
 
 In other environments a rounding tolerance applies (``stored.py``). If a layer quantizes its inputs
 to int8 or float8, the tolerance is the one between a module and its graph
-(``compressors/lower/parity.py``). Tensors are always compared bit by bit.
+(``compressors/lower/comparison/parity.py``). Tensors are always compared bit by bit.
 """
 
 import functools

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from compressors.contracts import Artifact
-from compressors.lower.parity import check_parity
+from compressors.lower.comparison.parity import check_parity
 from infra.bundle.bundle_folder import read
 from tasks.orchestration.workspace import local, store
 from tests.stored_home.archive import fixtures, unpack

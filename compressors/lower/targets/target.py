@@ -29,6 +29,13 @@ class Tolerance(NamedTuple):
 FLOAT_ROUNDING = Tolerance(root_mean_square=1e-4, largest=1e-3, quantile_90=2e-4)
 """Tolerance of graphs without int8 or float8 arithmetic, which differ only by float32 rounding."""
 
+FLOAT32_ERROR = 2.0**-21
+"""Error of a sum in float32, relative to its absolute value: some units of the last bit."""
+FLOAT16_ERROR = 2.0**-11
+"""Error of rounding to float16, relative to the value."""
+BFLOAT16_ERROR = 2.0**-8
+"""Error of rounding to bfloat16, relative to the value."""
+
 
 class LoweringTarget(Protocol):
     """Translations, stored types, passes, tolerances and audit of one serving target."""
@@ -67,6 +74,13 @@ class LoweringTarget(Protocol):
 
     def tolerance(self, plan: Plan | None) -> Tolerance:
         """Return the limits of the parity check for a model with this plan."""
+
+    def rounding_error(self, plan: Plan | None) -> float:
+        """Return the error of a layer's output by rounding, relative to its absolute value.
+
+        Args:
+            plan: the compression plan, since layers of some formats run in another precision.
+        """
 
     def audit(
         self,

@@ -30,8 +30,8 @@ from compressors.distill.training.trainable import trainable_tensors
 from compressors.errors.compression import NothingToCompress
 from compressors.errors.steps import StepRefused
 from compressors.factorize.low_rank import LowRank
+from compressors.lower.comparison.parity import check_parity
 from compressors.lower.export import lower
-from compressors.lower.parity import check_parity
 from compressors.prune.dense.channels import Channels
 from compressors.prune.tables.tiers import Tiers
 from compressors.quantize.dense.float16 import Float16

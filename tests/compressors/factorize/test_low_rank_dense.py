@@ -38,8 +38,8 @@ from compressors.factorize.low_rank_dense import (
     rank_within,
 )
 from compressors.lower.audit import audit
+from compressors.lower.comparison.parity import check_parity
 from compressors.lower.export import lower
-from compressors.lower.parity import check_parity
 from compressors.prune.dense.channels import Channels
 from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.rewrite.equalize import Equalize

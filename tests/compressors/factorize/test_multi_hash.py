@@ -19,7 +19,7 @@ from compressors.factorize.multi_hash import (
     hash_ids,
     hash_signs,
 )
-from compressors.lower.parity import check_parity
+from compressors.lower.comparison.parity import check_parity
 from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 

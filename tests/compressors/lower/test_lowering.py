@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compressors.contracts import DenseInput, JaggedBag, TargetName
 from compressors.core.random_inputs import generate_edge_inputs
-from compressors.lower.parity import check_parity
+from compressors.lower.comparison.parity import check_parity
 
 ORT: TargetName = "onnxruntime"
 RTX: TargetName = "tensorrt-rtx"

@@ -20,7 +20,8 @@ from compressors.contracts import Plan, PlanLine
 from compressors.contracts.reasons import Reason
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
-from compressors.lower.parity import check_parity
+from compressors.lower.comparison.parity import check_outputs, check_parity
+from compressors.lower.findings import Parity
 from infra.onnxruntime.sessions import Session
 
 SPREAD = 0.1
@@ -160,6 +161,82 @@ def test_different_numbers_of_scores_fail_with_both_shapes():
 def test_batch_with_only_refused_rows_passes():
     all_refused = np.full(4, np.nan, np.float32)
     assert check_parity(all_refused, all_refused, None, "onnxruntime").largest == 0
+
+
+# --- networks that are sensitive to rounding -------------------------------------------------
+
+RANDOM = np.random.default_rng(1).standard_normal((3, 500)).astype(np.float32)
+
+
+def changes_by_rounding(share: float) -> Callable[[], np.ndarray]:
+    """Return a function that returns three random changes with a share of the spread as size."""
+    return lambda: np.float32(share * SPREAD) * RANDOM
+
+
+def check_with_rounding(difference: float, rounding: float) -> Parity:
+    """Compare scores that differ by a share of the spread, with such changes by rounding."""
+    changed = generate_scores() + np.float32(difference * SPREAD) * RANDOM[0]
+    return check_parity(
+        generate_scores(),
+        changed,
+        create_plan("static_int8"),
+        "onnxruntime",
+        changes_by_rounding(rounding),
+    )
+
+
+def test_a_difference_of_less_than_twice_the_changes_by_rounding_passes():
+    parity = check_with_rounding(difference=0.015, rounding=0.01)
+    assert parity.by_rounding == pytest.approx(0.01 * SPREAD, rel=0.05)
+    assert parity.rms_limit == pytest.approx(2 * parity.by_rounding)
+    # Nine of ten values of the normal distribution are below 1.645 standard deviations.
+    assert parity.quantile_90_limit == pytest.approx(2 * 0.01645 * SPREAD, rel=0.1)
+    # The largest difference of int8 may be 0.2 of the spread, which is more than rounding explains.
+    assert parity.largest_limit == pytest.approx(0.2 * parity.spread + 1e-5)
+
+
+def test_a_difference_of_more_than_twice_the_changes_by_rounding_fails_with_both():
+    with raises_code(ParityLost, "parity_limit") as caught:
+        check_with_rounding(difference=0.025, rounding=0.01)
+    failure = caught.value.failure
+    assert find_exceeded_limits(failure) == {"root mean square", "in nine of ten rows"}
+    assert failure.by_rounding == pytest.approx(0.01 * SPREAD, rel=0.05)
+    assert "Rounding errors change the module's scores by 0.001" in str(failure)
+
+
+def test_rounding_allows_at_most_a_twentieth_of_the_spread():
+    assert check_with_rounding(difference=0.045, rounding=1.0).rms_limit == pytest.approx(
+        0.05 * generate_scores().std(), rel=1e-3
+    )
+    with raises_code(ParityLost, "parity_limit"):
+        check_with_rounding(difference=0.06, rounding=1.0)
+
+
+def test_changes_by_rounding_are_measured_only_if_a_difference_exceeds_its_limit():
+    def refuse() -> np.ndarray:
+        raise AssertionError
+
+    plan = create_plan("static_int8")
+    scores = generate_scores()
+    parity = check_parity(scores, scores + np.float32(1e-5), plan, "onnxruntime", refuse)
+    assert parity.by_rounding == 0
+
+
+def test_changes_by_rounding_of_one_output_do_not_allow_a_difference_of_another():
+    expected = np.stack([generate_scores(), generate_scores()], axis=1)
+    changes = np.zeros((3, 500, 2), np.float32)
+    changes[:, :, 0] = np.float32(0.01 * SPREAD) * RANDOM
+    plan = create_plan("static_int8")
+    for output, name in enumerate(("click", "like")):
+        changed = expected.copy()
+        changed[:, output] += np.float32(0.015 * SPREAD) * RANDOM[0]
+        arguments = expected, changed, ("click", "like"), plan, "onnxruntime", lambda: changes
+        if name == "click":
+            assert [parity.by_rounding > 0 for parity in check_outputs(*arguments)] == [True, False]
+        else:
+            with raises_code(ParityLost, "parity_limit") as caught:
+                check_outputs(*arguments)
+            assert caught.value.failure.output == "like"
 
 
 # --- graphs with a changed weight ------------------------------------------------------------

@@ -14,8 +14,8 @@ from compressors.core.registries import METHODS
 from compressors.core.runner import run
 from compressors.core.scores import network_scores
 from compressors.errors.compression import ParityLost
+from compressors.lower.comparison.parity import check_outputs, worst_parity
 from compressors.lower.export import lower
-from compressors.lower.parity import check_outputs, worst_parity
 from compressors.lower.serving_wrapper import served_graphs, stack_outputs
 from infra.onnxruntime.sessions import Session
 

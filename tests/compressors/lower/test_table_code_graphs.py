@@ -26,8 +26,8 @@ from compressors.contracts import (
 )
 from compressors.errors.compression import AuditFailed
 from compressors.lower.audit import audit
+from compressors.lower.comparison.parity import check_parity
 from compressors.lower.export import lower
-from compressors.lower.parity import check_parity
 from compressors.quantize.tables.product_codes import ProductCodes
 from infra.onnxruntime.sessions import optimized_graph
 

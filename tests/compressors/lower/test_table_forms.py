@@ -22,8 +22,8 @@ from compressors.core.runner import run
 from compressors.core.steps.step import TableStep
 from compressors.errors.compression import ParityLost
 from compressors.lower.audit import audit
+from compressors.lower.comparison.parity import check_parity
 from compressors.lower.export import lower
-from compressors.lower.parity import check_parity
 from compressors.lower.serving_wrapper import input_names, wrap_for_serving
 from compressors.quantize.tables.bfloat16 import BFloat16
 from compressors.quantize.tables.float8_e4m3 import Float8E4M3

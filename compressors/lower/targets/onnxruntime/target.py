@@ -18,7 +18,12 @@ from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitia
 from compressors.lower.targets.onnxruntime import operators, types
 from compressors.lower.targets.onnxruntime.join_split_rows import JoinSplitRows
 from compressors.lower.targets.onnxruntime.replace_relu_by_max import ReplaceReluByMax
-from compressors.lower.targets.target import FLOAT_ROUNDING, Tolerance, list_formats
+from compressors.lower.targets.target import (
+    FLOAT32_ERROR,
+    FLOAT_ROUNDING,
+    Tolerance,
+    list_formats,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class OnnxRuntime:
     def tolerance(self, plan: Plan | None) -> Tolerance:
         """Return how far scores may differ from the module's, relative to their deviation.
 
-        ``compressors/lower/parity.py`` compares them and explains the limits.
+        ``compressors/lower/comparison/parity.py`` compares them and explains the limits.
         """
         formats = list_formats(plan)
         # Differences are largest where an input is midway between two levels: torch and ONNX
@@ -70,6 +75,10 @@ class OnnxRuntime:
         if formats & {"weight_int8", "weight_int4"}:
             return Tolerance(root_mean_square=0.002, largest=0.05, quantile_90=1e-3)
         return FLOAT_ROUNDING
+
+    def rounding_error(self, _: Plan | None) -> float:
+        """Return the error of float32: this target computes sums in float32 in every format."""
+        return FLOAT32_ERROR
 
     def audit(
         self,

@@ -13,7 +13,14 @@ import onnx_ir as ir
 from compressors.contracts import DROPPED, Plan
 from compressors.core.modules.formats import PackedLinear, PackedTable
 from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls
-from compressors.lower.targets.target import FLOAT_ROUNDING, Tolerance, list_formats
+from compressors.lower.targets.target import (
+    BFLOAT16_ERROR,
+    FLOAT16_ERROR,
+    FLOAT32_ERROR,
+    FLOAT_ROUNDING,
+    Tolerance,
+    list_formats,
+)
 from compressors.lower.targets.tensorrt import dense_types, operators, types
 
 
@@ -57,7 +64,7 @@ class TensorRT:
     def tolerance(self, plan: Plan | None) -> Tolerance:
         """Return how far scores may differ from the module's, relative to their deviation.
 
-        ``compressors/lower/parity.py`` compares them and explains the limits.
+        ``compressors/lower/comparison/parity.py`` compares them and explains the limits.
         """
         formats = list_formats(plan)
         if "float8_dense" in formats:  # one float8 level more changes a value by up to 6 %
@@ -71,6 +78,12 @@ class TensorRT:
             # Looked-up weights are rounded to float16 once, or a Gemm computes in float16.
             return Tolerance(root_mean_square=0.005, largest=0.05, quantile_90=0.01)
         return FLOAT_ROUNDING
+
+    def rounding_error(self, plan: Plan | None) -> float:
+        """Return the error of the smallest precision in which a layer or table is computed."""
+        if has_bfloat16_matmuls(plan):
+            return BFLOAT16_ERROR
+        return FLOAT16_ERROR if list_formats(plan) - {"float32", DROPPED} else FLOAT32_ERROR
 
     def audit(self, *_: object) -> None:
         """Return None: the engine is audited instead of the graph, which the builder rewrites."""

@@ -16,10 +16,16 @@ different targets differ from the module in different ways:
 * A wrong lowering changes all scores by 3 to 5 % of their spread: for example, an input scale that
   is 15 % off, a table that is 3 % too large, or a zero point that is a tenth of a quantization step
   off.
+
+A network can be so sensitive to rounding that two correct programs differ by more: one with tens of
+int8 layers, for example (``rounding_errors.py``). If a difference exceeds its limit, the caller can
+therefore have measured how far rounding errors change the module's scores. The limits then become
+``ROUNDING_FACTOR`` times these changes, but at most ``MAX_ROUNDING`` of the spread.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,12 +36,23 @@ from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.findings import Parity
 from compressors.lower.targets.registry import lowering_target
+from compressors.lower.targets.target import Tolerance
 
 FloatArray = NDArray[np.float32]
+RoundingChanges = Callable[[], FloatArray]
+"""Measures the changes of the module's scores by rounding errors, ``(repetitions, *scores)``."""
+ROUNDING_FACTOR = 2.0
+"""Multiple of the changes by rounding errors that a graph may differ from its module."""
+MAX_ROUNDING = Tolerance(root_mean_square=0.05, largest=0.5, quantile_90=0.1)
+"""Largest limits, relative to the spread, of a network that is sensitive to rounding."""
 
 
 def check_parity(
-    expected: FloatArray, actual: FloatArray, plan: Plan | None, target: str
+    expected: FloatArray,
+    actual: FloatArray,
+    plan: Plan | None,
+    target: str,
+    rounding_changes: RoundingChanges | None = None,
 ) -> Parity:
     """Compare scores ``(rows,)`` or vectors ``(rows, dim)`` of the module and of the graph.
 
@@ -44,6 +61,8 @@ def check_parity(
         actual: the graph's scores or vectors for the same rows.
         plan: the compression plan, whose formats decide the limits; None if uncompressed.
         target: name of the serving target.
+        rounding_changes: measures how far rounding errors change the module's scores of these rows.
+            Called if a difference exceeds its limit; None keeps the limits.
 
     Returns:
         The differences and their limits.
@@ -66,26 +85,24 @@ def check_parity(
             )
         )
     differences = absolute_differences(expected, actual)
-    gap = differences[~is_nan]
     finite = expected[np.isfinite(expected)]  # one infinite score would make every limit infinite
     spread = float(finite.std(dtype=np.float64)) if finite.size else 0.0
+    rms, largest, quantile_90 = _summarize(differences[~is_nan])
     rms_share, largest_share, quantile_90_share = lowering_target(target).tolerance(plan)
     # The constants allow float32 rounding if the spread is almost 0 because all scores are equal.
     parity = Parity(
         rows=int(expected.size),
-        largest=float(gap.max(initial=0.0)),
-        root_mean_square=float(np.sqrt((gap**2).mean())) if gap.size else 0.0,
-        quantile_90=float(np.quantile(gap, 0.9)) if gap.size else 0.0,
+        largest=largest,
+        root_mean_square=rms,
+        quantile_90=quantile_90,
         spread=spread,
         rms_limit=1e-6 + rms_share * spread,
         largest_limit=1e-5 + largest_share * spread,
         quantile_90_limit=1e-6 + quantile_90_share * spread,
     )
-    if (
-        parity.root_mean_square > parity.rms_limit
-        or parity.largest > parity.largest_limit
-        or parity.quantile_90 > parity.quantile_90_limit
-    ):
+    if parity.exceeds_limit and rounding_changes is not None:
+        parity = _allow_rounding(parity, rounding_changes())
+    if parity.exceeds_limit:
         failure = ParityFailure(
             code="parity_limit",
             target=target,
@@ -100,9 +117,40 @@ def check_parity(
                 "at most": parity.largest_limit,
             },
             spread=spread,
+            by_rounding=parity.by_rounding,
         )
         raise ParityLost(_add_worst_row(failure, differences, expected, actual))
     return parity
+
+
+def _summarize(differences: NDArray[np.float64]) -> Tolerance:
+    """Return root mean square, largest and 0.9 quantile of absolute differences without NaN."""
+    if not differences.size:
+        return Tolerance(0.0, 0.0, 0.0)
+    return Tolerance(
+        root_mean_square=float(np.sqrt((differences**2).mean())),
+        largest=float(differences.max()),
+        quantile_90=float(np.quantile(differences, 0.9)),
+    )
+
+
+def _allow_rounding(parity: Parity, changes: FloatArray) -> Parity:
+    """Return a parity whose limits allow the changes that rounding errors make to the scores."""
+    finite = np.abs(changes[np.isfinite(changes)].astype(np.float64))
+    measured = _summarize(finite)
+    limits = Tolerance(parity.rms_limit, parity.largest_limit, parity.quantile_90_limit)
+    rms_limit, largest_limit, quantile_90_limit = (
+        max(limit, min(ROUNDING_FACTOR * change, share * parity.spread))
+        for limit, change, share in zip(limits, measured, MAX_ROUNDING, strict=True)
+    )
+    return parity.model_copy(
+        update={
+            "rms_limit": rms_limit,
+            "largest_limit": largest_limit,
+            "quantile_90_limit": quantile_90_limit,
+            "by_rounding": measured.root_mean_square,
+        }
+    )
 
 
 def check_outputs(
@@ -111,6 +159,7 @@ def check_outputs(
     outputs: Sequence[str],
     plan: Plan | None,
     target: str,
+    rounding_changes: RoundingChanges | None = None,
 ) -> tuple[Parity, ...]:
     """Compare each output of the module with that of the graph; return one result per output.
 
@@ -121,17 +170,20 @@ def check_outputs(
         outputs: the names of the graph's outputs.
         plan: the compression plan, whose formats decide the limits; None if uncompressed.
         target: name of the serving target.
+        rounding_changes: as for ``check_parity``, of all outputs.
 
     Raises:
         ParityLost: ``check_parity`` raises it for an output, which the failure names if there are
             several.
     """
     if len(outputs) == 1 or expected.shape != actual.shape:
-        return (check_parity(expected, actual, plan, target),)
+        return (check_parity(expected, actual, plan, target, rounding_changes),)
+    measure = None if rounding_changes is None else cache(rounding_changes)
     parities = []
     for column, name in enumerate(outputs):
+        changes = None if measure is None else (lambda at=column: measure()[:, :, at])
         try:
-            parity = check_parity(expected[:, column], actual[:, column], plan, target)
+            parity = check_parity(expected[:, column], actual[:, column], plan, target, changes)
         except ParityLost as fault:
             raise ParityLost(replace(fault.failure, output=name)) from None
         parities.append(parity.model_copy(update={"output": name}))
