@@ -10,9 +10,9 @@ from typing import Any
 from xdist.scheduler import LoadScopeScheduling
 
 # The files of a group share a Prefect server and finished orders ("flows"), exports, which take
-# seconds each ("graphs"), or runs of every method ("runs"). Each other file is a group. The longest
-# groups start first (with --no-loadscope-reorder), so that no process is busy alone at the end;
-# for the same reason no group may take a third of the total time.
+# seconds each ("graphs"), runs of every method ("runs"), or one order ("added"). Each other file is
+# a group. The longest groups start first (with --no-loadscope-reorder), so that no process is busy
+# alone at the end; for the same reason no group may take a third of the total time.
 GROUPS = {
     "flows": {
         "test_budget",
@@ -38,6 +38,7 @@ GROUPS = {
         "test_lowering",
         "test_parity",
     },
+    "added": {"test_added_metric", "test_added_table_format", "test_added_task_kind"},
     "runs": {"test_composed", "test_dry_run_of_steps", "test_steps"},
 }
 FAULTS = "faults"

@@ -37,6 +37,7 @@ def words(output: str) -> list[str]:
     return re.sub(r"\d[\d,]*", "N", without_lines).split()
 
 
+@pytest.mark.slow
 def test_first_example_prints_what_the_page_shows(folder: Path) -> None:
     new, pack, _ = code_blocks(PAGE, "sh")[0].splitlines()
     (shown,) = (block for block in code_blocks(PAGE, "") if "reason" in block)

@@ -93,6 +93,7 @@ def test_first_example_prints_what_the_page_shows(folder: Path) -> None:
     assert output.startswith(shown)
 
 
+@pytest.mark.slow
 def test_class_with_weights_and_config_becomes_the_same_draft(folder: Path) -> None:
     export, new, *_ = blocks("sh")[0].splitlines()
     run(folder, f"{export}\n{new}\nmv draft first\n{blocks('sh')[1]}")

@@ -29,6 +29,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_first_example_prints_what_the_page_shows(folder: Path) -> None:
     new, pack, _ = blocks("sh")[0].splitlines()
     (shown,) = (block for block in blocks("") if "reason" in block)

@@ -294,6 +294,7 @@ def test_same_seed_writes_the_same_bytes(draft, tmp_path):
             assert path.read_bytes() == (again / path.relative_to(draft)).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_progress_is_printed_to_standard_error(tmp_path, capsys):
     assert main([str(tmp_path / "draft"), "--epochs", "1", "--seed", "3"]) == 0
     out, err = capsys.readouterr()

@@ -121,6 +121,7 @@ def load(folder, network_class):
     return model, Signature.model_validate(document["signature"])
 
 
+@pytest.mark.slow
 def test_draft_of_din_has_a_network_that_runs(tmp_path):
     write_din(tmp_path / "draft", replace(SETTINGS["din"], **SMALL), lambda line: None)
     network, signature = load(tmp_path / "draft", DIN)
@@ -131,6 +132,7 @@ def test_draft_of_din_has_a_network_that_runs(tmp_path):
     assert np.mean([len(history) for history in test["history"].to_pylist()]) > 20
 
 
+@pytest.mark.slow
 def test_draft_of_sasrec_has_a_network_that_runs(tmp_path):
     write_sasrec(tmp_path / "draft", replace(SETTINGS["sasrec"], **SMALL), lambda line: None)
     network, signature = load(tmp_path / "draft", SASRec)

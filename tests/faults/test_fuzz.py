@@ -21,7 +21,7 @@ from parsers import PARSERS
 
 SUITE = "fuzz"
 INPUTS = 10_000  # per parser in the nightly tier
-SAMPLE = 25  # per parser by default
+SAMPLE = 12  # per parser by default
 SHARDS = 2  # tests that share the inputs of one parser in the nightly tier
 MEMORY = 2 * 2**30
 NIGHTLY_SECONDS = 3000.0

@@ -340,6 +340,7 @@ ENGINES = Engines(builder=CopyingBuilder, suffix=".copy")
 
 
 @pytest.mark.parametrize("added_target", [{"engines": ENGINES}], indirect=True)
+@pytest.mark.slow
 def test_added_target_with_a_builder_is_measured_with_its_engines(
     added_target: None, home: None, tmp_path: Path
 ) -> None:
@@ -355,6 +356,7 @@ def test_added_target_with_a_builder_is_measured_with_its_engines(
 
 
 @pytest.mark.parametrize("added_target", [{"runtime": RefusingRuntime}], indirect=True)
+@pytest.mark.slow
 def test_optional_target_that_cannot_load_the_untouched_model_is_skipped(
     added_target: None, home: None, tmp_path: Path
 ) -> None:

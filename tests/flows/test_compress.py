@@ -18,7 +18,7 @@ import pytest
 from command_line import run_main
 from drafts import DENSE, ROOT, ROWS, environment, planted_auc, recpress, write_draft
 from error_codes import Text, raises_code
-from orders import AcceptedOrder, run_in_prefect, run_without_prefect
+from orders import AcceptedOrder, run_in_prefect, run_recipe, run_without_prefect
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
@@ -26,6 +26,8 @@ from reason_codes import codes_of, require_reason
 from sklearn.metrics import roc_auc_score
 
 from compressors.contracts import Limit
+from compressors.quantize.dense.static_int8 import StaticInt8
+from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from flows.order import Order
 from flows.terms import Preset, Targets
 from infra.data.checks import Rules
@@ -233,6 +235,7 @@ def test_artifact_deleted_from_the_store_is_created_again(
     assert set(result.states_of("measure")) == {"Cached"}
 
 
+@pytest.mark.slow
 def test_order_missing_in_another_registry_is_registered_there(
     accepted_order: AcceptedOrder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -257,10 +260,35 @@ def prefect_variables() -> dict[str, str]:
     return {"PREFECT_API_URL": api.url, "PREFECT_API_AUTH_STRING": secret}
 
 
+class ProcessEnd(BaseException):
+    """Raised where the process is assumed to end."""
+
+
+def test_order_that_ends_in_a_step_resumes_after_its_last_completed_task(
+    accepted_order: AcceptedOrder,
+) -> None:
+    order = Order(
+        model="clicks@1",
+        preset="custom",
+        steps=(RowwiseInt4(), StaticInt8()),
+        limits=(LOOSE_LIMIT,),
+    )
+
+    def end(*_: object) -> None:
+        raise ProcessEnd
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StaticInt8, "apply", end)
+        with pytest.raises(ProcessEnd):
+            run_recipe(order)
+    states = dict(run_recipe(order).tasks)
+    assert (states["rowwise_int4"], states["static_int8"]) == ("Cached", "Completed")
+
+
 @pytest.mark.parametrize(
     ("preset", "first_step", "server"),
     [
-        ("fast", "rowwise_int8", "shared"),
+        pytest.param("fast", "rowwise_int8", "shared", marks=pytest.mark.slow),
         # An embedded server doubles the time of the test.
         pytest.param("small", "rowwise_int4", "embedded", marks=pytest.mark.nightly),
     ],

@@ -111,6 +111,7 @@ def server_processes(pid: int) -> list[int]:
     return servers
 
 
+@pytest.mark.slow
 def test_embedded_server_refuses_other_clients_starts_slowly_and_ends_with_its_command(
     packed_home: Path, tmp_path: Path
 ) -> None:

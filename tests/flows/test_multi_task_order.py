@@ -88,6 +88,7 @@ def test_each_output_is_measured_judged_and_served(draft: Path) -> None:
         assert "scores of like against the baseline" in text
 
 
+@pytest.mark.slow
 def test_training_recovers_the_quality_of_all_outputs(draft: Path) -> None:
     steps = (
         {"kind": "channels", "keep": 0.5},

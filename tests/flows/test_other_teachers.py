@@ -125,6 +125,7 @@ def test_order_learns_from_a_column_of_probabilities(student: Path) -> None:
     torch.testing.assert_close(scores_in(mean), expected)
 
 
+@pytest.mark.slow
 def test_order_learns_from_a_model_that_reads_other_columns(teacher: nn.Module) -> None:
     result = run_without_prefect(order("other@1"))
     assert result.states_of("prepare train for a teacher") == ["Completed", "Cached"]

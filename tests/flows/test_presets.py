@@ -210,6 +210,7 @@ def test_order_digest_differs_for_other_budgets(table_heavy) -> None:
     assert len(set(digests)) == 3
 
 
+@pytest.mark.slow
 def test_unit_that_cannot_be_lowered_is_excluded_and_the_preset_is_applied_again(
     table_heavy: PresetResults, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,6 +238,7 @@ def test_report_contains_retrieval_metrics_latency_and_stages(
     )
 
 
+@pytest.mark.slow
 def test_preset_small_trains_towers_within_a_budget_on_validation_rankings(
     later_result: FlowResult,
 ) -> None:

@@ -194,6 +194,7 @@ def test_child_and_its_children_end_when_their_parent_is_killed(child, tmp_path)
     assert wait_until_ended(pids, seconds=8)
 
 
+@pytest.mark.slow
 def test_child_in_native_code_ends_at_its_time_limit_after_its_parent_was_killed(child, tmp_path):
     # PyDLL keeps the interpreter lock, so no Python thread can run and only the timer can end it.
     stuck = HANGING_WORK.replace("time.sleep(600)", "import ctypes; ctypes.PyDLL(None).sleep(600)")

@@ -80,6 +80,7 @@ SELECTIONS = [(1, 3, 6), pytest.param(range(7), marks=pytest.mark.nightly)]
 
 
 @pytest.mark.parametrize("selected", SELECTIONS, ids=["some", "all"])
+@pytest.mark.slow
 def test_largest_allowed_json_is_read_within_300_mib(tmp_path, selected):
     names = ",".join(f'"k{index}":{{}}' for index in range(MAX_JSON_VALUES // 3 - 10))
     texts = [
@@ -103,6 +104,7 @@ def write_safetensors(path: Path, header: bytes, body: bytes = b"") -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_safetensors_header_of_100000_tensors_is_read(tmp_path):
     entry = {"dtype": "F32", "shape": [0, 16], "data_offsets": [0, 0]}
     header = {f"model.features.tables.{n:06d}.weight": entry for n in range(100_000)}

@@ -91,6 +91,7 @@ def test_one_order_published_for_two_models_creates_a_version_of_each(registry):
     assert registry.models() == ("ranker", "tower")
 
 
+@pytest.mark.slow
 def test_two_processes_publishing_one_order_to_a_missing_registry_create_one_version(tmp_path):
     uri = f"sqlite:///{tmp_path}/new folder/registry.db"
     lines = publish_in_processes(uri, 2)

@@ -86,12 +86,12 @@ def test_registry_is_complete_after_the_process_that_created_it_was_killed(
     assert {tuple(result["left"]) for result in results} == {("registry.db", "registry.db.lock")}
 
 
-@pytest.mark.parametrize("points", [[0.6], pytest.param(MANY_POINTS, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_registry_left_half_created_by_an_earlier_version_is_repaired(
-    send: SendCommand, tmp_path: Path, points: list[float]
+    send: SendCommand, tmp_path: Path
 ) -> None:
-    results = kill_writer_at(send, tmp_path, "earlier", points)
-    assert [result["version"] for result in results] == ["1"] * len(points)
+    results = kill_writer_at(send, tmp_path, "earlier", MANY_POINTS)
+    assert [result["version"] for result in results] == ["1"] * len(MANY_POINTS)
     assert all(result["killed"] for result in results)
 
 

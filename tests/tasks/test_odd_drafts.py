@@ -238,6 +238,7 @@ def test_unreadable_file_is_refused_with_its_name_and_the_remedy(
 # Limits of the size of each file, in bytes; different files exceed them.
 # tests/faults/test_full_disk.py has a lower one in the default tier.
 @pytest.mark.parametrize("limit", [330_000, pytest.param(20_000, marks=pytest.mark.nightly)])
+@pytest.mark.slow
 def test_packing_beyond_the_file_size_limit_fails_without_losing_bundles(
     limit: int, draft: Path, tmp_path: Path
 ) -> None:

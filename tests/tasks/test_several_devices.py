@@ -65,6 +65,7 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 def test_training_on_two_processes_gives_the_weights_of_training_on_one(
     work: StepInputs, tmp_path: Path
 ) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 MODULES = [
     f"compressors.lower.targets.{name}"
     for name in (
@@ -31,6 +33,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_translations_of_each_module_need_no_other_import():
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT, *MODULES],

@@ -279,6 +279,7 @@ def test_importing_the_registries_does_not_import_numba():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_numba_writes_nothing_to_the_cache_folders_of_users(tmp_path):
     """numba's caches are pickles: a user who can write to such a folder can run code here."""
     module = "compressors.quantize.kernels.numba_kernels"
