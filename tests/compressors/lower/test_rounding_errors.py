@@ -2,12 +2,10 @@
 
 import pytest
 import torch
+from deep_int8 import DeepInt8
 from torch import nn
 
-from compressors.core.modules.formats import PackedLinear
 from compressors.lower.comparison.rounding_errors import rounding_errors
-from compressors.quantize.dense.int8_codes import encode
-from compressors.quantize.dense.static_int8 import FORMAT
 
 SIZE = 2.0**-10
 
@@ -48,32 +46,11 @@ def test_network_has_no_errors_afterwards_even_if_it_raised():
     assert torch.equal(run(network, x), expected)
 
 
-class DeepInt8(nn.Module):
-    """Layers in static int8, each followed by a tanh that keeps values in the range of int8."""
-
-    def __init__(self, depth: int, width: int = 32) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.layers = nn.ModuleList()
-        for _ in range(depth):
-            weight = 2 * torch.randn(width, width, generator=generator) / width**0.5
-            bias, scale = torch.zeros(width), torch.tensor(1 / 127)
-            codes, weight_scale = encode(weight, bias, scale)
-            stored = {"codes": codes, "weight_scale": weight_scale}
-            stored |= {"input_scale": scale, "bias": bias}
-            self.layers.append(PackedLinear(FORMAT, width, width, bias=True, stored=stored))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
-
-
 def test_errors_grow_with_the_number_of_int8_layers():
     x = torch.rand(500, 32, generator=torch.Generator().manual_seed(1)) - 0.5
 
     def measure(depth: int) -> float:
-        network = DeepInt8(depth)
+        network = DeepInt8(depth, width=32)
         changes = run(network, x, seed=0, size=2.0**-21) - run(network, x)
         return float(changes.square().mean().sqrt())
 
