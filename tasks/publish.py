@@ -98,7 +98,9 @@ def restore(model: str | None) -> tuple[RegisteredVersion, ...]:
         # ``versions`` lists the newest first.
         if accepted and not any(CANDIDATE in item.aliases for item in versions):
             registry().set_alias(name, CANDIDATE, accepted[0].version)
-    for name in names:  # last, since it raises if no stored record has the champion's order
+    # ``repair`` sets the alias of the champion and the Triton repository from the ledger. It comes
+    # last, since it raises if no stored record has the champion's order.
+    for name in names:
         repair(name, after_change=True)
     return restored
 

@@ -337,20 +337,21 @@ class Reference:
         """
         tables = self.rows_of_tables()
         parts = {
-            part: write_split(self.signature, tables, folder / part, seed, self.negated_scores)
+            part: write_split(self.signature, tables, folder / part, seed, self.label_scores)
             for seed, part in enumerate(("calibration", "train", "validation"), 7)
         }
         (rows,) = batches(parts["train"], self.signature, BENCH_ROWS)
         soft_labels = folder / "soft_labels"
         soft_labels.mkdir(exist_ok=True)
-        save_file({"score": self.negated_scores(rows.inputs)}, soft_labels / "data.safetensors")
+        save_file({"score": self.label_scores(rows.inputs)}, soft_labels / "data.safetensors")
         soft = Split(path=str(soft_labels), sha256="1" * 64, rows=BENCH_ROWS)
         return Bench(signature=self.signature, soft_labels=soft, **parts)
 
-    def negated_scores(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the negated scores of each row, or 1 minus its probabilities.
+    def label_scores(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the scores from which labels are drawn: the opposite of the network's scores.
 
-        Float32 ``(rows,)``, or ``(rows, outputs)`` for several outputs.
+        They are the negated scores, or 1 minus the probabilities: float32 ``(rows,)``, or
+        ``(rows, outputs)`` for several outputs.
         """
         with torch.no_grad():
             scores = network_scores(self.model().module, inputs, self.signature)

@@ -116,7 +116,8 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
 
         if server is not None:
             server.wait_until_ready(notify)
-        # Options create ``Terms``; the flow's parameter is the subclass with custom steps.
+        # The command's options create ``Terms``, an order without custom steps. The parameter of
+        # the flow is an ``Order``, the subclass that may have them.
         if not isinstance(order, Order):
             order = Order.model_validate(order.model_dump())
         try:
@@ -267,7 +268,7 @@ def _build_table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
 
 @contextmanager
 def _progress_on_terminal(*, quiet: bool) -> Iterator[None]:
-    """Print the log lines of stages, rows and waits; a spinner if standard error is a terminal."""
+    """Print log lines on tasks, rows and waits; with a spinner if standard error is a terminal."""
     if quiet:
         yield
         return

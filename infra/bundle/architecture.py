@@ -130,7 +130,7 @@ def _import_class(path: str, allowed: Sequence[str], base: "type[T]") -> "type[T
 
 
 @contextmanager
-def same_anomaly_detection() -> Iterator[None]:
+def restored_anomaly_detection() -> Iterator[None]:
     """Restore afterwards whether torch detects anomalies.
 
     Modules of RecBole enable it when they are imported, which slows down all training in the
@@ -158,7 +158,7 @@ def import_allowed_module(path: str, allowed: Sequence[str]) -> ModuleType:
     module_name, _ = _split_and_check(path, allowed)
     importlib.invalidate_caches()
     try:
-        with same_anomaly_detection():
+        with restored_anomaly_detection():
             return importlib.import_module(module_name)
     except ModuleNotFoundError as fault:
         if fault.name is None or not is_within(module_name, fault.name):

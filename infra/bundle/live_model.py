@@ -2,10 +2,11 @@
 
 A bundle builds a network from its class and arguments that JSON can represent, but a network in
 memory does not store its arguments. So ``import_network`` records the arguments of constructors
-while the network's code runs, and ``describe_architecture`` writes those of the network, also where
-they are objects (``compressors/contracts/network.py``). An object that reads files when it is
-constructed, or whose constructor's arguments are unknown, is described by what the constructor of
-the network reads from it (``recorded_reads.py``).
+while the network's code runs, and ``describe_architecture`` returns the network's arguments as JSON
+values, including arguments that are objects (``compressors/contracts/network.py``). An object that
+opens files when it is constructed, or whose constructor's arguments are unknown, is described by
+its attributes, items and results of calls that the network's constructor reads
+(``recorded_reads.py``). A draft, which ``DraftRefused`` names, is the folder that becomes a bundle.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from infra.bundle.architecture import (
     argument_classes,
     import_allowed_module,
     is_within,
-    same_anomaly_detection,
+    restored_anomaly_detection,
 )
 from infra.bundle.recorded_reads import record_reads
 from infra.errors import DraftRefused
@@ -56,7 +57,7 @@ class ConstructorCalls:
     _running: list[tuple[FrameType, int]] = field(default_factory=list)
 
     def record(self, frame: FrameType, event: str, function: object) -> None:
-        """Record one call of an ``__init__``; a profile function of ``sys.setprofile``."""
+        """Record one call of an ``__init__``, or that it opens a file, for ``sys.setprofile``."""
         if event == "c_call" and function is open:
             self.readers |= {constructed for _, constructed in self._running}
         if event == "return" and self._running and self._running[-1][0] is frame:
@@ -81,11 +82,12 @@ class ConstructorCalls:
         self.arguments[id(constructed)] = (constructed, copies)
         self._running.append((frame, id(constructed)))
 
-    def needs_reads(self, value: object) -> bool:
-        """Return whether a bundle describes an object by what is read from it.
+    def needs_recorded_reads(self, value: object) -> bool:
+        """Return whether a bundle describes an object by what the network reads from it.
 
-        It does if the object is of an allowed module, and cannot be constructed again: its
-        arguments are unknown, or its constructor reads files, which may be missing then.
+        It does if the object's class is in an allowed module, but a bundle cannot construct the
+        object again: its arguments are unknown, or its constructor opens files, which may be
+        missing when the bundle is loaded.
         """
         import torch
 
@@ -122,8 +124,13 @@ def import_network(path: str, allowed: Sequence[str]) -> "tuple[nn.Module, Const
     import torch
 
     calls = ConstructorCalls(allowed)
-    # Standard output has only the results of the command, not what the network's code prints.
-    with _record_constructor_calls(calls), redirect_stdout(sys.stderr), same_anomaly_detection():
+    # Standard output has only recpress's results, so prints of the user's code go to standard
+    # error. That code may also enable anomaly detection of torch.autograd for the whole process.
+    with (
+        _record_constructor_calls(calls),
+        redirect_stdout(sys.stderr),
+        restored_anomaly_detection(),
+    ):
         module = import_allowed_module(path, allowed)
         name = path.partition(":")[2]
         if name not in vars(module):
@@ -197,11 +204,11 @@ def describe_architecture(network: "nn.Module", calls: ConstructorCalls) -> Arch
         raise DraftRefused("argument_not_stored", place=place, kind="tuple")
 
     def encode(value: Any, place: str) -> Any:
-        if calls.needs_reads(value):
+        if calls.needs_recorded_reads(value):
             raise DraftRefused("argument_not_stored", place=place, kind=type(value).__name__)
         return _encode(value, calls, place=place)
 
-    names = tuple(name for name, value in arguments.items() if calls.needs_reads(value))
+    names = tuple(name for name, value in arguments.items() if calls.needs_recorded_reads(value))
     reads = record_reads(type(network), arguments, names, encode) if names else {}
     config = {
         name: reads[name] if name in reads else encode(value, f"{type(network).__name__}({name})")

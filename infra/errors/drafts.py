@@ -49,7 +49,7 @@ class DraftRefused(Refused):
         "Give it with --group COLUMN; the columns are {columns}.",
         "item_unknown": "Expected one column of integers that is in the rows and in the catalogue, "
         "as the item's id; got {columns}. Give it with --item COLUMN.",
-        "labels_of_towers": "Expected at most one --label for a retrieval model, got {got}.",
+        "too_many_labels": "Expected at most one --label for a retrieval model, got {got}.",
         "catalogue_missing": "Expected the catalogue of all items as items.parquet (or a folder "
         "items) in {folder}, because the model has towers.",
         "name_form": "Expected at most 64 letters, digits and . _ - as {option}, the first one a "
@@ -74,13 +74,13 @@ class DraftRefused(Refused):
         "Copy the file to the folder and export or save the model again.",
         "onnx_data_missing": "Expected {bytes} bytes of the tensor {name} in {location}, got a "
         "file that is missing or too short. Copy the file again.",
-        "onnx_and_model": "Expected one of --model MODULE:NAME, --onnx FILE and "
+        "model_sources_conflict": "Expected one of --model MODULE:NAME, --onnx FILE and "
         "--sentence-transformer FOLDER, got {got}. Give one of them; --weights, --config, --method "
         "and the towers belong to --model, --query-text and --item-text to "
         "--sentence-transformer.",
         "item_without_towers": "Expected --item only for a model with two towers, got --item "
         "{got}. Name the towers with --query-tower and --item-tower, or leave --item out.",
-        "inputs_of_texts": "Expected no --input for a model of sentence-transformers, got "
+        "input_options_refused": "Expected no --input for a model of sentence-transformers, got "
         "--input {got}. Name the columns with --query-text and --item-text.",
         "query_text_unknown": "Expected one column of texts that only the rows have, as the "
         "queries; got {columns}. Give it with --query-text COLUMN.",

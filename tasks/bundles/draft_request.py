@@ -181,11 +181,11 @@ def require_one_source(request: DraftRequest) -> None:
     }
     source, *others = [option for option, is_given in options.items() if is_given] or ["none"]
     if source not in SOURCES or not set(others) <= set(SOURCES[source]):
-        raise DraftRefused("onnx_and_model", got=(source, *others))
+        raise DraftRefused("model_sources_conflict", got=(source, *others))
     if request.item is not None and not request.is_retrieval:
         raise DraftRefused("item_without_towers", got=request.item)
     if request.inputs and request.sentence_transformer is not None:
-        raise DraftRefused("inputs_of_texts", got=next(iter(request.inputs)))
+        raise DraftRefused("input_options_refused", got=next(iter(request.inputs)))
 
 
 def require_names(request: DraftRequest) -> None:
@@ -213,7 +213,7 @@ def require_columns(request: DraftRequest, summaries: Mapping[str, ColumnSummary
     if request.towers and request.group is None:
         raise DraftRefused("group_missing", columns=tuple(summaries))
     if request.is_retrieval and len(request.labels) > 1:
-        raise DraftRefused("labels_of_towers", got=tuple(request.labels))
+        raise DraftRefused("too_many_labels", got=tuple(request.labels))
     if not request.labels and not request.is_retrieval:
         raise DraftRefused("label_missing", columns=tuple(summaries))
     numbers = [name for name, summary in summaries.items() if summary.kind in ("integer", "float")]

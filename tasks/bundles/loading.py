@@ -1,4 +1,7 @@
-"""Load a stored bundle as a module, and a stored split as tensors."""
+"""Load a stored bundle as a module, and describe its prepared splits for reading.
+
+A split is stored as parquet in the bundle. A prepared split contains its columns as tensors.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

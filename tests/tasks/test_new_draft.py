@@ -156,7 +156,7 @@ def test_item_of_a_tower_without_ids_is_identified_by_a_key(
     [
         ("towers_incomplete", {"item_tower": None}),
         ("group_missing", {"group": None}),
-        ("labels_of_towers", {"labels": {"item": "item", "user": "user"}}),
+        ("too_many_labels", {"labels": {"item": "item", "user": "user"}}),
         ("column_missing", {"item": "id"}),
     ],
 )

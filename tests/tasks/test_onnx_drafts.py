@@ -142,7 +142,7 @@ def test_onnx_with_the_options_of_a_module_is_refused(
         **{"folder": home / "new", "model": None, "onnx": KERAS, "data": data, **options},
         labels={"click": "click"},
     )
-    with raises_code(DraftRefused, "onnx_and_model"):
+    with raises_code(DraftRefused, "model_sources_conflict"):
         new_draft(request)
 
 

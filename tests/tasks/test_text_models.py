@@ -1,4 +1,8 @@
-"""``recpress new --sentence-transformer``: vectors of the library, drafts, and what is refused."""
+"""``recpress new --sentence-transformer``: vectors, drafts, and refused models and options.
+
+The vectors are compared with those that the library computed. A draft is the folder that the
+command writes, and from which ``recpress bundle pack`` creates a bundle.
+"""
 
 import json
 import os
@@ -177,11 +181,14 @@ def test_model_that_compares_by_cosine_without_a_norm_gets_one(
 @pytest.mark.parametrize(
     ("code", "options"),
     [
-        ("onnx_and_model", {"model": "shop:Net"}),
-        ("onnx_and_model", {"query_tower": "encoder"}),
-        ("onnx_and_model", {"sentence_transformer": None, "model": "a:B", "query_text": "query"}),
-        ("inputs_of_texts", {"inputs": {"input_ids": ("query",)}}),
-        ("labels_of_towers", {"labels": {"a": "relevance", "b": "relevance"}}),
+        ("model_sources_conflict", {"model": "shop:Net"}),
+        ("model_sources_conflict", {"query_tower": "encoder"}),
+        (
+            "model_sources_conflict",
+            {"sentence_transformer": None, "model": "a:B", "query_text": "query"},
+        ),
+        ("input_options_refused", {"inputs": {"input_ids": ("query",)}}),
+        ("too_many_labels", {"labels": {"a": "relevance", "b": "relevance"}}),
         ("item_without_towers", {"sentence_transformer": None, "model": "a:B", "item": "document"}),
     ],
 )

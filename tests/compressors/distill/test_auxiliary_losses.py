@@ -183,7 +183,7 @@ def test_layers_before_an_auxiliary_head_learn_from_the_teacher(tmp_path):
     step = Distill(soft_share=0.99, auxiliary="plain", training=training)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     (batch,) = batches(bench.train, RANKER.signature, BENCH_ROWS)
-    targets = RANKER.negated_scores(batch.inputs)[:, None]
+    targets = RANKER.label_scores(batch.inputs)[:, None]
 
     def explained_variance(module: nn.Module) -> float:
         inputs = activations(module, "plain", bench)

@@ -48,7 +48,7 @@ def test_soft_share_is_the_weight_of_the_teacher_against_labels(tmp_path):
         RANKER.rows_of_tables(),
         tmp_path / "l",
         seed=8,
-        score_function=lambda x: -RANKER.negated_scores(x),
+        score_function=lambda x: -RANKER.label_scores(x),
     )
     bench = bench.model_copy(update={"train": split_with_opposite_labels})
     (batch,) = batches(bench.validation, RANKER.signature, BENCH_ROWS)

@@ -163,7 +163,7 @@ def test_refitting_never_lowers_the_validation_quality(bench, tmp_path):
         COMPACT.rows_of_tables(),
         tmp_path / "v",
         seed=8,
-        score_function=lambda inputs: -COMPACT.negated_scores(inputs),
+        score_function=lambda inputs: -COMPACT.label_scores(inputs),
     )
     bench = bench.model_copy(update={"validation": like_predictions})
     before = pack_tables(ProductCodes(parts=6, bits=4), bench, tmp_path)

@@ -47,7 +47,7 @@ def bench_with_traffic(reference: Reference, folder: Path, label: float = 1.0) -
     save_file(tensors, folder_of_traffic / "data.safetensors")
     (rows,) = batches(split, reference.signature, BENCH_ROWS)
     (folder_of_traffic / "soft").mkdir()
-    scores = reference.negated_scores(rows.inputs)
+    scores = reference.label_scores(rows.inputs)
     save_file({"score": scores}, folder_of_traffic / "soft" / "data.safetensors")
     soft = Split(path=str(folder_of_traffic / "soft"), sha256="3" * 64, rows=BENCH_ROWS)
     return bench.model_copy(update={"traffic": split, "traffic_soft_labels": soft})
@@ -106,7 +106,7 @@ def correlation_with_teacher(model: torch.nn.Module, bench: Bench, reference: Re
     """The correlation of a model's scores with the teacher's on validation rows."""
     (batch,) = batches(bench.validation, reference.signature, BENCH_ROWS)
     with torch.no_grad():
-        scores = [reference.negated_scores(batch.inputs), model(**batch.inputs).reshape(-1)]
+        scores = [reference.label_scores(batch.inputs), model(**batch.inputs).reshape(-1)]
     return float(torch.corrcoef(torch.stack(scores))[0, 1])
 
 

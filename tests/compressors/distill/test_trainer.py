@@ -95,7 +95,7 @@ def validation_with_opposite_labels(reference: Reference, folder: Path) -> Split
         reference.rows_of_tables(),
         folder / "opposite",
         seed=9,
-        score_function=lambda inputs: -reference.negated_scores(inputs),
+        score_function=lambda inputs: -reference.label_scores(inputs),
     )
 
 
@@ -240,10 +240,11 @@ def test_learning_rate_follows_warmup_schedule_and_factor(tmp_path):
 #
 # Stored progress has tensors of the current weights (``now/``) and of the best epoch (``best/``).
 # ``json_values["epochs"]`` has a number, a training loss and a validation quality per epoch.
+# ``write_progress`` raises if it cannot write; ``store_progress`` logs that and returns False.
 
 
 class Killed(Exception):
-    """Raised in place of the end of the process."""
+    """Raised where the process is assumed to be killed."""
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "cosine"])

@@ -119,8 +119,8 @@ def test_tables_with_the_same_layout_share_one_lookup_with_unchanged_scores(step
     )
     # One Gather for each stored tensor of the three tables, and of the table of another width.
     names = {name for table in lowered.tables for name in table.names}
-    readers = [node for node in onnx.load(path).graph.node if names.intersection(node.input)]
-    assert [node.op_type for node in readers] == ["Gather"] * (tensors + tensors_of_wide)
+    consumers = [node for node in onnx.load(path).graph.node if names.intersection(node.input)]
+    assert [node.op_type for node in consumers] == ["Gather"] * (tensors + tensors_of_wide)
     session = Session(path, threads=1)
     tables = reference.rows_of_tables()
     for inputs in (
@@ -129,9 +129,10 @@ def test_tables_with_the_same_layout_share_one_lookup_with_unchanged_scores(step
     ):
         expected = lowered.wrapper(*(inputs[name] for name in input_names(reference.signature)))
         result = session.scores({name: tensor.numpy() for name, tensor in inputs.items()})
-        is_refused = np.isnan(expected.detach().numpy())
-        assert np.array_equal(np.isnan(result), is_refused)
-        assert is_refused.any() == (policy == "error" and inputs["user"].min() < 0)
+        # With the policy "error", a row with an id out of range has the score NaN.
+        has_invalid_id = np.isnan(expected.detach().numpy())
+        assert np.array_equal(np.isnan(result), has_invalid_id)
+        assert has_invalid_id.any() == (policy == "error" and inputs["user"].min() < 0)
         # Only the Gemm is rounded differently.
         np.testing.assert_allclose(result, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
 
@@ -183,6 +184,7 @@ def test_float32_tables_and_tables_for_tensorrt_are_not_merged(tmp_path):
     assert count_operators(uncompressed)["Gather"] == 4
     model, _, _ = compress_and_lower(RowwiseInt8(), "clamp")
     _, for_tensorrt = lower_model(reference, model, tmp_path, "tensorrt")
+    # TensorRT's graph dequantizes a table before it looks up rows, so one Gather reads it.
     assert count_operators(for_tensorrt)["Gather"] == 4
 
 

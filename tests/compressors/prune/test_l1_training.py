@@ -92,6 +92,7 @@ def test_only_matching_layers_are_penalized_and_all_layers_are_trained(tmp_path)
     assert not (result.module.cross.weight == 0).any()
     assert not torch.equal(result.module.cross.weight, RANKER.model().module.cross.weight)
     assert codes_of(result.plan.of("cross").reasons)[:2] == ["trained_on_rows", "trained_to_epoch"]
+    # ``part`` is what the penalty makes zero: single weights here, or whole channels.
     require_reason(result.plan.of("hidden").reasons, "penalty", strength=0.1, part="weight")
 
 
