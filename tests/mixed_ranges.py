@@ -67,5 +67,5 @@ def model_and_bench(tmp_path: Path, largest: float, spread: float = 0.05) -> tup
     folder.mkdir()
     save_file(columns, folder / "data.safetensors")
     split = Split(path=str(folder), sha256="0" * 64, rows=ROWS)
-    network = Network(architecture=Architecture(path="tests.counts:CountsAndVectors"))
+    network = Network(architecture=Architecture(path="mixed_ranges:CountsAndVectors"))
     return Model(module, CountsAndVectors, network), Bench(signature=signature, calibration=split)
