@@ -75,10 +75,6 @@ def write_rows(folder: Path) -> None:
             "kind": rng.integers(1, KINDS + 1, rows),
             "item_id_list": [rng.integers(1, ITEMS + 1, length) for length in lengths],
             "item_length": lengths,
-            "padded_list": [
-                np.pad(rng.integers(1, ITEMS + 1, length), (0, LONGEST - length))
-                for length in lengths
-            ],
             "label": rng.integers(0, 2, rows),
         }
         pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")

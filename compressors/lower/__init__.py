@@ -7,6 +7,7 @@ graph_weights.py       the stored tensors that a graph reads
 merged/                several tables looked up as one
 float8_tensors.py      convert stored 8-bit floats to a graph's type
 attention.py           translate scaled dot-product attention
+recurrent.py           translate recurrent layers
 custom_operators.py    register the custom PyTorch ops of all formats
 graph_builders.py      build subgraphs that several targets use
 bfloat16_matmuls.py   rewrite bfloat16 matmuls to run on a CPU

@@ -25,7 +25,7 @@ from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import rows_of_tables
 from compressors.core.state.tensor_files import TensorFile
 from compressors.errors.compression import AuditFailed, NotLowerable
-from compressors.lower import attention
+from compressors.lower import attention, recurrent
 from compressors.lower.external_weights import link_weights
 from compressors.lower.findings import LayerInitializer, TableInitializers
 from compressors.lower.graph_builders import exact_sigmoid, log_sigmoid, squeeze_fixed
@@ -163,6 +163,7 @@ def export_program(
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
         torch.ops.aten.squeeze.default: squeeze_fixed,
         **attention.translations(),
+        **recurrent.translations(),
         **lowering.translations(),
     }
     has_probabilities = any(output.form == "probability" for output in signature.outputs)

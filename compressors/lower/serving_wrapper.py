@@ -27,6 +27,7 @@ from compressors.core.modules.formats import Bag
 from compressors.core.scores import call_network, join_columns, output_tensors
 from compressors.core.units import plain_bag, private_copy, swap
 from compressors.lower.merged.merged_tables import MergedTable, replace_merged_tables, table_groups
+from compressors.lower.recurrent import replace_recurrent_layers
 from compressors.lower.value_policy import apply_policy
 
 SCORE = "score"
@@ -200,7 +201,7 @@ def wrap_for_serving(
 
     Returns:
         The wrapper in evaluation mode. Each EmbeddingBag is replaced by a ``Bag`` of basic
-        operators.
+        operators, and recurrent layers call the custom ops of ``recurrent.py``.
     """
     copy = private_copy(model).eval()
     longest_list: dict[str, int] = {}
@@ -214,6 +215,7 @@ def wrap_for_serving(
             swap(copy, name, plain_bag(module, longest_list.get(name)))
         elif isinstance(module, Bag):
             module.longest = longest_list.get(name)
+    replace_recurrent_layers(copy)
     if not merge_lookups:
         return ServingWrapper(copy, served_graph, rows_of_table).eval()
     groups = table_groups(copy, served_graph.part(copy), served_graph.signature, rows_of_table)

@@ -60,8 +60,6 @@ def test_model_of_recbole_is_compressed_and_accepted(
         method=method,
         data=libraries / "rows",
         labels={"click": "label"},
-        # The graph of a GRU has one length, so its lists are padded in the data.
-        inputs={"item_id_list": ("padded_list",)} if name == "gru4rec" else {},
         name="model",
     )
     new_draft(request)
