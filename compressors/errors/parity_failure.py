@@ -41,7 +41,9 @@ class TensorDifference:
         )
 
 
-ParityCode = Literal["parity_shape", "parity_nan", "parity_limit", "parity_batch", "parity_run"]
+ParityCode = Literal[
+    "parity_shape", "parity_nan", "parity_limit", "parity_operator", "parity_batch", "parity_run"
+]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class ParityFailure:
 
     Attributes:
         code: ``parity_shape``: the outputs have different shapes; ``parity_nan``: NaN is in
-            different rows; ``parity_limit``: a difference exceeds its limit; ``parity_batch``: the
+            different rows; ``parity_limit``: a difference exceeds its limit; ``parity_operator``:
+            an operator gives another result for the same inputs; ``parity_batch``: the
             score of a row depends on the batch; ``parity_run``: the graph does not run.
         target: name of the serving target for which the graph was exported.
         graph: name of the graph.
@@ -132,6 +135,11 @@ class ParityFailure:
                     f"(limit {self.limits['largest']:.2g}). "
                     f"A served score must not depend on the batch: leave batch statistics, padded "
                     f"positions and branches on the batch size out of forward."
+                )
+            case "parity_operator":
+                return (
+                    f"An operator of the {graph} gives another result than torch for the same "
+                    f"inputs. The scores differ by {self.measured['largest']:.2g}."
                 )
             case "parity_run":
                 return f"The {graph} does not run on {self.rows} rows: {self.reason}"

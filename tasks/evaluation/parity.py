@@ -41,6 +41,8 @@ from tasks.evaluation.single_rows import format_row, take_row
 
 log = logging.getLogger(__name__)
 
+OPERATOR_ROUNDING = 4
+"""Rounding errors by which the largest value of one operator may differ for the same inputs."""
 ROUNDING_REPETITIONS = 3
 """How often the effect of rounding errors is measured, since small batches give few values."""
 
@@ -78,7 +80,9 @@ class GraphCheck:
 
         Raises:
             ParityLost: the outputs differ by more than the tolerance. Contains the row, both
-                outputs and the first tensor that differs.
+                outputs and the first tensor that differs. Or the network is so sensitive to
+                rounding that the tolerance is larger, and an operator of the graph gives another
+                result than torch for the same inputs.
         """
         expected, actual = self.scores(inputs, rows_from)
         try:
@@ -92,6 +96,8 @@ class GraphCheck:
             )
         except ParityLost as fault:
             raise self.parity_error(fault.failure, inputs, rows_from) from None
+        if any(parity.by_rounding for parity in parities):
+            self._require_same_operators(expected, actual, inputs, rows_from)
         return parities, expected
 
     def scores(self, inputs: dict[str, Tensor], rows_from: str) -> tuple[FloatArray, FloatArray]:
@@ -192,6 +198,49 @@ class GraphCheck:
             # No exception of this diagnosis may replace the original failure.
             log.warning("The first tensor that differs was not determined: %r", fault)
             return ParityLost(failure)
+
+    def _require_same_operators(
+        self,
+        expected: FloatArray,
+        actual: FloatArray,
+        inputs: dict[str, Tensor],
+        rows_from: str,
+    ) -> None:
+        """Raise if an operator of the graph differs from torch's for the same inputs.
+
+        The operators are compared on the row with the largest difference.
+
+        Raises:
+            ParityLost: contains the operator's output.
+        """
+        served = self.lowered.wrapper.served_graph
+        gap = absolute_differences(expected, actual)
+        index = np.unravel_index(int(np.argmax(gap)), gap.shape)
+        failure = ParityFailure(
+            code="parity_operator",
+            target=self.target,
+            graph=served.name,
+            rows_from=rows_from,
+            rows=len(expected),
+            row=int(index[0]),
+            expected=float(expected[index]),
+            found=float(actual[index]),
+            measured={"largest": float(gap[index])},
+        )
+        row = take_row(inputs, served.signature, int(index[0]))
+        _, program = export_program(self.model, served, self.target, self.most_rows)
+        if program.exported_program is None:
+            raise ParityLost(failure)
+        values = [GraphValue(*value) for value in graph_values(self.path, _to_arrays(row))]
+        traced = run_traced(
+            program.exported_program,
+            [row[name] for name in input_names(served.signature)],
+            {value.name: value.value for value in values},
+        )
+        allowed = OPERATOR_ROUNDING * lowering_target(self.target).rounding_error(self.plan)
+        tensor = first_difference(traced, values, served.outputs, allowed)
+        if tensor is not None and tensor.is_clear:
+            raise ParityLost(replace(failure, tensor=tensor))
 
     def _add_differing_tensor(
         self, failure: ParityFailure, single_row: dict[str, Tensor], inputs: dict[str, Tensor]

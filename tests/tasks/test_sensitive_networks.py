@@ -96,3 +96,17 @@ def test_graph_with_a_wrong_input_scale_is_refused_in_a_sensitive_network_too(
     failure = caught.value.failure
     assert failure.by_rounding > 0
     assert failure.measured["in nine of ten rows"] > failure.limits["in nine of ten rows"]
+
+
+def test_wrong_operator_is_found_although_rounding_explains_the_difference_of_the_scores(
+    lowered: tuple[Lowered, Path],
+    export: Callable[[DeepInt8], tuple[Lowered, Path]],
+    rows: dict[str, Tensor],
+) -> None:
+    # The last layer is not followed by layers in which its error could grow.
+    _, wrong_path = export(DeepInt8(DEPTH, WIDTH, wrong_scale=DEPTH - 1))
+    with raises_code(ParityLost, "parity_operator") as caught:
+        create_check(lowered[0], wrong_path).parity(rows, "the data")
+    tensor = caught.value.failure.tensor
+    assert tensor is not None
+    assert tensor.module == f"layers.{DEPTH - 1}"
