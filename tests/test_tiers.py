@@ -12,13 +12,16 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "tests").rglob("test_*.py"))
-# Fixtures that share a Prefect server or a finished order between tests of flows.
+# By group, the fixtures that share a Prefect server or a finished order between tests of flows.
 SHARED_FIXTURES = {
-    "prefect_server",
-    "prefect_folder",
-    "accepted_order",
-    "session_order",
-    "without_champion",
+    "flows": {
+        "prefect_server",
+        "prefect_folder",
+        "accepted_order",
+        "session_order",
+        "without_champion",
+    },
+    "added": {"added_order"},
 }
 
 
@@ -53,9 +56,9 @@ def fixtures_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", (ROOT / "tests" / "flows").glob("test_*.py"), ids=lambda p: p.stem)
-def test_files_that_use_shared_flow_fixtures_are_in_the_flows_group(path: Path):
-    group = groups.group_of(f"tests/flows/{path.name}::test_x")
-    assert group == ("flows" if fixtures_of(path) & SHARED_FIXTURES else path.stem)
+def test_files_that_share_a_fixture_of_flows_are_in_one_group(path: Path):
+    used = [name for name, shared in SHARED_FIXTURES.items() if fixtures_of(path) & shared]
+    assert [groups.group_of(f"tests/flows/{path.name}::test_x")] == (used or [path.stem])
 
 
 def test_every_grouped_file_exists():
