@@ -8,6 +8,8 @@ half the width of their 95 % interval (Student's t); other values are means.
     python -m benchmarks.reference_models din --seeds 5 [--presets fast small] [--data FOLDER]
 
 Drafts, stores and registries of the runs stay in ``--cache``; runs that are there are not repeated.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Write the draft of a bundle, and the command line of a script that does."""
+"""Write the draft of a bundle, and the command line of a script that does.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 import argparse
 import json

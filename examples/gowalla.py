@@ -7,6 +7,8 @@ public training file, its rows are added back. ``docs/results/gowalla.md`` descr
 the data and the results.
 
 Validation rows are drawn from the public training file with a seed. No choice uses the test file.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import gzip

@@ -1,6 +1,8 @@
 """Train DCN-v2 on MovieLens 100K and write data and model as the draft of a bundle.
 
 Run ``python -m examples.movielens FOLDER``; ``movielens_data.py`` reads and splits the data.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import argparse

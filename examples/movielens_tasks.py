@@ -3,6 +3,8 @@
 Run ``python -m examples.movielens_tasks FOLDER``. Data, fields and split are those of
 ``movielens_data.py``. The outputs are ``click``, a rating of 4 or 5, and ``like``, a rating of 5. A
 row without a click has no label of ``like``: it predicts how likely a click becomes a like.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""The examples of docs/new-model.md, run as a user runs them."""
+"""The examples of docs/new-model.md, run as a user runs them.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 import sys
 from pathlib import Path

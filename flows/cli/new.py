@@ -1,4 +1,7 @@
-"""The command ``recpress new``: write a draft from a trained network and its data."""
+"""The command ``recpress new``: write a draft from a trained network and its data.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The fields of ``model.json``: ``Manifest`` in a bundle, ``Draft`` in a folder not packed yet."""
+"""The fields of ``model.json``: ``Manifest`` in a bundle, ``Draft`` in a folder not packed yet.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 from typing import Annotated, Literal
 

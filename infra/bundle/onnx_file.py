@@ -3,6 +3,8 @@
 The file is parsed after its size was checked. Large weights may be in other files, whose names are
 in the file: they must be in its folder, and as long as their tensors. They are read when their
 values are needed.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 from collections.abc import Iterator

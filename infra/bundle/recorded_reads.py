@@ -3,6 +3,8 @@
 The network is constructed once more, with a stand-in for the argument: it passes each read on to
 the argument and records the result (``contracts/network.py`` shows the form). ``RecordedObject`` of
 ``compressors/core/state/recorded_object.py`` later returns these results.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 from collections.abc import Callable, Mapping

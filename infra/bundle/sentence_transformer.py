@@ -3,6 +3,8 @@
 The folder has the settings as JSON, the weights as safetensors, and a ``tokenizer.json``. It is
 data: no code of the folder runs, and the packages sentence-transformers and transformers are not
 needed. Files that a setting names must be in the folder.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Sample rows of a data file, and summarize its columns, before a signature exists."""
+"""Sample rows of a data file, and summarize its columns, before a signature exists.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -11,6 +11,8 @@ Fields whose names do not explain them:
 - ``known``: the existing bundles. ``by``, ``at``, ``action``, ``reason``: fields of a ledger entry.
 
 The ledger is the list of a model's promotions and rollbacks in the store.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 from typing import ClassVar

@@ -13,6 +13,8 @@ Each chunk is hashed from the pieces as they are written, so the file is not rea
 A run that resumes reads the blocks of the journal from the unfinished file, compares them with the
 checksums in the journal, and hashes them. Blocks that differ, for instance after a power failure,
 count as not written.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import fcntl

@@ -1,4 +1,7 @@
-"""Describe the signature of a trained network, as it is written to ``model.json``."""
+"""Describe the signature of a trained network, as it is written to ``model.json``.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,7 @@
-"""Read a trained text encoder from a folder of sentence-transformers."""
+"""Read a trained text encoder from a folder of sentence-transformers.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""Describe the signature of a text encoder: the columns of texts, ids and grades in the data."""
+"""Describe the signature of a text encoder: the columns of texts, ids and grades in the data.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""DeepFM, DLRM and DIN return the scores of their papers' formulas; the Frappe example."""
+"""DeepFM, DLRM and DIN return the scores of their papers' formulas; the Frappe example.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 import gzip
 import json

@@ -1,4 +1,7 @@
-"""Compare the numbers in ``docs/reliability.md`` with the fault tests."""
+"""Compare the numbers in ``docs/reliability.md`` with the fault tests.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 from pathlib import Path
 

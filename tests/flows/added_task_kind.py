@@ -1,4 +1,7 @@
-"""A task kind that only tests define: predicts upvotes of posts, trained with squared errors."""
+"""A task kind that only tests define: predicts upvotes of posts, trained with squared errors.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 import json
 from collections.abc import Iterator

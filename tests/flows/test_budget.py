@@ -1,6 +1,8 @@
 """Recipes with a quality budget: which steps are skipped, and what a second run has cached.
 
 The budget is the largest loss of the bundle's metric (AUC) on validation rows.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 from pathlib import Path

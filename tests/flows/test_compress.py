@@ -1,4 +1,7 @@
-"""The flow with its real tasks: outcomes of orders, repeated and killed runs, targets, retries."""
+"""The flow with its real tasks: outcomes of orders, repeated and killed runs, targets, retries.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 import os
 import shutil

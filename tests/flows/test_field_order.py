@@ -1,4 +1,7 @@
-"""An order for a model with a float matrix, bounded integers and fields of a joined table."""
+"""An order for a model with a float matrix, bounded integers and fields of a joined table.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 from pathlib import Path
 

@@ -3,6 +3,8 @@
 recpress stores the results of tasks as records, and forbids Prefect to store or read any: the
 options ``NO_RESULTS`` of each flow and task. A block is Prefect's description of a storage. A home
 is the folder with everything that recpress stores (``RECPRESS_HOME``).
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import base64

@@ -1,4 +1,7 @@
-"""An order for a ranking model, whose limits are on list metrics and latency."""
+"""An order for a ranking model, whose limits are on list metrics and latency.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 from pathlib import Path
 

@@ -1,6 +1,8 @@
 """Orders with meaningless limits and metrics end with exit code 2 before any work.
 
 A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""An order for a retrieval model whose items are identified by a key that enters no tower."""
+"""An order for a retrieval model whose items are identified by a key that enters no tower.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 import json
 from pathlib import Path

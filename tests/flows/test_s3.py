@@ -1,4 +1,7 @@
-"""Commands and orders with an S3 server as store; its secret key is not stored or printed."""
+"""Commands and orders with an S3 server as store; its secret key is not stored or printed.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 import shlex
 from collections.abc import Iterator

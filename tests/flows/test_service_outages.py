@@ -1,6 +1,8 @@
 """Orders wait for services that are unavailable for a time, and then complete.
 
 The tests with real services take minutes each: ``make test ARGS="-m nightly -k service_outages"``.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import itertools

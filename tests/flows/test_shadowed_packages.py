@@ -1,4 +1,7 @@
-"""The command works next to a user's packages with the names of recpress's packages."""
+"""The command works next to a user's packages with the names of recpress's packages.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 import subprocess
 import sys

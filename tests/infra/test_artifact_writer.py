@@ -4,6 +4,8 @@ A piece is bytes and their offset ``at`` in the large
 file; a block is a named list of pieces, which is written again or not at all after an interruption;
 a chunk is the unit of hashes. Arguments of ``open_writer`` are the folder of the result, the job
 that determines the content, and path and size of the large file.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import itertools

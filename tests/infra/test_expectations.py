@@ -3,6 +3,8 @@
 A check compares one column of a split, or the whole split, with a rule; its result is a finding.
 ``intended`` is the number of planned checks and ``evaluated`` the number that could be carried out.
 The split ``traffic`` has logged requests, without labels.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import datetime as dt

@@ -1,4 +1,7 @@
-"""Description of a trained network's class and arguments, recorded while it is constructed."""
+"""Description of a trained network's class and arguments, recorded while it is constructed.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 import copy
 import sys

@@ -1,4 +1,7 @@
-"""Lowering of graphs with bfloat16 products, which ONNX Runtime does not run on a CPU."""
+"""Lowering of graphs with bfloat16 products, which ONNX Runtime does not run on a CPU.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Lowering refuses a network whose scores depend on the padding of shorter rows."""
+"""Lowering refuses a network whose scores depend on the padding of shorter rows.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 import numpy as np
 import pyarrow.compute as pc

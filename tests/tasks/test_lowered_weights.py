@@ -1,6 +1,8 @@
 """Weights of a large graph are hard links to the bundle's files, so that both are stored once.
 
 A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 from pathlib import Path

@@ -2,6 +2,8 @@
 
 Each process is a rank, which trains on its share of the rows of a batch. Its gradients are weighted
 by the share and summed over the ranks. Here two ranks train on the CPU.
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import json

@@ -2,6 +2,8 @@
 
 Unchanged tensors are in files of the source bundle, to which the result refers. A home is the
 folder with everything that recpress stores (``RECPRESS_HOME``).
+
+A draft is the folder that becomes a bundle when it is packed.
 """
 
 import time
