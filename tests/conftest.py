@@ -80,9 +80,9 @@ def pytest_xdist_auto_num_workers() -> int:
 def _read_once() -> Iterator[None]:
     """Read the large definitions of ONNX operators and of AWS's API only once in a run."""
     # Imported here because the process that only distributes tests does not need torch.
-    from onnx_operators import operators_read_once
+    from cached_onnx_operators import cache_onnx_operators
 
-    with operators_read_once(), models_read_once():
+    with cache_onnx_operators(), models_read_once():
         yield
 
 

@@ -1,4 +1,4 @@
-"""Small ONNX graphs for tests, and their outputs in a network and in ONNX Runtime."""
+"""Build small ONNX models, and compare converted networks with ONNX Runtime."""
 
 import io
 import warnings
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from compressors.onnx_network.conversion import build, convert
+from compressors.onnx_network.conversion import convert_model
 from compressors.onnx_network.network import OnnxNetwork
 from infra.onnxruntime.sessions import Session
 
@@ -24,7 +24,7 @@ ROWS = "rows"
 OPSET = 18
 
 
-def build_graph(
+def build_model(
     nodes: Sequence[onnx.NodeProto],
     inputs: Mapping[str, Array],
     outputs: Sequence[str] = ("y",),
@@ -32,8 +32,17 @@ def build_graph(
     opset: int = OPSET,
     domains: Sequence[str] = (),
 ) -> onnx.ModelProto:
-    """Return a model whose inputs have the dtypes and shapes of arrays, and any number of rows."""
-    declared = [
+    """Build an ONNX model.
+
+    Args:
+        nodes: the nodes of the graph.
+        inputs: for each input, an array with its dtype and shape; the first dimension is dynamic.
+        outputs: names of the outputs.
+        weights: the initializers.
+        opset: the opset of the standard operators.
+        domains: further domains of operators.
+    """
+    graph_inputs = [
         helper.make_tensor_value_info(
             name, helper.np_dtype_to_tensor_dtype(array.dtype), [ROWS, *array.shape[1:]]
         )
@@ -42,7 +51,7 @@ def build_graph(
     graph = helper.make_graph(
         nodes,
         "graph",
-        declared,
+        graph_inputs,
         [onnx.ValueInfoProto(name=name) for name in outputs],
         [numpy_helper.from_array(array, name) for name, array in (weights or {}).items()],
     )
@@ -58,7 +67,7 @@ def build_graph(
 
 
 def infer_types(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a model whose outputs have types, which ONNX derives from the nodes."""
+    """Return a copy of a model whose values have inferred types; outputs without one are floats."""
     inferred = onnx.shape_inference.infer_shapes(model)
     for output in inferred.graph.output:
         if not output.type.tensor_type.elem_type:
@@ -67,12 +76,12 @@ def infer_types(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def build_network(model: onnx.ModelProto) -> OnnxNetwork:
-    """Return the network that is read from a model."""
-    return build(convert(ir.from_proto(model)))
+    """Convert a model to a network."""
+    return convert_model(ir.from_proto(model)).build_network()
 
 
 def network_outputs(network: OnnxNetwork, inputs: Mapping[str, Array]) -> list[Array]:
-    """Return what a network returns for arrays."""
+    """Return the outputs of a network for input arrays."""
     with torch.no_grad():
         returned = network({name: torch.from_numpy(array) for name, array in inputs.items()})
     tensors = returned.values() if isinstance(returned, dict) else [returned]
@@ -82,25 +91,25 @@ def network_outputs(network: OnnxNetwork, inputs: Mapping[str, Array]) -> list[A
 def runtime_outputs(
     model: onnx.ModelProto, inputs: Mapping[str, Array], folder: Path
 ) -> list[Array]:
-    """Return what ONNX Runtime returns for arrays."""
+    """Return the outputs of ONNX Runtime for input arrays."""
     path = folder / "model.onnx"
     onnx.save(model, path)
     return Session(path, threads=1).outputs(list(inputs.values()))
 
 
-def require_equal(
+def require_same_outputs(
     model: onnx.ModelProto, inputs: Mapping[str, Array], folder: Path, tolerance: float = 2e-6
 ) -> None:
-    """Raise unless the network that is read from a model returns what ONNX Runtime returns.
+    """Raise unless the converted network has the outputs of ONNX Runtime.
 
-    Both compute in float32, where a sum of a few values in another order differs in the last bits.
+    Both compute in float32, and sums of a few values in different orders differ in the last bits.
     """
     expected = runtime_outputs(model, inputs, folder)
-    for got, array in zip(network_outputs(build_network(model), inputs), expected, strict=True):
-        assert got.shape == array.shape
-        assert got.dtype.kind == array.dtype.kind
+    for output, array in zip(network_outputs(build_network(model), inputs), expected, strict=True):
+        assert output.shape == array.shape
+        assert output.dtype.kind == array.dtype.kind
         np.testing.assert_allclose(
-            got.astype(np.float64), array.astype(np.float64), rtol=tolerance, atol=tolerance
+            output.astype(np.float64), array.astype(np.float64), rtol=tolerance, atol=tolerance
         )
 
 
@@ -113,35 +122,35 @@ def export(
     dynamo: bool,
     by_name: bool = True,
 ) -> None:
-    """Export a network of torch with any number of rows, by either exporter of torch.
+    """Export a PyTorch network to ONNX with a dynamic number of rows.
 
     Args:
-        network: a network.
+        network: the network.
         inputs: example inputs.
         outputs: names of the outputs.
         path: the file to write.
-        dynamo: whether by ``torch.export``, and otherwise by TorchScript.
-        by_name: whether the network receives its inputs by name, and otherwise as ``*tensors``.
+        dynamo: True to export with ``torch.export``, False with TorchScript.
+        by_name: whether ``forward`` has a parameter per input; False for ``*tensors``.
     """
     names = list(inputs)
     rows = torch.export.Dim("rows", min=1, max=4096)
     shapes: Any = {name: {0: rows} for name in names} if by_name else (({0: rows},) * len(names),)
-    passes_names = dynamo and by_name  # TorchScript knows no keywords
-    form: dict[str, Any] = (
+    uses_keywords = dynamo and by_name  # TorchScript does not support keyword arguments
+    options: dict[str, Any] = (
         {"dynamic_shapes": shapes, "external_data": False}
         if dynamo
         else {"dynamic_axes": {name: {0: ROWS} for name in names}, "opset_version": 17}
     )
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # the exporter of TorchScript is deprecated
+        warnings.simplefilter("ignore")  # torch deprecates the TorchScript exporter
         torch.onnx.export(
             network,
-            () if passes_names else tuple(inputs.values()),
+            () if uses_keywords else tuple(inputs.values()),
             path,
-            kwargs=dict(inputs) if passes_names else None,
+            kwargs=dict(inputs) if uses_keywords else None,
             dynamo=dynamo,
             verbose=False,
             input_names=names,
             output_names=list(outputs),
-            **form,
+            **options,
         )

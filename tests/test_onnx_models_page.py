@@ -7,7 +7,7 @@ import pytest
 from click_data import write_clicks
 from page_examples import code_blocks, run_commands
 
-from compressors.onnx_network.operators.table import OPERATORS
+from compressors.onnx_network.operators.registry import OPERATORS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "onnx-models.md"

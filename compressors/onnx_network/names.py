@@ -1,8 +1,8 @@
-"""Names of modules, weights and values of a network that is read from an ONNX graph.
+"""Derive names of modules, weights and values of a network from those in an ONNX graph.
 
-Plans and reports show the names of tables and layers. An exporter of TensorFlow names nodes by
-layer (``model/hidden/MatMul``), one of torch names initializers by attribute
-(``hidden.0.weight``), or nodes by scope (``/hidden/hidden.0/Gemm``).
+Plans and reports show the names of tables and layers. TensorFlow exporters name nodes by layer
+(``model/hidden/MatMul``). PyTorch exporters name initializers by attribute (``hidden.0.weight``)
+or nodes by scope (``/hidden/hidden.0/Gemm``).
 """
 
 import re
@@ -10,36 +10,36 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-_KINDS = ("weight", "kernel", "embeddings", "bias")
-"""The last part of an initializer's name that names a weight of a layer and not the layer."""
+_WEIGHT_NAMES = ("weight", "kernel", "embeddings", "bias")
+"""Last parts of initializer names that name a weight of a layer, not the layer."""
 
 
 def layer_path(node: ir.Node, weight: ir.Value) -> tuple[str, ...]:
-    """Return the parts of the name of the layer or table that a node computes.
+    """Return the name of the layer or table that a node computes, split into its scopes.
 
     Args:
         node: the node, such as a MatMul.
         weight: its initializer.
     """
     for name in (node.name, node.outputs[0].name):
-        *scope, _ = (name or "").strip("/").split("/")
-        if scope:
-            return tuple(part for item in _without_repetition(scope) for part in item.split("."))
+        *scopes, _ = (name or "").strip("/").split("/")
+        if scopes:
+            return tuple(p for scope in _remove_repeated_scopes(scopes) for p in scope.split("."))
     parts = re.split(r"[./:]+", weight.name or "weight")
-    return tuple(parts[:-1] if len(parts) > 1 and parts[-1] in _KINDS else parts)
+    return tuple(parts[:-1] if len(parts) > 1 and parts[-1] in _WEIGHT_NAMES else parts)
 
 
-def _without_repetition(scope: list[str]) -> list[str]:
-    """Leave out scopes that the next one repeats: torch writes ``/mlp/mlp.0/MatMul``."""
+def _remove_repeated_scopes(scopes: list[str]) -> list[str]:
+    """Remove scopes that the next scope repeats: torch writes ``/mlp/mlp.0/MatMul``."""
     return [
-        part
-        for index, part in enumerate(scope)
-        if not (index + 1 < len(scope) and scope[index + 1].startswith(f"{part}."))
+        scope
+        for index, scope in enumerate(scopes)
+        if not (index + 1 < len(scopes) and scopes[index + 1].startswith(f"{scope}."))
     ]
 
 
-def common_scopes(paths: Iterable[tuple[str, ...]]) -> int:
-    """Return how many first parts all paths share, such as the name of the model."""
+def count_common_scopes(paths: Iterable[tuple[str, ...]]) -> int:
+    """Return how many leading scopes all paths share, such as the name of the model."""
     first, *others = list(paths) or [()]
     count = 0
     while all(len(path) > count + 1 and path[count] == first[count] for path in (first, *others)):
@@ -47,16 +47,16 @@ def common_scopes(paths: Iterable[tuple[str, ...]]) -> int:
     return count if others else 0
 
 
-def unique_name(text: str, *taken: set[str]) -> str:
-    """Return an attribute name for a text that is in none of the sets, and add it to all of them.
+def unique_name(text: str, *used_names: set[str]) -> str:
+    """Return a Python identifier for a text that none of the sets has, and add it to all sets.
 
-    It is the text itself, if that is a name that is not in use.
+    It is the text itself if that is an unused identifier.
     """
     base = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_") or "value"
     base = f"_{base}" if base[0].isdigit() else base
     name, number = base, 1
-    while any(name in names for names in taken):
+    while any(name in names for names in used_names):
         name, number = f"{base}_{number}", number + 1
-    for names in taken:
+    for names in used_names:
         names.add(name)
     return name

@@ -1,12 +1,12 @@
-"""``OnnxNetwork``: a torch network that computes what an ONNX graph computes.
+"""``OnnxNetwork``: a PyTorch network that computes an ONNX graph.
 
-The graph without its weights is the configuration of the class, plain JSON, so a bundle stores the
-network like any other: ``model.json`` has the class and the configuration, and the safetensors
-files the weights. Tables and dense layers are modules of torch, which steps compress; the other
-nodes are functions (``operators/``).
+The arguments of the class describe the graph without its weights as JSON values, so a bundle stores
+it like any other network: the class and its arguments in ``model.json``, and the weights in
+safetensors files. Embedding tables and dense layers are PyTorch modules, which steps compress.
+Functions compute the other nodes (``operators/``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from compressors.errors.onnx_graphs import OnnxRefused
-from compressors.onnx_network.operators.layout import from_start
-from compressors.onnx_network.operators.sizes import SIZE_OPERATORS, Sizes, as_sizes, tensor_of
-from compressors.onnx_network.operators.table import OPERATORS, computes_sizes
+from compressors.onnx_network.operators.layout import wrap_negative_indices
+from compressors.onnx_network.operators.registry import OPERATORS, computes_sizes
+from compressors.onnx_network.operators.sizes import (
+    OPERATORS_ON_SIZES,
+    Sizes,
+    as_sizes,
+    sizes_to_tensor,
+)
 
 Value: TypeAlias = Tensor | Sizes
-"""A value of the graph: a tensor, or integers of a shape."""
+"""A value of the graph: a tensor, or sizes, from which the graph computes shapes."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class GraphInput:
 
     Attributes:
         name: its name.
-        dtype: dtype of its tensor; integers of all sizes are int64.
+        dtype: dtype of its tensor; all integer types of ONNX become int64.
         shape: the size of each dimension; None for a dynamic one.
     """
 
@@ -37,13 +42,13 @@ class GraphInput:
     shape: tuple[int | None, ...]
 
     def convert(self, tensor: Tensor) -> Tensor:
-        """Return a tensor with the input's dtype and number of dimensions.
+        """Convert a tensor to the input's dtype and number of dimensions.
 
-        One value per row may have the shape ``(rows,)`` or ``(rows, 1)``.
+        If the input has one value per row, the tensor may be ``(rows,)`` or ``(rows, 1)``.
 
         Raises:
-            TypeError: the input is for integers and the tensor has floats.
-            ValueError: the sizes differ.
+            TypeError: the input has integers and the tensor has floats.
+            ValueError: the tensor has another shape.
         """
         dtype: torch.dtype = getattr(torch, self.dtype)
         if dtype is torch.int64 and tensor.is_floating_point():
@@ -52,10 +57,10 @@ class GraphInput:
             tensor = tensor.unsqueeze(1)
         elif tensor.dim() == 2 and len(self.shape) == 1 and tensor.shape[1] == 1:
             tensor = tensor.squeeze(1)
-        fits = tensor.dim() == len(self.shape) and all(
+        has_shape = tensor.dim() == len(self.shape) and all(
             size is None or size == got for size, got in zip(self.shape, tensor.shape, strict=True)
         )
-        if not fits:
+        if not has_shape:
             raise ValueError(
                 f"expected the shape {self.shape} of the input {self.name}, got "
                 f"{tuple(tensor.shape)}; a list must have this length in the data"
@@ -68,11 +73,11 @@ class Node:
     """A node of the graph.
 
     Attributes:
-        op: its ONNX operator, or ``Module`` for a call of a module.
-        inputs: names of its inputs; empty for an optional input without value.
-        outputs: names of its outputs; empty for an output that no node reads.
+        op: its ONNX operator, or ``Module`` if it calls a module.
+        inputs: names of its inputs; empty for an omitted optional input.
+        outputs: names of its outputs; empty for an omitted optional output.
         attributes: its attributes.
-        module: name of the called module.
+        module: name of the called module; None for an operator.
     """
 
     op: str
@@ -82,31 +87,32 @@ class Node:
     module: str | None
 
 
-MODULE = "Module"
+MODULE_OP = "Module"
 
-ROWS = "rows"
-"""The attribute of a call of a table whose ids may be negative: its number of rows."""
+ROWS_ATTRIBUTE = "rows"
+"""Attribute of a node that calls a table: the table's number of rows, if ids may be negative."""
 
 
 class OnnxNetwork(nn.Module):
-    """A network that computes the outputs of an ONNX graph.
+    """A network that computes an ONNX graph.
 
-    Its tables, dense layers and other weights are attributes that are named after the initializers.
+    Bundles store the arguments, and names of weights avoid the public attributes, so neither of
+    them may be renamed.
 
     Args:
         inputs: name, dtype and shape of each input, as in ``GraphInput``.
-        outputs: name of each output, and the value that it returns.
-        nodes: the nodes in the order in which they are computed, as in ``Node``.
+        outputs: name of the value that is returned, by the name of the output.
+        nodes: the nodes in the order of computation, as in ``Node``.
         tables: rows and dimension of each table, by name.
-        layers: inputs, outputs and bias of each dense layer, by name. In place of a number of
-            inputs or outputs, the name of a width.
-        widths: numbers of outputs of layers that are also numbers of inputs of others, by name.
+        layers: by name of each dense layer, ``inputs``, ``outputs`` and whether it has a ``bias``.
+            The number of inputs or outputs may be given as the name of a width.
+        widths: by name, numbers of outputs that are also numbers of inputs of other layers.
         parameters: dtype and shape of the other trained weights, by name.
         buffers: dtype and shape of the constants, by name.
-        sizes: integers from which shapes are computed, by name.
+        sizes: constant integers from which the graph computes shapes, by name.
 
     Raises:
-        OnnxRefused: a node has an unknown operator.
+        OnnxRefused: an operator, or one of its attributes, is not supported.
     """
 
     def __init__(
@@ -126,88 +132,97 @@ class OnnxNetwork(nn.Module):
             GraphInput(item["name"], item["dtype"], tuple(item["shape"])) for item in inputs
         )
         self.outputs = dict(outputs)
-        self.nodes = tuple(_node(item) for item in nodes)
+        self.nodes = tuple(_parse_node(item) for item in nodes)
         self.sizes = {name: as_sizes(values) for name, values in sizes.items()}
         self.tensor_names = (*parameters, *buffers)
         for name, (rows, dim) in tables.items():
             self.add_module(name, nn.Embedding(rows, dim))
         for name, layer in layers.items():
-            ends = (layer["inputs"], layer["outputs"])
-            inner, outer = (widths[end] if isinstance(end, str) else end for end in ends)
-            self.add_module(name, nn.Linear(inner, outer, bias=layer["bias"]))
+            in_features, out_features = (
+                widths[size] if isinstance(size, str) else size
+                for size in (layer["inputs"], layer["outputs"])
+            )
+            self.add_module(name, nn.Linear(in_features, out_features, bias=layer["bias"]))
         for name, spec in parameters.items():
             self.register_parameter(name, nn.Parameter(_empty(spec)))
         for name, spec in buffers.items():
             self.register_buffer(name, _empty(spec))
-        self._released = _last_uses(self.nodes, self.outputs.values())
+        self._last_uses = _find_last_uses(self.nodes, self.outputs.values())
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """Compute the outputs.
 
         Args:
-            inputs: the tensor of each input, ``(rows, ...)``.
+            inputs: a tensor ``(rows, ...)`` for each input, by name.
 
         Returns:
-            The tensor of the only output, or those of several by name.
+            The output; if there are several, a dictionary of outputs by name.
         """
         tensors = self.graph_inputs(inputs)
         device = next(iter(tensors.values())).device
         values: dict[str, Value] = {**tensors, **self.sizes}
         values |= {name: getattr(self, name) for name in self.tensor_names}
-        for node, released in zip(self.nodes, self._released, strict=True):
+        for node, last_uses in zip(self.nodes, self._last_uses, strict=True):
             results = self._compute(node, [values.get(name) for name in node.inputs], device)
             values.update(
                 (name, result) for name, result in zip(node.outputs, results, strict=False) if name
             )
-            for name in released:
+            for name in last_uses:  # frees their memory
                 values.pop(name, None)
-        outputs = {name: _tensor(values[value], device) for name, value in self.outputs.items()}
+        outputs = {name: _as_tensor(values[value], device) for name, value in self.outputs.items()}
         return outputs if len(outputs) > 1 else next(iter(outputs.values()))
 
     def graph_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs with the dtypes and dimensions of the graph.
+        """Convert the inputs to the dtypes and numbers of dimensions of the graph.
 
         Raises:
-            TypeError, ValueError: as ``GraphInput.convert``.
+            TypeError, ValueError: see ``GraphInput.convert``.
         """
         return {item.name: item.convert(inputs[item.name]) for item in self.inputs}
 
     def _compute(
         self, node: Node, arguments: list[Value | None], device: torch.device
     ) -> tuple[Value, ...]:
-        """Return the outputs of a node."""
+        """Return the outputs of a node.
+
+        Raises:
+            OnnxRefused: the node needs constant sizes and receives a tensor, or has attributes or
+                inputs that the operator's function does not support.
+        """
         result: Any = None
         if node.module is not None:
-            source = _tensor(arguments[0], device)
-            if ROWS in node.attributes:
-                source = from_start(source, node.attributes[ROWS])
-            result = self.get_submodule(node.module)(source)
+            module_input = _as_tensor(arguments[0], device)
+            if ROWS_ATTRIBUTE in node.attributes:
+                rows = node.attributes[ROWS_ATTRIBUTE]
+                module_input = wrap_negative_indices(module_input, rows)
+            result = self.get_submodule(node.module)(module_input)
         elif not any(isinstance(item, Tensor) for item in arguments) and computes_sizes(
             node.op, node.attributes
         ):
-            result = SIZE_OPERATORS[node.op](*arguments, **node.attributes)
+            result = OPERATORS_ON_SIZES[node.op](*arguments, **node.attributes)
         if result is None:
             operator = OPERATORS[node.op]
             converted: list[Value | None] = []
             for position, argument in enumerate(arguments):
-                if position in operator.sizes and isinstance(argument, Tensor):
+                if position in operator.size_inputs and isinstance(argument, Tensor):
                     raise OnnxRefused("shape_from_values", op=node.op, node=node.outputs[0])
-                keeps = position in operator.sizes | operator.indices or argument is None
-                converted.append(argument if keeps else _tensor(argument, device))
-            placed = {"device": device} if operator.needs_device else {}
+                accepts_sizes = position in operator.size_inputs | operator.index_inputs
+                is_unchanged = accepts_sizes or argument is None
+                converted.append(argument if is_unchanged else _as_tensor(argument, device))
+            keywords = {"device": device} if operator.needs_device else {}
             try:
-                result = operator.function(*converted, **node.attributes, **placed)
+                result = operator.function(*converted, **node.attributes, **keywords)
             except NotImplementedError as fault:
                 problem = str(fault)
                 raise OnnxRefused("form_unknown", node=node.outputs[0], problem=problem) from fault
         return result if isinstance(result, tuple) else (result,)
 
 
-def _node(item: Mapping[str, Any]) -> Node:
+def _parse_node(item: Mapping[str, Any]) -> Node:
     """Return a node of the configuration.
 
     Raises:
-        OnnxRefused: its operator, or one of its attributes, is unknown.
+        OnnxRefused: its operator, or one of its attributes, is not supported.
     """
     node = Node(
         op=item["op"],
@@ -216,21 +231,21 @@ def _node(item: Mapping[str, Any]) -> Node:
         attributes=dict(item.get("attributes", {})),
         module=item.get("module"),
     )
-    if node.op != MODULE:
+    if node.op != MODULE_OP:
         require_supported(node.op, node.attributes, node.outputs[0])
     return node
 
 
 def require_supported(op: str, attributes: Mapping[str, Any], node: str) -> None:
-    """Raise unless a node can be computed.
+    """Raise unless an operator and its attributes are supported.
 
     Args:
-        op: its operator.
-        attributes: its attributes.
-        node: its name, for the message.
+        op: the operator.
+        attributes: the attributes of the node.
+        node: name of the node, for the message.
 
     Raises:
-        OnnxRefused: its operator, or one of its attributes, is unknown.
+        OnnxRefused: the operator, or one of the attributes, is not supported.
     """
     if op not in OPERATORS:
         raise OnnxRefused("operator_unknown", op=op, node=node)
@@ -243,17 +258,17 @@ def _empty(spec: Mapping[str, Any]) -> Tensor:
     return torch.zeros(spec["shape"], dtype=getattr(torch, spec["dtype"]))
 
 
-def _tensor(value: Any, device: torch.device) -> Tensor:
+def _as_tensor(value: Any, device: torch.device) -> Tensor:
     """Return a value as a tensor."""
-    return value if isinstance(value, Tensor) else tensor_of(value, device)
+    return value if isinstance(value, Tensor) else sizes_to_tensor(value, device)
 
 
-def _last_uses(nodes: Sequence[Node], outputs: Any) -> tuple[tuple[str, ...], ...]:
-    """Return, for each node, the values that no later node and no output reads."""
-    seen = set(outputs)
-    released = []
+def _find_last_uses(nodes: Sequence[Node], outputs: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """Return, for each node, its inputs that no later node consumes and that are no outputs."""
+    used_later = set(outputs)
+    last_uses = []
     for node in reversed(nodes):
-        names = tuple(dict.fromkeys(name for name in node.inputs if name not in seen))
-        seen.update(names)
-        released.append(names)
-    return tuple(reversed(released))
+        names = tuple(dict.fromkeys(name for name in node.inputs if name not in used_later))
+        used_later.update(names)
+        last_uses.append(names)
+    return tuple(reversed(last_uses))

@@ -1,4 +1,4 @@
-"""Bring an ONNX graph to one opset and simplify it."""
+"""Convert an ONNX graph to opset 18 or later and simplify it."""
 
 import logging
 from collections.abc import Iterator
@@ -11,22 +11,22 @@ from onnxscript.version_converter import ConvertVersionPass
 from compressors.contracts import is_out_of_memory
 from compressors.errors.onnx_graphs import OnnxRefused
 from compressors.lower.passes.simplify import simplify
-from compressors.onnx_network.rules import simplify_lookups
-from compressors.onnx_network.weights import Weights
+from compressors.onnx_network.lookup_rewrites import simplify_lookups
+from compressors.onnx_network.trained_weights import TrainedWeights
 
 OPSET = 18
-"""The first opset in which the axes of all reductions are inputs. No later one, up to 25, changes
-an operator of ``operators/``, so graphs of later opsets are not converted."""
+"""The first opset in which the axes of all reductions are inputs. The opsets 19 to 25 do not change
+the operators of ``operators/``, so graphs with these opsets are not converted."""
 
 ONNX_DOMAIN = "ai.onnx"
-"""The other name of the domain of ONNX's own operators, whose usual name is empty."""
+"""The long name of the domain of the standard ONNX operators, which graphs usually leave empty."""
 
 
-def normalize(model: ir.Model) -> Weights:
-    """Convert a graph to opset 18 if it is older, and simplify it, in place.
+def normalize(model: ir.Model) -> TrainedWeights:
+    """Convert a model to opset 18 if its opset is older, and simplify it, in place.
 
     Returns:
-        What follows its trained weights.
+        The initializers that training may change.
 
     Raises:
         OnnxRefused: the graph cannot be converted or simplified.
@@ -34,14 +34,15 @@ def normalize(model: ir.Model) -> Weights:
     for owner in (model, *model.functions.values()):
         if ONNX_DOMAIN in owner.opset_imports:
             owner.opset_imports[""] = owner.opset_imports.pop(ONNX_DOMAIN)
-    with _refusing_faults():
+    with _translate_library_errors():
         InlinePass()(model)
     opset = model.opset_imports.get("", 0)
     if opset < OPSET:
-        _convert(model, opset)
-    weights = Weights.of(model.graph)
-    with _refusing_faults():
-        simplify(model, weights.may_fold, most_merged=1)  # larger equal ones are trained apart
+        _convert_opset(model, opset)
+    weights = TrainedWeights.of(model.graph)
+    with _translate_library_errors():
+        # Equal initializers of more elements may be weights, which training changes separately.
+        simplify(model, weights.should_fold, most_merged=1)
         simplify_lookups(model)
         RemoveUnusedNodesPass()(model)
     weights.restore_names(model.graph)
@@ -49,8 +50,8 @@ def normalize(model: ir.Model) -> Weights:
 
 
 @contextmanager
-def _refusing_faults() -> Iterator[None]:
-    """Raise ``OnnxRefused`` for any exception of onnx's libraries, except a lack of memory."""
+def _translate_library_errors() -> Iterator[None]:
+    """Raise ``OnnxRefused`` for any exception of onnx and onnxscript, except a lack of memory."""
     try:
         yield
     except Exception as fault:
@@ -59,8 +60,8 @@ def _refusing_faults() -> Iterator[None]:
         raise OnnxRefused("simplification_failed", problem=str(fault)) from fault
 
 
-def _convert(model: ir.Model, opset: int) -> None:
-    """Convert a graph to ``OPSET`` with the converters of onnx."""
+def _convert_opset(model: ir.Model, opset: int) -> None:
+    """Convert a model from an older opset to ``OPSET`` with the converters of onnx."""
     log = logging.getLogger("onnxscript.version_converter")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns that it uses the converter of onnx

@@ -1,8 +1,8 @@
-"""Read a user's ONNX file, which is not trusted.
+"""Read an ONNX file of a user, which is untrusted input.
 
-The file is parsed after its size was checked. Large weights may be in other files, whose names are
-in the file: they must be in its folder, and as long as their tensors. They are read when their
-values are needed.
+The size of the file is checked before it is parsed. Large weights may be external data: tensors in
+other files to which the model refers. These files must be in the model's folder and large enough
+for their tensors. They are read when the values are needed.
 
 A draft is the folder that becomes a bundle when it is packed.
 """
@@ -20,22 +20,23 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 MAX_ONNX_BYTES = 2**31 - 1
-"""The limit of protobuf; larger models have external data."""
+"""Protobuf's limit for one message; larger models need external data."""
 
 MEMORY_FACTOR = 3
-"""Memory per byte of the file: the bytes, the parsed message, and a copy of the weights. External
-data are mapped into memory, and only their copy counts."""
+"""Bytes of memory per byte of the file: its content, the parsed message, and a copy of the weights.
+External data is memory-mapped, so only its copy counts."""
 
 OPSETS = (7, 25)
-"""The first opset whose binary operators broadcast as they do today, and the last known one."""
+"""The first supported opset, in which binary operators began to broadcast as they do now, and the
+last supported opset."""
 
 
 def read_onnx(path: Path) -> "ir.Model":
-    """Read an ONNX model and check where its tensors are.
+    """Read an ONNX model and check the locations of its external data.
 
     Raises:
-        DraftRefused: the file is no ONNX model, is too large, has an unknown opset, or refers to
-            external data that is missing, too short or outside of its folder.
+        DraftRefused: the file is not an ONNX model, is too large, has an unsupported opset, or
+            refers to external data that is missing, too short or outside of the file's folder.
         OutOfMemory: there is not enough memory.
         OSError: the file cannot be read.
     """
@@ -56,8 +57,9 @@ def read_onnx(path: Path) -> "ir.Model":
         for tensor in external:
             tensor.base_dir = path.parent
             _require_readable(tensor, path)
-        files = sum(tensor.nbytes for tensor in external)
-        require_memory(MEMORY_FACTOR * size + files, f"Reading {path.name} and its external data")
+        external_bytes = sum(tensor.nbytes for tensor in external)
+        needed = MEMORY_FACTOR * size + external_bytes
+        require_memory(needed, f"Reading {path.name} and its external data")
         onnx.checker.check_model(str(path))
     except (DraftRefused, OutOfMemory, OSError):
         raise
@@ -70,7 +72,7 @@ def read_onnx(path: Path) -> "ir.Model":
 
 
 def _require_opset(proto: "onnx.ModelProto", path: Path) -> None:
-    """Raise unless the opset of ONNX's own operators is one that recpress knows."""
+    """Raise unless the opset of the standard ONNX operators is supported."""
     first, last = OPSETS
     versions = [item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")]
     if not all(first <= version <= last for version in versions or [0]):
@@ -90,7 +92,7 @@ def _tensors(model: "ir.Model") -> "Iterator[ir.TensorProtocol]":
         for value in graph.initializers.values():
             if value.const_value is not None:
                 yield value.const_value
-    for owner in (*nodes, *functions):  # attributes of functions are default values
+    for owner in (*nodes, *functions):  # a function's attributes are default values
         for attribute in owner.attributes.values():
             if attribute.value is None:
                 continue
@@ -101,7 +103,7 @@ def _tensors(model: "ir.Model") -> "Iterator[ir.TensorProtocol]":
 
 
 def _require_readable(tensor: "ir.ExternalTensor", path: Path) -> None:
-    """Raise if a tensor is in another file that may not or cannot be read.
+    """Raise if the file of a tensor's external data is not allowed or does not contain it.
 
     Raises:
         DraftRefused: the file is outside of the model's folder, missing or too short.
@@ -119,5 +121,5 @@ def _require_readable(tensor: "ir.ExternalTensor", path: Path) -> None:
 
 
 def _is_inside(file: Path, folder: Path) -> bool:
-    """Return whether a file is in a folder after links were followed."""
+    """Return whether a file is in a folder after symbolic links are resolved."""
     return file.resolve().is_relative_to(folder.resolve())

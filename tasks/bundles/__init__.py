@@ -1,12 +1,10 @@
-"""Pack, find and load bundles. No Prefect.
+"""Draft, pack, find and load bundles. No Prefect.
 
-A draft is the folder of a bundle before it is packed.
-
-To pack is to check a folder with a model and its data (a draft) and to store it as a bundle.
+A draft is a folder with a model and its data. Packing checks a draft and stores it as a bundle.
 
 bundle_ref.py      finds a bundle in the store by name and version
-draft_request.py   what a user says about a network, and the rows of the data
-onnx_models.py     reads a trained network from an ONNX file
+draft_request.py   the user's description of a network, and the rows of the data
+onnx_models.py     reads a trained network from an ONNX file and checks its outputs
 text_models.py     reads a trained text encoder from a folder of sentence-transformers
 draft_signature.py describes the signature of a network for a new draft
 text_signature.py  describes the signature of a text encoder

@@ -1,4 +1,4 @@
-"""What a user says about a trained network, and the data that a draft is written from."""
+"""The user's description of a trained network, and the data for its draft."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,7 @@ SPLITS: tuple[str, ...] = get_args(SplitName)
 
 
 class DraftRequest(Frozen):
-    """What the user says about a trained network.
+    """The user's description of a trained network.
 
     Attributes:
         folder: the new folder of the draft.
@@ -34,7 +34,7 @@ class DraftRequest(Frozen):
         metric: the metric that decides quality; None for the default of the task kind.
         group: column that groups rows.
         time: column with the time of a row.
-        inputs: columns by argument of the network, where they have other names.
+        inputs: columns of each argument of the network whose columns have other names.
         method: the method of the network that returns the outputs.
         query_tower: attribute path of the query tower, a submodule or method, of a retrieval model.
         item_tower: attribute path of its item tower.
@@ -72,7 +72,7 @@ class DraftRequest(Frozen):
 
     @property
     def source(self) -> str:
-        """What the network is read from."""
+        """The module and name, the file or the folder of the network."""
         return self.model or str(self.onnx or self.sentence_transformer)
 
     @property

@@ -1,10 +1,10 @@
 """Write the draft of a bundle from a trained network and rows of the data.
 
-The network is in a user's module, in an ONNX file or in a folder of sentence-transformers.
+The network comes from a user's Python module, an ONNX file or a folder of sentence-transformers.
 
-A network of a module or an ONNX file is called with rows of the data (``compressors/inspection``)
-to derive its inputs and outputs. The arguments of one of a module are recorded while it is
-constructed (``infra/bundle/live_model.py``).
+To derive the inputs and outputs, a network from a module or an ONNX file is called with rows of the
+data (``compressors/inspection``). The constructor arguments of a network from a module are recorded
+while it is constructed (``infra/bundle/live_model.py``).
 """
 
 import json
@@ -70,10 +70,10 @@ class NewDraft:
     Attributes:
         folder: its folder.
         draft: its ``model.json``.
-        rows_of_table: rows of each table that an input reads, by its path.
-        reasons: by input, why it has its kind.
-        unused: columns that fill an input and change no output.
-        weight_bytes: size of the weights' file.
+        rows_of_table: number of rows of each table that an input is looked up in, by its path.
+        reasons: the reason for the kind of each input, by input.
+        unused: columns of inputs that do not affect any output.
+        weight_bytes: size of the file of weights.
         remarks: further sentences about what was derived.
     """
 
@@ -87,11 +87,11 @@ class NewDraft:
 
 
 def new_draft(request: DraftRequest, rows: RowsOfData | None = None) -> NewDraft:
-    """Derive the description of a trained network, and write it with the weights as a draft.
+    """Derive the signature of a trained network, and write it with the weights as a draft.
 
     Args:
-        request: what the user says about the network.
-        rows: the rows of the data, if they were read already.
+        request: the network and the user's description of it.
+        rows: the rows of the data, if they are read already.
 
     Raises:
         BundleRefused: the module is not allowed or cannot be imported, or a field is invalid.
@@ -120,7 +120,7 @@ def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
         module, architecture = texts.network, texts.architecture
         described = describe_texts(request, texts, rows.summaries, files[ITEMS])
     else:
-        module, architecture = _imported(request)
+        module, architecture = _load_network(request)
         _require_only_tensors(module)
         described = (
             describe_towers(request, module, sample, files[ITEMS])
@@ -174,25 +174,31 @@ def _default_name(request: DraftRequest, module: nn.Module) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("._-")[:64]
 
 
-def _imported(request: DraftRequest) -> tuple[nn.Module, Architecture]:
-    """Return the trained network, and the class and arguments that a bundle builds it from."""
+def _load_network(request: DraftRequest) -> tuple[nn.Module, Architecture]:
+    """Load the trained network.
+
+    Returns:
+        The network, and its class and arguments, from which a bundle builds it.
+    """
     if request.model is None:
         return load_onnx(Path(request.source))
     allowed = load_settings().allowed_modules
     if request.weights is not None:
-        return _loaded(request.model, request.config, request.weights)
+        return _build_with_weights(request.model, request.config, request.weights)
     module, calls = import_network(request.model, allowed)
     architecture = describe_architecture(module, calls)
     import_architecture(architecture)  # raises if the class is in a module that is not allowed
     return module, architecture
 
 
-def _loaded(model: str, config_text: str, weights: Path) -> tuple[nn.Module, Architecture]:
+def _build_with_weights(
+    model: str, config_text: str, weights: Path
+) -> tuple[nn.Module, Architecture]:
     """Build the network of a class and load its weights.
 
     Raises:
-        DraftRefused: the arguments are no JSON object, or the weights do not fit.
-        BundleRefused: the class is not allowed, cannot be imported, or is no class.
+        DraftRefused: the arguments are not a JSON object, or the weights do not fit the class.
+        BundleRefused: the class is not allowed or cannot be imported, or is not a class.
     """
     try:
         config = json.loads(config_text)
@@ -208,7 +214,7 @@ def _loaded(model: str, config_text: str, weights: Path) -> tuple[nn.Module, Arc
         module.load_state_dict(load_file(weights), strict=True)
     except (BundleRefused, ConstructionFailed, OSError):
         raise
-    except Exception as fault:  # of the user's class, or of weights that do not fit
+    except Exception as fault:  # raised by the user's class, or by weights that do not fit
         if is_out_of_memory(fault):
             raise
         raise DraftRefused(
@@ -218,14 +224,14 @@ def _loaded(model: str, config_text: str, weights: Path) -> tuple[nn.Module, Arc
 
 
 def _require_only_tensors(module: nn.Module) -> None:
-    """Raise ``DraftRefused`` if a network's state dict has other values than tensors."""
+    """Raise ``DraftRefused`` if the state dict of a network has values that are not tensors."""
     for name, tensor in module.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise DraftRefused("state_no_tensor", name=name, kind=type(tensor).__name__)
 
 
 def _rows_of_inputs(module: nn.Module, signature: Signature) -> dict[str, int]:
-    """Return the number of rows of each table that an input reads."""
+    """Return the number of rows of each table that an input is looked up in, by its path."""
     rows = rows_of_tables(module, signature)
     return {table: rows[table] for item in signature.inputs for table in all_tables(item)}
 
@@ -233,16 +239,16 @@ def _rows_of_inputs(module: nn.Module, signature: Signature) -> dict[str, int]:
 def _require_same_scores(
     request: DraftRequest, folder: Path, draft: Draft, calls: Sequence[DerivedInputs]
 ) -> None:
-    """Raise if a network that is built from the draft returns other values than the user's.
+    """Raise if a network that is built from the draft has other outputs than the user's network.
 
     Args:
-        request: names the network.
-        folder: contains the weights.
+        request: the user's network, for the message.
+        folder: the folder with the weights.
         draft: the draft.
-        calls: the call of the network; the calls of the towers, in their order.
+        calls: the call of the network, or the calls of the towers in their order.
 
     Raises:
-        DraftRefused: the values differ.
+        DraftRefused: the outputs differ.
     """
     architecture, signature = draft.network.architecture, draft.signature
     problem = "other scores"

@@ -204,7 +204,7 @@ def serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from onnx_operators import operators_read_once
+    from cached_onnx_operators import cache_onnx_operators
 
     from flows.cli.console import EMBEDDED
 
@@ -213,7 +213,7 @@ def serve() -> None:
     for name in IMPORTED:
         import_module(name)
     import_module("tasks.evaluation.latency").MAX_ROUNDS = MEASURED_ROUNDS
-    with operators_read_once():
+    with cache_onnx_operators():
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
         for line in sys.stdin:

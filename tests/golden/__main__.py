@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
+from tests.cached_onnx_operators import cache_onnx_operators
 from tests.golden import compare, package
 from tests.golden.cases import list_all_cases
 from tests.golden.entries import Entries, compute_entries
 from tests.golden.numerics import describe_machine
-from tests.onnx_operators import operators_read_once
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
                 f"Expected the record's machine {recorded_on}, got {describe_machine()}.\n"
             )
             return 1
-    with operators_read_once():
+    with cache_onnx_operators():
         for case in list_all_cases():
             title = f"{case.name} | {case.network}"
             if options.only not in title:

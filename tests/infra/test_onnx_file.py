@@ -14,7 +14,7 @@ import pytest
 from error_codes import raises_code
 from onnx import helper
 from onnx.external_data_helper import convert_model_to_external_data
-from onnx_graphs import build_graph
+from onnx_graphs import build_model
 
 from infra.bundle.onnx_file import read_onnx
 from infra.errors import DraftRefused, OutOfMemory
@@ -25,7 +25,7 @@ WEIGHT = np.arange(512, dtype=np.float32).reshape(64, 8)
 def lookup(opset: int = 18) -> onnx.ModelProto:
     """Return a model with one table."""
     node = helper.make_node("Gather", ["table", "ids"], ["y"])
-    return build_graph([node], {"ids": np.array([0, 1])}, weights={"table": WEIGHT}, opset=opset)
+    return build_model([node], {"ids": np.array([0, 1])}, weights={"table": WEIGHT}, opset=opset)
 
 
 def write_with_external_data(folder: Path) -> Path:
@@ -84,7 +84,7 @@ def test_external_data_of_a_constant_is_checked_too(tmp_path: Path) -> None:
     tensor = helper.make_tensor("value", 1, [2], np.zeros(2, np.float32).tobytes(), raw=True)
     constant = helper.make_node("Constant", [], ["c"], value=tensor)
     add = helper.make_node("Add", ["x", "c"], ["y"])
-    model = build_graph([constant, add], {"x": np.zeros((3, 2), np.float32)})
+    model = build_model([constant, add], {"x": np.zeros((3, 2), np.float32)})
     value = model.graph.node[0].attribute[0].t
     value.ClearField("raw_data")
     value.data_location = onnx.TensorProto.EXTERNAL

@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from tests.onnx_operators import operators_read_once
+from tests.cached_onnx_operators import cache_onnx_operators
 from tests.random_networks.check import Checker, Fault, Findings, run_check
 from tests.random_networks.generator import Case, generate
 from tests.random_networks.passes import PASSES
@@ -85,7 +85,7 @@ def main() -> int:
 
     first, count = (options.seed, 1) if options.seed is not None else (options.first, options.count)
     total, start = Findings(), time.process_time()
-    with operators_read_once():
+    with cache_onnx_operators():
         for seed in range(first, first + count):
             findings = run_check(generate(seed), check)
             total.add(findings)
@@ -96,7 +96,7 @@ def main() -> int:
                 show(findings.refused)
     summarize(total, time.process_time() - start)
     if options.shrink and total.faults:
-        with operators_read_once():
+        with cache_onnx_operators():
             shrink(generate(total.faults[0].seed), check, total.faults[0])
     return 1 if total.faults else 0
 

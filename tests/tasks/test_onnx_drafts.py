@@ -14,14 +14,14 @@ import torch
 from click_data import write_clicks
 from error_codes import raises_code
 from onnx import helper
-from onnx_graphs import build_graph
+from onnx_graphs import build_model
 
 from compressors.contracts import ONNX_NETWORK
 from compressors.core.units import Unit
 from compressors.errors.compression import ModelRefused
 from compressors.errors.inspection import InspectionFailed
 from compressors.errors.onnx_graphs import OnnxRefused
-from compressors.onnx_network.operators.table import OPERATORS, Operator
+from compressors.onnx_network.operators.registry import OPERATORS, Operator
 from infra.errors import DraftRefused
 from tasks.bundles.bundle_ref import resolve
 from tasks.bundles.loading import load_bundle
@@ -73,7 +73,7 @@ def two_outputs() -> onnx.ModelProto:
     ]
     inputs = {"user": np.zeros(2, np.int32), "item": np.zeros((2, 1), np.int64)}
     weights = {**WEIGHTS, "one": np.array([1])}
-    return build_graph(nodes, inputs, ["click/score", "like"], weights)
+    return build_model(nodes, inputs, ["click/score", "like"], weights)
 
 
 def test_model_of_keras_becomes_a_bundle_with_the_scores_of_onnx_runtime(
@@ -114,7 +114,7 @@ def test_column_of_another_name_is_named_with_the_input(home: Path, data: Path) 
     ]
     inputs = {"ids": np.zeros((2, 2), np.int64)}
     weights = {**WEIGHTS, "axes": np.array([1, 2])}
-    model = build_graph(nodes, inputs, weights=weights)
+    model = build_model(nodes, inputs, weights=weights)
     with raises_code(InspectionFailed, "arguments_unknown", names=("ids",)):
         draft(home, data, model)
     written = draft(home, data, model, inputs={"ids": ("user", "item")})

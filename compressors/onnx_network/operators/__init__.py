@@ -1,9 +1,9 @@
 """The ONNX operators of a network, as functions of tensors.
 
-sizes.py        operators on the integers of shapes
+sizes.py        operators on sizes: integers from which a graph computes shapes
 elementwise.py  arithmetic, comparison, logic, activations, casts
-layout.py       select, join, reorder or repeat elements
-reductions.py   products, reductions, norms, softmax, convolutions
+layout.py       reshape, slice, gather, concatenate, pad
+reductions.py   matrix products, reductions, normalization, softmax, convolution
 recurrent.py    GRU and LSTM
-table.py        the list of all operators
+registry.py     all operators by their ONNX name
 """

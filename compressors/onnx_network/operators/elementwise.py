@@ -1,7 +1,7 @@
 """Elementwise ONNX operators: arithmetic, comparison, logic, activations, casts.
 
-Each function is one operator, with the operator's inputs as parameters and its attributes as
-keywords. Inputs broadcast as in torch, whose rule is that of ONNX.
+Each function computes one operator. Its positional parameters are the operator's inputs, and its
+keyword-only parameters are the attributes. ONNX and PyTorch have the same broadcasting rules.
 """
 
 import functools
@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DTYPES: Mapping[int, torch.dtype] = {
-    **dict.fromkeys((2, 3, 4, 5, 6, 7, 12, 13), torch.int64),
+    **dict.fromkeys((2, 3, 4, 5, 6, 7, 12, 13), torch.int64),  # all integer types
     1: torch.float32,
     9: torch.bool,
     11: torch.float64,
 }
-"""The torch dtype of each number of ``TensorProto.DataType`` that a graph may use. Integers of all
-sizes are int64, as ids are in a signature."""
+"""The torch dtype of each supported ``TensorProto.DataType``, by its number. All integer types are
+int64, as ids are in a signature."""
 
-NARROW: Mapping[int, torch.dtype] = {
+NARROW_INTEGERS: Mapping[int, torch.dtype] = {
     2: torch.uint8,
     3: torch.int8,
     4: torch.uint16,
@@ -29,11 +29,11 @@ NARROW: Mapping[int, torch.dtype] = {
     6: torch.int32,
     12: torch.uint32,
 }
-"""The integers of ``TensorProto.DataType`` that have fewer bits than int64."""
+"""The integer types of ``TensorProto.DataType`` with fewer than 64 bits, by their number."""
 
 
-def _reduced(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """Return an operator with any number of inputs from a function of two."""
+def _variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Return an operator of any number of inputs from a function of two."""
     return lambda *inputs: functools.reduce(function, inputs)
 
 
@@ -42,7 +42,7 @@ def _mean(*inputs: Tensor) -> Tensor:
 
 
 def _divide(x: Tensor, y: Tensor) -> Tensor:
-    # Integers are divided as in C: towards zero.
+    # ONNX rounds the quotient of integers towards zero.
     return torch.div(x, y, rounding_mode=None if x.is_floating_point() else "trunc")
 
 
@@ -55,8 +55,8 @@ def _power(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
-    if x.dtype is torch.int64 and to in NARROW:  # a larger number keeps its last bits
-        x = x.to(NARROW[to])
+    if x.dtype is torch.int64 and to in NARROW_INTEGERS:  # keeps the low-order bits
+        x = x.to(NARROW_INTEGERS[to])
     return x.to(DTYPES[to])
 
 
@@ -121,10 +121,10 @@ ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
     "Div": _divide,
     "Mod": _modulo,
     "Pow": _power,
-    "Sum": _reduced(torch.add),
+    "Sum": _variadic(torch.add),
     "Mean": _mean,
-    "Max": _reduced(torch.maximum),
-    "Min": _reduced(torch.minimum),
+    "Max": _variadic(torch.maximum),
+    "Min": _variadic(torch.minimum),
     "Equal": torch.eq,
     "Greater": torch.gt,
     "GreaterOrEqual": torch.ge,
@@ -171,4 +171,4 @@ ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
     "Identity": lambda x: x,
     "Dropout": _dropout,
 }
-"""The operators of this file by their ONNX name."""
+"""The functions of this file by the ONNX name of their operator."""

@@ -1,7 +1,7 @@
-"""GRU and LSTM of ONNX, with the operators of torch.
+"""The ONNX operators GRU and LSTM, computed by ``torch.gru`` and ``torch.lstm``.
 
-ONNX orders the gates of a GRU as update, reset, new and those of an LSTM as input, output, forget,
-cell; torch orders them as reset, update, new and as input, forget, cell, output.
+The order of the gates differs. GRU: update, reset, new in ONNX; reset, update, new in torch. LSTM:
+input, output, forget, cell in ONNX; input, forget, cell, output in torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 _GRU_GATES, _LSTM_GATES = (1, 0, 2), (0, 2, 3, 1)
+"""The position of each gate in ONNX, in the order of torch."""
+
 _ACTIVATIONS = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
 
 
-def _weights(
+def _torch_weights(
     w: Tensor, r: Tensor, b: Tensor | None, gates: tuple[int, ...]
 ) -> tuple[list[Tensor], bool]:
-    """Return the weights of all directions in torch's order, and whether there are biases."""
+    """Return the weights of all directions in the order of torch, and whether there are biases."""
     weights = []
     for direction in range(w.shape[0]):
         tensors = [w[direction], r[direction]]
@@ -29,30 +31,42 @@ def _weights(
     return weights, b is not None
 
 
-def _require_defaults(
-    kind: str,
+def _require_supported(
+    op: str,
     direction: str,
     activations: list[str] | None,
     layout: int,
     unsupported: Mapping[str, Any],
 ) -> None:
-    """Raise ``NotImplementedError`` for a form that torch's operators do not have."""
-    expected = _ACTIVATIONS[kind] * (2 if direction == "bidirectional" else 1)
+    """Raise ``NotImplementedError`` for attributes or inputs that torch does not support.
+
+    Args:
+        op: ``GRU`` or ``LSTM``.
+        direction: the attribute of this name.
+        activations: the attribute of this name.
+        layout: the attribute of this name.
+        unsupported: optional inputs and attributes that must be absent or 0, by name.
+    """
+    expected = _ACTIVATIONS[op] * (2 if direction == "bidirectional" else 1)
     if activations not in (None, expected):
-        raise NotImplementedError(f"{kind} with the activations {activations}")
+        raise NotImplementedError(f"{op} with the activations {activations}")
     if direction == "reverse" or layout:
-        raise NotImplementedError(f"{kind} with direction {direction} and layout {layout}")
-    if given := [n for n, value in unsupported.items() if isinstance(value, Tensor) or value]:
-        raise NotImplementedError(f"{kind} with {', '.join(given)}")
+        raise NotImplementedError(f"{op} with direction {direction} and layout {layout}")
+    if used := [n for n, value in unsupported.items() if isinstance(value, Tensor) or value]:
+        raise NotImplementedError(f"{op} with {', '.join(used)}")
 
 
-def _initial(state: Tensor | None, x: Tensor, w: Tensor, hidden_size: int) -> Tensor:
-    """Return the initial state, zeros if there is none: ``(directions, rows, hidden)``."""
+def _initial_state(state: Tensor | None, x: Tensor, w: Tensor, hidden_size: int) -> Tensor:
+    """Return the initial state ``(directions, rows, hidden)``, zeros if the input is omitted."""
     return x.new_zeros(w.shape[0], x.shape[1], hidden_size) if state is None else state
 
 
-def _by_direction(output: Tensor, directions: int) -> Tensor:
-    """Return torch's output as ONNX's: ``(steps, directions, rows, hidden)``."""
+def _onnx_output(output: Tensor, directions: int) -> Tensor:
+    """Reshape the output ``(steps, rows, directions * hidden)`` of torch to that of ONNX.
+
+    Returns:
+        The output ``(steps, directions, rows, hidden)``.
+    """
     steps, rows, _ = output.shape
     return output.reshape(steps, rows, directions, -1).transpose(1, 2)
 
@@ -73,13 +87,13 @@ def _gru(
     clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     unsupported = {"sequence_lens": sequence_lens, "clip": clip}
-    _require_defaults("GRU", direction, activations, layout, unsupported)
+    _require_supported("GRU", direction, activations, layout, unsupported)
     if not linear_before_reset:
-        raise NotImplementedError("GRU without linear_before_reset, which torch has not")
-    weights, has_biases = _weights(w, r, b, _GRU_GATES)
+        raise NotImplementedError("GRU without linear_before_reset")
+    weights, has_biases = _torch_weights(w, r, b, _GRU_GATES)
     output, state = torch.gru(
         x,
-        _initial(initial_h, x, w, hidden_size),
+        _initial_state(initial_h, x, w, hidden_size),
         weights,
         has_biases,
         num_layers=1,
@@ -88,7 +102,7 @@ def _gru(
         bidirectional=direction == "bidirectional",
         batch_first=False,
     )
-    return _by_direction(output, w.shape[0]), state
+    return _onnx_output(output, w.shape[0]), state
 
 
 def _lstm(
@@ -109,11 +123,11 @@ def _lstm(
     clip: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     unsupported = {"sequence_lens": sequence_lens, "P": p, "input_forget": input_forget}
-    _require_defaults("LSTM", direction, activations, layout, {**unsupported, "clip": clip})
-    weights, has_biases = _weights(w, r, b, _LSTM_GATES)
+    _require_supported("LSTM", direction, activations, layout, {**unsupported, "clip": clip})
+    weights, has_biases = _torch_weights(w, r, b, _LSTM_GATES)
     output, state, cell = torch.lstm(
         x,
-        [_initial(initial, x, w, hidden_size) for initial in (initial_h, initial_c)],
+        [_initial_state(initial, x, w, hidden_size) for initial in (initial_h, initial_c)],
         weights,
         has_biases,
         num_layers=1,
@@ -122,8 +136,8 @@ def _lstm(
         bidirectional=direction == "bidirectional",
         batch_first=False,
     )
-    return _by_direction(output, w.shape[0]), state, cell
+    return _onnx_output(output, w.shape[0]), state, cell
 
 
 RECURRENT: Mapping[str, Callable[..., Any]] = {"GRU": _gru, "LSTM": _lstm}
-"""The operators of this file by their ONNX name."""
+"""The functions of this file by the ONNX name of their operator."""

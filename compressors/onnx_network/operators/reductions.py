@@ -1,4 +1,4 @@
-"""ONNX operators that combine elements: products, reductions, norms, softmax, convolutions."""
+"""ONNX operators: matrix products, reductions, normalization, softmax, convolution."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressors.onnx_network.operators.sizes import Sizes, integer, integers
+from compressors.onnx_network.operators.sizes import Sizes, as_int, as_list
 
 
 def _gemm(
@@ -17,7 +17,7 @@ def _gemm(
     *,
     alpha: float = 1.0,
     beta: float = 1.0,
-    transA: int = 0,  # noqa: N803 - the attribute of ONNX
+    transA: int = 0,  # noqa: N803 - the name of the ONNX attribute
     transB: int = 0,  # noqa: N803
 ) -> Tensor:
     product = alpha * torch.matmul(a.T if transA else a, b.T if transB else b)
@@ -30,15 +30,15 @@ def _einsum(*inputs: Tensor, equation: str) -> Tensor:
 
 
 def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Callable[..., Tensor]:
-    """Return a Reduce operator from a function of the tensor, the dimensions and ``keepdim``."""
+    """Return a Reduce operator from a function of a tensor, the reduced axes and ``keepdim``."""
 
     def reduce(
         x: Tensor, axes: Sizes | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
     ) -> Tensor:
-        along = [] if axes is None else integers(axes)
-        if not along and noop_with_empty_axes:  # each element is reduced alone
+        reduced_axes = [] if axes is None else as_list(axes)
+        if not reduced_axes and noop_with_empty_axes:  # reduce each element separately
             return function(x.unsqueeze(-1), [-1], False)
-        return function(x, along or list(range(x.dim())), bool(keepdims))
+        return function(x, reduced_axes or list(range(x.dim())), bool(keepdims))
 
     return reduce
 
@@ -49,25 +49,29 @@ def _product(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
     return x
 
 
-def _in_floats(function: Callable[..., Tensor]) -> Callable[[Tensor, list[int], bool], Tensor]:
-    """Return a function of integers too: it is computed in float64 and rounded towards zero."""
+def _also_of_integers(
+    function: Callable[..., Tensor],
+) -> Callable[[Tensor, list[int], bool], Tensor]:
+    """Extend a function of floats to integers: compute in float64 and round towards zero."""
 
     def compute(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
-        numbers = x if x.is_floating_point() else x.double()
-        return function(numbers, dim=axes, keepdim=keepdim).to(x.dtype)
+        floats = x if x.is_floating_point() else x.double()
+        return function(floats, dim=axes, keepdim=keepdim).to(x.dtype)
 
     return compute
 
 
-def _arg(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return ArgMax or ArgMin."""
+def _arg_reduction(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the operator ArgMax or ArgMin from the function of torch."""
 
-    def arg(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
+    def reduce(
+        x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0
+    ) -> Tensor:
         if not select_last_index:
             return function(x, dim=axis, keepdim=bool(keepdims))
         return x.shape[axis] - 1 - function(x.flip(axis), dim=axis, keepdim=bool(keepdims))
 
-    return arg
+    return reduce
 
 
 def _top_k(
@@ -78,8 +82,10 @@ def _top_k(
     largest: int = 1,
     sorted: int = 1,  # noqa: A002
 ) -> tuple[Tensor, Tensor]:
-    count, descending = integer(k), bool(largest)
-    if torch.compiler.is_exporting():  # becomes TopK of ONNX, in which the first of equals wins
+    count, descending = as_int(k), bool(largest)
+    # ONNX's TopK returns the first of equal elements first. torch.topk returns any order, but its
+    # export is a TopK; elsewhere a stable sort has the order of ONNX.
+    if torch.compiler.is_exporting():
         values, indices = torch.topk(x, count, axis, largest=descending)
         return values, indices
     values, indices = torch.sort(x, dim=axis, descending=descending, stable=True)
@@ -87,9 +93,9 @@ def _top_k(
 
 
 def _cumulative_sum(x: Tensor, axis: Sizes, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
-    dim = integer(axis)
+    dim = as_int(axis)
     x = x.flip(dim) if reverse else x
-    if exclusive:  # shift by one; torch lists the pairs from the last dimension to the first
+    if exclusive:  # shift by one; torch expects the pairs from the last dimension to the first
         x = F.pad(x, [*[0, 0] * (-1 - dim if dim < 0 else x.dim() - 1 - dim), 1, -1])
     total = x.cumsum(dim, dtype=x.dtype)
     return total.flip(dim) if reverse else total
@@ -113,20 +119,20 @@ def _layer_normalization(
     stash_type: int = 1,
 ) -> Tensor:
     shape = list(x.shape[axis % x.dim() :])
-    bias = None if bias is None else _of_shape(bias, shape)
-    return F.layer_norm(x, shape, _of_shape(scale, shape), bias, epsilon)
+    bias = None if bias is None else _expand_weight(bias, shape)
+    return F.layer_norm(x, shape, _expand_weight(scale, shape), bias, epsilon)
 
 
-def _of_shape(weight: Tensor, shape: list[int]) -> Tensor:
-    """Return a weight in this shape; it may have leading dimensions of size 1."""
+def _expand_weight(weight: Tensor, shape: list[int]) -> Tensor:
+    """Expand a weight to a shape; it may have additional leading dimensions of size 1."""
     return weight.reshape(weight.shape[-len(shape) :]).expand(shape)
 
 
 def _rms_normalization(
     x: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
 ) -> Tensor:
-    along = list(range(axis % x.dim(), x.dim()))
-    return x * torch.rsqrt(x.square().mean(along, keepdim=True) + epsilon) * scale
+    axes = list(range(axis % x.dim(), x.dim()))
+    return x * torch.rsqrt(x.square().mean(axes, keepdim=True) + epsilon) * scale
 
 
 def _batch_normalization(
@@ -142,14 +148,15 @@ def _batch_normalization(
 ) -> Tensor:
     if training_mode:
         raise NotImplementedError("BatchNormalization with training_mode")
-    # Bundles of earlier versions have the statistics as parameters, which batch_norm refuses.
+    # Bundles of earlier versions store the statistics as parameters. F.batch_norm raises if they
+    # require gradients.
     statistics = (mean.detach(), variance.detach())
     return F.batch_norm(x, *statistics, scale, bias, training=False, eps=epsilon)
 
 
 def _lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(x, p, dim=axis, keepdim=True)
-    return x / length.masked_fill(length == 0, 1)  # a vector of zeros stays one
+    norm: Tensor = torch.linalg.vector_norm(x, p, dim=axis, keepdim=True)
+    return x / norm.masked_fill(norm == 0, 1)  # a vector of zeros stays a vector of zeros
 
 
 def _convolution(
@@ -185,17 +192,17 @@ REDUCTIONS: Mapping[str, Callable[..., Any]] = {
     "Gemm": _gemm,
     "Einsum": _einsum,
     "ReduceSum": _reduction(lambda x, axes, keep: x.sum(axes, keepdim=keep, dtype=x.dtype)),
-    "ReduceMean": _reduction(_in_floats(torch.mean)),
+    "ReduceMean": _reduction(_also_of_integers(torch.mean)),
     "ReduceMax": _reduction(lambda x, axes, keep: x.amax(axes, keepdim=keep)),
     "ReduceMin": _reduction(lambda x, axes, keep: x.amin(axes, keepdim=keep)),
     "ReduceProd": _reduction(_product),
     "ReduceL1": _reduction(lambda x, axes, keep: x.abs().sum(axes, keepdim=keep)),
-    "ReduceL2": _reduction(_in_floats(torch.linalg.vector_norm)),
+    "ReduceL2": _reduction(_also_of_integers(torch.linalg.vector_norm)),
     "ReduceSumSquare": _reduction(lambda x, axes, keep: x.square().sum(axes, keepdim=keep)),
     "ReduceLogSum": _reduction(lambda x, axes, keep: x.sum(axes, keepdim=keep).log()),
-    "ReduceLogSumExp": _reduction(_in_floats(torch.logsumexp)),
-    "ArgMax": _arg(torch.argmax),
-    "ArgMin": _arg(torch.argmin),
+    "ReduceLogSumExp": _reduction(_also_of_integers(torch.logsumexp)),
+    "ArgMax": _arg_reduction(torch.argmax),
+    "ArgMin": _arg_reduction(torch.argmin),
     "TopK": _top_k,
     "CumSum": _cumulative_sum,
     "Softmax": _softmax,
@@ -206,4 +213,4 @@ REDUCTIONS: Mapping[str, Callable[..., Any]] = {
     "LpNormalization": _lp_normalization,
     "Conv": _convolution,
 }
-"""The operators of this file by their ONNX name."""
+"""The functions of this file by the ONNX name of their operator."""

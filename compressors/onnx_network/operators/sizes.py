@@ -1,10 +1,9 @@
-"""ONNX operators that compute shapes, on Python integers.
+"""ONNX operators on sizes: integers from which a graph computes the shapes of tensors.
 
-A graph computes the arguments of Reshape, Expand and similar operators with operators of its own,
-such as Shape, Gather and Concat. ``torch.export`` can trace a network with a dynamic number of rows
-only if these values are Python integers, or the symbolic integers that stand for dynamic
-dimensions, and not tensors. ``Sizes`` holds them in a numpy array of objects, so that numpy's
-functions compute with both.
+ONNX graphs compute the shape arguments of Reshape, Expand and similar operators with nodes such as
+Shape, Gather and Concat. ``torch.export`` can trace a network with a dynamic number of rows only if
+these values are Python integers or ``torch.SymInt``, which represents a dynamic size, and not
+tensors. Sizes are numpy arrays of such objects, so that numpy functions compute with both.
 """
 
 import functools
@@ -18,32 +17,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Sizes: TypeAlias = NDArray[np.object_]
-"""Integers of a shape, of dtype object, in any number of dimensions."""
+"""Array of ``int``, ``torch.SymInt`` or ``bool`` (the result of a comparison), of any shape."""
 
-MOST_SIZES = 1024
-"""Most elements of a value that is computed with integers; larger ones are tensors."""
+MAX_SIZES = 1024
+"""Most elements of ``Sizes``; larger values are tensors."""
 
 
 def as_sizes(values: Any) -> Sizes:
-    """Return an integer, or a list of them, as an array of objects."""
+    """Return an integer, or a list of integers, as ``Sizes``."""
     return np.asarray(values, dtype=object)
 
 
-def integers(sizes: Sizes) -> list[int]:
-    """Return the values of ``sizes`` as a list, also of a single one."""
+def as_list(sizes: Sizes) -> list[int]:
+    """Return all elements as a flat list."""
     values: list[int] = sizes.reshape(-1).tolist()
     return values
 
 
-def integer(sizes: Sizes) -> int:
-    """Return the only value of ``sizes``."""
-    (value,) = integers(sizes)
+def as_int(sizes: Sizes) -> int:
+    """Return the only element."""
+    (value,) = as_list(sizes)
     return value
 
 
-def tensor_of(sizes: Sizes, device: torch.device) -> Tensor:
-    """Return the values as a tensor of the same shape: int64, or bool for the result of Equal."""
-    values = integers(sizes)
+def sizes_to_tensor(sizes: Sizes, device: torch.device) -> Tensor:
+    """Convert sizes to a tensor of the same shape: int64, or bool for results of comparisons."""
+    values = as_list(sizes)
     dtype = torch.bool if values and isinstance(values[0], bool) else torch.int64
     if any(isinstance(value, torch.SymInt) for value in values):
         scalars = [torch.scalar_tensor(value, dtype=dtype, device=device) for value in values]
@@ -51,23 +50,23 @@ def tensor_of(sizes: Sizes, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device).reshape(sizes.shape)
 
 
-def shape(x: Tensor, *, start: int = 0, end: int | None = None) -> Sizes:
-    """Shape: the sizes of dimensions ``start`` to ``end``."""
+def tensor_shape(x: Tensor, *, start: int = 0, end: int | None = None) -> Sizes:
+    """Return the sizes of the dimensions ``start`` to ``end`` (exclusive) of a tensor."""
     return as_sizes(list(x.shape)[start:end])
 
 
-def size(x: Tensor) -> Sizes:
-    """Size: the number of elements."""
+def tensor_size(x: Tensor) -> Sizes:
+    """Return the number of elements of a tensor."""
     return as_sizes(x.numel())
 
 
-def _are_few(target: Sequence[int]) -> bool:
-    """Return whether a value of this shape has a known, small number of elements."""
-    return all(isinstance(size, int) for size in target) and math.prod(target) <= MOST_SIZES
+def _is_small(target: Sequence[int]) -> bool:
+    """Return whether a shape is static and has at most ``MAX_SIZES`` elements."""
+    return all(isinstance(size, int) for size in target) and math.prod(target) <= MAX_SIZES
 
 
 def _elementwise(function: Callable[..., Any]) -> Callable[..., Sizes]:
-    """Return an operator that applies a function of numpy to integers."""
+    """Return an operator that combines its inputs by a numpy function, from first to last."""
 
     def operator(*sizes: Sizes) -> Sizes:
         return as_sizes(functools.reduce(function, sizes[1:], sizes[0]))
@@ -76,7 +75,7 @@ def _elementwise(function: Callable[..., Any]) -> Callable[..., Sizes]:
 
 
 def _quotient(x: int, y: int) -> int:
-    """Divide towards zero; dynamic sizes are not negative."""
+    """Divide and round towards zero; dynamic sizes are not negative."""
     if isinstance(x, int) and isinstance(y, int) and (x < 0) != (y < 0):
         return -(-x // y)
     return x // y
@@ -102,13 +101,13 @@ def _slice(
     axes: Sizes | None = None,
     steps: Sizes | None = None,
 ) -> Sizes:
-    begins, stops = integers(starts), integers(ends)
-    along = range(len(begins)) if axes is None else integers(axes)
-    strides = [1] * len(begins) if steps is None else integers(steps)
-    kept = [slice(None)] * x.ndim
-    for axis, begin, stop, stride in zip(along, begins, stops, strides, strict=True):
-        kept[axis] = slice(begin, stop, stride)
-    return x[tuple(kept)]
+    begins, stops = as_list(starts), as_list(ends)
+    sliced_axes = range(len(begins)) if axes is None else as_list(axes)
+    strides = [1] * len(begins) if steps is None else as_list(steps)
+    slices = [slice(None)] * x.ndim
+    for axis, begin, stop, stride in zip(sliced_axes, begins, stops, strides, strict=True):
+        slices[axis] = slice(begin, stop, stride)
+    return x[tuple(slices)]
 
 
 def _concat(*sizes: Sizes, axis: int) -> Sizes:
@@ -119,20 +118,20 @@ def _split(
     x: Sizes, split: Sizes | None = None, *, axis: int = 0, num_outputs: int = 1
 ) -> tuple[Sizes, ...]:
     size = -(-x.shape[axis] // num_outputs)
-    counts = [size] * num_outputs if split is None else integers(split)
+    counts = [size] * num_outputs if split is None else as_list(split)
     return tuple(np.split(x, np.cumsum(counts)[:-1], axis=axis))
 
 
 def _squeeze(x: Sizes, axes: Sizes | None = None) -> Sizes:
-    return np.squeeze(x, axis=None if axes is None else tuple(integers(axes)))
+    return np.squeeze(x, axis=None if axes is None else tuple(as_list(axes)))
 
 
 def _unsqueeze(x: Sizes, axes: Sizes) -> Sizes:
-    return np.expand_dims(x, tuple(integers(axes)))
+    return np.expand_dims(x, tuple(as_list(axes)))
 
 
 def _reshape(x: Sizes, target: Sizes, *, allowzero: int = 0) -> Sizes:
-    sizes = integers(target)
+    sizes = as_list(target)
     if not allowzero:
         sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
     return x.reshape(sizes)
@@ -143,13 +142,13 @@ def _transpose(x: Sizes, *, perm: list[int] | None = None) -> Sizes:
 
 
 def _expand(x: Sizes, target: Sizes) -> Sizes | None:
-    sizes = integers(target)
-    return np.broadcast_to(x, np.broadcast_shapes(x.shape, sizes)) if _are_few(sizes) else None
+    sizes = as_list(target)
+    return np.broadcast_to(x, np.broadcast_shapes(x.shape, sizes)) if _is_small(sizes) else None
 
 
 def _tile(x: Sizes, repeats: Sizes) -> Sizes | None:
-    counts = integers(repeats)
-    return np.tile(x, counts) if _are_few([*counts, x.size]) else None
+    counts = as_list(repeats)
+    return np.tile(x, counts) if _is_small([*counts, x.size]) else None
 
 
 def _identity(x: Sizes, **_: Any) -> Sizes:
@@ -161,15 +160,15 @@ def _where(condition: Sizes, x: Sizes, y: Sizes) -> Sizes:
 
 
 def _reduction(function: np.ufunc) -> Callable[..., Sizes]:
-    """Return a Reduce operator from a function of two integers."""
+    """Return a Reduce operator from a function of two sizes."""
 
     def reduce(
         x: Sizes, axes: Sizes | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
     ) -> Sizes:
-        along = [] if axes is None else integers(axes)
-        if not along and not noop_with_empty_axes:
-            along = list(range(x.ndim))
-        for axis in sorted((axis % x.ndim for axis in along), reverse=True):
+        reduced_axes = [] if axes is None else as_list(axes)
+        if not reduced_axes and not noop_with_empty_axes:
+            reduced_axes = list(range(x.ndim))
+        for axis in sorted((axis % x.ndim for axis in reduced_axes), reverse=True):
             x = as_sizes(function.reduce(x, axis=axis, keepdims=bool(keepdims)))
         return x
 
@@ -177,10 +176,10 @@ def _reduction(function: np.ufunc) -> Callable[..., Sizes]:
 
 
 def _one_hot(indices: Sizes, depth: Sizes, values: Sizes, *, axis: int = -1) -> Sizes | None:
-    count = integer(depth)
-    if not _are_few([count, indices.size]):
+    count = as_int(depth)
+    if not _is_small([count, indices.size]):
         return None
-    off, on = integers(values)
+    off, on = as_list(values)
     classes = np.where(indices < 0, indices + count, indices)
     is_class = np.equal.outer(classes, np.arange(count))
     return np.moveaxis(as_sizes(np.where(is_class, as_sizes(on), as_sizes(off))), -1, axis)
@@ -194,12 +193,12 @@ def _size(x: Sizes) -> Sizes:
     return as_sizes(x.size)
 
 
-def _filled(target: Sizes, *, value: int = 0) -> Sizes | None:
-    sizes = integers(target)
-    return np.full(sizes, value, dtype=object) if _are_few(sizes) else None
+def _constant_of_shape(target: Sizes, *, value: int = 0) -> Sizes | None:
+    sizes = as_list(target)
+    return np.full(sizes, value, dtype=object) if _is_small(sizes) else None
 
 
-SIZE_OPERATORS: Mapping[str, Callable[..., Sizes | tuple[Sizes, ...] | None]] = {
+OPERATORS_ON_SIZES: Mapping[str, Callable[..., Sizes | tuple[Sizes, ...] | None]] = {
     "Add": _elementwise(np.add),
     "Sub": _elementwise(np.subtract),
     "Mul": _elementwise(np.multiply),
@@ -235,11 +234,12 @@ SIZE_OPERATORS: Mapping[str, Callable[..., Sizes | tuple[Sizes, ...] | None]] = 
     "ReduceProd": _reduction(np.multiply),
     "ReduceMin": _reduction(_minimum),
     "ReduceMax": _reduction(_maximum),
-    "ConstantOfShape": _filled,
+    "ConstantOfShape": _constant_of_shape,
     "OneHot": _one_hot,
     "Shape": _shape,
     "Size": _size,
 }
-"""Operators on integers of shapes, used if all inputs of a node are such integers. One returns
-None if the number of elements of its result is dynamic or large: then it is computed as a
-tensor."""
+"""Operators on sizes by their ONNX name, used if all inputs of a node are sizes.
+
+They return None if the number of elements of the result is dynamic or above ``MAX_SIZES``. The
+operator on tensors computes the result then."""

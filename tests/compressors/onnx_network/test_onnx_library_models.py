@@ -1,4 +1,4 @@
-"""Models of torch-rechub and DeepCTR-Torch that torch exports to ONNX have the same scores."""
+"""Exported models of torch-rechub and DeepCTR-Torch have the same scores after conversion."""
 
 import sys
 from pathlib import Path
@@ -37,13 +37,13 @@ CASES = [
         for name in (*INPUTS, *(f"deepctr_{n}" for n in DEEPCTR))
         for dynamo in (0, 1)
     ),
-    ("deepctr_dcn", 1),  # TorchScript writes an If, which is refused
+    ("deepctr_dcn", 1),  # TorchScript exports an If, which is not supported
 ]
-SCORES = 1e-6  # float32 sums in another order; scores are probabilities
+TOLERANCE = 1e-6  # float32 sums in different orders; scores are probabilities
 
 
-class ByName(nn.Module):
-    """Calls a model that receives a mapping, with the tensors in the order of the names."""
+class MappingCall(nn.Module):
+    """Calls a model with a mapping from names to positional tensors."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class ByName(nn.Module):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("name", "dynamo"), CASES)
-def test_exported_model_of_a_library_has_the_same_scores(
+def test_converted_export_of_a_library_model_has_the_same_scores(
     tmp_path: Path, name: str, dynamo: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(LIBRARIES))
@@ -65,14 +65,14 @@ def test_exported_model_of_a_library_has_the_same_scores(
     model = getattr(library_models, name)().eval()
     if name in INPUTS:
         inputs = {column: torch.from_numpy(COLUMNS[column]) for column in INPUTS[name]}
-        model = ByName(model, tuple(inputs)).eval()
+        model = MappingCall(model, tuple(inputs)).eval()
     else:
-        parts = [
+        columns = [
             torch.from_numpy(COLUMNS[column]).reshape(ROWS, -1) for column in model.feature_index
         ]
-        inputs = {"X": torch.cat([part.float() for part in parts], dim=1)}
+        inputs = {"X": torch.cat([column.float() for column in columns], dim=1)}
     path = tmp_path / "model.onnx"
     export(model, inputs, ["score"], path, dynamo=bool(dynamo), by_name=name not in INPUTS)
     with torch.no_grad():
         expected, scores = model(*inputs.values()), build_network(onnx.load(path))(inputs)
-    torch.testing.assert_close(scores, expected, rtol=SCORES, atol=SCORES)
+    torch.testing.assert_close(scores, expected, rtol=TOLERANCE, atol=TOLERANCE)

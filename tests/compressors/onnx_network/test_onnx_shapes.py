@@ -1,4 +1,4 @@
-"""Shapes that a graph computes from the shapes of its inputs, for any number of rows."""
+"""Shapes that a graph computes from the shapes of its inputs, with a dynamic number of rows."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from onnx import helper
-from onnx_graphs import Array, build_graph, build_network, require_equal
+from onnx_graphs import Array, build_model, build_network, require_same_outputs
 
 from compressors.errors.onnx_graphs import OnnxRefused
 
@@ -21,7 +21,7 @@ def int64(*values: int) -> Array:
 
 
 def node(op: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
-    """Return a node; the names of its inputs are separated by spaces."""
+    """Return a node; spaces separate the names of its inputs."""
     return helper.make_node(op, inputs.split(), [output], **attributes)
 
 
@@ -30,8 +30,8 @@ VECTORS = {"v0": int64(0), "v1": int64(1), "v2": int64(2), "all": int64(-1), "si
 VECTORS |= {
     "all32": np.array([-1], np.int32),
     "last_two": int64(-2, -1),
-    "all_of_it": int64(2**62),
-    "lowest": int64(-(2**62)),
+    "end": int64(2**62),
+    "reversed_end": int64(-(2**62)),
     "pairs": int64(-1, 2),
     "square": int64(2, 2),
     "zero_all": int64(0, -1),
@@ -40,8 +40,8 @@ VECTORS |= {
     "six0": np.array(6),
 }
 SHAPE = node("Shape", "x", "shape")
-GRAPHS: dict[str, list[onnx.NodeProto]] = {
-    "reshape_as_torchscript_writes_it": [
+DYNAMIC_GRAPHS: dict[str, list[onnx.NodeProto]] = {
+    "reshape_exported_by_torchscript": [
         SHAPE,
         node("Gather", "shape zero", "rows", axis=0),
         node("Gather", "shape one", "length"),
@@ -52,7 +52,7 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
         node("Concat", "rows1 width1", "target", axis=0),
         node("Reshape", "x target", "y"),
     ],
-    "reshape_as_tf2onnx_writes_it": [
+    "reshape_exported_by_tf2onnx": [
         SHAPE,
         node("Cast", "shape", "shape32", to=6),
         node("Slice", "shape32 v0 v1 v0", "rows"),
@@ -60,17 +60,17 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
         node("Cast", "target32", "target", to=7),
         node("Reshape", "x target", "y"),
     ],
-    "expand_to_where_of_a_size": [
+    "expand_to_size_selected_by_where": [
         SHAPE,
         node("Slice", "shape v0 v1", "rows"),
-        node("Concat", "all v1 all", "wanted", axis=0),
-        node("Shape", "wanted", "count"),
+        node("Concat", "all v1 all", "requested", axis=0),
+        node("Shape", "requested", "count"),
         node("ConstantOfShape", "count", "ones", value=helper.make_tensor("", 7, [1], [1])),
-        node("Equal", "wanted all", "is_any"),
-        node("Where", "is_any ones wanted", "target"),
+        node("Equal", "requested all", "is_any"),
+        node("Where", "is_any ones requested", "target"),
         node("Expand", "x target", "y"),
     ],
-    "zeros_of_the_rows": [
+    "zeros_per_row": [
         SHAPE,
         node("Slice", "shape v0 v1", "rows"),
         node("Concat", "rows v2", "target", axis=0),
@@ -78,7 +78,7 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
         node("Flatten", "x", "flat"),
         node("Concat", "zeros flat", "y", axis=1),
     ],
-    "positions_of_a_list": [
+    "positions_in_a_sequence": [
         SHAPE,
         node("Gather", "shape one", "length"),
         node("Range", "zero length one", "positions"),
@@ -86,13 +86,13 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
         node("Unsqueeze", "numbers v1", "column"),
         node("Add", "x column", "y"),
     ],
-    "size_as_a_number": [
+    "size_cast_to_float": [
         SHAPE,
         node("Gather", "shape one", "length"),
         node("Cast", "length", "number", to=1),
         node("Div", "x number", "y"),
     ],
-    "integers_of_the_rows": [
+    "integers_per_row": [
         SHAPE,
         node("Slice", "shape v0 v1", "rows"),
         node("ConstantOfShape", "rows", "ones", value=helper.make_tensor("", 7, [1], [2])),
@@ -100,29 +100,29 @@ GRAPHS: dict[str, list[onnx.NodeProto]] = {
         node("Cast", "column", "numbers", to=1),
         node("Mul", "x numbers", "y"),
     ],
-    "pads_as_torchscript_writes_them": [
+    "pads_exported_by_torchscript": [
         SHAPE,
-        node("Slice", "shape v2 all_of_it", "dim"),
+        node("Slice", "shape v2 end", "dim"),
         node("Concat", "dim v1 v0 v2 v0 v0", "from_last", axis=0),
         node("Reshape", "from_last pairs", "by_axis"),
-        node("Slice", "by_axis all lowest v0 all", "reversed"),
+        node("Slice", "by_axis all reversed_end v0 all", "reversed"),
         node("Transpose", "reversed", "by_side", perm=[1, 0]),
         node("Reshape", "by_side all", "pads"),
         node("Pad", "x pads", "y"),
     ],
 }
-"""Graphs that compute floats for any number of rows."""
+"""Graphs with a dynamic number of rows whose outputs are floats."""
 
-VALUES: dict[str, list[onnx.NodeProto]] = {
-    "arithmetic_of_sizes": [
+STATIC_GRAPHS: dict[str, list[onnx.NodeProto]] = {
+    "arithmetic_on_sizes": [
         node("Size", "x", "count"),
         SHAPE,
         node("ReduceProd", "shape", "product", keepdims=0),
         node("Sub", "product count", "nothing"),
         node("Add", "nothing two", "some"),
         node("Div", "some two", "half"),
-        node("Mod", "half two", "rest"),
-        node("Neg", "rest", "negative"),
+        node("Mod", "half two", "remainder"),
+        node("Neg", "remainder", "negative"),
         node("Min", "negative one", "least"),
         node("Max", "least negative", "most"),
         node("Reshape", "most v1", "most1"),
@@ -134,11 +134,11 @@ VALUES: dict[str, list[onnx.NodeProto]] = {
     ],
     "flatten_up_to_the_last_dimension": [
         SHAPE,
-        node("Max", "shape v1", "same"),  # whose value the rules do not know
+        node("Max", "shape v1", "same"),  # a size that simplification cannot compute
         node("Reshape", "x same", "again"),
         node("Flatten", "again", "y", axis=-1),
     ],
-    "range_without_numbers": [
+    "empty_range": [
         SHAPE,
         node("Gather", "shape one", "length"),
         node("Range", "length two one", "nothing"),
@@ -160,11 +160,11 @@ VALUES: dict[str, list[onnx.NodeProto]] = {
     ],
     "other_operators_on_sizes": [
         SHAPE,
-        node("Slice", "shape v2 all_of_it", "dim"),
+        node("Slice", "shape v2 end", "dim"),
         node("Sub", "dim six", "negative"),
         node("Div", "negative v2", "quotient"),
-        node("Mod", "negative v2", "rest", fmod=0),
-        node("Mod", "negative v2", "rest_in_c", fmod=1),
+        node("Mod", "negative v2", "modulo", fmod=0),
+        node("Mod", "negative v2", "remainder", fmod=1),
         node("Abs", "negative", "distance"),
         node("ReduceSum", "shape", "sum"),
         node("ReduceMax", "shape", "largest"),
@@ -176,31 +176,33 @@ VALUES: dict[str, list[onnx.NodeProto]] = {
         node("Where", "is_less shape all", "chosen"),
         node(
             "Concat",
-            "quotient rest rest_in_c distance sum largest smallest first twice expanded chosen",
+            "quotient modulo remainder distance sum largest smallest first twice expanded chosen",
             "y",
             axis=0,
         ),
     ],
 }
-"""Graphs that compute with the integers of shapes, for one number of rows."""
+"""Graphs of operators on sizes. They are valid for the four rows of ``X`` only."""
 
 
-@pytest.mark.parametrize("name", [*GRAPHS, *VALUES])
-def test_computed_shape_is_that_of_onnx_runtime(tmp_path: Path, name: str) -> None:
-    inputs = {"x": X, **({"wide": X[:, :, 0]} if name == "arithmetic_of_sizes" else {})}
-    if name == "arithmetic_of_sizes":
+@pytest.mark.parametrize("name", [*DYNAMIC_GRAPHS, *STATIC_GRAPHS])
+def test_graph_that_computes_a_shape_has_the_outputs_of_onnx_runtime(
+    tmp_path: Path, name: str
+) -> None:
+    inputs = {"x": X}
+    if name == "arithmetic_on_sizes":
         inputs["wide"] = np.concatenate([X[:, :, 0], X[:, :1, 1]], axis=1)  # (4, 6): 24 values
-    require_equal(model_of(name, inputs), inputs, tmp_path)
+    require_same_outputs(build_case(name, inputs), inputs, tmp_path)
 
 
-def model_of(name: str, inputs: dict[str, Array]) -> onnx.ModelProto:
-    nodes = {**GRAPHS, **VALUES}[name]
-    return build_graph(nodes, inputs, weights={**SCALARS, **VECTORS})
+def build_case(name: str, inputs: dict[str, Array]) -> onnx.ModelProto:
+    nodes = {**DYNAMIC_GRAPHS, **STATIC_GRAPHS}[name]
+    return build_model(nodes, inputs, weights={**SCALARS, **VECTORS})
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-def test_graph_that_computes_a_shape_can_be_traced_for_any_number_of_rows(name: str) -> None:
-    network = build_network(model_of(name, {"x": X}))
+@pytest.mark.parametrize("name", DYNAMIC_GRAPHS)
+def test_graph_that_computes_a_shape_is_traced_with_dynamic_rows(name: str) -> None:
+    network = build_network(build_case(name, {"x": X}))
     rows = torch.export.Dim("rows", min=1, max=1024)
     inputs = {"x": torch.from_numpy(X)}
     program = torch.export.export(network, (inputs,), dynamic_shapes=({"x": {0: rows}},))
@@ -208,12 +210,12 @@ def test_graph_that_computes_a_shape_can_be_traced_for_any_number_of_rows(name: 
     assert torch.equal(program.module()(other), network(other))
 
 
-def test_shape_that_depends_on_values_is_refused_with_the_node() -> None:
+def test_shape_that_depends_on_values_is_refused_with_the_operator() -> None:
     nodes = [
         node("ReduceMax", "count", "longest", keepdims=0),
         node("Range", "zero longest one", "y"),
     ]
     inputs = {"count": np.arange(1, 5)}
-    network = build_network(build_graph(nodes, inputs, weights=SCALARS))
+    network = build_network(build_model(nodes, inputs, weights=SCALARS))
     with raises_code(OnnxRefused, "shape_from_values", op="Range"):
         network({"count": torch.arange(1, 5)})

@@ -1,8 +1,9 @@
-"""Rewrite rules for what exporters write around a lookup.
+"""Rewrite rules that reduce an exported embedding lookup to one Gather.
 
-TensorFlow adds the number of rows to negative indices before it looks them up, and tf2onnx writes
-its selection as two products. ONNX's Gather counts negative indices from the last row anyway, so
-it needs neither; ``ids.py`` finds lookups for which this matters.
+TensorFlow adds the number of rows to negative indices before a lookup, and tf2onnx exports this
+choice between two values as a sum of two products. ONNX's Gather counts negative indices from the
+last row itself, so these nodes are redundant. ``negative_ids.py`` detects lookups whose indices may
+be negative.
 """
 
 from typing import Any
@@ -20,11 +21,11 @@ def _where(op: Any, condition: Any, x: Any, y: Any, **_: Any) -> Any:
     return op.Where(condition, x, y)
 
 
-def _lookup_from_the_end(op: Any, table: Any, ids: Any, zero: Any, rows: Any) -> Any:
+def _lookup_with_wrapped_ids(op: Any, table: Any, ids: Any, zero: Any, rows: Any) -> Any:
     return op.Gather(table, op.Where(op.Less(ids, zero), op.Add(ids, rows), ids))
 
 
-def _lookup_from_the_end_with_cast(op: Any, table: Any, ids: Any, zero: Any, rows: Any) -> Any:
+def _lookup_with_cast_and_wrapped_ids(op: Any, table: Any, ids: Any, zero: Any, rows: Any) -> Any:
     return op.Gather(table, op.Where(op.Less(op.Cast(ids), zero), op.Add(ids, rows), ids))
 
 
@@ -32,20 +33,20 @@ def _lookup(op: Any, table: Any, ids: Any, **_: Any) -> Any:
     return op.Gather(table, ids, axis=0)
 
 
-def _adds_rows(_: Any, table: ir.Value, zero: ir.Value, rows: ir.Value, **__: Any) -> bool:
+def _wraps_negative_ids(_: Any, table: ir.Value, zero: ir.Value, rows: ir.Value, **__: Any) -> bool:
     """Return whether a lookup adds the number of rows of its table to ids below zero."""
     gather = next(iter(table.consumers()), None)
     return (
         table.shape is not None
         and gather is not None
         and all(node.attributes.get_int("axis", 0) == 0 for node in table.consumers())
-        and _number(zero) == 0
-        and _number(rows) == table.shape[0]
+        and _scalar(zero) == 0
+        and _scalar(rows) == table.shape[0]
     )
 
 
-def _number(value: ir.Value) -> float | None:
-    """Return the value of a constant number; None for other values."""
+def _scalar(value: ir.Value) -> float | None:
+    """Return the number in a constant of one element; None for other values."""
     stored = value.const_value
     return float(stored.numpy().reshape(-1)[0]) if stored is not None and stored.size == 1 else None
 
@@ -53,9 +54,14 @@ def _number(value: ir.Value) -> float | None:
 RULES = pattern.RewriteRuleSet(
     [
         pattern.RewriteRule(_sum_of_products, _where, name="SumOfProductsToWhere"),
-        pattern.RewriteRule(_lookup_from_the_end, _lookup, _adds_rows, name="NegativeIds"),
         pattern.RewriteRule(
-            _lookup_from_the_end_with_cast, _lookup, _adds_rows, name="NegativeIdsWithCast"
+            _lookup_with_wrapped_ids, _lookup, _wraps_negative_ids, name="NegativeIds"
+        ),
+        pattern.RewriteRule(
+            _lookup_with_cast_and_wrapped_ids,
+            _lookup,
+            _wraps_negative_ids,
+            name="NegativeIdsWithCast",
         ),
     ],
     commute=True,
@@ -63,5 +69,5 @@ RULES = pattern.RewriteRuleSet(
 
 
 def simplify_lookups(model: ir.Model) -> None:
-    """Remove what exporters write around lookups, in place; unused nodes remain."""
+    """Apply the rules to a model, in place; nodes without consumers remain."""
     RewritePass(RULES)(model)
