@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from botocore_models import models_read_once
-from groups import FAULTS, GROUPS, GroupScheduling, group_of, has_nightly_tests
+from groups import GROUPS, LONG_IN_NIGHTLY, GroupScheduling, group_of, has_nightly_tests
 from hypothesis import HealthCheck, settings
 from s3_server import S3Server, running_server
 
@@ -47,7 +47,7 @@ settings.load_profile("default")  # `pytest --hypothesis-profile nightly` overri
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sort tests so that the longest groups start first; give large tests a longer time limit."""
-    first = (FAULTS,) if has_nightly_tests(config) else ()
+    first = LONG_IN_NIGHTLY if has_nightly_tests(config) else ()
     group_indices = {name: index for index, name in enumerate((*first, *GROUPS))}
     items.sort(key=lambda item: group_indices.get(group_of(item.nodeid), len(group_indices)))
     for item in items:

@@ -42,6 +42,8 @@ GROUPS = {
     "runs": {"test_composed", "test_dry_run_of_steps", "test_steps"},
 }
 FAULTS = "faults"
+LONG_IN_NIGHTLY = (FAULTS, "test_random_networks", "test_golden")
+"""Groups that take an hour or more in the nightly tier, so that processes share their tests."""
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
@@ -61,9 +63,10 @@ def has_nightly_tests(config: Any) -> bool:
 class GroupScheduling(LoadScopeScheduling):
     """Sends whole groups to processes, in the order of collection.
 
-    In the nightly tier the fault tests take about two hours, so each of them is a group.
+    In the nightly tier each test of the long groups is a group.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         group = group_of(nodeid)
-        return nodeid if group == FAULTS and has_nightly_tests(self.config) else group
+        is_split = group in LONG_IN_NIGHTLY and has_nightly_tests(self.config)
+        return nodeid if is_split else group

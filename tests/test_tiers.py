@@ -74,6 +74,7 @@ def test_loadgroup_sends_the_tests_of_a_group_to_one_process(pytestconfig):
         "tests/compressors/lower/test_audit.py::test_b",
         "tests/faults/test_kills.py::test_c",
         "tests/infra/test_store.py::TestD::test_d[1]",
+        "tests/test_random_networks.py::test_e[3]",
     )
 
     def scopes(markers: str) -> list[str]:
@@ -84,6 +85,7 @@ def test_loadgroup_sends_the_tests_of_a_group_to_one_process(pytestconfig):
         assert isinstance(scheduler, groups.GroupScheduling)
         return [scheduler._split_scope(node) for node in nodes]
 
-    assert scopes("not slow and not nightly") == ["graphs", "graphs", "faults", "test_store"]
-    # The fault tests of the nightly tier take hours, so that one process may not run all of them.
-    assert scopes("not gpu") == ["graphs", "graphs", nodes[2], "test_store"]
+    by_file = ["graphs", "graphs", "faults", "test_store", "test_random_networks"]
+    assert scopes("not slow and not nightly") == by_file
+    # Faults and random networks take hours in the nightly tier, so processes share their tests.
+    assert scopes("not gpu") == ["graphs", "graphs", nodes[2], "test_store", nodes[4]]
