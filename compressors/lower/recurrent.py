@@ -25,6 +25,8 @@ GATES: dict[type[nn.Module], tuple[int, ...]] = {
     nn.LSTM: LSTM_GATES,
     nn.RNN: RNN_GATES,
 }
+NAMES = ("onnx_input_weight", "onnx_state_weight", "onnx_bias")
+"""Names of a layer's buffers with the weights in ONNX's order; a number follows."""
 
 
 def replace_recurrent_layers(network: nn.Module) -> None:
@@ -41,10 +43,6 @@ def replace_recurrent_layers(network: nn.Module) -> None:
             for name, tensor in zip(NAMES, _to_onnx_order(gates, weights), strict=True):
                 module.register_buffer(f"{name}_{number}", tensor, persistent=False)
         module.forward = MethodType(_forward, module)
-
-
-NAMES = ("onnx_input_weight", "onnx_state_weight", "onnx_bias")
-"""Names of the buffers with the weights in ONNX's order, before the number of the direction."""
 
 
 def _to_onnx_order(gates: tuple[int, ...], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:

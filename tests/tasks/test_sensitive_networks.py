@@ -85,6 +85,7 @@ def test_graph_that_differs_by_more_than_the_limits_of_int8_is_accepted(
     assert parity.quantile_90 < 1e-4
 
 
+@pytest.mark.slow
 def test_graph_with_a_wrong_input_scale_is_refused_in_a_sensitive_network_too(
     lowered: tuple[Lowered, Path],
     export: Callable[[DeepInt8], tuple[Lowered, Path]],

@@ -93,9 +93,17 @@ def generate_rows(rows: int, length: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "target", ["onnxruntime", pytest.param("tensorrt-rtx", marks=pytest.mark.nightly)]
+    ("case", "target"),
+    [
+        *((case, "onnxruntime") for case in CASES if "directions" not in case),
+        *(
+            pytest.param(case, target, marks=pytest.mark.nightly)
+            for case in CASES
+            for target in ("onnxruntime", "tensorrt-rtx")
+            if target != "onnxruntime" or "directions" in case
+        ),
+    ],
 )
-@pytest.mark.parametrize("case", CASES)
 def test_graph_has_the_scores_of_the_network_at_every_length(
     case: str, target: str, tmp_path: Path
 ) -> None:
