@@ -1,6 +1,6 @@
 """A graph of a network that is sensitive to rounding is compared with wider limits.
 
-The network has 24 int8 layers. Where torch and ONNX Runtime round a value to different levels, the
+The network has 32 int8 layers. Where torch and ONNX Runtime round a value to different levels, the
 difference grows from layer to layer, so that some scores differ by more than the limits of int8.
 """
 
@@ -22,7 +22,7 @@ from compressors.lower.export import Lowered, lower
 from infra.onnxruntime.sessions import Session
 from tasks.evaluation.parity import GraphCheck
 
-DEPTH, WIDTH, ROWS = 24, 512, 300
+DEPTH, WIDTH, ROWS = 32, 256, 300
 SIGNATURE = Signature(
     inputs=(DenseInput(name="x", shape=(WIDTH,)),),
     outputs=(Output(name="label", kind="ranking", form="score", label="label", metric="ndcg@10"),),
