@@ -109,6 +109,11 @@ def decode_layer(layer: nn.Module) -> Tensor:
         # With a scale for each input, the stored weights are multiplied by it.
         by_input = layer.settings.get("input_scales") == "channel"
         return weight / layer.get_buffer("input_scale") if by_input else weight
+    if isinstance(layer, FactoredLinear):
+        # Outputs for unit vectors would lose the digits of a weight that is small beside its bias.
+        return decode_layer(layer.expand) @ decode_layer(layer.reduce)
+    if isinstance(layer, nn.Linear):
+        return layer.weight
     inputs = layer.in_features
     bias = layer(torch.zeros(1, inputs))
     weight: Tensor = (layer(torch.eye(inputs)) - bias).T
