@@ -2,12 +2,13 @@
 
 findings.py            result types of export, audit and parity check
 value_policy.py        the policy for integers out of range, as operators of the graph
+recurrent_layers.py    let recurrent layers call custom ops
 serving_wrapper.py     the exported module: policy for ids out of range, and output
 graph_weights.py       the stored tensors that a graph reads
 merged/                several tables looked up as one
 float8_tensors.py      convert stored 8-bit floats to a graph's type
 attention.py           translate scaled dot-product attention
-recurrent.py           translate recurrent layers
+recurrent.py           translate the custom ops of recurrent layers
 custom_operators.py    register the custom PyTorch ops of all formats
 graph_builders.py      build subgraphs that several targets use
 bfloat16_matmuls.py   rewrite bfloat16 matmuls to run on a CPU

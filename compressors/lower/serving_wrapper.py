@@ -27,7 +27,7 @@ from compressors.core.modules.formats import Bag
 from compressors.core.scores import call_network, join_columns, output_tensors
 from compressors.core.units import plain_bag, private_copy, swap
 from compressors.lower.merged.merged_tables import MergedTable, replace_merged_tables, table_groups
-from compressors.lower.recurrent import replace_recurrent_layers
+from compressors.lower.recurrent_layers import replace_recurrent_layers
 from compressors.lower.value_policy import apply_policy
 
 SCORE = "score"
@@ -201,7 +201,7 @@ def wrap_for_serving(
 
     Returns:
         The wrapper in evaluation mode. Each EmbeddingBag is replaced by a ``Bag`` of basic
-        operators, and recurrent layers call the custom ops of ``recurrent.py``.
+        operators, and recurrent layers call the custom ops of ``recurrent_layers.py``.
     """
     copy = private_copy(model).eval()
     longest_list: dict[str, int] = {}

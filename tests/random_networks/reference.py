@@ -110,7 +110,7 @@ def decode_layer(layer: nn.Module) -> Tensor:
         by_input = layer.settings.get("input_scales") == "channel"
         return weight / layer.get_buffer("input_scale") if by_input else weight
     if isinstance(layer, FactoredLinear):
-        # Outputs for unit vectors would lose the digits of a weight that is small beside its bias.
+        # Outputs for unit vectors would lose digits of a weight that is smaller than its bias.
         return decode_layer(layer.expand) @ decode_layer(layer.reduce)
     if isinstance(layer, nn.Linear):
         return layer.weight

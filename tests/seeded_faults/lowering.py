@@ -142,7 +142,7 @@ FAULTS = (
     ),
     Fault(
         id="gates-in-the-order-of-torch",
-        file="compressors/lower/recurrent.py",
+        file="compressors/lower/recurrent_layers.py",
         old="GRU_GATES, LSTM_GATES, RNN_GATES = (1, 0, 2), (0, 3, 1, 2), (0,)\n",
         new="GRU_GATES, LSTM_GATES, RNN_GATES = (0, 1, 2), (0, 1, 2, 3), (0,)\n",
         effect="The graph of a GRU or LSTM uses the weights of other gates.",
