@@ -55,15 +55,27 @@ def _to_onnx_order(gates: tuple[int, ...], weights: Sequence[Tensor]) -> tuple[T
     return ordered[0].unsqueeze(0), ordered[1].unsqueeze(0), torch.cat(ordered[2:]).unsqueeze(0)
 
 
-def _to_torch_order(
-    gates: tuple[int, ...], input_weight: Tensor, state_weight: Tensor, bias: Tensor
+def to_torch_order(
+    gates: tuple[int, ...], input_weight: Tensor, state_weight: Tensor, bias: Tensor | None
 ) -> list[Tensor]:
-    """Return the two weights and the two biases in torch's order."""
-    weights = (input_weight[0], state_weight[0], *bias[0].chunk(2))
-    return [
-        torch.cat([weight.chunk(len(gates))[gates.index(gate)] for gate in range(len(gates))])
-        for weight in weights
-    ]
+    """Return the weights of all directions as ``torch.gru`` and ``torch.lstm`` take them.
+
+    Args:
+        gates: ``GRU_GATES``, ``LSTM_GATES`` or ``RNN_GATES``.
+        input_weight: ``(directions, gates * hidden, inputs)``, in ONNX's order of the gates.
+        state_weight: ``(directions, gates * hidden, hidden)``.
+        bias: ``(directions, 2 * gates * hidden)``; None for layers without biases.
+
+    Returns:
+        For each direction the two weights, and the two biases if there are any, in torch's order.
+    """
+    weights = []
+    for direction in range(input_weight.shape[0]):
+        biases = () if bias is None else bias[direction].chunk(2)
+        for weight in (input_weight[direction], state_weight[direction], *biases):
+            parts = weight.chunk(len(gates))
+            weights.append(torch.cat([parts[gates.index(gate)] for gate in range(len(gates))]))
+    return weights
 
 
 def _forward(layer: nn.RNNBase, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -128,7 +140,7 @@ def gru(
         bias: ``(1, 2 * gates * hidden)``: that of the inputs, then that of the state.
         reverse: whether to start at the last position.
     """
-    weights = _to_torch_order(GRU_GATES, input_weight, state_weight, bias)
+    weights = to_torch_order(GRU_GATES, input_weight, state_weight, bias)
     first = _first_state(state, x, state_weight)
     output = torch.gru(_turn(x, reverse), first, weights, True, 1, 0.0, False, False, False)[0]
     return _turn(output, reverse)
@@ -148,7 +160,7 @@ def lstm(
 
     The arguments are those of ``gru``; ``cell`` is the first cell ``(rows, hidden)``.
     """
-    weights = _to_torch_order(LSTM_GATES, input_weight, state_weight, bias)
+    weights = to_torch_order(LSTM_GATES, input_weight, state_weight, bias)
     first = [_first_state(value, x, state_weight) for value in (state, cell)]
     output, _, last_cell = torch.lstm(
         _turn(x, reverse), first, weights, True, 1, 0.0, False, False, False
@@ -167,7 +179,7 @@ def rnn(
     reverse: bool,
 ) -> Tensor:
     """Return the states of an RNN, as ``gru`` does; ``activation`` is ``tanh`` or ``relu``."""
-    weights = _to_torch_order(RNN_GATES, input_weight, state_weight, bias)
+    weights = to_torch_order(RNN_GATES, input_weight, state_weight, bias)
     run = torch.rnn_tanh if activation == "tanh" else torch.rnn_relu
     first = _first_state(state, x, state_weight)
     output = run(_turn(x, reverse), first, weights, True, 1, 0.0, False, False, False)[0]

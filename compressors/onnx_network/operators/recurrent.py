@@ -1,8 +1,4 @@
-"""The ONNX operators GRU and LSTM, computed by ``torch.gru`` and ``torch.lstm``.
-
-The order of the gates differs. GRU: update, reset, new in ONNX; reset, update, new in torch. LSTM:
-input, output, forget, cell in ONNX; input, forget, cell, output in torch.
-"""
+"""The ONNX operators GRU and LSTM, computed by ``torch.gru`` and ``torch.lstm``."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,25 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_GRU_GATES, _LSTM_GATES = (1, 0, 2), (0, 2, 3, 1)
-"""The position of each gate in ONNX, in the order of torch."""
+from compressors.lower.recurrent_layers import GRU_GATES, LSTM_GATES, to_torch_order
 
 _ACTIVATIONS = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
-
-
-def _torch_weights(
-    w: Tensor, r: Tensor, b: Tensor | None, gates: tuple[int, ...]
-) -> tuple[list[Tensor], bool]:
-    """Return the weights of all directions in the order of torch, and whether there are biases."""
-    weights = []
-    for direction in range(w.shape[0]):
-        tensors = [w[direction], r[direction]]
-        if b is not None:
-            tensors += b[direction].chunk(2)
-        for tensor in tensors:
-            parts = tensor.chunk(len(gates))
-            weights.append(torch.cat([parts[gate] for gate in gates]))
-    return weights, b is not None
 
 
 def _require_supported(
@@ -90,12 +70,11 @@ def _gru(
     _require_supported("GRU", direction, activations, layout, unsupported)
     if not linear_before_reset:
         raise NotImplementedError("GRU without linear_before_reset")
-    weights, has_biases = _torch_weights(w, r, b, _GRU_GATES)
     output, state = torch.gru(
         x,
         _initial_state(initial_h, x, w, hidden_size),
-        weights,
-        has_biases,
+        to_torch_order(GRU_GATES, w, r, b),
+        b is not None,
         num_layers=1,
         dropout=0.0,
         train=False,
@@ -124,12 +103,11 @@ def _lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     unsupported = {"sequence_lens": sequence_lens, "P": p, "input_forget": input_forget}
     _require_supported("LSTM", direction, activations, layout, {**unsupported, "clip": clip})
-    weights, has_biases = _torch_weights(w, r, b, _LSTM_GATES)
     output, state, cell = torch.lstm(
         x,
         [_initial_state(initial, x, w, hidden_size) for initial in (initial_h, initial_c)],
-        weights,
-        has_biases,
+        to_torch_order(LSTM_GATES, w, r, b),
+        b is not None,
         num_layers=1,
         dropout=0.0,
         train=False,
