@@ -27,6 +27,7 @@ from compressors.lower.comparison.first_difference import GraphValue, first_diff
 from compressors.lower.comparison.parity import (
     FloatArray,
     absolute_differences,
+    add_worst_row,
     allowed_share,
     check_outputs,
 )
@@ -215,19 +216,15 @@ class GraphCheck:
         """
         served = self.lowered.wrapper.served_graph
         gap = absolute_differences(expected, actual)
-        index = np.unravel_index(int(np.argmax(gap)), gap.shape)
         failure = ParityFailure(
             code="parity_operator",
             target=self.target,
             graph=served.name,
             rows_from=rows_from,
-            rows=len(expected),
-            row=int(index[0]),
-            expected=float(expected[index]),
-            found=float(actual[index]),
-            measured={"largest": float(gap[index])},
+            measured={"largest": float(gap.max())},
         )
-        row = take_row(inputs, served.signature, int(index[0]))
+        failure = add_worst_row(failure, gap, expected, actual)
+        row = take_row(inputs, served.signature, failure.row or 0)
         _, program = export_program(self.model, served, self.target, self.most_rows)
         if program.exported_program is None:
             raise ParityLost(failure)

@@ -37,7 +37,6 @@ from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.findings import Parity
 from compressors.lower.targets.registry import lowering_target
-from compressors.lower.targets.target import Tolerance
 
 FloatArray = NDArray[np.float32]
 RoundingChanges = Callable[[], FloatArray]
@@ -76,7 +75,7 @@ def check_parity(
     is_nan = np.isnan(expected)
     if not np.array_equal(is_nan, np.isnan(actual)):
         raise ParityLost(
-            _add_worst_row(
+            add_worst_row(
                 ParityFailure(code="parity_nan", target=target),
                 is_nan != np.isnan(actual),
                 expected,
@@ -118,35 +117,27 @@ def check_parity(
             spread=spread,
             by_rounding=parity.by_rounding,
         )
-        raise ParityLost(_add_worst_row(failure, differences, expected, actual))
+        raise ParityLost(add_worst_row(failure, differences, expected, actual))
     return parity
 
 
-def _summarize(differences: NDArray[np.float64]) -> Tolerance:
+def _summarize(differences: NDArray[np.float64]) -> tuple[float, float, float]:
     """Return root mean square, largest and 0.9 quantile of absolute differences without NaN."""
     if not differences.size:
-        return Tolerance(0.0, 0.0, 0.0)
-    return Tolerance(
-        root_mean_square=float(np.sqrt((differences**2).mean())),
-        largest=float(differences.max()),
-        quantile_90=float(np.quantile(differences, 0.9)),
-    )
+        return 0.0, 0.0, 0.0
+    rms = float(np.sqrt((differences**2).mean()))
+    return rms, float(differences.max()), float(np.quantile(differences, 0.9))
 
 
 def _allow_rounding(parity: Parity, changes: FloatArray) -> Parity:
     """Return a parity whose limits allow the changes that rounding errors make to the scores."""
-    finite = np.abs(changes[np.isfinite(changes)].astype(np.float64))
-    measured = _summarize(finite)
-    limits = Tolerance(parity.rms_limit, parity.largest_limit, parity.quantile_90_limit)
-    rms_limit, largest_limit, quantile_90_limit = (
-        max(limit, ROUNDING_FACTOR * change) for limit, change in zip(limits, measured, strict=True)
-    )
+    rms, largest, quantile_90 = _summarize(np.abs(changes[np.isfinite(changes)], dtype=np.float64))
     return parity.model_copy(
         update={
-            "rms_limit": rms_limit,
-            "largest_limit": largest_limit,
-            "quantile_90_limit": quantile_90_limit,
-            "by_rounding": measured.root_mean_square,
+            "rms_limit": max(parity.rms_limit, ROUNDING_FACTOR * rms),
+            "largest_limit": max(parity.largest_limit, ROUNDING_FACTOR * largest),
+            "quantile_90_limit": max(parity.quantile_90_limit, ROUNDING_FACTOR * quantile_90),
+            "by_rounding": rms,
         }
     )
 
@@ -211,7 +202,7 @@ def absolute_differences(expected: FloatArray, actual: FloatArray) -> NDArray[np
     return gap
 
 
-def _add_worst_row(
+def add_worst_row(
     failure: ParityFailure, gap: NDArray[Any], expected: FloatArray, actual: FloatArray
 ) -> ParityFailure:
     """Return a failure with the row and the two scores for which ``gap`` is largest."""
