@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from torch import nn
 
-from compressors.contracts import Bench, Split
+from compressors.contracts import Bench
 from compressors.contracts.reasons import Reason
 from compressors.core.batches import JoinedRows, Rows
 from compressors.core.model import Model
@@ -106,15 +106,10 @@ def list_pruned_layers(model: Model) -> tuple[str, ...]:
     )
 
 
-def require_training_rows(bench: Bench) -> tuple[Split, Split]:
-    """Return the training and validation rows.
-
-    Raises:
-        RowsMissing: the bench lacks them.
-    """
+def require_training_rows(bench: Bench) -> None:
+    """Raise ``RowsMissing`` if the bench lacks training or validation rows."""
     if bench.train is None or bench.validation is None:
         raise RowsMissing("training_needs_rows")
-    return bench.train, bench.validation
 
 
 def train_units(
@@ -142,22 +137,8 @@ def train_units(
         RowsMissing: the bench lacks training or validation rows.
         TrainingFailed: training diverged, or nothing can be trained.
     """
-    rows, validation = require_training_rows(bench)
-    epochs = train(
-        model.module,
-        bench.signature,
-        rows,
-        validation,
-        loss,
-        settings,
-        items=bench.items,
-        seed=bench.seed,
-        device=bench.device,
-        checkpoints=bench.checkpoints,
-        keep_zeros_in=list_pruned_layers(model),
-        tensor_names=_list_tensors_of_units(model.module, units, selected),
-    )
-    return describe_outcome(epochs, bench.signature.judged_by, settings)
+    names = _list_tensors_of_units(model.module, units, selected)
+    return _train_on_bench(model, bench, loss, settings, list_pruned_layers(model), names)
 
 
 def _list_tensors_of_units(
@@ -201,14 +182,47 @@ def train_model(
         RowsMissing: the bench lacks rows.
         TrainingFailed: training diverged, or nothing can be trained.
     """
-    train_rows = rows if rows is not None else bench.train
-    if train_rows is None or bench.validation is None:
-        raise RowsMissing("training_needs_rows")
     names = tensor_names
     if names is None:
         names = trainable_tensors(model.module, tables=settings.tables)
     units = {unit.name for unit in Unit.of(model.module)}
     trained = {innermost(name, units) for name in names} - {None}
+    outcome = _train_on_bench(
+        model,
+        bench,
+        loss,
+        settings,
+        keep_zeros_in,
+        tensor_names,
+        rows=rows,
+        whole_lists=whole_lists,
+        auxiliary=auxiliary,
+        after_step=after_step,
+        keep_last_epoch=keep_last_epoch,
+    )
+    # "deferred": training may change no tensor of a unit, so the runner compares them afterwards.
+    decision = Decision("deferred", outcome)
+    return AppliedStep(model, {name: decision for name in trained if name is not None})
+
+
+def _train_on_bench(
+    model: Model,
+    bench: Bench,
+    loss: Loss,
+    settings: Training,
+    keep_zeros_in: Collection[str],
+    tensor_names: Collection[str] | None,
+    *,
+    rows: Rows | JoinedRows | None = None,
+    whole_lists: bool = False,
+    auxiliary: nn.Module | None = None,
+    after_step: Callable[[float], None] | None = None,
+    keep_last_epoch: bool = False,
+) -> tuple[Reason, ...]:
+    """Train a network as ``train_model`` does; return the result of the training for the plan."""
+    train_rows = rows if rows is not None else bench.train
+    if train_rows is None or bench.validation is None:
+        raise RowsMissing("training_needs_rows")
     epochs = train(
         model.module,
         bench.signature,
@@ -227,12 +241,9 @@ def train_model(
         after_step=after_step,
         keep_last_epoch=keep_last_epoch,
     )
-    outcome = describe_outcome(
+    return describe_outcome(
         epochs, bench.signature.judged_by, settings, keep_last_epoch=keep_last_epoch
     )
-    # "deferred": training may change no tensor of a unit, so the runner compares them afterwards.
-    decision = Decision("deferred", outcome)
-    return AppliedStep(model, {name: decision for name in trained if name is not None})
 
 
 def describe_outcome(
