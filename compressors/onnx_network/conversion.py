@@ -365,7 +365,7 @@ def _collect_constants(
 
 
 def _can_be_sizes(value: ir.Value) -> bool:
-    """Return whether a value is a small constant of integers, or of booleans, which select them."""
+    """Return whether a value is a small constant of integers, or of booleans (for ``Where``)."""
     stored = value.const_value if value.is_initializer() else None
     return (
         stored is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 from compressors.onnx_network.names import layer_path
 
 ModuleKey: TypeAlias = tuple[Any, ...]
-"""Identifies a module: its weight, and what else distinguishes modules with this weight."""
+"""Identifies a module: its weight, and what distinguishes modules with this weight (the bias)."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def initializer_tensor(value: ir.Value) -> Tensor:
 def find_module_calls(graph: ir.Graph) -> tuple[ModuleCall, ...]:
     """Return the calls of tables and dense layers, in the order of the graph.
 
-    If other nodes consume a weight too, such as a table whose transpose scores all items, its nodes
-    become no calls: a compressed module no longer has this weight.
+    If other nodes consume a weight too, such as a table whose transpose scores all items, the
+    weight does not become a module: compression would remove the weight that those nodes need.
     """
     calls = tuple(call for node in graph for call in _find_call(node))
     key_of = {node: call.key for call in calls for node in call.nodes}
@@ -167,5 +167,5 @@ def _find_bias_add(product: ir.Value, outputs: int) -> ir.Node | None:
         return None
     bias = next((item for item in consumers[0].inputs if item is not product), None)
     # A bias of more than two dimensions could add a dimension to the product.
-    has_two = bias is not None and bias.shape is not None and len(bias.shape) <= 2
-    return consumers[0] if has_two and _is_bias(bias, (outputs,)) else None
+    keeps_rank = bias is not None and bias.shape is not None and len(bias.shape) <= 2
+    return consumers[0] if keeps_rank and _is_bias(bias, (outputs,)) else None

@@ -96,8 +96,8 @@ ROWS_ATTRIBUTE = "rows"
 class OnnxNetwork(nn.Module):
     """A network that computes an ONNX graph.
 
-    Bundles store the arguments, and names of weights avoid the public attributes, so neither of
-    them may be renamed.
+    Do not rename the arguments or the public attributes: bundles store the arguments by name, and
+    the names of their weights were chosen to differ from all public attributes.
 
     Args:
         inputs: name, dtype and shape of each input, as in ``GraphInput``.
@@ -202,6 +202,7 @@ class OnnxNetwork(nn.Module):
             result = OPERATORS_ON_SIZES[node.op](*arguments, **node.attributes)
         if result is None:
             operator = OPERATORS[node.op]
+            # Inputs at ``size_inputs`` must be sizes, those at ``index_inputs`` may be sizes.
             converted: list[Value | None] = []
             for position, argument in enumerate(arguments):
                 if position in operator.size_inputs and isinstance(argument, Tensor):

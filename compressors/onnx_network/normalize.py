@@ -41,7 +41,8 @@ def normalize(model: ir.Model) -> TrainedWeights:
         _convert_opset(model, opset)
     weights = TrainedWeights.of(model.graph)
     with _translate_library_errors():
-        # Equal initializers of more elements may be weights, which training changes separately.
+        # Merge equal initializers only if they have one element: larger ones may be weights, which
+        # training changes separately.
         simplify(model, weights.should_fold, most_merged=1)
         simplify_lookups(model)
         RemoveUnusedNodesPass()(model)

@@ -18,11 +18,11 @@ RESHAPE_OPERATORS = frozenset(
 """Operators whose output has the elements of the input in another shape."""
 
 GATHER_OPERATORS = frozenset({"Gather", "GatherElements", "GatherND"})
-"""Operators whose output may contain a row of a weight twice. Folded, the two copies would be
-trained separately."""
+"""Operators whose output may contain a row of a weight twice. They are not folded, because training
+would change the two copies separately."""
 
 MAX_FOLDED_ELEMENTS = 512 * 512
-"""Most elements of a folded result that is no weight, as in onnxscript."""
+"""Largest number of elements of a folded result that is not a weight: onnxscript's default."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class TrainedWeights:
         weights = [value for value in node.inputs if value is not None and self._is_weight(value)]
         if not weights:
             return False if _has_more_elements(result, MAX_FOLDED_ELEMENTS) else None
-        has_copy = any(_has_other_consumers(value, node) for value in weights)
+        needs_copy = any(_has_other_consumers(value, node) for value in weights)
         grows = _has_more_elements(result, sum(_element_count(value) or 0 for value in weights))
-        if has_copy or grows or node.op_type in GATHER_OPERATORS:
+        if needs_copy or grows or node.op_type in GATHER_OPERATORS:
             return False
         return True if node.op_type in RESHAPE_OPERATORS else None
 

@@ -43,7 +43,7 @@ from compressors.prune.structure.narrowing import (
     require_narrowable,
 )
 
-EXAMPLE_ROWS = 256  # synthetic rows of each scale
+EXAMPLE_ROWS = 256  # synthetic rows for each factor of dense inputs in ``SCALES``
 BATCH = 1024  # calibration rows of one batch
 
 Sample = tuple[Split, int]
@@ -106,7 +106,8 @@ def find_dead_channels(
             continue
         try:
             traces = trace(model.module, signature, table_rows(model.module), width)
-            consumers = find_consumers(width, traces, next(channel_layouts(width)))
+            layout = next(channel_layouts(width))  # the only one: each channel is a group
+            consumers = find_consumers(width, traces, layout)
             dead = _find_dead_channels(model, signature, consumers, sample)
             if dead is not None:
                 require_narrowable(model, signature, dead.cut)
@@ -171,10 +172,10 @@ def _find_dead_channels(
     # By consumer, the value of each constant input, 0 for other inputs: (inputs,).
     value = {name: torch.where(low[name] == high[name], low[name], 0.0) for name in dense_consumers}
     removable: dict[tuple[str, ...], Tensor] = {}
-    for group in consumers.tied_producers:
+    for tied in consumers.tied_producers:
         is_constant = torch.ones(width.value, dtype=torch.bool)
         is_unread = torch.ones(width.value, dtype=torch.bool)
-        for producer in group:
+        for producer in tied:
             if sample is None:
                 is_constant &= ~_get_linear_weight(module, producer).any(dim=1)
             for name in dense_consumers:
@@ -188,7 +189,7 @@ def _find_dead_channels(
                     # Without a bias, a constant other than 0 cannot be added to the output.
                     needs_bias = weight.any(dim=0) & (value[name] != 0)
                     is_constant &= ~(columns & needs_bias).any(dim=1)
-        removable[group] = is_constant | is_unread
+        removable[tied] = is_constant | is_unread
     # All producers lose the same number, so the one with the fewest dead channels limits it. At
     # least one channel must stay, even if it is dead.
     removed_count = min(int(dead.sum()) for dead in removable.values())
@@ -196,10 +197,10 @@ def _find_dead_channels(
     if removed_count == 0:
         return None
     kept_channels = {}
-    for group, dead in removable.items():
+    for tied, dead in removable.items():
         mask = torch.ones(width.value, dtype=torch.bool)
         mask[dead.nonzero().flatten()[:removed_count]] = False
-        kept_channels.update(dict.fromkeys(group, mask))
+        kept_channels.update(dict.fromkeys(tied, mask))
     offsets = {}
     for name in dense_consumers:
         removed_inputs = [

@@ -273,7 +273,7 @@ def _plan_batch_norm(
         return NormFold(name, (before,), norm_is_first=False)
     consumers = flow.direct_consumers(name)
     for layer in consumers:
-        bias = not _has_offset_no_effect(module, layer, shift)
+        bias = not _is_unaffected_by_offset(module, layer, shift)
         why = _explain_not_foldable(module, layer, decisions, bias=bias)
         if why is not None:
             break
@@ -301,13 +301,13 @@ def _plan_affine_part(
         why = flow.reasons.get(name, Reason("nonlinear_output"))
         return Reason("norm_kept", norm=name, why=why)
     for layer in consumers:
-        bias = not _has_offset_no_effect(module, layer, shift)
+        bias = not _is_unaffected_by_offset(module, layer, shift)
         if (reason := _explain_not_foldable(module, layer, decisions, bias=bias)) is not None:
             return Reason("norm_kept", norm=name, why=reason)
     return NormFold(name, consumers, norm_is_first=True)
 
 
-def _has_offset_no_effect(module: nn.Module, layer: str, shift: Tensor) -> bool:
+def _is_unaffected_by_offset(module: nn.Module, layer: str, shift: Tensor) -> bool:
     """Whether an offset of a layer's inputs, float64 ``(in,)``, adds nothing to its output."""
     part = module.get_submodule(layer)
     if not isinstance(part, nn.Linear):
@@ -372,7 +372,7 @@ def _report_unread(model: Model, signature: Signature) -> dict[str, Decision]:
         elif first is not None:
             unread = Reason("input_columns_unread", columns=columns, input=name)
             reasons[first] = (*reasons.get(first, ()), unread)
-    # "deferred": the runner compares each unit before and after the step to decide the status.
+    # "deferred": whether a unit changed is decided after the step by comparing its tensors.
     return {name: Decision("deferred", why) for name, why in reasons.items()}
 
 

@@ -89,9 +89,9 @@ class SmoothQuant(StepSettings):
             batch=BATCH,
             limit=self.rows,
         )
-        # Last link first: a factor changes the weight rows of the previous layer, and the factor of
-        # the link before that depends on these rows. The measured inputs of any other layer do not
-        # change.
+        # Last link first: rescaling a link changes the weight of its producer, which may be a
+        # consumer of an earlier link, whose factors depend on this weight. The measured inputs of
+        # other layers do not change.
         for link in reversed(links):
             weights = {name: linear_weight(module.get_submodule(name)) for name in link.consumers}
             weight_ranges = torch.stack([weight.abs().amax(dim=0) for weight in weights.values()])

@@ -1,4 +1,8 @@
-"""The ONNX operators GRU and LSTM, computed by ``torch.gru`` and ``torch.lstm``."""
+"""The ONNX operators GRU and LSTM, computed by ``torch.gru`` and ``torch.lstm``.
+
+The functions' parameters have the names of the ONNX inputs (in lower case) and attributes: ``w``
+are the input weights, ``r`` the recurrent weights, ``b`` the biases, ``p`` the peephole weights.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +13,7 @@ from torch import Tensor
 from compressors.lower.recurrent_layers import GRU_GATES, LSTM_GATES, to_torch_order
 
 _ACTIVATIONS = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
+"""The activations of one direction that torch computes; they are also the defaults of ONNX."""
 
 
 def _require_supported(
@@ -42,13 +47,13 @@ def _initial_state(state: Tensor | None, x: Tensor, w: Tensor, hidden_size: int)
 
 
 def _onnx_output(output: Tensor, directions: int) -> Tensor:
-    """Reshape the output ``(steps, rows, directions * hidden)`` of torch to that of ONNX.
+    """Reshape the output ``(length, rows, directions * hidden)`` of torch to that of ONNX.
 
     Returns:
-        The output ``(steps, directions, rows, hidden)``.
+        The output ``(length, directions, rows, hidden)``.
     """
-    steps, rows, _ = output.shape
-    return output.reshape(steps, rows, directions, -1).transpose(1, 2)
+    length, rows, _ = output.shape
+    return output.reshape(length, rows, directions, -1).transpose(1, 2)
 
 
 def _gru(

@@ -49,7 +49,7 @@ def _product(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
     return x
 
 
-def _also_of_integers(
+def _extend_to_integers(
     function: Callable[..., Tensor],
 ) -> Callable[[Tensor, list[int], bool], Tensor]:
     """Extend a function of floats to integers: compute in float64 and round towards zero."""
@@ -83,8 +83,8 @@ def _top_k(
     sorted: int = 1,  # noqa: A002
 ) -> tuple[Tensor, Tensor]:
     count, descending = as_int(k), bool(largest)
-    # ONNX's TopK returns the first of equal elements first. torch.topk returns any order, but its
-    # export is a TopK; elsewhere a stable sort has the order of ONNX.
+    # ONNX's TopK returns equal elements in their original order, torch.topk in any order. So topk
+    # is used only in an export, where it becomes a TopK node; else a stable sort has ONNX's order.
     if torch.compiler.is_exporting():
         values, indices = torch.topk(x, count, axis, largest=descending)
         return values, indices
@@ -192,15 +192,15 @@ REDUCTIONS: Mapping[str, Callable[..., Any]] = {
     "Gemm": _gemm,
     "Einsum": _einsum,
     "ReduceSum": _reduction(lambda x, axes, keep: x.sum(axes, keepdim=keep, dtype=x.dtype)),
-    "ReduceMean": _reduction(_also_of_integers(torch.mean)),
+    "ReduceMean": _reduction(_extend_to_integers(torch.mean)),
     "ReduceMax": _reduction(lambda x, axes, keep: x.amax(axes, keepdim=keep)),
     "ReduceMin": _reduction(lambda x, axes, keep: x.amin(axes, keepdim=keep)),
     "ReduceProd": _reduction(_product),
     "ReduceL1": _reduction(lambda x, axes, keep: x.abs().sum(axes, keepdim=keep)),
-    "ReduceL2": _reduction(_also_of_integers(torch.linalg.vector_norm)),
+    "ReduceL2": _reduction(_extend_to_integers(torch.linalg.vector_norm)),
     "ReduceSumSquare": _reduction(lambda x, axes, keep: x.square().sum(axes, keepdim=keep)),
     "ReduceLogSum": _reduction(lambda x, axes, keep: x.sum(axes, keepdim=keep).log()),
-    "ReduceLogSumExp": _reduction(_also_of_integers(torch.logsumexp)),
+    "ReduceLogSumExp": _reduction(_extend_to_integers(torch.logsumexp)),
     "ArgMax": _arg_reduction(torch.argmax),
     "ArgMin": _arg_reduction(torch.argmin),
     "TopK": _top_k,

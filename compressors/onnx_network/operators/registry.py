@@ -80,6 +80,7 @@ OPERATORS: dict[str, Operator] = {
 
 def computes_sizes(op: str, attributes: Mapping[str, Any]) -> bool:
     """Return whether a node computes sizes if all its inputs are sizes."""
-    is_cast = op == "Cast" and attributes["to"] not in (6, 7)  # to other types than int32 and int64
+    # 6 and 7 are the numbers of int32 and int64 in TensorProto.DataType.
+    leaves_integers = op == "Cast" and attributes["to"] not in (6, 7)
     fills_floats = op == "ConstantOfShape" and type(attributes.get("value")) is not int
-    return op in OPERATORS_ON_SIZES and not is_cast and not fills_floats
+    return op in OPERATORS_ON_SIZES and not leaves_integers and not fills_floats

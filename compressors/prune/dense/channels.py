@@ -113,7 +113,7 @@ class Channels(StepSettings):
     training: Training | None = Field(
         None, description="Training after each round. Empty: no training."
     )
-    soft_share: SoftShare = 0.0
+    soft_share: SoftShare = 0.0  # weight of the original model's predictions in the training loss
     temperature: Temperature = 1.0
 
     @model_validator(mode="after")
@@ -327,7 +327,7 @@ class Channels(StepSettings):
             model: the present network.
             signature: describes its inputs.
             consumers: the consumers of the present widths.
-            importance: by producer, float ``(units,)``.
+            importance: by producer, float ``(groups,)``.
             initial: number of groups of each width before the first round.
             initial_work: multiply-adds of all dense layers for one row before the first round.
             progress: round number / number of rounds; after the round, ``keep ** progress`` of the
@@ -414,7 +414,10 @@ def _select_by_producer(
 
 
 def _build_deferred_outcomes(reasons: Mapping[str, tuple[Reason, ...]]) -> dict[str, Decision]:
-    """Build outcomes with these reasons; the runner compares the tensors to decide their status."""
+    """Build outcomes with these reasons.
+
+    "deferred": whether a layer changed is decided after the step by comparing its tensors.
+    """
     return {name: Decision("deferred", why) for name, why in reasons.items()}
 
 

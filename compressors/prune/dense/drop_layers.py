@@ -282,7 +282,7 @@ def _build_outcomes(
             reasons.append(Reason("place_removed"))
         elif remaining[member] != member:
             reasons.append(Reason("moved_from", layer=remaining[member]))
-        # "deferred": the runner compares the tensors under this name before and after the step,
+        # "deferred": whether the unit changed is decided after the step by comparing its tensors,
         # because a later member may have moved to this name or the member may be unchanged.
         outcomes[name] = Decision("deferred", tuple(reasons))
     return outcomes

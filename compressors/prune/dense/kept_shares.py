@@ -2,10 +2,10 @@
 
 A *width* is a number of the configuration that counts the channels of one or more layers, or groups
 of channels such as heads (``prune/structure/config_widths.py``). A *group* is one such channel or
-head, and a *producer* is a dense layer that outputs the channels. Widths depend on each other: a
-layer between two pruned widths has fewer outputs and fewer inputs, so its multiply-adds decrease
-with the product. So the widths for a given number of multiply-adds are found by a search over the
-rounded widths.
+head, a *producer* is a dense layer that outputs the channels, and a *consumer* takes them as
+inputs. Widths depend on each other: a layer between two pruned widths has fewer outputs and fewer
+inputs, so its multiply-adds decrease with the product. So the widths for a given number of
+multiply-adds are found by a search over the rounded widths.
 
 Sources: Liu et al. 2017, https://arxiv.org/abs/1708.06519 (one threshold over all layers).
 Differs: importance is first divided by its mean over the width, because a layer's norm depends more

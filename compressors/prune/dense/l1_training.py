@@ -117,7 +117,7 @@ class L1Training(StepSettings):
         description="l1: single weights become zero. group: all weights that compute an output "
         "channel are penalized together, so that whole channels become zero.",
     )
-    soft_share: SoftShare = 0.0
+    soft_share: SoftShare = 0.0  # weight of the original model's predictions in the training loss
     temperature: Temperature = 1.0
     training: Training = Field(
         default_factory=lambda: Training(schedule="cosine"),
@@ -257,7 +257,8 @@ def _group_of_producers(
 ) -> WeightGroups:
     """Group the parameters of the channels of some producers and of the batch norms after them.
 
-    A group is one channel, or several that the width counts as one, such as a head.
+    A producer is a layer that outputs the channels of a width. A group is one channel, or several
+    that the width counts as one, such as a head.
     """
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for producer in producers:

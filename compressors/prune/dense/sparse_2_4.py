@@ -2,14 +2,15 @@
 
 GPUs with compute capability 8.0 or higher multiply such weights with sparse kernels, which compute
 half of the products. TensorRT's builder measures these kernels and uses them where they are faster,
-which is often not the case for the layers of a recommender. The audit of the engine reports which
-kernels it uses. ONNX Runtime stores and multiplies zeros like other weights, so it gains neither
-bytes nor time.
+which is often not the case for the layers of a recommender. The audit of the built engine reports
+whether it uses them. ONNX Runtime stores and multiplies zeros like other weights, so it gains
+neither bytes nor time.
 
 Of every four weights the two least important become zero: the smallest weights, or the smallest
-products of weight and input norm on the calibration rows (Wanda; not better on Frappe, see
-``benchmarks/dense_formats.py``). Then the kept weights are refitted so that the layer's outputs on
-those rows change least: a least-squares problem in the kept weights of each output channel.
+products of weight and input norm on the calibration rows (Wanda; not better on the data set
+Frappe, see ``benchmarks/dense_formats.py``). Then the kept weights are refitted so that the layer's
+outputs on those rows change least: a least-squares problem in the kept weights of each output
+channel.
 
 Papers: Mishra et al. 2021, https://arxiv.org/abs/2104.08378 (2:4); Sun et al. 2023,
 https://arxiv.org/abs/2306.11695 (weight times norm of its input); Frantar and Alistarh 2023,
@@ -127,7 +128,7 @@ def sparse_layers(module: nn.Module, plan: Plan | None) -> tuple[str, ...]:
         if isinstance(layer, nn.Linear):
             weight = layer.weight
         elif isinstance(layer, PackedLinear) and layer.storage.name in STORES_ZEROS:
-            buffers = dict(layer.named_buffers())
+            buffers = dict(layer.named_buffers())  # "codes" of int8, or "weight" of 16 bits
             weight = buffers.get("codes", buffers.get("weight"))
         if weight is not None and is_2_4(weight):
             sparse.append(line.module)

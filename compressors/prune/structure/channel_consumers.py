@@ -50,7 +50,7 @@ class WidthConsumers:
         connections: by producer and consumer, which inputs of the consumer take which group of the
             producer: bool ``(groups, inputs of the consumer)``.
         groups: by producer, the group of each of its channels, int64 ``(channels,)``.
-        tied_producers: groups of producers whose channels are combined (a residual sum, a gate,
+        tied_producers: sets of producers whose channels are combined (a residual sum, a gate,
             query and key of a head), so that they must keep the same groups.
     """
 
@@ -123,7 +123,7 @@ def _assign_groups(value: int, size: int, parts: int) -> Tensor:
 
     Args:
         value: number of groups.
-        size: channels per unit.
+        size: channels per group.
         parts: number of equal parts of the layer; in each part the channels of a group are
             contiguous.
     """
@@ -226,12 +226,12 @@ def _nan_trace(
 def _find_tied_producers(
     width: Width, connections: Mapping[tuple[str, str], Tensor]
 ) -> tuple[tuple[str, ...], ...]:
-    """Return groups of producers whose channels arrive at the same inputs.
+    """Return sets of producers whose channels arrive at the same inputs.
 
     Raises:
         NotAWidth: channels of two producers are combined, but not channel by channel.
     """
-    groups = [{producer} for producer in width.producers]
+    tied = [{producer} for producer in width.producers]
     for (first, consumer), first_inputs in connections.items():
         for (second, other_consumer), second_inputs in connections.items():
             if first == second or consumer != other_consumer:
@@ -242,9 +242,9 @@ def _find_tied_producers(
                 raise NotAWidth(
                     Reason("channels_differ", first=first, second=second, reader=consumer)
                 )
-            first_group = next(group for group in groups if first in group)
-            second_group = next(group for group in groups if second in group)
-            if first_group is not second_group:
-                groups.remove(second_group)
-                first_group |= second_group
-    return tuple(tuple(sorted(group)) for group in groups)
+            first_set = next(producers for producers in tied if first in producers)
+            second_set = next(producers for producers in tied if second in producers)
+            if first_set is not second_set:
+                tied.remove(second_set)
+                first_set |= second_set
+    return tuple(tuple(sorted(producers)) for producers in tied)

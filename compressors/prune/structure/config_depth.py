@@ -202,7 +202,7 @@ def _require_same_as_skipped(
     scores = synthetic_scores(shorter.module, signature, tables)
     gaps = []
     for replacement in (_return_input, _return_zeros):
-        skipping = private_copy(model.module).eval()
+        skipping = private_copy(model.module).eval()  # new modules that share the tensors
         try:
             with _replace_outputs(skipping, stack, member, replacement):
                 gap = describe_score_difference(

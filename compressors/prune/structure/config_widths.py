@@ -8,8 +8,9 @@ the shapes of the tensors.
 A number counts channels or groups of channels: with ``heads`` and ``head_dim`` in the
 configuration, each head is ``head_dim`` channels of three layers. In this file a *group* is what
 the number counts: one channel, or all channels of a head. A *producer* is a dense layer that
-    outputs the
-channels, a *consumer* is a layer or norm that takes them as inputs.
+outputs the channels, a *consumer* is a layer or norm that takes them as inputs.
+
+``PackedLinear`` and ``FactoredLinear`` are quantized and low-rank replacements of ``nn.Linear``.
 """
 
 import copy
@@ -46,7 +47,7 @@ class Width:
         producers: by name, the dense layers whose outputs it counts, each with its channels per
             group: 1 if the number is the layer's width, the size of a head if it counts heads.
         consumers: by name, the layers and norms that take these channels as inputs, each with its
-            inputs per unit.
+            inputs per group.
     """
 
     path: Path
@@ -186,7 +187,8 @@ def _find_width(model: Model, before: Shapes, path: Path, value: int) -> Width:
             continue
         owner, _, leaf = name.rpartition(".")
         module = model.module.get_submodule(owner)
-        if isinstance(module, FoldedNorm):  # the class builds a norm with parameters here
+        # A folded norm has no parameters; the network built from the class has a norm with them.
+        if isinstance(module, FoldedNorm):
             continue
         owner = first_name[module]  # a module with two names is listed under the first
         if isinstance(module, PackedLinear):

@@ -71,10 +71,10 @@ def require_narrowable(model: Model, signature: Signature, cut: WidthCut) -> Non
     """
     generator = torch.Generator().manual_seed(0)
     kept_by_producer = {}
-    for group in cut.consumers.tied_producers:
+    for tied in cut.consumers.tied_producers:
         mask = torch.zeros(cut.width.value, dtype=torch.bool)
         mask[torch.randperm(cut.width.value, generator=generator)[: cut.count]] = True
-        kept_by_producer.update(dict.fromkeys(group, mask))
+        kept_by_producer.update(dict.fromkeys(tied, mask))
     private = replace(model, module=private_copy(model.module))
     try:
         _, gap = remove_channels(private, signature, [cut], kept_by_producer)
@@ -187,12 +187,12 @@ def rebuild(
     """
     module = construct(model.architecture, config).module
     for name, part in model.module.named_modules():
-        packed = ComposedTable | PackedTable | FactoredLinear | PackedLinear | FoldedNorm | Bag
-        if isinstance(part, packed | PointwiseConv):
+        compressed = ComposedTable | PackedTable | FactoredLinear | PackedLinear | FoldedNorm | Bag
+        if isinstance(part, compressed | PointwiseConv):
             new_module_name = new_name(name)
             if new_module_name is not None:
                 swap(module, new_module_name, part)
-    recalibration = find_recalibration(model.module)
+    recalibration = find_recalibration(model.module)  # the calibration map of the network's output
     if recalibration is not None:
         attach(module, recalibration)
     state = model.module.state_dict(keep_vars=True)
@@ -211,7 +211,8 @@ def synthetic_scores(module: nn.Module, signature: Signature, tables: dict[str, 
         tables: number of rows of each table.
 
     Returns:
-        Float ``(scales, rows)``; with several outputs, one entry for each output of each scale.
+        Float ``(scales, rows)``; with several outputs, the first dimension has one entry for each
+        output and scale.
     """
     return _compute_synthetic_scores(module, signature, tables, change=None)
 

@@ -1,8 +1,9 @@
 """Find the widths of a network that can be pruned, and check each of them.
 
 A *width* is a number in the network's configuration that sets the number of channels of one or more
-layers, its *producers* (``config_widths.py``). A *group* is one channel, or several that the width
-counts as one, such as an attention head. Layers whose width cannot be pruned get a reason.
+layers, its *producers* (``config_widths.py``). Its *consumers* are the layers and norms that take
+the channels as inputs. A *group* is one channel, or several that the width counts as one, such as
+an attention head. Layers whose width cannot be pruned get a reason.
 """
 
 from collections.abc import Mapping
@@ -130,6 +131,8 @@ def _count_to_check(width: Width, share: float, multiple: int, *, share_is_searc
 
 def _find_consumers(model: Model, signature: Signature, width: Width, count: int) -> WidthConsumers:
     """Return the consumers of a width, for the first layout of its channels that passes the check.
+
+    A layout assigns each channel to a group; the network does not record it.
 
     Raises:
         NotAWidth: no layout passes; the reason is that of the first layout.

@@ -67,9 +67,9 @@ def cluster_rare_rows(
 class ClusterRows(ComposingStep):
     """Cluster the rarely looked-up rows of embedding tables, so that they share a few rows.
 
-    The result is the composition of ``row_map.py``: the table ``unique`` of hot rows and cluster
-    means, and a map from each id to the index of its row in ``unique``, stored as the tensor
-    ``planes``.
+    The result is a composition, a table built from smaller ones (``row_map.py``): the table
+    ``unique`` of hot rows and cluster means, and a map from each id to the index of its row in
+    ``unique``, stored as the tensor ``planes``.
     """
 
     kind: Literal["cluster_rows"] = "cluster_rows"

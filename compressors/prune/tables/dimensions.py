@@ -1,10 +1,11 @@
 """Remove the least important dimensions of embedding tables.
 
 After the step, a removed dimension has the same value in every row: its mean. The result is a
-narrower table, a selection matrix and a mean row, the same composition that ``low_rank`` writes.
-The product with a matrix of zeros and ones is exact. In ONNX Runtime it is eight times faster than
-a Pad and a Gather along the last dimension (26,624 lookups of 8 out of 16 numbers: 179 against
-1,494 us). The matrix takes ``4 * kept * dim`` bytes per table.
+narrower table, a selection matrix and a mean row. It is stored as by the step ``low_rank``: as a
+composition, which computes rows from a smaller table and stored tensors. The product with the
+selection matrix, of zeros and ones, is exact. In ONNX Runtime it is eight times faster than a Pad
+and a Gather along the last dimension (26,624 lookups of 8 out of 16 numbers: 179 against 1,494 us).
+The matrix takes ``4 * kept * dim`` bytes per table.
 
 Source: Molchanov et al. 2019, https://arxiv.org/abs/1906.10771 (gradient times weight, squared).
 Differs: the score estimates the effect of setting a whole dimension to its mean, not a weight to
@@ -169,6 +170,7 @@ def taylor(
     leaves: dict[str, nn.Parameter] = {}
     for name in means:
         unit = next(unit for unit in Unit.of(copied) if unit.name == name)
+        # ``Bag`` replaces an EmbeddingBag and contains the table.
         table = unit.module.table if isinstance(unit.module, Bag) else unit.module
         leaves[name] = replace_parameter(table, "weight", unit.weight)
     total = {name: torch.zeros_like(mean) for name, mean in means.items()}

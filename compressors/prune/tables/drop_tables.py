@@ -93,7 +93,7 @@ def permutation_loss(model: Model, bench: Bench, name: str, baseline: float, rep
     """
     if bench.validation is None:
         raise RowsMissing("validation_rows_missing", step="drop_tables")
-    private = model.private().module
+    private = model.private().module  # a copy of the modules that shares the tensors
     generator = torch.Generator().manual_seed(bench.seed)
 
     def permute(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

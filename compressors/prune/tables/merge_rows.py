@@ -49,7 +49,8 @@ def merge_similar_rows(table: Tensor, weight: Tensor, within: float) -> tuple[Te
 
     Returns:
         ``index`` int64 ``(rows,)`` and ``merged_rows`` float32 ``(merged, dim)``: each row is
-        replaced by ``merged_rows[index]``. Merged rows are in the order of the first row of each.
+        replaced by ``merged_rows[index]``. Merged rows have the order of the first table rows that
+        they replace.
     """
     distinct, distinct_of_row = torch.unique(table, dim=0, return_inverse=True)
     total = torch.zeros(len(distinct), dtype=torch.float64)
@@ -100,8 +101,9 @@ def _group_by_cell(table: Tensor, width: float) -> list[Tensor]:
 class MergeRows(StepSettings):
     """Merge rows of embedding tables that are equal or nearly equal.
 
-    The result is the composition of ``row_map.py``: the table ``unique`` of merged rows, and a map
-    from each id to the index of its row, stored as the tensor ``planes``.
+    The result is a composition, a table built from smaller ones (``row_map.py``): the table
+    ``unique`` of merged rows, and a map from each id to the index of its row, stored as the tensor
+    ``planes``.
     """
 
     effect: ClassVar[Effect] = "parts"  # a table is replaced by a smaller table and a map
@@ -124,7 +126,10 @@ class MergeRows(StepSettings):
         return ("train",)
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
-        """Select the tables to search; only ``apply`` finds out whether rows can be merged."""
+        """Select the tables to search; only ``apply`` finds out whether rows can be merged.
+
+        The plan contains bounds of the bytes; the lower one is that of a table with one row.
+        """
         units = Unit.of(model.module)
         decisions = choose_tables(units, self.tables, self.min_rows, self.kind)
         reason = (

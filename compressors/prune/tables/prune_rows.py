@@ -50,9 +50,10 @@ from compressors.quantize.kernels.lloyd import nearest_entries
 
 @dataclass(frozen=True)
 class KeptRowsComposition:
-    """A table of the kept rows (part ``kept``), whose last row replaces all pruned rows, and a map.
+    """A table ``kept`` of the kept rows, whose last row replaces all pruned rows, and a map.
 
-    The map is ``within`` and ``before`` of ``kept_rows.build_kept_map``. The protocol
+    The map is ``within`` and ``before`` of ``kept_rows.build_kept_map``. A composition defines how
+    a table computes its rows from stored tensors and from inner tables, its *parts*. The protocol
     ``Composition`` (``core/modules/composed.py``) explains the methods. ``rows_per_entry``: number
     of rows per entry of a stored tensor. ``learned``: names of the stored tensors that training may
     change.
@@ -140,7 +141,11 @@ class PruneRows(ComposingStep):
         return self
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
-        """Select the tables to prune; give a reason for each other table."""
+        """Select the tables to prune; give a reason for each other table.
+
+        With ``min_lookups``, ``apply`` decides, because it counts the lookups; the plan then
+        contains only bounds of the bytes.
+        """
         min_rows = max(self.min_rows, 2)
         if not self.min_lookups:
             return choose_composed(model, self.tables, min_rows, self.kind, self.design)

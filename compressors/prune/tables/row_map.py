@@ -47,9 +47,10 @@ def _(planes: Tensor, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowMapComposition:
-    """Part ``unique`` of stored rows, and ``planes``, the encoded index in it of each id's row.
+    """A table ``unique`` of stored rows, and for each id the index of its row: ``planes``.
 
-    The setting ``places`` is the number of rows of ``unique``.
+    The indices are encoded by ``byte_planes``. The setting ``places`` is the number of rows of
+    ``unique``.
 
     A composition defines how a table computes its rows from stored tensors and from inner tables,
     its *parts*. The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.

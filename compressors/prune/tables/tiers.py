@@ -36,14 +36,15 @@ from compressors.quantize.calibration.lookup_counts import lookup_counts
 
 @dataclass(frozen=True)
 class TiersComposition:
-    """Parts ``hot`` and ``cold``, both in the original order of rows, and the map of hot rows.
+    """Two inner tables ``hot`` and ``cold``, with rows in the original order, and a map of rows.
 
     The map has two tensors for blocks of 128 rows (``build_kept_map`` in
     ``prune/tables/kept_rows.py``): ``within``, a row's rank among the hot (or, negative, the cold)
     rows of its block, and ``before``, the number of hot rows before each block. The custom op
     ``kept_place`` computes from them a row's index in ``hot``, or -1 minus its index in ``cold``.
 
-    The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
+    A composition defines how a table computes its rows from stored tensors and from inner tables,
+    its *parts*. The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
     ``rows_per_entry``: number of rows per entry of a stored tensor. ``learned``: names of the
     stored tensors that training may change.
     """

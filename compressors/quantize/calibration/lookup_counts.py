@@ -98,6 +98,7 @@ def _count_lookups(network: nn.Module, name: str, counts: Tensor) -> None:
         else:
             counts.add_(read_by.numel() // read_by.shape[-1])
 
+    # The wrapper reports when forward code reads the table's weight; the hook counts calls.
     observed = ObservedTable(module, observe, hides_attributes=False)
     observed.register_forward_pre_hook(hook, with_kwargs=True)
     swap(network, name, observed)

@@ -43,7 +43,7 @@ def loss_gradients(
         signature: inputs and task of the network.
         split: the data; all rows are read.
         loss: the loss to differentiate, a mean over rows or lists.
-        tables: submodules of ``module`` that map ids to rows, by any name.
+        tables: submodules of ``module`` that map ids to rows; the keys may be any names.
 
     Returns:
         For each name in ``tables``, two float32 ``(rows, dim)``. The first is the gradient of the
@@ -108,7 +108,7 @@ def sensitivity(
         module: the network in evaluation mode; none of its tensors is changed.
         signature: inputs and task of the network.
         split: the data.
-        tables: submodules of ``module`` that map ids to rows, by any name.
+        tables: submodules of ``module`` that map ids to rows; the keys may be any names.
         max_rows: number of rows after which no further batch is read.
 
     Returns:

@@ -63,5 +63,5 @@ class BFloat16Dense(StepSettings):
         return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected layer by placeholders in the format."""
+        """Replace every selected layer by one in the format, with zeros that take no memory."""
         return dry_run_packed(model, plan.units(model.module), linear=FORMAT)

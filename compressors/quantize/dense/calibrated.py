@@ -30,7 +30,7 @@ ZERO_INPUTS = Decision("skipped", (Reason("zero_inputs"),))
 Calibrator = Literal["min_max", "percentile", "entropy", "mse", "best"]
 
 Pack = Callable[[nn.Linear, Tensor], PackedLinear]
-"""Builds the replacement of a layer from it and the end of its input range.
+"""Builds the replacement of a layer; the arguments are the layer and the end of its input range.
 
 The end is a float32 scalar, or ``(in,)`` with one range for each input channel.
 """

@@ -108,6 +108,7 @@ class Float16(StepSettings):
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the tables and dense layers to convert; give a reason for each other unit."""
         units = Unit.of(model.module)
+        # ``with_heads``: also tables whose weight an output layer shares.
         decisions = {
             **choose_tables(units, self.tables, self.min_rows, self.kind, with_heads=True),
             **choose_dense(units, self.layers, self.kind, LINEAR_FORMAT),
@@ -132,7 +133,7 @@ class Float16(StepSettings):
         return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected table and layer by placeholders in the format."""
+        """Replace every selected unit by one in the format, with zeros that take no memory."""
         units = plan.units(model.module)
         return dry_run_packed(model, units, table=TABLE_FORMAT, linear=LINEAR_FORMAT)
 

@@ -245,6 +245,6 @@ class Float8Dense(StepSettings):
         return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected layer by placeholders in the format, without calibration."""
+        """Replace every selected layer by one in the format, with zeros that take no memory."""
         units = plan.units(model.module)
         return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())

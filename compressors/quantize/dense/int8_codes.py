@@ -1,7 +1,7 @@
 """Round the weights and inputs of a dense layer to the codes of ``static_int8``.
 
 ``static_int8.py`` says why neighbouring codes are limited. A *scale* is the distance of two levels;
-a *code* is the int8 number of a level.
+a *code* is the int8 number of a level, for weights at most ``LEVELS`` (127) in absolute value.
 """
 
 import torch

@@ -133,7 +133,7 @@ class LearnedInt8(nn.Module):
 class QAT(StepSettings):
     """Train dense layers with rounded weights and inputs, and store them in int8."""
 
-    trains_towers: ClassVar[bool] = True
+    trains_towers: ClassVar[bool] = True  # it can train models with two towers
 
     kind: Literal["qat"] = "qat"
     layers: LayerPatterns = ("*",)
@@ -147,7 +147,7 @@ class QAT(StepSettings):
     )
     rows: int = Field(4096, ge=1, description="Largest number of calibration rows that are read.")
     batch: int = Field(1024, ge=1, description="Rows of one calibration batch.")
-    soft_share: SoftShare = 0.5
+    soft_share: SoftShare = 0.5  # weight of the original model's predictions in the training loss
     temperature: Temperature = 1.0
     training: Training = Field(
         default_factory=lambda: Training(epochs=5, learning_rate=3e-4),
@@ -175,7 +175,7 @@ class QAT(StepSettings):
         """Select the dense layers to train; give a reason for each other layer.
 
         Raises:
-            NothingToCompress: the signature's task has no loss yet.
+            NothingToCompress: the signature's task has no loss to train with.
         """
         require_loss(bench, self.kind, self.training)
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
@@ -228,7 +228,7 @@ class QAT(StepSettings):
         return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected layer by placeholders in the format, without training."""
+        """Replace every selected layer by one in the format, with zeros that take no memory."""
         return dry_run_packed(model, plan.units(model.module), linear=FORMAT)
 
 

@@ -114,7 +114,8 @@ def record_inputs(
         batch: rows per batch.
         limit: largest number of rows that are read.
     """
-    calls = -(-min(limit, calibration.rows) // batch)  # rounded up, as the vectors of each
+    calls = -(-min(limit, calibration.rows) // batch)  # number of batches, rounded up
+    # Each batch contributes an equal part of the sample, rounded up.
     recorders = {unit.name: InputRecorder(-(-SAMPLE // calls)) for unit in layers}
     read_layer_inputs(
         module,

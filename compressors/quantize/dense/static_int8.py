@@ -300,7 +300,7 @@ class StaticInt8(StepSettings):
         return AppliedStep(model, outcomes)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected layer by placeholders in the format, without calibration."""
+        """Replace every selected layer by one in the format, with zeros that take no memory."""
         settings = format_settings(self.input_scales)
         units = plan.units(model.module)
         return dry_run_packed(model, units, linear=FORMAT, settings=settings)

@@ -133,7 +133,7 @@ class WeightInt4(StepSettings):
         return gram_matrices(model.module, layers, rows, signature, self.batch, self.rows)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected layer by placeholders in the format."""
+        """Replace every selected layer by one in the format, with zeros that take no memory."""
         units = plan.units(model.module)
         return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())
 

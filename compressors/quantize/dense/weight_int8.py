@@ -93,6 +93,6 @@ class WeightInt8(StepSettings):
         return AppliedStep(model)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected layer by placeholders in the format."""
+        """Replace every selected layer by one in the format, with zeros that take no memory."""
         units = plan.units(model.module)
         return dry_run_packed(model, units, linear=FORMAT, settings=self.settings())

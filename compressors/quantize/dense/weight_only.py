@@ -1,7 +1,7 @@
 """Weight-only quantization of dense layers: blocks, codes and the custom op.
 
 ``weight_int8`` and ``weight_int4`` differ only in the width of a code. A *row* is the weights of
-one output. In a row, ``block`` consecutive weights share a scale, or all of them. Levels and
+one output. A scale is shared by ``block`` consecutive weights of a row, or by all. Levels and
 clipping are as for tables (``kernels/levels.py``, ``kernels/clipping.py``). Levels are symmetric
 around zero, because TensorRT supports no zero point. A *multiple* is a rounded weight divided by
 its scale, an integer.

@@ -46,7 +46,7 @@ SHARES = tuple(1 - index / 50 for index in range(1, 26))
 """Shares of a symmetric range that ``mse`` compares: 0.98 down to 0.5."""
 
 STEPS = 50
-"""``mse`` moves the ends of an asymmetric range by multiples of 1/50 of it, less than half each."""
+"""``mse`` moves each end of an asymmetric range by multiples of 1/50 of it, by less than half."""
 
 FINE, FINE_STEPS = 200, 3
 """Afterwards ``mse`` makes up to 3 small moves to each side, of 1/200 of the range each.

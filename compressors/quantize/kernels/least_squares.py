@@ -1,7 +1,7 @@
 """Clipping rule ``least_squares``: refit ranges to their codes.
 
-With seven passes over the rows, this rule lowers the error of ``min_max`` by about two thirds of
-what the long search of ``mse`` lowers it, for 64 numbers per row.
+With seven passes over the rows, this rule achieves about two thirds of the error reduction (from
+``min_max``) that the long search of ``mse`` achieves, for 64 numbers per row.
 
 A *range* is a group of weights that share a scale, and also the interval that its levels cover. For
 each range, a few candidates that clip the same share at both ends are compared, and the best one is
@@ -9,9 +9,9 @@ refitted. For fixed codes, the scale and offset of least squared error are the r
 weights on codes. The new scale and offset give new codes. The result of a round is used only if the
 error, computed with the stored scale and offset, decreased.
 
-Source: Zhang et al. 2018, https://arxiv.org/abs/1807.10029, Algorithm 1 (QEM of LQ-Nets, which
-alternates between codes and levels). Differs: levels stay evenly spaced, so a line is fitted
-instead of a basis; the first range is the best of several candidates.
+Source: Zhang et al. 2018, https://arxiv.org/abs/1807.10029, Algorithm 1 (quantization error
+minimization of LQ-Nets, which alternates between codes and levels). Differs: levels stay evenly
+spaced, so a line is fitted instead of a basis; the first range is the best of several candidates.
 
 This plain torch code specifies the results of ``numba_kernels.least_squares``, which are equal bit
 for bit. So sums add one number after the other in float32. During the fit, codes are computed with
@@ -37,7 +37,7 @@ from compressors.quantize.kernels.levels import (
 )
 
 SHARES = (0.03, 0.06, 0.10)
-"""Shares of a range that are clipped at each end, for comparison."""
+"""Shares of a range that the compared candidates clip at each end."""
 
 ROUNDS = 2
 """Number of refits. With seven shares and three refits, errors would be only 1 % lower."""

@@ -345,12 +345,12 @@ def nearest(
 # One array, ``lanes``, contains all data of the lanes. An item, such as the lowest weight, is LANES
 # consecutive numbers, and the constants are the positions of items. With one array the compiler can
 # prove that items do not overlap; with separate arrays it would have to check this at run time.
-LOW, HIGH, INVERSE = 0 * LANES, 1 * LANES, 2 * LANES
+LOW, HIGH, INVERSE = 0 * LANES, 1 * LANES, 2 * LANES  # INVERSE: 1 / scale
 BEST, NEW = 3 * LANES, 5 * LANES  # scale and offset
 BEST_SUMS, NEW_SUMS = 7 * LANES, 12 * LANES  # rr, q, qq, r, qr of ``least_squares.Residuals``
 ITEMS = 17 * LANES
 CUTS = np.array([0.0, *SHARES], np.float32)
-"""Shares of a range that are clipped at each end, for comparison."""
+"""Shares of a range that the compared candidates clip at each end."""
 REMAINING = np.array([1.0, *(1 - share for share in SHARES)], np.float32)
 """1 minus each of these shares, the share of a symmetric range that remains."""
 

@@ -74,6 +74,7 @@ def encode(rows: Tensor, grid: Grid, bits: int) -> tuple[Tensor, FittedRange]:
 
     bad_row = _encode_in_threads(encode_rows, count, dim, rows_per_scale)
     if bad_row >= 0:
+        # The loops check ``LANES`` groups of rows together and report the first row of them.
         bad_rows = rows[bad_row : bad_row + numba_kernels.LANES * rows_per_scale]
         raise _build_error(bad_rows, bad_row, grid)
     return codes, FittedRange(scale, offset)
@@ -139,7 +140,7 @@ def _view_as_words(stored: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.uint3
 def _encode_in_threads(
     encode_rows: Callable[[int, int], int], rows: int, dim: int, rows_per_scale: int
 ) -> int:
-    """Process all rows with torch's number of threads; return the first bad row, or -1.
+    """Process all rows with torch's number of threads; return the first row that fails, or -1.
 
     Each thread gets whole groups of ``rows_per_scale`` rows.
     """

@@ -294,7 +294,7 @@ class AdditiveCodes(StepSettings):
         return quality(candidate, bench.signature, bench.validation)
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected table by placeholders in the new format."""
+        """Replace every selected table by one in the format, with zeros that take no memory."""
         units = plan.units(model.module)
         return dry_run_packed(model, units, table=FORMAT, settings=self.settings())
 

@@ -31,7 +31,7 @@ LARGEST = 448
 """The largest E4M3 number."""
 
 LEVELS = 2 * LARGEST + 1
-"""Number of levels of the grid that fits the scales, so that its highest multiple is 448."""
+"""Number of levels of the evenly spaced grid that fits the scales: -448 to 448 times a scale."""
 
 
 def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
@@ -142,7 +142,7 @@ class Float8E4M3(StepSettings):
         return scales.fit_table(rows, self.grid)
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
+        """Encode a block of rows, float ``(rows, dim)``; ``params`` is the result of ``fit``."""
         stored = scales.fit_block(block, self.grid)
         scale = {**params, **stored}["scale"]
         return {"codes": encode(block, scale, self.rows_per_scale), **stored}

@@ -65,7 +65,7 @@ def fit(
         scale = largest_weights(rows, scale_type).float()
     best, least_error = torch.empty(0), float("inf")
     for _ in range(ALTERNATIONS if scale_type != "none" else 1):
-        # An error of a scaled value is multiplied by the scale, and squared.
+        # The squared error of a weight is that of its scaled value times the squared scale.
         value_weights = (counts.double().unsqueeze(1) * scale.double().square()).expand_as(rows)
         # Rows of zeros have no scale and are ignored.
         values = rows / scale.where(scale > 0, torch.ones_like(scale))
@@ -263,7 +263,7 @@ class KMeans(StepSettings):
         return {"codebook": fit(rows, self.bits, self.scale)}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
+        """Encode a block of rows, float ``(rows, dim)``; ``params`` is the result of ``fit``."""
         codes, scale = encode(block, params["codebook"], self.scale)
         stored = {"codes": pack(codes, self.bits)}
         return stored if scale is None else {**stored, "scale": scale}

@@ -222,7 +222,7 @@ class ProductCodes(StepSettings):
         }
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
+        """Encode a block of rows, float ``(rows, dim)``; ``params`` is the result of ``fit``."""
         codes = encode(block, params["codebook"], self.parts)
         levels = len(params["codebook"]) // codes.shape[1]
         return {"codes": pack(codes, compute_code_width(levels))}

@@ -280,6 +280,6 @@ class ResidualCodes(StepSettings):
         return {"codebook": convert_codebook(fitted.codebook, self.codebook_type)}
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
+        """Encode a block of rows, float ``(rows, dim)``; ``params`` is the result of ``fit``."""
         codes = encode(block, params["codebook"], self.codebooks)
         return {"codes": pack(codes, compute_code_width(len(params["codebook"]) // self.codebooks))}

@@ -24,6 +24,7 @@ from compressors.quantize.kernels.levels import Clipping
 from compressors.quantize.tables import scales
 from compressors.quantize.tables.rowwise import RowwiseSettings, packed_rows_format
 
+# In symmetric levels, zero is between the codes 1 and 2.
 FORMAT = packed_rows_format("rowwise_int2", bits=2, zero_code=1.5)
 
 
@@ -36,7 +37,7 @@ def pack_multiples(multiples: Tensor, *, symmetric: bool) -> Tensor:
 class RowwiseInt2(RowwiseSettings):
     """Store embedding tables as a quarter of a byte per weight and one scale per row."""
 
-    levels: ClassVar[tuple[int, int]] = (4, 4)
+    levels: ClassVar[tuple[int, int]] = (4, 4)  # numbers of codes: symmetric, asymmetric
 
     kind: Literal["rowwise_int2"] = "rowwise_int2"
     symmetric: bool = Field(
@@ -52,6 +53,6 @@ class RowwiseInt2(RowwiseSettings):
         return FORMAT
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
+        """Encode a block of rows, float ``(rows, dim)``; ``params`` is the result of ``fit``."""
         multiples, stored = scales.encode_block(block, params, self.grid)
         return {"codes": pack_multiples(multiples, symmetric=self.symmetric), **stored}

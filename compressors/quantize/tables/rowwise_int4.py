@@ -18,13 +18,14 @@ from compressors.core.modules.formats import TableFormat
 from compressors.quantize.tables import scales
 from compressors.quantize.tables.rowwise import RowwiseSettings, packed_rows_format
 
+# In symmetric levels, code 8 is zero.
 FORMAT = packed_rows_format("rowwise_int4", bits=4, zero_code=8)
 
 
 class RowwiseInt4(RowwiseSettings):
     """Store embedding tables as half a byte per weight and one scale per row."""
 
-    levels: ClassVar[tuple[int, int]] = (15, 16)
+    levels: ClassVar[tuple[int, int]] = (15, 16)  # numbers of codes: symmetric, asymmetric
 
     kind: Literal["rowwise_int4"] = "rowwise_int4"
 
@@ -34,5 +35,5 @@ class RowwiseInt4(RowwiseSettings):
         return FORMAT
 
     def encode(self, block: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Encode one block of rows, float ``(rows, dim)``, to its stored tensors."""
+        """Encode a block of rows, float ``(rows, dim)``; ``params`` is the result of ``fit``."""
         return scales.encode_codes(block, params, self.grid, FORMAT.bits)

@@ -2,7 +2,8 @@
 
 A group of ``rows_per_scale`` rows (0: all rows of the table) shares one scale and, if the levels
 are asymmetric, one offset. A weight is ``multiple * scale + offset``: a *multiple* is a level in
-units of the scale (``compressors/quantize/kernels/levels.py``).
+units of the scale, and a *grid* is the set of multiples with the settings of its scales
+(``compressors/quantize/kernels/levels.py``).
 """
 
 from collections.abc import Mapping
@@ -114,10 +115,11 @@ def encode_codes(
     # The import takes half a second, so it is delayed until a table is encoded.
     from compressors.quantize.kernels import row_encoding
 
-    fits_in_loops = (grid.clipping == "min_max" and grid.rows_per_scale > 0) or (
+    # The loops also fit the scales by these rules; by other rules, they are fitted first.
+    has_loop_for_fit = (grid.clipping == "min_max" and grid.rows_per_scale > 0) or (
         grid.clipping == "least_squares" and grid.rows_per_scale == 1
     )
-    if fits_in_loops:
+    if has_loop_for_fit:
         codes, fitted = row_encoding.encode(block, grid, bits)
         return {"codes": codes, **_name_tensors(fitted)}
     stored = fit_block(block, grid)

@@ -65,7 +65,7 @@ class RoundedTable(nn.Embedding):
     def __init__(self, table: nn.Embedding | nn.EmbeddingBag, encoder: TableStep) -> None:
         super().__init__(1, 1)  # its weight is replaced below: no large tensor is allocated
         self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
-        # A bag masks padding itself.
+        # ``Bag``, which replaces an EmbeddingBag in training, masks padding itself.
         self.padding_idx = table.padding_idx if isinstance(table, nn.Embedding) else None
         self.weight = table.weight
         self.encoder = encoder
@@ -99,7 +99,7 @@ class RoundedTable(nn.Embedding):
 class TableQAT(StepSettings):
     """Train tables with rounded rows, and store them as 8-, 4- or 2-bit integers."""
 
-    trains_towers: ClassVar[bool] = True
+    trains_towers: ClassVar[bool] = True  # it can train models with two towers
 
     kind: Literal["table_qat"] = "table_qat"
     tables: TablePatterns = ("*",)
@@ -109,7 +109,7 @@ class TableQAT(StepSettings):
     rows_per_scale: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = Field(
         1, description="Number of neighbouring rows that share a scale."
     )
-    soft_share: SoftShare = 0.5
+    soft_share: SoftShare = 0.5  # weight of the original model's predictions in the training loss
     temperature: Temperature = 1.0
     training: Training = Field(
         default_factory=lambda: Training(epochs=5, learning_rate=1e-3, tables=True),
@@ -147,7 +147,7 @@ class TableQAT(StepSettings):
         """Select the float32 tables that become smaller; give a reason for each other table.
 
         Raises:
-            NothingToCompress: the signature's task has no loss yet.
+            NothingToCompress: the signature's task has no loss to train with.
         """
         require_loss(bench, self.kind, self.training)
         encoder = self.encoder
@@ -175,6 +175,7 @@ class TableQAT(StepSettings):
         units = Unit.of(module)
         originals = {unit.name: unit.module for unit in selected_units(units, plan.decisions)}
         tables = {name: _rounded(table, encoder) for name, table in originals.items()}
+        # ``pack_table`` puts the new table into a ``Bag`` if it replaces an EmbeddingBag.
         for name, table in tables.items():
             swap(module, name, pack_table(originals[name], table))
         loss = build_mixed_loss(
@@ -187,7 +188,7 @@ class TableQAT(StepSettings):
         return AppliedStep(model, dict.fromkeys(tables, Decision("taken", outcome)))
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
-        """Replace every selected table by placeholders in the format, without training."""
+        """Replace every selected table by one in the format, with zeros that take no memory."""
         encoder = self.encoder
         units = plan.units(model.module)
         return dry_run_packed(model, units, table=encoder.storage, settings=encoder.settings())
