@@ -92,7 +92,8 @@ def test_columns_default_to_the_name():
     assert PaddedBag(name="genres", table="g", shape=(3,)).columns == ("genres",)
 
 
-# ``Text("int64")`` equals every text that contains ``int64``.
+# ``Text("int64")`` equals every text that contains ``int64``; below, ``HasReason`` equals a reason
+# with this code and these fields.
 @pytest.mark.parametrize(
     ("kind", "settings", "code", "fields"),
     [
@@ -217,12 +218,13 @@ def test_loss_weight_of_the_only_output_is_refused():
 
 
 def test_several_outputs_must_score_rows():
+    """Models of the task kind ``retrieval`` rank a catalogue of items; others score each row."""
     ranked = {"name": "x", "kind": "retrieval", "form": "score", "metric": "recall@20"}
     with raises_value_error("outputs_of_ranked_catalogue", task="retrieval"):
         Signature(inputs=(USER,), outputs=(CLICK, ranked), group="user")
 
 
-def test_condition_of_a_label_needs_a_label():
+def test_condition_of_a_label_is_refused_for_retrieval_which_needs_no_labels():
     ranked = {"kind": "retrieval", "form": "score", "metric": "recall@20", "name": "x"}
     for changes in ({"label_where": "click"}, {"label_where": "click", "label": "bought"}):
         with raises_value_error("label_condition_unused", output="x", task="retrieval"):

@@ -1,4 +1,8 @@
-"""Input kinds: their shapes and columns, their valid integers, and settings that are refused."""
+"""Input kinds: their shapes and columns, their valid integers, and settings that are refused.
+
+The fields of a matrix are the inputs that it contains. A field of an id input (``IdField``) is the
+part of the table that one of its columns looks up. A key identifies items and enters no tower.
+"""
 
 import pytest
 from error_codes import raises_value_error

@@ -248,7 +248,7 @@ def test_order_with_an_implausible_limit_is_refused_but_a_stored_limit_is_read()
 # --- metrics of task kinds -------------------------------------------------------------------
 
 
-def test_every_usual_metric_is_registered_and_measured_for_a_task_kind():
+def test_every_default_metric_is_registered_and_measured_for_a_task_kind():
     assert {name: metric(name) for name in METRICS} == METRICS
     for item in METRICS.values():
         assert any(can_be_measured(item, task, grouped=True) for task in TASK_KINDS), item.name
@@ -259,8 +259,9 @@ def test_every_usual_metric_is_registered_and_measured_for_a_task_kind():
 
 @given(st.sampled_from([f for f in FAMILIES.values() if f.number]), st.integers(1, 70_000))
 def test_family_has_a_metric_for_every_number_up_to_the_largest(family, number):
-    """``max_number`` is the largest number of a family, such as 10,000 in ``ndcg@10000``.
+    """The metrics of a family differ only in a number, such as ``ndcg@5`` and ``ndcg@10``.
 
+    ``max_number`` is the largest number of a family, such as 10,000 in ``ndcg@10000``.
     The largest of all families is the batch size 65,536 of the latency metrics.
     """
     member = find_metric(f"{family.name}{number}")
@@ -293,7 +294,7 @@ def test_unknown_metric_name_is_refused(name):
         ("precision@5", "Precision@5"),
     ],
 )
-def test_metrics_of_the_first_ranks_are_measured_for_lists_and_for_full_rankings(name, label):
+def test_top_k_metrics_are_measured_for_lists_and_for_full_rankings(name, label):
     declared = metric(name)
     assert declared.label == label
     for task, is_measured in {"ranking": True, "retrieval": True, "ctr": False}.items():

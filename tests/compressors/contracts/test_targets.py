@@ -5,7 +5,7 @@ import json
 from compressors.contracts import TARGETS, default_target
 from compressors.contracts.targets.runtime import Machine
 
-# A record of the time when ONNX Runtime was the only runtime: its version has a field of that name.
+# Stored when ONNX Runtime was the only runtime: the field ``onnxruntime`` is the runtime's version.
 STORED = (
     '{"processor":"p","cores":2,"system":"Linux x86_64","onnxruntime":"1.22.0","threads":1,'
     '"int8_dot":true}'

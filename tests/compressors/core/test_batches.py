@@ -33,7 +33,7 @@ def split(tmp_path_factory):
 
 
 def bags(item: JaggedBag, batch: Batch) -> list[list[int]]:
-    """Return the ids of each row of a build_jagged_arguments input."""
+    """Return the ids of each row of a jagged input."""
     values, bounds = (batch.inputs[name] for name in tensor_names(item))
     lengths = (
         bounds
@@ -90,7 +90,7 @@ def test_batches_have_groups_if_the_signature_names_a_group_column(tmp_path):
     assert torch.equal(torch.cat(groups), torch.arange(BENCH_ROWS) // 8)
 
 
-def test_jagged_writes_bounds_as_offsets_or_lengths():
+def test_jagged_arguments_have_the_bounds_as_offsets_or_lengths():
     values, bounds = torch.arange(5), torch.tensor([0, 2, 2, 5])
     history, tags = JAGGED["history"], JAGGED["tags"]
     assert build_jagged_arguments(history, values, bounds)["history_offsets"].tolist() == [0, 2, 2]

@@ -31,7 +31,7 @@ class StepAttributes:
 
     ``effect`` is what a step changes, here the format in which units are stored. ``trains`` is
     whether it trains. ``needs`` and ``wants`` are the parts of the bench that it requires, and
-    those that it uses if they exist. ``smallest_dry_run`` predicts the smallest result.
+    those that it uses if they exist. ``smallest_dry_run`` predicts the smallest possible result.
     """
 
     effect, trains, needs, wants = "format", False, (), ()

@@ -1,4 +1,4 @@
-"""Networks that take their inputs by position or in one mapping, or whose scores have a method."""
+"""Networks with positional inputs or one mapping, or with scores from a method like ``predict``."""
 
 from dataclasses import replace
 
@@ -20,14 +20,14 @@ from compressors.prune.dense.sparse_2_4 import Sparse24
 from infra.onnxruntime.sessions import Session
 
 
-class OfPositions(MultiTaskNet):
+class PositionalNet(MultiTaskNet):
     """Takes its inputs by position."""
 
     def forward(self, first, second, third, /):
         return super().forward(user=first, item=second, price=third)
 
 
-class OfMapping(MultiTaskNet):
+class MappingNet(MultiTaskNet):
     """Takes one mapping from names to tensors."""
 
     def forward(self, x):
@@ -35,7 +35,7 @@ class OfMapping(MultiTaskNet):
         return super().forward(**x)
 
 
-class OfMethod(MultiTaskNet):
+class PredictNet(MultiTaskNet):
     """Returns its scores from a method, which calls ``forward``."""
 
     def predict(self, user, item, price):
@@ -47,13 +47,14 @@ class OfMethod(MultiTaskNet):
 
 
 def reference(network, **changes):
+    """Return ``MULTI_TASK`` with another network class and changed fields of its signature."""
     signature = MULTI_TASK.signature.model_copy(update=changes)
     return replace(MULTI_TASK, network=network, signature=signature)
 
 
-BY_POSITION = reference(OfPositions, call="positions")
-BY_MAPPING = reference(OfMapping, call="mapping")
-BY_METHOD = reference(OfMethod, method="predict")
+BY_POSITION = reference(PositionalNet, call="positions")
+BY_MAPPING = reference(MappingNet, call="mapping")
+BY_METHOD = reference(PredictNet, method="predict")
 FORMS = pytest.mark.parametrize(
     "form", [BY_POSITION, BY_MAPPING, BY_METHOD], ids=["positions", "mapping", "method"]
 )
@@ -80,6 +81,7 @@ def scores(model, form):
     "step",
     [
         *STEPS,
+        # ``ALONE`` are the methods that change an uncompressed network.
         *(
             pytest.param(default_step(method), marks=pytest.mark.nightly)
             for method in ALONE
@@ -88,9 +90,10 @@ def scores(model, form):
     ],
     ids=lambda step: step.kind,
 )
-def test_step_gives_the_scores_of_a_network_with_keywords(form, step, tmp_path):
+def test_step_gives_the_same_scores_as_for_a_network_with_keyword_arguments(form, step, tmp_path):
     results = []
     for name, each in (("keywords", MULTI_TASK), ("other", form)):
+        # Hints come from the original, the network before compression.
         source = replace(each.model(), original=each.model().module)
         result = run(step, source, each.bench(tmp_path / name), tmp_path / f"{name}-out")
         results.append(scores(result, each))
@@ -106,11 +109,11 @@ def test_graph_takes_the_inputs_by_name(form, tmp_path):
     assert session.inputs == ("user", "item", "price")
     result = session.scores({name: tensor.numpy() for name, tensor in inputs().items()})
     expected = scores(MULTI_TASK.model(), MULTI_TASK)
-    expected[:, :2] = expected[:, :2].sigmoid()
+    expected[:, :2] = expected[:, :2].sigmoid()  # the graph returns probabilities
     np.testing.assert_allclose(result, expected.numpy(), atol=1e-6)  # float32 rounding
 
 
-def test_default_is_left_out_of_documents():
+def test_default_call_and_method_are_left_out_of_the_signature_in_json():
     assert not {"call", "method"} & MULTI_TASK.signature.model_dump().keys()
     assert BY_METHOD.signature.model_dump()["method"] == "predict"
     assert BY_MAPPING.signature.model_dump()["call"] == "mapping"

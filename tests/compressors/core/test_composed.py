@@ -1,6 +1,7 @@
 """The contract of every method that replaces a table by smaller tables ("parts").
 
-Examples are low rank, hashing and tiers. test_steps.py checks what holds for every step.
+Examples are low rank, hashing, and tiers of often and rarely looked-up rows. test_steps.py checks
+what holds for every step.
 """
 
 import functools

@@ -135,6 +135,7 @@ def test_device_attributes_of_a_network_are_set_to_the_cpu():
 
 
 def test_parameters_in_plain_attributes_have_the_loaded_values(tmp_path):
+    """``Penalized`` keeps its weights in lists and dictionaries too, to compute a penalty."""
     trained, loaded = train_and_load(Penalized, tmp_path)
     for loaded_value, expected in zip(loaded.penalties(), trained.penalties(), strict=True):
         assert torch.equal(loaded_value, expected)
@@ -145,6 +146,8 @@ def test_parameters_in_plain_attributes_have_the_loaded_values(tmp_path):
 
 
 def test_plain_tensor_that_shares_memory_with_a_parameter_has_the_loaded_values(tmp_path):
+    """A plain tensor is an attribute that is neither a parameter nor a buffer."""
+
     class SharesMemory(Base):
         def finish(self, device):
             rows = torch.zeros(7, DIM)
@@ -186,7 +189,7 @@ def test_private_copy_shares_parameters_that_are_only_in_a_list():
     assert copy_of_module.weights is not module.weights
 
 
-def test_random_plain_tensors_are_refused_with_their_names():
+def test_plain_tensors_with_random_values_are_refused_with_their_names():
     class HalvedWeightNet(Base):
         def finish(self, device):
             self.half = self.out.weight.detach() / 2

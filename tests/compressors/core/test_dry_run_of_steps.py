@@ -59,8 +59,8 @@ def test_the_dry_run_of_a_step_has_the_plan_and_bytes_of_its_result(method, refe
     )
     result = run_of_method.result
     assert predicted.network.architecture == result.network.architecture
-    # The choice of ``SEARCHES`` depends on values and data, so their dry run is an upper bound of
-    # the bytes.
+    # What the methods in ``SEARCHES`` remove depends on values and data, so their dry run gives an
+    # upper bound of the bytes.
     if method in SEARCHES:
         assert stored_bytes(predicted.module) >= stored_bytes(result.module)
         return

@@ -36,6 +36,7 @@ def test_training_in_bfloat16_changes_weights_like_float32_and_stores_float32(tm
 
 
 def test_mixed_precision_with_packed_layers_raises_training_failed(tmp_path):
+    """Packed layers have int8 codes in place of float weights."""
     bench = RANKER.bench(tmp_path / "data")
     packed = run(StaticInt8(), RANKER.model(), bench, tmp_path / "packed")
     with raises_code(TrainingFailed, "float_layers_needed", layer="cross"):
@@ -49,7 +50,7 @@ def test_a_missing_device_raises_step_refused(tmp_path, monkeypatch):
         run(FineTune(training=SHORT_TRAINING), RANKER.model(), bench, tmp_path / "out")
 
 
-def test_moved_to_restores_moved_tensors_and_keeps_replaced_tensors():
+def test_move_to_restores_moved_tensors_and_keeps_replaced_tensors():
     """The meta device, whose tensors have no values, is used as the other device."""
     module = TIED.model().module
     before = dict(module.named_parameters(remove_duplicate=False))
@@ -68,7 +69,7 @@ def test_moved_to_restores_moved_tensors_and_keeps_replaced_tensors():
             assert tensor.data_ptr() == pointers[name]
 
 
-def test_moved_to_restores_all_tensors_after_an_exception():
+def test_move_to_restores_all_tensors_after_an_exception():
     module = NORMED.model().module
     before = dict(module.named_buffers()) | dict(module.named_parameters())
     with pytest.raises(ValueError, match="fault"), move_to(module, "meta"):

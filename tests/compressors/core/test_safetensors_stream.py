@@ -113,7 +113,7 @@ OVERFLOWS = (2**31, 2**32, 2**33)
 )
 def test_offsets_beyond_32_bits_are_exact(overflow: int, dtype: torch.dtype, width: int):
     rows = overflow // width + 3
-    # Two tensors of the same shape; ``b`` is stored after ``a``. ``place`` returns a file offset.
+    # Two tensors of the same shape; ``b`` is stored after ``a``.
     specs = {"a": TensorSpec((rows, width), dtype), "b": TensorSpec((rows, width), dtype)}
     file = StreamedFile(specs)
     header_bytes = len(file.header)
@@ -185,7 +185,7 @@ def test_layout_that_safetensors_cannot_store_is_refused(name, spec):
         StreamedFile({name: spec})
 
 
-def test_size_of_returns_bytes():
+def test_compute_size_returns_bytes():
     assert compute_size(TensorSpec((3, 5), torch.float16)) == 30
     assert compute_size(TensorSpec((), torch.float64)) == 8
     assert compute_size(TensorSpec((2**31, 4), torch.int64)) == 2**36

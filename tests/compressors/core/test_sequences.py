@@ -102,6 +102,7 @@ def test_batches_of_a_split_are_padded_to_their_longest_list(tmp_path):
 
 
 def test_random_sequences_of_the_same_length_have_equal_lengths_and_one_longest_list():
+    """The signature says that ``categories`` has the same length as ``history``."""
     inputs = generate_inputs(SEQUENCES, TABLES, rows=20)
     assert inputs["history_mask"].sum(dim=1).equal(inputs["category_count"].to(torch.float32))
     assert inputs["history"].shape[1] == CONFIG["longest"]
@@ -109,6 +110,7 @@ def test_random_sequences_of_the_same_length_have_equal_lengths_and_one_longest_
 
 
 def test_edge_inputs_have_the_shortest_and_the_longest_list():
+    """Edge inputs also have ids out of range: -1, and the number of rows of the table."""
     inputs = generate_edge_inputs(SEQUENCES, TABLES, edge_rows(SEQUENCES))
     assert inputs["category_count"][-2:].tolist() == [1, CONFIG["longest"]]
     assert (inputs["history"] == -1).any()

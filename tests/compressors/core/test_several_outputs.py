@@ -37,6 +37,7 @@ def inputs_of(rows=9):
 
 
 def module_returning(form):
+    """Return the network, which returns its outputs as a tuple, mapping or tensor."""
     reference = replace(MULTI_TASK, config={**MULTI_TASK.config, "returns": form})
     return reference.model().module
 
@@ -90,7 +91,7 @@ def test_smoke_test_refuses_a_network_that_lacks_an_output():
         smoke_test(module_returning("tuple"), four, "m:MultiTaskNet")
 
 
-def test_one_output_of_a_mapping_can_be_packed_and_is_served_as_the_score(tmp_path):
+def test_one_output_of_a_mapping_passes_the_smoke_test_and_is_served_as_the_score(tmp_path):
     network = module_returning("mapping")
     signature = SIGNATURE.model_copy(update={"outputs": (BUY,)})
     smoke_test(network, signature, "m:MultiTaskNet")
@@ -183,6 +184,7 @@ def test_validation_score_is_the_weighted_mean_of_the_metrics(tmp_path):
 
 
 def test_labelled_rows_and_traffic_keep_the_labels_of_each_output(tmp_path):
+    """Traffic has logged requests without labels, here the calibration rows."""
     bench = MULTI_TASK.bench(tmp_path)
     labelled = Rows(bench.train, SIGNATURE)
     joined = JoinedRows(labelled, Rows(bench.calibration, SIGNATURE))

@@ -25,7 +25,7 @@ TABLES = {"encoder.word": VOCABULARY}
 
 def with_inputs(*inputs, **changes):
     """Return the signature with other inputs of query and item, and some fields replaced."""
-    key = SIGNATURE["inputs"][2]
+    key = SIGNATURE["inputs"][2]  # the column that identifies an item
     return Signature.model_validate(SIGNATURE | {"inputs": [*inputs, key]} | changes)
 
 

@@ -296,7 +296,7 @@ def pack_and_fold(network: type[BaseNet]) -> tuple[Model, Bench]:
 @pytest.mark.parametrize(
     ("network", "step"),
     [
-        # In the default tier one step runs on each network: the steps take turns.
+        # Without the marker ``nightly`` one step runs on each network: the steps take turns.
         pytest.param(
             network,
             step,
@@ -317,7 +317,7 @@ def test_each_step_runs_on_a_network_with_one_unusual_unit(
 @pytest.mark.parametrize(
     "network",
     [
-        # In the default tier every second network; the test above runs on all of them.
+        # Without ``nightly`` every second network; the test above runs on all of them.
         pytest.param(network, id=network.__name__, marks=pytest.mark.nightly if place % 2 else ())
         for place, network in enumerate(NETWORKS)
     ],

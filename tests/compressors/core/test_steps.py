@@ -620,7 +620,7 @@ def test_static_int8_without_calibration_rows_raises_nothing_to_compress(tmp_pat
 
 def test_a_layer_with_only_zero_inputs_is_skipped_and_an_error_if_named(tmp_path):
     source = RANKER.model()
-    nn.init.zeros_(source.module.hidden.weight)
+    nn.init.zeros_(source.module.hidden.weight)  # the layer ``capped`` reads its output
     nn.init.zeros_(source.module.hidden.bias)
     bench = RANKER.bench(tmp_path / "data")
     with raises_code(StepRefused, "layer_inputs_zero", layer="capped"):

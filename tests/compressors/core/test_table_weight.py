@@ -1,4 +1,7 @@
-"""The weight of a compressed table: slices, products and their gradients, and tied output heads."""
+"""The weight of a compressed table: slices, products and their gradients, and tied output heads.
+
+Networks in ``weight_readers`` use the weight of their item table as the output head, too.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +43,7 @@ UNSUPPORTED = (RowwiseInt8(symmetric=False), RowwiseInt8(rows_per_scale=4), Roww
 
 
 def pack(step: Any, rows: int = ROWS, dim: int = DIM, seed: int = 0) -> PackedTable:
+    """Return a table of random rows as the step stores it."""
     weight = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
     return encode_table(step, weight)
 
@@ -70,6 +74,7 @@ def test_product_equals_a_product_with_the_decoded_table(step, rows, dim, leadin
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step.kind}-{step.settings()}")
 def test_gradients_of_a_product_are_those_of_the_decoded_table(step: Any) -> None:
     table = pack(step)
+    # ``storage.learned`` has the names of the tensors that training may change.
     learned = [b for name, b in table.named_buffers() if name in table.storage.learned]
     for tensor in learned:
         tensor.requires_grad_(tensor.dtype == torch.float32)
@@ -202,7 +207,7 @@ def test_a_tied_head_multiplies_by_the_table_after_each_step_and_after_loading(
     assert "head.weight" not in model.module.state_dict()
 
 
-def test_a_head_registered_before_its_table_is_no_owner_of_the_bytes() -> None:
+def test_bytes_of_a_shared_weight_count_for_the_table_if_its_head_is_registered_first() -> None:
     network = nn.Module()
     network.head, network.item = nn.Linear(4, 5), nn.Embedding(5, 4)
     network.head.weight = network.item.weight
@@ -260,6 +265,7 @@ def test_reads_of_a_weight_are_counted_as_lookups(tmp_path: Path) -> None:
 
 
 def test_an_observed_table_gives_the_scores_of_its_table() -> None:
+    """An observed table reports how the network reads the weight."""
     reads: list[str] = []
     table = pack(RowwiseInt8())
     observed = ObservedTable(table, lambda read, _: reads.append(read), hides_attributes=False)

@@ -2,7 +2,8 @@
 
 Hints train a student's layer to predict the output of the original's layer; an auxiliary head
 predicts the teacher's scores from a layer. Both are discarded after training. ``soft_share`` is the
-weight of the teacher's loss; the loss on labels has the rest.
+weight of the teacher's loss; the loss on labels has the rest. Packed tables and layers have codes
+in place of float weights.
 """
 
 from dataclasses import replace
@@ -36,6 +37,7 @@ TRAIN_TABLES = SHORT_TRAINING.model_copy(update={"tables": True})
 
 
 def activations(module: nn.Module, name: str, bench) -> Tensor:
+    """Output of a layer for the training rows, ``(rows, width)``."""
     (batch,) = batches(bench.train, bench.signature, BENCH_ROWS)
     with torch.no_grad(), record_outputs(module, (name,)) as outputs:
         module(**batch.inputs)
@@ -54,7 +56,9 @@ def unexplained_share(module: nn.Module, original: nn.Module, name: str, bench) 
 
 
 def test_with_hints_a_smaller_layer_predicts_the_original_layer_better(tmp_path):
-    """The reference has no hints. Linear maps from 8 to 16 outputs are fitted after training.
+    """The same training without hints is the comparison.
+
+    After training, linear maps from 8 to 16 outputs are fitted.
 
     ``hint_share`` is the weight of the hint loss; without hints it has no effect.
     """
@@ -183,7 +187,7 @@ def test_layers_before_an_auxiliary_head_learn_from_the_teacher(tmp_path):
     step = Distill(soft_share=0.99, auxiliary="plain", training=training)
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     (batch,) = batches(bench.train, RANKER.signature, BENCH_ROWS)
-    targets = RANKER.label_scores(batch.inputs)[:, None]
+    targets = RANKER.label_scores(batch.inputs)[:, None]  # the teacher's scores
 
     def explained_variance(module: nn.Module) -> float:
         inputs = activations(module, "plain", bench)
@@ -258,6 +262,7 @@ def test_distill_with_dense_false_trains_the_scales_of_packed_tables(tmp_path):
 
 @pytest.mark.parametrize("method", [RowwiseInt8(), LowRank(rank=0.5)], ids=lambda m: m.kind)
 def test_a_student_keeps_packed_and_composed_tables_unchanged(method, tmp_path):
+    """A composed table consists of smaller tables, here the factors of ``LowRank``."""
     bench = RANKER.bench(tmp_path / "data")
     packed = run(method, RANKER.model(), bench, tmp_path / "packed")
     step = Distill(student={"width": 8}, training=SHORT_TRAINING)

@@ -85,6 +85,7 @@ def test_a_student_with_unknown_arguments_or_packed_layers_raises_distillation_r
     bench = RANKER.bench(tmp_path / "data")
     with raises_code(DistillationRefused, "argument_unknown", architecture="models:Ranker"):
         run(Distill(student={"widht": 8}), RANKER.model(), bench, tmp_path / "a")
+    # Packed layers have int8 codes in place of float weights.
     packed = run(StaticInt8(), RANKER.model(), bench, tmp_path / "packed")
     with raises_code(DistillationRefused, "layer_packed", layer="cross"):
         run(Distill(student={"width": 8}), packed, bench, tmp_path / "b")

@@ -68,7 +68,7 @@ def test_draws_have_different_items_with_their_inputs_and_shares(splits):
         numbers = (sampled.item - 3) // 10
         tags = [tag for n in numbers.tolist() for tag in [n] * (n % 3)]
         assert sampled.inputs["tags"].tolist() == tags
-        share = {43: 3 / 4, 73: 1 / 4}
+        share = {43: 3 / 4, 73: 1 / 4}  # of the training rows
         expected = torch.tensor([share.get(sku, 0.0) for sku in sampled.item.tolist()])
         torch.testing.assert_close(sampled.item_log_share.exp(), expected)
 
@@ -90,7 +90,7 @@ def test_draws_depend_only_on_the_seeds(splits):
         return [sampler.draw().item.tolist() for _ in range(3)]
 
     assert draws(5, 0) == draws(5, 0)
-    assert draws(5, 0) != draws(5, 1)  # another rank
+    assert draws(5, 0) != draws(5, 1)  # another process (rank) of a distributed training
     assert draws(5, 0) != draws(6, 0)  # another epoch
 
 
@@ -106,6 +106,6 @@ def test_negatives_without_a_catalogue_are_refused(splits):
         build_sampler(None, SIGNATURE, splits[1], negatives=8)
 
 
-def test_log_shares_are_those_of_the_rows():
+def test_log_share_of_an_item_is_the_logarithm_of_its_share_of_the_rows():
     shares = log_shares(torch.tensor([9, 2, 5]), torch.tensor([5, 9, 5, 5]))
     torch.testing.assert_close(shares.exp(), torch.tensor([0.25, 0.0, 0.75]))

@@ -1,10 +1,10 @@
 """``refit_codes``: training of codebooks and scales, reassignment of codes by loss gradients.
 
 A round trains the codebooks and scales, then gives new codes to the share ``share`` of the rows
-whose loss they would lower. The file also tests how ``fine_tune`` trains tables that are stored as
-codes. A format's ``learned`` are the names of its tensors that training may change. Some tests set
-the damping of reassignments (a term added to the curvature) to 0, so that the proposed gains are
-those of ``predicted_change``.
+whose loss they would lower. The file also tests how ``fine_tune`` trains packed tables, which are
+stored as codes. A composed table consists of smaller tables, its parts. A format's ``learned`` are
+the names of its tensors that training may change. Some tests set the damping of reassignments (a
+term added to the curvature) to 0, so that the proposed gains are those of ``predicted_change``.
 """
 
 from dataclasses import replace
@@ -103,6 +103,7 @@ def pack_tables(
 
 
 def validation_quality(model: Model, bench: Bench) -> float:
+    """Return the metric of the signature on the validation rows."""
     return quality(model.module, bench.signature, bench.validation)
 
 
@@ -304,7 +305,7 @@ def test_loss_gradients_equal_torchs_gradients_of_the_decoded_table(ranker_bench
         return hard_loss(bench.signature, output, batch)
 
     gradients = loss_gradients(model.module, bench.signature, bench.train, loss, tables)
-    reference_module = model.private().module
+    reference_module = model.private().module  # a copy of the module tree
     with torch.no_grad():
         item = nn.Embedding.from_pretrained(tables["item"](torch.arange(300)), freeze=False)
     reference_module.item = item
@@ -323,6 +324,7 @@ def test_loss_gradients_equal_torchs_gradients_of_the_decoded_table(ranker_bench
 
 
 def random_table(step: TableStep, rows: int = 200, dim: int = 6) -> PackedTable:
+    """Return a table of random rows as the step stores it."""
     table = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
     params = step.fit(table)
     layout = step.storage.layout(rows, dim, step.settings())
@@ -346,6 +348,7 @@ def predicted_change(
 
 
 def random_gradients(seed: int) -> tuple[Tensor, Tensor]:
+    """Return a gradient and a positive curvature for each number of ``random_table``."""
     generator = torch.Generator().manual_seed(seed)
     gradient = 3 * torch.randn(200, 6, generator=generator)
     return gradient, torch.rand(200, 6, generator=generator) + 0.1

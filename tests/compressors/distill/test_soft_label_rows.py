@@ -103,7 +103,10 @@ def test_traffic_lists_stay_separate_from_training_lists_with_equal_numbers(tmp_
 
 
 def correlation_with_teacher(model: torch.nn.Module, bench: Bench, reference: Reference) -> float:
-    """The correlation of a model's scores with the teacher's on validation rows."""
+    """The correlation of a model's scores with the teacher's on validation rows.
+
+    The teacher's scores, ``label_scores``, are the opposite of the scores before training.
+    """
     (batch,) = batches(bench.validation, reference.signature, BENCH_ROWS)
     with torch.no_grad():
         scores = [reference.label_scores(batch.inputs), model(**batch.inputs).reshape(-1)]

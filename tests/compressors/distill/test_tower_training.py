@@ -1,7 +1,8 @@
 """Steps that train a model with two towers, on interactions drawn from the network's scores.
 
 ``TOWERS`` is such a network. Noise in a tensor lowers its recall, which training recovers; random
-weights have the recall of a random order.
+weights have the recall of a random order. The field ``original`` of a model is the network before
+compression, the teacher of these steps.
 """
 
 from dataclasses import replace
@@ -89,8 +90,8 @@ TRAINING = Training(
 )
 
 
-def train_tower_model(seed: int = 0) -> Model:
-    """Return the network with weights of a trained one: large scores."""
+def build_fitted_model(seed: int = 0) -> Model:
+    """Return the network from whose scores ``build_bench`` draws, so it needs no training."""
     model = TOWERS.model(seed)
     with torch.no_grad():
         for tower in (model.module.query, model.module.item):
@@ -136,7 +137,7 @@ def recall(model: Model, bench: Bench) -> float:
 
 
 def test_quality_is_the_recall_of_a_ranking_without_items_of_the_training_rows(tmp_path):
-    model = train_tower_model()
+    model = build_fitted_model()
     bench = build_bench(model, tmp_path)
     assert bench.train is not None
     assert bench.validation is not None
@@ -161,7 +162,7 @@ def test_quality_is_the_recall_of_a_ranking_without_items_of_the_training_rows(t
 
 
 def test_at_most_5000_queries_are_ranked(tmp_path, monkeypatch):
-    model = train_tower_model()
+    model = build_fitted_model()
     bench = build_bench(model, tmp_path)
     assert MAX_QUERIES == 5_000
     monkeypatch.setattr("compressors.metrics.validation_ranking.MAX_QUERIES", 2)
@@ -188,7 +189,7 @@ def damage(model: Model, names: tuple[str, ...]) -> Model:
 
 @pytest.mark.parametrize("negatives", [0, 40])
 def test_fine_tune_trains_random_towers(negatives, tmp_path):
-    bench = build_bench(train_tower_model(), tmp_path / "data")
+    bench = build_bench(build_fitted_model(), tmp_path / "data")
     start = TOWERS.model(seed=1)
     changes = {"learning_rate": 0.1, "epochs": 8, "negatives": negatives}
     training = TRAINING.model_copy(update=changes)
@@ -202,7 +203,7 @@ def test_fine_tune_trains_random_towers(negatives, tmp_path):
 def test_distill_recovers_a_damaged_layer_from_the_vectors_of_the_original(
     loss, negatives, tmp_path
 ):
-    original = train_tower_model()
+    original = build_fitted_model()
     bench = build_bench(original, tmp_path / "data")
     start = replace(damage(original, ("item.out.weight",)), original=original.module)
     training = TRAINING.model_copy(update={"tables": False, "negatives": negatives})
@@ -214,7 +215,7 @@ def test_distill_recovers_a_damaged_layer_from_the_vectors_of_the_original(
 
 
 def test_refit_codes_recovers_damaged_codebooks(tmp_path):
-    original = train_tower_model()
+    original = build_fitted_model()
     bench = build_bench(original, tmp_path / "data")
     codes = ProductCodes(parts=4, bits=6, codebook_share=1.0)
     packed = run(codes, original, bench, tmp_path / "codes")
@@ -228,7 +229,7 @@ def test_refit_codes_recovers_damaged_codebooks(tmp_path):
 
 
 def test_qat_trains_the_layers_of_both_towers(tmp_path):
-    original = train_tower_model()
+    original = build_fitted_model()
     bench = build_bench(original, tmp_path / "data")
     training = TRAINING.model_copy(update={"tables": False, "epochs": 1})
     result = run(
@@ -241,7 +242,7 @@ def test_qat_trains_the_layers_of_both_towers(tmp_path):
 
 
 def test_table_qat_trains_the_tables_of_both_towers_with_negatives_of_the_catalogue(tmp_path):
-    original = train_tower_model()
+    original = build_fitted_model()
     bench = build_bench(original, tmp_path / "data")
     training = TRAINING.model_copy(update={"negatives": 20, "epochs": 1})
     step = TableQAT(bits=8, training=training)
@@ -253,8 +254,8 @@ def test_table_qat_trains_the_tables_of_both_towers_with_negatives_of_the_catalo
     assert recall(result, bench) > 0.9 * recall(original, bench)
 
 
-def test_steps_without_the_original_or_with_unusable_settings_are_refused(tmp_path):
-    original = train_tower_model()
+def test_settings_that_two_towers_do_not_support_are_refused(tmp_path):
+    original = build_fitted_model()
     bench = build_bench(original, tmp_path / "data")
     with raises_code(NothingToCompress, "towers_setting", setting="loss", value="pointwise"):
         run(Distill(loss="pointwise"), original, bench, tmp_path / "out")
@@ -265,7 +266,7 @@ def test_steps_without_the_original_or_with_unusable_settings_are_refused(tmp_pa
 def test_a_list_loss_of_two_towers_does_not_keep_the_rows_of_a_query_in_one_batch(
     tmp_path, monkeypatch
 ):
-    original = train_tower_model()
+    original = build_fitted_model()
     bench = build_bench(original, tmp_path / "data")
     whole_lists = []
     monkeypatch.setattr(
@@ -281,7 +282,7 @@ def test_a_list_loss_of_two_towers_does_not_keep_the_rows_of_a_query_in_one_batc
 
 
 def test_validation_rows_without_a_positive_label_raise(tmp_path):
-    model = train_tower_model()
+    model = build_fitted_model()
     bench = build_bench(model, tmp_path)
     assert bench.validation is not None
     validation = Rows(bench.validation, SIGNATURE)
@@ -291,7 +292,7 @@ def test_validation_rows_without_a_positive_label_raise(tmp_path):
 
 
 def test_drawn_items_have_the_vectors_of_the_item_tower_and_no_query(tmp_path):
-    model = train_tower_model()
+    model = build_fitted_model()
     bench = build_bench(model, tmp_path)
     rows = Rows(bench.train, SIGNATURE)
     sampled = ItemSampler(bench.items, SIGNATURE, rows, 30).draw()
@@ -307,7 +308,7 @@ def test_drawn_items_have_the_vectors_of_the_item_tower_and_no_query(tmp_path):
 
 
 def test_original_and_network_are_compared_on_the_same_drawn_items(tmp_path):
-    original = train_tower_model()
+    original = build_fitted_model()
     bench = build_bench(original, tmp_path)
     rows = Rows(bench.train, SIGNATURE)
     numbers = torch.arange(20)
@@ -322,7 +323,7 @@ def test_original_and_network_are_compared_on_the_same_drawn_items(tmp_path):
 
 
 def test_killed_training_with_negatives_resumes_and_ends_with_the_same_bits(tmp_path, monkeypatch):
-    bench = build_bench(train_tower_model(), tmp_path / "data")
+    bench = build_bench(build_fitted_model(), tmp_path / "data")
     training = TRAINING.model_copy(update={"epochs": 3, "negatives": 16})
 
     def trained(checkpoints: Path, seed: int = 0) -> Tensor:
@@ -352,6 +353,6 @@ def test_negatives_are_refused_without_a_catalogue(tmp_path):
     model = RANKER.model()
     with raises_code(NothingToCompress, "negatives_without_catalogue", negatives=8, task="ctr"):
         run(step, model, RANKER.bench(tmp_path / "ctr"), tmp_path / "out")
-    bench = build_bench(train_tower_model(), tmp_path / "data").model_copy(update={"items": None})
+    bench = build_bench(build_fitted_model(), tmp_path / "data").model_copy(update={"items": None})
     with raises_code(NothingToCompress, "rows_missing", missing=("items",)):
-        run(step, train_tower_model(), bench, tmp_path / "out")
+        run(step, build_fitted_model(), bench, tmp_path / "out")

@@ -142,6 +142,7 @@ LOW_RANK_INPUTS = Reference(LowRankInputsNet, SIGNATURE)
 def factorize_reference(
     reference: Reference, folder: Path, **settings: float | bool | tuple[str, ...]
 ) -> tuple[Model, Model]:
+    """Run ``LowRankDense`` with these settings on a reference; return source and result."""
     source = reference.model()
     bench = reference.bench(folder / "data")
     return source, run(LowRankDense(**settings), source, bench, folder / "out")
@@ -149,7 +150,7 @@ def factorize_reference(
 
 def relative_change_of_scores(first: Model, second: Model, reference: Reference) -> float:
     """Root mean squared difference of scores, as a share of the spread of the first model's."""
-    before = scores_of(first.private(), reference)
+    before = scores_of(first.private(), reference)  # a copy in evaluation mode
     return float((scores_of(second, reference) - before).square().mean().sqrt() / before.std())
 
 
@@ -306,6 +307,7 @@ def test_the_graph_of_factored_layers_has_the_scores_of_its_module(target: Targe
     inputs = graph.rows(1500)
     check_parity(graph.run_in_torch(inputs), graph.run_in_onnx(inputs), model.plan, target)
     if target == "onnxruntime":
+        # The audit checks that the optimized graph keeps the formats of the plan.
         report = audit(optimized_graph(path), model.plan, lowered.tables)
         assert report.int8_products == 9  # four factored layers with two products each, and ``out``
         assert np.isfinite(graph.run_in_onnx(inputs)).all()

@@ -1,4 +1,8 @@
-"""Inputs derived from calls of small networks, each of which reads its columns in one way."""
+"""``derive_inputs`` calls a network on sampled rows to find the kind of each input.
+
+Each small network here reads the columns of its data in one way. An ``IdField`` is the part of a
+table that one column of an input looks up.
+"""
 
 from dataclasses import replace
 
@@ -499,7 +503,7 @@ class Changing(nn.Module):
         return self.joined(ids).sum(dim=1) + torch.where(price > 0.9, torch.nan, price)
 
 
-def test_network_that_changes_its_inputs_is_described_and_nan_raises():
+def test_inputs_that_the_network_changes_are_derived_and_nan_raises():
     small = replace(SAMPLE["price"], values=SAMPLE["price"].values * 0.5)
     (item, _) = derive(Changing(), {**SAMPLE, "price": small}, ids="user,item").inputs
     assert [field.offset for field in item.fields] == [0, USERS]

@@ -28,7 +28,7 @@ class EqualTables(nn.Module):
 
 REFERENCE = Reference(
     EqualTables,
-    # With different policies, because the lookups of both tables would be merged otherwise.
+    # With different policies for ids out of range; otherwise, both lookups would be merged.
     signature_of(
         IdInput(name="first", table="first"),
         IdInput(name="second", table="second", out_of_range="clamp"),

@@ -321,7 +321,7 @@ def test_audit_accepts_every_recipe_exported_for_onnxruntime(network, kinds):
 @pytest.mark.parametrize(
     ("reference", "kinds"),
     [
-        # The default tier has the graphs that test_lowering.py exports for this target.
+        # Not marked ``nightly`` are the graphs that test_lowering.py exports for this target.
         pytest.param(
             name,
             kinds,

@@ -110,8 +110,8 @@ CASES = (
 
 
 TARGETS = ("onnxruntime", "tensorrt-rtx")
-# The default tier has every mode with int4 tables, and one case with int8 tables, each for one
-# target.
+# The cases without the marker ``nightly``: every mode with int4 tables, and one case with int8
+# tables, each for one target.
 SAMPLE = {(index, TARGETS[index % 2]) for index in (1, 4, 5, 6)}
 
 

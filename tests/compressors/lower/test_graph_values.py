@@ -64,6 +64,7 @@ def graph_scores(
 
 
 def test_recalibrated_probabilities_near_zero_are_equal_in_graph_and_torch(tmp_path: Path) -> None:
+    # ``private`` returns a copy of the module tree in evaluation mode.
     module = Reference(SigmoidOfSum, PROBABILITY).model().private().module
     # Logits of -28 to -16 are mapped to -3 to 0; ONNX Runtime's sigmoid is 0 below -18.
     slope_and_offset = torch.tensor([0.25, 4.0])
@@ -94,7 +95,7 @@ def test_squeezed_score_has_one_number_per_row_for_one_and_several_rows(
 @pytest.mark.parametrize(
     ("bias_in_steps", "target"),
     [
-        # Graphs for TensorRT and TensorRT-RTX are equal; the default tier has only one for RTX.
+        # Graphs for TensorRT and TensorRT-RTX are equal, so all but one for RTX are ``nightly``.
         pytest.param(
             bias_in_steps,
             target,

@@ -1,7 +1,7 @@
 """Every dense layer of every reference model runs in int8 in ONNX Runtime.
 
 ``INT8_MATMULS`` and ``FLOAT_MATMULS`` are the ONNX operators that multiply matrices of int8 codes
-and of floats.
+and of floats. ``audit`` raises if the optimized graph lost a format of the plan.
 """
 
 from pathlib import Path
@@ -60,7 +60,7 @@ MODELS = {
 WITH_NORMS = ("Normed", "NormFirst", "Block", "DCNv2 parallel", "DCNv2 stacked")
 
 
-# The default tier has networks with attention, two towers, a residual block and all layers of
+# Not marked ``nightly`` are networks with attention, two towers, a residual block and all layers of
 # DCNv2, each plain or folded; test_audit.py counts the layers of the other reference models.
 PLAIN = ("Attention", "TwoTower")
 FOLDED = ("Block", "DCNv2 stacked")

@@ -1,4 +1,7 @@
-"""Lowered graphs: inputs, operators, stored tables, and networks that cannot be lowered."""
+"""Lowered graphs: inputs, operators, stored tables, and networks that cannot be lowered.
+
+Packed tables are stored as codes or short floats, which a graph decodes to float32.
+"""
 
 from collections.abc import Iterator
 
@@ -81,7 +84,7 @@ def find_consumers(graph: onnx.GraphProto, name: str) -> Iterator[onnx.NodeProto
 def on_networks(kinds: list[str]) -> list[object]:
     """Return each kind of step with its recipe, on two networks.
 
-    The default tier has the recipes on the compact network, and int8 tables also on the ranker.
+    Cases on the ranker are marked ``nightly``, except int8 tables with ``INT8_RECIPE``.
     """
     return [
         pytest.param(name, kind, build_recipe(kind), id=f"{name}-{kind}", marks=marks)
@@ -243,7 +246,7 @@ def test_graph_stores_tied_and_shared_tables_once(target):
 @pytest.mark.parametrize(
     ("kinds", "target"),
     [
-        # The default tier has one target for each recipe, in turn.
+        # One target for each recipe, in turn, is not marked ``nightly``.
         pytest.param(
             kinds,
             target,

@@ -37,8 +37,8 @@ SINGLE_STEPS = [(kind,) for kind in KINDS if (kind,) not in RECIPES]
 def networks_and_recipes(*networks: str) -> pytest.MarkDecorator:
     """Parametrize a test with every recipe on each of these networks.
 
-    The default tier has the ranker without a step and with ``INT8_RECIPE``, and the compact network
-    with every recipe.
+    The default tier (cases without the marker ``nightly``) has the ranker without a step and with
+    ``INT8_RECIPE``, and the compact network with every recipe.
     """
     on_ranker = [(), INT8_RECIPE]
     on_compact = [(), *RECIPES]

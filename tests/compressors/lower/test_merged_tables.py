@@ -1,4 +1,8 @@
-"""Lookups in tables of the same format and width are merged in ONNX Runtime's graph."""
+"""Lookups in tables of the same format and width are merged in ONNX Runtime's graph.
+
+The audit checks that an optimized graph keeps the formats of the plan. A table is packed if the
+graph reads its codes.
+"""
 
 import functools
 import tempfile

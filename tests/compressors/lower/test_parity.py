@@ -159,6 +159,7 @@ def test_different_numbers_of_scores_fail_with_both_shapes():
 
 
 def test_batch_with_only_refused_rows_passes():
+    """A row is refused if an id is out of range: its score is NaN."""
     all_refused = np.full(4, np.nan, np.float32)
     assert check_parity(all_refused, all_refused, None, "onnxruntime").largest == 0
 
@@ -249,6 +250,7 @@ def roll(tensor: onnx.TensorProto) -> np.ndarray:
 
 
 def save_with_changed_tensor(lowered: Graph, name: str, change: Change, path: Path) -> Path:
+    """Save the graph to ``path`` with one initializer changed, and return ``path``."""
     model = onnx.load(lowered.path)
     (tensor,) = (item for item in model.graph.initializer if item.name == name)
     tensor.CopyFrom(numpy_helper.from_array(change(tensor), name))

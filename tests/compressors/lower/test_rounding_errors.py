@@ -1,4 +1,4 @@
-"""Rounding errors are added to the outputs of modules, and only while in the context."""
+"""The context ``rounding_errors`` adds random relative errors to the outputs of all modules."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def run(network: nn.Module, x: torch.Tensor, seed: int | None = None, size: floa
             return network(x)
 
 
-def test_output_of_a_layer_changes_by_its_size_with_random_signs():
+def test_output_of_a_layer_changes_by_the_size_of_the_error_with_random_signs():
     torch.manual_seed(0)
     layer, x = nn.Linear(8, 100), torch.randn(50, 8)
     share = run(layer, x, seed=0) / run(layer, x) - 1

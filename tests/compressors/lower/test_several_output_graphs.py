@@ -80,7 +80,7 @@ def test_parity_of_each_output_is_relative_to_its_own_spread():
     parities = check_outputs(expected, within, ("wide", "narrow"), None, "onnxruntime")
     assert [parity.output for parity in parities] == ["wide", "narrow"]
     assert worst_parity(parities).output == "narrow"
-    # Half of the spread of the narrow output is within the limit of the wide one.
+    # A hundredth of the spread of the narrow output is within the limit of the wide one.
     wrong = within.copy()
     wrong[:, 1] += np.float32(0.0001)
     with raises_code(ParityLost, "parity_limit") as caught:

@@ -102,8 +102,8 @@ def scores(
     return expected.numpy(), scores_of_graph
 
 
-# The default tier has each epsilon in a graph for ONNX Runtime and in one for TensorRT-RTX, with
-# the table formats in turn, and one epsilon in a graph for TensorRT.
+# Cases without the marker ``nightly``: each epsilon in a graph for ONNX Runtime and in one for
+# TensorRT-RTX, with the table formats in turn, and one epsilon in a graph for TensorRT.
 DEFAULT_CASES = [
     (eps, list(STEPS)[(index + target_index + 1) % len(STEPS)], target)
     for index, eps in enumerate(EPS)

@@ -1,4 +1,7 @@
-"""Graphs of tables with codebooks for both targets: equal scores, and codes that stay packed."""
+"""Graphs of tables with codebooks for both targets: equal scores, and codes that stay packed.
+
+The audit checks that an optimized graph looks up codes, and does not decode a whole table first.
+"""
 
 import functools
 import tempfile
@@ -69,8 +72,8 @@ REFERENCE = Reference(
 
 # Indices in ``STEPS``: with the other tests, these have every format with every width of codes.
 TESTED_STEPS = (0, 2, 4, 5, 8)
-# Graphs for TensorRT depend on the width of codes. Those for ONNX Runtime do not, so the default
-# tier has one of them.
+# Graphs for TensorRT depend on the width of codes. Those for ONNX Runtime do not, so all but one of
+# them are marked ``nightly``.
 FOR_ONNXRUNTIME = (2,)
 
 

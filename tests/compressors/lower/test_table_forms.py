@@ -2,7 +2,10 @@
 
 A form is a format with an offset or symmetric levels, and with one scale per row, per four rows or
 per table. One network has a table for each form, which single ids, padded bags and jagged bags read
-in turn. In the default tier it has a pairwise cover of the forms.
+in turn. Tests without the marker ``nightly`` have a pairwise cover of the forms.
+
+The audit checks that an optimized graph keeps the formats of the plan. A table is packed if the
+graph reads its codes.
 """
 
 import itertools
@@ -203,7 +206,7 @@ def test_parity_fails_if_the_scales_of_any_one_table_are_wrong(forms, network, c
     lowered, target = graph
     inputs = lowered.rows(1500)
     scores_of_graph = lowered.run_in_onnx(inputs)
-    changed_model = compressed.private()
+    changed_model = compressed.private()  # a copy of the module tree, to change its tables
     for name in forms:
         parts = changed_model.module.get_submodule(name).modules()
         (table,) = (part for part in parts if isinstance(part, PackedTable))

@@ -173,7 +173,7 @@ def graphs_as_trained() -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("kind", "target"),
     [
-        # The default tier has one target for each format, in turn.
+        # One target for each format, in turn, is not marked ``nightly``.
         pytest.param(kind, target, marks=() if (index + target_index) % 2 else pytest.mark.nightly)
         for index, kind in enumerate(("rowwise_int8", "rowwise_int4", "float16", "static_int8"))
         for target_index, target in enumerate(TARGETS)
@@ -219,6 +219,7 @@ def test_graph_of_a_tower_contains_only_weights_of_that_tower():
 
 
 def test_training_keeps_a_table_that_both_towers_share(tmp_path):
+    """Training changes a copy of the module tree, ``private``, in which it stays shared."""
     model = SHARED.model()
     bench = SHARED.bench(tmp_path / "data")
     other = write_split(SIGNATURE, ROWS_OF_TABLE, tmp_path / "other", seed=3)

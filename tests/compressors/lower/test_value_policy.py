@@ -2,7 +2,7 @@
 
 The network is ``FieldsNet``: users have ids 0 to 899 and items 0 to 599 of the input ``ids`` with
 policy default_row (7 for items); ``matrix`` has a brand (policy error), four tags (clamp) and two
-numbers; ``position`` is from 1 to 10 (error).
+numbers; ``position`` is from 1 to 10 (error). Edge inputs have integers out of these ranges.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Graphs of networks that multiply by a table's weight or slice it, on every target.
 
-The ONNX Runtime graph converts blocks of rows to float32, never the whole table. The TensorRT graph
-multiplies in int8, by two int8 numbers for each input, or in float16.
+The ONNX Runtime graph converts blocks of rows to float32, never the whole table, which the audit
+checks. The TensorRT graph multiplies in int8, by two int8 numbers for each input, or in float16.
 """
 
 import functools
@@ -67,6 +67,7 @@ def lower_network(reader: str, recipe: str, target: str) -> Graph:
     )
 
 
+# The cases without the marker ``nightly``.
 DEFAULT_TIER = {
     ("self-attentive", "fast", "onnxruntime"),
     ("self-attentive", "fast", "tensorrt-rtx"),

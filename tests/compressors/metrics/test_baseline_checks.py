@@ -1,7 +1,8 @@
 """Checks of the uncompressed model's scores and labels: refused problems, and warnings.
 
-``recpress bundle pack`` refuses a bundle with a problem that is ``refused``. A problem is ``fatal``
-if a metric has no value, so that every measurement of the model fails. Other problems are warnings.
+``recpress bundle pack`` refuses a bundle with a problem that ``prevents_packing``. A problem
+``prevents_measurement`` if a metric has no value, so that every measurement of the model fails.
+Other problems are warnings.
 """
 
 import numpy as np
@@ -62,6 +63,7 @@ def split(tmp_path, score, label, group=None) -> Split:
 
 
 def problems_of(signature, tmp_path, score, label, group=None):
+    """The problems of a model with these scores on rows with these labels."""
     return list(
         find_score_problems(ScoreInputNet(), signature, split(tmp_path, score, label, group))
     )
@@ -141,7 +143,7 @@ def test_three_rows_are_too_few_for_a_warning(tmp_path):
     assert problems_of(CLICKS, tmp_path, [0.9, 0.8, 0.1], [0, 0, 1]) == []
 
 
-def test_equal_scores_give_a_warning_and_nan_scores_a_fatal_problem(tmp_path):
+def test_equal_scores_give_a_warning_and_nan_scores_prevent_measurement(tmp_path):
     _, label = calibrated_clicks()
     (constant,) = problems_of(CLICKS, tmp_path, np.full(ROWS, 0.3), label)
     assert not constant.prevents_packing

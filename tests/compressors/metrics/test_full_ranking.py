@@ -34,6 +34,7 @@ def recall_and_ndcg(query, item, queries, k=20):
 
 
 def interactions(*pairs, label=None):
+    """Interactions from pairs of a user and an item id, by default with the label 1."""
     users, item_ids = zip(*pairs, strict=True) if pairs else ((), ())
     return Interactions(
         np.array(users, np.int64),

@@ -32,6 +32,7 @@ AUC_LIMIT = Limit(metric="auc", against="baseline", at_least=-0.001)
 
 
 def auc_change(point, low, high, rows=20_000):
+    """A measured change of the AUC against the baseline, with its interval."""
     estimate = Estimate(point=point, low=low, high=high, rows=rows)
     return Measured(numbers=(Number(metric="auc", against="baseline", estimate=estimate),))
 

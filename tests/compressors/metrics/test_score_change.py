@@ -155,6 +155,7 @@ def test_nan_or_unpaired_scores_raise_metric_refused():
 
 
 def retrieval_models(queries=40, items=60, seed=0, noise=0.1):
+    """Random vectors without and with noise; each query has a relevant and a hidden (seen) item."""
     rng = np.random.default_rng(seed)
     test = Interactions(np.arange(queries), rng.integers(0, items, queries), np.ones(queries))
     hidden = Interactions(np.arange(queries), (np.asarray(test.item) + 1) % items, np.ones(queries))
@@ -216,6 +217,7 @@ def test_a_limit_of_an_order_file_on_a_score_change_needs_no_reference(metric):
 
 
 def auc_numbers():
+    """Measured AUC of random scores."""
     rng = np.random.default_rng(0)
     label = rng.random(500) < 0.5
     pair = estimate_pair("auc", label, rng.random(500), rng.random(500))
@@ -223,6 +225,7 @@ def auc_numbers():
 
 
 def verdict_for_change(change, *limits):
+    """The verdict on limits if scores change by about ``change``, and the measured estimates."""
     before, after, user = rows_of_users(300, change=change)
     estimates = change_of_rows(before, after, user, "probability")
     parsed = tuple(Limit.parse(text) for text in limits)

@@ -1,7 +1,7 @@
 """MRR, MAP, hits, recall and precision compared with trec_eval and, with ties, with all orders.
 
 *trec_eval* is the program of the TREC conferences that computes metrics of search;
-``pytrec_eval`` runs its C code.
+``pytrec_eval`` runs its C code. A tie block is the rows of a list with equal scores.
 """
 
 import itertools

@@ -103,6 +103,7 @@ def test_normalized_importance_is_decreasing_with_mean_one_and_independent_of_sc
     source = WIDE.model()
     width = find_widths(source)[0]["left"]
     traces = trace(source.module, SIGNATURE, {"user": 30}, width)
+    # The first of the possible assignments of channels to groups: here, one channel per group.
     consumers = find_consumers(width, traces, next(channel_layouts(width)))
     random_values = torch.rand(32, generator=torch.Generator().manual_seed(0))
     importance = {"left": random_values, "again": random_values.flip(0)}

@@ -65,7 +65,7 @@ def prune_reference(reference: Reference, folder, **settings) -> tuple[Model, Mo
 
 
 def consumers_of_width(argument: str, source: Model) -> WidthConsumers:
-    """Return the consumers of the width ``argument`` for the first possible layout of channels."""
+    """Return the consumers of the width ``argument``, with one channel per group."""
     widths, _ = find_widths(source)
     traces = trace(source.module, SIGNATURE, {"user": 30}, widths[argument])
     return find_consumers(widths[argument], traces, next(channel_layouts(widths[argument])))
@@ -346,6 +346,7 @@ def test_networks_of_random_widths_and_weights_are_pruned_to_the_expected_widths
 ):
     """``apply`` raises if the scores differ from those of the source without these channels."""
     config = {"left": left * 4, "right": right * 4, "deep": deep * 4}
+    # ``private`` returns a copy of the module tree in evaluation mode.
     model = Reference(ResidualConcatNet, SIGNATURE, config).model(seed).private()
     bench = models.Bench(signature=SIGNATURE)
     result = models.plan_and_apply(Channels(multiple=4), model, bench).model

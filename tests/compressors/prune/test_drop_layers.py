@@ -121,7 +121,7 @@ def test_only_layers_whose_previous_and_next_layers_fit_each_other_are_dropped(t
     assert result.network.architecture.config["hidden"] == [20, 12]
     assert torch.equal(result.module.deep[0].weight, source.module.deep[0].weight)
     assert torch.equal(result.module.deep[4].running_var, source.module.deep[4].running_var)
-    skipping = source.private().module
+    skipping = source.private().module  # a copy of the module tree
     for index in range(6, 12):
         skipping.deep[index] = nn.Identity()
     torch.testing.assert_close(predictions(result.module, DEEP), predictions(skipping, DEEP))

@@ -2,7 +2,8 @@
 
 ``prune_rows`` keeps the important rows and gives all others a replacement row. ``tiers`` keeps all
 rows, in a table of often looked-up ("hot") rows and one of the others ("cold"). A row map has the
-position of each original row in the smaller table or tables.
+position of each original row in the smaller table or tables. The importance ``traffic`` is the
+number of lookups of a row in the training data.
 """
 
 import pytest

@@ -72,9 +72,11 @@ def test_reconstruct_adds_the_weights_of_removed_duplicate_channels(tmp_path):
         source.module.hidden.bias[8:] = source.module.hidden.bias[:8]
     width = find_widths(source)[0]["width"]
     traces = trace(source.module, SIGNATURE, {"user": 30}, width)
+    # The first of the possible assignments of channels to groups: here, one channel per group.
     consumers = find_consumers(width, traces, next(channel_layouts(width)))
     cut = WidthCut(width, consumers, count=8)
     kept_channels = {"hidden": torch.arange(16) < 8}
+    # ``private`` returns a copy of the module tree, so that ``source`` keeps its channels.
     narrow, _ = remove_channels(source.private(), SIGNATURE, [cut], kept_channels)
     # ``outputs`` has the remaining outputs of layers that lost some; ``out`` lost only inputs.
     reconstruct(narrow.module, source.module, bench, layers=["out"], outputs={}, rows=1000)

@@ -6,8 +6,8 @@ entries per codebook.
 Calls of ``encode`` have the table, the concatenated codebooks, the number of codebooks (``books``)
 and the width of the beam. The errors that ``fit`` returns are those of residual fitting, then of
 each round. ``shake`` is the noise added to the codebooks in the first round, in their standard
-deviations, and ``draws`` the number of fits, each with other noise. ``traffic`` is the power of the
-lookup counts that weights rows; ``sensitive`` weights them by gradients.
+deviations, and ``draws`` the number of fits, each with other noise. The weight of a row is its
+lookup count to the power ``traffic``; ``sensitive`` weights rows by gradients.
 """
 
 import itertools

@@ -54,7 +54,7 @@ def test_op_passes_opcheck_and_its_gradients_equal_plain_torch():
 
 @given(table=tables(max_abs=3e38))  # the largest bfloat16 is 3.39e38
 def test_rounding_error_is_at_most_half_the_last_of_eight_bits(table):
-    model = RANKER.model().private()
+    model = RANKER.model().private()  # a copy of the module tree, which the test may change
     layer = torch.nn.Linear(table.shape[1], table.shape[0])
     layer.weight = torch.nn.Parameter(table)
     model.module.hidden = layer

@@ -35,7 +35,7 @@ def test_row_bytes_pads_by_less_than_a_byte(count, width):
 @pytest.mark.parametrize(
     ("levels", "width"), [(1, 2), (2, 2), (4, 2), (5, 4), (16, 4), (17, 8), (256, 8)]
 )
-def test_width_of_is_the_smallest_stored_width_for_the_levels(levels, width):
+def test_code_width_is_the_smallest_stored_width_for_the_levels(levels, width):
     assert compute_code_width(levels) == width
 
 

@@ -78,6 +78,7 @@ def test_channel_scales_round_small_inputs_next_to_large_ones_as_well_as_these(t
 
 
 def test_layers_that_read_the_same_vector_share_their_factors(tmp_path):
+    """The inputs of a channel are divided by its factor before the range is calibrated."""
     source, bench = model_and_bench(tmp_path, largest=12.0)
 
     class Second(nn.Module):

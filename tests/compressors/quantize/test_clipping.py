@@ -45,7 +45,7 @@ def error(table: Tensor, grid: Grid) -> Tensor:
 @pytest.mark.parametrize(
     ("grid", "rule"),
     [
-        # In the default tier each grid has one rule, in turn.
+        # One rule for each grid, in turn, is not marked ``nightly``.
         pytest.param(
             grid,
             rule,

@@ -138,7 +138,7 @@ def test_input_scale_is_the_largest_calibration_input_over_448(tmp_path):
 
 def test_a_layer_with_zero_inputs_or_a_bench_without_rows_raises_an_error(tmp_path):
     source = RANKER.model()
-    nn.init.zeros_(source.module.hidden.weight)
+    nn.init.zeros_(source.module.hidden.weight)  # the layer ``capped`` reads its output
     nn.init.zeros_(source.module.hidden.bias)
     step = Float8Dense(layers=("capped",))
     with raises_code(StepRefused, "layer_inputs_zero", layer="capped"):

@@ -1,4 +1,4 @@
-"""Compiled loops equal their specification in torch operators bit for bit.
+"""Compiled loops (numba) that encode rows equal their specification in torch bit for bit.
 
 The specification is ``clipping.fit``, which fits ranges, and ``levels.nearest_multiples``, which
 rounds to levels. Arguments of ``Grid`` are: number of levels, whether it is symmetric, clipping
@@ -168,6 +168,7 @@ def quantize_by_torch(rows: Tensor) -> Tensor:
 
 
 def sample_tables(dim: int) -> dict[str, Tensor]:
+    """Random tables of several distributions, by name."""
     torch.manual_seed(dim)
     shape = (2000, dim)
     return {

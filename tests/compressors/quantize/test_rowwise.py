@@ -172,8 +172,8 @@ def test_gradients_of_scales_and_offsets_equal_plain_torch(step, dim, scale):
 
 @pytest.mark.parametrize(
     ("step", "scale"),
-    # Each op is checked with both types of scales. In the default tier each op has one case with
-    # offsets and one without.
+    # Each op is checked with both types of scales. One case with offsets and one without, for each
+    # op, are not marked ``nightly``.
     [
         pytest.param(
             step,

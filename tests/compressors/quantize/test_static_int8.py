@@ -153,7 +153,7 @@ def test_the_sum_of_two_neighbouring_products_fits_in_16_bits(weight, weight_sca
 @pytest.mark.parametrize("inputs", [7, 64, 257, 1664])
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_onnxruntime_multiplies_the_largest_inputs_and_weights_exactly(inputs, rows, tmp_path):
-    """Without VNNI, sums of two products have 16 bits, and would clip without ``paired_scale``."""
+    """Without VNNI, the CPU adds two products in 16 bits; weight scales must prevent clipping."""
     layer = torch.nn.Linear(inputs, 16)
     torch.nn.init.uniform_(layer.weight, 0.99, 1.0)
     signature = Signature(

@@ -166,6 +166,7 @@ def test_lookup_returns_the_same_rows_for_ids_of_any_shape(step, shape, dtype):
 
 
 def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """The op that looks up rows in the step's format, and its arguments for the stored table."""
     module = pack_table(step, table)
     tensors = {
         name: tensor.requires_grad_() if tensor.is_floating_point() else tensor
@@ -187,7 +188,7 @@ def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, 
 @pytest.mark.parametrize(
     "step",
     [
-        # In the default tier each op is called once, and k-means with and without a scale.
+        # Not marked ``nightly``: one case of each op, and of k-means with and without a scale.
         pytest.param(
             step, id=step_id(step), marks=() if index in (1, 2, 4, 8) else pytest.mark.nightly
         )

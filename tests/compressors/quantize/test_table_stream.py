@@ -106,6 +106,7 @@ def encode_to_memory(job: EncodingJob, workers: int = 1) -> bytes:
 def encoding_job(
     step: Any, tables: Mapping[str, Tensor], rows: int | None = None, **other_tensors: Tensor
 ) -> EncodingJob:
+    """A job that encodes ``tables`` in blocks of ``rows`` rows and copies the other tensors."""
     sources = {name: TensorSource(values) for name, values in {**tables, **other_tensors}.items()}
     return EncodingJob(step, {name: name.removesuffix(".weight") for name in tables}, sources, rows)
 
@@ -232,8 +233,8 @@ BORDER_ROWS = sorted({*(n // DIM for n in ELEMENTS), *(n // (4 * DIM) for n in B
 @pytest.mark.parametrize(
     ("row", "block_rows"),
     [
-        # Blocks of 1,000 rows take four times as long as blocks of 4,096, so the default tier has
-        # them only at the last border.
+        # Blocks of 1,000 rows take four times as long as blocks of 4,096, so all but those at the
+        # last border are marked ``nightly``.
         pytest.param(
             row,
             block_rows,
@@ -353,6 +354,7 @@ def open_files() -> Iterator[ExitStack]:
 
 
 def stored_rows(open_files: ExitStack, path: Path, name: str, values: Tensor) -> StoredRows:
+    """Write a tensor to a safetensors file and return the reader of its rows."""
     save_file({name: values, "other": torch.arange(5)}, path)
     file = open_files.enter_context(path.open("rb"))
     header = int.from_bytes(file.read(8), "little")

@@ -109,6 +109,7 @@ def test_batch_norm_factors_compute_the_norm_in_evaluation_mode(affine):
 )
 def test_fold_removes_norms_and_keeps_scores(reference, folded_norms, tmp_path):
     source, result = fold_reference(reference, tmp_path)
+    # ``private`` returns a copy in evaluation mode.
     before, after = scores_of(source.private(), reference), scores_of(result, reference)
     assert (after - before).abs().max() <= float32_rounding(before)
     norms = [n for n, part in result.module.named_modules() if isinstance(part, FoldedNorm)]

@@ -83,6 +83,7 @@ def signature(output: str) -> Signature:
 
 
 def random_rows(count: int, seed: int) -> dict[str, Tensor]:
+    """Return inputs whose dense values have the mean ``MEAN`` and the deviation ``DEVIATION``."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "user": torch.randint(USERS, (count,), generator=generator),
@@ -128,7 +129,7 @@ def test_fold_is_accepted_if_float32_rounding_exceeds_the_tolerance_of_a_small_s
     norms = [m for m in folded.module.modules() if isinstance(m, nn.BatchNorm1d | FoldedNorm)]
     assert [type(norm) for norm in norms] == [FoldedNorm] * 4
     inputs = random_rows(500, seed=1000)  # near 1e5, as the statistics of the norms
-    with torch.no_grad():
+    with torch.no_grad():  # ``private`` returns a copy in evaluation mode
         difference = folded.module(**inputs) - source.private().module(**inputs)
     # Terms near 1e5 cancel to sums of about 1e2, which keep 4 of float32's 7 digits. The cosine is
     # then divided by the temperature of 0.05.

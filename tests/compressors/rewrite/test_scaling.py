@@ -102,6 +102,7 @@ STEPS_AND_REFERENCES = [
 def test_equalize_and_smooth_quant_change_weights_and_keep_scores(step, reference, tmp_path):
     source = reference.model()
     result = run(step, source, reference.bench(tmp_path / "data"), tmp_path / "out")
+    # ``private`` returns a copy in evaluation mode.
     before, after = scores_of(source.private(), reference), scores_of(result, reference)
     assert (after - before).abs().max() <= float32_rounding(before)
     old, new = source.module.state_dict(), result.module.state_dict()

@@ -1,4 +1,7 @@
-"""Losses of retrieval: each query's item against the other items of the batch."""
+"""Losses of retrieval: each query's item against the other items of the batch.
+
+The hard loss compares scores with labels, the soft loss with the scores of a teacher.
+"""
 
 from typing import Any
 
@@ -31,7 +34,7 @@ def vectors_of(rows: int, seed: int, scale: float = 1.0) -> Tensor:
 def batch_of(
     item: list[int], query: list[int], label: list[int], share: list[float] | None = None
 ) -> Batch:
-    """Return a batch of rows with items, queries and labels."""
+    """Return a batch; ``share`` is the share of the training rows that have the item of a row."""
     return Batch(
         {},
         torch.tensor(label),

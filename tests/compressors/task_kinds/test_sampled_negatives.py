@@ -1,4 +1,7 @@
-"""Losses of retrieval with items that are drawn from a catalogue as further negatives."""
+"""Losses of retrieval with items that are drawn from a catalogue as further negatives.
+
+The hard loss compares scores with labels, the soft loss with the scores of a teacher.
+"""
 
 from dataclasses import replace
 

@@ -19,6 +19,7 @@ from infra.onnxruntime.sessions import Session
 
 TEXTS = Signature.model_validate(SIGNATURE)
 TANH = {"dim": 6, "bias": True, "activation": "tanh"}
+# With ``distance``, attention logits depend on the distance of two tokens, as in MPNet.
 FORMS = {
     "distances": {"distance": True, "token_type": False, "pooling": "max", "projections": [TANH]},
     "first token": {"pooling": "cls", "activation": "gelu_tanh", "normalize": False},
