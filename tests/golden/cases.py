@@ -104,8 +104,9 @@ class Case:
     sample: str = ""
 
 
-# Steps that a method requires before it, and settings with which it changes these small networks.
+# Steps that a method requires before it.
 BEFORE: dict[str, Steps] = {"refit_codes": (("product_codes", {}),)}
+# Settings with which a method changes these small networks, or runs in a short time.
 SETTINGS: dict[str, dict[str, Any]] = {
     "additive_codes": {"codebooks": 2, "rounds": 4, "beam": 4},
     "drop_tables": {"most_loss": 0.5, "repeats": 1},
@@ -249,7 +250,10 @@ def list_single_cases() -> list[Case]:
 
 
 def build_bench(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
-    """Return the bench of a network; for recalibration, labels correlate with its scores."""
+    """Return the bench of a network; ``kinds`` are the kinds of the case's steps.
+
+    With ``recalibrate``, validation labels correlate with the network's scores.
+    """
     reference = NETWORKS[network]
     bench = reference.bench(folder)
     if "recalibrate" not in kinds:

@@ -18,7 +18,8 @@ SAME = "same as"
 ALL = " | all tensors"
 """End of the keys of digests of all tensors that are stored after a step."""
 # Tolerance relative to a tensor's root mean square, on a machine that differs from the record's.
-# Float sums in another order change float32 values by parts in 10^6 and codes by at most one level.
+# Float sums in another order change float32 values by parts in 10^6, and stored integer codes by at
+# most one level.
 NEAR = 1e-3
 # Training amplifies such differences. With torch, MKL and numba limited to AVX2, statistics of
 # trained networks differed by up to 0.21, and biases of one element by up to a factor of 2. Those

@@ -3,7 +3,8 @@
 The golden record is ``record.json``, the committed results of all cases (``cases.py``).
 
 A part is a step, ``stored`` (the tensors after the last step), ``torch`` (the scores of the module)
-or a target, followed by the graph's name if there are several. An item is, for example, a tensor.
+or a target, followed by the graph's name if there are several. An item is what the line describes,
+for example a tensor.
 """
 
 import hashlib

@@ -1,5 +1,7 @@
 """The recpress API that the golden test uses. Edit this file when code moves.
 
+The golden test compares results of the current code with ``record.json``, the record.
+
 No other file of the golden test imports recpress. ``KINDS``, ``TARGETS`` and ``REFUSALS`` map a
 current name to its name in the record. Add a line there when a step kind, a target or an error
 class is renamed; the record then stays unchanged. ``TENSORS`` maps names of stored tensors and

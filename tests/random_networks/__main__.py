@@ -5,7 +5,7 @@ findings. ``--seed 17 --step rowwise_int4 --target tensorrt --shrink`` applies o
 network of one seed, lowers it for one target, and prints the smallest network that still fails.
 
 A refusal is an error of one of recpress's classes, which is a correct result. A fault is a wrong
-result (``check.py``). The tables of steps are those of ``steps.py``: formats of tables (``TABLES``)
+result (``check.py``). The dicts of steps are those of ``steps.py``: formats of tables (``TABLES``)
 and layers (``LAYERS``), steps that change values (``VALUES``), and steps applied last (``LAST``).
 """
 

@@ -8,10 +8,11 @@ requirements of all steps (``ContractBroken``), or an unexpected exception.
 A difference over the limit is excused only if rounding explains it. For this test torch evaluates
 the network again while the output of every layer is perturbed by the rounding error of the target's
 arithmetic (2^-21 in float32, 2^-11 in float16, 2^-8 in bfloat16; random signs). For weights with an
-offset, the sums that cancel are included (``rounding_errors.py``). If this perturbation changes
-torch's scores by as much as the graph differs (within a factor of 4), two correct programs need not
-agree on this network, and the comparison counts as ill-conditioned. Rows with values outside the
-range of float16, at a layer that TensorRT multiplies in float16, count as beyond float16.
+offset, the sums that cancel are included (``compressors/lower/comparison/rounding_errors.py``). If
+this perturbation changes torch's scores by as much as the graph differs (within a factor of 4), two
+correct programs need not agree on this network, and the comparison counts as ill-conditioned. Rows
+with values outside the range of float16, at a layer that TensorRT multiplies in float16, count as
+beyond float16.
 """
 
 import tempfile

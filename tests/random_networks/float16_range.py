@@ -1,4 +1,4 @@
-"""Values beyond the range of float16, at layers that TensorRT multiplies in float16."""
+"""Find values beyond the range of float16 at layers that TensorRT multiplies in float16."""
 
 import torch
 from torch import Tensor, nn

@@ -129,6 +129,15 @@ class Composer:
     def _input(
         self, form: str, shape: tuple[int, ...], owner: str, settings: Mapping[str, Any], index: int
     ) -> dict[str, Any]:
+        """Add an input of a new part, and return it.
+
+        Args:
+            form: kind of the input; of a jagged bag ``jagged_offsets`` or ``jagged_lengths``.
+            shape: shape of one row.
+            owner: name of the part whose table is looked up.
+            settings: settings of the new part.
+            index: position among the inputs of the new part.
+        """
         rng, name = self.rng, f"{self.prefix}i{len(self.inputs)}"
         item: dict[str, Any] = {"name": name, "shape": shape}
         if form == "dense":

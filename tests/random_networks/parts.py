@@ -70,7 +70,7 @@ class Dice(nn.Module):
 
 
 class EachPReLU(nn.Module):
-    """A PReLU with one slope per channel of the last dimension; torch's uses the second."""
+    """A PReLU with one slope per channel of the last dimension; ``nn.PReLU`` uses the second."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

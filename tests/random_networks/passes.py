@@ -24,7 +24,7 @@ PLAIN_EVERY = 10
 VALUE_STEPS = 1
 """Number of value-changing steps that are checked alone on each network."""
 SUPERVISED = ("drop_layers", "l1_training", "fine_tune", "distill")
-"""Value-changing steps that retrieval models do not support."""
+"""Value-changing steps that this test does not apply to retrieval models."""
 SLOW = ("additive_codes", "neural_codes", "qat", "table_qat")
 """Formats that are checked alone only on every fourth network."""
 
@@ -57,11 +57,13 @@ def check_mixed_formats(checker: Checker, number: int, target: TargetName | None
     for kind, names in assign_formats(rng, tables, kinds, checker.case.seed + number):
         model = checker.apply_step(TABLES[kind](rng, names), model) or model
         if kind in COMPOSING and rng.random() < 0.7:
-            inner = [u.name for u in Unit.of(model.module) if u.part_of in names]
-            # the format of the smaller tables that replaced these tables
-            packing = rng.choice(("rowwise_int8", "rowwise_int4", "float16", "kmeans", "bfloat16"))
-            if inner:
-                model = checker.apply_step(TABLES[packing](rng, tuple(inner)), model) or model
+            # The smaller tables that replaced these tables get a format too.
+            parts = [u.name for u in Unit.of(model.module) if u.part_of in names]
+            part_kind = rng.choice(
+                ("rowwise_int8", "rowwise_int4", "float16", "kmeans", "bfloat16")
+            )
+            if parts:
+                model = checker.apply_step(TABLES[part_kind](rng, tuple(parts)), model) or model
     kinds = [kind for kind in _kinds(LAYERS, retrieval) if kind not in TRAINS]
     for kind, names in assign_formats(rng, layers, kinds, checker.case.seed + number):
         model = checker.apply_step(LAYERS[kind](rng, names), model) or model
@@ -75,7 +77,7 @@ def check_mixed_formats(checker: Checker, number: int, target: TargetName | None
 
 
 def _kinds(draws: dict[str, Any], retrieval: bool) -> list[str]:
-    """Return the kinds of steps in ``draws``; for retrieval models, without unsupported ones."""
+    """Return the kinds in ``draws``; if ``retrieval``, without those that are not tested on it."""
     excluded = {*TRAINS, "additive_codes", "drop_tables"} if retrieval else set()
     return sorted(draws.keys() - excluded)
 
@@ -89,8 +91,8 @@ def assign_formats(
         rng: shuffles the units and selects those that stay in float32.
         units: names of tables or layers.
         kinds: kinds of the steps that apply a format; units receive them in turn.
-        first: number whose triple is the index of the first format, so that over a range of
-            numbers every format is used.
+        first: selects the kind of the first unit, at index ``3 * first``; over a range of numbers,
+            every kind is used.
 
     Returns:
         Each used kind with the names of its units.
@@ -106,7 +108,7 @@ def assign_formats(
 
 @torch.no_grad()
 def find_called_units(checker: Checker) -> tuple[str, ...]:
-    """Return the units that the network calls and whose weights it uses nowhere else."""
+    """Return the units that the network calls and whose weights it reads in no other way."""
     rows = replace_invalid_ids(checker.case.signature, checker.tables, checker.rows["typical"])[0]
     names = []
     for unit in Unit.of(checker.source.module):

@@ -43,8 +43,9 @@ class QuantizedInputLinear(nn.Module):
         self.layer, self.stored, self.format_name = layer, stored, layer.storage.name
         self.weight = decode_layer(layer)
         self.bias = stored["bias"].float() if "bias" in stored else None
-        if self.format_name == "static_int8":  # stored as a multiple of the product of both scales
-            # With a scale for each input, the weights contain these scales.
+        if self.format_name == "static_int8":
+            # The format rounds the bias to a multiple of the weight scale times the input scale.
+            # With a scale for each input, the weights contain the input scales.
             input_scale = stored["input_scale"] if stored["input_scale"].ndim == 0 else 1.0
             bias_scale = stored["weight_scale"] * input_scale
             self.bias = torch.round(self.bias / bias_scale) * bias_scale

@@ -56,40 +56,40 @@ def _can_be_built(candidate: Case) -> bool:
 
 def candidates(case: Case) -> Iterator[Case]:
     """Yield reduced networks; those without a whole part come first."""
-    for path, side in _sides(case.config):
+    for side_name, side in _sides(case.config):
         for number in reversed(range(len(side["parts"]))):
-            yield from _changed(case, path, _without_part(side, number))
-    for path, side in _sides(case.config):
-        yield from _simpler_heads(case, path, side)
+            yield from _changed(case, side_name, _without_part(side, number))
+    for side_name, side in _sides(case.config):
+        yield from _simpler_heads(case, side_name, side)
         for number, spec in enumerate(side["parts"]):
             for key, value in SIMPLER.items():
                 if key in spec["settings"] and spec["settings"][key] != value:
                     changed = copy.deepcopy(side)
                     changed["parts"][number]["settings"][key] = value
-                    yield from _changed(case, path, changed)
+                    yield from _changed(case, side_name, changed)
             widths = spec["settings"].get("widths", [])
             if len(widths) > 1:
                 changed = copy.deepcopy(side)
                 changed["parts"][number]["settings"]["widths"] = widths[:1]
-                yield from _changed(case, path, changed)
+                yield from _changed(case, side_name, changed)
             if "ties" in spec and spec["kind"] != "TiedOutput":
                 changed = copy.deepcopy(side)
                 del changed["parts"][number]["ties"]
-                yield from _changed(case, path, changed)
+                yield from _changed(case, side_name, changed)
 
 
-def _simpler_heads(case: Case, path: str, side: dict[str, Any]) -> Iterator[Case]:
+def _simpler_heads(case: Case, side_name: str, side: dict[str, Any]) -> Iterator[Case]:
     head = side["head"]
     for name in head["reads"] if len(head["reads"]) > 1 else ():
         changed = copy.deepcopy(side)
         changed["head"]["reads"].remove(name)
-        yield from _changed(case, path, changed)
+        yield from _changed(case, side_name, changed)
     simple = {"wide": [], "widths": [], "norm": False, "squeeze": "one", "normalize": "none"}
     for key, value in simple.items():
         if key in head and head[key] != value:
             changed = copy.deepcopy(side)
             changed["head"][key] = value
-            yield from _changed(case, path, changed)
+            yield from _changed(case, side_name, changed)
 
 
 def _sides(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -125,15 +125,15 @@ def _without_part(side: dict[str, Any], number: int) -> dict[str, Any] | None:
     return {"parts": parts, "head": head} if head["reads"] else None
 
 
-def _changed(case: Case, path: str, side: dict[str, Any] | None) -> Iterator[Case]:
+def _changed(case: Case, side_name: str, side: dict[str, Any] | None) -> Iterator[Case]:
     """Yield the case with another config of one side and without unused inputs, if it is valid."""
     if side is None:
         return
-    config = side if not path else {**case.config, path: side}
+    config = side if not side_name else {**case.config, side_name: side}
     used = {
         name
-        for _, part in _sides(config)
-        for spec in part["parts"]
+        for _, each_side in _sides(config)
+        for spec in each_side["parts"]
         for name in spec.get("inputs", ())
     }
     remaining = tuple(item for item in case.signature.inputs if used & set(tensor_names(item)))

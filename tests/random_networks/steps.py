@@ -1,8 +1,8 @@
 """Steps for random networks, with random settings.
 
-A mixed pass applies value-changing steps first. It then assigns different formats to the tables and
-layers, so one graph covers many formats. The assignment depends on the seed, so over a range of
-seeds every format is lowered for every target many times.
+A mixed pass (``passes.check_mixed_formats``) applies value-changing steps first. It then assigns
+different formats to the tables and layers, so one graph covers many formats. The assignment depends
+on the seed, so over a range of seeds every format is lowered for every target many times.
 """
 
 import random
@@ -57,7 +57,7 @@ Draw = Callable[[random.Random, tuple[str, ...]], Any]
 """Returns a step with random settings for the tables or layers with these names."""
 
 
-def _uniform_format(kind: Any) -> Draw:
+def _rowwise_format(kind: Any) -> Draw:
     """Return a function that draws a step of class ``kind`` for a row-wise format."""
 
     def draw(rng: random.Random, names: tuple[str, ...]) -> Any:
@@ -83,10 +83,10 @@ def _table_step(kind: Any, **ranges: tuple[Any, ...]) -> Draw:
 
 # Steps for tables by kind: formats, and methods that replace a table.
 TABLES: dict[str, Draw] = {
-    "rowwise_int8": _uniform_format(RowwiseInt8),
-    "rowwise_int4": _uniform_format(RowwiseInt4),
-    "rowwise_int2": _uniform_format(RowwiseInt2),
-    "float8_e4m3": _uniform_format(Float8E4M3),
+    "rowwise_int8": _rowwise_format(RowwiseInt8),
+    "rowwise_int4": _rowwise_format(RowwiseInt4),
+    "rowwise_int2": _rowwise_format(RowwiseInt2),
+    "float8_e4m3": _rowwise_format(Float8E4M3),
     "kmeans": _table_step(KMeans, bits=(2, 4, 8), scale=("none", "float16", "float32")),
     "product_codes": _table_step(
         ProductCodes,

@@ -1,7 +1,5 @@
 """Mutation tests: known faults that the default test tier must detect, applied one at a time.
 
-The ledger is the list of a model's promotions and rollbacks in the store.
-
 ``python -m tests.seeded_faults`` applies each fault to a copy of the repository and runs the tests
 that the fault names. When you fix a bug, add the fault that restores it.
 ``tests/test_seeded_faults.py`` checks that all faults apply to the current code.
@@ -13,7 +11,7 @@ layouts.py     bit packing, compiled kernels, maps of rows
 lowering.py    graphs, graph passes, parity, audit
 metrics.py     metrics, intervals, rankings, score changes
 verdicts.py    limits, judgements, verdicts
-promotion.py   ledger, registry, promotions and rollbacks
+promotion.py   promotions and rollbacks, their list in the store (ledger), registry
 storage.py     object store, records, cache keys, schema versions
 security.py    names, credentials, paths, JSON, pages, access
 orders.py      flows, command line, orders, exit codes, outages

@@ -1,8 +1,8 @@
 """Faults in metrics, intervals, rankings and score changes.
 
 Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
-A cluster is the rows of one group, such as a user. Interleaved rounds measure the latencies of two
-models in turn.
+A cluster is the rows of one group, such as a user; its impressions are these rows. Interleaved rounds
+measure the latencies of two models in turn.
 """
 
 from tests.seeded_faults.fault import Fault

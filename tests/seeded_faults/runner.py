@@ -25,7 +25,7 @@ from tests.seeded_faults.fault import ROOT, Fault, NotApplicable
 CAUGHT, SURVIVED, NOT_APPLICABLE, ERROR = "caught", "survived", "not applicable", "error"
 
 HYPOTHESIS_PROFILE = "first-failure"
-"""Profile that does not shrink failing examples, because shrinking can take minutes."""
+"""Hypothesis profile that does not shrink failing examples, because shrinking can take minutes."""
 
 CPU_FILE = "seeded-faults.cpu"
 """File in the copy of the repository to which a pytest process writes its CPU time."""

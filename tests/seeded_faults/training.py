@@ -1,4 +1,9 @@
-"""Faults in distillation, pruning, calibration, training, and checks of data and models."""
+"""Faults in distillation, pruning, calibration, training, and checks of data and models.
+
+Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
+The level of a list is the mean of its scores, its margins are the differences between its scores.
+The isotonic map is the function that the step ``recalibrate`` fits to the scores and their labels.
+"""
 
 from tests.seeded_faults.fault import Fault
 

@@ -1,12 +1,10 @@
 """Backward compatibility: recpress homes of earlier versions, and the results to expect from them.
 
-A draft is the folder of a bundle before it is packed.
-
 A home is a folder with all files of one recpress installation. A fixture is a stored home with its
 expected results, in a folder below ``fixtures``.
 
-``networks.py`` defines the models of a stored home and ``drafts.py`` writes their drafts,
-the folders of bundles before they are packed.
+``networks.py`` defines the models of a stored home and ``drafts.py`` writes their drafts, which are
+folders of bundles before they are packed.
 ``steps.py`` lists the recipes and ``orders.py`` the orders. ``settings.py`` lists all settings that
 an order may contain. ``create.py`` writes a fixture with all of them, and ``archive.py`` packs and
 unpacks a fixture. ``scores.py`` computes the compared scores, and ``stored.py`` opens fixtures for

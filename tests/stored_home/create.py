@@ -192,9 +192,11 @@ def _apply_recipe(name: str) -> dict[str, Any]:
         if not hasattr(bundle, "sha256"):
             raise RuntimeError(f"recipe {name!r}: {bundle}")
     split = bundle_ref.calibration()
-    probe = prepare.fn(original, split)  # rows on which graph and module are compared
+    compared_rows = prepare.fn(original, split)  # rows on which graph and module are compared
     # most_rows is the largest batch that the graph must accept.
-    graph = lower_model.fn(bundle, "onnxruntime", probe, bundle_ref.rows[split], most_rows=65_536)
+    graph = lower_model.fn(
+        bundle, "onnxruntime", compared_rows, bundle_ref.rows[split], most_rows=65_536
+    )
     print(f"{name}: {bundle.bytes:,} bytes", file=sys.stderr)  # noqa: T201
     return {
         "model": model,

@@ -53,7 +53,7 @@ def limit_documents() -> list[Document]:
             for bound in ("at_least", "at_most"):
                 try:
                     limit = Limit(metric=metric, against=against, **{bound: 0.5})
-                except ValidationError:  # a change of scores has no reference
+                except ValidationError:  # a score change allows only ``absolute``
                     continue
                 documents.append(limit.model_dump(mode="json"))
     return documents

@@ -171,7 +171,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
             {"kind": "refit_codes", "rounds": 1, "training": QUICK},
         ),
     ),
-    # Calibration maps after the output.
+    # Calibration maps: functions of the score, which ``recalibrate`` fits.
     "recalibrate-temperature": (
         "clicks",
         (*_table("rowwise_int2"), {"kind": "recalibrate", "method": "temperature"}),
