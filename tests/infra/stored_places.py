@@ -14,7 +14,7 @@ from compressors.contracts import Artifact
 from infra.store.object_store import CHUNK_BYTES, Store
 
 BIG = 2 * CHUNK_BYTES + 17
-"""Bytes of a file with three chunks."""
+"""Bytes of a file with three chunks, the parts that are hashed separately."""
 
 
 @dataclass

@@ -189,6 +189,7 @@ def test_source_digest_covers_folders_without_init_file_and_imports_nothing(pack
 
 
 def test_source_digest_covers_the_packages_of_argument_classes(package, tmp_path):
+    """An argument class is a class whose objects are arguments of the network."""
     write(tmp_path / "shopnets2.py", "class Settings:\n    pass\n")
     allowed = ("shopnets", "shopnets2")
     path, arguments = "shopnets.ranker:Ranker", ("shopnets2:Settings",)

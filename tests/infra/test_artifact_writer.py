@@ -1,11 +1,12 @@
 """Artifacts written block by block: chunk hashes of pieces in any order, resuming, publishing.
 
-A piece is bytes and their offset ``at`` in the large
-file; a block is a named list of pieces, which is written again or not at all after an interruption;
-a chunk is the unit of hashes. Arguments of ``open_writer`` are the folder of the result, the job
-that determines the content, and path and size of the large file.
+These artifacts have one large file (``data``) and a few small ones. A piece is bytes and their
+offset ``at`` in the large file. A block is a named list of pieces; after an interruption it is kept
+or written again as a whole. A journal lists the written blocks. A chunk is the unit of hashes.
+``seal`` makes the files read-only and returns their manifest, which lists their hashes.
 
-A draft is the folder that becomes a bundle when it is packed.
+Arguments of ``open_writer`` are the folder of the result, the job (any value that determines the
+content), and path and size of the large file. Error codes call an unfinished artifact a draft.
 """
 
 import itertools
@@ -253,6 +254,7 @@ def test_exception_of_the_caller_is_not_translated(tmp_path: Path):
 def test_store_takes_a_sealed_artifact_without_hashing_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """``take`` moves the files to the store; ``drop`` removes the folder of the writer."""
     store = Store(str(tmp_path / "store"))
     # None: a call of one of these functions, which read and hash files, would fail.
     monkeypatch.setattr(artifact_writer, "hash_files", None)

@@ -173,7 +173,10 @@ def refusal_message(function, *arguments, **keywords):
 
 
 def problems(function, *arguments, **keywords):
-    """Return the reasons in the ``BundleRefused`` that a call raises."""
+    """Return the reasons in the ``BundleRefused`` that a call raises.
+
+    They equal a ``HasReason`` if one of them has its code and its fields.
+    """
     fault = refusal_of(function, *arguments, **keywords)
     assert fault.code == "unusable", fault
     assert all(isinstance(problem, Reason) for problem in fault.fields["problems"])

@@ -1,8 +1,9 @@
 """Splits of a retrieval model: rows are joined with the features of their items, or refused.
 
-The catalogue is the split ``items``, with one row per item. Prepared tensors that are not inputs
-have names that begin with "@": ``@bounds/tags`` has the index of each row's first id in ``tags``,
-and the number of all ids at its end.
+The catalogue is the split ``items``, with one row per item. The input ``lately`` has the tags of a
+user's recent purchases. Prepared tensors that are not inputs have names that begin with "@":
+``@bounds/tags`` has the index of each row's first id in ``tags``, and the number of all ids at its
+end.
 """
 
 import pyarrow as pa

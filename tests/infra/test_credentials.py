@@ -245,6 +245,7 @@ def test_errors_of_an_s3_store_do_not_contain_a_credential(monkeypatch: pytest.M
     "form", ["s3://me:{}@bucket/x", "http://me:{}@h", "s3:/me:{}@b", "me:{}@h:1"]
 )
 def test_error_for_an_invalid_root_does_not_contain_its_credential(name: str, form: str) -> None:
+    """A root is the address of an object store or of a Triton repository."""
     for secret in (SECRETS.of(name), SECRETS.in_address(name)):
         root = form.format(secret)
         try:
@@ -265,7 +266,7 @@ def test_error_for_an_invalid_setting_does_not_contain_its_credential(
 
 
 class LibraryError(Exception):
-    """An exception as of some libraries: its text does not depend on its arguments."""
+    """An exception like those of some libraries: its text does not depend on ``args``."""
 
     def __init__(self, uri: str) -> None:
         super().__init__("ignored")

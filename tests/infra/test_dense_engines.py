@@ -1,7 +1,8 @@
 """TensorRT-RTX engines of compressed dense layers: packed weights and 2:4 sparsity.
 
-The outcome of sparsity is "picked" if the builder chose sparse kernels, "did not pay" if it chose
-only dense ones, and "not told" if its log does not report the choice.
+The audit of an engine reads from the builder's log whether the weights stay packed, and the outcome
+of sparsity: "picked" if the builder chose sparse kernels, "did not pay" if it chose only dense
+ones, and "not told" if its log does not report the choice.
 
 A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
 input.

@@ -170,7 +170,7 @@ def test_one_invalid_value_fails_exactly_its_rule(write, split, column, value, r
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 @pytest.mark.parametrize("column", ["seen", "history"])
-def test_ids_outside_the_table_pass_in_splits_with_a_policy(write, split, column):
+def test_ids_outside_the_table_pass_in_validation_and_test_with_a_policy(write, split, column):
     """The policy ``out_of_range`` of an input is for served rows, so not for training splits."""
     paths = write(
         **{split: with_invalid_value(column, 999 if column == "seen" else [999], split=split)}
@@ -426,7 +426,7 @@ def test_finding_lists_a_row_with_several_failing_ids_once(write):
     assert failed.failing_count == 3
 
 
-def test_row_numbers_of_findings_continue_through_all_parts(write, tmp_path):
+def test_row_numbers_of_findings_continue_through_all_files_of_a_split(write, tmp_path):
     folder = tmp_path / "parts"
     folder.mkdir()
     pq.write_table(pa.table(columns("train")), folder / "0.parquet")

@@ -1,4 +1,9 @@
-"""Data of matrices, bounded integers and fields of joined tables: tensors and checks."""
+"""Data of matrices, bounded integers and fields of joined tables: tensors and checks.
+
+A matrix input has several inputs, its fields, as columns of one tensor. A joined table has the rows
+of several id columns; the ``offset`` of a column is added to its ids. The policy of an input
+(``out_of_range``) says what replaces ids out of range.
+"""
 
 import json
 
@@ -22,7 +27,7 @@ ROWS = 120  # validation requires at least 100 test rows
 
 @pytest.fixture
 def split(tmp_path):
-    """Write a parquet file of valid rows, in which some columns are replaced; return it."""
+    """A function that writes valid rows with some columns replaced, and returns the file."""
 
     def write(**replaced):
         rng = np.random.default_rng(0)
@@ -62,7 +67,7 @@ def test_check_ids_accepts_valid_integers(split):
 @pytest.mark.parametrize(
     ("column", "value", "expected"),
     [
-        # Each column of "ids" has a range of its own: item 600 would be a row of the table.
+        # Ids of items are 0 to 599; a check against all rows of the joined table would accept 600.
         ("item", 600, "column 'item': id 600 is not in table 'joined' of 1500 rows (0 to 599)"),
         ("user", -1, "column 'user': id -1 is not in table 'joined' of 1500 rows (0 to 899)"),
         ("position", 11, "input 'position': value 11 is not from 1 to 10"),

@@ -28,7 +28,10 @@ TAG = re.compile(rf"(?<!\?P)</?(?:{ELEMENTS.replace(' ', '|')})(?=[\s/>]|$)|<!do
 
 
 def strings(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield line and text of every string; in f-strings, ``b``, an element, replaces each value."""
+    """Yield line and text of every string.
+
+    In f-strings, ``b``, the name of an HTML element, replaces each value.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             parts = (part.value if isinstance(part, ast.Constant) else "b" for part in node.values)

@@ -1,6 +1,8 @@
 """Description of a trained network's class and arguments, recorded while it is constructed.
 
-A draft is the folder that becomes a bundle when it is packed.
+``import_network`` runs a function or imports a variable of a user's module, and returns the network
+and the recorded calls of constructors. A draft is the folder that becomes a bundle when it is
+packed.
 """
 
 import copy

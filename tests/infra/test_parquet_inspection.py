@@ -1,6 +1,7 @@
 """Inspection of untrusted parquet files: a damaged, too large or slow file is only refused.
 
-Some tests edit the Thrift encoding of the footer, because no writer produces such a footer.
+An inspector reads files in a child process, and starts another one if a file ends the process. Some
+tests edit the Thrift encoding of the footer, because no writer produces such a footer.
 """
 
 import os

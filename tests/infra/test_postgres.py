@@ -1,4 +1,4 @@
-"""Creation of a Postgres cluster, with the real programs of Postgres."""
+"""Creation of a Postgres cluster (its data folder), with the real programs of Postgres."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs Postgres as another user")
-def test_prepare_refuses_a_folder_that_the_postgres_user_cannot_enter(tmp_path: Path) -> None:
+def test_create_cluster_refuses_a_folder_that_its_user_cannot_enter(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     with raises_code(SettingRefused, "postgres_folder_unreachable", folder=str(tmp_path / "db")):
         postgres.create_cluster(variables(tmp_path))
@@ -42,7 +42,7 @@ def test_prepare_refuses_a_folder_that_the_postgres_user_cannot_enter(tmp_path: 
 
 
 @needs_initdb
-def test_prepare_creates_a_cluster_once_that_requires_passwords(
+def test_create_cluster_creates_a_cluster_once_that_requires_passwords(
     open_folder: Path,
 ) -> None:
     postgres.create_cluster(variables(open_folder))

@@ -1,7 +1,11 @@
 """TensorRT-RTX engines that multiply by all rows of a table: the table stays packed.
 
-See ``infra/tensorrt/audit.py`` for the outcomes of the audit: "flat" means that a copy of the table
-in float16 does not fit into the scratch memory of a request of one row.
+A builder may widen a table: convert its packed numbers to a wider type. The audit of an engine
+(``infra/tensorrt/audit.py``) excludes this if scratch memory, the temporary memory of a call, is
+"flat": a copy of the table in float16 does not fit into that of a request of one row.
+
+A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
+input.
 """
 
 import pytest

@@ -1,4 +1,9 @@
-"""Arguments that are stored as what the constructor of a network reads from them."""
+"""Arguments of a network that are stored as the reads of the network's constructor.
+
+A data set is an example: its constructor reads a file, which a bundle does not have. Its reads are
+the attributes, items and results of calls that the network's constructor used. The networks are in
+``tests/recorded_models.py``.
+"""
 
 import copy
 import sys

@@ -61,6 +61,7 @@ def test_publishing_an_order_twice_creates_one_version(registry):
 
 
 def test_find_by_order_without_mlflow_returns_the_same_version_as_find_by_order(registry, tmp_path):
+    """It reads the SQLite file directly, since importing MLflow takes about two seconds."""
     assert registry.find_by_order_without_mlflow(ORDER, "ranker") is None
     publish(registry)
     assert registry.find_by_order_without_mlflow(ORDER, "ranker") == registry.find_by_order(

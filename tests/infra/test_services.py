@@ -1,8 +1,9 @@
 """docker-compose.yml: rules for its services, and how they run as local processes.
 
-All services except ``setup`` are permanent. Of a ``Service``, ``starts_after`` has the services
-that must be started before it, each with the required condition, and ``one_shot`` says that it ends
-by itself. ``client`` are environment variables for programs that use the services.
+The service ``setup`` creates buckets, work pools and deployments, and ends. All others are
+permanent. Of a ``Service``, ``starts_after`` has the services that must be started before it, each
+with the required condition, and ``one_shot`` says that it ends by itself. ``client`` are
+environment variables for programs that use the services.
 """
 
 import json
@@ -356,7 +357,8 @@ def test_published_ports_follow_their_variables_and_grpc_ports_keep_their_offset
     prefect, s3 = service_named(services, "prefect"), service_named(services, "s3")
     assert prefect.environment["PREFECT_UI_API_URL"] == "http://127.0.0.1:14200/api"
     assert prefect.command[-1] == "14200"
-    # 18888 is also the filer's gRPC port in the container, and must not be replaced again.
+    # 18888 is also a gRPC port of SeaweedFS (of its filer) in the container, and must not be
+    # replaced again.
     assert "-s3.port=18888" in s3.command
     assert "-s3.port.grpc=28888" in s3.command
     for name in ("master", "volume", "filer"):

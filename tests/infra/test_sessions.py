@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: bound inputs, interleaved timing, and inputs that are refused."""
+"""ONNX Runtime sessions: bound inputs (IO binding), timing in turn, and refused inputs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Settings: the folder ``RECPRESS_HOME`` and the registry's SQLite file, for any path."""
+"""Settings: the folder ``RECPRESS_HOME`` and the registry's SQLite file, with any path."""
 
 import os
 import sqlite3
@@ -72,11 +72,11 @@ def test_build_sqlite_uri_opens_its_file_for_any_path(
         ("/srv/registry.db", None),
     ],
 )
-def test_sqlite_file_returns_the_file_that_sqlalchemy_opens(uri: str, file: str | None) -> None:
+def test_parse_sqlite_uri_gives_the_file_that_sqlalchemy_opens(uri: str, file: str | None) -> None:
     assert parse_sqlite_uri(uri) == (None if file is None else Path(file))
 
 
-def test_sqlite_file_of_a_relative_uri_is_relative_to_the_working_folder(
+def test_parse_sqlite_uri_resolves_a_relative_path_from_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Labels of several outputs, and labels that are used only where another column is 1."""
+"""Labels of several outputs, and labels with a condition: used only where a column is 1."""
 
 import numpy as np
 import pyarrow as pa
@@ -80,7 +80,7 @@ def test_used_labels_and_conditions_must_be_valid(changes, message, split, tmp_p
 
 
 def failing(path):
-    """Return column and rule of each failed check."""
+    """Return column and rule of each failed check; no check may be left out."""
     validation = validate({"train": path}, SIGNATURE, {"user": 3})
     assert validation.evaluated == validation.intended
     return {(item.column, item.rule) for item in validation.findings if not item.success}

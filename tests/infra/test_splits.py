@@ -279,7 +279,7 @@ def test_part_files_are_read_in_the_order_of_their_names(tmp_path, tensors):
     assert out["@group"].tolist() == [0, 1, 0, 2]
 
 
-def test_row_numbers_in_errors_continue_through_all_parts(tmp_path):
+def test_row_numbers_in_errors_continue_through_all_files_of_a_split(tmp_path):
     folder = tmp_path / "parts"
     folder.mkdir()
     for part, labels in enumerate(([0, 1], [0, 3])):

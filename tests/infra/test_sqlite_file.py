@@ -56,7 +56,8 @@ def kill_writer_at(
     Args:
         send: sends a command to the process of ``tests/killed_registry.py``.
         folder: folder for the registries.
-        writer: ``now``, or ``earlier`` for a registry that MLflow creates directly in the file.
+        writer: ``now``, or ``earlier`` for a process that lets MLflow create the registry directly
+            in its file, as earlier versions of recpress did.
         points: shares of the writer's operations (SQL statements, commits and changes of files) at
             which it is killed.
 
@@ -68,7 +69,7 @@ def kill_writer_at(
 
 
 # Points for ``kill_writer_at``: steps of 0.025, and of 0.002 from 0.9 to 1, because the last
-# operations create the link and remove the temporary file.
+# operations link the finished temporary file to the registry's path and remove its other name.
 FEW_POINTS = [0.5, 1.0]
 MANY_POINTS = [number / 40 for number in range(1, 36)] + [
     0.9 + number / 500 for number in range(51)

@@ -1,6 +1,7 @@
 """Blobs that artifacts share, both versions of manifests, and hard links in a folder store.
 
-A blob is a stored file whose key is a hash of its content.
+A blob is a stored file whose key is a hash of its content. A manifest lists the files of an
+artifact, and the hash of each chunk of a file.
 """
 
 import errno
@@ -223,7 +224,7 @@ def test_artifacts_stored_concurrently_share_their_large_file(stored, folder, tm
         assert contents(folder_copy) == contents(source)
 
 
-def test_cut_blob_is_replaced_when_another_artifact_with_its_file_is_stored(
+def test_truncated_blob_is_replaced_when_another_artifact_with_its_file_is_stored(
     stored, folder, tmp_path
 ):
     first = stored.store.put(folder)
@@ -276,6 +277,7 @@ def test_file_that_is_a_link_to_its_blob_is_not_read_again(folder, tmp_path, mon
 
 
 def test_folder_store_without_links_is_read_through_the_cache(s3, folder, tmp_path):
+    """``local`` returns a folder with the files: the artifact's links, or a copy in the cache."""
     stored = bucket_store(f"copied-{time.time_ns()}")
     artifact = stored.store.put(folder)
     copied_store = folder_store(tmp_path / "copied")
@@ -313,5 +315,6 @@ def test_uri_of_a_file_is_where_its_bytes_are(stored, folder):
 
 
 def test_records_cannot_be_written_among_the_blobs(tmp_path):
+    """A record is a small value with a key, which ``write`` stores."""
     with raises_code(StoreRefused, "key_reserved", key="blobs/x"):
         Store(str(tmp_path)).write("blobs/x", b"")

@@ -1,7 +1,8 @@
 """Removal of temporary files: files of killed processes are removed, others are kept.
 
 The name of a temporary file contains machine, PID and start time of the process that writes it.
-Arguments of ``open_writer`` are the folder of the result, the job, and path and size of a file.
+Arguments of ``open_writer`` are the folder of the result, the job (any value that determines the
+content), and path and size of a file.
 ``EARLIER_SIBLINGS`` is the pattern of names that version 0.1.0 gave to temporary folders next to
 their results.
 """

@@ -1,8 +1,8 @@
 """Every name of the TensorRT API that the code uses exists in TensorRT 10, 11 and RTX.
 
 The data-center builder needs large libraries and a GPU, but the wheels of its Python bindings are
-small and contain every name. So these tests compare the code with ``NAMES``, and ``NAMES`` with the
-bindings.
+small and contain every name. So these tests compare the code with ``NAMES``, the list of the names,
+and ``NAMES`` with the bindings.
 """
 
 import ast

@@ -1,4 +1,8 @@
-"""Texts become token ids in prepared data, as the bundle's tokenizer and its input say."""
+"""Conversion of texts to token ids when data is prepared, and refused tokenizers.
+
+The data is the catalogue (the split ``items``): documents with a text. A bundle has its tokenizer
+as a transform, a file that is stored with the model.
+"""
 
 import json
 from dataclasses import replace
@@ -26,7 +30,7 @@ PAD, UNKNOWN, CLS, SEP = range(4)
 
 
 def save_tokenizer(folder, tokenizer=None):
-    """Save a tokenizer, by default that of words; return the files by name of the transform."""
+    """Save a tokenizer, by default one of words; return its file by the transform's name."""
     path = folder / "tokenizer.json"
     (tokenizer or word_tokenizer()).save(str(path))
     return {"tokenizer.json": path}
@@ -62,7 +66,8 @@ def test_batch_has_ids_and_mask_padded_to_its_longest_text(tmp_path):
         [1, 1, 1, 1, 0],
     ]
     assert batch.inputs["document_mask"].dtype == torch.int64
-    assert Rows(split, CATALOGUE).lengths().tolist() == [5, 2, 4]  # from which buckets are made
+    # Training puts rows of similar length in one batch.
+    assert Rows(split, CATALOGUE).lengths().tolist() == [5, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +170,7 @@ def test_tokenizer_with_other_token_types_is_refused_if_the_network_receives_the
         check_tokenizers(with_documents(token_types="types"), files, TABLES)
 
 
-def test_dropout_of_merges_is_off_in_data_and_in_the_saved_tokenizer(tmp_path):
+def test_bpe_dropout_of_a_tokenizer_is_off_when_data_is_prepared(tmp_path):
     merges = models.BPE(
         vocab={"[UNK]": 0, "a": 1, "b": 2, "ab": 3},
         merges=[("a", "b")],

@@ -2,7 +2,8 @@
 
 A plan is the file format of TensorRT engines. ``batches`` are the smallest, optimal and largest
 batch. ``longest`` is the largest number of values per row of a jagged input. ``USER``, ``PRICE``
-and ``TAGS`` are declared inputs: an id, three numbers, and values and lengths of a jagged input.
+and ``TAGS`` are declared inputs: an id, three numbers, and values and lengths of a jagged input. A
+part is one graph of a model with several, such as the query tower.
 """
 
 import subprocess

@@ -2,6 +2,7 @@
 
 A judgement is the outcome for one limit. The fields of a parity are differences between scores of
 graph and module, and their limits; ``spread`` is the standard deviation of the module's scores.
+``rows_parity`` is for rows of data, ``edge_parity`` for edge cases, such as ids out of range.
 
 Many names and reasons contain HTML, to check that the page escapes them.
 """
@@ -203,7 +204,7 @@ def create_lowering(target: Any) -> Lowering:
 
 
 def create_stages() -> tuple[Stage, ...]:
-    """Return three stages; the step of the last one is named ``HOSTILE``."""
+    """Return three stages (models after a step); the last step is named ``HOSTILE``."""
     changes = (
         ("as trained", 1_000_000, None),
         ("channels", 700_000, -0.002),

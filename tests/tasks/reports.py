@@ -63,8 +63,8 @@ def create_lowering(target: TargetName) -> Lowering:
                 name="model",
                 inputs=(GraphInput(name="user", dtype="int64", shape=()),),
                 output="score",
-                rows_parity=create_parity(),
-                edge_parity=create_parity(),
+                rows_parity=create_parity(),  # on rows of data
+                edge_parity=create_parity(),  # on edge cases, such as ids out of range
                 audit=None,
                 tables=(),
                 packed_bytes=300,
@@ -149,7 +149,7 @@ def create_report(folder: Path, order: str, outcomes: dict[TargetName, Outcome])
         plan=Plan(lines=(line,)),
         outcome=overall(target.verdict for target in targets),  # combines those of the targets
         targets=targets,
-        baseline_bytes=1000,  # of the untouched model for the first target
+        baseline_bytes=1000,  # of the untouched model's graph for the first target
         measurement=create_measurement(),
         validation=store_files(folder / "validation", validation_json=validation.model_dump_json()),
         calibrated_on="train (10 rows)",

@@ -277,7 +277,7 @@ def test_find_bundle_returns_properties_and_a_digest_that_changes_with_the_archi
 
 @pytest.fixture
 def towers(draft: Path, tmp_path: Path) -> Path:
-    """The draft of a retrieval model with a query tower and an item tower."""
+    """The draft of a retrieval model with two towers and a catalogue, the split ``items``."""
     return write_retrieval_draft(tmp_path / "towers")
 
 

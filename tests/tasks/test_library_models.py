@@ -1,6 +1,6 @@
-"""Models of torch-rechub, DeepCTR-Torch and RecBole become bundles without code for them.
+"""Models of torch-rechub, DeepCTR-Torch and RecBole become bundles without code for each library.
 
-A draft is the folder of a bundle before it is packed.
+A draft is the folder of a bundle before it is packed. Atomic files are RecBole's format of data.
 """
 
 import shutil
@@ -22,7 +22,7 @@ from tasks.bundles.loading import load_bundle
 from tasks.bundles.new_draft import new_draft
 from tasks.bundles.packing import Packed, pack
 
-LIBRARIES = Path(sys.prefix) / "libraries"
+LIBRARIES = Path(sys.prefix) / "libraries"  # folder of the packages that the models import
 USERS, ITEMS, GENRES, LONGEST = 50, 80, 18, 6
 RECHUB = ("wide_deep", "deep_fm", "dcn", "dcn_v2", "auto_int", "din", "mmoe", "shared_bottom")
 DEEPCTR = tuple(

@@ -1,7 +1,8 @@
 """Promotion with a lost, restored or changed registry: orders are identified by their digest.
 
-The ledger is in the object store, so it remains if the registry is lost. ``triton_versions.py``
-explains how orders are published.
+The ledger, the list of a model's promotions and rollbacks, is in the object store, so it remains if
+the registry is lost. ``fill("ab", "a")`` publishes the orders "aaa..." and "bbb..." as versions 1
+and 2, and promotes the first (``triton_versions.py``).
 """
 
 import shutil

@@ -19,7 +19,10 @@ from tasks.prepare import prepare
 def test_network_that_reads_padding_is_refused_if_the_first_rows_are_the_longest(
     tmp_path, monkeypatch
 ):
-    """In their batch, the first rows have no padding that a batch of one row would not have."""
+    """The longest row has the same scores in every batch, since it is never padded.
+
+    So lowering also compares the shortest row alone and in a batch with the longest one.
+    """
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", NETWORK_MODULE)
     draft = write_sequence_draft(tmp_path / "draft")
@@ -28,6 +31,7 @@ def test_network_that_reads_padding_is_refused_if_the_first_rows_are_the_longest
     pq.write_table(rows.take(by_length), draft / "test.parquet")
     bundle = pack(draft).artifact
     test = prepare.fn(bundle, "test")
+    # The number of rows of ``test``, and the largest batch that the graph must accept.
     arguments = {"probe_rows": ROWS["test"], "most_rows": 4096}
     lower_model.fn(bundle, "onnxruntime", test, **arguments)
     forward = SequenceNet.forward

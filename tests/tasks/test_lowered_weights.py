@@ -155,7 +155,8 @@ def test_tensor_that_is_not_mapped_from_its_file_is_not_linked(large_bundles, mo
 
 @pytest.mark.parametrize(("kind", "is_audited"), [("float", False), ("int8", True)])
 def test_only_a_compressed_model_is_audited(kind, is_audited, large_bundles):
-    # An audit takes memory, since ONNX Runtime copies every tensor to write its optimized graph. In
-    # the graph of an untouched model nothing is quantized, so there is nothing to audit.
+    # An audit counts the quantized operators in the graph that ONNX Runtime has optimized. It takes
+    # memory, since ONNX Runtime copies every tensor to write that graph. In the graph of an
+    # untouched model nothing is quantized, so there is nothing to audit.
     (graph,) = read_lowering(local(lower_bundle(large_bundles, kind))).graphs
     assert (graph.audit is not None) == is_audited

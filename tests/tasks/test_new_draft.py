@@ -78,11 +78,13 @@ def test_draft_with_sequences_equals_the_hand_written_one(home: Path) -> None:
 
 
 def test_draft_with_a_matrix_and_a_joined_table_equals_the_hand_written_one(home: Path) -> None:
+    """A joined table has the rows of several id columns; a matrix has several inputs as columns."""
     written = field_draft.write_field_draft(home / "written")
     inputs = {"ids": ("user", "item"), "matrix": ("brand", "tags", "price", "age")}
     new_draft(request(home / "new", written, inputs=inputs))
     expected = [without_policies(item) for item in signature_of(written)["inputs"]]
-    expected[0]["more_tables"], expected[0]["table"] = ["joined"], "wide"  # in order of the calls
+    # Two tables read the input "ids"; either of them may be listed first.
+    expected[0]["more_tables"], expected[0]["table"] = ["joined"], "wide"
     *ids_and_tags, _ = expected[1]["fields"]
     numbers = [{"kind": "dense", "name": name, "shape": [1]} for name in ("price", "age")]
     expected[1]["fields"] = [*ids_and_tags, *numbers]
@@ -111,7 +113,7 @@ def test_draft_with_several_outputs_has_those_with_labels(home: Path, returns: s
 
 
 def towers_request(home: Path, **options: Any) -> DraftRequest:
-    """Return a request for a retrieval model, whose data has a catalogue."""
+    """Return a request for a retrieval model, whose data has a catalogue (the split ``items``)."""
     written = home / "written"
     if not written.exists():
         retrieval_draft.write_retrieval_draft(written)
@@ -139,6 +141,7 @@ def test_draft_with_towers_equals_the_hand_written_one(
 def test_item_of_a_tower_without_ids_is_identified_by_a_key(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A key is an input that identifies the item and that no tower reads."""
     monkeypatch.delitem(sys.modules, MODELS, raising=False)
     original = content_request(home)
     signature = new_draft(original).draft.signature
@@ -257,7 +260,7 @@ def test_class_of_a_module_that_is_not_allowed_is_refused_before_anything_is_wri
     assert not (home / "new").exists()
 
 
-def test_key_that_the_network_does_not_read_is_refused(
+def test_input_that_the_network_does_not_read_is_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, MODELS, raising=False)

@@ -107,7 +107,7 @@ def test_named_outputs_of_the_graph_are_the_outputs(home: Path, data: Path) -> N
     pack(home / "new")
 
 
-def test_column_of_another_name_is_named_with_the_input(home: Path, data: Path) -> None:
+def test_columns_with_other_names_than_the_input_must_be_given(home: Path, data: Path) -> None:
     nodes = [
         helper.make_node("Gather", ["item.weight", "ids"], ["rows"]),
         helper.make_node("ReduceSum", ["rows", "axes"], ["y"], keepdims=0),

@@ -1,8 +1,9 @@
 """Checks of ``pack`` on a model that loads: its construction, metric, labels and scores.
 
 Notes are remarks on how the model's class was constructed, and are stored in the manifest. Warnings
-are problems of labels and scores that do not prevent packing. A home is the folder with everything
-that recpress stores (``RECPRESS_HOME``). A draft is the folder of a bundle before it is packed.
+are problems of labels and scores that do not prevent packing. ``examine`` checks a packed bundle. A
+home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
+of a bundle before it is packed.
 """
 
 import html

@@ -316,7 +316,7 @@ def test_copied_parity_error_has_its_failure_and_message():
 # --- the row's inputs ------------------------------------------------------------------------
 
 
-def test_row_of_selects_a_row_of_every_kind_of_input():
+def test_take_row_selects_a_row_of_every_kind_of_input():
     signature = Signature(
         inputs=(
             IdInput(name="user", table="user"),

@@ -1,7 +1,8 @@
 """Promotion, rollback and fetch: the ledger, the registry's alias, and refused versions.
 
-``triton_versions.py`` explains how orders are published, also with the fixture ``fill``. The ledger
-is the list of a model's promotions and rollbacks in the store.
+The ledger is the list of a model's promotions and rollbacks in the store. Publishing an accepted
+order moves the alias ``candidate`` to its version. ``fill("ab", "a")`` publishes the orders
+"aaa..." and "bbb..." as versions 1 and 2, and promotes the first (``triton_versions.py``).
 """
 
 from pathlib import Path

@@ -3,8 +3,9 @@
 A change is the result of a promotion or rollback: the ledger entry, and whether the command added
 it (``is_new``) or an earlier one did.
 
-``triton_versions.py`` explains how orders are published with the fixture ``fill``. The ledger is
-the list of a model's promotions and rollbacks in the store.
+The ledger is the list of a model's promotions and rollbacks in the store. ``fill("ab", "a")``
+publishes the orders "aaa..." and "bbb..." as versions 1 and 2, and promotes the first
+(``triton_versions.py``).
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,8 @@
 
 The column ``before`` is the untouched model, the columns named like targets are the results, and
 ``change`` is the first result compared with ``before``: a difference, or a ratio such as 0.80x.
-The reports are those of ``reports.py``, whose numbers are invented.
+The reports are those of ``reports.py``, whose numbers are invented. A stage is the model after a
+step of the recipe.
 """
 
 from pathlib import Path

@@ -330,7 +330,8 @@ def test_names_and_texts_of_a_model_are_escaped_in_the_page():
 
 
 def test_hostile_name_is_escaped_in_a_markdown_cell():
-    # HOSTILE is the name of a stage and of a module. Both tables have six columns.
+    # HOSTILE is the name of a step, whose row has the model after it, and of a module. Both tables
+    # have six columns.
     stage, module = [line for line in markdown(create_report()).splitlines() if "alert('" in line]
     for line in (stage, module):
         assert "<" not in line

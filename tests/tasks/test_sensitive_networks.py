@@ -80,6 +80,7 @@ def test_graph_that_differs_by_more_than_the_limits_of_int8_is_accepted(
     with raises_code(ParityLost, "parity_limit"):
         check_parity(expected, actual, PLAN, "onnxruntime")
     (parity,), _ = check.parity(rows, "the data")
+    # ``by_rounding``: how much rounding errors change the module's scores (root mean square).
     assert parity.root_mean_square < 2 * parity.by_rounding
     # Nine of ten scores are still equal up to float rounding, which are at most 1e-5 here.
     assert parity.quantile_90 < 1e-4

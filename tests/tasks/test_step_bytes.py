@@ -62,7 +62,6 @@ def draft(tmp_path: Path) -> Path:
 def quantize_table(source: Artifact, original: Artifact, table: str) -> Artifact:
     """Apply ``rowwise_int8`` to one table of a bundle, and return the resulting bundle."""
     step = RowwiseInt8(tables=(table,))
-    # ``code`` is the digest of the model's code, which is only part of a cache key; here any text.
     result = compress.fn(
         source,
         step,
@@ -71,7 +70,7 @@ def quantize_table(source: Artifact, original: Artifact, table: str) -> Artifact
         teachers=(),
         seed=0,
         device="cpu",
-        context_digest="c",
+        context_digest="c",  # only a part of a cache key; here any text
     )
     assert isinstance(result, Artifact)
     return result

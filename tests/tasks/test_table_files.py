@@ -272,7 +272,7 @@ def test_tensor_named_weight_is_a_table_with_an_empty_module_name(tmp_path: Path
     assert load_file(tmp_path / "out" / "files" / "model.safetensors").keys() == {"codes", "scale"}
 
 
-def test_step_named_accepts_kind_or_short_name_and_refuses_unknown_settings():
+def test_build_table_step_accepts_kind_or_short_name_and_refuses_unknown_settings():
     assert build_table_step("int8", {}) == build_table_step("rowwise_int8", {}) == RowwiseInt8()
     settings = {"clipping": "mse", "min_rows": "7", "tables": ["a"]}
     assert build_table_step("int4", settings) == RowwiseInt4(

@@ -73,6 +73,7 @@ def test_task_that_ran_out_of_memory_is_not_retried() -> None:
 
 
 def test_killed_child_is_retried_twice_and_an_outage_more_often() -> None:
+    """An outage is an error of a service that does not respond."""
     killed, outage = example_of(errors.ChildFailed), example_of(errors.RegistryOutage)
     assert [is_retried(killed, count) for count in (1, 2, 3)] == [True, True, False]
     assert all(is_retried(outage, count) for count in (1, 2, 3, 10))

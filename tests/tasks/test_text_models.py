@@ -1,7 +1,8 @@
 """``recpress new --sentence-transformer``: vectors, drafts, and refused models and options.
 
-The vectors are compared with those that the library computed. A draft is the folder that the
-command writes, and from which ``recpress bundle pack`` creates a bundle.
+The models are small, one of each family (BERT, MPNet, ...). Their vectors are compared with those
+that the library sentence-transformers computed. A draft is the folder that the command writes, and
+from which ``recpress bundle pack`` creates a bundle.
 """
 
 import json
@@ -166,7 +167,7 @@ def test_column_of_row_numbers_is_not_taken_for_the_query(
         draft(home, numbered)
 
 
-def test_model_that_compares_by_cosine_without_a_norm_gets_one(
+def test_vectors_of_a_model_that_compares_by_cosine_are_normalized(
     home: Path, data: Path, tmp_path: Path
 ) -> None:
     folder = copied(tmp_path)

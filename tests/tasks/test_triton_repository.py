@@ -1,8 +1,8 @@
 """Updates of a Triton repository: promotion, repair, killed processes, and S3.
 
-``triton_versions.py`` explains how orders are published, also with the fixture ``fill``.
-``loaded_version`` returns the version that a server would load and the bytes of its graph. The
-ledger is the list of a model's promotions and rollbacks in the store.
+``fill("ab", "a")`` publishes the orders "aaa..." and "bbb..." as versions 1 and 2, and promotes the
+first (``triton_versions.py``). ``loaded_version`` returns the version that a server would load and
+the bytes of its graph. The ledger is the list of a model's promotions and rollbacks in the store.
 """
 
 import time

@@ -1,7 +1,8 @@
 """Graphs of a version that Triton serves: selection, configuration, and ``recpress triton``.
 
-``triton_versions.py`` explains how orders are published, also with the fixture ``fill``. A home is
-the folder with everything that recpress stores (``RECPRESS_HOME``).
+``fill("ab", "a")`` publishes the orders "aaa..." and "bbb..." as versions 1 and 2, and promotes the
+first (``triton_versions.py``). A home is the folder with everything that recpress stores
+(``RECPRESS_HOME``).
 """
 
 import json
@@ -318,6 +319,8 @@ def test_bad_input_prints_one_sentence_and_exits_with_code_2(
 
 
 def test_doctor_reports_the_triton_repository(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``recpress doctor`` checks each service and library, and prints one line for each."""
+
     def reported_state() -> tuple[str, str]:
         (line,) = (item for item in check_installation() if item.what == "Triton repository")
         return line.state, line.found
