@@ -5,11 +5,13 @@ uncompressed one, and the champion the version that is in production.
 
 ``limit_problems`` and ``limit_warnings`` check the limits of a new order; stored limits are read
 without these checks. The checks use the properties of a metric (``metrics/metric.py``), never its
-name. In particular, ``loosest_bound`` is the largest loss or ratio that a plausible limit on a
-comparison allows, and ``low`` and ``high`` are the ends of the range of plausible limits on the
-metric itself.
+name. ``compared`` is how two models are compared: by ``difference``, by ``ratio``, or ``never``. It
+is ``never`` for score changes, such as the correlation of the candidate's and the baseline's
+scores, which are themselves comparisons. ``loosest_bound`` is the largest loss or ratio that a
+plausible limit on a comparison allows, and ``low`` and ``high`` are the ends of the range of
+plausible limits on the metric itself.
 
-``position`` in the JSON schema of a field is its position in Prefect's form for orders.
+``position`` in the JSON schema of a field is its position in the form of Prefect's UI for orders.
 """
 
 import math
@@ -290,7 +292,7 @@ def _generate_likely_intents(limit: Limit) -> Iterator[Limit]:
         yield _replace_bound(limit, bound, reference)  # if the bound is a ratio
         if bound > 1:  # or a ratio in percent
             yield _replace_bound(limit, bound / 100, reference)
-        if spec.batch is not None:
+        if spec.batch is not None:  # a latency
             yield _replace_bound(limit, bound * 1000, "absolute")  # if the bound is in seconds
     else:
         if -1 < bound < 0:  # a relative change: -0.1 is the ratio 0.9

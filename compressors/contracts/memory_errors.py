@@ -7,7 +7,7 @@ _NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc"
     r"|bad allocation|failed to allocate|unable to allocate|unable to mmap|cannot map"
     r"|malloc of size|can't start new thread"
-    # The same message with "operation not permitted" has another cause: a mount without execution.
+    # The same message with "operation not permitted" has another cause: the noexec mount option.
     r"|failed to map segment from shared object(?!: operation not permitted)",
     re.IGNORECASE,
 )

@@ -1,8 +1,8 @@
 """The type ``Network``: the description that, with the stored tensors, defines a module.
 
-JSON has no objects. An argument that is an object, such as a dataclass with settings or a feature
-column of a library, is described by its class and the arguments that create it (``CLASS`` and
-``ARGUMENTS``). Without ``ARGUMENTS``, the value is the class itself::
+JSON cannot store Python objects. An argument that is an object, such as a dataclass with settings
+or a feature column of a library, is described by its class and the arguments that create it
+(``CLASS`` and ``ARGUMENTS``). Without ``ARGUMENTS``, the value is the class itself::
 
     {"$class": "shop.settings:Settings", "$arguments": {"dim": 16, "hidden": [64, 32]}}
     {"$class": "torch.nn:ReLU"}
@@ -101,7 +101,7 @@ class ModuleRecord(Frozen):
     Attributes:
         kind: what it replaces: an Embedding (``table``), EmbeddingBag (``bag``), Linear, norm, or
             Conv1d of kernel size 1 (``conv``).
-            ``output`` replaces nothing: it is a map that is applied to the network's output.
+            ``output`` replaces nothing: it is a function that recalibrates the network's output.
         format: name of the storage format.
         settings: arguments of the compressed module.
     """

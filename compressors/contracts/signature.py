@@ -137,8 +137,8 @@ class Output(Frozen):
 def _describe_form(item: AnyInput) -> dict[str, object]:
     """Return what a graph depends on: the fields of an input without its names.
 
-    A name of a tensor becomes whether there is such a tensor. The longest list of a sequence is
-    left out, and so is the tokenizer: texts are tokenized before the graph.
+    The name of an optional tensor is replaced by whether the input has this tensor. The maximum
+    length of a sequence is left out, and so is the tokenizer: texts are tokenized before the graph.
     """
     fields = item.model_dump(exclude={"name", "columns", "tokenizer"})
     if isinstance(item, SequenceInput):
@@ -169,9 +169,10 @@ class Signature(Frozen):
         group: column that groups rows, such as by user or by query.
         time: column with the time of a row.
         towers: the two towers of a ``retrieval`` model; None for other models.
-        item: the input with the item's id of a ``retrieval`` model, an input of the item tower or
-            a key; None for other models. Rows of such a model are interactions of the users in
-            column ``group``. If it has no ``label``, all interactions are positive.
+        item: the input with the item's id of a ``retrieval`` model: an input of the item tower, or
+            a key (an id that the model does not receive); None for other models. Rows of such a
+            model are interactions of the users in column ``group``. If it has no ``label``, all
+            interactions are positive.
         call: how ``method`` receives the input tensors: as ``keywords`` (by name), at
             ``positions`` (in the order of the inputs), or in one ``mapping`` from names to tensors.
         method: name of the network's method that returns the outputs.
@@ -198,7 +199,7 @@ class Signature(Frozen):
             raise value_error("inputs_repeated", names=tuple(repeated))
         if not 1 <= len(self.outputs) <= MOST_OUTPUTS:
             raise value_error("outputs_count", count=len(self.outputs), most=MOST_OUTPUTS)
-        if len(self.outputs) == 1:  # the output of its graph has a fixed name
+        if len(self.outputs) == 1:  # its name is not used in the graph
             if self.outputs[0].loss_weight != 1:
                 raise value_error("loss_weight_unused", output=self.outputs[0].name)
             return self
@@ -291,7 +292,7 @@ class Signature(Frozen):
 
     @property
     def data_inputs(self) -> tuple[DataInput, ...]:
-        """The inputs that read the data: in place of a matrix, its fields."""
+        """The inputs that read the data; a matrix (several inputs in one tensor) as its fields."""
         return tuple(part for item in self.inputs for part in data_inputs(item))
 
     @property
@@ -321,7 +322,7 @@ class Signature(Frozen):
 
     @property
     def judged_by(self) -> str:
-        """The number by which steps compare networks, in words (``validation_score.quality``)."""
+        """The number by which steps compare networks, as text in messages, such as ``auc``."""
         names = self.judged_metrics
         return f"the mean of {', '.join(names)}" if len(names) > 1 else names[0]
 

@@ -1,7 +1,8 @@
 """The class ``TaskKind``, the properties of a kind of model output, and the registry of task kinds.
 
-Losses and score checks of a task kind are in ``compressors/task_kinds``. To add a task kind, write
-a ``TaskKind`` and the class of its functions, and call ``register``.
+Losses and score checks of a task kind are in ``compressors/task_kinds``; a score check finds
+problems of the uncompressed model's scores, such as an AUC below 0.5. To add a task kind, write a
+``TaskKind`` and the class of its functions, and call ``register``.
 """
 
 from dataclasses import dataclass

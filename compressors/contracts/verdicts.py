@@ -16,7 +16,7 @@ The gate compares the limits of the order with measurements of the compressed mo
 
 ``accepted``: all limits hold. ``rejected``: a limit is violated, or the target was not built.
 ``undecided``: the interval of a number contains its limit. ``built-unmeasured``: the target was
-built and audited, but cannot run on this machine.
+built and its weights have the planned formats, but it cannot run on this machine.
 """
 
 
@@ -42,7 +42,7 @@ class Judgement(Reasoned):
     """The outcome of one limit, with the measured number.
 
     For an undecided limit, ``rows_to_decide`` and ``groups_to_decide`` estimate how many test rows
-    and groups are needed to decide it.
+    and groups (such as users) are needed to decide it.
     """
 
     limit: Limit

@@ -11,10 +11,10 @@ placeholders.py       tensors with a shape and no values, for dry runs
 state/                convert a module to tensors and records, and build it from them
 steps/                what a step is, and what many methods share
 plan_lines.py         the plan after a step
-outcomes.py           compares the decisions with the result
-runner.py             runs a step and checks its contract
-skipping.py           runs a step and skips the units that do not support it
+outcomes.py           compare the decisions of a step's plan with its result
+runner.py             run a step and check its contract
+skipping.py           run a step and skip the units that do not support it
 dry_run.py            predict formats, shapes and bytes of a step's result
 smoke_test.py         check that a network runs on one batch and gives finite, repeatable scores
-registries.py         the list of all methods, formats and compositions
+registries.py         the list of all methods, formats, and tables built from smaller tables
 """

@@ -1,11 +1,12 @@
 """Read prepared data as batches of model inputs.
 
 A prepared split is a folder with one ``data.safetensors``: a tensor per input under the input's
-name (for a matrix, per field under the field's name), ``@label``, and ``@group`` and ``@time`` if
-the signature names them. With several outputs, ``@label`` has a column for each. A ragged input (a
-jagged bag, a sequence or tokens) has a list of ids per row, whose length differs between rows. It
-is stored as the concatenated ids and ``@bounds/<name>``, int64 ``(rows + 1,)``: row ``r`` has the
-ids from ``bounds[r]`` to ``bounds[r + 1] - 1``.
+name, ``@label``, and ``@group`` and ``@time`` if the signature names them. A matrix, one input with
+several fields as its columns, has a tensor per field, under the field's name. With several outputs,
+``@label`` has a column for each. A ragged input (a jagged bag, a sequence or tokens) has a list of
+ids per row, whose length differs between rows. It is stored as the concatenated ids and
+``@bounds/<name>``, int64 ``(rows + 1,)``: row ``r`` has the ids from ``bounds[r]`` to
+``bounds[r + 1] - 1``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,8 +49,8 @@ class SampledItems:
     Attributes:
         inputs: the inputs of the item tower, by name.
         item: id of each item, each once, int ``(sampled,)``.
-        item_log_share: logarithm of the share of training rows that have the item, float32
-            ``(sampled,)``; -inf if none has it.
+        item_log_share: logarithm of the share of training rows that have the item, for the logQ
+            correction of the loss, float32 ``(sampled,)``; -inf if none has it.
         drawn_share: share of the catalogue that was drawn.
     """
 
@@ -172,7 +173,7 @@ class Rows:
         return torch.stack(lengths).amax(dim=0) if lengths else None
 
     def order_rows(self, rows: Tensor) -> Tensor:
-        """Return the row numbers in an order that ``take`` accepts: unchanged, it accepts any."""
+        """Return the row numbers unchanged, because ``take`` accepts any order."""
         return rows
 
     def take(self, rows: Tensor) -> Batch:
@@ -272,7 +273,7 @@ def model_inputs(data: Mapping[str, Tensor], signature: Signature) -> dict[str, 
     """Return the arguments of a model's forward method for some rows of the data.
 
     Lists of ragged inputs become the tensors of the input's kind, and the fields of a matrix become
-    the matrix. Keys are left out, because no model receives them.
+    the matrix. Keys, ids that only identify an item, are left out: no model receives them.
 
     Args:
         data: the tensors of the rows by name, in the layout of the module's docstring.

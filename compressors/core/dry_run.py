@@ -21,8 +21,8 @@ def dry_run(method: Method, source: Model, bench: Bench, *, smallest: bool = Fal
         method: the method and its settings.
         source: the model, or the result of an earlier dry run; not modified.
         bench: only its signature and the row counts of its splits are used; no file is read.
-        smallest: predict the smallest possible result, instead of the largest one, of a step that
-            makes some decisions only while it runs.
+        smallest: for a step that makes some decisions only while it runs, predict the smallest
+            possible result instead of the largest one.
 
     Raises:
         NothingToCompress: the step can compress no unit of this model.
@@ -39,6 +39,7 @@ def dry_run(method: Method, source: Model, bench: Bench, *, smallest: bool = Fal
     model = step.smallest_dry_run(model, plan) if smallest else step.dry_run(model, plan)
     before, after = Unit.of(source.module), Unit.of(model.module)
     sizes = stored_bytes(source.module), stored_bytes(model.module)
+    # The line of the function that recalibrates the network's output, if a step added one.
     line = output_line(step.kind, source, model.module, plan.decisions.get(OUTPUT))
     folded = folded_norms(model.module)
     new_plan = build_plan(

@@ -39,7 +39,7 @@ def resolve_decisions(
         effect: how the step changes a selected unit. ``format``: it is stored in another format.
             ``values``: its format stays; its weights change, or it becomes narrower or is removed.
             ``parts``: smaller units replace it. ``output``: no unit changes; the step adds or
-            replaces a calibration map after the network's output.
+            replaces a calibration map: the function that recalibrates the network's output.
         planned: the plan's decision for every unit, and under the name ``OUTPUT`` for the
             calibration map if the step changes it.
         outcomes: by unit name (or ``OUTPUT``), the decisions that the step returned after it ran.
@@ -83,7 +83,7 @@ def _is_changed(effect: Effect, old: Unit, new: Unit) -> bool:
     """Whether a unit has another format, or with effect ``values`` or ``parts`` other tensors."""
     if effect in ("format", "output") or old.format != new.format:
         return old.format != new.format
-    if new.format == TIED and isinstance(new.module, TiedHead):  # its weight is the table's
+    if new.format == TIED and isinstance(new.module, TiedHead):  # has a table's weight
         return old.module.bias is not new.module.bias
     return not _have_equal_tensors(old.module, new.module)
 
@@ -148,7 +148,8 @@ def _is_part_of_any(name: str, owners: Collection[str]) -> bool:
 def _have_equal_tensors(old: nn.Module, new: nn.Module) -> bool:
     """Whether two modules have equal tensors; tensors in the same memory count as equal.
 
-    Parts of composed tables and factored layers are separate units and are not compared.
+    Composed tables and factored layers are built from smaller ones, their parts. Parts are separate
+    units and are not compared.
     """
     first, second = _get_direct_tensors(old), _get_direct_tensors(new)
     return first.keys() == second.keys() and all(

@@ -50,7 +50,7 @@ def dry_run_packed(
     linear: LinearFormat | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Replace units by placeholders in another format, and return the model.
+    """Replace units by packed (compressed) ones of placeholders, and return the model.
 
     Args:
         model: a copy that may be changed; its units are replaced in place.

@@ -12,7 +12,7 @@ from compressors.core.steps.decisions import Decision
 from compressors.core.units import Unit, innermost, stored_bytes
 
 OUTPUT = "(output)"
-"""Name of the plan line for the calibration map that follows a network's output."""
+"""Name of the plan line for the calibration map: the function that recalibrates the output."""
 
 OTHER = "(other)"
 """Name of the plan line for all tensors outside of units, such as those of norms."""
@@ -41,7 +41,7 @@ def build_plan(
         before: the units before the step.
         after: the units after the step; missing ones were dropped.
         sizes: bytes of all tensors before and after the step.
-        output: the line of the calibration map that follows the network's output, if any.
+        output: the line of the calibration map, if the network has one.
         folded: names of the norms that were folded into adjacent layers.
         warnings: by unit name, a warning about a unit that the step changed. Other units of
             unchanged format keep the warnings of earlier steps.
@@ -65,7 +65,7 @@ def build_plan(
                 warnings=_select_warnings(earlier, new, unit.name, warnings or {}),
             )
         )
-        # The parts of a composed table. Its bytes before composition remain on its line.
+        # The parts (smaller tables) of a composed table; ``bytes_before`` is on the table's line.
         lines += [
             PlanLine(
                 module=part.name,

@@ -38,7 +38,7 @@ def generate_inputs(
         rows: number of rows to generate.
         seed: seed of the random numbers.
         with_largest: whether the last row (of a jagged bag, the last id) has the largest valid
-            integers, so that ids beyond a table are found.
+            integers, so that a lookup beyond the end of a table raises an error.
 
     Returns:
         The inputs by the name of the model's forward argument. Lists have random lengths from 0 to
@@ -137,11 +137,11 @@ def generate_edge_inputs(
 ) -> dict[str, Tensor]:
     """Generate inputs with integers below and above their valid range, to compare two graphs.
 
-    A graph handles such integers by a policy, for example by refusing the row. Each row has
-    out-of-range integers in at most one input: if the row is refused because of one input, the
-    effect of another input cannot be observed. Two rows per input with integers are needed. If
-    there are at least two more, all lists of the second-last row have the shortest length, which
-    is 0 for bags, and all lists of the last row have the longest length.
+    A graph handles such integers by a policy, for example by refusing the row (its score is NaN).
+    Each row has out-of-range integers in at most one input: if the row is refused because of one
+    input, the effect of another input cannot be observed. Two rows per input with integers are
+    needed. If there are at least two more, all lists of the second-last row have the shortest
+    length, which is 0 for bags, and all lists of the last row have the longest length.
 
     Raises:
         ValueError: ``rows`` is less than ``edge_rows``.

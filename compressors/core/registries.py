@@ -1,9 +1,9 @@
 """The list of all compression methods, storage formats and compositions.
 
-To add a method, write its file, then list it here or call ``register``. ``AnyStep`` is the type of
-a line of a recipe (a list of compression steps), from which the Prefect UI builds its form;
-``kind`` distinguishes the methods. A bundle is loaded by looking up the format of its tensors by
-name.
+A composition builds a table from smaller tables, as a low-rank factorization does. To add a method,
+write its file, then list it here or call ``register``. ``AnyStep`` is the type of a line of a
+recipe (a list of compression steps), from which the Prefect UI builds its form; ``kind``
+distinguishes the methods. A bundle is loaded by looking up the format of its tensors by name.
 """
 
 import functools

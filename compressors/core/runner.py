@@ -64,7 +64,8 @@ class PlannedStep(NamedTuple):
     """A step and its plan for one model, with a decision for every unit.
 
     Attributes:
-        step: the step; its name patterns exclude the skipped units.
+        step: the step; its settings ``tables`` and ``layers`` (name patterns) exclude the skipped
+            units.
         plan: the step's plan, with a decision for every unit of the model.
         skipped: by unit name, why the step must not change the unit.
     """
@@ -125,7 +126,7 @@ def add_notes(plan: StepPlan[Any], notes: Mapping[str, tuple[Reason, ...]]) -> S
 
 
 def exclude_units(method: Method, names: Collection[str]) -> Method:
-    """Return a copy of the method whose name patterns exclude these units.
+    """Return a copy of the method whose name patterns (``tables``, ``layers``) exclude these units.
 
     Returns the method unchanged if ``names`` is empty or the method has no name patterns.
     """
@@ -157,7 +158,7 @@ def run(
         skipped: by unit name, why the step must not change the unit. Ignored if ``planned``, which
             contains these reasons too, is given.
         planned: the result of ``plan_step`` for this model and bench; if None, ``run`` plans.
-        notes: by unit name, facts that are added to the unit's plan line if it is selected.
+        notes: by unit name, reasons that are added to the unit's plan line if it is selected.
 
     Raises:
         NothingToCompress: the step can compress no unit of this model, the bench lacks a part that

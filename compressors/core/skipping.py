@@ -96,11 +96,11 @@ def run_or_skip(
 
 
 class Findings(NamedTuple):
-    """What a probe of the selected units found.
+    """The result of ``probe_units``: units that cannot be replaced, and reads of other weights.
 
     Attributes:
         skipped: by unit name, why the step cannot replace the unit.
-        notes: by name of each other table whose weight forward code reads, how.
+        notes: how forward code reads the weight of each other table, by the table's name.
     """
 
     skipped: dict[str, Reason]
@@ -110,7 +110,7 @@ class Findings(NamedTuple):
 def find_skippable_units(
     planned: PlannedStep, method: Method, source: Model, bench: Bench
 ) -> Findings:
-    """Find the selected units that the step cannot replace, and how the weights of others are read.
+    """Find selected units that the step cannot replace, and how forward code reads other weights.
 
     The step does not run. Only steps that replace units (effect ``format`` or ``parts``) are
     checked; for others the result is empty.
@@ -122,7 +122,7 @@ def find_skippable_units(
         bench: only its signature is used.
 
     Raises:
-        StepRefused: the recipe names such a unit.
+        StepRefused: the recipe names a unit that the step cannot replace.
     """
     if planned.step.effect not in ("format", "parts"):
         return Findings({}, {})
@@ -135,9 +135,10 @@ def find_skippable_units(
             table = unit.module.table if isinstance(unit.module, Bag) else unit.module
             if unit.name not in multiplied:
                 continue
-            is_known = not isinstance(table, nn.Embedding | nn.EmbeddingBag)  # it was replaced
-            if not (is_known and can_multiply(table)):
-                storage = unit.format if is_known else planned.step.kind
+            # The dry run of a step that predicts no shapes leaves the table unchanged.
+            is_replaced = not isinstance(table, nn.Embedding | nn.EmbeddingBag)
+            if not (is_replaced and can_multiply(table)):
+                storage = unit.format if is_replaced else planned.step.kind
                 findings.skipped[unit.name] = Reason("not_multiplied", format=storage)
                 del findings.notes[unit.name]
     _require_unnamed(method, findings.skipped, source, None)
@@ -145,7 +146,7 @@ def find_skippable_units(
 
 
 def probe_units(source: Model, bench: Bench, names: Collection[str]) -> Findings:
-    """Run the network with modules in place of units that expose what compressed modules expose.
+    """Run the network with units replaced by modules that expose only what compressed ones do.
 
     If the network itself fails on generated inputs, the result is empty.
 
@@ -200,8 +201,11 @@ _NOTES: dict[Read, Reason] = {
 """The note of a plan line for each kind of read of a table's weight."""
 
 ROUNDING = 1e-4
-"""Largest relative difference of scores if the weight of a table is read: the order of additions in
-a matmul with a bias may change."""
+"""Largest difference of scores, relative to the largest score, that counts as equal.
+
+It is allowed only if the weight of a table is read: the order of additions in a matmul with a bias
+may change. Otherwise scores must be equal.
+"""
 
 
 def _probe(
@@ -211,9 +215,9 @@ def _probe(
     expected: Tensor,
     signature: Signature,
 ) -> tuple[Reason | None, dict[str, tuple[Reason, ...]]]:
-    """Return why the network does not run with these units replaced, or None; and notes of reads.
+    """Return why these units cannot be replaced, or None; and notes of reads of table weights.
 
-    It may fail, or give other scores.
+    They cannot if the network with the replacements fails or gives other scores.
     """
     module = source.private().module
     reads: dict[str, list[Read]] = {}

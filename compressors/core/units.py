@@ -1,4 +1,9 @@
-"""Find and replace the units of a network: its embedding tables and dense layers."""
+"""Find and replace the units of a network: its embedding tables and dense layers.
+
+A packed table or layer has compressed weights (``PackedTable``, ``PackedLinear``). A ``Bag``
+replaces an ``nn.EmbeddingBag``: it looks rows up in any table and reduces them. A ``TiedHead``
+replaces a dense layer (output head) whose weight is the weight of a table.
+"""
 
 import copy
 from collections.abc import Collection, Iterator
@@ -280,7 +285,8 @@ def _name_dtype(weight: Tensor) -> str:
 def replace_parameter(module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
     """Replace a parameter of a private copy by a new one, and return it.
 
-    The previous parameter, which the copy shares with the original model, is not modified.
+    The previous parameter, which the copy (``private_copy``) shares with the original model, is not
+    modified.
     """
     parameter = nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
     setattr(module, name, parameter)

@@ -1,6 +1,6 @@
 """Errors that are raised while a model is compressed: classes with codes, fields and sentences.
 
-parity_failure.py  details of a failed parity check
+parity_failure.py  details of a failed comparison of a graph's scores with its module's
 compression.py     the base class, and errors that several packages raise
 construction.py    errors of building a network from its class
 widths.py          exceptions with the reason why layers or channels cannot be removed

@@ -152,7 +152,7 @@ class ModelRefused(CompressionError):
     """The stored weights do not fit the architecture, or the network's scores are unusable."""
 
     sentences: ClassVar = {
-        "device_processes_failed": "{problem}",  # the message of the process that failed
+        "device_processes_failed": "{problem}",  # message of a process of data-parallel training
         "construction_failed": "{architecture} cannot be built: {problem}",
         "initial_weights_used": (
             "{architecture} computes {names} from its initial weights ({count} tensor(s) "

@@ -1,4 +1,7 @@
-"""Details of a failed parity check between a graph and its module, for ``ParityLost``."""
+"""Details of a failed parity check, for the error ``ParityLost``.
+
+A parity check compares the scores of an exported graph with those of the torch module.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

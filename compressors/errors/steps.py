@@ -73,7 +73,7 @@ class StepRefused(CompressionError):
         "format_missing": "Expected a format for {role} {unit!r}, got none.",
         "device_missing": "Device {device!r} does not exist: torch {torch} finds no CUDA GPU. Use "
         "device 'cpu'.",
-        "device_processes_failed": "{problem}",  # the message of the process that failed
+        "device_processes_failed": "{problem}",  # message of a process of data-parallel training
         "result_missing": "A step ended without a result.",
         "network_not_traceable": "The consumers of each layer could not be determined from the "
         "network: {problem}. Its forward must be free of Python control flow that depends on "

@@ -1,4 +1,4 @@
-"""Bounded integers that are not looked up in a table, such as counts, positions or domains.
+"""Bounded integers that are not looked up in a table, such as counts or positions.
 
 ``common.py`` explains the fields that all kinds of inputs have, and ``out_of_range``.
 """

@@ -15,7 +15,7 @@ from compressors.contracts.value_errors import value_error
 class KeyInput(Frozen):
     """One integer per row that identifies an item of the catalogue and enters no tower.
 
-    The tensor is int64 ``(rows,)``. Any int32 value is valid.
+    The tensor is int64 ``(rows,)``. Any value that fits int32 is valid.
     """
 
     kind: Literal["key"] = "key"

@@ -16,8 +16,8 @@ class TokensInput(SequenceInput):
     By default the mask is int64, as encoders in the style of BERT expect it.
 
     Attributes:
-        tokenizer: name of the entry of the bundle's ``transforms`` that is the tokenizer: a
-            ``tokenizer.json`` of the library ``tokenizers``.
+        tokenizer: name of the tokenizer among the bundle's ``transforms`` (files that convert raw
+            values to ids): a ``tokenizer.json`` of the library ``tokenizers``.
         token_types: name of the tensor int64 ``(rows, length)`` with the segment of each token. A
             row has one text, so it is 0 everywhere.
     """

@@ -1,7 +1,7 @@
 """Quality metrics: how well a model's scores rank or predict labeled rows.
 
-``metric.py`` describes the properties. For quality, ``loosest_bound`` is the loss (baseline minus
-candidate, or the reverse if lower is better) from which on a limit would accept a useless model.
+``metric.py`` describes the properties. A limit that allows a loss (baseline minus candidate, or the
+reverse if lower is better) of ``loosest_bound`` or more would accept a useless model.
 """
 
 from compressors.contracts.metrics.metric import Metric, MetricFamily, single_metric
@@ -96,7 +96,7 @@ def _create_metric_at_depth(name: str, label: str, k: int, *, rows: str, queries
         f"{name}@{k}",
         f"{label}@{k}",
         "grades",
-        loosest_bound=1.0,
+        loosest_bound=1.0,  # the whole range of the metric
         depth=k,
         estimators={"rows": f"{ESTIMATORS}.{rows}", "queries": f"{ESTIMATORS}.{queries}"},
     )
@@ -157,8 +157,8 @@ FAMILIES = (
             estimators={"rows": f"{ESTIMATORS}.auc:Auc"},
         )
     ),
-    # ``metrics/point_estimates.py`` clips probabilities, so the loss of a row is at most 15.943
-    # nats.
+    # ``metrics/point_estimates.py`` clips probabilities to at least 1.19e-7, so the loss of a row
+    # is at most 15.943 nats.
     single_metric(
         _create_loss_metric(
             "logloss", "log loss", loosest_bound=0.2, high=15.95, estimator="LogLoss"

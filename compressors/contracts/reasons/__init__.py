@@ -10,7 +10,7 @@ dense.py      sentences about formats of dense layers
 pruning.py    sentences about channels, weights and layers that are removed
 rewriting.py  sentences about norms and factors that move between layers
 training.py   sentences about training
-bundles.py    sentences about the files of a bundle or draft, and the paths in its model.json
+bundles.py    sentences about files of a bundle, packed or not (a draft), and its model.json
 baseline.py   sentences about the labels of a bundle and the scores of its model
 limits.py     sentences about limits that are likely mistakes, and metrics that are not measured
 verdicts.py   sentences about judged limits and targets

@@ -3,7 +3,8 @@
 ``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
 ``Reason`` in ``reason.py`` fills in the fields in braces.
 
-A round is one repetition of a latency measurement. Groups are the values of the signature's group
+A round is one repetition of a latency measurement. The audit of a target checks that its graph or
+engine stores the weights in the formats of the plan. Groups are the values of the signature's group
 column, such as users. ``cause`` says why there is no interval. ``number`` is the measured value,
 ``relation`` is ``>=`` or ``<=``, and ``changes`` contains other reasons of this file.
 """

@@ -1,7 +1,8 @@
 """The protocol of a builder, which builds engines from ONNX graphs, and types of its requests.
 
-An engine is a file with a graph compiled by TensorRT. "Refused" and "InfraError" are exceptions of
-``infra/errors``.
+An engine is a file with a graph compiled by TensorRT. Its audit checks that it does not store
+weights in a wider type than the plan of the compression says. "Refused" and "InfraError" are
+exceptions of ``infra/errors``.
 """
 
 from pathlib import Path
@@ -44,7 +45,7 @@ class TableWeights(Frozen):
         rows_per_entry: how many rows share one entry of an initializer's first dimension, by the
             name of the initializer; 0 if the initializer belongs to the whole table. Initializers
             that are not listed have one entry per row.
-        multiplied: whether the graph multiplies by the table, in addition to lookups or instead.
+        multiplied: whether the graph has a matmul with the table, with or without lookups.
     """
 
     module: str

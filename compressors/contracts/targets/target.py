@@ -1,7 +1,7 @@
 """The class ``Target``: the properties of a serving target.
 
 A serving target is a runtime that serves compressed models. An order is a request to compress a
-model for some targets.
+model for some targets. An audit checks that what is served stores weights in the planned formats.
 """
 
 from dataclasses import dataclass
@@ -53,9 +53,10 @@ class Target:
     Attributes:
         name: name in orders and reports.
         label: name in sentences.
-        lowering: the class with translations, stored types, passes, tolerances and audit, or its
-            ``module:class``, which is imported at first use. Its protocol is ``LoweringTarget`` in
-            ``compressors/lower/targets/target.py``; it is created without arguments.
+        lowering: the class that defines how a model is exported as a graph for this target and how
+            the graph is audited, or its ``module:class``, which is imported at first use. Its
+            protocol is ``LoweringTarget`` in ``compressors/lower/targets/target.py``; it is created
+            without arguments.
         engines: the engines that are built from the graphs; None if the graphs themselves are
             served.
         runtime: the class of the runtime that scores and times what is served, or its

@@ -5,6 +5,9 @@ contribute to one row. A composition is a method of building a table from parts.
 tensors (such as a map from ids to rows of a part, or a projection) and parts, which are plain
 float32 tables at first. Parts are ordinary units: a later step of the recipe can compress each one,
 with a separate line in the plan. So a low-rank table with int4 parts needs no combined method.
+
+``layout`` gives the shape and dtype of each stored tensor, and ``settings`` are the arguments that
+it needs in addition to rows and width, such as the rank.
 """
 
 from collections.abc import Mapping
@@ -76,7 +79,10 @@ class Composition(Protocol):
 
 @runtime_checkable
 class ProductComposition(Protocol):
-    """A composition that can multiply by its table if its parts can; see ``ProductFormat``."""
+    """A composition that can multiply vectors by all rows of its table without decoding it.
+
+    Its parts must be able to do so, too: see ``ProductFormat`` in ``formats.py``.
+    """
 
     def multiply(self, stored: Mapping[str, Tensor], parts: Parts, x: Tensor) -> Tensor:
         """Multiply float32 ``(*, dim)`` by every row: float32 ``(*, rows)``."""

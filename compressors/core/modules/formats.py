@@ -29,8 +29,8 @@ class TensorSpec(NamedTuple):
         dtype: the dtype.
         rows_per_entry: number of table rows per entry of the first dimension: 1 for codes, more for
             the scales of groups of rows, 0 for a tensor of the whole table, such as a codebook.
-        first: the value of every entry of the tensor's placeholder. If the network uses the entries
-            as row numbers, it must be a valid row.
+        first: the value of every entry of the placeholder that takes the tensor's place in a dry
+            run. If the network uses the entries as row numbers, it must be a valid row.
     """
 
     shape: tuple[int, ...]
@@ -63,8 +63,9 @@ class TableFormat(Protocol):
 class ProductFormat(Protocol):
     """A table format that can also multiply by its codes, for networks that read the weight.
 
-    Its file registers a second custom op for that, with a gradient. A table whose weight is
-    multiplied is stored in no other format, because each matmul would decode the whole table.
+    Codes are the stored numbers, such as 4-bit integers, from which rows are decoded. The format's
+    file registers a second custom op for that, with a gradient. A table whose weight is multiplied
+    is stored in no other format, because each matmul would decode the whole table.
     """
 
     def can_multiply(self, settings: Mapping[str, Any]) -> bool:

@@ -2,8 +2,8 @@
 
 Such networks slice a table's weight (``positions.weight[:length]``) or multiply by it, as an output
 head that scores all items (``hidden @ items.weight.T``) does. A ``TableWeight`` takes the place of
-the weight. Slices and ids decode only these rows, and a matmul multiplies by the stored codes,
-block by block. Every other use decodes the whole table.
+the weight. Slices and ids decode only these rows. A matmul multiplies by the stored codes (the
+integers from which rows are decoded), block by block. Every other use decodes the whole table.
 
 ``TiedHead`` is the same matmul for a dense layer whose weight is the weight of a table.
 """

@@ -54,7 +54,7 @@ def _decode(value: Any) -> Any:
 
 
 def _decode_reads(description: Mapping[str, Any]) -> RecordedObject:
-    """Return the object that repeats recorded reads.
+    """Return an object that returns what a constructor once read from the original object.
 
     Raises:
         ConstructionFailed: the description has another form.

@@ -127,9 +127,9 @@ def construct_with_weights(architecture: type[nn.Module], config: Mapping[str, A
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool) -> None:
     """Replace a network's tensors by stored ones, without copying.
 
-    Differs: ``load_state_dict(assign=True)`` puts new tensor objects into the modules, so lists of
-    parameters still contain the old objects. Here the old objects receive the new values, and plain
-    tensors that are views of a parameter become views of its new values.
+    Differs from ``load_state_dict(assign=True)``: that puts new tensor objects into the modules, so
+    lists of parameters still contain the old objects. Here the old objects receive the new values,
+    and plain tensors that are views of a parameter become views of its new values.
 
     Args:
         module: the network.

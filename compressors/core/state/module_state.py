@@ -86,9 +86,10 @@ def construction_notes(
 def construction_limits(folder: Path, network: Network) -> ConstructionLimits:
     """Return limits on the tensors that a stored network's constructor may create.
 
-    One tensor may have twice the bytes of all files in ``folder`` (a safety margin). The limits
-    also depend on the full sizes in the records of ``network``, because the constructor creates
-    each compressed table and layer at its full size.
+    They stop a wrong or malicious configuration before its tensors are allocated. One tensor may
+    have twice the bytes of all files in ``folder`` (a safety margin). The limits also depend on the
+    full sizes in the records of ``network``, because the constructor creates each compressed table
+    and layer at its full size.
     """
     stored, tensors = 0, 0
     for path in folder.glob("*.safetensors"):

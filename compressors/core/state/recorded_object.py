@@ -1,8 +1,9 @@
 """An argument of a network's class of which only the reads of the constructor are known.
 
 Some constructors receive a large object, such as a data set, and read a few numbers from it.
-``infra/bundle/recorded_reads.py`` records the results, and a bundle stores them in place of the
-object (``contracts/network.py``).
+``infra/bundle/recorded_reads.py`` records the results when a draft is written (the folder that
+becomes a bundle when it is packed), and a bundle stores them in place of the object
+(``contracts/network.py``).
 """
 
 from collections.abc import Mapping

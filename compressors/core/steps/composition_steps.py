@@ -2,8 +2,9 @@
 
 A composition computes each row of a table from smaller tables, its parts: for example, a row of a
 low-rank table is a row of a narrow table, its part, times a matrix, which the composition stores
-itself. The functions plan, fit, replace and dry-run. Each step supplies the design of a composition
-(its kind and settings for one table) and the function that fits its tensors.
+itself. The functions select tables, replace them by compositions, and predict the result in a dry
+run. Each step supplies the design of a composition (its kind and settings for one table) and the
+function that fits its tensors.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -42,7 +43,7 @@ class FittedParts(NamedTuple):
     Attributes:
         stored: the tensors that the composition stores itself, such as a matrix, by name.
         parts: float32 weight ``(rows, dim)`` of each part, by name.
-        reasons: facts about the fit, for the table's plan line.
+        reasons: facts about the fit, which are added to the reasons of the table's plan line.
     """
 
     stored: dict[str, Tensor]
@@ -129,7 +130,7 @@ def recompose(
     """Replace tables by fitted compositions.
 
     Args:
-        model: a private copy; its units are replaced in place.
+        model: a copy that shares its tensors with the original; its units are replaced in place.
         designs: by table name, the composition that replaces the table.
         fit: returns the tensors for a table's name, its weight ``(rows, dim)`` and its design.
     """

@@ -209,7 +209,7 @@ def _explain_skipping(
 
     It is already compressed, shares its weight, has custom code, or is excluded by the patterns.
     """
-    if unit.format not in ("float32", TIED):
+    if unit.format not in ("float32", TIED):  # TIED: has the weight of a table, see below
         return Reason("already_stored", format=unit.format)
     if unit.shared_with is not None and not (with_heads and unit.shares_with_heads):
         return Reason("shares_weight", unit=unit.shared_with)

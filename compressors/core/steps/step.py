@@ -27,7 +27,7 @@ Effect = Literal["format", "values", "parts", "output"]
 - ``format``: the unit is stored in another format.
 - ``values``: the unit's format stays; its weights change, it becomes narrower, or it is removed.
 - ``parts``: the unit is replaced by a composition of smaller units.
-- ``output``: no unit is selected; a map is applied to the network's output.
+- ``output``: no unit is selected; a function that recalibrates the network's output is added.
 
 With ``values`` and ``parts``, a selected unit stays unchanged if the step finds no improvement.
 """
@@ -38,8 +38,8 @@ class StepSettings(Frozen):
 
     Attributes:
         effect: how the method changes a selected unit; ``Effect`` describes the four values.
-        keeps_zeros: whether weights that it sets to zero stay zero in later training: steps that
-            train do not change the zeros of its layers.
+        keeps_zeros: whether weights that it sets to zero stay zero: later steps that train do not
+            change them.
         recovers_quality: whether it trains to recover the quality that the previous step lost; the
             quality budget then evaluates both steps together.
         requires_budget: whether a preset includes it only if its loss of quality can be measured on
@@ -116,7 +116,8 @@ class Step(Method, Protocol):
     def plan(self, model: Model, bench: Bench) -> StepPlan[Any]:
         """Decide which units the step changes, with reasons.
 
-        The model may consist of placeholders, and the bench may have no files: a dry run plans too.
+        The model may consist of placeholders (tensors without values), and the bench may have no
+        files: a dry run plans too.
         """
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Any]) -> AppliedStep:
@@ -124,7 +125,8 @@ class Step(Method, Protocol):
 
         The model has a private copy of the module tree, whose tensors are shared with the caller's
         model: the step replaces modules and parameters, and writes into no tensor. It may change
-        the architecture's configuration. ``run`` determines the module records and the ties.
+        the architecture's configuration. ``run`` then describes the compressed modules and finds
+        tensors with several names.
         """
 
     def dry_run(self, model: Model, plan: StepPlan[Any]) -> Model:
