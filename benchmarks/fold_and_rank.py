@@ -6,6 +6,9 @@ Each recipe runs on trained click models, without further training. Prints
 - the bytes of dense layers and norms, as a share of float32;
 - the operators of the graph that ONNX Runtime runs.
 
+``fold`` merges norms into adjacent layers. ``equalize`` gives the channels between consecutive
+layers equal weight ranges, without a change of scores (cross-layer equalization).
+
 In a label, the number after ``low_rank_dense`` is the rank as a share of the full rank; "within"
 means that the number is a bound on the relative squared error instead. The factors minimize the
 error of the outputs on calibration rows, or the error of the weights ("by weights alone").

@@ -130,6 +130,7 @@ def compress(model: ReferenceModel, preset: str, folder: Path) -> Result:
         path.write_text((Path(unquote(found[1])) / "report.json").read_text())
     measurement = json.loads(path.read_text())["measurement"]
 
+    # ``against``: "absolute" for values, "baseline" for changes from the uncompressed model.
     def values(entry: Mapping[str, list[dict[str, object]]], against: str) -> dict[str, float]:
         return {
             str(number["metric"]): float(number["estimate"]["point"])  # type: ignore[index]

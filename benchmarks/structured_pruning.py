@@ -1,7 +1,8 @@
 """How much AUC do ``channels`` and Torch-Pruning lose with half of the dense multiply-adds?
 
-The model is the Frappe DCN-v2 of ``benchmarks/ctr.py``, with 5 seeds. A candidate is a pruning
-method with its settings. Every candidate keeps at most half of the multiply-adds of all dense
+``channels`` is the step of recpress that removes output channels of dense layers. The model is the
+Frappe DCN-v2 of ``benchmarks/ctr.py``, with 5 seeds. A candidate is a pruning method with its
+settings. Every candidate keeps at most half of the multiply-adds of all dense
 layers, with widths that are multiples of 8. The pruned network is then trained for the same number
 of epochs on the same rows, with the same learning rate and frozen tables; the epoch with the best
 validation AUC is kept.

@@ -1,5 +1,8 @@
 """How much AUC do tables of codebook codes lose, before and after the step ``refit_codes``?
 
+A table of codebook codes stores, for each row, indices of codebook entries. ``refit_codes`` trains
+the codebooks and selects new codes.
+
 Compresses the embedding tables of the demo's model (``recpress demo``: DCN-v2 on MovieLens 100K),
 with row-wise formats for comparison. The first printed table has the bytes (including codebooks and
 scales) and the squared error, both as shares of the float32 tables, and the change of AUC on the
@@ -157,7 +160,11 @@ def _refit_with_seed(step: Step, model: Model, bench: Bench) -> Callable[[int], 
 
 
 def _run_with_seed(step: Step, model: Model, bench: Bench, seed: int) -> Model:
-    """Apply a step to a model, with a seed for the order of the training rows."""
+    """Apply a step to a model, with a seed for the order of the training rows.
+
+    Each round of ``refit_codes`` adds its number to the bench's seed; the factor 100 keeps the
+    seeds of different runs apart.
+    """
     # Memory-mapped files stay readable after they are deleted.
     with tempfile.TemporaryDirectory() as scratch:
         return run(step, model, bench.model_copy(update={"seed": 100 * seed}), Path(scratch))

@@ -1,8 +1,9 @@
 """Which composition of smaller tables loses least AUC at equal bytes?
 
 A composition replaces a table by smaller tables ("parts"), such as the two factors of a low-rank
-table. The benchmark composes the tables of the demo's model (``recpress demo``: DCN-v2 on MovieLens
-100K), or those of another bundle. It prints
+table, or a table of codes and the layers of the small network that decodes them (``neural_codes``).
+The benchmark composes the tables of the demo's model (``recpress demo``: DCN-v2 on MovieLens 100K),
+or those of another bundle. It prints
 
 - the bytes of all tables as a share of float32;
 - the squared error relative to the variance of the rows, unweighted and weighted by the lookup

@@ -43,6 +43,7 @@ RECIPE_ADAPTER = TypeAdapter(tuple[AnyStep, ...])
 Recipes = list[tuple[str, str, list[dict[str, Any]]]]
 """Family of the method, description of its settings, and steps."""
 
+# The recipes with which additive codes are compared.
 PEERS: Recipes = [
     ("row-wise", "int8", [{"kind": "rowwise_int8"}]),
     ("row-wise", "int4, clipped", [{"kind": "rowwise_int4", "clipping": "mse"}]),
@@ -74,10 +75,11 @@ PEERS: Recipes = [
 def _additive_codes(
     codebooks: int, tables: tuple[str, ...] = ("*",), **settings: Any
 ) -> dict[str, Any]:
-    """Return the step ``additive_codes``, with ``codebooks`` codes per row.
+    """Return the step ``additive_codes``, which stores a row as a sum of codebook entries.
 
     Args:
-        codebooks: number of codes per row; each code has 4 bits unless ``settings`` has ``bits``.
+        codebooks: number of codes per row, one of each codebook; a code has 4 bits unless
+            ``settings`` has ``bits``.
         tables: patterns of the names of tables.
         **settings: other settings of the step. ``rounds``: rounds of the fit; ``beam``: width of
             its beam search; ``draws``: number of fits; ``traffic=1``: rows are weighted by their

@@ -5,7 +5,8 @@ All-MiniLM-L6-v2 encodes queries and documents of SciFact (``examples/scifact.py
 - torch in float32;
 - ONNX Runtime in float32, exported by ``torch.onnx.export`` without recpress;
 - ``quantize_dynamic`` of ONNX Runtime on that graph: int8 weights, ranges of inputs per call;
-- recpress: ``rowwise_int8`` tables and ``static_int8`` layers, calibrated on training pairs;
+- recpress: ``rowwise_int8`` tables and ``static_int8`` layers, calibrated on pairs of a training
+  query and a judged document;
 - the same, with one input scale for each channel in the layers that follow a GELU.
 
 Another row, ``quantize_dynamic`` on the graph that recpress exports, separates the effect of the
@@ -82,7 +83,8 @@ RECIPES = {
 """The steps of each compressed encoder."""
 ORT_FLOAT, OURS_DYNAMIC = "ONNX Runtime, float32", "quantize_dynamic, graph of recpress"
 JUDGED = {ORT_FLOAT, STOCK, *RECIPES}
-"""The encoders whose NDCG is computed; the others have the numbers of one of them."""
+"""The encoders whose NDCG is computed; the two others differ from one of these only in the runtime
+or in the exported graph."""
 
 
 def open_graph(path: Path) -> Encoder:

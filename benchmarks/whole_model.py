@@ -4,7 +4,7 @@ The model is the tuned DCN-v2 of ``benchmarks/ctr.py`` on Frappe: 1.8 MB, 87 % o
 layers. Recipes of recpress are compared with tools ("peers") that quantize the ONNX graph of the
 same trained network: ONNX Runtime's ``quantize_dynamic`` and ``quantize_static`` (with and without
 tables), and NVIDIA ModelOpt if it is installed (``nvidia-modelopt onnx-graphsurgeon polygraphy
-cppimport lief onnxslim onnxconverter-common``; its extra ``onnx`` conflicts with our pins).
+cppimport lief onnxslim onnxconverter-common``; its extra ``onnx`` needs other versions than ours).
 
 Every result is evaluated as a graph in ONNX Runtime. The loss is the AUC of the network minus the
 AUC of the compressed network, as mean over seeds ± half the width of its 95 % interval (Student's
@@ -97,7 +97,7 @@ INT8_LAYERS: Steps = [{"kind": "fold"}, {"kind": "static_int8"}]
 
 
 def build_code_steps(item: int, user: int, location: int = 2) -> Steps:
-    """Return steps for tables: 4-bit codes for large fields, 2 bits per weight for tiny fields.
+    """Return steps for tables: additive codes for large fields, 2 bits per weight for tiny ones.
 
     Args:
         item: number of codes of a row of the table ``item``.

@@ -1,7 +1,7 @@
 """DIN: a click model that pools a user's history with attention to the candidate item.
 
 Paper: Zhou et al. 2018, https://arxiv.org/abs/1706.06978.
-Differs: ReLU in place of Dice.
+Differs: ReLU in place of the paper's activation function Dice.
 """
 
 from collections.abc import Mapping, Sequence

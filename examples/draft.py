@@ -18,6 +18,7 @@ from compressors.contracts import Architecture, Network, Signature
 from examples.public_data import DATA_VARIABLE, DataMissing
 
 CALIBRATION_ROWS = 4096
+"""Training rows that are drawn for the calibration split."""
 
 
 def write_draft(

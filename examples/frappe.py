@@ -1,9 +1,10 @@
 """Train DeepFM or DLRM on Frappe and write data and model as the draft of a bundle.
 
-Run ``python -m examples.frappe FOLDER --model deepfm|dlrm --data FOLDER``. The folder contains the
-split that the authors of NFM published. Its training file is not publicly available any more: the
-apps of its negative rows are drawn again. ``docs/results/frappe.md`` describes the data. A draft is
-the folder of a bundle before it is packed.
+Run ``python -m examples.frappe FOLDER --model deepfm|dlrm --data FOLDER``. The items of Frappe are
+apps, and the labels say which apps a user used. The folder contains the split that the authors of
+NFM (neural factorization machines) published. Its training file is not publicly available any more:
+the apps of its negative rows are drawn again. ``docs/results/frappe.md`` describes the data. A
+draft is the folder of a bundle before it is packed.
 """
 
 import gzip

@@ -1,6 +1,6 @@
 """Train a click model in Keras and export it to ONNX with tf2onnx.
 
-It needs TensorFlow, which recpress does not: run it in an environment of its own
+It needs TensorFlow, which recpress does not: run it in a separate environment
 (``pip install tensorflow-cpu tf2onnx pandas pyarrow``). It reads ``data/train.parquet`` and writes
 ``model.onnx``, from which ``recpress new --onnx`` writes a bundle (docs/onnx-models.md).
 """

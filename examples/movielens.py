@@ -134,7 +134,7 @@ def build_signature() -> Signature:
         {
             "inputs": [*ids, genres | unknown_ids],
             "outputs": [click],
-            "group": "person",
+            "group": "person",  # the user's raw token; in ``user`` all unknown users have one id
             "time": "timestamp",
         }
     )

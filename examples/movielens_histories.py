@@ -321,7 +321,7 @@ def build_sasrec_signature() -> Signature:
     }
     return Signature.model_validate(
         {
-            # Both towers use one table, which has the name of the first one.
+            # Both towers use one table, which is named by its path in the query tower.
             "inputs": [history, {"kind": "id", "name": "item", "table": "query.table"}],
             "outputs": [
                 {"name": "score", "kind": "retrieval", "form": "score", "metric": "ndcg@10"}

@@ -134,6 +134,7 @@ def train(
 def build_task_signature() -> Signature:
     """Return the signature of ``movielens`` with both outputs."""
     click = {"name": "click", "kind": "ctr", "form": "logit", "label": "click", "metric": "auc"}
+    # ``label_where``: only the labels ``like`` of rows with a click are used.
     like = {**click, "name": "like", "label": "like", "label_where": "click"}
     document = build_signature().model_dump(mode="json")
     return Signature.model_validate(document | {"outputs": [click, like]})

@@ -168,7 +168,7 @@ def build_architecture(settings: Training) -> Architecture:
 def train(
     splits: Mapping[str, Documents], settings: Training, log: Callable[[str], None]
 ) -> RankingPerceptron:
-    """Train with the listwise loss of recpress; keep the epoch with the best validation NDCG@10."""
+    """Train with the listwise softmax loss; keep the epoch with the best validation NDCG@10."""
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     network = RankingPerceptron(**build_architecture(settings).config)

@@ -3,7 +3,7 @@
 Run ``python -m examples.scifact FOLDER --data FOLDER``. The data is SciFact as BEIR publishes it:
 ``corpus.jsonl``, ``queries.jsonl``, ``qrels/train.tsv`` and ``qrels/test.tsv``. Files may be
 gzipped, and the judgements may be ``qrels_train.tsv`` and ``qrels_test.tsv``. The corpus may be
-``scifact_corpus_claims.zip``, in which each abstract is a printed list of sentences.
+``scifact_corpus_claims.zip``, in which each abstract is a list of quoted sentences.
 
 ``docs/encoders.md`` describes the models and the results.
 """
@@ -52,20 +52,20 @@ def read_scifact(folder: Path) -> SciFact:
     Raises:
         DataMissing: a file is missing.
     """
-    documents = {int(row["_id"]): f"{row['title']} {row['text']}" for row in _corpus(folder)}
+    documents = {int(row["_id"]): f"{row['title']} {row['text']}" for row in _read_corpus(folder)}
     queries = {
         int(row["_id"]): str(row["text"])
-        for row in map(json.loads, _lines(folder, ("queries.jsonl", "queries.jsonl.gz")))
+        for row in map(json.loads, _read_lines(folder, ("queries.jsonl", "queries.jsonl.gz")))
     }
     judgements = {}
     for split in ("train", "test"):
-        lines = _lines(folder, (f"qrels/{split}.tsv", f"qrels_{split}.tsv"))
+        lines = _read_lines(folder, (f"qrels/{split}.tsv", f"qrels_{split}.tsv"))
         rows = (tuple(map(int, line.split("\t"))) for line in list(lines)[1:])
         judgements[split] = [(query, document, grade) for query, document, grade in rows]
     return SciFact(documents, queries, judgements)
 
 
-def _lines(folder: Path, names: Sequence[str]) -> Iterable[str]:
+def _read_lines(folder: Path, names: Sequence[str]) -> Iterable[str]:
     """Return the lines of the first of these files that exists."""
     for name in names:
         path = folder / name
@@ -75,11 +75,11 @@ def _lines(folder: Path, names: Sequence[str]) -> Iterable[str]:
     raise DataMissing(f"Expected {' or '.join(names)} in {folder}. Download it again.")
 
 
-def _corpus(folder: Path) -> Iterable[dict[str, str]]:
+def _read_corpus(folder: Path) -> Iterable[dict[str, str]]:
     """Yield ``_id``, ``title`` and ``text`` of each document."""
     archive = folder / "scifact_corpus_claims.zip"
     if not archive.is_file():
-        yield from map(json.loads, _lines(folder, ("corpus.jsonl", "corpus.jsonl.gz")))
+        yield from map(json.loads, _read_lines(folder, ("corpus.jsonl", "corpus.jsonl.gz")))
         return
     string = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
     with zipfile.ZipFile(archive) as files, files.open("corpus_train.csv") as file:

@@ -81,8 +81,8 @@ def build(
                         module=table.module,
                         rows=table.rows,
                         initializers=table.names,
-                        rows_per_entry=table.every,
-                        multiplied=table.multiplied,
+                        rows_per_entry=table.every,  # of each stored tensor, such as scales
+                        multiplied=table.multiplied,  # not only looked up in
                     )
                     for table in graph.tables
                 ),

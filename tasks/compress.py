@@ -41,8 +41,8 @@ def compress(
     Args:
         source: the bundle to compress.
         step: the method and its settings.
-        splits: the prepared data and soft labels that the step needs; never test data. ``traffic``
-            has logged requests, which have no labels.
+        splits: the prepared data (columns as tensors) and soft labels that the step needs; never
+            test data. ``traffic`` has logged requests, which have no labels.
         original: the bundle the recipe started from. It is the teacher, and a parent of the result
             (one of the bundles that it was made from).
         teachers: other models whose predictions this step or an earlier one learns from; they are
@@ -50,7 +50,8 @@ def compress(
         seed: seed of all random numbers of the step.
         device: the device of a training step; several are separated by commas.
         context_digest: digest of the source code of the model's class and of the order's
-            ``attempt``. An interrupted training resumes only from checkpoints with the same digest.
+            ``attempt``, a number that users increase to run an order again. An interrupted training
+            resumes only from checkpoints with the same digest.
         preset: whether the step is part of a preset. If so, it is skipped if it cannot be applied.
         excluded: units that the step may not change, with the reasons.
 

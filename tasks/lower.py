@@ -82,7 +82,7 @@ def lower_model(
     Args:
         bundle: the model.
         target: name of the target.
-        probe: the prepared split whose first rows are compared.
+        probe: the prepared split (its columns as tensors) whose first rows are compared.
         probe_rows: number of rows of that split.
         most_rows: the largest batch a graph must accept.
 
@@ -123,6 +123,7 @@ def lower_model(
             texts=_write_tokenizers(loaded, Path(scratch)),
         )
         (Path(scratch) / "lowering.json").write_text(lowering.model_dump_json(indent=1))
+        # Files that link to files of the bundle have known hashes, so they are not hashed again.
         return store().take_derived(Path(scratch), bundle, loaded.folder)
 
 
@@ -149,21 +150,21 @@ def _check_graph(
         AuditFailed: the runtime computes a quantized layer or table in float.
     """
     served_graph = lowered.wrapper.served_graph
-    signature, plan = served_graph.signature, _plan_of_graph(loaded, served_graph)
+    signature, plan = served_graph.signature, _select_plan_lines(loaded, served_graph)
     runtime = runtime_of_graphs(target)
     comparison_runtime = OnnxRuntime() if runtime is None else runtime
     with runnable_graph(path, target, plan) as runnable:
         session = comparison_runtime.open(runnable, load_settings().threads)
         check = GraphCheck(loaded.model.module, lowered, plan, target, most_rows, runnable, session)
         rows_parities: list[Parity] = []
-        for rows in _probe_rows(probe, loaded.manifest.signature, served_graph):
+        for rows in _build_probe_rows(probe, loaded.manifest.signature, served_graph):
             parities, expected = check.parity(rows.take(rows.first(PROBE_ROWS)), "the data")
             for size in SMALL_BATCHES:
                 inputs = rows.take(rows.first(size))
                 check.require_same_in_small_batch(expected[:size], inputs, parities)
-            if (numbers := rows.find_most_padded()) is not None:
-                padded, _ = check.scores(rows.take(numbers), "the data")
-                check.require_same_in_small_batch(padded[:1], rows.take(numbers[:1]), parities)
+            if (indices := rows.find_most_padded()) is not None:
+                padded, _ = check.scores(rows.take(indices), "the data")
+                check.require_same_in_small_batch(padded[:1], rows.take(indices[:1]), parities)
             rows_parities += parities
         tables = rows_of_tables(loaded.model.module, signature)
         # Two rows per input with ids out of range, one with empty lists, one with full lists.
@@ -193,7 +194,7 @@ def _check_graph(
     )
 
 
-def _plan_of_graph(loaded: LoadedBundle, served_graph: ServedGraph) -> Plan | None:
+def _select_plan_lines(loaded: LoadedBundle, served_graph: ServedGraph) -> Plan | None:
     """Return the plan with only the units that a graph runs; None if the model has no plan."""
     plan = loaded.model.plan
     if plan is None or not served_graph.is_tower:
@@ -222,25 +223,27 @@ class _ProbeRows:
         self._rows, self._signature, self._tower = rows, signature, tower
 
     def first(self, count: int) -> Tensor:
-        """Return the numbers of the first rows: ``count``, or fewer if these have long texts."""
+        """Return the indices of the first ``count`` rows; of fewer if they have long texts."""
         return torch.arange(min(rows_per_batch(self._rows.signature, count), len(self._rows)))
 
     def find_most_padded(self) -> Tensor | None:
-        """Return the numbers of the shortest and longest row; None if all have one length."""
+        """Return the indices of the shortest and longest row; None if all have one length."""
         lengths = self._rows.lengths()
         if lengths is None or bool((lengths == lengths[0]).all()):
             return None
         return torch.stack([lengths.argmin(), lengths.argmax()])
 
-    def take(self, numbers: Tensor) -> dict[str, Tensor]:
-        """Return the inputs of the rows with these numbers, int64 ``(batch,)``."""
-        inputs = self._rows.take(numbers).inputs
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        """Return the inputs of the rows with these indices, int64 ``(batch,)``."""
+        inputs = self._rows.take(indices).inputs
         if self._tower is None:
             return inputs
         return tower_arguments(inputs, self._signature, self._tower)
 
 
-def _probe_rows(split: Split, signature: Signature, served_graph: ServedGraph) -> list[_ProbeRows]:
+def _build_probe_rows(
+    split: Split, signature: Signature, served_graph: ServedGraph
+) -> list[_ProbeRows]:
     """Return the rows of a split for each tower of a graph, or for a model without towers."""
     if not served_graph.towers:
         return [_ProbeRows(Rows(split, served_graph.signature), signature, None)]
@@ -281,7 +284,8 @@ def _write_tokenizers(loaded: LoadedBundle, folder: Path) -> tuple[TextInput, ..
     texts = []
     for served_graph in served_graphs(signature):
         for part in [signature.of_tower(name) for name in served_graph.towers] or [signature]:
-            # The item tower of the graph ``encoder`` has the names of the query tower's inputs.
+            # If both towers are one module, they share the graph ``encoder``, whose inputs have the
+            # names of the query tower's inputs.
             for item, of_graph in zip(part.inputs, served_graph.signature.inputs, strict=True):
                 if not isinstance(item, TokensInput) or not isinstance(of_graph, TokensInput):
                     continue
@@ -304,7 +308,10 @@ def _write_tokenizers(loaded: LoadedBundle, folder: Path) -> tuple[TextInput, ..
 
 
 def _count_packed_bytes(loaded: LoadedBundle, served_graph: ServedGraph) -> int:
-    """Return the bytes of one graph's weights; a table that both towers read counts in both."""
+    """Return the bytes of one graph's weights as stored, which is packed if they are compressed.
+
+    A table that both towers read counts in both graphs.
+    """
     if served_graph.is_tower:
         return sum(tensor.nbytes for tensor in weights_of_graph(loaded.model.module, served_graph))
     return _count_weight_bytes(loaded)

@@ -85,7 +85,7 @@ def measure(
         baseline: the untouched model's graphs or engines for this target.
         candidate: the compressed model's graphs or engines.
         champion: the graphs or engines that serve now; None if there are none.
-        test: the prepared test split.
+        test: the prepared test split, whose columns are stored as tensors.
         test_rows: number of rows of the test split.
         ranking: the catalogue and the earlier interactions of a retrieval model; None for other
             tasks.

@@ -1,4 +1,4 @@
-"""Convert one split of a bundle's data from parquet to tensors, for it or for its teacher."""
+"""Convert one split of a bundle's data from parquet to tensors, for its model or for a teacher."""
 
 import logging
 from pathlib import Path

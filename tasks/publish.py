@@ -155,7 +155,7 @@ def _build_version_tags(report: Report, release: Artifact) -> dict[str, str]:
         "recpress.compressed": report.compressed.sha256,
         "recpress.recipe": json.dumps(list(report.recipe)),
         "recpress.limits": "; ".join(str(limit) for limit in report.limits),
-        "recpress.plan": _plan_tag(report),
+        "recpress.plan": _build_plan_tag(report),
     }
     for target in report.targets:
         tags[f"recpress.verdict.{target.target}"] = target.verdict.outcome
@@ -186,7 +186,7 @@ def _build_outputs_tag(report: Report) -> str:
     return json.dumps(outputs)
 
 
-def _plan_tag(report: Report) -> str:
+def _build_plan_tag(report: Report) -> str:
     """Return the plan as JSON for a tag; its digest if it is too long (thousands of tables)."""
     lines = {line.module: f"{line.format}, {line.bytes_after} bytes" for line in report.plan.lines}
     text = json.dumps(lines)

@@ -31,7 +31,7 @@ def score(bundle: Artifact, split: Artifact, rows: int) -> Artifact:
 
     Args:
         bundle: the model.
-        split: the prepared rows.
+        split: the prepared rows, whose columns are stored as tensors.
         rows: number of rows.
 
     Returns:
@@ -69,7 +69,7 @@ def read_scores(
         bundle: the bundle with the data.
         split: name of the split.
         columns: the column of each output.
-        forms: the form of each column's scores.
+        forms: the form of each column's scores: ``logit``, ``probability`` or ``score``.
 
     Returns:
         An artifact as returned by ``score``.

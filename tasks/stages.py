@@ -36,7 +36,7 @@ def measure_stages(
     Args:
         scored: the stages in order with their predictions for the test rows.
         metrics: the metric by which each output is judged.
-        test: the prepared test split, for labels and groups.
+        test: the prepared test split (its columns as tensors), for labels and groups.
         test_rows: number of rows of the test split.
         seed: seed of the bootstrap.
 
@@ -77,8 +77,8 @@ def _find_quality_of_stage(quality: Quality, metric: str, index: int) -> StageQu
 def bytes_of_stages(plans: Sequence[Plan | None], folders: Sequence[Path]) -> list[int]:
     """Return the bytes of the weights of every stage.
 
-    An uncompressed bundle has no plan. Its bytes are those before the recipe of the next stage's
-    plan; without such a plan, they are the bytes of the stored tensors.
+    An uncompressed bundle has no plan. Its bytes are ``bytes_before`` of the next stage's plan; if
+    no stage follows, they are the bytes of the stored tensors.
 
     Args:
         plans: the plans of the stages, in order.

@@ -43,7 +43,7 @@ def check_labels(
     into: Path,
     tokenizer_files: Mapping[str, Path],
 ) -> LabelCheck:
-    """Convert splits from parquet to tensors, as a run does, and check their labels.
+    """Convert splits from parquet to tensors, as the flow does, and check their labels.
 
     Args:
         signature: the bundle's signature.

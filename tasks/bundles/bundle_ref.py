@@ -76,7 +76,7 @@ class BundleRef(Frozen):
         return all(output.task_kind.scores_rows for output in self.outputs)
 
     def limits(self, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
-        """Return an order's limits under the names that are measured for this bundle's outputs."""
+        """Return the limits per output: one without an output's name applies to each of several."""
         return limits_of_outputs(limits, self.outputs, grouped=self.grouped)
 
     def calibration(self) -> SplitName:
@@ -115,6 +115,7 @@ def _require_measured(limit: Limit, bundle: BundleRef) -> None:
     Raises:
         LimitRefused: lists the outputs, or the metrics that can be measured.
     """
+    # ``declared`` is the limit's metric; its ``output`` is the output that the limit names, if any.
     of_output = limit.declared.output
     names = tuple(output.name for output in bundle.outputs)
     if of_output is not None and of_output not in names:
@@ -193,7 +194,7 @@ def resolve(reference: str) -> Artifact:
         RecordRefused: the record of the bundle is damaged.
     """
     bundle_store = store()
-    if artifact_name(reference) is not None:
+    if artifact_name(reference) is not None:  # the URI of an artifact
         return bundle_store.artifact(reference)
     with translate_input_errors(Path(reference)):
         is_folder = Path(reference).is_dir()
@@ -213,7 +214,7 @@ def resolve(reference: str) -> Artifact:
             known=tuple(f"{name}@{version}" for name, version in packed) or ("none yet",),
         )
     newest = max(records, key=lambda record: record.packed_at)
-    bundle_manifest(newest)
+    bundle_manifest(newest)  # raises if the recorded artifact is missing or another bundle
     return newest.artifact
 
 

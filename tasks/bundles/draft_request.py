@@ -1,4 +1,7 @@
-"""The user's description of a trained network, and the data for its draft."""
+"""The user's description of a trained network, and the data for its draft.
+
+A draft is the folder that becomes a bundle when it is packed.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -32,9 +35,9 @@ class DraftRequest(Frozen):
         data: folder with the splits.
         labels: column with the labels by output, in the order of the outputs.
         metric: the metric that decides quality; None for the default of the task kind.
-        group: column that groups rows.
+        group: column that identifies the group of a row, such as its query or user.
         time: column with the time of a row.
-        inputs: columns of each argument of the network whose columns have other names.
+        inputs: columns by argument of the network, for arguments with other names than the columns.
         method: the method of the network that returns the outputs.
         query_tower: attribute path of the query tower, a submodule or method, of a retrieval model.
         item_tower: attribute path of its item tower.
@@ -89,7 +92,7 @@ class DraftRequest(Frozen):
 
 @dataclass(frozen=True)
 class RowsOfData:
-    """The rows in a data folder, without a catalogue.
+    """The rows in a data folder, without the catalogue (the items of a retrieval model).
 
     Attributes:
         files: the file or folder of each split.
@@ -189,7 +192,7 @@ def require_one_source(request: DraftRequest) -> None:
 
 
 def require_names(request: DraftRequest) -> None:
-    """Raise ``DraftRefused`` if a name that the user gives cannot be one in ``model.json``."""
+    """Raise ``DraftRefused`` if ``model.json`` does not allow the form of a name of the user."""
     names = [("--name", request.name, NAME), ("--version", request.version, VERSION)]
     for option, name, pattern in names:
         if name is not None and re.fullmatch(pattern, name) is None:
@@ -202,8 +205,8 @@ def require_names(request: DraftRequest) -> None:
 def require_columns(request: DraftRequest, summaries: Mapping[str, ColumnSummary]) -> None:
     """Raise unless there is a label, and the data has the columns that the user names.
 
-    A retrieval model needs no label, because each row may be an interaction. One with towers that
-    the user names needs a group.
+    A retrieval model needs no label, because each row may be an interaction. If the user names its
+    towers (it is no text encoder), it needs a group.
 
     Raises:
         DraftRefused: contains the option and the columns of the data.

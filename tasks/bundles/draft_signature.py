@@ -31,7 +31,7 @@ class Described:
     Attributes:
         signature: the signature as it is written to ``model.json``.
         calls: the calls from which it was derived: that of the network, or those of the towers.
-        transforms: the content of the files that inputs refer to, by name.
+        transforms: the content of the files that inputs refer to (tokenizers), by name.
         remarks: sentences for the user about what was derived.
     """
 
@@ -43,7 +43,9 @@ class Described:
 
 def describe_rows(request: DraftRequest, module: nn.Module, sample: Sample) -> Described:
     """Describe a network that has a score for each row."""
-    derived = derive_inputs(module, sample, request.inputs, _excluded(request), request.method)
+    derived = derive_inputs(
+        module, sample, request.inputs, _list_excluded_columns(request), request.method
+    )
     _require_read(request, module, request.method, (derived,))
     architecture = type(module).__name__
     rows = len(next(iter(sample.values())).values)
@@ -57,7 +59,7 @@ def describe_rows(request: DraftRequest, module: nn.Module, sample: Sample) -> D
     signature = {
         "inputs": [document_of(item) for item in derived.inputs],
         "outputs": [output.model_dump(mode="json", exclude_defaults=True) for output in outputs],
-        **_common_fields(request, derived),
+        **_build_common_fields(request, derived),
     }
     return Described(signature, (derived,))
 
@@ -77,7 +79,7 @@ def describe_towers(
         {"query": sample, "item": items},
         request.item or item_column(sample, items),
         request.inputs,
-        _excluded(request),
+        _list_excluded_columns(request),
     )
     _require_read(request, module, " and ".join(request.towers.values()), derived.calls.values())
     label = next(iter(request.labels.values()), None)
@@ -91,7 +93,7 @@ def describe_towers(
     signature = {
         "inputs": [document_of(item) for item in derived.inputs],
         "outputs": [output.model_dump(mode="json", exclude_defaults=True)],
-        **_common_fields(request, derived.calls["query"]),
+        **_build_common_fields(request, derived.calls["query"]),
         "item": derived.item,
         "towers": derived.towers.model_dump(mode="json"),
     }
@@ -101,10 +103,10 @@ def describe_towers(
 def _require_read(
     request: DraftRequest, module: nn.Module, method: str, calls: Iterable[DerivedInputs]
 ) -> None:
-    """Raise if the user named a key of a mapping that the network does not read.
+    """Raise if the user named the columns of an input that the network does not read.
 
     Raises:
-        InspectionFailed: contains the keys that it reads.
+        InspectionFailed: contains the names of the inputs that it reads.
     """
     read = [name for call in calls for item in call.inputs for name in tensor_names(item)]
     if unread := tuple(name for name in request.inputs if name not in read):
@@ -129,12 +131,12 @@ def item_column(rows: Sample, items: Sample) -> str:
     return common[0]
 
 
-def _excluded(request: DraftRequest) -> tuple[str, ...]:
+def _list_excluded_columns(request: DraftRequest) -> tuple[str, ...]:
     """Return the columns that are no inputs unless the user names them."""
     return (*request.labels.values(), *filter(None, [request.time]))
 
 
-def _common_fields(request: DraftRequest, derived: DerivedInputs) -> dict[str, Any]:
+def _build_common_fields(request: DraftRequest, derived: DerivedInputs) -> dict[str, Any]:
     """Return the fields of the signature that differ from their default."""
     fields = {
         "group": request.group,

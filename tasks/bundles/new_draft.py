@@ -1,5 +1,7 @@
 """Write the draft of a bundle from a trained network and rows of the data.
 
+A draft is the folder that becomes a bundle when it is packed.
+
 The network comes from a user's Python module, an ONNX file or a folder of sentence-transformers.
 
 To derive the inputs and outputs, a network from a module or an ONNX file is called with rows of the
@@ -157,7 +159,7 @@ def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
     return NewDraft(
         folder=request.folder,
         draft=draft,
-        rows_of_table=_rows_of_inputs(module, draft.signature),
+        rows_of_table=_count_table_rows(module, draft.signature),
         reasons={name: why for call in described.calls for name, why in call.reasons.items()},
         unused=tuple(column for call in described.calls for column in call.unused),
         weight_bytes=(request.folder / SINGLE).stat().st_size,
@@ -230,7 +232,7 @@ def _require_only_tensors(module: nn.Module) -> None:
             raise DraftRefused("state_no_tensor", name=name, kind=type(tensor).__name__)
 
 
-def _rows_of_inputs(module: nn.Module, signature: Signature) -> dict[str, int]:
+def _count_table_rows(module: nn.Module, signature: Signature) -> dict[str, int]:
     """Return the number of rows of each table that an input is looked up in, by its path."""
     rows = rows_of_tables(module, signature)
     return {table: rows[table] for item in signature.inputs for table in all_tables(item)}

@@ -200,7 +200,7 @@ def examine(reference: str) -> CheckedBundle:
 
 
 def _examine(reference: str) -> CheckedBundle:
-    folder = _bundle_folder(reference)
+    folder = _find_bundle_folder(reference)
     manifest = read(folder)
     signature = manifest.signature
     grouped = signature.group is not None
@@ -231,10 +231,10 @@ def show(reference: str) -> Manifest:
         reference: as in ``examine``.
     """
     with translate_input_errors(Path(reference)):
-        return read(_bundle_folder(reference))
+        return read(_find_bundle_folder(reference))
 
 
-def _bundle_folder(reference: str) -> Path:
+def _find_bundle_folder(reference: str) -> Path:
     """Return the local folder of a bundle; ``reference`` is a folder or a stored bundle."""
     if artifact_name(reference) is None and Path(reference).is_dir():
         return Path(reference)
@@ -276,6 +276,7 @@ def _seal_bundle(
 
 
 def _by_split_name(statistics: Mapping[SplitName, SplitStatistics]) -> dict[str, SplitStatistics]:
+    # mypy does not accept a mapping with keys of the type ``SplitName``, a subtype of ``str``.
     return {str(split): statistic for split, statistic in statistics.items()}
 
 
@@ -377,12 +378,12 @@ def _store_once(
     is_damaged = False
     try:
         record = bundle_record(name, version)
-        if record is not None and (stored := _recorded_artifact(record, manifest)) is not None:
+        if record is not None and (stored := _get_recorded_artifact(record, manifest)) is not None:
             return stored
     except RecordRefused as fault:
         is_damaged = True
-        if (other := _other_bundle(bundle_store, manifest)) is not None:
-            raise _packed_before(manifest, other) from fault
+        if (other := _find_other_bundle(bundle_store, manifest)) is not None:
+            raise _build_packed_error(manifest, other) from fault
         log.warning("%s Replacing the record.", fault)
     artifact = bundle_store.take(staged) if move else bundle_store.put(staged)
     record = BundleRecord(name=name, version=version, artifact=artifact, packed_at=time.time())
@@ -392,7 +393,7 @@ def _store_once(
         other_record = bundle_record(name, version)
         if other_record is None:  # and its record was deleted since
             raise
-        stored = _recorded_artifact(other_record, manifest)
+        stored = _get_recorded_artifact(other_record, manifest)
         if stored is None:
             raise AlreadyThere(
                 "version_files_missing",
@@ -404,7 +405,7 @@ def _store_once(
     return artifact
 
 
-def _recorded_artifact(record: BundleRecord, manifest: Manifest) -> Artifact | None:
+def _get_recorded_artifact(record: BundleRecord, manifest: Manifest) -> Artifact | None:
     """Return the artifact of a record if it is the bundle of ``manifest``; None if it is missing.
 
     Manifests are compared by value, not by bytes: earlier versions also wrote the store's root.
@@ -418,11 +419,11 @@ def _recorded_artifact(record: BundleRecord, manifest: Manifest) -> Artifact | N
     except ArtifactMissing:
         return None
     if recorded_manifest != manifest:
-        raise _packed_before(manifest, record.artifact.sha256)
+        raise _build_packed_error(manifest, record.artifact.sha256)
     return record.artifact
 
 
-def _other_bundle(bundle_store: Store, manifest: Manifest) -> str | None:
+def _find_other_bundle(bundle_store: Store, manifest: Manifest) -> str | None:
     """Search a damaged record for the hash of another bundle of this name and version."""
     try:
         body = bundle_store.read(bundle_key(manifest.name, manifest.version))
@@ -443,7 +444,7 @@ def _other_bundle(bundle_store: Store, manifest: Manifest) -> str | None:
     return None
 
 
-def _packed_before(manifest: Manifest, sha256: str) -> AlreadyThere:
+def _build_packed_error(manifest: Manifest, sha256: str) -> AlreadyThere:
     return AlreadyThere(
         "version_packed", name=manifest.name, version=manifest.version, sha256=sha256
     )

@@ -230,16 +230,16 @@ def _open_job(
             spec = build_spec(stored.fact.dtype, stored.fact.shape, name)
             descriptor = descriptors[stored.shard]
             sources[name] = StoredRows(stored.shard, descriptor, name, stored.start, spec)
-        reasons = {name: _skip_reason(step, name, rows.spec) for name, rows in sources.items()}
+        reasons = {name: _find_skip_reason(step, name, rows.spec) for name, rows in sources.items()}
         _require_all_patterns_match(step, sources)
         tables = {name: module_name(name) for name, reason in reasons.items() if reason is None}
         if not tables:
             raise NothingToCompress("float_table_missing", step=step.kind, reasons=reasons)
         job = EncodingJob(step, tables, sources, block_rows)
-        yield job, Plan(lines=tuple(_plan_line(job, name, reasons[name]) for name in sources))
+        yield job, Plan(lines=tuple(_build_plan_line(job, name, reasons[name]) for name in sources))
 
 
-def _skip_reason(step: TableStep, name: str, spec: TensorSpec) -> Reason | None:
+def _find_skip_reason(step: TableStep, name: str, spec: TensorSpec) -> Reason | None:
     """Return why a tensor is not compressed; None if it is compressed."""
     if len(spec.shape) != 2 or spec.dtype not in FLOATS:
         return Reason("not_a_table", shape=tuple(spec.shape), dtype=_name_dtype(spec))
@@ -282,8 +282,8 @@ def _require_all_patterns_match(step: TableStep, sources: dict[str, StoredRows])
             )
 
 
-def _plan_line(job: EncodingJob, name: str, reason: Reason | None) -> PlanLine:
-    """Return the plan line of a tensor; ``reason`` is why it is only copied; None if not."""
+def _build_plan_line(job: EncodingJob, name: str, reason: Reason | None) -> PlanLine:
+    """Return the plan line of a tensor; ``reason`` says why it is not compressed, None if it is."""
     spec = job.sources[name].spec
     before = compute_size(spec)
     if reason is not None:

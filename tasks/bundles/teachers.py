@@ -149,11 +149,11 @@ def _read_teacher(artifact: Artifact, student: Manifest) -> Teacher:
         architecture=architecture_digest(architecture),
         needs_separate_inputs=manifest.signature.inputs != student.signature.inputs
         or architecture != student.network.architecture
-        or _tokenizers(manifest) != _tokenizers(student),
+        or _find_tokenizers(manifest) != _find_tokenizers(student),
     )
 
 
-def _tokenizers(manifest: Manifest) -> dict[str, Artifact | None]:
+def _find_tokenizers(manifest: Manifest) -> dict[str, Artifact | None]:
     """Return the tokenizer of each input that reads texts, by the input's name."""
     transforms = manifest.transforms
     return {item.name: transforms.get(item.tokenizer) for item in tokens_inputs(manifest.signature)}

@@ -38,7 +38,7 @@ from infra.errors import DataRefused, DraftRefused
 from infra.memory import require_memory
 
 MEMORY_FACTOR = 2
-"""Memory per byte of the weights: those of the file, and those in float32 if it has others."""
+"""Bytes of memory per byte of a weight file: its tensors, and float32 copies of other dtypes."""
 
 SHARED = "tokenizer.json"
 """Name of the tokenizer of both towers."""
@@ -54,7 +54,8 @@ class TextModel:
     Attributes:
         network: the network, in evaluation mode.
         architecture: its class and arguments.
-        adds_norm: whether vectors have the norm 1 without a module of the model that says so.
+        adds_norm: whether the network normalizes vectors, although the saved model has no module
+            ``Normalize`` at its end.
         longest: the largest number of tokens of a text.
         padding_id: the id of the padding token.
         prompts: what the tokenizers of ``query`` and ``item`` write before a text.
@@ -92,30 +93,30 @@ def load_text_model(folder: Path) -> TextModel:
     tokenizer_of = dict(SEPARATE) if has_prompts else dict.fromkeys(SEPARATE, SHARED)
     longest = min(saved.longest or arguments["longest"], arguments["longest"])
     return TextModel(
-        network=_network(saved, arguments),
+        network=_build_network(saved, arguments),
         architecture=Architecture(path=TEXT_RETRIEVER, config=arguments),
         adds_norm=arguments["normalize"] and saved.modules[-1].name != NORMALIZE,
         longest=longest,
-        padding_id=_padding_id(saved),
+        padding_id=_find_padding_id(saved),
         prompts=dict(saved.prompts),
         tokenizer_of=tokenizer_of,
         tokenizers={
-            name: _tokenizer(saved, saved.prompts[tower], longest, arguments["vocabulary"])
+            name: _build_tokenizer(saved, saved.prompts[tower], longest, arguments["vocabulary"])
             for tower, name in tokenizer_of.items()
         },
     )
 
 
-def _network(saved: SavedSentenceTransformer, arguments: dict[str, object]) -> TextRetriever:
+def _build_network(saved: SavedSentenceTransformer, arguments: dict[str, object]) -> TextRetriever:
     """Build the network with the trained weights.
 
     Raises:
         DraftRefused: the weights are missing, pickled or damaged, or do not fit the settings.
     """
-    weights = encoder_weights(saved.config, _load(weight_files(saved.encoder.folder)))
+    weights = encoder_weights(saved.config, _load_weights(weight_files(saved.encoder.folder)))
     projections = [module for module in saved.modules if module.name == DENSE]
     for number, module in enumerate(projections):
-        weights |= projection_weights(number, _load(weight_files(module.folder)))
+        weights |= projection_weights(number, _load_weights(weight_files(module.folder)))
     try:
         with torch.device("meta"):
             network = TextRetriever(**arguments)
@@ -123,11 +124,11 @@ def _network(saved: SavedSentenceTransformer, arguments: dict[str, object]) -> T
     except Exception as fault:  # torch and the layers raise many types for numbers that do not fit
         if is_out_of_memory(fault):
             raise
-        raise _unfit(saved.folder, fault) from fault
+        raise _build_unfit_error(saved.folder, fault) from fault
     return network.eval()
 
 
-def _load(files: Iterable[Path]) -> dict[str, Tensor]:
+def _load_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     """Load safetensors files.
 
     Raises:
@@ -144,21 +145,24 @@ def _load(files: Iterable[Path]) -> dict[str, Tensor]:
         except Exception as fault:  # the library raises its own type for a damaged file
             if is_out_of_memory(fault):
                 raise
-            raise _unfit(file, fault) from fault
+            raise _build_unfit_error(file, fault) from fault
     return weights
 
 
-def _unfit(path: Path, fault: Exception) -> DraftRefused:
+def _build_unfit_error(path: Path, fault: Exception) -> DraftRefused:
     return DraftRefused(
         "weights_unfit", path=str(path), architecture=TEXT_RETRIEVER, problem=str(fault)
     )
 
 
-def _tokenizer(saved: SavedSentenceTransformer, prompt: str, longest: int, rows: int) -> Tokenizer:
+def _build_tokenizer(
+    saved: SavedSentenceTransformer, prompt: str, longest: int, rows: int
+) -> Tokenizer:
     """Return the tokenizer of a tower: it writes the prompt, changes the case, and truncates.
 
-    As the library's, it writes the prompt before it changes the case. Two texts differ: nothing is
-    written before an empty one, and the prompt is repeated after a special token in a text.
+    Like the tokenizer of sentence-transformers, it writes the prompt before it changes the case. It
+    differs for two kinds of text: an empty text gets no prompt, and a text with a special token
+    gets the prompt again after this token.
 
     Args:
         saved: the model.
@@ -181,7 +185,7 @@ def _tokenizer(saved: SavedSentenceTransformer, prompt: str, longest: int, rows:
     tokenizer.no_padding()
     try:
         with tokenizer_faults():
-            tokenizer.encode(UNKNOWN_TEXT)
+            tokenizer.encode(UNKNOWN_TEXT)  # raises if there is no token for unknown words
             types = tokenizer.encode("a").type_ids
     except TokenizerFault as fault:
         raise DataRefused(
@@ -197,16 +201,16 @@ def _tokenizer(saved: SavedSentenceTransformer, prompt: str, longest: int, rows:
     added = tokenizer.num_special_tokens_to_add(is_pair=False)
     if added >= longest:
         raise DraftRefused("text_model_length", path=str(saved.tokenizer), added=added, got=longest)
-    tokenizer.enable_truncation(longest, direction=_direction(tokenizer))
+    tokenizer.enable_truncation(longest, direction=_find_truncation_side(tokenizer))
     return tokenizer
 
 
-def _direction(tokenizer: Tokenizer) -> str:
+def _find_truncation_side(tokenizer: Tokenizer) -> str:
     """Return the side on which a tokenizer truncates."""
     return str((tokenizer.truncation or {}).get("direction", "right"))
 
 
-def _padding_id(saved: SavedSentenceTransformer) -> int:
-    """Return the id of the padding token; masks hide it, so any row of the table is as good."""
+def _find_padding_id(saved: SavedSentenceTransformer) -> int:
+    """Return the id of the padding token; 0 if there is none, since masks hide padding anyway."""
     value = saved.config.get("pad_token_id")
     return value if isinstance(value, int) and value >= 0 else 0

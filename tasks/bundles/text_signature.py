@@ -1,4 +1,4 @@
-"""Describe the signature of a text encoder: the columns of texts, ids and grades in the data.
+"""Describe the signature of a text encoder: columns of texts, ids and relevance grades.
 
 A draft is the folder that becomes a bundle when it is packed.
 """
@@ -47,15 +47,18 @@ def describe_texts(
         DraftRefused: a column cannot be derived, or the user names one that is missing.
     """
     items = summarize_columns({TRAIN: catalogue})
-    query_text, item_text = _query_text(request, rows, items), _item_text(request, items)
+    query_text, item_text = (
+        _select_query_text(request, rows, items),
+        _select_item_text(request, items),
+    )
     numbers = sample_of(rows)
     item = request.item or item_column(numbers, sample_of(items))
     used = {item, request.time, *request.labels.values()}
-    group = request.group or _query_id(numbers, rows[query_text].values, used)
-    label = next(iter(request.labels.values()), None) or _grades(numbers, {*used, group})
+    group = request.group or _select_query_id(numbers, rows[query_text].values, used)
+    label = next(iter(request.labels.values()), None) or _select_grades(numbers, {*used, group})
     inputs = {
-        "query": _tokens(model, "query", ("input_ids", "attention_mask"), query_text),
-        "item": _tokens(model, "item", ("document_ids", "document_mask"), item_text),
+        "query": _build_tokens_input(model, "query", ("input_ids", "attention_mask"), query_text),
+        "item": _build_tokens_input(model, "item", ("document_ids", "document_mask"), item_text),
     }
     texts = {"query": rows[query_text].values, "item": items[item_text].values}
     fields: dict[str, Any] = {
@@ -77,7 +80,7 @@ def describe_texts(
     }
     if request.time is not None:
         fields["time"] = request.time
-    calls = tuple(_call(model, tower, inputs[tower], texts[tower]) for tower in inputs)
+    calls = tuple(_encode_sample(model, tower, inputs[tower], texts[tower]) for tower in inputs)
     remarks = [f"Rows with equal {group} are one query."]
     if model.adds_norm:
         remarks.append(
@@ -88,13 +91,13 @@ def describe_texts(
     return Described(fields, calls, files, tuple(remarks))
 
 
-def _query_text(request: DraftRequest, rows: Summaries, items: Summaries) -> str:
+def _select_query_text(request: DraftRequest, rows: Summaries, items: Summaries) -> str:
     """Return the column with the texts of the queries.
 
     Raises:
         DraftRefused: the named one has no texts; or there is none, or there are several.
     """
-    texts = _texts(rows)
+    texts = _list_text_columns(rows)
     if request.query_text is not None:
         return require_column("--query-text", request.query_text, texts)
     found = tuple(name for name in texts if name not in items) or texts
@@ -103,13 +106,13 @@ def _query_text(request: DraftRequest, rows: Summaries, items: Summaries) -> str
     return found[0]
 
 
-def _item_text(request: DraftRequest, items: Summaries) -> str:
+def _select_item_text(request: DraftRequest, items: Summaries) -> str:
     """Return the column of the catalogue with the texts of the items.
 
     Raises:
-        DraftRefused: as ``_query_text``.
+        DraftRefused: as ``_select_query_text``.
     """
-    texts = _texts(items)
+    texts = _list_text_columns(items)
     if request.item_text is not None:
         return require_column("--item-text", request.item_text, texts)
     if len(texts) != 1:
@@ -117,13 +120,13 @@ def _item_text(request: DraftRequest, items: Summaries) -> str:
     return texts[0]
 
 
-def _texts(columns: Summaries) -> tuple[str, ...]:
+def _list_text_columns(columns: Summaries) -> tuple[str, ...]:
     """Return the columns of texts."""
     return tuple(name for name, column in columns.items() if column.kind == TEXT)
 
 
-def _query_id(numbers: Sample, texts: list[str], used: Iterable[str | None]) -> str:
-    """Return the column of integers that identifies the query: equal ones have equal texts.
+def _select_query_id(numbers: Sample, texts: list[str], used: Iterable[str | None]) -> str:
+    """Return the column of integers that identifies the query: equal ids have equal texts.
 
     Row numbers have this property too, so of several such columns the one with the fewest values is
     returned.
@@ -137,7 +140,7 @@ def _query_id(numbers: Sample, texts: list[str], used: Iterable[str | None]) -> 
         DraftRefused: there is no such column, or there are several.
     """
     counts = {}
-    for column in _integers(numbers, used):
+    for column in _iterate_integer_columns(numbers, used):
         ids = column.values.tolist()
         if len(set(zip(ids, texts, strict=True))) == len(set(ids)):
             counts[column.name] = len(set(ids))
@@ -147,15 +150,17 @@ def _query_id(numbers: Sample, texts: list[str], used: Iterable[str | None]) -> 
     return found[0]
 
 
-def _grades(numbers: Sample, used: Iterable[str | None]) -> str | None:
-    """Return the only column of small integers that are not negative; None if there is none.
+def _select_grades(numbers: Sample, used: Iterable[str | None]) -> str | None:
+    """Return the column of relevance grades: the only one of small integers, none negative.
+
+    Returns None if there is no such column.
 
     Raises:
         DraftRefused: there are several.
     """
     found = tuple(
         column.name
-        for column in _integers(numbers, used)
+        for column in _iterate_integer_columns(numbers, used)
         if column.low >= 0 and column.high <= HIGHEST_GRADE
     )
     if len(found) > 1:
@@ -163,7 +168,7 @@ def _grades(numbers: Sample, used: Iterable[str | None]) -> str | None:
     return found[0] if found else None
 
 
-def _integers(numbers: Sample, used: Iterable[str | None]) -> Iterator[SampleColumn]:
+def _iterate_integer_columns(numbers: Sample, used: Iterable[str | None]) -> Iterator[SampleColumn]:
     """Yield the columns of integers without another meaning."""
     others = set(used)
     for name, column in numbers.items():
@@ -171,7 +176,9 @@ def _integers(numbers: Sample, used: Iterable[str | None]) -> Iterator[SampleCol
             yield column
 
 
-def _tokens(model: TextModel, tower: str, names: tuple[str, str], column: str) -> TokensInput:
+def _build_tokens_input(
+    model: TextModel, tower: str, names: tuple[str, str], column: str
+) -> TokensInput:
     """Return the input of a tower.
 
     Args:
@@ -191,12 +198,14 @@ def _tokens(model: TextModel, tower: str, names: tuple[str, str], column: str) -
             "min_length": len(model.tokenizers[tokenizer].encode("")),
             "padding_id": model.padding_id,
             "mask": names[1],
-            "out_of_range": "clamp",  # a tokenizer gives no other id
+            "out_of_range": "clamp",  # has no effect: a tokenizer returns only ids in the table
         }
     )
 
 
-def _call(model: TextModel, tower: str, item: TokensInput, texts: list[str]) -> DerivedInputs:
+def _encode_sample(
+    model: TextModel, tower: str, item: TokensInput, texts: list[str]
+) -> DerivedInputs:
     """Encode a few sampled texts, and give the reason for the kind of the input."""
     encodings = model.tokenizers[item.tokenizer].encode_batch(texts[:ENCODED_TEXTS])
     longest = max(len(encoding) for encoding in encodings)

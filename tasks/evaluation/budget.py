@@ -26,7 +26,7 @@ def quality_loss(
         original: the untouched model and its predictions for the validation rows.
         now: the model as compressed so far and its predictions for these rows.
         metric: the metric to compare, by which an output is judged.
-        validation: the prepared validation split, for labels and groups.
+        validation: the prepared validation split (its columns as tensors), for labels and groups.
         rows: number of rows of the validation split.
         seed: seed of the bootstrap.
     """

@@ -44,15 +44,15 @@ def require_same_tokenizers(folders: Mapping[str, Path]) -> None:
     Raises:
         MetricRefused: names the model and the first column of texts.
     """
-    expected = _tokenizers(folders["candidate"])
+    expected = _read_tokenizers(folders["candidate"])
     for name, folder in folders.items():
-        got = _tokenizers(folder)
+        got = _read_tokenizers(folder)
         for column in expected:
             if got.get(column) != expected[column]:
                 raise MetricRefused("tokenizers_differ", model=name, column=column)
 
 
-def _tokenizers(folder: Path) -> dict[str, Any]:
+def _read_tokenizers(folder: Path) -> dict[str, Any]:
     """Return the contents of the tokenizer of each column of texts."""
     return {
         text.column: json.loads((folder / text.tokenizer).read_bytes())

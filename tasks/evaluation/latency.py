@@ -29,7 +29,7 @@ It is exceeded if the interval of a quantile needs more rounds; a round is one c
 MAX_TIMING_MS = 60_000.0
 """Most milliseconds for one batch size. A quantile whose interval needs more is not measured.
 
-The median and the quantiles that limits name are measured in any case.
+The median and the quantiles with a limit are measured in any case.
 """
 MAX_ROUNDS = 1000
 """Most calls of each model at one batch size, unless a quantile's interval needs more."""
@@ -70,11 +70,11 @@ def measure_latency(
         sessions: the graph or engine of ``baseline``, ``candidate``, and ``champion`` if any.
         inputs: a batch of ``size`` rows.
         size: rows of the batch.
-        limited: names of metrics that limits name.
+        limited: names of the metrics with a limit.
         seed: seed of the bootstrap.
     """
     models = list(sessions.values())
-    round_ms = _round_ms(models, inputs)
+    round_ms = _estimate_round_ms(models, inputs)
     needed = {  # rounds by metric
         latency(name, size).name: intervals.rounds_needed(quantile)
         for name, quantile in QUANTILES.items()
@@ -106,11 +106,12 @@ def measure_latency(
         estimate = intervals.latency(times["candidate"], quantile, seed=seed)
         candidate += latency_numbers(metric_name, estimate, ratio, champion_ratio)
         estimate = intervals.latency(times["baseline"], quantile, seed=seed)
+        # "absolute": the model's number, not a comparison with another model.
         baseline.append(Number(metric=metric_name, against="absolute", estimate=estimate))
     return Latencies(tuple(candidate), tuple(baseline), not_timed)
 
 
-def _round_ms(models: list[Session], inputs: Mapping[str, Array]) -> float:
+def _estimate_round_ms(models: list[Session], inputs: Mapping[str, Array]) -> float:
     """Estimate the milliseconds of a round, which is one call of each model.
 
     It is the sum of the models' medians of five calls; of one call if that is slow.

@@ -43,7 +43,8 @@ from tasks.evaluation.single_rows import format_row, take_row
 log = logging.getLogger(__name__)
 
 OPERATOR_ROUNDING = 4
-"""Rounding errors by which the largest value of one operator may differ for the same inputs."""
+"""Largest difference of one operator's output from torch's for the same inputs, in rounding errors
+of the output's largest value."""
 ROUNDING_REPETITIONS = 3
 """How often the effect of rounding errors is measured, since small batches give few values."""
 
@@ -236,6 +237,7 @@ class GraphCheck:
         )
         allowed = OPERATOR_ROUNDING * lowering_target(self.target).rounding_error(self.plan)
         tensor = first_difference(traced, values, served.outputs, allowed)
+        # A clear difference is larger than rounding explains.
         if tensor is not None and tensor.is_clear:
             raise ParityLost(replace(failure, tensor=tensor))
 
@@ -273,7 +275,6 @@ class GraphCheck:
                 or absolute_differences(expected, output).max() > limit
             )
             tensor = first_difference(traced, values, served.outputs, allowed)
-            # A clear difference is larger than rounding explains.
             is_clear = tensor is not None and tensor.is_clear
             if is_export_wrong or is_clear:
                 cause = tensor if is_clear else None

@@ -143,7 +143,7 @@ def row_quality(
 
     Args:
         signature: the signature of the models.
-        split: the prepared rows.
+        split: the prepared rows, whose columns are stored as tensors.
         scores: scores of each model, ``(rows,)`` or ``(rows, outputs)``, in the order of the rows.
         seed: seed of the bootstrap.
     """
@@ -185,7 +185,9 @@ def query_quality(
 
 
 def queries_of(signature: Signature, test: Split, ranking: Ranking) -> RankingQueries:
-    """Return the test queries with their relevant and hidden items; arguments as above.
+    """Return the test queries with their relevant items and those not to rank, seen earlier.
+
+    Arguments as in ``query_quality``.
 
     Raises:
         MetricRefused: all relevant items are earlier interactions, or rows have no groups.

@@ -20,6 +20,7 @@ def take_row(inputs: Mapping[str, Tensor], signature: Signature, row: int) -> di
             names = tensor_names(item)
             row_inputs.update((name, inputs[name][row : row + 1]) for name in names)
             continue
+        # A jagged input is a tensor of all lists' values and the offset or length of each list.
         values, second = (inputs[name] for name in tensor_names(item))
         begin = second if item.layout == "offsets" else second.cumsum(0) - second
         edges = torch.cat([begin, begin.new_full((1,), len(values))])

@@ -96,6 +96,7 @@ def run_step(work: StepInputs, folder: Path) -> StepResult:
         CompressionError: the step cannot be applied (``compressors.core.skipping.run_or_skip``).
     """
     model = load_bundle(work.source).model
+    # The soft labels of a retrieval model are vectors, which the step computes with the original.
     learns_from_vectors = not work.bench.signature.scores_rows and any(
         part in SOFT_LABELS for part in work.step.needs
     )
@@ -163,7 +164,7 @@ def run_ranks(request: dict[str, Any]) -> dict[str, Any]:
     multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
         run_rank, args=(shared.model_dump_json(), str(parent)), nprocs=len(shared.devices)
     )
-    outcome: dict[str, Any] = json.loads(_choose_outcome_file(parent).read_text())
+    outcome: dict[str, Any] = json.loads(_get_outcome_path(parent).read_text())
     return outcome
 
 
@@ -197,13 +198,13 @@ def run_rank(rank: int, request: str, parent: str) -> None:
     except CompressionError as fault:  # every rank raises it, since all compute the same numbers
         outcome = RankOutcome(refused=str(fault), is_model_refused=isinstance(fault, ModelRefused))
     if rank == 0:
-        _choose_outcome_file(Path(parent)).write_text(outcome.model_dump_json())
+        _get_outcome_path(Path(parent)).write_text(outcome.model_dump_json())
     # gloo aborts a process that waits for another one whose connections are closed.
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def _choose_outcome_file(parent: Path) -> Path:
+def _get_outcome_path(parent: Path) -> Path:
     return parent / "outcome.json"
 
 

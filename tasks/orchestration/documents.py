@@ -69,7 +69,7 @@ class Measurement(Frozen):
 
 
 class PreparedRows(Frozen):
-    """A prepared split and its number of rows."""
+    """A prepared split, whose columns are stored as tensors, and its number of rows."""
 
     artifact: Artifact
     rows: int
@@ -142,7 +142,7 @@ class Stage(Frozen):
     other_outputs: dict[str, StageQuality] = Field(default_factory=dict, exclude_if=operator.not_)
 
     def of(self, metric: str) -> StageQuality:
-        """Return the quality of the output with this metric; of the first one if it is no other."""
+        """Return the quality of the output with this metric: a further output, or the first one."""
         first = StageQuality(quality=self.quality, change=self.change)
         return self.other_outputs.get(metric, first)
 

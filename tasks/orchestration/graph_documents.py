@@ -116,7 +116,7 @@ class Lowering(Frozen):
         target: name of the target.
         name: ``name@version`` of the bundle.
         graphs: one graph ``model``; for a retrieval model ``query``, then ``item``, or only
-            ``encoder``. A request waits for the first graph only.
+            ``encoder``. A request runs only the first graph; item vectors are computed before.
         packed_bytes: bytes of the model's weights, as compressed. A tensor that two graphs read
             counts once, as in plans; in ``served_packed_bytes`` it counts twice.
         repeated_bytes: the difference of these two numbers.

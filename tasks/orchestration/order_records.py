@@ -70,7 +70,7 @@ def write_request(request: str, order: str) -> None:
 def order_of_request(request: str) -> str | None:
     """Return the digest of the most recent order of a request; None without a valid record."""
     key = request_key(request)
-    damaged = _build_wrong_checksum(key)
+    damaged = _build_checksum_error(key)
     try:
         fields, is_sealed = read_record(store(), key)
         if not is_sealed or fields.pop("schema_version", None) != SCHEMA_VERSION:
@@ -157,7 +157,7 @@ def _read_finished_record(order: str) -> tuple[FinishedRecord, bool]:
     """
     key = build_finished_key(order)
     fields, is_sealed = read_record(store(), key)
-    damaged = _build_wrong_checksum(key)
+    damaged = _build_checksum_error(key)
     try:
         if is_sealed:
             if fields.pop("schema_version") != SCHEMA_VERSION:
@@ -177,7 +177,7 @@ def _read_finished_record(order: str) -> tuple[FinishedRecord, bool]:
     return record, is_sealed
 
 
-def _build_wrong_checksum(key: str) -> RecordRefused:
+def _build_checksum_error(key: str) -> RecordRefused:
     return RecordRefused(
         "record_damaged",
         place=f"{store().root}/{key}",

@@ -98,7 +98,7 @@ def write_result(
     """
     place = record_key(task, key)
     try:
-        plain = json.loads(_return_type(function).dump_json(value))
+        plain = json.loads(_get_return_type(function).dump_json(value))
         _validate_value(plain, function)
         record = ResultRecord(schema_version=SCHEMA_VERSION, task=task, key=key, value=plain)
         store.write(place, seal_record(record.model_dump(mode="json")))
@@ -129,7 +129,7 @@ def find_result(store: Store, task: str, key: str, function: Callable[..., Any])
 
 
 @functools.cache
-def _return_type(function: Callable[..., Any]) -> TypeAdapter[Any]:
+def _get_return_type(function: Callable[..., Any]) -> TypeAdapter[Any]:
     """Return the declared return type of a task's function.
 
     Raises:
@@ -148,7 +148,7 @@ def _validate_value(plain: Any, function: Callable[..., Any]) -> Any:
         ValueError: the JSON differs from what pydantic writes for the value, except that fields
             with a default may be absent; or an artifact in it has an unexpected URI.
     """
-    declared = _return_type(function)
+    declared = _get_return_type(function)
     value = declared.validate_python(plain)
     # Records of earlier versions lack newer fields, which then have their defaults.
     if json.loads(declared.dump_json(value, exclude_unset=True)) != plain:

@@ -21,7 +21,7 @@ from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.filesystems import WritableFileSystem
-from prefect.results import (  # type: ignore[attr-defined]  # imported there, not listed
+from prefect.results import (  # type: ignore[attr-defined]  # no explicit exports of this module
     ResultRecord,
     ResultRecordMetadata,
 )

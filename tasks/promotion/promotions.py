@@ -286,6 +286,7 @@ def _is_rolled_back(
         return False
     if last.digest is None:  # an earlier recpress wrote it, whose last action was to move the alias
         return CHAMPION not in version_of_entry(model, last).registered.aliases
+    # A completed change is confirmed in the registry (``_complete``), an interrupted one is not.
     return (
         datetime.fromisoformat(last.at) > command_start
         or registry().read_confirmation(model) != last.digest

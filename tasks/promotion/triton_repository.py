@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from compressors.contracts import Frozen
-from compressors.contracts import target as declared
+from compressors.contracts import target as declared_target
 from compressors.contracts.targets.builder import EngineRecord
 from infra.bundle.json_limits import validate_json
 from infra.errors import Refused, SettingRefused, TritonRefused
@@ -90,7 +90,7 @@ def repository_root(option: str | None = None) -> str | None:
     root, setting = (option, "--to") if option else (load_settings().triton, "RECPRESS_TRITON")
     if not root:
         return None
-    triton.refuse_overlap(root, store(), setting)
+    triton.refuse_overlap(root, store(), setting)  # raises if the repository contains the store
     return root
 
 
@@ -280,8 +280,8 @@ def _build_graph_to_serve(
     graph = part.graph.name
     capability = None
     engines, stored = (
-        declared(target.target).engines,
-        declared(target.target).name_served_file(graph),
+        declared_target(target.target).engines,
+        declared_target(target.target).name_served_file(graph),
     )
     if engines is not None:
         build = store().file(target.artifact, build_record(graph))

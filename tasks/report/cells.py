@@ -24,7 +24,10 @@ _AUDIT_LABELS = {
     "sparsity": "sparse kernels",
     "sparsity_reason": "sparse kernels, details",
 }
-"""Headings of the fields of ``EngineAudit`` (``infra/tensorrt/engines.py``)."""
+"""Headings of the fields of ``EngineAudit`` (``infra/tensorrt/engines.py``).
+
+Scratch memory is the temporary memory of a call; the twin is an engine for half the rows.
+"""
 _AUDIT_OUTCOMES = {
     "flat": "does not depend on the number of rows",
     "grows": "grows with the number of rows",

@@ -217,7 +217,8 @@ def _find_numbers_without_limit(
 
     Args:
         report: the report.
-        limited: target, metric and ``against`` of every number with a limit.
+        limited: target, metric and ``against`` of every number with a limit. ``against`` is what a
+            number is compared with: ``baseline``, ``champion``, or ``absolute`` for nothing.
     """
     for target, measurement in report.measured.items():
         for number in measurement.numbers.numbers:

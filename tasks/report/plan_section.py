@@ -88,7 +88,7 @@ def plan_section(report: Report) -> PlanSection:
         fold = FoldedRows(
             title=f"{len(folded):,} smaller tables and layers",
             note=f"{before:,} to {after:,} bytes",
-            lines=tuple(_plan_row(line, max_bytes) for line in folded),
+            lines=tuple(_build_plan_row(line, max_bytes) for line in folded),
         )
     keys, picture = _draw_bytes_chart(report.plan.lines)
     return PlanSection(
@@ -96,7 +96,7 @@ def plan_section(report: Report) -> PlanSection:
         note=f"Calibrated on: {report.calibrated_on}.",
         keys=keys,
         picture=picture,
-        shown=tuple(_plan_row(line, max_bytes) for line in shown),
+        shown=tuple(_build_plan_row(line, max_bytes) for line in shown),
         fold=fold,
     )
 
@@ -142,7 +142,7 @@ def _draw_bytes_chart(lines: tuple[PlanLine, ...]) -> tuple[tuple[tuple[Role, st
     return tuple(keys), picture
 
 
-def _plan_row(line: PlanLine, max_bytes: int) -> PlanRow:
+def _build_plan_row(line: PlanLine, max_bytes: int) -> PlanRow:
     """Format a plan line; ``max_bytes`` is the scale of its chart."""
     return PlanRow(
         module=line.module,

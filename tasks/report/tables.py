@@ -253,7 +253,7 @@ def _describe_resolution_of_target(report: Report, measurement: Measurement) -> 
 
 def _describe_resolution_of_metric(metric: str, measurement: Measurement) -> str:
     change = measurement.numbers.of(metric, "baseline")
-    # A metric of one of several outputs is of the rows that have its label.
+    # With several outputs, a metric is measured on the rows that have a label for its output.
     count = measurement.rows if change is None or change.rows is None else change.rows
     rows = f"{count:,} test rows"
     if change is not None and change.unresolved is not None:  # why there is no interval
@@ -352,6 +352,7 @@ def _build_metric_row(report: Report, metric: str) -> dict[str, str]:
 def _format_metric_cells(metric: str, measurement: Measurement) -> tuple[str, str, str]:
     """Return the cells of a metric: before, after and change."""
     numbers = measurement.numbers
+    # "absolute" is the value of a model, "baseline" its change from the untouched model.
     after = numbers.of(metric, "absolute")
     if is_kind(metric, "score_change"):
         unit = numbers.find_unit(metric)

@@ -1,6 +1,6 @@
 """Compute the vectors of all items with a stored graph of a retrieval model.
 
-The vectors are an artifact of their own. Orders with the same untouched model or champion, and an
+The vectors are a separate artifact. Orders with the same untouched model or champion, and an
 order that is started again, reuse them instead of encoding the catalogue.
 """
 
@@ -39,7 +39,7 @@ def encode_items(
         target: a target with a runtime.
         model: the graphs or engines of a retrieval model.
         signature: the signature of the order's bundle.
-        items: the prepared catalogue.
+        items: the prepared catalogue, whose columns are stored as tensors.
         machine: this machine and the runtime (``target_adapters.machine_of``). It is an argument
             only to be part of the cache key: another processor or another version of the runtime
             may round differently.

@@ -27,7 +27,7 @@ def rank(bundle: Artifact, test: PreparedRows, ranking: Ranking) -> Artifact:
 
     Args:
         bundle: the model.
-        test: the prepared test or validation rows.
+        test: the prepared test or validation rows, whose columns are stored as tensors.
         ranking: the catalogue, and the earlier interactions whose items are not ranked again.
 
     Returns:

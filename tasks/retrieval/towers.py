@@ -48,7 +48,7 @@ def encode_queries(
     Args:
         tower: the query tower.
         signature: the signature of the model.
-        test: the prepared split.
+        test: the prepared split, whose columns are stored as tensors.
         rows: the row of each query, int64 ``(queries,)``.
 
     Returns:
