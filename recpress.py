@@ -23,9 +23,9 @@ def main() -> None:
 def put_project_first(root: Path) -> None:
     """Move ``root``, the folder of the packages, to the front of ``sys.path`` if necessary.
 
-    The path stays unchanged if all packages are found in ``root``: an installed project is in
-    ``site-packages``, which usually comes after the standard library. Child processes of recpress
-    get this process's path.
+    The path stays unchanged if all packages are found in ``root``. The ``root`` of an installed
+    project is ``site-packages``: at the front, it would take precedence over the standard library.
+    Child processes of recpress get this process's path.
     """
     specs = (PathFinder.find_spec(name, sys.path) for name in PACKAGES)
     origins = [spec and spec.origin and Path(spec.origin).resolve().parent.parent for spec in specs]

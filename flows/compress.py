@@ -1,9 +1,10 @@
 """The Prefect flow ``compress``: runs all phases of one order (``phases.py``).
 
 The result of every task is cached by a hash of its inputs. A flow that was killed therefore
-resumes where it stopped, and a repeated order only reads cached results. ``wait_out`` repeats a
-call for up to ten minutes while a service does not respond. ``NO_RESULTS`` switches off the results
-of Prefect; the cached results are records in recpress's object store.
+resumes where it stopped, and a repeated order only reads cached results. These results are records
+in recpress's object store; ``NO_RESULTS`` switches off Prefect's storage of results. ``wait_out``
+repeats a call for up to ten minutes while a service does not respond. ``clean_exceptions`` removes
+credentials from error messages.
 """
 
 import logging

@@ -69,7 +69,7 @@ class Explanation(Frozen):
         budget: largest loss of the metric on validation rows; None if the order has no budget or
             the loss cannot be measured.
         bytes_between: fewest and most bytes of weights that the order can result in.
-        teachers: names of the additional teachers.
+        teachers: names of the teachers that the order adds to the untouched model.
         earlier: the registered version that the same order produced before; None if it never ran.
         steps: the untouched model and each step, with the bytes after it.
         plan: formats and bytes of all tables and layers.

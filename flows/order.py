@@ -80,8 +80,9 @@ class Order(Terms):
     def reproduction(self, model: str, teachers: tuple[str, ...] = ()) -> Reproduction:
         """Return how to reproduce the result: a command, and the contents of an order file.
 
-        In both, ``promote`` and ``attempt`` have their defaults, since they do not affect the
-        result. Orders that differ only in these fields therefore have the same report.
+        In both, ``promote`` and ``attempt`` (a number that users increase to run an order again)
+        have their defaults, since they do not affect the result. Orders that differ only in these
+        fields therefore have the same report.
 
         Args:
             model: the order's bundle as name@version.

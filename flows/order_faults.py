@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 Location = tuple[int | str, ...]
-"""Field names, list indices and tags of step kinds, from the order down to one value."""
+"""Field names, list indices and step kinds (pydantic's tags), from the order to one value."""
 
 MAX_SENTENCES = 20
 """Errors of one order that are reported; the others are only counted."""

@@ -50,7 +50,7 @@ def add_rules(schema: Schema) -> None:
 
 
 def _list_rules() -> Iterator[Schema]:
-    yield _build_field_rule("limits", {"items": {"allOf": list(_limit_rules())}})
+    yield _build_field_rule("limits", {"items": {"allOf": list(_generate_limit_rules())}})
     yield _build_field_rule("targets", {"allOf": list(_generate_target_rules())})
     yield _build_field_rule("rules", {"allOf": list(_generate_data_rules())})
     is_custom = {"properties": {"preset": {"const": "custom"}}, "required": ["preset"]}
@@ -66,11 +66,13 @@ def _list_rules() -> Iterator[Schema]:
     yield from _generate_teacher_rules()
 
 
-def _limit_rules() -> Iterator[Schema]:
+def _generate_limit_rules() -> Iterator[Schema]:
     """Yield rules for each metric and reference: which bound is allowed, and its range.
 
     Metrics whose names differ only in a number, such as ``ndcg@10`` and ``ndcg@20``, are a family
-    and have the same rules.
+    and have the same rules. ``against`` names the reference of a limit: the baseline, the champion,
+    or none (``absolute``). ``metric.compared`` is how the metric is compared with a reference: by
+    its difference, by its ratio, or never.
     """
     for family in FAMILIES.values():
         metric = family.any_member()

@@ -2,6 +2,7 @@
 
 A function receives the run context and the results of earlier phases. To lower a model is to write
 it as a graph for a target; to build is to make an engine from the graph, if the target needs one.
+``wait_out`` calls a function, and repeats the call while a service does not respond.
 """
 
 import contextlib
@@ -49,7 +50,8 @@ class PreparedData:
         validation: the results of the data checks (not the validation split).
         test: the rows on which the result is measured.
         probe: the rows for which a lowered graph must return the scores of the PyTorch module.
-        ranking: the catalogue and seen items of a retrieval model; None for other tasks.
+        ranking: for a retrieval model, the catalogue, and the items that each user has already
+            seen; None for other tasks.
     """
 
     validation: Artifact
@@ -96,7 +98,7 @@ def pull_model(run: Run) -> None:
             require_builder(target)
     run.call(pull, artifact=run.model.artifact)
     for teacher in run.teachers:
-        if not teacher.columns:  # its columns are in the data of the model
+        if not teacher.columns:  # else its predictions are columns of the model's data
             run.call_for(teacher, pull, artifact=teacher.artifact)
 
 
@@ -136,8 +138,9 @@ def compress_model(run: Run, data: PreparedData) -> Compressed:
 def build_baselines(run: Run, data: PreparedData) -> BuiltTargets:
     """Lower and build the untouched model for each compared target, as the baseline of the result.
 
-    An optional target that fails is skipped, unless no earlier target succeeded: the report needs
-    the bytes of at least one baseline.
+    Compared targets are the ordered ones that recpress can measure or, if there are none, the
+    default target. An optional target that fails is skipped, unless no earlier target succeeded:
+    the report needs the bytes of at least one baseline.
     """
     run.progress.start_phase("lower the untouched model")
     baselines = BuiltTargets({}, {})
@@ -225,7 +228,7 @@ def _encode_items(
             model=model,
             signature=signature,
             items=data.ranking.items,
-            machine=machine_of(target),
+            machine=machine_of(target),  # only for the cache key
         )
         for name, model in models.items()
     }
@@ -283,6 +286,7 @@ def publish_result(
         ),
     )
     report = wait_out(write_report)
+    # The request is the order without the version of recpress, so that later versions find it.
     request = request_digest(order, model, run.champions, run.teachers)
     wait_out(lambda: write_request(request, report.order))
     finished = run.call(publish, require_published, report=report)

@@ -67,13 +67,16 @@ _REMAINING_LAYERS_TO_FLOAT16 = Choice(
 _REMAINING_TABLES_TO_INT8 = Choice(
     ((RowwiseInt8(),),), last_option_is_exempt=True, only_remaining_units=True
 )
-"""Store tables in int8 that int4 cannot store: those by whose weight the network multiplies."""
+"""Store in int8 the tables that int4 cannot store.
+
+These are tables whose weight is an operand of a matrix product, such as a tied output layer.
+"""
 
 PRESETS: dict[Preset, tuple[Choice, ...]] = {
     "safe": (_build_single_step(RowwiseInt8()), _build_single_step(Float16())),
     "fast": (
         _build_single_step(RowwiseInt8()),
-        _build_single_step(Fold()),
+        _build_single_step(Fold()),  # fold norms into dense layers, and remove dead channels
         _build_single_step(StaticInt8()),
         _REMAINING_LAYERS_TO_FLOAT16,
     ),

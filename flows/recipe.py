@@ -264,7 +264,7 @@ def _apply_step(
         # Only training depends on the device, and every step that trains needs validation rows. All
         # other results are bit-identical on any device, so their cache keys do not contain it.
         device=load_settings().device if "validation" in step.needs else "cpu",
-        context_digest=run.context_digest,
+        context_digest=run.context_digest,  # part of the cache key
     )
 
 
@@ -284,7 +284,7 @@ def _average_soft_labels(run: Run, rows: PreparedRows, split: SplitName) -> Arti
     original = run.call(score, bundle=run.model.artifact, split=rows.artifact, rows=rows.rows)
     if not run.teachers:
         return original
-    forms = tuple(output.form for output in run.model.outputs)
+    forms = tuple(output.form for output in run.model.outputs)  # logit, probability or score
     return run.call(
         average,
         scores=(original, *(_score_by_teacher(run, item, rows, split) for item in run.teachers)),
@@ -294,7 +294,10 @@ def _average_soft_labels(run: Run, rows: PreparedRows, split: SplitName) -> Arti
 
 
 def _score_by_teacher(run: Run, teacher: Teacher, rows: PreparedRows, split: SplitName) -> Artifact:
-    """Return the predictions of an additional teacher for the rows of a split of the student."""
+    """Return the predictions of an additional teacher for the rows of a split of the student.
+
+    The teacher is a bundle, or columns of the student's data that contain its predictions.
+    """
     if teacher.columns:
         return run.call(
             read_scores,
@@ -310,7 +313,7 @@ def _score_by_teacher(run: Run, teacher: Teacher, rows: PreparedRows, split: Spl
 def _prepare_teacher_inputs(
     run: Run, teacher: Teacher, rows: PreparedRows, split: SplitName
 ) -> Artifact:
-    """Return the rows of a split as inputs of a teacher: the student's, if they are the same."""
+    """Return a teacher's inputs for the rows of a split: the student's, if both have the same."""
     if not teacher.needs_separate_inputs:
         return rows.artifact
     return run.call_for(
@@ -323,7 +326,7 @@ def _prepare_teacher_inputs(
 
 
 def check_teachers(run: Run) -> None:
-    """Read the data of all teachers, so that an order whose data lacks it fails at its beginning.
+    """Read the data of all teachers, so that an order fails at its beginning if a part is missing.
 
     Raises:
         DataRefused: a column is missing, or a value cannot be used.

@@ -1,11 +1,10 @@
 """Find what an order refers to (bundle, teachers, champion), and its result if it ran before.
 
-The champion is the version in production. The ledger lists all changes of it. A release is what is
-published for one order.
+The champion is the version in production. The ledger is the list of a model's promotions and
+rollbacks in the store. A release is what is published for one order.
 
-The command line calls this before it starts the flow. It imports neither Prefect nor torch, so the
-report of a repeated order is printed immediately. The ledger is the list of a model's promotions
-and rollbacks in the store.
+The command line calls this module before it starts the flow. It imports neither Prefect nor torch,
+so the report of a repeated order is printed immediately.
 """
 
 from collections.abc import Mapping
@@ -71,7 +70,8 @@ def request_digest(
 ) -> str:
     """Return the digest of everything that determines an order's result, except the version.
 
-    That is the order's fields, the bundle, the teachers and the champions.
+    That is the order's fields, the bundle, the teachers and the champions. The field ``attempt`` is
+    a number that users increase to run an order again.
     """
     hashes = [champion.sha256 for champion in champions.values()]
     return digest(

@@ -150,6 +150,7 @@ def missing_data_reason(
         and not has_measurable_budget(order, bundle)
     ):
         return Reason("pruning_not_judged", splits=tuple(bundle.rows))
+    # Without a score per row (retrieval), a loss needs the vectors of the query and item towers.
     if not bundle.scores_rows and "validation" in step.needs and not step.trains_towers:
         return Reason("no_loss", step=step.kind, task=bundle.task)
     parts = required_parts(step.needs, scores_rows=bundle.scores_rows)

@@ -68,7 +68,8 @@ class Targets(Frozen):
         """Complete the field of each registered target.
 
         - The default target: if the order omits it, it is required.
-        - Targets with ``is_always_stored``: if the order omits them, they are stored as 'off'.
+        - Targets with ``is_always_stored`` (those of the first version of recpress): if the order
+          omits them, they are stored as 'off'.
         - All other targets: a field with 'off' is removed, so that orders of recpress versions
           without this target have the same digest.
 
@@ -112,10 +113,10 @@ class Targets(Frozen):
 
     def requirements(self) -> dict[str, Requirement]:
         """Return whether each ordered target is required or optional, by the target's name."""
-        by_name = {item.name: self._build_requirement(item) for item in TARGETS.values()}
+        by_name = {item.name: self._get_requirement(item) for item in TARGETS.values()}
         return {name: requirement for name, requirement in by_name.items() if requirement != "off"}
 
-    def _build_requirement(self, target: Target) -> Requirement:
+    def _get_requirement(self, target: Target) -> Requirement:
         return self.__pydantic_extra__.get(target.field, "off")
 
     def list_compared_targets(self) -> tuple[str, ...]:
@@ -140,7 +141,7 @@ class Terms(Frozen):
     model: str = Field(
         min_length=1,
         title="Model",
-        description="A packed bundle: name@version, name (its newest), or an artifact URI.",
+        description="A bundle in the store: name@version, name (its newest), or an artifact URI.",
         json_schema_extra={"position": 0},
     )
     preset: Preset = Field(
@@ -196,8 +197,8 @@ class Terms(Frozen):
         (),
         title="Other teachers",
         description="Steps that learn from predictions use the average of the predictions of the "
-        "original and of these: packed bundles, registry:name@version, or column:NAME for scores "
-        "in the data.",
+        "original and of these: bundles in the store, registry:name@version, or column:NAME for "
+        "scores in the data.",
         json_schema_extra={"position": 10},
     )
 

@@ -1,7 +1,8 @@
 """The entry point of the command line, and most commands of ``recpress --help``.
 
 Imports are inside the commands, so that ``--help`` does not load torch or Prefect. ``Terms`` is an
-order without custom steps; an order from a file is its subclass ``Order``.
+order without custom steps; an order from a file is its subclass ``Order``. ``add_order_options``
+replaces a command's parameter ``terms`` by the options that describe an order.
 
 Exit codes: 0 accepted or completed, 1 failure, 2 invalid input, 3 rejected, 4 undecided or built
 but not measured. A draft is the folder of a bundle before it is packed. The ledger is the list of a
@@ -126,7 +127,7 @@ def _run_order(order: "Terms", *, force: bool, as_json: bool) -> int:
     finished = reuse_completed_result(order)
     orders.print_limit_warnings(order)
     if finished is None:
-        with _order_lock(order, quiet=as_json):
+        with _hold_order_lock(order, quiet=as_json):
             finished = reuse_completed_result(order)
             if finished is None:
                 require_registry()  # fails immediately; the flow would wait for the registry
@@ -143,7 +144,7 @@ def _run_order(order: "Terms", *, force: bool, as_json: bool) -> int:
 
 
 @contextmanager
-def _order_lock(order: "Terms", *, quiet: bool) -> Iterator[None]:
+def _hold_order_lock(order: "Terms", *, quiet: bool) -> Iterator[None]:
     """Hold the lock of an order, so that only one process with this home folder runs the order.
 
     Raises:
@@ -213,11 +214,11 @@ def bundle_check(
     from tasks.bundles.packing import examine
 
     checked = examine(bundle)
-    manifest, facts = checked.manifest, checked.facts
+    manifest, tensors = checked.manifest, checked.facts
     summary = {
         "name": manifest.name,
         "version": manifest.version,
-        "tensors": len(facts),
+        "tensors": len(tensors),
         "files": len(manifest.files),
         "rows": {split: data.rows for split, data in manifest.data.items()},
         "notes": manifest.notes,
@@ -227,7 +228,7 @@ def bundle_check(
         write(json.dumps(summary, indent=1))
     else:
         write_line(
-            f"{manifest.name}@{manifest.version} is valid: {len(facts)} finite tensors in "
+            f"{manifest.name}@{manifest.version} is valid: {len(tensors)} finite tensors in "
             f"{len(manifest.files)} file(s), every hash verified, every id in its table."
         )
         _print_notices(manifest.notes, checked.warnings)

@@ -104,7 +104,7 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
     """Run the flow in this process, show its progress on the terminal, and return its result."""
     for name, value in EMBEDDED.items():
         os.environ.setdefault(name, value)
-    with _progress_on_terminal(quiet=quiet):
+    with _show_progress_on_terminal(quiet=quiet):
         from flows.server.prefect_access import connect
 
         notify = logging.getLogger("tasks.orchestration.progress").info
@@ -114,7 +114,7 @@ def run(order: "Terms", *, quiet: bool) -> "Finished":
         from tasks.orchestration.documents import Finished
         from tasks.orchestration.task_calls import local_result
 
-        if server is not None:
+        if server is not None:  # None if a server is configured
             server.wait_until_ready(notify)
         # The command's options create ``Terms``, an order without custom steps. The parameter of
         # the flow is an ``Order``, the subclass that may have them.
@@ -140,7 +140,7 @@ def show_result(finished: "Finished") -> None:
     out.print(_build_table(bundle, number_rows(report), out.width))
     if report.stages:
         out.print(_build_table("Effect of each step", stage_rows(report), out.width))
-    out.print(describe_resolution(report))
+    out.print(describe_resolution(report))  # the smallest change that the test rows can detect
     for remark in (*list_remarks(report), *limit_lines(report)):
         line(remark)
     for target in report.targets:
@@ -267,7 +267,7 @@ def _build_table(title: str, rows: list[dict[str, str]], width: int) -> "Table":
 
 
 @contextmanager
-def _progress_on_terminal(*, quiet: bool) -> Iterator[None]:
+def _show_progress_on_terminal(*, quiet: bool) -> Iterator[None]:
     """Print log lines on tasks, rows and waits; with a spinner if standard error is a terminal."""
     if quiet:
         yield

@@ -72,7 +72,7 @@ class DoctorFinding(Frozen):
 def check_installation() -> tuple[DoctorFinding, ...]:
     """Check the store, the registry, the Prefect server, the libraries and the builders."""
     settings = load_settings()
-    # Slow imports run before the queries, because they would use up the time limit of a service.
+    # Slow imports run before the queries, so that they do not use up the time limit of a service.
     importlib.import_module("prefect.settings")
     if settings.store_root.startswith("s3://") or settings.triton.startswith("s3://"):
         importlib.import_module("s3fs")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tasks.bundles.new_draft import NewDraft
 
 CANDIDATES = 10
-"""Most columns that the question about the label lists."""
+"""Most columns that the command lists when it prompts for the label's column."""
 
 
 def new(
@@ -119,7 +119,7 @@ def new(
     from tasks.bundles.new_draft import new_draft
 
     rows = None
-    labels = _pairs("--label", label or [], key_is_optional=True)
+    labels = _parse_pairs("--label", label or [], key_is_optional=True)
     is_retrieval = query_tower is not None or sentence_transformer is not None
     if not labels and not is_retrieval and sys.stdin.isatty():
         rows = read_rows(data)
@@ -137,7 +137,7 @@ def new(
         time=time,
         inputs={
             argument: tuple(names.split(","))
-            for argument, names in _pairs("--input", columns or []).items()
+            for argument, names in _parse_pairs("--input", columns or []).items()
         },
         method=method,
         query_tower=query_tower,
@@ -159,7 +159,9 @@ def new(
         _show(written)
 
 
-def _pairs(option: str, values: list[str], *, key_is_optional: bool = False) -> dict[str, str]:
+def _parse_pairs(
+    option: str, values: list[str], *, key_is_optional: bool = False
+) -> dict[str, str]:
     """Parse the values ``KEY=VALUE`` of an option; a value without key is its key too.
 
     Raises:
@@ -186,6 +188,7 @@ def _show(written: "NewDraft") -> None:
     rows = [
         [
             item.name,
+            # A matrix is one tensor whose columns hold several inputs, its fields.
             f"{item.kind} of {len(item.fields)} parts" if item.kind == "matrix" else item.kind,
             ", ".join(item.columns[:4]) + (", ..." if len(item.columns) > 4 else ""),
             written.reasons.get(item.name, "identifies the item"),
@@ -213,6 +216,7 @@ def _show(written: "NewDraft") -> None:
     write_line("Next:")
     write_line(f"  recpress bundle pack {written.folder}")
     output = draft.signature.outputs[0]
+    # The limit is only an example; it is looser for the metrics of retrieval.
     least = "-0.02" if output.kind == "retrieval" else "-0.002"
     write_line(
         f"  recpress compress {draft.name} --preset fast --target onnxruntime "

@@ -125,7 +125,7 @@ def build_terms(
     """Build an order from the values of the options of ``order_from_options``.
 
     Args:
-        model: name@version, name or artifact URI of a packed bundle.
+        model: name@version, name or artifact URI of a bundle in the store.
         preset: name of the preset.
         limits: limits as text, such as ``auc vs baseline >= -0.002``.
         targets: names of required targets, in addition to the default target.

@@ -73,7 +73,7 @@ def tables_quantize(
         settings["tables"] = tensor
     step = build_table_step(table_format, settings)
     start = time.perf_counter()
-    with _progress_bar(quiet=as_json) as progress:
+    with _show_progress_bar(quiet=as_json) as progress:
         result = quantize(
             source, into, step, block_rows=block_rows, workers=workers, progress=progress
         )
@@ -152,7 +152,7 @@ def _print_plan(plan: "Plan") -> None:
 
 
 @contextmanager
-def _progress_bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def _show_progress_bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """Show a progress bar if standard error is a terminal.
 
     Yields:

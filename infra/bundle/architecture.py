@@ -118,6 +118,7 @@ def _import_class(path: str, allowed: Sequence[str], base: "type[T]") -> "type[T
         raise BundleRefused("architecture_no_class", path=path, kind=type(loaded).__name__)
     if not issubclass(loaded, base):
         raise BundleRefused("architecture_no_module_class", path=path)
+    # OWN_NETWORKS: network classes of recpress, such as the one for ONNX files.
     if path not in OWN_NETWORKS and not any(is_within(loaded.__module__, root) for root in allowed):
         raise BundleRefused(
             "architecture_defined_elsewhere",

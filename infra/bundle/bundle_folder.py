@@ -89,7 +89,7 @@ def read_draft(folder: Path) -> Draft:
     if "seal" in document or "files" in document:
         raise BundleRefused("already_sealed", folder=str(folder))
     draft = _migrate_and_parse(Draft, document, folder / MANIFEST)
-    stored_tensors(folder)
+    stored_tensors(folder)  # raises if a header is invalid
     path_fields: tuple[tuple[str, Mapping[Any, str]], ...] = (
         ("data", draft.data),
         ("vocabularies", draft.vocabularies),
@@ -136,7 +136,7 @@ def seal(
     partial_file = folder / f"{MANIFEST}.partial"
     # A killed run may have left a partial file.
     names = _list_file_names(folder, ignored=partial_file.name) - {MANIFEST}
-    stored_tensors(folder)
+    stored_tensors(folder)  # raises if a header is invalid
     records = linked or {}
     fields = {
         "schema_version": SCHEMA_VERSION,
@@ -199,7 +199,7 @@ def read(folder: Path) -> Manifest:
     manifest = parse_manifest(raw, folder)  # first, so that a draft is reported as a draft
     names = _list_file_names(folder)
     raise_if_any(folder, _find_differences(folder, names - {MANIFEST}, manifest.files))
-    stored_tensors(folder)
+    stored_tensors(folder)  # raises if a header is invalid
     return manifest
 
 
@@ -241,7 +241,7 @@ def check_weights(folder: Path, manifest: Manifest) -> dict[str, TensorFact]:
     buffer = bytearray(BLOCK_BYTES)
     problems = (nonfinite_problem(name, stored, buffer) for name, stored in tensors.items())
     raise_if_any(folder, (problem for problem in problems if problem))
-    raise_if_any(folder, _tie_problems(manifest.network.ties, tensors))
+    raise_if_any(folder, _find_tie_problems(manifest.network.ties, tensors))
     return {name: stored.fact for name, stored in tensors.items()}
 
 
@@ -267,7 +267,7 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
     uses = ((item, table) for item in manifest.signature.data_inputs for table in all_tables(item))
     for item, path in uses:
         name, table = shorten(item.name), shorten(path)
-        record = network.modules.get(path)
+        record = network.modules.get(path)  # only a compressed table or layer has a record
         weight = f"{path}.weight"
         fact = facts.get(network.ties.get(weight, weight))
         if record is not None:
@@ -311,7 +311,9 @@ def table_rows(facts: Mapping[str, TensorFact], manifest: Manifest) -> dict[str,
     return rows
 
 
-def _tie_problems(ties: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> Iterator[Reason]:
+def _find_tie_problems(
+    ties: Mapping[str, str], tensors: Mapping[str, StoredTensor]
+) -> Iterator[Reason]:
     """Yield a reason for each tied weight whose target is not stored, or that is itself stored.
 
     Args:

@@ -91,8 +91,9 @@ class ConstructorCalls:
         """
         import torch
 
-        is_plain = isinstance(value, torch.nn.Module | type | enum.Enum | tuple)
-        if is_plain or dataclasses.is_dataclass(value):
+        # These, and dataclasses, are described by their class and arguments, or as a JSON list.
+        is_described_otherwise = isinstance(value, torch.nn.Module | type | enum.Enum | tuple)
+        if is_described_otherwise or dataclasses.is_dataclass(value):
             return False
         is_known = id(value) in self.arguments and id(value) not in self.readers
         return not is_known and _can_be_named(type(value), self.allowed)
@@ -272,6 +273,8 @@ def _is_default(default: Any, argument: Any) -> bool:
 
 def _encode(value: Any, calls: ConstructorCalls, *, place: str) -> Any:
     """Return the JSON value that describes an argument.
+
+    A class is ``{"$class": "module:Class"}``; an object has its arguments as ``$arguments`` too.
 
     Args:
         value: the argument, or a part of it.

@@ -53,7 +53,7 @@ def read_onnx(path: Path) -> "ir.Model":
             raise DraftRefused("onnx_unreadable", path=str(path), problem="no graph with outputs")
         _require_opset(proto, path)
         model = ir.from_proto(proto)
-        external = [item for item in _tensors(model) if isinstance(item, ir.ExternalTensor)]
+        external = [item for item in _iterate_tensors(model) if isinstance(item, ir.ExternalTensor)]
         for tensor in external:
             tensor.base_dir = path.parent
             _require_readable(tensor, path)
@@ -80,7 +80,7 @@ def _require_opset(proto: "onnx.ModelProto", path: Path) -> None:
         raise DraftRefused("onnx_opset", path=str(path), first=first, last=last, got=got)
 
 
-def _tensors(model: "ir.Model") -> "Iterator[ir.TensorProtocol]":
+def _iterate_tensors(model: "ir.Model") -> "Iterator[ir.TensorProtocol]":
     """Yield all tensors of a model: weights and attributes, also of subgraphs and functions."""
     import onnx_ir as ir
 

@@ -1,8 +1,9 @@
 """Record what a constructor reads from an argument that a bundle cannot store.
 
-The network is constructed once more, with a stand-in for the argument: it passes each read on to
-the argument and records the result (``contracts/network.py`` shows the form). ``RecordedObject`` of
-``compressors/core/state/recorded_object.py`` later returns these results.
+The network is constructed once more. In place of the argument, the constructor receives a stand-in,
+which reads from the argument and records the result (``contracts/network.py`` shows the form). When
+the bundle is loaded, ``RecordedObject`` of ``compressors/core/state/recorded_object.py`` returns
+these results.
 
 A draft is the folder that becomes a bundle when it is packed.
 """
@@ -15,7 +16,10 @@ from compressors.contracts import READS, Reads, RecordedCall, is_out_of_memory
 from infra.errors import DraftRefused, Refused
 
 Encode = Callable[[Any, str], Any]
-"""Returns the JSON value of a value at a place; raises ``Refused`` if there is none."""
+"""Returns the JSON form of a value; raises ``Refused`` if there is none.
+
+The second argument is the expression that reads the value, for the message.
+"""
 
 
 def record_reads(
@@ -30,8 +34,8 @@ def record_reads(
         encode: encodes the values that are read.
 
     Raises:
-        DraftRefused: the constructor fails, because it uses a value that JSON cannot represent for
-            more than reads; contains the last one.
+        DraftRefused: the constructor fails, because it does more than read from a value that JSON
+            cannot represent; the error names the last such value.
     """
     opaque: list[tuple[str, str]] = []
     recordings = {
@@ -55,7 +59,8 @@ def record_reads(
 class _Recording:
     """The reads of a value: by name, key or arguments, the result and its JSON value.
 
-    The JSON value is computed when the constructor reads the result, because it may change a list.
+    The JSON value is computed when the constructor reads the result, because the constructor may
+    change a result, such as a list, afterwards.
 
     Attributes:
         value: the value that is read.
@@ -118,7 +123,7 @@ class _Recording:
         return {READS: reads.model_dump(mode="json", exclude_defaults=True)}
 
     def _require_text(self, key: Any) -> str:
-        """Return a key, which JSON can only represent if it is a text."""
+        """Return a key; raise ``TypeError`` if it is no text, which JSON requires of keys."""
         if not isinstance(key, str):
             raise TypeError(f"expected a text as key of {self.place}, got {key!r}")
         return key
@@ -152,7 +157,8 @@ class StandIn:
         self.__recording = recording
 
     def __getattr__(self, name: str) -> Any:
-        # Python reads special attributes of its own; the private one is missing while it is copied.
+        # Python itself looks up special attributes. While ``copy`` creates a copy, the private
+        # attribute ``__recording`` is missing, and reading it below would recurse without end.
         if name.startswith(("__", "_StandIn__")):
             raise AttributeError(name)
         return self.__recording.attribute(name)

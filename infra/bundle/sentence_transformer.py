@@ -4,6 +4,9 @@ The folder has the settings as JSON, the weights as safetensors, and a ``tokeniz
 data: no code of the folder runs, and the packages sentence-transformers and transformers are not
 needed. Files that a setting names must be in the folder.
 
+recpress uses such a model for retrieval: a query tower encodes the texts of queries, and an item
+tower the texts of items (documents); both are this model.
+
 A draft is the folder that becomes a bundle when it is packed.
 """
 
@@ -52,9 +55,10 @@ class SavedSentenceTransformer:
         folder: its folder.
         encoder: the module ``Transformer``.
         modules: the modules after it.
-        config: the settings of the encoder for transformers.
-        similarity: what the vectors are compared with; None for the default.
-        prompts: what is written before the texts of ``query`` and ``item``; empty for nothing.
+        config: the encoder's ``config.json``, as the package transformers defines it.
+        similarity: the name of the function that compares two vectors; None for the default.
+        prompts: the text that is put before each text, by tower (``query``, ``item``); may be
+            empty.
         longest: the largest number of tokens of a text; None if the tokenizer has no limit.
     """
 
@@ -86,7 +90,7 @@ def read_sentence_transformer(folder: Path) -> SavedSentenceTransformer:
     """
     settings = _read_object(folder / MODEL_SETTINGS)
     _require_model(folder, settings)
-    encoder, *others = _modules(folder)
+    encoder, *others = _read_modules(folder)
     config = _read_object(encoder.folder / CONFIG, is_needed=True)
     tokenizer = _read_object(encoder.folder / TOKENIZER_CONFIG)
     if not (encoder.folder / TOKENIZER).is_file():
@@ -99,7 +103,7 @@ def read_sentence_transformer(folder: Path) -> SavedSentenceTransformer:
         modules=tuple(others),
         config=config,
         similarity=None if similarity is None else str(similarity),
-        prompts=_prompts(settings, others),
+        prompts=_select_prompts(settings, others),
         longest=longest if isinstance(longest, int) and longest > 0 else None,
     )
 
@@ -115,7 +119,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if (folder / WEIGHTS_INDEX).is_file():
         index = _read_object(folder / WEIGHTS_INDEX).get("weight_map")
         names = sorted(set(index.values())) if isinstance(index, Mapping) else []
-        files = tuple(_inside(folder, name) for name in names)
+        files = tuple(_resolve_inside(folder, name) for name in names)
         if files and all(file.is_file() for file in files):
             return files
     pickled = [file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind)]
@@ -128,7 +132,7 @@ def _require_model(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise ``DraftRefused`` unless the folder has a model with one vector per text."""
     kind = settings.get("model_type", SENTENCE_TRANSFORMER)
     config = _read_object(folder / CONFIG)
-    if "SequenceClassification" in str(config.get("architectures")):
+    if "SequenceClassification" in str(config.get("architectures")):  # a score per pair of texts
         kind = "CrossEncoder"
     if kind != SENTENCE_TRANSFORMER:
         raise DraftRefused("text_model_other_model", folder=str(folder), got=str(kind))
@@ -139,7 +143,7 @@ def _require_model(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _modules(folder: Path) -> list[SavedModule]:
+def _read_modules(folder: Path) -> list[SavedModule]:
     """Return the modules of a model; the first one is the encoder.
 
     Raises:
@@ -152,10 +156,10 @@ def _modules(folder: Path) -> list[SavedModule]:
         path, kind = (str(fields.get(key, "")) for key in ("path", "type"))
         if not kind.startswith(LIBRARY):
             raise DraftRefused("text_model_module_foreign", path=str(folder / MODULES), got=kind)
-        name, place = kind.rpartition(".")[2], _inside(folder, path)
+        name, place = kind.rpartition(".")[2], _resolve_inside(folder, path)
         if modules:
             settings = _read_object(place / CONFIG)
-        else:  # the name of the file has that of the family in early versions
+        else:  # named after a model family, such as sentence_bert_config.json
             files = sorted(place.glob("sentence_*_config.json"))
             settings = _read_object(files[0]) if files else {}
         modules.append(SavedModule(name, place, settings))
@@ -168,11 +172,12 @@ def _modules(folder: Path) -> list[SavedModule]:
     return modules
 
 
-def _prompts(settings: Mapping[str, Any], modules: list[SavedModule]) -> dict[str, str]:
-    """Return the prompts before the texts of queries and items.
+def _select_prompts(settings: Mapping[str, Any], modules: list[SavedModule]) -> dict[str, str]:
+    """Return the prompt of each tower, ``query`` and ``item``.
 
     Raises:
-        DraftRefused: the default prompt would apply to neither, or a pooling omits prompts.
+        DraftRefused: the default prompt is that of neither tower, or a pooling module leaves out
+            the tokens of prompts.
     """
     given = settings.get("prompts")
     texts = {
@@ -228,7 +233,7 @@ def _read_object(path: Path, *, is_needed: bool = False) -> dict[str, Any]:
     return value
 
 
-def _inside(folder: Path, name: object) -> Path:
+def _resolve_inside(folder: Path, name: object) -> Path:
     """Return the path of a file or folder that a setting names.
 
     Raises:

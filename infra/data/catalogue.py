@@ -3,7 +3,8 @@
 The split ``items`` of a retrieval model is the catalogue: one row per item, with the inputs of the
 item tower. The rows of the other splits are interactions: the inputs of the query tower and the id
 of an item. ``prepare`` adds that item's other inputs, so that every row is a complete input of the
-model, as for any other task.
+model, as for any other task. ``RAGGED`` inputs are lists of different lengths, which are stored one
+after another; ``@bounds/<name>`` contains the bounds of each row's list.
 """
 
 from collections.abc import Collection, Mapping

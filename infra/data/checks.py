@@ -3,6 +3,10 @@
 A planned check is a plain value that ``expectations.py`` runs. The plan depends only on the
 signature, the column types, the tables and the rules, so the number of planned checks can be
 compared with the number of evaluated checks.
+
+Of the inputs, a ``BoundedInput`` has a range of valid integers, such as the rows of a table; a
+``KeyInput`` identifies an item and is not passed to the model. A ``use`` is what a signature reads
+a column for, such as an input or the time; a column may have several.
 """
 
 from dataclasses import dataclass, field, replace
@@ -221,9 +225,9 @@ def _plan_input_checks(
             if table not in rows_of_table:
                 known = tuple(sorted(rows_of_table)) or ("none",)
                 raise DataRefused("table_unknown", input=item.name, table=table, tables=known)
-        if requires_known_values(split, item):
+        if requires_known_values(split, item):  # values out of range are an error in this split
             rule, low, high = _describe_range(item, column, rows_of_table)
-        else:
+        else:  # ``item.out_of_range`` says how they are replaced: only the type is checked
             low, high = int(INT32.min), int(INT32.max)
             place, what = ("the table", "id") if tables else ("the range", "value")
             rule = f"{what} fits int32 (outside {place}: {item.out_of_range})"
@@ -272,7 +276,7 @@ def _plan_label_checks(split: str, output: Output, rules: Rules) -> list[Check]:
             Check(split, where, "0 or 1", ROWS, "ExpectColumnValuesToBeInSet", settings),
         ]
     view = ROWS if where is None else LABELLED
-    if output.task_kind.labels == "grades":
+    if output.task_kind.labels == "grades":  # graded relevance; else clicks, 0 or 1
         planned = [
             _plan_not_null(split, label, view),
             _plan_between(split, label, "at least 0, finite in float32", view, 0, FLOAT32_MAX),

@@ -124,6 +124,7 @@ def check_equal_lengths(
         other = sequences.get(str(item.same_length_as))
         if other is not None:
             name, other_name = item.columns[0], other.columns[0]
+            # The third result of ``flatten`` is the number of values of each row.
             lengths, expected = (flatten(batch.column(column))[2] for column in (name, other_name))
             rule = f"a list has another length than that of column {other_name!r} in its row"
             violations.add(name, rule, first + np.flatnonzero(lengths != expected))

@@ -169,7 +169,7 @@ def _check_split(
     for index, check in enumerate(checks):
         reason = _explain_no_evaluation(check, inspection, starts)
         if reason:
-            findings[index] = _unevaluated(check, reason)
+            findings[index] = _build_unevaluated(check, reason)
         else:
             suites.setdefault(check.frame, []).append(index)
     for frame_key, indices in suites.items():
@@ -288,7 +288,7 @@ def _to_series(column: pa.Array) -> "pd.Series[Any]":
         column = column.cast(pa.int8())
     elif kind == "float":
         column = column.cast(pa.float64())
-    elif kind in MOMENTS:
+    elif kind in MOMENTS:  # timestamps and dates
         column = to_plain_times(column)
     if pa.types.is_integer(column.type) and column.null_count:
         wide = pd.UInt64Dtype() if pa.types.is_uint64(column.type) else pd.Int64Dtype()
@@ -342,7 +342,7 @@ def _run_suite(
             },
         )
     except GreatExpectationsError as fault:
-        return [_unevaluated(check, f"Great Expectations failed: {fault}") for check in suite]
+        return [_build_unevaluated(check, f"Great Expectations failed: {fault}") for check in suite]
     results = {item.expectation_config.meta["index"]: item for item in validation.results}
     return [
         _to_finding(check, results.get(index), inspection, starts)
@@ -363,10 +363,10 @@ def _to_finding(
 ) -> Finding:
     """Convert the result of Great Expectations for one check; ``gx_result`` is None if missing."""
     if gx_result is None:
-        return _unevaluated(check, "Great Expectations returned no result for it")
+        return _build_unevaluated(check, "Great Expectations returned no result for it")
     message = _join_exception_messages(gx_result.exception_info)
     if message:
-        return _unevaluated(check, f"it raised inside Great Expectations: {message}")
+        return _build_unevaluated(check, f"it raised inside Great Expectations: {message}")
     result = gx_result.result
     observed = _format_observed(check, result, inspection)
     rows: dict[int, str] = {}
@@ -436,7 +436,7 @@ def _format_value(check: Check, value: Any, kind: str, starts: dict[str, Any]) -
     return str(value.item() if isinstance(value, np.generic) else value)
 
 
-def _unevaluated(check: Check, why: str) -> Finding:
+def _build_unevaluated(check: Check, why: str) -> Finding:
     """Return the finding of a check that could not be evaluated."""
     return Finding(
         split=check.split,

@@ -37,7 +37,7 @@ from infra.errors import DataRefused
 ROWS_SHOWN = 20
 """Most row numbers that an error lists for one violated rule."""
 
-# Column types, as ``get_kind`` names them.
+# Column types, as ``get_kind`` names them. Moments are points in time.
 NUMBERS = ("integer", "float", "boolean")
 MOMENTS = ("timestamp", "timestamp with time zone", "date")
 SCALARS = (*NUMBERS, *MOMENTS, "string", "binary", "decimal", "time of day")
@@ -125,7 +125,11 @@ def refuse_if_any(parquet: Path, lines: list[str]) -> None:
 
 
 def column_uses(signature: Signature) -> tuple[ColumnUse, ...]:
-    """List the columns that a signature reads: one entry per use, in the signature's order."""
+    """List the columns that a signature reads: one entry per use, in the signature's order.
+
+    Values of an ``IdInput`` are looked up in a table, those of an ``IntegerInput`` are not. A
+    ``KeyInput`` identifies an item and is not passed to the model.
+    """
     id_remedy = "Encode it to row numbers of the table and store it as int64."
     uses: list[ColumnUse] = []
     for item in signature.data_inputs:

@@ -236,7 +236,10 @@ def check_ids(
 
 
 def _describe_inexact_ids(signature: Signature, rows_of_table: dict[str, int]) -> list[str]:
-    """Return a line for each field of a float matrix with ids that float32 cannot represent."""
+    """Return a line for each field of a float matrix with ids that float32 cannot represent.
+
+    A matrix is one tensor whose columns hold several inputs, its fields.
+    """
     return [
         f"matrix {item.name!r}, field {field.name!r}: id {largest} is not exact in float32. Use a "
         "matrix of dtype 'int64', or pass these ids as an input."
@@ -255,6 +258,8 @@ def _describe_setting_problems(item: BoundedInput, rows_of_table: dict[str, int]
         return []
     lines = []
     if isinstance(item, IdInput) and item.fields:
+        # Several columns share a table. The network adds ``field.offset`` to an id of the column;
+        # the sum is the row of the table.
         for column, field in zip(item.columns, item.fields, strict=True):
             low, high = field.first + field.offset, field.first + field.rows - 1 + field.offset
             lines += [

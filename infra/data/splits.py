@@ -5,12 +5,15 @@ Files are read in record batches, so only the tensors and one batch are in memor
 not match the signature exactly is an error with column, rule and rows. No value is cast, filled in
 or truncated to match, except that a tokenizer truncates texts.
 
+A matrix is an input whose tensor holds several inputs, its fields. An input is ragged (a jagged
+bag, a sequence, tokens) if its rows are lists of different lengths, stored one after another.
+
 Layout of ``data.safetensors``, one file per split:
 
-field of a matrix       as an input of its kind, under the field's name
-other inputs            the input's name, ``(rows, *shape)``, the declared dtype
-ragged input: jagged    the input's name, ``(all ids,)``, and ``@bounds/<name>``, int64
-bag, sequence, tokens   ``(rows + 1,)``: the ids of row ``i`` are ``[bounds[i], bounds[i + 1])``
+ragged input            the input's name, ``(all ids,)``, and ``@bounds/<name>``, int64
+                        ``(rows + 1,)``: the ids of row ``i`` are ``[bounds[i], bounds[i + 1])``
+any other input         the input's name, ``(rows, *shape)``, the declared dtype
+matrix                  each field like an input, under the field's name
 ``@label``              float32 ``(rows,)``, or ``(rows, outputs)`` for several outputs; all 1 if
                         an output has no label; NaN in rows for which ``label_where`` is 0
 ``@group``              int64 ``(rows,)``; integers are unchanged, other values are numbered in

@@ -160,7 +160,8 @@ def _load(item: TokensInput, files: Mapping[str, Path]) -> TextTokenizer:
     """Load the tokenizer of one input, and apply the settings of the input.
 
     The tokenizer's direction of truncation, and a length below that of the input, stay in force.
-    Dropout of merges is for training only: with it, a text has other ids each time.
+    BPE dropout, which skips merges at random, is for training only: with it, a text has other ids
+    each time.
     """
     path = files.get(item.tokenizer)
     if path is None:
@@ -198,6 +199,7 @@ def _load(item: TokensInput, files: Mapping[str, Path]) -> TextTokenizer:
             shortest=item.min_length,
             longest=longest,
         )
+    # The model always receives token types of 0, since a row has only one text.
     if item.token_types is not None and any(tokenizer.encode("a").type_ids):
         raise DataRefused("tokenizer_types", input=item.name, tokenizer=item.tokenizer)
     tokenizer.enable_truncation(longest, direction=str(settings["direction"]))

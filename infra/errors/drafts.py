@@ -1,10 +1,11 @@
-"""Errors of writing a draft, a bundle before it is packed, from a trained network.
+"""Errors of writing a draft from a trained network.
+
+A draft is the folder of a bundle before it is packed.
 
 ``sentences`` of the class maps the code of each error to its message, with the fields in braces
 (see ``infra/errors/__init__.py``). ``path`` is the network in the user's module, in the form
 ``module:name``, an ONNX file in codes that begin with ``onnx``, and a file of a model of
-sentence-transformers in codes that begin with ``text_model``. A draft is the folder of a bundle
-before it is packed.
+sentence-transformers in codes that begin with ``text_model``.
 """
 
 from typing import ClassVar

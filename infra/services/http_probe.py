@@ -23,7 +23,7 @@ from infra.settings import public_uri
 TIMEOUT_SECONDS = 5.0
 """Default deadline of a request."""
 MAX_BYTES = 1_000_000
-"""At most so many bytes of a response's body are read."""
+"""Most bytes of a response's body that are read."""
 
 T = TypeVar("T")
 

@@ -312,7 +312,7 @@ def _send_signal(
 
 
 @contextlib.contextmanager
-def _state_lock(state: Path) -> Iterator[None]:
+def _hold_state_lock(state: Path) -> Iterator[None]:
     """Hold the lock of a state folder, so that only one command runs services in it.
 
     Raises:
@@ -353,7 +353,7 @@ def up(*, any_ports: bool) -> None:
         SettingRefused: a program, folder or setting is missing, or the services run already.
     """
     state = load_settings().home / "services"
-    with _state_lock(state):
+    with _hold_state_lock(state):
         services = prepare_services(state, any_ports=any_ports)
         processes = LocalProcesses(services, state)
         signal.signal(signal.SIGTERM, _interrupt)

@@ -12,9 +12,7 @@ of the large file. The finished artifact is called the result. The files of a re
 Each chunk is hashed from the pieces as they are written, so the file is not read again at the end.
 A run that resumes reads the blocks of the journal from the unfinished file, compares them with the
 checksums in the journal, and hashes them. Blocks that differ, for instance after a power failure,
-count as not written.
-
-A draft is the folder that becomes a bundle when it is packed.
+count as not written. In error codes, ``draft`` means the unfinished result.
 """
 
 import fcntl
@@ -47,7 +45,7 @@ from infra.store.temporary import is_old
 MANIFEST = "manifest.json"
 FILES = "files"
 MAX_HEADER_BYTES = 8192
-"""At most so many bytes are read to decide whether a file is a journal of this module."""
+"""Most bytes that are read to decide whether a file is a journal of this module."""
 
 _HEADER = re.compile(rb'\["[0-9a-f]{64}", ".*", \d+\]$')
 """The first line of a journal: a JSON list of job digest, path and size of the large file."""

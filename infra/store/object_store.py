@@ -169,7 +169,7 @@ class Store:
             ArtifactMissing: this store has no complete artifact with this hash.
             StoreRefused: the URI is not of the form ``[<root>/]artifacts/<sha256>``.
         """
-        name = _name_from_uri(uri)
+        name = _parse_artifact_name(uri)
         try:
             return self._build_artifact(self._manifest(name))
         except ArtifactMissing as fault:
@@ -223,7 +223,7 @@ class Store:
             ArtifactMissing: the artifact has no manifest, so it does not exist.
             ArtifactDamaged: the manifest does not match the hash or the size of the artifact.
         """
-        if _name_from_uri(artifact.uri) != artifact.sha256:
+        if _parse_artifact_name(artifact.uri) != artifact.sha256:
             raise ArtifactDamaged("artifact_names_differ", uri=artifact.uri, sha256=artifact.sha256)
         manifest = self._manifest(artifact.sha256)
         if manifest.bytes != artifact.bytes:
@@ -407,7 +407,7 @@ class Store:
         return body
 
 
-def _name_from_uri(uri: str) -> str:
+def _parse_artifact_name(uri: str) -> str:
     """Return the hash in an artifact's URI; raise ``StoreRefused`` if there is none."""
     name = artifact_name(uri)
     if name is None:
