@@ -7,7 +7,7 @@ auxiliary_losses.py   hint projections and an auxiliary head
 student.py            build a smaller network of the same class
 distill.py            step: train a pruned or smaller network with a teacher
 fine_tune.py          step: train on the labels
-code_reassignment.py  select new codes for packed tables so that the loss decreases
+code_reassignment.py  select new codes for packed (compressed) tables so that the loss decreases
 refit_codes.py        step: train the codebooks or scales of packed tables, and select new codes
 recalibrate.py        step: calibrate probabilities
 """

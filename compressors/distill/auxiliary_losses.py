@@ -37,7 +37,7 @@ class AuxiliaryLosses(nn.Module):
     """Hint projections and an auxiliary head, with the layer outputs of the last forward pass.
 
     Args:
-        hints: names of the hinted layers, which both networks have.
+        hints: names of the layers with hints, which both networks have.
         auxiliary: the layer whose output the head receives, or None.
         student_widths: by layer, the size of the last dimension of the student's output.
         teacher_widths: the same for the teacher.
@@ -83,7 +83,7 @@ class AuxiliaryLosses(nn.Module):
         return predictions.squeeze(1) if predictions.shape[1] == 1 else predictions
 
     def hint_loss(self, targets: dict[str, Tensor]) -> Tensor:
-        """Return the distance of the student's hinted layers from the teacher's, a scalar.
+        """Return the distance of the student's layers with hints from the teacher's, a scalar.
 
         It is the mean over layers of the mean squared difference after the projection, divided by
         the mean square of the teacher layer's output for the batch.
@@ -92,8 +92,8 @@ class AuxiliaryLosses(nn.Module):
             targets: by layer, the teacher's outputs for the same rows.
 
         Raises:
-            DistillationRefused: a layer's outputs have another number of vectors than the
-                teacher's.
+            DistillationRefused: the shapes of a layer's projected output and of the teacher's
+                output differ.
         """
         losses = []
         for name, projection in zip(self.hints, self.maps, strict=True):
@@ -202,14 +202,14 @@ def add_hint_loss(
 ) -> Loss:
     """Return a loss that adds the hint loss, multiplied by ``hint_weight``, to another loss.
 
-    The original is evaluated for every batch, instead of once, because the stored outputs of its
-    layers would take more space than the rows. Its tensors are not changed.
+    The original is evaluated for every batch, instead of once, because the outputs of its layers
+    for all training rows would take more space than these rows. Its tensors are not changed.
 
     Args:
         loss: the loss without hints.
         auxiliary: the hint projections, with the student's outputs of the last forward pass.
         original: the teacher.
-        hints: names of the hinted layers.
+        hints: names of the layers with hints.
         hint_weight: factor of the hint loss; it may be above 1.
         signature: the signature of the teacher.
     """

@@ -64,7 +64,7 @@ def propose(table: PackedTable, gradient: Tensor, curvature: Tensor) -> Proposed
     Args:
         table: a packed table whose codes index a codebook or uniform levels.
         gradient: gradient of the loss at the table's current weights, ``(rows, dim)``.
-        curvature: mean squared gradients, ``(rows, dim)``; rows without any keep their codes.
+        curvature: mean squared gradients, ``(rows, dim)``; rows of zeros keep their codes.
     """
     storage, stored = _require_codes_format(table), dict(table.named_buffers())
     with torch.no_grad():
@@ -124,9 +124,9 @@ def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Ten
     Each column has its own code, so weights of columns do not matter.
     """
     bits, shared = _get_code_bits(table), scales.SharedScales.from_settings(table.settings)
-    # A symmetric grid with a level at zero has an odd number of levels, so code 0 is not used.
-    # Symmetric int2 has no level at zero and uses all four codes (see
-    # ``quantize/kernels/levels.py``).
+    # A grid is the set of levels. A symmetric grid with a level at zero has an odd number of
+    # levels, so code 0 is not used. Symmetric int2 has no level at zero and uses all four codes
+    # (see ``quantize/kernels/levels.py``).
     has_zero_level = shared.symmetric and bits > 2
     grid = Grid(2**bits - has_zero_level, shared.symmetric, rows_per_scale=shared.rows_per_scale)
     stored = dict(table.named_buffers())

@@ -55,7 +55,7 @@ class Distill(StepSettings):
 
     effect: ClassVar[Effect] = "values"  # units keep their format; weights and widths change
     recovers_quality: ClassVar[bool] = True
-    trains_towers: ClassVar[bool] = True
+    trains_towers: ClassVar[bool] = True  # the step can train a model with two towers
 
     kind: Literal["distill"] = "distill"
     soft_share: float = Field(
@@ -241,7 +241,7 @@ class Distill(StepSettings):
 
     def _require_tower_settings(self, bench: Bench) -> None:
         """Raise ``NothingToCompress`` for a setting that a model with two towers cannot use."""
-        if bench.signature.scores_rows:
+        if bench.signature.scores_rows:  # one score per row: the model has no towers
             return
         expected: dict[str, tuple[object, ...]] = {
             "loss": ("task", "listwise", "margin"),

@@ -1,8 +1,8 @@
 """Fine-tuning: train a pruned or quantized network on the labels.
 
-Weights that pruning set to zero stay zero, so this step may follow ``magnitude``. In quantized
-layers, the scales and biases are trained with gradients of the quantized output (Esser et al. 2020,
-https://arxiv.org/abs/1902.08153). Differs: the codes do not change.
+Weights that pruning set to zero stay zero, so this step may follow the pruning step ``magnitude``.
+In quantized layers, the scales and biases are trained with gradients of the quantized output (Esser
+et al. 2020, https://arxiv.org/abs/1902.08153). Differs: the codes do not change.
 """
 
 from typing import ClassVar, Literal
@@ -29,7 +29,7 @@ class FineTune(StepSettings):
 
     effect: ClassVar[Effect] = "values"  # units keep their format; their weights change
     recovers_quality: ClassVar[bool] = True
-    trains_towers: ClassVar[bool] = True
+    trains_towers: ClassVar[bool] = True  # the step can train a model with two towers
 
     kind: Literal["fine_tune"] = "fine_tune"
     training: Training = Field(default_factory=Training, description="Settings of the training.")

@@ -53,7 +53,10 @@ from compressors.quantize.kernels.levels import SMALLEST
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 5
-"""Number of shares of rows that are tried until the loss decreases, each a quarter of the last."""
+"""Number of shares of rows that are tried until the loss decreases.
+
+Each share is a quarter of the one before.
+"""
 
 
 class RefitCodes(StepSettings):
@@ -61,7 +64,7 @@ class RefitCodes(StepSettings):
 
     effect: ClassVar[Effect] = "values"  # units keep their format; codes and weights change
     recovers_quality: ClassVar[bool] = True
-    trains_towers: ClassVar[bool] = True
+    trains_towers: ClassVar[bool] = True  # the step can train a model with two towers
 
     kind: Literal["refit_codes"] = "refit_codes"
     tables: tuple[str, ...] = Field(
@@ -98,7 +101,7 @@ class RefitCodes(StepSettings):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training rows with soft labels, validation rows to select the best state, a catalogue."""
+        """Training rows with soft labels, validation rows, and what the training needs."""
         return ("train", "validation", "soft_labels", *self.training.needs)
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
@@ -228,6 +231,7 @@ class RefitCodes(StepSettings):
 
 def _find_table_with_codes(unit: Unit) -> PackedTable | None:
     """Return the packed table of a unit if its codes can be selected again; otherwise None."""
+    # A ``Bag`` is a compressed EmbeddingBag: a table whose looked-up rows are reduced.
     table = unit.module.table if isinstance(unit.module, Bag) else unit.module
     if isinstance(table, PackedTable) and isinstance(table.storage, FormatWithCodes):
         return table

@@ -126,6 +126,7 @@ def _construct_empty(architecture: type[nn.Module], config: Config) -> nn.Module
 
 def _assign_original_tensors(model: Model, student: nn.Module, config: Config) -> Model:
     """Assign the original's tensors to the student where their shapes match."""
+    # Convolutions of kernel size 1 become dense layers, as in every loaded model.
     replace_pointwise_convs(student)
     student_names = {unit.name for unit in Unit.of(student)}
     for unit in Unit.of(model.module):
@@ -154,7 +155,7 @@ def _get_shape(unit: Unit) -> tuple[int, ...]:
 
 
 def _unwrap_bag(unit: Unit) -> nn.Module:
-    """Return the module of a unit or, if it is a bag, the table inside."""
+    """Return the module of a unit or, if it is a compressed EmbeddingBag, the table inside."""
     return unit.module.table if isinstance(unit.module, Bag) else unit.module
 
 
@@ -184,7 +185,7 @@ def _require_float_layers(model: Model) -> None:
         DistillationRefused: there is such a unit; the error names it.
     """
     for unit in Unit.of(model.module):
-        is_float = unit.format in ("float32", TIED)
+        is_float = unit.format in ("float32", TIED)  # TIED: the weight is that of a table
         if not is_float and not (_is_packed_table(unit) or unit.part_of is not None):
             raise DistillationRefused("layer_packed", layer=unit.name)
 

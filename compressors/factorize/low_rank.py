@@ -66,9 +66,10 @@ def factorize(table: Tensor, rank: int, weight: Tensor) -> tuple[Tensor, Tensor,
 
 @dataclass(frozen=True)
 class LowRankComposition:
-    """A table composed of the table ``narrow`` ``(rows, rank)`` and two tensors.
+    """A table composed of one smaller table (its *part*) and two tensors.
 
-    These are ``projection`` ``(rank, dim)`` and ``mean`` ``(dim,)``, float32. The protocol
+    The part is ``narrow`` ``(rows, rank)``. The tensors are ``projection`` ``(rank, dim)`` and
+    ``mean`` ``(dim,)``, float32. The protocol
     ``Composition`` (``core/modules/composed.py``) explains the methods. ``rows_per_entry=0``: the
     tensor belongs to the whole table, not to its rows.
     """
@@ -106,7 +107,8 @@ class LowRankComposition:
     def multiply(self, stored: Mapping[str, Tensor], parts: Parts, x: Tensor) -> Tensor:
         projected = F.linear(x, stored["projection"])  # (*, rank)
         mean = torch.matmul(x, stored["mean"].unsqueeze(1))  # (*, 1), the same for every row
-        # ``narrow`` may be compressed: then its weight is a ``TableWeight``.
+        # ``narrow`` may be compressed. Then its weight is no tensor but a ``TableWeight``, which
+        # ``F.linear`` accepts.
         return F.linear(projected, parts["narrow"].weight) + mean  # type: ignore[arg-type]
 
 

@@ -193,7 +193,8 @@ class LowRankDense(StepSettings):
         rank_1_bytes = layout_bytes(
             describe_factored_layout(inputs, outputs, 1, bias=unit.bias is not None)
         )
-        return Decision("deferred", (reason,), (rank_1_bytes, unit.bytes))  # bounds of the bytes
+        # ``apply`` decides; the plan has the smallest and the largest possible number of bytes.
+        return Decision("deferred", (reason,), (rank_1_bytes, unit.bytes))
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Replace every selected layer by its factors.

@@ -216,11 +216,12 @@ class _System:
 
 @dataclass(frozen=True)
 class MultiHashComposition:
-    """A table composed of the table ``buckets`` ``(buckets, dim)`` and two tensors.
+    """A table composed of one smaller table (its *part*) and two tensors.
 
-    These are ``functions``, the coefficients of the hash functions, int64 ``(hashes, 2 or 4)``, and
-    ``mean`` ``(dim,)``. The protocol ``Composition`` (``core/modules/composed.py``) explains the
-    methods. ``rows_per_entry=0``: the tensor belongs to the whole table, not to its rows.
+    The part is ``buckets`` ``(buckets, dim)``. The tensors are ``functions``, the coefficients of
+    the hash functions, int64 ``(hashes, 2 or 4)``, and ``mean`` ``(dim,)``. The protocol
+    ``Composition`` (``core/modules/composed.py``) explains the methods. ``rows_per_entry=0``: the
+    tensor belongs to the whole table, not to its rows.
     """
 
     name: str = "multi_hash"

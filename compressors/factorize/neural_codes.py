@@ -230,10 +230,11 @@ def _train(
 
 @dataclass(frozen=True)
 class NeuralCodesComposition:
-    """A table composed of the table ``codes`` ``(rows, code)`` and the tensors of ``Decoder``.
+    """A table composed of one smaller table (its *part*) and the tensors of ``Decoder``.
 
-    The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
-    ``rows_per_entry=0``: a tensor belongs to the whole table, not to its rows.
+    The part is ``codes`` ``(rows, code)``. The protocol ``Composition``
+    (``core/modules/composed.py``) explains the methods. ``rows_per_entry=0``: a tensor belongs to
+    the whole table, not to its rows.
     """
 
     name: str = "neural_codes"

@@ -197,9 +197,10 @@ def _sum_normal_equations(
 
 @dataclass(frozen=True)
 class QuotientRemainderComposition:
-    """A table composed of ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``.
+    """A table composed of two smaller tables (its *parts*), for quotients and remainders of ids.
 
-    The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
+    They are ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``. The protocol
+    ``Composition`` (``core/modules/composed.py``) explains the methods.
     """
 
     name: str = "quotient_remainder"

@@ -1,4 +1,7 @@
-"""Find a layout and dtypes with which a network runs, and call it with the sampled rows."""
+"""Find a layout and dtypes with which a network runs, and call it with the sampled rows.
+
+A layout says which columns of the data fill which argument, and how the network is called.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -34,14 +37,15 @@ def first_call(
         method = layout.call.method
         for with_mask in _mask_dtypes(layout):
             try:
-                tensors, before = _call_with_dtypes(network, with_mask, sample)
+                tensors, observation = _call_with_dtypes(network, with_mask, sample)
             except CallFailed as fault:
+                # A network that reads no key of a mapping does not expect a mapping.
                 if layout.call.form != "mapping" or fault.accessed:
                     failure = failure or (fault, layout)
                 continue
             if layout.call.form == "mapping":
-                return *_keep_accessed(with_mask, tensors, before.accessed), before
-            return with_mask, tensors, before
+                return *_keep_accessed(with_mask, tensors, observation.accessed), observation
+            return with_mask, tensors, observation
     if failure is None:
         raise InspectionFailed(
             "arguments_unknown",
@@ -51,14 +55,14 @@ def first_call(
             first="NAME",
             columns=tuple(sample),
         )
-    last, failed = failure
+    first_fault, failed_layout = failure
     raise InspectionFailed(
         "network_fails",
         architecture=type(network).__name__,
         rows=len(next(iter(sample.values())).values),
-        problem=repr(last.problem),
-        inputs=tuple(f"{a.name} ({', '.join(a.columns)})" for a in failed.arguments),
-    ) from last.problem
+        problem=repr(first_fault.problem),
+        inputs=tuple(f"{a.name} ({', '.join(a.columns)})" for a in failed_layout.arguments),
+    ) from first_fault.problem
 
 
 def _keep_accessed(
@@ -84,7 +88,7 @@ def _mask_dtypes(layout: Layout) -> Iterator[Layout]:
 
 
 def _build_tensors(layout: Layout, sample: Sample, floats: Mapping[str, bool]) -> Tensors:
-    """Return the input tensors; integers are int64 unless ``floats`` says float32."""
+    """Return the input tensors; integers are int64, or float32 for the arguments in ``floats``."""
     tensors: Tensors = {}
     for argument in layout.arguments:
         is_integer = all(sample[name].is_integer for name in argument.columns)
@@ -99,8 +103,8 @@ def _call_with_dtypes(
 ) -> tuple[Tensors, Observation]:
     """Find which columns of integers the network receives as floats, and call it.
 
-    Integers that are looked up remain integers. Other ones become floats if the network then runs,
-    or returns the same.
+    Integers that are looked up in a table remain integers. Other ones become floats if the network
+    fails without that, or returns the same with it.
 
     Raises:
         CallFailed: the network fails with all dtypes.
@@ -140,7 +144,7 @@ def _try_one_more_float(
         ``floats`` with this argument: whether each argument is passed as floats.
 
     Raises:
-        CallFailed: there is none; contains the first error.
+        CallFailed: there is no such argument. It is the error ``fault``.
     """
     tensors = _build_tensors(layout, sample, floats)
     for argument in layout.arguments:
@@ -159,7 +163,10 @@ def _try_one_more_float(
 def _may_be_float(
     argument: Argument, sample: Sample, tensors: Tensors, lookups: tuple[Lookup, ...]
 ) -> bool:
-    """Return whether an argument has integers that are in no lookup."""
+    """Return whether an argument has integers that are not looked up in a table.
+
+    Lists of different lengths stay integers: the result for them is False.
+    """
     tensor = tensors[argument.name]
     columns = [sample[name] for name in argument.columns]
     has_one_length = all(column.shortest == column.longest for column in columns)

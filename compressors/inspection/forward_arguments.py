@@ -27,8 +27,9 @@ class Argument:
     Attributes:
         name: the argument of the method, or the key in its mapping.
         columns: the columns that fill the tensor, in their order.
-        widths: for each column, the number of columns of the tensor that a list fills; 0 for a
-            number. Only the parts of a matrix have several columns of which one is a list.
+        widths: for each column of lists, how many columns of the tensor it fills, if the tensor is
+            a matrix with further columns. 0 for a column of numbers, and for lists that fill a
+            tensor alone.
         offsets: name of the argument with the position of each row's first id, if lists are
             concatenated; None otherwise.
         lengths: name of the argument with the length of each list; None if there is none.
@@ -107,6 +108,7 @@ def layouts(
     Raises:
         InspectionFailed: an argument has no column, or the user named a column that is missing.
     """
+    # By argument: its role, such as "lengths", and the argument whose lists it accompanies.
     computed = {
         name: match.groups()
         for name, columns in given.items()
@@ -235,7 +237,7 @@ def _find_described_matrix(
 
 
 def _read_parameters(network: nn.Module, method: str) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a method, or the inputs of a graph, by name.
+    """Return the parameters of a method, or the inputs of an ONNX graph, by name.
 
     Raises:
         InspectionFailed: there is no such method, or it takes any number of arguments.
@@ -317,7 +319,10 @@ def _build_argument(
     sample: Sample,
     companions: Mapping[str, str] = MappingProxyType({}),
 ) -> Argument:
-    """Return an argument that columns fill; among several, a list has the longest length."""
+    """Return an argument that columns fill.
+
+    Among several columns, one of lists is as wide as its longest list.
+    """
     widths = [
         sample[column].longest if sample[column].is_list and len(columns) > 1 else 0
         for column in columns

@@ -86,11 +86,13 @@ def derive_inputs(
             input has no kind that a signature can express.
     """
     candidates = layouts(network, method, sample, given, excluded)
-    layout, tensors, before = first_call(network, candidates, sample)
-    _require_finite(network, layout, sample, before.returned)
+    layout, tensors, observation = first_call(network, candidates, sample)
+    _require_finite(network, layout, sample, observation.returned)
     readings = {
         argument.name: {
-            column: read_column(network, layout.call, argument, column, sample, tensors, before)
+            column: read_column(
+                network, layout.call, argument, column, sample, tensors, observation
+            )
             for column in argument.columns
         }
         for argument in layout.arguments
@@ -105,7 +107,7 @@ def derive_inputs(
         described: tuple[AnyInput, str]
         if len(columns) == 1 and columns[0].is_list:
             equal = find_equal_lengths(argument, layout.arguments, sample)
-            lists = ListCall(network, layout.call, equal, sample, tensors, before.lookups)
+            lists = ListCall(network, layout.call, equal, sample, tensors, observation.lookups)
             described = _describe_list_input(lists, of_argument[columns[0].name])
         else:
             described = _describe_numbers_input(
@@ -125,7 +127,7 @@ def derive_inputs(
         reasons=reasons,
         unused=tuple(unused),
         tensors=tensors,
-        returned=before.returned,
+        returned=observation.returned,
     )
 
 
@@ -182,6 +184,8 @@ def _require_integers(readings: Mapping[str, Mapping[str, Reading]], sample: Sam
 
 class _TableRows:
     """The rows of each table, and where the rows of each column begin in it.
+
+    A column has an offset in a table: the number that the network adds to an id to get the row.
 
     Args:
         network: the network.

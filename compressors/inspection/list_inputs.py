@@ -53,7 +53,7 @@ class ListCall:
 
     @property
     def column(self) -> SampleColumn:
-        """Its column of lists."""
+        """The column of lists that fills the argument."""
         return self.sample[self.argument.columns[0]]
 
     def outputs(self, sample: Sample, padded: PaddingSpec) -> Any:
@@ -125,6 +125,7 @@ def describe_list(
     if argument.offsets is not None:
         return JaggedBag(**common, shape=(longest,)), "concatenated lists with offsets"
     bag = PaddedBag(**common, shape=(longest,), padding_id=padding_id)
+    # ``companions`` are the mask, lengths and positions that accompany the lists.
     if column.shortest == column.longest and not argument.companions:
         return bag, f"every list has {longest} ids"
     side = _find_padding_side(lists, padding_id)
@@ -163,7 +164,7 @@ def _find_padding_side(lists: ListCall, padding_id: int) -> Padding | None:
     for side in sides:
         sample, shorter = lists.sample, length
         longer = lists.outputs(sample, PaddingSpec(length + MORE_PADDING, side, padding_id))
-        if longer is None:  # the network has no more positions
+        if longer is None:  # the network accepts no longer lists: pad shorter ones
             shorter = max(1, length - MORE_PADDING)
             sample = _shorten_lists(lists, shorter)
             longer = lists.outputs(sample, PaddingSpec(length, side, padding_id))

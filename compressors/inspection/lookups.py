@@ -80,7 +80,8 @@ def read_column(
 
 
 def _read_by_value(column: SampleColumn, observation: Observation) -> Reading:
-    """Return the tables whose ids equal a column that cannot be changed."""
+    """Return how a network reads a column that cannot be changed: by tables with equal ids."""
+    # There are no ids of a second call. ``ids + 1``, which differs everywhere, replaces them.
     tables = {
         lookup.table: 0
         for lookup in observation.lookups
@@ -133,7 +134,7 @@ def _find_offset(column: SampleColumn, ids: Tensor, changed: Tensor) -> int | No
 
 
 def _contains(column: SampleColumn, ids: Tensor) -> bool:
-    """Return whether ids are a list of a row, for every row; padding and other ids do not count."""
+    """Return whether the ids of each row include its list, with or without ids such as padding."""
     if ids.numel() == sum(map(len, column.values)):
         flat = np.concatenate(column.values)
         return bool(np.array_equal(np.sort(ids.reshape(-1).numpy()), np.sort(flat)))

@@ -20,7 +20,7 @@ from compressors.inspection.sample import Padding, Sample, SampleColumn, stack_c
 Tensors = dict[str, Tensor]
 
 ANY_TABLE = "table"
-"""Name of the table of an input that only describes how lists become tensors."""
+"""Name of the table of inputs that are only used to convert lists to tensors: it has no effect."""
 
 
 @dataclass(frozen=True)

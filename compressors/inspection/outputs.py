@@ -74,8 +74,9 @@ def derive_outputs(
 ) -> tuple[Output, ...]:
     """Derive the outputs of a signature.
 
-    Labels of 0 and 1 are clicks (kind ``ctr``); other ones, and a metric of lists such as
-    ``ndcg@10``, a ranking. Scores that all lie in [0, 1] are probabilities, other ones logits.
+    If labels are 0 and 1, they are clicks, and the output has the kind ``ctr``. If there are other
+    labels, or the metric is one of lists such as ``ndcg@10``, the kind is ``ranking``. Scores of
+    kind ``ctr`` that all lie in [0, 1] are probabilities, other ones logits.
 
     Args:
         outputs: the outputs of the network.

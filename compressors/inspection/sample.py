@@ -1,7 +1,7 @@
-"""Sampled columns of the data for which ``recpress new`` writes a draft, and tensors made of them.
+"""Sampled columns of a model's data, and tensors made of them.
 
-The data are rows of a training set, such as a parquet file. ``recpress new`` derives a model's
-inputs from them. A draft is the folder of a bundle before it is packed.
+The data are rows of a training set, such as a parquet file. ``recpress new`` derives the model's
+inputs from them, for the signature of a new bundle.
 """
 
 from collections.abc import Mapping, Sequence

@@ -20,7 +20,8 @@ class DerivedTowers:
     Attributes:
         towers: the submodule or method of each tower, and its inputs.
         calls: by tower, its inputs and what it returned.
-        inputs: the inputs of both towers, and the key if the item's id enters no tower.
+        inputs: the inputs of both towers. If the item's id enters no tower, also a ``KeyInput``,
+            which only identifies the item.
         item: name of the input with the item's id.
     """
 
@@ -50,8 +51,9 @@ def derive_towers(
         excluded: columns that are no inputs unless the user names them, such as labels.
 
     Raises:
-        InspectionFailed: there is no such tower; it does not return a vector for each row; both
-            towers are called in different ways; or as ``derive_inputs``.
+        InspectionFailed: there is no such tower; it does not return a vector for each row; one
+            tower is called with keywords and the other one with a mapping; or as
+            ``derive_inputs``.
     """
     split = {name: _split_path(network, path) for name, path in paths.items()}
     names = {name: _list_argument_names(network, path) for name, path in paths.items()}

@@ -11,7 +11,7 @@ attention.py           translate scaled dot-product attention
 recurrent.py           translate the custom ops of recurrent layers
 custom_operators.py    register the custom PyTorch ops of all formats
 graph_builders.py      build subgraphs that several targets use
-bfloat16_matmuls.py   rewrite bfloat16 matmuls to run on a CPU
+bfloat16_matmuls.py    rewrite bfloat16 matmuls to run on a CPU
 passes/                changes and inspections of a graph that every target uses
 targets/               translations of each format, by target
 external_weights.py    hard links to the bundle's files for weights of a large graph

@@ -168,7 +168,8 @@ def export_program(
     }
     has_probabilities = any(output.form == "probability" for output in signature.outputs)
     if has_probabilities and find_recalibration(wrapper.model) is not None:
-        translations[torch.ops.aten.sigmoid.default] = exact_sigmoid  # the map takes its logit
+        # The recalibration computes the logit of the sigmoid's output.
+        translations[torch.ops.aten.sigmoid.default] = exact_sigmoid
     inputs = generate_inputs(signature, rows, TRACE_ROWS)
     names = input_names(signature)
     try:
@@ -230,7 +231,7 @@ def _may_fold(node: ir.Node) -> bool | None:
     dtype = next((value.dtype for value in node.inputs[:1] if value is not None), None)
     is_widening = node.op_type == "Cast" and dtype in SHORT_TYPES
     is_renaming = node.op_type == "Transpose" and dtype == ir.DataType.INT8  # of a layer's codes
-    if is_widening or is_renaming or node.op_type == "Expand":  # a scale stored once per block
+    if is_widening or is_renaming or node.op_type == "Expand":  # Expand repeats a stored scale
         return False
     if any(value is not None and _is_shared_weight(value) for value in node.inputs):
         return False  # the result would be a second copy of a tied weight
@@ -355,6 +356,7 @@ def _collect_table_initializers(
     """Return the initializers of each table in a graph, without tables that are never looked up."""
     names, result = _map_tensors_to_names(wrapper), []
     for name, module in wrapper.named_modules():
+        # By tensor: how many rows of the table share an entry, such as a scale.
         rows_per_entry: dict[str, int] = {}
         if isinstance(module, PackedTable):
             rows, storage_format, stored = module.rows, module.storage.name, list(module.buffers())
@@ -386,7 +388,7 @@ def _collect_table_initializers(
 
 
 def _get_unit_name(wrapper: ServingWrapper, name: str) -> str:
-    """Return the name of a unit in plans: a table inside a bag has the bag's name."""
+    """Return the name of a unit in plans: a table in an EmbeddingBag has the name of the bag."""
     parent_name, _, attribute = name.rpartition(".")
     parent = wrapper.get_submodule(parent_name)
     if attribute == "table" and isinstance(parent, MergedTable):

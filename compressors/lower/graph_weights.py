@@ -14,13 +14,15 @@ from compressors.core.scores import call_network
 from compressors.lower.serving_wrapper import ServedGraph
 
 ROWS = 2
+"""Batch size of the generated inputs."""
 
 
 def weights_of_graph(model: nn.Module, served_graph: ServedGraph) -> tuple[Tensor, ...]:
     """Return the stored tensors that a graph reads, each once.
 
-    A submodule reads all its tensors. A tower that is a method of the network shares the network
-    with the other tower, so the method is called and the tensors that its operators receive count.
+    If the graph runs a submodule, these are all tensors of the submodule. A tower that is a method
+    of the network shares the network with the other tower. So the method is called, and the result
+    is the tensors that its operators receive.
 
     Args:
         model: the loaded network.

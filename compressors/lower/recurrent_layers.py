@@ -1,8 +1,8 @@
 """Let recurrent layers call custom ops, which have an operator in ONNX.
 
-``torch.export`` computes every position of a list by separate operators, so that a graph has one
-length. Here each layer and direction of a GRU, LSTM or RNN is one custom op, for lists of any
-length, which ``recurrent.py`` translates.
+``torch.export`` computes every position of a list by separate operators, so a graph accepts only
+lists of one length. Here each layer and direction of a GRU, LSTM or RNN is one custom op, for lists
+of any length, which ``recurrent.py`` translates.
 
 A layer stores the weights of its gates below each other. torch has the order reset, update, new for
 a GRU and input, forget, cell, output for an LSTM; ONNX has update, reset, new and input, output,
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 GRU_GATES, LSTM_GATES, RNN_GATES = (1, 0, 2), (0, 3, 1, 2), (0,)
-"""Positions in torch's order of the gates in ONNX's order."""
+"""For each gate in ONNX's order, its position in torch's order."""
 GATES: dict[type[nn.Module], tuple[int, ...]] = {
     nn.GRU: GRU_GATES,
     nn.LSTM: LSTM_GATES,
@@ -142,8 +142,9 @@ def gru(
     """
     weights = to_torch_order(GRU_GATES, input_weight, state_weight, bias)
     first = _first_state(state, x, state_weight)
-    output = torch.gru(_turn(x, reverse), first, weights, True, 1, 0.0, False, False, False)[0]
-    return _turn(output, reverse)
+    # has_biases, num_layers, dropout, train, bidirectional, batch_first
+    output = torch.gru(_flip(x, reverse), first, weights, True, 1, 0.0, False, False, False)[0]
+    return _flip(output, reverse)
 
 
 @torch.library.custom_op("recpress::lstm", mutates_args=())
@@ -163,9 +164,9 @@ def lstm(
     weights = to_torch_order(LSTM_GATES, input_weight, state_weight, bias)
     first = [_first_state(value, x, state_weight) for value in (state, cell)]
     output, _, last_cell = torch.lstm(
-        _turn(x, reverse), first, weights, True, 1, 0.0, False, False, False
+        _flip(x, reverse), first, weights, True, 1, 0.0, False, False, False
     )
-    return _turn(output, reverse), last_cell[0]
+    return _flip(output, reverse), last_cell[0]
 
 
 @torch.library.custom_op("recpress::rnn", mutates_args=())
@@ -182,8 +183,8 @@ def rnn(
     weights = to_torch_order(RNN_GATES, input_weight, state_weight, bias)
     run = torch.rnn_tanh if activation == "tanh" else torch.rnn_relu
     first = _first_state(state, x, state_weight)
-    output = run(_turn(x, reverse), first, weights, True, 1, 0.0, False, False, False)[0]
-    return _turn(output, reverse)
+    output = run(_flip(x, reverse), first, weights, True, 1, 0.0, False, False, False)[0]
+    return _flip(output, reverse)
 
 
 @gru.register_fake
@@ -207,6 +208,6 @@ def _first_state(state: Tensor | None, x: Tensor, state_weight: Tensor) -> Tenso
     return state.unsqueeze(0).contiguous()
 
 
-def _turn(x: Tensor, reverse: bool) -> Tensor:
+def _flip(x: Tensor, reverse: bool) -> Tensor:
     """Return the positions ``(length, ...)``, in reverse order if ``reverse``."""
     return x.flip(0) if reverse else x

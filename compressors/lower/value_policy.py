@@ -1,8 +1,9 @@
 """The policy for out-of-range integers, as basic operators of the served graph.
 
-A graph cannot raise an error for an id out of range: for -1, ONNX Runtime returns the last row, and
-TensorRT does not check. So with the policy ``error`` the graph refuses the row: its score or vector
-is NaN, which valid rows never have.
+The policy ``clamp`` replaces such an integer by the first or last valid one, and ``default_row`` by
+a default. A graph cannot raise an error for an id out of range: for -1, ONNX Runtime returns the
+last row, and TensorRT does not check. So with the policy ``error`` the graph refuses the row: its
+score or vector is NaN, which valid rows never have.
 """
 
 import math

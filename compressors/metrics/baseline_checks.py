@@ -1,9 +1,9 @@
 """Check labels and scores of the uncompressed model before it serves as the baseline.
 
-``recpress bundle pack`` refuses a bundle with a problem that is ``refused``; other problems are
-warnings. A ``fatal`` problem would make every flow run with the bundle fail. Scores are computed
-for a sample of about ``SAMPLE_ROWS`` rows, evenly spaced in the split; the sample of a ranking
-model consists of whole groups.
+``recpress bundle pack`` refuses a bundle with a problem that ``prevents_packing``; other problems
+are warnings. A problem that ``prevents_measurement`` would make every flow run with the bundle
+fail. Scores are computed for a sample of about ``SAMPLE_ROWS`` rows, evenly spaced in the split;
+the sample of a ranking model consists of whole groups.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from compressors.contracts.reasons import Reason
 from compressors.core.batches import Rows, rows_per_batch
 from compressors.core.scores import network_scores, score_columns
 from compressors.metrics.baseline_problem import BaselineProblem
-from compressors.task_kinds import builtin as builtin
+from compressors.task_kinds import builtin as builtin  # cache keys depend on it
 from compressors.task_kinds.protocol import ScoredSample
 
 SAMPLE_ROWS = 4096

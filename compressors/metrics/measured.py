@@ -75,7 +75,7 @@ class Measured(Frozen):
 
     @property
     def outputs(self) -> tuple[str | None, ...]:
-        """The names of several outputs; ``(None,)`` for one, whose metrics have no output."""
+        """The names of several outputs; ``(None,)`` for one, which metric names do not contain."""
         return tuple(self.units_of_outputs) or (None,)
 
 

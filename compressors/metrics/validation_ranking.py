@@ -22,6 +22,7 @@ MAX_QUERIES = 5_000
 """Largest number of queries that are ranked, so that an evaluation takes seconds."""
 
 ROWS_AT_ONCE = 8192
+"""Largest number of rows in one forward pass."""
 
 
 @torch.no_grad()

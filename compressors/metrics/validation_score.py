@@ -7,7 +7,7 @@ from compressors.contracts import Output, Signature, Split, metric
 from compressors.core.batches import JoinedRows, Rows, batches
 from compressors.core.placement import find_device, to_device
 from compressors.core.scores import network_scores, score_columns
-from compressors.metrics.estimators import builtin as builtin
+from compressors.metrics.estimators import builtin as builtin  # cache keys depend on it
 from compressors.metrics.estimators.protocols import RowEstimator, ScoredRows
 from compressors.metrics.validation_ranking import ranking_quality
 

@@ -11,5 +11,5 @@ ctr.py              click prediction
 ranking.py          scores that order the rows of each list
 sampled_softmax.py  cross entropy over a sample of items
 retrieval.py        two towers whose vectors score all items
-builtin.py          imports all task kinds, for digests of sources
+builtin.py          imports all task kinds, so that cache keys depend on their sources
 """

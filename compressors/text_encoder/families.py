@@ -27,7 +27,7 @@ ACTIVATION_NAMES = MappingProxyType(
 """The activation of ``TextEncoder`` by its name in transformers."""
 
 FARTHEST = 128
-"""MPNet has one number for all distances of at least this many tokens, in each direction."""
+"""MPNet has one attention bias for all distances of at least this many tokens, by direction."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def encoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encoder_weights(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the float32 weights of ``TextEncoder``, without those of projections.
+    """Return the float32 weights of ``TextEncoder``, without projections (layers after pooling).
 
     Args:
         config: the settings in ``config.json``, which ``encoder_arguments`` accepts.
@@ -192,12 +192,13 @@ def encoder_weights(config: Mapping[str, Any], weights: Mapping[str, Tensor]) ->
             are not used.
 
     Raises:
-        TextEncoderRefused: a tensor is missing, or the encoder has another one.
+        TextEncoderRefused: a tensor is missing, or the encoder has one that ``TextEncoder`` lacks.
     """
     family, layers = family_of(config), encoder_arguments(config)["layers"]
     trained = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
     prefix = next((name.removesuffix(WORDS) for name in trained if name.endswith(WORDS)), "")
-    # The number of layers is not trusted. Each has weights, so names of one more are missing.
+    # The settings may give a huge number of layers. Each layer has weights, so there are fewer
+    # layers than tensors, and this many names suffice to report missing ones.
     names = _names(family, min(layers, len(trained) + 1))
     if missing := [prefix + name for name in names.values() if prefix + name not in trained]:
         raise TextEncoderRefused("weights_missing", names=tuple(missing[:5]), count=len(missing))
@@ -275,10 +276,11 @@ def _module_names(family: Family, layers: int) -> Iterator[tuple[str, str]]:
 
 
 def _by_distance(buckets: Tensor, longest: int) -> Tensor:
-    """Return the number of each distance of two tokens and head.
+    """Return the attention bias of each distance of two tokens, for each head.
 
-    MPNet learns a number for each of the small distances, and one for each range of larger ones:
-    half of the buckets are for tokens before, half of these for single distances.
+    MPNet learns a bias for each of the small distances, and one for each range of larger ones. Half
+    of the buckets are for the token itself and tokens before it, the others for tokens after it. In
+    either half, half of the buckets are for single distances.
 
     Args:
         buckets: float ``(buckets, heads)``.

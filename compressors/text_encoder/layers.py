@@ -1,7 +1,7 @@
 """The layers of a transformer encoder: self-attention and a feed-forward network.
 
 Papers: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Devlin et al. 2019,
-https://arxiv.org/abs/1810.04805 (the norm follows the residual sum).
+https://arxiv.org/abs/1810.04805 (post-norm: the norm follows the residual sum).
 Differs: no dropout.
 """
 

@@ -38,8 +38,8 @@ class TextEncoder(nn.Module):
         activation: activation of the feed-forward networks, a key of ``ACTIVATIONS``.
         epsilon: constant that the norms add to the variance.
         token_type: whether there is a vector of the token type, which is added to every position.
-        distance: whether a table has a number per head for each distance of two tokens, which is
-            added to the logits of attention.
+        distance: whether a table has an attention bias per head for each distance of two tokens,
+            which is added to the logits of attention.
         pooling: an entry of ``POOLINGS``.
         projections: layers that are applied to the pooled vector: ``dim``, ``bias`` and
             ``activation``, a key of ``PROJECTION_ACTIVATIONS``, of each.

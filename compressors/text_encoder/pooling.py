@@ -1,4 +1,7 @@
-"""The arguments of ``TextEncoder`` from the modules of sentence-transformers after the encoder."""
+"""The arguments of ``TextEncoder`` from the modules of sentence-transformers after the encoder.
+
+These modules are one ``Pooling``, any number of ``Dense``, and at most one ``Normalize``.
+"""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -29,13 +32,13 @@ ACTIVATION_CLASSES = MappingProxyType({"Identity": "identity", "Tanh": "tanh"})
 """The activation of a projection by its class in ``torch.nn``."""
 
 SIMILARITIES = MappingProxyType({None: "cosine", "cosine": "cosine", "dot": "dot"})
-"""What vectors are compared with, by ``similarity_fn_name``; cosine is the default."""
+"""How vectors are compared, by the setting ``similarity_fn_name``; cosine is the default."""
 
 
 def pooling_arguments(
     modules: Sequence[tuple[str, Mapping[str, Any]]], similarity: str | None
 ) -> dict[str, Any]:
-    """Return the arguments of ``TextEncoder`` that are not those of the layers.
+    """Return the arguments of ``TextEncoder`` for pooling, projections and normalization.
 
     Args:
         modules: class name and settings of each module after the encoder.
@@ -45,8 +48,8 @@ def pooling_arguments(
         TextEncoderRefused: a module, its settings, their order, or the similarity is unknown.
     """
     names = [name for name, _ in modules]
-    ends = names[-1:] == [NORMALIZE]
-    between = names[1 : len(names) - ends]
+    has_normalize = names[-1:] == [NORMALIZE]
+    between = names[1 : len(names) - has_normalize]
     if names[:1] != [POOLING] or any(name != DENSE for name in between):
         raise TextEncoderRefused("modules_unknown", got=tuple(names) or "none")
     if similarity not in SIMILARITIES:
@@ -65,7 +68,7 @@ def pooling_arguments(
     return {
         "pooling": _pooling(modules[0][1]),
         "projections": [_projection(settings) for name, settings in modules if name == DENSE],
-        "normalize": ends or SIMILARITIES[similarity] == "cosine",
+        "normalize": has_normalize or SIMILARITIES[similarity] == "cosine",
     }
 
 
@@ -73,7 +76,7 @@ def projection_weights(number: int, weights: Mapping[str, Tensor]) -> dict[str, 
     """Return the float32 weights of a projection by their names in ``TextEncoder``.
 
     Args:
-        number: its place among the projections.
+        number: index of the projection, from 0.
         weights: the tensors of the module ``Dense`` by name.
     """
     return {

@@ -1,7 +1,8 @@
 """Draw items of the catalogue as negatives of a retrieval batch, in addition to its own items.
 
-The items of a batch are those with which users interact, so frequent items are frequent negatives
-and most items of a large catalogue are none. Items that are drawn uniformly close this gap.
+The items of a batch are those with which users interact, so frequent items are frequent negatives,
+and most items of a large catalogue are never negatives. Items that are drawn uniformly close this
+gap.
 
 Source: Yang et al. 2020, https://doi.org/10.1145/3366424.3386195 (mixed negative sampling).
 Differs: each drawn item occurs once in a batch, and losses correct for the probability that an item

@@ -1,4 +1,8 @@
-"""Select the tensors that training may change, and replace them by copies."""
+"""Select the tensors that training may change, and replace them by copies.
+
+Packed modules are compressed ones: ``PackedTable``, ``PackedLinear``, ``ComposedTable`` (a table
+built from smaller ones) and ``Bag`` (which replaces an EmbeddingBag).
+"""
 
 import torch
 from torch import Tensor, nn

@@ -261,6 +261,7 @@ class _Run:
             if self.sampler is not None:
                 self.sampler.seed(seed, data_parallel.rank())
             for row_numbers in self._iterate_batches(seed):
+                # ``order_rows``: ``rows.take`` may need rows with labels before those without.
                 total += self._take_step(self.rows.order_rows(row_numbers)) * len(row_numbers)
                 rows += len(row_numbers)
         self.module.eval()

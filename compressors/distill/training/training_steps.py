@@ -34,7 +34,7 @@ def choose_trainable(
         bench: provides the number of training rows for the reasons.
         kind: the kind of the calling step.
         training: settings of the training.
-        dense: whether all other units are trained.
+        dense: whether dense layers and all other modules except tables are trained.
         reasons: reasons for trained units; if empty, the reason is the number of training rows.
 
     Raises:
@@ -67,7 +67,7 @@ def require_loss(bench: Bench, kind: str, training: Training) -> None:
     """Raise if the task has no training loss, or none with these settings.
 
     Raises:
-        NothingToCompress: a task kind of the signature's outputs has no functions, or there are
+        NothingToCompress: a task kind of the signature's outputs has no loss, or there are
             ``negatives`` and the model has no catalogue.
     """
     task = bench.signature.outputs[0].kind
@@ -81,6 +81,7 @@ def require_loss(bench: Bench, kind: str, training: Training) -> None:
 
 def nothing_to_train(unit: Unit, kind: str) -> Reason:
     """Return the reason why a unit has nothing to train, although the settings select it."""
+    # A ``Bag`` replaces an EmbeddingBag and contains its table.
     module = unit.module.table if isinstance(unit.module, Bag) else unit.module
     learned = module.storage.learned if isinstance(module, PackedTable) else ()
     if names := [name for name, tensor in module.named_buffers() if name in learned]:
@@ -94,8 +95,8 @@ def nothing_to_train(unit: Unit, kind: str) -> Reason:
 def list_pruned_layers(model: Model) -> tuple[str, ...]:
     """Return the names of layers whose zeros must stay zero in training.
 
-    These are the layers that a step with ``keeps_zeros`` compressed, such as ``magnitude``: it
-    declares that weights that it sets to zero stay zero in later training.
+    These are the layers that a step with ``keeps_zeros`` compressed, such as the pruning step
+    ``magnitude``: it declares that weights that it sets to zero stay zero in later training.
     """
     # Imported here, because the registry imports every method, and some methods import this file.
     from compressors.core.registries import METHODS
@@ -146,8 +147,8 @@ def _list_tensors_of_units(
 ) -> tuple[str, ...]:
     """Return the names of the tensors of the selected units, and of modules outside of units.
 
-    Tensors of other tables are none of these, although a composed table has some outside of its
-    parts, which are the units.
+    A composed table is built from smaller tables, which are its units. Its other tensors belong to
+    no unit, but they are not returned, because they belong to a table.
     """
     names = {unit.name for unit in units}
     outside_tables = set(trainable_tensors(module, tables=False))
@@ -200,7 +201,8 @@ def train_model(
         after_step=after_step,
         keep_last_epoch=keep_last_epoch,
     )
-    # "deferred": training may change no tensor of a unit, so the runner compares them afterwards.
+    # "deferred": training may change no tensor of a unit, so the code that runs the step compares
+    # the tensors afterwards.
     decision = Decision("deferred", outcome)
     return AppliedStep(model, {name: decision for name in trained if name is not None})
 

@@ -14,7 +14,7 @@ from onnxscript.rewriter import RewritePass
 from compressors.lower.passes.exact_rules import RULES
 
 MOST_MERGED = 1024
-"""Most elements of equal initializers that become one, as in ``optimize_ir``."""
+"""Largest number of elements of initializers that are merged if equal, as in ``optimize_ir``."""
 
 ROUNDS = 2
 """Largest number of rounds of constant folding and rewriting, as in ``optimize_ir``."""
@@ -29,7 +29,7 @@ def simplify(
         model: the exported graph.
         may_fold: returns whether a node with constant inputs may be replaced by its result; None
             for the default of onnxscript's constant folding.
-        most_merged: most elements of equal initializers that become one.
+        most_merged: largest number of elements of initializers that are merged if they are equal.
     """
     passes.InlinePass()(model)
     for _ in range(ROUNDS):

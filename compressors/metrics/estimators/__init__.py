@@ -7,5 +7,5 @@ lists.py      base classes of estimators of the first ranks of lists
 ndcg.py       NDCG of lists of rows, and of the catalogue for each query
 top_k.py      MRR, MAP, hits and precision of both, and recall of lists
 recall.py     recall of rankings of the catalogue
-builtin.py    imports all of them, for the digests of the tasks that measure
+builtin.py    imports all of them, so that cache keys of tasks depend on their sources
 """

@@ -1,7 +1,7 @@
 """Estimators of MRR, MAP, hits, recall and precision, whose items are relevant or not.
 
 Each of them evaluates lists of rows and rankings of the catalogue; ``metrics/top_k.py`` has the
-formulas.
+formulas. A tie block is the items of one list that have the same score.
 """
 
 from typing import ClassVar, Protocol

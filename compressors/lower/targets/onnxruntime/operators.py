@@ -1,4 +1,4 @@
-"""Translate int8 and short-float dense layers for ONNX Runtime, and list all translations.
+"""Translate int8, float16 and bfloat16 dense layers for ONNX Runtime; list all translations.
 
 ``tables.py`` translates tables; ``dense.py`` translates weight-only and 8-bit float layers.
 
@@ -55,9 +55,10 @@ matmul_integer_to_float = _matmul_integer_to_float()
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
     """Build a Gemm between QuantizeLinear and DequantizeLinear, which ONNX Runtime fuses to QGemm.
 
-    For inputs of dynamic length, such as tokens, it is a MatMulIntegerToFloat, which has no such
-    limit of dimensions: a Gemm would need two Reshapes with computed shapes. The other layers keep
-    the Gemm, whose output ONNX Runtime can fuse with the quantization of the next input.
+    For inputs of dynamic length, such as tokens, it is a MatMulIntegerToFloat, which accepts inputs
+    with more than two dimensions: a Gemm would need two Reshapes with computed shapes. The other
+    layers keep the Gemm, whose output ONNX Runtime can fuse with the quantization of the next
+    input.
 
     Inputs are uint8 with zero point 128, which gives the same levels as int8 with zero point 0.
     ONNX Runtime prepacks weights only for unsigned inputs, and does not convert inputs to unsigned

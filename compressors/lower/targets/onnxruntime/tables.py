@@ -166,7 +166,7 @@ def unpack_codes(codes: Any, ids: Any, count: int, width: int) -> Any:
 def planned_place(planes: Any, ids: Any) -> Any:
     """Build the stored row's number of each id from the bytes that a row map has for the id.
 
-    A row map belongs to a table in which several ids share a row.
+    A row map belongs to a table in which several ids share a row. ``planes`` has the bytes.
     """
     count = int(planes.shape[1])
     return integers_from_bytes(op.Cast(op.Gather(planes, ids, axis=0), to=INT64), count)

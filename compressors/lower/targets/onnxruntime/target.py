@@ -61,7 +61,7 @@ class OnnxRuntime:
         return JoinSplitRows(), ReplaceReluByMax()
 
     def tolerance(self, plan: Plan | None) -> Tolerance:
-        """Return how far scores may differ from the module's, relative to their deviation.
+        """Return how far scores may differ from the module's, relative to their standard deviation.
 
         ``compressors/lower/comparison/parity.py`` compares them and explains the limits.
         """

@@ -39,7 +39,7 @@ from compressors.quantize.dense.weight_only import LEVELS, SMALLEST
 STEP = 1 / 128
 """The scale of inputs that are rounded to int8."""
 REFINEMENT = 2 * LEVELS
-"""By what the remainder of an input is multiplied, so that it takes all levels of an int8."""
+"""Factor of the remainder after rounding (at most 1/2), so that it uses all levels of int8."""
 
 
 def rowwise_int8(codes: Any, scale: Any, offset: Any, ids: Any, rows_per_scale: int) -> Any:
@@ -137,7 +137,7 @@ def float8_e4m3_table(codes: Any, scale: Any, ids: Any, rows_per_scale: int) -> 
 def planned_place(planes: Any, ids: Any) -> Any:
     """Build the stored row's number of each id from the bytes that a row map has for the id.
 
-    A row map belongs to a table in which several ids share a row.
+    A row map belongs to a table in which several ids share a row. ``planes`` has the bytes.
     """
     return integers_from_bytes(_gather_integers(planes, ids), int(planes.shape[1]))
 

@@ -62,7 +62,7 @@ class TensorRT:
         return ()
 
     def tolerance(self, plan: Plan | None) -> Tolerance:
-        """Return how far scores may differ from the module's, relative to their deviation.
+        """Return how far scores may differ from the module's, relative to their standard deviation.
 
         ``compressors/lower/comparison/parity.py`` compares them and explains the limits.
         """
@@ -74,7 +74,7 @@ class TensorRT:
         if "static_int8" in formats:
             # Float16 rounding moves a few inputs to the next level: 0.012 in two small networks.
             return Tolerance(root_mean_square=0.015, largest=0.2, quantile_90=0.015)
-        if formats - {"float32", DROPPED}:
+        if formats - {"float32", DROPPED}:  # DROPPED: the unit was removed
             # Looked-up weights are rounded to float16 once, or a Gemm computes in float16.
             return Tolerance(root_mean_square=0.005, largest=0.05, quantile_90=0.01)
         return FLOAT_ROUNDING

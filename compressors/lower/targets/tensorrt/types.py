@@ -52,7 +52,7 @@ def _reshape_scale(
 ) -> ir.TensorProtocol | None:
     """Reshape the scale that a DequantizeLinear reads to a vector or scalar.
 
-    Returns None for a scale that stays a matrix: one that is gathered, or that of blocks.
+    Returns None for a scale that stays a matrix: one that a Gather reads, or that of blocks.
     """
     is_gathered = (
         sharing.rows_per_scale > 1 or not sharing.symmetric or storage_format == "rowwise_int2"
