@@ -147,9 +147,17 @@ def _try_one_more_float(
         CallFailed: there is no such argument. It is the error ``fault``.
     """
     tensors = _build_tensors(layout, sample, floats)
-    for argument in layout.arguments:
-        if not _may_be_float(argument, sample, tensors, fault.lookups):
-            continue
+    unread = [a for a in layout.arguments if _may_be_float(a, sample, tensors, fault.lookups)]
+    # Networks that receive ids and numbers in one float matrix convert its ids to integers, also if
+    # all of its columns are ids.
+    matrices = [
+        argument
+        for argument in layout.arguments
+        if len(argument.columns) > 1
+        and not tensors[argument.name].is_floating_point()
+        and argument not in unread
+    ]
+    for argument in (*unread, *matrices):
         converted = {**floats, argument.name: True}
         try:
             observe(network, layout.call, _build_tensors(layout, sample, converted))

@@ -164,6 +164,8 @@ def _require_finite(network: nn.Module, layout: Layout, sample: Sample, returned
         if not np.isfinite(values).all():
             raise InspectionFailed("values_not_finite", column=name)
     for tensor in tensors_in(returned):
+        if not tensor.dim():
+            continue  # no output, which ``named_scores`` refuses
         broken = ~tensor.reshape(len(tensor), -1).isfinite().all(dim=1)
         if bool(broken.any()):
             raise InspectionFailed(

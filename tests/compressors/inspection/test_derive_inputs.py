@@ -26,6 +26,7 @@ from compressors.contracts import (
 )
 from compressors.errors.inspection import InspectionFailed
 from compressors.inspection.inputs import DerivedInputs, derive_inputs
+from compressors.inspection.outputs import named_scores
 from compressors.inspection.sample import Sample, SampleColumn
 
 ROWS, USERS, ITEMS = 64, 40, 30
@@ -153,6 +154,44 @@ def test_matrix_has_a_part_for_each_column():
             DenseInput(name="price", shape=(1,)),
         ),
     )
+
+
+class MatrixOfIds(nn.Module):
+    """Read ids from a matrix that must be float, as models of DeepCTR-Torch do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(USERS, 1), nn.Embedding(ITEMS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = torch.zeros_like(x[:, :1])
+        score += self.user(x[:, 0].long())  # fails for integers, which have no fractions
+        return score + self.item(x[:, 1].long())
+
+
+def test_matrix_with_only_ids_is_float_if_the_network_fails_for_integers():
+    (item,) = derive(MatrixOfIds(), x="user,item").inputs
+    fields = (IdInput(name="user", table="user"), IdInput(name="item", table="item"))
+    assert item == MatrixInput(name="x", fields=fields)
+    assert item.dtype == "float32"
+
+
+class AuxiliaryLoss(nn.Module):
+    """Return a score for each row, and a loss, as DIEN of torch-rechub does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(USERS, 1)
+
+    def forward(self, user: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.user(user)
+        return scores, scores.mean()
+
+
+def test_network_that_also_returns_a_number_for_the_batch_has_inputs_but_no_outputs():
+    derived = derive(AuxiliaryLoss())
+    with raises_code(InspectionFailed, "outputs_unknown", got=Text(r"\(64, 1\), a tensor \(\)")):
+        named_scores(derived.returned, ROWS, "AuxiliaryLoss")
 
 
 class Mapping(nn.Module):
