@@ -12,7 +12,7 @@ from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
 from torch import nn
 from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
 from torch_rechub.models import multi_task, ranking
-from torch_rechub.models.matching import DSSM
+from torch_rechub.models.matching import DSSM, YoutubeDNN
 from torch_rechub.models.matching import dssm_senet as senet
 
 USERS, ITEMS, GENRES, LONGEST = 50, 80, 18, 6
@@ -45,6 +45,9 @@ RECHUB: dict[str, Callable[[], nn.Module]] = {
     "deep_fm": lambda: ranking.DeepFM(numbers, ids, mlp),
     "dcn": lambda: ranking.DCN([*ids, *numbers], 2, mlp),
     "dcn_v2": lambda: ranking.DCNv2([*ids, *numbers], 2, mlp, use_low_rank_mixture=False),
+    "dcn_v2_mixture": lambda: ranking.DCNv2(
+        [*ids, *numbers], 2, mlp, use_low_rank_mixture=True, low_rank=4, num_experts=2
+    ),
     "auto_int": lambda: ranking.AutoInt(ids, numbers, num_layers=1, mlp_params=mlp),
     "din": lambda: ranking.DIN(
         [ids[0], ids[2]], history, [ids[1]], mlp, {"dims": [8], "activation": "dice"}
@@ -63,13 +66,20 @@ of_user = [
     SparseFeature("member", USERS, 8),
     SequenceFeature("lately", ITEMS, 8, pooling="mean", shared_with="product", padding_idx=0),
 ]
+# A model that is trained with drawn items in the rows, which data for retrieval does not have.
+drawn = [SequenceFeature("drawn", ITEMS, 8, pooling="concat", shared_with="product")]
 MATCHING: dict[str, Callable[[], nn.Module]] = {
+    "youtube_dnn": lambda: YoutubeDNN(of_user, of_item[:1], drawn, tower_mlp, temperature=0.1),
     "dssm": lambda: DSSM(of_user, of_item, tower_mlp, tower_mlp),
     "senet_dssm": lambda: senet.DSSM(of_user[:1], of_item, tower_mlp, tower_mlp),
 }
 DEEPCTR: dict[str, Callable[[], nn.Module]] = {
     "deepctr_deep_fm": lambda: deepctr.DeepFM(with_list, with_list, **layers),
     "deepctr_xdeep_fm": lambda: deepctr.xDeepFM(columns, columns, cin_layer_size=(8,), **layers),
+    "deepctr_dcn_mixture": lambda: deepctr.DCNMix(
+        columns, columns, low_rank=4, num_experts=2, **layers
+    ),
+    "deepctr_ids": lambda: deepctr.DeepFM(columns[:3], columns[:3], **layers),
     "deepctr_dcn": lambda: deepctr.DCN(columns, columns, **layers),
     "deepctr_auto_int": lambda: deepctr.AutoInt(columns, columns, **layers),
     "deepctr_wide_deep": lambda: deepctr.WDL(columns, columns, **layers),

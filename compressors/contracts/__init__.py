@@ -86,6 +86,7 @@ from compressors.contracts.reasons import join_reasons as join_reasons
 from compressors.contracts.signature import FORWARD as FORWARD
 from compressors.contracts.signature import ITEMS as ITEMS
 from compressors.contracts.signature import TRAFFIC as TRAFFIC
+from compressors.contracts.signature import Attributes as Attributes
 from compressors.contracts.signature import Output as Output
 from compressors.contracts.signature import Signature as Signature
 from compressors.contracts.signature import Tower as Tower

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterable
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
@@ -36,7 +36,10 @@ FORWARD = "forward"
 """The method of a network that a call of the network runs."""
 
 METHOD_NAME = r"^[A-Za-z]\w*$"
-"""Pattern of the name of a public method, which has no leading underscore."""
+"""Pattern of the name of a public method or attribute, which has no leading underscore."""
+
+Attributes = dict[Annotated[str, Field(pattern=METHOD_NAME)], bool | int | float | str | None]
+"""Attributes of a module by name, and the values that they have while it is called."""
 
 
 class Tower(Frozen):
@@ -52,6 +55,8 @@ class Tower(Frozen):
     Attributes:
         module: attribute path of the submodule; empty if the tower is a method of the network.
         method: the method that returns the vectors.
+        attributes: attributes that the submodule, or the network, has during the call of this
+            tower, such as ``mode``; other calls do not see these values.
         inputs: names of the inputs.
     """
 
@@ -62,6 +67,7 @@ class Tower(Frozen):
         exclude_if=operator.not_,
     )
     method: str = Field(FORWARD, pattern=METHOD_NAME, exclude_if=lambda method: method == FORWARD)
+    attributes: Attributes = Field(default_factory=dict, exclude_if=operator.not_)
     inputs: tuple[str, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -176,6 +182,12 @@ class Signature(Frozen):
         call: how ``method`` receives the input tensors: as ``keywords`` (by name), at
             ``positions`` (in the order of the inputs), or in one ``mapping`` from names to tensors.
         method: name of the network's method that returns the outputs.
+        scored_by: what gives the score of a row of a ``retrieval`` model: the network's ``method``,
+            or, if it has no method that returns the score, the dot product of the vectors of its
+            ``towers``.
+        attributes: attributes that the network has while it is called.
+        repeat_single_row: the network's code fails for a batch of one row, so torch receives such a
+            row twice. Graphs do not need this.
     """
 
     inputs: tuple[AnyInput, ...] = Field(min_length=1)
@@ -189,6 +201,11 @@ class Signature(Frozen):
         "keywords", exclude_if=lambda call: call == "keywords"
     )
     method: str = Field(FORWARD, pattern=METHOD_NAME, exclude_if=lambda method: method == FORWARD)
+    scored_by: Literal["method", "towers"] = Field(
+        "method", exclude_if=lambda scored_by: scored_by == "method"
+    )
+    attributes: Attributes = Field(default_factory=dict, exclude_if=operator.not_)
+    repeat_single_row: bool = Field(False, exclude_if=lambda repeats: not repeats)
 
     @model_validator(mode="after")
     def _require_unique_names(self) -> Self:
@@ -269,6 +286,8 @@ class Signature(Frozen):
                 raise value_error("towers_unexpected", task=task)
             if keys := [entry.name for entry in self.inputs if isinstance(entry, KeyInput)]:
                 raise value_error("keys_unexpected", keys=tuple(keys), task=task)
+            if self.scored_by == "towers":
+                raise value_error("towers_not_there", task=task)
             return self
         if self.towers is None or self.item is None:
             raise value_error("towers_missing", task=task)
@@ -354,7 +373,13 @@ class Signature(Frozen):
         if self.towers is None:
             raise ValueError("expected a signature with towers")
         tower = self.towers.named()[name]
-        return self.only(tower.inputs).model_copy(update={"method": tower.method})
+        return self.only(tower.inputs).model_copy(
+            update={
+                "method": tower.method,
+                "attributes": tower.attributes,
+                "scored_by": "method",
+            }
+        )
 
     @property
     def shares_tower(self) -> bool:
@@ -362,7 +387,10 @@ class Signature(Frozen):
 
         Then one graph is served for both. Lists may have different lengths.
         """
-        if self.towers is None or self.towers.query.path != self.towers.item.path:
+        if self.towers is None:
+            return False
+        (first, second) = self.towers.named().values()
+        if (first.path, first.attributes) != (second.path, second.attributes):
             return False
         query, item = (
             [_describe_form(item) for item in self.of_tower(name).inputs]

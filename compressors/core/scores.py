@@ -12,13 +12,14 @@ Its *scores* are then a tensor, float ``(rows,)`` for one output and ``(rows, n)
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from compressors.contracts import FORWARD, Signature, tensor_names
+from compressors.contracts import FORWARD, Attributes, Signature, tensor_names
 from compressors.core.batches import SampledItems, concatenate_inputs
 
 Value = TypeVar("Value")
@@ -31,8 +32,40 @@ def call_network(module: nn.Module, inputs: Mapping[str, Tensor], signature: Sig
     Args:
         module: the network or tower.
         inputs: its input tensors by name; others are ignored.
-        signature: the signature, restricted to the inputs of the network or tower.
+        signature: the signature, restricted to the inputs of the network or tower. With its field
+            ``repeat_single_row``, a batch of one row is passed as two equal rows, and the second
+            row of each returned tensor is removed.
     """
+    if signature.repeat_single_row and _count_rows(inputs, signature) == 1:
+        repeated = concatenate_inputs([inputs, inputs], signature)
+        return _keep_first_row(_call_once(module, repeated, signature))
+    return _call_once(module, inputs, signature)
+
+
+def _call_once(module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature) -> Any:
+    """Call the method that the signature names, or both towers, whose product is the score."""
+    if signature.scored_by == "towers" and signature.towers is not None:
+        names = signature.towers.named()
+        query, item = (tower_vectors(module, inputs, signature, name) for name in names)
+        return (query * item).sum(dim=1)
+    with temporary_attributes(module, signature.attributes):
+        return _call_method(module, inputs, signature)
+
+
+@contextmanager
+def temporary_attributes(module: nn.Module, attributes: Attributes) -> Iterator[None]:
+    """Give a module these attributes inside the context, and then their earlier values again."""
+    earlier = {name: getattr(module, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in earlier.items():
+            setattr(module, name, value)
+
+
+def _call_method(module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature) -> Any:
     arguments = {name: inputs[name] for name in _list_tensor_names(signature)}
     method = scoring_method(module, signature.method)
     match signature.call:
@@ -42,6 +75,24 @@ def call_network(module: nn.Module, inputs: Mapping[str, Tensor], signature: Sig
             return method(arguments)
         case _:
             return method(**arguments)
+
+
+def _count_rows(inputs: Mapping[str, Tensor], signature: Signature) -> int:
+    """Return the number of rows of a batch."""
+    # Only the first tensor of a jagged bag, the ids of all rows, has another length. During an
+    # export, the size is symbolic, and ``len`` would fix it to the size of the traced batch.
+    return inputs[tensor_names(signature.model_inputs[0])[-1]].shape[0]
+
+
+def _keep_first_row(returned: Any) -> Any:
+    """Return what a network returned for one row, from what it returned for two equal rows."""
+    if isinstance(returned, Tensor):
+        return returned[:1]
+    if isinstance(returned, Mapping):
+        return {name: _keep_first_row(value) for name, value in returned.items()}
+    if isinstance(returned, tuple | list):
+        return tuple(_keep_first_row(value) for value in returned)
+    return returned
 
 
 def scoring_method(module: nn.Module, name: str) -> Callable[..., Any]:
@@ -101,16 +152,29 @@ def training_output(
 def tower_vectors(
     module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature, name: str
 ) -> Tensor:
-    """Call the tower ``query`` or ``item`` of a network; return its vectors ``(rows, dim)``."""
+    """Call the tower ``query`` or ``item`` of a network; return its vectors ``(rows, dim)``.
+
+    A tower may also return them as ``(rows, 1, dim)``.
+    """
     if signature.towers is None:
         raise ValueError("expected a signature with towers")
     called_as = "query" if signature.shares_tower else name
-    vectors: Tensor = call_network(
+    returned = call_network(
         module.get_submodule(signature.towers.named()[name].module),
         tower_arguments(inputs, signature, name),
         signature.of_tower(called_as),
     )
+    vectors: Tensor = row_vectors(returned)
     return vectors
+
+
+def row_vectors(returned: Any) -> Any:
+    """Return the vectors ``(rows, dim)`` of what a tower returned, if it is ``(rows, 1, dim)``.
+
+    Anything else is returned as it is.
+    """
+    is_column = isinstance(returned, Tensor) and returned.dim() == 3 and returned.shape[1] == 1
+    return returned.squeeze(1) if is_column else returned
 
 
 def tower_arguments(

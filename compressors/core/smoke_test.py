@@ -114,6 +114,36 @@ def _require_repeatable(
         )
 
 
+def has_own_score(model: nn.Module, signature: Signature) -> bool:
+    """Whether the network's method can be called and returns one finite score for each row."""
+    inputs = generate_inputs(signature, rows_of_tables(model, signature), ROWS)
+    try:
+        with torch.no_grad():
+            _require_scores(call_network(model, inputs, signature), signature, path="")
+    except Exception as fault:
+        if is_out_of_memory(fault):
+            raise
+        return False
+    return True
+
+
+def must_repeat_single_row(model: nn.Module, signature: Signature) -> bool:
+    """Whether a network cannot score one row, but can score two equal ones.
+
+    A frequent cause is ``squeeze()`` without a dimension. See ``Signature.repeat_single_row``.
+    """
+    try:
+        _require_single_row(model, signature, path="")
+    except ModelRefused:
+        repeating = signature.model_copy(update={"repeat_single_row": True})
+        try:
+            _require_single_row(model, repeating, path="")
+        except ModelRefused:
+            return False  # the network fails for another reason
+        return True
+    return False
+
+
 def _require_single_row(model: nn.Module, signature: Signature, path: str) -> None:
     """Raise ``ModelRefused`` unless the network scores a request of one row."""
     inputs = generate_inputs(signature, rows_of_tables(model, signature), 1)

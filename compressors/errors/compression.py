@@ -215,7 +215,8 @@ class ModelRefused(CompressionError):
         "below its table's rows): {problem}. Correct the inputs in model.json, or the network.",
         "single_row_fails": "Expected a score of {architecture} for a request of one row, got "
         "{problem}. A frequent cause is squeeze() without a dimension, which also removes that of "
-        "the rows: write squeeze(1).",
+        "the rows: write squeeze(1). If the code is not yours, set 'repeat_single_row' to true in "
+        "the signature.",
         "scores_not_finite": "Expected a finite score of {architecture} for every row that its "
         "signature allows; got NaN or infinity for {count} of {rows} rows before {step!r} was "
         "applied. Check what the network does with an empty list (a mean or a softmax over "

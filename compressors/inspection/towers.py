@@ -6,11 +6,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from compressors.contracts import FORWARD, AnyInput, IdInput, KeyInput, Tower, Towers
-from compressors.core.scores import scoring_method
+from compressors.contracts import FORWARD, AnyInput, Attributes, IdInput, KeyInput, Tower, Towers
+from compressors.core.scores import row_vectors, scoring_method, temporary_attributes
 from compressors.errors.inspection import InspectionFailed
 from compressors.inspection.inputs import DerivedInputs, derive_inputs
 from compressors.inspection.sample import Sample
+
+INFERENCE_ATTRIBUTES: Mapping[str, Sequence[Attributes]] = {
+    # torch-rechub: models return other vectors, or none, unless ``mode`` names the tower.
+    "query": ({"mode": "user"},),
+    "item": ({"mode": "item"},),
+}
+"""By tower, attributes that libraries set on a network to compute the vectors of this tower."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,9 @@ def derive_towers(
 ) -> DerivedTowers:
     """Derive the towers of a network and their inputs.
 
+    If a tower does not return a vector for each row, it is called again with the attributes that
+    libraries set for inference (``INFERENCE_ATTRIBUTES``), as far as the network has them.
+
     Args:
         network: the trained network, in evaluation mode.
         paths: attribute path of the submodule or method of the towers ``query`` and ``item``.
@@ -57,18 +67,14 @@ def derive_towers(
     """
     split = {name: _split_path(network, path) for name, path in paths.items()}
     names = {name: _list_argument_names(network, path) for name, path in paths.items()}
-    calls = {
-        name: derive_inputs(
-            network,
-            samples[name],
-            _select_given_arguments(name, names, given, samples),
-            excluded,
-            path,
+    calls: dict[str, DerivedInputs] = {}
+    attributes: dict[str, Attributes] = {}
+    for name, path in paths.items():
+        owner = network.get_submodule(split[name][0])
+        arguments = _select_given_arguments(name, names, given, samples)
+        calls[name], attributes[name] = _derive_tower(
+            network, owner, name, path, samples[name], arguments, excluded
         )
-        for name, path in paths.items()
-    }
-    for name, call in calls.items():
-        _require_vectors(paths[name], call.returned, len(next(iter(call.tensors.values()))))
     if len({call.call.form for call in calls.values()}) > 1:
         forms = {paths[name]: call.call.form for name, call in calls.items()}
         raise InspectionFailed("tower_calls_differ", forms=forms)
@@ -84,10 +90,54 @@ def derive_towers(
     if item is None:
         item, inputs = item_column, (*inputs, KeyInput(name=item_column))
     towers = {
-        name: Tower(module=module, method=method, inputs=tuple(i.name for i in calls[name].inputs))
+        name: Tower(
+            module=module,
+            method=method,
+            attributes=attributes[name],
+            inputs=tuple(i.name for i in calls[name].inputs),
+        )
         for name, (module, method) in split.items()
     }
     return DerivedTowers(Towers.model_validate(towers), calls, inputs, item)
+
+
+def _derive_tower(
+    network: nn.Module,
+    owner: nn.Module,
+    name: str,
+    path: str,
+    sample: Sample,
+    given: Mapping[str, Sequence[str]],
+    excluded: Sequence[str],
+) -> tuple[DerivedInputs, Attributes]:
+    """Derive the inputs of one tower, and the attributes with which it returns vectors.
+
+    Args:
+        network: the network.
+        owner: the submodule, or the network, that is called or whose method is called.
+        name: ``query`` or ``item``.
+        path: attribute path of the submodule or method.
+        sample: the sampled columns.
+        given: columns by argument, as the user named them.
+        excluded: columns that are no inputs unless the user names them.
+
+    Raises:
+        InspectionFailed: the error without any attributes.
+    """
+    first_error: InspectionFailed | None = None
+    for attributes in ({}, *INFERENCE_ATTRIBUTES[name]):
+        if not all(hasattr(owner, attribute) for attribute in attributes):
+            continue
+        try:
+            with temporary_attributes(owner, attributes):
+                call = derive_inputs(network, sample, given, excluded, path)
+            _require_vectors(path, call.returned, len(next(iter(call.tensors.values()))))
+        except InspectionFailed as error:
+            first_error = first_error or error
+            continue
+        return call, attributes
+    assert first_error is not None  # noqa: S101 - the first candidate has no attributes
+    raise first_error
 
 
 def _split_path(network: nn.Module, path: str) -> tuple[str, str]:
@@ -138,7 +188,8 @@ def _select_given_arguments(
 
 def _require_vectors(path: str, returned: object, rows: int) -> None:
     """Raise ``InspectionFailed`` unless a tower returned a vector for each row."""
-    if isinstance(returned, Tensor) and returned.dim() == 2 and len(returned) == rows:
+    vectors = row_vectors(returned)
+    if isinstance(vectors, Tensor) and vectors.dim() == 2 and len(vectors) == rows:
         return
     got = str(tuple(returned.shape)) if isinstance(returned, Tensor) else type(returned).__name__
     raise InspectionFailed("tower_vectors", path=path, got=got)

@@ -24,7 +24,7 @@ from compressors.contracts import (
     tensor_names,
 )
 from compressors.core.modules.formats import Bag
-from compressors.core.scores import call_network, join_columns, output_tensors
+from compressors.core.scores import call_network, join_columns, output_tensors, row_vectors
 from compressors.core.units import plain_bag, private_copy, swap
 from compressors.lower.merged.merged_tables import MergedTable, replace_merged_tables, table_groups
 from compressors.lower.recurrent_layers import replace_recurrent_layers
@@ -148,6 +148,7 @@ class ServingWrapper(nn.Module):
                 refused = newly_refused if refused is None else refused | newly_refused
         output = call_network(self.served_graph.part(self.model), inputs, self.signature)
         if self.served_graph.is_tower:
+            output = row_vectors(output)
             if refused is not None:
                 output = torch.where(refused.unsqueeze(1), torch.nan, output)
             vector: Tensor = output.to(torch.float32)

@@ -31,7 +31,8 @@ from compressors.contracts import (
     is_out_of_memory,
 )
 from compressors.core.runner import rows_of_tables
-from compressors.core.scores import call_network, tower_vectors
+from compressors.core.scores import call_network, row_vectors, tower_vectors
+from compressors.core.smoke_test import must_repeat_single_row
 from compressors.core.state.argument_values import decode_arguments
 from compressors.core.state.module_state import load, tensors_of
 from compressors.core.state.tensor_files import SINGLE
@@ -63,6 +64,11 @@ from tasks.bundles.loading import import_architecture
 from tasks.bundles.onnx_models import load_onnx, require_onnx_scores
 from tasks.bundles.text_models import load_text_model
 from tasks.bundles.text_signature import describe_texts
+
+REPEATED = (
+    "The network's code fails for a batch of one row, so recpress calls it with such a row twice "
+    "(repeat_single_row). The served graph needs only one."
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,11 @@ def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
     }
     if described.transforms:
         document["transforms"] = {file: file for file in described.transforms}
-    parse(Draft, document, request.folder / MANIFEST)  # errors name the user's folder
+    checked = parse(Draft, document, request.folder / MANIFEST)  # errors name the user's folder
+    remarks = described.remarks
+    if must_repeat_single_row(module, checked.signature):
+        document["signature"] = {**described.signature, "repeat_single_row": True}
+        remarks = (*remarks, REPEATED)
     with scratch_folder("new") as scratch:
         # Copies, because safetensors refuses tensors that share memory.
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, scratch / SINGLE)
@@ -163,7 +173,7 @@ def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
         reasons={name: why for call in described.calls for name, why in call.reasons.items()},
         unused=tuple(column for call in described.calls for column in call.unused),
         weight_bytes=(request.folder / SINGLE).stat().st_size,
-        remarks=described.remarks,
+        remarks=remarks,
     )
 
 
@@ -258,13 +268,15 @@ def _require_same_scores(
         rebuilt = load(import_architecture(architecture), draft.network, folder)
         with torch.no_grad():
             if signature.towers is None:
+                expected = [call.returned for call in calls]
                 returned = [call_network(rebuilt, call.tensors, signature) for call in calls]
             else:
+                expected = [row_vectors(call.returned) for call in calls]
                 returned = [
                     tower_vectors(rebuilt, call.tensors, signature, tower)
                     for tower, call in zip(signature.towers.named(), calls, strict=True)
                 ]
-        if same_outputs(returned, [call.returned for call in calls]):
+        if same_outputs(returned, expected):
             return
     except (CompressionError, Refused):
         raise

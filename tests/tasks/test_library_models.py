@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from error_codes import raises_code
 
-from compressors.contracts import Bench, Signature, Tower
+from compressors.contracts import Bench, Signature, Tower, Towers
 from compressors.core.skipping import run_or_skip
 from compressors.errors.inspection import InspectionFailed
 from compressors.quantize.dense.float16 import Float16
@@ -24,10 +24,23 @@ from tasks.bundles.packing import Packed, pack
 
 LIBRARIES = Path(sys.prefix) / "libraries"  # folder of the packages that the models import
 USERS, ITEMS, GENRES, LONGEST = 50, 80, 18, 6
-RECHUB = ("wide_deep", "deep_fm", "dcn", "dcn_v2", "auto_int", "din", "mmoe", "shared_bottom")
+MULTI_TASK = ("mmoe", "shared_bottom")
+RECHUB = ("wide_deep", "deep_fm", "dcn", "dcn_v2", "dcn_v2_mixture", "auto_int", "din", *MULTI_TASK)
+SQUEEZED = ("dcn_v2_mixture", "deepctr_dcn_mixture")  # they fail for a batch of one row
 DEEPCTR = tuple(
     f"deepctr_{name}"
-    for name in ("deep_fm", "xdeep_fm", "dcn", "auto_int", "wide_deep", "nfm", "pnn", "fibinet")
+    for name in (
+        "ids",
+        "deep_fm",
+        "xdeep_fm",
+        "dcn",
+        "dcn_mixture",
+        "auto_int",
+        "wide_deep",
+        "nfm",
+        "pnn",
+        "fibinet",
+    )
 )
 
 
@@ -68,7 +81,7 @@ def derive_and_pack(
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "library_models,torch_rechub,deepctr_torch")
     # Features are constructed while the module is imported.
     monkeypatch.delitem(sys.modules, "library_models", raising=False)
-    labels = ("click", "like") if name in ("mmoe", "shared_bottom") else ("click",)
+    labels = ("click", "like") if name in MULTI_TASK else ("click",)
     request = DraftRequest(
         folder=home / name,
         model=f"library_models:{name}",
@@ -91,6 +104,7 @@ def test_model_of_torch_rechub_becomes_a_bundle(
     if name == "wide_deep":
         expected["recent"] = "padded_bag"
     assert kinds.items() >= expected.items()
+    assert signature.repeat_single_row == (name in SQUEEZED)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +127,7 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["dssm", "senet_dssm"])
+@pytest.mark.parametrize("name", ["dssm", "senet_dssm", "youtube_dnn"])
 def test_model_of_torch_rechub_with_two_towers_becomes_a_bundle(
     home: Path, catalogue: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,9 +145,15 @@ def test_model_of_torch_rechub_with_two_towers_becomes_a_bundle(
     )
     signature = new_draft(request).draft.signature
     assert signature.towers is not None
-    query = ("member", "lately") if name == "dssm" else ("member",)
-    assert signature.towers.query == Tower(method="user_tower", inputs=query)
-    assert signature.towers.item == Tower(method="item_tower", inputs=("product", "kind"))
+    query = Tower(method="user_tower", inputs=("member", "lately"))
+    item = Tower(method="item_tower", inputs=("product", "kind"))
+    if name == "senet_dssm":
+        query = Tower(method="user_tower", inputs=("member",))
+    if name == "youtube_dnn":
+        query = query.model_copy(update={"attributes": {"mode": "user"}})
+        item = Tower(method="item_tower", attributes={"mode": "item"}, inputs=("product",))
+    assert signature.towers == Towers(query=query, item=item)
+    assert signature.scored_by == ("towers" if name == "youtube_dnn" else "method")
     assert signature.item == "product"
     pack(home / name)
 

@@ -79,6 +79,9 @@ SENTENCES = {
         "'towers' and 'item' are only for a task that ranks a catalogue, such as "
         "'retrieval'; remove them for task {task!r}"
     ),
+    "towers_not_there": (
+        "'scored_by' is 'towers', but a model for task {task!r} has no towers; remove it"
+    ),
     "towers_missing": (
         "task {task!r} needs 'towers', with 'query' and 'item', and the name of the input "
         "with the item's id as 'item'"

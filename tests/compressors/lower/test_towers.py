@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from compressors.contracts import IdInput, PaddedBag, Signature, TargetName, Tower
 from compressors.core.random_inputs import generate_edge_inputs, generate_inputs
 from compressors.core.runner import rows_of_tables, run
+from compressors.core.scores import tower_vectors
 from compressors.core.smoke_test import smoke_test
 from compressors.distill.fine_tune import FineTune
 from compressors.distill.training.settings import Training
@@ -87,6 +88,20 @@ class MethodTowers(nn.Module):
         return score.sigmoid()
 
 
+class ColumnTowers(MethodTowers):
+    """The same towers, which return vectors ``(rows, 1, dim)``, as some of torch-rechub do."""
+
+    def query_tower(self, inputs: dict[str, Tensor]) -> Tensor:
+        return super().query_tower(inputs).unsqueeze(1)
+
+    def item_tower(self, inputs: dict[str, Tensor]) -> Tensor:
+        return super().item_tower(inputs).unsqueeze(1)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        score: Tensor = (self.query_tower(inputs) * self.item_tower(inputs)).sum(dim=(1, 2))
+        return score.sigmoid()
+
+
 class Lookup(nn.Module):
     """A table per input."""
 
@@ -132,6 +147,22 @@ def test_graph_of_a_tower_that_is_a_method_reads_the_weights_of_that_tower(tmp_p
         read = {names[id(tensor)] for tensor in weights_of_graph(model, served)}
         layer = f"of_{served.name}"
         assert read == {f"lookup.tables.{table}.weight", f"{layer}.weight", f"{layer}.bias"}
+
+
+def test_vectors_of_towers_may_have_a_dimension_of_size_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ColumnTowers().eval()
+    smoke_test(model, BY_METHOD, "m:ColumnTowers")
+    inputs = generate_inputs(BY_METHOD, rows_of_tables(model, BY_METHOD), 9)
+    for served, table in zip(served_graphs(BY_METHOD), ("person", "item"), strict=True):
+        expected = getattr(model, f"{served.name}_tower")(inputs).detach()
+        assert expected.shape == (9, 1, 8)
+        vectors = tower_vectors(model, inputs, BY_METHOD, served.name)
+        torch.testing.assert_close(vectors, expected[:, 0], rtol=0, atol=0)
+        path = tmp_path / f"{served.name}.onnx"
+        lower(model, served, "onnxruntime", path)
+        served_vectors = Session(path, threads=1).scores({table: inputs[table].numpy()})
+        np.testing.assert_allclose(served_vectors, vectors.detach(), atol=1e-6)  # float32 rounding
 
 
 def test_tower_without_module_and_method_is_refused() -> None:
