@@ -262,6 +262,9 @@ class NotLowerable(CompressionError):
         ),
         "export_failed": "The network cannot be exported for {target}: {problem}. Its forward must "
         "be free of Python control flow that depends on tensor values.",
+        "size_fixed": "Expected a graph for {target} that accepts any number of rows and ids; its "
+        "input {name!r} would have size {size} in dimension {axis}. The network's code converts a "
+        "size to a Python number, as len(x) and int(x.shape[0]) do. Write x.shape[0].",
         "tensor_missing": (
             "Expected a tensor {name!r} in the exported graph, got none. Leave its unit out of the"
             " step, or report the network."

@@ -153,7 +153,8 @@ def export_program(
     PyTorch module that was exported, and the ONNX program.
 
     Raises:
-        NotLowerable: torch.export cannot trace the module, or an operator has no ONNX form.
+        NotLowerable: torch.export cannot trace the module, the graph would have a fixed number of
+            rows or ids, or an operator has no ONNX form.
     """
     signature = served_graph.signature
     rows = rows_of_tables(model, signature)
@@ -184,6 +185,11 @@ def export_program(
             raise copy.copy(original) from error
         reason = (str(original).strip().splitlines() or [repr(original)])[0].rstrip(".")
         raise NotLowerable("export_failed", target=target, problem=reason) from error
+    for name, value, sizes in zip(names, program.model.graph.inputs, shapes, strict=True):
+        for axis in sizes:  # torch's exporter falls back to sizes of the traced batch
+            size = value.shape[axis] if value.shape is not None else None
+            if isinstance(size, int):
+                raise NotLowerable("size_fixed", target=target, name=name, axis=axis, size=size)
     return wrapper, program
 
 

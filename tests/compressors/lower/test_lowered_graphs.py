@@ -29,7 +29,7 @@ from compressors.contracts import Output, PaddedBag, Signature, TargetName
 from compressors.core.modules.formats import PackedTable
 from compressors.core.registries import TABLE_FORMATS
 from compressors.errors.compression import NothingToCompress, NotLowerable
-from compressors.lower.export import lower
+from compressors.lower.export import TRACE_ROWS, lower
 from compressors.lower.serving_wrapper import SCORE, input_names, wrap_for_serving
 from compressors.lower.targets.tensorrt.types import codes_tensor, convert_type
 from compressors.quantize.kernels import bitpacking
@@ -313,6 +313,22 @@ def test_error_names_the_operator_that_onnx_lacks(tmp_path):
         lower(EigenvalueNet(), get_only_graph(NORMED.signature), ORT, tmp_path / "model.onnx")
     assert "No ONNX function found for " in caught.value.fields["problem"]
     assert "linalg_eig" in caught.value.fields["problem"]
+
+
+class LengthNet(nn.Module):
+    """A network that converts the number of rows to a Python number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 6)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        return self.user(user).reshape(len(user), 6).sum(dim=1) + price.sum(dim=1)
+
+
+def test_network_that_fixes_the_number_of_rows_is_not_lowerable(tmp_path):
+    with raises_code(NotLowerable, "size_fixed", target=ORT, name="user", axis=0, size=TRACE_ROWS):
+        lower(LengthNet(), get_only_graph(NORMED.signature), ORT, tmp_path / "model.onnx")
 
 
 class UndeclaredBagNet(nn.Module):
