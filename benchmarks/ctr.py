@@ -95,14 +95,6 @@ TRAINING_SETTINGS: dict[Name, TrainingSettings] = {  # selected by validation AU
 }
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """A trained network and its validation AUC."""
-
-    model: Model
-    validation_auc: float
-
-
 # --- data ------------------------------------------------------------------------------------
 
 

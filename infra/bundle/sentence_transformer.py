@@ -71,7 +71,7 @@ class SavedSentenceTransformer:
     longest: int | None
 
     @property
-    def is_lowered(self) -> bool:
+    def converts_to_lower_case(self) -> bool:
         """Whether texts are converted to lower case before the tokenizer reads them."""
         return bool(self.encoder.settings.get("do_lower_case"))
 

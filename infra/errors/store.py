@@ -177,9 +177,9 @@ class ArtifactDamaged(Refused):
         "ledger_digest_differs": "{changed} was changed: the digest does not match. Restore it "
         "from a backup of the store.",
         # An unfinished result of ``recpress tables quantize``, which is written in blocks.
-        "draft_outside_file": "Bytes {start} to {stop} are outside a file of {size} bytes.",
-        "draft_incomplete": "The file is not complete: nothing was written at byte {start}.",
-        "draft_written_twice": "Byte {start} was written twice.",
+        "file_overrun": "Bytes {start} to {stop} are outside a file of {size} bytes.",
+        "file_incomplete": "The file is not complete: nothing was written at byte {start}.",
+        "file_written_twice": "Byte {start} was written twice.",
         "result_manifest_unreadable": "{path} cannot be read as a manifest.",
         "result_damaged": "{folder} is damaged: {file} is not what was written. Create it again.",
     }

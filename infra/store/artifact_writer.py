@@ -12,7 +12,7 @@ of the large file. The finished artifact is called the result. The files of a re
 Each chunk is hashed from the pieces as they are written, so the file is not read again at the end.
 A run that resumes reads the blocks of the journal from the unfinished file, compares them with the
 checksums in the journal, and hashes them. Blocks that differ, for instance after a power failure,
-count as not written. In error codes, ``draft`` means the unfinished result.
+count as not written.
 """
 
 import fcntl
@@ -79,7 +79,7 @@ class ChunkHashes:
         """
         if start < 0 or start + len(data) > self._size:
             raise ArtifactDamaged(
-                "draft_outside_file", start=start, stop=start + len(data), size=self._size
+                "file_overrun", start=start, stop=start + len(data), size=self._size
             )
         while len(data):
             index = start // self._chunk_bytes
@@ -122,7 +122,7 @@ class ChunkHashes:
             missing = next(index for index in range(count) if index not in self._chunk_hashes)
             chunk = self._open_chunks.get(missing)
             start = missing * self._chunk_bytes if chunk is None else chunk.at
-            raise ArtifactDamaged("draft_incomplete", start=start)
+            raise ArtifactDamaged("file_incomplete", start=start)
         return tuple(self._chunk_hashes[index] for index in range(count))
 
 
@@ -421,4 +421,4 @@ def _write_at(file: int, start: int, data: memoryview) -> None:
 
 def _build_written_twice_error(start: int) -> ArtifactDamaged:
     """Return the error for a byte that was already written."""
-    return ArtifactDamaged("draft_written_twice", start=start)
+    return ArtifactDamaged("file_written_twice", start=start)

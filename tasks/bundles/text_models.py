@@ -177,7 +177,7 @@ def _build_tokenizer(
     """
     tokenizer = read_tokenizer(saved.tokenizer)
     before: list[Normalizer] = [Prepend(prompt)] if prompt else []
-    if saved.is_lowered:
+    if saved.converts_to_lower_case:
         before.append(Lowercase())
     if before:
         present = [] if tokenizer.normalizer is None else [tokenizer.normalizer]

@@ -68,7 +68,7 @@ def test_chunk_hashes_accept_offsets_beyond_32_bits():
     hashes = ChunkHashes(size, chunk)
     for at in (2**31, 2**32, 2**33):
         hashes.add(at, memoryview(bytes([1] * 8)))
-    with raises_code(ArtifactDamaged, "draft_incomplete", start=0):
+    with raises_code(ArtifactDamaged, "file_incomplete", start=0):
         hashes.all()
     # The pieces begin in the chunks 2, 4 and 8. Chunk 8 is complete with its 8 bytes.
     assert sorted(hashes._open_chunks) == [2, 4]
@@ -97,13 +97,13 @@ def test_byte_added_twice_is_refused(at: int, size: int):
     hashes = ChunkHashes(10, 4)
     hashes.add(0, memoryview(b"abcd"))
     hashes.add(8, memoryview(b"ij"))
-    with raises_code(ArtifactDamaged, "draft_written_twice"):
+    with raises_code(ArtifactDamaged, "file_written_twice"):
         hashes.add(at, memoryview(bytes(size)))
 
 
 @pytest.mark.parametrize(("at", "size"), [(-1, 1), (9, 2), (11, 0)])
 def test_byte_outside_the_file_is_refused(at: int, size: int):
-    with raises_code(ArtifactDamaged, "draft_outside_file", start=at, size=10):
+    with raises_code(ArtifactDamaged, "file_overrun", start=at, size=10):
         ChunkHashes(10, 4).add(at, memoryview(bytes(size)))
 
 
@@ -161,7 +161,7 @@ def test_incomplete_artifact_cannot_be_sealed_and_leaves_no_result(tmp_path: Pat
     assert not (tmp_path / "out").exists()
     with (
         open_writer(tmp_path / "out", "job", "data", len(BODY)) as writer,
-        raises_code(ArtifactDamaged, "draft_incomplete"),
+        raises_code(ArtifactDamaged, "file_incomplete"),
     ):
         writer.seal()
     assert not (tmp_path / "out").exists()

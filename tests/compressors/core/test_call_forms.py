@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from error_codes import Text, raises_code
-from models import ALONE, MULTI_TASK, NOT_ALONE, default_step
+from models import ALONE, MULTI_TASK, default_step
 from multi_task_network import MultiTaskNet
 
 from compressors.contracts import JaggedBag, Output, Signature
@@ -104,7 +104,7 @@ def scores(model, form):
         *(
             pytest.param(default_step(method), marks=pytest.mark.nightly)
             for method in ALONE
-            if method not in NOT_ALONE and method.__name__ != "Equalize"  # it needs 'fold' first
+            if method.__name__ != "Equalize"  # it needs 'fold' first
         ),
     ],
     ids=lambda step: step.kind,

@@ -95,7 +95,6 @@ def build_fitted_model(seed: int = 0) -> Model:
     model = TOWERS.model(seed)
     with torch.no_grad():
         for tower in (model.module.query, model.module.item):
-            tower.table.weight.mul_(1.0)
             tower.out.weight.copy_(torch.eye(DIM))
             tower.out.bias.zero_()
     return model
