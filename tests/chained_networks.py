@@ -1,5 +1,7 @@
-"""Networks with norms and activations between layers, for ``fold``, ``equalize``, ``smooth_quant``.
+"""Networks with norms and activations between layers.
 
+They are for tests of the steps ``fold``, ``equalize`` and ``smooth_quant``, which rewrite weights
+without changing the network's function.
 ``NORM_FIRST``, ``BLOCK``, ``LOUD`` and ``CHAIN`` are references (class, arguments and signature of
 a network, see ``models.py``). ``LOUD`` is the ``Block`` with outlier channels.
 """

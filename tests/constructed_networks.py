@@ -4,8 +4,9 @@ Networks in ``BUILT_WITHOUT_WEIGHTS`` can be constructed on the meta device. Tho
 ``BUILT_WITH_WEIGHTS`` read values of parameters in the constructor, so they cannot. What they store
 does not depend on these values, so a loaded network has the scores of the trained one.
 
-The argument ``device`` is ``cpu`` or ``cuda:0``; recpress builds both on the CPU. ``Penalized``
-refers to its parameters from other objects, which must refer to the loaded weights later.
+The argument ``device`` is ``cpu`` or ``cuda:0``; recpress builds the network on the CPU in both
+cases. ``Penalized`` refers to its parameters from other objects, which must refer to the loaded
+weights later.
 """
 
 import copy

@@ -1,6 +1,7 @@
 """Write a small draft (a bundle before it is packed) of ``FieldsNet``.
 
-Its inputs are a matrix, bounded integers and fields of a joined table.
+Its inputs are a matrix, bounded integers and fields of a joined table: one table with the rows of
+several id columns (fields), one after the other.
 """
 
 from pathlib import Path
@@ -23,6 +24,7 @@ CONFIG = {
     "hidden": 32,
 }
 ROWS = {"train": 3_000, "calibration": 800, "validation": 800, "test": 3_000}
+# The number of rows of each table.
 TABLES = {"joined": 1_500, "wide": 1_500, "brand": 50, "tags": 200}
 MAX_POSITION = 10
 

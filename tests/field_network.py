@@ -5,7 +5,9 @@ from torch import Tensor, nn
 
 
 class FieldsNet(nn.Module):
-    """Wide and deep parts over fields of one joined table, and over one float matrix.
+    """Wide and deep parts over fields of joined tables, and over one float matrix.
+
+    The tables ``joined`` and ``wide`` have the rows of all users, then those of all items.
 
     Args:
         users: rows of the first field of the joined tables.

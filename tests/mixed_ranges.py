@@ -1,4 +1,4 @@
-"""A click model whose first layer reads embeddings and features of another range, and its rows."""
+"""A click model whose first layer reads inputs of two ranges, and rows to calibrate it."""
 
 from pathlib import Path
 

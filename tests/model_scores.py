@@ -1,4 +1,7 @@
-"""Scores of a model on fixed rows, their float32 rounding error, and bytes of tensors."""
+"""Scores of a model on fixed rows, their float32 rounding error, and bytes of tensors.
+
+A ``Reference`` is the class, arguments and signature of a test network.
+"""
 
 import models
 import torch

@@ -84,7 +84,7 @@ PARTS = tuple(method for method in PARTS if method not in (*SEARCHES, LowRankDen
 # Methods that keep each table as one table; core/test_composed.py tests the others.
 UNDIVIDED = (*VALUES, *FORMATS)
 # Without methods that change only values of weights, whose graphs are those of the uncompressed
-# network, and without Fold, since the ranker has neither norms nor dead channels.
+# network, and without Fold, since the ranker has neither norms nor dead (constant) channels.
 ONLY_WEIGHT_VALUES = (Magnitude, Sparse24, L1Training, Distill, FineTune)
 UNDIVIDED = tuple(method for method in UNDIVIDED if method not in (Fold, *ONLY_WEIGHT_VALUES))
 
@@ -99,7 +99,7 @@ def _kinds_for(units: set[str]) -> list[str]:
 
 
 # Recipes of one or two kinds. An export takes three seconds, so a method for layers and one for
-# tables share a graph. Parity has a larger tolerance if layers are quantized, so
+# tables share a graph. The scores of graph and module may differ more if layers are quantized, so
 # lower/test_table_forms.py and lower/test_table_code_graphs.py check quantized tables with float32
 # layers.
 RECIPES: tuple[tuple[str, ...], ...] = (
@@ -516,7 +516,7 @@ class Graph:
 
     Attributes:
         model: the compressed model.
-        lowered: the result of ``lower``, with the serving wrapper in torch.
+        lowered: the result of ``lower``; its ``wrapper`` is the module that the graph computes.
         signature: inputs and outputs of the graph.
         path: the ONNX file.
         target: name of the target.
@@ -533,7 +533,7 @@ class Graph:
         return generate_inputs(self.signature, self.lowered.wrapper.rows_of_table, count, seed)
 
     def run_in_torch(self, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
-        """Return the scores of the serving wrapper in torch, which applies the policy for ids."""
+        """Return the scores of the wrapper in torch, which also handles ids out of range."""
         with torch.no_grad():
             scores: Tensor = self.lowered.wrapper(*(inputs[n] for n in input_names(self.signature)))
         return scores.numpy()
@@ -543,6 +543,7 @@ class Graph:
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
         path = self.path
         if self.target != "onnxruntime" and has_bfloat16_matmuls(self.model.plan):
+            # ONNX Runtime has no bfloat16 matmul on CPUs, so a copy with float32 matmuls is run.
             path = path.with_name("checked.onnx")
             write_checkable(self.path, path)
         return Session(path, threads=1).scores(arrays)

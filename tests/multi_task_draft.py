@@ -1,6 +1,6 @@
 """Write a small draft (a bundle before it is packed) of ``MultiTaskNet``.
 
-It has three outputs, one of them with conditional labels.
+It has three outputs, of which one has labels only in rows with a click.
 """
 
 from pathlib import Path
@@ -41,7 +41,8 @@ SIGNATURE: dict[str, Any] = {
 def write_multi_task_draft(folder: Path, *, seed: int = 0, returns: str = "tuple") -> Path:
     """Write ``model.json``, the weights and one parquet file per split; return the folder.
 
-    Column ``liked`` is null in rows without a click.
+    Column ``liked`` is null in rows without a click. ``returns`` is the network's argument of this
+    name, the form in which it returns its outputs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)

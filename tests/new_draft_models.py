@@ -89,7 +89,7 @@ def print_and_return() -> ShopNet:
 
 
 class TiedNet(nn.Module):
-    """A network whose output layer has the weight of its table."""
+    """A network with two tables that share one weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class PatchedNet(TiedNet):
 patched = PatchedNet()
 patched.factor = 2.0
 
-number = 3
+number = 3  # an object that is no network, which ``recpress new`` must refuse
 
 
 def fails() -> nn.Module:

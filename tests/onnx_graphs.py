@@ -1,4 +1,4 @@
-"""Build small ONNX models, and compare converted networks with ONNX Runtime."""
+"""Build small ONNX models, convert them to PyTorch, and compare the outputs with ONNX Runtime."""
 
 import io
 import warnings
@@ -76,12 +76,12 @@ def infer_types(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def build_network(model: onnx.ModelProto) -> OnnxNetwork:
-    """Convert a model to a network."""
+    """Convert an ONNX model to a PyTorch network."""
     return convert_model(ir.from_proto(model)).build_network()
 
 
 def network_outputs(network: OnnxNetwork, inputs: Mapping[str, Array]) -> list[Array]:
-    """Return the outputs of a network for input arrays."""
+    """Return the outputs of a converted network for input arrays."""
     with torch.no_grad():
         returned = network({name: torch.from_numpy(array) for name, array in inputs.items()})
     tensors = returned.values() if isinstance(returned, dict) else [returned]

@@ -11,9 +11,10 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Return combinations in which every pair of values of two axes occurs.
 
     Most faults of parameters show with one value or with two together (Kuhn et al., "Software fault
-    interactions", 2004); the full product belongs in the nightly tier, if anywhere. Greedy: each
-    combination is, among those that cover the first uncovered pair, one that covers the most. The
-    result depends on the axes alone, so test ids are the same in every process.
+    interactions", 2004). Only nightly tests should use the full product. The choice is greedy: a
+    combination contains the first uncovered pair, and then, axis by axis, the value that covers the
+    most uncovered pairs. The result depends on the axes alone, so test ids are the same in every
+    process.
 
     Args:
         axes: the values of each parameter.

@@ -1,7 +1,8 @@
 """Write a draft of a click model whose labels are drawn with the network's probabilities.
 
-A draft is the folder of a bundle before it is packed. No other network fits the data better, and
-compression can only lower the quality.
+A draft is the folder of a bundle before it is packed. Because of these labels (the network is
+"planted" in the data), no other network fits the data better, and compression can only lower the
+quality.
 """
 
 import json

@@ -1,5 +1,6 @@
 """Helpers that check reasons by code and fields, and write the table of all codes.
 
+A reason explains a decision of a plan or verdict: a code and fields, from which a sentence follows.
 ``python -m tests.reason_codes`` writes ``docs/reasons.md``.
 """
 

@@ -1,6 +1,7 @@
 """A network whose constructor reads numbers from a data set in a file, as RecBole's models do.
 
-It is not a test file: ``import_network`` imports it.
+``import_network`` of ``recpress new`` imports this module. It records what the constructor reads,
+so that a bundle can build the network without the file.
 """
 
 from pathlib import Path
@@ -33,7 +34,7 @@ class Rows:
         return len(set(self.columns[name])) + padding
 
     def matrix(self) -> Tensor:
-        """Return the rows."""
+        """Return all values, float ``(columns, rows)``."""
         return torch.tensor(
             [[float(value) for value in column] for column in self.columns.values()]
         )
@@ -60,7 +61,7 @@ class ReadingNet(nn.Module):
 
 
 class AveragingNet(nn.Module):
-    """A network that computes with a tensor that it reads."""
+    """A network that computes with a tensor that it reads, which JSON cannot store."""
 
     def __init__(self, rows: Rows) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Reference implementation in numpy of row-wise int8, int4, int2 and 8-bit floats.
 
-Written from ``docs/methods/rowwise.md`` and the docstrings of ``quantize/kernels/levels.py`` and
-``quantize/kernels/bitpacking.py`` in ``compressors/quantize/kernels``, without code of the package.
+Written from ``docs/methods/rowwise.md`` and the docstrings of ``levels.py`` and ``bitpacking.py``
+in ``compressors/quantize/kernels``, without code of the package.
 Ranges end at the smallest and the largest weight (``min_max``). All arithmetic is IEEE float32,
 which rounds the same way in numpy and torch, so results are compared bit by bit.
 

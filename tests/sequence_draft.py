@@ -14,7 +14,7 @@ from sequence_network import SequenceNet
 
 NETWORK_MODULE = "sequence_network"
 CONFIG = {"items": 800, "categories": 60, "longest": 12, "dim": 16, "hidden": 32}
-TABLES = {"item": 800, "category": 60}
+TABLES = {"item": 800, "category": 60}  # the number of rows of each table
 ROWS = {"train": 2_500, "calibration": 600, "validation": 600, "test": 2_500}
 
 Padding = Literal["left", "right"]

@@ -19,7 +19,7 @@ MODEL = ROOT / "tests" / "text_models" / "fixtures" / "bert"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A user's folder with a model and texts, of which the model ranks the relevant ones high."""
+    """A user's folder with a model, and with texts whose relevant documents it ranks high."""
     model = load_text_model(MODEL)
     (tokenizer,) = model.tokenizers.values()
     write_texts(

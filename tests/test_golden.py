@@ -1,11 +1,12 @@
 """Golden test: results of every method and lowering equal ``tests/golden/record.json``.
 
-The default tier checks mixed recipes, which together contain every method, on one target each. The
-nightly tier checks each method alone on all networks and targets.
+The default tests check mixed recipes, which together contain every method, on one target each.
+Tests with the marker ``nightly`` check each method alone on all networks and targets.
 
-A case is a recipe on a network. The key of an entry is ``case | network | part | item``. The part
-is a target (its graph), ``torch`` (the module), ``stored`` (the tensors of the result), or a step
-of the recipe, such as ``step 06 fold``.
+A case is a recipe on a network. ``MIXED`` are the cases of mixed recipes, and ``SINGLE`` the
+networks on which each method is checked alone. The key of an entry is
+``case | network | part | item``. The part is a target (its graph), ``torch`` (the module),
+``stored`` (the tensors of the result), or a step of the recipe, such as ``step 06 fold``.
 
 If a difference is intended, run ``python -m tests.golden`` and give the reason for each changed
 entry in the commit message.
@@ -22,7 +23,7 @@ from tests.golden.entries import compute_entries
 
 RECORDED_ON, RECORD = compare.read()
 SAMPLE = [case for case in MIXED if case.sample]
-"""The cases of the default tier; ``case.sample`` is the only target for which it lowers them."""
+"""The cases of the default tests; ``case.sample`` is the only target for which it lowers them."""
 
 
 def name_of(case: Case) -> str:

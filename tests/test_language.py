@@ -1,5 +1,6 @@
-"""Names and prose are standard technical English: words of the former dialect are errors.
+"""Names and prose are standard technical English: words of a former dialect are errors.
 
+Earlier versions of this project had many unusual words, such as "told" for "known" or "reported".
 Names are split at underscores and capitals, so identifiers, docstrings, comments, messages and
 documents follow the same rules. ``ALLOWED`` lists the uses of a word that are standard terms.
 """

@@ -15,6 +15,7 @@ from page_examples import code_blocks, run_commands
 from safetensors.torch import save_file
 
 PAGE = Path(__file__).parents[1] / "docs" / "new-model.md"
+# The folder into which ``make .venv`` installs the libraries of the page's models.
 LIBRARIES = Path(sys.prefix) / "libraries"
 BRANDS = 20
 
@@ -43,7 +44,7 @@ def write_purchases(folder: Path) -> None:
     item = [SparseFeature("item", ITEMS, 8), SparseFeature("brand", BRANDS, 8)]
     torch.manual_seed(0)
     model = DSSM(query, item, {"dims": [16, 8]}, {"dims": [16, 8]}).eval()
-    for table in model.embedding.embed_dict.values():  # drawn with a deviation of 0.0001
+    for table in model.embedding.embed_dict.values():  # the library draws them with std 0.0001
         torch.nn.init.normal_(table.weight)
     save_file(model.state_dict(), folder / "towers.safetensors")
     items = {

@@ -1,4 +1,4 @@
-"""Random networks in every format on every target: one by default, 300 in the nightly tier.
+"""Random networks in every format on every target: one by default, 300 in the nightly tests.
 
 Parity means that the scores of a graph equal those of the module, except for rounding.
 
@@ -24,11 +24,11 @@ from tests.random_networks.shrink import shrink_case
 from tests.random_networks.steps import TARGETS
 
 SAMPLE = {11: "onnxruntime", 29: "tensorrt", 52: "tensorrt-rtx"}
-"""Targets by seed; the default tier checks only the one of ONNX Runtime."""
+"""Targets by seed; only that of ONNX Runtime is checked without the marker ``nightly``."""
 NIGHTLY = 300
-"""Number of seeds that the nightly tier checks."""
+"""Number of seeds that the nightly tests check."""
 ENGINE_SEEDS = (14, 25, 39, 53, 66)
-"""Seeds of networks without jagged bags, for which ``profile_of`` has no profile."""
+"""Seeds of networks without jagged bags, which ``profile_of`` does not support."""
 LOWERED_PAIRS: Counter[str] = Counter()
 """Number of lowered units by format and target, and the number of networks."""
 

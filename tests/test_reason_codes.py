@@ -1,4 +1,7 @@
-"""Reason codes: every reason has its fields and is documented, and stored ones can be read."""
+"""Reason codes: every reason has its fields and is documented, and stored ones can be read.
+
+A reason explains a decision of a plan or verdict: a code and fields, from which a sentence follows.
+"""
 
 import copy
 import json

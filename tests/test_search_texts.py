@@ -28,7 +28,10 @@ PAD, UNKNOWN, CLS, SEP, FIRST_WORD = range(5)
 
 
 def write_version(folder: Path, texts: int = 2) -> Path:
-    """Write a graph whose vectors are its inputs, as a fetched version with left padding."""
+    """Write the files of a fetched version: a graph whose vectors are its inputs, and a tokenizer.
+
+    The tokenizer pads on the left. ``texts`` is the number of text inputs in ``lowering.json``.
+    """
     onnx.save(parser.parse_model(GRAPH), folder / "encoder.onnx")
     tokenizer = word_tokenizer()
     tokenizer.enable_padding(direction="left", pad_id=PAD, pad_token="[PAD]")

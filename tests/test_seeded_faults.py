@@ -1,4 +1,8 @@
-"""Every seeded fault applies to the current code; the runner classifies outcomes of test runs."""
+"""Every seeded fault applies to the current code; the runner classifies outcomes of test runs.
+
+A seeded fault is a mutant: a small wrong change of the code that some test must detect. The runner
+applies one to a copy of the repository and runs the tests that should fail.
+"""
 
 import ast
 import subprocess

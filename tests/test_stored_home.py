@@ -2,7 +2,8 @@
 
 Each fixture in ``tests/stored_home/fixtures`` was written once and never changes, so these tests
 fail if a change makes stored files unreadable. See ``tests/stored_home/create.py`` for how to add
-a fixture.
+a fixture. A home has everything that recpress stores; its ledger is the list of a model's
+promotions and rollbacks.
 """
 
 import hashlib
@@ -294,7 +295,7 @@ def test_stored_table_files_are_complete(name: str, fixture: Fixture, recpress: 
 
 @every_home
 def test_every_stored_task_result_is_read(fixture: Fixture):
-    """Keys hold a digest of the code: other code runs its tasks again, and must not break here."""
+    """Keys have a digest of the code, so the results are not used again, but must be readable."""
     current = current_tasks()
     keys = store().keys("results/")
     assert len({key.split("/")[1] for key in keys}) > 10

@@ -1,4 +1,7 @@
-"""Test tiers: Hypothesis profiles, groups of files, and the command that runs all tiers."""
+"""Test tiers: Hypothesis profiles, groups of files, and the command that runs all tiers.
+
+A tier is the set of tests with a marker such as ``nightly``; the default tier has no such marker.
+"""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Write a small draft of a text encoder, with relevant documents that it ranks high.
+"""Write a small draft (a bundle before it is packed) of an encoder that ranks relevant texts high.
 
 Queries and documents are random words of a small vocabulary. One encoder is both towers. A relevant
 document is drawn from the encoder's scores, so no other network fits the data better.
@@ -41,7 +41,7 @@ RELEVANT = {"train": 3, "validation": 1, "test": 2}
 
 
 def tokens(name: str, mask: str, column: str, longest: int) -> dict[str, Any]:
-    """Return the document of an input of texts."""
+    """Return a text input of the signature, as in ``model.json``."""
     return {
         "kind": "tokens",
         "name": name,
@@ -119,8 +119,8 @@ def write_texts(folder: Path, encode: Encode, random: np.random.Generator) -> Pa
 
     Args:
         folder: the folder.
-        encode: returns the vectors of queries or of documents; relevant are documents with a large
-            dot product.
+        encode: returns the vectors of queries or of documents. The documents with the largest dot
+            products, after noise is added, are relevant to a query.
         random: draws texts, grades and noise.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,8 @@
-"""Networks that read the weight of a table: sliced positions, and heads that score all items."""
+"""Networks that read the weight of a table: sliced positions, and heads that score all items.
+
+``SELF_ATTENTIVE``, ``MASKED_ITEM_HEAD`` and ``RECURRENT`` are references: class and signature of a
+network (see ``models.py``).
+"""
 
 import torch
 from models import Reference, signature_of
@@ -70,6 +74,7 @@ class Recurrent(nn.Module):
 
 
 def _reference(network: type[nn.Module], *, dynamic: bool) -> Reference:
+    """Return a reference; only with ``dynamic`` may histories be shorter than ``LONGEST``."""
     shortest = {"min_length": 1} if dynamic else {"min_length": LONGEST}
     history = SequenceInput(
         name="history",

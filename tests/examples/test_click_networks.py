@@ -1,4 +1,4 @@
-"""DeepFM, DLRM and DIN return the scores of their papers' formulas; the Frappe example.
+"""DeepFM, DLRM and DIN return the scores of their papers' formulas; the example on Frappe's data.
 
 A draft is the folder that becomes a bundle when it is packed.
 """
@@ -104,6 +104,7 @@ def test_din_weights_each_item_of_the_history_by_its_relation_to_the_candidate()
 
 # --- Frappe ----------------------------------------------------------------------------------
 
+# The public files number the values of all fields consecutively: the first id of each field.
 OFFSETS = np.cumsum([0, *FIELDS.values()])[:-1]
 
 

@@ -43,7 +43,7 @@ def recall_at(k, query, item, queries):
 
 
 def build_recall_measure(seen, unseen):
-    """Return a function that computes the recall of a network's rankings of unseen pairs at 6."""
+    """Return a function that computes a network's recall@6 on the unseen pairs."""
     queries = ranking_queries(to_interactions(unseen), [to_interactions(seen)], np.arange(80))
 
     def recall(network):

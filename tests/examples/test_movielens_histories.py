@@ -54,7 +54,7 @@ def test_history_has_the_latest_films_only():
 
 
 @pytest.mark.parametrize("left", [True, False])
-def test_padding_and_mask(left):
+def test_padding_has_id_0_and_mask_0_on_the_chosen_side(left):
     ids, mask = pad([[4, 5], [], [6]], left=left)
     assert ids.tolist() == ([[4, 5], [0, 0], [0, 6]] if left else [[4, 5], [0, 0], [6, 0]])
     torch.testing.assert_close(mask, (ids > 0).float())
@@ -98,6 +98,7 @@ def test_sasrec_depends_on_the_order_of_films_but_not_on_padding_or_later_films(
     padded = torch.tensor([[0, 0, 3, 7, 9]])
     torch.testing.assert_close(network.query(padded, (padded > 0).long()), alone)
     assert not torch.allclose(network.query(history.flip(1), torch.ones_like(history)), alone)
+    # The vectors at the position of film 7, before two different films.
     at_7 = [
         network.query.compute_all_vectors(torch.tensor([[3, 7, later]]), torch.ones(1, 3).long())[
             :, 1

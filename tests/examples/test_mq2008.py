@@ -29,6 +29,7 @@ def data(tmp_path):
                 features = rng.random(FEATURES)
                 values = " ".join(f"{i}:{value:.6f}" for i, value in enumerate(features, 1))
                 relevance = int(features[0] * 3)
+                # "1:9" has the form of a feature, but is in the comment, which must be ignored.
                 lines.append(f"{relevance} qid:{100 * part + query} {values} #docid = x 1:9")
         text = "\n".join(lines).encode()
         if part == 1:

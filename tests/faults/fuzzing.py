@@ -45,8 +45,8 @@ def run(parser: str, count: int, seed: int) -> dict[str, Any]:
         seed: seed of the mutations.
 
     Returns:
-        ``outcomes``: the number of inputs per outcome; ``failures``: one text with its input per
-        kind of failure.
+        ``outcomes``: the number of inputs per outcome; ``failures``: for each kind of failure, one
+        description with an input that causes it.
     """
     from parsers import PARSERS
 

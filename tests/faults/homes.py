@@ -1,8 +1,9 @@
 """Prepare, compare and check the recpress homes of fault tests.
 
 A ``Home`` is a folder with all files of one installation: the store, the registry, a Triton
-repository with the champion, and temporary files. Tests call ``publish_orders`` in a child process
-(``ForkServer.call``); the functions after it only read files.
+repository with the champion, and temporary files. A snapshot is a copy of a home. The ledger is the
+list of a model's promotions and rollbacks in the store. Tests call ``publish_orders`` in a child
+process (``ForkServer.call``); the functions after it only read files.
 """
 
 import json
@@ -97,7 +98,7 @@ def publish_orders(folder: str, orders: list[str], promoted: int) -> list[str]:
 
     Args:
         folder: folder for the files of the reports.
-        orders: one hex digit per order.
+        orders: one hex digit per order, whose digest is 64 times this digit.
         promoted: number of orders to promote, one after another.
     """
     from tasks.promotion.promotions import promote

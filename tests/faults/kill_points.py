@@ -7,8 +7,8 @@ change:
 * opening a file below the root for writing, ``mkdir``, ``unlink``, ``rename``, ``link``,
   ``rmdir``, ``rmtree``, ``chmod``, ``copyfile``, ``truncate``;
 * before each ``rename`` and ``link``, after truncating the file to half its size, so that the file
-  is half-written. Blobs of the store are not truncated, because they are complete before they get
-  a second link;
+  is half-written. Blobs of the store (files whose name is a hash of their content) are not
+  truncated, because a blob is complete before an artifact gets a hard link to it;
 * every SQL statement that changes the registry, and every commit;
 * the start and the end of every Prefect task.
 

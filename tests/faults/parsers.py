@@ -278,7 +278,10 @@ def registry_tags(folder: Path) -> Parser:
 
 
 def triton_configuration(folder: Path) -> Parser:
-    """Return a parser that reads the version in ``config.pbtxt`` and writes any text to one."""
+    """Return a parser that reads the version in ``config.pbtxt``, and formats such a file.
+
+    The formatted file has the whole input as the model's name.
+    """
     message = {"name": "m", "version_policy": {"specific": {"versions": [3]}}, "note": 'a "b"\n'}
 
     def parse(body: bytes) -> object:

@@ -6,12 +6,12 @@ changes no other stored file. Running the same order again has the same result o
 error message.
 
 Enumeration: all files of a home (the folder with everything that recpress stores) after a complete
-order. Content files are blobs, manifests and the files of artifacts, whose names contain a hash.
-(Artifact files are copies of the blobs here, not links, so that each is flipped alone.) The other
-files say which artifacts are used: bundle and order records, the ledger of promotions, cached
-results, the registry, the Triton repository. In each file, one bit is flipped in the first byte,
-the last byte, one of the first 16 bytes, and bytes drawn with a fixed seed; more are drawn in files
-that are not content.
+order. Content files are blobs (files named by a hash of their content), and the manifests and files
+of artifacts, whose folders are named by a hash. In the store, files of artifacts are hard links to
+blobs; here they are copies, so that each is flipped alone. The other files say which artifacts are
+used: bundle and order records, the ledger of promotions, cached results, the registry, the Triton
+repository. In each file, one bit is flipped in the first byte, the last byte, one of the first 16
+bytes, and bytes drawn with a fixed seed; more are drawn in files that are not content.
 
 Exception: SQLite has no checksums. ``registry list`` prints names and tags from the registry
 without verification; every other command compares them with the release, which is verified.
@@ -31,13 +31,13 @@ from outcomes import CountOutcome
 
 SUITE = "bit flips"
 SEED = 5
-SHARDS = 6  # tests that share the flips of the nightly tier
+SHARDS = 6  # tests with the marker ``nightly`` that share all flips
 # Bytes that are drawn in each file, in addition to the first, the last and one of the header.
 DRAWN_IN_CONTENT = 2
 DRAWN_IN_OTHER_FILES = 16
 DRAWN_IN_REGISTRY = 60
 HEADER_BYTES = 16
-SAMPLE = 4  # flips in the default tier
+SAMPLE = 4  # flips in the test without this marker
 CHANGES_ON_READ = {"registry.db", "registry.db-journal"}
 """Files of SQLite, which reading commands may change, and whose content is not verified."""
 

@@ -3,8 +3,8 @@
 Claim: a parser returns a result or raises one of this project's errors, within 5 s and 2 GiB.
 There is no other exception, no crash of the process, and no message of more than 20,000 characters.
 
-Enumeration: 10,000 inputs per parser in the nightly tier, 25 by default, with fixed seeds (see
-``fuzzing`` and ``parsers``).
+Enumeration: 10,000 inputs per parser in the tests with the marker ``nightly``, 12 in the other
+test, with fixed seeds (see ``fuzzing`` and ``parsers``).
 
 The outcome of an input is a text such as ``refused``; the fixture ``count_outcome`` counts
 ``(suite, case, outcome, number=1)``. A home is a folder with all files of one installation.
@@ -20,9 +20,9 @@ from outcomes import CountOutcome
 from parsers import PARSERS
 
 SUITE = "fuzz"
-INPUTS = 10_000  # per parser in the nightly tier
+INPUTS = 10_000  # per parser in the nightly tests
 SAMPLE = 12  # per parser by default
-SHARDS = 2  # tests that share the inputs of one parser in the nightly tier
+SHARDS = 2  # nightly tests that share the inputs of one parser
 MEMORY = 2 * 2**30
 NIGHTLY_SECONDS = 3000.0
 

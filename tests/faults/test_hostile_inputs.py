@@ -9,7 +9,8 @@ Enumeration: the cases of ``hostile_drafts`` and ``hostile_registry``; all of th
 default.
 
 A draft is the folder that a user writes and ``bundle pack`` reads. Code in it would create the file
-``RAN``. ``SECRET`` is the content of a file outside the draft.
+``RAN``. ``SECRET`` is the content of a file outside the draft. A home is the folder with everything
+that recpress stores (``RECPRESS_HOME``), and a snapshot is a copy of a home.
 """
 
 import random
@@ -25,11 +26,11 @@ from outcomes import CountOutcome
 
 SUITE = "hostile inputs"
 SEED = 3
-SAMPLE = 4  # drafts in the default tier
+SAMPLE = 4  # drafts in the test without the marker ``nightly``
 SECONDS = 20.0
 PEAK_MIB = 1536
 MEMORY = 4 * 2**30  # in addition to the process's memory; protects the machine that runs the tests
-SHARDS = 4  # tests that share the drafts in the nightly tier
+SHARDS = 4  # nightly tests that share all drafts
 
 
 def problems(completed: Completed, allowed: set[int]) -> list[str]:

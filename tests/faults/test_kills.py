@@ -27,7 +27,7 @@ from outcomes import CountOutcome
 SUITE = "kills"
 SEED = 11
 SHARDS = 8  # tests that share the points of the order
-SAMPLE = 1  # points per command in the default tier
+SAMPLE = 1  # points per command in the test without the marker ``nightly``
 RANDOM_TIMES = 24
 TWICE = 24  # pairs of kills
 

@@ -12,8 +12,9 @@ to 15 % of all requests of complete orders.
 
 A fault is ``500`` or ``503`` (an error response), ``slow``, ``reset`` (before the request arrives),
 ``truncated``, ``lost`` (executed, but without a response) or ``flipped`` (one bit of the response).
-A home is the folder with everything that recpress stores (``RECPRESS_HOME``). The ledger is the
-list of a model's promotions and rollbacks in the store.
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``), a snapshot is a copy
+of a home, and a draft is the folder of a bundle before it is packed. The ledger is the list of a
+model's promotions and rollbacks in the store.
 """
 
 import random

@@ -26,7 +26,8 @@ class Brier:
     """Mean squared error of probabilities (Brier 1950): the estimator of the metric.
 
     A ``PairedRows`` has the scores of two models on the same rows: of the baseline, which is the
-    uncompressed model (``before``), and of the candidate (``after``).
+    uncompressed model (``before``), and of the candidate (``after``). Intervals are computed by a
+    bootstrap of rows or, if the rows have groups, by a jackknife that leaves out one group.
     """
 
     metric: Metric

@@ -50,7 +50,7 @@ class Upvotes:
 
 KIND = TaskKind(
     name="upvotes",
-    forms=("logit",),
+    forms=("logit",),  # the model returns logits
     labels="clicks",  # labels are 0 or 1, here the upvotes
     needs_label=True,
     evaluation="rows",  # one score per row

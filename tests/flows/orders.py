@@ -223,7 +223,10 @@ def use_home(patch: pytest.MonkeyPatch, home: Path) -> None:
 
 
 def use_copied_home(patch: pytest.MonkeyPatch, source: Path, home: Path) -> None:
-    """Copy a home folder without its champions, and set the environment to the copy."""
+    """Copy a home folder without its champions, and set the environment to the copy.
+
+    The folder ``ledger`` decides which versions are champions.
+    """
     shutil.copytree(source, home)
     shutil.rmtree(home / "store" / "ledger", ignore_errors=True)
     use_home(patch, home)

@@ -147,7 +147,7 @@ class UnoptimizedRuntime:
 
 
 def has_packed_tables(path: Path) -> bool:
-    """Return whether a graph has int8 or uint8 weights."""
+    """Return whether a graph has packed tables: weights stored as int8 or uint8 codes."""
     types = {item.data_type for item in onnx.load(path).graph.initializer}
     return bool(types & {onnx.TensorProto.INT8, onnx.TensorProto.UINT8})
 

@@ -1,6 +1,7 @@
 """One declaration with its functions adds a task kind that every phase of an order can use.
 
-The task kind is in ``added_task_kind.py``; the order is in ``added_order.py``.
+The task kind is in ``added_task_kind.py``; the order is in ``added_order.py``. The form of an
+output says what its numbers are: ``logit``, ``probability`` or ``score``.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Recipes with a quality budget: which steps are skipped, and what a second run has cached.
 
-The budget is the largest loss of the bundle's metric (AUC) on validation rows.
+The budget is the largest loss of the bundle's metric (AUC) on validation rows. A stage of a report
+is the untouched model or the model after an applied step; ``idle_reasons`` are the skipped steps.
 
 A draft is the folder that becomes a bundle when it is packed.
 """

@@ -83,12 +83,12 @@ def test_new_without_a_label_and_a_terminal_exits_with_code_2(arguments, monkeyp
     "options",
     [
         ["--label", "click", "--label", "click"],
-        ["--label", "=click"],
+        ["--label", "=click"],  # the form is OUTPUT=COLUMN
         ["--label", "click", "--input", "user"],
         ["--label", "click", "--metric", "accuracy"],
         ["--label", "click", "--name", "Two Words"],
         ["--label", "click", "--metric", "gauc"],
-        ["--label", "click", "--item", "item"],
+        ["--label", "click", "--item", "item"],  # the id column of a retrieval model's items
     ],
     ids=[
         "label twice",

@@ -1,6 +1,7 @@
 """An order for a model with a float matrix, bounded integers and fields of a joined table.
 
-A draft is the folder that becomes a bundle when it is packed.
+In a joined table, the rows of several id columns (fields) follow each other. A draft is the folder
+that becomes a bundle when it is packed.
 """
 
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 An order's digest depends on the version of recpress. A request record maps the digest of an order
 without the version to the completed order. A home is the folder with everything that recpress
-stores (``RECPRESS_HOME``).
+stores (``RECPRESS_HOME``). The ledger is the list of a model's promotions and rollbacks.
 """
 
 import importlib.metadata

@@ -1,4 +1,7 @@
-"""After a home folder was moved, its completed orders are found and its cached results used."""
+"""After a home folder was moved, its completed orders are found and its cached results used.
+
+A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
+"""
 
 import shutil
 from pathlib import Path

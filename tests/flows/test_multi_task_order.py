@@ -28,6 +28,7 @@ AUCS = ("auc[click]", "auc[like]", "auc[buy]")
 
 @pytest.fixture
 def draft(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a draft (the folder of a bundle before it is packed) and pack it; return its folder."""
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", NETWORK_MODULE)
     folder = write_multi_task_draft(empty_home / "draft")
     pack(folder)

@@ -6,7 +6,8 @@ since it compares batch sizes only with ``BATCH_THRESHOLDS`` and label rates onl
 ``RATE_THRESHOLDS``, and has rules for the position of 'recalibrate' only in the first 24 steps.
 
 In names of cases, "traffic" are training rows without labels, and "nulls of the form" are the null
-values that the form submits for optional fields without a value.
+values that the form submits for optional fields without a value. With "auxiliary", an auxiliary
+head learns the teacher's predictions, and the network's output only the labels.
 """
 
 import json

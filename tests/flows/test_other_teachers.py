@@ -2,7 +2,8 @@
 
 The student is ``ClickNet``, whose clicks are drawn with its own probabilities
 (``tests/drafts.py``). One teacher is a gradient boosting model of scikit-learn, whose probabilities
-are a column of the data. The other is a network that reads a column that the student does not. A
+are a column of the data. The other is a network that reads a column that the student does not. The
+form of an output or column says what its numbers are: ``logit``, ``probability`` or ``score``. A
 draft is the folder of a bundle before it is packed.
 """
 
@@ -198,7 +199,7 @@ def test_conversion_of_forms_is_the_logit_or_its_inverse() -> None:
     torch.testing.assert_close(logit[:2], torch.tensor([0.25, 0.5]).logit())
     assert bool(logit.isfinite().all())  # 1 is clamped
     back = convert_scores(logit, ("logit",), ("probability",))
-    torch.testing.assert_close(back, probability, atol=1e-5, rtol=0)  # the clamp
+    torch.testing.assert_close(back, probability, atol=1e-5, rtol=0)  # 1 was clamped
     both = torch.stack([logit, probability], dim=1)
     assert convert_scores(both, ("logit", "probability"), ("logit", "probability")) is both
     converted = convert_scores(both, ("logit", "probability"), ("logit", "logit"))

@@ -131,17 +131,17 @@ def planted_records(keys: dict[str, str], trap: Path) -> dict[str, dict[str, byt
         fields = {"schema_version": 1, "task": task, "key": keys[task], "value": value}
         return seal_record({**fields, **more})
 
-    decoder = {"__class__": f"{MODULE}.Thing", "data": {}}
+    class_reference = {"__class__": f"{MODULE}.Thing", "data": {}}
     return {
         "raw pickle": {task: pickle.dumps(CreatesFolder(trap)) for task in keys},
         "pickle as text": {task: sealed_record(task, pickled) for task in keys},
-        "class to import": {task: sealed_record(task, decoder) for task in keys},
+        "class to import": {task: sealed_record(task, class_reference) for task in keys},
         "exception to import": {
             task: sealed_record(task, {"__exc_type__": f"{MODULE}.Thing", "message": "x"})
             for task in keys
         },
         "class to import, and a serializer": {
-            task: sealed_record(task, decoder, metadata={"serializer": {"type": "pickle"}})
+            task: sealed_record(task, class_reference, metadata={"serializer": {"type": "pickle"}})
             for task in keys
         },
         "record of Prefect": {task: prefect_record("pickle", trap) for task in keys},

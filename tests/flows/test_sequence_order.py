@@ -1,4 +1,4 @@
-"""An order for a model with sequences of dynamic length, and the data that it refuses."""
+"""An order for a model with sequences of dynamic length, and data that packing refuses."""
 
 import json
 from pathlib import Path
@@ -19,6 +19,7 @@ from tasks.report.target_facts import targets_section
 
 @pytest.fixture
 def draft(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A draft (the folder of a bundle before it is packed) with padding on the left."""
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", NETWORK_MODULE)
     return write_sequence_draft(empty_home / "draft", "left")
 
@@ -56,6 +57,7 @@ def test_lists_of_unequal_length_are_refused(
 ) -> None:
     table = pq.read_table(draft / "test.parquet")
     lists = table[column].to_pylist()
+    # A row whose lists are longer or shorter than both values of ``change``.
     row = next(index for index, ids in enumerate(lists) if len(ids) not in (0, 3))
     lists[row] = change
     index = table.column_names.index(column)

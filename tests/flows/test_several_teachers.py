@@ -1,7 +1,7 @@
 """Orders that distill from several teachers, on training rows and on rows without labels.
 
 The split ``traffic`` of a bundle has rows without labels, such as logged requests. A draft is the
-folder of a bundle before it is packed.
+folder of a bundle before it is packed, and a home the folder with everything that recpress stores.
 """
 
 import json

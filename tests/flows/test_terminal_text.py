@@ -60,7 +60,7 @@ JOINED_AND_EACH_TEXT = [
     pytest.param("".join(HOSTILE.values()).replace(".", ""), id="everything"),
     *(pytest.param(name, id=kind, marks=pytest.mark.slow) for kind, name in HOSTILE.items()),
 ]
-"""All texts joined, in the default tier, and each text alone, in the slow tier."""
+"""All texts joined, in the default tests, and each text alone, with the marker ``slow``."""
 
 MODULE_NAMES = {kind: name for kind, name in HOSTILE.items() if kind not in NOT_MODULE_NAMES}
 JOINED_NAME = "".join(MODULE_NAMES.values()).replace(".", "")

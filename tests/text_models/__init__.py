@@ -1,4 +1,4 @@
-"""Small models of sentence-transformers with random weights, and the vectors that it computes.
+"""Small sentence-transformers models with random weights, and the vectors of this library.
 
 create.py  writes ``fixtures``; needs sentence-transformers and transformers, which tests do not
 """

@@ -1,4 +1,4 @@
-"""Write small models of each family with sentence-transformers, and its vectors of some texts.
+"""Write small models of five encoder families with sentence-transformers, and vectors of texts.
 
     pip install --no-deps --target LIBRARIES sentence-transformers transformers \
         huggingface-hub regex
@@ -190,6 +190,7 @@ def all_models() -> dict[str, Model]:
             activation="relu",
         )
     )
+    # Names in the pooling settings of earlier versions of the library.
     flags = {"word_embedding_dimension": DIM, "pooling_mode_mean_tokens": True}
     dense = Dense(DIM, 6, activation_function=nn.Tanh())
     prompts = {"query": "query: ", "document": "passage: "}
