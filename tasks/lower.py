@@ -22,6 +22,7 @@ from compressors.contracts import (
 )
 from compressors.contracts.targets import TARGETS
 from compressors.core.batches import Rows, rows_per_batch
+from compressors.core.modules.formats import PackedLinear
 from compressors.core.random_inputs import edge_rows, generate_edge_inputs
 from compressors.core.runner import rows_of_tables
 from compressors.core.scores import tower_arguments
@@ -29,7 +30,7 @@ from compressors.core.units import Unit, stored_bytes
 from compressors.lower.comparison.parity import worst_parity
 from compressors.lower.export import Lowered, lower
 from compressors.lower.findings import Parity
-from compressors.lower.graph_weights import weights_of_graph
+from compressors.lower.graph_weights import find_unused_layers, weights_of_graph
 from compressors.lower.serving_wrapper import (
     SCORE,
     VECTOR,
@@ -150,7 +151,7 @@ def _check_graph(
         AuditFailed: the runtime computes a quantized layer or table in float.
     """
     served_graph = lowered.wrapper.served_graph
-    signature, plan = served_graph.signature, _select_plan_lines(loaded, served_graph)
+    signature, plan = served_graph.signature, _select_plan_lines(loaded, lowered)
     runtime = runtime_of_graphs(target)
     comparison_runtime = OnnxRuntime() if runtime is None else runtime
     with runnable_graph(path, target, plan) as runnable:
@@ -194,20 +195,38 @@ def _check_graph(
     )
 
 
-def _select_plan_lines(loaded: LoadedBundle, served_graph: ServedGraph) -> Plan | None:
+def _select_plan_lines(loaded: LoadedBundle, lowered: Lowered) -> Plan | None:
     """Return the plan with only the units that a graph runs; None if the model has no plan."""
-    plan = loaded.model.plan
-    if plan is None or not served_graph.is_tower:
+    plan, served_graph = loaded.model.plan, lowered.wrapper.served_graph
+    if plan is None:
+        return None
+    if served_graph.is_tower:
+        names = _list_units_of_tower(loaded, served_graph)
+        plan = Plan(lines=tuple(line for line in plan.lines if line.module in names))
+    in_graph = {layer.module for layer in lowered.layers}
+    missing = [
+        unit.name
+        for unit in Unit.of(loaded.model.module)
+        if isinstance(unit.module, PackedLinear)
+        and unit.name not in in_graph
+        and plan.of(unit.name) is not None
+    ]
+    unused = find_unused_layers(loaded.model.module, served_graph, missing)
+    if not unused:
         return plan
+    return Plan(lines=tuple(line for line in plan.lines if line.module not in unused))
+
+
+def _list_units_of_tower(loaded: LoadedBundle, served_graph: ServedGraph) -> set[str]:
+    """Return the names of the units whose tensors the graph of a tower reads."""
     tensors = set(map(id, weights_of_graph(loaded.model.module, served_graph)))
     modules = set(served_graph.part(loaded.model.module).modules())
-    names = {
+    return {
         unit.name
         for unit in Unit.of(loaded.model.module)
         if unit.module in modules
         and any(id(tensor) in tensors for tensor in unit.module.state_dict(keep_vars=True).values())
     }
-    return Plan(lines=tuple(line for line in plan.lines if line.module in names))
 
 
 class _ProbeRows:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 import torch
 from deepctr_torch import models as deepctr
 from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
+from deepctr_torch.models.multitask.ple import PLE
+from library_data import GENRES, ITEMS, LONGEST, USERS
 from torch import nn
 from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
 from torch_rechub.models import multi_task, ranking
 from torch_rechub.models.matching import DSSM, YoutubeDNN
 from torch_rechub.models.matching import dssm_senet as senet
-
-USERS, ITEMS, GENRES, LONGEST = 50, 80, 18, 6
 
 ids = [
     SparseFeature("user", USERS, 8),
@@ -85,6 +85,13 @@ DEEPCTR: dict[str, Callable[[], nn.Module]] = {
     "deepctr_wide_deep": lambda: deepctr.WDL(columns, columns, **layers),
     "deepctr_nfm": lambda: deepctr.NFM(columns, columns, **layers),
     "deepctr_pnn": lambda: deepctr.PNN(columns, **layers),
+    "deepctr_ple": lambda: PLE(
+        columns,
+        expert_dnn_hidden_units=(16,),
+        gate_dnn_hidden_units=(8,),
+        tower_dnn_hidden_units=(8,),
+        task_names=("click", "like"),
+    ),
     "deepctr_fibinet": lambda: deepctr.FiBiNET(columns, columns, **layers),
 }
 

@@ -4,7 +4,7 @@ findings.py            result types of export, audit and parity check
 value_policy.py        the policy for integers out of range, as operators of the graph
 recurrent_layers.py    let recurrent layers call custom ops
 serving_wrapper.py     the exported module: policy for ids out of range, and output
-graph_weights.py       the stored tensors that a graph reads
+graph_weights.py       the stored tensors that a graph reads, and layers that affect no output
 merged/                several tables looked up as one
 float8_tensors.py      convert stored 8-bit floats to a graph's type
 attention.py           translate scaled dot-product attention

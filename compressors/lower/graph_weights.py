@@ -1,5 +1,6 @@
-"""Find the stored tensors that a graph of a model reads."""
+"""Find the stored tensors that a graph of a model reads, and layers that affect no output."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_iter
 from compressors.contracts import FORWARD
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import rows_of_tables
-from compressors.core.scores import call_network
+from compressors.core.scores import call_network, output_tensors
 from compressors.lower.serving_wrapper import ServedGraph
 
 ROWS = 2
@@ -38,6 +39,39 @@ def weights_of_graph(model: nn.Module, served_graph: ServedGraph) -> tuple[Tenso
     with torch.no_grad(), read:
         call_network(part, inputs, signature)
     return tuple(tensor for tensor in tensors.values() if tensor.data_ptr() in read.addresses)
+
+
+def find_unused_layers(
+    model: nn.Module, served_graph: ServedGraph, names: Iterable[str]
+) -> tuple[str, ...]:
+    """Return those of some dense layers on which no output of a graph depends.
+
+    Some networks compute more than they return: in PLE (progressive layered extraction), for
+    example, the gate of the shared experts in the last level. Such a layer is not in the graph. Its
+    outputs are replaced by NaN here, and the outputs of the graph must not change.
+
+    Args:
+        model: the loaded network.
+        served_graph: the graph.
+        names: attribute paths of the dense layers in question.
+    """
+    part, signature = served_graph.part(model), served_graph.signature
+    inputs = generate_inputs(signature, rows_of_tables(model, signature), ROWS)
+
+    def compute_outputs() -> list[Tensor]:
+        with torch.no_grad():
+            returned = call_network(part, inputs, signature)
+        scores = returned if served_graph.is_tower else output_tensors(returned, signature)
+        return [leaf for leaf in tree_iter(scores) if isinstance(leaf, Tensor)]
+
+    expected, unused = compute_outputs(), []
+    for name in names:
+        layer = model.get_submodule(name)
+        with layer.register_forward_hook(lambda _, __, output: torch.full_like(output, torch.nan)):
+            outputs = compute_outputs()
+        if all(map(torch.equal, outputs, expected)):
+            unused.append(name)
+    return tuple(unused)
 
 
 class _ReadTensors(TorchDispatchMode):

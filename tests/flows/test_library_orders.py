@@ -1,4 +1,4 @@
-"""Orders for models of libraries: every preset, on the drafts that ``recpress new`` writes.
+"""Orders for models of libraries, on the drafts that ``recpress new`` writes.
 
 A home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
 of a bundle before it is packed.
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from library_data import write_interactions, write_rows
 from orders import run_without_prefect
 
 from compressors.contracts import Limit
@@ -33,14 +34,33 @@ RECBOLE = {
 LIMITS = (Limit.parse("auc vs baseline >= -0.1"),)
 
 
+MULTI_TASK = ("mmoe", "shared_bottom", "deepctr_ple")
+SCORING = (
+    *("wide_deep", "deep_fm", "dcn", "dcn_v2", "dcn_v2_mixture", "auto_int", "din"),
+    *("deepctr_deep_fm", "deepctr_ids", "deepctr_xdeep_fm", "deepctr_dcn", "deepctr_dcn_mixture"),
+    *("deepctr_auto_int", "deepctr_nfm", "deepctr_pnn", "deepctr_fibinet"),
+    *MULTI_TASK,
+)
+MATCHING = ("dssm", "senet_dssm", "youtube_dnn")
+
+
 @pytest.fixture
 def libraries(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home, in a working directory where the libraries' modules can be imported."""
     monkeypatch.syspath_prepend(str(LIBRARIES))
-    allowed = "recbole_models,recbole,library_models,torch_rechub"
+    allowed = "recbole_models,recbole,library_models,torch_rechub,deepctr_torch"
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", allowed)
     monkeypatch.chdir(empty_home)
     return empty_home
+
+
+def compress(request: DraftRequest, preset: str, limits: tuple[Limit, ...]) -> None:
+    """Write the draft of a network, pack it and compress it; the result must be accepted."""
+    new_draft(request)
+    pack(request.folder)
+    result = run_without_prefect(Order(model="model", preset=preset, limits=limits))
+    finished = result.finished.report
+    assert finished.outcome == "accepted", finished.targets[0].verdict.reason
 
 
 @pytest.mark.slow
@@ -62,8 +82,50 @@ def test_model_of_recbole_is_compressed_and_accepted(
         labels={"click": "label"},
         name="model",
     )
-    new_draft(request)
-    pack(libraries / "draft")
-    result = run_without_prefect(Order(model="model", preset=preset, limits=LIMITS))
-    finished = result.finished.report
-    assert finished.outcome == "accepted", finished.targets[0].verdict.reason
+    compress(request, preset, LIMITS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        *((name, "small") for name in SCORING),  # also applies the steps of "fast" to dense layers
+        *((name, "fast") for name in ("dcn_v2_mixture", "deepctr_ids", *MULTI_TASK)),
+    ],
+)
+def test_model_of_torch_rechub_or_deepctr_torch_is_compressed_and_accepted(
+    libraries: Path, name: str, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "library_models", raising=False)
+    write_rows(libraries / "rows")
+    labels = ("click", "like") if name in MULTI_TASK else ("click",)
+    request = DraftRequest(
+        folder=libraries / "draft",
+        model=f"library_models:{name}",
+        data=libraries / "rows",
+        labels=dict(zip(labels, labels, strict=True)),
+        name="model",
+    )
+    metrics = [f"auc[{label}]" for label in labels] if len(labels) > 1 else ["auc"]
+    compress(request, preset, tuple(Limit.parse(f"{m} vs baseline >= -0.1") for m in metrics))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["fast", "small"])
+@pytest.mark.parametrize("name", MATCHING)
+def test_model_of_torch_rechub_with_two_towers_is_compressed_and_accepted(
+    libraries: Path, name: str, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "library_models", raising=False)
+    write_interactions(libraries / "rows")
+    request = DraftRequest(
+        folder=libraries / "draft",
+        model=f"library_models:{name}",
+        data=libraries / "rows",
+        labels={},
+        query_tower="user_tower",
+        item_tower="item_tower",
+        group="member",
+        name="model",
+    )
+    compress(request, preset, (Limit.parse("recall@20 vs baseline >= -0.3"),))

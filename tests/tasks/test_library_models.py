@@ -7,10 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 from error_codes import raises_code
+from library_data import write_interactions, write_rows
 
 from compressors.contracts import Bench, Signature, Tower, Towers
 from compressors.core.skipping import run_or_skip
@@ -23,7 +22,6 @@ from tasks.bundles.new_draft import new_draft
 from tasks.bundles.packing import Packed, pack
 
 LIBRARIES = Path(sys.prefix) / "libraries"  # folder of the packages that the models import
-USERS, ITEMS, GENRES, LONGEST = 50, 80, 18, 6
 MULTI_TASK = ("mmoe", "shared_bottom")
 RECHUB = ("wide_deep", "deep_fm", "dcn", "dcn_v2", "dcn_v2_mixture", "auto_int", "din", *MULTI_TASK)
 SQUEEZED = ("dcn_v2_mixture", "deepctr_dcn_mixture")  # they fail for a batch of one row
@@ -48,23 +46,7 @@ DEEPCTR = tuple(
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the data that the models of ``tests/library_models.py`` read."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for split, rows in {"train": 400, "test": 600}.items():
-        lengths = rng.integers(1, LONGEST + 1, rows)
-        click = rng.integers(0, 2, rows)
-        columns = {
-            "user": rng.integers(0, USERS, rows),
-            "item": rng.integers(1, ITEMS, rows),
-            "genre": rng.integers(0, GENRES, rows),
-            "price": rng.random(rows, np.float32),
-            "age": rng.integers(18, 80, rows),
-            # torch-rechub trains on lists that are padded in the data.
-            "history": list(rng.integers(1, ITEMS, (rows, LONGEST))),
-            "recent": [rng.integers(1, ITEMS, length) for length in lengths],
-            "click": click,
-            "like": click * rng.integers(0, 2, rows),
-        }
-        pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
+    write_rows(folder)
     return folder
 
 
@@ -111,19 +93,7 @@ def test_model_of_torch_rechub_becomes_a_bundle(
 def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with interactions of members with products, and the catalogue of products."""
     folder = tmp_path_factory.mktemp("interactions")
-    rng = np.random.default_rng(0)
-    lately = [rng.integers(1, ITEMS, length) for length in rng.integers(1, 6, USERS)]
-    for split, rows in {"train": 600, "test": 300}.items():
-        member = rng.integers(0, USERS, rows)
-        columns = {
-            "member": member,
-            "lately": [lately[number] for number in member],
-            "product": rng.integers(1, ITEMS, rows),
-        }
-        pd.DataFrame(columns).to_parquet(folder / f"{split}.parquet")
-    products = np.arange(1, ITEMS)
-    kinds = rng.integers(0, GENRES, len(products))
-    pd.DataFrame({"product": products, "kind": kinds}).to_parquet(folder / "items.parquet")
+    write_interactions(folder)
     return folder
 
 
