@@ -2,7 +2,7 @@
 
 from compressors.contracts import Bench
 from compressors.core.model import Model
-from compressors.core.plan_lines import OUTPUT, add_remarks, build_plan, output_line
+from compressors.core.plan_lines import add_remarks, build_plan, output_lines
 from compressors.core.runner import add_notes, plan_step
 from compressors.core.skipping import find_skippable_units
 from compressors.core.steps.step import Method
@@ -40,10 +40,10 @@ def dry_run(method: Method, source: Model, bench: Bench, *, smallest: bool = Fal
     before, after = Unit.of(source.module), Unit.of(model.module)
     sizes = stored_bytes(source.module), stored_bytes(model.module)
     # The line of the function that recalibrates the network's output, if a step added one.
-    line = output_line(step.kind, source, model.module, plan.decisions.get(OUTPUT))
+    outputs = output_lines(step.kind, source, model.module, plan.decisions)
     folded = folded_norms(model.module)
     new_plan = build_plan(
-        step.kind, source, plan.decisions, before, after, sizes, output=line, folded=folded
+        step.kind, source, plan.decisions, before, after, sizes, outputs=outputs, folded=folded
     )
     new_plan = add_remarks(new_plan, step.kind, skipped, plan.decisions, outcome_reasons={})
     return Model(model.module, source.architecture, model.network, new_plan)

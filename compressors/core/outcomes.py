@@ -17,7 +17,7 @@ from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FactoredLinear
 from compressors.core.modules.formats import Bag
 from compressors.core.modules.table_weight import TIED, TiedHead
-from compressors.core.plan_lines import OUTPUT
+from compressors.core.plan_lines import is_output_line
 from compressors.core.steps.decisions import Decision
 from compressors.core.steps.step import Effect
 from compressors.core.units import Unit
@@ -40,9 +40,9 @@ def resolve_decisions(
             ``values``: its format stays; its weights change, or it becomes narrower or is removed.
             ``parts``: smaller units replace it. ``output``: no unit changes; the step adds or
             replaces a calibration map: the function that recalibrates the network's output.
-        planned: the plan's decision for every unit, and under the name ``OUTPUT`` for the
-            calibration map if the step changes it.
-        outcomes: by unit name (or ``OUTPUT``), the decisions that the step returned after it ran.
+        planned: the plan's decision for every unit, and for every calibration map that the step
+            changes, by the name of its plan line.
+        outcomes: by the same names, the decisions that the step returned after it ran.
         before: the units before the step.
         after: the units after the step.
 
@@ -69,8 +69,8 @@ def resolve_decisions(
         final[unit.name] = _build_final_decision(
             effect, decision, outcome, unit, is_changed=is_changed
         )
-    if OUTPUT in planned:  # the map is no unit, so there are no tensors to compare
-        final[OUTPUT] = outcomes.get(OUTPUT, planned[OUTPUT])
+    # A calibration map is no unit, so there are no tensors to compare.
+    final |= {name: outcomes[name] for name in planned if is_output_line(name) and name in outcomes}
     _require_no_other_units(kind, effect, planned, before, after)
     return final
 

@@ -1,18 +1,33 @@
 """Build a step's plan: one line for every table and dense layer, with bytes and reasons."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from compressors.contracts import DROPPED, Plan, PlanLine
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
-from compressors.core.modules.output_calibration import find_recalibration
+from compressors.core.modules.output_calibration import list_recalibrations
 from compressors.core.steps.decisions import Decision
 from compressors.core.units import Unit, innermost, stored_bytes
 
 OUTPUT = "(output)"
 """Name of the plan line for the calibration map: the function that recalibrates the output."""
+
+
+def output_line_name(output: str | None) -> str:
+    """Return the name of the plan line for the calibration map of an output.
+
+    Args:
+        output: the output's name; None if the network has only one output.
+    """
+    return OUTPUT if output is None else f"(output {output})"
+
+
+def is_output_line(name: str) -> bool:
+    """Whether a plan line is that of a calibration map; units have no parentheses in their name."""
+    return name.startswith("(output")
+
 
 OTHER = "(other)"
 """Name of the plan line for all tensors outside of units, such as those of norms."""
@@ -28,7 +43,7 @@ def build_plan(
     before: tuple[Unit, ...],
     after: tuple[Unit, ...],
     sizes: tuple[int, int],
-    output: PlanLine | None = None,
+    outputs: Sequence[PlanLine] = (),
     folded: Collection[str] = (),
     warnings: Mapping[str, Reason] | None = None,
 ) -> Plan:
@@ -41,7 +56,7 @@ def build_plan(
         before: the units before the step.
         after: the units after the step; missing ones were dropped.
         sizes: bytes of all tensors before and after the step.
-        output: the line of the calibration map, if the network has one.
+        outputs: the lines of the calibration maps.
         folded: names of the norms that were folded into adjacent layers.
         warnings: by unit name, a warning about a unit that the step changed. Other units of
             unchanged format keep the warnings of earlier steps.
@@ -81,8 +96,8 @@ def build_plan(
         ]
     # A unit that an earlier step dropped keeps its line.
     lines += [line for line in (source.plan.lines if source.plan else ()) if line.format == DROPPED]
-    lines += [] if output is None else [output]
-    output_bytes = 0 if output is None else output.bytes_after
+    lines += outputs
+    output_bytes = sum(line.bytes_after for line in outputs)
     other = source.plan.of(OTHER) if source.plan else None
     other_before = sizes[0] - sum(unit.bytes for unit in before)
     lines.append(
@@ -98,29 +113,33 @@ def build_plan(
     return Plan(lines=tuple(lines), reasons=source.plan.reasons if source.plan else ())
 
 
-def output_line(
-    kind: str, source: Model, module: nn.Module, decision: Decision | None
-) -> PlanLine | None:
-    """Return the plan line of the calibration map; None if no step so far has changed the map.
+def output_lines(
+    kind: str, source: Model, module: nn.Module, decisions: Mapping[str, Decision]
+) -> tuple[PlanLine, ...]:
+    """Return the plan lines of the calibration maps; none if no step so far has changed one.
 
     Args:
         kind: the step's ``kind``.
         source: the model before the step, for its plan so far.
         module: the network after the step.
-        decision: the step's decision about the map; None if the step is not about the map.
+        decisions: the step's decisions, those about maps by the names of their plan lines.
     """
-    if decision is None:
-        return source.plan.of(OUTPUT) if source.plan else None
-    recalibration = find_recalibration(module)
-    return PlanLine(
-        module=OUTPUT,
-        role="other",
-        format="as trained" if recalibration is None else recalibration.method,
-        bytes_before=0,
-        bytes_after=0 if recalibration is None else stored_bytes(recalibration),
-        steps=() if recalibration is None else (kind,),
-        reasons=decision.reasons,
-    )
+    earlier = source.plan.lines if source.plan else ()
+    lines = {line.module: line for line in earlier if is_output_line(line.module)}
+    maps = {output_line_name(item.name): item for item in list_recalibrations(module)}
+    for name, decision in decisions.items():
+        if is_output_line(name):
+            found = maps.get(name)
+            lines[name] = PlanLine(
+                module=name,
+                role="other",
+                format="as trained" if found is None else found.method,
+                bytes_before=0,
+                bytes_after=0 if found is None else stored_bytes(found),
+                steps=() if found is None else (kind,),
+                reasons=decision.reasons,
+            )
+    return tuple(lines.values())
 
 
 def add_remarks(
@@ -142,10 +161,12 @@ def add_remarks(
     remarks = [
         Reason("unit_skipped", step=kind, unit=name, why=why) for name, why in skipped.items()
     ]
-    output = plan.of(OUTPUT) if OUTPUT in decisions else None
-    if output is not None:
-        if kind not in output.steps:
-            remarks.append(Reason("step_changed_nothing", step=kind, why=output.reasons))
+    outputs = [plan.of(name) for name in decisions if is_output_line(name)]
+    if outputs:
+        lines = [line for line in outputs if line is not None]
+        if not any(kind in line.steps for line in lines):
+            why = _remove_repetition(line.reasons for line in lines)
+            remarks.append(Reason("step_changed_nothing", step=kind, why=why))
     elif decisions and not any(decision.selected for decision in decisions.values()):
         why_nothing = _remove_repetition(
             outcome_reasons[name] for name in decisions if name in outcome_reasons

@@ -33,7 +33,7 @@ from compressors.contracts import (
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.outcomes import resolve_decisions
-from compressors.core.plan_lines import OUTPUT, add_remarks, build_plan, output_line
+from compressors.core.plan_lines import add_remarks, build_plan, output_lines
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.scores import network_scores
 from compressors.core.state.module_state import build_records, load, save
@@ -198,7 +198,7 @@ def run(
         difference = float((loaded_scores - expected).abs().max())
         raise ContractBroken("stored_scores_differ", step=step.kind, gap=difference)
     sizes = stored_bytes(source.module), stored_bytes(loaded)
-    line = output_line(step.kind, source, module, decisions.get(OUTPUT))
+    outputs = output_lines(step.kind, source, module, decisions)
     warnings = input_range_warnings(source.module, loaded, bench)
     folded = folded_norms(loaded)
     new_plan = build_plan(
@@ -208,7 +208,7 @@ def run(
         before,
         after,
         sizes,
-        output=line,
+        outputs=outputs,
         folded=folded,
         warnings=warnings,
     )

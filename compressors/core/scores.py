@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import FORWARD, Attributes, Signature, tensor_names
 from compressors.core.batches import SampledItems, concatenate_inputs
+from compressors.core.modules.output_calibration import without_recalibration
 
 Value = TypeVar("Value")
 """A tensor, or an array of a runtime."""
@@ -49,7 +50,10 @@ def _call_once(module: nn.Module, inputs: Mapping[str, Tensor], signature: Signa
         query, item = (tower_vectors(module, inputs, signature, name) for name in names)
         return (query * item).sum(dim=1)
     with temporary_attributes(module, signature.attributes):
-        return _call_method(module, inputs, signature)
+        if signature.method == FORWARD:  # a forward hook applies the calibration maps
+            return _call_method(module, inputs, signature)
+        with without_recalibration(module) as recalibrate:
+            return recalibrate(_call_method(module, inputs, signature))
 
 
 @contextmanager

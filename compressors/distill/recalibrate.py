@@ -16,12 +16,15 @@ the logit, fitted on validation rows, corrects this and keeps the order of rows.
 A *click* is a row with label 1; the *click rate* is the share of such rows.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
 from compressors.contracts import Bench, Part
 from compressors.contracts.reasons import Reason
@@ -29,13 +32,14 @@ from compressors.contracts.task_kind import OutputForm
 from compressors.core.batches import batches
 from compressors.core.model import Model
 from compressors.core.modules.output_calibration import (
+    OutputMaps,
     Recalibration,
     attach,
-    find_recalibration,
+    list_recalibrations,
     to_logit,
 )
-from compressors.core.plan_lines import OUTPUT
-from compressors.core.scores import network_scores
+from compressors.core.plan_lines import output_line_name
+from compressors.core.scores import network_scores, score_columns
 from compressors.core.steps.decisions import AppliedStep, Decision, StepPlan
 from compressors.core.steps.step import Effect, StepSettings
 from compressors.errors.compression import CompressionError, NothingToCompress
@@ -148,17 +152,25 @@ def fit_pieces(logit: Floats, label: Floats, knots: int) -> tuple[Floats, Floats
     return means, mapped
 
 
-def fit_map(method: Method, output: str, logit: Floats, label: Floats, knots: int) -> Recalibration:
+def fit_map(
+    method: Method,
+    output: str,
+    logit: Floats,
+    label: Floats,
+    knots: int,
+    name: str | None = None,
+) -> Recalibration:
     """Fit the map of one method.
 
-    ``output`` is the form of the model's output; the other arguments are those of ``fit_pieces``.
+    ``output`` is the form of the model's output, and ``name`` its name, if the model has several.
+    The other arguments are those of ``fit_pieces``.
 
     Raises:
         StepRefused: no increasing map fits the rows.
     """
     if method != "isotonic":
         slope, offset = fit_line(logit, label, offset=method == "platt")
-        return Recalibration(method, output, line=torch.tensor([slope, offset]))
+        return Recalibration(method, output, name=name, line=torch.tensor([slope, offset]))
     means, mapped = fit_pieces(logit, label, knots)
     slopes = np.diff(mapped) / np.diff(means)
     # Beyond the outer points there are no data, so the slope there is at most 1.
@@ -169,7 +181,7 @@ def fit_map(method: Method, output: str, logit: Floats, label: Floats, knots: in
     bends = torch.tensor(
         np.stack([means, np.append(slopes, last_slope)])
     )  # where the further pieces begin, and their slopes
-    return Recalibration(method, output, knots=len(means), line=line, bends=bends)
+    return Recalibration(method, output, name=name, knots=len(means), line=line, bends=bends)
 
 
 def cross_validated_loss(method: Method, logit: Floats, label: Floats, knots: int) -> float:
@@ -186,8 +198,23 @@ def cross_validated_loss(method: Method, logit: Floats, label: Floats, knots: in
     return logloss(label, _sigmoid(mapped))
 
 
+@dataclass(frozen=True)
+class SelectedOutput:
+    """An output that the step recalibrates.
+
+    Attributes:
+        index: its place among the outputs.
+        name: its name; None if the model has only one output.
+        form: whether it is a logit or a probability.
+    """
+
+    index: int
+    name: str | None
+    form: OutputForm
+
+
 class Recalibrate(StepSettings):
-    """Map the output of a CTR model so that its probabilities fit the validation rows."""
+    """Map the outputs of a CTR model so that its probabilities fit the validation rows."""
 
     effect: ClassVar[Effect] = "output"  # no unit changes; a map follows the network's output
 
@@ -207,45 +234,79 @@ class Recalibrate(StepSettings):
         """Validation rows, because the network was not trained on them."""
         return ("validation",)
 
-    def plan(self, model: Model, bench: Bench) -> StepPlan[OutputForm]:
-        """Select the model's output; the step changes no table and no dense layer.
+    def plan(self, model: Model, bench: Bench) -> StepPlan[tuple[SelectedOutput, ...]]:
+        """Select the outputs that are probabilities; the step changes no table or dense layer.
 
         Raises:
-            NothingToCompress: the task has no probabilities, or there are several outputs.
+            NothingToCompress: no output is a probability.
             StepRefused: the model already has a recalibration map.
         """
-        if bench.signature.has_several_outputs:
-            raise NothingToCompress("several_outputs", step=self.kind)
-        output = bench.signature.single_output
-        if not output.task_kind.predicts_probability:
-            raise NothingToCompress("probability_missing", step=self.kind, task=output.kind)
-        existing_map = find_recalibration(model.module)
-        if existing_map is not None:  # a second map would be hard to interpret
+        signature = bench.signature
+        selected = tuple(
+            SelectedOutput(
+                index, output.name if signature.has_several_outputs else None, output.form
+            )
+            for index, output in enumerate(signature.outputs)
+            if output.task_kind.predicts_probability
+        )
+        if not selected:
+            task = signature.outputs[0].kind
+            raise NothingToCompress("probability_missing", step=self.kind, task=task)
+        for existing_map in list_recalibrations(model.module):  # a second one is hard to interpret
             raise StepRefused("recalibrated_already", step=self.kind, method=existing_map.method)
-        selected = Decision("taken", (Reason("selected", step=self.kind),))
-        return StepPlan({OUTPUT: selected}, output.form)
+        decision = Decision("taken", (Reason("selected", step=self.kind),))
+        return StepPlan({output_line_name(output.name): decision for output in selected}, selected)
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[OutputForm]) -> AppliedStep:
-        """Fit the map on the validation rows.
+    def apply(
+        self, model: Model, bench: Bench, plan: StepPlan[tuple[SelectedOutput, ...]]
+    ) -> AppliedStep:
+        """Fit a map of each selected output on the validation rows that have its label.
 
         Raises:
             RowsMissing: there are no validation rows.
             StepRefused: no increasing map fits the rows, or the model class has an attribute with
-                the name under which the map is attached.
+                the name under which the maps are attached.
         """
         if bench.validation is None:
             raise RowsMissing("validation_rows_missing", step=self.kind)
-        signature, form = bench.signature, plan.payload
+        signature = bench.signature
         parts = list(batches(bench.validation, signature, SCORING_ROWS))
         with torch.no_grad():
-            predictions = torch.cat(
+            scores = torch.cat(
                 [network_scores(model.module, part.inputs, signature) for part in parts]
             )
-        labels = torch.cat([part.label for part in parts])
-        has_label = ~labels.isnan()
-        predictions = predictions[has_label]
-        logit = to_logit(predictions, form).double().numpy()
-        label = labels[has_label].numpy().astype(np.float64)
+        columns = score_columns(scores)
+        labels = score_columns(torch.cat([part.label for part in parts]))
+        maps: dict[int, Recalibration] = {}
+        outcomes: dict[str, Decision] = {}
+        for output in plan.payload:
+            has_label = ~labels[output.index].isnan()
+            label = labels[output.index][has_label].numpy().astype(np.float64)
+            fitted, decision = self._fit(output, columns[output.index][has_label], label)
+            outcomes[output_line_name(output.name)] = decision
+            if fitted is not None:
+                maps[output.index] = fitted
+        _attach(model, maps)
+        return AppliedStep(model, outcomes)
+
+    def _fit(
+        self, output: SelectedOutput, score: Tensor, label: Floats
+    ) -> tuple[Recalibration | None, Decision]:
+        """Fit the map of one output; None if no map is better.
+
+        Args:
+            output: the output.
+            score: its values, float ``(rows,)``.
+            label: 0 or 1, ``(rows,)``.
+
+        Returns:
+            The map, and the decision about the output.
+
+        Raises:
+            StepRefused: no increasing map fits the rows.
+        """
+        form = output.form
+        logit = to_logit(score, form).double().numpy()
         before = logloss(label, _sigmoid(logit))
         selected_method: Method | None = None
         if self.method == "best":
@@ -258,25 +319,41 @@ class Recalibrate(StepSettings):
             selected_method = self.method
         if selected_method is None:
             no_map = Reason("no_better_map", step=self.kind, loss=before)
-            return AppliedStep(model, {OUTPUT: Decision("skipped", (no_map,))})
-        fitted = fit_map(selected_method, form, logit, label, self.knots)
-        attach(model.module, fitted)
-        model.module.eval()
+            return None, Decision("skipped", (no_map,))
+        fitted = fit_map(selected_method, form, logit, label, self.knots, output.name)
         with torch.no_grad():
-            recalibrated = fitted(predictions)
+            recalibrated = fitted(score)
         after = logloss(label, _sigmoid(to_logit(recalibrated, form).double().numpy()))
         mapped = Reason(
             "output_mapped", method=selected_method, before=before, after=after, rows=len(label)
         )
-        return AppliedStep(model, {OUTPUT: Decision("taken", (mapped,))})
+        return fitted, Decision("taken", (mapped,))
 
-    def dry_run(self, model: Model, plan: StepPlan[OutputForm]) -> Model:
-        """Attach an identity map that has as many knots as the fitted map can have."""
+    def dry_run(self, model: Model, plan: StepPlan[tuple[SelectedOutput, ...]]) -> Model:
+        """Attach identity maps that have as many knots as the fitted maps can have."""
         knots = self.knots if self.method in ("isotonic", "best") else 0
-        line, bends = torch.tensor([1.0, 0.0]), torch.zeros(2, knots)
-        identity = Recalibration(self.method, plan.payload, knots=knots, line=line, bends=bends)
-        attach(model.module, identity)
+        identities = {
+            output.index: Recalibration(
+                self.method,
+                output.form,
+                name=output.name,
+                knots=knots,
+                line=torch.tensor([1.0, 0.0]),
+                bends=torch.zeros(2, knots),
+            )
+            for output in plan.payload
+        }
+        _attach(model, identities)
         return model
+
+
+def _attach(model: Model, maps: Mapping[int, Recalibration]) -> None:
+    """Attach the maps of some outputs, by the index of the output, in place."""
+    if not maps:
+        return
+    only = maps.get(0)
+    attach(model.module, only if only is not None and only.name is None else OutputMaps(maps))
+    model.module.eval()
 
 
 def _sigmoid(logit: Floats) -> Floats:

@@ -83,8 +83,6 @@ class NothingToCompress(CompressionError):
         "loss 'listwise'.",
         "probability_missing": "{step!r} needs a model of task 'ctr', whose output is a "
         f"probability; this model has task {{task!r}}, whose scores only order rows. {_LEAVE_OUT}",
-        "several_outputs": "{step!r} needs a model with one output; recalibration of several "
-        f"outputs is not written yet. {_LEAVE_OUT}",
         "training_unavailable": "Expected a task with a training loss for {step!r}, got "
         f"{{task!r}}. {_LEAVE_OUT}",
         "negatives_without_catalogue": "{step!r} draws {negatives} negatives from the catalogue of "

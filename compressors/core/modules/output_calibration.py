@@ -1,12 +1,16 @@
 """Output calibration: a monotone map of a network's output that calibrates its probabilities.
 
 The map is part of the model: it is stored with it, gradients pass through it, and every exported
-graph contains it. It is a forward hook and a submodule of the network, so unit names do not change.
+graph contains it. It is a submodule of the network, so unit names do not change. A forward hook
+applies it; if the scores come from another method than ``forward``, ``core/scores.py`` does.
+A network with several outputs has a map for each of those that are recalibrated.
 
 Sources: Guo et al. 2017, https://arxiv.org/abs/1706.04599 (temperature); Platt 1999 (slope and
 offset of the logit); Zadrozny and Elkan 2002 (isotonic).
 """
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +42,7 @@ class Recalibration(nn.Module):
     Attributes:
         method: the calibration method, for plans and bundles.
         output: the form of the output, ``logit`` or ``probability``.
+        name: the name of the output; None if the network has only one.
         knots: number of linear pieces after the first one; 0 for a single line.
         line: float32 ``(2,)``, slope and offset of the first piece, which ends at the first knot.
         bends: float32 ``(2, knots)``, the logit at which each further piece begins (its knot), and
@@ -46,18 +51,20 @@ class Recalibration(nn.Module):
 
     line: Tensor
     bends: Tensor | None
+    is_suspended = False  # whether the forward hook does nothing (``without_recalibration``)
 
     def __init__(
         self,
         method: str,
         output: str,
         *,
+        name: str | None = None,
         knots: int = 0,
         line: Tensor | None = None,
         bends: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.method, self.output, self.knots = method, output, knots
+        self.method, self.output, self.name, self.knots = method, output, name, knots
         line = torch.empty(2, device="meta") if line is None else line
         self.register_buffer("line", line.to(torch.float32))
         if knots:
@@ -81,18 +88,52 @@ class Recalibration(nn.Module):
 
     def record(self) -> ModuleRecord:
         """Return the record from which a bundle rebuilds this module."""
-        settings = {"output": self.output, "knots": self.knots}
+        settings: dict[str, Any] = {"output": self.output, "knots": self.knots}
+        if self.name is not None:
+            settings["name"] = self.name
         return ModuleRecord(kind="output", format=self.method, settings=settings)
 
 
-def find_recalibration(module: nn.Module) -> Recalibration | None:
-    """Return the calibration map of a network's output, or None."""
+class OutputMaps(nn.Module):
+    """The calibration maps of a network with several outputs.
+
+    The submodule of a map has the index of its output as name: ``recalibration.0``.
+    """
+
+    is_suspended = False  # as in ``Recalibration``
+
+    def __init__(self, maps: Mapping[int, Recalibration]) -> None:
+        super().__init__()
+        for index, recalibration in sorted(maps.items()):
+            self.add_module(str(index), recalibration)
+
+    def forward(self, returned: Any) -> Any:
+        """Apply the maps to what a network returned (``core/scores.py`` lists its forms)."""
+        maps = {int(index): item for index, item in self.named_children()}
+        if isinstance(returned, Mapping):
+            changed = {item.name: item(returned[item.name]) for item in maps.values()}
+            return {**returned, **changed}
+        columns = list(returned.unbind(dim=1) if isinstance(returned, Tensor) else returned)
+        for index, item in maps.items():
+            columns[index] = item(columns[index])
+        return torch.stack(columns, dim=1) if isinstance(returned, Tensor) else tuple(columns)
+
+
+def find_recalibration(module: nn.Module) -> Recalibration | OutputMaps | None:
+    """Return the calibration map of a network's output, or the maps of its outputs, or None."""
     submodule = getattr(module, RECALIBRATION, None)
-    return submodule if isinstance(submodule, Recalibration) else None
+    return submodule if isinstance(submodule, Recalibration | OutputMaps) else None
 
 
-def attach(module: nn.Module, recalibration: Recalibration) -> None:
-    """Attach a calibration map to a network's output, or replace the present one, in place.
+def list_recalibrations(module: nn.Module) -> tuple[Recalibration, ...]:
+    """Return the calibration maps of a network's outputs."""
+    found = find_recalibration(module)
+    parts = () if found is None else found.modules()
+    return tuple(part for part in parts if isinstance(part, Recalibration))
+
+
+def attach(module: nn.Module, recalibration: Recalibration | OutputMaps) -> None:
+    """Attach a calibration map, or those of several outputs, or replace the present one, in place.
 
     Raises:
         StepRefused: the network has another attribute with the name ``RECALIBRATION``.
@@ -106,7 +147,25 @@ def attach(module: nn.Module, recalibration: Recalibration) -> None:
     module.add_module(RECALIBRATION, recalibration)
 
 
-def _recalibrate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Apply the calibration map to the output of the network ``module``, as a forward hook."""
-    calibrated: Tensor = getattr(module, RECALIBRATION)(output)
-    return calibrated
+@contextmanager
+def without_recalibration(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
+    """Suspend the calibration maps of a network inside the context; yield them as a function.
+
+    It is for networks whose scores come from another method than ``forward``: that method may call
+    ``forward``, whose results are other values than the scores.
+    """
+    maps = find_recalibration(module)
+    if maps is None:
+        yield lambda returned: returned
+        return
+    maps.is_suspended = True
+    try:
+        yield maps
+    finally:
+        maps.is_suspended = False
+
+
+def _recalibrate(module: nn.Module, args: Any, output: Any) -> Any:
+    """Apply the calibration maps to what the network ``module`` returned, as a forward hook."""
+    maps = getattr(module, RECALIBRATION)
+    return output if maps.is_suspended else maps(output)

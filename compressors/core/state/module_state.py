@@ -21,7 +21,12 @@ from compressors.contracts import ModuleRecord, Network, is_out_of_memory
 from compressors.core.modules.composed import ComposedTable
 from compressors.core.modules.factored import FACTORED, FactoredLinear
 from compressors.core.modules.formats import Bag, FoldedNorm, PackedLinear, PackedTable
-from compressors.core.modules.output_calibration import RECALIBRATION, Recalibration, attach
+from compressors.core.modules.output_calibration import (
+    RECALIBRATION,
+    OutputMaps,
+    Recalibration,
+    attach,
+)
 from compressors.core.modules.pointwise import POINTWISE, PointwiseConv, replace_pointwise_convs
 from compressors.core.modules.table_weight import TIED, TiedHead
 from compressors.core.registries import COMPOSITIONS, LINEAR_FORMATS, TABLE_FORMATS
@@ -136,12 +141,10 @@ def _build(
     for note in construction.notes:
         log.info("%s", note)
     replaced: list[nn.Parameter] = []
+    _attach_recalibrations(model, network)
     for name, record in sorted(network.modules.items()):  # a composed table before its parts
         if record.kind == "output":
-            recalibration = build_module(name, record)
-            if isinstance(recalibration, Recalibration) and name == RECALIBRATION:
-                attach(model, recalibration)
-                continue
+            continue
         module = build_module(name, record)
         try:
             replaced += model.get_submodule(name).parameters()
@@ -153,6 +156,32 @@ def _build(
             ) from error
         swap(model, name, module)
     return model, tuple(replaced)
+
+
+def _attach_recalibrations(model: nn.Module, network: Network) -> None:
+    """Attach the calibration map of the network's output, or the maps of its outputs.
+
+    Raises:
+        ModelRefused: the record of a map has the name of another module.
+    """
+    by_index: dict[int, Recalibration] = {}
+    for name, record in network.modules.items():
+        if record.kind != "output":
+            continue
+        prefix, _, index = name.rpartition(".")
+        recalibration = build_module(name, record)
+        if not isinstance(recalibration, Recalibration) or not (
+            name == RECALIBRATION or (prefix == RECALIBRATION and index.isdecimal())
+        ):
+            raise ModelRefused(
+                "compressed_module_missing", name=name, architecture=network.architecture.path
+            )
+        if name == RECALIBRATION:
+            attach(model, recalibration)
+        else:
+            by_index[int(index)] = recalibration
+    if by_index:
+        attach(model, OutputMaps(by_index))
 
 
 def build_module(name: str, record: ModuleRecord) -> nn.Module:
@@ -182,7 +211,10 @@ def build_module(name: str, record: ModuleRecord) -> nn.Module:
             linear = nn.Linear(inputs, outputs, bias=settings["bias"], device="meta")
             return PointwiseConv(linear)
         if record.kind == "output":
-            return Recalibration(record.format, settings["output"], knots=settings["knots"])
+            name_of_output = settings.get("name")
+            return Recalibration(
+                record.format, settings["output"], name=name_of_output, knots=settings["knots"]
+            )
         if record.kind == "linear":
             inputs, outputs = settings.pop("in_features"), settings.pop("out_features")
             bias = settings.pop("bias")

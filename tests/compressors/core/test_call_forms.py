@@ -20,6 +20,7 @@ from compressors.core.runner import run
 from compressors.core.scores import call_network, network_scores
 from compressors.core.smoke_test import must_repeat_single_row, smoke_test
 from compressors.distill.distill import Distill
+from compressors.distill.recalibrate import Recalibrate
 from compressors.errors.compression import ModelRefused
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
@@ -46,7 +47,7 @@ class PredictNet(MultiTaskNet):
     """Returns its scores from a method, which calls ``forward``."""
 
     def predict(self, user, item, price):
-        scores, _ = self.forward(user, item, price)
+        scores, _ = self(user, item, price)  # a call, which runs the hooks of ``forward`` too
         return scores
 
     def forward(self, user, item, price):
@@ -83,6 +84,7 @@ STEPS = (
     *(default_step(METHODS[kind]) for kind in ("static_int8", "prune_rows", "channels", "qat")),
     Sparse24(reconstruct=True),
     Distill(hints=("experts.0.0",), training=default_step(Distill).training),
+    Recalibrate(method="best"),
 )
 
 

@@ -1,25 +1,30 @@
 """Networks with several outputs: what they may return, losses, and every step on such a network."""
 
+import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from error_codes import raises_code
 from models import ALONE as METHODS_WITHOUT_EARLIER_STEPS
-from models import MULTI_TASK, default_step
+from models import MULTI_TASK, default_step, write_split
+from reason_codes import require_reason
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from compressors.core.batches import Batch, JoinedRows, Rows, batches
+from compressors.core.dry_run import dry_run
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.runner import run
 from compressors.core.scores import network_scores, score_columns, scores_of
 from compressors.core.smoke_test import smoke_test
 from compressors.distill.losses import loss_of_teacher
-from compressors.distill.recalibrate import Recalibrate
+from compressors.distill.recalibrate import Recalibrate, fit_line
 from compressors.distill.soft_labels import mean_predictions
-from compressors.errors.compression import ModelRefused, NothingToCompress
+from compressors.errors.compression import ModelRefused
 from compressors.lower.export import lower
 from compressors.lower.serving_wrapper import served_graphs
 from compressors.metrics.validation_score import quality
@@ -211,7 +216,71 @@ def test_every_method_keeps_three_outputs(method, tmp_path):
     assert bool(scores.isfinite().all())
 
 
-def test_recalibration_of_several_outputs_is_refused(tmp_path):
-    bench = MULTI_TASK.bench(tmp_path / "data")
-    with raises_code(NothingToCompress, "several_outputs", step="recalibrate"):
-        run(Recalibrate(), MULTI_TASK.model(), bench, tmp_path / "out")
+def bench_with_drawn_labels(folder):
+    """A bench whose validation labels have other probabilities than the scores.
+
+    The probability of an output's label 1 is sigmoid(1.5 * logit - 0.5). Every third label of
+    ``like`` is missing.
+    """
+    bench = MULTI_TASK.bench(folder)
+    tables, scores = MULTI_TASK.rows_of_tables(), MULTI_TASK.label_scores
+    split = write_split(SIGNATURE, tables, folder / "many", 3, scores, rows=4000)
+    (batch,) = batches(split, SIGNATURE, 4000)
+    with torch.no_grad():
+        logits = network_scores(MULTI_TASK.model().module, batch.inputs, SIGNATURE)
+    logits[:, 2] = torch.logit(logits[:, 2])  # ``buy`` is a probability
+    uniform = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0))
+    labels = (uniform < torch.sigmoid(1.5 * logits - 0.5)).float()
+    labels[::3, 1] = torch.nan
+    path = Path(split.path) / "data.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file({**tensors, "@label": labels}, path)
+    return bench.model_copy(update={"validation": split})
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping", "tensor"])
+def test_each_output_has_its_own_calibration_map(form, tmp_path):
+    bench = bench_with_drawn_labels(tmp_path / "data")
+    source = replace(MULTI_TASK, config={**MULTI_TASK.config, "returns": form}).model()
+    result = run(Recalibrate(), source, bench, tmp_path / "out")
+    (batch,) = batches(bench.validation, SIGNATURE, 4000)
+    with torch.no_grad():
+        before, after = (
+            score_columns(network_scores(model.module, batch.inputs, SIGNATURE))
+            for model in (source, result)
+        )
+    slopes = []
+    for output, old, new, label in zip(
+        SIGNATURE.outputs, before, after, score_columns(batch.label), strict=True
+    ):
+        is_logit = output.form == "logit"
+        old_logit, new_logit = (old, new) if is_logit else (torch.logit(old), torch.logit(new))
+        line = result.plan.of(f"(output {output.name})")
+        assert (line.format, line.steps) == ("platt", ("recalibrate",))
+        has_label = ~label.isnan()
+        rows = require_reason(line.reasons, "output_mapped").fields["rows"]
+        assert rows == int(has_label.sum())
+        logit, labels = (x[has_label].double().numpy() for x in (old_logit, label))
+        slope, offset = fit_line(logit, labels, offset=True)
+        # float32 rounding; the slopes of the three outputs differ by more than 0.1
+        torch.testing.assert_close(new_logit, slope * old_logit + offset, atol=1e-4, rtol=1e-4)
+        slopes.append(slope)
+    assert min(abs(a - b) for a, b in itertools.combinations(slopes, 2)) > 0.1
+    predicted = dry_run(Recalibrate(), source, bench)
+    assert [line.module for line in predicted.plan.lines] == [
+        line.module for line in result.plan.lines
+    ]
+    assert predicted.plan.bytes_after == result.plan.bytes_after
+
+
+def test_graph_contains_the_calibration_map_of_each_output(tmp_path):
+    bench = bench_with_drawn_labels(tmp_path / "data")
+    result = run(Recalibrate(method="isotonic"), MULTI_TASK.model(), bench, tmp_path / "out")
+    (served,) = served_graphs(SIGNATURE)
+    lower(result.module, served, "onnxruntime", tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", threads=1)
+    scores = session.scores({name: tensor.numpy() for name, tensor in inputs_of().items()})
+    with torch.no_grad():
+        expected = network_scores(result.module, inputs_of(), SIGNATURE)
+    expected[:, :2] = expected[:, :2].sigmoid()
+    np.testing.assert_allclose(scores, expected.numpy(), atol=1e-5)  # float32 in another order
