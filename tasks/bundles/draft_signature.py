@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from compressors.contracts import FORWARD, MatrixInput, Output, Signature, tensor_names
-from compressors.core.smoke_test import has_own_score
+from compressors.contracts import FORWARD, MatrixInput, Output, tensor_names
 from compressors.errors.inspection import InspectionFailed
 from compressors.inspection.inputs import DerivedInputs, derive_inputs
 from compressors.inspection.outputs import derive_outputs, named_scores
@@ -23,11 +22,6 @@ from tasks.bundles.draft_request import DraftRequest, sample_of
 
 DEFAULT_METRIC = "recall@20"
 """The metric that decides the quality of a retrieval model by default."""
-
-SCORED_BY_TOWERS = (
-    "The network returns no score of a query and an item when it is called with the inputs of both "
-    "towers. Their score is the dot product of their vectors (scored_by)."
-)
 
 
 @dataclass(frozen=True)
@@ -103,10 +97,7 @@ def describe_towers(
         "item": derived.item,
         "towers": derived.towers.model_dump(mode="json"),
     }
-    calls = tuple(derived.calls.values())
-    if not has_own_score(module, Signature.model_validate(signature)):
-        return Described({**signature, "scored_by": "towers"}, calls, remarks=(SCORED_BY_TOWERS,))
-    return Described(signature, calls)
+    return Described(signature, tuple(derived.calls.values()))
 
 
 def _require_read(

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,7 +33,7 @@ from compressors.contracts import (
 )
 from compressors.core.runner import rows_of_tables
 from compressors.core.scores import call_network, row_vectors, tower_vectors
-from compressors.core.smoke_test import must_repeat_single_row
+from compressors.core.smoke_test import has_own_score, must_repeat_single_row
 from compressors.core.state.argument_values import decode_arguments
 from compressors.core.state.module_state import load, tensors_of
 from compressors.core.state.tensor_files import SINGLE
@@ -68,6 +69,11 @@ from tasks.bundles.text_signature import describe_texts
 REPEATED = (
     "The network's code fails for a batch of one row, so recpress calls it with such a row twice "
     "(repeat_single_row). The served graph needs only one."
+)
+
+SCORED_BY_TOWERS = (
+    "The network returns no score of a query and an item when it is called with the inputs of both "
+    "towers. Their score is the dot product of their vectors (scored_by)."
 )
 
 
@@ -151,10 +157,8 @@ def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
     if described.transforms:
         document["transforms"] = {file: file for file in described.transforms}
     checked = parse(Draft, document, request.folder / MANIFEST)  # errors name the user's folder
-    remarks = described.remarks
-    if must_repeat_single_row(module, checked.signature):
-        document["signature"] = {**described.signature, "repeat_single_row": True}
-        remarks = (*remarks, REPEATED)
+    fields, remarks = _derive_call_fields(module, checked.signature)
+    document["signature"] = {**described.signature, **fields}
     with scratch_folder("new") as scratch:
         # Copies, because safetensors refuses tensors that share memory.
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, scratch / SINGLE)
@@ -173,8 +177,27 @@ def _new_draft(request: DraftRequest, rows: RowsOfData | None) -> NewDraft:
         reasons={name: why for call in described.calls for name, why in call.reasons.items()},
         unused=tuple(column for call in described.calls for column in call.unused),
         weight_bytes=(request.folder / SINGLE).stat().st_size,
-        remarks=remarks,
+        remarks=(*described.remarks, *remarks),
     )
+
+
+def _derive_call_fields(
+    module: nn.Module, signature: Signature
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Derive the fields of a signature that describe an unusual call of the network.
+
+    Returns:
+        The fields, without those that have their default, and a sentence for the user about each.
+    """
+    fields: dict[str, Any] = {}
+    remarks: list[str] = []
+    if signature.towers is not None and not has_own_score(module, signature):
+        fields["scored_by"] = "towers"
+        remarks.append(SCORED_BY_TOWERS)
+    if must_repeat_single_row(module, signature.model_copy(update=fields)):
+        fields["repeat_single_row"] = True
+        remarks.append(REPEATED)
+    return fields, tuple(remarks)
 
 
 def _default_name(request: DraftRequest, module: nn.Module) -> str:
