@@ -1,9 +1,10 @@
 """A click model whose bytes are almost all in tables, on synthetic data with many rare ids.
 
-The model is a factorization machine plus a small perceptron over id fields. Ids follow Zipf's law
-and labels depend on latent factors of each id. The model therefore learns the factors of frequent
-ids and memorizes the labels of rare ids. ``python -m examples.table_heavy FOLDER [small]`` writes
-the draft of a bundle. A draft is the folder of a bundle before it is packed.
+The model is a factorization machine plus a small multilayer perceptron over id fields (columns of
+ids). Ids follow Zipf's law and labels depend on latent factors of each id. The model therefore
+learns the factors of frequent ids and memorizes the labels of rare ids. The command ``python -m
+examples.table_heavy FOLDER [small]`` writes the draft of a bundle. A draft is the folder of a
+bundle before it is packed.
 """
 
 import json
@@ -25,7 +26,7 @@ ARCHITECTURE = "examples.table_heavy:FactorizationPerceptron"
 
 
 class FactorizationPerceptron(nn.Module):
-    """A factorization machine plus a perceptron over the same id fields.
+    """A factorization machine plus a multilayer perceptron over the same id fields.
 
     Args:
         rows: number of table rows of each field; fields are named ``f0``, ``f1``, ...

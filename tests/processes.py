@@ -12,6 +12,7 @@ def process_tree(pid: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
+                # After the name in parentheses: state, id of the parent process, ...
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except (FileNotFoundError, ProcessLookupError):
                 continue
@@ -44,8 +45,9 @@ def listening_sockets(pid: int) -> set[tuple[str, int]]:
         if target.startswith("socket:["):
             inodes.add(target[8:-1])
     result = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+    for protocol in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{protocol}").read_text().splitlines()[1:]:  # after the header
+            # Of a socket: field 1 is its local address and port, 3 its state, 9 its inode.
             fields = line.split()
             if fields[3] == LISTENING and fields[9] in inodes:
                 address, _, port = fields[1].partition(":")

@@ -22,7 +22,7 @@ def relative_path(path: Path) -> str:
 
 
 def listed_files(folder: Path) -> list[str]:
-    """Return the files and subfolders that the folder's docstring lists, in its order."""
+    """Return the files and subfolders that the docstring of ``__init__.py`` lists."""
     text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     return re.findall(r"^(\w+(?:\.py|/)) +\S", text, re.MULTILINE)
 

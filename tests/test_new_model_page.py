@@ -1,6 +1,6 @@
 """The examples of docs/new-model.md, run as a user runs them.
 
-A draft is the folder that becomes a bundle when it is packed.
+``recpress new`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import sys

@@ -11,7 +11,7 @@ AXES = {
     "two": ([1, 2], ["a", "b", "c"]),
     "single values": ([1], [2], [3]),
     "mixed": (range(9), (1, 2, 5, 8), range(5), (True, False)),
-    "many of two": tuple([(0, 1)] * 10),
+    "ten axes of two values": tuple([(0, 1)] * 10),
     "equal values": ([0, 0], [0, 1], [1, 1]),
 }
 
@@ -27,12 +27,15 @@ def test_every_pair_of_values_occurs_in_some_combination(axes):
         assert [row[0] for row in result] == list(axes[0])
 
 
-def test_a_cover_is_much_smaller_than_the_product():
+def test_pairwise_returns_far_fewer_combinations_than_the_full_product():
     axes = AXES["mixed"]
-    # The minimum is the product of the two longest axes; a greedy cover is slightly longer.
-    assert 9 * 5 <= len(pairwise(*axes)) <= 1.2 * 9 * 5 < math.prod(map(len, axes)) / 6
-    # 10 axes of two values have 1,024 combinations; a cover needs at least 6.
-    assert len(pairwise(*AXES["many of two"])) <= 12
+    # Each pair of values of the two longest axes needs a combination. The choice is greedy, so it
+    # may have slightly more than these 45; the full product has 360.
+    minimum = 9 * 5
+    assert minimum <= len(pairwise(*axes)) <= 1.2 * minimum
+    assert 1.2 * minimum < math.prod(map(len, axes)) / 6
+    # The full product has 1,024 combinations; at least 6 are needed to contain every pair.
+    assert len(pairwise(*AXES["ten axes of two values"])) <= 12
 
 
 def test_the_same_axes_give_the_same_combinations():

@@ -1,9 +1,9 @@
 """Backward compatibility: commands on a home folder that an earlier version of recpress wrote.
 
-Each fixture in ``tests/stored_home/fixtures`` was written once and never changes, so these tests
-fail if a change makes stored files unreadable. See ``tests/stored_home/create.py`` for how to add
-a fixture. A home has everything that recpress stores; its ledger is the list of a model's
-promotions and rollbacks.
+A home has everything that recpress stores; its ledger is the list of a model's promotions and
+rollbacks. Each fixture (a stored home) in ``tests/stored_home/fixtures`` was written once and never
+changes, so these tests fail if a change makes stored files unreadable. See
+``tests/stored_home/create.py`` for how to add a fixture.
 """
 
 import hashlib
@@ -78,7 +78,7 @@ def current_tasks() -> dict[str, Task[..., Any]]:
 
 @pytest.fixture
 def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
-    """A fixture that the test only reads."""
+    """A stored home with its expected results, which the test only reads."""
     result = load_fixture(name)
     use_home(monkeypatch, result.root)
     return result
@@ -86,7 +86,7 @@ def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
 
 @pytest.fixture
 def home(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a fixture's home at another path, which the test may change."""
+    """A copy of a stored home at another path, which the test may change."""
     root = copy_home(name, tmp_path / "moved")
     use_home(monkeypatch, root)
     return root

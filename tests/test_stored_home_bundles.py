@@ -1,6 +1,7 @@
 """Backward compatibility: stored bundles and graphs have their stored tensors and scores.
 
-The fixtures of ``tests/stored_home`` contain every registered method and every format.
+The fixtures (stored homes) of ``tests/stored_home`` contain every registered method and every
+format. A home is the folder with everything that recpress stores.
 """
 
 import json
@@ -45,7 +46,7 @@ every_fixture = pytest.mark.parametrize("name", NAMES)
 
 @pytest.fixture
 def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
-    """A fixture that the test only reads."""
+    """A stored home with its expected results, which the test only reads."""
     result = load_fixture(name)
     use_home(monkeypatch, result.root)
     return result

@@ -135,9 +135,9 @@ def margin(score: Tensor, teacher: Tensor, list_index: Tensor, num_lists: int) -
     count = sum_by_list(torch.ones_like(score), list_index, num_lists)
     difference = score - teacher
     mean = sum_by_list(difference, list_index, num_lists) / count.clamp(min=1)
-    spread = sum_by_list((difference - mean[list_index]).square(), list_index, num_lists)
+    squares = sum_by_list((difference - mean[list_index]).square(), list_index, num_lists)
     has_pairs = count > 1
-    loss_of_list = 2 * spread / (count - 1).clamp(min=1)  # spread / (count - 1) is the variance
+    loss_of_list = 2 * squares / (count - 1).clamp(min=1)  # squares / (count - 1) is the variance
     return (loss_of_list * has_pairs).sum() / has_pairs.sum().clamp(min=1)
 
 

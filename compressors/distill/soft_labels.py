@@ -144,8 +144,8 @@ def mean_predictions(scores: list[Tensor], forms: Sequence[OutputForm]) -> Tenso
 
     Probabilities are converted to logits, averaged and converted back. This is the geometric mean
     of odds, in which a confident teacher has more weight than in a mean of probabilities. Scores of
-    ranking models have no common unit: a teacher whose scores have ten times the spread has ten
-    times the weight.
+    ranking models have no common unit: a teacher whose scores have ten times the standard deviation
+    has ten times the weight.
 
     Args:
         scores: one float32 ``(rows,)`` or ``(rows, outputs)`` per teacher.

@@ -27,9 +27,9 @@ class Argument:
     Attributes:
         name: the argument of the method, or the key in its mapping.
         columns: the columns that fill the tensor, in their order.
-        widths: for each column of lists, how many columns of the tensor it fills, if the tensor is
-            a matrix with further columns. 0 for a column of numbers, and for lists that fill a
-            tensor alone.
+        widths: a number for each of ``columns``. If several columns fill one matrix, a column of
+            lists fills this number of the matrix's columns. 0 for a column of numbers, and for
+            lists that fill a tensor alone.
         offsets: name of the argument with the position of each row's first id, if lists are
             concatenated; None otherwise.
         lengths: name of the argument with the length of each list; None if there is none.
@@ -52,7 +52,10 @@ class Argument:
 
     @property
     def companions(self) -> tuple[str, ...]:
-        """The arguments that accompany the lists, except offsets."""
+        """The arguments with the mask, lengths and positions of padded lists, if there are any.
+
+        ``offsets`` does not count, since concatenated lists have no padding.
+        """
         names = (self.mask, self.lengths, self.positions)
         return tuple(name for name in names if name is not None)
 
@@ -73,13 +76,14 @@ class Layout:
     arguments: tuple[Argument, ...]
 
 
-# What a user writes for an argument that accompanies the list of another one, such as
-# lengths(history).
-_COMPANION = re.compile(r"(lengths|mask|positions|positions_from_1)\((\w+)\)")
+# A *companion* of an argument with lists is another argument that is computed from the lists: their
+# offsets, lengths, mask or positions (its *role*). A user declares one as lengths(history), for
+# example.
+_DECLARED_COMPANION = re.compile(r"(lengths|mask|positions|positions_from_1)\((\w+)\)")
 
-# Names of the arguments that accompany a list, with the list's name in place of {}. The names
-# without it are accepted if the network has only one list.
-_COMPANIONS = {
+# Usual names of companions by role, with the name of the argument with lists in place of {}. The
+# names without {} are accepted if the network has only one argument with lists.
+_COMPANION_NAMES = {
     "offsets": ("{}_offsets",),
     "lengths": ("{}_lengths", "{}_length", "lengths", "length"),
     "mask": ("{}_mask", "mask", "attention_mask"),
@@ -91,7 +95,7 @@ def layouts(
     network: nn.Module,
     method: str,
     sample: Sample,
-    given: Mapping[str, Sequence[str]],
+    requested: Mapping[str, Sequence[str]],
     excluded: Sequence[str],
 ) -> Iterator[Layout]:
     """Yield the layouts to try, the most probable first.
@@ -100,7 +104,7 @@ def layouts(
         network: the network.
         method: its method that returns the outputs, or the attribute path of a submodule.
         sample: the columns of the data.
-        given: columns by argument, as the user named them. A column may be a pattern such as
+        requested: columns by argument, as the user named them. A column may be a pattern such as
             ``d*``. ``lengths(history)`` is computed from the lists that fill the argument
             ``history``, and so are ``mask``, ``positions`` and ``positions_from_1``.
         excluded: columns that are no inputs unless the user names them, such as labels.
@@ -108,43 +112,45 @@ def layouts(
     Raises:
         InspectionFailed: an argument has no column, or the user named a column that is missing.
     """
-    # By argument: its role, such as "lengths", and the argument whose lists it accompanies.
-    computed = {
+    # The companions that the user declares: role, such as "lengths", and argument with the lists.
+    declared = {
         name: match.groups()
-        for name, columns in given.items()
-        if (match := _COMPANION.fullmatch(",".join(columns)))
+        for name, columns in requested.items()
+        if (match := _DECLARED_COMPANION.fullmatch(",".join(columns)))
     }
-    named = {
+    requested_columns = {
         name: _resolve_columns(name, columns, sample, excluded)
-        for name, columns in given.items()
-        if name not in computed
+        for name, columns in requested.items()
+        if name not in declared
     }
     parameters = _read_parameters(network, method)
     keywords, mapping = Call(method, "keywords"), Call(method, "mapping")
     required = [name for name, parameter in parameters.items() if _is_required(parameter)]
     # A network with an optional argument for the labels computes its loss; scoring needs none.
-    known: dict[str, tuple[str, ...]] = {
+    columns_of: dict[str, tuple[str, ...]] = {
         name: (name,)
         for name in parameters
-        if name in sample and name not in computed and (name in required or name not in excluded)
+        if name in sample and name not in declared and (name in required or name not in excluded)
     }
-    known |= named
-    lists = [name for name in known if name in parameters and _is_list(known[name], sample)]
+    columns_of |= requested_columns
+    lists = [
+        name for name in columns_of if name in parameters and _is_list(columns_of[name], sample)
+    ]
     companions_of = {
         name: {
-            **_find_companions(name, parameters, {*known, *computed}, only=len(lists) == 1),
-            **{role: argument for argument, (role, of) in computed.items() if of == name},
+            **_find_companions(name, parameters, {*columns_of, *declared}, only=len(lists) == 1),
+            **{role: argument for argument, (role, of) in declared.items() if of == name},
         }
         for name in lists
     }
     companions = {argument for roles in companions_of.values() for argument in roles.values()}
-    missing = [name for name in required if name not in known and name not in companions]
+    missing = [name for name in required if name not in columns_of and name not in companions]
     is_graph = isinstance(network, OnnxNetwork)
-    if not missing and all(name in parameters for name in named):
+    if not missing and all(name in parameters for name in requested_columns):
         arguments = [
-            _build_argument(name, known[name], sample, companions_of.get(name, {}))
+            _build_argument(name, columns_of[name], sample, companions_of.get(name, {}))
             for name in parameters
-            if name in known
+            if name in columns_of
         ]
         yield Layout(mapping if is_graph else keywords, tuple(arguments))
         return
@@ -153,26 +159,28 @@ def layouts(
             "inputs_unknown",
             architecture=type(network).__name__,
             method=method,
-            names=tuple(name for name in given if name not in parameters),
+            names=tuple(name for name in requested if name not in parameters),
             arguments=tuple(parameters),
         )
     if is_graph or len(required) != 1:
         raise _build_arguments_unknown(network, method, missing, sample)
     # The only argument is one matrix or a mapping from names to tensors.
-    matrix = None if named else _find_described_matrix(network, method, required[0], sample)
+    matrix = (
+        None if requested_columns else _find_described_matrix(network, method, required[0], sample)
+    )
     if matrix is not None:
         yield Layout(keywords, (matrix,))
         return
-    of_mapping = {name: (name,) for name in sample if name not in excluded} | named
-    yield Layout(mapping, _list_arguments_of_mapping(of_mapping, computed, sample))
-    if not named:
+    of_mapping = {name: (name,) for name in sample if name not in excluded} | requested_columns
+    yield Layout(mapping, _list_arguments_of_mapping(of_mapping, declared, sample))
+    if not requested_columns:
         columns = [name for name in sample if name not in excluded and not sample[name].is_list]
         yield Layout(keywords, (_build_argument(required[0], columns, sample),))
 
 
 def _list_arguments_of_mapping(
     columns_of: Mapping[str, Sequence[str]],
-    computed: Mapping[str, tuple[str, ...]],
+    declared: Mapping[str, tuple[str, ...]],
     sample: Sample,
 ) -> tuple[Argument, ...]:
     """Return the arguments of a mapping.
@@ -182,7 +190,7 @@ def _list_arguments_of_mapping(
 
     Args:
         columns_of: the columns that fill each argument.
-        computed: by argument, its role and the argument whose lists it accompanies.
+        declared: the companions that the user declares, by argument: role, argument with the lists.
         sample: the columns of the data.
     """
     lists = [name for name, columns in columns_of.items() if _is_list(columns, sample)]
@@ -191,7 +199,7 @@ def _list_arguments_of_mapping(
         for name in reversed(lists)
         for argument, columns in columns_of.items()
         if _are_lengths(sample[columns[0]], sample[columns_of[name][0]])
-    } | dict(computed)
+    } | dict(declared)
     return tuple(
         _build_argument(
             name,
@@ -279,8 +287,8 @@ def _resolve_columns(
     columns: list[str] = []
     missing = []
     for pattern in patterns:
-        others = [column for column in sample if column not in excluded]
-        matching = [pattern] if pattern in sample else fnmatch.filter(others, pattern)
+        allowed = [column for column in sample if column not in excluded]
+        matching = [pattern] if pattern in sample else fnmatch.filter(allowed, pattern)
         columns += matching
         if not matching:
             missing.append(pattern)
@@ -298,19 +306,26 @@ def _is_list(columns: Sequence[str], sample: Sample) -> bool:
 def _find_companions(
     name: str,
     parameters: Mapping[str, inspect.Parameter],
-    known: Container[str],
+    filled: Container[str],
     *,
     only: bool,
 ) -> dict[str, str]:
-    """Return the arguments that accompany a list, by their role."""
-    found = {}
-    for role, patterns in _COMPANIONS.items():
+    """Return the companions of an argument with lists by role, found by their usual names.
+
+    Args:
+        name: the argument with lists.
+        parameters: the parameters of the method.
+        filled: arguments that columns fill or that the user declares.
+        only: whether ``name`` is the only argument with lists.
+    """
+    companions = {}
+    for role, patterns in _COMPANION_NAMES.items():
         for pattern in patterns:
             argument = pattern.format(name)
-            if argument in parameters and argument not in known and (only or "{}" in pattern):
-                found[role] = argument
+            if argument in parameters and argument not in filled and (only or "{}" in pattern):
+                companions[role] = argument
                 break
-    return found
+    return companions
 
 
 def _build_argument(

@@ -124,8 +124,8 @@ def position_from_rank(rank: Any, before: Any, ids: Any) -> Any:
     """Build the index of rows in one of the two parts of a pruned table: kept and other rows.
 
     Args:
-        rank: int64 ``(*ids,)``. For a kept row, its index among the kept rows of its block; for
-            another row, -1 minus its index among the other rows of its block.
+        rank: int64 ``(*ids,)``. For a kept row, its index among the kept rows of its block; for a
+            row that is not kept, -1 minus its index among such rows of its block.
         before: number of kept rows before each block of ``BLOCK`` rows.
         ids: row numbers, ``(*ids,)``.
 
@@ -135,7 +135,8 @@ def position_from_rank(rank: Any, before: Any, ids: Any) -> Any:
     block = op.Div(op.Cast(ids, to=INT64), op.Constant(value_int=BLOCK))
     kept_before = op.Cast(op.Gather(before, block, axis=0), to=INT64)
     is_other = op.Less(rank, op.Constant(value_int=0))
-    # All rows before the block are subtracted for another row, and none for a kept row.
+    # For a row that is not kept, the number of all rows before the block is subtracted: the result
+    # is -1 minus its rank minus the number of rows before the block that are not kept.
     subtracted = op.Where(is_other, op.Constant(value_int=BLOCK), op.Constant(value_int=0))
     return op.Sub(op.Add(kept_before, rank), op.Mul(subtracted, block))
 

@@ -198,17 +198,17 @@ def _compute_degrees_of_freedom(value: GroupedValue, share: Floats) -> float:
     variance estimate is a quadratic form of the group means. Its degrees of freedom are twice its
     squared expectation divided by its variance. Both are computed in O(groups) from sums.
     """
-    spread = _estimate_variance_of_means(value)
+    variance = _estimate_variance_of_means(value)
     # ``shared[i]`` is the covariance of group i's mean and the weighted mean of all groups. The
     # deviation of group i is the first minus the second. Deviations of groups i and j have the
     # covariance ``base - shared[i] - shared[j]``, and ``diagonal[i]`` is the variance of one. The
     # variance estimate is the sum of squared deviations times ``factor``: leaving out a group
     # changes the mean by its deviation times share / (1 - share); ``interval`` multiplies the
     # square of this change by 1 - share.
-    shared = spread * share
+    shared = variance * share
     base = float(shared @ share)  # variance of the weighted mean
     factor = share**2 / (1 - share)
-    diagonal = spread - 2 * shared + base
+    diagonal = variance - 2 * shared + base
     expected = float(factor @ diagonal)
     # Sums of ``factor`` times the powers 0, 1 and 2 of ``shared``.
     total, first, second = factor.sum(), factor @ shared, factor @ shared**2
@@ -229,5 +229,5 @@ def _estimate_variance_of_means(value: GroupedValue) -> Floats:
     residual = value.influence - (sums / rows)[value.groups.ids]
     within = float(residual @ residual) / freedom_within if freedom_within else 0.0
     between = (float(sums @ sums) - within * float(rows.sum())) / float(rows @ rows)
-    spread = max(between, 0.0) + within / rows
-    return spread if spread.any() else np.ones(rows.size)
+    variance = max(between, 0.0) + within / rows
+    return variance if variance.any() else np.ones(rows.size)

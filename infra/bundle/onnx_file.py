@@ -4,7 +4,8 @@ The size of the file is checked before it is parsed. Large weights may be extern
 other files to which the model refers. These files must be in the model's folder and large enough
 for their tensors. They are read when the values are needed.
 
-A draft is the folder that becomes a bundle when it is packed.
+``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
+packed.
 """
 
 from collections.abc import Iterator

@@ -5,7 +5,8 @@ which reads from the argument and records the result (``contracts/network.py`` s
 the bundle is loaded, ``RecordedObject`` of ``compressors/core/state/recorded_object.py`` returns
 these results.
 
-A draft is the folder that becomes a bundle when it is packed.
+``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
+packed.
 """
 
 from collections.abc import Callable, Mapping

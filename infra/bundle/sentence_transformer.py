@@ -7,7 +7,8 @@ needed. Files that a setting names must be in the folder.
 recpress uses such a model for retrieval: a query tower encodes the texts of queries, and an item
 tower the texts of items (documents); both are this model.
 
-A draft is the folder that becomes a bundle when it is packed.
+``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
+packed.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Sample rows of a data file, and summarize its columns, before a signature exists.
 
-A draft is the folder that becomes a bundle when it is packed.
+``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
+packed.
 """
 
 from collections.abc import Mapping

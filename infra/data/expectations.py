@@ -128,7 +128,8 @@ def _inspect_columns(parquet: Path, signature: Signature) -> _InspectedSplit:
     """Inspect the files of a split and find the columns whose type fits all their uses."""
     contents = inspect_split(parquet, signature)
     kinds = {
-        name: "there more than once" if name in contents.repeated else kind  # fits no use
+        # A column that is there more than once fits no use.
+        name: "there more than once" if name in contents.repeated else kind
         for name, kind in contents.kinds.items()
     }
     usable = {use.column for use in column_uses(signature)}

@@ -12,7 +12,7 @@ Fields whose names do not explain them:
 
 The ledger is the list of a model's promotions and rollbacks in the store.
 
-A draft is the folder that becomes a bundle when it is packed.
+Some messages name a draft: the folder that becomes a bundle when it is packed.
 """
 
 from typing import ClassVar

@@ -1,6 +1,11 @@
 """Read a trained text encoder from a folder of sentence-transformers.
 
-A draft is the folder that becomes a bundle when it is packed.
+A text model has two towers, for queries and for items, that share one network. Their tokenizers
+differ if the model has *prompts*: a prompt is a fixed text, such as "query: ", that is prepended to
+each text of a tower.
+
+``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
+packed.
 """
 
 from collections.abc import Iterable
@@ -40,11 +45,13 @@ from infra.memory import require_memory
 MEMORY_FACTOR = 2
 """Bytes of memory per byte of a weight file: its tensors, and float32 copies of other dtypes."""
 
-SHARED = "tokenizer.json"
-"""Name of the tokenizer of both towers."""
+SHARED_TOKENIZER = "tokenizer.json"
+"""File of the tokenizer if both towers use the same one."""
 
-SEPARATE = MappingProxyType({"query": "query.tokenizer.json", "item": "item.tokenizer.json"})
-"""Names of the tokenizers if a prompt is written before the texts of one tower."""
+TOWER_TOKENIZERS = MappingProxyType(
+    {"query": "query.tokenizer.json", "item": "item.tokenizer.json"}
+)
+"""Files of the tokenizers by tower, if there are prompts."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,11 @@ class TextModel:
         architecture: its class and arguments.
         adds_norm: whether the network normalizes vectors, although the saved model has no module
             ``Normalize`` at its end.
-        longest: the largest number of tokens of a text.
+        longest: the largest number of tokens of a text; longer texts are truncated.
         padding_id: the id of the padding token.
-        prompts: what the tokenizers of ``query`` and ``item`` write before a text.
-        tokenizer_of: name of the tokenizer by tower.
-        tokenizers: the tokenizers by name.
+        prompts: text that the tokenizer prepends to each text, by tower (``query``, ``item``).
+        tokenizer_of: file name of the tokenizer by tower.
+        tokenizers: the tokenizers by file name.
     """
 
     network: TextRetriever
@@ -90,7 +97,9 @@ def load_text_model(folder: Path) -> TextModel:
         ),
     }
     has_prompts = any(saved.prompts.values())
-    tokenizer_of = dict(SEPARATE) if has_prompts else dict.fromkeys(SEPARATE, SHARED)
+    tokenizer_of = (
+        dict(TOWER_TOKENIZERS) if has_prompts else dict.fromkeys(TOWER_TOKENIZERS, SHARED_TOKENIZER)
+    )
     longest = min(saved.longest or arguments["longest"], arguments["longest"])
     return TextModel(
         network=_build_network(saved, arguments),
@@ -121,7 +130,7 @@ def _build_network(saved: SavedSentenceTransformer, arguments: dict[str, object]
         with torch.device("meta"):
             network = TextRetriever(**arguments)
         network.encoder.load_state_dict(weights, assign=True)
-    except Exception as fault:  # torch and the layers raise many types for numbers that do not fit
+    except Exception as fault:  # settings or weights that do not fit raise many types of errors
         if is_out_of_memory(fault):
             raise
         raise _build_unfit_error(saved.folder, fault) from fault
@@ -141,7 +150,7 @@ def _load_weights(files: Iterable[Path]) -> dict[str, Tensor]:
         try:
             weights |= load_file(file)
         except OSError:
-            raise
+            raise  # recpress has a message for errors of the file system
         except Exception as fault:  # the library raises its own type for a damaged file
             if is_out_of_memory(fault):
                 raise
@@ -158,30 +167,32 @@ def _build_unfit_error(path: Path, fault: Exception) -> DraftRefused:
 def _build_tokenizer(
     saved: SavedSentenceTransformer, prompt: str, longest: int, rows: int
 ) -> Tokenizer:
-    """Return the tokenizer of a tower: it writes the prompt, changes the case, and truncates.
+    """Return the tokenizer of a tower: it prepends the prompt, changes the case, and truncates.
 
-    Like the tokenizer of sentence-transformers, it writes the prompt before it changes the case. It
-    differs for two kinds of text: an empty text gets no prompt, and a text with a special token
-    gets the prompt again after this token.
+    As in sentence-transformers, the prompt is prepended before the case is changed. The tokens
+    differ from those of sentence-transformers for two kinds of text, because the library
+    ``tokenizers`` prepends the prompt to each part of a text that is not a special token: an empty
+    text gets no prompt, and after a special token in a text the prompt is repeated.
 
     Args:
         saved: the model.
-        prompt: what is written before a text.
+        prompt: text that is prepended to each text; may be empty.
         longest: the largest number of tokens of a text.
-        rows: rows of the table of tokens.
+        rows: rows of the embedding table of tokens.
 
     Raises:
-        DraftRefused: tokens have other types than 0 or ids outside of the table, or all tokens of a
-            text are those that the tokenizer adds.
+        DraftRefused: a token has a type (segment) other than 0 or an id that is no row of the
+            table; or the special tokens that the tokenizer adds to a text fill all ``longest``
+            places.
         DataRefused: the file cannot be read, or has no token for unknown words.
     """
     tokenizer = read_tokenizer(saved.tokenizer)
-    before: list[Normalizer] = [Prepend(prompt)] if prompt else []
+    normalizers: list[Normalizer] = [Prepend(prompt)] if prompt else []
     if saved.converts_to_lower_case:
-        before.append(Lowercase())
-    if before:
+        normalizers.append(Lowercase())
+    if normalizers:
         present = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
-        tokenizer.normalizer = Sequence([*before, *present])
+        tokenizer.normalizer = Sequence([*normalizers, *present])
     tokenizer.no_padding()
     try:
         with tokenizer_faults():

@@ -1,6 +1,7 @@
 """Describe the signature of a text encoder: columns of texts, ids and relevance grades.
 
-A draft is the folder that becomes a bundle when it is packed.
+``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
+packed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

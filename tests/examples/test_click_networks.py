@@ -1,6 +1,6 @@
 """DeepFM, DLRM and DIN return the scores of their papers' formulas; the example on Frappe's data.
 
-A draft is the folder that becomes a bundle when it is packed.
+The example writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import gzip

@@ -2,7 +2,10 @@
 
 The imports are not repeated, so a run takes a second. Run as a script, this file is the fork
 server: it reads one JSON request per line and writes one JSON response per line. It has no threads,
-so forking is safe. Tests use its client, ``ForkServer``.
+so forking is safe. Tests use its client, the class ``ForkServer``.
+
+A *point* is a moment at which ``kill_points.py`` can kill a child process, such as the moment
+before a change of a file or of the registry.
 """
 
 import contextlib
@@ -28,7 +31,7 @@ HERE = Path(__file__).parent
 RUN_SECONDS = 240.0
 CRASHED = 77  # exit code after a Python exception that recpress did not convert to a message
 # Modules that the fork server imports at its start; `run_and_preload` adds those of a command.
-IMPORTED = (
+PRELOADED_MODULES = (
     "alembic",
     "mlflow.store.model_registry.sqlalchemy_store",
     "mlflow.store.tracking.sqlalchemy_store",
@@ -41,9 +44,9 @@ IMPORTED = (
     "tasks.promotion.promotions",
     "tasks.report.tables",
 )
-OPSETS = (18, 20, 21)  # ONNX opsets whose operators torch's export reads
-UNKNOWN = re.compile(r"^recpress: [\w.]*(Error|Exception|Warning|Interrupt): ", re.MULTILINE)
-"""Start of the message for an exception that is not of one of this project's error classes."""
+OPSETS = (18, 20, 21)  # ONNX opsets whose operators an export by torch looks up
+UNKNOWN_ERROR = re.compile(r"^recpress: [\w.]*(Error|Exception|Warning|Interrupt): ", re.MULTILINE)
+"""Start of the message for an exception of a library or of Python, such as ``KeyError``."""
 MEASURED_ROUNDS = 20  # latency rounds instead of 1,000: the tests do not compare latencies
 
 
@@ -63,7 +66,8 @@ class Job:
         commands: arguments of ``recpress``, one tuple per command.
         call: a function to call instead of commands; ``Completed.value`` is its result.
         variables: environment variables, added to those of the server.
-        fault: at which point to kill the process; passed to ``kill_points.arm``.
+        fault: when to kill the process, passed to ``kill_points.arm``: at the point with the number
+            ``at``, or ``after`` seconds. Changes of files count only in the folder ``root``.
         memory: bytes that the child may allocate in addition to its current memory (RLIMIT_AS).
         file_bytes: largest file that the child may write (RLIMIT_FSIZE).
         seconds: time limit, after which the child is killed.
@@ -91,7 +95,7 @@ class Completed:
         cpu_seconds: CPU time.
         peak_mib: largest resident memory in MiB.
         value: result of the function of ``Job.call``.
-        points: names of the points that ``kill_points`` counted.
+        points: names of the points that the process passed; empty without ``Job.fault``.
         unfinished: output of the command that did not finish.
         timed_out: whether the process was killed at its time limit.
     """
@@ -122,10 +126,9 @@ class Completed:
     def crashed(self) -> bool:
         """Whether the run printed a traceback or an unknown error, or was ended by a signal."""
         printed = "\n".join((*self.messages, self.unfinished))
-        is_known = "Traceback (most recent call last)" not in printed and not UNKNOWN.search(
-            printed
-        )
-        return self.signal != 0 or CRASHED in self.codes or not is_known
+        has_traceback = "Traceback (most recent call last)" in printed
+        has_unknown_error = UNKNOWN_ERROR.search(printed) is not None
+        return self.signal != 0 or CRASHED in self.codes or has_traceback or has_unknown_error
 
 
 class ForkServer:
@@ -210,7 +213,7 @@ def serve() -> None:
 
     for name, value in EMBEDDED.items():  # settings of Prefect's logs that recpress sets
         os.environ.setdefault(name, value)
-    for name in IMPORTED:
+    for name in PRELOADED_MODULES:
         import_module(name)
     import_module("tasks.evaluation.latency").MAX_ROUNDS = MEASURED_ROUNDS
     with cache_onnx_operators():
@@ -218,6 +221,7 @@ def serve() -> None:
 
         for line in sys.stdin:
             request = json.loads(line)
+            # Fill the cache of operators before the forks, which then have it too.
             for opset in OPSETS if request["preload"] else ():
                 ONNXRegistry.from_torchlib(opset)
             results = _run_jobs(request)
@@ -319,6 +323,7 @@ def _child(job: dict[str, Any], folder: Path) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         if job["file_bytes"] is not None:
             _limit_files(job["file_bytes"])
+            # A write beyond the limit then raises OSError instead of ending the process.
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         _run_job(job, folder)
     except BaseException:
@@ -333,7 +338,7 @@ def _run_job(job: dict[str, Any], folder: Path) -> None:
     codes: list[int] = []
     value = None
     before = set(sys.modules)
-    for number in range(len(job["commands"]) or 1):
+    for number in range(len(job["commands"]) or 1):  # one pass for a call, which has no commands
         out, error = (_open_output(folder / f"{number}.{stream}") for stream in ("out", "err"))
         os.dup2(out, 1)
         os.dup2(error, 2)
@@ -391,6 +396,7 @@ def _run_command(arguments: Sequence[str]) -> int:
     try:
         app.main()
     except SystemExit as end:
+        # As in Python: exit code 0 for None, and 1 for a message.
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()

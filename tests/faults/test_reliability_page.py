@@ -1,7 +1,4 @@
-"""Compare the numbers in ``docs/reliability.md`` with the fault tests.
-
-A draft is the folder that becomes a bundle when it is packed.
-"""
+"""Compare the numbers in ``docs/reliability.md`` with the fault tests."""
 
 from pathlib import Path
 
@@ -21,9 +18,11 @@ def test_reliability_page_states_the_sizes_of_the_fault_tests() -> None:
     page = PAGE.read_text()
     sizes = (
         f"{len(PARSERS)} parsers, {test_fuzz.INPUTS:,} inputs each",
+        # A draft is the folder that becomes a bundle when it is packed.
         f"{len(hostile_drafts.CASES)} drafts",
         f"{len(hostile_registry.cases())} registry entries",
         f"{test_kills.RANDOM_TIMES} random times",
+        # In so many tests, a run is killed and its repetition is killed too.
         f"{test_kills.TWICE} times twice in a row",
         f"{len(FAULTS)} kinds of fault",
         f"{len(test_full_disk.KILOBYTES)} sizes of disk",

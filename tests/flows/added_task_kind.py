@@ -1,6 +1,6 @@
 """A task kind that only tests define: predicts upvotes of posts, trained with squared errors.
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import json

@@ -3,7 +3,7 @@
 The added target runs plain ONNX graphs in ONNX Runtime without graph optimizations. A home is the
 folder with everything that recpress stores (``RECPRESS_HOME``).
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import json

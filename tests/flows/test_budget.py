@@ -3,7 +3,7 @@
 The budget is the largest loss of the bundle's metric (AUC) on validation rows. A stage of a report
 is the untouched model or the model after an applied step; ``idle_reasons`` are the skipped steps.
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_step_over_the_budget_is_skipped_with_the_training_that_follows_it(
     assert [stage.step for stage in report.stages[1:]] == [
         "magnitude",
         "fine_tune",
-        "magnitude",  # of other layers than the skipped steps
+        "magnitude",  # prunes other layers than the skipped steps
         "rowwise_int8",
         "static_int8",
         "recalibrate",
@@ -80,7 +80,8 @@ def test_step_over_the_budget_is_skipped_with_the_training_that_follows_it(
     states = [
         state for name, state in repeated.tasks if name in {"magnitude", "fine_tune", "static_int8"}
     ]
-    assert len(states) >= 5  # two kept and at least one skipped "magnitude", and the two others
+    # "fine_tune", "static_int8", and "magnitude" three times: twice kept, at least once skipped.
+    assert len(states) >= 5
     assert set(states) == {"Cached"}
 
 

@@ -3,7 +3,7 @@
 Each variable for a credential is set to a unique text (a canary). After a run, the tests search for
 it in all files and all output.
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import sqlite3

@@ -23,7 +23,10 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a command of ``recpress tables`` in this process; return exit code and both outputs."""
+    """A function that runs ``recpress tables`` in this process.
+
+    It returns the exit code, standard output and standard error.
+    """
 
     def run_command(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["recpress", "tables", *map(str, arguments)])

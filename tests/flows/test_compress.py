@@ -1,6 +1,6 @@
 """The flow with its real tasks: outcomes of orders, repeated and killed runs, targets, retries.
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import os

@@ -197,9 +197,9 @@ def test_conversion_of_forms_is_the_logit_or_its_inverse() -> None:
     probability = torch.tensor([0.25, 0.5, 1.0])
     logit = convert_scores(probability, ("probability",), ("logit",))
     torch.testing.assert_close(logit[:2], torch.tensor([0.25, 0.5]).logit())
-    assert bool(logit.isfinite().all())  # 1 is clamped
+    assert bool(logit.isfinite().all())  # 1, whose logit is infinite, is clamped below 1
     back = convert_scores(logit, ("logit",), ("probability",))
-    torch.testing.assert_close(back, probability, atol=1e-5, rtol=0)  # 1 was clamped
+    torch.testing.assert_close(back, probability, atol=1e-5, rtol=0)  # for the clamped 1
     both = torch.stack([logit, probability], dim=1)
     assert convert_scores(both, ("logit", "probability"), ("logit", "probability")) is both
     converted = convert_scores(both, ("logit", "probability"), ("logit", "logit"))

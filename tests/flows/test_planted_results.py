@@ -4,7 +4,7 @@ recpress stores the results of tasks as records, and forbids Prefect to store or
 options ``NO_RESULTS`` of each flow and task. A block is Prefect's description of a storage. A home
 is the folder with everything that recpress stores (``RECPRESS_HOME``).
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import base64

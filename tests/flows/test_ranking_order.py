@@ -1,6 +1,6 @@
 """An order for a ranking model, whose limits are on list metrics and latency.
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 from pathlib import Path

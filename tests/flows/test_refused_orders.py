@@ -1,8 +1,8 @@
-"""Orders with meaningless limits and metrics end with exit code 2 before any work.
+"""Limits and metrics without a meaning for the model: orders are refused before any work.
 
-A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
-
-A draft is the folder that becomes a bundle when it is packed.
+The commands ``bundle pack`` and ``bundle check`` also warn about a model whose log loss is worse
+than that of a constant. A home is the folder with everything that recpress stores
+(``RECPRESS_HOME``). A draft is the folder that becomes a bundle when it is packed.
 """
 
 import json
@@ -48,7 +48,7 @@ Call = Callable[..., CommandResult]
 def call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Call:
-    """Run ``recpress`` in this process, in a home with one click model."""
+    """Return a function that runs ``recpress`` in this process, in an empty home."""
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
 
@@ -69,6 +69,14 @@ def call(
     return run_command
 
 
+def limit_fields(limit_text: str) -> dict[str, str]:
+    """Return a limit as fields of JSON; the bound is a string, since JSON has no number ``nan``."""
+    metric, *_, sign, bound = limit_text.split()
+    against = "baseline" if " vs " in limit_text else "absolute"
+    bound_field = "at_least" if sign == ">=" else "at_most"
+    return {"metric": metric, "against": against, bound_field: bound}
+
+
 def assert_refused(result: CommandResult, *words: str) -> None:
     """Assert exit code 2, no standard output, and an error message with certain words."""
     assert result.code == 2, result.err
@@ -87,6 +95,7 @@ def assert_refused(result: CommandResult, *words: str) -> None:
     ],
 )
 def test_invalid_limit_option_raises_an_error_with_the_problem(limit_text, code, problem):
+    # ``build_terms`` builds an order from the options of a command.
     with raises_code(CommandRefused, code, problem=problem):
         build_terms(
             "clicks",
@@ -111,30 +120,21 @@ def test_meaningless_limit_exits_with_code_2_and_suggests_another(
 def test_meaningless_limit_in_an_order_file_exits_with_code_2(
     call: Call, tmp_path: Path, limit_text: str, suggestion: str
 ) -> None:
-    metric, *_, sign, bound = limit_text.split()
-    limit = {
-        "metric": metric,
-        "against": "baseline" if " vs " in limit_text else "absolute",
-        "at_least" if sign == ">=" else "at_most": bound,
-    }
+    limit = limit_fields(limit_text)
     path = tmp_path / "order.json"
     path.write_text(json.dumps({"model": "clicks", "limits": [limit]}))
     refusal = call("compress", "--order", str(path))
     assert_refused(refusal, "order.json is not a valid order", suggestion)
 
 
+# Two suffice, since the flow validates limits with the class ``Order``, as an order file.
 @pytest.mark.parametrize(("limit_text", "suggestion"), MEANINGLESS_LIMITS[:2])
 def test_meaningless_limit_in_parameters_of_the_flow_fails_the_run(
     prefect_server: None, limit_text: str, suggestion: str
 ) -> None:
     from flows.compress import compress
 
-    metric, *_, sign, bound = limit_text.split()
-    limit = {
-        "metric": metric,
-        "against": "baseline" if " vs " in limit_text else "absolute",
-        "at_least" if sign == ">=" else "at_most": float(bound),
-    }
+    limit = limit_fields(limit_text)
     state = compress({"model": "clicks", "limits": [limit]}, return_state=True)
     assert state.is_failed()
     assert suggestion in str(state.message)

@@ -1,6 +1,6 @@
 """An order for a retrieval model whose items are identified by a key that enters no tower.
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_retrieval_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import json

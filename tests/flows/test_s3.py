@@ -1,6 +1,6 @@
 """Commands and orders with an S3 server as store; its secret key is not stored or printed.
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import shlex

@@ -2,7 +2,7 @@
 
 The tests with real services take minutes each: ``make test ARGS="-m nightly -k service_outages"``.
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import itertools

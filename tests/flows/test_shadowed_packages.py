@@ -1,6 +1,6 @@
 """The command works next to a user's packages with the names of recpress's packages.
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_field_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import subprocess

@@ -76,7 +76,7 @@ CONTROL_CHARACTER = re.compile(
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """Run ``main`` in this process; return its exit code and both outputs as one text."""
+    """A function that runs ``main`` in this process; it returns the exit code and all output."""
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "named_network")
 

@@ -1,7 +1,8 @@
 """Rewrite the golden record, or a part of it.
 
-The record has a line for each stored tensor, score and graph that the code computed for each case;
-the golden test compares the current code with it. See ``cases.py`` and ``entries.py``.
+A case is a reference network and the compression steps that are applied to it. The record has a
+line for each stored tensor, score and graph that the code computed for each case; the golden test
+compares the current code with it. See ``cases.py`` and ``entries.py``.
 
 ``PYTHONPATH=tests python -m tests.golden`` records all cases. ``--only mixed`` rewrites the cases
 whose ``name | network`` contains "mixed" and leaves the others unchanged; it requires the CPU and

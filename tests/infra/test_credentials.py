@@ -1,6 +1,6 @@
 """Removal of credentials from messages, addresses, exceptions and log records.
 
-``SECRETS`` are canaries: random values of variables such as passwords. No output may contain one.
+``SECRETS`` are canaries: made-up values of variables such as passwords. No output may contain one.
 A bare address of a server has no login, and a bare URI of a database has no password.
 """
 
@@ -43,7 +43,8 @@ def format_exception_as_text(fault: BaseException) -> str:
 
 def assert_no_secret(*texts: str, planted: Canaries = SECRETS) -> None:
     """Check that the texts contain none of the planted secrets."""
-    assert find_secrets(planted, [], {str(number): text for number, text in enumerate(texts)}) == []
+    texts_by_name = {str(number): text for number, text in enumerate(texts)}
+    assert find_secrets(planted, folders=[], texts=texts_by_name) == []
 
 
 # --- Text ------------------------------------------------------------------------------------
@@ -199,20 +200,21 @@ def test_remove_login_decodes_the_login_and_keeps_the_rest_of_the_address() -> N
 @pytest.mark.parametrize(
     "uri",
     [
+        # No server listens on port 9.
         f"http://somebody:{ENCODED}@127.0.0.1:9",
         f"http://{ENCODED}@127.0.0.1:9",
         f"http://somebody:{ENCODED}@no-such-host.invalid",
-        f"http://somebody:{ENCODED}@127.0.0.1:99999",
-        f"http://somebody:{ENCODED}@[::1",
+        f"http://somebody:{ENCODED}@127.0.0.1:99999",  # the largest port is 65535
+        f"http://somebody:{ENCODED}@[::1",  # no closing bracket
         f"https://127.0.0.1:9/?token={ENCODED}",
         f"postgresql://somebody:{ENCODED}@127.0.0.1:9/mlflow",
         f"postgresql://somebody@127.0.0.1:9/mlflow?password={ENCODED}",
-        f"postgresql://somebody:{ENCODED}@127.0.0.1:port/mlflow",
+        f"postgresql://somebody:{ENCODED}@127.0.0.1:port/mlflow",  # the port is no number
         f"mysql+pymysql://somebody:{ENCODED}@127.0.0.1:9/mlflow",
         f"mysql+nosuchdriver://somebody:{ENCODED}@127.0.0.1:9/mlflow",
         f"mssql+pyodbc:///?odbc_connect=PWD%3D{ENCODED}",
-        f"ftp://somebody:{ENCODED}@127.0.0.1:9",
-        f"http:/somebody:{ENCODED}@127.0.0.1:9",
+        f"ftp://somebody:{ENCODED}@127.0.0.1:9",  # MLflow has no store for ftp
+        f"http:/somebody:{ENCODED}@127.0.0.1:9",  # one slash is missing
     ],
 )
 def test_errors_of_the_registry_do_not_contain_the_credential_of_its_uri(

@@ -3,8 +3,6 @@
 A check compares one column of a split, or the whole split, with a rule; its result is a finding.
 ``intended`` is the number of planned checks and ``evaluated`` the number that could be carried out.
 The split ``traffic`` has logged requests, without labels.
-
-A draft is the folder that becomes a bundle when it is packed.
 """
 
 import datetime as dt
@@ -520,9 +518,9 @@ def test_example_in_the_docs_passes_all_checks(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     exec(compile(code_block, "docs/data.md", "exec"), {})  # noqa: S102
-    draft = json.loads(json_block)
-    signature = Signature.model_validate(draft["signature"])
-    splits = {split: tmp_path / file for split, file in draft["data"].items()}
+    document = json.loads(json_block)
+    signature = Signature.model_validate(document["signature"])
+    splits = {split: tmp_path / file for split, file in document["data"].items()}
     validation = validate(splits, signature, {"tables.user": 50, "tables.genre": 4})
     refuse_failures(validation)
     assert prepare(splits["test"], signature, tmp_path).rows == 100

@@ -1,6 +1,7 @@
 """Reading ONNX files that are damaged, too large, or name files outside of their folder.
 
-A draft is the folder that becomes a bundle when it is packed.
+``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
+packed.
 """
 
 import os

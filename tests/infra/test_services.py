@@ -242,7 +242,7 @@ def test_prefect_server_stores_leases_and_events_across_a_restart(
     assert environment["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] == (
         "prefect.server.concurrency.lease_storage.filesystem"
     )
-    assert environment["PREFECT_HOME"] == str(tmp_path / "prefect")  # contains the leases
+    assert environment["PREFECT_HOME"] == str(tmp_path / "prefect")  # leases are files in it
     buffer = environment["PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER"]
     assert TypeAdapter(timedelta).validate_python(buffer) >= timedelta(days=1)
 

@@ -1,9 +1,10 @@
 """TensorRT-RTX engines of tables in every quantized format: the table stays packed.
 
 A builder may widen a table: convert its packed numbers to a wider type, in the engine's weights or
-in scratch memory, the temporary memory of a call. The audit compares the scratch memory with that
-of a twin, an engine of the same graph with half the rows in large tables: it is "flat" if both are
-equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
+in scratch memory, the temporary memory of a call. To detect a copy in scratch memory, a second
+engine is built, the *twin*: the same graph with half the rows in large tables. The audit calls
+scratch memory "flat" if both engines need equally much, and less than a widened copy of the table.
+See ``infra/tensorrt/audit.py``.
 
 A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
 input. ``every`` of a table is the number of rows that share one entry of an initializer, by name.
@@ -65,7 +66,11 @@ SIGNATURE = Signature(
 
 
 class Case(NamedTuple):
-    """A step, the bytes that its format stores per row, and TensorRT's type of the codes."""
+    """A step, the bytes that its format stores per row, and TensorRT's type of the codes.
+
+    A row of most formats has a float16 scale (2 bytes); an asymmetric one also a float16 offset (2
+    more bytes). With ``rows_per_scale``, this many rows share them; 0 stands for all rows.
+    """
 
     step: TableStep
     row_bytes: float
@@ -127,13 +132,18 @@ def test_engine_stores_each_table_format_packed(case: Case, tmp_path: Path):
     # A lower bound for the codes: the row without the most that a format stores in addition, a
     # float16 scale and a float16 offset.
     assert audit.constant_bytes[case.constant_type] >= ROWS * int(case.row_bytes - 4)
-    # One scale per row in fp32 instead of fp16 would add 660 KB.
+    # 64 KiB are the audit's allowance for padding. One fp32 scale per row instead of an fp16 one
+    # would add ten times as much.
     assert request.packed_bytes <= audit.weights_bytes <= request.packed_bytes + 65_536
 
 
 @pytest.mark.parametrize("name", ["int8", "int8, asymmetric", "int2, shared scales"])
 def test_table_multiplied_before_its_gather_is_refused(name: str, tmp_path: Path):
-    """The audit detects a widened table, so the test above proves that none is widened."""
+    """The audit detects a widened table, so the test above shows that none is widened.
+
+    The product with an identity matrix has the scores of the original graph. But its operand is the
+    whole table in fp16, so TensorRT writes the widened table to scratch memory before the Gather.
+    """
     request = build_request(CASES[name], tmp_path)
     model = onnx.load(request.onnx)
     nodes = model.graph.node

@@ -285,7 +285,7 @@ class TiedOutput(Part):
         self.project = nn.Linear(sizes[0][0], dim)
         self.form, self.size = form, (rows,)
         self.output = nn.Linear(dim, rows, bias=bias)
-        self.table = nn.Embedding(1, 1) if form == "matmul" else None  # replaced by the tie
+        self.table = nn.Embedding(1, 1) if form == "matmul" else None  # ``tie`` replaces it
 
     def tie(self, table: nn.Module) -> None:
         """Share the weight of another part's table."""

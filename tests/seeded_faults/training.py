@@ -36,8 +36,8 @@ FAULTS = (
     Fault(
         id="margin-loss-counts-the-level",
         file="compressors/distill/losses.py",
-        old="    spread = sum_by_list((difference - mean[list_index]).square(), list_index, num_lists)\n",
-        new="    spread = sum_by_list(difference.square(), list_index, num_lists)\n",
+        old="    squares = sum_by_list((difference - mean[list_index]).square(), list_index, num_lists)\n",
+        new="    squares = sum_by_list(difference.square(), list_index, num_lists)\n",
         effect="The margin loss depends on the level of a list, not on its margins.",
         tests=(f"{DISTILL}::test_margin_loss_is_the_mean_over_all_pairs_of_each_list",),
     ),

@@ -11,7 +11,7 @@ orders of ``orders.py`` and their promotions; this takes about ten minutes.
 All content is created by the command line, and single steps by the tasks of a flow. All data is
 generated from seeds. A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
 
-A draft is the folder that becomes a bundle when it is packed.
+The models are written as drafts: a draft is the folder that becomes a bundle when it is packed.
 """
 
 import argparse

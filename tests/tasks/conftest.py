@@ -65,7 +65,7 @@ def prepared_home(
 def fill(
     home: Path, prepared_home: Callable[[str, str], Path]
 ) -> Callable[[str, str], tuple[str, ...]]:
-    """Publish orders in an empty home, then promote some of them, and return all versions.
+    """A function that publishes orders in the empty ``home`` and promotes some; returns versions.
 
     ``fill("abc", "ab")`` publishes the orders with the digests "aaa...", "bbb..." and "ccc..." as
     versions 1 to 3, and promotes the first two. Promotions also update ``home / "triton"``. The

@@ -1,6 +1,6 @@
 """Lowering of graphs with bfloat16 products, which ONNX Runtime does not run on a CPU.
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 from pathlib import Path
@@ -50,7 +50,8 @@ def test_graph_with_bfloat16_products_is_compared_and_its_copy_without_them_is_n
     # that are rounded to bfloat16. The copy's name begins with "checkable".
     assert not {name for name in names if "checkable" in name}
     (lowered,) = read_lowering(local(graph)).graphs
-    # Relative to the spread of the scores, the differences are those of rounding to the 8
-    # significant bits of bfloat16: larger than those of float32 sums, and below 2^-6.
+    # Relative to the standard deviation of the scores (``spread``), the differences are those of
+    # rounding to the 8 significant bits of bfloat16: larger than those of float32 sums, and below
+    # 2^-6.
     assert 1e-5 < lowered.rows_parity.root_mean_square / lowered.rows_parity.spread < 0.015
     assert np.isfinite(lowered.edge_parity.largest)  # on edge cases, such as ids out of range

@@ -1,6 +1,6 @@
 """Lowering refuses a network whose scores depend on the padding of shorter rows.
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_sequence_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import numpy as np

@@ -2,7 +2,7 @@
 
 A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 from pathlib import Path

@@ -2,8 +2,7 @@
 
 Notes are remarks on how the model's class was constructed, and are stored in the manifest. Warnings
 are problems of labels and scores that do not prevent packing. ``examine`` checks a packed bundle. A
-home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
-of a bundle before it is packed.
+draft is the folder of a bundle before it is packed.
 """
 
 import html
@@ -54,29 +53,30 @@ class ChangedClickNet(draft_network.ClickNet):
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder for drafts; recpress stores everything in its subfolder ``recpress``."""
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
     return tmp_path
 
 
 def write_changed_draft(
-    home: Path, monkeypatch: pytest.MonkeyPatch, *, init: str = "pass", score: str = "score"
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, *, init: str = "pass", score: str = "score"
 ) -> Path:
     """Write a draft whose class is ``ClickNet`` with changes.
 
     Args:
-        home: parent folder of the draft.
+        workdir: parent folder of the draft.
         monkeypatch: the fixture.
         init: statements at the end of the constructor.
         score: expression that ``forward`` returns; ``score`` is the original score.
     """
-    name = f"changed_{home.name}_{abs(hash((init, score)))}".replace("-", "_")
+    name = f"changed_{workdir.name}_{abs(hash((init, score)))}".replace("-", "_")
     lines = "\n".join(f"        {line}" for line in init.splitlines())
-    (home / f"{name}.py").write_text(CHANGED_NETWORK.format(init=lines, score=score))
-    monkeypatch.syspath_prepend(str(home))
+    (workdir / f"{name}.py").write_text(CHANGED_NETWORK.format(init=lines, score=score))
+    monkeypatch.syspath_prepend(str(workdir))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", name)
-    return write_draft(home / "draft", network=f"{name}:ChangedClickNet")
+    return write_draft(workdir / "draft", network=f"{name}:ChangedClickNet")
 
 
 def change_output(draft: Path, **fields: object) -> None:
@@ -107,6 +107,7 @@ def pack_without_checks(draft: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         The URI of the bundle's artifact.
     """
     with monkeypatch.context() as patch:
+        # ``require_sound`` raises for problems of labels and scores, or returns them as warnings.
         patch.setattr("tasks.bundles.packing.require_sound", lambda *_, **__: ())
         # Rules of later versions do not apply to documents that recpress has stored.
         patch.setattr(
@@ -125,14 +126,16 @@ def pack_without_checks(draft: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         'self.to(torch.device("cpu"))',
         "self.half()\nself.float()",
         "self.first = copy.deepcopy(self.first)",
+        # Random initial weights, which the stored weights replace.
         "self.first.weight.data.copy_(torch.randn_like(self.first.weight))",
+        # Parameters in a list, for example for a regularization term with the factor 0.1.
         "self.weights = [(list(self.user.parameters()), 0.1)]",
     ],
 )
 def test_class_that_moves_or_copies_its_weights_is_packed_without_a_note(
-    home: Path, monkeypatch: pytest.MonkeyPatch, init: str
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, init: str
 ) -> None:
-    packed = pack(write_changed_draft(home, monkeypatch, init=init))
+    packed = pack(write_changed_draft(workdir, monkeypatch, init=init))
     assert packed.notes == packed.warnings == ()
     assert "notes" not in json.loads((local(packed.artifact) / MANIFEST).read_text())
 
@@ -142,13 +145,14 @@ def test_class_that_moves_or_copies_its_weights_is_packed_without_a_note(
     [
         ('self.to("cuda:0")', ["cuda:0", "on the CPU"]),
         ("self.cuda()", ["cuda", "on the CPU"]),
+        # A condition on the initial weights, whose values must therefore exist.
         ("self.big = float(self.user.weight.max()) > 0", ["all its weights in memory", "self.big"]),
     ],
 )
 def test_class_that_needs_a_gpu_or_all_weights_in_memory_is_packed_with_a_note(
-    home: Path, monkeypatch: pytest.MonkeyPatch, init: str, words: list[str]
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, init: str, words: list[str]
 ) -> None:
-    packed = pack(write_changed_draft(home, monkeypatch, init=init))
+    packed = pack(write_changed_draft(workdir, monkeypatch, init=init))
     assert show("clicks").notes == packed.notes == examine("clicks").manifest.notes
     (note,) = packed.notes
     assert all(word in note for word in words)
@@ -157,42 +161,45 @@ def test_class_that_needs_a_gpu_or_all_weights_in_memory_is_packed_with_a_note(
 
 
 def test_random_attribute_that_changes_scores_is_refused_by_name(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Two loads of the bundle have different scores.
     init, score = "self.noise = torch.randn(1)", "score + self.noise"
     with raises_code(ModelRefused, "loads_differ", names=("noise",)):
-        pack(write_changed_draft(home, monkeypatch, init=init, score=score))
+        pack(write_changed_draft(workdir, monkeypatch, init=init, score=score))
 
 
 def test_random_attribute_that_changes_no_score_is_accepted(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init = "import time\nself.noise = torch.randn(1)\nself.begun = time.time()"
-    pack(write_changed_draft(home, monkeypatch, init=init))
+    pack(write_changed_draft(workdir, monkeypatch, init=init))
 
 
 def test_network_that_fails_on_one_row_is_refused(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score = "torch.stack([score, 0 * score], dim=1).squeeze()[:, 0]"
     with raises_code(ModelRefused, "single_row_fails", problem=Text("too many indices")):
-        pack(write_changed_draft(home, monkeypatch, score=score))
+        pack(write_changed_draft(workdir, monkeypatch, score=score))
 
 
-def test_dropout_in_evaluation_mode_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_in_evaluation_mode_is_refused(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     score = "nn.functional.dropout(score, 0.5)"
     with raises_code(ModelRefused, "calls_differ"):
-        pack(write_changed_draft(home, monkeypatch, score=score))
+        pack(write_changed_draft(workdir, monkeypatch, score=score))
 
 
 def test_class_that_raises_in_its_constructor_is_refused_with_its_message(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init = 'raise ValueError("an odd number of fields")'
     with raises_code(ModelRefused, "construction_failed") as refused:
-        pack(write_changed_draft(home, monkeypatch, init=init))
+        pack(write_changed_draft(workdir, monkeypatch, init=init))
     assert "an odd number of fields" in refused.value.fields["problem"]
+    # The arguments fit the constructor, so the message must not say that they are wrong.
     assert "keyword arguments" not in refused.value.fields["problem"]
 
 
@@ -200,8 +207,8 @@ def test_class_that_raises_in_its_constructor_is_refused_with_its_message(
 
 
 @pytest.mark.parametrize("metric", ["auc", "gauc", "logloss"])
-def test_ranking_model_with_a_metric_of_another_task_is_refused(home: Path, metric: str) -> None:
-    draft = write_draft(home / "draft", task="ranking")
+def test_ranking_model_with_a_metric_of_another_task_is_refused(workdir: Path, metric: str) -> None:
+    draft = write_draft(workdir / "draft", task="ranking")
     change_output(draft, metric=metric)
     with raises_code(
         BundleRefused, "fields_unusable", problems=Text(rf"needs metric .*ndcg@k.*{metric}")
@@ -211,9 +218,9 @@ def test_ranking_model_with_a_metric_of_another_task_is_refused(home: Path, metr
 
 
 def test_stored_bundle_with_a_metric_of_another_task_is_shown_but_refused_for_orders(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft = write_draft(home / "draft", task="ranking")
+    draft = write_draft(workdir / "draft", task="ranking")
     change_output(draft, metric="auc")
     pack_without_checks(draft, monkeypatch)
     assert show("clicks").signature.single_output.metric == "auc"
@@ -246,7 +253,7 @@ def test_limit_is_accepted_if_and_only_if_its_metric_is_measured(
         version="1",
         outputs=(output,),
         rows={"test": rows},
-        longest={},
+        longest={},  # list lengths of inputs, which limits do not depend on
         architecture="",  # the digest of the model's class, which is not read
         grouped=grouped,
     )
@@ -270,8 +277,8 @@ def test_limit_is_accepted_if_and_only_if_its_metric_is_measured(
 
 @pytest.mark.parametrize("split", ["test", "validation"])
 @pytest.mark.parametrize("value", [0, 1])
-def test_split_with_equal_labels_is_refused(home: Path, split: str, value: int) -> None:
-    draft = write_draft(home / "draft")
+def test_split_whose_labels_are_all_equal_is_refused(workdir: Path, split: str, value: int) -> None:
+    draft = write_draft(workdir / "draft")
     replace_labels(draft, split, [value] * len(labels_of(draft, split)))
     with raises_code(
         DataRefused, "not_measurable", problems=HasReason("labels_equal", split=split, label=value)
@@ -280,10 +287,10 @@ def test_split_with_equal_labels_is_refused(home: Path, split: str, value: int) 
     assert store().keys("") == ()  # nothing is stored
 
 
-def test_groups_with_equal_labels_are_refused(home: Path) -> None:
-    draft = write_draft(home / "draft", task="ranking")
+def test_split_whose_groups_each_have_equal_labels_is_refused(workdir: Path) -> None:
+    draft = write_draft(workdir / "draft", task="ranking")
     queries = pq.read_table(draft / "test.parquet")["query"].to_pylist()
-    replace_labels(draft, "test", [query % 2 for query in queries])
+    replace_labels(draft, "test", [query % 2 for query in queries])  # a query is a group
     with raises_code(
         DataRefused,
         "not_measurable",
@@ -293,9 +300,9 @@ def test_groups_with_equal_labels_are_refused(home: Path) -> None:
 
 
 def test_probability_declared_as_logit_is_refused_with_the_fitting_form(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft = write_changed_draft(home, monkeypatch, score="torch.sigmoid(score)")
+    draft = write_changed_draft(workdir, monkeypatch, score="torch.sigmoid(score)")
     with raises_code(
         DataRefused,
         "not_measurable",
@@ -306,17 +313,18 @@ def test_probability_declared_as_logit_is_refused_with_the_fitting_form(
     assert pack(draft).warnings == ()
 
 
-def test_logit_declared_as_probability_is_refused(home: Path) -> None:
-    draft = write_draft(home / "draft")
+def test_logit_declared_as_probability_is_refused(workdir: Path) -> None:
+    draft = write_draft(workdir / "draft")
     change_output(draft, form="probability")
+    # Logits are outside of [0, 1].
     with raises_code(DataRefused, "not_measurable", problems=HasReason("probability_outside")):
         pack(draft)
 
 
 def test_model_worse_than_the_base_rate_is_packed_with_warnings(
-    home: Path,
+    workdir: Path,
 ) -> None:
-    draft = write_draft(home / "draft")
+    draft = write_draft(workdir / "draft")
     weights = load_file(draft / "model.safetensors")
     for name in ("out.weight", "out.bias"):
         weights[name] = -weights[name]
@@ -329,9 +337,9 @@ def test_model_worse_than_the_base_rate_is_packed_with_warnings(
 
 
 def test_validation_warns_about_a_stored_bundle_with_a_wrong_output_form(
-    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    draft = write_changed_draft(home, monkeypatch, score="torch.sigmoid(score)")
+    draft = write_changed_draft(workdir, monkeypatch, score="torch.sigmoid(score)")
     pack_without_checks(draft, monkeypatch)
     packed = find_bundle("clicks").artifact
     from infra.data.checks import Rules
@@ -347,9 +355,9 @@ def test_validation_warns_about_a_stored_bundle_with_a_wrong_output_form(
 
 
 def test_validation_refuses_a_stored_bundle_that_cannot_be_measured(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft = write_draft(home / "draft")
+    draft = write_draft(workdir / "draft")
     change_output(draft, form="probability")
     pack_without_checks(draft, monkeypatch)
     from infra.data.checks import Rules
@@ -363,9 +371,9 @@ def test_validation_without_warnings_of_an_earlier_version_is_read() -> None:
     assert Validation.model_validate_json(text).warnings == ()
 
 
-def test_manifest_without_notes_of_an_earlier_version_is_read(home: Path) -> None:
-    packed = pack(write_draft(home / "draft"))
+def test_manifest_without_notes_of_an_earlier_version_is_read(workdir: Path) -> None:
+    packed = pack(write_draft(workdir / "draft"))
     raw = (local(packed.artifact) / MANIFEST).read_bytes()
     assert b"notes" not in raw
-    assert parse_manifest(raw, home).notes == ()
+    assert parse_manifest(raw, workdir).notes == ()
     assert bundle_format.Manifest.model_fields["notes"].default == ()

@@ -3,7 +3,7 @@
 Each process is a rank, which trains on its share of the rows of a batch. Its gradients are weighted
 by the share and summed over the ranks. Here two ranks train on the CPU.
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import json

@@ -3,7 +3,7 @@
 Unchanged tensors are in files of the source bundle, to which the result refers. A home is the
 folder with everything that recpress stores (``RECPRESS_HOME``).
 
-A draft is the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
 
 import time

@@ -19,8 +19,8 @@ STUDENT = Signature(
     [
         ({}, None),
         ({"name": "other", "label": "other"}, None),
-        ({"form": "probability"}, None),  # it is converted
-        ({"inputs": (ITEM,)}, None),  # it may read other inputs
+        ({"form": "probability"}, None),  # probabilities are converted to logits
+        ({"inputs": (ITEM,)}, None),  # a teacher may read other inputs
         (
             {"kind": "ranking", "form": "score"},
             "its task is 'ranking', not 'ctr'",

@@ -92,7 +92,7 @@ def trace(
                 columns_by_begin.setdefault(consumer, {})[begin] = columns
         for consumer, columns_of_batches in columns_by_begin.items():
             columns = torch.cat(list(columns_of_batches.values()))
-            if len(columns) < channels:  # called for some rows and not for others
+            if len(columns) < channels:  # the consumer was not called for every batch of rows
                 raise NotAWidth(Reason("not_always_called", reader=consumer))
             if not bool(columns.any()):
                 continue

@@ -3,7 +3,7 @@
 Weights have one scale per output channel or per layer, inputs one per layer. The scales map the
 largest weight, and the largest input on the calibration rows, to 448, the largest E4M3 number.
 Numbers have 4 significant bits down to 1/28,672 of the largest, so if a few inputs are much larger
-than the rest, less precision is lost than in int8.
+than all others, less precision is lost than in int8.
 
 Use it for GPU targets: TensorRT multiplies 8-bit floats from compute capability 8.9 on. CPUs
 cannot multiply them: there ONNX Runtime converts the weights to float32 when a session starts, and

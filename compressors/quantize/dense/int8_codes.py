@@ -1,7 +1,9 @@
 """Round the weights and inputs of a dense layer to the codes of ``static_int8``.
 
-``static_int8.py`` says why neighbouring codes are limited. A *scale* is the distance of two levels;
-a *code* is the int8 number of a level, for weights at most ``LEVELS`` (127) in absolute value.
+A *scale* is the distance of two levels; a *code* is the int8 number of a level, for weights at most
+``LEVELS`` (127) in absolute value. Two neighbouring codes of an output channel add up to at most
+128 in absolute value, because some processors add two products in 16 bits, which larger codes could
+overflow (``static_int8.py``).
 """
 
 import torch
@@ -10,8 +12,8 @@ from torch.nn import functional as F
 
 from compressors.quantize.calibration.calibrators import LEVELS
 
-SHARES = tuple(1 - index / 64 for index in range(33))
-"""``clipped_scale`` compares ranges of these shares of a channel's largest weight: 1 to 0.5."""
+CLIP_RATIOS = tuple(1 - index / 64 for index in range(33))
+"""Clipping ranges that ``clipped_scale`` tries, as ratios to a channel's largest weight."""
 
 
 def encode(
@@ -40,16 +42,17 @@ def encode(
 def clip_to_scale(
     weight: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Clip weights ``(out, in)`` to the range of the requested scales.
+    """Clip weights ``(out, in)`` to the range of the requested scales ``(out,)``.
 
     For the arguments, see ``encode``.
 
     Returns:
-        The clipped weights and the scales that can be stored. Both pass gradients to ``weight`` and
-        ``scale``.
+        The clipped weights, and the requested scales, increased where two neighbouring codes would
+        add up to more than 128 or the bias could not be stored. Both pass gradients to ``weight``
+        and ``scale``.
     """
-    end = LEVELS * scale[:, None]
-    clipped = torch.minimum(torch.maximum(weight, -end), end)
+    largest = LEVELS * scale[:, None]
+    clipped = torch.minimum(torch.maximum(weight, -largest), largest)
     pair_scale = torch.maximum(scale, paired_scale(clipped.detach()))
     return clipped, storable_scales(pair_scale, bias, input_scale)
 
@@ -57,9 +60,9 @@ def clip_to_scale(
 def paired_scale(weight: Tensor) -> Tensor:
     """Return the smallest scales at which two neighbouring codes add up to at most 128.
 
-    Rounding changes each code by at most a half, so the sum of two weights may be 127 times the
-    scale. The sum of two weights of different sign is smaller than the larger of them, and so
-    within the range.
+    Rounding changes each code by at most 0.5 and the sum of two by at most 1. Therefore the sum of
+    two neighbouring weights may be at most 127 times the scale. Weights of different sign need no
+    larger scale than one of them alone, because their sum is smaller than the larger one.
 
     Args:
         weight: float, ``(out, in)``.
@@ -74,8 +77,10 @@ def paired_scale(weight: Tensor) -> Tensor:
 def storable_scales(scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
     """Increase the scales of output channels ``(out,)`` so that runtimes can store the bias.
 
-    Runtimes store a bias as an int32 multiple of ``scale * input_scale``. With the returned scales
-    the multiple is at most 2^23: the sum of products has range left, and float32 is exact.
+    Runtimes store a bias as an int32 multiple of ``scale * input_scale`` and add the products of
+    codes to it in int32. With the returned scales the multiple is at most 2^23. This leaves almost
+    all of the int32 range to the products, and float32, which has 24 bits, represents the multiple
+    exactly.
     """
     if bias is not None:
         scale = torch.maximum(scale, bias.float().abs() / (input_scale * 2**23))
@@ -88,21 +93,23 @@ def storable_scales(scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> 
 def clipped_scale(weight: Tensor) -> Tensor:
     """Return the scale of each output channel with the least squared error of its weights.
 
+    A smaller scale has smaller rounding errors, but weights outside of its range are clipped.
+
     Args:
         weight: float, ``(out, in)``.
 
     Returns:
-        float32 ``(out,)``: a channel's largest absolute weight divided by 127, or a share of that
-        down to a half.
+        float32 ``(out,)``: a channel's largest absolute weight divided by 127, times one of
+        ``CLIP_RATIOS``.
     """
     unclipped = weight.float().abs().amax(dim=1) / LEVELS
     best, least = unclipped, torch.full_like(unclipped, torch.inf)
-    for share in SHARES:
+    for ratio in CLIP_RATIOS:
         codes, scale = encode(
-            weight, bias=None, input_scale=torch.tensor(1.0), weight_scale=share * unclipped
+            weight, bias=None, input_scale=torch.tensor(1.0), weight_scale=ratio * unclipped
         )
         error = (codes.float() * scale[:, None] - weight.float()).square().sum(dim=1)
-        best = torch.where(error < least, share * unclipped, best)
+        best = torch.where(error < least, ratio * unclipped, best)
         least = torch.minimum(error, least)
     return best
 

@@ -114,8 +114,8 @@ def _refit(fitted: FittedRange, sums: Residuals, count: int, grid: Grid) -> Fitt
         return FittedRange(
             stored_scale((scale + scale_change).clamp(0, largest), grid.max_multiple, grid), None
         )
-    spread = sums.qq * count - sums.q * sums.q
-    scale_change = _zero_if_not_finite((sums.qr * count - sums.q * sums.r) / spread)
+    determinant = sums.qq * count - sums.q * sums.q  # of the normal equations of the line
+    scale_change = _zero_if_not_finite((sums.qr * count - sums.q * sums.r) / determinant)
     offset_change = _zero_if_not_finite((sums.r - scale_change * sums.q) / count)
     scale = stored_scale((scale + scale_change).clamp(0, largest), grid.levels - 1, grid)
     return FittedRange(scale, stored_offset(fitted.offset.float() + offset_change, grid))

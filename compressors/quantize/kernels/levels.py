@@ -247,7 +247,7 @@ def squared_error(values: Tensor, fitted: FittedRange, grid: Grid) -> Tensor:
         )
         squares = error.square()
         while squares.shape[1] > SUM_VALUES:
-            split = squares.shape[1] // SUM_VALUES * SUM_VALUES  # the rest is shorter
+            split = squares.shape[1] // SUM_VALUES * SUM_VALUES  # values of complete sums
             sums = squares[:, :split].reshape(len(squares), -1, SUM_VALUES).sum(dim=2)
             squares = torch.cat([sums, squares[:, split:]], dim=1)
         total.append(squares.sum(dim=1, keepdim=True))

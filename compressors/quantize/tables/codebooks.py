@@ -1,7 +1,7 @@
 """Sizes of codebooks, and the stored layout of codes and codebooks.
 
 A codebook is a list of vectors, its *entries*; a *code* is the index of an entry. A table may have
-several codebooks (``books`` is their number); the stored tensor ``codebook`` concatenates them.
+several codebooks; the stored tensor ``codebook`` concatenates them.
 
 The bytes of a codebook do not depend on the number of rows, so for a small table it could take more
 bytes than the codes save. Therefore the number of entries is limited by two settings: the bits of a
@@ -38,7 +38,7 @@ CodebookShare = Annotated[
 
 
 def compute_code_width(levels: int) -> int:
-    """Return the bits of a stored code for a codebook of ``levels`` entries, at most 256."""
+    """Return the bits of a stored code for a codebook of ``levels`` (at most 256) entries."""
     return next(width for width in WIDTHS if levels <= 1 << width)
 
 
@@ -101,12 +101,13 @@ def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, Te
 
 
 def entry_indices(codes: Tensor, entries: int) -> Tensor:
-    """Convert codes ``(*, books)`` to row indices of the concatenated codebooks.
+    """Convert codes ``(*, codebooks)`` to row indices of the concatenated codebooks.
 
-    ``entries`` is the number of rows of the concatenated codebooks.
+    ``entries`` is the number of entries of all codebooks together.
     """
-    books = codes.shape[-1]
-    return codes.long() + torch.arange(books, device=codes.device) * (entries // books)
+    num_codebooks = codes.shape[-1]
+    first_entries = torch.arange(num_codebooks, device=codes.device) * (entries // num_codebooks)
+    return codes.long() + first_entries
 
 
 def convert_codebook(codebook: Tensor, dtype: CodebookType) -> Tensor:

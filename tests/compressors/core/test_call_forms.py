@@ -130,7 +130,8 @@ def test_graph_takes_the_inputs_by_name(form, tmp_path):
     assert session.inputs == ("user", "item", "price")
     result = session.scores({name: tensor.numpy() for name, tensor in inputs().items()})
     expected = scores(MULTI_TASK.model(), MULTI_TASK)
-    expected[:, :2] = expected[:, :2].sigmoid()  # the graph returns probabilities
+    # The graph returns probabilities; the first two outputs of the network are logits.
+    expected[:, :2] = expected[:, :2].sigmoid()
     np.testing.assert_allclose(result, expected.numpy(), atol=1e-6)  # float32 rounding
 
 

@@ -75,7 +75,8 @@ CUSTOM_FORWARD = Reference(
 def test_layers_with_custom_forward_code_are_kept_and_predictions_stay_close(step, tmp_path: Path):
     bench = CUSTOM_FORWARD.bench(tmp_path / "data")
     source = CUSTOM_FORWARD.model()
-    if isinstance(step, LowRankDense):  # would enlarge ``out``, the only other layer
+    if isinstance(step, LowRankDense):
+        # Of the other dense layers, ``hooked`` has a hook, and ``out`` would take more bytes.
         with raises_code(NothingToCompress, "units_missing") as caught:
             run(step, source, bench, tmp_path / "out")
         assert caught.value.fields["reasons"]["with_relu"] == (

@@ -40,7 +40,8 @@ def test_one_graph_has_the_names_of_the_query_and_the_longest_lists_of_both():
     assert (graph.name, graph.module, graph.outputs) == ("encoder", "encoder", ("vector",))
     (item,) = graph.signature.inputs
     assert (item.tensors, item.shape) == (("input_ids", "attention_mask"), (LONGEST_DOCUMENT,))
-    assert TEXTS.of_tower("query").inputs[0].shape == (LONGEST_QUERY,)  # data keeps its length
+    # The signature, and with it the data of queries, keeps the length of queries.
+    assert TEXTS.of_tower("query").inputs[0].shape == (LONGEST_QUERY,)
 
 
 def test_item_tower_is_called_with_the_names_of_the_query():

@@ -203,7 +203,7 @@ def test_a_tied_head_multiplies_by_the_table_after_each_step_and_after_loading(
     narrow, head_line = model.plan.of("item.narrow"), model.plan.of("head")
     assert narrow is not None and head_line is not None  # noqa: PT018 - for mypy
     assert narrow.format == "rowwise_int8"
-    assert (head_line.format, head_line.bytes_after) == (TIED, 4 * ITEMS)  # its bias
+    assert (head_line.format, head_line.bytes_after) == (TIED, 4 * ITEMS)  # bytes of the bias
     assert "head.weight" not in model.module.state_dict()
 
 

@@ -226,7 +226,7 @@ def test_rows_without_a_label_do_not_change_the_map(tmp_path):
         tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
         if name == "few":
             tensors["@label"][removed] = torch.nan
-        else:  # the same rows are left out of the data
+        else:  # remove the rows that have no label in the folder "few"
             keep = torch.ones(ROWS, dtype=torch.bool)
             keep[::3] = False
             tensors = {key: tensor[keep].contiguous() for key, tensor in tensors.items()}

@@ -163,7 +163,8 @@ def test_fit_in_blocks_of_rows_has_the_error_of_one_block(monkeypatch):
         squared_error(table, weight, *fitted)
         for fitted in (at_once, fit(table, weight, size=3, hidden=8, adam_steps=0, seed=0))
     )
-    assert error_in_blocks == pytest.approx(error, rel=1e-4)  # the same sums in another order
+    # Fits in blocks add the same numbers in another order.
+    assert error_in_blocks == pytest.approx(error, rel=1e-4)
 
 
 def test_the_hidden_width_grows_with_the_rows_and_short_tables_are_skipped(tmp_path):

@@ -93,7 +93,7 @@ def test_fit_sum_reproduces_a_table_of_sums(seed, rows):
     weight = random_weights(seed, rows, has_equal_weights=False)
     error_of_fit = error(table, weight, fit_sum(table, weight, buckets), "add")
     energy = float((weight * table.square().sum(dim=1)).sum())
-    assert error_of_fit < 1e-10 * energy  # float32, squared
+    assert error_of_fit < 1e-10 * energy  # squared rounding errors of float32
 
 
 @given(seed=st.integers(0, 10**6), quotients=st.integers(1, 12), buckets=st.integers(1, 12))
@@ -108,7 +108,7 @@ def test_fit_product_reproduces_a_table_of_products(seed, quotients, buckets):
     ).float()
     weight = torch.ones(rows, dtype=torch.float64)
     error_of_fit = error(table, weight, fit_product(table, weight, buckets), "multiply")
-    assert error_of_fit < 1e-10 * float(table.double().square().sum())  # float32, squared
+    assert error_of_fit < 1e-10 * float(table.double().square().sum())  # rounding
 
 
 @given_tables

@@ -163,7 +163,8 @@ def test_log_sigmoid_of_a_large_negative_logit_is_finite_in_the_graph(tmp_path):
     scores_of_graph = Session(path, 1).scores(
         {name: tensor.numpy() for name, tensor in inputs.items()}
     )
-    np.testing.assert_allclose(scores_of_graph, expected, rtol=1e-6)  # scores of about -200
+    # Scores are about -200, so that the float32 rounding of sums is relative to them.
+    np.testing.assert_allclose(scores_of_graph, expected, rtol=1e-6)
 
 
 # --- the passes alone ------------------------------------------------------------------------

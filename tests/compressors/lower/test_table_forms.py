@@ -159,7 +159,8 @@ def test_graph_of_every_form_has_the_scores_of_torch(graph):
         inputs = lowered.rows(count)
         expected, scores_of_graph = lowered.run_in_torch(inputs), lowered.run_in_onnx(inputs)
         if count > 2:
-            # The limit depends on the spread of the scores, so it is that of the largest batch.
+            # The limit is relative to the standard deviation of the scores, for which the smaller
+            # batches have too few rows.
             parity = check_parity(expected, scores_of_graph, lowered.model.plan, target)
         np.testing.assert_allclose(scores_of_graph, expected, rtol=0, atol=parity.largest_limit)
 

@@ -66,7 +66,7 @@ def test_policy_of_each_field_of_a_matrix_applies_to_its_columns(target):
     changed["matrix"][1, 0] = BRANDS  # policy error
     changed["matrix"][2, 0] = -1
     changed["matrix"][3, 2] = TAGS + 5  # policy clamp: becomes the last tag
-    changed["matrix"][4, 6] = 1e30  # numbers have no range
+    changed["matrix"][4, 6] = 1e30  # no id: any number is valid
     inputs["matrix"][3, 2] = TAGS - 1
     inputs["matrix"][4, 6] = 1e30
     scores = graph.run_in_onnx(changed)

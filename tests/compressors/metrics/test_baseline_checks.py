@@ -69,10 +69,13 @@ def problems_of(signature, tmp_path, score, label, group=None):
     )
 
 
-def calibrated_clicks(seed=0, shift=-1.0, spread=1.5):
-    """Random logits, and labels drawn with their probabilities: a calibrated model."""
+def calibrated_clicks(seed=0, mean=-1.0, deviation=1.5):
+    """Random logits, and labels drawn with their probabilities: a calibrated model.
+
+    ``mean`` and ``deviation`` (the standard deviation) are those of the logits.
+    """
     rng = np.random.default_rng(seed)
-    logit = rng.normal(shift, spread, ROWS)
+    logit = rng.normal(mean, deviation, ROWS)
     return logit, (rng.random(ROWS) < 1 / (1 + np.exp(-logit))).astype(float)
 
 
@@ -80,10 +83,10 @@ def sigmoid(logit):
     return 1 / (1 + np.exp(-logit))
 
 
-@pytest.mark.parametrize("shift", [-6.0, -3.0, -1.0, 0.0, 2.0])
-@pytest.mark.parametrize("spread", [0.05, 0.5, 3.0])
-def test_calibrated_model_has_no_problem_at_any_base_rate(tmp_path, shift, spread):
-    logit, label = calibrated_clicks(shift=shift, spread=spread)
+@pytest.mark.parametrize("mean", [-6.0, -3.0, -1.0, 0.0, 2.0])
+@pytest.mark.parametrize("deviation", [0.05, 0.5, 3.0])
+def test_calibrated_model_has_no_problem_at_any_base_rate(tmp_path, mean, deviation):
+    logit, label = calibrated_clicks(mean=mean, deviation=deviation)
     assert problems_of(CLICKS, tmp_path, logit, label) == []
     assert problems_of(PROBABILITIES, tmp_path, sigmoid(logit), label) == []
 

@@ -168,7 +168,7 @@ def test_paired_means_resamples_the_same_queries_for_both_models():
     before = rng.random(400)
     means = compare_means(before, before - 0.01, rows=1234)
     assert means.difference.point == pytest.approx(-0.01)
-    assert means.resolves < 1e-9  # every query lost the same
+    assert means.resolves < 1e-9  # each query has the same difference
     assert means.baseline.rows == 1234
     # The mean of 400 values is nearly normal, so its interval has a half-width of 1.96 standard
     # errors. The width from 1,000 replicates has a standard error of 4 %; over three are allowed.

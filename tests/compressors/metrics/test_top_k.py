@@ -143,7 +143,7 @@ def test_metrics_of_a_full_ranking_without_ties_equal_trec_eval():
     queries = ranking_queries(Interactions(user, clicked, np.ones(user.size)), [], np.arange(items))
     names = [f"{name}@{k}" for name in FUNCTIONS for k in DEPTHS]
     values = ranking_metrics(RankedVectors(query, item, queries), names)
-    score = np.argsort(np.argsort((query @ item.T), axis=1), axis=1)  # different integers
+    score = np.argsort(np.argsort((query @ item.T), axis=1), axis=1)  # ranks: no ties
     columns = is_relevant.astype(int).ravel(), score.ravel(), np.repeat(np.arange(users), items)
     for k in DEPTHS:
         measures = {f"{name}.{k}" for name in TREC_NAMES.values()} | {"recip_rank"}
@@ -165,10 +165,10 @@ def test_graded_ndcg_of_a_full_ranking_without_ties_equals_trec_eval(k):
     label[:, 0] = 2
     user, judged = np.nonzero(label)
     again = np.concatenate([user, user]), np.concatenate([judged, judged])
-    grades = np.concatenate([np.ones(user.size), label[user, judged]])  # the smaller ones first
+    grades = np.concatenate([np.ones(user.size), label[user, judged]])  # 1, then the label
     queries = ranking_queries(Interactions(*again, grades), [], np.arange(items))
     value = ranking_metrics(RankedVectors(query, item, queries), [f"ndcg@{k}"])[f"ndcg@{k}"]
-    score = np.argsort(np.argsort(query @ item.T, axis=1), axis=1)  # different integers
+    score = np.argsort(np.argsort(query @ item.T, axis=1), axis=1)  # ranks: no ties
     columns = label.ravel(), score.ravel(), np.repeat(np.arange(users), items)
     expected = trec_values(*columns, {f"ndcg_cut.{k}"})
     np.testing.assert_allclose(value, [row[f"ndcg_cut_{k}"] for row in expected], atol=EXACT)

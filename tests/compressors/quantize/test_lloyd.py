@@ -26,7 +26,7 @@ from compressors.quantize.kernels.lloyd import (
 
 
 def points(max_count: int = 40) -> st.SearchStrategy[Tensor]:
-    """Float32 points of any spread; few values, so that some points are equal."""
+    """Float32 points of size 1e-4, 1 or 1e4; of few values, so that some points are equal."""
     unit = st.floats(-1, 1, width=32, allow_subnormal=False).map(lambda x: round(x, 1))
     shapes = st.tuples(st.integers(1, max_count), st.integers(1, 4))
     values = arrays.arrays(np.float32, shapes, elements=st.builds(np.float32, unit))

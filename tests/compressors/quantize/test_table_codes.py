@@ -26,8 +26,8 @@ from compressors.quantize.tables.residual_codes import ResidualCodes
 
 def squared_error(step: TableStep, table: Tensor) -> float:
     """Return the squared error of the decoded rows, as a share of the error of their mean row."""
-    spread = (table - table.mean(dim=0)).double().square().sum()
-    return float((decode_rows(step, table) - table).double().square().sum() / spread)
+    error_of_mean = (table - table.mean(dim=0)).double().square().sum()
+    return float((decode_rows(step, table) - table).double().square().sum() / error_of_mean)
 
 
 # --- error -------------------------------------------------------------------------------------

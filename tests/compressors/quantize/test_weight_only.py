@@ -228,7 +228,7 @@ def test_gradients_reach_inputs_scales_and_bias(bits, block, activations):
     def with_torch(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         scale_of_weight = scale.repeat_interleave(block, dim=1)[:, :40] if block else scale
         layer_inputs = x
-        if activations == "int8":  # straight through
+        if activations == "int8":  # rounding has the gradient 1 (straight-through estimator)
             layer_inputs = x + (round_inputs(x, block_length(40, block)) - x).detach()
         return layer_inputs @ (unpack(codes, 40, bits) * scale_of_weight).T + bias
 
