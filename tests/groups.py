@@ -42,8 +42,14 @@ GROUPS = {
     "runs": {"test_composed", "test_dry_run_of_steps", "test_steps"},
 }
 FAULTS = "faults"
-LONG_IN_NIGHTLY = (FAULTS, "test_random_networks", "test_golden")
-"""Groups that take an hour or more in the nightly tier, so that processes share their tests."""
+LONG_IN_NIGHTLY = (
+    FAULTS,
+    "test_random_networks",
+    "test_golden",
+    "test_repeated_promotions",
+    "test_order_records",
+)
+"""Groups with tests of many minutes in the nightly tier, so that processes share their tests."""
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
