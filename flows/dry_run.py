@@ -20,12 +20,13 @@ from tasks.bundles.bundle_ref import BundleRef
 from tasks.bundles.loading import load_bundle
 from tasks.orchestration.documents import NotApplicable, not_applicable
 
-PruningAssumption = Literal["all", "most", "none"]
-"""Which pruning steps a dry run assumes to be within the quality budget.
+Assumption = Literal["largest", "smallest", "over_budget"]
+"""What a dry run assumes about the results of pruning steps, which depend on data.
 
-- ``all``: every step, each with the largest result that its settings allow.
-- ``most``: every step, and each prunes as much as its settings allow (the smallest result).
-- ``none``: no step.
+- ``largest``: each step prunes as little as its settings allow.
+- ``smallest``: each step prunes as much as its settings allow.
+- ``over_budget``: each step with a quality budget exceeds it and is undone; the others are as with
+  ``largest``.
 """
 
 
@@ -47,7 +48,7 @@ def dry_run_recipe(
     signature: Signature,
     model: Model,
     teachers: tuple[Artifact, ...],
-    pruning: PruningAssumption = "all",
+    assumption: Assumption = "largest",
 ) -> RecipeDryRun:
     """Dry-run a recipe without data and without training.
 
@@ -57,7 +58,7 @@ def dry_run_recipe(
         signature: the bundle's signature.
         model: the bundle's model.
         teachers: the teachers of the distillation steps.
-        pruning: which pruning steps are assumed to be within the budget.
+        assumption: what is assumed about the results of pruning steps.
 
     Raises:
         CompressionError: no step fits, or a step of preset ``custom`` cannot be applied.
@@ -67,7 +68,7 @@ def dry_run_recipe(
         splits = _build_splits_without_data(parts_of_step(step, bundle), bundle)
         bench = Bench(signature=signature, teachers=teachers, **splits)
         try:
-            return dry_run(step, source, bench, smallest=pruning == "most")
+            return dry_run(step, source, bench, smallest=assumption == "smallest")
         except NothingToCompress as fault:
             return not_applicable(fault)
         except CompressionError as fault:
@@ -76,7 +77,7 @@ def dry_run_recipe(
             return not_applicable(fault)
 
     def budget_violation(_: Model) -> Reason | None:
-        return Reason("not_within_budget") if pruning == "none" else None
+        return Reason("not_within_budget") if assumption == "over_budget" else None
 
     check = budget_violation if has_measurable_budget(order, bundle) else None
     return RecipeDryRun(*select_steps(order, bundle, model, dry_run_step, check))
@@ -93,15 +94,19 @@ def weight_byte_bounds(
 
     The arguments are those of ``dry_run_recipe``.
     """
-    # One dry run is enough if the bytes depend neither on the budget nor on the data.
+    # One dry run is enough if the bytes do not depend on data: no budget is measured on validation
+    # rows, and no step prunes a number of rows that depends on the training rows
+    # (``requires_budget``).
     is_uncertain = has_measurable_budget(order, bundle) or any(
         step.requires_budget for step in order.recipe()
     )
-    assumptions: tuple[PruningAssumption, ...] = ("most", "none") if is_uncertain else ("all",)
+    assumptions: tuple[Assumption, ...] = (
+        ("smallest", "over_budget") if is_uncertain else ("largest",)
+    )
     sizes = []
-    for pruning in assumptions:
+    for assumption in assumptions:
         try:
-            stages, _ = dry_run_recipe(order, bundle, signature, model, teachers, pruning)
+            stages, _ = dry_run_recipe(order, bundle, signature, model, teachers, assumption)
             sizes.append(stored_bytes(stages[-1][1].module))
         except CompressionError:  # under this assumption no step fits: the model is unchanged
             sizes.append(stored_bytes(model.module))

@@ -29,7 +29,8 @@ def first_call(
     """Return the first layout with which the network runs, its tensors and the result.
 
     Raises:
-        InspectionFailed: the network fails with all layouts.
+        InspectionFailed: the network fails with all layouts; or there is no layout, except perhaps
+            mappings of which the network read no key, so the meaning of its argument is unknown.
     """
     failure: tuple[CallFailed, Layout] | None = None
     method = ""
@@ -47,7 +48,7 @@ def first_call(
                 return *_keep_accessed(with_mask, tensors, observation.accessed), observation
             return with_mask, tensors, observation
     if failure is None:
-        raise InspectionFailed(
+        raise InspectionFailed(  # the sentence lists ``names``, and shows ``first`` in an example
             "arguments_unknown",
             architecture=type(network).__name__,
             method=method,
@@ -147,17 +148,17 @@ def _try_one_more_float(
         CallFailed: there is no such argument. It is the error ``fault``.
     """
     tensors = _build_tensors(layout, sample, floats)
-    unread = [a for a in layout.arguments if _may_be_float(a, sample, tensors, fault.lookups)]
-    # Networks that receive ids and numbers in one float matrix convert its ids to integers, also if
-    # all of its columns are ids.
+    numbers = [a for a in layout.arguments if _may_be_float(a, sample, tensors, fault.lookups)]
+    # A network that takes ids and numbers in one float matrix casts its ids to integers itself. So
+    # a matrix whose columns are all looked up may have to be float too.
     matrices = [
         argument
         for argument in layout.arguments
         if len(argument.columns) > 1
         and not tensors[argument.name].is_floating_point()
-        and argument not in unread
+        and argument not in numbers
     ]
-    for argument in (*unread, *matrices):
+    for argument in (*numbers, *matrices):
         converted = {**floats, argument.name: True}
         try:
             observe(network, layout.call, _build_tensors(layout, sample, converted))

@@ -15,8 +15,9 @@ or several channels that the width counts as one, such as an attention head.
 
 If a width counts groups of channels, such as heads, channels of one group may mix: the NaN of a
 query reaches the whole output of its head. The network does not record which channels form a group,
-so the usual layouts are tried (``channel_layouts``). A layout is confirmed if the network without
-some of its groups gives the expected scores (``narrowing.py``).
+so the usual layouts are tried (``channel_layouts``). A layout is confirmed if the narrower
+network gives the scores of the full network in which the removed groups are zero
+(``narrowing.py``).
 """
 
 from collections.abc import Iterator, Mapping

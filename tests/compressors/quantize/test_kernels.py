@@ -111,7 +111,9 @@ SPECIAL_BITS = st.sampled_from(
     st.lists(ANY_BITS | MODERATE_FLOATS | SPECIAL_BITS, min_size=1, max_size=60),
     st.integers(1, 20),
 )
-@example([0x477FE000, 0x477FE006], 2)  # 65504 and more: only a clipped range is beyond float16
+# A row of 65504, the largest number of float16, and 65504.02: the lower end of the whole range is a
+# float16, the higher lower end of a clipped range is not.
+@example([0x477FE000, 0x477FE006], 2)
 def test_encoding_any_finite_rows_equals_the_specification_bit_for_bit(
     bits: int, grid: Grid, bit_patterns: list[int], dim: int
 ):
