@@ -28,7 +28,13 @@ from compressors.errors.compression import AuditFailed, NotLowerable
 from compressors.lower import attention, recurrent
 from compressors.lower.external_weights import link_weights
 from compressors.lower.findings import LayerInitializer, TableInitializers
-from compressors.lower.graph_builders import exact_sigmoid, log_sigmoid, squeeze_fixed
+from compressors.lower.graph_builders import (
+    exact_sigmoid,
+    log_sigmoid,
+    squeeze_dimension,
+    squeeze_dimensions,
+    squeeze_fixed,
+)
 from compressors.lower.merged.merged_tables import MergedTable
 from compressors.lower.passes.simplify import simplify
 from compressors.lower.passes.strip_metadata import StripMetadata
@@ -163,6 +169,8 @@ def export_program(
     translations = {
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
         torch.ops.aten.squeeze.default: squeeze_fixed,
+        torch.ops.aten.squeeze.dim: squeeze_dimension,
+        torch.ops.aten.squeeze.dims: squeeze_dimensions,
         **attention.translations(),
         **recurrent.translations(),
         **lowering.translations(),

@@ -8,7 +8,7 @@ scale. Product codes split each row into parts, which have separate codes and co
 floats" are float16 and bfloat16.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
@@ -162,6 +162,21 @@ def squeeze_fixed(x: Any) -> Any:
     """
     axes = [axis for axis, size in enumerate(x.shape) if size == 1]
     return op.Squeeze(x, op.Constant(value_ints=axes)) if axes else op.Identity(x)
+
+
+def squeeze_dimension(x: Any, dim: int) -> Any:
+    """Remove a dimension if its size is 1 for every batch.
+
+    torch leaves a dimension of another size as it is, for example in ``squeeze(-1)`` of scores
+    ``(rows,)``; ONNX's Squeeze fails.
+    """
+    return squeeze_dimensions(x, (dim,))
+
+
+def squeeze_dimensions(x: Any, dim: Sequence[int]) -> Any:
+    """Remove those of some dimensions whose size is 1 for every batch."""
+    axes = [axis for axis in dim if x.shape[axis] == 1]
+    return op.Squeeze(x, axes) if axes else op.Identity(x)
 
 
 def codebook_translations(

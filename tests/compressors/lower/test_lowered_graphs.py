@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from compressors.contracts import Output, PaddedBag, Signature, TargetName
 from compressors.core.modules.formats import PackedTable
+from compressors.core.random_inputs import generate_inputs
 from compressors.core.registries import TABLE_FORMATS
 from compressors.errors.compression import NothingToCompress, NotLowerable
 from compressors.lower.export import TRACE_ROWS, lower
@@ -313,6 +314,30 @@ def test_error_names_the_operator_that_onnx_lacks(tmp_path):
         lower(EigenvalueNet(), get_only_graph(NORMED.signature), ORT, tmp_path / "model.onnx")
     assert "No ONNX function found for " in caught.value.fields["problem"]
     assert "linalg_eig" in caught.value.fields["problem"]
+
+
+class SqueezeNet(nn.Module):
+    """A network that squeezes dimensions of other sizes than 1, which torch leaves as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(15, 6)
+
+    def forward(self, user: Tensor, price: Tensor) -> Tensor:
+        rows = self.user(user).squeeze(1).squeeze((0, 1))
+        return (rows.sum(dim=1) + price.sum(dim=1)).squeeze(-1)
+
+
+def test_squeeze_of_dimensions_of_other_sizes_leaves_them(tmp_path):
+    torch.manual_seed(0)
+    model, graph = SqueezeNet().eval(), get_only_graph(NORMED.signature)
+    lower(model, graph, ORT, tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", threads=1)
+    for rows in (2, 7):
+        inputs = generate_inputs(NORMED.signature, {"user": 15}, rows)
+        scores = session.scores({name: tensor.numpy() for name, tensor in inputs.items()})
+        with torch.no_grad():
+            np.testing.assert_allclose(scores, model(**inputs).numpy(), atol=1e-6)
 
 
 class LengthNet(nn.Module):
