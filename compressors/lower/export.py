@@ -166,7 +166,7 @@ def export_program(
     rows = rows_of_tables(model, signature)
     lowering = lowering_target(target)
     wrapper = wrap_for_serving(model, served_graph, rows, merge_lookups=lowering.can_merge_lookups)
-    translations = {
+    translations: dict[Any, Callable[..., Any]] = {
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
         torch.ops.aten.squeeze.default: squeeze_fixed,
         torch.ops.aten.squeeze.dim: squeeze_dimension,
