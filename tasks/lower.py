@@ -211,9 +211,9 @@ def _select_plan_lines(loaded: LoadedBundle, lowered: Lowered) -> Plan | None:
         and unit.name not in in_graph
         and plan.of(unit.name) is not None
     ]
-    unused = find_unused_layers(loaded.model.module, served_graph, missing)
-    if not unused:
+    if not missing:  # as for most networks: each layer affects an output
         return plan
+    unused = find_unused_layers(loaded.model.module, served_graph, missing)
     return Plan(lines=tuple(line for line in plan.lines if line.module not in unused))
 
 

@@ -47,6 +47,21 @@ def smoke_test(
     if other := dtypes - {"torch.float32"}:
         raise ModelRefused("weights_not_float32", architecture=path, dtypes=tuple(sorted(other)))
     inputs = generate_inputs(signature, rows_of_tables(model, signature), ROWS, with_largest=True)
+    score = _score_rows(model, inputs, signature, path)
+    _require_repeatable(model, second_load, inputs, score, signature, path)
+    _require_single_row(model, signature, path)
+    if signature.towers is not None:
+        _check_towers(model, signature, inputs, score, path)
+
+
+def _score_rows(
+    model: nn.Module, inputs: dict[str, Tensor], signature: Signature, path: str
+) -> Tensor:
+    """Return the scores of ``ROWS`` rows, ``(rows,)`` or ``(rows, outputs)``.
+
+    Raises:
+        ModelRefused: the network fails, or its scores are invalid (``_require_scores``).
+    """
     try:
         with torch.no_grad():
             returned = call_network(model, inputs, signature)
@@ -54,11 +69,7 @@ def smoke_test(
         if is_out_of_memory(fault):
             raise
         raise ModelRefused("network_fails", architecture=path, problem=repr(fault)) from fault
-    score = _require_scores(returned, signature, path)
-    _require_repeatable(model, second_load, inputs, score, signature, path)
-    _require_single_row(model, signature, path)
-    if signature.towers is not None:
-        _check_towers(model, signature, inputs, score, path)
+    return _require_scores(returned, signature, path)
 
 
 def _require_scores(returned: object, signature: Signature, path: str) -> Tensor:
@@ -118,11 +129,8 @@ def has_own_score(model: nn.Module, signature: Signature) -> bool:
     """Whether the network's method can be called and returns one finite score for each row."""
     inputs = generate_inputs(signature, rows_of_tables(model, signature), ROWS)
     try:
-        with torch.no_grad():
-            _require_scores(call_network(model, inputs, signature), signature, path="")
-    except Exception as fault:
-        if is_out_of_memory(fault):
-            raise
+        _score_rows(model, inputs, signature, path="")
+    except ModelRefused:
         return False
     return True
 
@@ -132,16 +140,16 @@ def must_repeat_single_row(model: nn.Module, signature: Signature) -> bool:
 
     A frequent cause is ``squeeze()`` without a dimension. See ``Signature.repeat_single_row``.
     """
+    repeating = signature.model_copy(update={"repeat_single_row": True})
+    return not _can_score_single_row(model, signature) and _can_score_single_row(model, repeating)
+
+
+def _can_score_single_row(model: nn.Module, signature: Signature) -> bool:
     try:
         _require_single_row(model, signature, path="")
     except ModelRefused:
-        repeating = signature.model_copy(update={"repeat_single_row": True})
-        try:
-            _require_single_row(model, repeating, path="")
-        except ModelRefused:
-            return False  # the network fails for another reason
-        return True
-    return False
+        return False
+    return True
 
 
 def _require_single_row(model: nn.Module, signature: Signature, path: str) -> None:

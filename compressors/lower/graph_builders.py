@@ -160,8 +160,7 @@ def squeeze_fixed(x: Any) -> Any:
     torch's exporter writes a Squeeze of every dimension of size 1. In a batch of one row that
     removes the batch dimension too.
     """
-    axes = [axis for axis, size in enumerate(x.shape) if size == 1]
-    return op.Squeeze(x, op.Constant(value_ints=axes)) if axes else op.Identity(x)
+    return squeeze_dimensions(x, range(len(x.shape)))
 
 
 def squeeze_dimension(x: Any, dim: int) -> Any:

@@ -48,7 +48,7 @@ FAULTS = (
     Fault(
         id="squeeze-removes-the-row-dimension",
         file="compressors/lower/graph_builders.py",
-        old="    return op.Squeeze(x, op.Constant(value_ints=axes)) if axes else op.Identity(x)",
+        old="    return op.Squeeze(x, axes) if axes else op.Identity(x)",
         new="    return op.Squeeze(x) if axes else op.Identity(x)",
         effect="A request of one row gets a score without a dimension.",
         tests=(GRAPH_VALUES,),
