@@ -14,7 +14,7 @@ Each composition is measured with parts in float32, 8 and 4 bits, and after dist
 in float32 and 4 bits. The same validation rows select the best epoch of the distillation.
 Compositions in a group, such as 1/4, keep about this share of the bytes per row. The labels of
 ``dimensions`` have the importance by which it selects the kept dimensions: their variance over all
-rows (default), the same with rows weighted by lookup counts ("traffic"), or the estimated change of
+rows (default), the same with rows weighted by lookup counts ("lookups"), or the estimated change of
 the loss ("gradient").
 
     recpress demo && python -m benchmarks.table_forms [BUNDLE]
@@ -64,7 +64,7 @@ def build_steps_by_share(dim: int) -> dict[str, tuple[Step, ...]]:
             LowRank(rank=width),
             LowRank(rank=width, weighted=True),
             Dimensions(keep=width),
-            Dimensions(keep=width, importance="traffic"),
+            Dimensions(keep=width, importance="lookups"),
             Dimensions(keep=width, importance="gradient"),
             NeuralCodes(codes=width),
             NeuralCodes(codes=width, weighted=True),

@@ -82,8 +82,8 @@ def _additive_codes(
             ``settings`` has ``bits``.
         tables: patterns of the names of tables.
         **settings: other settings of the step. ``rounds``: rounds of the fit; ``beam``: width of
-            its beam search; ``draws``: number of fits; ``traffic=1``: rows are weighted by their
-            lookup counts; ``sensitive=False``: not weighted by loss gradients.
+            its beam search; ``draws``: number of fits; ``lookup_power=1``: rows are weighted by
+            their lookup counts; ``sensitive=False``: not weighted by loss gradients.
     """
     return {"kind": "additive_codes", "codebooks": codebooks, "tables": tables, **settings}
 
@@ -150,12 +150,12 @@ ADDITIVE_CODES: dict[Name, Recipes] = {
         (
             "additive codes",
             "1 code of 8 bits per row",
-            [_additive_codes(1, bits=8, traffic=1, sensitive=False)],
+            [_additive_codes(1, bits=8, lookup_power=1, sensitive=False)],
         ),
         (
             "additive codes",
             "2 codes of 4 bits per row",
-            [_additive_codes(2, traffic=1, sensitive=False)],
+            [_additive_codes(2, lookup_power=1, sensitive=False)],
         ),
     ],
 }

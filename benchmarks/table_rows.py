@@ -9,7 +9,7 @@ for recipes that only quantize, and for ``tiers``, only after. ``drop_tables`` s
 same validation rows, which favors it.
 
 Labels: the number after ``prune_rows`` is the share of kept rows. They are selected by their
-training lookups ("traffic"), their length ("norm"), or the estimated change of the loss without the
+training lookups (`lookups`), their length ("norm"), or the estimated change of the loss without the
 row ("gradient"). A pruned row is replaced by the nearest kept row ("nearest"), the mean of the
 pruned rows ("shared") or zeros. The number after "hot" is the share of hot rows, which
 ``cluster_rows`` does not cluster. "clusters" is the number of clusters as a share of the rows that
@@ -52,12 +52,12 @@ def build_recipes() -> dict[str, Steps]:
     """Return the compared recipes, by the label of their line."""
     steps_by_label: dict[str, Steps] = {"none": (RowwiseInt8(),)}
     for keep in (0.5, 0.25):
-        for importance in ("traffic", "gradient", "norm"):
+        for importance in ("lookups", "gradient", "norm"):
             step = PruneRows(min_rows=MIN_ROWS, keep=keep, importance=importance, pruned="shared")
             steps_by_label[f"`prune_rows` {keep:g} by {importance}, shared"] = (step, RowwiseInt8())
         for pruned in ("zero", "nearest"):
             step = PruneRows(min_rows=MIN_ROWS, keep=keep, pruned=pruned)
-            steps_by_label[f"`prune_rows` {keep:g} by traffic, {pruned}"] = (step, RowwiseInt8())
+            steps_by_label[f"`prune_rows` {keep:g} by lookups, {pruned}"] = (step, RowwiseInt8())
     for hot, clusters in ((0.4, 0.1), (0.2, 0.05), (0.0, 0.1)):
         cluster = ClusterRows(min_rows=MIN_ROWS, hot=hot, clusters=clusters)
         steps_by_label[f"`cluster_rows` hot {hot:g}, clusters {clusters:g}"] = (

@@ -288,7 +288,7 @@ def write_draft(
     }
     record: dict[str, object] = {
         "recipe": asdict(settings),  # training settings; no compression recipe
-        "everything": train_on_validation,
+        "train_on_validation": train_on_validation,
         "data": {"sha256": PAIR_HASHES},
         "torch": torch.__version__,
         "epoch": epoch,
@@ -308,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the draft; progress goes to standard error. Returns 0, or 2 if the data is missing."""
     parser = create_parser("examples.gowalla", main.__doc__)
     parser.add_argument(
-        "--everything",
+        "--train-on-validation",
         action="store_true",
         help="train on the validation rows as well, after they have selected the number of epochs",
     )
@@ -320,7 +320,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def write(log: Callable[[str], None]) -> None:
         data = find_data_folder(args.data, "gowalla", REMEDY)
         write_draft(
-            args.folder.absolute(), data, settings, train_on_validation=args.everything, log=log
+            args.folder.absolute(),
+            data,
+            settings,
+            train_on_validation=args.train_on_validation,
+            log=log,
         )
 
     return run_script(args.folder, write)

@@ -194,11 +194,11 @@ def _generate_step_rules() -> Iterator[Schema]:
         )
 
     above_0 = {"exclusiveMinimum": 0}
-    # Rows with few lookups can be pruned only if lookups ("traffic") are the rows' scores.
+    # Rows with few lookups can be pruned only if their score is the number of lookups.
     yield for_kind(
         "prune_rows",
         _build_condition("min_lookups", above_0),
-        _build_field_rule("importance", {"const": "traffic"}),
+        _build_field_rule("importance", {"const": "lookups"}),
     )
     yield for_kind(
         "channels",

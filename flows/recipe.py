@@ -28,7 +28,7 @@ from infra.bundle.bundle_folder import SplitName, read
 from infra.settings import load_settings
 from tasks.bundles.teachers import Teacher
 from tasks.compress import compress as compress_step
-from tasks.evaluation.budget import quality_loss
+from tasks.evaluation.budget import measure_quality_loss
 from tasks.orchestration.documents import (
     AS_TRAINED,
     NotApplicable,
@@ -211,7 +211,7 @@ def measure_budget_loss(run: Run, stage: Artifact) -> tuple[str, Estimate]:
     now = score_stage("now", stage)  # the model as compressed so far
     losses = {
         metric: run.call(
-            quality_loss,
+            measure_quality_loss,
             original=original,
             now=now,
             metric=metric,

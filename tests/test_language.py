@@ -57,8 +57,7 @@ ALLOWED = {
         r"behind (a|the) (\w+ )?(proxy|gateway|load balancer|firewall|flag)",
         r"\"behind\"",  # a state in the output of `recpress registry triton`, as in git
     ),
-    # The value "not told" of the field ``sparsity`` of an engine's audit. It stays, because stored
-    # audits contain it, and the field accepts only its listed values when they are read.
+    # A value of the field ``sparsity`` in audits that earlier versions of recpress stored.
     "told": (r"not told",),
 }
 

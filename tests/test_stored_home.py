@@ -50,7 +50,7 @@ from tests.stored_home.stored import (
     use_home,
 )
 
-RENAMED = {"lost": "quality_loss", "weigh": "measure_stages"}
+RENAMED = {"lost": "measure_quality_loss", "weigh": "measure_stages"}
 """Current name by stored name of renamed tasks."""
 FILES = {
     "0.1.0-2026-11-30": {

@@ -9,7 +9,7 @@ reasons/              reasons of decisions and verdicts, as code and fields
 reasoned.py           base class of decisions that have reasons
 artifact.py           a stored object, named by its content hash
 memory_errors.py      recognize errors caused by too little memory
-frozen.py             base class of immutable values
+frozen.py             base class of immutable values; values that were renamed
 inputs/               the kinds of inputs of a model
 named_object.py       import an object that a text ``module:name`` names
 task_kind.py          properties of each task kind, and the registry of task kinds
@@ -35,6 +35,7 @@ from compressors.contracts.bench import Split as Split
 from compressors.contracts.bench import required_parts as required_parts
 from compressors.contracts.coded_error import CodedError as CodedError
 from compressors.contracts.frozen import Frozen as Frozen
+from compressors.contracts.frozen import read_renamed as read_renamed
 from compressors.contracts.inputs import RAGGED as RAGGED
 from compressors.contracts.inputs import AnyInput as AnyInput
 from compressors.contracts.inputs import BoundedInput as BoundedInput

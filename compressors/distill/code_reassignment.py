@@ -192,20 +192,20 @@ def nearest_codebook_codes(
         return code_of_rank[torch.bucketize(scaled, middle)].to(torch.uint8)
     new_codes = codes.clone()
     # The tensor ``codebook`` is the concatenation of several codebooks, one for each code of a row.
-    books = codebook.reshape(codes.shape[1], -1, codebook.shape[1])  # (codes, levels, width)
+    codebooks = codebook.reshape(codes.shape[1], -1, codebook.shape[1])  # (codes, levels, width)
     if isinstance(storage, ProductCodesFormat):
         begin = 0
         for index, width in enumerate(
             product_codes.part_widths(optimal_rows.shape[1], codes.shape[1])
         ):
             part = slice(begin, begin + width)
-            entries = books[index, :, :width]
+            entries = codebooks[index, :, :width]
             new_codes[:, index] = nearest_with_weights(
                 optimal_rows[:, part], column_weights[:, part], entries
             )
             begin += width
         return new_codes
-    for index, entries in enumerate(books):
+    for index, entries in enumerate(codebooks):
         others = residual_codes.decode(new_codes, codebook) - entries[new_codes[:, index].long()]
         new_codes[:, index] = nearest_with_weights(optimal_rows - others, column_weights, entries)
     return new_codes

@@ -91,14 +91,14 @@ def gather_levels(codes: Any, codebook: Any, scale: Any, ids: Any) -> Any:
     return rows if scale is None else op.Mul(rows, op.Cast(op.Gather(scale, ids, axis=0), to=FLOAT))
 
 
-def gather_entries(codes: Any, codebook: Any, books: int) -> Any:
-    """Look up codebook entries: float32 ``(*ids, books, entry)``.
+def gather_entries(codes: Any, codebook: Any, num_codebooks: int) -> Any:
+    """Look up codebook entries: float32 ``(*ids, num_codebooks, entry)``.
 
-    Takes codes int32 ``(*ids, books)``: one code for each of the ``books`` codebooks, which are
-    concatenated in ``codebook``.
+    Takes codes int32 ``(*ids, num_codebooks)``: one code for each of the ``num_codebooks``
+    codebooks, which are concatenated in ``codebook``.
     """
-    entries_per_book = int(codebook.shape[0]) // books
-    first_entries = constant(INT32, [entries_per_book * book for book in range(books)])
+    entries_per_book = int(codebook.shape[0]) // num_codebooks
+    first_entries = constant(INT32, [entries_per_book * book for book in range(num_codebooks)])
     return op.Cast(op.Gather(codebook, op.Add(codes, first_entries), axis=0), to=FLOAT)
 
 
@@ -196,9 +196,11 @@ def codebook_translations(
         parts_of_rows = gather_entries(unpack_codes(codes, ids, parts, width), codebook, parts)
         return concatenate_parts(parts_of_rows, ids, dim, parts)
 
-    def residual_codes(codes: Any, codebook: Any, ids: Any, books: int, width: int) -> Any:
+    def residual_codes(codes: Any, codebook: Any, ids: Any, num_codebooks: int, width: int) -> Any:
         """Gather codes, look up their entries, and sum them."""
-        parts_of_rows = gather_entries(unpack_codes(codes, ids, books, width), codebook, books)
+        parts_of_rows = gather_entries(
+            unpack_codes(codes, ids, num_codebooks, width), codebook, num_codebooks
+        )
         return op.ReduceSum(parts_of_rows, op.Constant(value_ints=[-2]), keepdims=0)
 
     return {

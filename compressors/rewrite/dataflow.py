@@ -136,7 +136,7 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
             None,
         ):
             reasons[name] = Reason(
-                "reader_closed", reader=fixed_consumer, why=fixed_reasons[fixed_consumer]
+                "consumer_fixed", consumer=fixed_consumer, why=fixed_reasons[fixed_consumer]
             )
     reasons |= fixed_reasons
     changeable = {name: value for name, value in consumers.items() if name not in reasons}

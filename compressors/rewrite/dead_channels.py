@@ -78,7 +78,7 @@ class DeadChannels:
         result = dict.fromkeys(width.producers, dead)
         for producer, consumer in self.cut.consumers.connections:
             if consumer in self.offsets:
-                result.setdefault(consumer, Reason("dead_inputs", step=step, makers=(producer,)))
+                result.setdefault(consumer, Reason("dead_inputs", step=step, producers=(producer,)))
         return result
 
 

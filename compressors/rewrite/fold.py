@@ -236,7 +236,7 @@ class Fold(StepSettings):
         kept_norms: dict[str, Reason] = {}
         for name, norm in model.module.named_modules():
             if isinstance(norm, nn.BatchNorm1d | AffineNorm) and name in flow.fixed_reasons:
-                fixed = Reason("reader_closed", reader=name, why=flow.fixed_reasons[name])
+                fixed = Reason("consumer_fixed", consumer=name, why=flow.fixed_reasons[name])
                 kept_norms |= {n: fixed for n in decisions if flow.reasons.get(n) == fixed}
             elif isinstance(norm, nn.BatchNorm1d | AffineNorm):
                 plan_norm_fold = (

@@ -61,10 +61,10 @@ def choose_links(
             continue
         links.append(Link(producer, names))
         for name in names:
-            inputs = Reason("inputs_scaled", step=kind, maker=producer)
+            inputs = Reason("inputs_scaled", step=kind, producer=producer)
             scaled.setdefault(name, []).append(inputs)
         if producer in decisions:
-            outputs = Reason("outputs_scaled", step=kind, readers=names)
+            outputs = Reason("outputs_scaled", step=kind, consumers=names)
             scaled.setdefault(producer, []).append(outputs)
     for name, decision in decisions.items():
         if not decision.selected:
@@ -105,8 +105,8 @@ def _explain_not_scalable(
             continue
         if name not in decisions:
             if isinstance(module.get_submodule(name), Norm):
-                return Reason("reader_is_norm", reader=name)
-            return Reason("reader_not_linear", reader=name)
+                return Reason("consumer_is_norm", consumer=name)
+            return Reason("consumer_not_linear", consumer=name)
         if not decisions[name].selected:
             return Reason("layer_not_free", layer=name, why=decisions[name].reasons)
     return None

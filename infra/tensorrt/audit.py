@@ -71,7 +71,7 @@ _PICKED = (
     re.compile(r"\(Sparsity\) Chose (?P<count>\d+) layer\(s\) using sparse tactics"),
 )
 
-Sparsity = tuple[Literal["picked", "did not pay", "not told"] | None, str | None]
+Sparsity = tuple[Literal["used", "not used", "unknown"] | None, str | None]
 """The result of ``judge_sparsity``: outcome and reason."""
 Scratch = tuple[Literal["flat", "grows", "not checkable"], str, tuple[str, ...]]
 """The result of ``judge_scratch``: outcome, reason, and tables proven not to be widened."""
@@ -244,23 +244,23 @@ def judge_sparsity(messages: Sequence[str], sparse_layers: int, version: str) ->
         version: the version of TensorRT, for the reason.
 
     Returns:
-        ``picked`` (sparse kernels are used), ``did not pay`` (the builder uses none) or
-        ``not told`` (the log does not report it); and the reason. None for both without such
+        ``used`` (sparse kernels are used), ``not used`` (the builder uses none) or
+        ``unknown`` (the log does not report it); and the reason. None for both without such
         layers.
     """
     if not sparse_layers:
         return None, None
     eligible, picked = _count_layers(messages, _ELIGIBLE), _count_layers(messages, _PICKED)
     if eligible is None or picked is None:
-        return "not told", (
+        return "unknown", (
             f"{sparse_layers} layers have 2:4 zeros; the log of TensorRT {version} does not report "
             "which run on sparse kernels. A builder without a GPU leaves the choice to the GPU "
             "that runs the engine: compare the latency with the dense model there"
         )
     if picked:
-        return "picked", f"{picked} of {sparse_layers} layers with 2:4 zeros run on sparse kernels"
+        return "used", f"{picked} of {sparse_layers} layers with 2:4 zeros run on sparse kernels"
     why = "dense kernels were faster for all" if eligible else "none was eligible"
-    return "did not pay", (
+    return "not used", (
         f"of {sparse_layers} layers with 2:4 zeros {eligible} were eligible for sparse kernels and "
         f"none runs on one: {why}"
     )

@@ -10,11 +10,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from compressors.contracts import Frozen, Sha256, target
+from compressors.contracts import Frozen, Sha256, read_renamed, target
 from compressors.contracts.targets import engine_suffixes
 from compressors.contracts.targets.builder import BuildRequest
 from infra.child import run_child
@@ -27,6 +27,9 @@ MODULES: dict[str, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 """Modules to try to import for each target, in this order."""
+
+_EARLIER_SPARSITY = {"picked": "used", "did not pay": "not used", "not told": "unknown"}
+"""Outcomes of sparsity in audits that earlier versions of recpress stored, and the current ones."""
 
 NAMES: tuple[str, ...] = (
     "__version__",
@@ -91,8 +94,8 @@ class EngineAudit(Frozen):
         layer_types: number of layer outputs per type in the parsed network.
         constant_bytes: bytes of constants per type in the parsed network, before the builder folds
             any.
-        sparsity: whether layers with 2:4 zeros run on sparse kernels (``picked``), run on none
-            (``did not pay``), or the log does not report it (``not told``); None without such
+        sparsity: whether layers with 2:4 zeros run on sparse kernels (``used``), run on none
+            (``not used``), or the log does not report it (``unknown``); None without such
             layers.
         sparsity_reason: the reason.
     """
@@ -106,7 +109,9 @@ class EngineAudit(Frozen):
     packed_bytes: int
     layer_types: dict[str, int]
     constant_bytes: dict[str, int]
-    sparsity: Literal["picked", "did not pay", "not told"] | None = None
+    sparsity: (
+        Annotated[Literal["used", "not used", "unknown"], read_renamed(_EARLIER_SPARSITY)] | None
+    ) = None
     sparsity_reason: str | None = None
 
 

@@ -25,7 +25,7 @@ DEFAULT_METRIC = "recall@20"
 
 
 @dataclass(frozen=True)
-class Described:
+class DraftContent:
     """A signature, and what else a draft contains.
 
     Attributes:
@@ -41,7 +41,7 @@ class Described:
     remarks: tuple[str, ...] = ()
 
 
-def describe_rows(request: DraftRequest, module: nn.Module, sample: Sample) -> Described:
+def describe_rows(request: DraftRequest, module: nn.Module, sample: Sample) -> DraftContent:
     """Describe a network that has a score for each row."""
     derived = derive_inputs(
         module, sample, request.inputs, _list_excluded_columns(request), request.method
@@ -61,12 +61,12 @@ def describe_rows(request: DraftRequest, module: nn.Module, sample: Sample) -> D
         "outputs": [output.model_dump(mode="json", exclude_defaults=True) for output in outputs],
         **_build_common_fields(request, derived),
     }
-    return Described(signature, (derived,))
+    return DraftContent(signature, (derived,))
 
 
 def describe_towers(
     request: DraftRequest, module: nn.Module, sample: Sample, catalogue: Path
-) -> Described:
+) -> DraftContent:
     """Describe a network with two towers.
 
     Raises:
@@ -97,7 +97,7 @@ def describe_towers(
         "item": derived.item,
         "towers": derived.towers.model_dump(mode="json"),
     }
-    return Described(signature, tuple(derived.calls.values()))
+    return DraftContent(signature, tuple(derived.calls.values()))
 
 
 def _require_read(

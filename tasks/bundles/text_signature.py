@@ -18,7 +18,7 @@ from compressors.inspection.sample import Sample, SampleColumn
 from infra.data.data_sample import TEXT, TRAIN, ColumnSummary, summarize_columns
 from infra.errors import DraftRefused
 from tasks.bundles.draft_request import DraftRequest, require_column, sample_of
-from tasks.bundles.draft_signature import Described, document_of, item_column
+from tasks.bundles.draft_signature import DraftContent, document_of, item_column
 from tasks.bundles.text_models import TextModel
 
 METRIC = "ndcg@10"
@@ -35,7 +35,7 @@ Summaries = Mapping[str, ColumnSummary]
 
 def describe_texts(
     request: DraftRequest, model: TextModel, rows: Summaries, catalogue: Path
-) -> Described:
+) -> DraftContent:
     """Describe a text encoder, whose two towers are one module.
 
     Args:
@@ -89,7 +89,7 @@ def describe_texts(
             "module Normalize."
         )
     files = {name: tokenizer.to_str() for name, tokenizer in model.tokenizers.items()}
-    return Described(fields, calls, files, tuple(remarks))
+    return DraftContent(fields, calls, files, tuple(remarks))
 
 
 def _select_query_text(request: DraftRequest, rows: Summaries, items: Summaries) -> str:

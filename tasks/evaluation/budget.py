@@ -12,7 +12,7 @@ from tasks.stages import compare_stages
 
 
 @task(task_run_name="evaluate the quality loss", **TASK_OPTIONS)
-def quality_loss(
+def measure_quality_loss(
     original: ScoredStage,
     now: ScoredStage,
     metric: str,

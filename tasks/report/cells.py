@@ -31,6 +31,7 @@ Scratch memory is the temporary memory of a call; the twin is an engine for half
 _AUDIT_OUTCOMES = {
     "flat": "does not depend on the number of rows",
     "grows": "grows with the number of rows",
+    # outcomes in reports of earlier versions of recpress
     "picked": "used",
     "did not pay": "not used",
     "not told": "unknown",

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from drafts import write_draft
-from forked import ForkServer, running_fork_server
+from forked import ForkServerClient, running_fork_server
 from homes import ROWS, Home, environment, write_order
 from outcomes import OUTCOME, CountOutcome, format_table
 
@@ -28,7 +28,7 @@ START_SECONDS = 120
 
 
 @pytest.fixture(scope="session")
-def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServerClient]:
     """The fork server, which runs commands in forks of a process with all libraries imported."""
     scratch = tmp_path_factory.mktemp("fork_server")
     with running_fork_server(environment(scratch), scratch / "children") as server:
@@ -83,7 +83,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def empty_snapshot(fork_server: ForkServer, root: Path) -> Path:
+def empty_snapshot(fork_server: ForkServerClient, root: Path) -> Path:
     """A snapshot of a home with an empty registry."""
     home = Home(root / "home")
     completed = fork_server.run(["registry", "list"], variables=home.variables)
@@ -92,7 +92,7 @@ def empty_snapshot(fork_server: ForkServer, root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def promoted_snapshot(fork_server: ForkServer, root: Path, empty_snapshot: Path) -> Path:
+def promoted_snapshot(fork_server: ForkServerClient, root: Path, empty_snapshot: Path) -> Path:
     """A snapshot with three published orders of model ``m``; two were promoted in sequence."""
     home = Home(root / "home")
     home.restore(empty_snapshot)
@@ -103,7 +103,9 @@ def promoted_snapshot(fork_server: ForkServer, root: Path, empty_snapshot: Path)
 
 
 @pytest.fixture(scope="session")
-def packed_snapshot(fork_server: ForkServer, root: Path, empty_snapshot: Path, draft: Path) -> Path:
+def packed_snapshot(
+    fork_server: ForkServerClient, root: Path, empty_snapshot: Path, draft: Path
+) -> Path:
     """A snapshot with the packed draft and an empty registry."""
     home = Home(root / "home")
     home.restore(empty_snapshot)
@@ -120,12 +122,12 @@ def order_variables(prefect_url: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def preloaded_fork_server(
-    fork_server: ForkServer,
+    fork_server: ForkServerClient,
     root: Path,
     packed_snapshot: Path,
     order: Path,
     order_variables: dict[str, str],
-) -> ForkServer:
+) -> ForkServerClient:
     """``fork_server`` after it has also imported the modules that commands with an order import."""
     home = Home(root / "home")
     for _ in range(2):
@@ -139,7 +141,7 @@ def preloaded_fork_server(
 
 @pytest.fixture(scope="session")
 def finished_snapshot(
-    preloaded_fork_server: ForkServer,
+    preloaded_fork_server: ForkServerClient,
     root: Path,
     packed_snapshot: Path,
     order: Path,

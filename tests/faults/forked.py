@@ -2,7 +2,7 @@
 
 The imports are not repeated, so a run takes a second. Run as a script, this file is the fork
 server: it reads one JSON request per line and writes one JSON response per line. It has no threads,
-so forking is safe. Tests use its client, the class ``ForkServer``.
+so forking is safe. Tests use its client, the class ``ForkServerClient``.
 
 A *point* is a moment at which ``kill_points.py`` can kill a child process, such as the moment
 before a change of a file or of the registry.
@@ -131,7 +131,7 @@ class Completed:
         return self.signal != 0 or CRASHED in self.codes or has_traceback or has_unknown_error
 
 
-class ForkServer:
+class ForkServerClient:
     """Client of a running fork server.
 
     Args:
@@ -180,7 +180,7 @@ class ForkServer:
 
 
 @contextmanager
-def running_fork_server(variables: Mapping[str, str], scratch: Path) -> Iterator[ForkServer]:
+def running_fork_server(variables: Mapping[str, str], scratch: Path) -> Iterator[ForkServerClient]:
     """Start the fork server, and stop it at the end."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve())],
@@ -189,7 +189,7 @@ def running_fork_server(variables: Mapping[str, str], scratch: Path) -> Iterator
         stdout=subprocess.PIPE,
     )
     try:
-        yield ForkServer(process, scratch)
+        yield ForkServerClient(process, scratch)
     finally:
         assert process.stdin is not None
         process.stdin.close()

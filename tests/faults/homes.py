@@ -3,7 +3,7 @@
 A ``Home`` is a folder with all files of one installation: the store, the registry, a Triton
 repository with the champion, and temporary files. A snapshot is a copy of a home. The ledger is the
 list of a model's promotions and rollbacks in the store. Tests call ``publish_orders`` in a child
-process (``ForkServer.call``); the functions after it only read files.
+process (``ForkServerClient.call``); the functions after it only read files.
 """
 
 import json

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Completed, ForkServer
+from forked import Completed, ForkServerClient
 from homes import Home
 from outcomes import CountOutcome
 
@@ -55,7 +55,7 @@ class FlipTest:
 
     def __init__(
         self,
-        fork_server: ForkServer,
+        fork_server: ForkServerClient,
         home: Home,
         snapshot: Path,
         commands: list[list[str]],
@@ -226,7 +226,7 @@ def reading_commands(model: str) -> list[list[str]]:
 
 
 def test_bit_flipped_in_a_stored_file_is_refused_or_does_not_matter(
-    fork_server: ForkServer, root: Path, promoted_snapshot: Path, count_outcome: CountOutcome
+    fork_server: ForkServerClient, root: Path, promoted_snapshot: Path, count_outcome: CountOutcome
 ) -> None:
     flip_test = FlipTest(
         fork_server, Home(root / "home"), promoted_snapshot, reading_commands("m"), {}
@@ -240,7 +240,7 @@ def test_bit_flipped_in_a_stored_file_is_refused_or_does_not_matter(
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_bit_flipped_in_any_stored_file_is_refused_or_does_not_matter(
     shard: int,
-    preloaded_fork_server: ForkServer,
+    preloaded_fork_server: ForkServerClient,
     root: Path,
     finished_snapshot: Path,
     order: Path,

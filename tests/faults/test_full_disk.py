@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from forked import Completed, ForkServer
+from forked import Completed, ForkServerClient
 from homes import Home, find_damage, read_state
 from outcomes import CountOutcome
 
@@ -70,7 +70,7 @@ def check_failed(completed: Completed, home: Home, case: str, count_outcome: Cou
 
 
 def test_pack_that_writes_too_large_files_exits_with_code_1_and_works_afterwards(
-    fork_server: ForkServer,
+    fork_server: ForkServerClient,
     root: Path,
     empty_snapshot: Path,
     draft: Path,
@@ -84,7 +84,7 @@ def test_pack_that_writes_too_large_files_exits_with_code_1_and_works_afterwards
 @pytest.mark.parametrize("kilobytes", FILE_KILOBYTES)
 def test_pack_with_any_limit_on_files_exits_with_code_1_and_works_afterwards(
     kilobytes: int,
-    fork_server: ForkServer,
+    fork_server: ForkServerClient,
     root: Path,
     empty_snapshot: Path,
     draft: Path,
@@ -95,7 +95,7 @@ def test_pack_with_any_limit_on_files_exits_with_code_1_and_works_afterwards(
 
 def check_limited(
     kilobytes: int,
-    fork_server: ForkServer,
+    fork_server: ForkServerClient,
     root: Path,
     empty_snapshot: Path,
     draft: Path,
@@ -118,7 +118,7 @@ def check_limited(
 @pytest.mark.parametrize("kilobytes", KILOBYTES)
 def test_order_on_a_disk_that_fills_up_exits_with_code_1_and_finishes_when_there_is_space(
     kilobytes: int,
-    preloaded_fork_server: ForkServer,
+    preloaded_fork_server: ForkServerClient,
     root: Path,
     draft: Path,
     order: Path,

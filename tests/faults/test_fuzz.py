@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import ForkServer
+from forked import ForkServerClient
 from homes import Home
 from outcomes import CountOutcome
 from parsers import PARSERS
@@ -27,7 +27,9 @@ MEMORY = 2 * 2**30
 NIGHTLY_SECONDS = 3000.0
 
 
-def fuzz(fork_server: ForkServer, home: Home, path: str, **arguments: object) -> dict[str, Any]:
+def fuzz(
+    fork_server: ForkServerClient, home: Home, path: str, **arguments: object
+) -> dict[str, Any]:
     """Call a function of ``fuzzing`` in a child process with limited memory; return its result."""
     completed = fork_server.call(
         path, arguments, variables=home.variables, memory=MEMORY, seconds=NIGHTLY_SECONDS
@@ -44,7 +46,7 @@ def check(parser: str, result: dict[str, Any], count_outcome: CountOutcome) -> l
 
 
 def test_parsers_refuse_or_parse_a_few_changed_inputs(
-    fork_server: ForkServer, tmp_path: Path, count_outcome: CountOutcome
+    fork_server: ForkServerClient, tmp_path: Path, count_outcome: CountOutcome
 ) -> None:
     results = fuzz(fork_server, Home(tmp_path), "fuzzing:run_all", count=SAMPLE, seed=0)
     assert set(results) == set(PARSERS)
@@ -59,7 +61,11 @@ def test_parsers_refuse_or_parse_a_few_changed_inputs(
 @pytest.mark.parametrize("shard", range(1, SHARDS + 1))
 @pytest.mark.parametrize("parser", PARSERS)
 def test_parser_refuses_or_parses_any_changed_input(
-    parser: str, shard: int, fork_server: ForkServer, tmp_path: Path, count_outcome: CountOutcome
+    parser: str,
+    shard: int,
+    fork_server: ForkServerClient,
+    tmp_path: Path,
+    count_outcome: CountOutcome,
 ) -> None:
     count = INPUTS // SHARDS
     result = fuzz(

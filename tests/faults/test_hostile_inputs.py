@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from forked import Completed, ForkServer
+from forked import Completed, ForkServerClient
 from homes import Home
 from hostile_drafts import CASES, HARMLESS, RAN, SECRET, SECRET_FILE
 from hostile_registry import MAY_WORK, MODEL, ONLY_A_TAG, cases
@@ -55,7 +55,7 @@ def problems(completed: Completed, allowed: set[int]) -> list[str]:
 
 
 def pack(
-    name: str, fork_server: ForkServer, empty_snapshot: Path, draft: Path, folder: Path
+    name: str, fork_server: ForkServerClient, empty_snapshot: Path, draft: Path, folder: Path
 ) -> list[str]:
     """Pack the hostile draft of a case; return the violations of the claim."""
     outside = folder / "outside"
@@ -88,7 +88,7 @@ def pack(
 
 def check(
     names: list[str],
-    fork_server: ForkServer,
+    fork_server: ForkServerClient,
     empty_snapshot: Path,
     draft: Path,
     folder: Path,
@@ -104,7 +104,7 @@ def check(
 
 
 def test_hostile_drafts_are_refused_with_a_sentence(
-    fork_server: ForkServer,
+    fork_server: ForkServerClient,
     empty_snapshot: Path,
     draft: Path,
     tmp_path: Path,
@@ -119,7 +119,7 @@ def test_hostile_drafts_are_refused_with_a_sentence(
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_every_hostile_draft_is_refused_with_a_sentence(
     shard: int,
-    fork_server: ForkServer,
+    fork_server: ForkServerClient,
     empty_snapshot: Path,
     draft: Path,
     tmp_path: Path,
@@ -129,7 +129,7 @@ def test_every_hostile_draft_is_refused_with_a_sentence(
 
 
 def attack(
-    name: str, version: str, fork_server: ForkServer, home: Home, count_outcome: CountOutcome
+    name: str, version: str, fork_server: ForkServerClient, home: Home, count_outcome: CountOutcome
 ) -> list[str]:
     """Show, fetch and promote a hostile version; return the violations of the claim."""
     into = home.root.parent / "fetched" / version
@@ -156,7 +156,7 @@ def attack(
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_hostile_registry_entries_are_refused_with_a_sentence(
-    fork_server: ForkServer,
+    fork_server: ForkServerClient,
     root: Path,
     empty_snapshot: Path,
     tmp_path: Path,

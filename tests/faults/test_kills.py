@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import ForkServer
+from forked import ForkServerClient
 from homes import Home, find_damage, find_temporary_files, read_state
 from outcomes import CountOutcome
 
@@ -76,7 +76,7 @@ class KillTest:
 
     def __init__(
         self,
-        fork_server: ForkServer,
+        fork_server: ForkServerClient,
         home: Home,
         snapshot: Path,
         scenario: Scenario,
@@ -190,7 +190,11 @@ def unused_snapshot(root: Path) -> Path:
 
 @pytest.fixture
 def killing(
-    fork_server: ForkServer, root: Path, draft: Path, order: Path, request: pytest.FixtureRequest
+    fork_server: ForkServerClient,
+    root: Path,
+    draft: Path,
+    order: Path,
+    request: pytest.FixtureRequest,
 ) -> Callable[[Scenario], KillTest]:
     """A function that prepares the ``KillTest`` of a scenario."""
     preload = request.node.get_closest_marker("nightly") is not None

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from forked import Completed, ForkServer, Job
+from forked import Completed, ForkServerClient, Job
 from homes import Home, find_damage, find_temporary_files, read_state, write_order
 from outcomes import CountOutcome
 from s3_server import S3Server
@@ -45,7 +45,7 @@ def promotions(round_: int) -> list[tuple[str, ...]]:
 
 
 def race(
-    fork_server: ForkServer, commands: list[tuple[str, ...]], variables: dict[str, str]
+    fork_server: ForkServerClient, commands: list[tuple[str, ...]], variables: dict[str, str]
 ) -> list[Completed]:
     """Run all commands at the same time, each in a separate process."""
     jobs = [Job((command,), variables=variables, seconds=SECONDS) for command in commands]
@@ -82,7 +82,7 @@ def check_promotions(
 
 
 def test_promotions_at_once_leave_one_linear_ledger_and_its_last_entry_as_champion(
-    fork_server: ForkServer, root: Path, promoted_snapshot: Path, count_outcome: CountOutcome
+    fork_server: ForkServerClient, root: Path, promoted_snapshot: Path, count_outcome: CountOutcome
 ) -> None:
     home = Home(root / "home")
     home.restore(promoted_snapshot)
@@ -95,7 +95,7 @@ def test_promotions_at_once_leave_one_linear_ledger_and_its_last_entry_as_champi
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_promotions_and_rollbacks_at_once_leave_one_linear_ledger(
-    fork_server: ForkServer, root: Path, promoted_snapshot: Path, count_outcome: CountOutcome
+    fork_server: ForkServerClient, root: Path, promoted_snapshot: Path, count_outcome: CountOutcome
 ) -> None:
     home = Home(root / "home")
     home.restore(promoted_snapshot)
@@ -111,7 +111,7 @@ def test_promotions_and_rollbacks_at_once_leave_one_linear_ledger(
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_promotions_and_rollbacks_at_once_on_s3_leave_one_linear_ledger(
-    fork_server: ForkServer,
+    fork_server: ForkServerClient,
     root: Path,
     empty_snapshot: Path,
     s3_server: S3Server,
@@ -137,7 +137,7 @@ def test_promotions_and_rollbacks_at_once_on_s3_leave_one_linear_ledger(
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_the_same_draft_packed_by_several_processes_is_one_bundle(
-    fork_server: ForkServer,
+    fork_server: ForkServerClient,
     root: Path,
     empty_snapshot: Path,
     draft: Path,
@@ -157,7 +157,7 @@ def test_the_same_draft_packed_by_several_processes_is_one_bundle(
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_restore_of_a_lost_registry_by_several_processes_registers_each_order_once(
-    fork_server: ForkServer,
+    fork_server: ForkServerClient,
     root: Path,
     promoted_snapshot: Path,
     empty_snapshot: Path,
@@ -181,7 +181,7 @@ def test_restore_of_a_lost_registry_by_several_processes_registers_each_order_on
 @pytest.mark.parametrize("location", ["one home", "S3"])
 def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
     location: str,
-    preloaded_fork_server: ForkServer,
+    preloaded_fork_server: ForkServerClient,
     root: Path,
     empty_snapshot: Path,
     draft: Path,
@@ -215,7 +215,7 @@ def test_the_same_order_by_several_processes_is_one_version_with_the_same_bytes(
 @pytest.mark.parametrize("location", ["one home", "S3"])
 def test_concurrent_promoted_orders_have_one_version_and_one_ledger_entry_each(
     location: str,
-    preloaded_fork_server: ForkServer,
+    preloaded_fork_server: ForkServerClient,
     root: Path,
     empty_snapshot: Path,
     draft: Path,

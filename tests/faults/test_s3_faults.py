@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import ForkServer
+from forked import ForkServerClient
 from homes import Home, read_state
 from outcomes import CountOutcome
 from s3_proxy import FAULTS, Proxy, fail_at, fail_randomly, running_proxy
@@ -325,7 +325,7 @@ class OrderOnS3:
 
     def __init__(
         self,
-        fork_server: ForkServer,
+        fork_server: ForkServerClient,
         home: Home,
         proxy: Proxy,
         root: str,
@@ -364,7 +364,7 @@ class OrderOnS3:
 @pytest.mark.parametrize("seed", ORDER_SEEDS)
 def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
     seed: int,
-    preloaded_fork_server: ForkServer,
+    preloaded_fork_server: ForkServerClient,
     root: Path,
     empty_snapshot: Path,
     draft: Path,
@@ -400,7 +400,7 @@ def test_whole_order_on_a_faulty_store_has_the_bytes_of_an_order_without_faults(
 @pytest.mark.parametrize("fault", FAULTS)
 def test_pack_with_a_fault_in_any_request_is_right_or_exits_with_code_1(
     fault: Any,
-    fork_server: ForkServer,
+    fork_server: ForkServerClient,
     root: Path,
     empty_snapshot: Path,
     draft: Path,

@@ -41,7 +41,7 @@ def test_report_describes_how_targets_run_int4_and_sparse_layers(
     assert graph.sparse_layers == ("first", "second")
     assert built.lowering.graphs[0].sparse_layers == ("first", "second")
     # The log of this builder does not report whether the engine uses kernels for 2:4 zeros.
-    assert built.audits["model"]["sparsity"] == "not told"
+    assert built.audits["model"]["sparsity"] == "unknown"
     text = markdown(report)
     assert "no effect, since ONNX Runtime stores and multiplies zeros" in text
     assert "1 dense layer computed with quantized weights" in text

@@ -1,8 +1,8 @@
 """TensorRT-RTX engines of compressed dense layers: packed weights and 2:4 sparsity.
 
 The audit of an engine reads from the builder's log whether the weights stay packed, and the outcome
-of sparsity: "picked" if the builder chose sparse kernels, "did not pay" if it chose only dense
-ones, and "not told" if its log does not report the choice.
+of sparsity: "used" if the builder chose sparse kernels, "not used" if it chose only dense
+ones, and "unknown" if its log does not report the choice.
 
 A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
 input.
@@ -126,7 +126,7 @@ def test_engine_of_sparse_layers_reports_that_the_log_has_no_kernel_choice(tmp_p
     layers = sparse_layers(model.module, model.plan)
     assert layers == ("first", "second", "out")
     audit = build(model, tmp_path, layers).audit
-    assert audit.sparsity == "not told"
+    assert audit.sparsity == "unknown"
     assert "3 layers have 2:4 zeros" in audit.sparsity_reason
     request = json.loads((tmp_path / "out" / "build.json").read_text())["request"]
     assert request["sparse_layers"] == ["first", "second", "out"]
@@ -148,19 +148,19 @@ def lines_of_version_8(eligible: str, picked: str) -> list[str]:
 @pytest.mark.parametrize(
     ("log", "outcome", "reason"),
     [
-        (lines_of_version_8("first, second + relu", "second + relu"), "picked", "1 of 3 layers"),
+        (lines_of_version_8("first, second + relu", "second + relu"), "used", "1 of 3 layers"),
         (
             lines_of_version_8("first, second", ""),
-            "did not pay",
+            "not used",
             "2 were eligible .* dense kernels were faster",
         ),
-        (lines_of_version_8("", ""), "did not pay", "none was eligible"),
+        (lines_of_version_8("", ""), "not used", "none was eligible"),
         (
             [FOUND_LINE.format(2) + ": first, second", CHOSE_LINE.format(2) + ": first, second"],
-            "picked",
+            "used",
             "2 of 3 layers",
         ),
-        ([FOUND_LINE.format(2), CHOSE_LINE.format(0)], "did not pay", "2 were eligible"),
+        ([FOUND_LINE.format(2), CHOSE_LINE.format(0)], "not used", "2 were eligible"),
         (  # the builder chose kernels twice: the last choice counts
             [
                 FOUND_LINE.format(9),
@@ -168,10 +168,10 @@ def lines_of_version_8(eligible: str, picked: str) -> list[str]:
                 FOUND_LINE.format(2),
                 CHOSE_LINE.format(0),
             ],
-            "did not pay",
+            "not used",
             "2 were eligible",
         ),
-        (["Total Weights Memory: 1"], "not told", "compare the latency"),
+        (["Total Weights Memory: 1"], "unknown", "compare the latency"),
     ],
 )
 def test_judge_sparsity_reads_the_outcome_from_the_log(log, outcome, reason):

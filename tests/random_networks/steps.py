@@ -123,7 +123,7 @@ TABLES: dict[str, Draw] = {
     "prune_rows": _table_step(
         PruneRows,
         keep=(0.3, 0.6),
-        importance=("traffic", "norm"),
+        importance=("lookups", "norm"),
         pruned=("nearest", "shared", "zero"),
     ),
     "tiers": _table_step(Tiers, hot=(0.1, 0.5)),

@@ -79,7 +79,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     ),
     # Tables composed of smaller tables.
     "low-rank": ("clicks", _table("low_rank", rank=0.25)),
-    "dimensions": ("clicks", _table("dimensions", keep=0.5, importance="traffic")),
+    "dimensions": ("clicks", _table("dimensions", keep=0.5, importance="lookups")),
     "quotient-remainder": ("clicks", _table("quotient_remainder")),
     "quotient-remainder-product": (
         "clicks",

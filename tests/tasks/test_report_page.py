@@ -261,7 +261,7 @@ def test_page_and_markdown_show_quantized_layers_and_sparsity_without_effect():
     audit = graph.audit.model_copy(update={"packed_layers": 4, "widened_layers": 1})
     graph = graph.model_copy(update={"sparse_layers": ("cross", "out"), "audit": audit})
     lowering = served.lowering.model_copy(update={"graphs": (graph,)})
-    sparsity = {"sparsity": "did not pay", "sparsity_reason": "of 2 layers 2 were eligible"}
+    sparsity = {"sparsity": "not used", "sparsity_reason": "of 2 layers 2 were eligible"}
     audits = {graph.name: {**engine.audits["model"], **sparsity}}
     targets = (
         served.model_copy(update={"lowering": lowering}),

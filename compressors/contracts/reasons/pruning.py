@@ -4,12 +4,12 @@
 ``Reason`` in ``reason.py`` fills in the fields in braces.
 
 A field ``width`` or ``argument`` names the argument of the model class that sets the size of the
-layers. A field ``maker`` names the layer that outputs the channels, ``reader`` a module that they
-reach. A field ``why``, ``what`` or ``fault`` contains other reasons or the message of an error. A
-field ``importance`` names the criterion by which a step selects what it removes. If an argument
-counts groups of channels, such as attention heads, whole groups are removed, and ``units_before``
-and ``units_after`` are the numbers of groups. ``part`` is "weight" or "channel", ``gap`` the
-largest difference of a score, and ``change`` the change of a metric.
+layers. A field ``producer`` names the layer that outputs the channels, ``consumer`` a module that
+they reach. A field ``why``, ``what`` or ``fault`` contains other reasons or the message of an
+error. A field ``importance`` names the criterion by which a step selects what it removes. If an
+argument counts groups of channels, such as attention heads, whole groups are removed, and
+``units_before`` and ``units_after`` are the numbers of groups. ``part`` is "weight" or "channel",
+``gap`` the largest difference of a score, and ``change`` the change of a metric.
 """
 
 SENTENCES = {
@@ -35,7 +35,7 @@ SENTENCES = {
     ),
     "multiply_adds_left": "keeps {share:.1%} of the multiply-adds of all dense layers",
     "in_rounds": "in {rounds} rounds",
-    "inputs_follow": "inputs removed with the outputs of {makers}",
+    "inputs_follow": "inputs removed with the outputs of {producers}",
     "trained_each_round": "trained after each round",
     "last_round": "in the last round: {what}",
     "shares_width": "shares {width} with {layer!r}: {why}",
@@ -62,15 +62,19 @@ SENTENCES = {
         "{argument} is not both an output width of a layer and an input width of another"
     ),
     # consumers of channels
-    "channels_reach_score": "the channels of {maker!r} reach the score without another dense layer",
-    "not_always_called": "{reader!r} is not called for every batch",
-    "channels_mixed": "{reader!r} mixes the channels of {maker!r}",
-    "mixed_before_reader": "the channels of {maker!r} are mixed before they reach {reader!r}",
-    "inputs_of_several": "some inputs of {reader!r} are not outputs of these channels",
+    "channels_reach_score": (
+        "the channels of {producer!r} reach the score without another dense layer"
+    ),
+    "not_always_called": "{consumer!r} is not called for every batch",
+    "channels_mixed": "{consumer!r} mixes the channels of {producer!r}",
+    "mixed_before_consumer": (
+        "the channels of {producer!r} are mixed before they reach {consumer!r}"
+    ),
+    "inputs_not_matched": "some inputs of {consumer!r} are not outputs of these channels",
     "called_with_other_rows": "{layer!r} is not called with one row for each row of the batch",
-    "returns_other_rows": "{maker!r} does not return one row for each row of the batch",
+    "returns_other_rows": "{producer!r} does not return one row for each row of the batch",
     "channels_differ": (
-        "the channels of {first!r} and {second!r} are combined in {reader!r}, but not one to one"
+        "the channels of {first!r} and {second!r} are combined in {consumer!r}, but not one to one"
     ),
     "narrower_fails": "the network fails with {width} = {count}: {fault}",
     "channels_read": (

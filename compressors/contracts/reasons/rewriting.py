@@ -6,14 +6,14 @@
 Folding multiplies the factors and adds the offsets of a norm into a dense layer next to it. Scaling
 multiplies the inputs of a layer by factors and divides the outputs of the layer before by them.
 A dead channel is an output of a layer that is constant or that no other layer uses.
-The affine part of a norm is its learned factors and offsets. A field ``maker`` names a layer whose
-outputs are scaled or removed, ``reader`` a layer that reads them.
+The affine part of a norm is its learned factors and offsets. A field ``producer`` names a layer
+whose outputs are scaled or removed, ``consumer`` a layer that reads them.
 """
 
 SENTENCES = {
     "norm_folded": "{step}: its weights and bias include the factors and offsets of {norm}",
     "dead_channels": "{step}: removes {count} dead of {channels} channels ({width})",
-    "dead_inputs": "{step}: inputs removed with the outputs of {makers}",
+    "dead_inputs": "{step}: inputs removed with the outputs of {producers}",
     "constant_channels": "{step}: removes channels that are constant on {rows:,} rows, "
     "if there are any",
     "nothing_to_fold": "has no norm to fold and no dead channel",
@@ -35,21 +35,26 @@ SENTENCES = {
     "columns_unread": "all weights for its columns {columns} are zero",
     "input_columns_unread": "all weights for columns {columns} of input {input!r} are zero",
     # factors
-    "inputs_scaled": "{step}: inputs are multiplied by factors, outputs of {maker} divided by them",
-    "outputs_scaled": "{step}: outputs are multiplied by factors, inputs of "
-    "{readers} divided by them",
+    "inputs_scaled": (
+        "{step}: inputs are multiplied by factors, outputs of {producer} divided by them"
+    ),
+    "outputs_scaled": (
+        "{step}: outputs are multiplied by factors, inputs of {consumers} divided by them"
+    ),
     "not_scalable": "no layer or norm before it can be divided by the same factors",
     "output_unread": "no layer reads its output",
     "is_norm": "{norm} is a norm: apply 'fold' before this step",
     "not_linear_or_norm": "{module} is neither a Linear nor a norm",
-    "reader_is_norm": "{reader}, which reads its output, is a norm: apply 'fold' before this step",
-    "reader_not_linear": "{reader}, which reads its output, is not a Linear",
+    "consumer_is_norm": (
+        "{consumer}, which reads its output, is a norm: apply 'fold' before this step"
+    ),
+    "consumer_not_linear": "{consumer}, which reads its output, is not a Linear",
     # dataflow
     "called_again": "is called more than once",
     "not_called": "is not called in the served graph",
     "shares_tensor": "shares a tensor with {other!r}",
     "weight_read_elsewhere": "code outside of the layer reads its weight",
-    "reader_closed": "{reader!r}, which reads its output, cannot be changed: {why}",
+    "consumer_fixed": "{consumer!r}, which reads its output, cannot be changed: {why}",
     "output_leaves": "its output is an output of the network",
     "output_enters": "operator {operator} reads its output",
 }

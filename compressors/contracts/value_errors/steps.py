@@ -11,8 +11,10 @@ training.
 """
 
 SENTENCES = {
-    "min_lookups_without_traffic": "min_lookups counts lookups, so it needs importance 'traffic', "
-    "got {importance!r}. Remove one of the two.",
+    "min_lookups_without_importance": (
+        "min_lookups counts lookups, so it needs importance 'lookups', got {importance!r}. Remove "
+        "one of the two."
+    ),
     "qat_trains_tables": (
         "qat does not train tables; train them in an earlier step, with fine_tune or distill"
     ),

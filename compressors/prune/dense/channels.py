@@ -166,7 +166,7 @@ class Channels(StepSettings):
                     producers = tuple(
                         producer for producer, name in item.connections if name == consumer
                     )
-                    follows = Reason("inputs_follow", makers=producers)
+                    follows = Reason("inputs_follow", producers=producers)
                     decisions[consumer] = _take(decisions[consumer], follows)
         if self.training is not None:
             trained = choose_trainable(model, bench, self.kind, self.training)

@@ -88,17 +88,17 @@ def trace(
             with torch.no_grad(), _nan_trace(module, producer, channels, begin, rows) as reached:
                 score = network_scores(module, inputs, signature)
             if bool(score.isnan().any()):
-                raise NotAWidth(Reason("channels_reach_score", maker=producer))
+                raise NotAWidth(Reason("channels_reach_score", producer=producer))
             for consumer, columns in reached.items():
                 columns_by_begin.setdefault(consumer, {})[begin] = columns
         for consumer, columns_of_batches in columns_by_begin.items():
             columns = torch.cat(list(columns_of_batches.values()))
             if len(columns) < channels:  # the consumer was not called for every batch of rows
-                raise NotAWidth(Reason("not_always_called", reader=consumer))
+                raise NotAWidth(Reason("not_always_called", consumer=consumer))
             if not bool(columns.any()):
                 continue
             if consumer not in width.consumers:
-                raise NotAWidth(Reason("channels_mixed", reader=consumer, maker=producer))
+                raise NotAWidth(Reason("channels_mixed", consumer=consumer, producer=producer))
             connections[producer, consumer] = columns
     return connections
 
@@ -149,7 +149,7 @@ def find_consumers(width: Width, traces: Traces, groups: dict[str, Tensor]) -> W
         if bool((inputs_per_group != inputs_per_group[0]).any()) or bool(
             (reached.sum(dim=0) > 1).any()
         ):
-            raise NotAWidth(Reason("mixed_before_reader", maker=producer, reader=consumer))
+            raise NotAWidth(Reason("mixed_before_consumer", producer=producer, consumer=consumer))
         connections[producer, consumer] = reached
     for consumer, per_group in width.consumers.items():
         columns_of_producers = [
@@ -161,7 +161,7 @@ def find_consumers(width: Width, traces: Traces, groups: dict[str, Tensor]) -> W
             else torch.zeros(1, 1)
         )
         if int(reached.sum()) != per_group * width.value or not columns_of_producers:
-            raise NotAWidth(Reason("inputs_of_several", reader=consumer))
+            raise NotAWidth(Reason("inputs_not_matched", consumer=consumer))
     return WidthConsumers(width, connections, groups, _find_tied_producers(width, connections))
 
 
@@ -198,7 +198,7 @@ def _nan_trace(
 
     def mark_hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         if len(output) != rows or output.shape[-1] != channels:
-            raise NotAWidth(Reason("returns_other_rows", maker=producer))
+            raise NotAWidth(Reason("returns_other_rows", producer=producer))
         marked = output.clone()
         row = torch.arange(rows)
         marked[row, ..., begin + row] = torch.nan
@@ -241,7 +241,7 @@ def _find_tied_producers(
                 continue
             if not torch.equal(first_inputs, second_inputs):
                 raise NotAWidth(
-                    Reason("channels_differ", first=first, second=second, reader=consumer)
+                    Reason("channels_differ", first=first, second=second, consumer=consumer)
                 )
             first_set = next(producers for producers in tied if first in producers)
             second_set = next(producers for producers in tied if second in producers)

@@ -13,13 +13,13 @@ zero; it is squared for each batch of training rows and summed over batches.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressors.contracts import Bench, Part
+from compressors.contracts import Bench, Part, read_renamed
 from compressors.contracts.reasons import Reason
 from compressors.core.model import Model
 from compressors.core.modules.composed import Design
@@ -42,7 +42,9 @@ from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.factorize.low_rank import COMPOSITION
 from compressors.task_kinds.loss import hard_loss, shuffled_batches
 
-Importance = Literal["variance", "traffic", "gradient"]
+Importance = Annotated[
+    Literal["variance", "lookups", "gradient"], read_renamed({"traffic": "lookups"})
+]
 BATCH = 1024  # training rows per gradient
 
 
@@ -90,7 +92,7 @@ class Dimensions(ComposingStep):
     )
     importance: Importance = Field(
         "variance",
-        description="Dimension score. variance: variance over the rows. traffic: the same, rows "
+        description="Dimension score. variance: variance over the rows. lookups: the same, rows "
         "weighted by lookups in training. gradient: estimated change of the loss on training rows.",
     )
     rows: int = Field(

@@ -58,8 +58,8 @@ def build_kept_map(is_kept: Tensor) -> tuple[Tensor, Tensor]:
     return within.to(torch.int8), before.to(torch.int32)
 
 
-@torch.library.custom_op("recpress::kept_place", mutates_args=())
-def kept_place(within: Tensor, before: Tensor, ids: Tensor) -> Tensor:
+@torch.library.custom_op("recpress::kept_row_index", mutates_args=())
+def kept_row_index(within: Tensor, before: Tensor, ids: Tensor) -> Tensor:
     """Look up indices in the map of ``build_kept_map``.
 
     Args:
@@ -79,6 +79,6 @@ def kept_place(within: Tensor, before: Tensor, ids: Tensor) -> Tensor:
     return before[block].to(torch.int64) + rank - torch.where(rank < 0, BLOCK, 0) * block
 
 
-@kept_place.register_fake
+@kept_row_index.register_fake
 def _(within: Tensor, before: Tensor, ids: Tensor) -> Tensor:
     return within.new_empty(ids.shape, dtype=torch.int64)

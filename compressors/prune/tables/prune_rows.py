@@ -17,13 +17,13 @@ plan gives the share of lookups that pruning affects.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressors.contracts import Bench, Part
+from compressors.contracts import Bench, Part, read_renamed
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import value_error
 from compressors.core.model import Model
@@ -75,7 +75,7 @@ class KeptRowsComposition:
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         ids, kept_count = torch.arange(len(counts)), settings["kept"]
-        index = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        index = torch.ops.recpress.kept_row_index(stored["within"], stored["before"], ids)
         return {
             "kept": sum_counts(counts, torch.where(index < 0, kept_count, index), kept_count + 1)
         }
@@ -87,7 +87,7 @@ class KeptRowsComposition:
         ids: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        index = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        index = torch.ops.recpress.kept_row_index(stored["within"], stored["before"], ids)
         rows: Tensor = parts["kept"](torch.where(index < 0, settings["kept"], index))
         return rows
 
@@ -112,16 +112,18 @@ class PruneRows(ComposingStep):
         lt=1,
         description="Share of a table's rows to keep. Not used with min_lookups.",
     )
-    importance: Literal["traffic", "norm", "gradient"] = Field(
-        "traffic",
-        description="Row score. traffic: lookups in training. norm: length of the row. gradient: "
-        "estimated change of the loss if the row is removed.",
+    importance: Annotated[
+        Literal["lookups", "norm", "gradient"], read_renamed({"traffic": "lookups"})
+    ] = Field(
+        "lookups",
+        description="Row score. lookups: number of lookups in training. norm: length of the "
+        "row. gradient: estimated change of the loss if the row is removed.",
     )
     min_lookups: int = Field(
         0,
         ge=0,
         description="Prune the rows that training looks up fewer times than this, instead of a "
-        "share. 0: 'keep' decides. Requires importance 'traffic'.",
+        "share. 0: 'keep' decides. Requires importance 'lookups'.",
     )
     pruned: Literal["nearest", "shared", "zero"] = Field(
         "nearest",
@@ -135,9 +137,9 @@ class PruneRows(ComposingStep):
         return ("train",)
 
     @model_validator(mode="after")
-    def _require_traffic_for_min_lookups(self) -> Self:
-        if self.min_lookups and self.importance != "traffic":
-            raise value_error("min_lookups_without_traffic", importance=self.importance)
+    def _require_importance_for_min_lookups(self) -> Self:
+        if self.min_lookups and self.importance != "lookups":
+            raise value_error("min_lookups_without_importance", importance=self.importance)
         return self
 
     def plan(self, model: Model, bench: Bench) -> StepPlan[Designs]:
@@ -177,7 +179,7 @@ class PruneRows(ComposingStep):
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             match self.importance:
-                case "traffic":
+                case "lookups":
                     score = counts[name]
                 case "norm":
                     score = table.double().square().sum(dim=1)

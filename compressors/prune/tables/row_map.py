@@ -32,15 +32,15 @@ def byte_planes(index: Tensor, stored_rows: int) -> Tensor:
     return (torch.stack(planes, dim=1) - 128).to(torch.int8)
 
 
-@torch.library.custom_op("recpress::planned_place", mutates_args=())
-def planned_place(planes: Tensor, ids: Tensor) -> Tensor:
+@torch.library.custom_op("recpress::unique_row_index", mutates_args=())
+def unique_row_index(planes: Tensor, ids: Tensor) -> Tensor:
     """Decode the row indices of ids ``(*,)`` from ``byte_planes`` ``(rows, k)``: int64 ``(*,)``."""
     byte_values = planes[ids].to(torch.int64) + 128  # (*ids, k)
     significance = 256 ** torch.arange(planes.shape[1], device=planes.device)  # (k,)
     return (byte_values * significance).sum(dim=-1)
 
 
-@planned_place.register_fake
+@unique_row_index.register_fake
 def _(planes: Tensor, ids: Tensor) -> Tensor:
     return planes.new_empty(ids.shape, dtype=torch.int64)
 
@@ -72,7 +72,7 @@ class RowMapComposition:
         self, stored: Mapping[str, Tensor], counts: Tensor, settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         ids = torch.arange(len(counts))
-        index = torch.ops.recpress.planned_place(stored["planes"], ids)
+        index = torch.ops.recpress.unique_row_index(stored["planes"], ids)
         return {"unique": sum_counts(counts, index, settings["places"])}
 
     def lookup(
@@ -82,7 +82,7 @@ class RowMapComposition:
         ids: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        rows: Tensor = parts["unique"](torch.ops.recpress.planned_place(stored["planes"], ids))
+        rows: Tensor = parts["unique"](torch.ops.recpress.unique_row_index(stored["planes"], ids))
         return rows
 
 

@@ -41,7 +41,8 @@ class TiersComposition:
     The map has two tensors for blocks of 128 rows (``build_kept_map`` in
     ``prune/tables/kept_rows.py``): ``within``, a row's rank among the hot (or, negative, the cold)
     rows of its block, and ``before``, the number of hot rows before each block. The custom op
-    ``kept_place`` computes from them a row's index in ``hot``, or -1 minus its index in ``cold``.
+    ``kept_row_index`` computes from them a row's index in ``hot``, or -1 minus its index in
+    ``cold``.
 
     A composition defines how a table computes its rows from stored tensors and from inner tables,
     its *parts*. The protocol ``Composition`` (``core/modules/composed.py``) explains the methods.
@@ -69,7 +70,7 @@ class TiersComposition:
         settings: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         ids = torch.arange(len(counts))
-        hot = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids) >= 0
+        hot = torch.ops.recpress.kept_row_index(stored["within"], stored["before"], ids) >= 0
         return {"hot": counts[hot], "cold": counts[~hot]}
 
     def lookup(
@@ -79,7 +80,7 @@ class TiersComposition:
         ids: Tensor,
         settings: Mapping[str, Any],
     ) -> Tensor:
-        index = torch.ops.recpress.kept_place(stored["within"], stored["before"], ids)
+        index = torch.ops.recpress.kept_row_index(stored["within"], stored["before"], ids)
         hot: Tensor = parts["hot"](index.clamp(min=0))
         cold: Tensor = parts["cold"]((-1 - index).clamp(min=0))
         return torch.where((index >= 0).unsqueeze(-1), hot, cold)

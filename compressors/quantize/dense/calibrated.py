@@ -188,13 +188,13 @@ def channel_factors(
     recorders = record_inputs(module, layers, split, bench.signature, batch=batch, limit=rows)
     factors = {unit.name: torch.ones(unit.weight.shape[1]) for unit in layers}
     # Layers with the same largest input of each channel read the same vector.
-    readers: dict[bytes, tuple[Tensor, list[Unit]]] = {}
+    consumers: dict[bytes, tuple[Tensor, list[Unit]]] = {}
     for unit in layers:
         if recorders[unit.name].maxima:
             largest = recorders[unit.name].largest(unit.name)
             if bool(torch.isfinite(largest).all()):
-                readers.setdefault(largest.numpy().tobytes(), (largest, []))[1].append(unit)
-    for largest, units in readers.values():
+                consumers.setdefault(largest.numpy().tobytes(), (largest, []))[1].append(unit)
+    for largest, units in consumers.values():
         weights = [unit.weight.detach().float() for unit in units]
         samples = [torch.cat(recorders[unit.name].sample) for unit in units]
         best = best_smoothing(

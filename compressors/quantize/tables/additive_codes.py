@@ -24,7 +24,7 @@ Differs: rows have weights, and the result is that of the best round, not of the
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, Part
@@ -93,17 +93,17 @@ def weighting_matrix(sensitivity: Tensor) -> Tensor:
     return root.float()
 
 
-def encode(table: Tensor, codebook: Tensor, books: int, beam: int) -> Tensor:
-    """Find the codes of each row by beam search: uint8 ``(rows, books)``, not packed.
+def encode(table: Tensor, codebook: Tensor, num_codebooks: int, beam: int) -> Tensor:
+    """Find the codes of each row by beam search: uint8 ``(rows, num_codebooks)``, not packed.
 
     Args:
         table: float ``(rows, dim)``.
-        codebook: ``(books * levels, dim)``, the codebooks concatenated.
-        books: number of codebooks.
+        codebook: ``(num_codebooks * levels, dim)``, the codebooks concatenated.
+        num_codebooks: number of codebooks.
         beam: number of partial sums that are kept; 1 is greedy. The best of them is returned.
     """
-    codebooks = codebook.float().reshape(books, -1, codebook.shape[1])
-    squares = codebooks.square().sum(dim=2)  # (books, levels)
+    codebooks = codebook.float().reshape(num_codebooks, -1, codebook.shape[1])
+    squares = codebooks.square().sum(dim=2)  # (num_codebooks, levels)
     best_codes = []
     for begin in range(0, len(table), BLOCK):
         rows = table[begin : begin + BLOCK].float()
@@ -127,7 +127,7 @@ def encode(table: Tensor, codebook: Tensor, books: int, beam: int) -> Tensor:
 def fit(
     table: Tensor,
     weight: Tensor,
-    books: int,
+    num_codebooks: int,
     levels: int,
     *,
     rounds: int = 25,
@@ -140,7 +140,7 @@ def fit(
     Args:
         table: float ``(rows, dim)``.
         weight: weight of each row's squared error, ``(rows,)``, not all zero.
-        books: number of codebooks.
+        num_codebooks: number of codebooks.
         levels: number of entries of each codebook.
         rounds: rounds that fit codes and codebooks in turn, after residual fitting.
         beam: width of the beam search for codes.
@@ -150,14 +150,14 @@ def fit(
         seed: seed of the noise.
 
     Returns:
-        The codebooks of the best round, float32 ``(books * levels, dim)``, and the weighted squared
-        error of residual fitting and after each round.
+        The codebooks of the best round, float32 ``(num_codebooks * levels, dim)``, and the weighted
+        squared error of residual fitting and after each round.
     """
     # Scaling does not change the codes, but rows of very large or small numbers lose precision.
     root_mean_square = float(table.float().square().mean().sqrt()) or 1.0
     rows, counts = table.float() / root_mean_square, weight.double()
     residuals, fitted = rows, []
-    for number in range(books):
+    for number in range(num_codebooks):
         book = kmeans(residuals, levels, counts, seed=number).codebook
         residuals = residuals - book[nearest_entries(residuals, book)]
         fitted.append(book)
@@ -165,12 +165,12 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     best, least_error, errors = codebook, float("inf"), []
     for number in range(rounds + 1):
-        codes = encode(rows, codebook, books, beam)
+        codes = encode(rows, codebook, num_codebooks, beam)
         row_errors = squared_distance(rows, decode(codes, codebook)) * counts
         errors.append(float(row_errors.sum()))
         if errors[-1] < least_error:
             best, least_error = codebook, errors[-1]
-        if books == 1:  # k-means has already fitted the only codebook
+        if num_codebooks == 1:  # k-means has already fitted the only codebook
             break
         codebook = least_squares(rows, codes, codebook, counts)
         decay = max(0.0, 1 - number / max(1, rounds - ROUNDS_WITHOUT_NOISE))
@@ -187,8 +187,9 @@ class AdditiveCodes(StepSettings):
     min_rows: MinRows = 1
     codebooks: int = Field(4, ge=1, le=16, description="Number of codebooks, and of codes per row.")
     bits: CodeBits = 4  # of a code
-    traffic: float = Field(
+    lookup_power: float = Field(
         0.5,
+        validation_alias=AliasChoices("lookup_power", "traffic"),  # the earlier name
         ge=0,
         le=2,
         description="A row's weight is its number of lookups in training to this power; 0: equal "
@@ -222,7 +223,7 @@ class AdditiveCodes(StepSettings):
     @property
     def needs(self) -> tuple[Part, ...]:
         """Training rows, for lookup counts and sensitivity; validation rows, to select a fit."""
-        train: tuple[Part, ...] = ("train",) if self.traffic or self.sensitive else ()
+        train: tuple[Part, ...] = ("train",) if self.lookup_power or self.sensitive else ()
         return (*train, "validation") if self.draws > 1 else train
 
     @property
@@ -259,17 +260,19 @@ class AdditiveCodes(StepSettings):
         selected = plan.units(model.module)
         names = [unit.name for unit in selected]
         by_table = sensitivities(model, bench, names) if self.sensitive else {}
-        counts = lookup_counts(model, bench, names) if self.traffic and not self.sensitive else {}
+        counts = (
+            lookup_counts(model, bench, names) if self.lookup_power and not self.sensitive else {}
+        )
         for unit in selected:
             rows, dim = unit.weight.shape
             weight, matrix = torch.ones(rows, dtype=torch.float64), torch.eye(dim)
             if self.sensitive:
                 sensitivity = by_table[unit.name]
-                weight = lookup_weight(sensitivity.rows, sensitivity.lookups, self.traffic)
+                weight = lookup_weight(sensitivity.rows, sensitivity.lookups, self.lookup_power)
                 matrix = weighting_matrix(sensitivity.columns)
-            elif self.traffic:
+            elif self.lookup_power:
                 count = counts[unit.name]
-                weight = lookup_weight(count, float(count.sum()), self.traffic)
+                weight = lookup_weight(count, float(count.sum()), self.lookup_power)
             best: tuple[float, nn.Module] | None = None
             for seed in range(self.draws):
                 stored = self._fit_and_encode(unit.weight, weight, matrix, seed)

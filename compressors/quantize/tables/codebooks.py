@@ -64,14 +64,14 @@ class Shape(NamedTuple):
 
 
 def compute_shape(
-    rows: int, dim: int, books: int, entry_dim: int, settings: Mapping[str, Any]
+    rows: int, dim: int, num_codebooks: int, entry_dim: int, settings: Mapping[str, Any]
 ) -> Shape:
     """Compute the sizes of the codebooks of a table of ``rows x dim``.
 
     Args:
         rows: number of rows of the table.
         dim: number of dimensions of the table.
-        books: number of codebooks, and of codes per row.
+        num_codebooks: number of codebooks, and of codes per row.
         entry_dim: numbers per codebook entry.
         settings: ``bits`` of a code, ``codebook_type``, and ``codebook_share``.
 
@@ -81,9 +81,9 @@ def compute_shape(
     """
     size = getattr(torch, settings["codebook_type"]).itemsize
     # The original table takes 4 bytes per weight.
-    allowed = int(settings["codebook_share"] * 4 * rows * dim // (books * entry_dim * size))
+    allowed = int(settings["codebook_share"] * 4 * rows * dim // (num_codebooks * entry_dim * size))
     levels = max(min(1 << settings["bits"], allowed), 2)
-    return Shape(books, levels, entry_dim, compute_code_width(levels))
+    return Shape(num_codebooks, levels, entry_dim, compute_code_width(levels))
 
 
 def layout(rows: int, shape: Shape, settings: Mapping[str, Any]) -> dict[str, TensorSpec]:

@@ -81,9 +81,9 @@ def fit(table: Tensor, parts: int, levels: int, weight: Tensor | None = None) ->
 def encode(table: Tensor, codebook: Tensor, parts: int) -> Tensor:
     """Find the nearest entry for each part of each row: uint8 ``(rows, parts)``, not packed."""
     widths = part_widths(table.shape[1], parts)
-    books = codebook.reshape(len(widths), -1, widths[0])
+    codebooks = codebook.reshape(len(widths), -1, widths[0])
     codes = [
-        nearest_entries(part.float().contiguous(), books[index, :, : widths[index]])
+        nearest_entries(part.float().contiguous(), codebooks[index, :, : widths[index]])
         for index, part in enumerate(torch.split(table, list(widths), dim=1))
     ]
     return torch.stack(codes, dim=1).to(torch.uint8)

@@ -1,8 +1,8 @@
 """Residual quantization of embedding tables: a row is the sum of one entry of each codebook.
 
 Each of the ``codebooks`` has ``2 ** bits`` entries as wide as the table; a row is stored as one
-code per codebook. In the code, ``books`` is the number of codebooks, and the tensor ``codebook``
-concatenates them. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
+code per codebook. In the code, ``num_codebooks`` is the number of codebooks, and the tensor
+``codebook`` concatenates them. A table of ``rows x dim`` float32 shrinks from ``4 * rows * dim`` to
 ``rows * ceil(codebooks * bits / 8)`` bytes and codebooks of ``4 * codebooks * dim * 2 ** bits``.
 
 There are two ways to fit the codebooks, with the same storage format:
@@ -60,20 +60,20 @@ Entries that the rows do not determine keep their previous values.
 
 
 def fit(
-    table: Tensor, books: int, levels: int, refine: int = 0, weight: Tensor | None = None
+    table: Tensor, num_codebooks: int, levels: int, refine: int = 0, weight: Tensor | None = None
 ) -> KMeansFit:
     """Fit the codebooks of a table.
 
     Args:
         table: float ``(rows, dim)``; large tables are sampled.
-        books: number of codebooks.
+        num_codebooks: number of codebooks.
         levels: number of entries of each codebook.
         refine: largest number of rounds that fit all codebooks together.
         weight: weight of each row, ``(rows,)``, only for tables that are not sampled.
 
     Returns:
-        float32 ``(books * levels, dim)``, the codebooks concatenated, and the squared error of the
-        rows after residual fitting and after each round that lowered it.
+        float32 ``(num_codebooks * levels, dim)``, the codebooks concatenated, and the squared error
+        of the rows after residual fitting and after each round that lowered it.
 
     Raises:
         ValueError: rows are weighted, and the table is so large that it is sampled.
@@ -83,16 +83,16 @@ def fit(
         raise ValueError(f"Expected row weights for at most {len(rows)} rows, got {len(table)}.")
     counts = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight.double()
     residuals, fitted = rows, []
-    for number in range(books):
+    for number in range(num_codebooks):
         book = kmeans(residuals, levels, weight, seed=number).codebook
         residuals = residuals - book[nearest_entries(residuals, book)]
         fitted.append(book)
     codebook = torch.cat(fitted)
-    codes = encode(rows, codebook, books)
+    codes = encode(rows, codebook, num_codebooks)
     errors = [_compute_error(rows, codes, codebook, counts)]
     for _ in range(refine):
         refined = least_squares(rows, codes, codebook, counts)
-        codes = encode(rows, refined, books)
+        codes = encode(rows, refined, num_codebooks)
         error = _compute_error(rows, codes, refined, counts)
         if error >= errors[-1]:
             break
@@ -106,16 +106,16 @@ def least_squares(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor)
 
     Args:
         rows: float ``(rows, dim)``.
-        codes: uint8 ``(rows, books)``.
-        codebook: the previous codebooks, ``(books * levels, dim)``. Entries that the rows do not
-            determine keep their values.
+        codes: uint8 ``(rows, num_codebooks)``.
+        codebook: the previous codebooks, ``(num_codebooks * levels, dim)``. Entries that the rows
+            do not determine keep their values.
         weight: weight of each row, float64 ``(rows,)``.
 
     Returns:
-        The new codebooks, ``(books * levels, dim)`` in the dtype of ``codebook``.
+        The new codebooks, ``(num_codebooks * levels, dim)`` in the dtype of ``codebook``.
     """
     entries = len(codebook)
-    indices = entry_indices(codes, entries)  # (rows, books)
+    indices = entry_indices(codes, entries)  # (rows, num_codebooks)
     # The normal equations: the total weight of the rows that use two entries together, and the
     # weighted sums of the rows that use an entry.
     pair_weights = torch.zeros(entries * entries, dtype=torch.float64)
@@ -132,8 +132,8 @@ def least_squares(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor)
     return solved.to(codebook.dtype)
 
 
-def encode(table: Tensor, codebook: Tensor, books: int) -> Tensor:
-    """Compute the codes of each row: uint8 ``(rows, books)``, not packed.
+def encode(table: Tensor, codebook: Tensor, num_codebooks: int) -> Tensor:
+    """Compute the codes of each row: uint8 ``(rows, num_codebooks)``, not packed.
 
     The first codes are greedy: each selects the entry nearest to the residual of the previous ones.
     Then each code in turn is selected again while the others are fixed, until no code changes. No
@@ -141,16 +141,16 @@ def encode(table: Tensor, codebook: Tensor, books: int) -> Tensor:
 
     Args:
         table: float ``(rows, dim)``.
-        codebook: ``(books * levels, dim)``.
-        books: number of codebooks.
+        codebook: ``(num_codebooks * levels, dim)``.
+        num_codebooks: number of codebooks.
     """
     rows = table.float()
-    codebooks = codebook.float().reshape(books, -1, codebook.shape[1])
+    codebooks = codebook.float().reshape(num_codebooks, -1, codebook.shape[1])
     residuals, codes = rows, []
     for book in codebooks:
         codes.append(nearest_entries(residuals, book))
         residuals = residuals - book[codes[-1]]
-    for _ in range(MAX_PASSES if books > 1 else 0):
+    for _ in range(MAX_PASSES if num_codebooks > 1 else 0):
         changed = False
         for number, book in enumerate(codebooks):
             others = torch.zeros_like(rows)
@@ -166,7 +166,7 @@ def encode(table: Tensor, codebook: Tensor, books: int) -> Tensor:
 
 
 def decode(codes: Tensor, codebook: Tensor) -> Tensor:
-    """Decode codes ``(*, books)`` to float32 weights ``(*, dim)``."""
+    """Decode codes ``(*, num_codebooks)`` to float32 weights ``(*, dim)``."""
     return codebook[entry_indices(codes, len(codebook))].float().sum(dim=-2)
 
 
@@ -176,30 +176,35 @@ def _compute_error(rows: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor
 
 
 @torch.library.custom_op("recpress::residual_codes", mutates_args=())
-def residual_codes(codes: Tensor, codebook: Tensor, ids: Tensor, books: int, width: int) -> Tensor:
+def residual_codes(
+    codes: Tensor, codebook: Tensor, ids: Tensor, num_codebooks: int, width: int
+) -> Tensor:
     """Look up rows of a stored table as float32 ``(*ids, dim)``.
 
-    ``codes`` are packed with ``width`` bits each, ``codebook`` is ``(books * levels, dim)``.
+    ``codes`` are packed with ``width`` bits each, ``codebook`` is ``(num_codebooks * levels,
+    dim)``.
     """
-    return decode(unpack(codes[ids], books, width), codebook)
+    return decode(unpack(codes[ids], num_codebooks, width), codebook)
 
 
 @residual_codes.register_fake
-def _(codes: Tensor, codebook: Tensor, ids: Tensor, books: int, width: int) -> Tensor:
+def _(codes: Tensor, codebook: Tensor, ids: Tensor, num_codebooks: int, width: int) -> Tensor:
     return codebook.new_empty((*ids.shape, codebook.shape[1]), dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.books, ctx.width = inputs
+    *tensors, ctx.num_codebooks, ctx.width = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _compute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebook, ids = ctx.saved_tensors
-    entry = entry_indices(unpack(codes[ids], ctx.books, ctx.width), len(codebook))  # (*ids, books)
+    entry = entry_indices(
+        unpack(codes[ids], ctx.num_codebooks, ctx.width), len(codebook)
+    )  # (*ids, num_codebooks)
     flat = grad.reshape(-1, codebook.shape[1])
     total = torch.zeros(codebook.shape, device=grad.device)
-    for indices in entry.reshape(-1, ctx.books).unbind(1):
+    for indices in entry.reshape(-1, ctx.num_codebooks).unbind(1):
         total.index_add_(0, indices, flat)
     return None, total.to(codebook.dtype), None, None, None
 

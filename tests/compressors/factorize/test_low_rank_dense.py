@@ -266,8 +266,8 @@ def test_later_steps_run_on_the_parts(tmp_path):
 def test_equalize_scales_between_parts_of_factored_layers(tmp_path):
     _, factored = factorize_reference(CHAIN, tmp_path, layers=("a", "b"))
     result = run(Equalize(), factored, CHAIN.bench(tmp_path / "data"), tmp_path / "equal")
-    # ``maker`` is the layer that outputs the scaled channels.
-    require_reason(result.plan.of("b.reduce").reasons[:1], "inputs_scaled", maker="a.expand")
+    # ``producer`` is the layer that outputs the scaled channels.
+    require_reason(result.plan.of("b.reduce").reasons[:1], "inputs_scaled", producer="a.expand")
     # float32 sums in another order
     assert relative_change_of_scores(factored, result, CHAIN) < 1e-4
 

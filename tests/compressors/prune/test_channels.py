@@ -1,7 +1,7 @@
 """``channels``: removed channels, the matching inputs of consumers, and channels that are kept.
 
-In the fields of reasons, a *maker* is the layer that outputs channels, a *reader* a consumer of
-them, and ``count`` a width that was tried.
+In the fields of reasons, ``producer`` is the layer that outputs channels, ``consumer`` a module
+that reads them, and ``count`` a width that was tried.
 """
 
 import hypothesis.strategies as st
@@ -208,12 +208,12 @@ def test_random_importance_depends_on_the_seed_only(tmp_path):
         (
             Reference(SoftmaxNet, SIGNATURE),
             "hidden",
-            Reason("mixed_before_reader", maker="hidden", reader="out"),
+            Reason("mixed_before_consumer", producer="hidden", consumer="out"),
         ),
         (
             Reference(ResidualSumNet, SIGNATURE),
             "hidden",
-            Reason("channels_reach_score", maker="hidden"),
+            Reason("channels_reach_score", producer="hidden"),
         ),
         (ATTENTION, "key", Reason("size_of_other", argument="dim", module="user")),
         (
@@ -335,7 +335,7 @@ def test_the_plan_has_a_reason_for_every_layer(tmp_path):
     assert reasons["left"] == (cut,)
     require_reason(reasons["again"], "inputs_follow")
     require_reason(reasons["again"], "fewer_channels", before=16, after=8)
-    assert reasons["out"] == (Reason("inputs_follow", makers=("deep",)),)
+    assert reasons["out"] == (Reason("inputs_follow", producers=("deep",)),)
     assert reasons["user"] == (Reason("wrong_role", step="channels", role="table"),)
     assert result.plan.of("user").steps == ()
 

@@ -1,6 +1,6 @@
 """``dimensions``: dropped dimensions of a table are replaced by their mean; importance scores.
 
-``variance`` weights all rows equally, ``traffic`` by their lookups. ``gradient`` estimates with
+``variance`` weights all rows equally, ``lookups`` by their lookups. ``gradient`` estimates with
 ``taylor`` how much the loss changes if a dimension is replaced by its mean.
 
 ``selection`` is the matrix of zeros and ones that puts the kept columns in their places; a table
@@ -73,7 +73,7 @@ def test_variance_importance_is_the_error_of_dropping_a_dimension(seed, rows, ke
     )
 
 
-def test_traffic_importance_weights_rows_by_lookups(tmp_path):
+def test_lookups_importance_weights_rows_by_lookups(tmp_path):
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
     counts = lookup_counts(source, bench, ["item"])["item"]
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_traffic_importance_weights_rows_by_lookups(tmp_path):
         weight[counts > 0, 2] = draw_normal(0, int((counts > 0).sum()), 1).squeeze(1)
         weight[counts == 0, 5] = 0.9 * draw_normal(1, int((counts == 0).sum()), 1).squeeze(1)
     assert bool((counts > 0).any())
-    for importance, expected_column in (("variance", 5), ("traffic", 2)):
+    for importance, expected_column in (("variance", 5), ("lookups", 2)):
         step = Dimensions(tables=("item",), keep=1, importance=importance)
         table = run(step, source, bench, tmp_path / importance).module.item
         assert table.projection.argmax() == expected_column
@@ -153,7 +153,7 @@ def test_dimensions_skips_a_table_that_would_grow(tmp_path):
     require_reason(result.plan.of("city").reasons, "not_smaller_composed", before=216, after=324)
 
 
-@pytest.mark.parametrize("importance", ["traffic", "gradient"])
+@pytest.mark.parametrize("importance", ["lookups", "gradient"])
 def test_data_driven_importance_requires_training_rows(importance, tmp_path):
     step = Dimensions(importance=importance)
     with raises_code(NothingToCompress, "rows_missing", missing=("train",)):

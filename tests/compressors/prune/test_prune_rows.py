@@ -2,7 +2,7 @@
 
 ``prune_rows`` keeps the important rows and gives all others a replacement row. ``tiers`` keeps all
 rows, in a table of often looked-up ("hot") rows and one of the others ("cold"). A row map has the
-position of each original row in the smaller table or tables. The importance ``traffic`` is the
+position of each original row in the smaller table or tables. The importance ``lookups`` is the
 number of lookups of a row in the training data.
 """
 
@@ -38,14 +38,14 @@ def importance_of_rows(tmp_path, importance: str) -> torch.Tensor:
     model, bench = RANKER.model(), RANKER.bench(tmp_path / "data")
     weight = model.module.item.weight.detach()
     match importance:
-        case "traffic":
+        case "lookups":
             return lookup_counts(model, bench, ["item"])["item"]
         case "norm":
             return weight.double().square().sum(dim=1)
     return (squared_gradients(model, bench, ["item"])["item"] * weight.square()).double().sum(dim=1)
 
 
-@pytest.mark.parametrize("importance", ["traffic", "norm", "gradient"])
+@pytest.mark.parametrize("importance", ["lookups", "norm", "gradient"])
 @pytest.mark.parametrize("replacement", ["shared", "zero", "nearest"])
 def test_the_most_important_rows_are_kept_bit_for_bit(importance, replacement, tmp_path):
     result, rows = prune_item_table(tmp_path, keep=0.2, importance=importance, pruned=replacement)
@@ -194,6 +194,6 @@ def test_a_table_whose_row_map_costs_more_than_pruning_saves_is_skipped(tmp_path
     require_reason(line.reasons, "row_map_too_large")
 
 
-def test_min_lookups_without_traffic_importance_raises_a_value_error():
-    with raises_value_error("min_lookups_without_traffic", importance="norm"):
+def test_min_lookups_without_importance_lookups_raises_a_value_error():
+    with raises_value_error("min_lookups_without_importance", importance="norm"):
         PruneRows(min_lookups=2, importance="norm")

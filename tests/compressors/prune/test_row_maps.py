@@ -18,11 +18,11 @@ from compressors.prune.tables.row_map import byte_planes, bytes_needed
     repeats=st.integers(1, 3),
     dtype=st.sampled_from([torch.int32, torch.int64]),
 )
-def test_kept_place_counts_kept_rows_from_0_and_pruned_rows_from_minus_1(kept, repeats, dtype):
+def test_kept_row_index_counts_kept_rows_from_0_and_pruned_rows_from_minus_1(kept, repeats, dtype):
     is_kept = torch.tensor(kept * repeats)
     rank_in_block, before = build_kept_map(is_kept)
     ids = torch.arange(len(is_kept), dtype=dtype)
-    position = torch.ops.recpress.kept_place(rank_in_block, before, ids)
+    position = torch.ops.recpress.kept_row_index(rank_in_block, before, ids)
     assert torch.equal(position[is_kept], torch.arange(int(is_kept.sum())))
     assert torch.equal(-1 - position[~is_kept], torch.arange(int((~is_kept).sum())))
     assert rank_in_block.nbytes + before.nbytes == len(is_kept) + 4 * -(-len(is_kept) // BLOCK)
@@ -45,7 +45,7 @@ def test_byte_planes_decode_to_the_encoded_positions(count, seed):
     expected = torch.cat([first_and_last, random_positions])
     planes = byte_planes(expected, count)
     ids = torch.arange(len(expected)).reshape(1, -1)
-    assert torch.equal(torch.ops.recpress.planned_place(planes, ids)[0], expected)
+    assert torch.equal(torch.ops.recpress.unique_row_index(planes, ids)[0], expected)
     assert planes.shape[1] == bytes_needed(count)
 
 
@@ -60,10 +60,10 @@ def test_row_map_ops_pass_opcheck():
     ids = torch.tensor([[0, 149], [7, 128]])
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.recpress.kept_place, (rank_in_block, before, ids), test_utils=tests
+        torch.ops.recpress.kept_row_index, (rank_in_block, before, ids), test_utils=tests
     )
     planes = byte_planes(torch.arange(300), 300)
-    torch.library.opcheck(torch.ops.recpress.planned_place, (planes, ids), test_utils=tests)
+    torch.library.opcheck(torch.ops.recpress.unique_row_index, (planes, ids), test_utils=tests)
 
 
 def test_select_highest_selects_the_first_of_equal_scores():

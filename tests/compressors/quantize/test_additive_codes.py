@@ -3,11 +3,11 @@
 Calls of ``fit`` have the positional arguments table, weight of each row, number of codebooks, and
 entries per codebook.
 
-Calls of ``encode`` have the table, the concatenated codebooks, the number of codebooks (``books``)
-and the width of the beam. The errors that ``fit`` returns are those of residual fitting, then of
-each round. ``shake`` is the noise added to the codebooks in the first round, in their standard
-deviations, and ``draws`` the number of fits, each with other noise. The weight of a row is its
-lookup count to the power ``traffic``; ``sensitive`` weights rows by gradients.
+Calls of ``encode`` have the table, the concatenated codebooks, the number of codebooks
+(``num_codebooks``) and the width of the beam. The errors that ``fit`` returns are those of residual
+fitting, then of each round. ``shake`` is the noise added to the codebooks in the first round, in
+their standard deviations, and ``draws`` the number of fits, each with other noise. The weight of a
+row is its lookup count to the power ``lookup_power``; ``sensitive`` weights rows by gradients.
 """
 
 import itertools
@@ -50,26 +50,28 @@ def error(table: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
     return squared_distance(table, decode(codes, codebook))
 
 
-@given(seed=st.integers(0, 10**6), books=st.integers(1, 3), rows=st.integers(1, 20))
-def test_encode_with_a_beam_of_all_sums_finds_the_smallest_error(seed, books, rows):
-    table, codebook = draw_normal(seed, rows, 5), draw_normal(seed + 1, books * 3, 5)
-    all_codes = torch.tensor(list(itertools.product(range(3), repeat=books)), dtype=torch.uint8)
-    sums = decode(all_codes, codebook)  # (3 ** books, dim)
+@given(seed=st.integers(0, 10**6), num_codebooks=st.integers(1, 3), rows=st.integers(1, 20))
+def test_encode_with_a_beam_of_all_sums_finds_the_smallest_error(seed, num_codebooks, rows):
+    table, codebook = draw_normal(seed, rows, 5), draw_normal(seed + 1, num_codebooks * 3, 5)
+    all_codes = torch.tensor(
+        list(itertools.product(range(3), repeat=num_codebooks)), dtype=torch.uint8
+    )
+    sums = decode(all_codes, codebook)  # (3 ** num_codebooks, dim)
     best = torch.cdist(table.double(), sums.double()).square().amin(dim=1)
-    result = error(table, encode(table, codebook, books, beam=3**books), codebook)
+    result = error(table, encode(table, codebook, num_codebooks, beam=3**num_codebooks), codebook)
     # float32 sums of squares of numbers near 1; two codes may have almost equal errors
     torch.testing.assert_close(result.double(), best, atol=1e-4, rtol=1e-4)
 
 
-@given(seed=st.integers(0, 10**6), books=st.integers(1, 4))
-def test_encode_with_a_beam_of_one_has_the_error_of_greedy_codes(seed, books):
-    table, codebook = draw_normal(seed, 15, 6), draw_normal(seed + 1, books * 4, 6)
+@given(seed=st.integers(0, 10**6), num_codebooks=st.integers(1, 4))
+def test_encode_with_a_beam_of_one_has_the_error_of_greedy_codes(seed, num_codebooks):
+    table, codebook = draw_normal(seed, 15, 6), draw_normal(seed + 1, num_codebooks * 4, 6)
     residual, greedy = table, []
-    for book in codebook.reshape(books, 4, 6):
+    for book in codebook.reshape(num_codebooks, 4, 6):
         greedy.append(nearest_entries(residual, book))
         residual = residual - book[greedy[-1]]
     expected = error(table, torch.stack(greedy, dim=1).to(torch.uint8), codebook)
-    result = error(table, encode(table, codebook, books, beam=1), codebook)
+    result = error(table, encode(table, codebook, num_codebooks, beam=1), codebook)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -192,10 +194,10 @@ def test_additive_codes_are_stored_as_residual_codes_with_the_expected_bytes(tmp
 def test_training_rows_are_required_only_for_lookup_counts_or_gradients(tmp_path):
     model, bench = RANKER.model(), RANKER.bench(tmp_path)
     bench_without_rows = Bench(signature=bench.signature)
-    for step in (AdditiveCodes(), AdditiveCodes(traffic=0), AdditiveCodes(sensitive=False)):
+    for step in (AdditiveCodes(), AdditiveCodes(lookup_power=0), AdditiveCodes(sensitive=False)):
         with raises_code(NothingToCompress, "rows_missing", missing=("train",)):
             run(step, model, bench_without_rows, tmp_path / "refused")
-    unweighted_step = AdditiveCodes(traffic=0, sensitive=False, rounds=1)
+    unweighted_step = AdditiveCodes(lookup_power=0, sensitive=False, rounds=1)
     packed = run(unweighted_step, model, bench_without_rows, tmp_path / "out")
     assert not any(isinstance(part, nn.Embedding) for part in packed.module.modules())
 

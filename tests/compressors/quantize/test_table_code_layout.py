@@ -1,7 +1,7 @@
 """Tables with codebooks: layout, bytes, lookups and gradients.
 
-``books`` is the number of codebooks, ``levels`` the entries of each, and ``width`` the bits of a
-stored code. Codebooks take at most ``codebook_share`` of the table's float32 bytes.
+``num_codebooks`` is the number of codebooks, ``levels`` the entries of each, and ``width`` the bits
+of a stored code. Codebooks take at most ``codebook_share`` of the table's float32 bytes.
 """
 
 from collections.abc import Mapping
@@ -39,11 +39,11 @@ def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
         name: (spec.shape, spec.dtype) for name, spec in layout.items()
     }
     width = step.storage.width(*table.shape, step.settings())
-    books, count = 1, table.shape[1]
+    num_codebooks, count = 1, table.shape[1]
     if step.kind != "kmeans":
-        books = count = step.storage.shape(*table.shape, step.settings()).num_codebooks
+        num_codebooks = count = step.storage.shape(*table.shape, step.settings()).num_codebooks
     codes = unpack(tensors["codes"], count, width)
-    assert int(codes.max()) < len(tensors["codebook"]) // books
+    assert int(codes.max()) < len(tensors["codebook"]) // num_codebooks
 
 
 @pytest.mark.parametrize(
@@ -72,16 +72,16 @@ def test_stored_bytes_are_the_bytes_of_padded_codes_scales_and_codebooks(step, s
 @given(
     rows=st.integers(1, 10**9),
     dim=st.integers(1, 200),
-    books=st.integers(1, 16),
+    num_codebooks=st.integers(1, 16),
     bits=st.integers(1, 8),
     share=st.floats(0.01, 1),
 )
 def test_codebooks_take_no_more_than_their_share_unless_they_have_two_entries(
-    rows, dim, books, bits, share
+    rows, dim, num_codebooks, bits, share
 ):
     for step in (
-        ProductCodes(parts=books, bits=bits, codebook_share=share),
-        ResidualCodes(codebooks=books, bits=bits, codebook_share=share),
+        ProductCodes(parts=num_codebooks, bits=bits, codebook_share=share),
+        ResidualCodes(codebooks=num_codebooks, bits=bits, codebook_share=share),
     ):
         shape = step.storage.shape(rows, dim, step.settings())
         size = shape.num_codebooks * shape.levels * shape.dim * 4
@@ -178,11 +178,11 @@ def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, 
     if step.kind == "kmeans":
         scale = tensors.get("scale")
         return ops.kmeans_table, (tensors["codes"], tensors["codebook"], scale, ids, dim, width)
-    books = step.storage.shape(rows, dim, step.settings()).num_codebooks
+    num_codebooks = step.storage.shape(rows, dim, step.settings()).num_codebooks
     common_arguments = (tensors["codes"], tensors["codebook"], ids)
     if step.kind == "product_codes":
-        return ops.product_codes, (*common_arguments, dim, books, width)
-    return ops.residual_codes, (*common_arguments, books, width)
+        return ops.product_codes, (*common_arguments, dim, num_codebooks, width)
+    return ops.residual_codes, (*common_arguments, num_codebooks, width)
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def lookup_in_torch(
         return result * tensors["scale"].float()[ids] if "scale" in tensors else result
     shape = step.storage.shape(rows, dim, step.settings())
     codes = unpack(tensors["codes"], shape.num_codebooks, width)[ids].long()
-    books = codebook.reshape(shape.num_codebooks, shape.levels, shape.dim)
-    entries = [books[index][codes[..., index]] for index in range(shape.num_codebooks)]
+    codebooks = codebook.reshape(shape.num_codebooks, shape.levels, shape.dim)
+    entries = [codebooks[index][codes[..., index]] for index in range(shape.num_codebooks)]
     if step.kind == "residual_codes":
         return torch.stack(entries).sum(dim=0)
     widths = product_codes.part_widths(dim, step.parts)

@@ -3,8 +3,8 @@
 A layer is *fixed* if its weights must not change, for example because other code reads them.
 
 A consumer is a layer that reads the output of another one; ``Consumer`` has its name and the
-operators between the two layers. Reasons call it a *reader*; the code ``reader_closed`` means that
-the reader is fixed. Packed layers have integer codes in place of weights.
+operators between the two layers. The reason ``consumer_fixed`` means that the consumer is fixed.
+Packed layers have integer codes in place of weights.
 """
 
 from collections.abc import Callable
@@ -83,7 +83,7 @@ def test_a_layer_without_consumers_has_a_reason_that_names_the_operator():
     assert flow.reasons["c"] == Reason("output_enters", operator="gelu")
     assert flow.reasons["d"] == Reason("output_enters", operator="tanh")
     called_again = Reason("called_again")
-    assert flow.reasons["e"] == Reason("reader_closed", reader="called_twice", why=called_again)
+    assert flow.reasons["e"] == Reason("consumer_fixed", consumer="called_twice", why=called_again)
     assert dataflow_of(RANKER).reasons["capped"] == Reason("output_enters", operator="relu6")
 
 

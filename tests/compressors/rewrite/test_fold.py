@@ -1,8 +1,8 @@
 """``fold``: folded norms, removed dead channels, and reported columns with only zero weights.
 
 A channel is dead if its output is constant or multiplied by zero weights only. The plan line
-``(other)`` is for tensors that belong to no table or dense layer. In the fields of reasons, a
-*maker* outputs channels, and a *reader* consumes them.
+``(other)`` is for tensors that belong to no table or dense layer. In the fields of reasons,
+``producer`` outputs channels, and ``consumer`` reads them.
 """
 
 import copy
@@ -188,7 +188,7 @@ def test_dead_channels_are_removed_and_their_constant_output_is_kept(tmp_path):
     hidden = result.plan.of("hidden").reasons
     require_reason(hidden, "dead_channels", count=3, channels=12, width="width")
     assert result.plan.of("out").reasons == (
-        Reason("dead_inputs", step="fold", makers=("hidden",)),
+        Reason("dead_inputs", step="fold", producers=("hidden",)),
     )
     before = scores_of(source.private(), NORMED)
     assert (scores_of(result, NORMED) - before).abs().max() <= float32_rounding(before)
@@ -277,7 +277,7 @@ def test_a_norm_whose_statistics_other_code_reads_is_kept(tmp_path):
         fold_reference(reference, tmp_path)
     reason = Reason("weight_read_elsewhere")
     assert caught.value.fields["reasons"]["hidden"] == HasReason(
-        "reader_closed", reader="norm", why=reason
+        "consumer_fixed", consumer="norm", why=reason
     )
 
 

@@ -4,8 +4,8 @@ The range of a channel is its largest absolute value. With ``search``, the stren
 each layer is searched for the smallest int8 error. The int8 loss is the change of scores by int8,
 see ``int8_loss``.
 
-In the fields of reasons, a *maker* outputs channels, and a *reader* consumes them. The code
-``reader_closed`` means that the weights of the reader must not change.
+In the fields of reasons, ``producer`` outputs channels, and ``consumer`` reads them. The reason
+``consumer_fixed`` means that the weights of the consumer must not change.
 """
 
 from pathlib import Path
@@ -133,8 +133,8 @@ def test_equalize_converges_in_a_chain_in_which_a_layer_is_producer_and_consumer
         # at convergence each factor, a square root, is within CONVERGED of 1
         torch.testing.assert_close(output_ranges, input_ranges, rtol=4 * CONVERGED, atol=0)
     assert result.plan.of("b").reasons == (
-        Reason("inputs_scaled", step="equalize", maker="a"),
-        Reason("outputs_scaled", step="equalize", readers=("c", "d")),
+        Reason("inputs_scaled", step="equalize", producer="a"),
+        Reason("outputs_scaled", step="equalize", consumers=("c", "d")),
     )
 
 
@@ -143,13 +143,15 @@ def test_layers_that_equalize_skips_have_a_reason(tmp_path):
     plan = run(Equalize(), CHAIN.model(), bench, tmp_path / "out").plan
     called_again = Reason("called_again")
     assert plan.of("e").reasons == (
-        Reason("reader_closed", reader="called_twice", why=called_again),
+        Reason("consumer_fixed", consumer="called_twice", why=called_again),
     )
     assert plan.of("weight_read").reasons == (Reason("weight_read_elsewhere"),)
     assert plan.of("out").reasons == (Reason("output_enters", operator="squeeze"),)
     with raises_code(NothingToCompress, "units_missing") as caught:
         run(Equalize(), NORMED.model(), NORMED.bench(tmp_path / "n"), tmp_path / "n/out")
-    assert caught.value.fields["reasons"]["hidden"] == (Reason("reader_is_norm", reader="norm"),)
+    assert caught.value.fields["reasons"]["hidden"] == (
+        Reason("consumer_is_norm", consumer="norm"),
+    )
 
 
 def test_equalize_changes_only_layers_that_match_the_patterns(tmp_path):

@@ -163,7 +163,7 @@ def unpack_codes(codes: Any, ids: Any, count: int, width: int) -> Any:
     return drop_padding(op.Cast(values, to=INT32), count, width)
 
 
-def planned_place(planes: Any, ids: Any) -> Any:
+def unique_row_index(planes: Any, ids: Any) -> Any:
     """Build the stored row's number of each id from the bytes that a row map has for the id.
 
     A row map belongs to a table in which several ids share a row. ``planes`` has the bytes.
@@ -172,7 +172,7 @@ def planned_place(planes: Any, ids: Any) -> Any:
     return integers_from_bytes(op.Cast(op.Gather(planes, ids, axis=0), to=INT64), count)
 
 
-def kept_place(within: Any, before: Any, ids: Any) -> Any:
+def kept_row_index(within: Any, before: Any, ids: Any) -> Any:
     """Build the index of each id's row in a part of a pruned table; see ``position_from_rank``.
 
     ``within`` has the rank of each row in its block, ``before`` the kept rows before each block.
@@ -193,7 +193,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         OPS.float16_product.default: float16_product,
         **codebook_translations(unpack_codes),
         OPS.merged_codes.default: unpack_codes,
-        OPS.planned_place.default: planned_place,
-        OPS.kept_place.default: kept_place,
+        OPS.unique_row_index.default: unique_row_index,
+        OPS.kept_row_index.default: kept_row_index,
         OPS.divided_by.default: divided_by,
     }

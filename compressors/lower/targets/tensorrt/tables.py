@@ -134,7 +134,7 @@ def float8_e4m3_table(codes: Any, scale: Any, ids: Any, rows_per_scale: int) -> 
     return apply_scales(rows, scale, None, ids, rows_per_scale)
 
 
-def planned_place(planes: Any, ids: Any) -> Any:
+def unique_row_index(planes: Any, ids: Any) -> Any:
     """Build the stored row's number of each id from the bytes that a row map has for the id.
 
     A row map belongs to a table in which several ids share a row. ``planes`` has the bytes.
@@ -142,7 +142,7 @@ def planned_place(planes: Any, ids: Any) -> Any:
     return integers_from_bytes(_gather_integers(planes, ids), int(planes.shape[1]))
 
 
-def kept_place(within: Any, before: Any, ids: Any) -> Any:
+def kept_row_index(within: Any, before: Any, ids: Any) -> Any:
     """Build the position of each id's row in a pruned table; see ``position_from_rank``.
 
     ``within`` has the rank of each row in its block, ``before`` the kept rows before each block.
@@ -211,7 +211,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         OPS.float16_table.default: gather_short_floats,
         OPS.float16_product.default: float16_product,
         **codebook_translations(unpack_codes),
-        OPS.planned_place.default: planned_place,
-        OPS.kept_place.default: kept_place,
+        OPS.unique_row_index.default: unique_row_index,
+        OPS.kept_row_index.default: kept_row_index,
         OPS.divided_by.default: divided_by,
     }
