@@ -117,12 +117,12 @@ class StepRefused(CompressionError):
         "recalibrated_already": "{step!r} was already applied ({method}). Keep only the last "
         "of the two steps.",
         "slope_not_positive": (
-            "'recalibrate' finds no increasing map: the best slope of the logit on the "
+            "'recalibrate' finds no increasing calibration map: the best slope of the logit on the "
             "validation rows is {slope:.3g}. The model orders these rows no better than "
             "chance; check their labels."
         ),
         "slope_not_positive_without_offset": (
-            "'recalibrate' finds no increasing map without an offset: the best slope of "
+            "'recalibrate' finds no increasing calibration map without an offset: the best slope of "
             "the logit on the validation rows is {slope:.3g}. Try 'platt' or 'best'."
         ),
         "scores_equal": (
@@ -131,7 +131,7 @@ class StepRefused(CompressionError):
         ),
         "attribute_taken": (
             "{architecture} has an attribute {name!r}, the name that recpress gives to the "
-            "map of its output. Rename the attribute in the class."
+            "calibration map. Rename the attribute in the class."
         ),
     }
 
@@ -217,7 +217,7 @@ class DistillationRefused(CompressionError):
             "front of the recipe."
         ),
         "already_recalibrated": (
-            "'distill' into a smaller student must come before 'recalibrate', whose map "
+            "'distill' into a smaller student must come before 'recalibrate', whose calibration map "
             "fits only the network on which it was fitted. Move 'recalibrate' to the end "
             "of the recipe."
         ),
