@@ -1,15 +1,14 @@
 """What do the presets change in the reference models?
 
-Trains each model of ``examples/`` with several seeds, compresses it with presets, and prints the
+Trains each model of ``examples/`` with several seeds, packs its draft (the folder that becomes a
+bundle), compresses it with presets, and prints the
 bytes served, the change of its quality metrics on test rows, and the ratio of median latencies, all
 against the uncompressed model in ONNX Runtime with one thread. Changes are means over the seeds ±
 half the width of their 95 % interval (Student's t); other values are means.
 
     python -m benchmarks.reference_models din --seeds 5 [--presets fast small] [--data FOLDER]
 
-Drafts, stores and registries of the runs stay in ``--cache``; runs that are there are not repeated.
-
-A draft is the folder that becomes a bundle when it is packed.
+Drafts, stores and registries stay in ``--cache``; finished runs in it are not repeated.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from examples.public_data import DATA_VARIABLE
 from infra.settings import load_settings
 
 BATCHES = (1, 64, 1024)
-"""Rows per call for which an order measures latency."""
+"""Rows per call for which latency is measured."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class ReferenceModel:
     Attributes:
         script: module and arguments of its training script, without the folder.
         bundle: name of the bundle that the script writes.
-        metrics: quality metrics to print; the first one is that of the limit.
+        metrics: quality metrics to print; the first one is used in ``--limit``.
     """
 
     script: tuple[str, ...]
@@ -75,7 +74,7 @@ MODELS: Mapping[str, ReferenceModel] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What one order measured.
+    """What one run of ``recpress compress`` measured.
 
     Attributes:
         baseline: values of the uncompressed model, by metric.
@@ -103,7 +102,7 @@ def run_recpress(home: Path, *arguments: str) -> str:
 
 
 def train_and_pack(model: ReferenceModel, seed: int, folder: Path) -> None:
-    """Train the network of a seed and pack it, unless ``folder`` has it already."""
+    """Train the network with a seed and pack it, unless ``folder`` has it already."""
     if (folder / "packed").exists():
         return
     module, *arguments = model.script
@@ -128,6 +127,7 @@ def compress(model: ReferenceModel, preset: str, folder: Path) -> Result:
         if found is None:
             sys.exit(f"Expected the address of a report, got:\n{output}")
         path.write_text((Path(unquote(found[1])) / "report.json").read_text())
+    # ``numbers``: the compressed model; ``baseline``: the uncompressed one. Both have ``numbers``.
     measurement = json.loads(path.read_text())["measurement"]
 
     # ``against``: "absolute" for values, "baseline" for changes from the uncompressed model.

@@ -115,9 +115,9 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     code is:
 
     - 0 if ``work`` returns; the response is its result;
-    - 2 if it raises ``Refused``; the response contains code and fields of a ``BuildRefused``. An
-      error of another class is converted to one with the code ``request_refused``, whose field
-      ``problem`` is the sentence of the error;
+    - 2 if it raises ``Refused``; the response contains code and fields of a ``BuildRefused``. If
+      the error is another subclass of ``Refused``, the code is ``request_refused`` and the field
+      ``problem`` its sentence;
     - 3 if memory is exhausted; the response contains code and fields of an ``OutOfMemory``;
     - 1 after any other exception; its traceback is in the log, and there is no response.
 

@@ -81,7 +81,7 @@ def build(
                         module=table.module,
                         rows=table.rows,
                         initializers=table.names,
-                        rows_per_entry=table.every,  # of each stored tensor, such as scales
+                        rows_per_entry=table.rows_per_entry,  # of each stored tensor
                         multiplied=table.multiplied,  # not only looked up in
                     )
                     for table in graph.tables

@@ -43,7 +43,7 @@ MODULES = (
 """The modules that define error classes with codes."""
 
 
-class Text:
+class TextMatching:
     """Equal to a text that matches a pattern, and to a sequence with at least one such text."""
 
     def __init__(self, pattern: str) -> None:
@@ -57,7 +57,7 @@ class Text:
         return hash(self.pattern)
 
     def __repr__(self) -> str:
-        return f"Text({self.pattern!r})"
+        return f"TextMatching({self.pattern!r})"
 
 
 class HasReason:

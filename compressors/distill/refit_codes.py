@@ -7,13 +7,13 @@ new codes are selected, so that each row is near the minimum of a quadratic appr
 loss (``code_reassignment.py``). Its curvature is computed from squared gradients, the diagonal of
 the empirical Fisher matrix.
 
-Sources: Stock et al. 2020, https://arxiv.org/abs/1907.05686 (codebooks trained with the original
-as teacher); Malinovskii et al. 2024, https://arxiv.org/abs/2405.14852 (alternating codes and
-codebooks, few codes at a time).
-Differs: codes are selected by a second-order approximation of the loss, which needs no rows of the
-original table. Of the rows whose new codes would decrease the approximated loss, the ``share`` with
-the largest decrease gets them, provided that the measured loss decreases too. The result is the
-state with the best validation metric, which may be the initial state.
+Sources: Stock et al. 2020, https://arxiv.org/abs/1907.05686 (codebooks trained with the original as
+teacher); Malinovskii et al. 2024, https://arxiv.org/abs/2405.14852 (alternating codes and
+codebooks, few codes at a time). Differs: codes are selected by a second-order approximation of the
+loss, which needs no rows of the original table. Rows are ranked by how much new codes would
+decrease the approximated loss. The first ``share`` of them receives new codes, if the measured loss
+decreases too. The result is the state with the best validation metric, which may be the initial
+state.
 """
 
 import logging
@@ -77,8 +77,8 @@ class RefitCodes(StepSettings):
         1.0,
         ge=0,
         le=1,
-        description="Share of the rows with better codes that get them in a round; fewer rows are "
-        "tried if the loss does not decrease. 0: train only codebooks and scales.",
+        description="Of the rows for which better codes are found, the share that receives them in "
+        "a round; fewer if the loss does not decrease. 0: train only codebooks and scales.",
     )
     dense: bool = Field(False, description="Train dense layers too.")
     soft_share: float = Field(

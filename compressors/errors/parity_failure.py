@@ -1,6 +1,7 @@
 """Details of a failed parity check, for the error ``ParityLost``.
 
-A parity check compares the scores of an exported graph with those of the torch module.
+A parity check compares the scores of an exported graph with those of the torch module from which it
+was exported (*the module*).
 """
 
 from collections.abc import Mapping
@@ -13,20 +14,21 @@ class TensorDifference:
     """The first tensor of a graph whose values differ from the module's.
 
     Attributes:
-        name: the tensor's name in the graph, which is that of the node in the traced program.
+        name: the tensor's name in the graph, which the node of the torch.export program has, too.
         operator: the ONNX operator that computes the tensor.
-        module: attribute path of the submodule that computes the tensor; empty for the network.
-        source: file, line and code in the network; empty if only libraries call the operator.
+        submodule: attribute path of the submodule that computes the tensor; empty for the module.
+        source: file, line and code of the module's class; empty if only libraries call the
+            operator.
         place: index at which the difference is largest.
         expected: the module's value at that index.
         found: the graph's value at that index.
-        is_clear: True if the difference is larger than the graph's formats explain. False if no
-            tensor has such a difference; then this is the tensor that differs most.
+        is_clear: True if the difference is larger than the rounding of the target's number formats.
+            False if no tensor has such a difference, and this is the one that differs most.
     """
 
     name: str
     operator: str
-    module: str
+    submodule: str
     source: str
     place: tuple[int, ...]
     expected: float
@@ -35,7 +37,7 @@ class TensorDifference:
 
     def __str__(self) -> str:
         label = "First tensor that differs" if self.is_clear else "Tensor that differs most"
-        module = f" of {self.module!r}" if self.module else ""
+        module = f" of {self.submodule!r}" if self.submodule else ""
         source = f", {self.source}" if self.source else ""
         place = f"[{', '.join(map(str, self.place))}]"
         return (
@@ -56,7 +58,7 @@ class ParityFailure:
     Attributes:
         code: ``parity_shape``: the outputs have different shapes; ``parity_nan``: NaN is in
             different rows; ``parity_limit``: a difference exceeds its limit; ``parity_operator``:
-            an operator gives another result for the same inputs; ``parity_batch``: the
+            an operator gives another result than torch for the same inputs; ``parity_batch``: the
             score of a row depends on the batch; ``parity_run``: the graph does not run.
         target: name of the serving target for which the graph was exported.
         graph: name of the graph.
@@ -68,19 +70,20 @@ class ParityFailure:
         expected: the module's score of that row, or the component of its vector; for
             ``parity_batch`` the score in a large batch.
         found: the graph's score of that row; for ``parity_batch`` the score in a small batch.
-        measured: the differences by name, in the order of ``limits``.
-        limits: the largest allowed differences by name.
+        measured: the differences by the names of ``limits``.
+        limits: the largest allowed differences: ``largest`` for ``parity_operator`` and
+            ``parity_batch``, and names such as ``root mean square`` for ``parity_limit``.
         spread: standard deviation of the module's scores.
-        by_rounding: root mean square of the changes of the module's scores by rounding errors, if
-            these were measured, for ``parity_limit``.
+        by_rounding: root mean square of how much rounding errors change the module's scores; 0 if
+            it was not measured. For ``parity_limit``.
         shapes: shapes of the module's and the graph's output.
-        side: ``network`` or ``graph``: which of them has scores that depend on the batch, for
-            ``parity_batch``.
+        side: ``network`` (the module) or ``graph``: which of them has scores that depend on the
+            batch, for ``parity_batch``.
         reason: the runtime's error message, for ``parity_run``.
         rows: number of compared rows.
         tensor: the first tensor that differs.
-        is_exported_wrong: whether the program that torch.export traced already differs from the
-            module, so that the tracing is the cause, not an operator of the graph.
+        is_exported_wrong: whether the program of torch.export already differs from the module; then
+            tracing is the cause, not an operator of the graph.
     """
 
     code: ParityCode

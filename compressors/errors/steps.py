@@ -122,8 +122,8 @@ class StepRefused(CompressionError):
             "chance; check their labels."
         ),
         "slope_not_positive_without_offset": (
-            "'recalibrate' finds no increasing calibration map without an offset: the best slope of "
-            "the logit on the validation rows is {slope:.3g}. Try 'platt' or 'best'."
+            "'recalibrate' finds no increasing calibration map without an offset: the best slope "
+            "of the logit on the validation rows is {slope:.3g}. Try 'platt' or 'best'."
         ),
         "scores_equal": (
             "'recalibrate' by isotonic regression needs rows with different scores; all "
@@ -217,8 +217,8 @@ class DistillationRefused(CompressionError):
             "front of the recipe."
         ),
         "already_recalibrated": (
-            "'distill' into a smaller student must come before 'recalibrate', whose calibration map "
-            "fits only the network on which it was fitted. Move 'recalibrate' to the end "
-            "of the recipe."
+            "'distill' into a smaller student must come before 'recalibrate', whose calibration "
+            "map fits only the network on which it was fitted. Move 'recalibrate' to the end of "
+            "the recipe."
         ),
     }

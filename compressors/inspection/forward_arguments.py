@@ -1,4 +1,8 @@
-"""Find how a network's method receives its inputs, and which columns fill each of them."""
+"""Find how a network's method receives its inputs, and which columns fill each of them.
+
+A *companion* of an argument with lists is another argument that is computed from the lists: their
+offsets, lengths, mask or positions (its *role*).
+"""
 
 import fnmatch
 import inspect
@@ -51,7 +55,7 @@ class Argument:
     mask_dtype: MaskType = "float32"
 
     @property
-    def companions(self) -> tuple[str, ...]:
+    def padding_companions(self) -> tuple[str, ...]:
         """The arguments with the mask, lengths and positions of padded lists, if there are any.
 
         ``offsets`` does not count, since concatenated lists have no padding.
@@ -76,9 +80,7 @@ class Layout:
     arguments: tuple[Argument, ...]
 
 
-# A *companion* of an argument with lists is another argument that is computed from the lists: their
-# offsets, lengths, mask or positions (its *role*). A user declares one as lengths(history), for
-# example.
+# How a user declares a companion, for example lengths(history).
 _DECLARED_COMPANION = re.compile(r"(lengths|mask|positions|positions_from_1)\((\w+)\)")
 
 # Usual names of companions by role, with the name of the argument with lists in place of {}. The
@@ -126,7 +128,7 @@ def layouts(
     parameters = _read_parameters(network, method)
     keywords, mapping = Call(method, "keywords"), Call(method, "mapping")
     required = [name for name, parameter in parameters.items() if _is_required(parameter)]
-    # A network with an optional argument for the labels computes its loss; scoring needs none.
+    # An optional argument for labels only serves to compute the loss, so scoring leaves it out.
     columns_of: dict[str, tuple[str, ...]] = {
         name: (name,)
         for name in parameters
@@ -139,7 +141,11 @@ def layouts(
     companions_of = {
         name: {
             **_find_companions(name, parameters, {*columns_of, *declared}, only=len(lists) == 1),
-            **{role: argument for argument, (role, of) in declared.items() if of == name},
+            **{
+                role: argument
+                for argument, (role, lists_name) in declared.items()
+                if lists_name == name
+            },
         }
         for name in lists
     }
@@ -194,7 +200,7 @@ def _list_arguments_of_mapping(
         sample: the columns of the data.
     """
     lists = [name for name, columns in columns_of.items() if _is_list(columns, sample)]
-    of_lists = {
+    companion_roles = {
         argument: ("lengths", name)
         for name in reversed(lists)
         for argument, columns in columns_of.items()
@@ -205,15 +211,19 @@ def _list_arguments_of_mapping(
             name,
             columns,
             sample,
-            {role: argument for argument, (role, of) in of_lists.items() if of == name},
+            {
+                role: argument
+                for argument, (role, lists_name) in companion_roles.items()
+                if lists_name == name
+            },
         )
         for name, columns in columns_of.items()
-        if name not in of_lists
+        if name not in companion_roles
     )
 
 
 def _are_lengths(column: SampleColumn, lists: SampleColumn) -> bool:
-    """Return whether integers are the lengths of lists, which have different lengths."""
+    """Return whether integers are the lengths of lists. False if all lists have one length."""
     if column.kind != "integer" or lists.shortest == lists.longest:
         return False
     pairs = zip(column.values, lists.values, strict=True)
@@ -226,7 +236,7 @@ def _find_described_matrix(
 ) -> Argument | None:
     """Return the matrix whose columns the attribute ``feature_index`` describes.
 
-    Models of DeepCTR-Torch have it: the first column of each feature, and the one after its last.
+    DeepCTR-Torch sets it to ``{feature: (first column, last column + 1)}``.
 
     Raises:
         InspectionFailed: the data has no column for a feature.

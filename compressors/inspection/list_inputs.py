@@ -1,4 +1,9 @@
-"""Find how a network treats the lists of one column: their padding, and the order of their ids."""
+"""Find how a network treats the lists of one column: their padding, and the order of their ids.
+
+A padded bag (``PaddedBag``) has lists that are padded on the right to one fixed length, a sequence
+lists that are padded to the longest list of a batch, and a jagged bag concatenated lists with
+offsets.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,8 +37,8 @@ class ListCall:
     Attributes:
         network: the network.
         call: how it is called with the tensors.
-        arguments: the argument that the lists fill, and after it those with lists of the same
-            lengths, which are always padded alike.
+        arguments: first the argument to describe, then the arguments whose lists have the same
+            lengths; all are padded together.
         sample: the sampled columns.
         tensors: all input tensors.
         lookups: the lookups of the call with ``tensors``.
@@ -103,8 +108,9 @@ def describe_list(
 ) -> tuple[PaddedBag | JaggedBag | SequenceInput, str]:
     """Return the input of an argument that one column of lists fills, and the reason for its kind.
 
-    A network that gives the same scores with more padding receives a sequence, or a padded bag
-    if the order of the ids does not matter either. Otherwise all lists must have one length.
+    If all lists have one length, the input is a padded bag. Otherwise padding must not change the
+    outputs: the input is a padded bag if the order of the ids does not matter either, and else a
+    sequence. Concatenated lists are a jagged bag.
 
     Args:
         lists: the call of the network.
@@ -126,7 +132,7 @@ def describe_list(
         return JaggedBag(**common, shape=(longest,)), "concatenated lists with offsets"
     bag = PaddedBag(**common, shape=(longest,), padding_id=padding_id)
     # ``companions`` are the mask, lengths and positions that accompany the lists.
-    if column.shortest == column.longest and not argument.companions:
+    if column.shortest == column.longest and not argument.padding_companions:
         return bag, f"every list has {longest} ids"
     side = _find_padding_side(lists, padding_id)
     if side is None:
@@ -137,7 +143,7 @@ def describe_list(
             longest=column.longest,
             padding_id=padding_id,
         )
-    is_alone = len(lists.arguments) == 1 and not argument.companions
+    is_alone = len(lists.arguments) == 1 and not argument.padding_companions
     if side == "right" and is_alone and _is_unordered(lists, padding_id):
         return bag, "the order of the ids does not change the output"
     first_position = _find_first_position(lists)
@@ -175,7 +181,7 @@ def _find_padding_side(lists: ListCall, padding_id: int) -> Padding | None:
 
 
 def _shorten_lists(lists: ListCall, length: int) -> Sample:
-    """Return the sample with at most so many ids in each list of the described arguments."""
+    """Return the sample with at most ``length`` ids in each list of the described arguments."""
     columns = [lists.sample[argument.columns[0]] for argument in lists.arguments]
     shortened = {
         column.name: replace(column, values=tuple(values[:length] for values in column.values))

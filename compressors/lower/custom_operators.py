@@ -1,9 +1,9 @@
 """The custom PyTorch ops of recpress; importing this file registers all of them.
 
-The import of a module that defines an op registers it, and the targets' translations refer to the
-ops of all formats. The registries import the modules of all methods, formats and compositions (ways
-to build a table from smaller ones). The ops of merged tables, which only lowered graphs contain,
-are imported here.
+A module registers its ops when it is imported, and the targets' translations refer to the ops of
+all formats. ``core/registries.py`` imports the modules of all methods, formats and compositions
+(ways to build a table from smaller ones). The ops of merged tables, which only lowered graphs
+contain, are imported here.
 """
 
 import torch

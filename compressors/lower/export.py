@@ -38,7 +38,7 @@ from compressors.lower.graph_builders import (
 from compressors.lower.merged.merged_tables import MergedTable
 from compressors.lower.passes.simplify import simplify
 from compressors.lower.passes.strip_metadata import StripMetadata
-from compressors.lower.passes.table_reads import depends_on_request, is_multiplied
+from compressors.lower.passes.table_reads import depends_on_request, is_used_in_matmul
 from compressors.lower.serving_wrapper import (
     ServedGraph,
     ServingWrapper,
@@ -49,10 +49,12 @@ from compressors.lower.serving_wrapper import (
 from compressors.lower.targets.registry import lowering_target
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
-MERGED_ELEMENTS = 1024  # the optimizer merges equal initializers up to this many elements
+DEDUPLICATED_ELEMENTS = (
+    1024  # the optimizer removes copies of equal initializers up to this many elements
+)
 EXTERNAL_BYTES = 2**29  # more weights are stored outside the .onnx file (protobuf limit: 2 GiB)
 TRACE_ROWS = 3  # batch size of the example inputs
-SHORT_TYPES = {  # of stored weights: folding a Cast of such a weight would store it as float32
+SHORT_TYPES = {  # types of stored weights; if their Cast were folded, they would become float32
     ir.DataType.FLOAT16,
     ir.DataType.BFLOAT16,
     ir.DataType.UINT8,
@@ -65,7 +67,8 @@ class Lowered:
     """The result of an export.
 
     Attributes:
-        wrapper: the PyTorch module with which the graph's scores are compared.
+        wrapper: the PyTorch module with which the graph's scores are compared, without the merged
+            lookups of the exported one.
         tables: the names of the stored tensors of each table, except tables whose looked-up rows
             are the same for every request.
         layers: the names of the stored weights of each packed dense layer.
@@ -111,7 +114,7 @@ def lower(
     packed = _collect_packed_weights(wrapper, program.model.graph)
     small_before = _describe_small_initializers(program.model.graph)
     simplify(program.model, _may_fold)
-    new_names = _map_merged_names(small_before, program.model.graph)
+    new_names = _map_deduplicated_names(small_before, program.model.graph)
     packed = tuple(
         replace(tensor, name=new_names.get(tensor.name, tensor.name)) for tensor in packed
     )
@@ -255,7 +258,7 @@ def _may_fold(node: ir.Node) -> bool | None:
 def _is_shared_weight(value: ir.Value) -> bool:
     """Return whether a value is a large initializer that more than one operator reads."""
     stored = value.const_value if value.is_initializer() else None
-    return stored is not None and stored.size > MERGED_ELEMENTS and len(value.uses()) > 1
+    return stored is not None and stored.size > DEDUPLICATED_ELEMENTS and len(value.uses()) > 1
 
 
 @dataclass(frozen=True)
@@ -279,7 +282,8 @@ def _collect_packed_weights(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_
         if not isinstance(module, PackedTable | PackedLinear):
             continue
         stored = list(module.buffers())
-        if isinstance(module, PackedLinear):  # a bias may be exported in another type
+        if isinstance(module, PackedLinear):
+            # Only the codes, which are first: scale and bias may be exported in another type.
             stored = stored[:1]
         for tensor in stored:
             name = next((n for n in names[id(tensor)] if n in graph.initializers), None)
@@ -300,7 +304,9 @@ def _collect_layer_initializers(
     modules = {name.removeprefix("model."): module for name, module in wrapper.named_modules()}
     result = []
     for weight in packed:
-        layer = modules.get(weight.module)  # None for merged tables, whose name lists several
+        layer = modules.get(
+            weight.module
+        )  # None for a merged table, whose name is a list of tables
         if isinstance(layer, PackedLinear):
             stays_packed = lowering_target(target).stays_packed(layer)
             result.append(
@@ -339,21 +345,25 @@ def _describe_small_initializers(graph: ir.Graph) -> dict[str, tuple[object, ...
     return {
         name: (value.const_value.dtype, tuple(value.const_value.shape), value.const_value.tobytes())
         for name, value in graph.initializers.items()
-        if value.const_value is not None and value.const_value.size <= MERGED_ELEMENTS
+        if value.const_value is not None and value.const_value.size <= DEDUPLICATED_ELEMENTS
     }
 
 
-def _map_merged_names(before: dict[str, tuple[object, ...]], graph: ir.Graph) -> dict[str, str]:
-    """Map the name of each initializer that was merged into an equal one to the new name."""
+def _map_deduplicated_names(
+    before: dict[str, tuple[object, ...]], graph: ir.Graph
+) -> dict[str, str]:
+    """Map the name of each initializer that was replaced by an equal one to that one."""
     after = {content: name for name, content in _describe_small_initializers(graph).items()}
     removed = before.keys() - graph.initializers.keys()
     return {name: after[before[name]] for name in removed if before[name] in after}
 
 
 def _rename_initializers(table: TableInitializers, new_names: dict[str, str]) -> TableInitializers:
-    every = {new_names.get(name, name): rows for name, rows in table.every.items()}
+    rows_per_entry = {
+        new_names.get(name, name): rows for name, rows in table.rows_per_entry.items()
+    }
     names = tuple(new_names.get(name, name) for name in table.names)
-    return table.model_copy(update={"names": names, "every": every})
+    return table.model_copy(update={"names": names, "rows_per_entry": rows_per_entry})
 
 
 def _map_tensors_to_names(wrapper: ServingWrapper) -> dict[int, list[str]]:
@@ -371,11 +381,11 @@ def _collect_table_initializers(
     names, result = _map_tensors_to_names(wrapper), []
     for name, module in wrapper.named_modules():
         # By tensor: how many rows of the table share an entry, such as a scale.
-        rows_per_entry: dict[str, int] = {}
+        rows_per_tensor: dict[str, int] = {}
         if isinstance(module, PackedTable):
             rows, storage_format, stored = module.rows, module.storage.name, list(module.buffers())
             layout = module.storage.layout(rows, module.dim, module.settings)
-            rows_per_entry = {key: spec.rows_per_entry for key, spec in layout.items()}
+            rows_per_tensor = {key: spec.rows_per_entry for key, spec in layout.items()}
         elif isinstance(module, nn.Embedding):
             rows, storage_format, stored = module.num_embeddings, "float32", [module.weight]
         else:
@@ -385,8 +395,8 @@ def _collect_table_initializers(
         ]
         if None in stored_names:
             continue
-        every = {
-            n: rows_per_entry.get(n.rpartition(".")[2], 1) for n in stored_names if n is not None
+        rows_per_entry = {
+            n: rows_per_tensor.get(n.rpartition(".")[2], 1) for n in stored_names if n is not None
         }
         result.append(
             TableInitializers(
@@ -394,8 +404,8 @@ def _collect_table_initializers(
                 rows=rows,
                 format=storage_format,
                 names=stored_names,
-                every={n: rows_shared for n, rows_shared in every.items() if rows_shared != 1},
-                multiplied=is_multiplied(graph.initializers[stored_names[0]]),
+                rows_per_entry={n: shared for n, shared in rows_per_entry.items() if shared != 1},
+                multiplied=is_used_in_matmul(graph.initializers[stored_names[0]]),
             )
         )
     return tuple(result)

@@ -6,7 +6,7 @@ This file imports no ONNX library, so that reports can use its types without one
 import math
 import operator
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from compressors.contracts import Frozen
 
@@ -19,23 +19,27 @@ class TableInitializers(Frozen):
         rows: number of rows of the table.
         format: name of the table's storage format.
         names: names of the table's stored tensors in the graph.
-        every: how many rows share one entry of a tensor's first dimension, by tensor name; 0 if
-            the tensor belongs to the whole table, such as a codebook. Tensors that are not listed
-            have one entry per row.
-        multiplied: whether the graph multiplies by the table, in addition to lookups or instead.
+        rows_per_entry: how many rows share one entry of a tensor's first dimension, by tensor name;
+            0 if the tensor belongs to the whole table, such as a codebook. Tensors that are not
+            listed have one entry per row.
+        multiplied: whether the graph multiplies inputs by the whole table (a MatMul), in addition
+            to lookups or instead.
     """
+
+    # Documents have the field ``rows_per_entry`` under its earlier name.
+    model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
 
     module: str
     rows: int
     format: str
     names: tuple[str, ...]
-    every: dict[str, int] = Field(default_factory=dict)
+    rows_per_entry: dict[str, int] = Field(default_factory=dict, alias="every")
     multiplied: bool = False
 
     def entries(self, name: str) -> int | None:
         """Return the size of a tensor's first dimension; None if it does not depend on the rows."""
-        every = self.every.get(name, 1)
-        return math.ceil(self.rows / every) if every else None
+        shared = self.rows_per_entry.get(name, 1)
+        return math.ceil(self.rows / shared) if shared else None
 
 
 class LayerInitializer(Frozen):

@@ -80,8 +80,8 @@ class Dataflow:
     fixed_reasons: Mapping[str, Reason]
     input_dims: Mapping[str, int]
 
-    def only_producer(self, name: str) -> str | None:
-        """Return the layer or norm whose output goes, unchanged, only to ``name``; else None."""
+    def find_exclusive_producer(self, name: str) -> str | None:
+        """Return the layer or norm whose output only ``name`` reads, unchanged; else None."""
         for producer, consumers in self.consumers.items():
             if consumers == (Consumer(name),):
                 return producer

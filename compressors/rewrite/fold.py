@@ -266,7 +266,7 @@ def _plan_batch_norm(
         # dimension.
         return Reason("norm_of_places", norm=name)
     _, shift = batch_norm_factors(norm)
-    before = flow.only_producer(name)
+    before = flow.find_exclusive_producer(name)
     needs_bias = bool(shift.any())
     why = _explain_not_foldable(module, before, decisions, bias=needs_bias) if before else None
     if before is not None and why is None:
@@ -326,7 +326,7 @@ def _explain_not_foldable(
     if not isinstance(part, nn.Linear):
         return Reason("not_float_linear", layer=layer)
     if not decisions[layer].selected:
-        return Reason("layer_not_free", layer=layer, why=decisions[layer].reasons)
+        return Reason("layer_fixed", layer=layer, why=decisions[layer].reasons)
     if bias and part.bias is None:
         return Reason("no_bias_for_offset", layer=layer)
     return None

@@ -108,7 +108,7 @@ def _explain_not_scalable(
                 return Reason("consumer_is_norm", consumer=name)
             return Reason("consumer_not_linear", consumer=name)
         if not decisions[name].selected:
-            return Reason("layer_not_free", layer=name, why=decisions[name].reasons)
+            return Reason("layer_fixed", layer=name, why=decisions[name].reasons)
     return None
 
 

@@ -1,10 +1,10 @@
 """Convert a parquet column to an array, and collect its invalid values.
 
-Every function converts the values of one column in one record batch (``convert_labels`` reads a
-second one). It returns an array (values,), whose entries for invalid values are arbitrary. ``name``
-is the column's name, and ``violations`` collects invalid values with their rows. ``rows`` is int64
-(values,), the row number of each value in the split; ``first`` is the row number of the first
-value.
+A ``convert_*`` function converts the values of one column in one record batch to an array
+(values,), whose entries for invalid values are arbitrary (``convert_labels`` reads a second
+column). ``name`` is the column's name, and ``violations`` collects invalid values with their rows.
+A function receives either ``rows``, int64 (values,), the row number of each value in the split, or
+``first``, that of the first value.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ def convert_floats(column: pa.Array, name: str, rows: Array, violations: Violati
 def convert_labels(
     output: Output, batch: pa.RecordBatch, first: int, violations: Violations
 ) -> Array:
-    """Convert the labels of an output to float64; NaN where ``output.label_where`` is 0.
+    """Convert the labels of an output to float64; NaN where column ``output.label_where`` is not 1.
 
     Args:
         output: an output with a label.
@@ -63,7 +63,7 @@ def convert_labels(
         is_used = condition == 1
         column, rows = column.filter(pa.array(is_used)), rows[is_used]
     labels = convert_floats(column, name, rows, violations)
-    if kind.labels == "clicks":
+    if kind.labels == "clicks":  # 0 or 1
         is_invalid = (labels != 0) & (labels != 1) & ~np.isnan(labels)
         violations.add(name, f"a {kind.name} label is 0 or 1", rows[is_invalid])
     else:
@@ -76,7 +76,7 @@ def convert_labels(
 def convert_groups(
     column: pa.Array, name: str, first: int, group_numbers: dict[Any, int], violations: Violations
 ) -> Array:
-    """Convert a group column to int64: integers are unchanged, other values are numbered.
+    """Convert a group column to int64: integers stay, other values get numbers in order.
 
     ``group_numbers`` contains the number of each value of earlier batches; new values are added.
     """
@@ -99,7 +99,10 @@ def convert_groups(
 
 
 def convert_times(column: pa.Array, name: str, first: int, violations: Violations) -> Array:
-    """Convert a time column to int64 or float64; nulls and non-finite values are violations."""
+    """Convert a time column to int64 or float64; nulls and non-finite values are violations.
+
+    Timestamps become microseconds since 1970, other numbers are unchanged.
+    """
     rows = first + np.arange(len(column))
     violations.add(name, "null", rows[null_positions(column)])
     times = to_plain_times(column).fill_null(0).to_numpy(zero_copy_only=False)

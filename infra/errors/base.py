@@ -1,6 +1,6 @@
 """The two base classes of all errors of ``infra``.
 
-The base class of an error says whether a retry may help. Types only.
+The base class of an error says whether a retry may help. This module only defines classes.
 """
 
 from compressors.contracts import CodedError

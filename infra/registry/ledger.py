@@ -5,9 +5,10 @@ without an error. Every ledger entry is a key, ``ledger/<model>/<sequence>.json`
 conditional create: if two processes write the same number, exactly one succeeds. The registry's
 alias is updated from the ledger (``Registry.repair`` in ``mlflow_registry.py``).
 
-The champion is the version in production. A release is what is published for one order. An entry
-identifies the champion by the digest of its order. The version number is only a label:
-another registry, or a restored one, may number its versions differently.
+The champion is the version in production. A release is what is published for one order, which is
+the request to compress a model with certain settings. An entry identifies the champion by the
+digest of its order. The version number is only a label: another registry, or a restored one, may
+number its versions differently.
 """
 
 from datetime import UTC, datetime
@@ -83,7 +84,7 @@ class Entry(Frozen):
     def add_digest(self, previous: "Entry | None") -> "Entry":
         """Return a copy whose digest covers this entry and the digest of ``previous``."""
         fields = self.model_dump(mode="json", include=set(DIGEST_FIELDS))
-        # For a previous entry without a digest, the digest that it would have as a first entry.
+        # If the previous entry has no digest, use the one that it would have as the first entry.
         after = None if previous is None else previous.digest or previous.add_digest(None).digest
         return self.model_copy(update={"digest": digest({**fields, "after": after})})
 
@@ -117,8 +118,8 @@ class Ledger:
             ArtifactDamaged: an entry is missing in the sequence, cannot be read, or does not
                 continue the entry before it.
         """
-        # A changed byte in the response of a listing can name an entry that does not exist, so the
-        # listing is read again before the ledger is reported as damaged.
+        # A corrupted listing can name an entry that does not exist, so the ledger is read again
+        # before it is reported as damaged.
         return self._store.read_with_retry(self._read_all)
 
     def _read_all(self) -> tuple[Entry, ...]:
@@ -164,8 +165,10 @@ class Ledger:
                 If the ledger has a later entry, nothing is written. None: append after any entry.
 
         Raises:
-            AlreadyThere: the ledger has an entry after ``expected``; the error contains that entry.
-            PromotionRefused: a rollback to another order than that of ``find_rollback_target``.
+            AlreadyThere: the last sequence number is not ``expected``; the error contains the later
+                entry, if there is one.
+            PromotionRefused: there is nothing to roll back to, or the rollback is to another order
+                than that of ``find_rollback_target``.
             ArtifactDamaged: an entry is missing in the sequence, or cannot be read.
             ConcurrentChange: other processes appended first ``ATTEMPTS`` times in a row.
         """

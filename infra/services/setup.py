@@ -6,7 +6,7 @@ deployments and automations of this folder. It reads these environment variables
 - ``AWS_*``: endpoint, region and a key that may create buckets.
 - ``PREFECT_API_URL``: the address of Prefect's API.
 - ``PREFECT_API_AUTH_STRING``: ``user:password`` of the Prefect server; unset if it needs none.
-- ``RECPRESS_CODE``: the folder from which workers run the code. ``prefect.yaml`` contains it.
+- ``RECPRESS_CODE``: the folder from which workers run the code (used in ``prefect.yaml``).
 """
 
 import json
@@ -63,8 +63,8 @@ def create_buckets(names: tuple[str, ...] = BUCKETS) -> None:
 def create_pools(names: tuple[str, ...] = POOLS) -> None:
     """Create the work pools that are missing, each with a limit of one run at a time.
 
-    The limit of a pool also counts a run whose worker was killed while the run's process continues,
-    so a new worker does not start another run in parallel. Existing pools are not changed.
+    If a worker is killed but the process of its run continues, the run still counts, so a new
+    worker does not start another one in parallel. Existing pools are not changed.
 
     Raises:
         ChildFailed: a command of Prefect failed; contains its output.
@@ -124,7 +124,7 @@ def _list_automations() -> list[dict[str, Any]]:
     answer = send_request(
         os.environ["PREFECT_API_URL"].rstrip("/") + "/automations/filter",
         auth=(user, password) if user else None,
-        json_body={"limit": 200},  # the most per response by default
+        json_body={"limit": 200},  # the server's default maximum per response
         timeout=TIMEOUT_SECONDS,
     )
     automations = answer.parse_json()

@@ -146,6 +146,9 @@ class _Chunk:
 class ArtifactWriter:
     """Writes an artifact of one large file and a few small ones; see ``open_writer``.
 
+    Call ``write`` and ``add``, then ``seal``. Then call ``publish``, which renames the folder to
+    ``into``, or ``Store.take`` and ``drop``, which move the files into the store.
+
     Args:
         into: the folder that ``publish`` creates.
         journal: file descriptor of the journal, opened for appending.
@@ -294,6 +297,7 @@ def verify_result(into: Path) -> StoreManifest:
     )
     paths = sorted(actual | expected)
     differing = [path for path in paths if actual.get(path) != expected.get(path)]
+    # ``root`` is a hash of the entries of all files.
     if differing or manifest.root != compute_root(manifest.files, manifest.chunk_bytes):
         raise ArtifactDamaged(
             "result_damaged", folder=str(into), file=differing[0] if differing else MANIFEST
@@ -335,7 +339,7 @@ def open_writer(into: Path, job: object, path: str, size: int) -> Iterator[Artif
 
 
 def _remove_abandoned(into: Path) -> None:
-    """Remove unfinished files in the folder of ``into`` that no run will resume.
+    """Remove unfinished files in the parent folder of ``into`` that no run will resume.
 
     These are files that no process writes and that have not changed for a week
     (``temporary.MAX_AGE_SECONDS``). Newer ones are kept, because a repeated command resumes them.

@@ -1,8 +1,8 @@
-"""Write protocol buffers in text format, as far as a Triton configuration needs.
+"""Write protocol buffers in text format: the subset that a Triton configuration uses.
 
-A message is a mapping from field names to values; fields are written in its order. This module has
-no message definitions, so it cannot check field names. Tests parse the text with the definitions of
-Triton's client.
+A message is a mapping from field names to values; fields are written in the order of the mapping.
+This module has no message definitions, so it cannot check field names. Tests parse the text with
+the definitions of Triton's client.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Open the object store of this process, and copy its artifacts to this machine. No Prefect."""
+"""Open the object store that the settings name, and copy artifacts from it to this machine."""
 
 from pathlib import Path
 
@@ -13,5 +13,5 @@ def store() -> Store:
 
 
 def local(artifact: Artifact) -> Path:
-    """Return a local folder with the files of an artifact, verified by their hashes."""
+    """Return a local folder with an artifact's files, which are checked against their hashes."""
     return store().local(artifact, load_settings().cache)

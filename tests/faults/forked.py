@@ -44,7 +44,7 @@ PRELOADED_MODULES = (
     "tasks.promotion.promotions",
     "tasks.report.tables",
 )
-OPSETS = (18, 20, 21)  # ONNX opsets whose operators an export by torch looks up
+OPSETS = (18, 20, 21)  # ONNX opsets whose operators torch looks up during an export
 UNKNOWN_ERROR = re.compile(r"^recpress: [\w.]*(Error|Exception|Warning|Interrupt): ", re.MULTILINE)
 """Start of the message for an exception of a library or of Python, such as ``KeyError``."""
 MEASURED_ROUNDS = 20  # latency rounds instead of 1,000: the tests do not compare latencies
@@ -66,8 +66,8 @@ class Job:
         commands: arguments of ``recpress``, one tuple per command.
         call: a function to call instead of commands; ``Completed.value`` is its result.
         variables: environment variables, added to those of the server.
-        fault: when to kill the process, passed to ``kill_points.arm``: at the point with the number
-            ``at``, or ``after`` seconds. Changes of files count only in the folder ``root``.
+        fault: when to kill the process, passed to ``kill_points.arm``: at point number ``at``, or
+            ``after`` seconds. A change of a file is a point only in the folder ``root``.
         memory: bytes that the child may allocate in addition to its current memory (RLIMIT_AS).
         file_bytes: largest file that the child may write (RLIMIT_FSIZE).
         seconds: time limit, after which the child is killed.
@@ -221,14 +221,14 @@ def serve() -> None:
 
         for line in sys.stdin:
             request = json.loads(line)
-            # Fill the cache of operators before the forks, which then have it too.
+            # Fill the cache of operators before forking, so that the children inherit it.
             for opset in OPSETS if request["preload"] else ():
                 ONNXRegistry.from_torchlib(opset)
             results = _run_jobs(request)
             for result in results:
                 modules = result.pop("modules", ())
                 for name in modules if request["preload"] else ():
-                    # Some modules can only be imported by other modules.
+                    # Some modules fail if they are imported first; they are skipped.
                     with contextlib.suppress(Exception):
                         import_module(name)
             if request["preload"]:

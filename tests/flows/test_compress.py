@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from command_line import run_main
 from drafts import DENSE, ROOT, ROWS, environment, planted_auc, recpress, write_draft
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 from orders import AcceptedOrder, run_in_prefect, run_recipe, run_without_prefect
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -196,7 +196,7 @@ def test_data_that_violates_a_rule_stops_the_flow(
     accepted_order: AcceptedOrder,
 ) -> None:
     order = accepted_order.order.model_copy(update={"rules": Rules(min_rows={"test": 100_000})})
-    with raises_code(DataRefused, "checks_failed", problems=Text(r"test.*100,?000")):
+    with raises_code(DataRefused, "checks_failed", problems=TextMatching(r"test.*100,?000")):
         run_without_prefect(order)
 
 

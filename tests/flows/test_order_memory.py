@@ -12,7 +12,7 @@ import sys
 
 import pytest
 from drafts import ALLOWED, environment, recpress, write_draft
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 
 from compressors.contracts import Limit
 from flows.cli import errors as cli_errors
@@ -74,7 +74,9 @@ def test_out_of_memory_error_names_stage_model_and_estimate():
     description = describe_running_phase(lambda: "measure", memory, bundle)
     with (
         raises_code(
-            OutOfMemory, None, doing=Text("^Phase 'measure' of the order for clicks@1, estimated")
+            OutOfMemory,
+            None,
+            doing=TextMatching("^Phase 'measure' of the order for clicks@1, estimated"),
         ),
         memory_errors(description),
     ):

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from drafts import write_draft
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 from orders import run_without_prefect
 from safetensors.torch import load_file, save_file
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -188,7 +188,7 @@ def test_teacher_whose_columns_the_student_lacks_is_refused_by_name(
     (student / "model.json").write_text(json.dumps(document))
     pack(student)
     with raises_code(
-        DataRefused, "teacher_data_unusable", teacher="other@1", problem=Text("price")
+        DataRefused, "teacher_data_unusable", teacher="other@1", problem=TextMatching("price")
     ):
         run_without_prefect(order("other@1"))
 

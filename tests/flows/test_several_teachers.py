@@ -1,7 +1,9 @@
 """Orders that distill from several teachers, on training rows and on rows without labels.
 
-The split ``traffic`` of a bundle has rows without labels, such as logged requests. A draft is the
-folder of a bundle before it is packed, and a home the folder with everything that recpress stores.
+An order is a request to compress a model: its steps, limits and teachers. A stage is the original
+or the result of a step. The split ``traffic`` of a bundle has rows without labels, such as logged
+requests. A draft is the folder of a bundle before it is packed, and a home the folder with
+everything that recpress stores.
 """
 
 import json
@@ -34,8 +36,8 @@ from tasks.orchestration.workspace import local
 LOOSE_LIMIT = Limit.parse("auc vs baseline >= -0.2")
 ONE_EPOCH = Training(epochs=1, batch=256)
 ROWS = {"train": 1_000, "validation": 500, "traffic": 700, "test": 500}
-# The student is trained on rows of "both" splits, train and traffic. A hint is an auxiliary loss,
-# which compares the output of the student's layer "first" with that of the original's.
+# The student is trained on rows of "both" splits, train and traffic. A hint is an auxiliary loss
+# that compares the output of layer "first" in the student with its output in the original.
 STEPS = (
     Distill(rows="both", hints=("first",), student={"hidden": 32}, training=ONE_EPOCH),
     RowwiseInt8(),
@@ -97,7 +99,7 @@ def test_plan_states_the_teachers_and_training_rows_that_explain_predicted(
 def test_each_teacher_scores_each_split_once_and_predictions_are_averaged_once(
     distilled_run: tuple[Path, FlowResult],
 ) -> None:
-    # Three models on two splits, and three stages on the test rows.
+    # Three models on two splits; the original and the results of two steps on the test rows.
     assert distilled_run[1].states_of("score") == ["Completed"] * (3 * 2 + 3)
     assert distilled_run[1].states_of("average") == ["Completed"] * 2
     with_other_limits = run_without_prefect(
@@ -114,6 +116,7 @@ def test_bundles_have_the_teachers_among_their_parents(
     stages = [stage.bundle for stage in report.stages]
     teachers = [resolve(name) for name in ORDER.teachers]
     last = read(local(report.compressed))
+    # Parents are all earlier stages and the teachers.
     assert last.parents == (stages[0], stages[1], *teachers)
     assert read(local(stages[1])).parents == (stages[0], *teachers)
     order = report.reproduction.order

@@ -9,7 +9,7 @@ end.
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 from retrieval_draft import SIGNATURE as SIGNATURE_DOCUMENT
 from safetensors.numpy import load_file
 
@@ -106,7 +106,7 @@ def test_prepare_of_the_catalogue_writes_only_inputs_of_the_item_tower(paths, tm
 def test_unknown_or_repeated_items_and_inconsistent_queries_are_refused_with_their_rows(
     split, changes, message_pattern, paths, tmp_path
 ):
-    with raises_code(DataRefused, "schema_unfit", problems=Text(message_pattern)):
+    with raises_code(DataRefused, "schema_unfit", problems=TextMatching(message_pattern)):
         prepare(paths(**changes), split, SIGNATURE, tmp_path / "out")
 
 
@@ -137,7 +137,7 @@ def test_check_ids_covers_the_catalogue(paths):
     with raises_code(
         DataRefused,
         "ids_unfit",
-        problems=Text("split 'items', input 'tags': id 6 is not in table"),
+        problems=TextMatching("split 'items', input 'tags': id 6 is not in table"),
     ):
         check_ids(statistics, SIGNATURE, TABLES)
 

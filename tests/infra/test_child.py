@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 
 from infra.child import run_child
 from infra.errors import BuildRefused, ChildFailed, InfraError, OutOfMemory, Refused
@@ -93,7 +93,7 @@ def test_child_that_raises_build_refused_gives_its_code_and_fields(child, tmp_pa
 def test_child_that_raises_another_exception_failed_with_its_last_output(child, tmp_path):
     work = "def work(request):\n    print('reached layer 7')\n    raise RuntimeError('bug')"
     with raises_code(
-        ChildFailed, "child_failed", exit_code=1, output=Text(r"(?s)reached layer 7.*bug")
+        ChildFailed, "child_failed", exit_code=1, output=TextMatching(r"(?s)reached layer 7.*bug")
     ) as caught:
         run_child(child("crashes", work), {}, tmp_path / "job", 30)
     assert isinstance(caught.value, InfraError)

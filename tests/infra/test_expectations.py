@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from error_codes import Text, raises_code, raises_value_error
+from error_codes import TextMatching, raises_code, raises_value_error
 from signatures import replace_output
 
 from compressors.contracts import DenseInput, IdInput, JaggedBag, Output, PaddedBag, Signature
@@ -411,7 +411,7 @@ def test_finding_counts_all_failing_rows_and_lists_twenty(write):
     assert failed.failing_rows == tuple(range(10, 30))
     assert failed.failing_values == ("77",) * 20
     message = r"50 of 120 value\(s\) failing, row\(s\) 10 \(77\), .* 19 \(77\) and more\.$"
-    with raises_code(DataRefused, "checks_failed", problems=Text(message)):
+    with raises_code(DataRefused, "checks_failed", problems=TextMatching(message)):
         refuse_failures(validation)
 
 
@@ -450,7 +450,9 @@ def test_expectation_that_raises_is_not_evaluated_and_refused(write, monkeypatch
     (failed,) = failures(validation)
     assert not failed.evaluated
     assert "raised inside Great Expectations: Column values, min_value" in failed.observed
-    with raises_code(DataRefused, "checks_failed", problems=Text("not evaluated did not pass")):
+    with raises_code(
+        DataRefused, "checks_failed", problems=TextMatching("not evaluated did not pass")
+    ):
         refuse_failures(validation)
 
 
@@ -463,7 +465,9 @@ def test_validation_without_checks_is_refused():
 
 def test_validation_with_fewer_evaluated_than_planned_checks_is_refused(write):
     valid = validate({"train": write()["train"]}, signature_reading("user"), TABLES)
-    with raises_code(DataRefused, "checks_failed", problems=Text(r"Only \d+ of \d+ intended")):
+    with raises_code(
+        DataRefused, "checks_failed", problems=TextMatching(r"Only \d+ of \d+ intended")
+    ):
         refuse_failures(valid.model_copy(update={"evaluated": valid.intended - 1}))
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from error_codes import Text, raises_code, raises_value_error
+from error_codes import TextMatching, raises_code, raises_value_error
 
 from compressors.contracts import PlanLine, Reason
 from infra.bundle import json_limits
@@ -186,7 +186,9 @@ def test_measure_accepts_any_bytes(raw):
 
 def test_number_of_400_characters_is_read_and_of_401_is_refused():
     assert decode(b'{"a": ' + b"9" * 400 + b"}", Path("x"))["a"] == int("9" * 400)
-    with raises_code(BundleRefused, "json_unusable", problem=Text("more than 400 characters")):
+    with raises_code(
+        BundleRefused, "json_unusable", problem=TextMatching("more than 400 characters")
+    ):
         decode(b'{"a": ' + b"9" * 401 + b"}", Path("x"))
 
 

@@ -1,8 +1,9 @@
 """Description of a trained network's class and arguments, recorded while it is constructed.
 
 ``import_network`` runs a function or imports a variable of a user's module, and returns the network
-and the recorded calls of constructors. A draft is the folder that becomes a bundle when it is
-packed.
+and the recorded calls of constructors. An object is described by its class and its arguments;
+``$class`` without ``$arguments`` is the class itself. A draft is the folder that becomes a bundle
+when it is packed.
 """
 
 import copy
@@ -11,7 +12,7 @@ import sys
 import new_draft_models
 import pytest
 import torch
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 from torch import nn
 
 from compressors.contracts import Architecture
@@ -28,18 +29,19 @@ MODULE = "new_draft_models"
 def describe(name: str) -> Architecture:
     """Import a network of ``new_draft_models`` and describe it.
 
-    The module is executed again, because only constructors that run meanwhile are recorded.
+    ``import_network`` records only the constructors that run during its call, so it has to execute
+    the module again.
     """
     return describe_architecture(*import_network(f"{MODULE}:{name}", ALLOWED))
 
 
 @pytest.fixture(autouse=True)
 def not_imported(monkeypatch):
-    """Remove the module from the imported ones."""
+    """Remove the module from ``sys.modules``, so that each test imports it again."""
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
 
 
-def test_description_has_objects_by_class_and_arguments_without_defaults():
+def test_description_has_class_and_arguments_of_objects_and_omits_default_values():
     assert describe("shop") == Architecture(
         path="new_draft_models:ShopNet",
         config={
@@ -152,7 +154,7 @@ def test_only_layers_and_objects_of_allowed_modules_are_kept_in_memory():
 
 def test_copied_network_raises_because_its_arguments_are_unknown():
     network, calls = import_network(f"{MODULE}:tied", ALLOWED)
-    with raises_code(DraftRefused, "model_not_constructed", architecture=Text("TiedNet")):
+    with raises_code(DraftRefused, "model_not_constructed", architecture=TextMatching("TiedNet")):
         describe_architecture(copy.deepcopy(network), calls)
 
 
@@ -160,7 +162,7 @@ def test_class_defined_in_a_function_has_no_path():
     class Inner(nn.Module):
         pass
 
-    with raises_code(DraftRefused, "class_not_importable", name=Text("Inner")):
+    with raises_code(DraftRefused, "class_not_importable", name=TextMatching("Inner")):
         class_path(Inner)
 
 
@@ -190,7 +192,7 @@ def test_decoding_a_malformed_description_raises(value):
         decode_arguments({"settings": value})
 
 
-def test_arguments_that_are_changed_later_are_described_as_given():
+def test_arguments_that_are_changed_later_are_described_as_the_constructor_received_them():
     assert describe("changed").config == {
         "widths": [3],
         "settings": {"$class": "new_draft_models:Width", "$arguments": {"dim": 8}},

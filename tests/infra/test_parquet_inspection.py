@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from error_codes import Text, raises_code, raises_value_error
+from error_codes import TextMatching, raises_code, raises_value_error
 
 from compressors.contracts import DenseInput, IdInput, JaggedBag, Output, PaddedBag, Signature
 from infra.data import parquet_inspector
@@ -334,7 +334,7 @@ def test_dense_list_of_another_width_is_refused_before_tensors_are_allocated(tmp
     with raises_code(
         DataRefused,
         "schema_unfit",
-        problems=Text("has 60000 values in a row, and the longest list has 2"),
+        problems=TextMatching("has 60000 values in a row, and the longest list has 2"),
     ):
         prepare(path, wide, tmp_path)
 
@@ -353,7 +353,7 @@ def test_check_shapes_refuses_a_bag_far_longer_than_any_list(tmp_path, kind):
     with raises_code(
         DataRefused,
         "shapes_unfit",
-        problems=Text("lists of 4097 ids, and the longest in the data has 2"),
+        problems=TextMatching("lists of 4097 ids, and the longest in the data has 2"),
     ):
         check_shapes(statistics, bag(4097))
 

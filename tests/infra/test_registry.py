@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 
 from infra.errors import RegistryOutage, RegistryRefused, SettingRefused
 from infra.registry.limits import MAX_TAG_VALUE
@@ -238,7 +238,9 @@ def test_uri_that_is_not_a_registry_raises_setting_refused(tmp_path):
         with raises_code(SettingRefused, "registry_scheme_unknown"):
             Registry(uri)
     (tmp_path / "text.db").write_text("not a database" * 100)
-    with raises_code(SettingRefused, "registry_file_unusable", problem=Text("not a database")):
+    with raises_code(
+        SettingRefused, "registry_file_unusable", problem=TextMatching("not a database")
+    ):
         Registry(f"sqlite:///{tmp_path}/text.db").models()
     (tmp_path / "file").write_text("x")
     with raises_code(SettingRefused, "registry_file_not_creatable"):

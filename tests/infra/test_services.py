@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import yaml
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 from pydantic import TypeAdapter
 
 from infra.errors import ChildFailed, ServiceFailed, SettingRefused
@@ -213,7 +213,7 @@ def test_command_of_prefect_without_an_end_is_reported(monkeypatch: pytest.Monke
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
     monkeypatch.setattr(setup.subprocess, "run", never_ends)
-    with raises_code(ChildFailed, "command_failed", output=Text("did not end within")):
+    with raises_code(ChildFailed, "command_failed", output=TextMatching("did not end within")):
         setup.deploy()
 
 
@@ -372,7 +372,7 @@ def test_missing_or_empty_secret_is_refused_by_name(tmp_path: Path) -> None:
         SettingRefused,
         "variable_missing",
         name="S3_SECRET_KEY",
-        remedy=Text(r"\.env\.example"),
+        remedy=TextMatching(r"\.env\.example"),
     ):
         read_services(others, tmp_path)
     with raises_code(SettingRefused, "variable_missing", name="S3_SECRET_KEY"):
@@ -513,7 +513,11 @@ def test_service_that_ends_at_the_start_is_reported_with_its_log(run: Any) -> No
         make_service("short", python("print('out of luck'); exit(3)"), health=always_unhealthy)
     )
     with raises_code(
-        ServiceFailed, "service_ended", service="short", exit_code=3, output=Text("out of luck")
+        ServiceFailed,
+        "service_ended",
+        service="short",
+        exit_code=3,
+        output=TextMatching("out of luck"),
     ):
         processes.start(30)
 

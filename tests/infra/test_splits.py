@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -156,7 +156,7 @@ def test_prepare_on_a_full_disk_leaves_no_file(split, tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("infra.data.splits.save_file", write_half_and_fail)
-    with raises_code(StoreUnavailable, "disk_full", path=Text(r"data\.safetensors")):
+    with raises_code(StoreUnavailable, "disk_full", path=TextMatching(r"data\.safetensors")):
         prepare(split(), ALL, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -285,7 +285,7 @@ def test_row_numbers_in_errors_continue_through_all_files_of_a_split(tmp_path):
     for part, labels in enumerate(([0, 1], [0, 3])):
         frame = pd.DataFrame({"user": [1, 2], "click": labels})
         frame.to_parquet(folder / f"{part}.parquet")
-    with raises_code(DataRefused, "schema_unfit", problems=Text(r"first in row\(s\) 3\.")):
+    with raises_code(DataRefused, "schema_unfit", problems=TextMatching(r"first in row\(s\) 3\.")):
         prepare(folder, signature_of(USER, group=None, time=None), tmp_path)
 
 
@@ -297,7 +297,7 @@ def test_parts_of_different_types_are_refused(tmp_path):
     with raises_code(
         DataRefused,
         "schema_unfit",
-        problems=Text(r"'user' is float in 1\.parquet, but integer in 0"),
+        problems=TextMatching(r"'user' is float in 1\.parquet, but integer in 0"),
     ):
         prepare(folder, ALL, tmp_path)
 
@@ -328,7 +328,7 @@ def test_file_with_damaged_pages_is_refused(split, tmp_path):
     raw = bytearray(path.read_bytes())
     raw[4:400] = b"\xff" * 396
     path.write_bytes(raw)
-    with raises_code(DataRefused, "unreadable", problem=Text("page header")):
+    with raises_code(DataRefused, "unreadable", problem=TextMatching("page header")):
         prepare(path, ALL, tmp_path)
 
 
@@ -437,7 +437,7 @@ def test_refusal_contains_the_first_twenty_rows_and_the_number_of_all(split, tmp
     table = pa.table({"user": pa.array([None] * rows, pa.int64()), "click": [0] * rows})
     pq.write_table(table, tmp_path / "n.parquet")
     with raises_code(
-        DataRefused, "schema_unfit", problems=Text(r"null; 1000 value\(s\), .* 18, 19\.$")
+        DataRefused, "schema_unfit", problems=TextMatching(r"null; 1000 value\(s\), .* 18, 19\.$")
     ):
         prepare(tmp_path / "n.parquet", signature_of(USER, group=None, time=None), tmp_path)
 
@@ -447,7 +447,9 @@ def test_repeated_column_is_refused(tmp_path):
         [pa.array([1]), pa.array([2]), pa.array([0])], ["user"] * 2 + ["click"]
     )
     pq.write_table(table, tmp_path / "twice.parquet")
-    with raises_code(DataRefused, "schema_unfit", problems=Text("'user' is there more than once")):
+    with raises_code(
+        DataRefused, "schema_unfit", problems=TextMatching("'user' is there more than once")
+    ):
         prepare(tmp_path / "twice.parquet", signature_of(USER, group=None, time=None), tmp_path)
 
 
@@ -525,7 +527,7 @@ def test_check_ids_refuses_ids_outside_their_table_unless_a_policy_applies(
         check_ids(statistics, signature, TABLES)
         return
     message = rf"split '{name}', input 'user': id {invalid_id} is not in table 'users' of 6 rows"
-    with raises_code(DataRefused, "ids_unfit", problems=Text(message)):
+    with raises_code(DataRefused, "ids_unfit", problems=TextMatching(message)):
         check_ids(statistics, signature, TABLES)
 
 
@@ -534,7 +536,7 @@ def test_check_ids_refuses_too_long_lists_of_clamped_ids(split):
         PADDED.model_copy(update={"shape": (2,), "out_of_range": "clamp"})
     )
     with raises_code(
-        DataRefused, "ids_unfit", problems=Text("'test', input 'genres': a list has 3 ids")
+        DataRefused, "ids_unfit", problems=TextMatching("'test', input 'genres': a list has 3 ids")
     ):
         check_ids(
             {"test": split_statistics(split(), signature_with_short_lists)},
@@ -549,13 +551,15 @@ def test_check_ids_refuses_a_default_row_or_padding_id_outside_the_table(setting
     with raises_code(
         DataRefused,
         "ids_unfit",
-        problems=Text(f"{setting} 8 is not in table 'genres' of 8 rows"),
+        problems=TextMatching(f"{setting} 8 is not in table 'genres' of 8 rows"),
     ):
         check_ids({}, signature, TABLES)
 
 
 def test_check_ids_refuses_an_input_with_an_unknown_table():
     with raises_code(
-        DataRefused, "ids_unfit", problems=Text("input 'user' reads table 'users'; there is items")
+        DataRefused,
+        "ids_unfit",
+        problems=TextMatching("input 'user' reads table 'users'; there is items"),
     ):
         check_ids({}, signature_of(USER), {"items": 3})

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from child_commands import SendCommand, running_child
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 
 from infra.errors import RegistryUnavailable, SettingRefused
 from infra.registry import sqlite_file
@@ -215,7 +215,9 @@ def test_failed_migration_leaves_the_registry_unchanged(
     monkeypatch.setattr(mlflow.store.db.utils, "_upgrade_db", upgrade_and_fail)
     before = earlier.read_bytes()
     with raises_code(
-        SettingRefused, "registry_incomplete", problem=Text("cannot migrate it: no such column")
+        SettingRefused,
+        "registry_incomplete",
+        problem=TextMatching("cannot migrate it: no such column"),
     ):
         open_registry(earlier).models()
     assert earlier.read_bytes() == before

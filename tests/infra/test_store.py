@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from error_codes import Text, raises_code, raises_value_error
+from error_codes import TextMatching, raises_code, raises_value_error
 from hypothesis import given
 from hypothesis import strategies as st
 from stored_places import (
@@ -340,7 +340,7 @@ def test_put_refuses_symlinks_special_files_and_empty_folders(tmp_path):
         store.put(source)
     (source / "pipe").unlink()
     (source / "a\\b").write_text("x")
-    with raises_code(StoreRefused, "file_name_form", problem=Text("backslash")):
+    with raises_code(StoreRefused, "file_name_form", problem=TextMatching("backslash")):
         store.put(source)
     assert not (tmp_path / "store").exists()
 
@@ -403,7 +403,7 @@ def test_put_of_a_file_that_changes_meanwhile_stores_no_artifact(
 
     monkeypatch.setattr("infra.store.object_store.hash_files", hash_and_change)
     # Any code: it depends on how the file has changed.
-    with raises_code(ConcurrentChange, None, path=Text(r"big\.safetensors$")):
+    with raises_code(ConcurrentChange, None, path=TextMatching(r"big\.safetensors$")):
         stored.store.put(big_folder)
     assert stored.store.keys("artifacts/") == ()
     stored_bytes = sum(stored.store.sizes("blobs/").values())
@@ -665,7 +665,7 @@ def test_error_response_gives_an_error_class_by_whether_a_retry_helps(
     s3, monkeypatch, status, code, kind, expected
 ):
     body = error_document(code) if code else "?"
-    problem = Text(code)
+    problem = TextMatching(code)
     with serving_responses(monkeypatch, status, body), raises_code(kind, expected, problem=problem):
         Store("s3://models/x").read("key")
 
@@ -687,7 +687,7 @@ def test_404_of_s3_with_an_unknown_code_is_retryable(s3, monkeypatch):
 def test_error_for_an_unwritable_root_contains_its_path(tmp_path, folder):
     (tmp_path / "file").write_text("x")
     store = Store(str(tmp_path / "file" / "store"))
-    with raises_code(SettingRefused, None, path=Text(re.escape(str(tmp_path / "file")))):
+    with raises_code(SettingRefused, None, path=TextMatching(re.escape(str(tmp_path / "file")))):
         store.put(folder)
 
 

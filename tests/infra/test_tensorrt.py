@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 import onnx
 import pytest
-from error_codes import Text, raises_code, raises_value_error
+from error_codes import TextMatching, raises_code, raises_value_error
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -187,7 +187,9 @@ def test_widening_of_a_small_table_is_reported_as_not_checkable(tmp_path):
 @needs_rtx
 def test_engine_with_more_weight_bytes_than_planned_is_refused(tmp_path):
     packed_as_int8 = 20_000 * (DIM + 2)
-    with raises_code(BuildRefused, "weights_widened", packed_bytes=680_000, constants=Text("fp32")):
+    with raises_code(
+        BuildRefused, "weights_widened", packed_bytes=680_000, constants=TextMatching("fp32")
+    ):
         build(tmp_path, "fp32", 20_000, packed_bytes=packed_as_int8)
     assert not (tmp_path / "out" / "model.engine").exists()
 
@@ -258,7 +260,7 @@ def test_unknown_operator_is_refused_with_the_name_of_its_node(tmp_path):
     with raises_code(
         BuildRefused,
         "tensorrt_graph_refused",
-        problem=Text(r"^node 'make_score' \(Astrology\): "),
+        problem=TextMatching(r"^node 'make_score' \(Astrology\): "),
     ):
         build_engine(build_request(tmp_path / "model.onnx", 100, packed), tmp_path / "out")
 
@@ -279,7 +281,7 @@ def test_gather_of_int8_codes_without_dequantize_is_refused_with_tensorrts_messa
     with raises_code(
         BuildRefused,
         "engine_not_built",
-        problem=Text(r"Quantized constant \(codes\) is only allowed before DQ"),
+        problem=TextMatching(r"Quantized constant \(codes\) is only allowed before DQ"),
     ):
         build_engine(request, tmp_path / "out")
 
@@ -342,7 +344,7 @@ def test_bindings_without_their_native_libraries_count_as_missing(tmp_path, monk
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(engines.MODULES, "tensorrt", ("half_installed",))
     with raises_code(
-        BuildRefused, "tensorrt_missing", problem=Text(r"libnvinfer\.so\.11: cannot open")
+        BuildRefused, "tensorrt_missing", problem=TextMatching(r"libnvinfer\.so\.11: cannot open")
     ):
         engines.load("tensorrt")
 

@@ -94,7 +94,9 @@ def build(step: TableStep, tmp_path, modify=None) -> tuple[Engine, int]:
         onnx=str(path),
         profiles=(ids,),
         tables=tuple(
-            TableWeights(module=t.module, rows=t.rows, initializers=t.names, rows_per_entry=t.every)
+            TableWeights(
+                module=t.module, rows=t.rows, initializers=t.names, rows_per_entry=t.rows_per_entry
+            )
             for t in lowered.tables
         ),
         packed_bytes=packed,

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 from error_codes import raises_code
-from models import Reference, get_only_graph
+from models import Reference, require_only_served_graph
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, IdInput, Output, Signature
@@ -106,11 +106,18 @@ def build_request(case: Case, folder: Path) -> BuildRequest:
     packed = stored_bytes(model.module)
     assert packed == ROWS * case.row_bytes + bytes_outside_rows(model.module)
     lowered = lower(
-        model.module, get_only_graph(SIGNATURE), "tensorrt-rtx", folder / "model.onnx", most_rows=64
+        model.module,
+        require_only_served_graph(SIGNATURE),
+        "tensorrt-rtx",
+        folder / "model.onnx",
+        most_rows=64,
     )
     (table,) = lowered.tables
     weights = TableWeights(
-        module=table.module, rows=table.rows, initializers=table.names, rows_per_entry=table.every
+        module=table.module,
+        rows=table.rows,
+        initializers=table.names,
+        rows_per_entry=table.rows_per_entry,
     )
     return BuildRequest(
         target="tensorrt-rtx",

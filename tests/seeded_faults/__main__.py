@@ -1,8 +1,9 @@
 """Check that the default test tier detects every seeded fault: ``python -m tests.seeded_faults``.
 
-Runs each fault in a temporary copy of the repository. Exit code 0: all faults were caught. Exit
-code 1: a fault survived or could not be applied, its tests could not run, or the tests fail without
-a fault.
+A seeded fault is a small change of the code that a test must detect. The default test tier is what
+``make test`` runs. Each fault is applied in a temporary copy of the repository. Exit code 0: all
+faults were caught. Exit code 1: a fault was not detected or could not be applied, its tests could
+not run, or the tests fail on unchanged code.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="faults checked at the same time")
     parser.add_argument("--list", action="store_true", help="print the faults and check nothing")
     parser.add_argument(
-        "--skip-unpatched", action="store_true", help="do not run the tests without a fault first"
+        "--skip-unpatched", action="store_true", help="do not run the tests on unchanged code first"
     )
     options = parser.parse_args(arguments)
     faults = selected_faults(options.only, parser)
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     print(f"{len(outcomes)} faults: {summary}; {cpu:.0f} s of CPU time")
     for outcome in outcomes:
-        if outcome.status not in (CAUGHT, ERROR):
+        if outcome.status not in (CAUGHT, ERROR):  # errors were printed with their details
             print(f"{outcome.status}: {outcome.fault.id}: {outcome.fault.effect}")
     return 0 if set(counts) == {CAUGHT} else 1
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from drafts import ALLOWED, DENSE, ROWS, write_draft
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 from retrieval_draft import ITEMS, SIGNATURE, write_retrieval_draft
 from signatures import as_version_1
 
@@ -150,7 +150,7 @@ def test_unknown_bundle_is_refused_with_the_known_bundles(draft: Path) -> None:
     pack(draft)
     with raises_code(ArtifactMissing, "bundle_missing", reference="views", known=("clicks@1",)):
         resolve("views")
-    with raises_code(StoreRefused, "artifact_uri_form", got=Text("/artifacts/short$")):
+    with raises_code(StoreRefused, "artifact_uri_form", got=TextMatching("/artifacts/short$")):
         resolve(f"{store().root}/artifacts/short")
 
 
@@ -180,7 +180,7 @@ def test_id_outside_its_table_is_refused_with_split_input_and_id(draft: Path) ->
     column = table.column_names.index("user")
     pq.write_table(table.set_column(column, "user", pa.array(users)), draft / "test.parquet")
     with raises_code(
-        DataRefused, "ids_unfit", problems=Text("'test', input 'user': id 3000 .*3000 rows")
+        DataRefused, "ids_unfit", problems=TextMatching("'test', input 'user': id 3000 .*3000 rows")
     ):
         pack(draft)
     assert bundle_keys() == ()
@@ -189,7 +189,7 @@ def test_id_outside_its_table_is_refused_with_split_input_and_id(draft: Path) ->
 def test_data_without_a_column_of_the_signature_is_refused(draft: Path) -> None:
     table = pq.read_table(draft / "test.parquet").drop_columns([f"d{DENSE - 1}"])
     pq.write_table(table, draft / "test.parquet")
-    with raises_code(DataRefused, "schema_unfit", problems=Text(f"d{DENSE - 1}")):
+    with raises_code(DataRefused, "schema_unfit", problems=TextMatching(f"d{DENSE - 1}")):
         pack(draft)
     assert bundle_keys() == ()
 

@@ -1,7 +1,7 @@
 """The code digest of a task covers the sources that the task imports, and no others.
 
-A task's sources are its module, all modules of the project that it imports, directly or through
-others, and the templates of the pages that these render.
+The sources of a Prefect task are its module, every module of the project that it imports, directly
+or indirectly, and the HTML templates that these modules render.
 The digest is part of the key under which the result of a task is cached.
 """
 

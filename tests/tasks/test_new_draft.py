@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import retrieval_draft
 import sequence_draft
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 from shop_data import write_shop_data
 
 from compressors.contracts import Signature
@@ -246,7 +246,7 @@ def test_network_that_depends_on_more_than_its_arguments_is_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, MODELS, raising=False)
-    with raises_code(DraftRefused, "rebuilt_differs", architecture=Text("PatchedNet")):
+    with raises_code(DraftRefused, "rebuilt_differs", architecture=TextMatching("PatchedNet")):
         new_draft(shop_request(home, "patched"))
     assert not (home / "new").exists()
 
@@ -311,7 +311,7 @@ def test_weights_that_do_not_fit_are_refused(home: Path) -> None:
     written = multi_task_draft.write_multi_task_draft(home / "written")
     fitting = request(home / "new", written, labels={"click": "click"})
     config = {**json.loads(fitting.config), "dim": 5}
-    with raises_code(DraftRefused, "weights_unfit", problem=Text("size mismatch")):
+    with raises_code(DraftRefused, "weights_unfit", problem=TextMatching("size mismatch")):
         new_draft(fitting.model_copy(update={"config": json.dumps(config)}))
     with raises_code(DraftRefused, "config_no_json"):
         new_draft(fitting.model_copy(update={"config": "{dim: 5}"}))

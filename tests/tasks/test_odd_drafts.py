@@ -1,7 +1,8 @@
 """Drafts with unusable files: packing is refused with a message, and nothing is stored.
 
 A draft is a folder from which a bundle is packed. Its weights may be several safetensors files with
-an index of their tensors, and a split of its data may be a folder of parquet files, its parts.
+an index of their tensors, and a split of its data may be a folder of parquet files, its parts. A
+vocabulary is a file or folder that is stored unchanged with the model.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ def add_files(folder: Path, section: str, entries: dict[str, str]) -> None:
     (folder / "model.json").write_text(json.dumps(document))
 
 
-# The next functions return a function that changes the draft in a folder.
+# The next functions return a change: a function that takes the draft's folder and modifies it.
 
 
 def with_test_data_at(path: str) -> Callable[[Path], None]:
@@ -148,7 +149,8 @@ UNUSABLE: dict[str, Callable[[Path], Any]] = {
     "a broken link for data": replace_by("test.parquet", link_to_nothing),
     "a pipe for data": replace_by("test.parquet", os.mkfifo),
     "a pipe among parts": replace_by_parts(lambda d: os.mkfifo(d / "b.parquet")),
-    "a hidden pipe among parts": replace_by_parts(lambda d: os.mkfifo(d / "_b")),
+    # Files whose names begin with an underscore are not read, but are checked.
+    "a pipe that is no part": replace_by_parts(lambda d: os.mkfifo(d / "_b")),
     "a link among parts": replace_by_parts(lambda d: (d / "_b").symlink_to(d / "a.parquet")),
     "a folder named like a part": replace_by_parts(lambda d: (d / "b.parquet").mkdir()),
     "the root as vocabulary": with_vocabulary_at("/"),
@@ -171,7 +173,7 @@ def test_unusable_file_in_a_draft_is_refused_and_nothing_is_packed(kind: str, dr
     UNUSABLE[kind](draft)
     with pytest.raises((BundleRefused, DataRefused, FileRefused, Refused)) as refused:
         pack(draft)
-    assert not isinstance(refused.value, SettingRefused)
+    assert not isinstance(refused.value, SettingRefused)  # the draft is at fault, not a setting
     assert "Errno" not in str(refused.value)  # the message is not that of Python
     assert store().keys("bundles/") == ()
 
@@ -235,14 +237,14 @@ def test_unreadable_file_is_refused_with_its_name_and_the_remedy(
 # --- limits of the machine --------------------------------------------------------------------
 
 
-# Limits of the size of each file, in bytes; different files exceed them.
+# Limits of the size of each file, in bytes. With each of them another file is the first too large.
 # tests/faults/test_full_disk.py has a lower one in the default tier.
 @pytest.mark.parametrize("limit", [330_000, pytest.param(20_000, marks=pytest.mark.nightly)])
 @pytest.mark.slow
 def test_packing_beyond_the_file_size_limit_fails_without_losing_bundles(
     limit: int, draft: Path, tmp_path: Path
 ) -> None:
-    """Depending on the limit, a write to the scratch folder, the store or a record fails."""
+    """The limit decides which write fails: to the scratch folder, the store, or its entry."""
     before = pack(write_draft(tmp_path / "before", version="0", rows=ROWS, seed=1))
     env = environment(tmp_path)
     packing = subprocess.run(
@@ -272,7 +274,9 @@ def test_file_that_changes_during_packing_is_not_stored(
     def hash_then_change(folder: Path, *arguments: Any) -> Any:
         entries = hash_files(folder, *arguments)
         for path in folder.rglob("*.parquet"):
-            with path.open("ab") as file:  # a hard link of the draft's file
+            with path.open(
+                "ab"
+            ) as file:  # packing hashes a hard link, so this changes the draft too
                 file.write(b"more")
         return entries
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from drafts import write_draft
-from error_codes import HasReason, Text, raises_code
+from error_codes import HasReason, TextMatching, raises_code
 from reason_codes import codes_of
 from safetensors.torch import load_file, save_file
 
@@ -180,7 +180,7 @@ def test_network_that_fails_on_one_row_is_refused(
     workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score = "torch.stack([score, 0 * score], dim=1).squeeze()[:, 0]"
-    with raises_code(ModelRefused, "single_row_fails", problem=Text("too many indices")):
+    with raises_code(ModelRefused, "single_row_fails", problem=TextMatching("too many indices")):
         pack(write_changed_draft(workdir, monkeypatch, score=score))
 
 
@@ -211,7 +211,7 @@ def test_ranking_model_with_a_metric_of_another_task_is_refused(workdir: Path, m
     draft = write_draft(workdir / "draft", task="ranking")
     change_output(draft, metric=metric)
     with raises_code(
-        BundleRefused, "fields_unusable", problems=Text(rf"needs metric .*ndcg@k.*{metric}")
+        BundleRefused, "fields_unusable", problems=TextMatching(rf"needs metric .*ndcg@k.*{metric}")
     ):
         pack(draft)
     assert store().keys("bundles") == ()

@@ -140,7 +140,7 @@ def test_function_without_a_return_annotation_is_an_error(store: Store) -> None:
 # Contents of a record's file that must not be used as a result.
 INVALID_RECORDS = {
     "empty": b"",
-    "not JSON": b"\x80\x04K\x01.",
+    "a pickle": b"\x80\x04K\x01.",
     "not an object": b"[]",
     "no seal": json.dumps(
         {"schema_version": 1, "task": "step", "key": KEY, "value": ARTIFACT_JSON}
@@ -154,8 +154,8 @@ INVALID_RECORDS = {
     "schema version as text": sealed_record(schema_version="1"),
     "schema version as true": sealed_record(schema_version=True),
     "extra field": sealed_record(serializer={"type": "pickle"}),
-    "missing value": seal_record({"schema_version": 1, "task": "step", "key": KEY}),
-    "no value": sealed_record(value=None),
+    "no field value": seal_record({"schema_version": 1, "task": "step", "key": KEY}),
+    "value null": sealed_record(value=None),
     "value of another type": sealed_record(value={"target": "onnxruntime"}),
     "list": sealed_record(value=[ARTIFACT_JSON]),
     "class to import": sealed_record(value={"__class__": "os.system", "data": "id"}),
@@ -170,9 +170,11 @@ INVALID_RECORDS = {
         value=ARTIFACT_JSON | {"uri": f"https://example.org/artifacts/{SHA}"}
     ),
     "artifact outside": sealed_record(value=ARTIFACT_JSON | {"uri": "../../../etc/passwd"}),
-    "artifact of two names": sealed_record(value=ARTIFACT_JSON | {"uri": f"artifacts/{'c' * 64}"}),
+    "artifact with another hash in its URI": sealed_record(
+        value=ARTIFACT_JSON | {"uri": f"artifacts/{'c' * 64}"}
+    ),
     "artifact without a hash": sealed_record(value=ARTIFACT_JSON | {"sha256": "../" * 20}),
-    "very deep": b'{"schema_version": 1, "value": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+    "deeply nested": b'{"schema_version": 1, "value": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
     "64 MB": sealed_record(value="x" * (64 << 20)),
 }
 
@@ -214,14 +216,14 @@ def test_record_that_is_not_a_plain_file_is_refused_and_replaced(
     assert not elsewhere.exists() or elsewhere.read_bytes() == sealed_record()
 
 
-@pytest.mark.parametrize("where", ["record", "task", "all"])
+@pytest.mark.parametrize("blocked", ["record file", "task folder", "results folder"])
 def test_result_is_not_recorded_if_a_folder_or_file_blocks_its_path(
-    store: Store, where: str, caplog: pytest.LogCaptureFixture
+    store: Store, blocked: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = record_path(store)
-    if where == "record":
+    if blocked == "record file":
         (path / "x").mkdir(parents=True)
-    elif where == "task":
+    elif blocked == "task folder":
         path.parent.rmdir()
         path.parent.write_bytes(b"a file")
     else:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from deep_int8 import DeepInt8
 from error_codes import raises_code
-from models import get_only_graph
+from models import require_only_served_graph
 from torch import Tensor
 
 from compressors.contracts import DenseInput, Output, Plan, PlanLine, Signature
@@ -49,7 +49,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[DeepInt8], tup
 
     def export_network(network: DeepInt8) -> tuple[Lowered, Path]:
         path = tmp_path_factory.mktemp("deep") / "model.onnx"
-        return lower(network, get_only_graph(SIGNATURE), "onnxruntime", path), path
+        return lower(network, require_only_served_graph(SIGNATURE), "onnxruntime", path), path
 
     return export_network
 

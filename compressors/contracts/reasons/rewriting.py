@@ -3,16 +3,19 @@
 ``SENTENCES`` maps the code of a reason to its sentence, in the syntax of ``str.format``.
 ``Reason`` in ``reason.py`` fills in the fields in braces.
 
-Folding multiplies the factors and adds the offsets of a norm into a dense layer next to it. Scaling
-multiplies the inputs of a layer by factors and divides the outputs of the layer before by them.
+Folding includes the factors of a norm in the weights, and its offsets in the bias, of a dense layer
+next to it. Scaling multiplies the inputs of a layer by factors and divides the outputs of the layer
+before by them.
 A dead channel is an output of a layer that is constant or that no other layer uses.
 The affine part of a norm is its learned factors and offsets. A field ``producer`` names a layer
-whose outputs are scaled or removed, ``consumer`` a layer that reads them.
+whose outputs are scaled or removed, ``consumer`` a layer that reads them, and ``width`` the
+argument of the model class that sets the number of channels. A sentence without a subject is about
+the layer of the decision.
 """
 
 SENTENCES = {
     "norm_folded": "{step}: its weights and bias include the factors and offsets of {norm}",
-    "dead_channels": "{step}: removes {count} dead of {channels} channels ({width})",
+    "dead_channels": "{step}: removes {count} of {channels} channels, which are dead ({width})",
     "dead_inputs": "{step}: inputs removed with the outputs of {producers}",
     "constant_channels": "{step}: removes channels that are constant on {rows:,} rows, "
     "if there are any",
@@ -26,11 +29,13 @@ SENTENCES = {
     "norm_without_affine": "{norm} has no affine part",
     "norm_already_folded": "the affine part of {norm} is already folded",
     "norm_without_channel_affine": "{norm} has no affine part for each channel",
-    "no_single_neighbor": "has neither a single dense layer before it nor only dense "
-    "layers after it",
+    "no_single_neighbor": (
+        "is not folded: there is not exactly one dense layer before it, and not all layers after "
+        "it are dense"
+    ),
     "nonlinear_output": "a nonlinearity follows its output",
     "not_float_linear": "{layer} is not a float32 Linear",
-    "layer_not_free": "{layer}: {why}",
+    "layer_fixed": "{layer} cannot be changed: {why}",
     "no_bias_for_offset": ("{layer} has no bias that could include the offset of the norm"),
     "columns_unread": "all weights for its columns {columns} are zero",
     "input_columns_unread": "all weights for columns {columns} of input {input!r} are zero",

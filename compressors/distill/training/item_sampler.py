@@ -1,8 +1,8 @@
 """Draw items of the catalogue as negatives of a retrieval batch, in addition to its own items.
 
 The items of a batch are those with which users interact, so frequent items are frequent negatives,
-and most items of a large catalogue are never negatives. Items that are drawn uniformly close this
-gap.
+and most items of a large catalogue are never negatives. If items are drawn uniformly, every item
+of the catalogue can be a negative.
 
 Source: Yang et al. 2020, https://doi.org/10.1145/3366424.3386195 (mixed negative sampling).
 Differs: each drawn item occurs once in a batch, and losses correct for the probability that an item
@@ -22,9 +22,9 @@ class ItemSampler:
     """Draws items uniformly from a catalogue, without repetition within a batch.
 
     Args:
-        catalogue: the prepared split ``items``.
+        catalogue: the split ``items``, prepared as tensors.
         signature: signature of a model with two towers.
-        rows: the training rows, which determine how often an item is in a batch.
+        rows: the training rows; the frequency of an item in them is its probability in a batch.
         count: number of items of each draw; all items if the catalogue has fewer.
     """
 
@@ -43,11 +43,11 @@ class ItemSampler:
         """Draw the items of one batch."""
         total = len(self._items)
         drawn = self._random.choice(total, self._count, replace=False, shuffle=False)
-        numbers = torch.from_numpy(np.sort(drawn))  # sorted, because rows are read from a file
+        indices = torch.from_numpy(np.sort(drawn))  # sorted, because rows are read from a file
         return SampledItems(
-            inputs=self._items.take(numbers).inputs,
-            item=self._ids[numbers],
-            item_log_share=self._log_share[numbers],
+            inputs=self._items.take(indices).inputs,
+            item=self._ids[indices],
+            item_log_share=self._log_share[indices],
             drawn_share=self._count / total,
         )
 
@@ -58,7 +58,8 @@ def build_sampler(
     """Return the sampler of the negatives of each batch; None if ``negatives`` is 0.
 
     Raises:
-        RowsMissing: there is no catalogue, or the training rows have no items.
+        RowsMissing: there is no catalogue, or the rows contain rows without labels
+            (``JoinedRows``), which have no items.
     """
     if not negatives:
         return None

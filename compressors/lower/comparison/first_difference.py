@@ -135,7 +135,7 @@ def first_difference(
         difference = TensorDifference(
             name=value.name,
             operator=value.operator,
-            module=_find_module_path(node),
+            submodule=_find_module_path(node),
             source=_find_source_line(node),
             place=position,
             expected=float(expected[position]),

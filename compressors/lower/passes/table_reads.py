@@ -32,11 +32,11 @@ def _iterate_reads(value: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]
             yield from _iterate_reads(node.outputs[0])
 
 
-def is_multiplied(value: ir.Value) -> bool:
+def is_used_in_matmul(value: ir.Value) -> bool:
     """Return whether a Gemm or MatMul reads a stored tensor: all of it, or blocks of rows."""
     return any(
         node.op_type in ("Gemm", "MatMul")
-        or (node.op_type in _BEFORE_MATMUL and any(map(is_multiplied, node.outputs)))
+        or (node.op_type in _BEFORE_MATMUL and any(map(is_used_in_matmul, node.outputs)))
         for node in value.consumers()
     )
 

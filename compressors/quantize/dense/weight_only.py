@@ -1,10 +1,11 @@
 """Weight-only quantization of dense layers: blocks, codes and the custom op.
 
-``weight_int8`` and ``weight_int4`` differ only in the width of a code. A *row* is the weights of
-one output. A scale is shared by ``block`` consecutive weights of a row, or by all. Levels and
-clipping are as for tables (``kernels/levels.py``, ``kernels/clipping.py``). Levels are symmetric
-around zero, because TensorRT supports no zero point. A *multiple* is a rounded weight divided by
-its scale, an integer.
+The methods ``weight_int8`` and ``weight_int4`` differ only in the number of bits of a code. A *row*
+is the weights of one output. A scale is shared by ``block`` consecutive weights of a row, or by
+all. Levels and clipping are as for tables (``kernels/levels.py``, ``kernels/clipping.py``). Levels
+are symmetric around zero, because TensorRT supports no zero point. A *multiple* is a rounded weight
+divided by its scale, an integer; a *code* is the multiple plus ``zero_code``, which is not
+negative.
 
 Codes have the layout of ONNX Runtime's MatMulNBits and of ONNX's int4: two neighbouring codes per
 byte, the first in the low half. Tables have another layout (``kernels/bitpacking.py``). No target
@@ -36,15 +37,15 @@ Block = Literal[0, 16, 32, 64, 128, 256]
 Activations = Literal["float32", "int8"]
 
 ROW_MULTIPLE = 16
-"""A row without blocks is padded to a multiple of this, so that targets can divide it."""
+"""A row without blocks is padded to a multiple of this, so that it can be split into blocks."""
 
-LEVELS = 127
-"""Positive levels of rounded inputs."""
+MAX_MULTIPLE = 127
+"""Largest multiple of a rounded input."""
 
-SMALLEST = 1e-36
-"""Inputs are rounded to zero if the largest of their block is at most this number.
+SMALLEST_INPUT = 1e-36
+"""A block of inputs whose largest absolute value is at most this is rounded to zero.
 
-127 divided by a smaller number may overflow float32.
+127 divided by a smaller number could overflow float32.
 """
 
 
@@ -63,8 +64,8 @@ def zero_code(bits: int) -> int:
 
 def padded_length(inputs: int, block: int) -> int:
     """Return the number of codes of a row: a multiple of the block, or of 16 without blocks."""
-    multiple = block or ROW_MULTIPLE
-    return -(-inputs // multiple) * multiple
+    unit = block or ROW_MULTIPLE
+    return -(-inputs // unit) * unit
 
 
 def block_length(inputs: int, block: int) -> int:
@@ -137,17 +138,19 @@ def unpack(codes: Tensor, inputs: int, bits: int) -> Tensor:
     return codes[:, :inputs].float() - zero_code(bits)
 
 
-def round_inputs(x: Tensor, width: int) -> Tensor:
-    """Round inputs ``(*, in)`` to 255 levels, with one scale for each ``width`` inputs.
+def round_inputs(x: Tensor, block: int) -> Tensor:
+    """Round inputs ``(*, in)`` to 255 levels, with one scale for each ``block`` inputs.
 
     These are the operations, in the same order, of ONNX Runtime's MatMulNBits at accuracy level 4
     (inputs rounded to int8).
     """
     inputs = x.shape[-1]
-    blocks = F.pad(x, (0, -inputs % width)).reshape(*x.shape[:-1], -1, width)
+    blocks = F.pad(x, (0, -inputs % block)).reshape(*x.shape[:-1], -1, block)
     largest = blocks.abs().amax(dim=-1, keepdim=True)
-    multiples = (blocks * torch.where(largest > SMALLEST, LEVELS / largest, 0.0)).round()
-    rounded: Tensor = (multiples * (largest / LEVELS)).flatten(-2)[..., :inputs]
+    multiples = (
+        blocks * torch.where(largest > SMALLEST_INPUT, MAX_MULTIPLE / largest, 0.0)
+    ).round()
+    rounded: Tensor = (multiples * (largest / MAX_MULTIPLE)).flatten(-2)[..., :inputs]
     return rounded
 
 
@@ -247,7 +250,8 @@ class WeightOnlyFormat:
     """Stores packed ``codes`` uint8, ``scale`` ``(out, blocks)``, and a float32 ``bias`` if any.
 
     ``learned``: names of the tensors that training may change. The protocol ``LinearFormat``
-    (``core/modules/formats.py``) explains the methods.
+    (``core/modules/formats.py``) explains its methods, except ``rounded_inputs``, which belongs to
+    the protocol in ``calibration/input_ranges.py``.
     """
 
     name: str

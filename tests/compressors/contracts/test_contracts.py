@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from error_codes import HasReason, Text, raises_value_error
+from error_codes import HasReason, TextMatching, raises_value_error
 from models import RANKER
 from pydantic import TypeAdapter, ValidationError
 from signatures import replace_output
@@ -92,8 +92,8 @@ def test_columns_default_to_the_name():
     assert PaddedBag(name="genres", table="g", shape=(3,)).columns == ("genres",)
 
 
-# ``Text("int64")`` equals every text that contains ``int64``; below, ``HasReason`` equals a reason
-# with this code and these fields.
+# ``TextMatching("int64")`` equals every text that contains ``int64``; below, ``HasReason`` equals a
+# reason with this code and these fields.
 @pytest.mark.parametrize(
     ("kind", "settings", "code", "fields"),
     [
@@ -109,7 +109,12 @@ def test_columns_default_to_the_name():
             "input_shape_differs",
             {"columns": 1, "expected": [], "got": [3]},
         ),
-        (IdInput, {"table": "t", "dtype": "int16"}, "literal_error", {"expected": Text("int64")}),
+        (
+            IdInput,
+            {"table": "t", "dtype": "int16"},
+            "literal_error",
+            {"expected": TextMatching("int64")},
+        ),
         (
             IdInput,
             {"table": "t", "out_of_range": "ignore"},

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from error_codes import Text, raises_code
+from error_codes import TextMatching, raises_code
 from models import ALONE, MULTI_TASK, default_step
 from multi_task_network import MultiTaskNet
 
@@ -138,7 +138,7 @@ def test_graph_takes_the_inputs_by_name(form, tmp_path):
 def test_network_that_fails_for_one_row_needs_the_field_that_repeats_it():
     module, signature = BY_TWO_ROWS.model().module, BY_TWO_ROWS.signature
     without = signature.model_copy(update={"repeat_single_row": False})
-    with raises_code(ModelRefused, "single_row_fails", problem=Text("too many indices")):
+    with raises_code(ModelRefused, "single_row_fails", problem=TextMatching("too many indices")):
         smoke_test(module, without, "m:Net")
     assert must_repeat_single_row(module, without)
     smoke_test(module, signature, "m:Net")

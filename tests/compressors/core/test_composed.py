@@ -13,7 +13,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from model_scores import stored_bytes
-from models import PARTS, RANKER, Graph, Reference, get_only_graph, lower_reference
+from models import PARTS, RANKER, Graph, Reference, lower_reference, require_only_served_graph
 from reason_codes import require_reason
 from test_steps import cached_run, method_on_references
 from torch import Tensor, nn
@@ -217,7 +217,10 @@ def test_a_graph_of_several_composing_methods_has_the_scores_of_its_module(index
         FOUR_TABLES.signature,
     )
     composed = Graph(
-        model, lower(model.module, get_only_graph(signature), target, path), signature, path
+        model,
+        lower(model.module, require_only_served_graph(signature), target, path),
+        signature,
+        path,
     )
     inputs = composed.rows(600)
     check_parity(composed.run_in_torch(inputs), composed.run_in_onnx(inputs), model.plan, target)

@@ -1,4 +1,7 @@
-"""``low_rank``: the factors of a table have the smallest error, optionally weighted by lookups."""
+"""``low_rank``: no factors of the same rank have a smaller error, also with weighted rows.
+
+A ``Bench`` is the data that a step may use.
+"""
 
 import pytest
 import torch
@@ -30,7 +33,7 @@ def error(table: torch.Tensor, rank: int, weight: torch.Tensor) -> float:
 def test_factors_of_full_rank_reproduce_the_table(seed, rows, dim):
     table = draw_normal(seed, rows, dim)
     reduced, projection, mean = factorize(table, dim, torch.ones(rows))
-    # float32 sums of up to nine products of numbers near 1
+    # tolerance: float32 sums of up to nine products of numbers near 1
     torch.testing.assert_close(reduced @ projection + mean, table, atol=1e-5, rtol=1e-5)
 
 

@@ -246,7 +246,7 @@ def test_audit_expects_one_scale_for_each_group_of_rows(tmp_path):
     builder = GraphBuilder()
     out, initializers = add_table(builder, "gather first")
     shared_scales = initializers.model_copy(
-        update={"rows": 4 * ROWS - 1, "names": ("scale",), "every": {"scale": 4}}
+        update={"rows": 4 * ROWS - 1, "names": ("scale",), "rows_per_entry": {"scale": 4}}
     )
     optimized = builder.optimize(out, tmp_path / "g.onnx")
     audit(optimized, None, (shared_scales,))
@@ -254,7 +254,7 @@ def test_audit_expects_one_scale_for_each_group_of_rows(tmp_path):
     audit(
         optimized,
         None,
-        (shared_scales.model_copy(update={"names": ("gone",), "every": {"gone": 0}}),),
+        (shared_scales.model_copy(update={"names": ("gone",), "rows_per_entry": {"gone": 0}}),),
     )
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
         audit(optimized, None, (shared_scales.model_copy(update={"rows": 4 * ROWS + 1}),))

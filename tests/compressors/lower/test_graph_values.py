@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import Reference, get_only_graph
+from models import Reference, require_only_served_graph
 from numpy.typing import NDArray
 from signatures import replace_output
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class SigmoidOfSum(nn.Module):
 def session(module: nn.Module, signature: Signature, target: TargetName, folder: Path) -> Session:
     """Export the target's graph and load it in ONNX Runtime (also graphs for TensorRT)."""
     path = folder / f"{target}.onnx"
-    lower(module, get_only_graph(signature), target, path)
+    lower(module, require_only_served_graph(signature), target, path)
     return Session(path, 1)
 
 
@@ -95,7 +95,7 @@ def test_squeezed_score_has_one_number_per_row_for_one_and_several_rows(
 @pytest.mark.parametrize(
     ("bias_in_steps", "target"),
     [
-        # Graphs for TensorRT and TensorRT-RTX are equal, so all but one for RTX are ``nightly``.
+        # TensorRT and TensorRT-RTX have equal graphs, so all but one of RTX are ``nightly``.
         pytest.param(
             bias_in_steps,
             target,
@@ -110,8 +110,8 @@ def test_bias_of_int8_layer_is_rounded_to_multiples_of_the_step(
 ) -> None:
     """The range of inputs is so wide that the step of the products is larger than the bias.
 
-    The step of the products is the scale of the inputs times that of the weights, and the bias is
-    ``bias_in_steps`` of it.
+    The step of the products is the scale of the inputs times that of the weights. The bias is
+    ``bias_in_steps`` times the step.
     """
     module = Reference(Linear, SIGNATURE).model().private().module
     largest_input = torch.tensor(127.0 * 8)  # so inputs are rounded to multiples of 8

@@ -18,8 +18,8 @@ from models import (
     Ranker,
     build_recipe,
     compress_reference,
-    get_only_graph,
     lower_reference,
+    require_only_served_graph,
 )
 from narrow_networks import DataDependentBranchNet
 from onnx import TensorProto
@@ -269,7 +269,9 @@ def test_table_read_at_constant_rows_is_not_reported(kinds, target):
 def test_unused_table_is_not_reported_and_does_not_stop_lowering(target, tmp_path):
     model = NORMED.model().module
     model.spare = nn.Embedding(3, 4)
-    tables = lower(model, get_only_graph(NORMED.signature), target, tmp_path / "model.onnx").tables
+    tables = lower(
+        model, require_only_served_graph(NORMED.signature), target, tmp_path / "model.onnx"
+    ).tables
     assert [table.module for table in tables] == ["user"]
 
 
@@ -280,7 +282,7 @@ def test_table_whose_attribute_is_named_table_keeps_its_name(tmp_path):
     signature = Signature.model_validate_json(
         NORMED.signature.model_dump_json().replace('"table":"user"', '"table":"user.table"')
     )
-    tables = lower(model, get_only_graph(signature), ORT, tmp_path / "model.onnx").tables
+    tables = lower(model, require_only_served_graph(signature), ORT, tmp_path / "model.onnx").tables
     assert [table.module for table in tables] == ["user.table"]
 
 
@@ -291,7 +293,7 @@ def test_table_whose_attribute_is_named_table_keeps_its_name(tmp_path):
 def test_network_that_branches_on_tensor_values_is_not_lowerable(target, tmp_path):
     path = tmp_path / "model.onnx"
     with raises_code(NotLowerable, "export_failed", target=target) as caught:
-        lower(DataDependentBranchNet(), get_only_graph(NORMED.signature), target, path)
+        lower(DataDependentBranchNet(), require_only_served_graph(NORMED.signature), target, path)
     assert "data-dependent" in caught.value.fields["problem"]
     assert caught.value.__cause__ is not None
     assert not path.exists()
@@ -311,7 +313,12 @@ class EigenvalueNet(nn.Module):
 
 def test_error_names_the_operator_that_onnx_lacks(tmp_path):
     with raises_code(NotLowerable, "export_failed") as caught:
-        lower(EigenvalueNet(), get_only_graph(NORMED.signature), ORT, tmp_path / "model.onnx")
+        lower(
+            EigenvalueNet(),
+            require_only_served_graph(NORMED.signature),
+            ORT,
+            tmp_path / "model.onnx",
+        )
     assert "No ONNX function found for " in caught.value.fields["problem"]
     assert "linalg_eig" in caught.value.fields["problem"]
 
@@ -330,7 +337,7 @@ class SqueezeNet(nn.Module):
 
 def test_squeeze_of_dimensions_of_other_sizes_leaves_them(tmp_path):
     torch.manual_seed(0)
-    model, graph = SqueezeNet().eval(), get_only_graph(NORMED.signature)
+    model, graph = SqueezeNet().eval(), require_only_served_graph(NORMED.signature)
     lower(model, graph, ORT, tmp_path / "model.onnx")
     session = Session(tmp_path / "model.onnx", threads=1)
     for rows in (2, 7):
@@ -353,7 +360,9 @@ class LengthNet(nn.Module):
 
 def test_network_that_fixes_the_number_of_rows_is_not_lowerable(tmp_path):
     with raises_code(NotLowerable, "size_fixed", target=ORT, name="user", axis=0, size=TRACE_ROWS):
-        lower(LengthNet(), get_only_graph(NORMED.signature), ORT, tmp_path / "model.onnx")
+        lower(
+            LengthNet(), require_only_served_graph(NORMED.signature), ORT, tmp_path / "model.onnx"
+        )
 
 
 class UndeclaredBagNet(nn.Module):
@@ -374,7 +383,9 @@ def test_jagged_bag_without_a_declared_longest_list_is_not_lowerable(tmp_path):
     (item,) = (item for item in RANKER.signature.inputs if item.name == "history")
     signature = RANKER.signature.model_copy(update={"inputs": (item,)})
     with raises_code(NotLowerable, "longest_list_unknown"):
-        lower(UndeclaredBagNet(), get_only_graph(signature), ORT, tmp_path / "model.onnx")
+        lower(
+            UndeclaredBagNet(), require_only_served_graph(signature), ORT, tmp_path / "model.onnx"
+        )
 
 
 def test_signature_that_names_a_missing_table_is_refused(tmp_path):
@@ -383,12 +394,19 @@ def test_signature_that_names_a_missing_table_is_refused(tmp_path):
     with raises_code(
         NothingToCompress, "input_table_missing", input="user", table="usre", tables=("user",)
     ):
-        lower(NORMED.model().module, get_only_graph(signature), ORT, tmp_path / "model.onnx")
+        lower(
+            NORMED.model().module,
+            require_only_served_graph(signature),
+            ORT,
+            tmp_path / "model.onnx",
+        )
 
 
 def test_wrap_for_serving_does_not_modify_the_module():
     model = RANKER.model().module.train()
-    wrapper = wrap_for_serving(model, get_only_graph(RANKER.signature), RANKER.rows_of_tables())
+    wrapper = wrap_for_serving(
+        model, require_only_served_graph(RANKER.signature), RANKER.rows_of_tables()
+    )
     assert isinstance(model, Ranker)
     assert isinstance(model.history, nn.EmbeddingBag)
     assert model.training
@@ -401,7 +419,7 @@ def test_lower_does_not_modify_the_module(target, tmp_path):
     model = compress_reference("Normed", INT8_RECIPE).module
     before = {name: (id(module), module.training) for name, module in model.named_modules()}
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    lower(model, get_only_graph(NORMED.signature), target, tmp_path / "model.onnx")
+    lower(model, require_only_served_graph(NORMED.signature), target, tmp_path / "model.onnx")
     after = {name: (id(module), module.training) for name, module in model.named_modules()}
     assert after == before
     torch.testing.assert_close(dict(model.state_dict()), tensors, rtol=0, atol=0)
@@ -430,7 +448,7 @@ def test_split_and_concat_along_different_axes_are_not_removed(tmp_path):
     )
     torch.manual_seed(0)
     model = SplitHeadsNet().eval()
-    lowered = lower(model, get_only_graph(signature), ORT, tmp_path / "model.onnx")
+    lowered = lower(model, require_only_served_graph(signature), ORT, tmp_path / "model.onnx")
     items = torch.randint(20, (9, 3), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = lowered.wrapper(items).numpy()

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import get_only_graph
+from models import require_only_served_graph
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, Output, SequenceInput, Signature
@@ -111,7 +111,7 @@ def test_graph_has_the_scores_of_the_network_at_every_length(
     kind, settings = CASES[case]
     network = RecurrentNet(kind, **settings).eval()
     path = tmp_path / "model.onnx"
-    lower(network, get_only_graph(SIGNATURE), target, path)
+    lower(network, require_only_served_graph(SIGNATURE), target, path)
     graph = onnx.load(path).graph
     assert {node.op_type for node in graph.node} >= {kind.__name__}
     session = Session(path, threads=1)
@@ -134,7 +134,12 @@ def test_engine_of_recurrent_layers_is_built_for_lists_of_any_length(
 ) -> None:
     kind, settings = CASES[case]
     path = tmp_path / "model.onnx"
-    lower(RecurrentNet(kind, **settings).eval(), get_only_graph(SIGNATURE), "tensorrt-rtx", path)
+    lower(
+        RecurrentNet(kind, **settings).eval(),
+        require_only_served_graph(SIGNATURE),
+        "tensorrt-rtx",
+        path,
+    )
     profiles = (
         Profile(input="history", low=(1, 1), best=(8, 4), high=(64, LONGEST)),
         Profile(input="count", low=(1,), best=(8,), high=(64,)),

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import LONGEST, Graph, Reference, get_only_graph
+from models import LONGEST, Graph, Reference, require_only_served_graph
 from pairwise import pairwise
 from torch import Tensor, nn
 
@@ -139,7 +139,9 @@ def graph(
     request: pytest.FixtureRequest, network, compressed, tmp_path_factory
 ) -> tuple[Graph, TargetName]:
     path = tmp_path_factory.mktemp("graph") / "model.onnx"
-    lowered = lower(compressed.module, get_only_graph(network.signature), request.param, path)
+    lowered = lower(
+        compressed.module, require_only_served_graph(network.signature), request.param, path
+    )
     return Graph(compressed, lowered, network.signature, path), request.param
 
 
@@ -187,7 +189,7 @@ def test_lowered_tables_list_how_many_rows_share_each_entry(graph):
     """Codes have one entry per row; scales and offsets may be shared (0: by all rows)."""
     lowered, _ = graph
     rows_per_entry = {
-        table.module: [table.every.get(name, 1) for name in table.names]
+        table.module: [table.rows_per_entry.get(name, 1) for name in table.names]
         for table in lowered.lowered.tables
     }
     # Codes, scales, and offsets if the form has them.
@@ -215,7 +217,9 @@ def test_parity_fails_if_the_scales_of_any_one_table_are_wrong(forms, network, c
         original = dict(table.named_buffers())[tensor_name]
         setattr(table, tensor_name, (original.float() * 1.2).to(original.dtype))
         wrapper = wrap_for_serving(
-            changed_model.module, get_only_graph(network.signature), network.rows_of_tables()
+            changed_model.module,
+            require_only_served_graph(network.signature),
+            network.rows_of_tables(),
         )
         with torch.no_grad():
             scores = wrapper(*(inputs[key] for key in input_names(network.signature))).numpy()

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from error_codes import raises_code
-from models import Graph, get_only_graph
+from models import Graph, require_only_served_graph
 from onnx import TensorProto, helper
 from weight_readers import LONGEST, READERS
 
@@ -63,7 +63,11 @@ def lower_network(reader: str, recipe: str, target: str) -> Graph:
     model, signature = compress(reader, recipe), READERS[reader].signature
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"
     return Graph(
-        model, lower(model.module, get_only_graph(signature), target, path), signature, path, target
+        model,
+        lower(model.module, require_only_served_graph(signature), target, path),
+        signature,
+        path,
+        target,
     )
 
 

@@ -1,10 +1,12 @@
-"""``dimensions``: dropped dimensions of a table are replaced by their mean; importance scores.
+"""``dimensions``: dropped dimensions of a table are replaced by their mean.
 
-``variance`` weights all rows equally, ``lookups`` by their lookups. ``gradient`` estimates with
-``taylor`` how much the loss changes if a dimension is replaced by its mean.
+The importance of a dimension decides whether it is dropped. ``variance`` weights all rows equally,
+``lookups`` by their lookups. ``gradient`` estimates with ``taylor`` how much the loss changes if a
+dimension is replaced by its mean.
 
 ``selection`` is the matrix of zeros and ones that puts the kept columns in their places; a table
-stores it as ``projection``.
+stores it as ``projection``. The result is a composed table: a narrower table, the projection and
+the mean row. A ``Bench`` is the data that a step may use; without splits, a step has no rows.
 """
 
 import pytest
@@ -123,7 +125,7 @@ def test_gradient_importance_is_the_squared_derivative_of_the_loss_towards_the_m
 
 def test_gradient_importance_drops_a_dimension_that_does_not_affect_the_loss(tmp_path):
     bench, source = RANKER.bench(tmp_path / "data"), RANKER.model()
-    with torch.no_grad():  # input 0 of every layer after the tables is the user's dimension 0
+    with torch.no_grad():  # zero all weights that read dimension 0 of ``user``
         source.module.cross.weight[:, 0] = 0
         source.module.cross.weight[0, :] = 0
         source.module.cross.bias[0] = 0
@@ -144,7 +146,9 @@ def test_the_plan_line_has_the_low_rank_format_and_the_dimensions_step(tmp_path)
     assert (line.format, line.steps) == ("low_rank", ("dimensions",))
     require_reason(line.reasons, "composed", step="dimensions")
     require_reason(line.reasons, "kept_dimensions", kept=3, dim=6, importance="variance")
-    assert line.bytes_after == 4 * (3 * 6 + 6)  # float32: the projection and the mean row
+    assert line.bytes_after == 4 * (
+        3 * 6 + 6
+    )  # float32: projection and mean row; the narrow table has its own line
 
 
 def test_dimensions_skips_a_table_that_would_grow(tmp_path):

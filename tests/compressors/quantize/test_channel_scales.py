@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mixed_ranges import model_and_bench
-from models import get_only_graph
+from models import require_only_served_graph
 from torch import Tensor, nn
 
 from compressors.contracts import TargetName
@@ -50,18 +50,18 @@ def test_a_layer_with_channel_scales_equals_integer_arithmetic(ranges, seed):
     weight_scale = layer.weight_scale.numpy()
     total = codes_of_inputs @ layer.codes.numpy().T.astype(np.int64)
     total = total + np.rint(layer.bias.numpy() / weight_scale).astype(np.int64)
-    # One rounding to float32.
+    # The layer rounds to float32 once.
     np.testing.assert_allclose(layer(x).numpy(), total * weight_scale.astype(float), rtol=1e-6)
 
 
 @torch.no_grad()
 def output_error(source: Model, result: Model, x: Tensor) -> float:
-    """Root mean square of the change of the first layer's output, as a share of the output's."""
+    """Root mean square of the change of the first layer's output, divided by that of the output."""
     exact, rounded = source.module.first(x), result.module.first(x)
     return float((rounded - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
-def test_channel_scales_round_small_inputs_next_to_large_ones_as_well_as_these(tmp_path):
+def test_channel_scales_round_small_inputs_as_precisely_as_large_ones(tmp_path):
     source, bench = model_and_bench(tmp_path, largest=1000.0)
     x = torch.cat([source.module.user.weight, torch.rand(500, 3) * 1000], dim=1).detach()
     results = {
@@ -69,16 +69,16 @@ def test_channel_scales_round_small_inputs_next_to_large_ones_as_well_as_these(t
         for scales in ("layer", "channel")
     }
     errors = {scales: output_error(source, result, x) for scales, result in results.items()}
-    # The embeddings are 5000 times smaller than the features, so a common scale makes them zeros.
+    # The embeddings are so much smaller than the features that a common scale rounds them to zero.
     assert errors["layer"] > 0.3
-    # 255 levels with a normal distribution: an error of 1 % of the output, and as much by weights.
+    # 255 levels give an error of 1 % for normally distributed inputs; the weights add as much.
     assert errors["channel"] < 0.02
     assert results["layer"].plan.of("first").warnings
     assert results["channel"].plan.of("first").warnings == ()
 
 
 def test_layers_that_read_the_same_vector_share_their_factors(tmp_path):
-    """The inputs of a channel are divided by its factor before the range is calibrated."""
+    """The inputs of a channel are divided by its factor, then one range is calibrated for all."""
     source, bench = model_and_bench(tmp_path, largest=12.0)
 
     class Second(nn.Module):
@@ -96,7 +96,7 @@ def test_layers_that_read_the_same_vector_share_their_factors(tmp_path):
             return score
 
     network = Second().eval()
-    units = [unit for unit in Unit.of(network) if unit.role == "dense"]
+    units = [unit for unit in Unit.of(network) if unit.role == "dense"]  # the dense layers
     factors = channel_factors(network, units, bench, rows=512, batch=100)
     assert torch.equal(factors["second"], factors["inside.first"])
     assert not torch.equal(factors["second"], torch.ones(19))
@@ -109,7 +109,7 @@ def test_graph_with_channel_scales_has_int8_products_and_the_scores_of_torch(tmp
     result = run(BY_CHANNEL, source, bench, tmp_path / "out")
     path = tmp_path / "graph.onnx"
     name: TargetName = target
-    lower(result.module, get_only_graph(bench.signature), name, path)
+    lower(result.module, require_only_served_graph(bench.signature), name, path)
     (batch,) = batches(bench.calibration, bench.signature, 500, 500)
     inputs = {key: value.numpy() for key, value in batch.inputs.items()}
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_dry_run_predicts_the_stored_tensors_of_channel_scales(tmp_path):
     for name in ("first", "out"):
         expected, layer = (model.module.get_submodule(name) for model in (predicted, result))
         assert isinstance(layer, PackedLinear)
-        assert layer.record() == expected.record()
+        assert layer.record() == expected.record()  # format and settings, as a bundle stores them
         assert {key: tensor.shape for key, tensor in layer.named_buffers()} == {
             key: tensor.shape for key, tensor in expected.named_buffers()
         }

@@ -4,7 +4,9 @@ A layer is *fixed* if its weights must not change, for example because other cod
 
 A consumer is a layer that reads the output of another one; ``Consumer`` has its name and the
 operators between the two layers. The reason ``consumer_fixed`` means that the consumer is fixed.
-Packed layers have integer codes in place of weights.
+Packed layers have integer codes in place of weights. The networks ``CHAIN``, ``NORM_FIRST`` and
+``BLOCK`` are in ``chained_networks.py``. ``direct_consumers`` are those that read an output
+unchanged, except for its shape.
 """
 
 from collections.abc import Callable
@@ -41,7 +43,7 @@ def test_consumers_are_found_through_relus_prelus_and_views():
     assert flow.direct_consumers("b") == ()
 
 
-# By name, a function and whether a consumer after it is found.
+# By name, a function of a layer's output, and whether a consumer after the function is found.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "relu": (torch.relu, True),
     "leaky relu": (lambda x: F.leaky_relu(x, 0.2), True),
@@ -97,8 +99,8 @@ def test_layers_called_twice_or_read_elsewhere_are_fixed():
 def test_dataflow_of_norms_before_and_after_a_layer():
     flow = dataflow_of(NORM_FIRST)
     assert flow.direct_consumers("first") == ("hidden",)
-    assert flow.only_producer("second") == "plain"
-    assert flow.only_producer("third") is None  # a sum also reads the input of this norm
+    assert flow.find_exclusive_producer("second") == "plain"
+    assert flow.find_exclusive_producer("third") is None  # a sum also reads the input of this norm
     assert flow.reasons["deep"] == Reason("output_enters", operator="add")
 
 
@@ -124,7 +126,7 @@ class TiedWeightsNet(nn.Module):
 
     def forward(self, user: Tensor, price: Tensor) -> Tensor:
         x = F.relu(self.a(torch.cat([self.user(user), price], dim=1)))
-        # Each channel becomes an axis of size 1 and is selected again, so this changes nothing.
+        # ``unflatten`` adds an axis of size 1 and ``select`` removes it, so this changes nothing.
         x = self.c(F.relu(self.b(x))).unflatten(1, (9, 1)).select(2, 0)
         score: Tensor = self.out(F.relu(x))
         return score

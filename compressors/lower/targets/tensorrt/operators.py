@@ -14,7 +14,7 @@ from compressors.lower.custom_operators import OPS
 from compressors.lower.graph_builders import BFLOAT16, FLOAT, FLOAT16, constant, flatten_to_matrix
 from compressors.lower.targets.tensorrt import tables as tensorrt_tables
 from compressors.lower.targets.tensorrt.dense_types import signed_length
-from compressors.quantize.dense.weight_only import LEVELS, SMALLEST, block_length
+from compressors.quantize.dense.weight_only import MAX_MULTIPLE, SMALLEST_INPUT, block_length
 
 
 def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
@@ -97,9 +97,9 @@ def _round_inputs(x: Any, inputs: int, block_size: int) -> Any:
         _pad_with_zeros(x, -inputs % block_size), op.Constant(value_ints=[0, -1, block_size])
     )
     largest = op.ReduceMax(op.Abs(blocks), op.Constant(value_ints=[-1]), keepdims=1)
-    levels = op.Constant(value_float=float(LEVELS))
+    levels = op.Constant(value_float=float(MAX_MULTIPLE))
     # This avoids a division by zero; a block of zeros stays zero.
-    divisor = op.Max(largest, op.Constant(value_float=SMALLEST))
+    divisor = op.Max(largest, op.Constant(value_float=SMALLEST_INPUT))
     codes = op.Round(op.Mul(blocks, op.Div(levels, divisor)))
     rounded = op.Reshape(op.Mul(codes, op.Div(largest, levels)), op.Constant(value_ints=[0, -1]))
     return op.Slice(rounded, [0], [inputs], [1]) if inputs % block_size else rounded

@@ -34,11 +34,11 @@ from compressors.lower.graph_builders import (
     integers_from_bytes,
     position_from_rank,
 )
-from compressors.quantize.dense.weight_only import LEVELS, SMALLEST
+from compressors.quantize.dense.weight_only import MAX_MULTIPLE, SMALLEST_INPUT
 
 STEP = 1 / 128
 """The scale of inputs that are rounded to int8."""
-REFINEMENT = 2 * LEVELS
+REFINEMENT = 2 * MAX_MULTIPLE
 """Factor of the remainder after rounding (at most 1/2), so that it uses all levels of int8."""
 
 
@@ -64,8 +64,8 @@ def rowwise_int8_product(x: Any, codes: Any, scale: Any) -> Any:
     flat, restore = flatten_to_matrix(x, dim, count)
     last = op.Constant(value_ints=[1])
     largest = op.ReduceMax(op.Abs(flat), last, keepdims=1)
-    largest = op.Max(largest, op.Constant(value_float=SMALLEST))  # a vector may be all zeros
-    levels = op.Mul(op.Div(flat, largest), op.Constant(value_float=float(LEVELS)))
+    largest = op.Max(largest, op.Constant(value_float=SMALLEST_INPUT))  # a vector may be all zeros
+    levels = op.Mul(op.Div(flat, largest), op.Constant(value_float=float(MAX_MULTIPLE)))
     coarse = op.Round(levels)
     fine = op.Mul(op.Sub(levels, coarse), op.Constant(value_float=float(REFINEMENT)))
     table = op.DequantizeLinear(codes, scale, axis=0)  # as for lookups: one copy in the engine
@@ -81,7 +81,9 @@ def rowwise_int8_product(x: Any, codes: Any, scale: Any) -> Any:
     total = op.Add(
         product(coarse), op.Mul(product(op.Round(fine)), op.Constant(value_float=1 / REFINEMENT))
     )
-    return restore(op.Mul(total, op.Mul(largest, op.Constant(value_float=1 / (STEP * LEVELS)))))
+    return restore(
+        op.Mul(total, op.Mul(largest, op.Constant(value_float=1 / (STEP * MAX_MULTIPLE))))
+    )
 
 
 def float16_product(x: Any, weight: Any) -> Any:
