@@ -1,10 +1,11 @@
 """Train DeepFM or DLRM on Frappe and write data and model as the draft of a bundle.
 
-Run ``python -m examples.frappe FOLDER --model deepfm|dlrm --data FOLDER``. The items of Frappe are
+Run ``python -m examples.frappe DRAFT --model deepfm|dlrm --data FOLDER``. The items of Frappe are
 apps, and the labels say which apps a user used. The folder contains the split that the authors of
-NFM (neural factorization machines) published. Its training file is not publicly available any more:
-the apps of its negative rows are drawn again. ``docs/results/frappe.md`` describes the data. A
-draft is the folder of a bundle before it is packed.
+NFM (neural factorization machines) published, as the files in ``FILES``. Its training file is not
+public any more, so it is a reconstruction: the apps of its negative rows were drawn at random.
+``docs/results/frappe.md`` describes the data. A draft is the folder of a bundle before it is
+packed.
 """
 
 import gzip
@@ -37,7 +38,7 @@ FILES = {
     "validation": "frappe.validation.libfm.gz",
     "test": "frappe.test.libfm.gz",
 }
-FIELDS = {  # rows of each table, in the order of the public file's ids
+FIELDS = {  # rows of each table; the files number the ids of all fields, in this order
     "user": 957,
     "item": 4082,
     "daytime": 7,
@@ -49,7 +50,7 @@ FIELDS = {  # rows of each table, in the order of the public file's ids
     "country": 80,
     "city": 233,
 }
-REMEDY = "Put the public Frappe files of NFM and the training file into a folder."
+REMEDY = f"Put the Frappe files of NFM into a folder: {', '.join(FILES.values())}."
 NETWORKS: dict[ModelName, type[nn.Module]] = {"deepfm": DeepFM, "dlrm": DLRM}
 
 
@@ -116,13 +117,13 @@ def score(network: nn.Module, ids: Tensor, batch: int = 8192) -> Tensor:
 def build_architecture(model: ModelName, settings: Training) -> Architecture:
     """Return the network as an import path and JSON arguments."""
     fields = [{"name": name, "rows": rows} for name, rows in FIELDS.items()]
-    widths = "hidden" if model == "deepfm" else "top"
+    widths_argument = "hidden" if model == "deepfm" else "top"
     return Architecture(
         path=f"examples.{model}:{NETWORKS[model].__name__}",
         config={
             "fields": fields,
             "dim": settings.dim,
-            widths: list(settings.hidden),
+            widths_argument: list(settings.hidden),
             "dropout": settings.dropout,
             "batch_norm": True,
         },
@@ -165,6 +166,7 @@ def build_signature(model: ModelName) -> Signature:
             "kind": "id",
             "name": name,
             "table": f"tables.{name}",
+            # DeepFM also has a linear term: a table with one weight per id.
             "more_tables": [f"linear.{name}"] if model == "deepfm" else [],
         }
         for name in FIELDS

@@ -19,7 +19,7 @@ class LoopSettings(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of Adam in the first epochs."""
+        """Learning rate of Adam, divided by 10 after each epoch without a better metric."""
 
     @property
     def table_l2(self) -> float:
@@ -40,7 +40,7 @@ class LoopSettings(Protocol):
 
 @dataclass(frozen=True)
 class Epoch:
-    """The mean loss of an epoch's training rows, and the validation metric after it."""
+    """The mean training loss of an epoch, without the penalty, and the metric after the epoch."""
 
     number: int
     loss: float

@@ -45,7 +45,7 @@ def require_budget_rows(order: Order, bundle: BundleRef) -> None:
 
 
 def has_measurable_budget(order: Order, bundle: BundleRef) -> bool:
-    """Return whether the order has a budget, and the bundle has rows to measure the loss."""
+    """Return whether the order or its preset has a budget, and the bundle has validation rows."""
     return order.quality_budget() is not None and "validation" in bundle.rows
 
 
@@ -60,9 +60,9 @@ def select_steps(
 
     Each choice of the recipe keeps the first of its options that fits. A preset must work for any
     model, so an option that cannot be applied to this model is skipped; in a custom recipe that is
-    an error. An option whose result is over the budget is skipped, too. If no option of a choice is
-    kept, later choices that begin with the same method on the same units are not applied either,
-    since they would remove even more.
+    an error. An option whose result is over the budget is skipped, too. If every option of a choice
+    is skipped, later options that begin with a method that was over the budget on the same units
+    are skipped, since they would remove even more.
 
     Args:
         order: the order with the steps.
@@ -73,12 +73,12 @@ def select_steps(
             this argument, no option is compared with the budget.
 
     Returns:
-        Name and result of each stage (``original``, then each kept step), and the reasons of
-        skipped steps by their index in the recipe.
+        Name and result of each stage (``AS_TRAINED`` with ``original``, then each kept step), and
+        the reasons of skipped steps by their index in the recipe.
 
     Raises:
-        CompressionError: a step of preset ``custom`` cannot be applied or lacks data, unless an
-            earlier step was over the budget, since that may be the cause; or no step fits.
+        CompressionError: no step fits; or, for preset ``custom``, a step cannot be applied or lacks
+            data. The latter is not raised after a step over the budget, which may be its cause.
     """
     stages = [(AS_TRAINED, original)]
     skip_reasons: dict[int, Reason] = {}
@@ -121,7 +121,9 @@ def select_steps(
                 selected = group
                 stages += group_stages
             else:
-                reported = Reason("nothing_left") if choice.only_remaining_units else reason
+                # Steps for remaining units fail if there are none, unless they are over the budget.
+                has_none_left = choice.only_remaining_units and method not in over_budget_options
+                reported = Reason("nothing_left") if has_none_left else reason
                 skip_reasons.update(dict.fromkeys(indices, reported))
         if selected is None:
             over_budget |= over_budget_options
@@ -141,7 +143,7 @@ def missing_data_reason(
 ) -> Reason | None:
     """Return why the bundle lacks data that a step needs; None if it lacks none.
 
-    With an order, this includes steps of a preset that need a measurable budget.
+    With an order, this includes steps of a preset that need a measurable budget: they prune rows.
     """
     if (
         step.requires_budget
@@ -150,7 +152,7 @@ def missing_data_reason(
         and not has_measurable_budget(order, bundle)
     ):
         return Reason("pruning_not_judged", splits=tuple(bundle.rows))
-    # Without a score per row (retrieval), a loss needs the vectors of the query and item towers.
+    # A retrieval model has no score per row; only steps that train towers can compute its loss.
     if not bundle.scores_rows and "validation" in step.needs and not step.trains_towers:
         return Reason("no_loss", step=step.kind, task=bundle.task)
     parts = required_parts(step.needs, scores_rows=bundle.scores_rows)

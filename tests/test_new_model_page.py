@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
     return code_blocks(PAGE, language)
 
 
-def write_atomic_file(folder: Path) -> None:
+def write_recbole_file(folder: Path) -> None:
     """Write the clicks of ``write_clicks`` in RecBole's format."""
     (folder / "shop").mkdir()
     splits = [pd.read_parquet(folder / "data" / f"{name}.parquet") for name in ("train", "test")]
@@ -35,7 +35,7 @@ def write_atomic_file(folder: Path) -> None:
 
 
 def write_purchases(folder: Path) -> None:
-    """Write random weights of two towers, and purchases of the items that they rank first."""
+    """Write random weights of two towers, and each user's purchases of its best items."""
     from torch_rechub.basic.features import SparseFeature
     from torch_rechub.models.matching import DSSM
 
@@ -56,8 +56,9 @@ def write_purchases(folder: Path) -> None:
     bought = scores.topk(32).indices.numpy()
     bought = rng.permuted(bought, axis=1)
     (folder / "purchases").mkdir()
-    for split, places in {"train": (0, 10), "validation": (10, 12), "test": (12, 16)}.items():
-        of_split = bought[:, slice(*places)]
+    # The columns of ``bought`` are divided among the splits.
+    for split, columns in {"train": (0, 10), "validation": (10, 12), "test": (12, 16)}.items():
+        of_split = bought[:, slice(*columns)]
         user = np.repeat(np.arange(USERS), of_split.shape[1])
         purchases = pd.DataFrame({"user": user, "item": of_split.reshape(-1)})
         purchases.to_parquet(folder / "purchases" / f"{split}.parquet")
@@ -93,18 +94,20 @@ def folder(tmp_path: Path) -> Path:
 def test_first_example_prints_what_the_page_shows(folder: Path) -> None:
     export, new, pack, *_ = blocks("sh")[0].splitlines()
     output = run(folder, f"{export}\n{new}\n{pack}\n")
+    # The page shows the table of inputs, which has the column "reason".
     (shown,) = (block for block in blocks("") if "reason" in block)
     assert output.startswith(shown)
 
 
 @pytest.mark.slow
-def test_class_with_weights_and_config_becomes_the_same_draft(folder: Path) -> None:
+def test_second_example_writes_the_same_draft_as_the_first(folder: Path) -> None:
     export, new, *_ = blocks("sh")[0].splitlines()
     run(folder, f"{export}\n{new}\nmv draft first\n{blocks('sh')[1]}")
     for name in ("model.json", "model.safetensors"):
         assert (folder / "draft" / name).read_bytes() == (folder / "first" / name).read_bytes()
 
 
+# ``index`` is that of the page's block of commands.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("index", "module"),
@@ -116,7 +119,7 @@ def test_model_of_a_library_is_trained_packed_and_compressed(
     commands = blocks("sh")[index]
     assert module in commands
     if module == "recbole_click":
-        write_atomic_file(folder)
+        write_recbole_file(folder)
     if module == "rechub_towers":
         monkeypatch.syspath_prepend(str(LIBRARIES))
         write_purchases(folder)

@@ -15,7 +15,6 @@ PLANTED = canaries()
 SECRET = PLANTED.of("MLFLOW_TRACKING_URI")
 
 
-# The base64 text of a secret depends on the number of bytes before it, modulo 3 (here 2, 0 and 1).
 @pytest.mark.parametrize(
     "write",
     [
@@ -23,6 +22,7 @@ SECRET = PLANTED.of("MLFLOW_TRACKING_URI")
         lambda secret: f"http://user:{quote(secret, safe='')}@host",
         lambda secret: json.dumps({"a": secret}),
         lambda secret: repr([secret]),
+        # 5, 3, 4 and 14 bytes are before the secret: its base64 text depends on them modulo 3.
         lambda secret: base64.b64encode(f"user:{secret}".encode()).decode(),
         lambda secret: base64.b64encode(f"me:{secret}".encode()).decode(),
         lambda secret: base64.b64encode(f"you:{secret}".encode()).decode(),
@@ -45,7 +45,7 @@ def test_find_secrets_finds_a_secret_in_every_form_and_place(
     else:
         with sqlite3.connect(tmp_path / "a.db") as database:
             database.execute("CREATE TABLE log (message TEXT)")
-            # Longer than a page of SQLite (4,096 bytes), so the file contains the text in pieces.
+            # SQLite stores this text on several pages of 4,096 bytes, which may split the secret.
             database.execute("INSERT INTO log VALUES (?)", ("x" * 4_000 + text + "y" * 9_000,))
         database.close()
     lines = find_secrets(PLANTED, [tmp_path], texts)

@@ -12,7 +12,7 @@ _NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 
-# Classes of Python, and modules of other classes, of errors that native libraries raise.
+# Native libraries raise errors of these classes of Python, or of classes in these modules.
 _NATIVE_ERRORS = (RuntimeError, OSError, ImportError, SystemError)
 _NATIVE_MODULES = ("onnxruntime", "torch", "safetensors", "safetensors_rust", "pyarrow", "numba")
 

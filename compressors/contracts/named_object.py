@@ -1,11 +1,11 @@
-"""Import an object that a text ``module:name`` names, when it is first used."""
+"""Import an object that a text ``module:name`` names, so that callers can import it late."""
 
 from importlib import import_module
 from typing import Any
 
 
 def named_object(reference: Any) -> Any:
-    """Import the object that a text ``module:name`` names; return other values unchanged.
+    """Import the object that a text ``module:name`` names; other values are returned.
 
     Raises:
         ImportError: there is no such module.

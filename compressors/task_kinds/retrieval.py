@@ -1,9 +1,9 @@
 """Task kind ``retrieval``: two towers, trained to score a query's item above other items.
 
-The losses compare all queries of a batch with all of its items, and with the items that were drawn
-for it from the catalogue, if any. They take the vectors of the towers instead of scores: float
-``(rows, 2, dim)``, of the query and of the item of each row. Drawn items are further rows, with a
-query vector of zeros (``compressors.core.scores.training_output``).
+The losses compare every query of a batch with every item of the batch, and with the items that were
+drawn from the catalogue for the batch, if any. Their input is not scores but the vectors of the
+towers, float ``(rows, 2, dim)``: index 0 is the query, 1 the item. Drawn items are further rows,
+whose query vector is zero (``compressors.core.scores.training_output``).
 """
 
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ class Retrieval:
     from its scores, since frequent items occur more often as negatives. ``soft_loss`` is the cross
     entropy between the softmax of the teacher's scores and that of the student's.
 
-    If the batch has items that were drawn from the catalogue, both losses compare each query with
-    them too, and with each different item once. The correction of ``hard_loss`` is then that of
-    ``sampled_softmax.py``.
+    ``soft_loss`` counts each different item of the batch once. If the batch has items that were
+    drawn from the catalogue, both losses compare each query with them too, ``hard_loss`` also
+    counts each different item once, and its correction is that of ``sampled_softmax.py``.
 
     Source: Yi et al. 2019, https://doi.org/10.1145/3298689.3346996, eq. 3 (logQ correction).
     Differs: the shares are counted in the training rows instead of estimated in a stream; other
@@ -71,7 +71,7 @@ class Retrieval:
         return -(target * student.log_softmax(dim=1)).sum(dim=1).mean() * temperature**2
 
     def find_score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
-        """Yield no problem: a sample of rows has no other items to compare with."""
+        """Yield no problem: without other items to rank, the score of a row reveals none."""
         del sample
         yield from ()
 
@@ -119,7 +119,7 @@ def is_excluded(batch: Batch) -> Tensor:
 def is_counted(batch: Batch) -> Tensor:
     """Return which items a loss compares with queries, each once, bool ``(rows + sampled,)``.
 
-    They are the item of a row that no earlier row has, and drawn items that no row has.
+    They are the first occurrence of each item in the batch, and drawn items that no row has.
     """
     first = first_rows(batch)
     is_first = first == torch.arange(len(first), device=first.device)
@@ -140,7 +140,7 @@ def first_rows(batch: Batch) -> Tensor:
 
 
 def _is_positive_pair(batch: Batch) -> Tensor:
-    """Return which rows have a positive item of each row's query, bool ``(rows, rows)``."""
+    """Return a matrix, bool ``(rows, rows)``: row j has a positive item of the query of row i."""
     if batch.group is None:
         rows = len(batch.label)
         return torch.zeros(rows, rows, dtype=torch.bool, device=batch.label.device)
@@ -158,7 +158,7 @@ def _sampled_losses(scores: Tensor, batch: Batch, sampled: SampledItems) -> Tens
     Returns:
         float ``(rows,)``.
     """
-    assert batch.item_log_share is not None  # noqa: S101 - items are drawn only if rows have one
+    assert batch.item_log_share is not None  # noqa: S101 - items are drawn only if rows have shares
     counted, rows = is_counted(batch), len(batch.label)
     own = (counted.cumsum(0) - 1)[first_rows(batch)]  # the column of each row's item
     shares = torch.cat([batch.item_log_share, sampled.item_log_share])[counted]
@@ -166,5 +166,6 @@ def _sampled_losses(scores: Tensor, batch: Batch, sampled: SampledItems) -> Tens
     query, row = _is_positive_pair(batch).nonzero(as_tuple=True)
     excluded[query, own[row]] = True
     excluded[torch.arange(rows, device=scores.device), own] = False
+    # The other rows of the batch are ``rows - 1`` draws of an item.
     log_inclusion = log_inclusion_of(shares, rows - 1, sampled.drawn_share)
     return sampled_softmax_losses(scores[:, counted], own, log_inclusion, excluded)

@@ -5,7 +5,7 @@ returns the same for processes that listen on 127.0.0.1. Only addresses and path
 container and a process, so these are replaced in every command, variable and health check:
 
 - ``service:port`` becomes ``127.0.0.1`` and that service's local port;
-- a service's ports in its settings become its local ports; ``0.0.0.0`` becomes ``127.0.0.1``;
+- in the settings of a service, its ports become its local ports, and ``0.0.0.0`` ``127.0.0.1``;
 - folders of volumes, files of configs and the image's code folder become local paths.
 
 Services with a compose profile (GPU, Triton) are omitted.
@@ -82,7 +82,7 @@ class Services(Frozen):
 
 
 MALFORMED_DOCUMENT = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""Exceptions while a document is read in which a field is missing or has another type."""
+"""Exceptions raised if a field of a decoded document is missing or has a wrong type."""
 
 
 def find_required_secrets(text: str) -> tuple[str, ...]:
@@ -267,8 +267,8 @@ def _map_ports(
 ) -> dict[int, int]:
     """Return port in the container -> local port, for all ports of a service.
 
-    The file states the local port of a published port. The gRPC port of a published port keeps its
-    offset. Every other port gets a free local port.
+    The file states the local port of a published port. Its gRPC port, ``GRPC_OFFSET`` above it, has
+    that local port plus ``GRPC_OFFSET``. Every other port gets a free local port.
 
     Raises:
         SettingRefused: a port is published on another address than 127.0.0.1.
@@ -300,6 +300,7 @@ def choose_free_ports(ports: Iterable[int]) -> dict[int, int]:
             continue
         while port not in chosen:
             # At most 31,999: Linux assigns ports from 32,768 to outgoing connections.
+            # A gRPC port may be higher; it is checked, too.
             local = 12_000 + secrets.randbelow(20_000)
             if (
                 local not in chosen.values()

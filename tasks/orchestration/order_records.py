@@ -1,12 +1,13 @@
-"""Records of finished orders, so that a repeated order returns its result. No Prefect.
+"""Records of finished orders, so that a repeated order returns its result.
 
 ``orders/<digest>.json`` in the object store names the release and the registry version of an order.
-The record only saves time: without it the order runs again with the cached results of its tasks.
+Without it the order runs again, with the cached results of its tasks. ``recpress registry restore``
+finds finished orders by their records, to register them again after a registry was lost.
 
-``requests/<digest>.json`` names the latest order of a request. A request is an order without the
-version of recpress, so that a result is also found after an upgrade.
+``requests/<digest>.json`` names the latest order of a request. The digest of a request has all
+fields of an order but the version of recpress, so that a result is also found after an upgrade.
 
-Records have a checksum: they are "sealed". Records of recpress 0.1.0 are not.
+Records end with a checksum, their seal. Records of recpress 0.1.0 have none.
 """
 
 import logging
@@ -34,7 +35,7 @@ class FinishedRecord(Frozen):
         order: digest of the order.
         release: the artifact with the report.
         version: number of the version in the registry.
-        registry: the registry.
+        registry: the registry; empty for records of 0.1.0, which count as of this registry.
     """
 
     order: str
@@ -53,7 +54,7 @@ class RequestRecord(Frozen):
 
 
 def write_request(request: str, order: str) -> None:
-    """Store which order a request leads to; a failed write is logged.
+    """Store the latest order of a request; a failed write is logged.
 
     Args:
         request: digest of the order without the version of recpress.
@@ -92,7 +93,7 @@ def order_of_request(request: str) -> str | None:
 def write_finished(finished: Finished) -> None:
     """Store the record of a finished order; a failed write is logged.
 
-    Without the record, the next run of this order takes longer; there is no other effect.
+    Without the record, the next run of this order takes longer, and ``restore`` does not find it.
     """
     record = FinishedRecord(
         order=finished.report.order,
@@ -115,8 +116,8 @@ def find_finished_order(order: str, *, registered: bool = True) -> Finished | No
 
     Args:
         order: digest of the order.
-        registered: whether to read the version number from the registry if the record has no
-            checksum. If False, the number in such a record is used, which may be wrong.
+        registered: if True, the version number of a record without a checksum is looked up in the
+            registry. If False, because the registry may be lost, the number is used unverified.
 
     Raises:
         ArtifactDamaged: the record is valid and the release is damaged.

@@ -1,4 +1,4 @@
-"""List the versions of recpress in the registry, including those with unexpected tags.
+"""List the model versions that recpress registered, including those with unexpected tags.
 
 Every user with write access to the registry can create a version with any tags. A version with
 unexpected tags is listed with a note; it does not prevent the listing of others.
@@ -19,6 +19,8 @@ from tasks.orchestration.workspace import store
 log = logging.getLogger(__name__)
 
 RECIPE_TAG = "recpress.recipe"
+_REQUIRED_TAGS = ("recpress.outcome", "recpress.bundle")
+"""Tags with the verdict, and with the bundle as ``name@version``."""
 
 # Tags whose values are references to the store.
 _REFERENCE_TAGS = re.compile(r"recpress\.(report|artifact\..*)")
@@ -39,7 +41,7 @@ class ListedVersion(RegisteredVersion):
 
 
 def list_versions(model: str | None) -> tuple[ListedVersion, ...]:
-    """List the versions of one model, or of all models, that have an order's digest as a tag.
+    """List the versions of one model, or of all models, that have the tag of an order.
 
     Raises:
         RegistryRefused: there is no model of that name.
@@ -83,7 +85,7 @@ def _describe_version(item: RegisteredVersion, release_store: Store) -> ListedVe
 
 
 def _list_missing_tags(tags: dict[str, str]) -> list[str]:
-    return [tag for tag in ("recpress.outcome", "recpress.bundle") if not tags.get(tag)]
+    return [tag for tag in _REQUIRED_TAGS if not tags.get(tag)]
 
 
 def _parse_recipe(text: str | None) -> tuple[str, ...] | None:
@@ -107,5 +109,5 @@ def _complete_uri(text: str, release_store: Store) -> str:
     sha256 = None if match is None else artifact_name(match["uri"])
     if match is None or sha256 is None:
         return text
-    artifact = Artifact(uri=match["uri"], sha256=sha256, bytes=0)
+    artifact = Artifact(uri=match["uri"], sha256=sha256, bytes=0)  # ``uri_of`` reads no bytes
     return release_store.uri_of(artifact) + match["path"]

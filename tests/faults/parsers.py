@@ -45,12 +45,12 @@ class Parser:
     """A parser and its valid inputs.
 
     Args:
-        seeds: valid inputs.
+        valid_inputs: inputs that the parser accepts.
         parse: parses bytes; returns a result, or raises one of this project's errors.
         is_json: whether inputs are JSON documents, whose values are also mutated.
     """
 
-    seeds: tuple[bytes, ...]
+    valid_inputs: tuple[bytes, ...]
     parse: Callable[[bytes], object]
     is_json: bool = True
 
@@ -118,8 +118,8 @@ def parquet_file(folder: Path) -> Parser:
         file.write_bytes(body)
         return split_statistics(file, signature)
 
-    seeds = tuple((draft / f"{split}.parquet").read_bytes() for split in ("test", "train"))
-    return Parser(seeds, parse, is_json=False)
+    valid_inputs = tuple((draft / f"{split}.parquet").read_bytes() for split in ("test", "train"))
+    return Parser(valid_inputs, parse, is_json=False)
 
 
 def order_file(folder: Path) -> Parser:

@@ -1,6 +1,6 @@
 """The estimate of available memory, and recognition of out-of-memory errors of all libraries.
 
-The field ``doing`` of an error is the work for which memory was missing. ``raises_code`` with the
+The field ``doing`` of an error names the work that ran out of memory. ``raises_code`` with the
 code None accepts any code.
 """
 
@@ -93,7 +93,7 @@ def test_is_out_of_memory_recognizes_messages_of_libraries(fault):
         ImportError("libx.so: failed to map segment from shared object: Operation not permitted"),
     ],
 )
-def test_is_out_of_memory_ignores_names_that_contain_its_words(fault):
+def test_is_out_of_memory_ignores_the_same_words_in_names_and_in_other_errors(fault):
     assert not is_out_of_memory(fault)
 
 

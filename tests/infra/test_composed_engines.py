@@ -1,9 +1,10 @@
 """TensorRT-RTX engines of tables composed of smaller tables: the parts stay packed.
 
 A builder may widen a table: convert its packed numbers to a wider type, in the engine's weights or
-in scratch memory, the temporary memory of a call. The audit compares the scratch memory with that
-of a twin, an engine of the same graph with half the rows in large tables: it is "flat" if both are
-equal and a widened copy would not fit into it. See ``infra/tensorrt/audit.py``.
+in scratch memory, the temporary memory of a call. So the audit also builds a *twin*: an engine of
+the same graph whose large tables have half the rows. Scratch memory is "flat" if engine and twin
+need the same, and if that is too small for a widened copy of the table. See
+``infra/tensorrt/audit.py``.
 
 A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
 input.
@@ -34,7 +35,7 @@ needs_rtx = pytest.mark.skipif(
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
 FIELDS, DIM = 26, 32
-ROWS = 400_000  # a float16 copy of half of them is larger than the activations' scratch memory
+ROWS = 400_000  # half of them in float16 take more memory than the activations
 SIGNATURE = Signature(
     inputs=(
         IdInput(
@@ -103,5 +104,5 @@ def test_engine_stores_composed_tables_packed(step: Step, tmp_path, monkeypatch)
     assert audit.layer_types["int8"] > 0
     # At most 4.9 KB more than planned were measured; the audit would allow 64 KiB and 10 %.
     assert planned_bytes <= audit.weights_bytes < planned_bytes + 8_192
-    if audit.scratch != "flat":  # parts with only sqrt(rows) rows are too small to be checked
+    if audit.scratch != "flat":  # small parts, of sqrt(rows) rows, are not halved for the twin
         assert planned_bytes < 100_000, audit.scratch_reason

@@ -169,7 +169,7 @@ def test_one_invalid_value_fails_exactly_its_rule(write, split, column, value, r
 @pytest.mark.parametrize("split", ["validation", "test"])
 @pytest.mark.parametrize("column", ["seen", "history"])
 def test_ids_outside_the_table_pass_in_validation_and_test_with_a_policy(write, split, column):
-    """The policy ``out_of_range`` of an input is for served rows, so not for training splits."""
+    """``out_of_range`` is what happens to such ids when the model is served; training has none."""
     paths = write(
         **{split: with_invalid_value(column, 999 if column == "seen" else [999], split=split)}
     )
@@ -228,6 +228,7 @@ def test_split_with_too_few_rows_fails(write, tmp_path):
     pq.write_table(pa.table(columns("test", rows=99)), short_file)
     (failed,) = failures(validate({"test": short_file}, signature_reading("user"), TABLES))
     assert (failed.column, failed.rule, failed.observed) == (None, "at least 100 row(s)", "99")
+    # By default only the test split needs 100 rows.
     assert validate({"train": short_file}, signature_reading("user"), TABLES).success
     assert validate(
         {"test": short_file}, signature_reading("user"), TABLES, Rules(min_rows={"test": 99})
@@ -390,7 +391,7 @@ def test_failing_timestamps_are_formatted_as_date_and_time(write):
     assert failed.failing_values == ("2024-05-01 01:59:00",)
 
 
-def test_time_of_another_type_than_in_test_fails_its_type_check(write):
+def test_time_of_another_type_than_in_the_test_split_fails_its_type_check(write):
     timestamps = pa.array(np.arange(ROWS_PER_SPLIT), pa.int64()).cast(pa.timestamp("s"))
     paths = write(train={"at": timestamps})
     two_splits = {"train": paths["train"], "test": paths["test"]}
@@ -410,6 +411,7 @@ def test_finding_counts_all_failing_rows_and_lists_twenty(write):
     assert failed.failing_count == 50
     assert failed.failing_rows == tuple(range(10, 30))
     assert failed.failing_values == ("77",) * 20
+    # The message lists the first ten.
     message = r"50 of 120 value\(s\) failing, row\(s\) 10 \(77\), .* 19 \(77\) and more\.$"
     with raises_code(DataRefused, "checks_failed", problems=TextMatching(message)):
         refuse_failures(validation)
@@ -434,10 +436,10 @@ def test_row_numbers_of_findings_continue_through_all_files_of_a_split(write, tm
     assert failed.failing_rows == (ROWS_PER_SPLIT + INVALID_ROW,)
 
 
-def test_expectation_that_raises_is_not_evaluated_and_refused(write, monkeypatch):
+def test_expectation_that_raises_is_not_evaluated_and_the_data_is_refused(write, monkeypatch):
     """Great Expectations raises when it compares text with numbers.
 
-    ``ROWS`` is the view of the check: the values of a column without lists.
+    The view of a check says which values it reads; ``ROWS``: the values of a column without lists.
     """
     broken = Check(
         "train", "session", "between", ROWS, "ExpectColumnValuesToBeBetween", {"max_value": 3}

@@ -36,15 +36,27 @@ def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ",".join(modules))
 
 
-def request(folder: Path, written: Path, **options: Any) -> DraftRequest:
+@pytest.fixture(autouse=True)
+def not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import ``MODELS`` again in each test, because constructors are recorded during an import."""
+    monkeypatch.delitem(sys.modules, MODELS, raising=False)
+
+
+@pytest.fixture
+def folder(home: Path) -> Path:
+    """The folder for drafts and data, next to RECPRESS_HOME."""
+    return home
+
+
+def request(folder: Path, handwritten: Path, **options: Any) -> DraftRequest:
     """Return a request with the class, weights and data of a hand-written draft."""
-    architecture = json.loads((written / "model.json").read_text())["network"]["architecture"]
+    architecture = json.loads((handwritten / "model.json").read_text())["network"]["architecture"]
     return DraftRequest(
         folder=folder,
         model=architecture["path"],
         config=json.dumps(architecture["config"]),
-        weights=written / "model.safetensors",
-        data=written,
+        weights=handwritten / "model.safetensors",
+        data=handwritten,
         **{"labels": {"click": "click"}, **options},
     )
 
@@ -67,83 +79,85 @@ def without_policies(item: dict[str, Any]) -> dict[str, Any]:
     return {**result, "fields": fields} if fields else result
 
 
-def test_draft_with_sequences_equals_the_hand_written_one(home: Path) -> None:
-    written = sequence_draft.write_sequence_draft(home / "written")
+def test_draft_with_sequences_equals_the_hand_written_one(folder: Path) -> None:
+    handwritten = sequence_draft.write_sequence_draft(folder / "written")
     inputs = {"category_count": ("lengths(categories)",)}
-    new_draft(request(home / "new", written, inputs=inputs))
-    expected = [without_policies(item) for item in signature_of(written)["inputs"]]
-    handwritten = {**signature_of(written), "inputs": expected}
-    assert parsed(signature_of(home / "new")) == parsed(handwritten)
-    assert pack(home / "new").tables == pack(written).tables
+    new_draft(request(folder / "new", handwritten, inputs=inputs))
+    expected = [without_policies(item) for item in signature_of(handwritten)["inputs"]]
+    expected_signature = {**signature_of(handwritten), "inputs": expected}
+    assert parsed(signature_of(folder / "new")) == parsed(expected_signature)
+    assert pack(folder / "new").tables == pack(handwritten).tables
 
 
-def test_draft_with_a_matrix_and_a_joined_table_equals_the_hand_written_one(home: Path) -> None:
+def test_draft_with_a_matrix_and_a_joined_table_equals_the_hand_written_one(folder: Path) -> None:
     """A joined table has the rows of several id columns; a matrix has several inputs as columns."""
-    written = field_draft.write_field_draft(home / "written")
+    handwritten = field_draft.write_field_draft(folder / "written")
     inputs = {"ids": ("user", "item"), "matrix": ("brand", "tags", "price", "age")}
-    new_draft(request(home / "new", written, inputs=inputs))
-    expected = [without_policies(item) for item in signature_of(written)["inputs"]]
+    new_draft(request(folder / "new", handwritten, inputs=inputs))
+    expected = [without_policies(item) for item in signature_of(handwritten)["inputs"]]
     # Two tables read the input "ids"; either of them may be listed first.
     expected[0]["more_tables"], expected[0]["table"] = ["joined"], "wide"
     *ids_and_tags, _ = expected[1]["fields"]
     numbers = [{"kind": "dense", "name": name, "shape": [1]} for name in ("price", "age")]
     expected[1]["fields"] = [*ids_and_tags, *numbers]
-    derived = signature_of(home / "new")["inputs"]
+    derived = signature_of(folder / "new")["inputs"]
     if derived[0]["table"] == "joined":
         expected[0]["more_tables"], expected[0]["table"] = ["wide"], "joined"
     assert derived == expected
-    pack(home / "new")
+    pack(folder / "new")
 
 
 @pytest.mark.parametrize("returns", ["tuple", "mapping", "tensor"])
-def test_draft_with_several_outputs_has_those_with_labels(home: Path, returns: str) -> None:
-    written = multi_task_draft.write_multi_task_draft(home / "written", returns=returns)
+def test_draft_with_several_outputs_has_those_with_labels(folder: Path, returns: str) -> None:
+    handwritten = multi_task_draft.write_multi_task_draft(folder / "written", returns=returns)
     labels = {"click": "click", "like": "liked", "buy": "bought"}
     inputs = {"price": ("price", "age")}
     if returns == "mapping":
         del labels["like"]
-    new_draft(request(home / "new", written, labels=labels, inputs=inputs))
+    new_draft(request(folder / "new", handwritten, labels=labels, inputs=inputs))
+    # Not derived: the rows whose label counts (``label_where``), and the weight of the loss.
     expected = [
         {k: v for k, v in output.items() if k not in ("label_where", "loss_weight")}
-        for output in signature_of(written)["outputs"]
+        for output in signature_of(handwritten)["outputs"]
         if output["name"] in labels
     ]
-    derived = signature_of(home / "new")["outputs"]
+    derived = signature_of(folder / "new")["outputs"]
     assert sorted(derived, key=str) == sorted(expected, key=str)
 
 
-def towers_request(home: Path, **options: Any) -> DraftRequest:
+def towers_request(folder: Path, **options: Any) -> DraftRequest:
     """Return a request for a retrieval model, whose data has a catalogue (the split ``items``)."""
-    written = home / "written"
-    if not written.exists():
-        retrieval_draft.write_retrieval_draft(written)
+    handwritten = folder / "written"
+    if not handwritten.exists():
+        retrieval_draft.write_retrieval_draft(handwritten)
     towers = {"query_tower": "of_user", "item_tower": "of_item", "group": "user"}
     dense = {"dense": ("d*",)}
-    return request(home / "new", written, **{"labels": {}, "inputs": dense, **towers, **options})
+    return request(
+        folder / "new", handwritten, **{"labels": {}, "inputs": dense, **towers, **options}
+    )
 
 
-def content_request(home: Path, **options: Any) -> DraftRequest:
-    """Return a request for towers that are methods, with the data of ``towers_request``."""
+def content_request(folder: Path, **options: Any) -> DraftRequest:
+    """Return the same request for ``ContentTowers``, whose towers are methods."""
     changes = {"model": f"{MODELS}:content_towers", "weights": None, "inputs": {}, **options}
-    return towers_request(home).model_copy(update=changes)
+    return towers_request(folder).model_copy(update=changes)
 
 
 def test_draft_with_towers_equals_the_hand_written_one(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
-    written = new_draft(towers_request(home))
-    assert written.draft.signature == parsed(retrieval_draft.SIGNATURE)
-    assert written.draft.data.keys() == {"train", "validation", "test", "items"}
-    assert pack(home / "new").rows["items"] == retrieval_draft.ITEMS
+    created = new_draft(towers_request(folder))
+    assert created.draft.signature == parsed(retrieval_draft.SIGNATURE)
+    assert created.draft.data.keys() == {"train", "validation", "test", "items"}
+    assert pack(folder / "new").rows["items"] == retrieval_draft.ITEMS
 
 
 def test_item_of_a_tower_without_ids_is_identified_by_a_key(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A key is an input that identifies the item and that no tower reads."""
-    monkeypatch.delitem(sys.modules, MODELS, raising=False)
-    original = content_request(home)
+    original = content_request(folder)
     signature = new_draft(original).draft.signature
     assert [(item.name, item.kind) for item in signature.inputs] == [
         ("user", "id"),
@@ -151,7 +165,7 @@ def test_item_of_a_tower_without_ids_is_identified_by_a_key(
         ("item", "key"),
     ]
     assert signature.item == "item"
-    pack(home / "new")
+    pack(folder / "new")
 
 
 @pytest.mark.parametrize(
@@ -164,10 +178,10 @@ def test_item_of_a_tower_without_ids_is_identified_by_a_key(
     ],
 )
 def test_incomplete_options_of_towers_are_refused(
-    home: Path, code: str, options: dict[str, Any]
+    folder: Path, code: str, options: dict[str, Any]
 ) -> None:
     with raises_code(DraftRefused, code):
-        new_draft(towers_request(home, **options))
+        new_draft(towers_request(folder, **options))
 
 
 @pytest.mark.parametrize(
@@ -175,42 +189,42 @@ def test_incomplete_options_of_towers_are_refused(
     [
         ("tower_missing", "of_shop", {"architecture": "ContentTowers", "path": "of_shop"}),
         ("tower_vectors", "mean", {"path": "mean", "got": "(256,)"}),
+        # takes one mapping; the item tower takes separate arguments
         ("tower_calls_differ", "of_mapping", {}),
     ],
 )
-def test_tower_that_does_not_return_vectors_is_refused(
-    home: Path, code: str, tower: str, fields: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_unusable_tower_is_refused(
+    folder: Path, code: str, tower: str, fields: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, MODELS, raising=False)
     with raises_code(InspectionFailed, code, **fields):
-        new_draft(content_request(home, query_tower=tower))
+        new_draft(content_request(folder, query_tower=tower))
 
 
-def test_rows_without_a_catalogue_are_refused_for_towers(home: Path) -> None:
-    original = towers_request(home)
-    (home / "written" / "items.parquet").unlink()
-    with raises_code(DraftRefused, "catalogue_missing", folder=str(home / "written")):
+def test_towers_without_a_catalogue_are_refused(folder: Path) -> None:
+    original = towers_request(folder)
+    (folder / "written" / "items.parquet").unlink()
+    with raises_code(DraftRefused, "catalogue_missing", folder=str(folder / "written")):
         new_draft(original)
 
 
-def test_item_column_must_be_named_if_rows_and_catalogue_have_several(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+def test_item_column_must_be_named_if_rows_and_catalogue_share_several(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
-    original = towers_request(home)
-    path = home / "written" / "items.parquet"
+    original = towers_request(folder)
+    path = folder / "written" / "items.parquet"
     items = pd.read_parquet(path)
     items.assign(user=items["item"]).to_parquet(path)
     with raises_code(DraftRefused, "item_unknown", columns=("user", "item")):
         new_draft(original)
-    assert new_draft(towers_request(home, item="item")).draft.signature.item == "item"
+    assert new_draft(towers_request(folder, item="item")).draft.signature.item == "item"
 
 
-def shop_request(home: Path, model: str = "shop", **options: Any) -> DraftRequest:
+def shop_request(folder: Path, model: str = "shop", **options: Any) -> DraftRequest:
     """Return a request for a network of ``new_draft_models``."""
-    data = home / "data" if (home / "data").exists() else write_shop_data(home / "data")
+    data = folder / "data" if (folder / "data").exists() else write_shop_data(folder / "data")
     return DraftRequest(
-        folder=home / "new",
+        folder=folder / "new",
         model=f"{MODELS}:{model}",
         data=data,
         **{"labels": {"click": "click"}, **options},
@@ -218,72 +232,68 @@ def shop_request(home: Path, model: str = "shop", **options: Any) -> DraftReques
 
 
 def test_network_with_objects_as_arguments_packs_and_loads(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, MODELS, raising=False)
-    written = new_draft(shop_request(home))
-    assert [(item.kind, item.columns) for item in written.draft.signature.inputs] == [
+    created = new_draft(shop_request(folder))
+    assert [(item.kind, item.columns) for item in created.draft.signature.inputs] == [
         ("id", ("user",)),
         ("id", ("item",)),
         ("padded_bag", ("tags",)),
         ("dense", ("price",)),
         ("dense", ("age",)),
     ]
-    assert written.draft.signature.call == "mapping"
-    assert written.draft.signature.outputs[0].form == "probability"
-    packed = pack(home / "new")
+    assert created.draft.signature.call == "mapping"
+    assert created.draft.signature.outputs[0].form == "probability"
+    packed = pack(folder / "new")
     assert packed.tables == {"tables.user": 40, "tables.item": 30, "tags": 20}
 
 
-def test_tied_tensor_is_stored_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, MODELS, raising=False)
-    written = new_draft(shop_request(home, "tied"))
-    assert written.draft.network.ties == {"again.weight": "item.weight"}
-    pack(home / "new")
+def test_tied_tensor_is_stored_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    created = new_draft(shop_request(folder, "tied"))
+    assert created.draft.network.ties == {"again.weight": "item.weight"}
+    pack(folder / "new")
 
 
 def test_network_that_depends_on_more_than_its_arguments_is_refused(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, MODELS, raising=False)
     with raises_code(DraftRefused, "rebuilt_differs", architecture=TextMatching("PatchedNet")):
-        new_draft(shop_request(home, "patched"))
-    assert not (home / "new").exists()
+        new_draft(shop_request(folder, "patched"))
+    assert not (folder / "new").exists()
 
 
 def test_class_of_a_module_that_is_not_allowed_is_refused_before_anything_is_written(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "examples")
     with raises_code(BundleRefused, "architecture_not_allowed", module=MODELS):
-        new_draft(shop_request(home))
-    assert not (home / "new").exists()
+        new_draft(shop_request(folder))
+    assert not (folder / "new").exists()
 
 
 def test_input_that_the_network_does_not_read_is_refused(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, MODELS, raising=False)
     with raises_code(InspectionFailed, "inputs_unknown", names=("users",)) as caught:
-        new_draft(shop_request(home, inputs={"users": ("user",)}))
+        new_draft(shop_request(folder, inputs={"users": ("user",)}))
     assert caught.value.fields["arguments"] == ("user", "item", "tags", "price", "age")
 
 
-def test_folder_with_files_is_refused_and_unchanged(home: Path) -> None:
-    (home / "new").mkdir()
-    (home / "new" / "mine.txt").write_text("mine")
-    with raises_code(DraftRefused, "folder_not_empty", folder=str(home / "new")):
-        new_draft(shop_request(home))
-    assert [path.name for path in (home / "new").iterdir()] == ["mine.txt"]
+def test_folder_with_files_is_refused_and_unchanged(folder: Path) -> None:
+    (folder / "new").mkdir()
+    (folder / "new" / "mine.txt").write_text("mine")
+    with raises_code(DraftRefused, "folder_not_empty", folder=str(folder / "new")):
+        new_draft(shop_request(folder))
+    assert [path.name for path in (folder / "new").iterdir()] == ["mine.txt"]
 
 
-def test_request_without_labels_or_with_an_unknown_column_is_refused(home: Path) -> None:
+def test_request_without_labels_or_with_an_unknown_column_is_refused(folder: Path) -> None:
     with raises_code(DraftRefused, "label_missing"):
-        new_draft(shop_request(home, labels={}))
+        new_draft(shop_request(folder, labels={}))
     with raises_code(DraftRefused, "column_missing", option="--label", column="clicks"):
-        new_draft(shop_request(home, labels={"clicks": "clicks"}))
+        new_draft(shop_request(folder, labels={"clicks": "clicks"}))
     with raises_code(DraftRefused, "column_missing", option="--group", column="shopper"):
-        new_draft(shop_request(home, group="shopper"))
+        new_draft(shop_request(folder, group="shopper"))
 
 
 @pytest.mark.parametrize(
@@ -295,21 +305,21 @@ def test_request_without_labels_or_with_an_unknown_column_is_refused(home: Path)
     ],
 )
 def test_names_that_model_json_cannot_have_are_refused(
-    home: Path, code: str, options: dict[str, Any]
+    folder: Path, code: str, options: dict[str, Any]
 ) -> None:
     with raises_code(DraftRefused, code):
-        new_draft(shop_request(home, **options))
+        new_draft(shop_request(folder, **options))
 
 
-def test_data_without_a_test_split_is_refused(home: Path) -> None:
-    (write_shop_data(home / "data") / "test.parquet").unlink()
+def test_data_without_a_test_split_is_refused(folder: Path) -> None:
+    (write_shop_data(folder / "data") / "test.parquet").unlink()
     with raises_code(DraftRefused, "data_missing", got=("train.parquet",)):
-        new_draft(shop_request(home))
+        new_draft(shop_request(folder))
 
 
-def test_weights_that_do_not_fit_are_refused(home: Path) -> None:
-    written = multi_task_draft.write_multi_task_draft(home / "written")
-    fitting = request(home / "new", written, labels={"click": "click"})
+def test_weights_that_do_not_fit_are_refused(folder: Path) -> None:
+    handwritten = multi_task_draft.write_multi_task_draft(folder / "written")
+    fitting = request(folder / "new", handwritten, labels={"click": "click"})
     config = {**json.loads(fitting.config), "dim": 5}
     with raises_code(DraftRefused, "weights_unfit", problem=TextMatching("size mismatch")):
         new_draft(fitting.model_copy(update={"config": json.dumps(config)}))
@@ -317,6 +327,6 @@ def test_weights_that_do_not_fit_are_refused(home: Path) -> None:
         new_draft(fitting.model_copy(update={"config": "{dim: 5}"}))
 
 
-def test_label_candidates_have_columns_of_0_and_1_first(home: Path) -> None:
-    candidates = label_candidates(read_rows(write_shop_data(home / "data")))
+def test_label_candidates_have_columns_of_0_and_1_first(folder: Path) -> None:
+    candidates = label_candidates(read_rows(write_shop_data(folder / "data")))
     assert candidates == ("click", "user", "item", "price", "age")

@@ -18,7 +18,7 @@ STUDENT = Signature(
     ("changed", "expected"),
     [
         ({}, None),
-        ({"name": "other", "label": "other"}, None),
+        ({"name": "other", "label": "other"}, None),  # names of a single output need not agree
         ({"form": "probability"}, None),  # probabilities are converted to logits
         ({"inputs": (ITEM,)}, None),  # a teacher may read other inputs
         (
@@ -27,7 +27,7 @@ STUDENT = Signature(
         ),
     ],
 )
-def test_output_difference_describes_the_first_differing_field(changed, expected):
+def test_output_difference_is_another_task(changed, expected):
     inputs = changed.get("inputs", STUDENT.inputs)
     output = {name: value for name, value in changed.items() if name != "inputs"}
     teacher = replace_output(STUDENT, **output).model_copy(update={"inputs": inputs})

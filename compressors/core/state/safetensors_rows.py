@@ -1,7 +1,8 @@
 """Read rows of a stored tensor into one buffer per thread, instead of memory-mapping the file.
 
 The pages of a memory-mapped file count as the process's memory until the system reclaims them. A
-reused buffer is only as large as one block of rows and remains in a core's cache.
+reused buffer is only as large as one block of rows and remains in a core's cache. ``memory_map`` is
+for tensors that are read as a whole.
 """
 
 import math
@@ -65,10 +66,10 @@ class StoredRows(NamedTuple):
         return buffer[:size].view(self.spec.dtype).reshape(shape)
 
     def memory_map(self) -> Tensor:
-        """Memory-map the whole tensor read-only; writing to it ends the process.
+        """Memory-map the whole tensor read-only; a write to it crashes the process.
 
-        The safetensors library maps files as writable. Then the system counts the whole file as
-        memory that the process may need, and refuses the mapping if that memory is limited.
+        The safetensors library maps files as writable. Then the system reserves memory for the
+        whole file, and refuses the mapping if memory is limited. A read-only mapping reserves none.
         """
         count = math.prod(self.spec.shape)
         if not count:

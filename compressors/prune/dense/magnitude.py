@@ -5,7 +5,8 @@ Differs: weights are pruned once, without training. A later step ``fine_tune`` o
 the zeros and recovers quality.
 
 Zeros are stored like any other weight, so this step alone saves neither bytes nor time on the
-supported targets. Use it before a training step, and as a baseline for ``channels``.
+supported targets. Use it before a training step, or to compare it with ``channels``, which
+removes whole output channels.
 """
 
 from typing import ClassVar, Literal
@@ -27,8 +28,8 @@ def zero_smallest(weights: list[Tensor], share: float) -> list[Tensor]:
 
     Args:
         weights: tensors of any shapes.
-        share: the share of all weights that becomes zero, between 0 and 1. Of equal weights the
-            first ones become zero.
+        share: the share of all weights that becomes zero, between 0 and 1. Of weights with
+            equal absolute values, the first ones become zero.
 
     Returns:
         New tensors in the same order and shapes.
@@ -70,7 +71,7 @@ class Magnitude(StepSettings):
             else Reason("zeros_of_all_layers", step=self.kind, share=self.share)
         )
         decisions = {name: decision.replace_reasons(reason) for name, decision in decisions.items()}
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, None)  # ``apply`` needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Set the smallest weights of every selected layer to zero."""

@@ -6,11 +6,11 @@ rounded one by one. After each, the columns not yet rounded are changed so that 
 calibration rows change least (second-order compensation, as in Optimal Brain Surgeon).
 
 Paper: Frantar et al. 2022, https://arxiv.org/abs/2210.17323 (GPTQ, algorithm 1: inverse Hessian by
-Cholesky, updates in blocks of columns). Differs: scales are fitted once, to the trained weights, so
-that columns can be processed in descending order of the mean square of their input, also across
-blocks with different scales (the authors' later ``act-order`` with static groups). A column whose
-input is always zero is rounded to the nearest level. An output channel whose error is larger than
-with nearest rounding is rounded to the nearest levels.
+Cholesky, updates in blocks of columns). Differs: scales are fitted once, to the trained weights.
+Therefore columns can be processed in descending order of the mean square of their input, also if
+groups of columns have different scales (the authors' later ``act-order`` with static groups). A
+column whose input is always zero is rounded to the nearest level. If the error of an output channel
+is larger than with nearest rounding, the whole channel is rounded to the nearest levels.
 """
 
 import torch
@@ -36,7 +36,7 @@ def gptq(
             float ``(out, in)``.
         gram: Gram matrix of the layer's inputs, float64 ``(in, in)``.
         scale: scale of each weight, float, ``(out, in)`` or ``(out, 1)``.
-        max_multiple: the largest multiple that a code can represent.
+        max_multiple: the largest multiple that the format can store.
 
     Returns:
         float32 ``(out, in)``, integers in ``-max_multiple .. max_multiple``. No output's squared
@@ -74,7 +74,8 @@ def gptq(
 def _compute_inverse_root(gram: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse of a damped Gram matrix, float64."""
     squares = gram.diagonal()
-    # An input that is always zero has only a diagonal entry, so its column compensates no error.
+    # The row and column of an input that is always zero have only the added diagonal entry, so
+    # its weights compensate no error and cause none.
     added = torch.full_like(squares, DAMPING * float(squares.mean()))
     factor = torch.linalg.cholesky(gram + torch.diag(added))
     root: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)

@@ -222,7 +222,7 @@ def test_learning_rate_follows_warmup_schedule_and_factor(tmp_path):
         )
         result = []
         for step in range(21):
-            run.steps = step
+            run.steps = step  # of the optimizer
             result.append(run._compute_rate())
         run.rate_factor = 0.1  # by which the plateau schedule multiplies the learning rate
         return [*result, run._compute_rate()]
@@ -230,7 +230,7 @@ def test_learning_rate_follows_warmup_schedule_and_factor(tmp_path):
     plateau = learning_rates(warmup=4)
     assert plateau[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert plateau[-1] == pytest.approx(0.1)
-    cosine = learning_rates(warmup=0, schedule="cosine", epochs=10)  # 2 steps an epoch, 20 in all
+    cosine = learning_rates(warmup=0, schedule="cosine", epochs=10)  # 96 rows: 2 batches an epoch
     assert cosine[0] == 1.0
     assert cosine[10] == pytest.approx(0.5)
     assert cosine[20] == pytest.approx(0.0, abs=1e-12)
@@ -271,7 +271,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_bits(
         trainer, "shuffled_rows", lambda *a, **k: shuffles.append(1) or shuffled_rows(*a, **k)
     )
     resumed, resumed_epochs = train_copy(reference.model(), bench, training, tmp_path / "killed")
-    # Epochs 4 to 6 of six; the cosine schedule also counts the batches once.
+    # The resumed run has epochs 4 to 6. The cosine schedule shuffles once more, to count batches.
     assert len(shuffles) == 3 + (schedule == "cosine")
     assert equal_tensors(resumed, uninterrupted)
     assert resumed_epochs[1:] == epochs[1:]  # the loss of epoch 0 is NaN, which equals nothing
@@ -317,7 +317,7 @@ def test_only_the_newest_progress_is_kept(tmp_path_factory, epochs):
         write_progress(
             str(folder), TrainingProgress({"now/a": torch.full((2,), count)}, json_values)
         )
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 2  # progress.json and one file of tensors
     tensor_file = json.loads((folder / "progress.json").read_text())["tensors"]
     assert (folder / tensor_file).exists()
 
@@ -337,7 +337,7 @@ def test_damaged_progress_is_logged_and_ignored(tmp_path, caplog):
         elif damage == "missing":
             file.unlink()
         assert read_progress(str(folder), state) is None, damage
-    # Progress without tensors of the best epoch can be read, so it is ignored without a message.
+    # The file without tensors of the best epoch can be read; it is ignored without a message.
     assert caplog.text.count("cannot be read, so") == 3
 
 
@@ -408,6 +408,7 @@ def test_layers_initialized_with_zeros_are_trained(tmp_path):
 
 
 def test_a_last_batch_of_one_row_is_added_to_the_previous_batch(tmp_path):
+    # 96 rows; batch norm cannot be trained on one row.
     bench = STATISTICS.bench(tmp_path)
     batches_drawn = shuffled_rows(
         Rows(bench.train, STATISTICS.signature), STATISTICS.signature, 19, seed=1
@@ -455,6 +456,7 @@ def test_a_weight_shared_by_a_table_and_a_layer_is_not_trained_by_default(tmp_pa
     result = run(FineTune(training=SHORT_TRAINING), source, bench, tmp_path / "out")
     assert result.module.tied.weight is result.module.user.weight
     assert torch.equal(result.module.user.weight, source.module.user.weight)
+    # The shared weight is still stored once.
     assert sum(line.bytes_after for line in result.plan.lines) == sum(
         line.bytes_before for line in result.plan.lines
     )

@@ -1,4 +1,4 @@
-"""Bags in served graphs: every mode, weights per id, padding, empty bags, both layouts.
+"""Bags in served graphs: every mode, weights per id, padding, empty bags, padded and jagged.
 
 The graphs of both targets run in ONNX Runtime, with float32, packed (int8 or int4) and row-pruned
 tables. A row-pruned table is composed of a table of fewer rows and a map from ids to these rows.
@@ -110,8 +110,8 @@ CASES = (
 
 
 TARGETS = ("onnxruntime", "tensorrt-rtx")
-# The cases without the marker ``nightly``: every mode with int4 tables, and one case with int8
-# tables, each for one target.
+# Indices of the cases in the default tier, each for one target: 1 has int8 tables; 4 to 6 have int4
+# tables and together every mode.
 SAMPLE = {(index, TARGETS[index % 2]) for index in (1, 4, 5, 6)}
 
 
@@ -139,12 +139,13 @@ def test_bags_in_graphs_have_the_scores_of_torch(modes, padding, last, tables, t
     (served_graph,) = served_graphs(SIGNATURE)
     lower(model.module, served_graph, target, tmp_path / "model.onnx")
     arrays = {name: inputs[name].numpy() for name in input_names(SIGNATURE)}
-    scores = Session(tmp_path / "model.onnx", 1).scores(arrays)
-    if tables == "plain":  # the expected scores are those of torch's bags
+    scores = Session(tmp_path / "model.onnx", 1).scores(arrays)  # one thread
+    if tables == "plain":  # the export must not replace the EmbeddingBag of the caller's module
         assert isinstance(source.module.padded, nn.EmbeddingBag)
     with torch.no_grad():
         expected = torch.sigmoid(model.module(**inputs)).squeeze(1).numpy()
-    # Float32 sums of up to four rows have another order; TensorRT's graph rounds to float16.
+    # Float32 sums of up to four rows have another order. Graphs for TensorRT round rows of
+    # packed tables to float16.
     tolerance = 1e-6 if target == "onnxruntime" or tables in {"plain", "composed"} else 2e-3
     np.testing.assert_allclose(scores, expected, atol=tolerance, rtol=0)
     assert np.isfinite(scores).all()

@@ -1,6 +1,7 @@
 """``judge`` and ``verdict``: outcomes of limits on measured numbers, and their reasons.
 
-A ``Number`` is the estimate of a metric, absolute or as the difference to the baseline or champion.
+A ``Number`` is the estimate of a metric: absolute, or compared with the baseline or champion (a
+difference for quality, a ratio for bytes and latency).
 ``judge`` compares each limit with its number and returns one judgement per limit: its outcome and
 reasons. ``verdict`` combines the judgements of one target.
 """
@@ -48,7 +49,7 @@ def judge_one(limit, measured):
         (-0.0009, 0.0002, "accepted"),
         (-0.001, 0.0002, "accepted"),  # a low bound at the limit satisfies it
         (-0.0010001, 0.0002, "undecided"),
-        (-0.003, -0.001, "undecided"),  # the high bound at the limit satisfies it too
+        (-0.003, -0.001, "undecided"),  # the high bound still satisfies it
         (-0.003, -0.0010001, "rejected"),
         (-0.001, -0.001, "accepted"),
     ],
@@ -70,7 +71,9 @@ def test_at_least_limit_compares_the_bounds_of_the_interval(low, high, outcome):
 def test_at_most_limit_compares_the_bounds_of_the_interval(low, high, outcome):
     limit = Limit(metric="p99_ms@64", against="absolute", at_most=2.0)
     estimate = Estimate(point=(low + high) / 2, low=low, high=high)
-    measured = Measured(numbers=latency_numbers("p99_ms@64", estimate, exact_estimate(1.0)))
+    measured = Measured(
+        numbers=latency_numbers("p99_ms@64", estimate, to_baseline=exact_estimate(1.0))
+    )
     judgement = judge_one(limit, measured)
     assert judgement.outcome == outcome
     assert judgement.rows_to_decide is None
@@ -117,10 +120,11 @@ def test_with_rows_to_decide_the_interval_no_longer_contains_the_limit(values, b
         return
     assert judgement.outcome == "undecided"
     assert rows > 20_000
-    # With exactly this number of rows, an end of the interval is at the limit, so add a billionth.
+    # With exactly this number, an end of the interval is at the limit. A billionth more avoids
+    # rounding errors.
     factor = math.sqrt(20_000 / (rows * (1 + 1e-9)))
     scaled_interval = point - (point - low) * factor, point + (high - point) * factor
-    # The tolerance is above float64 rounding, and smaller than the effect of one row.
+    # The tolerance is above float64 rounding, but smaller than the effect of one row.
     is_decided = (
         scaled_interval[0] >= bound - 1e-9 if point >= bound else scaled_interval[1] < bound + 1e-9
     )
@@ -130,7 +134,7 @@ def test_with_rows_to_decide_the_interval_no_longer_contains_the_limit(values, b
 def test_an_undecided_limit_has_the_number_of_rows_to_decide():
     judgement = judge_one(AUC_LIMIT, auc_change(-0.0004, -0.0011, 0.0003))
     # The distance of the low end from the point, 0.0007, must shrink to 0.0006, the distance of the
-    # limit. This takes (7/6)^2 times 20,000 rows.
+    # limit. This takes (7/6)^2 times 20,000 rows, 27,222; the reason rounds up to two digits.
     assert judgement.rows_to_decide == pytest.approx(20_000 * (7 / 6) ** 2, abs=1)
     assert judgement.reasons == (
         Reason(
@@ -180,8 +184,11 @@ def test_a_bound_close_to_the_limit_is_printed_with_more_digits():
 def test_reasons_of_latency_limits_have_milliseconds():
     limit = Limit(metric="p99_ms@64", against="absolute", at_most=2.0)
     estimate = Estimate(point=2.0625, low=1.5, high=2.25)
-    measured = Measured(numbers=latency_numbers("p99_ms@64", estimate, exact_estimate(0.5)))
+    measured = Measured(
+        numbers=latency_numbers("p99_ms@64", estimate, to_baseline=exact_estimate(0.5))
+    )
     reasons = judge_one(limit, measured).reasons
+    # A latency is measured in rounds of calls instead of rows.
     assert codes_of(reasons) == ["number_in_interval", "more_rounds_decide"]
     assert reasons[0].fields == {
         "metric": "p99 latency at batch 64",
@@ -212,7 +219,7 @@ CHAMPION_LIMIT = Limit(metric="auc", against="champion", at_least=0.0)
 def test_a_limit_against_a_missing_champion_is_accepted_with_a_reason():
     judgement = judge_one(CHAMPION_LIMIT, auc_change(0, 0, 0))
     assert judgement.outcome == "accepted"
-    assert judgement.measured is None
+    assert judgement.measured is None  # no estimate to compare
     assert codes_of(judgement.reasons) == ["no_champion"]
 
 

@@ -39,18 +39,20 @@ def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
         name: (spec.shape, spec.dtype) for name, spec in layout.items()
     }
     width = step.storage.width(*table.shape, step.settings())
-    num_codebooks, count = 1, table.shape[1]
+    num_codebooks, codes_per_row = 1, table.shape[1]
     if step.kind != "kmeans":
-        num_codebooks = count = step.storage.shape(*table.shape, step.settings()).num_codebooks
-    codes = unpack(tensors["codes"], count, width)
+        num_codebooks = codes_per_row = step.storage.shape(
+            *table.shape, step.settings()
+        ).num_codebooks
+    codes = unpack(tensors["codes"], codes_per_row, width)
     assert int(codes.max()) < len(tensors["codebook"]) // num_codebooks
 
 
 @pytest.mark.parametrize(
     ("step", "shape", "size"),
     [
-        # Rows times the bytes of codes and scale, then codebooks times entries times columns times
-        # the bytes of a number.
+        # rows x (bytes of codes and scale) + codebooks x entries x columns x bytes per number.
+        # K-means has one code per column, and entries of one number.
         (KMeans(), (1000, 10), 1000 * (5 + 2) + 16 * 4),
         (KMeans(bits=2, scale="none"), (1000, 10), 1000 * 3 + 4 * 4),
         (KMeans(bits=8, scale="float32"), (1000, 10), 1000 * (10 + 4) + 256 * 4),
@@ -60,7 +62,7 @@ def test_stored_tensors_have_the_shapes_and_dtypes_of_the_layout(step, table):
         (ProductCodes(parts=5, bits=4), (10_000, 10), 10_000 * 3 + 16 * 10 * 4),
         (ResidualCodes(), (10_000, 16), 10_000 * 2 + 2 * 256 * 16 * 4),
         (ResidualCodes(codebooks=5, bits=2), (10_000, 16), 10_000 * 2 + 5 * 4 * 16 * 4),
-        # A tenth of 400 x 8 float32 is 40 entries of 8 float32: 4 codebooks of 10.
+        # The share of a tenth allows 40 entries of 8 numbers: 10 in each of 4 codebooks.
         (ResidualCodes(codebooks=4, codebook_share=0.1), (400, 8), 400 * 2 + 4 * 10 * 8 * 4),
     ],
     ids=lambda value: step_id(value) if hasattr(value, "kind") else str(value),
@@ -92,11 +94,12 @@ def test_codebooks_take_no_more_than_their_share_unless_they_have_two_entries(
 
 @given(dim=st.integers(1, 60), parts=st.integers(1, 70))
 def test_parts_differ_by_at_most_one_column_and_cover_every_column_once(dim, parts):
-    widths = product_codes.part_widths(dim, parts)
+    widths = product_codes.part_widths(dim, parts)  # columns of each part
     assert sum(widths) == dim
     assert len(widths) == min(parts, dim)
     assert max(widths) - min(widths) <= 1
     assert list(widths) == sorted(widths, reverse=True)
+    # The index of each column after all parts are padded to the widest; None if none is padded.
     columns = product_codes.padded_columns(dim, parts)
     assert (columns is None) == (max(widths) == min(widths))
     if columns is not None:
@@ -188,7 +191,7 @@ def op_and_arguments(step: TableStep, table: Tensor, ids: Tensor) -> tuple[Any, 
 @pytest.mark.parametrize(
     "step",
     [
-        # Not marked ``nightly``: one case of each op, and of k-means with and without a scale.
+        # In the default tier: k-means without and with a scale, product codes and residual codes.
         pytest.param(
             step, id=step_id(step), marks=() if index in (1, 2, 4, 8) else pytest.mark.nightly
         )
@@ -228,7 +231,7 @@ def lookup_in_torch(
 def test_gradients_equal_plain_torch(step, dim):
     generator = torch.Generator().manual_seed(1)
     table = torch.randn(40, dim, generator=generator)
-    ids = torch.tensor([[0, 5, 5], [2, 1, 39]])  # repeated ids add up
+    ids = torch.tensor([[0, 5, 5], [2, 1, 39]])  # gradients of a repeated id are added
     output_gradient = torch.randn(2, 3, dim, generator=generator)
     tensors = encode(step, table)
 
