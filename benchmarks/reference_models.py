@@ -1,7 +1,7 @@
 """What do the presets change in the reference models?
 
 Trains each model of ``examples/`` with several seeds, packs its draft (the folder that becomes a
-bundle), compresses it with presets, and prints the
+bundle), compresses it with presets and with a recipe of its own, and prints the
 bytes served, the change of its quality metrics on test rows, and the ratio of median latencies, all
 against the uncompressed model in ONNX Runtime with one thread. Changes are means over the seeds ±
 half the width of their 95 % interval (Student's t); other values are means.
@@ -38,13 +38,18 @@ class ReferenceModel:
     Attributes:
         script: module and arguments of its training script, without the folder.
         bundle: name of the bundle that the script writes.
-        metrics: quality metrics to print; the first one is used in ``--limit``.
+        metrics: quality metrics to print; the first one is used in the limit.
+        recipe: the steps of the preset ``recipe``, selected on validation rows.
     """
 
     script: tuple[str, ...]
     bundle: str
     metrics: tuple[str, ...]
+    recipe: tuple[Mapping[str, object], ...] = ()
 
+
+RECIPE = "recipe"
+"""Name of a model's own recipe among the presets."""
 
 MODELS: Mapping[str, ReferenceModel] = {
     "deepfm": ReferenceModel(
@@ -53,6 +58,10 @@ MODELS: Mapping[str, ReferenceModel] = {
     "dlrm": ReferenceModel(
         ("examples.frappe", "--model", "dlrm"), "frappe-dlrm", ("auc", "logloss")
     ),
+    "xdeepfm": ReferenceModel(
+        ("examples.frappe", "--model", "xdeepfm"), "frappe-xdeepfm", ("auc", "logloss")
+    ),
+    "dlrm-bags": ReferenceModel(("benchmarks.dlrm_bags",), "random-dlrm-bags", ("auc",)),
     "mq2008": ReferenceModel(("examples.mq2008",), "mq2008-perceptron", ("ndcg@10",)),
     "din": ReferenceModel(
         ("examples.movielens_histories", "--model", "din"),
@@ -112,17 +121,30 @@ def train_and_pack(model: ReferenceModel, seed: int, folder: Path) -> None:
     (folder / "packed").touch()
 
 
+def build_order(model: ReferenceModel, preset: str) -> dict[str, object]:
+    """Return an order; its limits are so loose that every result is accepted."""
+    return {
+        "model": model.bundle,
+        "targets": {"onnxruntime": "required"},
+        "limits": [
+            {"metric": model.metrics[0], "against": "baseline", "at_least": -0.4},
+            {"metric": "bytes", "against": "baseline", "at_most": 1},
+        ],
+        **(
+            {"preset": "custom", "steps": list(model.recipe)}
+            if preset == RECIPE
+            else {"preset": preset}
+        ),
+    }
+
+
 def compress(model: ReferenceModel, preset: str, folder: Path) -> Result:
     """Compress a packed model and read the report; a stored report is not measured again."""
     path = folder / f"{preset}.json"
     if not path.exists():
-        output = run_recpress(
-            folder / "home",
-            *("compress", model.bundle, "--preset", preset, "--target", "onnxruntime"),
-            # So loose that every result is accepted: the question is how much it changes.
-            *("--limit", f"{model.metrics[0]} vs baseline >= -0.4"),
-            *("--limit", "bytes vs baseline <= 1"),
-        )
+        order = folder / f"{preset}.order.json"
+        order.write_text(json.dumps(build_order(model, preset), indent=2))
+        output = run_recpress(folder / "home", "compress", "--order", str(order))
         found = re.search(r"file://(\S+)/report\.html", output)
         if found is None:
             sys.exit(f"Expected the address of a report, got:\n{output}")
@@ -163,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", choices=MODELS)
     parser.add_argument("--seeds", type=int, default=5, help="number of networks per model")
-    parser.add_argument("--presets", nargs="+", default=["fast", "small"])
+    parser.add_argument("--presets", nargs="+", default=["fast", "small", RECIPE])
     parser.add_argument("--data", type=Path, help=f"folder of the data sets (or {DATA_VARIABLE})")
     parser.add_argument("--cache", type=Path, help="folder of the runs")
     args = parser.parse_args()
@@ -172,15 +194,16 @@ def main() -> None:
         os.environ[DATA_VARIABLE] = str(args.data)
     for name in args.models:
         model = MODELS[name]
-        results: dict[str, list[Result]] = {preset: [] for preset in args.presets}
+        presets = [preset for preset in args.presets if preset != RECIPE or model.recipe]
+        results: dict[str, list[Result]] = {preset: [] for preset in presets}
         for seed in range(1, args.seeds + 1):
             folder = cache / name / f"seed{seed}"
             folder.mkdir(parents=True, exist_ok=True)
             train_and_pack(model, seed, folder)
-            for preset in args.presets:
+            for preset in presets:
                 results[preset].append(compress(model, preset, folder))
                 print(name, seed, format_row(model, preset, results[preset][-1:]), file=sys.stderr)
-        baseline = [result.baseline for result in results[args.presets[0]]]
+        baseline = [result.baseline for result in results[presets[0]]]
         print(f"\n{name}, {args.seeds} networks; uncompressed:", end=" ")
         for metric in ("bytes", *model.metrics, *(f"p50_ms@{batch}" for batch in BATCHES)):
             print(f"{metric} {mean(values[metric] for values in baseline):,.5g}", end="  ")

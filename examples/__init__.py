@@ -18,9 +18,10 @@ sasrec.py      SASRec, a transformer that retrieves the next item of a history
 movielens_histories.py  trains DIN or SASRec on MovieLens 100K and writes the draft of a bundle:
                ``python -m examples.movielens_histories FOLDER --model din|sasrec``
 deepfm.py      DeepFM, a factorization machine and a perceptron over the same embeddings
+xdeepfm.py     xDeepFM, a DeepFM whose products of fields go through convolutions (CIN)
 dlrm.py        DLRM, dot products of embeddings and a perceptron
-frappe.py      trains DeepFM or DLRM on Frappe and writes the draft of a bundle:
-               ``python -m examples.frappe FOLDER --model deepfm|dlrm --data FOLDER``
+frappe.py      trains DeepFM, xDeepFM or DLRM on Frappe and writes the draft of a bundle:
+               ``python -m examples.frappe FOLDER --model deepfm|xdeepfm|dlrm --data FOLDER``
 mq2008.py      trains a ranking perceptron on MQ2008 and writes the draft of a bundle:
                ``python -m examples.mq2008 FOLDER --data FOLDER``
 two_tower.py   a two-tower retrieval model over ids, and its training loop

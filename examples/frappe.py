@@ -1,11 +1,11 @@
-"""Train DeepFM or DLRM on Frappe and write data and model as the draft of a bundle.
+"""Train DeepFM, xDeepFM or DLRM on Frappe and write data and model as the draft of a bundle.
 
-Run ``python -m examples.frappe DRAFT --model deepfm|dlrm --data FOLDER``. The items of Frappe are
-apps, and the labels say which apps a user used. The folder contains the split that the authors of
-NFM (neural factorization machines) published, as the files in ``FILES``. Its training file is not
-public any more, so it is a reconstruction: the apps of its negative rows were drawn at random.
-``docs/results/frappe.md`` describes the data. A draft is the folder of a bundle before it is
-packed.
+Run ``python -m examples.frappe DRAFT --model deepfm|xdeepfm|dlrm --data FOLDER``. The items of
+Frappe are apps, and the labels say which apps a user used. The folder contains the split that the
+authors of NFM (neural factorization machines) published, as the files in ``FILES``. Its training
+file is not public any more, so it is a reconstruction: the apps of its negative rows were drawn at
+random. ``docs/results/frappe.md`` describes the data. A draft is the folder of a bundle before it
+is packed.
 """
 
 import gzip
@@ -29,8 +29,9 @@ from examples.dlrm import DLRM
 from examples.draft import CALIBRATION_ROWS, create_parser, run_script, write_draft
 from examples.public_data import find_data_folder
 from examples.training import deterministic, train_with_early_stopping
+from examples.xdeepfm import XDeepFM
 
-ModelName = Literal["deepfm", "dlrm"]
+ModelName = Literal["deepfm", "xdeepfm", "dlrm"]
 Ints = NDArray[np.int64]
 
 FILES = {
@@ -51,7 +52,11 @@ FIELDS = {  # rows of each table; the files number the ids of all fields, in thi
     "city": 233,
 }
 REMEDY = f"Put the Frappe files of NFM into a folder: {', '.join(FILES.values())}."
-NETWORKS: dict[ModelName, type[nn.Module]] = {"deepfm": DeepFM, "dlrm": DLRM}
+NETWORKS: dict[ModelName, type[nn.Module]] = {
+    "deepfm": DeepFM,
+    "xdeepfm": XDeepFM,
+    "dlrm": DLRM,
+}
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def score(network: nn.Module, ids: Tensor, batch: int = 8192) -> Tensor:
 def build_architecture(model: ModelName, settings: Training) -> Architecture:
     """Return the network as an import path and JSON arguments."""
     fields = [{"name": name, "rows": rows} for name, rows in FIELDS.items()]
-    widths_argument = "hidden" if model == "deepfm" else "top"
+    widths_argument = "top" if model == "dlrm" else "hidden"
     return Architecture(
         path=f"examples.{model}:{NETWORKS[model].__name__}",
         config={
@@ -166,8 +171,8 @@ def build_signature(model: ModelName) -> Signature:
             "kind": "id",
             "name": name,
             "table": f"tables.{name}",
-            # DeepFM also has a linear term: a table with one weight per id.
-            "more_tables": [f"linear.{name}"] if model == "deepfm" else [],
+            # DeepFM and xDeepFM also have a linear term: a table with one weight per id.
+            "more_tables": [] if model == "dlrm" else [f"linear.{name}"],
         }
         for name in FIELDS
     ]

@@ -1,4 +1,4 @@
-"""DeepFM, DLRM and DIN return the scores of their papers' formulas; the example on Frappe's data.
+"""DeepFM, xDeepFM, DLRM and DIN return the scores of their papers' formulas; the example on Frappe's data.
 
 The example writes a draft: the folder that becomes a bundle when it is packed.
 """
@@ -21,6 +21,7 @@ from examples.din import DIN
 from examples.dlrm import DLRM
 from examples.frappe import FIELDS, FILES, main, read_splits
 from examples.public_data import DATA_VARIABLE
+from examples.xdeepfm import XDeepFM
 
 TWO_FIELDS = [{"name": "user", "rows": 5}, {"name": "item", "rows": 7}]
 IDS = {"user": torch.tensor([1, 4, 0]), "item": torch.tensor([6, 2, 2])}
@@ -53,6 +54,26 @@ def test_deepfm_adds_linear_terms_pairs_and_a_perceptron():
     hidden = apply_layers(net.perceptron, torch.cat(vectors, 1))
     deep = hidden @ net.head.weight[0] + net.head.bias
     torch.testing.assert_close(net(**ids), linear + pairs + deep)
+
+
+@torch.no_grad()
+def test_xdeepfm_sums_the_maps_of_products_of_fields_in_two_layers():
+    net = random_weights(XDeepFM(fields=TWO_FIELDS, dim=4, maps=[3, 2], hidden=[6]))
+    vectors = [net.tables[name].weight[values] for name, values in IDS.items()]
+    linear = sum(net.linear[name].weight[values, 0] for name, values in IDS.items())
+    maps, sums = vectors, []
+    for layer in net.interactions:
+        products = [first * second for first in maps for second in vectors]  # (rows, dim) each
+        maps = [
+            sum(w * x for w, x in zip(weights, products, strict=True)).add(bias).relu()
+            for weights, bias in zip(layer.weight[:, :, 0], layer.bias, strict=True)
+        ]
+        sums += [x.sum(1) for x in maps]
+    head = net.interaction_head
+    crossed = torch.stack(sums, 1) @ head.weight[0] + head.bias
+    hidden = apply_layers(net.perceptron, torch.cat(vectors, 1))
+    deep = hidden @ net.head.weight[0] + net.head.bias
+    torch.testing.assert_close(net(**IDS), linear + crossed + deep)
 
 
 @torch.no_grad()
@@ -139,7 +160,7 @@ def test_ids_of_every_field_start_at_zero(data):
         assert (ids < np.array(list(FIELDS.values()))).all()
 
 
-@pytest.mark.parametrize("model", ["deepfm", "dlrm"])
+@pytest.mark.parametrize("model", frappe.NETWORKS)
 def test_draft_of_the_frappe_example_has_a_network_that_runs(data, tmp_path, model):
     folder = tmp_path / "draft"
     arguments = [str(folder), "--data", str(data), "--model", model, "--epochs", "1"]
