@@ -1,4 +1,4 @@
-"""DeepFM, xDeepFM, DLRM and DIN return the scores of their papers' formulas; the example on Frappe's data.
+"""DeepFM, xDeepFM, DLRM and DIN compute the formulas of their papers; the example on Frappe.
 
 The example writes a draft: the folder that becomes a bundle when it is packed.
 """
