@@ -49,9 +49,7 @@ from compressors.lower.serving_wrapper import (
 from compressors.lower.targets.registry import lowering_target
 
 OPSET = 21  # the first with blocked DequantizeLinear and int4
-DEDUPLICATED_ELEMENTS = (
-    1024  # the optimizer removes copies of equal initializers up to this many elements
-)
+DEDUPLICATED_ELEMENTS = 1024  # the optimizer removes equal copies of initializers up to this size
 EXTERNAL_BYTES = 2**29  # more weights are stored outside the .onnx file (protobuf limit: 2 GiB)
 TRACE_ROWS = 3  # batch size of the example inputs
 SHORT_TYPES = {  # types of stored weights; if their Cast were folded, they would become float32
@@ -67,8 +65,7 @@ class Lowered:
     """The result of an export.
 
     Attributes:
-        wrapper: the PyTorch module with which the graph's scores are compared, without the merged
-            lookups of the exported one.
+        wrapper: the PyTorch module with which the graph's scores are compared (no merged lookups).
         tables: the names of the stored tensors of each table, except tables whose looked-up rows
             are the same for every request.
         layers: the names of the stored weights of each packed dense layer.
@@ -114,7 +111,7 @@ def lower(
     packed = _collect_packed_weights(wrapper, program.model.graph)
     small_before = _describe_small_initializers(program.model.graph)
     simplify(program.model, _may_fold)
-    new_names = _map_deduplicated_names(small_before, program.model.graph)
+    new_names = _map_removed_names(small_before, program.model.graph)
     packed = tuple(
         replace(tensor, name=new_names.get(tensor.name, tensor.name)) for tensor in packed
     )
@@ -282,9 +279,8 @@ def _collect_packed_weights(wrapper: ServingWrapper, graph: ir.Graph) -> tuple[_
         if not isinstance(module, PackedTable | PackedLinear):
             continue
         stored = list(module.buffers())
-        if isinstance(module, PackedLinear):
-            # Only the codes, which are first: scale and bias may be exported in another type.
-            stored = stored[:1]
+        if isinstance(module, PackedLinear):  # scale and bias may be exported in another type
+            stored = stored[:1]  # the codes
         for tensor in stored:
             name = next((n for n in names[id(tensor)] if n in graph.initializers), None)
             if name is None:  # no operator reads it
@@ -304,9 +300,7 @@ def _collect_layer_initializers(
     modules = {name.removeprefix("model."): module for name, module in wrapper.named_modules()}
     result = []
     for weight in packed:
-        layer = modules.get(
-            weight.module
-        )  # None for a merged table, whose name is a list of tables
+        layer = modules.get(weight.module)  # None for a merged table: its name lists several
         if isinstance(layer, PackedLinear):
             stays_packed = lowering_target(target).stays_packed(layer)
             result.append(
@@ -349,9 +343,7 @@ def _describe_small_initializers(graph: ir.Graph) -> dict[str, tuple[object, ...
     }
 
 
-def _map_deduplicated_names(
-    before: dict[str, tuple[object, ...]], graph: ir.Graph
-) -> dict[str, str]:
+def _map_removed_names(before: dict[str, tuple[object, ...]], graph: ir.Graph) -> dict[str, str]:
     """Map the name of each initializer that was replaced by an equal one to that one."""
     after = {content: name for name, content in _describe_small_initializers(graph).items()}
     removed = before.keys() - graph.initializers.keys()
@@ -359,11 +351,9 @@ def _map_deduplicated_names(
 
 
 def _rename_initializers(table: TableInitializers, new_names: dict[str, str]) -> TableInitializers:
-    rows_per_entry = {
-        new_names.get(name, name): rows for name, rows in table.rows_per_entry.items()
-    }
+    shared = {new_names.get(name, name): rows for name, rows in table.rows_per_entry.items()}
     names = tuple(new_names.get(name, name) for name in table.names)
-    return table.model_copy(update={"names": names, "rows_per_entry": rows_per_entry})
+    return table.model_copy(update={"names": names, "rows_per_entry": shared})
 
 
 def _map_tensors_to_names(wrapper: ServingWrapper) -> dict[int, list[str]]:

@@ -11,10 +11,11 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from pydantic import ValidationError
 
+from compressors.contracts.inputs import DataInput, MatrixInput
 from compressors.contracts.reasons import Reason
 from compressors.contracts.value_errors import SENTENCES, value_error
 from infra.bundle.json_limits import (
@@ -30,7 +31,9 @@ from infra.printable import truncate_sentence
 PROBLEMS_SHOWN = 20
 """Most problems that one error lists."""
 
-INPUT_KINDS = ("id", "dense", "padded_bag", "jagged_bag")
+INPUT_KINDS = tuple(
+    input_class.model_fields["kind"].default for input_class in (*get_args(DataInput), MatrixInput)
+)
 """Kinds of a signature's inputs; pydantic adds an input's kind to the location of its errors."""
 
 _END = object()

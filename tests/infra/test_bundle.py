@@ -473,6 +473,10 @@ def test_too_large_model_json_is_refused_before_it_is_read(sealed, read, monkeyp
         (("signature", "labels"), "x", "signature.labels is not a field of this format"),
         (("signature", "inputs", 0, "kind"), "ids", "signature.inputs[0]: Input tag 'ids'"),
         (("signature", "inputs", 0, "table"), ..., "signature.inputs[0].table is missing"),
+        *(
+            (("signature", "inputs", 0), {"kind": kind}, "signature.inputs[0].name is missing")
+            for kind in ("sequence", "tokens", "integer", "key", "matrix")
+        ),
         (("signature", "inputs", 1, "shape"), [0], "signature.inputs[1]: bag 'genres' needs"),
         (
             ("signature", "inputs", 1, "name"),
