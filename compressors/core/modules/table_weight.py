@@ -216,10 +216,27 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:  # noqa: A002 
     return output if bias is None else output + bias
 
 
-def _embedding(input: Tensor, weight: Any, *settings: Any, **named: Any) -> Tensor:  # noqa: A002
-    """Return ``F.embedding`` of the weight of a table; the settings concern gradients only."""
+def _embedding(
+    input: Tensor,  # noqa: A002 - torch's names
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    *settings: Any,
+    **named: Any,
+) -> Tensor:
+    """Return ``F.embedding`` of the weight of a table.
+
+    ``padding_idx`` and the last settings concern gradients only. With ``max_norm``, the looked-up
+    rows are renormalized as torch does, but the stored table is not changed.
+    """
+    del padding_idx, settings, named
     decodes = not isinstance(weight, TableWeight) or weight.transposed
-    return F.embedding(input, _decode_if_weight(weight)) if decodes else weight.look_up(input)
+    rows = F.embedding(input, _decode_if_weight(weight)) if decodes else weight.look_up(input)
+    if max_norm is None:
+        return rows
+    norms = torch.linalg.vector_norm(rows, norm_type, dim=-1, keepdim=True)
+    return torch.where(norms > max_norm, rows * (max_norm / (norms + 1e-7)), rows)
 
 
 def _index_select(weight: Any, dim: int, index: Tensor) -> Tensor:

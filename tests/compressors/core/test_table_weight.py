@@ -102,6 +102,7 @@ USES: dict[str, Callable[[Any, Tensor], Any]] = {
     "transposed rows": lambda w, x: w.T[:2],
     "index_select": lambda w, x: torch.index_select(w, 0, torch.tensor([3, 1])),
     "embedding": lambda w, x: F.embedding(torch.tensor([[3], [1]]), w, padding_idx=1),
+    "embedding with max_norm": lambda w, x: F.embedding(torch.tensor([3, 1]), w, None, 0.5),
     "linear": lambda w, x: F.linear(x, w, torch.arange(ROWS) * 1.0),
     "transposed": lambda w, x: x @ w.T,
     "t": lambda w, x: torch.matmul(x.unsqueeze(0), w.t()),
