@@ -2,7 +2,7 @@
 
 The packages have common names: ``flows``, ``tasks``, ``compressors`` and ``infra``. If a folder in
 PYTHONPATH has a package of the same name, such as a user's repository, Python would import that
-one. This module has a name of its own and puts this project first.
+one. The name of this module is unique, and it puts this project first.
 """
 
 import sys

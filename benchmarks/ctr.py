@@ -72,9 +72,9 @@ class TrainingSettings:
         batch: rows per batch.
         epochs: largest number of epochs.
         patience: number of consecutive epochs without improvement after which training ends.
-        grace: number of first epochs that do not count as epochs without improvement. MovieLens
-            networks stagnate for an epoch or two early in training; with a lower learning rate from
-            then on, some of them end with an AUC that is 0.005 lower.
+        grace: number of first epochs that neither count for ``patience`` nor lower the learning
+            rate. MovieLens networks stagnate for an epoch or two early in training. If this lowers
+            the learning rate, some of them end with an AUC that is 0.005 lower.
     """
 
     table_l2: float
@@ -132,6 +132,7 @@ def read(name: Name, folder: Path) -> tuple[dict[Part, tuple[Ints, Ints]], dict[
         encoded = [np.unique(column, return_inverse=True) for column in table[:, 1:].T]
         fields = ("user", "item", "tag")
         rows = {field: len(unique) for field, (unique, _) in zip(fields, encoded, strict=True)}
+        # The first column of the file is the label.
         ids, label = np.stack([column_ids for _, column_ids in encoded], axis=1), table[:, 0]
         edges = (0, int(0.7 * len(ids)), int(0.8 * len(ids)), len(ids))
         parts = {
@@ -273,7 +274,8 @@ def load_baseline(name: Name, seed: int, folder: Path, cache: Path) -> tuple[Mod
 
     The bench is what a compression step may use: the signature, the splits except test, and soft
     labels. Its soft labels are the network's logits on the training rows. The file ``facts.json``
-    has their split, the validation AUC and the seconds of training; it is written last.
+    has the split of the soft labels, the validation AUC and the seconds of training. It is written
+    last: if it exists, all files of the network are complete.
     """
     splits, rows = prepare_splits(name, folder, cache)
     settings = TRAINING_SETTINGS[name]

@@ -38,8 +38,9 @@ from examples.public_data import DataMissing
 STEP_ADAPTER = TypeAdapter(AnyStep)
 # ``static_int8`` rounds inputs with ranges from calibration. ``weight_int8`` rounds inputs at run
 # time unless they stay in float, ``weight_int4`` only with "int8 inputs". A block is a group of
-# weights of one row that share a scale; block 0 is the whole row. GPTQ rounds weights one after the
-# other, and corrects the remaining ones for the error on calibration rows. "Reconstructed": the
+# weights of one row that share a scale; block 0 is the whole row. ``min_max`` clips no weight; by
+# default, each block has the range with the smallest squared error. GPTQ rounds weights one after
+# the other, and corrects the remaining ones for the error on calibration rows. "Reconstructed": the
 # weights that 2:4 sparsity keeps are refitted by least squares on calibration rows.
 GPTQ = {"kind": "weight_int4", "rounding": "gptq"}
 LABELED_STEPS: list[tuple[str, dict[str, Any]]] = [

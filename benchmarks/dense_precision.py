@@ -5,9 +5,10 @@ of AUC is printed for validation rows, with which the settings were selected, an
 mean over seeds ± half the width of its 95 % interval (Student's t).
 
 A calibrator is a rule that chooses the range of a layer's quantized inputs (the setting
-``calibrator`` of ``static_int8``); "best" selects a rule per layer. Calibration uses the first
-4,096 training rows. ``qat`` trains the network (quantization-aware training), on labels and soft
-labels or on the labels only.
+``calibrator`` of ``static_int8``); "best" selects a rule per layer. "Weights by `mse`": the range
+of the weights is the one with the smallest squared error. Calibration uses the first 4,096 training
+rows. ``qat`` trains the network (quantization-aware training), on labels and soft labels or on the
+labels only.
 
     python -m benchmarks.dense_precision --data FOLDER --only frappe
 """

@@ -35,16 +35,17 @@ KEPT_SHARES = (0.5, 0.25)  # shares of the channels that pruning keeps
 SOFT_SHARES = (0.5, 1.0)  # weight of the soft labels in the loss; labels get the rest
 LEARNING_RATES = (1e-3, 3e-3)
 SEEDS = 4
+SCORING_ROWS = 8192  # rows per batch of the evaluation
 PATIENCE = 3  # epochs without a better validation AUC after which training ends
 
 
 def evaluate_auc(module: nn.Module, bench: Bench) -> float:
     """Return the AUC of a network on the validation rows."""
     assert bench.validation is not None
-    rows = list(batches(bench.validation, bench.signature, 8192))
+    all_batches = list(batches(bench.validation, bench.signature, SCORING_ROWS))
     with torch.no_grad():
-        scores = [module(**part.inputs).reshape(-1) for part in rows]
-    label = np.concatenate([part.label.numpy() for part in rows])
+        scores = [module(**batch.inputs).reshape(-1) for batch in all_batches]
+    label = np.concatenate([batch.label.numpy() for batch in all_batches])
     return point_estimates.auc(label, torch.cat(scores).numpy())
 
 
@@ -53,10 +54,11 @@ def main() -> None:
     logging.getLogger("compressors.distill.training.trainer").setLevel(logging.WARNING)
     bundle_ref = find_bundle(BUNDLE)
     bundle, loaded = bundle_ref.artifact, load_bundle(bundle_ref.artifact)
-    parts = {part: prepare.fn(bundle, part) for part in ("train", "validation")}
+    # ``fn`` of a Prefect task calls its function directly, without a flow.
+    prepared = {part: prepare.fn(bundle, part) for part in ("train", "validation")}
     rows = bundle_ref.rows
-    soft = score.fn(bundle, parts["train"], rows["train"])
-    splits = {part: fetch_split(prepared, rows[part]) for part, prepared in parts.items()}
+    soft = score.fn(bundle, prepared["train"], rows["train"])
+    splits = {part: fetch_split(artifact, rows[part]) for part, artifact in prepared.items()}
     splits["soft_labels"] = fetch_split(soft, rows["train"])
     bench = build_bench(loaded.manifest, splits, bundle, seed=0)
     print(f"as trained: {evaluate_auc(loaded.model.module, bench):.5f}")

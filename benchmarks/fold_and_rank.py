@@ -61,7 +61,7 @@ RECIPES: dict[str, tuple[Step, ...]] = {
     "`fold`, `equalize`, `static_int8`": (Fold(), Equalize(), INT8),
     "`fold`, `smooth_quant`, `static_int8`": (Fold(), SmoothQuant(), INT8),
     "`fold`, `smooth_quant` searched, `static_int8`": (Fold(), SmoothQuant(search=True), INT8),
-    **{
+    **{  # ``weighted``: minimize the error of the outputs instead of the error of the weights
         f"`fold`, `low_rank_dense` {rank:g}{'' if weighted else ', by weights alone'}": (
             Fold(),
             LowRankDense(rank=rank, weighted=weighted),

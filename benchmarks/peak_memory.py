@@ -1,11 +1,11 @@
 """How well does ``recpress explain`` estimate the peak memory of a run?
 
-Packs and compresses click and retrieval models of several sizes, each in a separate process. A
-thread of that process samples the size of its resident set. Prints the peak, the peak of the
+Packs and compresses click and retrieval models of several sizes, each in a separate process. The
+compression is requested by an order: a model, a recipe, limits and targets. A thread of the
+compressing process samples the size of its resident set. Prints the peak, the peak of the
 anonymous part (memory that is not mapped from files) and the phase of the peak, next to the
 estimate that was made before the run. The factors in ``tasks/orchestration/memory_estimate.py``
-were chosen by these results. An order is a request to compress a model, with the recipe, the limits
-and the targets.
+were chosen by these results.
 
     python -m benchmarks.peak_memory [--case NAME ...]
 """
@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-DIM, FIELDS = 64, 20
+DIM, FIELDS = 64, 20  # width of the tables; number of dense inputs
 KIB, MIB = 1024, 2**20
 
 
@@ -53,7 +53,8 @@ class Case(NamedTuple):
 # The number in a name is the size of what makes the model large: MB of the table ("table"), of the
 # dense layers ("dense") or of both tables ("towers"), or millions of training rows ("rows"). A
 # word after the number is the preset, "engine" if an engine is built, or "trained" for
-# ``TRAINING_STEPS``.
+# ``TRAINING_STEPS``. The positional arguments of a case are ``rows``, ``hidden``, ``train`` and
+# ``preset``.
 CASES = {
     "tiny": Case(10_000, 32, 20_000, "fast"),
     "table-100": Case(400_000, 32, 20_000, "fast"),

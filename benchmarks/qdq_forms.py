@@ -91,7 +91,7 @@ class GraphBuilder:
         return name
 
     def fake_quantize(self, x: str, *, clip: bool = False) -> str:
-        """Add a Q/DQ pair (nothing in float32); ``clip`` applies a ReLU to the codes."""
+        """Add a Q/DQ pair, or nothing to a float32 form; ``clip`` applies a ReLU to the codes."""
         if self.form.zero is None:
             return x
         scale, zero = self.constant(INPUT_SCALE), self.constant(self.form.zero)

@@ -1,9 +1,9 @@
 """Does distillation improve a student with half of the dense FLOPs?
 
 The original is the DCN-v2 of ``benchmarks/ctr.py`` on Frappe, with a 400-400-400 perceptron
-parallel to its cross layers. The student has a perceptron of 256-256-256, which is 48 % of the
-multiplications of dense layers. All variants train this student with the training settings of the
-original, except dropout:
+parallel to its cross layers. The student has a perceptron of 256-256-256, so that its dense layers
+have 48 % of the original's multiplications. All variants train this student with the training
+settings of the original, except dropout:
 
 - ``scratch``: from random weights, on the labels only, like the original.
 - ``pointwise``, ``listwise`` or ``calibrated_listwise``: with the step ``distill`` and the

@@ -70,7 +70,7 @@ STEPS: tuple[TableStep, ...] = (
 REFITTED_STEPS = (STEPS[4], STEPS[6], STEPS[10], STEPS[11])
 SEEDS = 5
 STUDENT_T = 2.776  # two-sided 95 % of Student's t with 4 degrees of freedom
-# The default of ``refit_codes``, and the penalty on tables of the demo's training.
+# The default training of ``refit_codes``, with the demo's L2 penalty on tables.
 TRAINING = Training(epochs=3, learning_rate=3e-4, patience=1, table_l2=0.05)
 
 
@@ -107,10 +107,10 @@ def main() -> None:
     logging.getLogger("compressors").setLevel(logging.WARNING)
     bundle_ref = find_bundle(BUNDLE)
     bundle, loaded = bundle_ref.artifact, load_bundle(bundle_ref.artifact)
-    prepared = {part: prepare.fn(bundle, part) for part in ("train", "validation", "test")}
+    prepared = {name: prepare.fn(bundle, name) for name in ("train", "validation", "test")}
     soft = score.fn(bundle, prepared["train"], bundle_ref.rows["train"])
     splits: dict[str, Split] = {
-        part: fetch_split(artifact, bundle_ref.rows[part]) for part, artifact in prepared.items()
+        name: fetch_split(artifact, bundle_ref.rows[name]) for name, artifact in prepared.items()
     }
     test = splits.pop("test")
     splits["soft_labels"] = fetch_split(soft, bundle_ref.rows["train"])

@@ -7,7 +7,8 @@ other load affects all of them. Speeds are those of the fastest round, by wall t
 time; other load affects processor time less.
 
 The second printed table has the squared error of 4-bit tables whose weights are drawn from five
-distributions, as a share of the error of torch's 4-bit prepack.
+distributions, as a share of the error of torch's 4-bit prepack. Its columns are clipping rules: how
+the quantization range of a row is chosen (``compressors/quantize/kernels/clipping.py``).
 
     python -m benchmarks.table_encode [--rows 1000000] [--dim 64] [--threads 2]
 """

@@ -7,8 +7,9 @@ Quantizing reads the input and writes the result. Its time is compared with two 
   quantizing does.
 
 All files are in the page cache. Each run is a separate process; runs of different kinds alternate,
-and the start-up time is excluded. Prints wall time and processor time, since quantizing uses all
-cores and ``cp`` one. Memory is the peak resident set minus the resident set before the first block.
+and the start-up time of Python is excluded. Prints wall time and processor time, since quantizing
+uses all cores and ``cp`` one. Memory is the peak resident set minus the resident set before the
+first block.
 
     python -m benchmarks.table_file [--rows 4000000] [--dim 64] [--folder DIR]
 """

@@ -2,6 +2,7 @@
 
 A composition replaces a table by smaller tables ("parts"), such as the two factors of a low-rank
 table, or a table of codes and the layers of the small network that decodes them (``neural_codes``).
+``docs/methods.md`` links to a page for each composition.
 The benchmark composes the tables of the demo's model (``recpress demo``: DCN-v2 on MovieLens 100K),
 or those of another bundle. It prints
 
@@ -59,15 +60,15 @@ def build_steps_by_share(dim: int) -> dict[str, tuple[Step, ...]]:
     """Return the compared steps for tables of width ``dim``, by the share of bytes they keep."""
     steps: dict[str, tuple[Step, ...]] = {}
     for share in (0.5, 0.25, 0.125):
-        width = max(1, round(share * dim))  # numbers that are stored per row
+        numbers = max(1, round(share * dim))  # stored per row
         steps[f"1/{round(1 / share)}"] = (
-            LowRank(rank=width),
-            LowRank(rank=width, weighted=True),
-            Dimensions(keep=width),
-            Dimensions(keep=width, importance="lookups"),
-            Dimensions(keep=width, importance="gradient"),
-            NeuralCodes(codes=width),
-            NeuralCodes(codes=width, weighted=True),
+            LowRank(rank=numbers),
+            LowRank(rank=numbers, weighted=True),
+            Dimensions(keep=numbers),
+            Dimensions(keep=numbers, importance="lookups"),
+            Dimensions(keep=numbers, importance="gradient"),
+            NeuralCodes(codes=numbers),
+            NeuralCodes(codes=numbers, weighted=True),
             QuotientRemainder(buckets=share),
             QuotientRemainder(buckets=share, weighted=True),
             QuotientRemainder(buckets=share, operation="multiply", weighted=True),
@@ -144,9 +145,10 @@ def main() -> None:
     bundle_ref = find_bundle(sys.argv[1] if len(sys.argv) > 1 else BUNDLE)
     loaded = load_bundle(bundle_ref.artifact)
     rows = bundle_ref.rows
-    parts = {part: prepare.fn(bundle_ref.artifact, part) for part in SPLITS}
-    splits = {part: fetch_split(prepared, rows[part]) for part, prepared in parts.items()}
-    soft = score.fn(bundle_ref.artifact, parts["train"], rows["train"])
+    # ``fn`` of a Prefect task calls its function directly, without a flow.
+    prepared = {split: prepare.fn(bundle_ref.artifact, split) for split in SPLITS}
+    splits = {split: fetch_split(artifact, rows[split]) for split, artifact in prepared.items()}
+    soft = score.fn(bundle_ref.artifact, prepared["train"], rows["train"])
     splits["soft_labels"] = fetch_split(soft, rows["train"])
     bench = build_bench(loaded.manifest, splits, bundle_ref.artifact, seed=0)
     source = loaded.model

@@ -133,6 +133,7 @@ BEST_OF_DRAWS = [
 ]
 
 
+# Arguments of ``_frappe_steps``: codes per item, step for users, codes per country and city.
 ADDITIVE_CODES: dict[Name, Recipes] = {
     "frappe": [
         ("additive codes", "32 bits per item, 24 per user", _frappe_steps(8, _user_codes(6, 4), 2)),

@@ -9,7 +9,7 @@ for recipes that only quantize, and for ``tiers``, only after. ``drop_tables`` s
 same validation rows, which favors it.
 
 Labels: the number after ``prune_rows`` is the share of kept rows. They are selected by their
-training lookups (`lookups`), their length ("norm"), or the estimated change of the loss without the
+training lookups ("lookups"), their length ("norm"), or the estimated change of the loss without the
 row ("gradient"). A pruned row is replaced by the nearest kept row ("nearest"), the mean of the
 pruned rows ("shared") or zeros. The number after "hot" is the share of hot rows, which
 ``cluster_rows`` does not cluster. "clusters" is the number of clusters as a share of the rows that
@@ -70,8 +70,8 @@ def build_recipes() -> dict[str, Steps]:
     steps_by_label["`drop_tables` at no loss"] = (DropTables(), RowwiseInt8())
     for hot in (0.1, 0.3):
         cold = RowwiseInt2(tables=("*.cold",))
-        split = (Tiers(min_rows=MIN_ROWS, hot=hot), cold, RowwiseInt8())
-        steps_by_label[f"`tiers` hot {hot:g} in int8, cold in int2"] = split
+        tiers = (Tiers(min_rows=MIN_ROWS, hot=hot), cold, RowwiseInt8())
+        steps_by_label[f"`tiers` hot {hot:g} in int8, cold in int2"] = tiers
     steps_by_label["`rowwise_int4`"] = (RowwiseInt4(),)
     steps_by_label["`rowwise_int2`"] = (RowwiseInt2(),)
     return steps_by_label

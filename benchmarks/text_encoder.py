@@ -66,9 +66,9 @@ Encoder = Callable[[Ints, Ints], Floats]
 """Token ids and mask, int64 ``(rows, length)`` each -> vectors, float32 ``(rows, dim)``."""
 
 SIZES = {"one query, 20 tokens": (1, 20, 60), "32 documents, 128 tokens": (32, 128, 5)}
-"""Rows, tokens and timed calls."""
+"""By name of a batch: its rows, its tokens per row, and the number of timed calls."""
 LONGEST = 256
-"""Tokens of a text in the exported graph, as in training."""
+"""Largest number of tokens of a text in the exported graph, as in training."""
 
 BATCH, CALIBRATION_ROWS = 16, 48
 AFTER_GELU = ("encoder.layer.?.output",)
@@ -152,6 +152,7 @@ def prepare_bench(draft: Draft, data: Path, folder: Path) -> Bench:
     for part in ("calibration", "train"):
         splits = {name: data / f"{name}.parquet" for name in (part, "items")}
         prepared = prepare(splits, part, draft.signature, folder / part, files)
+        # The hash is not checked here.
         parts[part] = Split(path=str(folder / part), sha256="0" * 64, rows=prepared.rows)
     return Bench(signature=draft.signature, **parts)
 
@@ -172,9 +173,9 @@ def encode_texts(encoder: Encoder, texts: list[str], tokenizer: Tokenizer) -> Fl
     for rows in np.split(order, range(BATCH, len(order), BATCH)):
         length = max(len(encodings[row]) for row in rows)
         ids, mask = np.zeros((2, len(rows), length), np.int64)
-        for place, row in enumerate(rows):
-            ids[place, : len(encodings[row])] = encodings[row].ids
-            mask[place, : len(encodings[row])] = 1
+        for index, row in enumerate(rows):
+            ids[index, : len(encodings[row])] = encodings[row].ids
+            mask[index, : len(encodings[row])] = 1
         parts.append(encoder(ids, mask))
     vectors = np.concatenate(parts)
     vectors[order] = vectors.copy()
@@ -229,6 +230,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data = folder / "data"
+        # ``REMEDY``, for the error message: what to do if the data is missing.
         write_splits(data, find_data_folder(args.data, "scifact", REMEDY), args.documents, seed=1)
         request = DraftRequest(
             folder=folder / "draft",

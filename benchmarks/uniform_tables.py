@@ -6,6 +6,11 @@ to float8 and bfloat16. Prints the bytes of all tables as a share of float32, th
 share of the squared weights, the change of AUC on validation rows without further training, and the
 time to encode a large table divided by that of symmetric int8.
 
+A clipping rule chooses the range of weights that share a scale
+(``compressors/quantize/kernels/clipping.py``): ``min_max`` clips no weight, ``greedy`` and ``mse``
+search for a range with a smaller squared error. Levels are the numbers that a quantized weight can
+have; "symmetric" levels have no offset.
+
     recpress demo && python -m benchmarks.uniform_tables
 """
 
@@ -45,7 +50,7 @@ ROUNDS = 3
 
 
 def generate_labeled_steps() -> Iterator[tuple[str, str, str, TableStep]]:
-    """Yield every step with its labels: format, levels (offset and clipping), scales."""
+    """Yield every step after its labels: format, levels (offset and clipping rule), scales."""
     settings: dict[str, Any]
     for method in METHODS:
         for symmetric in (True, False):

@@ -123,7 +123,7 @@ def build_matmul_nbits(module: nn.Module, x: Tensor, folder: Path) -> Session:
         N=width,
         bits=8,
         block_size=block,
-        accuracy_level=1,
+        accuracy_level=1,  # ONNX Runtime's code for float32 computation
     )
     info = helper.make_tensor_value_info
     graph = helper.make_graph(

@@ -93,7 +93,7 @@ def build_student_step(hidden: list[int], cross: int, dropout: float) -> dict[st
     }
 
 
-INT8_LAYERS: Steps = [{"kind": "fold"}, {"kind": "static_int8"}]
+INT8_LAYERS: Steps = [{"kind": "fold"}, {"kind": "static_int8"}]  # fold: merge norms into layers
 
 
 def build_code_steps(item: int, user: int, location: int = 2) -> Steps:
@@ -124,7 +124,7 @@ def build_low_rank_step(most_error: float) -> dict[str, Any]:
 
 INT4_TABLES: Steps = [{"kind": "rowwise_int4", "clipping": "least_squares"}]
 INT4_LAYERS: Steps = [{"kind": "fold"}, {"kind": "weight_int4", "block": 0}]  # 0: scale per row
-STUDENT = build_student_step([200, 200], 3, 0.3)
+STUDENT = build_student_step([200, 200], cross=3, dropout=0.3)
 RECIPES: list[tuple[str, Steps]] = [
     ("int8 tables and layers", [{"kind": "rowwise_int8"}, *INT8_LAYERS]),
     ("student 200-200, int4 tables, int8 layers", [STUDENT, *INT4_TABLES, *INT8_LAYERS]),

@@ -124,14 +124,16 @@ def to_interactions(pairs: Ints) -> Interactions:
     return Interactions(pairs[:, 0], pairs[:, 1], np.ones(len(pairs)))
 
 
-def build_recall_measure(test: Ints, *seen: Ints) -> Callable[[TwoTower], tuple[float, float]]:
+def build_recall_measure(relevant: Ints, *seen: Ints) -> Callable[[TwoTower], tuple[float, float]]:
     """Return a function that computes Recall@20 and NDCG@20 of a network.
 
     Args:
-        test: pairs that count as relevant.
+        relevant: validation or test pairs, whose items count as relevant for their users.
         seen: earlier pairs; a user's items in them are excluded from the user's ranking.
     """
-    queries = ranking_queries(to_interactions(test), map(to_interactions, seen), np.arange(ITEMS))
+    queries = ranking_queries(
+        to_interactions(relevant), map(to_interactions, seen), np.arange(ITEMS)
+    )
 
     def measure(network: TwoTower) -> tuple[float, float]:
         query, item = compute_vectors(network, {"user": torch.from_numpy(queries.query)})

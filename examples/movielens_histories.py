@@ -115,10 +115,10 @@ def list_earlier_clicks(frame: pd.DataFrame, item_ids: Mapping[str, int]) -> His
     """
     clicked: dict[str, list[int]] = defaultdict(list)
     histories: Histories = []
-    for _, second in frame.groupby("timestamp", sort=False):
-        histories += [clicked[person][-LONGEST:] for person in second["user"]]
+    for _, simultaneous in frame.groupby("timestamp", sort=False):
+        histories += [clicked[person][-LONGEST:] for person in simultaneous["user"]]
         for person, item, click in zip(
-            second["user"], second["item"], second["click"], strict=True
+            simultaneous["user"], simultaneous["item"], simultaneous["click"], strict=True
         ):
             if click and item in item_ids:
                 clicked[person].append(item_ids[item])
@@ -245,6 +245,7 @@ def build_next_film_rows(sequences: Iterable[list[int]], split: str) -> pa.Table
     people, films, histories = [], [], []
     for person, sequence in enumerate(sequences):
         end = len(sequence)
+        # Training starts at position 1: the first film has no history.
         positions = {"train": range(1, end - 2), "validation": [end - 2], "test": [end - 1]}[split]
         for position in positions:
             people.append(person)
@@ -265,7 +266,8 @@ def train_sasrec(
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     network = SASRec(**config)  # type: ignore[arg-type]  # plain JSON, checked by SASRec itself
-    # Each film of a part but the first is predicted from those before it.
+    # The last two films of a person are for validation and test. Each film of a part but the first
+    # is predicted from those before it.
     parts = [
         training[start : start + LONGEST + 1]
         for training in (sequence[:-2] for sequence in sequences)
@@ -295,6 +297,7 @@ def train_sasrec(
 
     @torch.no_grad()
     def validation_ndcg() -> float:
+        # A person's number is the number of the person's only validation row.
         history, mask = pad([histories[row] for row in queries.query], left=True)
         query = network.query(history, mask.long())
         ranked = RankedVectors(

@@ -2,8 +2,8 @@
 
 Run ``python -m examples.mq2008 FOLDER --data FOLDER``. The folder contains the five parts of LETOR
 4.0's MQ2008 for supervised ranking, ``S1.txt`` to ``S5.txt``, plain or ``.gz``.
-``docs/results/mq2008.md`` describes the data and the results. A draft is the folder of a bundle
-before it is packed.
+``docs/results/reference-models.md`` describes the data and the results. A draft is the folder of a
+bundle before it is packed.
 """
 
 import gzip

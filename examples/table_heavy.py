@@ -157,6 +157,7 @@ def _draw_rows(
     factors = [table[field_ids] for table, field_ids in zip(latent, ids, strict=True)]
     total = np.sum(factors, axis=0)
     pairs = 0.5 * (total**2 - np.sum([x**2 for x in factors], axis=0)).sum(axis=1)
+    # A factorization machine with these factors; -1 makes positives rarer than negatives.
     logits = 0.5 * np.sum([x[:, 0] for x in factors], axis=0) + 0.3 * pairs - 1.0
     label = (rng.random(count) < 1 / (1 + np.exp(-logits))).astype(np.int64)
     return {**{f"f{index}": field_ids for index, field_ids in enumerate(ids)}, "label": label}

@@ -57,7 +57,8 @@ They are: pull, validate the data, prepare tensors, lower the untouched model, m
 stages (the model after each step), judge, publish.
 """
 
-# Prefect starts a server if Python code calls the flow and no server is configured.
+# Prefect starts a server if Python code calls the flow and no server is configured. This call makes
+# such a server require a secret of its clients.
 protect_ephemeral_server()
 
 

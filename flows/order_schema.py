@@ -93,12 +93,12 @@ def _generate_limit_rules() -> Iterator[Schema]:
         yield _build_implication(is_metric, by_reference)
 
 
-def _require_bound(metric: Metric, numbers: Schema) -> Schema:
+def _require_bound(metric: Metric, bound_range: Schema) -> Schema:
     """Require the bound that limits a bad result (minimum or maximum), and forbid the other."""
     required, forbidden = "at_least", "at_most"
     if not metric.higher_is_better:
         required, forbidden = forbidden, required
-    bounds = {required: {"type": "number", **numbers}, forbidden: {"type": "null"}}
+    bounds = {required: {"type": "number", **bound_range}, forbidden: {"type": "null"}}
     return {"properties": bounds, "required": [required]}
 
 
@@ -150,7 +150,8 @@ def _generate_target_rules() -> Iterator[Schema]:
             at_least = {"minimum": threshold}
             is_large_enough = _build_condition(larger, at_least, by_default=default >= threshold)
             yield _build_implication(_build_condition(smaller, at_least), is_large_enough)
-    # If the order omits best_batch, its default, 64, must be between the two other sizes.
+    # The defaults above: if the order omits best_batch, 64 must be between the two other sizes; if
+    # best_batch is greater than 1024, the order must set largest_batch.
     for name, bound in (("smallest_batch", {"maximum": 64}), ("largest_batch", {"minimum": 64})):
         yield {"if": {"required": ["best_batch"]}, "else": _build_field_rule(name, bound)}
     yield _build_implication(
@@ -183,9 +184,10 @@ def _generate_recipe_rules() -> Iterator[Schema]:
 def _generate_step_rules() -> Iterator[Schema]:
     """Yield rules between the settings of one step, which the step's class checks too.
 
-    The settings are described in the classes of the steps. ``soft_share`` is the weight of the
-    teacher's predictions in training, the labels get the rest; the rows ``traffic`` are logged
-    requests, which have no labels.
+    The settings are described in the classes of the steps, such as ``Distill``. ``soft_share`` is
+    the weight of the teacher's predictions in training, the labels get the rest. The rows
+    ``traffic`` are logged requests, which have no labels. ``auxiliary`` is the layer of a head that
+    learns the teacher's predictions. Without ``dense``, only tables are trained.
     """
 
     def for_kind(kind: str, when: Schema, then: Schema) -> Schema:

@@ -121,8 +121,8 @@ def prepare_data(run: Run) -> PreparedData:
 def compress_model(run: Run, data: PreparedData) -> Compressed:
     """Apply the recipe.
 
-    If compressed units of a preset prevent the lowering for a required target, the preset is
-    applied again without them.
+    If units that a preset has compressed prevent the lowering for a required target, the preset is
+    applied again and does not change these units.
 
     Raises:
         CompressionError: no step fits, or a required target cannot be lowered.

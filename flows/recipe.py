@@ -115,7 +115,8 @@ def apply_recipe(run: Run, excluded: Mapping[str, str] = MappingProxyType({})) -
     previous_run = replace(run, order=order.model_copy(update={"preset": previous_preset}))
     size = count_weight_bytes(result.bundle)
     lower_bound = partial(min_weight_bytes, previous_run.order, run.model)
-    # The lower bound of "small" assumes that as many rows as possible are pruned, which is rare.
+    # The previous preset is not applied if it cannot result in fewer bytes. This is not checked for
+    # "small": its lower bound assumes that as many rows as possible are pruned, which is rare.
     if previous_preset != "small" and wait_out(lower_bound) >= size:
         return result
     previous_result = apply_recipe(previous_run, excluded)

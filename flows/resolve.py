@@ -115,6 +115,7 @@ def _resolve(
 def format_already_completed(finished: Finished) -> str:
     """Format the message that an order was completed before, and by which version of recpress."""
     version = finished.report.recpress_version
+    # The version is empty if the report is from a release of recpress that did not record it.
     by = f" by recpress {version}" if version not in {"", recpress_version()} else ""
     hint = " Use --force, or a new 'attempt', to run it again." if by else ""
     return f"Order {finished.report.order[:12]} was completed before{by}.{hint}"

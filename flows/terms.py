@@ -136,6 +136,7 @@ class Targets(Frozen):
 class Terms(Frozen):
     """Compress a model, compare the result with the limits for each target, and register it."""
 
+    # The docstring says what an order does, because it is the description in the JSON schema.
     # Prefect's form shows the fields in the sequence of their "position".
 
     model: str = Field(

@@ -11,8 +11,8 @@ def change_records(change: Callable[[logging.LogRecord], None]) -> None:
     A second call with the same function has no effect.
 
     Args:
-        change: changes a record in place. A module-level function, so that a second call with it
-            can be recognized.
+        change: changes a record in place. It is a module-level function, so that a second call
+            with it can be recognized.
     """
     create = logging.getLogRecordFactory()
     changes = getattr(create, "changes", ())

@@ -81,8 +81,8 @@ def build(
                         module=table.module,
                         rows=table.rows,
                         initializers=table.names,
-                        rows_per_entry=table.rows_per_entry,  # of each stored tensor
-                        multiplied=table.multiplied,  # not only looked up in
+                        rows_per_entry=table.rows_per_entry,  # such as rows that share a scale
+                        multiplied=table.multiplied,  # whether a matmul reads the whole table
                     )
                     for table in graph.tables
                 ),

@@ -62,9 +62,10 @@ class Bench(Frozen):
         validation: rows on which a step measures the quality of its result.
         teacher: bundle of the original model.
         teachers: bundles of additional teachers.
-        soft_labels: the teacher's prediction for every row of ``train``, in the same order:
-            ``score`` float32 ``(rows,)``, a logit, probability or score as in the signature. If
-            there are ``teachers``, it is the mean prediction of all teachers.
+        soft_labels: the teacher's prediction for every row of ``train``, in the same order: the
+            tensor ``score``, float32 ``(rows,)``, or ``(rows, outputs)`` for several outputs. It is
+            a logit, probability or score as in the signature. If there are ``teachers``, it is the
+            mean prediction of all teachers.
         traffic: logged requests, which have no labels.
         traffic_soft_labels: the same as ``soft_labels``, for the rows of ``traffic``.
         items: the catalogue of a model with two towers: one row per item.

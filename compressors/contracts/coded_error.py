@@ -19,8 +19,8 @@ class SentenceFormatter(string.Formatter):
     ``none``. Items of a sequence in a mapping are separated by ``; ``.
 
     The format specification of a sequence, the text after the colon in ``{names:; }``, is its
-    separator, with three exceptions: ``list`` writes one line per item, ``lines`` one line per item
-    if there is more than one, and ``[]`` brackets, also around an empty sequence.
+    separator, with three exceptions: ``list`` writes one line per item, ``lines`` does so only if
+    there are several items, and ``[]`` writes the items in brackets, also if there are none.
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:

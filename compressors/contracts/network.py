@@ -100,8 +100,8 @@ class ModuleRecord(Frozen):
 
     Attributes:
         kind: what it replaces: an Embedding (``table``), EmbeddingBag (``bag``), Linear, norm, or
-            Conv1d of kernel size 1 (``conv``).
-            ``output`` replaces nothing: it is a function that recalibrates the network's output.
+            Conv1d of kernel size 1 (``conv``). ``output`` replaces nothing: it is a function that
+            recalibrates the network's output.
         format: name of the storage format.
         settings: arguments of the compressed module.
     """

@@ -2,9 +2,9 @@
 
 modules/              the modules that hold compressed tensors
 units.py              the tables and dense layers of a network
-model.py              a network with its signature, plan and statistics
+model.py              a network with its class, description and plan
 batches.py            prepared data as batches of model inputs
-scores.py             call a network, and its outputs as columns of scores
+scores.py             call a network, and convert its outputs to columns of scores
 random_inputs.py      random inputs of a model, valid or out of range
 placement.py          move a network to another device for the time of a pass
 placeholders.py       tensors with a shape and no values, for dry runs

@@ -118,9 +118,10 @@ def batches(
 
 
 def rows_per_batch(signature: Signature, most: int) -> int:
-    """Return ``most``, or fewer rows if all rows have texts or sequences of the longest length.
+    """Return the number of rows per batch: ``most``, or fewer for texts and long sequences.
 
-    The limits are ``MAX_TOKENS`` and ``MAX_SEQUENCE_IDS``.
+    A batch must be within ``MAX_TOKENS`` and ``MAX_SEQUENCE_IDS`` even if every text and sequence
+    has the longest length.
     """
     tokens = ids = 0
     for item in signature.inputs:

@@ -129,14 +129,14 @@ def output_lines(
     maps = {output_line_name(item.name): item for item in list_recalibrations(module)}
     for name, decision in decisions.items():
         if is_output_line(name):
-            found = maps.get(name)
+            recalibration = maps.get(name)
             lines[name] = PlanLine(
                 module=name,
                 role="other",
-                format="as trained" if found is None else found.method,
+                format="as trained" if recalibration is None else recalibration.method,
                 bytes_before=0,
-                bytes_after=0 if found is None else stored_bytes(found),
-                steps=() if found is None else (kind,),
+                bytes_after=0 if recalibration is None else stored_bytes(recalibration),
+                steps=() if recalibration is None else (kind,),
                 reasons=decision.reasons,
             )
     return tuple(lines.values())

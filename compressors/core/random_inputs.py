@@ -41,8 +41,9 @@ def generate_inputs(
             integers, so that a lookup beyond the end of a table raises an error.
 
     Returns:
-        The inputs by the name of the model's forward argument. Lists have random lengths from 0 to
-        the longest of the signature.
+        The inputs by the name of the model's forward argument. Lists have random lengths, up to the
+        longest of the signature. Those of a sequence have at least ``min_length`` ids, and its
+        first one has the longest length.
     """
     data = generate_data(signature, rows_of_table, rows, seed)
     for item in _select_bounded_inputs(signature) if with_largest else ():
@@ -140,11 +141,11 @@ def generate_edge_inputs(
     A graph handles such integers by a policy, for example by refusing the row (its score is NaN).
     Each row has out-of-range integers in at most one input: if the row is refused because of one
     input, the effect of another input cannot be observed. Two rows per input with integers are
-    needed. If there are at least two more, all lists of the second-last row have the shortest
-    length, which is 0 for bags, and all lists of the last row have the longest length.
+    needed. If there are at least two more (``edge_rows``), all lists of the second-last row have
+    the shortest length, which is 0 for bags, and all lists of the last row have the longest length.
 
     Raises:
-        ValueError: ``rows`` is less than ``edge_rows``.
+        ValueError: ``rows`` is less than two per input with integers.
     """
     bounded = _select_bounded_inputs(signature)
     extremes: tuple[ListLengths, ...] = ()
@@ -160,7 +161,7 @@ def generate_edge_inputs(
             _write_out_of_range(item, data, row, value, at_start=value == below)
     inputs = model_inputs(data, signature)
     last_rows = [
-        model_inputs(generate_data(signature, rows_of_table, 1, seed, lengths), signature)
+        model_inputs(generate_data(signature, rows_of_table, 1, seed, lengths), signature)  # 1 row
         for lengths in extremes
     ]
     return concatenate_inputs([inputs, *last_rows], signature)

@@ -44,7 +44,7 @@ def call_network(module: nn.Module, inputs: Mapping[str, Tensor], signature: Sig
 
 
 def _call_once(module: nn.Module, inputs: Mapping[str, Tensor], signature: Signature) -> Any:
-    """Call the method that the signature names, or both towers, whose product is the score."""
+    """Call the method that the signature names, or both towers and multiply their vectors."""
     if signature.scored_by == "towers" and signature.towers is not None:
         names = signature.towers.named()
         query, item = (tower_vectors(module, inputs, signature, name) for name in names)
@@ -173,9 +173,9 @@ def tower_vectors(
 
 
 def row_vectors(returned: Any) -> Any:
-    """Return the vectors ``(rows, dim)`` of what a tower returned, if it is ``(rows, 1, dim)``.
+    """Convert what a tower returned from ``(rows, 1, dim)`` to vectors ``(rows, dim)``.
 
-    Anything else is returned as it is.
+    A value of another type or shape is returned unchanged.
     """
     is_column = isinstance(returned, Tensor) and returned.dim() == 3 and returned.shape[1] == 1
     return returned.squeeze(1) if is_column else returned

@@ -1,17 +1,17 @@
 """Run a step on the units that support it, and skip the others with their reasons.
 
-A unit is a table or dense layer. A unit may not support a step (one line of a recipe): the
-network's forward code reads a layer's weight instead of calling it, multiplies by the weight of a
-table whose new format cannot multiply, or reads attributes and gives other scores. Such a unit is
+A unit is a table or dense layer. Some units do not support a step (one line of a recipe), because
+the network's forward code reads a layer's weight instead of calling it, multiplies by the weight of
+a table whose new format cannot multiply, or reads attributes and gives other scores. Such a unit is
 excluded from the step, and its plan line gives the reason. If the recipe names the unit exactly
 (without a wildcard), the reason is raised as an error instead.
 
-Such units are detected in two ways. Before the step runs, each unit that it would replace is
-replaced by a module that exposes what a compressed module does: no weight of a layer, and a weight
-of a table whose reads are reported. The network runs on generated inputs (``probe_units``). If the
-step still fails, a bisection finds the units that cause it: the step runs on each half of its
-units, down to single units (``_find_failing_half``). Steps that train are not bisected, because
-each attempt would train again.
+Such units are detected in two ways. Before the step runs, the network runs on generated inputs with
+other modules in place of the units that the step would replace (``probe_units``). These modules
+expose only what compressed ones do: a layer has no weight, and reads of a table's weight are
+reported. If the step still fails, a bisection finds the units that cause it: the step runs on each
+half of its units, down to single units (``_find_failing_half``). Steps that train are not bisected,
+because each attempt would train again.
 """
 
 import tempfile

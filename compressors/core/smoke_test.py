@@ -76,7 +76,7 @@ def _require_scores(returned: object, signature: Signature, path: str) -> Tensor
     """Return the scores in what the network returned, ``(rows,)`` or ``(rows, outputs)``.
 
     Raises:
-        ModelRefused: an output is not one finite score per row, or their number is wrong.
+        ModelRefused: an output is not one finite score per row, or the number of outputs is wrong.
     """
     if not signature.has_several_outputs and not isinstance(returned, tuple | list | Mapping):
         shape = list(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
@@ -129,7 +129,7 @@ def has_own_score(model: nn.Module, signature: Signature) -> bool:
     """Whether the network's method can be called and returns one finite score for each row."""
     inputs = generate_inputs(signature, rows_of_tables(model, signature), ROWS)
     try:
-        _score_rows(model, inputs, signature, path="")
+        _score_rows(model, inputs, signature, path="")  # the message is not shown
     except ModelRefused:
         return False
     return True
@@ -146,7 +146,7 @@ def must_repeat_single_row(model: nn.Module, signature: Signature) -> bool:
 
 def _can_score_single_row(model: nn.Module, signature: Signature) -> bool:
     try:
-        _require_single_row(model, signature, path="")
+        _require_single_row(model, signature, path="")  # the message is not shown
     except ModelRefused:
         return False
     return True
@@ -154,7 +154,7 @@ def _can_score_single_row(model: nn.Module, signature: Signature) -> bool:
 
 def _require_single_row(model: nn.Module, signature: Signature, path: str) -> None:
     """Raise ``ModelRefused`` unless the network scores a request of one row."""
-    inputs = generate_inputs(signature, rows_of_tables(model, signature), 1)
+    inputs = generate_inputs(signature, rows_of_tables(model, signature), rows=1)
     try:
         with torch.no_grad():
             scores = network_scores(model, inputs, signature)

@@ -42,7 +42,7 @@ class AuxiliaryLosses(nn.Module):
         student_widths: by layer, the size of the last dimension of the student's output.
         teacher_widths: the same for the teacher.
         seed: seed of the initial weights.
-        outputs: number of outputs of the model, which the auxiliary head predicts.
+        num_outputs: number of outputs of the model, which the auxiliary head predicts.
 
     Attributes:
         maps: the hint projections, in the order of ``hints``.
@@ -57,7 +57,7 @@ class AuxiliaryLosses(nn.Module):
         student_widths: dict[str, int],
         teacher_widths: dict[str, int],
         seed: int,
-        outputs: int = 1,
+        num_outputs: int = 1,
     ) -> None:
         super().__init__()
         self.hints, self.auxiliary = hints, auxiliary
@@ -66,7 +66,9 @@ class AuxiliaryLosses(nn.Module):
             self.maps = nn.ModuleList(
                 nn.Linear(student_widths[name], teacher_widths[name]) for name in hints
             )
-            self.head = None if auxiliary is None else nn.Linear(student_widths[auxiliary], outputs)
+            self.head = (
+                None if auxiliary is None else nn.Linear(student_widths[auxiliary], num_outputs)
+            )
         self.outputs: dict[str, Tensor] = {}
 
     def predictions(self) -> Tensor:
@@ -194,7 +196,7 @@ def measure_widths(
 
 def add_hint_loss(
     loss: Loss,
-    auxiliary: AuxiliaryLosses,
+    auxiliary_losses: AuxiliaryLosses,
     original: nn.Module,
     hints: tuple[str, ...],
     hint_weight: float,
@@ -207,7 +209,7 @@ def add_hint_loss(
 
     Args:
         loss: the loss without hints.
-        auxiliary: the hint projections, with the student's outputs of the last forward pass.
+        auxiliary_losses: the hint projections, with the student's outputs of the last forward pass.
         original: the teacher.
         hints: names of the layers with hints.
         hint_weight: factor of the hint loss; it may be above 1.
@@ -217,6 +219,7 @@ def add_hint_loss(
     def total_loss(output: Tensor, batch: Batch, row_numbers: Tensor) -> Tensor:
         with torch.no_grad(), record_outputs(original, hints) as targets:
             call_network(original, batch.inputs, signature)
-        return loss(output, batch, row_numbers) + hint_weight * auxiliary.hint_loss(targets)
+        hint_loss = auxiliary_losses.hint_loss(targets)
+        return loss(output, batch, row_numbers) + hint_weight * hint_loss
 
     return total_loss

@@ -120,8 +120,8 @@ def read_codes(table: PackedTable) -> Tensor:
 def nearest_uniform_codes(table: PackedTable, optimal_rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return a row-wise table's codes nearest to optimal rows, and values: ``(rows, dim)`` each.
 
-    A value is ``multiple * scale + offset``; a symmetric table has no offset.
-    Each column has its own code, so weights of columns do not matter.
+    A value is ``multiple * scale + offset``; a symmetric table has no offset. Each column has its
+    own code, so weights of columns do not matter.
     """
     bits, shared = _get_code_bits(table), scales.SharedScales.from_settings(table.settings)
     # A grid is the set of levels. A symmetric grid with a level at zero has an odd number of
@@ -152,6 +152,7 @@ def _get_code_bits(table: PackedTable) -> int:
     storage = _require_codes_format(table)
     if isinstance(storage, RowwiseFormat):
         return storage.bits
+    # ``width`` of a codebook format is the number of bits of a code.
     return storage.width(table.rows, table.dim, table.settings)
 
 

@@ -2,9 +2,8 @@
 
 Soft labels are the predictions of the teacher for every training row. The teacher is the bundle
 that the recipe starts from (the original). With several teachers, soft labels are the mean of their
-predictions.
-They are computed once and stored. The training loss is a weighted sum of the loss on soft labels
-and the loss on labels.
+predictions. Soft labels are computed once and stored. The training loss is a weighted sum of the
+loss on soft labels and the loss on labels.
 
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531 (soft targets with a temperature).
 Differs: for CTR models, the loss on soft labels is binary cross entropy with probabilities as
@@ -141,8 +140,8 @@ class Distill(StepSettings):
         """Select the units to train; with a student, also the units that it lacks or that shrink.
 
         Raises:
-            NothingToCompress: the task has no training loss, or ``calibrated_listwise`` is set and
-                the model predicts no probabilities.
+            NothingToCompress: the task has no training loss; ``calibrated_listwise`` is set, and an
+                output has the form ``score``; or a model with two towers cannot use a setting.
             DistillationRefused: a named layer does not exist, or the student cannot be built.
         """
         forms = [output.form for output in bench.signature.outputs]
@@ -164,7 +163,7 @@ class Distill(StepSettings):
                 model, self.student, tables=self.training.tables, reasons=reasons
             )
             decisions = {**decisions, **smaller}
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, None)  # None: ``apply`` needs no data from the plan
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Train on soft labels and labels, and return the network of the best epoch.
@@ -193,13 +192,13 @@ class Distill(StepSettings):
                 raise DistillationRefused("hints_need_original", step=self.kind)
             require_layers(original, self.hints, "original")
             teacher_widths = measure_widths(original, self.hints, probe, bench.signature)
-        auxiliary = AuxiliaryLosses(
+        auxiliary_losses = AuxiliaryLosses(
             self.hints,
             self.auxiliary,
             student_widths,
             teacher_widths,
             bench.seed,
-            outputs=len(bench.signature.outputs),
+            num_outputs=len(bench.signature.outputs),
         )
         loss = soft_label_loss(
             bench,
@@ -209,17 +208,17 @@ class Distill(StepSettings):
             name=self.loss,
             top=self.top,
             rows=self.rows,
-            predictions=None if self.auxiliary is None else auxiliary.predictions,
+            predictions=None if self.auxiliary is None else auxiliary_losses.predictions,
             original=original,
         )
         teacher = original if self.hints and original is not None else nn.Identity()
         with (
-            record_outputs(model.module, recorded_layers) as auxiliary.outputs,
+            record_outputs(model.module, recorded_layers) as auxiliary_losses.outputs,
             move_to(teacher, bench.device),
         ):
             if self.hints:
                 loss = add_hint_loss(
-                    loss, auxiliary, teacher, self.hints, self.hint_share, bench.signature
+                    loss, auxiliary_losses, teacher, self.hints, self.hint_share, bench.signature
                 )
             return train_model(
                 model,
@@ -232,7 +231,7 @@ class Distill(StepSettings):
                 else trainable_tensors(model.module, tables=True, dense=False),
                 rows=rows,
                 whole_lists=self.loss in LIST_LOSSES and bench.signature.scores_rows,
-                auxiliary=auxiliary if recorded_layers else None,
+                auxiliary=auxiliary_losses if recorded_layers else None,
             )
 
     def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:

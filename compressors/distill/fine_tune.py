@@ -51,7 +51,7 @@ class FineTune(StepSettings):
             NothingToCompress: the task has no training loss.
         """
         decisions = choose_trainable(model, bench, self.kind, self.training)
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, None)  # None: ``apply`` needs no data from the plan
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Train, and return the network of the best epoch.

@@ -99,7 +99,7 @@ def fit_line(logit: Floats, label: Floats, *, offset: bool) -> tuple[float, floa
             step_size /= 2
         candidate = coefficients - step_size * newton_step
         cost = _compute_cross_entropy(columns @ candidate, label)
-        if cost >= best - 1e-15:
+        if cost >= best - 1e-15:  # no further decrease, except by rounding
             break
         coefficients, best = candidate, cost
     if not (np.isfinite(coefficients).all() and coefficients[0] > 0):
@@ -203,7 +203,7 @@ class SelectedOutput:
     """An output that the step recalibrates.
 
     Attributes:
-        index: its place among the outputs.
+        index: its index among the outputs.
         name: its name; None if the model has only one output.
         form: whether it is a logit or a probability.
     """
@@ -330,9 +330,9 @@ class Recalibrate(StepSettings):
         return fitted, Decision("taken", (mapped,))
 
     def dry_run(self, model: Model, plan: StepPlan[tuple[SelectedOutput, ...]]) -> Model:
-        """Attach identity maps that have as many knots as the fitted maps can have."""
+        """Attach maps without fitted values, with as many knots as the fitted maps can have."""
         knots = self.knots if self.method in ("isotonic", "best") else 0
-        identities = {
+        placeholders = {
             output.index: Recalibration(
                 self.method,
                 output.form,
@@ -343,7 +343,7 @@ class Recalibrate(StepSettings):
             )
             for output in plan.payload
         }
-        _attach(model, identities)
+        _attach(model, placeholders)
         return model
 
 

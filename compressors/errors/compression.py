@@ -12,6 +12,7 @@ CompressionError       the order cannot be carried out as written; a retry would
 ├─ LimitRefused        limits cannot be judged (``metrics.py``)
 ├─ InspectionFailed    inputs or outputs of a network cannot be derived (``inspection.py``)
 ├─ OnnxRefused         an ONNX graph cannot become a network (``onnx_graphs.py``)
+├─ TextEncoderRefused  a text encoder cannot become a network (``text_encoders.py``)
 └─ OrderRefused        the parts of an order do not fit together (``orders.py``)
 
 ``sentences`` of each class map a code to its message, in the syntax of ``str.format``.
@@ -50,8 +51,9 @@ class CompressionError(CodedError):
 class NothingToCompress(CompressionError):
     """A step, or a name pattern in it, matches no unit of this model.
 
-    Settings in the messages: ``importance`` is the criterion by which parts are selected, and
-    ``draws`` the number of random fits of a table, of which the best on validation rows is used.
+    Settings in the messages: ``importance`` is the criterion by which parts are selected. ``draws``
+    is the number of random fits of a table, of which the best on validation rows is used.
+    ``most_loss`` is the largest allowed decrease of the metric.
     """
 
     sentences: ClassVar = {
@@ -77,7 +79,8 @@ class NothingToCompress(CompressionError):
         "rows_missing": "{step!r} needs {missing: and } rows; this model has {present}. Add the "
         "data to model.json and pack again, or leave this step out.",
         "loss_missing": "Importance 'gradient' of {step!r} needs a model of task 'ctr' or "
-        f"'ranking'; this model has task 'retrieval', which has no loss yet. {_OTHER_IMPORTANCE}",
+        f"'ranking'; this model has task 'retrieval', whose loss is not supported. "
+        f"{_OTHER_IMPORTANCE}",
         "loss_without_probability": "Loss 'calibrated_listwise' of {step!r} needs an output "
         "'logit' or 'probability'; this model has output 'score', which is no probability. Choose "
         "loss 'listwise'.",

@@ -10,7 +10,11 @@ from compressors.contracts.coded_error import CodedError
 
 
 class ConstructionFailed(CodedError):
-    """A network cannot be built from its class and configuration."""
+    """A network cannot be built from its class and configuration.
+
+    ``$class`` in a configuration names the class of an argument. ``$reads`` lists the values that
+    the constructor reads from an argument, such as a data set (``docs/bundle.md``).
+    """
 
     sentences: ClassVar = {
         "tensors_too_large": "{problem} Correct 'config' in model.json, or store the weights that "

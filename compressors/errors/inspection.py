@@ -14,9 +14,10 @@ class InspectionFailed(CompressionError):
         "arguments_unknown": "Expected a column of the data for each argument of {architecture}"
         ".{method}, got no column for {names}. The columns are {columns}. Name those that fill "
         "each argument, such as --input {first}=COLUMN, or {first}=COLUMN,COLUMN for several. "
-        "Lengths, masks and positions of lists are --input {first}=lengths(LISTS), and so on, with "
-        "the argument of the lists; offsets must be called LISTS_offsets. "
-        "If another method returns the scores, name it with --method.",
+        "For lengths, masks or positions of lists, write --input {first}=lengths(LISTS), "
+        "mask(LISTS) or positions(LISTS), where LISTS is the argument with the lists. An argument "
+        "with their offsets must be called LISTS_offsets. If another method returns the scores, "
+        "name it with --method.",
         "inputs_unknown": "Expected arguments of {architecture}.{method} in --input, got {names}. "
         "Its arguments are {arguments}.",
         "arguments_variable": "Expected an argument of {architecture}.{method} for each input, "

@@ -5,7 +5,8 @@
 ``times`` is the name of measured durations, such as "candidate latency", and ``number`` the name of
 a measured value. ``expected`` and ``got`` of ``graphs_differ`` are names of graphs. ``problem``
 says why the metric that the bundle's signature names cannot be measured. A draft is a bundle's
-files before they are packed.
+files before they are packed. ``changed_top1`` is the share of groups in which another row has the
+highest score.
 """
 
 from typing import ClassVar
@@ -52,7 +53,7 @@ class MetricRefused(CompressionError):
         "{shape!r}.",
         "column_not_numeric": "A metric needs {column} as numbers; got {dtype}.",
         "column_not_finite": "A metric needs finite numbers; {count} of {rows} values of {column} "
-        "are NaN or infinite. The model or its data is broken; no gate can accept it.",
+        "are NaN or infinite. The model or its data is broken, so no limit can accept it.",
         "lengths_differ": "A metric needs columns of the same rows; got lengths {lengths}.",
         "group_shape": "Expected a group column of shape (rows,), got {shape!r}.",
         "group_not_finite": "A group column must not have NaN or infinity; fill or drop them.",

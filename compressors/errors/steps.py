@@ -107,8 +107,8 @@ class StepRefused(CompressionError):
         "the consuming layers receive only zeros. Choose another importance.",
         "dimension_gradients_zero": "Importance 'gradient' of 'dimensions' is zero for every "
         "dimension: the loss has no gradient on the training rows. Choose another importance.",
-        "gradients_need_loss": "Gradients need a loss, and task 'retrieval' has none yet. Choose "
-        "another importance.",
+        "gradients_need_loss": "Gradients need a loss of rows or lists, which task 'retrieval' "
+        "does not have. Choose another importance.",
         "share_unreachable": (
             "'channels' cannot leave only {limit:,.0f} {units}: with every width at its "
             "minimum there are {least:,.0f}. Set a larger share, name more layers, or "

@@ -69,9 +69,9 @@ class LowRankComposition:
     """A table composed of one smaller table (its *part*) and two tensors.
 
     The part is ``narrow`` ``(rows, rank)``. The tensors are ``projection`` ``(rank, dim)`` and
-    ``mean`` ``(dim,)``, float32. The protocol
-    ``Composition`` (``core/modules/composed.py``) explains the methods. ``rows_per_entry=0``: the
-    tensor belongs to the whole table, not to its rows.
+    ``mean`` ``(dim,)``, float32. The protocol ``Composition`` (``core/modules/composed.py``)
+    explains the methods. ``learned``: names of the stored tensors that training may change.
+    ``rows_per_entry=0``: the tensor belongs to the whole table, not to its rows.
     """
 
     name: str = "low_rank"
@@ -153,7 +153,8 @@ class LowRank(ComposingStep):
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             reduced, projection, mean = factorize(table, design.settings["rank"], weights[name])
-            return FittedParts({"projection": projection, "mean": mean}, {"narrow": reduced})
+            stored = {"projection": projection, "mean": mean}
+            return FittedParts(stored, parts={"narrow": reduced})
 
         return recompose(model, designs, fit)
 

@@ -45,7 +45,7 @@ from compressors.quantize.calibration.layer_inputs import (
 )
 
 REGULARIZATION = 1e-4
-"""Added to the variance of every input, as a share of the mean variance of the inputs."""
+"""Added to the diagonal of the inputs' second moment, as a share of the diagonal's mean."""
 
 
 def principal_outputs(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +181,7 @@ class LowRankDense(StepSettings):
                     "factorized", step=self.kind, inputs=inputs, rank=rank, outputs=outputs
                 )
                 decisions[unit.name] = Decision("taken", (reason,))
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, payload=None)  # ``apply`` needs only the decisions
 
     def _search_decision(self, unit: Unit, largest: int, most_error: float) -> Decision:
         """Return the decision for a layer whose rank is searched up to ``largest``."""
@@ -191,7 +191,7 @@ class LowRankDense(StepSettings):
             return Decision("skipped", (reason,))
         reason = Reason("rank_searched", step=self.kind, most_error=most_error, rank=largest)
         rank_1_bytes = layout_bytes(
-            describe_factored_layout(inputs, outputs, 1, bias=unit.bias is not None)
+            describe_factored_layout(inputs, outputs, rank=1, bias=unit.bias is not None)
         )
         # ``apply`` decides; the plan has the smallest and the largest possible number of bytes.
         return Decision("deferred", (reason,), (rank_1_bytes, unit.bytes))

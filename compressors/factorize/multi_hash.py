@@ -220,8 +220,9 @@ class MultiHashComposition:
 
     The part is ``buckets`` ``(buckets, dim)``. The tensors are ``functions``, the coefficients of
     the hash functions, int64 ``(hashes, 2 or 4)``, and ``mean`` ``(dim,)``. The protocol
-    ``Composition`` (``core/modules/composed.py``) explains the methods. ``rows_per_entry=0``: the
-    tensor belongs to the whole table, not to its rows.
+    ``Composition`` (``core/modules/composed.py``) explains the methods. ``learned``: names of the
+    stored tensors that training may change. ``rows_per_entry=0``: the tensor belongs to the whole
+    table, not to its rows.
     """
 
     name: str = "multi_hash"
@@ -324,6 +325,6 @@ class MultiHash(ComposingStep):
             buckets = design.settings["buckets"]
             best, hash_fit = best_fit(table, weights[name], draws, buckets)
             stored = {"functions": best.clone(), "mean": hash_fit.mean}
-            return FittedParts(stored, {"buckets": hash_fit.buckets})
+            return FittedParts(stored, parts={"buckets": hash_fit.buckets})
 
         return recompose(model, designs, fit_table)

@@ -138,7 +138,7 @@ def fit(
     scaled = rows / divisor
     codes = initial_codes / divisor
     decoder = Decoder(projection, inner, bias, no_correction, mean / divisor)
-    for trains in (False, True):
+    for trains in (False, True):  # candidates 2 and 3
         if trains:
             codes, decoder = _train(scaled, relative_weight, codes, decoder, adam_steps, generator)
         decoder = _solve_last_layer(scaled, relative_weight, codes, decoder)
@@ -233,8 +233,9 @@ class NeuralCodesComposition:
     """A table composed of one smaller table (its *part*) and the tensors of ``Decoder``.
 
     The part is ``codes`` ``(rows, code)``. The protocol ``Composition``
-    (``core/modules/composed.py``) explains the methods. ``rows_per_entry=0``: a tensor belongs to
-    the whole table, not to its rows.
+    (``core/modules/composed.py``) explains the methods. ``learned``: names of the stored tensors
+    that training may change. ``rows_per_entry=0``: a tensor belongs to the whole table, not to its
+    rows.
     """
 
     name: str = "neural_codes"
@@ -329,6 +330,6 @@ class NeuralCodes(ComposingStep):
         def fit_table(name: str, table: Tensor, design: Design) -> FittedParts:
             size, hidden = design.settings["codes"], design.settings["hidden"]
             codes, decoder = fit(table, weights[name], size, hidden, self.steps, bench.seed)
-            return FittedParts(decoder._asdict(), {"codes": codes})
+            return FittedParts(stored=decoder._asdict(), parts={"codes": codes})
 
         return recompose(model, designs, fit_table)

@@ -200,7 +200,8 @@ class QuotientRemainderComposition:
     """A table composed of two smaller tables (its *parts*), for quotients and remainders of ids.
 
     They are ``quotient`` ``(ceil(rows / m), dim)`` and ``remainder`` ``(m, dim)``. The protocol
-    ``Composition`` (``core/modules/composed.py``) explains the methods.
+    ``Composition`` (``core/modules/composed.py``) explains the methods. ``learned``: names of the
+    stored tensors that training may change; there are none.
     """
 
     name: str = "quotient_remainder"
@@ -301,6 +302,7 @@ class QuotientRemainder(ComposingStep):
 
         def fit(name: str, table: Tensor, design: Design) -> FittedParts:
             quotient, remainder = solve(table, weights[name], design.settings["buckets"])
-            return FittedParts({}, {"quotient": quotient, "remainder": remainder})
+            parts = {"quotient": quotient, "remainder": remainder}
+            return FittedParts(stored={}, parts=parts)
 
         return recompose(model, designs, fit)

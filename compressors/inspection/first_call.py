@@ -29,8 +29,8 @@ def first_call(
     """Return the first layout with which the network runs, its tensors and the result.
 
     Raises:
-        InspectionFailed: the network fails with all layouts; or there is no layout, except perhaps
-            mappings of which the network read no key, so the meaning of its argument is unknown.
+        InspectionFailed: the network fails with all layouts; or no column is known for its
+            argument, because there is no layout, or only mappings of which it reads no key.
     """
     failure: tuple[CallFailed, Layout] | None = None
     method = ""
@@ -141,11 +141,14 @@ def _try_one_more_float(
 ) -> dict[str, bool]:
     """Pass one more argument as floats, so that the network fails later or not at all.
 
+    It fails later if it runs more tensor operations before the error than in the call that raised
+    ``fault``.
+
     Returns:
         ``floats`` with this argument: whether each argument is passed as floats.
 
     Raises:
-        CallFailed: there is no such argument. It is the error ``fault``.
+        CallFailed: ``fault`` itself, if there is no such argument.
     """
     tensors = _build_tensors(layout, sample, floats)
     numbers = [a for a in layout.arguments if _may_be_float(a, sample, tensors, fault.lookups)]

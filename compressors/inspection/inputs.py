@@ -165,7 +165,7 @@ def _require_finite(network: nn.Module, layout: Layout, sample: Sample, returned
             raise InspectionFailed("values_not_finite", column=name)
     for tensor in tensors_in(returned):
         if not tensor.dim():
-            continue  # no output, which ``named_scores`` refuses
+            continue  # a scalar is no output: ``named_scores`` refuses it
         broken = ~tensor.reshape(len(tensor), -1).isfinite().all(dim=1)
         if bool(broken.any()):
             raise InspectionFailed(
@@ -212,9 +212,9 @@ class _TableRows:
     def field(self, column: str, reading: Reading) -> IdField | None:
         """Return the valid ids of a column; None if they are all rows of its tables.
 
-        In a table that columns with different offsets share, the rows of one offset end before the
-        first row of the next: the row of id 0, or of the smallest id if the rows before it are
-        looked up with the first offset.
+        Columns with different offsets may share a table. The rows of this column end where those
+        of the next offset begin. They begin at the row of id 0; but if this column looks up that
+        row or a later one, they begin at the row of the smallest id.
 
         Raises:
             InspectionFailed: the network adds different numbers for different tables.

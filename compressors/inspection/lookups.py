@@ -108,7 +108,7 @@ def _replace_values(column: SampleColumn) -> SampleColumn:
 
 
 def _replace_by_neighbours(values: Any) -> Any:
-    """Return the value before each value, and 1 for 0."""
+    """Return ``value - 1`` for each positive value, and ``value + 1`` for any other."""
     return np.where(values > 0, values - 1, values + 1).astype(values.dtype)
 
 
@@ -126,7 +126,7 @@ def _find_offset(column: SampleColumn, ids: Tensor, changed: Tensor) -> int | No
     if not column.is_integer or ids.numel() % rows != 0 or ids.shape != changed.shape:
         return None
     by_row = ids.reshape(rows, -1)
-    differs = (by_row != changed.reshape(rows, -1)).any(dim=0)
+    differs = (by_row != changed.reshape(rows, -1)).any(dim=0)  # ids that depend on the column
     differences = by_row[:, differs] - torch.from_numpy(column.values)[:, None]
     if differences.numel() == 0 or bool((differences != differences.flatten()[0]).any()):
         return None
@@ -186,6 +186,7 @@ def is_looked_up(tensor: Tensor, lookups: tuple[Lookup, ...]) -> bool:
             continue
         ids = lookup.ids.reshape(rows, -1)
         for column in tensor.reshape(rows, -1).unbind(dim=1):
+            # Positions of the looked-up ids that are the column plus one number in all rows.
             constant = (ids - column[:, None] == ids[0] - column[0]).all(dim=0)
             if bool(constant.any()) and bool((column != column[0]).any()):
                 return True

@@ -168,7 +168,7 @@ class PaddingSpec:
 def argument_tensors(
     argument: Argument, sample: Sample, dtype: torch.dtype, padded: PaddingSpec | None = None
 ) -> Tensors:
-    """Return the tensors of one argument and of the arguments that accompany it.
+    """Return the tensors of one argument and of its offsets, lengths, mask and positions, if any.
 
     Args:
         argument: the argument.
@@ -181,9 +181,12 @@ def argument_tensors(
         return {argument.name: stack_columns(columns, dtype)}
     if len(columns) > 1:  # a matrix
         parts = [
-            _pad_lists(Argument(argument.name, (column.name,), (0,)), column, PaddingSpec(width))[
-                argument.name
-            ]
+            _pad_lists(
+                # Width 0: the lists are padded as if they filled a tensor alone.
+                Argument(argument.name, (column.name,), widths=(0,)),
+                column,
+                PaddingSpec(width),
+            )[argument.name]
             if column.is_list
             else torch.from_numpy(column.values)[:, None]
             for column, width in zip(columns, argument.widths, strict=True)
@@ -200,7 +203,7 @@ def argument_tensors(
 
 
 def _pad_lists(argument: Argument, column: SampleColumn, padded: PaddingSpec) -> Tensors:
-    """Return lists padded to one length, with the tensors that accompany them."""
+    """Return lists padded to one length, with their lengths, mask and positions, if any."""
     item = SequenceInput(
         name=argument.name,
         table=ANY_TABLE,

@@ -49,7 +49,7 @@ def derive_towers(
     """Derive the towers of a network and their inputs.
 
     If a tower does not return a vector for each row, it is called again with the attributes that
-    libraries set for inference (``INFERENCE_ATTRIBUTES``), as far as the network has them.
+    libraries set for inference (``INFERENCE_ATTRIBUTES``), if its module has them.
 
     Args:
         network: the trained network, in evaluation mode.
@@ -62,8 +62,8 @@ def derive_towers(
 
     Raises:
         InspectionFailed: there is no such tower; it does not return a vector for each row; one
-            tower is called with keywords and the other one with a mapping; or as
-            ``derive_inputs``.
+            tower is called with keywords and the other one with a mapping; or ``derive_inputs``
+            raises it.
     """
     split = {name: _split_path(network, path) for name, path in paths.items()}
     names = {name: _list_argument_names(network, path) for name, path in paths.items()}

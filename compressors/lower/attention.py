@@ -58,8 +58,8 @@ def scaled_dot_product_attention(
     zero = op.Constant(value_float=0.0)
     is_boolean = is_causal or int(attn_mask.dtype) == BOOL
     # A mask is the same for all heads and often for all queries, so it has far fewer elements than
-    # the logits, and layers with the same mask share the operators on it. Apart from the Add, no
-    # operator for the mask reads the logits: in an encoder these took 15 % of the time.
+    # the logits, and layers with the same mask share the operators on it. Only the Add reads both
+    # the mask and the logits: more such operators took 15 % of the time in an encoder.
     added = op.Where(attn_mask, zero, minus_infinity) if is_boolean else attn_mask
     weights = op.Softmax(op.Add(logits, added), axis=-1)  # NaN for a query without a key
     largest = op.ReduceMax(added, op.Constant(value_ints=[-1]), keepdims=1)

@@ -5,7 +5,8 @@ fuse computes in float32 after a DequantizeLinear, and a table that it folds int
 float32 again. The audit therefore reads the optimized graph, not the exported one.
 
 "Packed" weights are stored in fewer bits than float32, usually as integer "codes"; "widening"
-converts them to float32. A "matmul" is any operator that multiplies matrices, also Gemm and Conv.
+converts them to float32. A "matmul", or "product" in messages, is any operator that multiplies
+matrices, also Gemm and Conv.
 """
 
 import math

@@ -26,7 +26,7 @@ class TableInitializers(Frozen):
             to lookups or instead.
     """
 
-    # Documents have the field ``rows_per_entry`` under its earlier name.
+    # Stored JSON has the field ``rows_per_entry`` under its earlier name, ``every``.
     model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
 
     module: str

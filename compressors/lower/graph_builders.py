@@ -4,8 +4,8 @@ Arguments and results of type ``Any`` are values of the graph (``onnx_ir.Value``
 add operators to the graph that compute a value. ``ids`` are the requested rows of a table, and
 ``(*ids, dim)`` is the shape of ``ids`` with one more dimension. A codebook is a small table of
 entries, to which a row's codes refer by index. A level is a weight before it is multiplied by its
-scale. Product codes split each row into parts, which have separate codes and codebooks. "Short
-floats" are float16 and bfloat16.
+scale. Product codes split each row into parts, which have separate codes and codebooks. ``width``
+is the number of bits of a code. "Short floats" are float16 and bfloat16.
 """
 
 from collections.abc import Callable, Sequence
@@ -103,9 +103,9 @@ def gather_entries(codes: Any, codebook: Any, num_codebooks: int) -> Any:
 
 
 def concatenate_parts(parts_of_rows: Any, ids: Any, dim: int, parts: int) -> Any:
-    """Concatenate the entries of all parts: ``(*ids, parts, widest)`` to ``(*ids, dim)``.
+    """Concatenate the entries of all parts: ``(*ids, parts, longest)`` to ``(*ids, dim)``.
 
-    Parts can differ in width; narrower ones are padded to the widest.
+    Entries of different parts can differ in length; shorter ones are padded to the longest.
     """
     shape = [0] * len(ids.shape) + [parts * -(-dim // parts)]  # 0: unchanged
     rows = op.Reshape(parts_of_rows, op.Constant(value_ints=shape))

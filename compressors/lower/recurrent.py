@@ -1,4 +1,9 @@
-"""Translate the custom ops of recurrent layers to ONNX's GRU, LSTM and RNN, on every target."""
+"""Translate the custom ops of recurrent layers to ONNX's GRU, LSTM and RNN, on every target.
+
+The positional inputs of an ONNX operator are those of https://onnx.ai/onnx/operators: the sequence,
+the weights of inputs and of states, the bias, ``sequence_lens`` (None: all have the full length)
+and the first state (of an LSTM, also the first cell).
+"""
 
 from collections.abc import Callable
 from typing import Any

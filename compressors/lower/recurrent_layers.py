@@ -4,9 +4,10 @@
 lists of one length. Here each layer and direction of a GRU, LSTM or RNN is one custom op, for lists
 of any length, which ``recurrent.py`` translates.
 
-A layer stores the weights of its gates below each other. torch has the order reset, update, new for
-a GRU and input, forget, cell, output for an LSTM; ONNX has update, reset, new and input, output,
-forget, cell (https://onnx.ai/onnx/operators/onnx__GRU.html). The custom ops take ONNX's order.
+A layer stacks the weights of its gates along the first dimension. torch has the order reset,
+update, new for a GRU and input, forget, cell, output for an LSTM; ONNX has update, reset, new and
+input, output, forget, cell (https://onnx.ai/onnx/operators/onnx__GRU.html). The custom ops take
+ONNX's order.
 """
 
 from collections.abc import Sequence
@@ -163,7 +164,7 @@ def lstm(
     """
     weights = to_torch_order(LSTM_GATES, input_weight, state_weight, bias)
     first = [_first_state(value, x, state_weight) for value in (state, cell)]
-    output, _, last_cell = torch.lstm(
+    output, _, last_cell = torch.lstm(  # the arguments after the weights: as in ``gru``
         _flip(x, reverse), first, weights, True, 1, 0.0, False, False, False
     )
     return _flip(output, reverse), last_cell[0]
@@ -190,14 +191,15 @@ def rnn(
 @gru.register_fake
 @rnn.register_fake
 def _states_like(x: Tensor, state: Tensor | None, *weights: Any) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1], weights[1].shape[2])
+    hidden = weights[1].shape[2]  # of ``state_weight``
+    return x.new_empty(x.shape[0], x.shape[1], hidden)
 
 
 @lstm.register_fake
 def _states_and_cell_like(
     x: Tensor, state: Tensor | None, cell: Tensor | None, *weights: Any
 ) -> tuple[Tensor, Tensor]:
-    hidden = weights[1].shape[2]
+    hidden = weights[1].shape[2]  # of ``state_weight``
     return x.new_empty(x.shape[0], x.shape[1], hidden), x.new_empty(x.shape[1], hidden)
 
 

@@ -78,7 +78,7 @@ def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
     if signature.towers is None:
         names = tuple(output.name for output in signature.outputs)
         outputs = names if signature.has_several_outputs else (SCORE,)
-        return (ServedGraph("model", signature, "", outputs),)
+        return (ServedGraph("model", signature, module="", outputs=outputs),)
     towers = signature.towers.named()
     if signature.shares_tower:
         of_both = _allow_longest_lists(*(signature.of_tower(name) for name in towers))
@@ -91,7 +91,7 @@ def served_graphs(signature: Signature) -> tuple[ServedGraph, ...]:
 
 
 def _allow_longest_lists(query: Signature, item: Signature) -> Signature:
-    """Return the signature of the query tower, whose sequences may be as long as in either."""
+    """Return the query tower's signature; its sequences may be as long as in either tower."""
     inputs = tuple(
         first.model_copy(update={"shape": max(first.shape, second.shape)})
         if isinstance(first, SequenceInput)

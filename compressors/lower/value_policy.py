@@ -84,7 +84,7 @@ def _find_refused_rows(
     ``outside`` marks integers out of range; ``inputs`` are the graph's tensors by name.
     """
     if isinstance(item, JaggedBag):
-        bounds = inputs[tensor_names(item)[1]]
+        bounds = inputs[tensor_names(item)[1]]  # the offsets of the lists, or their lengths
         first_id = bounds if item.layout == "offsets" else bounds.cumsum(0) - bounds
         count = outside.shape[0]
         end_id = torch.cat([first_id[1:], first_id.new_full((1,), count)])
@@ -123,7 +123,7 @@ def _apply_to_matrix(
             last += [math.inf] * width
             default += [math.nan] * width
             continue
-        ranges = value_ranges(field, rows_of_table)
+        ranges = value_ranges(field, rows_of_table)  # one for all columns, or one for each
         for column in ranges * (width if len(ranges) == 1 else 1):
             first.append(column.first)
             last.append(column.last)

@@ -19,7 +19,7 @@ Against = Literal["absolute", "baseline", "champion"]
 
 
 class Number(Frozen):
-    """One measured number, with the metric names and references of a ``Limit``.
+    """One measured number; ``metric`` and ``against`` have the values that a ``Limit`` has.
 
     Attributes:
         metric: name of the metric.
@@ -40,7 +40,7 @@ class Measured(Frozen):
     """All numbers of one target.
 
     Attributes:
-        numbers: the numbers; each metric and reference occurs once.
+        numbers: the numbers; each pair of ``metric`` and ``against`` occurs once.
         has_champion: whether a champion exists. If not, a limit against it is accepted; if it does,
             a missing number is an error.
         score_unit: unit of the mean and the largest score change; None in stored measurements that

@@ -185,7 +185,7 @@ def gauc(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> float:
         A float in [0, 1], unitless.
 
     Raises:
-        MetricRefused: no group has both classes, or as ``group_auc``.
+        MetricRefused: no group has both classes, or ``group_auc`` raises it.
 
     Source: Zhu et al. 2017, https://arxiv.org/abs/1703.02091.
 
@@ -259,7 +259,7 @@ def ndcg(label: ArrayLike, score: ArrayLike, group: ArrayLike, k: int = 10) -> f
         A float in [0, 1], unitless.
 
     Raises:
-        MetricRefused: no group has a relevant item, or as ``group_ndcg``.
+        MetricRefused: no group has a relevant item, or ``group_ndcg`` raises it.
 
     Source: Burges et al. 2005, https://doi.org/10.1145/1102351.1102363 (gains ``2**rel - 1``,
     discount ``1 / log2(rank + 1)`` with ranks from 1); ties as in McSherry and Najork 2008,

@@ -171,6 +171,7 @@ def change_of_rankings(
         absolute[block] = d.abs().sum(dim=1).numpy()
         largest[block] = d.abs().amax(dim=1).numpy()
     pairs = float(ranked_items.sum())
+    # ``sums[2]`` are of x * x, ``sums[0]`` of x: the mean square minus the squared mean.
     spread = math.sqrt(max(float(sums[2].sum()) / pairs - (float(sums[0].sum()) / pairs) ** 2, 0))
     spread = spread or 1.0
     estimates = _estimate_changes(
@@ -183,7 +184,7 @@ def change_of_rankings(
     )
     estimates["changed_top1"] = _estimate_share(changed, rows)
     estimates["top20_overlap"] = _clip_to_range(
-        weighted_mean(overlap, np.ones(queries)), (rows, queries), 1
+        weighted_mean(overlap, np.ones(queries)), (rows, queries), largest=1
     )
     return estimates
 
@@ -211,7 +212,7 @@ def _estimate_changes(
     if unchanged:
         correlation_estimate = Estimate(point=1.0, low=1.0, high=1.0, rows=rows, groups=groups)
     else:
-        correlation_estimate = _clip_to_range(correlation, size, 1, smallest=-1)
+        correlation_estimate = _clip_to_range(correlation, size, largest=1, smallest=-1)
     # A mean change is at most 1 in probabilities; in any unit, at most the largest change.
     return {
         "score_correlation": correlation_estimate,

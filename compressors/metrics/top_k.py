@@ -93,7 +93,7 @@ def tie_blocks_of_rows(label: ArrayLike, score: ArrayLike, group: ArrayLike) -> 
     start = np.cumsum(size) - size
     list_of_run = ids[ranked[start]]
     above = start - (np.cumsum(rows) - rows)[list_of_run]
-    number = np.cumsum(relevant_of_list > 0) - 1
+    number = np.cumsum(relevant_of_list > 0) - 1  # of each list, without those left out
     blocks = relevant > 0
     return TieBlocks(
         number[list_of_run[blocks]],
@@ -118,6 +118,7 @@ def reciprocal_rank(blocks: TieBlocks, k: int) -> Floats:
         MetricRefused: ``k`` is below 1.
     """
     first = _find_first_blocks(blocks, k)
+    # ``none_yet``: probability that no earlier position of the block has a relevant item.
     value, none_yet = np.zeros(first.owner.size), np.ones(first.owner.size)
     for position, at in _iterate_positions(first, k):
         # Given that the positions before it have no relevant item, this one has one with
@@ -134,7 +135,7 @@ def hit(blocks: TieBlocks, k: int) -> Floats:
     It is 0 or 1 unless ties cross rank ``k``. For arguments and result see ``reciprocal_rank``.
     """
     first = _find_first_blocks(blocks, k)
-    none_yet = np.ones(first.owner.size)
+    none_yet = np.ones(first.owner.size)  # as in ``reciprocal_rank``
     for position, at in _iterate_positions(first, k):
         left = first.size[at] - position
         none_yet[at] *= (left - first.relevant[at]) / left

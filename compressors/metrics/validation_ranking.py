@@ -37,7 +37,7 @@ def ranking_quality(
         module: the network, in evaluation mode.
         signature: signature of a ``retrieval`` model.
         validation: the validation rows.
-        train: the training rows, or None.
+        train: the training rows, or None. ``JoinedRows``, which contain traffic, count as None.
 
     Returns:
         The mean of the signature's metric over up to ``MAX_QUERIES`` queries with a positive row,
@@ -47,11 +47,12 @@ def ranking_quality(
         MetricRefused: the rows have no groups, which are the queries; or no query has a relevant
             item that is not in its training rows.
     """
-    known = [train, validation] if isinstance(train, Rows) else [validation]
-    rows_of_item = [(rows, *_find_first_rows(rows)) for rows in known]
-    catalogue = np.unique(np.concatenate([ids for _, ids, _ in rows_of_item]))
+    parts = [train, validation] if isinstance(train, Rows) else [validation]
+    # Of each part: the ids of its items, and the first row of each item.
+    items_of_parts = [(rows, *_find_first_rows(rows)) for rows in parts]
+    catalogue = np.unique(np.concatenate([ids for _, ids, _ in items_of_parts]))
     vectors: Float32s | None = None
-    for rows, ids, first in rows_of_item:
+    for rows, ids, first in items_of_parts:
         part_vectors = _compute_vectors(module, signature, "item", rows, first)
         if vectors is None:
             vectors = np.empty((catalogue.size, part_vectors.shape[1]), np.float32)
@@ -62,9 +63,8 @@ def ranking_quality(
     if not positive.size:
         raise MetricRefused("new_items_missing")
     selected = np.flatnonzero(np.isin(group, _select_evenly_spaced(positive)))
-    queries = ranking_queries(
-        interactions(validation, selected), map(interactions, known[:-1]), catalogue
-    )
+    earlier = map(interactions, parts[:-1])  # the training rows, if there are any
+    queries = ranking_queries(interactions(validation, selected), earlier, catalogue)
     query_vectors = _compute_vectors(module, signature, "query", validation, selected[queries.row])
     metric = signature.single_output.metric
     values = ranking_metrics(RankedVectors(query_vectors, vectors, queries), [metric])

@@ -200,7 +200,7 @@ class OnnxNetwork(nn.Module):
             node.op, node.attributes
         ):
             result = OPERATORS_ON_SIZES[node.op](*arguments, **node.attributes)
-        if result is None:
+        if result is None:  # an operator on tensors, or a result that is too large for sizes
             operator = OPERATORS[node.op]
             # Inputs at ``size_inputs`` must be sizes, those at ``index_inputs`` may be sizes.
             converted: list[Value | None] = []

@@ -90,6 +90,7 @@ def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reaso
         for other in (Float16Rows(), RowwiseInt8(), RowwiseInt4())
         if RANK[other.kind] > rank and step.kind != "bfloat16"
     ]
+    # The fewest bytes first; of formats with equal bytes, the more precise one first.
     no_larger = sorted((item for item in better if item[0] <= size), key=lambda item: item[:2])
     for other_size, _, other in no_larger:
         if other.kind == "float16" and float(weight.abs().max()) > LARGEST_FLOAT16:

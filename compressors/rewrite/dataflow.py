@@ -68,8 +68,9 @@ class Dataflow:
     """The consumers of each layer's and norm's output.
 
     Attributes:
-        consumers: by name of a layer or norm, all consumers of its output. Only layers and norms
-            all of whose consumers are layers and norms whose weights may be changed are included.
+        consumers: by name of a layer or norm, all consumers of its output. A layer or norm is
+            included only if its weights may be changed, and if every consumer is a layer or norm
+            whose weights may be changed.
         reasons: by name of each other layer or norm, the reason why it is not in ``consumers``.
         fixed_reasons: by name of each layer or norm whose weights may not be changed, the reason.
         input_dims: by name of each called layer or norm, the number of dimensions of its input.

@@ -71,7 +71,7 @@ class DeadChannels:
         dead = Reason(
             "dead_channels",
             step=step,
-            count=width.value - self.cut.count,
+            count=width.value - self.cut.count,  # ``cut.count`` channels remain
             channels=width.value,
             width=width.description(),
         )
@@ -162,8 +162,8 @@ def _find_dead_channels(
 ) -> DeadChannels | None:
     """Find the dead channels of one width; None if there are none.
 
-    Producers whose outputs are combined element by element lose the same channels. All producers of
-    the width lose the same number of channels.
+    Producers whose outputs are combined element by element are *tied*: they lose the same channels.
+    All producers of the width lose the same number of channels.
     """
     module, width = model.module, consumers.width
     consumer_names = dict.fromkeys(consumer for _, consumer in consumers.connections)

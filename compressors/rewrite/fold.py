@@ -157,11 +157,11 @@ class Fold(StepSettings):
             for layer in norm_fold.layers:
                 folded_norm = Reason("norm_folded", step=self.kind, norm=norm_fold.norm)
                 reasons.setdefault(layer, []).append(folded_norm)
-        free = frozenset(name for name, decision in decisions.items() if decision.selected)
+        changeable = frozenset(name for name, decision in decisions.items() if decision.selected)
         folded = _fold_norms(replace(model, module=private_copy(model.module)), norm_folds)
         proven: tuple[DeadChannels, ...] = ()
         if not _has_placeholders(model):
-            proven = find_dead_channels(folded, bench.signature, free, None)
+            proven = find_dead_channels(folded, bench.signature, changeable, None)
         for dead in proven:
             for name, change in dead.reasons(self.kind).items():
                 reasons.setdefault(name, []).append(change)
@@ -180,7 +180,8 @@ class Fold(StepSettings):
                 )
             else:
                 result[name] = decision
-        return StepPlan(result, Folding(bench.signature, tuple(norm_folds), proven, free))
+        folding = Folding(bench.signature, tuple(norm_folds), proven, changeable)
+        return StepPlan(result, folding)
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Folding]) -> AppliedStep:
         """Fold norms, remove dead channels, and check that the predictions do not change.

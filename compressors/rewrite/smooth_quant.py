@@ -50,8 +50,8 @@ class SmoothQuant(StepSettings):
     )
     search: bool = Field(
         False,
-        description="Search the strength of each layer with the smallest int8 error, including no "
-        "migration. alpha is then not used.",
+        description="Search the strength with the smallest int8 error, including no migration, for "
+        "each norm or layer and all layers that read its output. alpha is then not used.",
     )
     rows: int = Field(4096, ge=1, description="Largest number of calibration rows to read.")
 

@@ -40,7 +40,7 @@ class Ctr:
         return loss * temperature**2
 
     def find_score_problems(self, sample: ScoredSample) -> Iterator[BaselineProblem]:
-        """Check that scores fit the declared output form and are better than the base rate.
+        """Check that scores fit the declared output form and beat a constant prediction.
 
         Yields a problem if scores declared as probabilities are outside [0, 1], the other form
         (logit or probability) has a clearly lower loss, the loss is clearly above that of

@@ -52,7 +52,7 @@ def hard_loss(signature: Signature, scores: Tensor, batch: Batch) -> Tensor:
     Returns:
         A scalar; 0 if no row has a label.
     """
-    if not signature.scores_rows:
+    if not signature.scores_rows:  # retrieval: the network returns vectors
         return load_functions(signature.single_output).hard_loss(scores, batch)
     scores = scores_of(scores, signature)
     weights = batch.output_weights or (1.0,) * len(signature.outputs)
@@ -99,7 +99,7 @@ def soft_loss(
     Returns:
         A scalar.
     """
-    if not signature.scores_rows:
+    if not signature.scores_rows:  # retrieval: the network returns vectors
         rows = DistillationRows(scores, teacher, batch)
         return load_functions(signature.single_output).soft_loss(rows, temperature)
     losses = [

@@ -1,8 +1,9 @@
-"""The arguments and weights of ``TextEncoder`` from those of Hugging Face's models.
+"""Convert settings and weights of Hugging Face's models to those of ``TextEncoder``.
 
-A family is a ``model_type`` of the library transformers. Its models differ in the names of their
-settings and weights, in where positions begin, and in what attention depends on. The package
-transformers is not needed: settings are JSON and weights tensors with names.
+A family is a ``model_type`` of the library transformers. Families differ in the names of their
+settings and weights, in the row of the first position, and in whether attention depends on the
+distance of tokens. The package transformers is not needed: settings are JSON, and weights are
+named tensors.
 """
 
 import math
@@ -32,11 +33,11 @@ FARTHEST = 128
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of a family differ.
+    """How the models of a family differ from ``TextEncoder``.
 
     Attributes:
         settings: name of each setting in ``config.json``, by the argument of ``TextEncoder``.
-        layer: name of the weights of a layer, with its number in braces.
+        layer: prefix of the names of a layer's weights; ``{}`` stands for the layer's number.
         parts: names in a layer, by the name in ``Layer``.
         first_position: row of the first token in the table of positions; None for the row after
             that of the padding token.
@@ -195,20 +196,22 @@ def encoder_weights(config: Mapping[str, Any], weights: Mapping[str, Tensor]) ->
         TextEncoderRefused: a tensor is missing, or the encoder has one that ``TextEncoder`` lacks.
     """
     family, layers = family_of(config), encoder_arguments(config)["layers"]
-    trained = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
-    prefix = next((name.removesuffix(WORDS) for name in trained if name.endswith(WORDS)), "")
+    float_weights = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    prefix = next((name.removesuffix(WORDS) for name in float_weights if name.endswith(WORDS)), "")
     # The settings may give a huge number of layers. Each layer has weights, so there are fewer
     # layers than tensors, and this many names suffice to report missing ones.
-    names = _names(family, min(layers, len(trained) + 1))
-    if missing := [prefix + name for name in names.values() if prefix + name not in trained]:
+    names = _names(family, min(layers, len(float_weights) + 1))
+    if missing := [prefix + name for name in names.values() if prefix + name not in float_weights]:
         raise TextEncoderRefused("weights_missing", names=tuple(missing[:5]), count=len(missing))
-    parts = (f"{prefix}embeddings.", prefix + family.layer.partition("layer")[0])
+    encoder_prefixes = (f"{prefix}embeddings.", prefix + family.layer.partition("layer")[0])
     read = {prefix + name for name in names.values()}
-    if unread := [name for name in trained if name.startswith(parts) and name not in read]:
+    encoder_weight_names = [name for name in float_weights if name.startswith(encoder_prefixes)]
+    if unread := [name for name in encoder_weight_names if name not in read]:
         raise TextEncoderRefused("weights_unknown", names=tuple(unread[:5]), count=len(unread))
-    result = {own: weights[prefix + name].float() for own, name in names.items()}
+    result = {ours: weights[prefix + theirs].float() for ours, theirs in names.items()}
     result["position.weight"] = result["position.weight"][_first_position(family, config) :].clone()
     if family.token_type:
+        # A text has one sentence, so all its tokens have type 0.
         result["token_type"] = result["token_type"][0].clone()
     if family.distance:
         result["distance.weight"] = _by_distance(
@@ -268,11 +271,11 @@ def _module_names(family: Family, layers: int) -> Iterator[tuple[str, str]]:
     """Yield the names of weights and biases in ``TextEncoder`` and in the model."""
     modules = {"norm": "embeddings.LayerNorm"}
     for number in range(layers):
-        for own, name in family.parts.items():
-            modules[f"layer.{number}.{own}"] = f"{family.layer.format(number)}.{name}"
-    for own, name in modules.items():
+        for ours, theirs in family.parts.items():
+            modules[f"layer.{number}.{ours}"] = f"{family.layer.format(number)}.{theirs}"
+    for ours, theirs in modules.items():
         for kind in ("weight", "bias"):
-            yield f"{own}.{kind}", f"{name}.{kind}"
+            yield f"{ours}.{kind}", f"{theirs}.{kind}"
 
 
 def _by_distance(buckets: Tensor, longest: int) -> Tensor:

@@ -89,16 +89,18 @@ class TextEncoder(nn.Module):
             input_ids: token ids, int ``(rows, length)``.
             attention_mask: int ``(rows, length)``, 1 at tokens and 0 at padding.
         """
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x = self.word(input_ids) + self.position(places)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.word(input_ids) + self.position(positions)
         if self.token_type is not None:
             x = x + self.token_type
         x = self.norm(x)
         is_token = attention_mask[:, None, None, :] > 0  # (rows, 1, 1, length)
         mask = is_token
         if self.distance is not None:
-            of_pair = self.distance(places[None, :] - places[:, None] + self.longest - 1)
-            mask = of_pair.permute(2, 0, 1).masked_fill(~is_token, -torch.inf)
+            distances = positions[None, :] - positions[:, None]  # (length, length)
+            # Row ``longest - 1`` of the table is distance 0.
+            bias = self.distance(distances + self.longest - 1)  # (length, length, heads)
+            mask = bias.permute(2, 0, 1).masked_fill(~is_token, -torch.inf)
         for layer in self.layer:
             x = layer(x, mask)
         vector = self._pool(x, attention_mask)

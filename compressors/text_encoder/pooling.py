@@ -1,6 +1,7 @@
-"""The arguments of ``TextEncoder`` from the modules of sentence-transformers after the encoder.
+"""Convert settings of sentence-transformers' other modules to those of ``TextEncoder``.
 
-These modules are one ``Pooling``, any number of ``Dense``, and at most one ``Normalize``.
+The modules after the encoder are one ``Pooling``, any number of ``Dense``, and at most one
+``Normalize``.
 """
 
 from collections.abc import Mapping, Sequence

@@ -38,7 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Compress trained search and recommendation models under an accuracy budget.",
+    help="Compress trained search and recommendation models under a quality budget.",
 )
 bundle_app = typer.Typer(no_args_is_help=True, help="Pack, check and show model bundles.")
 registry_app = typer.Typer(no_args_is_help=True, help="List, fetch and promote results.")

@@ -79,11 +79,12 @@ def check_installation() -> tuple[DoctorFinding, ...]:
     is_store_remote = settings.store_root.startswith("s3://")
     is_registry_remote = not settings.registry_uri.startswith("sqlite")
     is_triton_remote = settings.triton.startswith("s3://")
+    is_prefect_remote = True  # with or without PREFECT_API_URL, which _check_prefect reads
     are_champions_remote = is_store_remote or is_registry_remote
     services = [
         _start_check("object store", is_store_remote, _check_store, _STORE_REMEDY),
         _start_check("registry", is_registry_remote, _check_registry, _REGISTRY_REMEDY),
-        _start_check("Prefect", True, _check_prefect, _PREFECT_REMEDY),
+        _start_check("Prefect", is_prefect_remote, _check_prefect, _PREFECT_REMEDY),
         _start_check("champions", are_champions_remote, _check_champions, _CHAMPIONS_REMEDY),
     ]
     triton = _start_check("Triton repository", is_triton_remote, _check_triton, _TRITON_REMEDY)

@@ -15,7 +15,7 @@ from flows.cli.options import Json
 if TYPE_CHECKING:
     from tasks.bundles.new_draft import NewDraft
 
-CANDIDATES = 10
+MAX_LISTED_COLUMNS = 10
 """Most columns that the command lists when it prompts for the label's column."""
 
 
@@ -124,7 +124,7 @@ def new(
     if not labels and not is_retrieval and sys.stdin.isatty():
         rows = read_rows(data)
         candidates = label_candidates(rows)
-        write_line(f"Columns of numbers: {', '.join(candidates[:CANDIDATES])}")
+        write_line(f"Columns of numbers: {', '.join(candidates[:MAX_LISTED_COLUMNS])}")
         answer = typer.prompt("Column with the labels", default=(candidates or ("",))[0])
         labels = {answer: answer}
     request = DraftRequest(
@@ -170,12 +170,12 @@ def _parse_pairs(
     from infra.errors import CommandRefused
 
     pairs: dict[str, str] = {}
-    for given in values:
-        key, separator, value = given.partition("=")
+    for text in values:
+        key, separator, value = text.partition("=")
         if not separator and key_is_optional:
             value = key
         if not key or not value:
-            raise CommandRefused("pair_form", option=option, got=given)
+            raise CommandRefused("pair_form", option=option, got=text)
         if key in pairs:
             raise CommandRefused("pair_repeated", option=option, key=key)
         pairs[key] = value
@@ -185,17 +185,18 @@ def _parse_pairs(
 def _show(written: "NewDraft") -> None:
     """Print the signature of a draft, and the next commands."""
     draft = written.draft
-    rows = [
+    input_rows = [
         [
             item.name,
             # A matrix is one tensor whose columns hold several inputs, its fields.
             f"{item.kind} of {len(item.fields)} parts" if item.kind == "matrix" else item.kind,
             ", ".join(item.columns[:4]) + (", ..." if len(item.columns) > 4 else ""),
+            # An input has no reason only if it is an item's id that no tower reads.
             written.reasons.get(item.name, "identifies the item"),
         ]
         for item in draft.signature.inputs
     ]
-    write_table(["input", "kind", "columns", "reason"], rows)
+    write_table(["input", "kind", "columns", "reason"], input_rows)
     write_table(
         ["output", "kind", "form", "label", "metric"],
         [
@@ -217,8 +218,8 @@ def _show(written: "NewDraft") -> None:
     write_line(f"  recpress bundle pack {written.folder}")
     output = draft.signature.outputs[0]
     # The limit is only an example; it is looser for the metrics of retrieval.
-    least = "-0.02" if output.kind == "retrieval" else "-0.002"
+    min_change = "-0.02" if output.kind == "retrieval" else "-0.002"
     write_line(
         f"  recpress compress {draft.name} --preset fast --target onnxruntime "
-        f'--limit "{output.metric} vs baseline >= {least}"'
+        f'--limit "{output.metric} vs baseline >= {min_change}"'
     )

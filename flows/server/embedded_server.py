@@ -9,7 +9,7 @@ The command runs ``python -m flows.server.embedded_server FD`` as the server's p
 descriptor of the listening socket. The process ends when the command ends, for any reason.
 
 Differs from Prefect's ``SubprocessASGIServer``: the command waits as long as the server makes
-progress, it binds the port before the process starts, so that no other process can take the port,
+progress; it binds the port before the process starts, so that no other process can take the port;
 and clients must authenticate.
 """
 

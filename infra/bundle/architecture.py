@@ -132,7 +132,7 @@ def _import_class(path: str, allowed: Sequence[str], base: "type[T]") -> "type[T
 
 @contextmanager
 def restored_anomaly_detection() -> Iterator[None]:
-    """Restore afterwards whether torch detects anomalies.
+    """Restore the setting of torch's anomaly detection at the end of the block.
 
     Modules of RecBole enable it when they are imported, which slows down all training in the
     process, and replaces recpress's error for a loss that is not finite.

@@ -1,7 +1,7 @@
 """Read, validate and write bundles: folders with only ``model.json`` and ``*.safetensors``.
 
-The ``*.safetensors`` files are called shards. If there are several, an index
-(``model.safetensors.index.json``) lists the shard of every tensor.
+``Manifest`` has the fields of ``model.json``. The ``*.safetensors`` files are called shards. If
+there are several, an index (``model.safetensors.index.json``) lists the shard of every tensor.
 
 Reading a bundle executes no code: JSON and safetensors are data, and any other file is refused.
 ``model.json`` lists every other file with its size and SHA-256. Its last field, the seal, is the
@@ -181,7 +181,8 @@ def seal_again(folder: Path, manifest: Manifest) -> Manifest:
 
     Args:
         folder: the folder with the changed files.
-        manifest: the earlier manifest; all its fields except ``files`` are copied.
+        manifest: the earlier manifest; all its fields except ``files`` and ``schema_version`` are
+            copied.
     """
     names = type(manifest).model_fields.keys() - {"schema_version", "files"}
     return seal(folder, **{name: getattr(manifest, name) for name in names})
@@ -343,7 +344,7 @@ def _find_similar_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _list_file_names(folder: Path, ignored: str = "") -> set[str]:
-    """Return the names of all files in a bundle's folder except the file ``ignored``.
+    """Return the names of all files in a bundle's folder except the file ``ignored``, if any.
 
     Raises:
         BundleRefused: the folder contains an entry that a bundle may not have.

@@ -3,8 +3,8 @@
 A JSON value of two bytes becomes a Python object of 50 to 200 bytes, so a small file can exhaust
 the memory when it is parsed. ``check_limits`` therefore counts values, nesting depth and the
 length of numbers first, in one pass over the bytes that creates no values. Code that parses stored
-JSON, or JSON of a file that a user named, first calls ``check_limits``, or uses ``validate_json``,
-which calls it.
+JSON, or a JSON file that a user named, first calls ``check_limits``. ``validate_json`` calls it
+itself.
 """
 
 from pathlib import Path

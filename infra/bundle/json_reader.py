@@ -253,7 +253,9 @@ def _format_error(error: Mapping[str, Any], source_locations: Mapping[str, str])
             file.
     """
     location = ""
-    is_after_index = False  # after the index of an input, pydantic adds the input's kind
+    # Pydantic adds the kind of an input after its index, and "[key]" after the key of a dictionary
+    # if the key is invalid.
+    is_after_index = False
     for part in error["loc"]:
         if isinstance(part, int):
             location += f"[{part}]"

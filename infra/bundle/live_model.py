@@ -3,10 +3,14 @@
 A bundle builds a network from its class and arguments that JSON can represent, but a network in
 memory does not store its arguments. So ``import_network`` records the arguments of constructors
 while the network's code runs, and ``describe_architecture`` returns the network's arguments as JSON
-values, including arguments that are objects (``compressors/contracts/network.py``). An object that
-opens files when it is constructed, or whose constructor's arguments are unknown, is described by
-its attributes, items and results of calls that the network's constructor reads
-(``recorded_reads.py``). A draft, which ``DraftRefused`` names, is the folder that becomes a bundle.
+values, including arguments that are objects (``compressors/contracts/network.py``).
+
+An object cannot be constructed again from its arguments if they are unknown, or if its constructor
+opens files. It is described by what the network's constructor reads from it: attributes, items and
+results of calls (``recorded_reads.py``).
+
+A draft is the folder that becomes a bundle when it is packed. ``DraftRefused`` is raised if no
+draft can be written.
 """
 
 import dataclasses
@@ -235,7 +239,10 @@ def class_path(of: type) -> str:
 
 
 def _select_recorded_arguments(value: object, calls: ConstructorCalls) -> dict[str, Any] | None:
-    """Return the arguments that differ from their defaults; None if no call was recorded."""
+    """Return the arguments that differ from their defaults; None if no call was recorded.
+
+    Named tuples and members of an enumeration need no recorded call: all their values are returned.
+    """
     if isinstance(value, tuple) and hasattr(value, "_asdict"):  # a named tuple
         return dict(value._asdict())
     if isinstance(value, enum.Enum):

@@ -4,8 +4,8 @@ The size of the file is checked before it is parsed. Large weights may be extern
 other files to which the model refers. These files must be in the model's folder and large enough
 for their tensors. They are read when the values are needed.
 
-``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
-packed.
+A draft is the folder that becomes a bundle when it is packed. ``DraftRefused`` is raised if no
+draft can be written.
 """
 
 from collections.abc import Iterator
@@ -76,6 +76,7 @@ def _require_opset(proto: "onnx.ModelProto", path: Path) -> None:
     """Raise unless the opset of the standard ONNX operators is supported."""
     first, last = OPSETS
     versions = [item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")]
+    # A model that does not state its opset is refused, like one with opset 0.
     if not all(first <= version <= last for version in versions or [0]):
         got = versions[0] if versions else "none"
         raise DraftRefused("onnx_opset", path=str(path), first=first, last=last, got=got)

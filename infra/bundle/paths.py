@@ -24,6 +24,7 @@ def _find_path_problem(text: str) -> Reason | None:
         return Reason("path_with_parent")
     if re.match(r"[A-Za-z]:|[\w+.-]+://", text):
         return Reason("path_with_scheme")
+    # Linux allows 255 bytes in a name and 4,095 in a path.
     if max(len(part.encode()) for part in text.split("/")) > 255 or len(text.encode()) > 4000:
         return Reason("path_too_long")
     return None

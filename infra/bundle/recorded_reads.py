@@ -5,8 +5,8 @@ which reads from the argument and records the result (``contracts/network.py`` s
 the bundle is loaded, ``RecordedObject`` of ``compressors/core/state/recorded_object.py`` returns
 these results.
 
-``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
-packed.
+A draft is the folder that becomes a bundle when it is packed. ``DraftRefused`` is raised if no
+draft can be written.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,7 +58,7 @@ def record_reads(
 
 @dataclass
 class _Recording:
-    """The reads of a value: by name, key or arguments, the result and its JSON value.
+    """What the constructor has read from a value: each result, and its JSON value.
 
     The JSON value is computed when the constructor reads the result, because the constructor may
     change a result, such as a list, afterwards.
@@ -68,6 +68,10 @@ class _Recording:
         place: the expression that reads it, for messages.
         encode: encodes results and the arguments of calls.
         opaque: receives the place and type of each result that JSON cannot represent.
+        attributes: the attributes that were read, by name.
+        items: the items that were read, by key.
+        contains: for each key that was tested with ``in``, whether the value contains it.
+        calls: positional arguments, keyword arguments and result of each call.
     """
 
     value: Any

@@ -7,8 +7,8 @@ needed. Files that a setting names must be in the folder.
 recpress uses such a model for retrieval: a query tower encodes the texts of queries, and an item
 tower the texts of items (documents); both are this model.
 
-``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
-packed.
+A draft is the folder that becomes a bundle when it is packed. ``DraftRefused`` is raised if no
+draft can be written.
 """
 
 import json
@@ -180,10 +180,10 @@ def _select_prompts(settings: Mapping[str, Any], modules: list[SavedModule]) -> 
         DraftRefused: the default prompt is that of neither tower, or a pooling module leaves out
             the tokens of prompts.
     """
-    given = settings.get("prompts")
+    prompt_texts = settings.get("prompts")
     texts = {
         str(name): str(text)
-        for name, text in (given if isinstance(given, Mapping) else {}).items()
+        for name, text in (prompt_texts if isinstance(prompt_texts, Mapping) else {}).items()
         if text
     }
     names = {

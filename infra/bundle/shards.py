@@ -4,6 +4,7 @@ Each such file is a shard of the model. The safetensors library validates header
 block by block as plain bytes, so a check needs neither torch nor the memory of a whole table.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -192,7 +193,7 @@ def pickle_problem(path: Path) -> Reason | None:
         return None
     with path.open("rb") as file:
         head = file.read(256)
-        size = file.seek(0, 2)
+        size = file.seek(0, os.SEEK_END)
     # A safetensors file begins with the length of its header (8 bytes), a JSON object.
     header_fits = int.from_bytes(head[:8], "little") <= size - 8 and head[8:9] == b"{"
     if header_fits or not _PICKLE.match(head):

@@ -81,10 +81,10 @@ def _require_equal_queries(parquet: Path, tensors: dict[str, Array], signature: 
         tensors["@group"], return_index=True, return_inverse=True
     )
     first_row = first_rows[query_indices]  # (rows,): the first row with the same query
-    for item in signature.only(signature.towers.query.inputs).data_inputs:
-        values = tensors[item.name]
-        if isinstance(item, RAGGED):
-            bounds = tensors[f"@bounds/{item.name}"]
+    for query_input in signature.only(signature.towers.query.inputs).data_inputs:
+        values = tensors[query_input.name]
+        if isinstance(query_input, RAGGED):
+            bounds = tensors[f"@bounds/{query_input.name}"]
             lengths = np.diff(bounds)
             differs = lengths != lengths[first_row]
             rows = np.flatnonzero(~differs)  # rows whose lists have equal lengths
@@ -95,7 +95,7 @@ def _require_equal_queries(parquet: Path, tensors: dict[str, Array], signature: 
         else:
             differs = (values != values[first_row]).reshape(len(first_row), -1).any(axis=1)
         rule = f"differs from the first row of the same {signature.group}, which is one query"
-        violations.add(item.columns[0], rule, np.flatnonzero(differs))
+        violations.add(query_input.columns[0], rule, np.flatnonzero(differs))
     violations.refuse(parquet)
 
 
@@ -117,23 +117,23 @@ def _join(
     row_ids, item_ids = tensors[str(signature.item)], items[str(signature.item)]
     permutation = np.argsort(item_ids)
     insertion_points = np.searchsorted(item_ids, row_ids, sorter=permutation)
-    position = permutation[
-        insertion_points.clip(max=len(item_ids) - 1)
-    ]  # (rows,): row of the catalogue
+    # (rows,): the row of the catalogue with the item of each row
+    position = permutation[insertion_points.clip(max=len(item_ids) - 1)]
     violations, (column,) = Violations(), _find_item_id_columns(signature)
     is_missing = item_ids[position] != row_ids
     violations.add(column, "an item that is not in 'items'", np.flatnonzero(is_missing))
     violations.refuse(parquet)
-    for item in signature.only(signature.towers.item.inputs).data_inputs:
-        if item.name == signature.item:
+    for item_input in signature.only(signature.towers.item.inputs).data_inputs:
+        name = item_input.name
+        if name == signature.item:
             continue
-        if not isinstance(item, RAGGED):
-            tensors[item.name] = items[item.name][position]
+        if not isinstance(item_input, RAGGED):
+            tensors[name] = items[name][position]
             continue
-        bounds = items[f"@bounds/{item.name}"]
+        bounds = items[f"@bounds/{name}"]
         lengths = np.diff(bounds)[position]
-        tensors[item.name] = items[item.name][_list_positions(bounds[position], lengths)]
-        tensors[f"@bounds/{item.name}"] = np.concatenate([[0], np.cumsum(lengths)])
+        tensors[name] = items[name][_list_positions(bounds[position], lengths)]
+        tensors[f"@bounds/{name}"] = np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _list_positions(starts: Array, lengths: Array) -> Array:
@@ -153,7 +153,8 @@ def _list_positions(starts: Array, lengths: Array) -> Array:
 
 def _find_item_id_columns(signature: Signature) -> tuple[str, ...]:
     """Return the columns of the input with the item's id."""
-    return next(item.columns for item in signature.inputs if item.name == signature.item)
+    inputs = signature.inputs
+    return next(candidate.columns for candidate in inputs if candidate.name == signature.item)
 
 
 def require_items(splits: Collection[str], signature: Signature, place: object) -> None:

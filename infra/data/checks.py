@@ -252,7 +252,7 @@ def _describe_range(
     item: BoundedInput, column: str, rows_of_table: dict[str, int]
 ) -> tuple[str, int, int]:
     """Return the rule for the values of a column, their smallest and their largest value."""
-    ranges = value_ranges(item, rows_of_table)
+    ranges = value_ranges(item, rows_of_table)  # one per column, or one for all columns
     first, last, _ = ranges[item.columns.index(column) if len(ranges) > 1 else 0]
     names = " and ".join(repr(table) for table in all_tables(item))
     if not names:

@@ -1,7 +1,7 @@
 """Sample rows of a data file, and summarize its columns, before a signature exists.
 
-``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
-packed.
+A draft is the folder that becomes a bundle when it is packed. ``DraftRefused`` is raised if no
+draft can be written.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,11 @@ from infra.data.parquet_inspector import inspect_parquet
 from infra.errors import DraftRefused
 
 SAMPLE_ROWS = 256
-"""Rows of the sample. A chance match of ids with another column, or of logits with the range of
-probabilities, is then improbable."""
+"""Rows of the sample.
+
+With so many rows it is improbable that ids equal those of another column by chance, or that all
+logits are in the range of probabilities.
+"""
 
 USABLE = {
     "integer": "integer",
@@ -124,7 +127,10 @@ def summarize_columns(files: Mapping[str, Path]) -> dict[str, ColumnSummary]:
 
 
 def _inspect(path: Path) -> SplitContents:
-    """Read the files of a split once, and return the types of their columns.
+    """Inspect the files of a split, and return the types of their columns.
+
+    The first inspection reads only the types. The second one reads the columns with a type in
+    ``KINDS`` to their end.
 
     Raises:
         DataRefused: there is no file, or a file cannot be read.
@@ -142,7 +148,7 @@ def _inspect(path: Path) -> SplitContents:
     if rows == 0:
         raise DraftRefused("data_without_rows", path=str(path))
     batch_rows = min(part.batch_rows for part in inspections)
-    # Numbers of values, longest lists and repeated names are not needed here.
+    # ``values``, ``longest`` and ``repeated`` are not needed here, so they are empty.
     return SplitContents(files, rows, kinds, {}, {}, frozenset(), batch_rows)
 
 

@@ -5,9 +5,9 @@ inside Great Expectations counts as not evaluated.
 
 A check has a view: the values that it is evaluated on, such as the lengths of lists (``LENGTHS``)
 or each time minus the first time of a later split (``BEFORE``). ``COUNT`` is the number of rows,
-``TYPES`` the type of each column. Checks that read the same pandas frame run as one suite;
-``Check.frame_column`` is the column of the frame that a check reads. The result of a check is a
-finding (``findings.py``).
+``TYPES`` the type of each column, ``LABELLED`` the values in the rows whose label is used. Checks
+that read the same pandas frame run as one suite; ``Check.frame_column`` is the column of the frame
+that a check reads. The result of a check is a finding (``findings.py``).
 """
 
 import datetime as dt
@@ -221,14 +221,14 @@ def _build_frame(
     """
     import pandas as pd
 
-    view, list_column = key
+    view, key_column = key  # None, a column of lists, or a condition column
     if view == TYPES:
         return pd.DataFrame({name: [kind] for name, kind in inspection.kinds.items()})
     if view == LABELLED:
-        return _build_labelled_frame(str(list_column), suite, inspection)
-    if list_column is not None:
-        values, rows, _ = flatten(_read_columns(inspection.contents, (list_column,))[list_column])
-        return pd.DataFrame({list_column: _to_series(values).set_axis(rows)})
+        return _build_labelled_frame(str(key_column), suite, inspection)
+    if key_column is not None:
+        values, rows, _ = flatten(_read_columns(inspection.contents, (key_column,))[key_column])
+        return pd.DataFrame({key_column: _to_series(values).set_axis(rows)})
     by_frame_column = {check.frame_column: check for check in suite if check.column is not None}
     names = {str(check.column) for check in by_frame_column.values()}
     arrays = _read_columns(inspection.contents, names)

@@ -256,7 +256,8 @@ def check_columns(contents: SplitContents, parquet: Path, signature: Signature) 
 
     Raises:
         DataRefused: there is such a column, for which the error has a line with the remedy; or the
-            files have no rows; or the list of a dense input is far shorter than the input.
+            files have no rows; or the longest list of a dense input has less than half of the
+            values that the input needs.
     """
     lines = [] if contents.rows else ["it has no rows."]
     for column, purpose, kinds, remedy in dict.fromkeys(column_uses(signature)):

@@ -253,7 +253,7 @@ def main() -> None:
 
     The first line of the output is the number of bytes that this process may allocate.
     """
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")  # 1: standard output, 2: standard error
     os.dup2(2, 1)  # so that output of libraries does not mix with the responses
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
@@ -263,8 +263,8 @@ def main() -> None:
     print(json.dumps({"memory": limit_memory(MEMORY_LIMIT)}), file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        # If the parent has ended, this timer of the kernel ends the process. Python cannot
-        # interrupt native code.
+        # If the parent has ended, this timer of the kernel ends the process, 5 s after the parent's
+        # time limit. Python cannot interrupt native code.
         signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 5)
         response = json.dumps(respond(request))
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -212,7 +212,7 @@ def read_tokenizer(path: Path) -> "Tokenizer":
     Raises:
         DataRefused: it cannot be read, or is not a tokenizer of a version that is known here.
     """
-    from tokenizers import Tokenizer  # 50 ms, only for models with texts
+    from tokenizers import Tokenizer  # the import takes 50 ms; only models with texts need it
 
     try:
         with tokenizer_faults():

@@ -1,8 +1,8 @@
 """Errors of bundles, of their data, and of files that a user named.
 
 ``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
-``infra/errors/__init__.py``). Types only. A draft is the folder of a bundle before it is packed;
-packing seals it with hashes.
+``infra/errors/__init__.py``). A draft is the folder of a bundle before it is packed; packing seals
+it with hashes.
 
 Fields whose names do not explain them:
 

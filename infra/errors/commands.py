@@ -1,7 +1,7 @@
 """Errors of commands: options, orders and files that cannot be used.
 
 ``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
-``infra/errors/__init__.py``). Types only.
+``infra/errors/__init__.py``).
 
 ``problem`` is the message of another error, and ``got`` the text that the user wrote.
 """

@@ -1,7 +1,7 @@
 """Errors of memory, child processes, and services that fail or do not respond.
 
 ``sentences`` of a class maps the code of each error to its message, with the fields in braces (see
-``infra/errors/__init__.py``). Types only.
+``infra/errors/__init__.py``).
 
 Fields whose names do not explain them:
 

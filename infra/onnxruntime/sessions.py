@@ -40,7 +40,7 @@ class Session:
         Raises:
             BuildRefused: ONNX Runtime does not accept the graph.
         """
-        self._session = _open_session(path, threads, None)
+        self._session = _open_session(path, threads, optimized=None)
         self.inputs = tuple(item.name for item in self._session.get_inputs())
 
     def scores(self, inputs: Mapping[str, NDArray[Any]]) -> FloatArray:
@@ -164,7 +164,7 @@ def optimized_graph(path: Path, threads: int = 1) -> "onnx.GraphProto":
 
     with scratch_folder("graph") as folder:
         out = Path(folder) / "optimized.onnx"
-        _open_session(path, threads, out)
+        _open_session(path, threads, optimized=out)
         graph: onnx.GraphProto = onnx.load(out, load_external_data=False).graph
         return graph
 
@@ -197,7 +197,7 @@ def graph_values(
     temporary = path.with_name(f"values-{path.name}")
     try:
         onnx.save(model, temporary)
-        session = _open_session(temporary, threads, None)
+        session = _open_session(temporary, threads, optimized=None)
     finally:
         temporary.unlink(missing_ok=True)
     selected = [item.name for item in session.get_outputs() if item.type in NUMPY_TYPES]
@@ -222,7 +222,8 @@ def _open_session(path: Path, threads: int, optimized: Path | None) -> Any:
     options.log_severity_level = 3  # errors only
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-        # Weights are stored next to the optimized graph, because a protobuf file is at most 2 GiB.
+        # Weights of 1 MiB (1,048,576 bytes) or more are stored next to the optimized graph, because
+        # a protobuf file has at most 2 GiB.
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", "weights.bin"
         )

@@ -25,9 +25,9 @@ from infra.settings import parse_sqlite_uri, public_uri
 ORDER_TAG = "recpress.order"
 CHAMPION = "champion"
 CONFIRMED_TAG = "recpress.confirmed"
-"""Tag of a model: the last decision in the promotion ledger after which the alias was set.
+"""Tag of a model: the digest of the last ledger entry after which the alias was set.
 
-The ledger is the log of all decisions about the champion. The tag has the digest of its entry.
+The promotion ledger is the log of all decisions about the champion, with an entry for each.
 """
 
 _SCHEME = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?://|https?://")

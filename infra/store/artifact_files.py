@@ -147,6 +147,7 @@ class ArtifactFiles:
             if use_links
             else {
                 entry.path: f"{BLOBS}/{blob}"
+                # not strict, because a manifest of version 1 has no blobs
                 for entry, blob in zip(manifest.files, manifest.blobs, strict=False)
             }
         )

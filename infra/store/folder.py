@@ -3,8 +3,8 @@
 It gives the guarantees of S3: a reader receives the old or the new value of a key, never a part,
 and of several processes that create the same key exactly one succeeds. For this, a value is written
 to a temporary file, which is then renamed or hard-linked to its key. fsspec's local file system is
-not used: it exposes partly written files, and it cannot create a file together with its content on
-the condition that the name is unused.
+not used: it exposes partly written files, and it has no operation that creates a complete file and
+fails if the name is taken.
 """
 
 import errno

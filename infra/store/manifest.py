@@ -95,7 +95,7 @@ class StoreManifest(Frozen):
         if conflicts := sorted(folders.intersection(paths)):
             raise value_error("file_and_folder", path=conflicts[0])
         for entry in self.files:
-            expected = -(-entry.bytes // self.chunk_bytes)
+            expected = -(-entry.bytes // self.chunk_bytes)  # rounded up
             if len(entry.chunks) != expected:
                 raise value_error(
                     "chunk_count_differs",

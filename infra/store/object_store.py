@@ -136,7 +136,7 @@ class Store:
             parent_entries = {entry.path: entry for entry in parent_manifest.files}
             linked = find_hard_links(folder, parent_folder, parent_entries)
         files = list_regular_files(folder)
-        entries = hash_files(folder, [file for file in files if file[0] not in linked])
+        entries = hash_files(folder, [(path, size) for path, size in files if path not in linked])
         entries += tuple(entry.model_copy(update={"path": path}) for path, entry in linked.items())
         manifest = StoreManifest.of(tuple(sorted(entries, key=lambda entry: entry.path)))
         return self._store(folder, manifest, move=True)
@@ -277,7 +277,7 @@ class Store:
             ArtifactFiles(self._backend, manifest, use_links=True).verify()
             return folder
         cached_copy = cache / artifact.sha256
-        for _ in range(2):
+        for _ in range(2):  # a second time if another process changes the copy
             if _is_intact(cached_copy, manifest):
                 return cached_copy
             drop_folder(cached_copy)

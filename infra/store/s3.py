@@ -57,13 +57,12 @@ _RETRYABLE_CODES = {
 }
 """Error codes of S3 after which the same request may succeed."""
 
-# Modules that parse responses; error codes of missing buckets and objects; HTTP statuses that do
-# not need an error code (401 and 403: credentials, 412: the key exists, 416: the object ends before
-# the range); error codes of wrong credentials.
-_PARSER_MODULES = {"botocore.parsers", "aiobotocore.parsers"}
+_PARSER_MODULES = {"botocore.parsers", "aiobotocore.parsers"}  # they parse responses
 _MISSING_CODES = {"NoSuchBucket", "NoSuchKey"}
-_HANDLED_STATUSES = {401, 403, 412, 416}
 _CREDENTIAL_CODES = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+# HTTP statuses that are handled without an error code: wrong credentials (401, 403), the key exists
+# (412), the object ends before the range (416).
+_HANDLED_STATUSES = {401, 403, 412, 416}
 
 
 class Bucket:

@@ -37,7 +37,8 @@ MAX_STEM_BYTES = 120
 
 _OWNED = re.compile(r".*\.(?P<machine>[0-9a-f]{12})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.\w+")
 
-# Names that version 0.1.0 gave to temporary files. They do not contain the process.
+# Names that version 0.1.0 gave to temporary files. They do not contain the process. The files are
+# next to a result (``folder_next_to``), below the store's root, and in the system's folder.
 EARLIER_SIBLINGS = re.compile(r"\..+\.[0-9a-f]{32}\.(part|damaged)")
 EARLIER_KEYS = re.compile(r"[0-9a-f]{32}")
 _EARLIER_SCRATCH = re.compile(r"recpress-(pack|items|demo)-[a-z0-9_]{8}")
@@ -216,7 +217,8 @@ def _read_start_time(pid: int) -> int:
         does not show the process.
     """
     try:
-        # Split after the last bracket: the process name, in brackets, may contain spaces.
+        # Split after the last bracket: the process name, in brackets, may contain spaces. The rest
+        # begins with the state (field 3 in proc(5)); the start time is field 22.
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return 0

@@ -57,7 +57,7 @@ model (fp16 scales stored as fp32) adds 11 % to int8 tables with 16 columns (2 b
 row), and more to tables with fewer columns or fewer bits per value.
 """
 
-_WIDE_BYTES = 2  # the narrowest type a table can be widened to
+_WIDE_BYTES = 2  # per element of fp16, the narrowest type that a table can be widened to
 _SCRATCH = re.compile(r"\b(?:Max|Total) Scratch Memory:\s*(\d+)")
 _WEIGHTS = re.compile(r"\bTotal Weights Memory:\s*(\d+)")
 

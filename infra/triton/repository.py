@@ -274,6 +274,7 @@ def model_store(root: str, name: str, setting: str = "RECPRESS_TRITON") -> Store
 def count_models(root: str, setting: str = "RECPRESS_TRITON") -> tuple[str, int]:
     """Return a repository's URI and the number of models configured in it."""
     repository = Store(root, setting)
+    # The key of a model's configuration is ``<model>/config.pbtxt``.
     return repository.root, sum(
         key.count("/") == 1 and key.endswith(f"/{CONFIG}") for key in repository.keys("")
     )

@@ -72,6 +72,7 @@ def describe_towers(
     Raises:
         DraftRefused: the item's id is unknown.
     """
+    # ``summarize_columns`` samples the rows of the split ``train``; here it samples the catalogue.
     items = sample_of(summarize_columns({TRAIN: catalogue}))
     derived = derive_towers(
         module,

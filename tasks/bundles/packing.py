@@ -336,7 +336,7 @@ def _link_or_copy(source: Path, destination: Path) -> None:
 def _store_bundle(bundle_store: Store, manifest: Manifest, staged: Path) -> Artifact:
     """Store a sealed bundle with every large tensor in a separate file.
 
-    The result of a step then shares the files of the large tensors that the step did not change.
+    The result of a step can then share the files of the large tensors that it does not change.
     If an earlier recpress packed this version with the files of the draft, that bundle is returned.
 
     Raises:

@@ -24,10 +24,12 @@ SENTENCES = {
     "not_tried": "not tried",
     "not_servable": "{fault}",
     "step_failed": "{fault}",
-    # Reads of a table's weight that a compressed table supports; notes on the line of the table.
+    # How forward code reads a table's weight if a compressed table supports that. The plan line of
+    # the compressed table has these reasons.
     "rows_read": "forward code also reads rows of its weight",
     "weight_multiplied": "forward code multiplies by its weight, which reads all rows",
     "weight_decoded": "forward code reads its whole weight, which is decoded at each call",
+    # Why a step cannot replace a unit: forward code uses it in a way that is not supported.
     "not_multiplied": "forward code multiplies by its weight, and {format} has no such product",
     "weight_read": "forward code reads it without calling it ({error}: {message})",
     "attributes_read": "forward code reads its attributes: the scores differ without them",

@@ -41,7 +41,7 @@ SENTENCES = {
     "composed": "{step}: {what}",
     "pruned_lookups": "{share:.2%} of the lookups get another row",
     "row_map_too_large": "the map from ids to kept rows would take more bytes than it saves",
-    "merged_within": "{step}: rows closer than {within:g} of their length",
+    "merged_within": "{step}: rows closer than {within:g} times the root mean square length",
     "merged_equal": "{step}: equal rows",
     "merged_rows": "{rows:,} -> {unique:,} rows",
     "dropped_if": "{step}: dropped if {metric} falls by at most {most_loss:g}",

@@ -3,10 +3,10 @@
 ``SENTENCES`` maps the code of an error to its message, in the syntax of ``str.format``.
 ``value_error`` in ``coded.py`` creates the error and fills in the fields in braces.
 
-The code that reads JSON puts the location before its message: ``model.json: it is too large``.
-A draft is a bundle's ``model.json`` before the bundle is packed; it may name files elsewhere. The
-manifest is the packed ``model.json``; its seal is the SHA-256 of all lines before. A field
-``reason`` is a clause of ``reasons/bundles.py``, such as "is absolute".
+The code that reads JSON puts the location before its message: ``model.json: it is too large``. A
+draft is a bundle's ``model.json`` before the bundle is packed; it may name files elsewhere. The
+manifest is the packed ``model.json``; its last field, ``seal``, is the SHA-256 of the text before
+it. A field ``reason`` is a clause of ``reasons/bundles.py``, such as "is absolute".
 """
 
 SENTENCES = {

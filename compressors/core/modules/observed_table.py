@@ -12,9 +12,9 @@ Read = Literal["looked_up", "multiplied", "decoded"]
 """How code reads a weight: some rows of it, a matmul with all rows, or the whole matrix."""
 
 Observe = Callable[[Read, Tensor | None], None]
-"""Is called for each read: the kind, and the ids ``(*,)`` or the multiplied vectors ``(*, dim)``.
+"""A function of the kind of a read, and of its ids ``(*,)`` or multiplied vectors ``(*, dim)``.
 
-The second argument is None if the whole matrix is read.
+It is called for each read. The second argument is None if the whole matrix is read.
 """
 
 
@@ -24,8 +24,8 @@ class ObservedTable(nn.Module):
     Args:
         table: the table, plain or compressed, or a bag; it is no submodule of this module.
         observe: called for each read of the weight; calls of the table are not reported.
-        hides_attributes: whether the attributes of the table cannot be read, as those of a
-            compressed table; its weight can.
+        hides_attributes: whether reading an attribute of the table other than its weight raises
+            ``AttributeError``, as for a compressed table.
     """
 
     def __init__(self, table: nn.Module, observe: Observe, *, hides_attributes: bool) -> None:

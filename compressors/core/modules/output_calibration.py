@@ -127,8 +127,8 @@ def find_recalibration(module: nn.Module) -> Recalibration | OutputMaps | None:
 
 def list_recalibrations(module: nn.Module) -> tuple[Recalibration, ...]:
     """Return the calibration maps of a network's outputs."""
-    found = find_recalibration(module)
-    parts = () if found is None else found.modules()
+    recalibration = find_recalibration(module)
+    parts = () if recalibration is None else recalibration.modules()
     return tuple(part for part in parts if isinstance(part, Recalibration))
 
 

@@ -65,7 +65,7 @@ def plain_values(module: nn.Module) -> Iterator[PlainValue]:
     """
     visited = {id(part) for part in module.modules()}
     for name, part in module.named_modules():
-        yield from _iterate_attributes(name, part, visited, 0)
+        yield from _iterate_attributes(name, part, visited, depth=0)
 
 
 def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -38,9 +38,9 @@ class RecordedObject:
         return self.__reads.contains[key]
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        given = _convert_tuples_to_lists([arguments, keywords])
+        requested = _convert_tuples_to_lists([arguments, keywords])
         for call in self.__reads.calls:
-            if _convert_tuples_to_lists([call.arguments, call.keywords]) == given:
+            if _convert_tuples_to_lists([call.arguments, call.keywords]) == requested:
                 return call.value
         raise TypeError(_build_not_recorded(f"a call with {arguments} and {keywords}"))
 

@@ -65,7 +65,7 @@ class TensorFile(NamedTuple):
 
     def start(self) -> int:
         """Return the offset of the tensor's first byte in the file."""
-        with self.path.open("rb") as opened:
+        with self.path.open("rb") as opened:  # 8 bytes with the header's length, then the header
             return 8 + int.from_bytes(opened.read(8), "little")
 
     @contextmanager
@@ -136,7 +136,7 @@ def write_tensors(
     for file, tensors_of_file in files.items():
         path = folder / file
         path.unlink(missing_ok=True)  # it may be a link to a stored file
-        source = unchanged.get(next(iter(tensors_of_file), ""))
+        source = unchanged.get(next(iter(tensors_of_file), ""))  # "": a file without tensors
         if source is None or len(tensors_of_file) > 1 or not _link(source, path):
             write(path, tensors_of_file)
     if len(files) > 1:

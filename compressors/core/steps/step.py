@@ -58,7 +58,7 @@ class StepSettings(Frozen):
 
     @property
     def trains(self) -> bool:
-        """Whether the method trains; if it fails, it is then not repeated on fewer units."""
+        """Whether the method trains; a failed training is not repeated on fewer units."""
         return False
 
     @property

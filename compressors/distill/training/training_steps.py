@@ -188,7 +188,7 @@ def train_model(
         names = trainable_tensors(model.module, tables=settings.tables)
     units = {unit.name for unit in Unit.of(model.module)}
     trained = {innermost(name, units) for name in names} - {None}
-    outcome = _train_on_bench(
+    reasons = _train_on_bench(
         model,
         bench,
         loss,
@@ -203,7 +203,7 @@ def train_model(
     )
     # "deferred": training may change no tensor of a unit, so the code that runs the step compares
     # the tensors afterwards.
-    decision = Decision("deferred", outcome)
+    decision = Decision("deferred", reasons)
     return AppliedStep(model, {name: decision for name in trained if name is not None})
 
 

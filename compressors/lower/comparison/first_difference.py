@@ -157,6 +157,7 @@ def _find_largest_difference(
         differences = np.abs(first - second)
     differences[(first == second) | (np.isnan(first) & np.isnan(second))] = 0.0
     differences[np.isnan(differences)] = np.inf  # one value is NaN, or infinities differ in sign
+    # The target of a node is, for example, ``aten.add.Tensor``.
     if str(node.target).split(".")[1:2] and str(node.target).split(".")[1] in SUMMING_OPERATORS:
         operands = [values[item] for item in node.all_input_nodes if item in values]
         rounding = max(

@@ -51,6 +51,6 @@ def _offset_products(layer: PackedLinear, x: Tensor) -> Tensor:
     The codes have an offset of half their range. ONNX Runtime sums the products of the inputs with
     that offset in float32 and subtracts the sum, even for weights of 0.
     """
-    offset = zero_code(8 if layer.storage.name == "weight_int8" else 4)
+    offset = zero_code(bits=8 if layer.storage.name == "weight_int8" else 4)
     scale = layer.get_buffer("scale").float().amax(dim=1)  # (out,)
     return x.abs().sum(dim=-1, keepdim=True) * offset * scale

@@ -146,6 +146,7 @@ def table_groups(
     """
     paths = {name: module for name, module in model.named_modules() if module is part}
     path = next(iter(paths))
+    # One id per row, which may be any row of one table.
     id_inputs = [
         item
         for item in signature.inputs

@@ -9,7 +9,7 @@ _BEFORE_MATMUL = {"Slice", "DequantizeLinear", "Cast", "Transpose"}
 
 
 def depends_on_request(value: ir.Value) -> bool:
-    """Return whether a request decides which rows of a stored tensor are read, or multiplies by it.
+    """Return whether the graph's inputs select rows of a stored tensor, or are multiplied by it.
 
     Position embeddings, for example, are read at the same rows in every call. A runtime computes
     such a lookup once and drops the table, which is not an error.
@@ -20,8 +20,8 @@ def depends_on_request(value: ir.Value) -> bool:
 def _iterate_reads(value: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
     """Yield the operators that read rows of a value or multiply by it, with their other input.
 
-    These are the ids of a Gather, the first row of a Slice, and the other input of a Gemm. A
-    DequantizeLinear may be in between.
+    The other input is the ids of a Gather, the first row of a Slice, or the matrix that a Gemm
+    multiplies. A DequantizeLinear may be in between.
     """
     for node in value.consumers():
         if node.op_type in ("Gather", "Slice"):

@@ -90,6 +90,7 @@ class GroupAuc:
     def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
         """Compute the means of baseline and candidate, also with each group left out."""
         group = require_groups(self.metric, pair.group)
+        # Of both models: AUC and number of rows of each group with both classes.
         values = [group_auc(pair.label, score, group) for score in pair.scores]
         if not values[0][0].size:
             raise MetricRefused("groups_of_one_class")
@@ -168,8 +169,11 @@ def _compute_without_each_group(label: ArrayLike, score: ArrayLike, groups: Grou
     positive, scores = check_labels_and_scores(label, score)
     # For each row, the number of rows of the other class with which it is ordered correctly.
     wins = np.empty(scores.size)
-    ordered = [np.sort(scores[~positive]), np.sort(scores[positive])]
-    for class_rows, others, sign in ((positive, ordered[0], 1), (~positive, ordered[1], -1)):
+    negative_scores, positive_scores = np.sort(scores[~positive]), np.sort(scores[positive])
+    for class_rows, others, sign in (
+        (positive, negative_scores, 1),  # 1: a row wins against lower scores; -1: against higher
+        (~positive, positive_scores, -1),
+    ):
         class_scores = scores[class_rows]
         # Sorted queries read the other class sequentially instead of at random.
         permutation = np.argsort(class_scores, kind="stable")

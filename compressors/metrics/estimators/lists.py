@@ -47,7 +47,7 @@ class ListEstimator(DepthEstimator, ABC):
         return float(_require_values(self.compute_per_list(rows.label, rows.score, group)).mean())
 
     def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
-        """Compute both means with and without each list."""
+        """Compute the means of baseline and candidate, also with each list left out."""
         group = require_groups(self.metric, pair.group)
         values = [
             _require_values(self.compute_per_list(pair.label, score, group))

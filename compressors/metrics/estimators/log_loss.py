@@ -49,19 +49,19 @@ class LogLoss:
         return logloss(rows.label, rows.score)
 
     def bootstrap_rows(self, pair: PairedRows) -> RowStatistics:
-        """Return both means as functions of how often a resample contains each row."""
+        """Return both models' means as functions of how often a resample contains each row."""
         before, after = (row_logloss(pair.label, score) for score in pair.scores)
         require_observations("rows", before.size)
         return RowStatistics(before.size, mean_statistic(before), mean_statistic(after))
 
     def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
-        """Compute both means with and without each group."""
+        """Compute the means of baseline and candidate, also with each group left out."""
         group = require_groups(self.metric, pair.group)
         groups = Groups(*number_groups(group, np.size(pair.label)))
         before, after = (
             mean_of_rows(row_logloss(pair.label, score), groups) for score in pair.scores
         )
-        return pair_groups(before, after, LARGEST_LOSS, groups.rows.size, "")
+        return pair_groups(before, after, LARGEST_LOSS, groups.rows.size, group_description="")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class NormalizedEntropy:
         return normalized_entropy(rows.label, rows.score)
 
     def bootstrap_rows(self, pair: PairedRows) -> RowStatistics:
-        """Return both quotients as functions of how often a resample contains each row."""
+        """Return both models' quotients as functions of how often a resample has each row."""
         before, after = (row_logloss(pair.label, score) for score in pair.scores)
         require_observations("rows", before.size)
         positive = to_booleans(pair.label)
@@ -87,7 +87,7 @@ class NormalizedEntropy:
         )
 
     def jackknife_groups(self, pair: PairedRows) -> GroupedPair:
-        """Compute both quotients with and without each group."""
+        """Compute the quotients of baseline and candidate, also with each group left out."""
         classes = groups_of_both_classes(self.metric, pair)
         before, after = (
             _jackknife_relative_loss(

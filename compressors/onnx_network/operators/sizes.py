@@ -81,7 +81,7 @@ def _quotient(x: int, y: int) -> int:
     return x // y
 
 
-_divide = np.frompyfunc(_quotient, 2, 1)
+_divide = np.frompyfunc(_quotient, 2, 1)  # two inputs, one output
 _minimum = np.frompyfunc(torch.sym_min, 2, 1)
 _maximum = np.frompyfunc(torch.sym_max, 2, 1)
 

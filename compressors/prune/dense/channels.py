@@ -3,10 +3,11 @@
 The matrices become smaller, which is faster on every target. Removing an output channel also
 removes the matching input of every layer that consumes it
 (``compressors.prune.structure.channel_consumers``). The layer's width is a number in the
-architecture's configuration (an argument of the model class). That number becomes smaller, so the
-result is stored and built like any other network. In this file a *group* is one channel, or several
-that the number counts as one, such as an attention head; whole groups are removed. A *producer* is
-a layer that outputs a group, and a *consumer* a layer or norm that takes it as input.
+architecture's configuration (an argument of the model class); its place there is the ``path`` of
+the width. That number becomes smaller, so the result is stored and built like any other network. In
+this file a *group* is one channel, or several that the number counts as one, such as an attention
+head; whole groups are removed. A *producer* is a layer that outputs a group, and a *consumer* a
+layer or norm that takes it as input.
 
 Sources: those of ``compressors.prune.dense.importance``, and Frankle and Carbin 2019,
 https://arxiv.org/abs/1803.03635, sec. 2 (prune the same share and train, in turn).

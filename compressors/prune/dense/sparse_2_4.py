@@ -177,7 +177,7 @@ class Sparse24(StepSettings):
                 decisions[name] = Decision("skipped", (why,))
             else:
                 decisions[name] = Decision("taken", (Reason("two_of_four", step=self.kind),))
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, payload=None)  # ``apply`` needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Set two of every four weights of the selected layers to zero and refit the others.

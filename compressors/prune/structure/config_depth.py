@@ -91,7 +91,7 @@ def find_stacks(model: Model) -> tuple[Stack, ...]:
     config = {**find_defaults(model.architecture), **model.network.architecture.config}
     stacks = []
     for path, members, is_list in _iterate_possible_counts(config):
-        candidate = Stack(path, members, is_list, {})
+        candidate = Stack(path, members, is_list, containers={})  # they are found below
         try:
             after = _count_modules(
                 _build(model, _remove_member_from_config(model, candidate, members - 1))

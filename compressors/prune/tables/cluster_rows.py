@@ -69,7 +69,8 @@ class ClusterRows(ComposingStep):
 
     The result is a composition, a table built from smaller ones (``row_map.py``): the table
     ``unique`` of hot rows and cluster means, and a map from each id to the index of its row in
-    ``unique``, stored as the tensor ``planes``.
+    ``unique``, stored as the tensor ``planes``. The composition's setting ``places`` is the number
+    of rows of ``unique``.
     """
 
     kind: Literal["cluster_rows"] = "cluster_rows"
@@ -114,7 +115,7 @@ class ClusterRows(ComposingStep):
             clustered_share = lookup_share(counts[name], ~select_highest(counts[name], hot))
             stored = {"planes": byte_planes(index, len(unique))}
             reason = Reason("shared_lookups", share=clustered_share)
-            return FittedParts(stored, {"unique": unique}, (reason,))
+            return FittedParts(stored, parts={"unique": unique}, reasons=(reason,))
 
         return recompose(model, designs, fit)
 

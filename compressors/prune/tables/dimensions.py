@@ -142,7 +142,7 @@ class Dimensions(ComposingStep):
             kept_dimensions = most_important_first[: design.settings["rank"]].sort().values
             narrow, selection, removed_mean = remove_dimensions(table, kept_dimensions, means[name])
             stored = {"projection": selection, "mean": removed_mean}
-            return FittedParts(stored, {"narrow": narrow})
+            return FittedParts(stored, parts={"narrow": narrow})
 
         return recompose(model, designs, fit)
 

@@ -149,7 +149,8 @@ class DropTables(StepSettings):
         def bytes_of_one_row(unit: Unit) -> int:
             return unit.weight.shape[1] * 4  # float32
 
-        return StepPlan(defer(units, decisions, condition, bytes_of_one_row), None)
+        deferred = defer(units, decisions, condition, bytes_of_one_row)
+        return StepPlan(deferred, payload=None)  # ``apply`` needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Drop tables in ascending order of importance if the loss is within ``most_loss``.
@@ -191,4 +192,4 @@ def _build_mean_row_table(unit: Unit, counts: Tensor) -> ComposedTable:
     # UNSEEN is added to every count, so that rows without lookups have some weight.
     normalized_counts = (counts + UNSEEN) / (counts + UNSEEN).sum()
     row = (normalized_counts.unsqueeze(1) * weight.double()).sum(dim=0).float()
-    return ComposedTable(COMPOSITION, rows, dim, {}, {"row": row}, {})
+    return ComposedTable(COMPOSITION, rows, dim, settings={}, stored={"row": row}, parts={})

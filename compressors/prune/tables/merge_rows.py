@@ -103,7 +103,7 @@ class MergeRows(StepSettings):
 
     The result is a composition, a table built from smaller ones (``row_map.py``): the table
     ``unique`` of merged rows, and a map from each id to the index of its row, stored as the tensor
-    ``planes``.
+    ``planes``. The composition's setting ``places`` is the number of rows of ``unique``.
     """
 
     effect: ClassVar[Effect] = "parts"  # a table is replaced by a smaller table and a map
@@ -141,7 +141,8 @@ class MergeRows(StepSettings):
         def bytes_with_one_row(unit: Unit) -> int:
             return Design(COMPOSITION, {"places": 1}, reason).bytes(*unit.weight.shape)
 
-        return StepPlan(defer(units, decisions, reason, bytes_with_one_row), None)
+        deferred = defer(units, decisions, reason, bytes_with_one_row)
+        return StepPlan(deferred, payload=None)  # ``apply`` needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Merge rows in every table in which this saves more bytes than the map takes.

@@ -158,7 +158,8 @@ class PruneRows(ComposingStep):
         def bytes_with_one_row(unit: Unit) -> int:
             return self._design_table(1, reason).bytes(*unit.weight.shape)
 
-        return StepPlan(defer(units, decisions, reason, bytes_with_one_row), {})
+        deferred = defer(units, decisions, reason, bytes_with_one_row)
+        return StepPlan(deferred, payload={})  # no designs yet
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[Designs]) -> AppliedStep:
         """Replace every selected table by its kept rows and a map.
@@ -208,13 +209,13 @@ class PruneRows(ComposingStep):
             index[is_kept] = torch.arange(int(is_kept.sum()))
             index[~is_kept] = nearest_entries(weight[~is_kept], weight[is_kept])
             planes = byte_planes(index, int(is_kept.sum()))
-            return FittedParts({"planes": planes}, {"unique": weight[is_kept]})
+            return FittedParts(stored={"planes": planes}, parts={"unique": weight[is_kept]})
         within, before = build_kept_map(is_kept)
         shared = torch.zeros(weight.shape[1])
         if self.pruned != "zero":
             shared = _compute_mean_row(weight, ~is_kept, count)
         rows = torch.cat([weight[is_kept], shared.unsqueeze(0)])
-        return FittedParts({"within": within, "before": before}, {"kept": rows})
+        return FittedParts(stored={"within": within, "before": before}, parts={"kept": rows})
 
     def smallest_dry_run(self, model: Model, plan: StepPlan[Designs]) -> Model:
         """Predict the smallest shapes; with ``min_lookups``, as if no row had so many lookups."""

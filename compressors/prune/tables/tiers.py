@@ -132,7 +132,8 @@ class Tiers(ComposingStep):
             hot_lookups = Reason("hot_lookups", share=lookup_share(counts[name], hot))
             within, before = build_kept_map(hot)
             stored = {"within": within, "before": before}
-            return FittedParts(stored, {"hot": table[hot], "cold": table[~hot]}, (hot_lookups,))
+            parts = {"hot": table[hot], "cold": table[~hot]}
+            return FittedParts(stored, parts, reasons=(hot_lookups,))
 
         return recompose(model, designs, fit)
 

@@ -26,7 +26,7 @@ from compressors.core.units import Unit
 from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
 
 LEAST_LEVELS = 8
-"""A channel with fewer levels is coarse."""
+"""A coarse channel has fewer levels."""
 
 LARGEST_ERROR = 0.02
 """Largest change of a layer's output, as a share of its standard deviation, without a warning.

@@ -96,9 +96,10 @@ def _count_lookups(network: nn.Module, name: str, counts: Tensor) -> None:
         elif read == "looked_up":
             counts.add_(torch.bincount(read_by.reshape(-1).long(), minlength=len(counts)))
         else:
-            counts.add_(read_by.numel() // read_by.shape[-1])
+            counts.add_(read_by.numel() // read_by.shape[-1])  # the number of multiplied vectors
 
-    # The wrapper reports when forward code reads the table's weight; the hook counts calls.
+    # The wrapper reports when forward code reads the table's weight; the hook counts calls. Other
+    # attributes of the table stay readable.
     observed = ObservedTable(module, observe, hides_attributes=False)
     observed.register_forward_pre_hook(hook, with_kwargs=True)
     swap(network, name, observed)
@@ -122,7 +123,7 @@ def squared_gradients(model: Model, bench: Bench, tables: Collection[str]) -> di
 
     Raises:
         RowsMissing: the bench has no training rows.
-        StepRefused: the signature's task has no loss.
+        StepRefused: the signature's task has no loss of rows or lists.
     """
     if bench.train is None:
         raise RowsMissing("gradients_need_rows")

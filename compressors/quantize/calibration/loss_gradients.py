@@ -64,6 +64,7 @@ def loss_gradients(
             batch_terms = _count_losses(signature, batch)
             terms += batch_terms
             summed = loss(output, batch, row_numbers) * batch_terms
+            # ``hard``: on labels.
             summed_hard = hard_loss(signature, output, _with_output_weights(batch)) * batch_terms
             gradients = torch.autograd.grad(summed, leaves, retain_graph=True, allow_unused=True)
             hard_gradients = torch.autograd.grad(summed_hard, leaves, allow_unused=True)
@@ -176,8 +177,9 @@ def _with_output_weights(batch: Batch) -> Batch:
     """Return the batch with weights of the outputs for sums of squared gradients of rows.
 
     The loss of an output is the mean over its labelled rows. If these are a share ``p`` of all
-    rows, it is the mean over all rows of the row's loss divided by ``p``, whose square is ``1 / p``
-    times too large on average. The weight is the square root of ``p``.
+    rows, each of them counts ``1 / p`` times in a mean over all rows. Its squared gradient counts
+    ``1 / p ** 2`` times, so the mean over all rows of the squares is ``1 / p`` times too large. The
+    weight ``sqrt(p)`` corrects this.
     """
     shares = [float((~label.isnan()).float().mean()) for label in score_columns(batch.label)]
     if min(shares) == 1:

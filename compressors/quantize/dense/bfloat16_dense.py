@@ -37,7 +37,7 @@ class BFloat16Dense(StepSettings):
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, payload=None)  # ``apply`` needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Replace every selected layer, except those with a number that rounds to infinity."""

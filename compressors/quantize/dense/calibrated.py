@@ -134,6 +134,7 @@ def calibrate_layers(
     read(layers, count)
     units = [unit for unit in layers if not skip_zero_inputs or histograms[unit.name].largest != 0]
     linears = {unit.name: _require_scale(unit, histograms[unit.name]) for unit in units}
+    # The last calibrator is ``best``, which compares all others.
     calibrators = get_args(Calibrator)[:-1] if calibrator == "best" else (calibrator,)
     candidates = {
         name: [

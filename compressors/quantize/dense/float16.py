@@ -113,7 +113,7 @@ class Float16(StepSettings):
             **choose_tables(units, self.tables, self.min_rows, self.kind, with_heads=True),
             **choose_dense(units, self.layers, self.kind, LINEAR_FORMAT),
         }
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, payload=None)  # ``apply`` needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Replace every selected table and layer that float16 can represent."""
@@ -182,7 +182,8 @@ def _build_packed(unit: Unit) -> nn.Module:
     if unit.role == "table":
         rows, dim = weight.shape
         # ``pack_table`` puts the new table into a ``Bag`` if it replaces an EmbeddingBag.
-        return pack_table(unit.module, PackedTable(TABLE_FORMAT, rows, dim, {}, {"weight": weight}))
+        table = PackedTable(TABLE_FORMAT, rows, dim, settings={}, stored={"weight": weight})
+        return pack_table(unit.module, table)
     outputs, inputs = weight.shape
     stored = {
         "weight": weight,

@@ -187,7 +187,7 @@ class Float8Dense(StepSettings):
         """Select the dense layers to compress; give a reason for each other layer."""
         units = Unit.of(model.module)
         decisions = choose_dense(units, self.layers, self.kind, FORMAT, self.settings())
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, payload=None)  # ``apply`` needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Calibrate on ``bench.calibration`` and replace every selected layer.

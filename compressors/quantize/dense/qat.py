@@ -104,6 +104,7 @@ class LearnedInt8(nn.Module):
         if not self.training:
             return FORMAT.apply(self.stored(), input, {})
         weight_scale, input_scale = self.scales()
+        # Inputs also use the code -128; weights do not.
         x = fake_quantize(input, input_scale, -LEVELS - 1, LEVELS)
         bias = None if self.bias is None else self.bias.detach()
         clipped, stored_scale = clip_to_scale(self.weight, weight_scale, bias, input_scale.detach())
@@ -179,7 +180,7 @@ class QAT(StepSettings):
         """
         require_loss(bench, self.kind, self.training)
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, None)  # None: apply() needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Train the selected layers, and modules that are not units, such as norms.

@@ -260,7 +260,7 @@ class StaticInt8(StepSettings):
     def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
         """Select the dense layers to compress; give a reason for each other layer."""
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, None)  # None: apply() needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Calibrate on ``bench.calibration``; replace selected layers within ``most_error``.

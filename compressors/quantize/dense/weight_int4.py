@@ -84,7 +84,7 @@ class WeightInt4(StepSettings):
         """Select the dense layers to compress; give a reason for each other layer."""
         units = Unit.of(model.module)
         decisions = choose_dense(units, self.layers, self.kind, FORMAT, self.settings())
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, None)  # None: apply() needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Round the weights of every selected layer.
@@ -98,6 +98,7 @@ class WeightInt4(StepSettings):
         by_layer = (
             self._compute_gram_matrices(model, selected, bench) if self.rounding == "gptq" else {}
         )
+        # The evenly spaced levels of the weights (``kernels/levels.py``).
         grid = weight_only.create_grid(BITS, self.clipping, self.scale)
         outcomes: dict[str, Decision] = {}
         for unit in selected:

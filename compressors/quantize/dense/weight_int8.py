@@ -67,7 +67,7 @@ class WeightInt8(StepSettings):
         """Select the dense layers to compress; give a reason for each other layer."""
         units = Unit.of(model.module)
         decisions = choose_dense(units, self.layers, self.kind, FORMAT, self.settings())
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, None)  # None: apply() needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Round the weights of every selected layer.
@@ -75,6 +75,7 @@ class WeightInt8(StepSettings):
         Raises:
             ValueNotStorable: a scale is too large for the dtype in which it is stored.
         """
+        # The evenly spaced levels of the weights (``kernels/levels.py``).
         grid = weight_only.create_grid(BITS, self.clipping, self.scale)
         for unit in plan.units(model.module):
             weight, bias = unit.weight, unit.bias

@@ -96,7 +96,7 @@ def _to_float16_bits(number: np.float32) -> np.int32:
     bits = _bits(number)
     size = bits & ALL_BUT_SIGN
     normal = (size + np.int32(0xFFF) + ((size >> np.int32(13)) & np.int32(1))) >> np.int32(13)
-    normal -= np.int32(112 << 10)
+    normal -= np.int32(112 << 10)  # the exponent biases of float32 and float16: 127 - 15
     # Below 2^-14 float16 is evenly spaced by 2^-24, as float32 is at 0.5: adding 0.5 rounds to it.
     subnormal = _bits(_float(size) + HALF) - _bits(HALF)
     sign = (bits >> np.int32(16)) & np.int32(0x8000)
@@ -186,7 +186,7 @@ def _pack(
         first = np.uint64(row_codes[0, index]) + shift
         second = np.uint64(row_codes[0, half + index]) + shift
         codes[row, index] = np.uint8((first & np.uint64(15)) | (second << np.uint64(4)))
-    if dim % 2:
+    if dim % 2:  # the last half byte is padding: 8, as in ``bitpacking.pack``
         codes[row, half - 1] = np.uint8(codes[row, half - 1] & np.uint8(15)) | np.uint8(0x80)
 
 

@@ -248,7 +248,7 @@ class AdditiveCodes(StepSettings):
         decisions = choose_tables(
             units, self.tables, self.min_rows, self.kind, FORMAT, self.settings()
         )
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, None)  # None: apply() needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Replace every selected table.

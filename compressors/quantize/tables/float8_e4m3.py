@@ -4,9 +4,9 @@ E4M3 numbers have 4 significant bits from 2^-6 to 448. Below 2^-6 they are evenl
 without a scale, a table whose weights are around 0.01 would have only a dozen values. The scale
 maps the largest weight of a row to 448. A weight then has 4 significant bits down to 1/28,672 of
 its row's largest weight. In int8, weights near the largest one have more significant bits, and
-weights below an eighth of it have fewer. The floats are stored as bytes, because neither torch nor
-ONNX gathers or compares 8-bit floats. A table of ``rows x dim`` takes ``rows * (dim + 2)`` bytes
-with a float16 scale per row.
+weights below a fourteenth of it have fewer. The floats are stored as bytes, because neither torch
+nor ONNX gathers or compares 8-bit floats. A table of ``rows x dim`` takes ``rows * (dim + 2)``
+bytes with a float16 scale per row.
 
 Format: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433 (E4M3 without infinities).
 Differs: a scale per row instead of one per tensor. No weight is clipped: a narrower range would

@@ -7,6 +7,8 @@ The columns are split into ``parts``, and each part of a row is stored as the ne
 Source: Jegou et al. 2011, https://doi.org/10.1109/TPAMI.2010.57 (product quantization).
 Differs: if the number of columns is not a multiple of ``parts``, some parts have one column more
 than others; codebooks are smaller for small tables; codes of 2 and 4 bits are packed.
+
+The *widths* of parts are numbers of columns; the *width* of a code is its number of bits.
 """
 
 from collections.abc import Mapping

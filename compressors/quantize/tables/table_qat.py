@@ -123,7 +123,7 @@ class TableQAT(StepSettings):
 
     @property
     def needs(self) -> tuple[Part, ...]:
-        """Training and validation rows, soft labels if they are used, and the training's parts."""
+        """Training and validation rows, soft labels if used, and what ``training`` needs."""
         parts: tuple[Part, ...] = ("train", "validation", *self.training.needs)
         return (*parts, "soft_labels") if self.soft_share else parts
 
@@ -159,7 +159,7 @@ class TableQAT(StepSettings):
             encoder.storage,
             encoder.settings(),
         )
-        return StepPlan(decisions, None)
+        return StepPlan(decisions, None)  # None: apply() needs only the decisions
 
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Train the selected tables, and modules that are not units, such as norms.

@@ -86,7 +86,7 @@ def weight_only_linear(
     if not block:  # one scale per row, repeated for each block
         scales = op.Expand(scales, op.Constant(value_ints=[outputs, -(-inputs // block_size)]))
     level = 4 if activations == "int8" else 1
-    return matmul_n_bits(
+    return matmul_n_bits(  # without zero_points and g_idx
         x, codes, scales, None, None, bias, K=inputs, N=outputs, bits=bits, block_size=block_size,
         accuracy_level=level,
     )  # fmt: skip

@@ -89,7 +89,7 @@ def _build_int8_matmul(x: Any, codes: Any, weight_scale: Any, input_scale: Any, 
     transposed = op.Transpose(codes, perm=[1, 0])
     bias_scale = op.Mul(weight_scale, input_scale)
     rounded_bias = op.Mul(op.Round(op.Div(bias, bias_scale)), bias_scale)
-    return matmul_integer_to_float(
+    return matmul_integer_to_float(  # None: the weights have zero point 0
         rounded, transposed, input_scale, weight_scale, input_zero, None, rounded_bias
     )
 

@@ -157,7 +157,7 @@ def unpack_codes(codes: Any, ids: Any, count: int, width: int) -> Any:
     byte = onnx.TensorProto.UINT8
     if width < 8:
         shifts = range(0, 8, width)
-        planes = [op.BitShift(values, constant(byte, bits), direction="RIGHT") for bits in shifts]
+        planes = [op.BitShift(values, constant(byte, shift), direction="RIGHT") for shift in shifts]
         planes = [op.BitwiseAnd(plane, constant(byte, (1 << width) - 1)) for plane in planes]
         values = op.Concat(*planes, axis=-1)
     return drop_padding(op.Cast(values, to=INT32), count, width)
@@ -166,7 +166,8 @@ def unpack_codes(codes: Any, ids: Any, count: int, width: int) -> Any:
 def unique_row_index(planes: Any, ids: Any) -> Any:
     """Build the stored row's number of each id from the bytes that a row map has for the id.
 
-    A row map belongs to a table in which several ids share a row. ``planes`` has the bytes.
+    A row map belongs to a table in which several ids share a row. ``planes`` has the bytes, int8
+    ``(ids, bytes)``.
     """
     count = int(planes.shape[1])
     return integers_from_bytes(op.Cast(op.Gather(planes, ids, axis=0), to=INT64), count)

@@ -1,9 +1,9 @@
 """Translate tables for TensorRT and TensorRT-RTX.
 
 Only a DequantizeLinear may read a quantized constant, so tables are dequantized before their
-Gather. The builder fuses the two and keeps the table packed, which the engine's audit checks by the
-size of its scratch memory. All codes are signed and have zero point 0, because TensorRT refuses
-other codes.
+Gather. TensorRT's builder fuses the two and keeps the table packed, which the engine's audit checks
+by the size of its scratch memory. All codes are signed and have zero point 0, because TensorRT
+refuses other codes.
 
 If each row, or the whole table, has one scale, the scale is an input of the DequantizeLinear and
 keeps its stored type. With float16 scales a looked-up weight is rounded to float16 once; the parity
@@ -102,8 +102,10 @@ def rowwise_int4(
     """
     if _is_scale_of_dequantize_linear(offset, rows_per_scale):
         block = dim + dim % 2 if rows_per_scale else 0
-        return _drop_row_padding(_dequantize_and_gather(codes, scale, ids, block=block), dim, 2)
-    rows = _drop_row_padding(_dequantize_and_gather(codes, constant(FLOAT16, 1), ids), dim, 2)
+        gathered = _dequantize_and_gather(codes, scale, ids, block=block)
+        return _drop_row_padding(gathered, dim, codes_per_byte=2)
+    gathered = _dequantize_and_gather(codes, constant(FLOAT16, 1), ids)
+    rows = _drop_row_padding(gathered, dim, codes_per_byte=2)
     if offset is not None:
         rows = op.Add(rows, op.Constant(value_float=8.0))
     return apply_scales(rows, scale, offset, ids, rows_per_scale)
@@ -122,7 +124,7 @@ def rowwise_int2(
     )
     high = op.Floor(op.Mul(pairs, op.Constant(value_float=0.25)))
     low = op.Sub(pairs, op.Mul(high, op.Constant(value_float=4.0)))
-    rows = _drop_row_padding(op.Concat(low, high, axis=-1), dim, 4)
+    rows = _drop_row_padding(op.Concat(low, high, axis=-1), dim, codes_per_byte=4)
     if offset is None:
         rows = op.Sub(rows, op.Constant(value_float=1.5))
     return apply_scales(rows, scale, offset, ids, rows_per_scale)
@@ -139,13 +141,14 @@ def float8_e4m3_table(codes: Any, scale: Any, ids: Any, rows_per_scale: int) -> 
 def unique_row_index(planes: Any, ids: Any) -> Any:
     """Build the stored row's number of each id from the bytes that a row map has for the id.
 
-    A row map belongs to a table in which several ids share a row. ``planes`` has the bytes.
+    A row map belongs to a table in which several ids share a row. ``planes`` has the bytes, int8
+    ``(ids, bytes)``.
     """
     return integers_from_bytes(_gather_integers(planes, ids), int(planes.shape[1]))
 
 
 def kept_row_index(within: Any, before: Any, ids: Any) -> Any:
-    """Build the position of each id's row in a pruned table; see ``position_from_rank``.
+    """Build the index of each id's row in a part of a pruned table; see ``position_from_rank``.
 
     ``within`` has the rank of each row in its block, ``before`` the kept rows before each block.
     """
@@ -190,9 +193,9 @@ def _dequantize_and_gather(codes: Any, scale: Any, ids: Any, block: int = 0) -> 
     return op.Cast(op.Gather(table, ids, axis=0), to=FLOAT)
 
 
-def _drop_row_padding(rows: Any, dim: int, planes: int) -> Any:
-    """Remove the codes after the first ``dim``, which pad rows to ``planes`` codes per byte."""
-    return op.Slice(rows, [0], [dim], [-1]) if dim % planes else rows
+def _drop_row_padding(rows: Any, dim: int, codes_per_byte: int) -> Any:
+    """Remove the codes after the first ``dim``, which pad a row to whole bytes."""
+    return op.Slice(rows, [0], [dim], [-1]) if dim % codes_per_byte else rows
 
 
 def _gather_integers(values: Any, ids: Any) -> Any:

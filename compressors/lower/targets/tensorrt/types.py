@@ -39,9 +39,9 @@ def convert_type(table: PackedTable, name: str, values: np.ndarray) -> ir.Tensor
         case "rowwise_int8", "codes":
             return None if sharing.symmetric else ir.Tensor((values ^ 128).view(np.int8))
         case "rowwise_int4", "codes":
-            return codes_tensor(values, 4)
+            return codes_tensor(values, width=4)
         case "rowwise_int2", "codes":
-            return codes_tensor(values, 2)
+            return codes_tensor(values, width=2)
         case "float8_e4m3", "codes":
             return ir.Tensor(values.view(ir.DataType.FLOAT8E4M3FN.numpy()))
     return None
