@@ -147,7 +147,8 @@ class LowRankDense(StepSettings):
         gt=0,
         lt=1,
         description="Search the rank of each layer: the smallest whose outputs lose no more than "
-        "this share of their squared norm. Empty: rank decides.",
+        "this share of their squared norm (without their mean, if the layer has a bias). Empty: "
+        "rank decides.",
     )
     weighted: bool = Field(
         True,

@@ -94,7 +94,7 @@ def _list_default_metrics(task: str, *, grouped: bool) -> tuple[Metric, ...]:
 
 
 def default_metrics() -> dict[str, Metric]:
-    """Return, by name, the metrics that are measured for every model of at least one task kind."""
+    """Return, by name, the default metrics of all task kinds, also those that need groups."""
     return {
         item.name: item for task in TASK_KINDS for item in _list_default_metrics(task, grouped=True)
     }
@@ -215,7 +215,7 @@ class _NameSchema:
         return {
             "anyOf": [
                 {
-                    "title": "Measured for every model",
+                    "title": "Measured by default",
                     "type": "string",
                     "enum": list(default_metrics()),
                 },

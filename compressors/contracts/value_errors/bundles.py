@@ -17,7 +17,7 @@ SENTENCES = {
     "draft_path_unusable": "{path} {reason}; give a path below the draft's folder or an absolute "
     "one",
     "manifest_hashes_itself": (
-        "{manifest} cannot contain its own hash, which is in its last line, 'seal'"
+        "{manifest} cannot contain its own hash, which is its last field, 'seal'"
     ),
     "json_too_large": "it is too large: it has {bytes} bytes, at most {most_bytes} are allowed",
     "json_file_too_large": "it is too large: it has more than {most_bytes} bytes",
