@@ -1,8 +1,8 @@
 """Models of RecBole, as a user of the library constructs them, and the files that they read.
 
 It is not a test file: ``recpress new`` imports it as ``recbole_models:NAME``. Weights are random.
-Packages that RecBole imports are in ``.venv/libraries``, which must be on the import path. The
-atomic files are in the working directory.
+Packages that RecBole imports are in ``.venv/libraries``, which must be on the import path. RecBole
+reads a data set from tab-separated "atomic files", which are in the working directory.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ get_model("SASRec")  # imports a module that enables anomaly detection, for all 
 torch.autograd.set_detect_anomaly(False)
 
 NAME = "shop"
+# KINDS is the number of kinds of items, and LONGEST the length of the longest history.
 USERS, ITEMS, KINDS, LONGEST = 50, 80, 18, 6
 COLUMNS = {
     "load_col": {
@@ -33,6 +34,7 @@ COLUMNS = {
         "item": ["item_id", "kind"],
     }
 }
+# Settings of models that learn from labels, and below of models that read a history.
 LABELLED = {
     "train_neg_sample_args": None,
     "eval_args": {"split": {"RS": [8, 1, 1]}, "order": "RO", "group_by": None, "mode": "labeled"},
@@ -81,7 +83,7 @@ def write_rows(folder: Path) -> None:
 
 
 def _model(name: str, **settings: Any) -> Callable[[], nn.Module]:
-    """Return a function that constructs a model with seeded weights of a trained model's size."""
+    """Return a function that constructs a model whose tables have weights as after training."""
 
     def construct() -> nn.Module:
         torch.manual_seed(0)

@@ -15,7 +15,7 @@ ROWS = Path("rows.csv")
 class Rows:
     """The rows of a file, and the number of values of each column."""
 
-    shared = "shared"
+    shared = "shared"  # an attribute of the class; no network here reads it
 
     def __init__(self, path: Path = ROWS) -> None:
         with open(path) as file:  # noqa: PTH123 - most libraries call open()
@@ -30,7 +30,7 @@ class Rows:
         return name in self.columns
 
     def num(self, name: str, *, padding: bool = False) -> int:
-        """Return the number of different values of a column."""
+        """Return the number of different values of a column, plus one with ``padding``."""
         return len(set(self.columns[name])) + padding
 
     def matrix(self) -> Tensor:
@@ -41,7 +41,7 @@ class Rows:
 
 
 class ReadingNet(nn.Module):
-    """A table per column that the rows have."""
+    """A network with a table for each of the columns ``user`` and ``item`` that the rows have."""
 
     def __init__(self, rows: Rows, dim: int) -> None:
         super().__init__()
@@ -52,10 +52,10 @@ class ReadingNet(nn.Module):
         self.hidden = nn.Linear(dim, rows.settings["hidden"][0])
         self.activation = rows.settings["activation"]()
         self.first_user = rows["user"][0]
-        self.name = getattr(rows, "name", "unknown")
+        self.name = getattr(rows, "name", "unknown")  # a read of an attribute that does not exist
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
-        """Return the sum of the tables' rows, ``(rows, 1)``."""
+        """Return scores ``(rows, 1)``: a sum over a dense layer on the sum of the tables' rows."""
         total = self.tables[0](user) + self.tables[1](item)
         return self.activation(self.hidden(total)).sum(dim=1, keepdim=True)
 

@@ -1,6 +1,6 @@
 """Write a small draft of a retrieval model, with interactions drawn from the network's scores.
 
-Therefore (the network is "planted" in the data) no other network fits it better, and compression
+The network is thus "planted" in the data: no other network fits the data better, and compression
 can only lower the quality.
 
 A draft is a folder from which a bundle is packed. The input ``lately`` is the tags of a user's
@@ -61,8 +61,8 @@ def write_retrieval_draft(
 ) -> Path:
     """Write ``model.json``, the weights and the parquet files; return the folder.
 
-    ``share`` ties the tables of tags of both towers (``module`` or ``weight``, see ``TowerNet``);
-    ``changes`` replace fields of the signature.
+    ``share`` ties the tables of tags of both towers (``module`` or ``weight``, see ``TowerNet`` in
+    ``tests/draft_network.py``; empty: not tied). ``changes`` replace fields of the signature.
     """
     config = CONFIG | ({"share": share} if share else {})
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +84,7 @@ def write_retrieval_draft(
     lately = pa.array([bag.tolist() for bag in bags], pa.list_(pa.int64()))
     with torch.no_grad():
         scores = all_scores(model, lately, items)
+        # The last layer of the user tower is scaled, and the scores with it.
         model.of_user.second.weight *= SPREAD / scores.std()
         model.of_user.second.bias *= SPREAD / scores.std()
         scores = all_scores(model, lately, items)

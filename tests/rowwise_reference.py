@@ -59,7 +59,7 @@ def encode_rows(
             codes.append((levels + np.float32(code_offset)).astype(np.int16).astype(np.uint8))
         else:
             top = 2**bits - 1
-            offset = _rounded_down(rows.min() + np.float32(0), stored_type)
+            offset = _rounded_down(rows.min() + np.float32(0), stored_type)  # -0.0 becomes 0.0
             scale = _stored_scale(
                 (rows.max() - np.float32(offset)) / np.float32(top), top, stored_type
             )

@@ -1,6 +1,7 @@
 """Write a small draft (a bundle before it is packed) of ``SequenceNet``.
 
-Its inputs are sequences of any length from 1 to 12.
+The inputs of this click network are two lists of ids with any length from 1 to 12, and one id. The
+labels are drawn with the probabilities that the network predicts (``planted_clicks.py``).
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ Padding = Literal["left", "right"]
 
 
 def signature(padding: Padding = "right") -> dict[str, Any]:
-    """Return the signature as a document."""
+    """Return the signature as in ``model.json``."""
     return {
         "inputs": [
             {

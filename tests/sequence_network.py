@@ -5,12 +5,12 @@ from torch import Tensor, nn
 
 
 class SequenceNet(nn.Module):
-    """Attention of a candidate item over the items of a history, and a mean of their categories.
+    """Attention of an item over the items of a history, and a mean of their categories.
 
     Args:
         items: rows of the table ``item``; row 0 is padding.
         categories: rows of the table ``category``; row 0 is padding.
-        longest: rows of the table ``position``: the longest history.
+        longest: length of the longest history; the table ``position`` has one row more, for 0.
         dim: width of every table.
         hidden: width of the hidden layer.
     """
@@ -41,7 +41,7 @@ class SequenceNet(nn.Module):
             history_positions: int ``(rows, length)``, from 1; 0 at padding.
             categories: ids of the items' categories, int ``(rows, length)``; 0 at padding.
             category_count: number of ids in each list, int ``(rows,)``.
-            item: id of the candidate, int ``(rows,)``.
+            item: id of the item whose click is predicted, int ``(rows,)``.
         """
         seen = self.item(history) + self.position(history_positions)  # (rows, length, dim)
         query = self.item(item)  # (rows, dim)

@@ -7,7 +7,10 @@ import pandas as pd
 
 
 def write_shop_data(folder: Path) -> Path:
-    """Write data of ``ShopNet``: two ids, a list, two numbers and a label."""
+    """Write data of ``ShopNet``: two ids, a list, two numbers, a text and a label.
+
+    The network does not read the text.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for split, rows in {"train": 600, "test": 400}.items():

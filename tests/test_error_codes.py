@@ -110,7 +110,7 @@ def test_sentences_end_with_a_full_stop_and_have_named_fields(error_class):
 
 
 class Example(CodedError):
-    """An example."""
+    """An example; the text after the colon of a field separates the items of a list."""
 
     sentences: ClassVar = {
         "wrong_count": "Expected {expected:,} of {names}, got {got!r}. Count again.",

@@ -38,6 +38,7 @@ USED_THROUGH_OTHERS = {
     "uvicorn": "runs prefect's server",
     "websockets": "prefect's client requires it; used in tests only",
 }
+# Imported modules of packages that need not be installed.
 OPTIONAL = {
     "tensorrt",
     "tensorrt_rtx",

@@ -13,15 +13,15 @@ from examples.search_texts import load_towers, main
 GRAPH = """
 <ir_version: 9, opset_import: ["" : 20]>
 encoder (int64[rows, length] ids, bool[rows, length] is_token, int64[rows] count,
-         int32[rows, length] place) => (float[rows, width] vector)
+         int32[rows, length] position) => (float[rows, width] vector)
 {
     id_values = Cast<to = 1>(ids)
     mask_values = Cast<to = 1>(is_token)
-    place_values = Cast<to = 1>(place)
+    position_values = Cast<to = 1>(position)
     counts = Cast<to = 1>(count)
     axis = Constant<value_ints = [1]>()
     count_column = Unsqueeze(counts, axis)
-    vector = Concat<axis = 1>(id_values, mask_values, place_values, count_column)
+    vector = Concat<axis = 1>(id_values, mask_values, position_values, count_column)
 }
 """
 PAD, UNKNOWN, CLS, SEP, FIRST_WORD = range(5)
@@ -43,7 +43,7 @@ def write_version(folder: Path, texts: int = 2) -> Path:
         "mask": "is_token",
         "token_types": None,
         "lengths": "count",
-        "positions": "place",
+        "positions": "position",
         "first_position": 2,
     }
     (folder / "lowering.json").write_text(json.dumps({"texts": [text] * texts}))
@@ -55,6 +55,7 @@ def test_client_computes_mask_lengths_and_positions_on_the_side_of_padding(tmp_p
     assert query.session is document.session
     longer, shorter = query.compute_vectors(["w0 w1", "w2"])
     word = FIRST_WORD
+    # A vector has the ids, the mask, the positions, and the length without padding.
     expected = [CLS, word, word + 1, SEP, *(1, 1, 1, 1), *(2, 3, 4, 5), 4]
     assert longer.tolist() == expected
     assert shorter.tolist() == [PAD, CLS, word + 2, SEP, *(0, 1, 1, 1), *(0, 2, 3, 4), 3]

@@ -86,7 +86,7 @@ def fixture(name: str, monkeypatch: pytest.MonkeyPatch) -> Fixture:
 
 @pytest.fixture
 def home(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a stored home at another path, which the test may change."""
+    """The parent of a copy of a stored home, at another path, which the test may change."""
     root = copy_home(name, tmp_path / "moved")
     use_home(monkeypatch, root)
     return root
@@ -221,6 +221,8 @@ def test_promotions_and_rollbacks_extend_the_stored_ledger(home: Path, recpress:
     def ledger() -> list[tuple[str, str]]:
         return [(entry.action, entry.version) for entry in Ledger(store(), "clicks").entries()]
 
+    # Versions 1 to 4 are of the first four orders of tests/stored_home/orders.py. The first order
+    # promoted its result, and commands after the second promoted version 2 and rolled it back.
     before = [("promote", "1"), ("promote", "2"), ("rollback", "1")]
     assert ledger() == before
     recpress("registry", "promote", "clicks", "--version", "3", code=2)  # it is rejected

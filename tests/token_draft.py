@@ -112,21 +112,22 @@ def encode(
         )
 
 
-def write_texts(folder: Path, encode: Encode, random: np.random.Generator) -> Path:
+def write_texts(folder: Path, encode_texts: Encode, random: np.random.Generator) -> Path:
     """Write a catalogue and one parquet file per split; return the folder.
 
     Documents have up to 20 words, so the tokenizer truncates some of them.
 
     Args:
         folder: the folder.
-        encode: returns the vectors of queries or of documents. The documents with the largest dot
-            products, after noise is added, are relevant to a query.
+        encode_texts: returns the vectors of queries or of documents. The documents with the largest
+            dot products, after noise is added, are relevant to a query.
         random: draws texts, grades and noise.
     """
     folder.mkdir(parents=True, exist_ok=True)
     queries = draw_texts(QUERIES, LONGEST_QUERY - 2, random)
     documents = draw_texts(DOCUMENTS, 20, random)
-    scores = (encode("query", queries) @ encode("item", documents).T).numpy()
+    query_vectors = encode_texts("query", queries)
+    scores = (query_vectors @ encode_texts("item", documents).T).numpy()
     noise = random.gumbel(scale=scores.std() / 4, size=scores.shape)
     ranked = np.argsort(-(scores + noise), axis=1)
     ids = random.permutation(DOCUMENTS) + 1000

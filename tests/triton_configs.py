@@ -86,7 +86,7 @@ def warmup_requests(config: str) -> Iterator[tuple[int, dict[str, NDArray[Any]]]
             dims = reshaped.get(name, value["dims"])
             shape = (count, *dims) if batched else tuple(dims)
             arrays[name] = np.zeros(shape, DTYPES[types[name]])
-        yield int(warmup["name"][0].split()[0]), arrays
+        yield int(warmup["name"][0].split()[0]), arrays  # the name is such as "64 rows"
 
 
 def loaded_version(repository: Path, model: str = "m") -> tuple[str, bytes] | None:

@@ -139,6 +139,7 @@ def require_rejection_without_the_secret(api: str, auth_string: str) -> None:
         for method, path in (("POST", "/flows/filter"), ("GET", "/admin/settings")):
             reply = send(api, method, path, body=b"{}", headers={"Authorization": credentials})
             assert reply.status == 401, (credentials.partition(" ")[0], path, reply.status)
+    # Prefect requires no secret for "GET /health", so similar requests are tried.
     for method, path in (
         ("GET", "/admin/settings"),
         ("GET", "/admin/version"),
@@ -170,7 +171,7 @@ def wrong_credentials(auth_string: str) -> Iterator[str]:
 
 
 def require_closed_socket(api: str, path: str) -> None:
-    """Fail if a web socket without the secret sends a message, for wrong protocols and messages."""
+    """Fail if the server sends a message to a web socket that was opened without the secret."""
     url = api.replace("http://", "ws://") + path
     for protocols, message in (
         (None, None),

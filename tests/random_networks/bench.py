@@ -27,6 +27,7 @@ def write_bench(case: Case, module: nn.Module, tables: dict[str, int], folder: P
         folder: folder for the splits.
     """
     parts: dict[str, Split] = {}
+    # Each split has its own seed, from 70.
     for seed, name in enumerate(("calibration", "train", "validation"), 70):
         rows = draw_typical_rows(case.signature, tables, BENCH_ROWS, case.scales, seed)
         with torch.no_grad():
@@ -49,7 +50,7 @@ def _prepared_tensors(signature: Signature, rows: Rows) -> dict[str, Tensor]:
             lengths = torch.tensor([len(ids) for ids in take_ids_of_rows(item, rows)])
             tensors[f"@bounds/{item.name}"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     if signature.group is not None:
-        tensors["@group"] = torch.arange(BENCH_ROWS) // 8
+        tensors["@group"] = torch.arange(BENCH_ROWS) // 8  # 8 rows per group
     return tensors
 
 

@@ -10,9 +10,10 @@ the network again while the output of every layer is perturbed by the rounding e
 arithmetic (2^-21 in float32, 2^-11 in float16, 2^-8 in bfloat16; random signs). For weights with an
 offset, the sums that cancel are included (``compressors/lower/comparison/rounding_errors.py``). If
 this perturbation changes torch's scores by as much as the graph differs (within a factor of 4), two
-correct programs need not agree on this network, and the comparison counts as ill-conditioned. Rows
-with values outside the range of float16, at a layer that TensorRT multiplies in float16, count as
-beyond float16.
+correct programs need not agree on this network, and the comparison counts as ill-conditioned.
+
+A difference is also excused if a layer that TensorRT multiplies in float16 has values outside the
+range of float16. Such a comparison counts as beyond float16.
 """
 
 import tempfile
@@ -144,6 +145,7 @@ class Checker:
         except (ParityLost, ContractBroken) as error:
             self.add_fault(where, type(error).__name__, str(error))
         except CompressionError as refusal:
+            # A refusal can quote an exception of failed code. These two classes indicate a bug.
             if " got KeyError(" in str(refusal) or " got IndexError(" in str(refusal):
                 self.add_fault(where, "raw exception", str(refusal))
             name = type(refusal).__name__
@@ -308,13 +310,14 @@ class Checker:
             scores[name] = actual
             self.findings.counts["parities"] += 1
         inputs = {key: self.rows["typical"][key] for key in input_names(graph.signature)}
+        # A row must have the same score in a small batch as among all typical rows.
         for indices in ([0], [1, 2]):
             rows = select_rows(graph.signature, inputs, indices)
             batch_scores = session.scores({key: x.numpy() for key, x in rows.items()})
             self._check_parity(
                 scores["typical"][indices], batch_scores, plan, target, model, graph, rows, few=True
             )
-        if target == "onnxruntime":  # the audit checks formats in the graph that it optimized
+        if target == "onnxruntime":  # the audit reads the graph that ONNX Runtime optimized
             audit(optimized_graph(path), plan, lowered.tables, lowered.layers)
             self.findings.counts["audits"] += 1
 
@@ -365,6 +368,7 @@ class Checker:
         try:
             if few or not _spread(expected) > 0.1 * _spread(typical_scores):
                 typical_scores = typical_scores[~np.isnan(typical_scores)].reshape(-1)
+                # Compares typical scores with themselves, only to get their limits.
                 limits = check_parity(typical_scores, typical_scores, plan, target)
                 gap = float(np.nanmax(np.abs(expected - actual), initial=0.0))
                 nan = np.array_equal(np.isnan(expected), np.isnan(actual))
@@ -410,16 +414,17 @@ def _generalize(sentence: str) -> str:
 
 
 def _open_session(path: Path, target: TargetName, plan: Plan | None) -> Session:
+    """Open a graph in ONNX Runtime, which runs bfloat16 matmuls only in a rewritten graph."""
     if target == "onnxruntime" or not has_bfloat16_matmuls(plan):
-        return Session(path, 1)
+        return Session(path, threads=1)
     checkable = path.with_name(f"checkable-{path.name}")
     write_checkable(path, checkable)
-    return Session(checkable, 1)
+    return Session(checkable, threads=1)
 
 
 def plan_of_graph(model: Model, graph: ServedGraph) -> Plan | None:
     """Return the plan's lines for the units in a graph."""
-    if model.plan is None or not graph.module:
+    if model.plan is None or not graph.module:  # an empty path: the graph of the whole model
         return model.plan
     modules = set(graph.part(model.module).modules())
     names = {unit.name for unit in Unit.of(model.module) if unit.module in modules}

@@ -32,10 +32,10 @@ class Stack(Part):
         self.form, self.size = form, (len(sizes), dim)
 
     def forward(self, *vectors: Tensor) -> Tensor:
-        rows = [layer(x) for layer, x in zip(self.layers, vectors, strict=True)]
+        projected = [layer(x) for layer, x in zip(self.layers, vectors, strict=True)]
         if self.form == "stack":
-            return torch.stack(rows, dim=1)
-        return torch.cat([row.unsqueeze(1) for row in rows], dim=1)
+            return torch.stack(projected, dim=1)
+        return torch.cat([x.unsqueeze(1) for x in projected], dim=1)
 
 
 @part

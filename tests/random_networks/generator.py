@@ -142,6 +142,7 @@ class Composer:
         item: dict[str, Any] = {"name": name, "shape": shape}
         if form == "dense":
             item["kind"] = "dense"
+            # A dense input after another input of its part has weights of ids, with scale 1.
             self.scales[name] = 1.0 if index else rng.choice(SCALES)
         else:
             item["kind"] = "jagged_bag" if form.startswith("jagged") else form
@@ -179,6 +180,7 @@ class Composer:
         spec: dict[str, Any] = {"name": name, "kind": kind, "settings": PARTS[kind].draw(rng)}
         spec["takes"] = [self._draw_producer(need) for need in PARTS[kind].takes]
         if kind == "TiedOutput":
+            # The part has one output per row of the table, so only small tables are used.
             owners = [
                 p for p in self.parts if p["kind"] in SHAREABLE and p["settings"]["rows"] < 40
             ]

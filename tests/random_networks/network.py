@@ -126,7 +126,7 @@ class RandomNetwork(nn.Module):
         self.reads, self.wide = head["reads"], head["wide"]
         self.squeeze, self.probability = head["squeeze"], head["probability"]
         width = sum(self.graph.sizes[name][0] for name in self.reads)
-        # The inputs of the output layer are scaled by a batch norm, or by learned factors.
+        # The concatenated outputs of the parts are scaled by a batch norm, or by learned factors.
         self.norm = nn.BatchNorm1d(width) if head["norm"] else None
         self.scale = None if head["norm"] else nn.Parameter(torch.ones(width))
         self.wide_scale = nn.Parameter(torch.ones(max(len(self.wide), 1)))

@@ -70,7 +70,7 @@ class Dice(nn.Module):
 
 
 class EachPReLU(nn.Module):
-    """A PReLU with one slope per channel of the last dimension; ``nn.PReLU`` uses the second."""
+    """A PReLU whose channels are the last dimension; those of ``nn.PReLU`` are the second."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ class Norm(Part):
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
-        return {"form": rng.choice(NORMS[2:])}
+        return {"form": rng.choice(NORMS[2:])}  # without "none"
 
     def __init__(self, sizes: Sizes, *, form: str) -> None:
         super().__init__()
@@ -343,7 +343,10 @@ class SharedLayer(Part):
 
 @part
 class FunctionalLinear(Part):
-    """Products without a layer call: ``F.linear``, ``@``, ``addmm``, or a layer's raw weight."""
+    """Products without a layer call: ``F.linear``, ``@``, ``addmm``, or a layer's raw weight.
+
+    Form ``weight_norm`` does call a layer, whose weight is computed from two parameters.
+    """
 
     @staticmethod
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -380,7 +383,10 @@ class FunctionalLinear(Part):
 
 @part
 class Join(Part):
-    """Two vectors concatenated, multiplied, or added after a projection."""
+    """Two vectors: concatenated, or multiplied, added or subtracted after a projection.
+
+    Form ``outer`` is the outer product of the second vector and a projection of the first.
+    """
 
     takes = ("vector", "vector")
 

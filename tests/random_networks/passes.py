@@ -26,7 +26,7 @@ VALUE_STEPS = 1
 SUPERVISED = ("drop_layers", "l1_training", "fine_tune", "distill")
 """Value-changing steps that this test does not apply to retrieval models."""
 SLOW = ("additive_codes", "neural_codes", "qat", "table_qat")
-"""Formats that are checked alone only on every fourth network."""
+"""Formats that are checked alone only on every fourth network, to save time."""
 
 
 def check_mixed_formats(checker: Checker, number: int, target: TargetName | None) -> Model:
@@ -49,6 +49,7 @@ def check_mixed_formats(checker: Checker, number: int, target: TargetName | None
             model = checker.apply_step(VALUES[name](rng), model) or model
     plain = model
     called = set(find_called_units(checker))
+    # A step may refuse the other units if it names them, so only a tenth of them is included.
     tables, layers = (
         [n for n in names if n in called or rng.random() < 0.1]
         for names in list_float32_units(plain)
@@ -137,12 +138,12 @@ class _WithoutWeights(nn.Module):
         return self.__dict__["inner"](*args, **more)
 
 
-def check_single_formats(checker: Checker, every: int) -> None:
+def check_single_formats(checker: Checker, stride: int) -> None:
     """Check single formats on all units that the network calls, and one format on all units.
 
     Args:
         checker: the checker of the network.
-        every: 1 checks all formats; 2 checks one half on even seeds and the other on odd seeds.
+        stride: 1 checks all formats; 2 checks one half on even seeds and the other on odd seeds.
     """
     rng = random.Random(f"formats {checker.case.seed}")
     retrieval = checker.case.signature.single_output.kind == "retrieval"
@@ -153,10 +154,10 @@ def check_single_formats(checker: Checker, every: int) -> None:
         kinds = _kinds(draws, retrieval)
         checker.apply_step(draws[rng.choice(kinds)](rng, ("*",)), checker.source)
         for index, kind in enumerate(kinds if names else ()):
-            if (index + checker.case.seed) % every:
+            if (index + checker.case.seed) % stride:
                 continue
             if kind in SLOW and checker.case.seed % 4:
-                continue  # the mixed passes contain these formats too
+                continue
             model = checker.apply_step(draws[kind](rng, names), checker.source)
             if model is not None and kind not in TRAINS:
                 checker.check_module(model, checker.source, f"{kind} alone")
@@ -180,14 +181,14 @@ def check_network(checker: Checker) -> None:
     if seed % PLAIN_EVERY == 0:
         checker.check_lowering(checker.source, TARGETS[seed // PLAIN_EVERY % 3], "plain")
     check_mixed_formats(checker, 0, "onnxruntime")
-    check_mixed_formats(checker, 1, TARGETS[1 + seed % 2])
-    check_single_formats(checker, 2)
+    check_mixed_formats(checker, 1, TARGETS[1 + seed % 2])  # a TensorRT target
+    check_single_formats(checker, stride=2)
     check_value_steps(checker, VALUE_STEPS)
 
 
 PASSES: dict[str, Callable[[Checker], Any]] = {
     "whole": check_network,
-    "formats": lambda checker: check_single_formats(checker, 1),
+    "formats": lambda checker: check_single_formats(checker, stride=1),
     "values": lambda checker: check_value_steps(checker, len(VALUES)),
     "onnxruntime": lambda checker: check_mixed_formats(checker, 0, "onnxruntime"),
     "tensorrt": lambda checker: check_mixed_formats(checker, 1, TARGETS[1 + checker.case.seed % 2]),

@@ -1,12 +1,14 @@
 """A reference for a compressed network: the original modules with decoded weights.
 
-Every packed table and layer is replaced by its original class (``nn.Embedding``,
-``nn.EmbeddingBag``, ``nn.Linear``) with decoded weights. Layers that quantize their inputs are
-replaced by an independent implementation of the format's documented arithmetic.
+Every packed or composed table is replaced by its original class (``nn.Embedding``,
+``nn.EmbeddingBag``) with decoded weights, and every factored layer by an ``nn.Linear``. A packed
+dense layer, which may quantize its inputs, is replaced by an independent implementation of the
+format's documented arithmetic.
 
 Packed modules store their weights in a compressed format, a composed table consists of smaller
 tables, and a factored layer is a product of two matrices. ``private_copy`` copies modules and
-shares their tensors. Codes are the stored integers, or the bits of 8-bit floats.
+shares their tensors. A ``Bag`` pools rows of a packed table, and a ``TiedHead`` is a dense layer
+whose weight is a table. Codes are the stored integers, or the bits of 8-bit floats.
 """
 
 import torch
@@ -35,7 +37,7 @@ MAX_DECODED_ERROR = {
 
 
 class QuantizedInputLinear(nn.Module):
-    """A dense layer with decoded weights that quantizes its inputs as its format documents."""
+    """A dense layer with decoded weights; quantizes its inputs if its format documents that."""
 
     def __init__(self, layer: PackedLinear) -> None:
         super().__init__()

@@ -21,7 +21,10 @@ Masked = tuple[Tensor, Tensor]
 
 @part
 class MaskedMean(Part):
-    """A mean over valid positions, with the usual ways to keep it finite for an empty row."""
+    """A mean over valid positions, with the usual ways to keep it finite for an empty row.
+
+    Form ``root`` divides the sum by the square root of the count; form ``sum`` does not divide it.
+    """
 
     takes = ("sequence",)
 
@@ -114,7 +117,7 @@ class TargetAttention(Part):
         scores = self.score(self.activation(self.hidden(both))).squeeze(-1)  # (rows, length)
         match self.weights:
             case "softmax":
-                scores = scores.masked_fill(~mask, -(2.0**32) + 1)
+                scores = scores.masked_fill(~mask, -(2.0**32) + 1)  # the constant of DIN's code
                 weights = torch.softmax(scores / keys.shape[-1] ** 0.5, dim=-1)
             case "softmax_infinite":  # 0 / 0 for an empty row
                 weights = torch.nan_to_num(
@@ -157,6 +160,7 @@ class SelfAttention(Part):
         if form == "module":
             self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         elif form == "layer":
+            # Both positions of the norm are covered, selected by ``head_dim`` (2 or 4).
             self.layer = nn.TransformerEncoderLayer(
                 width, heads, 2 * width, batch_first=True, norm_first=head_dim == 2
             )

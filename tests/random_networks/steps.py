@@ -140,7 +140,7 @@ COMPOSING = {
 
 
 def _dense_step(kind: Any, **ranges: tuple[Any, ...]) -> Draw:
-    """Return the same as ``_table_step``, for a step that names dense layers."""
+    """Return a function like that of ``_table_step``, for a step that names dense layers."""
 
     def draw(rng: random.Random, names: tuple[str, ...]) -> Any:
         return kind(layers=names, **{key: rng.choice(values) for key, values in ranges.items()})

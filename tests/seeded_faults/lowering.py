@@ -2,7 +2,8 @@
 
 Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
 Parity is the comparison of a graph with the torch module; the audit reads the graph that the
-runtime optimized.
+runtime optimized. In a sensitive network, rounding alone changes scores by more than the limits of
+parity.
 """
 
 from tests.seeded_faults.fault import Fault

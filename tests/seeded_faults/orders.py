@@ -112,7 +112,7 @@ FAULTS = (
         new="        case httpx.HTTPStatusError():\n",
         effect="With wrong credentials for Prefect's API, a command waits for ten minutes.",
         tests=(
-            f"{OUTAGES}::test_service_of_returns_a_name_only_for_faults_of_unavailable_services",
+            f"{OUTAGES}::test_find_service_returns_a_name_only_for_faults_of_unavailable_services",
         ),
     ),
     Fault(

@@ -50,7 +50,7 @@ FAULTS = (
         file="compressors/metrics/judge.py",
         old="    if not limits:\n        raise LimitRefused(",
         new="    if limits is None:\n        raise LimitRefused(",
-        effect="A gate without limits accepts all targets.",
+        effect="An order without limits accepts all targets.",
         tests=(f"{JUDGE}::test_a_verdict_without_limits_raises_limit_refused",),
     ),
     Fault(

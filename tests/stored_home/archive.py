@@ -1,9 +1,10 @@
 """Pack the home of a fixture in a reproducible archive, and extract it safely.
 
 A home is the folder with the store and the registry of recpress. A fixture is a stored home of an
-earlier version, with expected results. References in a home are relative to the store's root, so a
-home can be unpacked to any folder without changes. The archive is split into parts, because the
-repository accepts no file over 1 MB.
+earlier version, with expected results. The archive also has the files that were made with the home:
+drafts, orders, table files and a Triton repository. The home is its folder ``recpress``. References
+in a home are relative to the store's root, so a home can be unpacked to any folder without changes.
+The archive is split into parts, because the repository accepts no file over 1 MB.
 """
 
 import io

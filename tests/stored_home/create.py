@@ -177,6 +177,7 @@ def _apply_recipe(name: str) -> dict[str, Any]:
             if split not in bundle_ref.rows:
                 continue
             splits[part] = prepare.fn(original, split)
+            # Soft labels are the scores of the original model on the training rows.
             if part == "soft_labels":
                 splits[part] = score.fn(original, splits[part], bundle_ref.rows[split])
         bundle = compress.fn(

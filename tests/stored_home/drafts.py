@@ -45,7 +45,7 @@ SPREAD = 1.2
 
 def write_click_draft(folder: Path, *, name: str = "clicks", ranking: bool = False) -> Path:
     """Write the draft of a click model, or of a ranking model with grades; return the folder."""
-    seed = int(ranking)
+    seed = int(ranking)  # each model has its own seed; that of the retrieval model is 2
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)

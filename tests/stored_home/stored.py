@@ -67,7 +67,7 @@ class Fixture:
         tensors: content of ``expected.safetensors``: inputs ``input/<model>/<input>``, scores of a
             bundle ``torch/<sha256>``, and scores of a graph ``onnx/<sha256>/<graph>/rows``, or
             ``.../edge`` for inputs with ids outside the tables.
-        root: folder of the unpacked home.
+        root: folder of the unpacked archive (``archive.py``), with the home in ``recpress``.
     """
 
     folder: Path
@@ -103,7 +103,7 @@ WITH_ORDERS = [name for name in NAMES if "finished" in EXPECTED[name]]
 
 
 def copy_home(name: str, into: Path) -> Path:
-    """Copy a fixture's home for a test that changes it, and return the copy."""
+    """Copy a fixture's unpacked archive for a test that changes it, and return the copy."""
     shutil.copytree(load_fixture(name).root, into)
     return into
 

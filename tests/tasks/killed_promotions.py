@@ -3,16 +3,17 @@
 ``python killed_promotions.py HOME`` publishes three orders as versions 1 to 3 of the model "m" and
 promotes them. Then it reads commands from standard input, one per line:
 
-- ``kill COMMAND STRIDE``: for every STRIDE-th operation on files or the registry, run COMMAND in a
-  process that is killed at this operation, then run it again to its end. COMMAND is ``rollback``,
-  ``rollback_from_3`` (a rollback that names version 3 as the champion to replace) or ``promote``
-  (of version 2). Each makes version 2 the champion. With ``rollback+reader``, another process
-  reads the champion in between.
+- ``kill COMMAND STRIDE``: for every STRIDE-th operation on files or the registry, and for the last
+  ones, run COMMAND in a process that is killed at this operation, then run it again to its end.
+  COMMAND is ``rollback``, ``rollback_from_3`` (a rollback that names version 3 as the champion to
+  replace) or ``promote`` (of version 2). Each makes version 2 the champion. With
+  ``rollback+reader``, another process reads the champion in between.
 - ``race COMMAND N``: run COMMAND in N processes at once. COMMAND can also be ``publish``.
 
 Each command is followed by output lines of JSON and an empty line. Processes are forks of this one,
-so that they need no imports. A home is the folder with everything that recpress stores
-(``RECPRESS_HOME``). The ledger is the list of a model's promotions and rollbacks in the store.
+so that they need no imports. HOME is the folder that contains ``RECPRESS_HOME`` (``recpress``) and
+the Triton repository (``triton``). The ledger is the list of a model's promotions and rollbacks in
+the store.
 """
 
 import json
@@ -40,7 +41,7 @@ from tasks.promotion.promotions import (
 )
 
 HOME = Path(sys.argv[1])
-COPY = HOME / "copy"  # the home before any command
+COPY = HOME / "copy"  # both folders before any command
 EMPTY_REGISTRY = HOME / "empty" / "registry.db"
 
 LAST_OPERATIONS = 6
@@ -58,7 +59,7 @@ FAST_LAST_OPERATIONS = {"rollback": 3}
 
 
 def run_command(command: str) -> str:
-    """Run a command; returns the champion's version, and whether the command added a ledger entry.
+    """Run a command; return the champion's version, and whether the command added a ledger entry.
 
     Args:
         command: ``rollback``, ``rollback_from_3`` or ``promote``, as in the module's docstring.
@@ -97,7 +98,7 @@ def write_line(line: dict[str, Any]) -> None:
 
 
 def prepare() -> None:
-    """Publish and promote three orders, and copy the home."""
+    """Publish and promote three orders, and copy both folders of HOME."""
     # Only a fork opens the registry of HOME, since an open database must not be shared with forks.
     # Opening the empty one imports MLflow's modules once for all forks.
     EMPTY_REGISTRY.parent.mkdir()

@@ -218,6 +218,7 @@ def test_interaction_network_of_xdeepfm_is_compressed_as_dense_layers(
     model = load_bundle(packed.artifact).model
     result = run_or_skip(Float16(), model, Bench(signature=signature), tmp_path)
     assert result.plan is not None
+    # The model has one convolution with kernel size 1, which is stored as a dense layer.
     convolutions = [line for line in result.plan.lines if line.module.startswith("cin.conv1ds.")]
     assert [line.module for line in convolutions] == ["cin.conv1ds.0.linear"]
     assert {line.format for line in convolutions} == {"float16"}

@@ -2,7 +2,7 @@
 
 The ledger, the list of a model's promotions and rollbacks, is in the object store, so it remains if
 the registry is lost. ``fill("ab", "a")`` publishes the orders "aaa..." and "bbb..." as versions 1
-and 2, and promotes the first (``triton_versions.py``).
+and 2, and promotes the first (``conftest.py``).
 """
 
 import shutil
@@ -163,7 +163,7 @@ def test_promotion_does_not_overwrite_the_served_files_of_another_order(
     with raises_code(TritonRefused, "version_of_other_order", version=1, model="m"):
         promote("m", other, reason="")
     assert loaded_version(triton) == ("1", graph_bytes("a"))
-    restore("m")
+    restore("m")  # order "aaa..." gets version 2, since order "bbb..." has version 1
     promote("m", other, reason="")
     assert loaded_version(triton) == ("1", graph_bytes("b"))
     assert (triton / "m" / "2" / "model.onnx").read_bytes() == graph_bytes("a")
@@ -246,6 +246,7 @@ def test_ledger_entry_without_its_digest_after_one_with_digest_is_refused(
         Ledger(store(), "m").entries()
 
 
+# An order that was rejected, one that was never published, and a text that is no digest.
 @pytest.mark.parametrize("order", [C, f"{'a' * 63}b", "?"])
 def test_ledger_entry_without_digest_of_another_order_is_refused(
     home: Path, fill: Fill, order: str

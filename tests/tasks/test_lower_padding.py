@@ -44,4 +44,5 @@ def test_network_that_reads_padding_is_refused_if_the_first_rows_are_the_longest
     with pytest.raises(ParityLost) as caught:
         lower_model.fn(bundle, "onnxruntime", test, **arguments)
     failure = caught.value.failure
+    # The network, not the graph, gives a row another score in a large batch than in a small one.
     assert (failure.code, failure.side, failure.row) == ("parity_batch", "network", 0)

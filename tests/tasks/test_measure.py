@@ -1,7 +1,8 @@
 """The task ``measure`` on the lowered graph of a packed bundle, without a flow.
 
 A home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
-of a bundle before it is packed.
+of a bundle before it is packed. ``write_draft`` writes a click model with four dense numbers as
+input and a table of 3,000 users (``tests/drafts.py``).
 """
 
 import shutil
@@ -78,9 +79,9 @@ def measure_graph(
         "champion": champion,
         "test": graphs.test,
         "test_rows": ROWS["test"],
-        "ranking": None,
+        "ranking": None,  # this and the vectors are for retrieval models
         "item_vectors": {},
-        "metrics": (),
+        "metrics": (),  # the metrics of limits
         "seed": 0,
     }
     return read_measurement(measuring.measure.fn(**(arguments | changes)))
@@ -207,6 +208,8 @@ def test_latency_at_a_batch_larger_than_the_test_data_is_left_out(
     } == QUALITY_METRICS | SCORE_CHANGE_METRICS | {"bytes"}
 
 
+# The duration of a round is estimated from the first round if that takes more milliseconds than
+# this, else from five further rounds.
 @pytest.mark.parametrize("slow_round_ms", [0.0, 1000.0])
 def test_quantile_that_would_take_too_long_is_measured_only_if_a_limit_names_it(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch, slow_round_ms: float

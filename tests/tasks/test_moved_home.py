@@ -44,9 +44,8 @@ def publish_version(home: Path, order_digit: str) -> Finished:
 def publish_as_0_1_0(home: Path, order_digit: str) -> Finished:
     """Publish an order like recpress 0.1.0, with absolute URIs.
 
-    They are in the report, in the registered version, and in the order's record of its result.
-
-    Arguments as in ``publish_version``.
+    They are in the report, in the registered version, and in the order's record of its result. The
+    arguments are those of ``publish_version``.
     """
     order_report = create_report(home, order_digit * 64, GOOD)
     root = store().root
@@ -107,7 +106,7 @@ def test_moved_home_is_listed_fetched_promoted_and_found_again(
     new = move_home(home, name, monkeypatch)
     assert [item.version for item in list_versions(None)] == [second.version, first.version]
     for item in list_versions("m"):
-        assert item.note == ""
+        assert item.note == ""  # a note would name a problem of the version
         assert item.source.startswith(f"{store().root}/artifacts/")
         assert item.tags["recpress.report"].startswith(f"{store().root}/artifacts/")
     registered, stored_report = version_report("m", first.version)

@@ -91,7 +91,7 @@ def fail_until(
         (ValueError("x"), None),
     ],
 )
-def test_service_of_returns_a_name_only_for_faults_of_unavailable_services(
+def test_find_service_returns_a_name_only_for_faults_of_unavailable_services(
     fault: Exception, service: str | None
 ) -> None:
     assert find_service(fault) == service

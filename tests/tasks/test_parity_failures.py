@@ -152,7 +152,7 @@ def parity_failure(lowered: Graph, path: Path, inputs: dict[str, Tensor]) -> Par
             target,
             65_536,  # the largest batch
             runnable,
-            Session(runnable, 1),
+            Session(runnable, threads=1),
         )
         with pytest.raises(ParityLost) as raised:
             check.parity(inputs, "the data")
@@ -208,7 +208,7 @@ def test_wrong_bias_is_reported_at_its_layer(mean_graph, layer, target, tmp_path
     failure = parity_failure(lowered, path, {"items": torch.randint(1, 30, (20, 5))})
     assert failure.code == "parity_limit"
     assert failure.tensor is not None
-    assert (failure.tensor.module, failure.tensor.is_clear) == (layer, True)
+    assert (failure.tensor.submodule, failure.tensor.is_clear) == (layer, True)
     assert failure.tensor.found - failure.tensor.expected == pytest.approx(3, rel=1e-3)
 
 
@@ -238,7 +238,7 @@ def test_wrong_quantized_tensor_is_reported_at_its_module(kinds, module, target,
     failure = parity_failure(lowered, path, lowered.rows(40))
     assert failure.tensor is not None
     assert failure.tensor.is_clear
-    assert failure.tensor.module == module
+    assert failure.tensor.submodule == module
     assert set(failure.inputs) == {item.name for item in lowered.signature.inputs}
 
 
@@ -251,7 +251,7 @@ def test_nan_only_in_the_module_is_reported(mean_graph, monkeypatch):
     failure = parity_failure(lowered, lowered.path, {"items": torch.randint(1, 30, (4, 5))})
     assert failure.code == "parity_nan"
     assert failure.tensor is not None
-    assert failure.tensor.module == "hidden"
+    assert failure.tensor.submodule == "hidden"
     assert np.isnan(failure.tensor.expected)
     assert np.isfinite(failure.tensor.found)
 
@@ -268,7 +268,7 @@ def test_score_that_depends_on_the_batch_is_reported_with_side_and_row(tmp_path)
     path = tmp_path / "model.onnx"
     lowered = lower(model.module, require_only_served_graph(MEAN_SIGNATURE), "onnxruntime", path)
     no_plan, largest_batch = None, 64
-    session = Session(path, 1)
+    session = Session(path, threads=1)
     check = GraphCheck(model.module, lowered, no_plan, "onnxruntime", largest_batch, path, session)
     inputs = {"items": torch.randint(1, 30, (20, 5))}
     parity, expected = check.parity(inputs, "the data")

@@ -2,7 +2,7 @@
 
 The ledger is the list of a model's promotions and rollbacks in the store. Publishing an accepted
 order moves the alias ``candidate`` to its version. ``fill("ab", "a")`` publishes the orders
-"aaa..." and "bbb..." as versions 1 and 2, and promotes the first (``triton_versions.py``).
+"aaa..." and "bbb..." as versions 1 and 2, and promotes the first (``conftest.py``).
 """
 
 from pathlib import Path

@@ -5,7 +5,7 @@ it (``is_new``) or an earlier one did.
 
 The ledger is the list of a model's promotions and rollbacks in the store. ``fill("ab", "a")``
 publishes the orders "aaa..." and "bbb..." as versions 1 and 2, and promotes the first
-(``triton_versions.py``).
+(``conftest.py``).
 """
 
 from collections.abc import Iterator

@@ -3,7 +3,7 @@
 The column ``before`` is the untouched model, the columns named like targets are the results, and
 ``change`` is the first result compared with ``before``: a difference, or a ratio such as 0.80x.
 The reports are those of ``reports.py``, whose numbers are invented. A stage is the model after a
-step of the recipe.
+step of the recipe. Test rows "resolve" a change that is large enough to be detected with them.
 """
 
 from pathlib import Path
@@ -189,7 +189,7 @@ def with_score_changes(order_report: Report) -> Report:
     numbers = order_report.measurement.numbers
     changed = numbers.model_copy(
         update={
-            "score_unit": "spread",
+            "score_unit": "spread",  # score changes are in standard deviations of the scores
             "numbers": (
                 *numbers.numbers,
                 number("score_correlation", 0.9995, 0.0001),

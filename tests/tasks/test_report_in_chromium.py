@@ -151,6 +151,7 @@ def test_page_is_not_wider_than_the_window(narrow, wide):
 
 
 def test_charts_have_other_colours_in_dark_mode(wide, tmp_path):
+    # 0 is dark in Chromium's setting.
     dark = measure_page(tmp_path, 1200, "--blink-settings=preferredColorScheme=0")
     assert dark["text_colour"] != wide["text_colour"]
     colours = [{shape["fill"] for shape in measured["shapes"]} for measured in (dark, wide)]

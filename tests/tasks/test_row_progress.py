@@ -13,7 +13,7 @@ def test_lines_are_at_least_seconds_per_line_apart(
     monkeypatch.setattr(row_progress.time, "monotonic", lambda: now)
     progress = RowProgress("encode items", 2_000)
     with caplog.at_level("INFO", row_progress.__name__):
-        for done in range(0, 2_001, 100):  # a batch takes a fifth of that time
+        for done in range(0, 2_001, 100):  # 100 rows take a fifth of the time per line
             progress.show(done)
             now += SECONDS_PER_LINE / 5
     assert caplog.messages == [

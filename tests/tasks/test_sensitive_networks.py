@@ -1,7 +1,8 @@
 """A graph of a network that is sensitive to rounding is compared with wider limits.
 
-The network has 32 int8 layers. Where torch and ONNX Runtime round a value to different levels, the
-difference grows from layer to layer, so that some scores differ by more than the limits of int8.
+The network, ``tests/deep_int8.py``, has 32 int8 layers. Where torch and ONNX Runtime round a value
+to different levels, the difference grows from layer to layer, so that some scores differ by more
+than the limits of int8.
 """
 
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def lowered(export: Callable[[DeepInt8], tuple[Lowered, Path]]) -> tuple[Lowered
 
 def create_check(lowered: Lowered, path: Path) -> GraphCheck:
     """Return the comparison of an exported network with the graph in a file."""
-    session = Session(path, 1)
+    session = Session(path, threads=1)
     return GraphCheck(lowered.wrapper.model, lowered, PLAN, "onnxruntime", ROWS, path, session)
 
 
@@ -82,7 +83,7 @@ def test_graph_that_differs_by_more_than_the_limits_of_int8_is_accepted(
     (parity,), _ = check.parity(rows, "the data")
     # ``by_rounding``: how much rounding errors change the module's scores (root mean square).
     assert parity.root_mean_square < 2 * parity.by_rounding
-    # Nine of ten scores are still equal up to float rounding, which are at most 1e-5 here.
+    # Nine of ten scores still differ only by float rounding, which is at most 1e-5 here.
     assert parity.quantile_90 < 1e-4
 
 
@@ -111,4 +112,4 @@ def test_wrong_operator_is_found_although_rounding_explains_the_difference_of_th
         create_check(lowered[0], wrong_path).parity(rows, "the data")
     tensor = caught.value.failure.tensor
     assert tensor is not None
-    assert tensor.module == f"layers.{DEPTH - 1}"
+    assert tensor.submodule == f"layers.{DEPTH - 1}"

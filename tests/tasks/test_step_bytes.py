@@ -208,6 +208,7 @@ def test_unchanged_file_is_not_hashed_again(home, draft, monkeypatch):
     monkeypatch.setattr(compress_task, "seal", clear_and_seal)
     result = quantize_table(source, source, "user")
     assert name not in hashed_files
+    # The changed file is hashed for the manifest of the bundle and for the manifest of the store.
     assert hashed_files.count("model.safetensors") == 2, "a changed file is hashed"
     assert read(local(result)).files[name] == records[name]
 
@@ -227,7 +228,8 @@ def test_packed_bundle_has_a_file_for_each_large_table(home, draft):
 
 
 def test_version_packed_with_the_files_of_its_draft_is_returned_unchanged(home, draft, monkeypatch):
-    with monkeypatch.context() as patch:  # as earlier versions did
+    # Like earlier versions, store no table in a file of its own.
+    with monkeypatch.context() as patch:
         patch.setattr(packing, "LARGE_BYTES", 2**62)
         packed = pack(draft)
     assert "model.safetensors.index.json" not in read(local(packed.artifact)).files

@@ -157,6 +157,8 @@ def test_local_result_returns_the_result_or_raises_the_exception_of_a_state() ->
         task_calls.local_result(Crashed(data=KeyboardInterrupt()))
 
 
+# States as Prefect's API returns them. ``ResultRecordMetadata`` names a stored result, which anyone
+# with access to the API could have written.
 @pytest.mark.parametrize(
     "state",
     [

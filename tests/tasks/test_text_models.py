@@ -3,6 +3,9 @@
 The models are small, one of each family (BERT, MPNet, ...). Their vectors are compared with those
 that the library sentence-transformers computed. A draft is the folder that the command writes, and
 from which ``recpress bundle pack`` creates a bundle.
+
+``tests/text_models/create.py`` wrote the models. The vocabulary of ``roberta`` has 300 tokens, its
+texts have at most 24, and its prompts are "query: " and "passage: ". ``bert`` has no prompts.
 """
 
 import json
@@ -64,7 +67,7 @@ def test_vectors_are_those_of_sentence_transformers(name: str, tower: str) -> No
 @pytest.mark.parametrize("name", ["bert", "mpnet"])
 def test_padding_does_not_change_a_vector(name: str) -> None:
     network = load_text_model(FIXTURES / name).network
-    ids = torch.tensor([[2, 9, 10, 11, 3]])
+    ids = torch.tensor([[2, 9, 10, 11, 3]])  # 2 begins a text and 3 ends it; padding is 0
     padded = torch.nn.functional.pad(ids, (0, 4))
     with torch.no_grad():
         got = network.encoder(padded, (padded > 0).long())
@@ -172,7 +175,7 @@ def test_vectors_of_a_model_that_compares_by_cosine_are_normalized(
     home: Path, data: Path, tmp_path: Path
 ) -> None:
     folder = copied(tmp_path)
-    modules("Transformer", "Pooling")(folder)
+    modules("Transformer", "Pooling")(folder)  # removes the module Normalize
     written = draft(home, data, folder)
     assert written.draft.network.architecture.config["normalize"]
     assert any("norm 1" in remark for remark in written.remarks)
@@ -326,12 +329,12 @@ def test_weights_with_a_prefix_a_head_and_several_files_are_read(tmp_path: Path)
     named = {f"bert.{name}": tensor for name, tensor in weights.items()}
     named |= {"cls.predictions.bias": torch.ones(3)}
     parts = [dict(list(named.items())[::2]), dict(list(named.items())[1::2])]
-    places = {}
+    file_of_tensor = {}
     for number, part in enumerate(parts, start=1):
         file = f"model-0000{number}-of-00002.safetensors"
         save_file(part, folder / file)
-        places |= dict.fromkeys(part, file)
-    edit(folder / "model.safetensors.index.json", weight_map=places)
+        file_of_tensor |= dict.fromkeys(part, file)
+    edit(folder / "model.safetensors.index.json", weight_map=file_of_tensor)
     expected = load_text_model(FIXTURES / "bert").network.state_dict()
     got = load_text_model(folder).network.state_dict()
     assert got.keys() == expected.keys()

@@ -57,7 +57,7 @@ def write_tied_draft(folder: Path, share: str) -> Path:
 
 
 def lower_bundle(bundle: Artifact, rows: Artifact) -> tuple[Lowering, Path]:
-    """Lower a bundle for ONNX Runtime; returns the description and the folder of its graphs."""
+    """Lower a bundle for ONNX Runtime; return the description and the folder of its graphs."""
     graphs = lower_model.fn(
         bundle,
         "onnxruntime",

@@ -1,7 +1,7 @@
 """Updates of a Triton repository: promotion, repair, killed processes, and S3.
 
 ``fill("ab", "a")`` publishes the orders "aaa..." and "bbb..." as versions 1 and 2, and promotes the
-first (``triton_versions.py``). ``loaded_version`` returns the version that a server would load and
+first (``conftest.py``). ``loaded_version`` returns the version that a server would load and
 the bytes of its graph. The ledger is the list of a model's promotions and rollbacks in the store.
 """
 

@@ -1,7 +1,7 @@
 """Graphs of a version that Triton serves: selection, configuration, and ``recpress triton``.
 
 ``fill("ab", "a")`` publishes the orders "aaa..." and "bbb..." as versions 1 and 2, and promotes the
-first (``triton_versions.py``). A home is the folder with everything that recpress stores
+first (``conftest.py``). A home is the folder with everything that recpress stores
 (``RECPRESS_HOME``).
 """
 

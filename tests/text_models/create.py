@@ -164,7 +164,8 @@ def all_models() -> dict[str, Model]:
         byte_pairs(),
         unigrams(),
     )
-    bert = bert_like(BertConfig, BertModel, lower, 32)
+    bert = bert_like(BertConfig, BertModel, lower, 32)  # more positions than texts have tokens
+    # The positions of the following three families begin at 2.
     roberta = bert_like(
         RobertaConfig, RobertaModel, pairs, LENGTH + 2, type_vocab_size=1, layer_norm_eps=1e-5
     )
