@@ -25,13 +25,19 @@ RECIPES = [
 ]
 LIMITS = [document for expected in EXPECTED.values() for document in expected["limits"]]
 ORDER_DOCUMENTS = [document for expected in EXPECTED.values() for document in expected["orders"]]
+RENAMED_CHOICES = {("importance", "traffic"): "lookups"}
+"""Current choice by setting and stored choice."""
 
 
 def values(document: Any) -> Counter[str]:
-    """Count every value in a document, except those of ``kind`` fields."""
+    """Count every value in a document, except those of ``kind`` fields; choices by current name."""
     if isinstance(document, dict):
-        parts = [values(value) for key, value in document.items() if key != "kind"]
-        return sum(parts, Counter())
+        current = {
+            key: RENAMED_CHOICES.get((key, value), value) if isinstance(value, str) else value
+            for key, value in document.items()
+            if key != "kind"
+        }
+        return sum(map(values, current.values()), Counter())
     if isinstance(document, list):
         return sum((values(item) for item in document), Counter())
     return Counter([json.dumps(document)])
