@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 PROBE_ROWS = 2048
 """Rows of data on which a graph and the module are compared."""
 SMALL_BATCHES = (1, 2)
-"""Batch sizes at which scores must be the same as in a batch of ``PROBE_ROWS``."""
+"""Batch sizes at which scores must be as in a batch of ``PROBE_ROWS``, within the tolerance."""
 EDGE_ROWS = 64
 """Fewest synthetic rows with extreme inputs."""
 
@@ -230,7 +230,7 @@ def _list_units_of_tower(loaded: LoadedBundle, served_graph: ServedGraph) -> set
 
 
 class _ProbeRows:
-    """The rows of a split, as inputs of a graph.
+    """The rows on which a graph and its module are compared, as inputs of the graph.
 
     Args:
         rows: the rows, with the inputs of the model or of a tower.

@@ -137,13 +137,15 @@ def measure(
         resolves[name] = pair.resolves
     for name, estimate in quality.score_change("baseline", "candidate").items():
         candidate_numbers.append(Number(metric=name, against="absolute", estimate=estimate))
-    sizes = {name: served_bytes(folder) for name, folder in folders.items()}
-    candidate_numbers += byte_numbers(sizes["candidate"], sizes["baseline"], sizes.get("champion"))
+    bytes_of = {name: served_bytes(folder) for name, folder in folders.items()}
+    candidate_numbers += byte_numbers(
+        bytes_of["candidate"], bytes_of["baseline"], bytes_of.get("champion")
+    )
     baseline_numbers.append(
         Number(
             metric=BYTES.name,
             against="absolute",
-            estimate=exact_estimate(float(sizes["baseline"])),
+            estimate=exact_estimate(float(bytes_of["baseline"])),
         )
     )
     limited_sizes = {size for name in metrics if (size := metric(name).batch) is not None}

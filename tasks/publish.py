@@ -33,7 +33,10 @@ log = logging.getLogger(__name__)
 CANDIDATE = "candidate"
 OUTCOME_TAG = "recpress.outcome"
 PLAN_CHARACTERS = 50_000
-"""Length from which a plan's tag has only its digest; the registry's limit is twice as high."""
+"""Largest length of a plan in a tag; a longer plan is replaced by its digest.
+
+The registry's limit is twice as high.
+"""
 
 
 @task(task_run_name="publish {report.name}", **TASK_OPTIONS)

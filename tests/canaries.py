@@ -102,9 +102,9 @@ def _read_files(folders: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
             yield str(path), body
             if body.startswith(b"SQLite format 3\0"):
                 yield from _read_database(path)
-            elif body.startswith(b"\x1f\x8b"):
+            elif body.startswith(b"\x1f\x8b"):  # gzip
                 yield f"{path} (unpacked)", gzip.decompress(body)
-            elif body.startswith(b"PK\x03\x04"):
+            elif body.startswith(b"PK\x03\x04"):  # zip
                 with zipfile.ZipFile(path) as archive:
                     for name in archive.namelist():
                         yield f"{path}!{name}", archive.read(name)

@@ -2,8 +2,10 @@
 
 They are for tests of the steps ``fold``, ``equalize`` and ``smooth_quant``, which rewrite weights
 without changing the network's function.
+
 ``NORM_FIRST``, ``BLOCK``, ``LOUD`` and ``CHAIN`` are references (class, arguments and signature of
-a network, see ``models.py``). ``LOUD`` is the ``Block`` with outlier channels.
+a network, see ``models.py``). ``LOUD`` is the ``Block`` with outlier channels. ``SIGNATURE`` of
+``narrow_networks.py`` has the inputs ``user`` (an id) and ``price`` (five numbers).
 """
 
 import torch

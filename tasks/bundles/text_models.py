@@ -4,8 +4,8 @@ A text model has two towers, for queries and for items, that share one network. 
 differ if the model has *prompts*: a prompt is a fixed text, such as "query: ", that is prepended to
 each text of a tower.
 
-``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
-packed.
+``DraftRefused`` is raised if no draft can be written. A draft is the folder that is packed into a
+bundle.
 """
 
 from collections.abc import Iterable
@@ -61,8 +61,8 @@ class TextModel:
     Attributes:
         network: the network, in evaluation mode.
         architecture: its class and arguments.
-        adds_norm: whether the network normalizes vectors, although the saved model has no module
-            ``Normalize`` at its end.
+        adds_norm: whether the network normalizes vectors although the saved model has no module
+            ``Normalize`` at its end. It does if the model compares vectors by cosine.
         longest: the largest number of tokens of a text; longer texts are truncated.
         padding_id: the id of the padding token.
         prompts: text that the tokenizer prepends to each text, by tower (``query``, ``item``).

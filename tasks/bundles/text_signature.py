@@ -1,7 +1,7 @@
 """Describe the signature of a text encoder: columns of texts, ids and relevance grades.
 
-``DraftRefused`` is raised if no draft can be written: the folder that becomes a bundle when it is
-packed.
+``DraftRefused`` is raised if no draft can be written. A draft is the folder that is packed into a
+bundle.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,10 +25,16 @@ METRIC = "ndcg@10"
 """The metric that decides the quality of a text encoder by default."""
 
 HIGHEST_GRADE = 10
-"""Largest value of a column that is taken for grades of relevance without being named."""
+"""Largest relevance grade, if the user does not name the column of the grades.
+
+A column of integers with a larger value is then not considered to contain grades.
+"""
 
 ENCODED_TEXTS = 8
-"""Texts of each tower that the network is called with; activations of long texts are large."""
+"""Number of texts per tower with which the network is called.
+
+It is small because the activations of long texts take much memory.
+"""
 
 Summaries = Mapping[str, ColumnSummary]
 
@@ -41,8 +47,8 @@ def describe_texts(
     Args:
         request: the columns that the user names.
         model: the encoder.
-        rows: the columns of the rows.
-        catalogue: the file of the catalogue.
+        rows: summaries of the columns of the rows, each of which is a query and an item.
+        catalogue: the file of the catalogue, which has one row per item.
 
     Raises:
         DraftRefused: a column cannot be derived, or the user names one that is missing.
@@ -101,10 +107,10 @@ def _select_query_text(request: DraftRequest, rows: Summaries, items: Summaries)
     texts = _list_text_columns(rows)
     if request.query_text is not None:
         return require_column("--query-text", request.query_text, texts)
-    found = tuple(name for name in texts if name not in items) or texts
-    if len(found) != 1:
-        raise DraftRefused("query_text_unknown", columns=found or "none")
-    return found[0]
+    candidates = tuple(name for name in texts if name not in items) or texts
+    if len(candidates) != 1:
+        raise DraftRefused("query_text_unknown", columns=candidates or "none")
+    return candidates[0]
 
 
 def _select_item_text(request: DraftRequest, items: Summaries) -> str:
@@ -145,10 +151,10 @@ def _select_query_id(numbers: Sample, texts: list[str], used: Iterable[str | Non
         ids = column.values.tolist()
         if len(set(zip(ids, texts, strict=True))) == len(set(ids)):
             counts[column.name] = len(set(ids))
-    found = tuple(name for name, count in counts.items() if count == min(counts.values()))
-    if len(found) != 1:
-        raise DraftRefused("query_id_unknown", columns=found or "none")
-    return found[0]
+    candidates = tuple(name for name, count in counts.items() if count == min(counts.values()))
+    if len(candidates) != 1:
+        raise DraftRefused("query_id_unknown", columns=candidates or "none")
+    return candidates[0]
 
 
 def _select_grades(numbers: Sample, used: Iterable[str | None]) -> str | None:
@@ -159,14 +165,14 @@ def _select_grades(numbers: Sample, used: Iterable[str | None]) -> str | None:
     Raises:
         DraftRefused: there are several.
     """
-    found = tuple(
+    candidates = tuple(
         column.name
         for column in _iterate_integer_columns(numbers, used)
         if column.low >= 0 and column.high <= HIGHEST_GRADE
     )
-    if len(found) > 1:
-        raise DraftRefused("grades_unknown", highest=HIGHEST_GRADE, columns=found)
-    return found[0] if found else None
+    if len(candidates) > 1:
+        raise DraftRefused("grades_unknown", highest=HIGHEST_GRADE, columns=candidates)
+    return candidates[0] if candidates else None
 
 
 def _iterate_integer_columns(numbers: Sample, used: Iterable[str | None]) -> Iterator[SampleColumn]:
@@ -207,7 +213,7 @@ def _build_tokens_input(
 def _encode_sample(
     model: TextModel, tower: str, item: TokensInput, texts: list[str]
 ) -> DerivedInputs:
-    """Encode a few sampled texts, and give the reason for the kind of the input."""
+    """Encode a few sampled texts with a tower, and state why its input has the kind ``tokens``."""
     encodings = model.tokenizers[item.tokenizer].encode_batch(texts[:ENCODED_TEXTS])
     longest = max(len(encoding) for encoding in encodings)
     ids, mask = (torch.zeros(len(encodings), longest, dtype=torch.int64) for _ in range(2))

@@ -42,7 +42,7 @@ def require_same_tokenizers(folders: Mapping[str, Path]) -> None:
         folders: the graphs or engines of each model, ``candidate`` among them.
 
     Raises:
-        MetricRefused: names the model and the first column of texts.
+        MetricRefused: names the model and the first column that it tokenizes in another way.
     """
     expected = _read_tokenizers(folders["candidate"])
     for name, folder in folders.items():

@@ -116,7 +116,8 @@ def _estimate_round_ms(models: list[Session], inputs: Mapping[str, Array]) -> fl
 
     It is the sum of the models' medians of five calls; of one call if that is slow.
     """
-    first = sum(float(times[0]) for times in measure_interleaved_ms(models, inputs, 1, 1))
+    times_of_one_call = measure_interleaved_ms(models, inputs, rounds=1, warmup=1)
+    first = sum(float(times[0]) for times in times_of_one_call)
     if first > SLOW_ROUND_MS:
         return first
     times_of_models = measure_interleaved_ms(models, inputs, rounds=5, warmup=5)

@@ -56,7 +56,8 @@ class GraphCheck:
     Attributes:
         model: the whole torch model.
         lowered: the exported graph and the part of the model it computes.
-        plan: plan lines of the graph's units, which determine the tolerance.
+        plan: plan lines of the graph's units, which determine the tolerance; None for an untouched
+            model.
         target: name of the target.
         most_rows: the largest batch the graph must accept.
         path: file of the graph, in a form that ONNX Runtime can run.
@@ -81,10 +82,10 @@ class GraphCheck:
             rows_from: origin of the rows, for error messages.
 
         Raises:
-            ParityLost: the outputs differ by more than the tolerance. Contains the row, both
-                outputs and the first tensor that differs. Or the network is so sensitive to
-                rounding that the tolerance is larger, and an operator of the graph gives another
-                result than torch for the same inputs.
+            ParityLost: the outputs differ by more than the tolerance; the error has the row, both
+                outputs and the first tensor that differs. It is also raised if the tolerance is
+                larger than usual, because the network is sensitive to rounding, and an operator of
+                the graph returns another result than torch for the same inputs.
         """
         expected, actual = self.scores(inputs, rows_from)
         try:

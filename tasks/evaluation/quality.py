@@ -185,7 +185,7 @@ def query_quality(
 
 
 def queries_of(signature: Signature, test: Split, ranking: Ranking) -> RankingQueries:
-    """Return the test queries with their relevant items and those not to rank, seen earlier.
+    """Return the test queries, their relevant items, and the items that are not ranked.
 
     Arguments as in ``query_quality``.
 

@@ -1,7 +1,7 @@
 """Types of the JSON documents that tasks store, and functions to read them. No Prefect.
 
-``Lowering`` describes the graphs of a model, ``Measurement`` the numbers of a target, and
-``Report`` the whole result of an order.
+``Measurement`` has the numbers of a target, and ``Report`` the whole result of an order. The
+documents about graphs are in ``graph_documents.py``.
 """
 
 import operator

@@ -49,8 +49,10 @@ PUBLISHING_FACTOR = 2.0
 READING_FACTOR = 6.2
 """Factor of the largest split's parquet file while its rows are read."""
 TRAINING_FACTOR = 8.8
-"""Factor of the weights that a step trains; one of these 8.8 copies is a part of the untouched
-model, which is counted as well."""
+"""Factor of the weights that a step trains, including these weights themselves.
+
+The estimate adds one copy less, because the bytes of the untouched model already contain one.
+"""
 
 
 class Memory(Frozen):

@@ -62,8 +62,8 @@ class NoResultStorage(WritableFileSystem):
     """A result storage for Prefect that stores nothing.
 
     Without it, Prefect writes the exception of every failed flow to its default storage, even with
-    ``persist_result=False``. Its id is zero, which no saved block of Prefect has, so a state that
-    refers to this storage cannot be read from another one.
+    ``persist_result=False``. The id of this storage is zero. No saved block of Prefect has that id,
+    so Prefect finds no other storage for a state that names it.
     """
 
     _block_type_slug = "recpress-no-results"

@@ -5,7 +5,8 @@ registry and the Triton model repository, if there is one, are copies that are r
 
 A change of champion has four actions: copy the version's files to the Triton repository, append to
 the ledger, move the alias, and update the repository's configuration. In this order, a server
-always has the complete old or new champion, also if the process is killed in between.
+always has the complete old or new champion, also if the process is killed in between. The change is
+then confirmed in the registry; a change without confirmation was interrupted.
 """
 
 import getpass
@@ -284,7 +285,7 @@ def _is_rolled_back(
         raise PromotionRefused("other_champion", model=model, expected=from_version, got=current)
     if last is None or last.action != "rollback":
         return False
-    if last.digest is None:  # an earlier recpress wrote it, whose last action was to move the alias
+    if last.digest is None:  # an earlier version of recpress wrote it, and moved the alias last
         return CHAMPION not in version_of_entry(model, last).registered.aliases
     # A completed change is confirmed in the registry (``_complete``), an interrupted one is not.
     return (

@@ -268,7 +268,7 @@ def test_architecture_path_other_than_module_and_class_is_refused(path):
         Architecture(path=path)
 
 
-def test_bench_has_no_field_for_test_data():
+def test_bench_has_no_field_for_test_data_and_refuses_a_time_budget_of_0_seconds():
     assert "test" not in Bench.model_fields
     with pytest.raises(ValidationError, match="Extra inputs"):
         Bench(signature=RANKER.signature, test=None)
@@ -387,6 +387,7 @@ def test_of_split_returns_the_inputs_and_columns_of_each_split():
 
 
 OF_FIRST_RANKS = ("recall@k", "ndcg@k", "mrr@k", "map@k", "hit@k", "precision@k")
+"""Metrics of the first k ranks, in the form in which errors list them."""
 
 
 # The field ``read`` of ``tower_inputs_differ`` lists the inputs of both towers.

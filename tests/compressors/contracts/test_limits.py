@@ -383,6 +383,7 @@ def test_signature_with_a_metric_that_its_task_kind_does_not_measure_is_refused(
         for family in FAMILIES.values()
         if family.any_member().selects and can_be_measured(family.any_member(), task, grouped=True)
     }
+    # The error lists the metrics that the task measures; ``grouped`` are those that need groups.
     listed = {*reason.fields.get("metrics", ()), *reason.fields.get("grouped", ())}
     assert listed == (set() if reason.code == "metric_without_group" else usable)
     # Bundles of earlier versions, which did not have this rule, can still be read.

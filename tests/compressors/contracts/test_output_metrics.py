@@ -60,6 +60,7 @@ def test_limits_on_a_named_output_or_on_the_whole_model_are_unchanged():
 
 
 def test_limit_that_no_output_can_measure_is_unchanged_and_refused_later():
+    # ``gauc`` is an AUC per group, so it is not measured without groups.
     assert resolve_limits("gauc vs baseline >= -0.001", grouped=False) == [
         "gauc vs baseline >= -0.001"
     ]

@@ -119,7 +119,7 @@ def test_table_gradients_equal_the_gradients_of_torchs_embedding_bag(mode):
 
 def encode_table_for_bag(name: str, weight: Tensor) -> PackedTable:
     """Encode a table, float ``(rows, dim)``, in the format ``name``."""
-    if name == "float16":
+    if name == "float16":  # its step has no method ``encode`` for blocks of rows
         stored = {"weight": float16.to_float16(weight)}
         return PackedTable(float16.TABLE_FORMAT, ROWS, DIM, {}, stored)
     (method,) = (

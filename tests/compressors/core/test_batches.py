@@ -1,4 +1,9 @@
-"""Batches of prepared data, random inputs, and edge inputs with out-of-range ids."""
+"""Batches of prepared data, random inputs, and edge inputs with out-of-range ids.
+
+The networks are those of ``models.py``. ``RANKER`` has six inputs with ids: ``user``, ``item`` and
+``city``, the padded bag ``genres``, and the jagged bags ``history`` (with offsets) and ``tags``
+(with lengths). A jagged bag is the ids of all rows, concatenated.
+"""
 
 import pytest
 import torch

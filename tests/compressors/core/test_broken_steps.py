@@ -1,7 +1,12 @@
 """``runner.run`` raises an error for each way in which a step can break its contract.
 
 A plan has a decision for each unit: ``taken`` (the step changes it), ``skipped``, or ``deferred``
-(the step decides while it runs).
+(the step decides while it runs). The second argument of ``StepPlan`` is data for ``apply``; the
+steps in this file need none, so it is None.
+
+The networks are those of ``models.py``. ``RANKER`` has the tables ``user`` and ``item``, among
+others, and the dense layers ``cross``, ``hidden``, ``capped``, ``plain`` and ``out``. ``NORMED``
+has the table ``user``, the layers ``hidden`` and ``out``, and a batch norm.
 """
 
 from dataclasses import dataclass
@@ -229,7 +234,8 @@ class PartialFloat16Step(StepAttributes):
 
 def test_a_planned_layer_may_keep_its_format_only_if_the_step_gives_a_reason(tmp_path):
     bench = RANKER.bench(tmp_path / "data")
-    reason = Reason("as_written", text="reaches 7e4")  # a reason with a free text
+    # ``as_written`` is a reason with a free text; 7e4 is larger than any float16 number.
+    reason = Reason("as_written", text="reaches 7e4")
     step = PartialFloat16Step({"out": Decision("skipped", (reason,))})
     result = run(step, RANKER.model(), bench, tmp_path / "out")
     line = result.plan.of("out")

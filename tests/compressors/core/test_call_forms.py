@@ -2,6 +2,9 @@
 
 They have positional inputs or one mapping, or scores from a method like ``predict``, or fail for a
 batch of one row.
+
+All are variants of ``MULTI_TASK`` of ``models.py``, whose class ``MultiTaskNet`` has the inputs
+``user``, ``item`` and ``price``. Its three outputs are two logits and a probability.
 """
 
 from dataclasses import replace
@@ -113,17 +116,17 @@ def scores(model, form):
 )
 def test_step_gives_the_same_scores_as_for_a_network_with_keyword_arguments(form, step, tmp_path):
     results = []
-    for name, each in (("keywords", MULTI_TASK), ("other", form)):
+    for name, of_form in (("keywords", MULTI_TASK), ("other", form)):
         # Hints come from the original, the network before compression.
-        source = replace(each.model(), original=each.model().module)
-        result = run(step, source, each.bench(tmp_path / name), tmp_path / f"{name}-out")
-        results.append(scores(result, each))
+        source = replace(of_form.model(), original=of_form.model().module)
+        result = run(step, source, of_form.bench(tmp_path / name), tmp_path / f"{name}-out")
+        results.append(scores(result, of_form))
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @FORMS
 def test_graph_takes_the_inputs_by_name(form, tmp_path):
-    smoke_test(form.model().module, form.signature, "m:Net")
+    smoke_test(form.model().module, form.signature, "m:Net")  # the class's path, for errors
     (served,) = served_graphs(form.signature)
     lower(form.model().module, served, "onnxruntime", tmp_path / "model.onnx")
     session = Session(tmp_path / "model.onnx", threads=1)
@@ -155,7 +158,7 @@ def test_repeated_row_has_the_scores_of_the_row_in_a_batch_and_of_the_graph(tmp_
     for row in range(9):
         only = {name: tensor[row : row + 1] for name, tensor in inputs().items()}
         of_row = network_scores(module, only, BY_TWO_ROWS.signature)
-        # Float32 sums of matrices of other sizes have another order.
+        # Float32 sums are added in another order if the batch has another size.
         torch.testing.assert_close(of_row, of_batch[row : row + 1], rtol=0, atol=1e-6)
         of_row[:, :2] = of_row[:, :2].sigmoid()
         result = session.scores({name: tensor.numpy() for name, tensor in only.items()})
@@ -175,8 +178,8 @@ def test_repeated_row_of_a_jagged_bag_has_its_ids_twice(layout):
             return {"click": torch.arange(2.0), "other": (torch.zeros(2, 1),)}
 
     bounds = {"offsets": [0], "lengths": [3]}[layout]
-    given = {"tags": torch.tensor([5, 6, 7]), f"tags_{layout}": torch.tensor(bounds)}
-    returned = call_network(Bag(), given, signature)
+    single_row = {"tags": torch.tensor([5, 6, 7]), f"tags_{layout}": torch.tensor(bounds)}
+    returned = call_network(Bag(), single_row, signature)
     assert received["tags"].tolist() == [5, 6, 7, 5, 6, 7]
     assert received[f"tags_{layout}"].tolist() == {"offsets": [0, 3], "lengths": [3, 3]}[layout]
     assert returned["click"].tolist() == [0.0]

@@ -1,7 +1,9 @@
 """The contract of every method that replaces a table by smaller tables ("parts").
 
 Examples are low rank, hashing, and tiers of often and rarely looked-up rows. test_steps.py checks
-what holds for every step.
+what holds for every step. ``PARTS`` of ``models.py`` lists these methods. Most tests run them on
+its network ``Ranker``. In its network ``Tied``, ``user`` and ``friend`` are one module, and the
+tables ``item`` and ``similar`` have one weight.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Build and load networks whose constructors move, copy, cast or read their parameters.
 
-The networks are subclasses of ``Base`` in ``tests/constructed_networks.py``: a table ``emb``, a
-dense layer ``out``, and the non-persistent buffer ``places`` with the values 0, 1, 2. ``Base``
-calls the method ``finish`` of the subclass at the end of its constructor.
+The networks are subclasses of ``Base`` in ``tests/constructed_networks.py``. ``Base`` has a table
+``emb`` of 7 rows, a dense layer ``out``, and the non-persistent buffer ``places`` with the values
+0, 1, 2. It calls the method ``finish`` of the subclass at the end of its constructor.
 
 A note is a sentence for the user on how a network had to be built. ``private_copy`` copies the
 module tree of a network but shares its tensors.

@@ -1,4 +1,8 @@
-"""The dry run of every step predicts the plan, the bytes and the architecture of its result."""
+"""The dry run of every step predicts the plan, the bytes and the architecture of its result.
+
+The networks are those of ``models.py``. ``width`` is an argument of ``RANKER``, the outputs of its
+hidden layers. ``TIED`` has only one dense layer, ``out``, with one output.
+"""
 
 import models
 import pytest

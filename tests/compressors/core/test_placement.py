@@ -1,4 +1,8 @@
-"""Training in mixed precision or on a GPU, and moving a module to another device and back."""
+"""Training in mixed precision or on a GPU, and moving a module to another device and back.
+
+The networks are those of ``models.py``: ``RANKER`` has dense layers such as ``cross`` and
+``hidden``, ``TIED`` two tables with one weight, and ``NORMED`` a batch norm.
+"""
 
 import pytest
 import torch

@@ -24,6 +24,7 @@ from compressors.quantize.dense.static_int8 import StaticInt8
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 FIELDS, DIM, MAPS = 3, 8, 10
+"""Numbers of ids per row, of columns of the table, and of feature maps of each convolution."""
 
 
 class InteractionNet(nn.Module):
@@ -164,6 +165,7 @@ def test_dense_steps_and_targets_support_convolutions(
     expected = graph.run_in_torch(inputs)
     difference = (graph.run_in_onnx(inputs) - expected) / expected.std()
     tolerance = lowering_target(target).tolerance(model.plan)
-    # The largest difference only: with so few weights, many rows have an input that the graph for
-    # TensorRT, which rounds table rows to float16, rounds to the next of the 255 levels.
+    # Only the largest difference is checked, not the root mean square. The graph for TensorRT
+    # rounds table rows to float16. With so few weights, this moves an int8 input of many rows to
+    # the next of its 255 levels.
     assert abs(difference).max() <= tolerance.largest

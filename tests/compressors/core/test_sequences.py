@@ -1,4 +1,8 @@
-"""Sequences: padding to the longest list, masks, lengths, positions, and random sequences."""
+"""Sequences: padding to the longest list, masks, lengths, positions, and random sequences.
+
+``SEQUENCES`` is the signature of ``sequence_draft.py``. Its sequences ``history`` and
+``categories`` are declared to have the same length, and ``category_count`` is that length.
+"""
 
 import pytest
 import torch
@@ -77,12 +81,12 @@ def test_ids_under_the_mask_are_the_lists_in_order(lengths, padding, data):
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_concatenated_batches_are_padded_like_one_batch(padding):
     item = sequence(padding=padding, min_length=0)
-    both = Signature(inputs=(item,), outputs=(CLICK,))
+    with_item = Signature(inputs=(item,), outputs=(CLICK,))
     parts = [
         pad_sequence(item, VALUES[:3], BOUNDS[:2]),
         pad_sequence(item, VALUES[3:], BOUNDS[1:] - 3),
     ]
-    joined, expected = concatenate_inputs(parts, both), pad_sequence(item, VALUES, BOUNDS)
+    joined, expected = concatenate_inputs(parts, with_item), pad_sequence(item, VALUES, BOUNDS)
     assert joined.keys() == expected.keys()
     assert all(joined[name].equal(tensor) for name, tensor in expected.items())
 
@@ -101,8 +105,7 @@ def test_batches_of_a_split_are_padded_to_their_longest_list(tmp_path):
     assert rows.take(chosen).inputs["category_count"].equal(lengths[chosen])
 
 
-def test_random_sequences_of_the_same_length_have_equal_lengths_and_one_longest_list():
-    """The signature says that ``categories`` has the same length as ``history``."""
+def test_random_sequences_have_the_declared_equal_lengths_and_a_list_of_the_largest_length():
     inputs = generate_inputs(SEQUENCES, TABLES, rows=20)
     assert inputs["history_mask"].sum(dim=1).equal(inputs["category_count"].to(torch.float32))
     assert inputs["history"].shape[1] == CONFIG["longest"]

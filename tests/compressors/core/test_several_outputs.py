@@ -1,4 +1,8 @@
-"""Networks with several outputs: what they may return, losses, and every step on such a network."""
+"""Networks with several outputs: what they may return, losses, and every step on such a network.
+
+``MULTI_TASK`` of ``models.py`` has three outputs: the logits ``click`` and ``like``, and the
+probability ``buy``. The loss of ``like`` has the weight 0.5, and every third row lacks its label.
+"""
 
 import itertools
 import math
@@ -157,13 +161,13 @@ def test_distillation_loss_is_smallest_at_the_scores_of_the_teacher():
         assert float(gradient.abs().max()) < 1e-6, name  # float32 rounding of probabilities
     changed = teacher.clone()
     changed[:, 1] += 1.0  # only the output with weight 0.5
-    gap = soft_loss(SIGNATURE, changed, teacher, batch, 1.0) - soft_loss(
-        SIGNATURE, teacher, teacher, batch, 1.0
+    gap = soft_loss(SIGNATURE, changed, teacher, batch, temperature=1.0) - soft_loss(
+        SIGNATURE, teacher, teacher, batch, temperature=1.0
     )
     like = LIKE.model_copy(update={"loss_weight": 1.0})
     likes = SIGNATURE.model_copy(update={"outputs": (like,)})
-    alone = soft_loss(likes, changed[:, 1], teacher[:, 1], batch, 1.0) - soft_loss(
-        likes, teacher[:, 1], teacher[:, 1], batch, 1.0
+    alone = soft_loss(likes, changed[:, 1], teacher[:, 1], batch, temperature=1.0) - soft_loss(
+        likes, teacher[:, 1], teacher[:, 1], batch, temperature=1.0
     )
     torch.testing.assert_close(gap, 0.5 * alone)
 
@@ -188,7 +192,7 @@ def test_validation_score_is_the_weighted_mean_of_the_metrics(tmp_path):
     assert quality(module, SIGNATURE, bench.validation) == pytest.approx(expected, abs=1e-9)
 
 
-def test_labelled_rows_and_traffic_keep_the_labels_of_each_output(tmp_path):
+def test_joined_rows_keep_the_labels_of_each_output_and_traffic_has_none(tmp_path):
     """Traffic has logged requests without labels, here the calibration rows."""
     bench = MULTI_TASK.bench(tmp_path)
     labelled = Rows(bench.train, SIGNATURE)
@@ -224,7 +228,9 @@ def bench_with_drawn_labels(folder):
     """
     bench = MULTI_TASK.bench(folder)
     tables, scores = MULTI_TASK.rows_of_tables(), MULTI_TASK.label_scores
-    split = write_split(SIGNATURE, tables, folder / "many", 3, scores, rows=4000)
+    split = write_split(
+        SIGNATURE, tables, folder / "many", seed=3, score_function=scores, rows=4000
+    )
     (batch,) = batches(split, SIGNATURE, 4000)
     with torch.no_grad():
         logits = network_scores(MULTI_TASK.model().module, batch.inputs, SIGNATURE)

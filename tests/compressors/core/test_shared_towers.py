@@ -1,4 +1,9 @@
-"""Two towers that are one module: names of arguments, the graph, and towers that stay separate."""
+"""Two towers that are one module: names of arguments, the graph, and towers that stay separate.
+
+``SIGNATURE`` of ``token_draft.py`` has one module, ``encoder``, for both towers. The query tower
+reads ``input_ids`` and ``attention_mask``, the item tower ``document_ids`` and ``document_mask``.
+The third input is a key, which identifies an item and enters no tower.
+"""
 
 import pytest
 import torch
@@ -25,7 +30,7 @@ TABLES = {"encoder.word": VOCABULARY}
 
 def with_inputs(*inputs, **changes):
     """Return the signature with other inputs of query and item, and some fields replaced."""
-    key = SIGNATURE["inputs"][2]  # the column that identifies an item
+    key = SIGNATURE["inputs"][2]
     return Signature.model_validate(SIGNATURE | {"inputs": [*inputs, key]} | changes)
 
 
@@ -80,8 +85,9 @@ def test_towers_with_different_modules_are_two_graphs():
 
 
 def test_texts_may_not_declare_the_length_of_another_sequence():
-    query = tokens("input_ids", "attention_mask", "query", 8)
-    item = tokens("document_ids", "document_mask", "text", 8) | {"same_length_as": "input_ids"}
+    query = tokens("input_ids", "attention_mask", "query", longest=8)
+    item = tokens("document_ids", "document_mask", "text", longest=8)
+    item |= {"same_length_as": "input_ids"}
     with pytest.raises(ValidationError) as caught:
         with_inputs(query, item)
     assert caught.value.errors()[0]["type"] == "tokens_share_length"

@@ -445,6 +445,7 @@ def test_a_fold_that_changes_scores_at_one_layer_skips_that_layer(
 
     def doubled_for_second_layer(weight: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
         scaled, bias = original(weight, *others)
+        # ``second`` has 16 inputs, ``first`` has 18.
         return (2 * scaled, bias) if weight.shape[1] == 16 else (scaled, bias)
 
     monkeypatch.setattr(fold, "scale_outputs", doubled_for_second_layer)

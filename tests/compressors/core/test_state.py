@@ -1,6 +1,11 @@
 """Save and load a module as tensors and records, and refuse stored files that do not fit.
 
 A record (``ModuleRecord``) describes a compressed module: its kind, format and settings.
+
+The networks are those of ``models.py``. In ``TIED``, the tables ``item`` and ``similar`` have one
+weight, and ``user`` and ``friend`` are one module. ``NORMED`` has the table ``user``, the layer
+``hidden`` of ``width`` outputs, a batch norm and the layer ``out``. ``RANKER`` has tables, the bags
+``genres``, ``history`` and ``tags``, and layers such as ``cross``.
 """
 
 import json

@@ -1,6 +1,9 @@
 """The weight of a compressed table: slices, products and their gradients, and tied output heads.
 
 Networks in ``weight_readers`` use the weight of their item table as the output head, too.
+``READERS`` has all of them. ``SELF_ATTENTIVE`` also reads a slice of the table ``position``, and
+the head of ``RECURRENT`` is an ``nn.Linear``. ``TIED`` is the format of such a head in the plan: it
+stores a bias, but no weight.
 """
 
 from collections.abc import Callable
@@ -33,6 +36,7 @@ from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 
 ROWS, DIM = 11, 6
+# Formats that can be multiplied without decoding all rows, and formats that cannot.
 STEPS = (
     RowwiseInt8(),
     RowwiseInt8(scale="float32"),
@@ -195,10 +199,10 @@ def test_a_tied_head_multiplies_by_the_table_after_each_step_and_after_loading(
     source, bench = RECURRENT.model(), RECURRENT.bench(tmp_path / "data")
     low_rank = run_or_skip(LowRank(rank=0.5), source, bench, tmp_path / "low_rank")
     model = run_or_skip(RowwiseInt8(), low_rank, bench, tmp_path / "int8")
-    for step in (low_rank, model):
-        head = step.module.get_submodule("head")
+    for compressed in (low_rank, model):
+        head = compressed.module.get_submodule("head")
         assert isinstance(head, TiedHead)
-        assert head.table is step.module.get_submodule("item")
+        assert head.table is compressed.module.get_submodule("item")
         assert [name for name, _ in head.named_parameters()] == ["bias"]
     assert model.plan is not None
     narrow, head_line = model.plan.of("item.narrow"), model.plan.of("head")
@@ -213,6 +217,7 @@ def test_bytes_of_a_shared_weight_count_for_the_table_if_its_head_is_registered_
     network.head, network.item = nn.Linear(4, 5), nn.Embedding(5, 4)
     network.head.weight = network.item.weight
     head, item = Unit.of(network)
+    # In float32, the head has a bias of 5 numbers, and the table 5 rows of 4.
     assert (head.format, head.bytes, head.shared_with) == (TIED, 20, "item")
     assert (item.bytes, item.shared_with, item.shares_with_heads) == (80, "head", True)
 

@@ -4,6 +4,10 @@ Hints train a student's layer to predict the output of the original's layer; an 
 predicts the teacher's scores from a layer. Both are discarded after training. ``soft_share`` is the
 weight of the teacher's loss; the loss on labels has the rest. Packed tables and layers have codes
 in place of float weights.
+
+The networks are those of ``models.py``. ``RANKER`` has the tables ``TABLE_NAMES`` and dense layers
+such as ``hidden`` (40 inputs, ``width`` outputs, 16 by default) and ``plain``; its bench has 96
+rows. ``NORMED`` also has a layer ``hidden``, but no ``plain``. ``ATTENTION`` has layers over lists.
 """
 
 from dataclasses import replace
@@ -56,11 +60,11 @@ def unexplained_share(module: nn.Module, original: nn.Module, name: str, bench) 
 
 
 def test_with_hints_a_smaller_layer_predicts_the_original_layer_better(tmp_path):
-    """The same training without hints is the comparison.
+    """Two students are compared, one trained with hints and one without.
 
-    After training, linear maps from 8 to 16 outputs are fitted.
-
-    ``hint_share`` is the weight of the hint loss; without hints it has no effect.
+    The student's layer has 8 outputs, the original's 16. After training, the best linear map from
+    the one to the other is fitted. ``hint_share`` is the weight of the hint loss; without hints it
+    has no effect.
     """
     bench = RANKER.bench(tmp_path / "data")
     original = RANKER.model().module
@@ -120,20 +124,22 @@ def test_hints_for_layers_without_vector_outputs_raise_distillation_refused(tmp_
         DistillationRefused,
         "layer_output_unusable",
         layer="total",
-        got="torch.float32 of shape (96,)",
+        got=f"torch.float32 of shape ({BENCH_ROWS},)",
     ):
         measure_widths(FlatOutputNet(), ("total",), batch, NORMED.signature)
 
 
 def test_hint_loss_is_zero_for_matching_outputs_and_independent_of_scale():
-    auxiliary = AuxiliaryLosses(("a",), None, {"a": 2}, {"a": 3}, seed=0)
+    settings = {"hints": ("a",), "auxiliary": None, "seed": 0}
+    widths = {"student_widths": {"a": 2}, "teacher_widths": {"a": 3}}
+    auxiliary = AuxiliaryLosses(**settings, **widths)
     auxiliary.outputs = {"a": torch.randn(5, 2)}
     with torch.no_grad():
         matching = auxiliary.maps[0](auxiliary.outputs["a"])
     assert auxiliary.hint_loss({"a": matching}).item() < 1e-12
     # The loss is divided by the mean square of the target, so it is large for a target of zeros.
     assert auxiliary.hint_loss({"a": torch.zeros(5, 3)}).item() > 1e6
-    doubled = AuxiliaryLosses(("a",), None, {"a": 2}, {"a": 3}, seed=0)
+    doubled = AuxiliaryLosses(**settings, **widths)
     doubled.load_state_dict({key: 2 * value for key, value in auxiliary.state_dict().items()})
     doubled.outputs = auxiliary.outputs
     targets = torch.randn(5, 3)

@@ -1,4 +1,9 @@
-"""``distill``: training on a teacher's scores, smaller students, and invalid students."""
+"""``distill``: training on a teacher's scores, smaller students, and invalid students.
+
+The networks are those of ``models.py``. The layer ``hidden`` of ``RANKER`` has 40 inputs and
+``width`` outputs, 16 by default. In its bench, labels and soft labels are the opposite of the
+network's predictions. ``NORMED.signature`` has the inputs ``user`` and ``price`` (two numbers).
+"""
 
 from dataclasses import replace
 

@@ -2,6 +2,9 @@
 
 A list is the rows of one group, such as the items of one query. List losses compare the rows of a
 list with each other.
+
+The signatures are those of ``models.py``: the scores of ``RANKER`` are logits of clicks, those of
+``NORMED`` are probabilities of clicks, and those of ``ATTENTION`` are scores of rankings.
 """
 
 import hypothesis.strategies as st
@@ -171,7 +174,8 @@ def test_rankdistil_gradient_orders_the_top_and_keeps_other_rows_below():
 
 def test_equal_teacher_scores_get_different_ranks():
     list_index = torch.tensor([0, 1, 0, 1, 0])
-    ranks = losses._rank_by_teacher(torch.tensor([1.0, 5.0, 1.0, 6.0, 2.0]), list_index, 2)
+    teacher = torch.tensor([1.0, 5.0, 1.0, 6.0, 2.0])
+    ranks = losses._rank_by_teacher(teacher, list_index, num_lists=2)
     assert ranks.tolist() == [1, 1, 2, 0, 0]
 
 

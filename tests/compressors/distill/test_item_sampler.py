@@ -35,7 +35,11 @@ SKUS = torch.arange(ITEMS) * 10 + 3
 
 @pytest.fixture
 def splits(tmp_path: Path) -> tuple[Split, Rows]:
-    """A catalogue in which item ``i`` has ``i % 3`` tags, and training rows with some items."""
+    """A catalogue in which item ``i`` has ``i % 3`` tags, and training rows with some items.
+
+    They are stored as prepared splits: ``@bounds/tags`` has the offsets of the lists, and
+    ``@label`` and ``@group`` the labels and groups. Every tag of item ``i`` is the number ``i``.
+    """
     lengths = torch.arange(ITEMS) % 3
     catalogue = {
         "sku": SKUS,
@@ -65,7 +69,7 @@ def test_draws_have_different_items_with_their_inputs_and_shares(splits):
         sampled = sampler.draw()
         assert len(set(sampled.item.tolist())) == 5
         assert sampled.drawn_share == 5 / ITEMS
-        numbers = (sampled.item - 3) // 10
+        numbers = (sampled.item - 3) // 10  # of the items, from their ``SKUS``
         tags = [tag for n in numbers.tolist() for tag in [n] * (n % 3)]
         assert sampled.inputs["tags"].tolist() == tags
         share = {43: 3 / 4, 73: 1 / 4}  # of the training rows

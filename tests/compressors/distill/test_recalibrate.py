@@ -5,6 +5,9 @@ an offset; both numbers are the tensor ``recalibration.line``. The method ``isot
 between knots: rows in order of their logit form at most ``knots`` groups, and each group is a knot,
 with the mean logit of its rows and the logit of the share of clicks. ``OUTPUT`` is the name of the
 map's line in the plan.
+
+The networks are those of ``models.py``. The output of ``RANKER`` and ``COMPACT`` is a logit, that
+of ``NORMED`` a probability, and that of ``ATTENTION`` a score for rankings.
 """
 
 from pathlib import Path
@@ -217,16 +220,17 @@ def test_recalibrate_lowers_the_log_loss_and_keeps_the_auc(reference, method, tm
 
 
 def test_rows_without_a_label_do_not_change_the_map(tmp_path):
-    bench = bench_with_drawn_labels(COMPACT, tmp_path, 0.5, 0.3)
+    """Every third row has no label, or is removed; both must give the same map."""
+    bench = bench_with_drawn_labels(COMPACT, tmp_path, slope=0.5, offset=0.3)
     maps = []
-    for name, removed in (("few", slice(0, None, 3)), ("none", slice(0, 0))):
+    for name in ("without labels", "without rows"):
         folder = tmp_path / name
         folder.mkdir()
         path = Path(bench.validation.path) / "data.safetensors"
         tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
-        if name == "few":
-            tensors["@label"][removed] = torch.nan
-        else:  # remove the rows that have no label in the folder "few"
+        if name == "without labels":
+            tensors["@label"][::3] = torch.nan
+        else:
             keep = torch.ones(ROWS, dtype=torch.bool)
             keep[::3] = False
             tensors = {key: tensor[keep].contiguous() for key, tensor in tensors.items()}

@@ -3,6 +3,9 @@
 Traffic rows are logged requests, which have no labels. ``soft_share`` is the weight of the
 teacher's loss; the loss on labels has the rest. A list is the rows of one group, such as the items
 of one query; a batch contains whole lists if the loss compares rows of a list.
+
+The networks are those of ``models.py``: ``RANKER`` predicts clicks and has jagged inputs;
+``ATTENTION`` ranks lists of eight rows. Each split of their benches has 96 rows (``BENCH_ROWS``).
 """
 
 from pathlib import Path
@@ -171,7 +174,7 @@ def test_distill_without_traffic_rows_raises_nothing_to_compress(tmp_path):
     missing = ("traffic", "traffic_soft_labels")
     with raises_code(NothingToCompress, "rows_missing", missing=missing):
         run(step, RANKER.model(), RANKER.bench(tmp_path), tmp_path / "out")
-    with raises_code(RowsMissing, "train_rows_missing"):
+    with raises_code(RowsMissing, "train_rows_missing"):  # also the code if traffic is missing
         soft_label_rows(RANKER.bench(tmp_path), rows="both", kind="distill")
 
 

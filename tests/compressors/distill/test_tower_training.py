@@ -41,6 +41,7 @@ from compressors.quantize.tables.table_qat import TableQAT
 
 USERS, ITEMS, DIM = 400, 120, 8
 PER_USER = {"train": 12, "validation": 5, "calibration": 2}
+"""Number of interactions of each user, by split."""
 
 
 class Tower(nn.Module):
@@ -119,6 +120,7 @@ def build_bench(model: Model, folder: Path) -> Bench:
         tensors |= {"@label": torch.ones(len(tensors["user"])), "@group": tensors["user"].clone()}
         (folder / part).mkdir(parents=True)
         save_file(tensors, folder / part / "data.safetensors")
+        # ``begin`` has two digits, so the placeholder of the hash has 64.
         parts[part] = Split(
             path=str(folder / part), sha256=str(begin) * 32, rows=len(tensors["user"])
         )
@@ -193,6 +195,7 @@ def test_fine_tune_trains_random_towers(negatives, tmp_path):
     changes = {"learning_rate": 0.1, "epochs": 8, "negatives": negatives}
     training = TRAINING.model_copy(update=changes)
     result = run(FineTune(training=training), start, bench, tmp_path / "out")
+    # Recall@5 of a random order of the items that are not in the user's training rows.
     random_order = 5 / (ITEMS - PER_USER["train"])
     assert recall(start, bench) < 2 * random_order
     assert recall(result, bench) > 3 * random_order
@@ -291,10 +294,11 @@ def test_validation_rows_without_a_positive_label_raise(tmp_path):
 
 
 def test_drawn_items_have_the_vectors_of_the_item_tower_and_no_query(tmp_path):
+    """The output has the vectors of query and item, ``(rows, 2, dim)``; drawn items follow."""
     model = build_fitted_model()
     bench = build_bench(model, tmp_path)
     rows = Rows(bench.train, SIGNATURE)
-    sampled = ItemSampler(bench.items, SIGNATURE, rows, 30).draw()
+    sampled = ItemSampler(bench.items, SIGNATURE, rows, count=30).draw()
     batch = rows.take(torch.arange(5))
     with torch.no_grad():
         output = training_output(model.module, batch.inputs, SIGNATURE, sampled)
@@ -311,9 +315,16 @@ def test_original_and_network_are_compared_on_the_same_drawn_items(tmp_path):
     bench = build_bench(original, tmp_path)
     rows = Rows(bench.train, SIGNATURE)
     numbers = torch.arange(20)
-    sampled = ItemSampler(bench.items, SIGNATURE, rows, 30).draw()
+    sampled = ItemSampler(bench.items, SIGNATURE, rows, count=30).draw()
     batch = replace(rows.take(numbers), sampled=sampled)
-    loss = soft_label_loss(bench, 1.0, 1.0, "distill", name="margin", original=original.module)
+    loss = soft_label_loss(
+        bench,
+        soft_share=1.0,
+        temperature=1.0,
+        kind="distill",
+        name="margin",
+        original=original.module,
+    )
     same = training_output(original.module, batch.inputs, SIGNATURE, sampled)
     assert float(loss(same, batch, numbers).detach()) == 0
     changed = same.detach().clone()
@@ -337,7 +348,7 @@ def test_killed_training_with_negatives_resumes_and_ends_with_the_same_bits(tmp_
 
     def store_then_raise(folder: str, progress: TrainingProgress) -> None:
         store_progress(folder, progress)
-        if len(progress.json_values["epochs"]) == 3:
+        if len(progress.json_values["epochs"]) == 3:  # the start and the first two epochs
             raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "store_progress", store_then_raise)

@@ -1,4 +1,7 @@
-"""Steps that change nothing, such as training without improvement, report it in the plan."""
+"""Steps that change nothing, such as training without improvement, report it in the plan.
+
+``RANKER`` is a click network of ``models.py``.
+"""
 
 from pathlib import Path
 

@@ -1,7 +1,10 @@
 """``neural_codes``: short codes per row and a decoder with one hidden layer, against low rank.
 
 The decoder's tensors are ``inner`` and ``bias`` (hidden layer), ``outer`` and ``mean`` (output
-layer) and ``projection`` (linear connection from the code to the output).
+layer) and ``projection`` (linear connection from the code to the output). The setting ``steps`` is
+``adam_steps`` of ``fit``: the number of training steps of codes and decoder.
+
+``RANKER`` of ``models.py`` has the tables ``item`` (300 rows of 7 numbers) and ``city`` (9 of 6).
 """
 
 from typing import Any

@@ -61,11 +61,15 @@ SAMPLE: Sample = {
 }
 
 
-def derive(network: nn.Module, sample: Sample = SAMPLE, **given: str) -> DerivedInputs:
-    """Derive the inputs; ``given`` has the columns of an argument, separated by commas."""
+def derive(network: nn.Module, sample: Sample = SAMPLE, **named: str) -> DerivedInputs:
+    """Derive the inputs; ``named`` has the columns that the user names for an argument.
+
+    They are separated by commas, such as ``ids="user,item"``. ``lengths(seen)`` stands for the
+    lengths of the lists in the column ``seen``. Any other argument reads the column of its name.
+    """
     torch.manual_seed(0)
-    columns = {name: tuple(value.split(",")) for name, value in given.items()}
-    return derive_inputs(network.eval(), sample, columns, ())
+    columns = {argument: tuple(value.split(",")) for argument, value in named.items()}
+    return derive_inputs(network.eval(), sample, columns, excluded=())
 
 
 class TwoTables(nn.Module):
@@ -84,7 +88,7 @@ def test_id_has_all_tables_and_number_is_dense():
     derived = derive(TwoTables())
     assert derived.call.form == "keywords"
     assert derived.inputs == (
-        IdInput(name="user", table="wide", more_tables=("deep",)),
+        IdInput(name="user", table="wide", more_tables=("deep",)),  # in the order of the lookups
         DenseInput(name="price", shape=(1,)),
     )
 
@@ -290,6 +294,7 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+# The longest list has 6 ids. A table of 7 positions has a row 0 for padding, one of 6 has none.
 @pytest.mark.parametrize(("positions", "first"), [(7, 1), (6, 0)])
 def test_sequence_has_its_mask_positions_and_lengths(dtype, positions, first):
     sample = {
@@ -404,14 +409,19 @@ class WithLabels(nn.Module):
 
 
 def test_labels_are_no_input_of_an_optional_argument_or_of_a_pattern():
-    derived = derive_inputs(WithLabels().eval(), SAMPLE, {}, ("hour",))
+    derived = derive_inputs(WithLabels().eval(), SAMPLE, {}, excluded=("hour",))
     assert [item.name for item in derived.inputs] == ["user", "price"]
-    by_pattern = derive_inputs(WithLabels().eval(), SAMPLE, {"price": ("*e",)}, ("age",))
+    # The pattern matches the columns ``price`` and ``age``.
+    by_pattern = derive_inputs(WithLabels().eval(), SAMPLE, {"price": ("*e",)}, excluded=("age",))
     assert by_pattern.inputs[1].columns == ("price",)
 
 
 class ThreeArguments(nn.Module):
-    """Read parts of one table by several arguments; ids of ``item`` begin at ``first_item``."""
+    """Read parts of one table by several arguments, and the same parts of a second table.
+
+    Ids of ``item`` begin at ``first_item``. In the second table, all parts are ``second`` rows
+    later.
+    """
 
     def __init__(self, *, second: int = 0, first_item: int = 1) -> None:
         super().__init__()
@@ -444,8 +454,9 @@ class LastItem(ThreeArguments):
 
 
 def test_columns_with_one_offset_have_the_same_valid_ids():
-    sample = {**SAMPLE, "hour": integers("hour", 3, 20)}  # the item looked at before, from 3 to 20
+    sample = {**SAMPLE, "hour": integers("hour", 3, 20)}  # ids of items, in place of hours
     fields = [item.fields for item in derive(LastItem(), sample).inputs]
+    # No other part follows, so the items may have all other rows of the table.
     of_items = (IdField(rows=ITEMS + 24, offset=USERS),)
     assert fields == [(IdField(rows=USERS),), of_items, of_items]
 
@@ -600,17 +611,18 @@ class NextItem(nn.Module):
 def test_other_method_receives_a_sequence_and_lengths_computed_from_it():
     lengths = np.array([len(values) for values in SAMPLE["seen"].values])
     count = SampleColumn("count", "integer", lengths, low=2, high=6)
-    derived = derive_inputs(NextItem(), {**SAMPLE, "count": count}, {}, (), "predict")
+    derived = derive_inputs(NextItem(), {**SAMPLE, "count": count}, {}, (), method="predict")
     assert (derived.call.method, derived.call.form) == ("predict", "mapping")
     sequence = SequenceInput(name="seen", shape=(6,), table="table", min_length=2, lengths="count")
     assert derived.inputs == (IdInput(name="item", table="table"), sequence)
-    named = derive_inputs(NextItem(), SAMPLE, {"count": ("lengths(seen)",)}, (), "predict")
-    assert named.inputs == derived.inputs
+    columns = {"count": ("lengths(seen)",)}
+    by_expression = derive_inputs(NextItem(), SAMPLE, columns, (), method="predict")
+    assert by_expression.inputs == derived.inputs
 
 
 def test_integers_that_are_not_always_the_lengths_are_an_input():
     count = SampleColumn("count", "integer", np.full(ROWS, 2), low=2, high=2)
-    derived = derive_inputs(NextItem(), {**SAMPLE, "count": count}, {}, (), "predict")
+    derived = derive_inputs(NextItem(), {**SAMPLE, "count": count}, {}, (), method="predict")
     assert [(item.name, item.kind) for item in derived.inputs] == [
         ("item", "id"),
         ("seen", "sequence"),
@@ -620,4 +632,4 @@ def test_integers_that_are_not_always_the_lengths_are_an_input():
 
 def test_method_that_the_network_does_not_have_raises():
     with raises_code(InspectionFailed, "method_missing", architecture="NextItem", method="score"):
-        derive_inputs(NextItem(), SAMPLE, {}, (), "score")
+        derive_inputs(NextItem(), SAMPLE, {}, (), method="score")

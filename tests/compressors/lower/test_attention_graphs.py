@@ -30,7 +30,11 @@ SIGNATURE = Signature(
 
 
 class AttentionForms(nn.Module):
-    """The sum of every way to call torch's attention on a history, with padding masked."""
+    """The sum of every way to call torch's attention on a history, with padding masked.
+
+    If attention weights are returned too (``with_weights``), torch gives NaN for a row whose
+    positions are all masked, so an empty history is not masked there.
+    """
 
     def __init__(self, dim: int = 8) -> None:
         super().__init__()
@@ -100,7 +104,8 @@ def test_attention_in_graphs_has_the_scores_of_torch_also_for_empty_histories(
     lowered = lower(model().module, served_graph, target, tmp_path / "model.onnx")
     with torch.no_grad():
         expected = lowered.wrapper(*(rows()[name] for name in input_names(SIGNATURE))).numpy()
-    scores = Session(tmp_path / "model.onnx", 1).scores({k: x.numpy() for k, x in rows().items()})
+    session = Session(tmp_path / "model.onnx", threads=1)
+    scores = session.scores({name: tensor.numpy() for name, tensor in rows().items()})
     assert np.isfinite(expected).all()
     # The float32 sums have another order.
     np.testing.assert_allclose(scores, expected, atol=2e-6)

@@ -3,6 +3,10 @@
 A fault is a sentence of the audit about one violation, in the field ``faults`` of its error. A
 table or layer is packed if the graph reads its codes. It is widened if all of its codes are decoded
 to float32 first.
+
+Some tests audit graphs of the networks ``Ranker`` and ``Compact`` of ``models.py``, which have five
+dense layers each. ``OTHERS`` of ``test_lowering.py`` are the other networks, ``OTHER_RECIPES`` the
+recipes that it exports for them.
 """
 
 from collections.abc import Callable
@@ -184,7 +188,12 @@ ROWS = 1000
 
 
 def add_table(builder: GraphBuilder, form: str) -> tuple[str, TableInitializers]:
-    """Add a table whose rows are the graph's output; ``form`` says how they are looked up."""
+    """Add a table whose rows are the graph's output; ``form`` says how they are looked up.
+
+    ``gather first`` decodes only the rows that are looked up. ``dequantize first`` decodes the
+    whole table before the lookup. So does ``widened and folded``, but with other operators, which
+    the runtime replaces by a constant of float32 rows.
+    """
     codes = builder.add_constant(builder.rng.integers(-127, 128, (ROWS, 8), np.int8), "codes")
     scale = builder.rng.random(ROWS).astype(np.float32)
     names = ("codes", "scale")
@@ -214,7 +223,7 @@ def test_audit_accepts_table_that_is_gathered_before_it_is_dequantized(tmp_path)
     out, initializers = add_table(builder, "gather first")
     result = audit(builder.optimize(out, tmp_path / "g.onnx"), None, (initializers,))
     assert result.packed_tables == 1
-    assert result.weight_bytes == ROWS * (8 + 4)
+    assert result.weight_bytes == ROWS * (8 + 4)  # eight int8 codes and a float32 scale per row
 
 
 @pytest.mark.parametrize(
@@ -242,7 +251,7 @@ def test_audit_rejects_table_with_fewer_rows_than_the_module(tmp_path):
 
 
 def test_audit_expects_one_scale_for_each_group_of_rows(tmp_path):
-    """``every`` is the number of table rows that share an entry of a tensor; 0: all rows."""
+    """``rows_per_entry`` is the number of table rows that share an entry of a tensor; 0: all."""
     builder = GraphBuilder()
     out, initializers = add_table(builder, "gather first")
     shared_scales = initializers.model_copy(
@@ -267,7 +276,6 @@ def test_audit_rejects_weight_only_layer_without_a_product_of_its_codes(tmp_path
     optimized = optimized_graph(lowered.path)
     layers = lowered.lowered.layers
     result = audit(optimized, lowered.model.plan, (), layers)
-    # The network has five dense layers.
     assert (result.packed_layers, result.widened_layers) == (5, 0)
     assert result.nodes["MatMulNBits"] == 5
     folded = layers[0].model_copy(update={"name": "folded"})
@@ -312,7 +320,6 @@ TABLE_COUNTS = {"Ranker": 6, "Compact": 2}
 def test_audit_accepts_every_recipe_exported_for_onnxruntime(network, kinds):
     lowered = lower_reference(network, kinds, "onnxruntime")
     result = audit(optimized_graph(lowered.path), lowered.model.plan, lowered.lowered.tables)
-    # Both networks have five dense layers.
     assert result.int8_products == (5 if {"static_int8", "qat"} & set(kinds) else 0)
     table_formats = set(kinds) & TABLE_FORMATS
     assert result.packed_tables == (TABLE_COUNTS[network] if table_formats else 0)

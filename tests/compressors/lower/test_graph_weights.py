@@ -19,10 +19,11 @@ SIGNATURE = Signature(
 
 
 class GatedNet(nn.Module):
-    """Returns a score, and computes two layers more, as the last level of PLE does.
+    """Returns a score, and computes two layers that do not change it.
 
     The weight of the gate is 0, so the outputs of ``ignored`` do not change the score, but the
-    score reads them. The score does not read the outputs of ``unused``.
+    score reads them. The score does not read the outputs of ``unused``. The last level of a PLE
+    (progressive layered extraction) network also computes such layers.
     """
 
     def __init__(self) -> None:

@@ -119,4 +119,4 @@ def test_float_layer_is_found_among_the_products(tmp_path: Path) -> None:
     float_products = [
         n for n in graph.node if n.op_type in FLOAT_MATMULS and initializers.intersection(n.input)
     ]
-    assert len(float_products) == 1
+    assert len(float_products) == 1  # ``hidden``, the only other dense layer

@@ -1,6 +1,11 @@
 """Lowered graphs: inputs, operators, stored tables, and networks that cannot be lowered.
 
 Packed tables are stored as codes or short floats, which a graph decodes to float32.
+
+The networks are those of ``models.py``. ``Ranker`` has inputs of ids, bags and numbers, and five
+dense layers; ``Compact`` has the same layers and two tables. ``NORMED`` has the table ``user`` (15
+rows of 6 numbers) and the inputs ``user`` and ``price``; most networks of this file have the same
+inputs and use its signature.
 """
 
 from collections.abc import Iterator
@@ -100,6 +105,7 @@ def each_network_with(kinds: list[str]) -> pytest.MarkDecorator:
 
 
 TABLE_COUNTS = {"Ranker": 6, "Compact": 2}
+"""Number of tables of each network."""
 
 
 @each_network_with([kind for kind in KINDS if kind != "static_int8"])
@@ -127,7 +133,9 @@ SHORT_FLOATS = {"float16", "bfloat16"}
 
 
 @each_network_with(sorted(STORED_TYPES))
-def test_packed_tables_for_tensorrt_are_read_by_dequantize_only(network, kind, recipe):
+def test_tables_for_tensorrt_are_dequantized_before_the_gather_except_short_floats(
+    network, kind, recipe
+):
     lowered = lower_reference(network, recipe, RTX)
     written = onnx.load(lowered.path).graph
     initializers = {item.name: item for item in written.initializer}
@@ -359,6 +367,7 @@ class LengthNet(nn.Module):
 
 
 def test_network_that_fixes_the_number_of_rows_is_not_lowerable(tmp_path):
+    # ``lower`` exports a network with TRACE_ROWS rows; this graph would accept only as many.
     with raises_code(NotLowerable, "size_fixed", target=ORT, name="user", axis=0, size=TRACE_ROWS):
         lower(
             LengthNet(), require_only_served_graph(NORMED.signature), ORT, tmp_path / "model.onnx"

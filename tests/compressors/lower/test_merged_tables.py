@@ -49,7 +49,7 @@ class ThreeTables(nn.Module):
         self.masks_by_id, self.replaces_id = masks_by_id, replaces_id
         self.tables = nn.ModuleDict({name: nn.Embedding(rows, 8) for name, rows in FIELDS.items()})
         self.wide = nn.Embedding(12, 5)
-        self.out = nn.Linear(29, 1)
+        self.out = nn.Linear(3 * 8 + 5, 1)
 
     def forward(self, wide: Tensor, **ids: Tensor) -> Tensor:
         if self.replaces_id:  # one of 300 ids, which random inputs rarely contain
@@ -62,7 +62,10 @@ class ThreeTables(nn.Module):
 
 
 def reference_of_fields(policy: str = "clamp", **options: bool) -> Reference:
-    """Return ``ThreeTables`` with these options, and this policy for ids out of range."""
+    """Return ``ThreeTables`` with these options, and this policy for ids out of range.
+
+    With the policy "default_row", each of the three tables has another default row.
+    """
     inputs = [
         IdInput(name=name, table=f"tables.{name}", out_of_range=policy, default_row=index + 1)
         for index, name in enumerate(FIELDS)

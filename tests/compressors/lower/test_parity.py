@@ -3,7 +3,7 @@
 A parity check compares the scores of a graph with those of its module. Its limits are shares of
 the scores' standard deviation (``SPREAD``), and depend on the target and on the plan's formats. The
 tests change scores by shares that are below or above a limit. A table is packed if its plan line
-has another format than float32.
+has another format than float32. ``Ranker`` and ``Compact`` are networks of ``models.py``.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,7 @@ SPREAD = 0.1
 
 
 def create_plan(*formats: str) -> Plan:
+    """Return a plan with a line per format; the other fields do not affect the limits."""
     return Plan(
         lines=tuple(
             PlanLine(
@@ -193,6 +194,7 @@ def test_a_difference_of_less_than_twice_the_changes_by_rounding_passes():
     # Nine of ten values of the normal distribution are below 1.645 standard deviations.
     assert parity.quantile_90_limit == pytest.approx(2 * 0.01645 * SPREAD, rel=0.1)
     # The largest difference of int8 may be 0.2 of the spread, which is more than rounding explains.
+    # 1e-5 is added to every such limit, so that scores without spread may differ by rounding.
     assert parity.largest_limit == pytest.approx(0.2 * parity.spread + 1e-5)
 
 
@@ -281,7 +283,8 @@ def test_graph_with_a_transposed_weight_fails(kinds, dtype, target, tmp_path):
     check_parity(expected, lowered.run_in_onnx(inputs), lowered.model.plan, target)
     name = largest_weight_of(lowered, dtype)
     path = save_with_changed_tensor(lowered, name, transpose, tmp_path / "broken.onnx")
-    actual = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    actual = Session(path, threads=1).scores(arrays)
     with pytest.raises(ParityLost):
         check_parity(expected, actual, lowered.model.plan, target)
 
@@ -290,12 +293,14 @@ def test_graph_with_a_transposed_weight_fails(kinds, dtype, target, tmp_path):
 def test_graph_with_wrong_scales_of_one_table_fails(change, tmp_path):
     lowered = lower_reference("Compact", build_recipe("rowwise_int8"), "onnxruntime")
     inputs = lowered.rows(1500)
+    # The second tensor of a table in int8 has its scales.
     name = next(t.names[1] for t in lowered.lowered.tables if t.module == "item")
 
     def round_to_float16(tensor: onnx.TensorProto) -> np.ndarray:
         return change(tensor).astype(np.float16)
 
     path = save_with_changed_tensor(lowered, name, round_to_float16, tmp_path / "broken.onnx")
-    actual = Session(path, 1).scores({key: tensor.numpy() for key, tensor in inputs.items()})
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    actual = Session(path, threads=1).scores(arrays)
     with pytest.raises(ParityLost):
         check_parity(lowered.run_in_torch(inputs), actual, lowered.model.plan, "onnxruntime")

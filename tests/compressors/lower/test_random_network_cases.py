@@ -127,7 +127,7 @@ def test_recalibrated_probability_near_zero_is_equal_in_the_graph(tmp_path):
     (served_graph,) = served_graphs(signature)
     lowered = lower(module, served_graph, "onnxruntime", tmp_path / "model.onnx")
     users = torch.arange(20)
-    scores = Session(tmp_path / "model.onnx", 1).scores({"user": users.numpy()})
+    scores = Session(tmp_path / "model.onnx", threads=1).scores({"user": users.numpy()})
     with torch.no_grad():
         expected = lowered.wrapper(users).numpy()
     # The result is sigmoid(0.1 * logit(p)). At a logit of 16, p is nearly 1, where float32 numbers

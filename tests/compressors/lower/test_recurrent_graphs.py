@@ -43,7 +43,7 @@ class RecurrentNet(nn.Module):
         self.layer = kind(5, 4, **settings)
         self.starts, self.batch_first = starts, settings.get("batch_first", False)
         directions = 2 if settings.get("bidirectional") else 1
-        self.shape = settings.get("num_layers", 1) * directions
+        self.first_states = settings.get("num_layers", 1) * directions
         self.out = nn.Linear(directions * 4 + 5, 1)
 
     def forward(self, history: Tensor, count: Tensor, item: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class RecurrentNet(nn.Module):
         x, candidate = self.item(history), self.item(item)
         first = None
         if self.starts:
-            state = candidate[:, :4].expand(self.shape, -1, -1)
+            state = candidate[:, :4].expand(self.first_states, -1, -1)
             first = (state, 2 * state) if isinstance(self.layer, nn.LSTM) else state
         x = x if self.batch_first else x.transpose(0, 1)
         self.layer.flatten_parameters()
@@ -95,6 +95,7 @@ def generate_rows(rows: int, length: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("case", "target"),
     [
+        # Layers in both directions, and graphs for TensorRT-RTX, are tested nightly.
         *((case, "onnxruntime") for case in CASES if "directions" not in case),
         *(
             pytest.param(case, target, marks=pytest.mark.nightly)
@@ -145,6 +146,7 @@ def test_engine_of_recurrent_layers_is_built_for_lists_of_any_length(
         Profile(input="count", low=(1,), best=(8,), high=(64,)),
         Profile(input="item", low=(1,), best=(8,), high=(64,)),
     )
+    # ``packed_bytes`` is about the size of the weights, ``seconds`` the limit of the build.
     request = BuildRequest(
         target="tensorrt-rtx", onnx=str(path), profiles=profiles, packed_bytes=2000, seconds=120
     )

@@ -1,4 +1,7 @@
-"""The context ``rounding_errors`` adds random relative errors to the outputs of all modules."""
+"""The context ``rounding_errors`` adds random relative errors to the outputs of all modules.
+
+``DeepInt8`` (``deep_int8.py``) is a chain of int8 layers, in which small differences grow.
+"""
 
 import pytest
 import torch

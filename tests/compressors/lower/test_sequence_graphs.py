@@ -1,4 +1,9 @@
-"""Graphs of sequences: one graph gives the scores of torch at every length and batch size."""
+"""Graphs of sequences: one graph gives the scores of torch at every length and batch size.
+
+``signature`` of ``sequence_draft.py`` has the sequences ``history`` and ``categories``, which have
+the same length ``category_count``, and the id ``item``. The mask and the positions are those of
+``history``.
+"""
 
 import functools
 import tempfile

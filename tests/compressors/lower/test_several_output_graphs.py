@@ -1,8 +1,8 @@
 """Graphs of a network with three outputs: names, scores, refused rows and parity per output.
 
-``MULTI_TASK`` has logits ``click`` and ``like`` and a probability ``buy``. Parity is the comparison
-of a graph's scores with those of the module; its limits are relative to the standard deviation of
-the module's scores.
+``MULTI_TASK`` of ``models.py`` has logits ``click`` and ``like`` and a probability ``buy``. Parity
+is the comparison of a graph's scores with those of the module; its limits are relative to the
+standard deviation of the module's scores.
 """
 
 from dataclasses import replace

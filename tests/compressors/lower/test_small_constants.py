@@ -96,7 +96,7 @@ def scores(
     graph, path = lower_network(eps, table_format, target)
     with torch.no_grad():
         expected = graph.wrapper(*(inputs[name] for name in input_names(SIGNATURE)))
-    scores_of_graph = Session(path, 1).scores(
+    scores_of_graph = Session(path, threads=1).scores(
         {name: tensor.numpy() for name, tensor in inputs.items()}
     )
     return expected.numpy(), scores_of_graph
@@ -160,7 +160,7 @@ def test_log_sigmoid_of_a_large_negative_logit_is_finite_in_the_graph(tmp_path):
     inputs = generate_inputs(signature, {"user": 12, "items": 40}, 8)
     with torch.no_grad():
         expected = lowered_graph.wrapper(*(inputs[name] for name in input_names(signature))).numpy()
-    scores_of_graph = Session(path, 1).scores(
+    scores_of_graph = Session(path, threads=1).scores(
         {name: tensor.numpy() for name, tensor in inputs.items()}
     )
     # Scores are about -200, so that the float32 rounding of sums is relative to them.
@@ -169,6 +169,7 @@ def test_log_sigmoid_of_a_large_negative_logit_is_finite_in_the_graph(tmp_path):
 
 # --- the passes alone ------------------------------------------------------------------------
 
+# Constants near 0 and 1. Only exactly 0 (of a sum) and 1 (of a product) may be removed.
 SMALL = (1e-7, 1e-8, 9e-9, 1e-12, 1e-16, 1e-30, -1e-12)
 NEAR_ONE = (1 + 1e-5, 1 + 9e-6, 1 + 1.2e-7, 1 - 1e-6)
 
@@ -194,7 +195,7 @@ def list_operators(model: onnx.ModelProto) -> list[str]:
 
 def run_graph(model: onnx.ModelProto, x: NDArray[np.float32], folder: Path) -> NDArray[np.float32]:
     onnx.save(model, folder / "graph.onnx")
-    return Session(folder / "graph.onnx", 1).scores({"x": x})
+    return Session(folder / "graph.onnx", threads=1).scores({"x": x})
 
 
 @pytest.mark.parametrize("operands", ["x c", "c x"])
