@@ -25,7 +25,7 @@ class Base(nn.Module):
         self.emb = nn.Embedding(7, DIM)
         self.out = nn.Linear(DIM, 1)
         self.register_buffer("shift", torch.ones(1))
-        self.register_buffer("places", torch.arange(3), persistent=False)
+        self.register_buffer("positions", torch.arange(3), persistent=False)
         self.finish(device)
 
     def finish(self, device: str) -> None:
@@ -133,7 +133,7 @@ class MapsItsTensors(Base):
         for parameter in self.parameters():
             nn.init.normal_(parameter)
         self.shift.fill_(1)
-        self.places.copy_(torch.arange(3))
+        self.positions.copy_(torch.arange(3))
 
 
 class MovesTensorsLikeOthers(Base):
@@ -216,6 +216,7 @@ class BranchesOnAValue(Base):
 
 class PrintsAMean(Base):
     def finish(self, device):
+        # An empty text, so that the stored value does not depend on the weights.
         self.summary = f"{self.out.weight.mean():.3f}"[:0]
 
 

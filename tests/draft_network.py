@@ -89,7 +89,7 @@ class TowerNet(nn.Module):
         hidden: width of the user tower's first layer.
         bias: added to every score outside the towers; packing such a model must fail if not 0.
         share: ``module`` or ``weight`` if both towers use one table of tags: the same bag, or two
-            bags over one weight.
+            bags over one weight. An empty string: each tower has a table of tags.
     """
 
     def __init__(

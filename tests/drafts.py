@@ -25,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 ROOT = Path(__file__).parents[1]
 NETWORK = "draft_network:ClickNet"
-ALLOWED = "draft_network"
+ALLOWED = "draft_network"  # value of RECPRESS_ALLOWED_MODULES
 
 USERS, ITEMS, TAGS, DENSE = 3_000, 1_500, 300, 4
 LONGEST = 5  # largest number of tags of a row
@@ -57,7 +57,7 @@ def write_draft(
         seed: seed of the weights and of the data.
         rows: number of rows by split.
         network: path of the model class, ``module:Class``.
-        sizes: arguments of ``ClickNet`` that differ from the constants above.
+        sizes: arguments of ``ClickNet`` that replace those of ``config`` below.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -183,7 +183,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 def recpress(
     *arguments: str, env: Mapping[str, str], seconds: float = 200
 ) -> "subprocess.CompletedProcess[str]":
-    """Run the command line in a child process."""
+    """Run ``recpress`` with these arguments in a child process."""
     return subprocess.run(
         [sys.executable, "-m", "flows.cli.app", *arguments],
         cwd=ROOT,

@@ -73,6 +73,7 @@ def write_field_draft(folder: Path, *, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     columns = {split: draw_columns(rows, rng) for split, rows in ROWS.items()}
     with torch.no_grad():
+        # Scale the logits so that ``SPREAD`` is their standard deviation on the training rows.
         factor = SPREAD / compute_logits(model, columns["train"]).std()
         for parameter in (model.out.weight, model.out.bias, model.wide.weight):
             parameter *= factor

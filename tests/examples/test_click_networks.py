@@ -141,7 +141,7 @@ def data(tmp_path):
         if split == "train":
             lines = ["label," + ",".join(FIELDS)]
             lines += [",".join(map(str, [y, *row])) for y, row in zip(label, ids, strict=True)]
-        else:
+        else:  # the format of libFM: the label -1 or 1, then ``id:value`` of each feature
             lines = [
                 f"{2 * y - 1} " + " ".join(f"{value}:1" for value in row)
                 for y, row in zip(label, ids, strict=True)

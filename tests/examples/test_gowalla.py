@@ -70,7 +70,7 @@ def test_train_returns_the_best_epoch_and_restores_its_weights():
     # The network has the weights of the selected epoch.
     assert build_recall_measure(*synthetic_pairs())(network) == best
     assert 1 <= epoch <= len(messages) <= QUICK.epochs
-    assert not network.query.table.sparse  # restored, so that Adam can train the table
+    assert not network.query.table.sparse  # ``train`` enables sparse gradients only in an epoch
 
 
 def test_score_is_the_dot_product_of_the_towers():

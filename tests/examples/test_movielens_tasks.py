@@ -76,6 +76,7 @@ def test_logits_equal_the_formula_of_the_paper():
             share = torch.softmax(x @ gate.weight.T + gate.bias, dim=1)
             mixed = share[:, :1] * experts[0] + share[:, 1:] * experts[1]
             hidden = (mixed @ tower[0].weight.T + tower[0].bias).relu()
+            # Modules 1 and 2 of a tower are the ReLU and dropout.
             expected = (hidden @ tower[3].weight.T + tower[3].bias).squeeze(1)
             torch.testing.assert_close(logits[task], expected)
 
@@ -119,11 +120,11 @@ def test_network_of_the_draft_has_the_outputs_of_its_signature(draft, network):
 
 
 def test_command_writes_the_draft_of_its_settings(tmp_path, monkeypatch):
-    written = {}
+    received = {}
 
     def record(folder, settings, log):
-        written.update(asdict(settings), folder=folder)
+        received.update(asdict(settings), folder=folder)
 
     monkeypatch.setattr("examples.movielens_tasks.write_draft", record)
     assert main([str(tmp_path / "d"), "--epochs", "3", "--seed", "7"]) == 0
-    assert (written["folder"], written["epochs"], written["seed"]) == (tmp_path / "d", 3, 7)
+    assert (received["folder"], received["epochs"], received["seed"]) == (tmp_path / "d", 3, 7)

@@ -18,7 +18,10 @@ from examples.mq2008 import FEATURES, RankingPerceptron, Training, main, read_fo
 
 @pytest.fixture
 def data(tmp_path):
-    """Return five parts with 12 queries of 6 documents; feature 1 determines the relevance."""
+    """Return five parts with 12 queries of 6 documents; feature 1 determines the relevance.
+
+    The id of a query divided by 100 is its part.
+    """
     rng = np.random.default_rng(0)
     folder = tmp_path / "mq2008"
     folder.mkdir()

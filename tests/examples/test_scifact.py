@@ -1,4 +1,7 @@
-"""The data of the encoder example: what BEIR publishes, and the written parquet files."""
+"""The data of the encoder example: files as BEIR publishes them, and the written parquet files.
+
+BEIR is a collection of retrieval data sets; qrels are its relevance judgements.
+"""
 
 import gzip
 import json
@@ -35,21 +38,21 @@ def test_data_of_beir_is_read_with_titles_and_grades(tmp_path):
 
 
 def test_reduced_catalogue_has_all_judged_documents(tmp_path):
-    data, written = write_beir(tmp_path / "data"), tmp_path / "written"
-    assert main([str(written), "--data", str(data), "--documents", "1"]) == 0
-    items = pq.read_table(written / "items.parquet").to_pydict()
+    data, folder = write_beir(tmp_path / "data"), tmp_path / "parquet"
+    assert main([str(folder), "--data", str(data), "--documents", "1"]) == 0
+    items = pq.read_table(folder / "items.parquet").to_pydict()
     assert items == {"document": [10, 20], "text": ["T10 body 10", "T20 body 20"]}
-    test = pq.read_table(written / "test.parquet").to_pydict()
+    test = pq.read_table(folder / "test.parquet").to_pydict()
     assert test["query"] == ["question 1", "question 2"]
     assert test["relevance"] == [1, 2]
 
 
 def test_missing_data_exits_with_code_2(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
-    assert main([str(tmp_path / "written")]) == 2
+    assert main([str(tmp_path / "parquet")]) == 2
     assert "--data" in capsys.readouterr().err
     data = write_beir(tmp_path / "data")
     (data / "queries.jsonl").unlink()
-    assert main([str(tmp_path / "written"), "--data", str(data)]) == 2
+    assert main([str(tmp_path / "parquet"), "--data", str(data)]) == 2
     with pytest.raises(DataMissing, match=r"queries\.jsonl or queries\.jsonl\.gz"):
         read_scifact(data)

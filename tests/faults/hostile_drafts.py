@@ -442,4 +442,7 @@ HARMLESS = {
     "weights are a link",
     "model.json is a link",
 }
-"""Cases that pack may accept, because they execute no code and store no file outside the draft."""
+"""Cases that pack may accept, because no code runs and no secret file is stored.
+
+Weights and ``model.json`` may be links: pack stores them although these files are outside.
+"""

@@ -17,7 +17,7 @@ from typing import Any
 MODEL = "m"
 OTHER_ORDER = "1" * 64  # digest of an order that is not that of the release
 
-ONLY_A_TAG = {
+VALID_RELEASES = {
     "recipe tag is missing",
     "recipe tag of numbers",
     "recipe tag is no JSON",
@@ -27,9 +27,8 @@ ONLY_A_TAG = {
 }
 """Cases whose release is valid, so commands may use it.
 
-A tag is wrong, or a text of the tags or of the report has control characters.
-
-Before a release is served, it is compared with the tags.
+A tag is wrong, or a text of the tags or of the report has control characters. Before a release is
+served, it is compared with the tags.
 """
 
 MAY_WORK = {

@@ -1,14 +1,15 @@
 """Kill a process at a chosen point: before a change of a file or the registry, or at a task.
 
-A child process calls ``arm`` before its work. From then on, the following points are numbered from
-1. At the point with a given number (``at``), the process group is killed (SIGKILL) before the
-change:
+A child process calls ``arm`` before its work. From then on, its points are numbered from 1. At the
+point with a given number (``at``), the process group is killed (SIGKILL) before the change. These
+are points:
 
 * opening a file below the root for writing, ``mkdir``, ``unlink``, ``rename``, ``link``,
   ``rmdir``, ``rmtree``, ``chmod``, ``copyfile``, ``truncate``;
-* before each ``rename`` and ``link``, after truncating the file to half its size, so that the file
-  is half-written. Blobs of the store (files whose name is a hash of their content) are not
-  truncated, because a blob is complete before an artifact gets a hard link to it;
+* a half-written file: an additional point before each ``rename`` and ``link``, at which the file is
+  truncated to half its size before the kill. Blobs of the store (files whose name is a hash of
+  their content) have no such point, because a blob is complete before an artifact gets a hard link
+  to it;
 * every SQL statement that changes the registry, and every commit;
 * the start and the end of every Prefect task.
 

@@ -37,7 +37,7 @@ DRAWN_IN_CONTENT = 2
 DRAWN_IN_OTHER_FILES = 16
 DRAWN_IN_REGISTRY = 60
 HEADER_BYTES = 16
-SAMPLE = 4  # flips in the test without this marker
+SAMPLE = 4  # flips in the test without the marker ``nightly``
 CHANGES_ON_READ = {"registry.db", "registry.db-journal"}
 """Files of SQLite, which reading commands may change, and whose content is not verified."""
 
@@ -82,7 +82,8 @@ class FlipTest:
         """Flip one bit and run the commands; return the outcome, and the problem if it is wrong.
 
         Outcomes: ``wrong`` violates the claim. ``refused``: a command failed with an error message.
-        ``listed with the changed tag``: only ``registry list`` has another output.
+        ``listed with the changed tag``: only ``registry list`` has another output. ``same output``:
+        every command printed what it printed before.
         """
         self.home.restore(self._snapshot)
         path = self.home.root / name

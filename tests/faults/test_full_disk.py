@@ -59,7 +59,7 @@ def mounted_disk(mount_point: Path, kilobytes: int) -> Iterator[Disk]:
         subprocess.run(command, check=True, capture_output=True)
 
 
-def check_failed(completed: Completed, home: Home, case: str, count_outcome: CountOutcome) -> None:
+def check_command(completed: Completed, home: Home, case: str, count_outcome: CountOutcome) -> None:
     """Check that a command finished or printed an error message, and that all content is intact."""
     assert not completed.crashed, completed.text
     assert completed.code in {0, 1}, completed.text
@@ -107,7 +107,7 @@ def check_limited(
     command = ["bundle", "pack", str(draft)]
     limited = fork_server.run(command, variables=home.variables, file_bytes=kilobytes << 10)
     assert limited.code == 1 or kilobytes << 10 >= (draft / "model.safetensors").stat().st_size
-    check_failed(limited, home, "pack, files too large", count_outcome)
+    check_command(limited, home, "pack, files too large", count_outcome)
     unlimited = fork_server.run(command, variables=home.variables)
     assert unlimited.code == 0, unlimited.text
     assert find_damage(home) == []
@@ -141,7 +141,7 @@ def test_order_on_a_disk_that_fills_up_exits_with_code_1_and_finishes_when_there
         }
         for command in commands:
             completed = preloaded_fork_server.run(command, variables=variables)
-            check_failed(completed, home, " ".join(command[:1]) + ", tmpfs", count_outcome)
+            check_command(completed, home, " ".join(command[:1]) + ", tmpfs", count_outcome)
             if completed.code:
                 disk.resize(LARGE)
                 repeated = preloaded_fork_server.run(command, variables=variables)

@@ -28,11 +28,14 @@ NIGHTLY_SECONDS = 3000.0
 
 
 def fuzz(
-    fork_server: ForkServerClient, home: Home, path: str, **arguments: object
+    fork_server: ForkServerClient, home: Home, function: str, **arguments: object
 ) -> dict[str, Any]:
-    """Call a function of ``fuzzing`` in a child process with limited memory; return its result."""
+    """Call a function of ``fuzzing`` in a child process with limited memory; return its result.
+
+    ``function`` is its module and name, such as ``fuzzing:run``.
+    """
     completed = fork_server.call(
-        path, arguments, variables=home.variables, memory=MEMORY, seconds=NIGHTLY_SECONDS
+        function, arguments, variables=home.variables, memory=MEMORY, seconds=NIGHTLY_SECONDS
     )
     assert completed.value is not None, f"{arguments}: signal {completed.signal}: {completed.text}"
     return dict(completed.value)

@@ -3,7 +3,8 @@
 Claim: each is rejected with an error message and exit code 2, in less than 20 seconds and 1.5 GiB.
 No code in it runs, no file outside the draft is read or changed, nothing of it is stored, and its
 text does not control the terminal. Commands may succeed on the cases of ``HARMLESS``,
-``ONLY_A_TAG`` and ``MAY_WORK``, which execute no code and store no file outside the draft, either.
+``VALID_RELEASES`` and ``MAY_WORK``, in which no code runs either. The only files outside the draft
+that pack then stores are the model's weights and ``model.json``, if they are links.
 
 Enumeration: the cases of ``hostile_drafts`` and ``hostile_registry``; all of them nightly, a few by
 default.
@@ -21,7 +22,7 @@ import pytest
 from forked import Completed, ForkServerClient
 from homes import Home
 from hostile_drafts import CASES, HARMLESS, RAN, SECRET, SECRET_FILE
-from hostile_registry import MAY_WORK, MODEL, ONLY_A_TAG, cases
+from hostile_registry import MAY_WORK, MODEL, VALID_RELEASES, cases
 from outcomes import CountOutcome
 
 SUITE = "hostile inputs"
@@ -142,7 +143,7 @@ def attack(
     failures: list[str] = []
     for command in commands:
         completed = fork_server.run(command, variables=home.variables, memory=MEMORY, seconds=120.0)
-        may_work = name in ONLY_A_TAG or command[1] in MAY_WORK.get(name, ())
+        may_work = name in VALID_RELEASES or command[1] in MAY_WORK.get(name, ())
         allowed = {0, 2} if may_work else {2}
         failures += [
             f"{' '.join(command[:2])}: {problem}" for problem in problems(completed, allowed)

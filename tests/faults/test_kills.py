@@ -38,7 +38,7 @@ class Scenario:
 
     name: str
     command: tuple[str, ...]
-    start: str
+    start: str  # name of the fixture that returns the snapshot
     stride: int = 1  # test every ``stride``-th point
 
     @property

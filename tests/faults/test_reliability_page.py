@@ -22,7 +22,7 @@ def test_reliability_page_states_the_sizes_of_the_fault_tests() -> None:
         f"{len(hostile_drafts.CASES)} drafts",
         f"{len(hostile_registry.cases())} registry entries",
         f"{test_kills.RANDOM_TIMES} random times",
-        # In so many tests, a run is killed and its repetition is killed too.
+        # Pairs of kills: a run is killed, and so is the next run of the same command.
         f"{test_kills.TWICE} times twice in a row",
         f"{len(FAULTS)} kinds of fault",
         f"{len(test_full_disk.KILOBYTES)} sizes of disk",

@@ -113,7 +113,7 @@ class Operation:
             return fields
         if self.name == "create a record":
             return self.store.create(self.key, self.body)
-        # Version 2 replaces the champion, if the ledger has one entry.
+        # With ``expected=1``, the entry is appended only if the ledger has one entry.
         return self._ledger.append(
             "2", ORDER_DIGEST, "promote", by="me", reason="once", expected=1
         ).reason

@@ -60,7 +60,8 @@ BRIER = Metric(
     evaluations=("rows",),  # one score per row; not a ranking of the catalogue
     higher_is_better=False,
     compared="difference",  # candidate minus baseline
-    loosest_bound=0.2,  # a constant prediction of 0.5 has a Brier score of 0.25
+    # A limit that allows this loss or more is refused. A constant prediction of 0.5 has 0.25.
+    loosest_bound=0.2,
     low=0.0,  # smallest and largest possible value
     high=1.0,
     estimators={"rows": Brier},

@@ -44,13 +44,13 @@ class AddedOrder:
     packing_warnings: tuple[Reason, ...]
 
 
-def run_added_order(home: Path) -> AddedOrder:
+def run_added_order(folder: Path) -> AddedOrder:
     """Pack a draft, and run the order in a new home (the folder with store and registry).
 
     A draft is the folder that a user writes and ``pack`` stores as a bundle.
 
     Args:
-        home: the parent of the home and of the draft.
+        folder: the parent of the home and of the draft.
     """
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -58,8 +58,8 @@ def run_added_order(home: Path) -> AddedOrder:
         registered_metric(),
         registered_table_format(),
     ):
-        use_home(patch, home / "recpress")
-        packed = pack(write_upvotes(home / "draft"))
+        use_home(patch, folder / "recpress")
+        packed = pack(write_upvotes(folder / "draft"))
         LOSSES.clear()
         order = Order(
             model="posts",

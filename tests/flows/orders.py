@@ -45,6 +45,7 @@ EVENT_SECONDS = 30.0
 """How long to wait for the events that report task runs as completed."""
 
 BOTH_TARGETS = Targets(onnxruntime="required", tensorrt_rtx="required")
+"""A target that can be measured on every machine, and one whose engine is only built."""
 
 
 @dataclass(frozen=True)

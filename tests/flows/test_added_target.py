@@ -3,7 +3,8 @@
 The added target runs plain ONNX graphs in ONNX Runtime without graph optimizations. A home is the
 folder with everything that recpress stores (``RECPRESS_HOME``).
 
-``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
+``write_draft`` (``tests/drafts.py``) writes a draft: the folder that becomes a bundle when it is
+packed. Its network has the tables ``user``, ``item`` and ``tags``.
 """
 
 import json
@@ -373,8 +374,8 @@ def build_terms_for_added_target() -> Terms:
     """Return the order (without custom steps) of ``compress clicks --target not-optimized``."""
     return build_terms(
         "clicks",
-        "safe",
-        ["auc vs baseline >= -0.1"],
+        preset="safe",
+        limits=["auc vs baseline >= -0.1"],
         targets=[TARGET.name],
         optional=[],
         promote=False,

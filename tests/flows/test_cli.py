@@ -1,7 +1,10 @@
 """The command line: output, exit codes, and the sentences of refused commands.
 
-A draft is the folder that a user writes and ``bundle pack`` stores as a bundle. A home is the
-folder with the object store, the registry and caches.
+A draft is the folder that a user writes and ``bundle pack`` stores as a bundle; ``tests/drafts.py``
+writes those of the tests. A home is the folder with the object store, the registry and caches.
+
+The fixture ``accepted_order`` (``conftest.py``) is the home after one order: model ``clicks``,
+preset ``small``, ``LIMIT`` and ``TARGETS``. A command with this order prints the stored result.
 """
 
 import json

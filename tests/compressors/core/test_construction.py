@@ -70,8 +70,8 @@ def build_with_weights(architecture: type[nn.Module], **config: object) -> nn.Mo
 def test_constructor_that_moves_casts_or_copies_is_built_on_meta(architecture, device):
     module = construct(architecture, {"device": device}).module
     assert all(parameter.is_meta for parameter in module.parameters())
-    assert not module.places.is_meta
-    assert module.places.tolist() == [0, 1, 2]
+    assert not module.positions.is_meta
+    assert module.positions.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("architecture", [*BUILT_WITHOUT_WEIGHTS, *BUILT_WITH_WEIGHTS])

@@ -1,6 +1,8 @@
 """Graphs of tables with codebooks for both targets: equal scores, and codes that stay packed.
 
-The audit checks that an optimized graph looks up codes, and does not decode a whole table first.
+``STEPS`` (``tests/table_codes.py``) has steps of each codebook format, with codes of 2, 4 and 8
+bits, which is their width. The audit checks that an optimized graph looks up codes, and does not
+decode a whole table first.
 """
 
 import functools
@@ -40,7 +42,7 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="codes-")
 
 
 class Lookups(nn.Module):
-    """A table of odd width for single ids, and a table for each kind of bag."""
+    """A table with rows of 7 values for single ids, and a table for each kind of bag."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,6 +122,7 @@ def test_graph_of_codebook_tables_has_the_scores_of_torch(step_index, target):
         expected, actual = lowered.run_in_torch(inputs), lowered.run_in_onnx(inputs)
         # Looked-up entries are exact on every target; only sums after the tables are rounded.
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
+    # The scores of the 400 rows; one row has no standard deviation, to which the limit is relative.
     check_parity(expected, actual, lowered.model.plan, target)
 
 

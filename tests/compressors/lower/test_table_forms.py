@@ -2,7 +2,8 @@
 
 A form is a format with an offset or symmetric levels, and with one scale per row, per four rows or
 per table. One network has a table for each form, which single ids, padded bags and jagged bags read
-in turn. Tests without the marker ``nightly`` have a pairwise cover of the forms.
+in turn. With the marker ``nightly``, tests have all forms of the integer formats; without it, few
+forms that contain every pair of bits, levels and rows per scale (``tests/pairwise.py``).
 
 The audit checks that an optimized graph keeps the formats of the plan. A table is packed if the
 graph reads its codes.
@@ -66,7 +67,7 @@ FORMS = {
 }
 
 
-class EveryForm(nn.Module):
+class TablesOfAllForms(nn.Module):
     """A sum over tables that single ids, padded bags and jagged bags read in turn."""
 
     def __init__(self, names: list[str]) -> None:
@@ -109,7 +110,7 @@ def reference(names: list[str]) -> Reference:
         inputs=tuple(inputs),
         outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),
     )
-    return Reference(EveryForm, signature, {"names": names})
+    return Reference(TablesOfAllForms, signature, {"names": names})
 
 
 @pytest.fixture(scope="module", params=["pairwise", pytest.param("all", marks=pytest.mark.nightly)])
@@ -205,7 +206,7 @@ def test_lowered_tables_list_how_many_rows_share_each_entry(graph):
 
 
 def test_parity_fails_if_the_scales_of_any_one_table_are_wrong(forms, network, compressed, graph):
-    """This shows that the comparison above would fail for a wrong form."""
+    """So ``test_graph_of_every_form_has_the_scores_of_torch`` would fail for one wrong form."""
     lowered, target = graph
     inputs = lowered.rows(1500)
     scores_of_graph = lowered.run_in_onnx(inputs)

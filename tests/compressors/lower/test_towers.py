@@ -89,7 +89,7 @@ class MethodTowers(nn.Module):
 
 
 class ColumnTowers(MethodTowers):
-    """The same towers, which return vectors ``(rows, 1, dim)``, as some of torch-rechub do."""
+    """As ``MethodTowers``, with vectors ``(rows, 1, dim)``, as some towers of torch-rechub."""
 
     def query_tower(self, inputs: dict[str, Tensor]) -> Tensor:
         return super().query_tower(inputs).unsqueeze(1)
@@ -250,7 +250,7 @@ def test_graph_of_a_tower_contains_only_weights_of_that_tower():
 
 
 def test_training_keeps_a_table_that_both_towers_share(tmp_path):
-    """Training changes a copy of the module tree, ``private``, in which it stays shared."""
+    """Training changes a copy of the modules (``private``), in which the table stays shared."""
     model = SHARED.model()
     bench = SHARED.bench(tmp_path / "data")
     other = write_split(SIGNATURE, ROWS_OF_TABLE, tmp_path / "other", seed=3)

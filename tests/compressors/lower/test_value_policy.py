@@ -1,8 +1,12 @@
 """Graphs of a matrix, bounded integers and fields: scores of torch, and the policy of each field.
 
-The network is ``FieldsNet``: users have ids 0 to 899 and items 0 to 599 of the input ``ids`` with
+The network is ``FieldsNet`` (``tests/field_network.py``, with the config and signature of
+``tests/field_draft.py``): users have ids 0 to 899 and items 0 to 599 of the input ``ids`` with
 policy default_row (7 for items); ``matrix`` has a brand (policy error), four tags (clamp) and two
 numbers; ``position`` is from 1 to 10 (error). Edge inputs have integers out of these ranges.
+
+A policy says what a graph does with an integer out of its range: ``error`` gives the score NaN,
+``clamp`` replaces the integer by the nearest valid one, and ``default_row`` by a fixed row.
 """
 
 import functools

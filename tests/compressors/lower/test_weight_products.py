@@ -1,7 +1,9 @@
 """Graphs of networks that multiply by a table's weight or slice it, on every target.
 
-The ONNX Runtime graph converts blocks of rows to float32, never the whole table, which the audit
-checks. The TensorRT graph multiplies in int8, by two int8 numbers for each input, or in float16.
+``READERS`` (``tests/weight_readers.py``) has the networks; a reader is a network that reads a
+weight in this way. The ONNX Runtime graph converts blocks of rows to float32, never the whole
+table, which the audit checks. The TensorRT graph multiplies in float16, or in int8 with each input
+as the sum of two int8 numbers.
 """
 
 import functools
@@ -105,8 +107,10 @@ def test_scores_of_a_graph_are_those_of_the_network(reader: str, recipe: str, ta
         return
     plan = graph.model.plan
     assert plan is not None
+    # A low-rank table is composed of the table ``narrow`` and a projection.
     item = plan.of("item.narrow" if recipe == "low rank" else "item")
     assert item is not None
+    # Int4 rows have no product, so RowwiseInt4 skips the table, and RowwiseInt8 stores it.
     assert item.format == ("float16" if recipe == "float16" else "rowwise_int8")
     assert {table.module for table in graph.lowered.tables if table.multiplied} == {item.module}
     if target == "onnxruntime":
@@ -116,13 +120,14 @@ def test_scores_of_a_graph_are_those_of_the_network(reader: str, recipe: str, ta
 
 def test_blocks_of_rows_give_the_scores_of_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     one_block = lower_network("self-attentive", "fast", "onnxruntime")
-    monkeypatch.setattr(onnxruntime_tables, "BLOCK_VALUES", 7 * 16)  # of 40 rows
+    monkeypatch.setattr(onnxruntime_tables, "BLOCK_VALUES", 7 * 16)  # 7 of 40 rows
     blocks = lower_network("self-attentive", "fast", "onnxruntime")
-    products = [
+    slice_counts = [
         sum(node.op_type == "Slice" for node in onnx.load(graph.path).graph.node)
         for graph in (one_block, blocks)
     ]
-    assert products[1] - products[0] == 2 * 5  # codes and scales of five more blocks
+    # Codes and scales of five more blocks: six blocks instead of one.
+    assert slice_counts[1] - slice_counts[0] == 2 * 5
     inputs = blocks.rows(8)
     np.testing.assert_array_equal(blocks.run_in_onnx(inputs), one_block.run_in_onnx(inputs))
     assert inputs["history"].shape[1] <= LONGEST

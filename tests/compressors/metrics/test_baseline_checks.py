@@ -31,15 +31,13 @@ class ScoreInputNet(nn.Module):
         return x.reshape(-1)
 
 
-def signature_of(
-    task: str, output: str, group: str | None = None, metric: str = "auc"
-) -> Signature:
+def signature_of(task: str, form: str, group: str | None = None, metric: str = "auc") -> Signature:
     inputs = [{"kind": "dense", "name": "x", "shape": [1]}]
     return Signature.model_validate(
         {
             "inputs": inputs,
             "outputs": [
-                {"name": "label", "kind": task, "form": output, "label": "label", "metric": metric}
+                {"name": "label", "kind": task, "form": form, "label": "label", "metric": metric}
             ],
             "group": group,
         }
@@ -52,6 +50,7 @@ LISTS = signature_of("ranking", "score", "query", "ndcg@10")
 
 
 def split(tmp_path, score, label, group=None) -> Split:
+    # In a stored split, the names of the label and the group begin with "@".
     tensors = {
         "x": torch.tensor(np.asarray(score), dtype=torch.float32).reshape(-1, 1),
         "@label": torch.tensor(np.asarray(label), dtype=torch.float32),
@@ -136,7 +135,7 @@ def test_a_well_ordered_but_uncalibrated_model_gets_one_warning(tmp_path):
 @pytest.mark.parametrize("seed", range(5))
 def test_random_scores_give_no_warning_of_being_worse_than_chance(tmp_path, seed):
     _, label = calibrated_clicks(seed)
-    # About the logit of the share of clicks, so that the scores are random, but not uncalibrated.
+    # Scores near the logit of 0.35, about the share of clicks: random, but not uncalibrated.
     score = np.random.default_rng(seed + 100).normal(np.log(0.35 / 0.65), 1e-3, ROWS)
     problems = problems_of(CLICKS, tmp_path, score, label)
     assert "worse_than_chance" not in codes_of(problem.reason for problem in problems)
@@ -196,9 +195,11 @@ def test_interactions_without_a_label_above_zero_are_refused_in_test_and_validat
     signature = replace_output(
         signature_of("ranking", "score", "user", "ndcg@10"), kind="retrieval"
     )
-    for name, fatal in (("test", True), ("validation", False)):
+    # Only a problem of the test rows prevents measurement.
+    for name, prevents_measurement in (("test", True), ("validation", False)):
         (problem,) = find_label_problems(signature, name, np.zeros(50), None)
-        assert (problem.prevents_packing, problem.prevents_measurement) == (True, fatal)
+        assert problem.prevents_packing
+        assert problem.prevents_measurement == prevents_measurement
         fields = {"split": name, "rows": 50, "column": "label"}
         assert problem.reason == Reason("interactions_missing", **fields)
     assert list(find_label_problems(signature, "test", np.array([0.0, 1.0]), None)) == []

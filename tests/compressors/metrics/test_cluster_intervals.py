@@ -2,7 +2,8 @@
 
 In the result of ``estimate_pair``, ``resolves`` is half the width of the interval of the
 difference, and ``unresolved`` says why data with too few groups give no interval. A judgement is
-the outcome of one limit, with its reasons.
+the outcome of one limit, with its reasons. If it is undecided, ``rows_to_decide`` and
+``groups_to_decide`` estimate how much data would decide it.
 """
 
 import math
@@ -39,8 +40,8 @@ def assert_coverage(users, runs, slack):
             assert share == pytest.approx(0.95, abs=0.01 + noise), (users, metric, name, share)
 
 
-# The coverage of 300 runs has a standard error of 1.3 percentage points. The test makes 12
-# comparisons, so 3 standard errors are allowed.
+# The coverage of 300 runs has a standard error of 1.3 percentage points. Both cases together make
+# 12 comparisons, so 3 standard errors are allowed.
 @pytest.mark.parametrize("users", [30, 100])
 def test_intervals_cover_95_percent_when_users_have_1_to_200_rows(users):
     assert_coverage(users, runs=300, slack=3)
@@ -79,7 +80,7 @@ def metric_of_rows(metric, label, score, group):
 
 def metric_without_each_group(metric, label, score, group):
     """The metric on all rows (``point``), and without each group (``left_out``)."""
-    rows = PairedRows(label, score, score, group)
+    rows = PairedRows(label, score, score, group)  # the same scores for both models
     return metric_named(metric).estimator("rows").jackknife_groups(rows).before
 
 
@@ -159,6 +160,7 @@ def test_the_interval_of_equal_scores_of_grouped_rows_is_exactly_zero(metric):
 def test_fewer_than_ten_groups_are_undecided_with_a_reason(metric, users):
     rows = simulate(np.random.default_rng(0), np.full(users, 60))
     interval = estimate_pair(metric, *rows)
+    # The interval is the whole range of the metric's differences.
     assert interval.difference.low == -interval.difference.high
     assert interval.difference.unresolved is not None
     limit = Limit(metric=metric, against="baseline", at_least=-0.5)

@@ -163,9 +163,10 @@ def test_a_test_item_outside_the_catalogue_raises_metric_refused():
         ranking_queries(interactions((0, 3), (0, 9)), [], np.arange(4))
 
 
-def test_paired_means_resamples_the_same_queries_for_both_models():
+def test_compare_means_resamples_the_same_queries_for_both_models():
     rng = np.random.default_rng(0)
     before = rng.random(400)
+    # ``rows`` is only reported: the number of data rows from which the queries are.
     means = compare_means(before, before - 0.01, rows=1234)
     assert means.difference.point == pytest.approx(-0.01)
     assert means.resolves < 1e-9  # each query has the same difference
@@ -186,6 +187,6 @@ def test_paired_means_resamples_the_same_queries_for_both_models():
         (np.ones(20), np.full(20, np.nan), "values_not_finite", {}),
     ],
 )
-def test_paired_means_of_unusable_values_raise_metric_refused(before, after, code, fields):
+def test_compare_means_of_unusable_values_raise_metric_refused(before, after, code, fields):
     with raises_code(MetricRefused, code, **fields):
         compare_means(before, after, rows=20)

@@ -36,8 +36,8 @@ def impressions(rows, seed=0, noise=0.3):
     label = (rng.random(rows) < 0.3).astype(np.float32)
     score = rng.normal(size=rows) + label
     other = score + noise * rng.normal(size=rows)
-    sigmoid = [1 / (1 + np.exp(-logit)) for logit in (score, other)]
-    return label, *sigmoid, rng.integers(0, max(2, rows // 12), rows)
+    probabilities = [1 / (1 + np.exp(-logit)) for logit in (score, other)]
+    return label, *probabilities, rng.integers(0, max(2, rows // 12), rows)
 
 
 @given(st.data())
@@ -238,8 +238,8 @@ def test_latency_ratio_of_equally_many_rounds_resamples_the_same_rounds():
     assert of_different_rounds.low < 0.25 < of_different_rounds.high
 
 
-def test_latency_is_deterministic_and_in_milliseconds():
-    times = np.random.default_rng(0).uniform(2, 3, size=1000)
+def test_latency_is_deterministic_and_its_point_is_the_quantile_of_the_times():
+    times = np.random.default_rng(0).uniform(2, 3, size=1000)  # in milliseconds
     first, second = latency(times, 0.5, seed=3), latency(times, 0.5, seed=3)
     assert first == second
     assert first.point == np.median(times)

@@ -2,7 +2,8 @@
 
 Changes of probabilities are absolute. Changes of other scores have the unit ``spread``, the
 standard deviation of the baseline's scores. In warnings, ``most`` and ``least`` are the largest
-change and the smallest correlation that give no warning.
+change and the smallest correlation that give no warning. ``changed_top1`` is the share of users
+(groups of rows) or queries whose best row or item is another one.
 """
 
 import numpy as np

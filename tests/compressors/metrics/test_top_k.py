@@ -164,9 +164,9 @@ def test_graded_ndcg_of_a_full_ranking_without_ties_equals_trec_eval(k):
     label = rng.integers(1, 4, (users, items)) * (rng.random((users, items)) < 0.3)
     label[:, 0] = 2
     user, judged = np.nonzero(label)
-    again = np.concatenate([user, user]), np.concatenate([judged, judged])
+    repeated_pairs = np.concatenate([user, user]), np.concatenate([judged, judged])
     grades = np.concatenate([np.ones(user.size), label[user, judged]])  # 1, then the label
-    queries = ranking_queries(Interactions(*again, grades), [], np.arange(items))
+    queries = ranking_queries(Interactions(*repeated_pairs, grades), [], np.arange(items))
     value = ranking_metrics(RankedVectors(query, item, queries), [f"ndcg@{k}"])[f"ndcg@{k}"]
     score = np.argsort(np.argsort(query @ item.T, axis=1), axis=1)  # ranks: no ties
     columns = label.ravel(), score.ravel(), np.repeat(np.arange(users), items)
@@ -244,9 +244,9 @@ def test_metrics_of_a_full_ranking_with_ties_are_means_over_all_orders(data):
     assume(is_relevant.any())
     user, clicked = np.nonzero(is_relevant)
     queries = ranking_queries(Interactions(user, clicked, np.ones(user.size)), [], np.arange(items))
-    k, further = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 7))
+    k, other_k = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 7))
     # The catalogue is ranked once, to the largest depth of all metrics.
-    names = [f"{name}@{k}" for name in FUNCTIONS] + [f"ndcg@{further}"]
+    names = [f"{name}@{k}" for name in FUNCTIONS] + [f"ndcg@{other_k}"]
     values = ranking_metrics(RankedVectors(query[queries.query], item, queries), names)
     for index, name in enumerate(queries.query):
         expected = mean_over_orders_of_ties(is_relevant[name], item @ query[name], k)
@@ -256,6 +256,7 @@ def test_metrics_of_a_full_ranking_with_ties_are_means_over_all_orders(data):
 
 def one_block(size, relevant, above=0):
     """Return a list with one block of tied items, after ``above`` irrelevant items."""
+    # List of the block, items above it, its items, its relevant items, and those of the list.
     columns = ([0], [above], [size], [relevant], [relevant])
     return TieBlocks(*(np.array(column, np.int64) for column in columns))
 
@@ -316,7 +317,7 @@ def test_depth_zero_is_refused(name):
     ("columns", "code"),
     [
         (([0, -1], [0.1, 0.2], [1, 1]), "grades_outside"),
-        (([0, 31], [0.1, 0.2], [1, 1]), "grades_outside"),
+        (([0, 31], [0.1, 0.2], [1, 1]), "grades_outside"),  # the largest allowed grade is 30
         (([0, 1], [0.1, np.nan], [1, 1]), "column_not_finite"),
         (([0, 1], [0.1, 0.2], [1]), "lengths_differ"),
         (([0, 1], [0.1, 0.2], [1, np.nan]), "group_not_finite"),

@@ -1,4 +1,7 @@
-"""Conversion of ONNX graphs: modules, parameters, names, opsets, widths, unsupported graphs."""
+"""Conversion of ONNX graphs: modules, parameters, names, opsets, widths, unsupported graphs.
+
+A width is the number of outputs of a dense layer. ``widths`` has those that can be changed.
+"""
 
 import json
 from pathlib import Path
@@ -62,9 +65,8 @@ def test_gather_becomes_a_table_and_matmul_with_bias_a_dense_layer(tmp_path: Pat
     model = build_model(nodes, {"user": IDS}, weights=weights)
     network = build_network(model)
     assert module_types(network) == {"user": "Embedding", "mlp_0": "Linear", "out": "Linear"}
-    assert [name for name, _ in network.named_parameters()] == [
-        *("user.weight", "mlp_0.weight", "mlp_0.bias", "out.weight", "out.bias")
-    ]
+    names = [name for name, _ in network.named_parameters()]
+    assert names == ["user.weight", "mlp_0.weight", "mlp_0.bias", "out.weight", "out.bias"]
     require_same_outputs(model, {"user": IDS}, tmp_path)
 
 
@@ -265,13 +267,13 @@ def test_module_names_are_derived_from_node_names(
 
 def test_lookup_that_tf2onnx_exports_becomes_one_node(tmp_path: Path) -> None:
     nodes = [
-        node("Cast", "ids", "float_ids", to=1),
+        node("Cast", "ids", "float_ids", to=TensorProto.FLOAT),
         node("Less", "float_ids zero", "is_negative"),
-        node("Cast", "is_negative", "is_negative_as_int", to=7),
+        node("Cast", "is_negative", "is_negative_as_int", to=TensorProto.INT64),
         node("Add", "ids rows", "wrapped"),
         node("Mul", "is_negative_as_int wrapped", "wrapped_or_zero"),
         node("Not", "is_negative", "is_valid"),
-        node("Cast", "is_valid", "is_valid_as_int", to=7),
+        node("Cast", "is_valid", "is_valid_as_int", to=TensorProto.INT64),
         node("Mul", "ids is_valid_as_int", "ids_or_zero"),
         node("Add", "wrapped_or_zero ids_or_zero", "row"),
         node("Gather", "w row", "y"),
@@ -300,12 +302,12 @@ def test_computed_non_negative_ids_are_not_wrapped() -> None:
         node("Mod", "ids count", "bucket"),
         node("Add", "bucket offset", "row"),
         node("Clip", "row zero", "bounded"),
-        node("Cast", "bounded", "narrow", to=6),
+        node("Cast", "bounded", "narrow", to=TensorProto.INT32),
         node("Gather", "w narrow", "y"),
     ]
     weights = {"w": floats(5, 2), "count": np.int64(3), "offset": np.int64(2), "zero": np.int64(0)}
     network = build_network(build_model(nodes, {"ids": IDS}, weights=weights))
-    assert network.nodes[-1].attributes == {}
+    assert network.nodes[-1].attributes == {}  # the attribute ``ROWS_ATTRIBUTE`` would wrap ids
 
 
 @pytest.mark.parametrize("opset", [9, 11, 13, 17])
@@ -357,7 +359,7 @@ def test_gradients_reach_tables_layers_and_parameters() -> None:
             "operator_unknown",
             {"op": "com.microsoft.FusedGelu"},
         ),
-        ([node("Cast", "x", "y", to=10)], "form_unknown", {}),
+        ([node("Cast", "x", "y", to=TensorProto.FLOAT16)], "form_unknown", {}),
         (
             [node("Softmax", "x", "y", axis=0, name="attention", hint=1)],
             "attributes_unknown",
@@ -438,7 +440,7 @@ def test_each_node_of_branching_activations_is_visited_once() -> None:
             node("Clip", f"n{index} m{index}", f"n{index + 1}"),
         ]
     model = build_two_layers(*between, node("Tanh", "n40", "b"))
-    assert convert(model).config["widths"] == {}
+    assert convert(model).config["widths"] == {}  # there are 2**40 paths, too many to visit
 
 
 def test_width_of_a_layer_that_computes_a_graph_output_is_fixed() -> None:

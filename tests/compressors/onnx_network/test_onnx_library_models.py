@@ -11,6 +11,7 @@ from onnx_graphs import build_network, export
 from torch import Tensor, nn
 
 LIBRARIES = Path(sys.prefix) / "libraries"
+"""The folder in which ``make .venv`` installs what ``tests/library_models.py`` imports."""
 ROWS = 5
 random = np.random.default_rng(0)
 COLUMNS = {
@@ -35,7 +36,7 @@ CASES = [
     *(
         (name, dynamo)
         for name in (*INPUTS, *(f"deepctr_{n}" for n in DEEPCTR))
-        for dynamo in (0, 1)
+        for dynamo in (0, 1)  # exported by TorchScript or by torch.export
     ),
     ("deepctr_dcn", 1),  # TorchScript exports an If, which is not supported
 ]
@@ -66,7 +67,7 @@ def test_converted_export_of_a_library_model_has_the_same_scores(
     if name in INPUTS:
         inputs = {column: torch.from_numpy(COLUMNS[column]) for column in INPUTS[name]}
         model = MappingCall(model, tuple(inputs)).eval()
-    else:
+    else:  # models of DeepCTR-Torch have one input: a matrix of all columns
         columns = [
             torch.from_numpy(COLUMNS[column]).reshape(ROWS, -1) for column in model.feature_index
         ]

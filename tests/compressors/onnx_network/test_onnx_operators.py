@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from error_codes import raises_code
-from onnx import helper
+from onnx import TensorProto, helper
 from onnx_graphs import Array, build_model, build_network, network_outputs, require_same_outputs
 
 from compressors.errors.onnx_graphs import OnnxRefused
@@ -73,10 +73,10 @@ CASES: list[Case] = [
     ("HardSigmoid", [X], [], {"alpha": 0.3, "beta": 0.4}),
     ("Gelu", [X], [], {"approximate": "tanh"}),
     ("Gelu", [X], [], {}),
-    ("Cast", [X], [], {"to": 7}),
-    ("Cast", [ids(4, 3)], [], {"to": 9}),
-    ("Cast", [np.array([5 * 10**9, -(3 * 10**9), 7])], [], {"to": 6}),
-    ("Cast", [np.array([300, -200, 7])], [], {"to": 3}),
+    ("Cast", [X], [], {"to": TensorProto.INT64}),
+    ("Cast", [ids(4, 3)], [], {"to": TensorProto.BOOL}),
+    ("Cast", [np.array([5 * 10**9, -(3 * 10**9), 7])], [], {"to": TensorProto.INT32}),
+    ("Cast", [np.array([300, -200, 7])], [], {"to": TensorProto.INT8}),
     ("CastLike", [X, ids(4, 3)], [], {}),
     ("Softmax", [SEQUENCES], [], {"axis": 1}),
     ("LpNormalization", [SEQUENCES], [], {"axis": 1, "p": 1}),
@@ -173,7 +173,7 @@ def case_id(case: Case) -> str:
 @pytest.mark.parametrize("case", [*CASES, *NEWER_CASES], ids=case_id)
 def test_operator_has_the_outputs_of_onnx_runtime(tmp_path: Path, case: Case) -> None:
     op, arrays, constants, attributes = case
-    if op == "GRU":
+    if op == "GRU":  # the only form that torch has
         attributes = {**attributes, "linear_before_reset": 1}
     inputs = {f"x{index}": array for index, array in enumerate(arrays)}
     weights = {f"w{index}": array for index, array in enumerate(constants)}
@@ -203,6 +203,7 @@ def test_gradients_are_finite_where_the_formula_divides_by_zero_or_overflows(
 
 @pytest.mark.parametrize(
     ("op", "inputs", "attributes"),
+    # Inputs are separated by spaces; an empty name omits an optional input, such as the bias.
     [
         ("GRU", "x w r", {}),
         ("GRU", "x w r  lengths", {"linear_before_reset": 1}),
@@ -217,12 +218,13 @@ def test_recurrent_operator_that_torch_does_not_support_is_refused(
     weights |= {"w4": floats(1, 8, 3), "r4": floats(1, 8, 2), "lengths": np.full(5, 4, np.int32)}
     node = helper.make_node(op, inputs.split(" "), ["", "state"], hidden_size=2, **attributes)
     network = build_network(build_model([node], {"x": SEQUENCES}, ["state"], weights))
+    # A node without a name gets the name ``value``.
     with raises_code(OnnxRefused, "form_unknown", node="value"):
         network_outputs(network, {"x": SEQUENCES})
 
 
 @pytest.mark.parametrize(
-    ("op", "inputs", "output"),
+    ("op", "inputs", "output"),  # index of the node's output that is the output of the graph
     [("LayerNormalization", "x scale", 1), ("Dropout", "x ratio is_training", 0)],
 )
 def test_training_output_or_training_mode_is_refused(op: str, inputs: str, output: int) -> None:

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 from error_codes import raises_code
-from onnx import helper
+from onnx import TensorProto, helper
 from onnx_graphs import Array, build_model, build_network, require_same_outputs
 
 from compressors.errors.onnx_graphs import OnnxRefused
@@ -25,6 +25,12 @@ def node(op: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto
     return helper.make_node(op, inputs.split(), [output], **attributes)
 
 
+def integer(value: int) -> onnx.TensorProto:
+    """Return the value of a ``ConstantOfShape`` node."""
+    return helper.make_tensor("", TensorProto.INT64, [1], [value])
+
+
+# Initializers of all graphs, by name.
 SCALARS = {"zero": np.int64(0), "one": np.int64(1), "two": np.int64(2)}
 VECTORS = {"v0": int64(0), "v1": int64(1), "v2": int64(2), "all": int64(-1), "six": int64(6)}
 VECTORS |= {
@@ -54,10 +60,10 @@ DYNAMIC_GRAPHS: dict[str, list[onnx.NodeProto]] = {
     ],
     "reshape_exported_by_tf2onnx": [
         SHAPE,
-        node("Cast", "shape", "shape32", to=6),
+        node("Cast", "shape", "shape32", to=TensorProto.INT32),
         node("Slice", "shape32 v0 v1 v0", "rows"),
         node("Concat", "rows all32", "target32", axis=0),
-        node("Cast", "target32", "target", to=7),
+        node("Cast", "target32", "target", to=TensorProto.INT64),
         node("Reshape", "x target", "y"),
     ],
     "expand_to_size_selected_by_where": [
@@ -65,7 +71,7 @@ DYNAMIC_GRAPHS: dict[str, list[onnx.NodeProto]] = {
         node("Slice", "shape v0 v1", "rows"),
         node("Concat", "all v1 all", "requested", axis=0),
         node("Shape", "requested", "count"),
-        node("ConstantOfShape", "count", "ones", value=helper.make_tensor("", 7, [1], [1])),
+        node("ConstantOfShape", "count", "ones", value=integer(1)),
         node("Equal", "requested all", "is_any"),
         node("Where", "is_any ones requested", "target"),
         node("Expand", "x target", "y"),
@@ -82,22 +88,22 @@ DYNAMIC_GRAPHS: dict[str, list[onnx.NodeProto]] = {
         SHAPE,
         node("Gather", "shape one", "length"),
         node("Range", "zero length one", "positions"),
-        node("Cast", "positions", "numbers", to=1),
+        node("Cast", "positions", "numbers", to=TensorProto.FLOAT),
         node("Unsqueeze", "numbers v1", "column"),
         node("Add", "x column", "y"),
     ],
     "size_cast_to_float": [
         SHAPE,
         node("Gather", "shape one", "length"),
-        node("Cast", "length", "number", to=1),
+        node("Cast", "length", "number", to=TensorProto.FLOAT),
         node("Div", "x number", "y"),
     ],
     "integers_per_row": [
         SHAPE,
         node("Slice", "shape v0 v1", "rows"),
-        node("ConstantOfShape", "rows", "ones", value=helper.make_tensor("", 7, [1], [2])),
+        node("ConstantOfShape", "rows", "ones", value=integer(2)),
         node("Unsqueeze", "ones last_two", "column"),
-        node("Cast", "column", "numbers", to=1),
+        node("Cast", "column", "numbers", to=TensorProto.FLOAT),
         node("Mul", "x numbers", "y"),
     ],
     "pads_exported_by_torchscript": [

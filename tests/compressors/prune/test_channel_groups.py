@@ -2,7 +2,8 @@
 
 The argument ``heads`` counts groups of channels. With ``fused``, one layer ``qkv`` computes
 queries, keys and values. ``mix`` is the output projection of the attention, and ``up`` the first
-feed-forward layer.
+feed-forward layer. By default, the ``Transformer`` of ``tests/narrow_networks.py`` has two blocks
+with 4 heads of 4 channels, 12 inputs of each layer and 32 feed-forward channels.
 """
 
 import pytest
@@ -41,7 +42,9 @@ def test_pruning_heads_removes_whole_heads_of_zero_weights(fused, importance, tm
     """``apply`` itself compares the scores, so this test checks only which heads are kept."""
     reference = Reference(Transformer, HISTORY, {"fused": fused})
     source = reference.model()
-    with torch.no_grad():  # zero two heads of the first block and two others of the second
+    # Zero two heads of the first block and two others of the second. A head has 4 of 16 channels;
+    # with ``fused``, queries, keys and values are three parts of 16 channels.
+    with torch.no_grad():
         for block, heads in zip(source.module.blocks, ((0, 2), (1, 3)), strict=True):
             for head in heads:
                 channels = slice(4 * head, 4 * head + 4)
@@ -73,7 +76,10 @@ def test_pruning_heads_removes_whole_heads_of_zero_weights(fused, importance, tm
 
 
 def test_the_number_of_heads_is_pruned_so_that_channels_are_a_multiple_of_the_setting(tmp_path):
-    """A head has 4 channels, so a multiple of 16 channels is 4 heads and one of 8 is 2 heads."""
+    """A head has 4 channels, so a multiple of 16 channels is 4 heads and one of 8 is 2 heads.
+
+    ``keep`` requests 0.2 * 8 = 1.6 heads, which are rounded to one of these multiples.
+    """
     reference = Reference(Transformer, HISTORY, {"heads": 8})
     for multiple, heads in ((8, 2), (16, 4), (4, 2)):
         result = prune_reference(reference, tmp_path / f"{multiple}", keep=0.2, multiple=multiple)
@@ -82,6 +88,7 @@ def test_the_number_of_heads_is_pruned_so_that_channels_are_a_multiple_of_the_se
 
 def test_feed_forward_widths_and_ranks_are_pruned(tmp_path):
     result = prune_reference(Reference(Transformer, HISTORY), tmp_path / "ffn", layers=("*.up",))
+    # The config has only arguments that differ from their default.
     assert result.network.architecture.config == {"ffn": 16}
     require_reason(result.plan.of("blocks.0.q").reasons, "not_matched", patterns=("*.up",))
     low_rank_result = prune_reference(Reference(LowRankCrossNet, SIGNATURE), tmp_path / "rank")
@@ -112,7 +119,7 @@ def test_a_flops_target_of_a_half_keeps_at_most_half_of_the_multiply_adds(scope,
     result = prune_reference(reference, tmp_path, flops=0.5, scope=scope, multiple=4)
     after = sum(multiply_adds(result.module, HISTORY).values())
     # Widths change in steps: one head less in both blocks saves 2 * 4 * 4 * 12 * 6 (blocks, layers,
-    # channels of a head, width, positions) of 41,489 multiply-adds, 5.6 %.
+    # channels of a head, inputs, positions) of 41,489 multiply-adds, 5.6 %.
     assert 0.4 < after / before <= 0.5
     reasons = result.plan.of("blocks.0.up").reasons
     require_reason(reasons, "multiply_adds_left", share=pytest.approx(after / before))
@@ -132,7 +139,7 @@ def test_keys_without_their_queries_are_not_pruned(tmp_path):
 
 
 class HalfWidthLayerNet(HiddenLayerNet):
-    """Has a second layer of width ``width // 2``, which does not grow by one with ``width``."""
+    """Has a layer of ``width // 2`` outputs, which may stay the same if ``width`` grows by one."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__(width)

@@ -1,7 +1,9 @@
 """``channels``: removed channels, the matching inputs of consumers, and channels that are kept.
 
 In the fields of reasons, ``producer`` is the layer that outputs channels, ``consumer`` a module
-that reads them, and ``count`` a width that was tried.
+that reads them, and ``count`` a width that was tried. The networks are in ``tests/models.py`` and
+``tests/narrow_networks.py``. By default, the step keeps half of the channels of a layer, rounded to
+a multiple of 8.
 """
 
 import hypothesis.strategies as st

@@ -2,8 +2,10 @@
 
 A stack is a sequence of layers, its members, whose number is an argument of the network or the
 length of such an argument. ``most_loss`` is the largest allowed decrease of the metric for all
-removed layers together.
+removed layers together, and ``count`` the largest number of layers to remove from a stack.
 """
+
+from collections.abc import Callable
 
 import models
 import pytest
@@ -38,8 +40,8 @@ from compressors.prune.dense.magnitude import Magnitude
 from compressors.prune.structure.config_depth import find_stacks, remove_member
 from compressors.quantize.dense.static_int8 import StaticInt8
 
-# ``down`` and ``up`` are the low-rank factors of the cross layers. ``deep`` has three modules for
-# each hidden layer: linear, norm and relu.
+# Networks of ``tests/narrow_networks.py``. ``down`` and ``up`` are the low-rank factors of the
+# cross layers. ``deep`` has three modules for each hidden layer: linear, norm and relu.
 DEEP = Reference(LowRankCrossNet, SIGNATURE, {"cross_layers": 3, "hidden": [20, 12, 12, 12]})
 BLOCKS = Reference(Transformer, HISTORY, {"layers": 4})
 
@@ -54,6 +56,11 @@ def predictions(module: nn.Module, reference: Reference) -> Tensor:
     inputs = models.generate_inputs(reference.signature, reference.rows_of_tables(), 50, seed=11)
     with torch.no_grad():
         return module(**inputs).reshape(-1)
+
+
+def predict_with(source: Model) -> Callable[[dict[str, Tensor]], Tensor]:
+    """Return a function from inputs to the predictions of a model."""
+    return lambda inputs: source.module(**inputs).reshape(-1)
 
 
 class AveragedCrossNet(LowRankCrossNet):
@@ -89,7 +96,7 @@ def test_a_layer_of_zeros_is_dropped_and_predictions_do_not_change(zero_layer, t
     # Labels are the network's predictions, so removing any other layer lowers the metric.
     tables = DEEP.rows_of_tables()
     rows = write_split(
-        SIGNATURE, tables, tmp_path / "own", 9, lambda x: source.module(**x).reshape(-1)
+        SIGNATURE, tables, tmp_path / "own", seed=9, score_function=predict_with(source)
     )
     bench = bench.model_copy(update={"validation": rows})
     step = DropLayers(layers=("down.*", "up.*"), most_loss=0.0)
@@ -122,7 +129,7 @@ def test_only_layers_whose_previous_and_next_layers_fit_each_other_are_dropped(t
     assert torch.equal(result.module.deep[0].weight, source.module.deep[0].weight)
     assert torch.equal(result.module.deep[4].running_var, source.module.deep[4].running_var)
     skipping = source.private().module  # a copy of the module tree
-    for index in range(6, 12):
+    for index in range(6, 12):  # the modules of the last two layers
         skipping.deep[index] = nn.Identity()
     torch.testing.assert_close(predictions(result.module, DEEP), predictions(skipping, DEEP))
 
@@ -131,14 +138,14 @@ def test_removing_a_layer_decreases_the_index_of_all_modules_of_later_layers():
     """A hidden layer is three modules (linear, norm, relu), and all three get a new index."""
     source = DEEP.model()
     (stack,) = (item for item in find_stacks(source) if item.description() == "hidden")
-    shorter, shorter_stack = remove_member(source.private(), SIGNATURE, stack, 2)
+    shorter, shorter_stack = remove_member(source.private(), SIGNATURE, stack, member=2)
     assert shorter_stack.members == 3
     before, after = source.module.deep, shorter.module.deep
     assert torch.equal(after[6].weight, before[9].weight)
     assert torch.equal(after[7].running_mean, before[10].running_mean)
     assert torch.equal(after[3].weight, before[3].weight)
     with pytest.raises(NotAMember) as caught:
-        remove_member(source.private(), SIGNATURE, stack, 1)
+        remove_member(source.private(), SIGNATURE, stack, member=1)
     require_reason([caught.value.reason], "rest_does_not_fit", layer=1)
 
 
@@ -177,7 +184,7 @@ def test_a_layer_whose_removal_loses_more_than_most_loss_is_kept(tmp_path):
     source = DEEP.model()
     tables = DEEP.rows_of_tables()
     rows = write_split(
-        SIGNATURE, tables, tmp_path / "own", 9, lambda x: source.module(**x).reshape(-1)
+        SIGNATURE, tables, tmp_path / "own", seed=9, score_function=predict_with(source)
     )
     bench = DEEP.bench(tmp_path / "data").model_copy(update={"validation": rows})
     step = DropLayers(layers=("down.*", "up.*"), most_loss=0.0)

@@ -1,4 +1,8 @@
-"""``l1_training``: penalties that make weights or channels exactly zero, and steps after it."""
+"""``l1_training``: penalties that make weights or channels exactly zero, and steps after it.
+
+``RANKER`` has the dense layers ``hidden``, ``cross`` and ``out``, among others. ``NORMED`` has a
+batch norm after ``hidden`` (both: ``tests/models.py``), and ``ResidualConcatNet`` after ``right``.
+"""
 
 import hypothesis.strategies as st
 import pytest
@@ -103,8 +107,8 @@ def test_training_returns_the_last_epoch_if_an_earlier_one_had_a_better_metric(t
         NORMED.signature,
         NORMED.rows_of_tables(),
         tmp_path / "own",
-        9,
-        lambda inputs: source.module(**inputs).reshape(-1),
+        seed=9,
+        score_function=lambda inputs: source.module(**inputs).reshape(-1),
     )
     bench = NORMED.bench(tmp_path / "data").model_copy(update={"validation": rows})
     training = SHORT_TRAINING.model_copy(update={"epochs": 4, "patience": 1})

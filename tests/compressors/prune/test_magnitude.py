@@ -1,4 +1,7 @@
-"""``magnitude``: the smallest weights of each layer, or of all layers, are set to zero."""
+"""``magnitude``: the smallest weights of each layer, or of all layers, are set to zero.
+
+``cross``, ``hidden`` and ``plain`` are dense layers of ``RANKER`` (``tests/models.py``).
+"""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -28,7 +31,7 @@ def test_zero_smallest_zeroes_the_smallest_weights_and_changes_no_others(shapes,
 
 
 def test_zero_smallest_of_equal_weights_zeroes_exactly_the_share():
-    (result,) = zero_smallest([torch.full((4, 5), -2.0)], 0.25)
+    (result,) = zero_smallest([torch.full((4, 5), -2.0)], share=0.25)
     assert int((result == 0).sum()) == 5
 
 

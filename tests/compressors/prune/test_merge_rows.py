@@ -1,10 +1,9 @@
 """``merge_rows``: rows within a distance of their group's leader are stored once, as their mean.
 
-The leader of a group is its row with the largest weight (number of lookups).
-
-The distance is ``within`` times the root mean square of the norms of the rows.
-``merge_similar_rows`` returns ``index``, the group of each row, and ``unique``, the mean row of
-each group.
+The leader of a group is its row with the largest weight (number of lookups). The largest allowed
+distance is ``within`` times the root mean square of the norms of all rows. ``merge_similar_rows``
+returns ``index``, the group of each row, and ``unique``, the mean row of each group. The table
+``item`` of ``RANKER`` (``tests/models.py``) has 300 rows of 7 float32 values, ``user`` 40 rows.
 """
 
 import pytest
@@ -27,7 +26,7 @@ def draw_normal(seed: int, rows: int, dim: int) -> torch.Tensor:
 def test_merging_within_zero_merges_exactly_the_equal_rows(seed, distinct, rows):
     choice = torch.randint(distinct, (rows,), generator=torch.Generator().manual_seed(seed))
     table = draw_normal(seed, distinct, 5)[choice]
-    index, unique = merge_similar_rows(table, torch.ones(rows), 0)
+    index, unique = merge_similar_rows(table, torch.ones(rows), within=0)
     assert len(unique) == len(choice.unique())
     # The float64 mean of equal float32 numbers is exact.
     assert torch.equal(unique[index], table)
@@ -65,8 +64,8 @@ def test_merged_groups_do_not_depend_on_the_order_of_rows(seed):
     table = centres[torch.arange(40) % 5] + noise
     permutation = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
     weight = torch.arange(40) + 1.0
-    index, _ = merge_similar_rows(table, weight, 0.01)
-    shuffled, _ = merge_similar_rows(table[permutation], weight[permutation], 0.01)
+    index, _ = merge_similar_rows(table, weight, within=0.01)
+    shuffled, _ = merge_similar_rows(table[permutation], weight[permutation], within=0.01)
     expected = index[permutation].unsqueeze(0) == index[permutation].unsqueeze(1)
     assert torch.equal(shuffled.unsqueeze(0) == shuffled.unsqueeze(1), expected)
 
@@ -74,14 +73,14 @@ def test_merged_groups_do_not_depend_on_the_order_of_rows(seed):
 def test_rows_close_to_eight_centres_become_8_to_12_rows():
     centres = draw_normal(0, 8, 6) * 10
     table = centres[torch.arange(400) % 8] + 0.001 * draw_normal(1, 400, 6)
-    _, unique = merge_similar_rows(table, torch.ones(400), 0.01)
+    _, unique = merge_similar_rows(table, torch.ones(400), within=0.01)
     # Only rows in the same cell of a grid are compared, so a group across a border may be cut.
     assert 8 <= len(unique) <= 12
 
 
 def test_merged_rows_are_numbered_by_first_occurrence():
     table = torch.tensor([[3.0], [1.0], [3.0], [2.0]])
-    index, unique = merge_similar_rows(table, torch.ones(4), 0)
+    index, unique = merge_similar_rows(table, torch.ones(4), within=0)
     assert index.tolist() == [0, 1, 0, 2]
     assert unique.squeeze(1).tolist() == [3, 1, 2]
 

@@ -4,6 +4,9 @@
 rows, in a table of often looked-up ("hot") rows and one of the others ("cold"). A row map has the
 position of each original row in the smaller table or tables. The importance ``lookups`` is the
 number of lookups of a row in the training data.
+
+The tables ``item`` (300 rows of 7 float32 values) and ``city`` (9 rows of 6) are those of
+``RANKER`` (``tests/models.py``).
 """
 
 import pytest
@@ -22,7 +25,7 @@ from compressors.prune.tables.tiers import Tiers
 from compressors.quantize.calibration.lookup_counts import lookup_counts, squared_gradients
 from compressors.quantize.tables.rowwise_int4 import RowwiseInt4
 
-ROWS = 300  # of table item
+ROWS = 300  # of the table ``item``
 
 
 def prune_item_table(tmp_path, **settings):
@@ -146,7 +149,7 @@ def test_tiers_keep_all_rows_and_store_the_most_looked_up_in_the_hot_table(tmp_p
     hot = result.module.item.hot.weight
     counts = lookup_counts(RANKER.model(), bench, ["item"])["item"]
     is_hot = torch.tensor([bool((row == hot).all(dim=1).any()) for row in weight])
-    assert len(hot) == int(is_hot.sum()) == 30
+    assert len(hot) == int(is_hot.sum()) == 30  # by default, a tenth of the rows is hot
     assert counts[is_hot].min() >= counts[~is_hot].max()
     expected = float(counts[is_hot].sum() / counts.sum())
     require_reason(result.plan.of("item").reasons, "hot_lookups", share=pytest.approx(expected))

@@ -1,4 +1,8 @@
-"""Reconstruction: refitting layers after channel pruning keeps their outputs almost unchanged."""
+"""Reconstruction: refitting layers after channel pruning keeps their outputs almost unchanged.
+
+``HiddenLayerNet`` (``tests/narrow_networks.py``) has a layer ``hidden`` with 16 channels, which
+only the layer ``out`` reads.
+"""
 
 import hypothesis.strategies as st
 import pytest

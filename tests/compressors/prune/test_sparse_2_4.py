@@ -30,7 +30,7 @@ from compressors.quantize.dense.weight_int4 import WeightInt4
 
 sizes = st.tuples(st.integers(1, 12).map(lambda n: 4 * n), st.integers(1, 9))
 seeds = st.integers(0, 2**20)
-LAYERS = ("cross", "hidden", "capped", "plain", "out")
+LAYERS = ("cross", "hidden", "capped", "plain", "out")  # all dense layers of RANKER
 
 
 def draw_normal(outputs: int, inputs: int, seed: int) -> Tensor:

@@ -121,12 +121,12 @@ def test_least_squares_range_has_at_most_2_percent_more_error_than_the_best(shap
 
 
 def naive_divergence(counts: np.ndarray, end: int) -> float:
-    """The divergence of a range by Migacz's pseudocode, from bin counts without zeros."""
+    """The divergence of a range, from bin counts without zeros: Migacz, see ``calibrators.py``."""
     p = counts[:end].astype(np.float64)
     p[-1] += counts[end:].sum()
     groups: dict[int, list[int]] = {}
     for bin_ in range(end):
-        groups.setdefault(bin_ * 128 // end, []).append(bin_)
+        groups.setdefault(bin_ * 128 // end, []).append(bin_)  # 128 levels
     q = np.zeros(end)
     for group in groups.values():
         filled = [bin_ for bin_ in group if counts[bin_]]
@@ -182,7 +182,7 @@ def test_clipped_scale_never_has_a_larger_error_than_no_clipping():
     input_scale = torch.tensor(1.0)
 
     def weight_error(requested_scale: Tensor | None) -> Tensor:
-        codes, scale = encode(weight, None, input_scale, requested_scale)
+        codes, scale = encode(weight, None, input_scale, requested_scale)  # None: no bias
         return (codes.float() * scale[:, None] - weight).square().sum(dim=1)
 
     with_clipping, without_clipping = weight_error(clipped_scale(weight)), weight_error(None)

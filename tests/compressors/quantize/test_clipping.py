@@ -30,7 +30,7 @@ from compressors.quantize.kernels.levels import (
     squared_error,
 )
 
-INT4 = GRIDS["15 symmetric"]
+INT4 = GRIDS["15 symmetric"]  # the levels -7 to 7
 
 
 def error(table: Tensor, grid: Grid) -> Tensor:

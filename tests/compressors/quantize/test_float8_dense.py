@@ -1,4 +1,7 @@
-"""Dense layers in 8-bit floats: rounding, scales, the op and its gradients."""
+"""Dense layers in 8-bit floats: rounding, scales, the op and its gradients.
+
+``capped`` is a dense layer of ``RANKER`` (``tests/models.py``).
+"""
 
 from pathlib import Path
 
@@ -126,7 +129,7 @@ def test_input_scale_is_the_largest_calibration_input_over_448(tmp_path):
     inputs: list[Tensor] = []
     hook = source.module.capped.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
-        for batch in batches(bench.calibration, RANKER.signature, 10, 50):
+        for batch in batches(bench.calibration, RANKER.signature, size=10, limit=50):
             source.module(**batch.inputs)
     hook.remove()
     result = run(Float8Dense(rows=50, batch=7), source, bench, tmp_path / "out")

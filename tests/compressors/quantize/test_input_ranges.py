@@ -1,6 +1,8 @@
 """Warnings about layers whose input channels share a scale and have very different ranges.
 
-A channel is coarse if its range has only few levels of the shared scale.
+A channel is coarse if its range has only few levels of the shared scale. The layer ``first`` of the
+network (``tests/mixed_ranges.py``) has 19 input channels: 16 of an embedding, whose standard
+deviation is ``spread`` (by default 0.05), and 3 features from 0 to ``largest``.
 
 In a warning, ``coarse`` is the number of coarse channels, ``range`` the largest absolute input, and
 ``widest`` the channels with the largest ranges.
@@ -39,6 +41,7 @@ def test_large_inputs_next_to_small_embeddings_give_a_warning_on_the_layers_plan
     widest = {
         reason.fields["channel"]: reason.fields["largest"] for reason in warning.fields["widest"]
     }
+    # Channels 16 to 18 are the features.
     assert widest == dict.fromkeys((16, 17, 18), pytest.approx(12, rel=0.05))
     assert plan.of("out").warnings == ()
 

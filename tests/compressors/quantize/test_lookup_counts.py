@@ -1,6 +1,8 @@
 """Lookup counts and squared gradients of tables, their parts, and bags.
 
-Some steps replace a table by a composition of smaller tables, its parts (``Unit.part_of``).
+Some steps replace a table by a composition of smaller tables, its parts (``Unit.part_of``). The
+networks are in ``tests/models.py``: ``RANKER`` has the tables ``NAMES``; ``genres``, ``history``
+and ``tags`` are bags, and ``user`` has 40 rows.
 """
 
 import pytest
@@ -165,7 +167,7 @@ def test_squared_gradients_of_lists_equal_the_mean_over_single_lists(tmp_path):
     result = squared_gradients(ATTENTION.model(), bench, ["user"])["user"]
     module = ATTENTION.model().module
     data = Rows(bench.train, bench.signature)
-    total = torch.zeros(25, 8, dtype=torch.float64)
+    total = torch.zeros(25, 8, dtype=torch.float64)  # the shape of the table ``user``
     for group in data.group.unique():
         row_numbers = (data.group == group).nonzero().squeeze(1)
         batch = data.take(row_numbers)

@@ -1,7 +1,7 @@
 """Quantization-aware training: gradients, the stored layer, and the gain over static int8.
 
 ``soft_share`` is the weight of the teacher's scores (``soft_labels``) in training; the labels get
-the rest.
+the rest. ``RANKER`` and ``NORMED`` (a batch norm after ``hidden``) are in ``tests/models.py``.
 """
 
 from pathlib import Path

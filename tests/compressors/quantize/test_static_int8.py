@@ -1,6 +1,7 @@
 """Static int8: the op equals an integer Gemm, and its gradients pass through the rounding.
 
-``EXACT_INPUTS`` is the number of products of int8 numbers whose sum is exact in float32.
+``EXACT_INPUTS`` is the number of products of int8 numbers whose sum is exact in float32. ``capped``
+is a dense layer of ``RANKER`` (``tests/models.py``).
 """
 
 import hypothesis.extra.numpy as arrays
@@ -268,7 +269,7 @@ def test_input_scale_is_the_largest_calibration_input_over_127(tmp_path):
     inputs: list[Tensor] = []
     source.module.capped.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
-        for batch in batches(bench.calibration, RANKER.signature, 10, 50):
+        for batch in batches(bench.calibration, RANKER.signature, size=10, limit=50):
             source.module(**batch.inputs)
     largest = torch.cat(inputs).abs().max()
     source.module.capped._forward_pre_hooks.clear()

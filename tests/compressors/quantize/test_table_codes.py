@@ -1,8 +1,7 @@
 """Tables with codebooks (k-means, product and residual codes): the error of the rows.
 
-Residual codes are called additive if rounds of least squares refine their codebooks.
-
-``refine`` is the largest number of these rounds. Calls of ``residual_codes.fit`` have the number of
+Residual codes are called additive if rounds of least squares refine their codebooks. ``refine`` is
+the largest number of these rounds. Calls of ``residual_codes.fit`` have the number of
 codebooks and the entries of each; those of ``product_codes.fit`` the number of parts and the
 entries; those of ``kmeans.fit`` the bits of a code and the type of the row scale.
 """
@@ -198,7 +197,7 @@ def test_rows_of_larger_weight_have_a_smaller_error():
 
 
 def test_row_weights_for_a_sampled_table_raise_a_value_error(monkeypatch):
-    monkeypatch.setattr(kmeans, "FITTED_VALUES", 60)
+    monkeypatch.setattr(kmeans, "FITTED_VALUES", 60)  # 10 rows of 6 values
     with pytest.raises(ValueError, match="at most 10 rows, got 20"):
         kmeans.fit(torch.randn(20, 6), 2, "none", torch.ones(20))
 

@@ -80,7 +80,7 @@ class MemorySink:
 
     def __init__(self, size: int, existing: Sequence[str] = ()) -> None:
         self.file, self.blocks, self.existing = bytearray(size), [], set(existing)
-        self.written = bytearray(size)
+        self.write_counts = bytearray(size)
 
     def has_block(self, block: str) -> bool:
         return block in self.existing
@@ -89,8 +89,8 @@ class MemorySink:
         self.blocks.append(block)
         for offset, data in pieces:
             self.file[offset : offset + len(data)] = data
-            self.written[offset : offset + len(data)] = bytes(
-                count + 1 for count in self.written[offset : offset + len(data)]
+            self.write_counts[offset : offset + len(data)] = bytes(
+                count + 1 for count in self.write_counts[offset : offset + len(data)]
             )
 
 
@@ -99,7 +99,7 @@ def encode_to_memory(job: EncodingJob, workers: int = 1) -> bytes:
     file = StreamedFile(job.layout())
     sink = MemorySink(file.bytes)
     encode_file(job, file, sink, workers)
-    assert set(sink.written) == {1}
+    assert set(sink.write_counts) == {1}
     return bytes(sink.file)
 
 
@@ -200,15 +200,16 @@ def test_blocks_in_the_sink_are_neither_encoded_nor_fitted_again():
     job = encoding_job(step, {"t": weight}, 3)
     file = StreamedFile(job.layout())
     sink = MemorySink(file.bytes, existing=["header", "t@0", "t@6"])
-    encode_file(job, file, sink, 1)
-    # ``t@whole`` is the block of tensors that belong to the whole table.
+    encode_file(job, file, sink, workers=1)
+    # ``header`` is the header of the file, ``t@3`` the block from row 3, and ``t@whole`` the block
+    # of the tensors that belong to the whole table.
     assert sink.blocks == ["t@whole", "t@3", "t@9"]
     step.fitted.clear()
     finished_sink = MemorySink(
         file.bytes, existing=["header", "t@whole", "t@0", "t@3", "t@6", "t@9"]
     )
     progress: list[int] = []
-    encode_file(job, file, finished_sink, 1, progress.append)
+    encode_file(job, file, finished_sink, workers=1, progress=progress.append)
     assert finished_sink.blocks == step.fitted == []
     assert sum(progress) == weight.nbytes  # skipped blocks count as progress
 
@@ -258,10 +259,10 @@ def test_rows_beyond_32_bit_offsets_are_written_at_their_positions(row: int, blo
         def has_block(self, block: str) -> bool:
             return block not in {each.name for each in checked_blocks}
 
-        def write(self, block: str, written: Sequence[Piece]) -> None:
-            pieces.update((piece.at, piece.data) for piece in written)
+        def write(self, block: str, pieces_of_block: Sequence[Piece]) -> None:
+            pieces.update((piece.at, piece.data) for piece in pieces_of_block)
 
-    encode_file(job, file, CollectingSink(), 2)
+    encode_file(job, file, CollectingSink(), workers=2)
     for block in checked_blocks:
         codes = pieces[starts["codes"] + block.begin * DIM]
         assert len(codes) == (block.end - block.begin) * DIM

@@ -1,6 +1,7 @@
 """Weight-only quantization to 8 and 4 bits: codes, the op, rounded inputs and GPTQ.
 
-A block is ``block`` consecutive weights of a row that share a scale; 0: the whole row.
+A block is ``block`` consecutive weights of a row that share a scale; 0: the whole row. ``RANKER``
+(``tests/models.py``) has the dense layers ``hidden`` and ``plain``, which has no bias.
 """
 
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_stored_bytes_are_the_bytes_of_padded_codes_block_scales_and_the_bias(bi
     settings = {"block": block, "scale": "float16", "activations": "float32"}
     layout = storage.layout(100, 7, settings, bias=True)
     size = sum(spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in layout.values())
-    codes = -(-100 // (block or 16)) * (block or 16)
+    codes = -(-100 // (block or 16)) * (block or 16)  # without blocks, rows are padded to 16 codes
     scales = codes // block if block else 1
     assert size == 7 * (codes * bits // 8 + 2 * scales + 4)
     assert "bias" not in storage.layout(100, 7, settings, bias=False)

@@ -1,5 +1,9 @@
 """``fold``: folded norms, removed dead channels, and reported columns with only zero weights.
 
+The networks are in ``tests/chained_networks.py`` (``NORM_FIRST``, ``BLOCK``), ``tests/models.py``
+(``NORMED``, ``COMPACT``) and ``examples/dcnv2.py``. A batch norm is folded into the dense layer
+directly before or after it, and the factors and offsets of a layer norm into all its consumers.
+
 A channel is dead if its output is constant or multiplied by zero weights only. The plan line
 ``(other)`` is for tensors that belong to no table or dense layer. In the fields of reasons,
 ``producer`` outputs channels, and ``consumer`` reads them.
@@ -102,8 +106,8 @@ def test_batch_norm_factors_compute_the_norm_in_evaluation_mode(affine):
     [
         (NORMED, ["norm"]),
         (DCN, ["perceptron.1", "perceptron.5"]),
-        (NORM_FIRST, ["first", "second"]),
-        (BLOCK, []),
+        (NORM_FIRST, ["first", "second"]),  # a sum also adds the input of ``third``
+        (BLOCK, []),  # layer norms remain
     ],
     ids=["normed", "dcnv2", "norm-first", "block"],
 )

@@ -1,5 +1,10 @@
 """``equalize`` and ``smooth_quant`` move factors between layers: equal scores, less int8 loss.
 
+The networks ``CHAIN``, ``BLOCK``, ``LOUD`` and ``NORM_FIRST`` are in ``tests/chained_networks.py``.
+In ``CHAIN``, ``b`` reads the output of ``a``, and ``c`` and ``d`` read that of ``b``. No factor can
+be moved from ``c`` and ``d`` to ``e``, because a gelu and a tanh follow them. ``LOUD`` is ``BLOCK``
+(one transformer block) with two channels that are 40 times as large as the others.
+
 The range of a channel is its largest absolute value. With ``search``, the strength ``alpha`` of
 each layer is searched for the smallest int8 error. The int8 loss is the change of scores by int8,
 see ``int8_loss``.
@@ -76,7 +81,6 @@ def test_best_smoothing_has_no_larger_int8_error_than_no_smoothing(seed, factor)
     assert int8_error(layers, scale) <= int8_error(layers, unscaled)
 
 
-# LOUD is BLOCK with two channels that are 40 times as large as the others.
 STEPS_AND_REFERENCES = [
     (Equalize(), COMPACT),
     (Equalize(), CHAIN),

@@ -14,6 +14,7 @@ from compressors.core.batches import Batch, Rows, batches
 from compressors.task_kinds.loss import hard_loss, shuffled_rows, soft_loss
 from compressors.task_kinds.outputs import logits
 
+# Signatures of networks in ``tests/models.py``: scores of ranked lists, logits and probabilities.
 LISTS = ATTENTION.signature
 CLICKS = RANKER.signature
 PROBABILITIES = NORMED.signature
@@ -44,6 +45,7 @@ def test_soft_loss_of_clicks_is_the_cross_entropy_at_the_temperature(values, tem
         )
         * temperature**2
     )
+    # The soft loss does not depend on labels, so any batch is enough.
     loss = soft_loss(CLICKS, torch.tensor(score), torch.tensor(teacher), batch([0.0]), temperature)
     assert float(loss) == pytest.approx(expected, rel=1e-6)
 
@@ -124,7 +126,7 @@ def test_logits_of_probabilities_0_and_1_are_finite():
 def test_shuffled_rows_has_every_row_once_and_no_list_in_two_batches(reference, tmp_path):
     split = reference.bench(tmp_path).train
     all_rows = Rows(split, reference.signature)
-    batches_of_rows = list(shuffled_rows(all_rows, reference.signature, 20, seed=3))
+    batches_of_rows = list(shuffled_rows(all_rows, reference.signature, size=20, seed=3))
     assert sorted(torch.cat(batches_of_rows).tolist()) == list(range(BENCH_ROWS))
     assert torch.cat(batches_of_rows).tolist() != list(range(BENCH_ROWS))
     if all_rows.group is not None:

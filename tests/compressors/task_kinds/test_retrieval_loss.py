@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 
 def vectors_of(rows: int, seed: int, scale: float = 1.0) -> Tensor:
-    """Draw vectors of both towers, float64 ``(rows, 2, DIM)``."""
+    """Draw vectors of the query and of the item of each row, float64 ``(rows, 2, DIM)``."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, 2, DIM, generator=generator, dtype=torch.float64) * scale
 
@@ -81,8 +81,8 @@ def test_soft_loss_is_the_cross_entropy_over_different_items(rows, seed, tempera
         logits = [(v[row, 0] @ v[first, 1].T).numpy() / temperature for v in (student, teacher)]
         shares = [np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in logits]
         losses.append(-(shares[1] * np.log(shares[0])).sum())
-    rows = DistillationRows(student, teacher, batch_of(item, query, label))
-    actual = float(LOSSES.soft_loss(rows, temperature))
+    distillation_rows = DistillationRows(student, teacher, batch_of(item, query, label))
+    actual = float(LOSSES.soft_loss(distillation_rows, temperature))
     assert actual == pytest.approx(np.mean(losses) * temperature**2, rel=1e-9)
 
 
@@ -98,9 +98,8 @@ def test_gradient_of_a_loss_on_the_teacher_vanishes_at_the_teacher(loss):
         assert float(value.detach()) == 0
     (gradient,) = torch.autograd.grad(value, student)
     assert float(gradient.abs().max()) < 1e-12
-    other = vectors_of(6, 9)
-    moved = margin_loss(other, teacher, batch)
-    assert float(moved) > 0.1
+    other_student = vectors_of(6, seed=9)
+    assert float(margin_loss(other_student, teacher, batch)) > 0.1
 
 
 def test_margin_loss_allows_vectors_of_another_width():

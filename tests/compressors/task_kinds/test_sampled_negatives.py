@@ -44,9 +44,19 @@ def batch_of(rows: list[tuple[int, int, int]], drawn: list[int]) -> Batch:
         return ((1.0 + ids.double()) / 100).log()
 
     sampled = SampledItems(
-        {}, torch.tensor(drawn), log_share(torch.tensor(drawn)), len(drawn) / ITEMS
+        inputs={},
+        item=torch.tensor(drawn),
+        item_log_share=log_share(torch.tensor(drawn)),
+        drawn_share=len(drawn) / ITEMS,
     )
-    return Batch({}, label, query, None, item, log_share(item), sampled)
+    return Batch(
+        inputs={},
+        label=label,
+        group=query,
+        item=item,
+        item_log_share=log_share(item),
+        sampled=sampled,
+    )
 
 
 def output_of(query: Tensor, item: Tensor, batch: Batch) -> Tensor:
@@ -104,7 +114,7 @@ def test_soft_loss_with_all_items_drawn_is_the_cross_entropy_over_the_catalogue(
 ):
     batch = batch_of(rows, drawn=list(range(ITEMS)))
     shares, outputs = [], []
-    for model in (0, 1):
+    for model in (0, 1):  # student and teacher
         query, item = vectors(len(rows), seed + model), vectors(ITEMS, seed + 10 + model)
         outputs.append(output_of(query, item, batch))
         exponentials = np.exp((query @ item.T).numpy() / temperature)
@@ -119,7 +129,7 @@ def test_margin_loss_with_all_items_drawn_is_that_of_all_margins():
     batch = batch_of(rows, drawn=list(range(ITEMS)))
     own = [item for item, _, _ in rows]
     margins, outputs = [], []
-    for model in (0, 1):
+    for model in (0, 1):  # student and teacher
         query, item = vectors(len(rows), model), vectors(ITEMS, 10 + model)
         outputs.append(output_of(query, item, batch))
         scores = query @ item.T
@@ -148,18 +158,19 @@ def test_drawn_items_that_a_row_has_do_not_change_the_losses(rows, drawn):
         assert not leaf.grad[len(rows) :][is_hit].any()
 
 
-def test_positive_items_of_a_query_are_not_its_negatives_but_those_of_other_queries():
+def test_positive_items_of_a_query_are_not_its_negatives():
     rows = [(0, 0, 1), (1, 0, 1), (2, 1, 1)]
     batch = batch_of(rows, drawn=[1, 4])
     output = output_of(vectors(3, 0), vectors(ITEMS, 1), batch).requires_grad_(True)
-    # Only the first query's loss: item 1 is its other positive, through the row and the draw.
-    first = replace(batch, label=torch.tensor([1, 0, 0]))
-    kept = replace(batch, label=torch.tensor([1, 1, 0]))
-    (alone,) = torch.autograd.grad(LOSSES.hard_loss(output, first), output)
-    assert alone[1, 1].abs().max() > 0  # without a positive label, item 1 is a negative
-    (both,) = torch.autograd.grad(LOSSES.hard_loss(output, kept), output)
-    # Item 1 then has a gradient only from the query of its own row, which is a multiple of it.
-    direction = both[1, 1] / output[1, 0].detach()
+    # Query 0 has the items 0 and 1, in two rows; item 1 is drawn too. Without a positive label,
+    # item 1 is a negative for row 0, so its vector has a gradient.
+    one_positive = replace(batch, label=torch.tensor([1, 0, 0]))
+    (gradient,) = torch.autograd.grad(LOSSES.hard_loss(output, one_positive), output)
+    assert gradient[1, 1].abs().max() > 0
+    # With a positive label, only row 1 gives it a gradient: a multiple of that row's query vector.
+    two_positives = replace(batch, label=torch.tensor([1, 1, 0]))
+    (gradient,) = torch.autograd.grad(LOSSES.hard_loss(output, two_positives), output)
+    direction = gradient[1, 1] / output[1, 0].detach()
     assert torch.allclose(direction, direction[0].expand(DIM), rtol=1e-9)
 
 

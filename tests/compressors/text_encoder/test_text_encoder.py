@@ -1,4 +1,8 @@
-"""The encoder of texts: its class, and graphs of its less usual forms."""
+"""The encoder of texts: its class, and graphs of its less usual forms.
+
+``CONFIG`` and ``SIGNATURE`` of ``tests/token_draft.py`` describe a small encoder: one network for
+queries and documents.
+"""
 
 from pathlib import Path
 
@@ -54,13 +58,14 @@ def test_graph_of_a_compressed_encoder_has_the_vectors_of_torch(
     assert ("encoder.distance" in model.network.modules) == (form == "distances")
     (graph,) = served_graphs(TEXTS)
     lower(model.module, graph, target, tmp_path / "encoder.onnx")
-    ids = torch.randint(4, VOCABULARY, (5, 12))
+    ids = torch.randint(4, VOCABULARY, (5, 12))  # ids 0 to 3 are special tokens
     lengths = torch.tensor([12, 9, 2, 7, 12])
     mask = (torch.arange(12) < lengths[:, None]).long()
     with torch.no_grad():
         expected = model.module.encoder(ids * mask, mask).numpy()
-    (got,) = Session(tmp_path / "encoder.onnx", 1).outputs([(ids * mask).numpy(), mask.numpy()])
-    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
+    session = Session(tmp_path / "encoder.onnx", threads=1)
+    (vectors,) = session.outputs([(ids * mask).numpy(), mask.numpy()])
+    np.testing.assert_allclose(vectors, expected, rtol=0, atol=tolerance)
 
 
 def test_unknown_pooling_is_refused() -> None:
