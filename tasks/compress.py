@@ -80,7 +80,16 @@ def compress(
     }
     devices = device.split(",")
     inputs_digest = digest(
-        [source, step, splits, original, seed, context_digest, code_digest(compress.fn)]
+        [
+            source,
+            step,
+            splits,
+            original,
+            seed,
+            context_digest,
+            excluded,
+            code_digest(compress.fn),
+        ]
     )
     checkpoints = load_settings().home / "progress" / inputs_digest
     bench = build_bench(manifest, parts, original, seed, checkpoints, teachers, devices[0])

@@ -133,10 +133,16 @@ def soft_label_rows(bench: Bench, rows: TrainingRows, kind: str) -> Rows | Joine
     Raises:
         RowsMissing: the bench lacks them.
     """
-    labelled = _require_rows(bench, bench.train, kind) if rows in ("train", "both") else None
-    if rows == "train" and labelled is not None:
-        return labelled
-    return JoinedRows(labelled, _require_rows(bench, bench.traffic, kind))
+    labelled = None
+    if rows != "traffic":
+        if bench.train is None:
+            raise RowsMissing("train_rows_missing", step=kind)
+        labelled = Rows(bench.train, bench.signature)
+        if rows == "train":
+            return labelled
+    if bench.traffic is None:
+        raise RowsMissing("traffic_rows_missing", step=kind)
+    return JoinedRows(labelled, Rows(bench.traffic, bench.signature))
 
 
 def mean_predictions(scores: list[Tensor], forms: Sequence[OutputForm]) -> Tensor:
@@ -191,12 +197,6 @@ def _average_over_teachers(scores: Tensor, form: OutputForm) -> Tensor:
         return scores.mean(dim=0)
     # Probabilities are clamped to [EDGE, 1 - EDGE], so that their logits are finite.
     return torch.sigmoid(torch.logit(scores, eps=EDGE).mean(dim=0))
-
-
-def _require_rows(bench: Bench, split: Split | None, kind: str) -> Rows:
-    if split is None:
-        raise RowsMissing("train_rows_missing", step=kind)
-    return Rows(split, bench.signature)
 
 
 def _read_predictions(split: Split | None, soft: Split | None, kind: str) -> Tensor:

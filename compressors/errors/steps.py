@@ -30,6 +30,8 @@ class RowsMissing(CompressionError):
         "importance to 'magnitude' and reconstruct to false.",
         "validation_rows_missing": f"{{step!r}} needs validation rows. {_ADD_OR_LEAVE_OUT}",
         "train_rows_missing": f"{{step!r}} needs train rows. {_ADD_OR_LEAVE_OUT}",
+        "traffic_rows_missing": "{step!r} needs rows of traffic (requests without labels). "
+        f"{_ADD_OR_LEAVE_OUT}",
         "training_needs_rows": f"Training needs train and validation rows. {_ADD_OR_LEAVE_OUT}",
         "catalogue_missing": "{negatives} negatives of each batch are drawn from the catalogue, "
         "the split 'items'. Add it to the bench, or set 'negatives' of the training to 0.",

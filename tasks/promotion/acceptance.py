@@ -52,6 +52,8 @@ def _describe_contradiction(report: Report, target: TargetReport) -> str | None:
     if verdict.target != target.target:
         return f"the verdict of {target.target} is for {verdict.target}"
     if not verdict.judgements:
+        if verdict.outcome == "accepted":
+            return f"{target.target} is accepted, but was judged by no limit"
         return None  # nothing was measured
     judged = {str(item.limit) for item in verdict.judgements}
     missing = [str(limit) for limit in report.limits if str(limit) not in judged]

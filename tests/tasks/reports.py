@@ -9,6 +9,7 @@ from typing import Any
 from compressors.contracts import (
     Artifact,
     Estimate,
+    Judgement,
     Limit,
     Outcome,
     Plan,
@@ -104,6 +105,20 @@ def create_measurement() -> Measurement:
     )
 
 
+def create_judgements(outcome: Outcome) -> tuple[Judgement, ...]:
+    """Return the judgement of ``LIMIT`` with this outcome; none if nothing was measured."""
+    if outcome == "built-unmeasured":
+        return ()
+    low, high = {
+        "accepted": (-0.001, 0.001),
+        "undecided": (-0.003, 0.001),
+        "rejected": (-0.005, -0.003),
+    }[outcome]
+    estimate = Estimate(point=(low + high) / 2, low=low, high=high, rows=100)
+    reasons = (Reason("as_written", text="as measured"),)
+    return (Judgement(limit=LIMIT, measured=estimate, outcome=outcome, reasons=reasons),)
+
+
 def create_report(folder: Path, order: str, outcomes: dict[TargetName, Outcome]) -> Report:
     """Store files for each target, and return a report of an order with these outcomes.
 
@@ -121,6 +136,7 @@ def create_report(folder: Path, order: str, outcomes: dict[TargetName, Outcome])
             verdict=Verdict(
                 target=target,
                 outcome=outcome,
+                judgements=create_judgements(outcome),
                 reasons=(Reason("as_written", text=f"the gate said {outcome}"),),
             ),
             lowering=create_lowering(target),

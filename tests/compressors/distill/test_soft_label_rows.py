@@ -174,7 +174,7 @@ def test_distill_without_traffic_rows_raises_nothing_to_compress(tmp_path):
     missing = ("traffic", "traffic_soft_labels")
     with raises_code(NothingToCompress, "rows_missing", missing=missing):
         run(step, RANKER.model(), RANKER.bench(tmp_path), tmp_path / "out")
-    with raises_code(RowsMissing, "train_rows_missing"):  # also the code if traffic is missing
+    with raises_code(RowsMissing, "traffic_rows_missing"):
         soft_label_rows(RANKER.bench(tmp_path), rows="both", kind="distill")
 
 
