@@ -20,8 +20,9 @@ from compressors.quantize.kernels.levels import (
     nearest_multiples,
 )
 
-# A bound for relative rounding errors in float32, each at most 2^-24: of a quotient, its rounding
-# and a product, with an offset also of a difference and a sum. These are five; 8 leaves a margin.
+# A bound for the relative error of float32 operations, each of which adds at most 2^-24. There are
+# up to five: division, rounding and multiplication, with an offset also subtraction and addition.
+# 8 leaves a margin.
 SLACK = 8 * 2.0**-24
 
 SYMMETRIC = [Grid(255), Grid(15), Grid(4)]

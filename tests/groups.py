@@ -1,7 +1,8 @@
 """Groups of test files that run in one process, so that cached results are computed only once.
 
-xdist 3.8 marks groups in a private attribute of each test that pytest 9.2 no longer reads, so its
-``--dist loadgroup`` would make every test a group. This file has a scheduler that computes groups.
+xdist 3.8 marks the group of a test in a private attribute, which pytest 9.2 no longer reads. With
+``--dist loadgroup`` alone, every test would therefore be a group. The scheduler in this file
+computes the groups from the names of the test files.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from xdist.scheduler import LoadScopeScheduling
 # The files of a group share a Prefect server and finished orders ("flows"), exports, which take
 # seconds each ("graphs"), runs of every method ("runs"), or one order ("added"). Each other file is
 # a group. The longest groups start first (with --no-loadscope-reorder), so that no process is busy
-# alone at the end; for the same reason no group may take a third of the total time.
+# alone at the end. For the same reason, each group must take less than a third of the total time.
 GROUPS = {
     "flows": {
         "test_budget",

@@ -1,10 +1,11 @@
 """Script: kill processes while they open a registry for the first time, then use the registry.
 
-Each input line is ``FOLDER WRITER POINT...``; the script prints one JSON line per point and an
-empty line. A point between 0 and 1 is a share of all operations of an uninterrupted first use: SQL
-statements and commits of SQLAlchemy and changes of files. The fields of a line are ``at`` (number
-of the operation before which the process is killed), ``killed`` (False if it ended earlier),
-``version`` (published afterwards, or the error) and ``left`` (files in the registry's folder).
+``tests/infra/test_sqlite_file.py`` runs it. Each input line is ``FOLDER WRITER POINT...``; the
+script prints one JSON line per point and an empty line. A point between 0 and 1 is a share of all
+operations of an uninterrupted first use: SQL statements and commits of SQLAlchemy and changes of
+files. The fields of a line are ``at`` (number of the operation before which the process is killed),
+``killed`` (False if it ended earlier), ``version`` (published afterwards, or the error) and
+``left`` (files in the registry's folder).
 
 ``WRITER`` is ``now`` for ``Registry``, which creates the database in a temporary file. It is
 ``earlier`` for MLflow's migrations of the database itself, which earlier versions of recpress used.

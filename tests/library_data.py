@@ -32,7 +32,10 @@ def write_rows(folder: Path) -> None:
 
 
 def write_interactions(folder: Path) -> None:
-    """Write interactions of members with products, and the catalogue of products."""
+    """Write interactions of members with products, and the catalogue of products.
+
+    ``lately`` has the products that a member has bought recently.
+    """
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     lately = [rng.integers(1, ITEMS, length) for length in rng.integers(1, 6, USERS)]

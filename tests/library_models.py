@@ -17,6 +17,7 @@ from torch_rechub.models import multi_task, ranking
 from torch_rechub.models.matching import DSSM, YoutubeDNN
 from torch_rechub.models.matching import dssm_senet as senet
 
+# Features for torch-rechub. Arguments: name, rows of the table, width of the table.
 ids = [
     SparseFeature("user", USERS, 8),
     SparseFeature("item", ITEMS, 8),
@@ -27,6 +28,7 @@ history = [SequenceFeature("history", ITEMS, 8, pooling="concat", shared_with="i
 pooled = [SequenceFeature("recent", ITEMS, 8, pooling="mean", shared_with="item", padding_idx=0)]
 mlp = {"dims": [16, 8]}
 
+# Features for DeepCTR-Torch: tables of width 8, and numbers of width 1.
 columns = [
     SparseFeat("user", USERS, 8),
     SparseFeat("item", ITEMS, 8),
@@ -40,6 +42,7 @@ with_list = [
 ]
 layers = {"dnn_hidden_units": (16, 8)}
 
+# A 2 is the number of cross layers, tasks or experts.
 RECHUB: dict[str, Callable[[], nn.Module]] = {
     "wide_deep": lambda: ranking.WideDeep(numbers, [*ids, *pooled], mlp),
     "deep_fm": lambda: ranking.DeepFM(numbers, ids, mlp),
@@ -59,14 +62,14 @@ RECHUB: dict[str, Callable[[], nn.Module]] = {
         [*ids, *numbers], ["classification"] * 2, {"dims": [16]}, [{"dims": [8]}] * 2
     ),
 }
-# Models with two towers, which are methods.
+# Models with two towers, the methods ``user_tower`` and ``item_tower``.
 tower_mlp = {"dims": [16, 8]}
 of_item = [SparseFeature("product", ITEMS, 8), SparseFeature("kind", GENRES, 8)]
 of_user = [
     SparseFeature("member", USERS, 8),
     SequenceFeature("lately", ITEMS, 8, pooling="mean", shared_with="product", padding_idx=0),
 ]
-# A model that is trained with drawn items in the rows, which data for retrieval does not have.
+# YoutubeDNN is trained on rows with randomly drawn items, which data for retrieval does not have.
 drawn = [SequenceFeature("drawn", ITEMS, 8, pooling="concat", shared_with="product")]
 MATCHING: dict[str, Callable[[], nn.Module]] = {
     "youtube_dnn": lambda: YoutubeDNN(of_user, of_item[:1], drawn, tower_mlp, temperature=0.1),
@@ -114,4 +117,5 @@ def _seeded(construct: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 _ALL = {**RECHUB, **MATCHING, **DEEPCTR}
+# ``recpress new`` imports each function by its name in this module.
 globals().update({name: _seeded(construct) for name, construct in _ALL.items()})

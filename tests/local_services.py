@@ -17,9 +17,9 @@ from drafts import ALLOWED, ROOT, environment
 
 from infra.services.postgres import find_program_folders
 
-START_SECONDS = 240
-STOP_SECONDS = 120
-READY_LINE = "Ctrl-C stops them."
+START_SECONDS = 240  # longest time until the services are ready
+STOP_SECONDS = 120  # longest time until they have ended
+READY_LINE = "Ctrl-C stops them."  # the end of the output when they are ready
 
 
 @dataclass(frozen=True)

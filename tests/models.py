@@ -223,7 +223,7 @@ class Tied(nn.Module):
 class Buffered(nn.Module):
     """Has a non-persistent buffer, a persistent one, and a plain tensor attribute.
 
-    Every call reads the same rows of the table of positions.
+    ``places`` has the row numbers of the table of positions, all of which every call reads.
     """
 
     places: Tensor
@@ -338,7 +338,7 @@ class Reference:
         tables = self.rows_of_tables()
         parts = {
             part: write_split(self.signature, tables, folder / part, seed, self.label_scores)
-            for seed, part in enumerate(("calibration", "train", "validation"), 7)
+            for seed, part in enumerate(("calibration", "train", "validation"), start=7)
         }
         (rows,) = batches(parts["train"], self.signature, BENCH_ROWS)
         soft_labels = folder / "soft_labels"
@@ -494,8 +494,8 @@ def write_split(
     return Split(path=str(folder), sha256="0" * 64, rows=rows)
 
 
-def copy_tensors_apart(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of every tensor of a module's state."""
+def copy_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of every tensor of a module's state, which shares no memory with it."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 

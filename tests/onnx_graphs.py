@@ -67,7 +67,10 @@ def build_model(
 
 
 def infer_types(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of a model whose values have inferred types; outputs without one are floats."""
+    """Return a copy of a model with inferred types.
+
+    Outputs whose type cannot be inferred become floats.
+    """
     inferred = onnx.shape_inference.infer_shapes(model)
     for output in inferred.graph.output:
         if not output.type.tensor_type.elem_type:

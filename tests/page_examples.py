@@ -15,7 +15,7 @@ def code_blocks(page: Path, language: str) -> list[str]:
 
 
 def run_commands(folder: Path, commands: str) -> str:
-    """Run shell commands of a page in a folder, with the store in it; return their output."""
+    """Run shell commands of a page in a folder that also has their home; return their output."""
     bash = shutil.which("bash")
     assert bash is not None
     environment = {

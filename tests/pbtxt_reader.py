@@ -37,6 +37,7 @@ def parse_message(text: str) -> Message:
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
+    """Return kind (the group in ``_TOKEN``) and text of each token, without spaces and comments."""
     tokens, position = [], 0
     while position < len(text):
         token = _TOKEN.match(text, position)
@@ -51,6 +52,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 
 
 def _message(tokens: list[tuple[str, str]], position: int) -> tuple[Message, int]:
+    """Parse fields from ``position`` to a closing brace or the end; also return where they end."""
     message: Message = {}
     while position < len(tokens) and tokens[position][1] != "}":
         kind, name = tokens[position]
@@ -72,6 +74,7 @@ def _message(tokens: list[tuple[str, str]], position: int) -> tuple[Message, int
 
 
 def _values(tokens: list[tuple[str, str]], position: int) -> tuple[list[Any], int]:
+    """Parse one value, or a list in brackets; also return the position after it."""
     if tokens[position][1] != "[":
         return [_scalar(*tokens[position])], position + 1
     values: list[Any] = []
@@ -87,6 +90,7 @@ def _values(tokens: list[tuple[str, str]], position: int) -> tuple[list[Any], in
 
 
 def _scalar(kind: str, text: str) -> Any:
+    """Parse the token of a string, a word or a number."""
     if kind == "string":
         return _ESCAPE.sub(_unescape, text[1:-1])
     if kind == "word":

@@ -18,7 +18,7 @@ def process_tree(pid: int) -> list[int]:
                 continue
             children.setdefault(int(fields[1]), []).append(int(entry.name))
     result = [pid]
-    for parent in result:
+    for parent in result:  # the list grows by the children of each process in it
         result += children.get(parent, [])
     return result
 

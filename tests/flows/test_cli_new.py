@@ -18,7 +18,10 @@ MODELS = "new_draft_models"
 
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The arguments of a command that writes a draft of ``ShopNet``, without the label."""
+    """The arguments of a command that writes a draft of ``ShopNet``, without ``--label``.
+
+    ``ShopNet`` (``tests/new_draft_models.py``) has 40 users, 30 items and 20 tags.
+    """
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", MODELS)
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))
     monkeypatch.delitem(sys.modules, MODELS, raising=False)
@@ -30,15 +33,16 @@ def test_new_prints_the_signature_and_the_next_commands(arguments, monkeypatch, 
     code, out = run_main(monkeypatch, capsys, *arguments, "--label", "click", "--name", "shop")
     assert code == 0, out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
-    cells = [row for row in rows if row and row[0]]  # the reasons continue on further lines
-    assert [row[:3] for row in cells[:5]] == [
+    # The first line of each table row; reasons continue on further lines, without a first cell.
+    first_lines = [row for row in rows if row and row[0]]
+    assert [row[:3] for row in first_lines[:5]] == [
         ["user", "id", "user"],
         ["item", "id", "item"],
         ["tags", "padded_bag", "tags"],
         ["price", "dense", "price"],
         ["age", "dense", "age"],
     ]
-    assert cells[-1] == ["click", "ctr", "probability", "click", "auc"]
+    assert first_lines[-1] == ["click", "ctr", "probability", "click", "auc"]
     assert "Tables (rows): tables.item (30), tables.user (40), tags (20)" in out
 
 
@@ -67,7 +71,7 @@ class Terminal(io.StringIO):
 
 
 def test_new_prompts_for_the_label_in_a_terminal(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", Terminal("\n"))
+    monkeypatch.setattr(sys, "stdin", Terminal("\n"))  # Enter selects the default
     code, out = run_main(monkeypatch, capsys, *arguments)
     assert code == 0, out
     assert "Columns of numbers: click, user, item, price, age" in out

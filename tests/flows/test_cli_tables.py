@@ -74,7 +74,7 @@ def test_set_accepts_numbers_booleans_and_lists(call: Call, source: Path, tmp_pa
     # 500 rows of 8 codes, and a float16 scale and offset for each of 63 blocks of 8 rows.
     assert lines["user"]["bytes_after"] == 500 * 8 + 2 * 2 * 63
     options = ("--format", "kmeans", "--set", "bits=2", "--set", 'tables=["user"]')
-    code, _, _ = call("quantize", source, tmp_path / "two", *options)
+    code, _, _ = call("quantize", source, tmp_path / "kmeans", *options)
     assert code == 0
 
 
@@ -83,10 +83,11 @@ def test_every_option_reaches_the_step(call: Call, source: Path, tmp_path: Path)
     code, output, _ = call("quantize", source, tmp_path / "out", *options, "--json")
     assert code == 0
     line = json.loads(output)["plan"]["lines"][0]
-    fields = {"rows": 4, "min_rows": 5}  # the first line is that of "mlp.weight"
+    fields = {"rows": 4, "min_rows": 5}  # the plan's first line is that of "mlp.weight"
     assert line["reasons"] == [{"code": "too_few_rows", "fields": fields}]
     assert line["reason"] == "has 4 rows, fewer than min_rows 5"
     _, output, _ = call("check", tmp_path / "out", "--json")
+    # The list has the artifact and the description of its tables.
     step = json.loads(output)[1]["step"]
     assert (step["scale"], step["clipping"], step["min_rows"]) == ("float32", "mse", 5)
     # --set can also set a setting that has its own option.
@@ -149,9 +150,9 @@ def test_tables_quantize_imports_neither_prefect_nor_mlflow(source: Path, tmp_pa
         "try:\n    main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
         "assert not {'prefect', 'mlflow', 's3fs', 'onnx'} & sys.modules.keys()"
     )
-    order = ["tables", "quantize", str(source), str(tmp_path / "out"), "--format", "int8"]
+    arguments = ["tables", "quantize", str(source), str(tmp_path / "out"), "--format", "int8"]
     process = subprocess.run(
-        [sys.executable, "-c", code, *order],
+        [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
         env=environment(tmp_path),
         capture_output=True,
@@ -181,8 +182,8 @@ def test_documented_commands_print_the_documented_output(
     script = re.fullmatch(r"python - <<'END'\n(.*?)END\n(.*)", commands, re.DOTALL)
     assert script is not None
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "written.py").write_text(script[1])
-    runpy.run_path("written.py")
+    (tmp_path / "write_tables.py").write_text(script[1])
+    runpy.run_path("write_tables.py")
     output = ""
     for line in script[2].splitlines():
         recpress, tables, *arguments = shlex.split(line, comments=True)
@@ -191,8 +192,8 @@ def test_documented_commands_print_the_documented_output(
         assert code == 0, err
         output += out
     assert output.count(printed) == 2  # printed by quantize and by check
-    (tmp_path / "read.py").write_text(python)
-    runpy.run_path("read.py")
+    (tmp_path / "read_tables.py").write_text(python)
+    runpy.run_path("read_tables.py")
     assert capsys.readouterr().out == "torch.Size([2, 64])\n"
 
 

@@ -25,8 +25,8 @@ from infra.services.compose import read_variables
 from infra.telemetry import TELEMETRY_OFF
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-# FOREIGN are origins of web pages that must not read responses; LOCAL are names of this machine in
-# some of them.
+# Names of this machine. Some of the origins in FOREIGN (origins of web pages that must not read
+# responses, ``tests/web_attacks.py``) are on this machine.
 LOCAL = {"localhost", "127.0.0.1"}
 JSON = {"Content-Type": "application/json"}
 
@@ -107,6 +107,7 @@ def test_secrets_are_only_in_files_that_only_their_owner_can_read(
         with_secret = [word for word in command_line for secret in secrets if secret in word]
         assert not with_secret, command_line[0]
     state = local_services.home / "services"
+    # "identities" has the keys of the object store.
     private_files = {state / "secrets.env", state / "client.env", state / "configs" / "identities"}
     assert {path.stat().st_mode & 0o777 for path in private_files} == {0o600}
     other_files = [
@@ -124,6 +125,7 @@ def test_telemetry_is_off_in_every_process(local_services: LocalServices) -> Non
     checked = set()
     for pid, command_line in command_lines_by_pid(local_services).items():
         services = {name for name in ("prefect", "mlflow") if f"/{name}" in " ".join(command_line)}
+        # The parent process is not one of the services.
         if services and pid != local_services.pid:
             values = environment_of(pid)
             telemetry = {name: values.get(name, "") for name in TELEMETRY_OFF}
@@ -192,7 +194,7 @@ def test_mlflow_refuses_requests_of_other_origins_and_for_other_hosts(
     create = "/api/2.0/mlflow/registered-models/create"
     # MLflow accepts pages of this machine on any port (docs/services.md).
     origins = [origin for origin in FOREIGN if urlsplit(origin).hostname not in LOCAL]
-    assert len(origins) == 4
+    assert len(origins) == 4  # the other three are on this machine
     for origin in origins:
         for path in (create, create.replace("/api", "/ajax-api")):
             for content_type in ("application/json", "text/plain"):

@@ -1,6 +1,9 @@
 """The flow with its real tasks: outcomes of orders, repeated and killed runs, targets, retries.
 
-``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
+``write_draft`` writes a draft: the folder that becomes a bundle when it is packed. The fixture
+``accepted_order`` (``conftest.py``) is an order with preset ``small`` for ONNX Runtime and
+TensorRT-RTX. It ran in Prefect, and the result is within its limit. The model is ``ClickNet``
+(``tests/draft_network.py``).
 """
 
 import os
@@ -71,7 +74,7 @@ def test_order_within_its_limits_is_measured_accepted_and_registered(
     result = accepted_order.result
     report = result.finished.report
     assert (result.state, report.outcome) == ("Completed", "accepted")
-    assert [(t.target, t.verdict.outcome) for t in report.targets] == [
+    assert [(item.target, item.verdict.outcome) for item in report.targets] == [
         ("onnxruntime", "accepted"),
         ("tensorrt-rtx", "built-unmeasured"),
     ]
@@ -249,7 +252,7 @@ def test_order_missing_in_another_registry_is_registered_there(
     assert "other.db" in result.finished.registry
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     versions = registered_versions("clicks")
-    # The version in the other registry does not replace the version in this one.
+    # The version in the other registry does not replace the version in the first one.
     assert run_without_prefect(accepted_order.order).finished == accepted_order.result.finished
     assert registered_versions("clicks") == versions
 
@@ -339,6 +342,7 @@ def test_killed_flow_resumes_after_its_last_completed_task(
     assert result.states_of("measure onnxruntime") == ["Completed"]
     assert registered_versions("killed") == ["1"]
 
+    # The command without "python -m flows.cli.app".
     code, output = run_main(monkeypatch, capsys, *command[3:], "--limit", limit)
     assert code == 0, output
     assert "was completed before" in output
@@ -391,7 +395,7 @@ def test_champion_limit_holds_without_a_champion_and_is_measured_with_one(
     assert result.finished.report.outcome == "accepted"
     assert all(codes_of(judgement.reasons) == ["no_champion"] for judgement in judgements)
 
-    promote("clicks", accepted_order.result.finished.version, "the first")
+    promote("clicks", accepted_order.result.finished.version, reason="the first")
     result = run_without_prefect(order)
     size, quality = result.finished.report.targets[0].verdict.judgements
     assert result.states_of("measure onnxruntime") == ["Completed"]

@@ -104,16 +104,16 @@ def test_server_receives_the_events_of_task_runs(flow_run: FlowRun) -> None:
         tasks = prefect.read_task_runs(
             flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id])), limit=200
         )
-    assert (
-        len(tasks) > 5
-    )  # the order has more tasks than this; none would mean that events are lost
+    # The order has more than five tasks. Without events, the server would have none.
+    assert len(tasks) > 5
     assert {task.state_name for task in tasks} <= {"Completed", "Cached"}
 
 
 def logged_lines(flow_run: FlowRun) -> list[Log]:
-    """Return the log lines of the run, at most 200, once the name of the last phase has arrived.
+    """Wait for the line of the last phase; return the log lines of the run, at most 200.
 
-    A worker sends its last lines after the state ``Completed``.
+    A worker sends its last lines after the state ``Completed``. The line of a phase has its number,
+    the number of all phases, and its name, as in ``[1/9] pull clicks 1``.
     """
     log_filter = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run.id]))
     deadline = time.monotonic() + LOG_SECONDS
@@ -126,7 +126,7 @@ def logged_lines(flow_run: FlowRun) -> list[Log]:
             time.sleep(0.5)
 
 
-def test_log_of_the_run_has_its_stages_and_warnings(
+def test_log_of_the_run_has_its_phases_and_warnings(
     client: dict[str, str], flow_run: FlowRun
 ) -> None:
     lines = logged_lines(flow_run)
@@ -237,9 +237,10 @@ def test_key_of_clients_and_worker_cannot_create_buckets(
     with pytest.raises(ClientError) as raised:
         s3(client).create_bucket(Bucket="another")
     assert raised.value.response["Error"]["Code"] == "AccessDenied"
-    secret = (local_services.home / "services" / "secrets.env").read_text()
-    assert client["AWS_SECRET_ACCESS_KEY"] in secret
-    assert "S3_SETUP_SECRET_KEY" in secret
+    # Another key creates buckets: that of the service ``setup``, which is not in client.env.
+    secrets = (local_services.home / "services" / "secrets.env").read_text()
+    assert client["AWS_SECRET_ACCESS_KEY"] in secrets
+    assert "S3_SETUP_SECRET_KEY" in secrets
 
 
 def test_doctor_reports_that_all_services_work(client: dict[str, str], tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_files_with_secrets_are_private_and_logs_have_no_secret(
     assert [path.stat().st_mode & 0o777 for path in private] == [0o600] * 3
     lines = (state / "secrets.env").read_text().splitlines()
     values = [line.partition("=")[2] for line in lines]
-    assert len(set(values)) == len(values) == 6
+    assert len(set(values)) == len(values) == 6  # three passwords and three keys
     logs = {path.name: path.read_text(errors="replace") for path in state.glob("logs/*.log")}
     assert logs.keys() >= {"prefect.log", "mlflow.log", "s3.log", "worker.log"}
     assert [name for name, text in logs.items() for value in values if value in text] == []

@@ -174,6 +174,7 @@ def test_http_error_status_is_reported_with_its_remedy(
     for item in (registry, prefect):
         assert item.state == "fault"
         assert words in item.found
+        # An internal error of the server is not mended by another setting.
         assert ("PREFECT_API" in item.remedy or "MLFLOW_TRACKING" in item.remedy) == (status < 500)
         assert item.remedy
 
@@ -312,6 +313,7 @@ def test_login_in_the_uri_takes_precedence_over_the_argument() -> None:
 
     with http_server(reply) as uri:
         send_request(uri, auth=("a", "b"))
+        # The login is "some@body" and "c:d", percent-encoded.
         send_request(uri.replace("://", "://some%40body:c%3Ad@"), auth=("a", "b"))
     expected = [b64encode(login).decode() for login in (b"a:b", b"some@body:c:d")]
     assert received == [f"Basic {login}" for login in expected]

@@ -52,7 +52,7 @@ LIMIT = "auc vs baseline >= -0.02"
 # --force, because the report of an order that another test ran is returned without a server.
 COMPRESS = ("compress", "clicks", "--preset", "fast", "--limit", LIMIT, "--force", "--json")
 START_SECONDS = 120  # for a busy machine; an idle one needs about 12 s
-END_SECONDS = 200
+END_SECONDS = 200  # longest time until a command has ended
 SHORT_PREFECT_LIMIT = {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1"}
 """Prefect's own time limit for a start, which must have no effect."""
 SUSPENDED_SECONDS = 3  # longer than SHORT_PREFECT_LIMIT
@@ -112,7 +112,7 @@ def server_processes(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_embedded_server_refuses_other_clients_starts_slowly_and_ends_with_its_command(
+def test_embedded_server_refuses_other_clients_and_ends_with_its_command(
     packed_home: Path, tmp_path: Path
 ) -> None:
     env = environment(packed_home, RECPRESS_HOME=str(tmp_path / "recpress"), **SHORT_PREFECT_LIMIT)
@@ -145,8 +145,8 @@ def test_run_whose_server_is_attacked_completes_and_no_file_has_the_secret(
 def attack(process: "subprocess.Popen[str]") -> tuple[int, str]:
     """Send requests without the secret to the embedded server of a command; all must fail.
 
-    The secret is an authentication string, ``recpress:`` and a random password.
-    The start of the server is suspended for longer than Prefect's own time limit. The
+    The secret is an authentication string, ``recpress:`` and a random password. The start of the
+    server is suspended for longer than Prefect's own time limit, which must have no effect. The
     command is suspended during the requests, so that its run does not end.
 
     Returns:
@@ -274,15 +274,15 @@ def test_server_that_ends_at_start_raises_an_error_with_its_last_output(
 def test_command_whose_server_ends_at_start_exits_with_code_1_and_its_last_output(
     packed_home: Path,
 ) -> None:
-    prefect = packed_home / "damaged"
-    prefect.mkdir()
-    (prefect / "prefect.db").write_bytes(b"this is no database" * 1000)
-    output = recpress(*COMPRESS, env=environment(packed_home, PREFECT_HOME=str(prefect)))
+    prefect_home = packed_home / "damaged"
+    prefect_home.mkdir()
+    (prefect_home / "prefect.db").write_bytes(b"this is no database" * 1000)
+    output = recpress(*COMPRESS, env=environment(packed_home, PREFECT_HOME=str(prefect_home)))
     assert output.returncode == 1
     assert "The embedded Prefect server ended with exit code 3 before it was ready" in output.stderr
     assert "file is not a database" in output.stderr
     assert "set PREFECT_API_URL" in output.stderr
-    assert str(prefect) in output.stderr
+    assert str(prefect_home) in output.stderr
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ def test_completed_order_exits_with_the_code_of_its_outcome(
         version="1",
         registry="sqlite:///r.db",
     )
+    # The command uses this result instead of running the order.
     monkeypatch.setattr(resolve, "reuse_completed_result", lambda order: finished)
     code, output = run_main(
         monkeypatch, capsys, "compress", "m", "--limit", "auc vs baseline >= -0.002", "--json"
@@ -46,7 +47,7 @@ def test_memory_error_exits_with_code_1_and_one_sentence(
     """A refusal that a memory error caused is not invalid input: a retry may succeed."""
     fault: Exception = MemoryError()
     if is_wrapped:
-        fault = StepRefused("norm_without_statistics")
+        fault = StepRefused("norm_without_statistics")  # any refusal
         fault.__cause__ = MemoryError()
     assert cli_errors.report_error(fault) == 1
     output = capsys.readouterr().err

@@ -5,6 +5,10 @@ Fields of an explanation: ``left_out`` of a step is the reason why it would be s
 version that the same order has produced before. A report has skipped steps in ``idle_reasons``. A
 home is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder
 of a bundle before it is packed.
+
+``accepted_order`` and ``session_order`` (``conftest.py``) are one order with preset ``small`` for
+the model ``ClickNet`` (``tests/draft_network.py``). ``STEPS`` and ``recipe_run`` of
+``test_recipe.py`` are a recipe that trains a smaller student, and its result.
 """
 
 import json
@@ -63,6 +67,7 @@ def test_explain_bounds_the_bytes_of_an_order_with_a_budget(
     assert explanation.bytes_between is not None
     lower_bound, upper_bound = explanation.bytes_between
     assert lower_bound < report.stages[-1].bytes <= upper_bound
+    # Other steps were skipped because of the budget, which only a run can compare with a loss.
     assert {"channels", "distill", "fold"} <= set(report.idle_reasons)
     expected = {name: report.idle_reasons[name] for name in ("channels", "distill", "fold")}
     assert skip_reasons(explanation) == expected
@@ -109,6 +114,7 @@ def test_explain_names_the_missing_splits_of_each_skipped_step(empty_home: Path)
     pack(write_draft(empty_home / "draft", name="few", rows={"train": 500, "test": 500}))
     explanation = explain(Order(model="few", preset="small", limits=(LOOSE_LIMIT,)))
     reasons = skip_reasons(explanation)
+    # "fold" is skipped for another reason: the model has no layer for it.
     assert set(reasons) == {"prune_rows", "channels", "distill", "fold"}
     splits = ("train", "test")
     assert reasons["distill"] == Reason(

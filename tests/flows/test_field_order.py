@@ -1,7 +1,9 @@
 """An order for a model with a float matrix, bounded integers and fields of a joined table.
 
-In a joined table, the rows of several id columns (fields) follow each other. A draft is the folder
-that becomes a bundle when it is packed.
+In a joined table, the rows of several id columns (fields) follow each other. The model is
+``FieldsNet`` (``tests/field_network.py``): two ids per row, a matrix of 7 columns (a brand, 4 tags
+and 2 numbers), a position, four tables and two dense layers. A draft is the folder that becomes a
+bundle when it is packed.
 """
 
 from pathlib import Path

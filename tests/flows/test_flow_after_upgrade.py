@@ -1,7 +1,7 @@
 """After an upgrade of recpress, completed orders in the same home do not run again.
 
-An order's digest depends on the version of recpress. A request record maps the digest of an order
-without the version to the completed order. A home is the folder with everything that recpress
+An order's digest depends on the version of recpress; its request digest does not. A request record
+maps the request digest to the completed order. A home is the folder with everything that recpress
 stores (``RECPRESS_HOME``). The ledger is the list of a model's promotions and rollbacks.
 """
 
@@ -30,7 +30,7 @@ def upgraded_order(
     """The accepted order in a copied home with a champion; recpress reports a newer version."""
     home = tmp_path / "recpress"
     use_copied_home(monkeypatch, accepted_order.home, home)
-    promote("clicks", accepted_order.result.finished.version, "before the upgrade")
+    promote("clicks", accepted_order.result.finished.version, reason="before the upgrade")
     for module in (resolve, new_report):
         monkeypatch.setattr(module, "recpress_version", lambda: NEWER_VERSION)
     return accepted_order
@@ -73,7 +73,9 @@ def test_damaged_request_record_counts_as_absent(
     upgraded_order: AcceptedOrder, caplog: pytest.LogCaptureFixture
 ) -> None:
     order = upgraded_order.order
-    path = store().folder / request_key(request_digest(order, find_bundle(order.model), {}))
+    # The order has no limit against a champion, so its digests contain none.
+    digest = request_digest(order, find_bundle(order.model), champions={})
+    path = store().folder / request_key(digest)
     record = path.read_bytes()
     # The last body names another order, so the checksum of the record is wrong.
     for body in (b"{}", b"not JSON", record.replace(b'"order": "', b'"order": "0')):

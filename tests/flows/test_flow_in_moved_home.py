@@ -39,16 +39,18 @@ def test_order_is_found_or_read_from_the_cache_after_its_home_was_moved(
     assert find_completed_result(accepted_order.order) is None
     result = run_without_prefect(accepted_order.order)
     assert (result.finished.release, result.finished.version) == (first.release, first.version)
+    # ``publish`` runs again, because its recorded result names the registry at the former path.
     states = {state for name, state in result.tasks if not name.startswith("publish")}
     assert states == {"Cached"}
     assert find_completed_result(accepted_order.order) == result.finished
+    # No folder was created at another path, to which a URI with special characters may refer.
     assert {path.name for path in moved_home.parent.iterdir()} == {moved_home.name}
 
 
 def test_order_is_compared_with_the_champion_promoted_in_the_moved_home(
     accepted_order: AcceptedOrder, moved_home: Path
 ) -> None:
-    promote("clicks", accepted_order.result.finished.version, "before")
+    promote("clicks", accepted_order.result.finished.version, reason="before the order")
     limit = Limit.parse("auc vs champion >= -0.02")
     result = run_without_prefect(accepted_order.order.model_copy(update={"limits": (limit,)}))
     assert (result.state, result.finished.report.outcome) == ("Completed", "accepted")

@@ -72,6 +72,7 @@ def test_order_from_the_form_completes_and_its_report_is_shown_in_the_browser(
 ) -> None:
     env = environment(tmp_path, **local_services.client)
     # A draft is the folder that a user writes and ``bundle pack`` stores as a bundle.
+    # Other weights and rows than those of the tests that share these services.
     draft = write_draft(tmp_path / "draft", name="forms", seed=1)
     packing = recpress("bundle", "pack", str(draft), env=env)
     assert packing.returncode == 0, packing.stderr

@@ -17,7 +17,9 @@ from tasks.bundles.draft_request import DraftRequest
 from tasks.bundles.new_draft import new_draft
 from tasks.bundles.packing import pack
 
+# The folder in which ``make .venv`` installs the libraries.
 LIBRARIES = Path(sys.prefix) / "libraries"
+# Model of RecBole in ``tests/recbole_models.py`` -> the method that returns its scores.
 RECBOLE = {
     "bpr": "predict",
     "neu_mf": "predict",
@@ -33,7 +35,8 @@ RECBOLE = {
 # than before, because quantized operators are described in the graph.
 LIMITS = (Limit.parse("auc vs baseline >= -0.1"),)
 
-
+# Models of torch-rechub and DeepCTR-Torch in ``tests/library_models.py``: with two outputs, with
+# scores, and with two towers.
 MULTI_TASK = ("mmoe", "shared_bottom", "deepctr_ple")
 SCORING = (
     *("wide_deep", "deep_fm", "dcn", "dcn_v2", "dcn_v2_mixture", "auto_int", "din"),

@@ -68,14 +68,14 @@ def test_order_that_fits_in_memory_is_not_refused(monkeypatch):
     assert require_order_memory(safe_order(), find_bundle("clicks")).peak > 0
 
 
-def test_out_of_memory_error_names_stage_model_and_estimate():
+def test_out_of_memory_error_names_phase_model_and_estimate():
     bundle = find_bundle("clicks")
     memory = estimate_memory(safe_order(), bundle)
     description = describe_running_phase(lambda: "measure", memory, bundle)
     with (
         raises_code(
             OutOfMemory,
-            None,
+            None,  # any code
             doing=TextMatching("^Phase 'measure' of the order for clicks@1, estimated"),
         ),
         memory_errors(description),
@@ -136,6 +136,7 @@ def test_order_with_any_memory_limit_succeeds_or_exits_with_code_1_and_can_run_a
     assert (version["version"], version["aliases"][-1]) == ("1", "champion"), listed.stdout
 
 
+# Arguments: the limited resource, the limit in MiB, and the arguments of recpress.
 LIMITED_COMMAND = """
 import resource, sys
 resource.setrlimit(getattr(resource, sys.argv[1]), (int(sys.argv[2]) * 2**20,) * 2)

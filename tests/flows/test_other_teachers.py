@@ -98,10 +98,12 @@ def teacher(student: Path, empty_home: Path) -> nn.Module:
 
 
 def scores_in(artifact) -> torch.Tensor:
+    """Return the stored predictions of a teacher."""
     return load_file(local(artifact) / "data.safetensors")["score"]
 
 
 def order(*teachers: str) -> Order:
+    """Return an order that distills the student from its original and from these teachers."""
     return Order(model="clicks", preset="custom", steps=(STEP,), limits=(LIMIT,), teachers=teachers)
 
 
@@ -114,8 +116,9 @@ def test_order_learns_from_a_column_of_probabilities(student: Path) -> None:
     assert finished.report.reproduction.order["teachers"] == ["column:boosted=probability"]
     line = finished.report.plan.of("cross")
     assert line is not None
+    # Two teachers: the untouched model and the column.
     assert any("2" in str(why) for why in line.reasons if why.code == "several_teachers")
-    # The soft labels are the mean of the student's logits and those of the column.
+    # The soft labels are the mean of the untouched model's logits and those of the column.
     bundle = resolve("clicks")
     rows = prepare.fn(bundle, "train")
     original = score.fn(bundle, rows, ROWS["train"])

@@ -1,8 +1,8 @@
 """Malicious files in place of stored task results: none is executed, imported or unpickled.
 
-recpress stores the results of tasks as records, and forbids Prefect to store or read any: the
-options ``NO_RESULTS`` of each flow and task. A block is Prefect's description of a storage. A home
-is the folder with everything that recpress stores (``RECPRESS_HOME``).
+recpress stores the results of tasks as records. The options ``NO_RESULTS`` of each flow and task
+forbid Prefect to store or read results. A block is Prefect's description of a storage. A home is
+the folder with everything that recpress stores (``RECPRESS_HOME``).
 
 ``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
@@ -52,7 +52,10 @@ HOSTILE_SETTINGS: dict[str, Any] = {
 
 @flow(name="two-tasks", **NO_RESULTS)
 def two_tasks(bundle: Artifact, code: str) -> tuple[Artifact, Verdict]:
-    """Call a task that returns an artifact, and one that returns a value."""
+    """Call a task that returns an artifact, and one that returns a value.
+
+    ``code`` is a part of both cache keys.
+    """
     prepared = call(prepare, code, bundle=bundle, split="validation")
     return prepared, call(gate, code, target="onnxruntime", limits=LIMITS, measurement=None)
 
@@ -316,7 +319,6 @@ def test_task_killed_before_its_record_was_written_runs_again(
     assert cache_keys(bundle, code)["prepare"] not in " ".join(store().keys("results/"))
     artifacts_of_killed_run = store().keys("artifacts/")
     prepared, _ = two_tasks(bundle, code)
-    assert (
-        store().keys("artifacts/") == artifacts_of_killed_run
-    )  # the same bytes have the same hash
+    # The same bytes have the same hash.
+    assert store().keys("artifacts/") == artifacts_of_killed_run
     assert store().find(prepared.sha256) == prepared

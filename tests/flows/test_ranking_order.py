@@ -1,4 +1,4 @@
-"""An order for a ranking model, whose limits are on list metrics and latency.
+"""An order for a ranking model, with limits on list metrics, bytes and latency.
 
 ``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
@@ -43,5 +43,5 @@ def test_ranking_model_is_judged_on_its_groups(empty_home: Path) -> None:
     assert changed_top.groups is not None
     assert ndcg.groups is not None
     assert changed_top.groups >= ndcg.groups
-    # int8 tables change that row in only a few lists.
+    # The int8 tables of preset "safe" change that row in few lists.
     assert 0 <= changed_top.point < 0.5

@@ -1,8 +1,12 @@
-"""Recipes that train and quantize: stages, the stored student, and steps that do not fit.
+"""Recipes that train and quantize: stages, the stored student, and steps that cannot be applied.
 
 A stage is the untouched model or the model after an applied step. Skipped steps are in
 ``idle_reasons``. A draft is the folder that a user writes and ``pack`` stores as a bundle. A home
 is the folder with everything that recpress stores (``RECPRESS_HOME``).
+
+The model is ``ClickNet`` (``tests/draft_network.py``). Its argument ``hidden`` is the width of the
+layer ``first``, and half of it the width of ``second``. ``accepted_order`` and ``session_order``
+(``conftest.py``) are one order for this model with preset ``small``.
 """
 
 from pathlib import Path
@@ -78,9 +82,9 @@ def test_each_stage_reports_the_bytes_and_the_auc_of_its_bundle(
         assert result.stages[0].bundle == result.source
         assert result.stages[-1].bundle == result.compressed
     for stage in report.stages:
-        tensors = local(stage.bundle).glob("*.safetensors")
-        stored = [t for path in tensors for t in load_file(path).values()]
-        assert stage.bytes == sum(t.numel() * t.element_size() for t in stored)
+        shards = local(stage.bundle).glob("*.safetensors")
+        stored = [tensor for path in shards for tensor in load_file(path).values()]
+        assert stage.bytes == sum(tensor.numel() * tensor.element_size() for tensor in stored)
         assert stage.quality.point == pytest.approx(auc_of(stage.bundle), abs=1e-6)
         assert stage.quality.rows == ROWS["test"]
     for before, after in zip(report.stages, report.stages[1:], strict=False):
@@ -125,7 +129,7 @@ def test_completed_recipe_leaves_no_progress_files(
 def test_preset_skips_steps_that_cannot_be_applied_with_a_reason(
     accepted_order: AcceptedOrder,
 ) -> None:
-    """No channel of the draft can be pruned, since another layer's width depends on ``hidden``."""
+    """No channel can be pruned, since the width of ``second`` depends on ``hidden``, too."""
     report = accepted_order.result.finished.report
     # The preset has two options of "prune_rows": for rows looked up at most once, and for those
     # never looked up.

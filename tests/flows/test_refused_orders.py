@@ -127,7 +127,7 @@ def test_meaningless_limit_in_an_order_file_exits_with_code_2(
     assert_refused(refusal, "order.json is not a valid order", suggestion)
 
 
-# Two suffice, since the flow validates limits with the class ``Order``, as an order file.
+# Two suffice: the flow validates limits with the class ``Order``, as the command does for a file.
 @pytest.mark.parametrize(("limit_text", "suggestion"), MEANINGLESS_LIMITS[:2])
 def test_meaningless_limit_in_parameters_of_the_flow_fails_the_run(
     prefect_server: None, limit_text: str, suggestion: str

@@ -1,10 +1,11 @@
 """An order for a two-tower retrieval model: two graphs, evaluated by ranking all items.
 
-The query tower ``of_user`` reads the user and the tags of recently used items (``lately``), the
-item tower ``of_item`` the item, its tags and dense features. ``planted_recall`` computes the recall
-without recpress; its argument ``mask`` excludes the items of a user's rows in other splits. A home
-is the folder with everything that recpress stores (``RECPRESS_HOME``). A draft is the folder of a
-bundle before it is packed.
+The model is ``TowerNet`` (``tests/draft_network.py``), with the data of
+``tests/retrieval_draft.py``: 300 users and 400 items. The query tower ``of_user`` reads the user
+and the tags of recent purchases (``lately``), the item tower ``of_item`` the item, its tags and
+dense features. ``planted_recall`` computes the recall without recpress; its argument ``mask``
+excludes the items of a user's rows in other splits. A home is the folder with everything that
+recpress stores (``RECPRESS_HOME``). A draft is the folder of a bundle before it is packed.
 """
 
 import json
@@ -295,6 +296,7 @@ def test_stored_item_vectors_are_those_of_the_graph_and_follow_the_catalogue(
     expected = OnnxRuntime().open(graph, threads=1).scores(inputs)
     monkeypatch.setattr(row_progress, "SECONDS_PER_LINE", 0.0)
     monkeypatch.setattr(towers, "SCORING_ROWS", 150)
+    # The empty text is the digest of inputs other than the arguments.
     with caplog.at_level("INFO", LOGGER), without_prefect_engine() as tasks:
         stored = read_item_vectors(call(encode_items, "", **arguments))
         # The graph computes each row separately, so vectors do not depend on the batch size.
@@ -313,11 +315,11 @@ def test_item_vectors_are_encoded_again_for_another_graph_target_or_version_of_t
     retrieval_run: tuple[Path, FlowResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = retrieval_run[1].finished.report
-    arguments = arguments_of_encoding(report)
+    arguments = arguments_of_encoding(report)  # with the installed version of the runtime
     monkeypatch.setattr(onnxruntime, "__version__", "99.0")
     changes = (
         {},
-        {"model": report.targets[1].artifact},
+        {"model": report.targets[1].artifact},  # the engines for TensorRT-RTX
         {"target": "tensorrt-rtx"},
         {"items": arguments["items"].model_copy(update={"artifact": report.source})},
         {"machine": machine_of("onnxruntime")},

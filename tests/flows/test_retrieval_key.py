@@ -1,4 +1,4 @@
-"""An order for a retrieval model whose items are identified by a key that enters no tower.
+"""An order for a retrieval model whose items are identified by a key that no tower reads.
 
 ``write_retrieval_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
@@ -48,6 +48,6 @@ def test_items_identified_by_a_key_have_the_recall_of_the_network(empty_home: Pa
     measured = report.measurement.baseline.of("recall@20", "absolute")
     assert measured is not None
     assert measured.point == pytest.approx(recall, abs=1e-6)
-    query, item = report.targets[0].lowering.graphs
-    names = [item.name for graph in (query, item) for item in graph.inputs]
+    query_graph, item_graph = report.targets[0].lowering.graphs
+    names = [item.name for graph in (query_graph, item_graph) for item in graph.inputs]
     assert "sku" not in names

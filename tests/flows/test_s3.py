@@ -120,8 +120,8 @@ def test_processes_with_an_s3_store_do_not_store_or_print_its_secret(
         return process.returncode, process.stdout, process.stderr
 
     draft = write_draft(empty_home / "draft")
-    code, output, packing = command("bundle", "pack", str(draft), "--json")
-    assert code == 0, packing
+    code, output, pack_errors = command("bundle", "pack", str(draft), "--json")
+    assert code == 0, pack_errors
     packed = Packed.model_validate_json(output)
     assert store().uri_of(packed.artifact).startswith(f"{STORE_URI}/artifacts/")
 
@@ -130,8 +130,8 @@ def test_processes_with_an_s3_store_do_not_store_or_print_its_secret(
 
     into = empty_home / "served"
     arguments = ("clicks", "--version", result.finished.version, "--into", str(into))
-    code, *fetching = command("registry", "fetch", *arguments)
-    assert code == 0, fetching
+    code, *fetch_output = command("registry", "fetch", *arguments)
+    assert code == 0, fetch_output
     assert (into / "model.onnx").stat().st_size == result.finished.report.targets[0].bytes
 
     code, output_json, errors = command(
@@ -140,7 +140,7 @@ def test_processes_with_an_s3_store_do_not_store_or_print_its_secret(
     assert code == 0, errors
     assert Finished.model_validate_json(output_json) == result.finished
     assert_secret_is_not_stored_or_printed(
-        s3, empty_home, output, packing, *fetching, output_json, errors
+        s3, empty_home, output, pack_errors, *fetch_output, output_json, errors
     )
 
 
@@ -156,7 +156,7 @@ def test_check_of_a_damaged_object_in_s3_exits_with_code_2(
     uri = store().file_uri(packed.artifact, "model.safetensors")
     key = uri.removeprefix("s3://models/")
     body = bytearray(dict(objects_in(s3, "models", key))[key])
-    body[-1] ^= 1
+    body[-1] ^= 1  # flips the last bit
     client: Any = boto3.client(
         "s3",
         endpoint_url=s3.endpoint,

@@ -1,4 +1,8 @@
-"""An order for a model with sequences of dynamic length, and data that packing refuses."""
+"""An order for a model with sequences of dynamic length, and data that packing refuses.
+
+The inputs of ``SequenceNet`` (``tests/sequence_draft.py``) are two sequences of 1 to 12 ids,
+``history`` and ``categories``, and the id of an item.
+"""
 
 import json
 from pathlib import Path
@@ -57,7 +61,7 @@ def test_lists_of_unequal_length_are_refused(
 ) -> None:
     table = pq.read_table(draft / "test.parquet")
     lists = table[column].to_pylist()
-    # A row whose lists are longer or shorter than both values of ``change``.
+    # A row whose list has neither 0 nor 3 ids, which are the lengths of the values of ``change``.
     row = next(index for index, ids in enumerate(lists) if len(ids) not in (0, 3))
     lists[row] = change
     index = table.column_names.index(column)
@@ -72,7 +76,7 @@ def test_lists_of_unequal_length_are_refused(
 
 def test_list_shorter_than_min_length_is_refused(draft: Path) -> None:
     document = json.loads((draft / "model.json").read_text())
-    for item in document["signature"]["inputs"][:2]:
+    for item in document["signature"]["inputs"][:2]:  # the two sequences
         item["min_length"] = 2
     (draft / "model.json").write_text(json.dumps(document))
     with raises_code(DataRefused, "split_unusable", split="train") as caught:

@@ -157,18 +157,18 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(1)
 
 
-def start_order(seed: int, stage: str) -> UUID:
-    """Submit an order and wait until it has reached a stage.
+def start_order(seed: int, phase: str) -> UUID:
+    """Submit an order and wait until it has reached a phase.
 
     Args:
         seed: the order's seed. Every test needs another one, since a completed order is not run
             again.
-        stage: end of the log message of the stage.
+        phase: end of the log message that reports the start of the phase.
     """
     run: UUID = run_deployment(
         "compress/compress", parameters={"order": {**ORDER, "seed": seed}}, timeout=0
     ).id
-    wait_until(lambda: any(line.endswith(f"] {stage}") for line in read_messages(run)))
+    wait_until(lambda: any(line.endswith(f"] {phase}") for line in read_messages(run)))
     return run
 
 
@@ -209,7 +209,8 @@ def test_order_completes_although_a_service_is_unavailable_for_a_time(
     packed: None, local_services: LocalServices, seed: int, words: str, kill_signal: signal.Signals
 ) -> None:
     """``make up-local`` restarts a killed service; a suspended one continues after 60 s."""
-    run = start_order(seed=100 * kill_signal + seed, stage="static_int8")
+    # Each pair of a signal and a service has its own seed.
+    run = start_order(seed=100 * kill_signal + seed, phase="static_int8")
     pid = find_service_process(local_services, words)
     os.kill(pid, kill_signal)
     if kill_signal == signal.SIGSTOP:
@@ -226,7 +227,7 @@ def test_order_continues_after_its_worker_or_process_was_killed(
     packed: None, local_services: LocalServices, killed_processes: str
 ) -> None:
     # The lengths of the three parameters differ, so each test has another seed.
-    run = start_order(seed=20_000 + len(killed_processes), stage="static_int8")
+    run = start_order(seed=20_000 + len(killed_processes), phase="static_int8")
     worker, process = (
         find_service_process(local_services, "worker start"),
         find_run_process(local_services),
@@ -253,7 +254,7 @@ def test_queued_orders_keep_their_sequence_after_the_worker_restarts(
     packed: None, local_services: LocalServices, kill_signal: signal.Signals
 ) -> None:
     """The queued orders name models that do not exist, so that each fails soon after its start."""
-    running = start_order(seed=40_000 + kill_signal, stage="static_int8")
+    running = start_order(seed=40_000 + kill_signal, phase="static_int8")
     queued = [
         run_deployment(
             "compress/compress", parameters={"order": {**ORDER, "model": f"none{n}@1"}}, timeout=0
@@ -275,7 +276,7 @@ def test_queued_orders_keep_their_sequence_after_the_worker_restarts(
 def test_run_whose_process_is_killed_3_times_stays_crashed(
     packed: None, local_services: LocalServices
 ) -> None:
-    run = start_order(seed=30_000, stage="pull outages 1")
+    run = start_order(seed=30_000, phase="pull outages 1")
 
     def run_count() -> int:
         with get_client(sync_client=True) as prefect:

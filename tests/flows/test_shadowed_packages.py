@@ -57,4 +57,4 @@ def test_command_and_check_of_models_have_the_same_packages() -> None:
 @pytest.mark.parametrize("package", OWN_PACKAGES)
 def test_network_in_a_package_with_the_name_of_one_of_recpress_is_refused(package: str) -> None:
     with raises_code(BundleRefused, "architecture_name_taken", package=package):
-        network_class(f"{package}.models:Net", (package,))
+        network_class(f"{package}.models:Net", allowed=(package,))

@@ -344,7 +344,7 @@ def test_rendered_page_escapes_the_control_characters_of_its_title():
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udc80b", "\x1b", "\U000e0041", "\u2028", "\x7f"])
 def test_printable_json_text_has_the_same_value(text):
-    if "\ud800" <= text[0] <= "\udfff":
+    if "\ud800" <= text[0] <= "\udfff":  # a surrogate, which UTF-8 cannot encode
         assert json.loads(printable(f'"{text}"')) == text
     escaped = printable(json.dumps(text, ensure_ascii=False))
     assert json.loads(escaped) == text

@@ -63,11 +63,11 @@ def test_order_for_texts_is_accepted_with_one_graph_of_both_towers(
     assert [path.name for path in folder.glob("*.onnx")] == ["encoder.onnx"]
     formats = {line.module: line.format for line in report.plan.lines if line.role != "other"}
     assert formats["encoder.word"] == "rowwise_int8"
-    assert {f for name, f in formats.items() if "layer" in name and "norm" not in name} == {
-        "static_int8"
-    }
+    layers = [name for name in formats if "layer" in name and "norm" not in name]
+    assert {formats[name] for name in layers} == {"static_int8"}
     assert graph.audit is not None
-    assert graph.audit.int8_products == 12  # six dense layers in each of two layers
+    # Two transformer layers with six dense layers each (``tests/token_draft.py``).
+    assert graph.audit.int8_products == 12
 
 
 def rank(folder: Path, draft: Path) -> dict[str, dict[str, float]]:
@@ -124,9 +124,9 @@ def test_sample_script_prints_the_best_document_without_importing_torch(
         "import sys; sys.modules['torch'] = None; from examples.search_texts import main; "
         "sys.exit(main(sys.argv[1:]))"
     )
-    folders = [str(tmp_path / name) for name in ("served", "documents.txt")]
+    paths = [str(tmp_path / name) for name in ("served", "documents.txt")]
     found = subprocess.run(
-        [sys.executable, "-c", code, *folders, query, "--count", "1"],
+        [sys.executable, "-c", code, *paths, query, "--count", "1"],
         capture_output=True,
         text=True,
         check=True,
@@ -148,7 +148,7 @@ def test_champion_with_another_tokenizer_is_refused(
     file = champion / "document_ids.tokenizer.json"
     content = json.loads(file.read_text())
     content["normalizer"] = {"type": "Lowercase"}
-    file.chmod(0o644)
+    file.chmod(0o644)  # stored files are read-only
     file.write_text(json.dumps(content))
     with raises_code(MetricRefused, "tokenizers_differ", model="champion", column="text"):
         require_same_tokenizers({"candidate": candidate, "champion": champion})

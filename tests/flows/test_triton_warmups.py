@@ -20,7 +20,7 @@ def test_published_model_scores_the_warm_up_requests_of_its_triton_configuration
     accepted_order: AcceptedOrder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_TRITON", str(tmp_path))
-    version = promote("clicks", "@candidate", "").version
+    version = promote("clicks", "@candidate", reason="").version
     text = (tmp_path / "clicks" / "config.pbtxt").read_text()
     path = tmp_path / "clicks" / version / "model.onnx"
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -43,4 +43,5 @@ def test_published_model_scores_the_warm_up_requests_of_its_triton_configuration
 
 
 def _names(items: list[dict[str, Any]]) -> list[str]:
+    """Return the names of inputs or outputs in a parsed configuration."""
     return [item["name"][0] for item in items]

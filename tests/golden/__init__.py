@@ -1,8 +1,8 @@
 """Golden test: a committed record of the results of every compression method and lowering.
 
-Moving or renaming code must not change a number. The test compresses reference networks with every
-registered method and lowers them for every target. It compares stored tensors, scores, graph
-initializers, operators and connections with ``record.json``.
+Moving or renaming code must not change a number in the record. The test compresses reference
+networks with every registered method and lowers them for every target. It compares stored tensors,
+scores, graph initializers, operators and connections with ``record.json``.
 
 Reading order:
 

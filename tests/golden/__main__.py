@@ -1,13 +1,13 @@
 """Rewrite the golden record, or a part of it.
 
-A case is a reference network and the compression steps that are applied to it. The record has a
-line for each stored tensor, score and graph that the code computed for each case; the golden test
-compares the current code with it. See ``cases.py`` and ``entries.py``.
+A case is a reference network and the compression steps that are applied to it. The record describes
+the stored tensors, the scores and the graphs of each case, line by line. The golden test compares
+them with those of the current code. See ``cases.py`` and ``entries.py``.
 
 ``PYTHONPATH=tests python -m tests.golden`` records all cases. ``--only mixed`` rewrites the cases
-whose ``name | network`` contains "mixed" and leaves the others unchanged; it requires the CPU and
-the library versions of the record. A commit that changes the record lists each change and its
-reason in its message.
+whose title, ``name | network``, contains "mixed". It leaves the others unchanged, and requires the
+CPU and the library versions of the record. A commit that changes the record lists each change and
+its reason in its message.
 """
 
 import argparse
@@ -27,9 +27,12 @@ from tests.golden.numerics import describe_machine
 
 
 def main() -> int:
-    """Record the cases and write the file; return 1 if the machine is not the record's."""
+    """Record the cases and write the file.
+
+    With ``--only``, return 1 and write nothing if the machine is not that of the record.
+    """
     parser = argparse.ArgumentParser(prog="python -m tests.golden")
-    parser.add_argument("--only", default="", help="rewrite cases whose name contains this text")
+    parser.add_argument("--only", default="", help="rewrite cases whose title contains this text")
     parser.add_argument("--out", type=Path, default=compare.RECORD, help="the file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -50,9 +53,10 @@ def main() -> int:
             start = time.process_time()
             with tempfile.TemporaryDirectory() as folder:
                 case_entries = compute_entries(case, Path(folder), tuple(package.list_targets()))
-            entries = {
-                k: v for k, v in entries.items() if not k.startswith(f"{title} | ")
-            } | case_entries
+            other_entries = {
+                key: line for key, line in entries.items() if not key.startswith(f"{title} | ")
+            }
+            entries = other_entries | case_entries
             sys.stderr.write(
                 f"{title}: {len(case_entries)} in {time.process_time() - start:.1f} s\n"
             )

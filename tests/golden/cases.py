@@ -20,6 +20,7 @@ from tests.models import BENCH_ROWS, RANKER, Reference, write_split
 from tests.narrow_networks import HISTORY, Transformer
 from tests.signatures import replace_output
 
+# Signatures of the networks "ranking", "towers" and "pairs" in NETWORKS.
 RANKING = replace_output(
     HISTORY.model_copy(update={"group": "user"}), kind="ranking", form="score", metric="ndcg@10"
 )
@@ -146,6 +147,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "channels refitted": ("channels", {"importance": "activation", "reconstruct": True}),
     "recalibrate isotonic": ("recalibrate", {"method": "isotonic"}),
 }
+# The tables and layers are those of the networks in NETWORKS. "plain" is a layer of "click", and
+# also the name of the cases without steps.
 MIXED: tuple[Case, ...] = (
     Case(
         "mixed 1",
@@ -270,7 +273,7 @@ def build_bench(network: str, kinds: tuple[str, ...], folder: Path) -> Bench:
         reference.signature,
         reference.rows_of_tables(),
         folder / "agreeing",
-        seed=9,
+        seed=9,  # that of the bench's validation rows, so that only the labels differ
         score_function=compute_noisy_scores,
     )
     return bench.model_copy(update={"validation": validation})

@@ -1,8 +1,8 @@
 """Read and write the record file, and compare its entries with new entries.
 
 If a target has the same entries as another target, the file stores a reference to that target.
-A key is ``case | network | part | item`` (see ``entries.py``). In the file, a group is all of a key
-but the item. The part of an entry of a graph begins with the name of its target.
+A key is ``case | network | part | item`` (see ``entries.py``). In the file, entries are grouped by
+``case | network | part``. The part of an entry of a graph begins with the name of its target.
 """
 
 import json
@@ -57,6 +57,7 @@ def write(machine: dict[str, str], entries: Entries, path: Path = RECORD) -> Non
             ),
             None,
         )
+        # A reference hardly shortens a group of one or two entries.
         if equal_group is not None and len(items) > 2:
             groups[group] = {SAME: equal_group}
     content = {"machine": machine, "entries": groups}
@@ -112,16 +113,19 @@ def find_differences(expected: Entries, actual: Entries, *, exact: bool, trains:
 
 
 def _is_allowed(key: str, expected: str, actual: str, exact: bool, trains: bool) -> bool:
+    """Return whether two entries may differ: never if ``exact``, otherwise within a tolerance."""
     if exact:
         return False
     if key.endswith(ALL):  # every tensor of the last step has an entry with statistics
         return True
+    # A trained bias of one element may differ by a factor of 2, so only its type is compared.
     if trains and is_scalar(expected) and is_scalar(actual):
         return get_type_and_shape(expected) == get_type_and_shape(actual)
     return is_near(expected, actual, NEAR_TRAINED if trains else NEAR)
 
 
 def _describe_counts_that_differ(expected: str, actual: str) -> str:
+    """Return the operators whose counts differ in two entries of the form ``Add:2 Gather:1``."""
     pairs = [dict(item.rsplit(":", 1) for item in text.split()) for text in (expected, actual)]
     names = sorted(name for name in pairs[0] | pairs[1] if pairs[0].get(name) != pairs[1].get(name))
     return "; ".join(

@@ -43,7 +43,7 @@ def _compute_entries(case: Case, folder: Path, targets: tuple[str, ...]) -> Entr
     model = reference.model()
     bench = build_bench(case.network, tuple(kind for kind, _ in case.steps), folder / "data")
     title, entries = f"{case.name} | {case.network}", Entries()
-    stored = folder / "none"
+    stored = folder / "none"  # not read if the case has no steps
     for index, (kind, settings) in enumerate(case.steps):
         stored = folder / f"step{index}"
         try:
@@ -75,13 +75,17 @@ def _compute_entries(case: Case, folder: Path, targets: tuple[str, ...]) -> Entr
 
 def _digest_tensors(folder: Path) -> str:
     lines = sorted(
-        f"{k} {format_tensor(v)}" for k, v in package.read_stored_tensors(folder).items()
+        f"{name} {format_tensor(tensor)}"
+        for name, tensor in package.read_stored_tensors(folder).items()
     )
     return digest("\n".join(lines).encode())
 
 
 def _describe_graph(path: Path) -> Entries:
-    """Return the entries of a graph: initializers, operator counts and connections."""
+    """Return the entries of a graph: initializers, operator counts and connections.
+
+    All small constants together have one entry: their number and a digest.
+    """
     model = onnx.load(path)
     entries = Entries()
     small = []

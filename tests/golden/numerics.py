@@ -32,6 +32,7 @@ def describe_machine() -> dict[str, str]:
     """Return properties that may change last bits: CPU vendor and features, library versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     entries = [line.partition(":") for line in lines]
+    # Reversed, so that the values of the first processor remain.
     values = {key.strip(): value.strip() for key, _, value in reversed(entries)}
     flags = set(values.get("flags", "").split())
     features = " ".join(flag for flag in FLAGS if flag in flags)

@@ -2,11 +2,11 @@
 
 The golden test compares results of the current code with ``record.json``, the record.
 
-No other file of the golden test imports recpress. ``KINDS``, ``TARGETS`` and ``REFUSALS`` map a
-current name to its name in the record. Add a line there when a step kind, a target or an error
-class is renamed; the record then stays unchanged. ``TENSORS`` maps names of stored tensors and
-initializers by regular expression. Rename a step's setting in ``cases.py`` as well; the record has
-no settings.
+No other file of the golden test imports recpress directly. ``KINDS``, ``TARGETS`` and ``REFUSALS``
+map a current name to its name in the record. Add a line there when a step kind, a target or an
+error class is renamed; the record then stays unchanged. ``TENSORS`` maps names of stored tensors
+and initializers by regular expression. If a step's setting is renamed, rename it in ``cases.py``;
+the record has no settings.
 """
 
 import re

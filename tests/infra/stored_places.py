@@ -1,4 +1,4 @@
-"""Object stores in a folder and in a bucket, whose stored bytes a test can read and change.
+"""Object stores in a folder and in a bucket, for tests that read and change the stored bytes.
 
 An artifact is a stored folder. Its manifest, written last, lists the files. The content of each
 file is a blob, whose key is a hash of it.

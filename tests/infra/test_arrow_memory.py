@@ -17,7 +17,7 @@ from infra.arrow_memory import ARROW_POOL
 def test_arrow_uses_the_system_pool_unless_the_variable_is_set(
     variables: dict[str, str], expected: str
 ) -> None:
-    """The default pool, mimalloc, reserves 1 GiB of address space, and too little may remain.
+    """The default pool, mimalloc, reserves 1 GiB of address space, which a process may not have.
 
     ``ARROW_POOL`` has the environment variable that selects the pool.
     """

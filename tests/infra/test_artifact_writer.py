@@ -6,7 +6,7 @@ or written again as a whole. A journal lists the written blocks. A chunk is the 
 ``seal`` makes the files read-only and returns their manifest, which lists their hashes.
 
 Arguments of ``open_writer`` are the folder of the result, the job (any value that determines the
-content), and path and size of the large file. Error codes call an unfinished artifact a draft.
+content), and path and size of the large file.
 """
 
 import itertools
@@ -108,7 +108,10 @@ def test_byte_outside_the_file_is_refused(at: int, size: int):
 
 
 def write_missing_blocks(writer: ArtifactWriter, max_blocks: int = 99) -> None:
-    """Write at most ``max_blocks`` of the blocks of ``BODY`` that are not written yet."""
+    """Write at most ``max_blocks`` of the blocks of ``BODY`` that are not written yet.
+
+    There are six blocks, so 99 stands for all.
+    """
     missing = [start for start in BLOCK_STARTS if not writer.has_block(str(start))]
     for start in missing[:max_blocks]:
         block = memoryview(BODY)[start : start + BLOCK_BYTES]
@@ -195,7 +198,7 @@ def test_incomplete_journal_line_is_ignored_and_later_lines_are_read(tmp_path: P
     expected = write_and_publish(tmp_path / "whole")
     interrupt(tmp_path / "out", 3)
     journal = tmp_path / ".out.journal"
-    journal.write_bytes(journal.read_bytes()[:-9])
+    journal.write_bytes(journal.read_bytes()[:-9])  # cuts the line of the third block
     for count_before, count_after in ((2, 3), (3, 4)):
         with open_writer(tmp_path / "out", "job", "data", len(BODY)) as writer:
             assert sum(writer.has_block(str(start)) for start in BLOCK_STARTS) == count_before

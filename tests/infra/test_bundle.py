@@ -222,7 +222,7 @@ def test_read_returns_the_manifest_that_seal_returned(tmp_path, shard_bytes):
 
 def test_index_has_the_form_of_hugging_face(sharded):
     index = json.loads((sharded / bundle_folder.INDEX).read_text())
-    assert index["metadata"] == {"total_size": 132}
+    assert index["metadata"] == {"total_size": 132}  # 80 + 24 + 28 bytes
     assert index["weight_map"]["embed.user.weight"] == "model-00001-of-00002.safetensors"
 
 
@@ -281,9 +281,9 @@ def test_draft_with_relative_and_absolute_paths_is_read(draft, tmp_path):
 
 @pytest.mark.parametrize("ending", shards.PICKLE_SUFFIXES)
 def test_file_with_a_suffix_of_pickles_is_refused(sealed, draft, ending):
+    expected = HasReason("file_named_like_pickle", file=f"'model{ending.upper()}'")
     for folder, read in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / f"model{ending.upper()}").write_bytes(b"")
-        expected = HasReason("file_named_like_pickle", file=f"'model{ending.upper()}'")
         assert problems(read, folder) == expected
     assert problems(bundle_folder.seal, sealed, **FIELDS) == expected
     assert "safetensors.torch.save_file" in refusal_message(bundle_folder.seal, sealed, **FIELDS)
@@ -300,11 +300,11 @@ def pickles():
 
 @pytest.mark.parametrize("raw", [raw for _, raw in pickles()], ids=[name for name, _ in pickles()])
 def test_pickle_renamed_to_safetensors_is_refused_although_sealed(sealed, draft, raw):
+    expected = HasReason("file_is_pickle", file="'model.safetensors'")
     for folder, read in ((sealed, bundle_folder.read), (draft, bundle_folder.read_draft)):
         (folder / "model.safetensors").write_bytes(raw)
         if folder is sealed:
             rewrite_file_list(folder)
-        expected = HasReason("file_is_pickle", file="'model.safetensors'")
         assert problems(read, folder) == expected
     assert problems(bundle_folder.seal, sealed, **FIELDS) == expected
     assert "safetensors.torch.save_file" in refusal_message(bundle_folder.seal, sealed, **FIELDS)
@@ -379,6 +379,7 @@ def test_bundle_with_one_changed_byte_is_refused(tmp_path_factory, shard_bytes):
 
     @given(offset=st.integers(0, total - 1), flip=st.integers(1, 255))
     def check(offset, flip):
+        """Flip bits of the byte at an offset in the concatenation of all files."""
         for path, raw in originals.items():
             if offset < len(raw):
                 changed = bytearray(raw)
@@ -719,6 +720,7 @@ def test_random_or_changed_model_json_is_read_or_refused(tmp_path_factory):
         with contextlib.suppress(BundleRefused):  # some changed documents are valid
             manifest = bundle_folder.read(folder)
             bundle_folder.table_rows(bundle_folder.check_weights(folder, manifest), manifest)
+        # Without these fields the document is that of a draft, which ``read`` refuses.
         document.pop("files", None)
         document.pop("seal", None)
         (folder / "model.json").write_text(json.dumps(document))
@@ -872,15 +874,15 @@ def test_every_bit_pattern_is_finite_exactly_if_torch_reports_it_as_finite(tmp_p
     if width > 2:
         special = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0]).to(dtype)
         patterns = torch.cat([patterns, special])
-    wide = patterns if dtype.is_complex else patterns.to(torch.float64)
-    is_nonfinite = ~torch.isfinite(wide)
+    values = patterns if dtype.is_complex else patterns.to(torch.float64)
+    is_nonfinite = ~torch.isfinite(values)
     assert is_nonfinite.any() != is_nonfinite.all()
-    for name, values in (("good", patterns[~is_nonfinite]), ("all", patterns)):
+    for name, stored in (("finite", patterns[~is_nonfinite]), ("all", patterns)):
         folder = tmp_path / name
         folder.mkdir()
-        write_tensors({"w": values}, folder)
+        write_tensors({"w": stored}, folder)
         manifest = bundle_folder.seal(folder, **FIELDS)
-        if name == "good":
+        if name == "finite":
             assert bundle_folder.check_weights(folder, manifest)["w"].dtype in FLOATS
         else:
             (problem,) = problems(bundle_folder.check_weights, folder, manifest)

@@ -70,7 +70,8 @@ def test_prepare_adds_the_features_of_each_rows_item(paths, tmp_path):
     assert tensors["@group"].tolist() == [3, 1, 3, 1]
     assert tensors["@label"].tolist() == [1, 1, 1, 1]  # the signature names no label
     # Each row is a complete input of the model, so batches are read as for any other task.
-    (batch,) = batches(Split(path=str(tmp_path / "out"), sha256="0" * 64, rows=4), SIGNATURE, 9)
+    split = Split(path=str(tmp_path / "out"), sha256="0" * 64, rows=4)
+    (batch,) = batches(split, SIGNATURE, size=9)
     assert batch.inputs["tags_offsets"].tolist() == [0, 3, 4, 5]
 
 
@@ -117,6 +118,7 @@ def test_training_rows_of_one_user_may_differ_in_query_inputs(paths, tmp_path):
 
 
 def test_require_items_needs_a_catalogue_exactly_for_retrieval():
+    # "it" stands for the bundle in the error message.
     require_items(["test", "items"], SIGNATURE, "it")
     with raises_code(DataRefused, "catalogue_missing", place="it", split="items"):
         require_items(["test"], SIGNATURE, "it")

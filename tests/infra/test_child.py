@@ -1,4 +1,8 @@
-"""Work in child processes: responses, errors, time limits, and the end of all processes."""
+"""Work in child processes: responses, errors, time limits, and the end of all processes.
+
+``run_child`` runs a module in a child process. Its arguments are the module, the request, a folder
+for files of the job, and the time limit in seconds.
+"""
 
 import os
 import signal
@@ -106,6 +110,7 @@ def test_child_ended_by_a_signal_failed_with_the_signals_name(child, tmp_path):
 
 
 def test_child_ended_by_sigkill_is_out_of_memory(child, tmp_path):
+    """Linux sends this signal to a process if memory runs out."""
     work = "def work(request):\n    os.kill(os.getpid(), 9)"
     with raises_code(OutOfMemory, "child_killed", module="killed"):
         run_child(child("killed", work), {}, tmp_path / "job", 30)

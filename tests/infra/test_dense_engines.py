@@ -35,7 +35,8 @@ needs_rtx = pytest.mark.skipif(
     find_installed_version("tensorrt-rtx") is None,
     reason="TensorRT-RTX is not installed; pip install 'recpress[tensorrt-rtx]'",
 )
-INPUTS, WIDTH = 500, 512  # 500 is not a multiple of the blocks of weights that share a scale
+# 500 is not a multiple of 64 or 128, the sizes of blocks of weights that share a scale.
+INPUTS, WIDTH = 500, 512
 SIGNATURE = Signature(
     inputs=(DenseInput(name="x", shape=(INPUTS,)),),
     outputs=(Output(name="label", kind="ctr", form="logit", label="label", metric="auc"),),

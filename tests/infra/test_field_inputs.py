@@ -3,6 +3,9 @@
 A matrix input has several inputs, its fields, as columns of one tensor. A joined table has the rows
 of several id columns; the ``offset`` of a column is added to its ids. The policy of an input
 (``out_of_range``) says what replaces ids out of range.
+
+The signature is that of ``tests/field_draft.py``: ``joined`` has the rows of 900 users and 600
+items, ``brand`` has 50 rows, and positions are 1 to 10.
 """
 
 import json
@@ -102,7 +105,7 @@ def test_test_data_may_have_integers_out_of_range_if_the_policy_replaces_them(sp
 )
 def test_field_outside_its_table_is_refused(field, expected):
     document = json.loads(json.dumps(SIGNATURE))
-    document["inputs"][0]["fields"][1] = field
+    document["inputs"][0]["fields"][1] = field  # that of the items
     with raises_code(DataRefused, "ids_unfit") as caught:
         check_ids({}, Signature.model_validate(document), TABLES)
     assert any(expected in problem for problem in caught.value.fields["problems"])

@@ -68,6 +68,7 @@ def read_in_children(paths: list[Path]) -> list[str]:
 def test_json_beyond_a_limit_is_refused_within_300_mib(tmp_path):
     paths = []
     for index, item in enumerate(ITEMS.values()):
+        # Files of MAX_JSON_BYTES exceed other limits; one larger file exceeds this limit.
         for size in (MAX_JSON_BYTES, 64 << 20) if index == 0 else (MAX_JSON_BYTES,):
             paths.append(tmp_path / f"{index}-{size}.json")
             paths[-1].write_bytes(b'{"a":[' + item * ((size - 10) // len(item)) + b"1]}")

@@ -155,7 +155,7 @@ def test_rollback_to_another_version_than_the_previous_champion_is_refused(ledge
         ledger.append("1", "order-1", "rollback", "bob", "worse")
 
 
-def entry(sequence: int, version: str, action: str, previous: str | None) -> Entry:
+def make_entry(sequence: int, version: str, action: str, previous: str | None) -> Entry:
     """Return an entry whose order has the name of the version."""
     return Entry(
         sequence=sequence,
@@ -172,11 +172,12 @@ def entry(sequence: int, version: str, action: str, previous: str | None) -> Ent
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "back"]), max_size=20))
 def test_rollback_after_a_promotion_restores_the_champion_before_it(actions):
+    """The actions before that promotion are promotions of a version, and rollbacks ("back")."""
     entries: list[Entry] = []
 
     def add(version: str, action: str) -> None:
         previous = entries[-1].version if entries else None
-        entries.append(entry(len(entries) + 1, version, action, previous))
+        entries.append(make_entry(len(entries) + 1, version, action, previous))
 
     for action in actions:
         target = find_rollback_target(tuple(entries))
@@ -191,6 +192,7 @@ def test_rollback_after_a_promotion_restores_the_champion_before_it(actions):
     assert (restored.version if restored else None) == champion
     if restored is not None:
         add(restored.version, "rollback")
+        # The next rollback restores the same version as before the promotion.
         assert find_rollback_target(tuple(entries)) == target
 
 

@@ -64,7 +64,7 @@ def test_external_data_outside_of_the_folder_is_refused(
     secret = tmp_path / "secret.bin"
     secret.write_bytes(b"\0" * 4096)
     (path.parent / "link.bin").symlink_to(secret)
-    location = location or str(secret)
+    location = location or str(secret)  # None: the absolute path of the secret file
     with raises_code(DraftRefused, "onnx_data_outside", location=location):
         read_onnx(with_location(path, location=location))
 
@@ -82,7 +82,9 @@ def test_external_data_that_is_missing_or_too_short_is_refused(tmp_path: Path) -
 
 
 def test_external_data_of_a_constant_is_checked_too(tmp_path: Path) -> None:
-    tensor = helper.make_tensor("value", 1, [2], np.zeros(2, np.float32).tobytes(), raw=True)
+    tensor = helper.make_tensor(
+        "value", onnx.TensorProto.FLOAT, [2], np.zeros(2, np.float32).tobytes(), raw=True
+    )
     constant = helper.make_node("Constant", [], ["c"], value=tensor)
     add = helper.make_node("Add", ["x", "c"], ["y"])
     model = build_model([constant, add], {"x": np.zeros((3, 2), np.float32)})
@@ -132,7 +134,8 @@ def test_external_data_counts_as_memory(tmp_path: Path, monkeypatch: pytest.Monk
     model.graph.initializer[0].dims[0] = 2**33 // (4 * WEIGHT.shape[1])
     path.write_bytes(model.SerializeToString())
     os.truncate(path.parent / "table.bin", 2**33)  # a sparse file
-    monkeypatch.setenv("RECPRESS_MEMORY_MB", "6000")  # enough for the file itself
+    # Enough for model.onnx, but not for the table of 8 GiB.
+    monkeypatch.setenv("RECPRESS_MEMORY_MB", "6000")
     with pytest.raises(OutOfMemory):
         read_onnx(path)
 

@@ -45,14 +45,14 @@ def signature(longest: int = 3) -> Signature:
 
 def rows(count: int = 600) -> pa.Table:
     """Return random valid rows for ``signature()``."""
-    random_ = np.random.default_rng(0)
-    lists = [list(range(length)) for length in random_.integers(0, 4, count)]
+    rng = np.random.default_rng(0)
+    lists = [list(range(length)) for length in rng.integers(0, 4, count)]
     return pa.table(
         {
-            "user": random_.integers(0, 50, count),
+            "user": rng.integers(0, 50, count),
             "genres": pa.array(lists, pa.list_(pa.int64())),
-            "price": random_.normal(size=count).astype("f4"),
-            "label": random_.integers(0, 2, count),
+            "price": rng.normal(size=count).astype("f4"),
+            "label": rng.integers(0, 2, count),
         }
     )
 
@@ -143,12 +143,12 @@ def check_damaged_files(valid_bytes: bytes, into: Path, count: int) -> None:
     assert prepared < count
 
 
-def test_60_damaged_files_are_refused_or_read_correctly(valid_bytes, tmp_path):
+def test_60_damaged_files_raise_no_error_but_data_refused(valid_bytes, tmp_path):
     check_damaged_files(valid_bytes, tmp_path, 60)
 
 
 @pytest.mark.slow
-def test_1000_damaged_files_are_refused_or_read_correctly(valid_bytes, tmp_path):
+def test_1000_damaged_files_raise_no_error_but_data_refused(valid_bytes, tmp_path):
     check_damaged_files(valid_bytes, tmp_path, 1000)
 
 
@@ -323,6 +323,7 @@ def test_memory_limit_of_the_process_is_out_of_memory_and_not_a_refused_file(
     path = write_valid_file(tmp_path, valid_bytes)
     command = [sys.executable, "-c", INSPECT_WITH_LIMIT, str(path), str(limit)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The limit suffices, or an error reports that memory ran out.
     expected = ("600", "OutOfMemory True", "ChildFailed True")
     assert process.stdout.strip() in expected, process.stderr[-1000:]
 
@@ -348,6 +349,7 @@ def test_check_shapes_refuses_a_bag_far_longer_than_any_list(tmp_path, kind):
         item = kind(name="v", table="t", shape=(longest,))
         return signature().model_copy(update={"inputs": (item,)})
 
+    # A declared length may be at most 4096 if no list in the data is nearly as long.
     statistics = {"test": split_statistics(path, bag(3))}
     check_shapes(statistics, bag(4096))
     with raises_code(

@@ -47,12 +47,12 @@ def test_create_cluster_creates_a_cluster_once_that_requires_passwords(
 ) -> None:
     postgres.create_cluster(variables(open_folder))
     cluster = open_folder / "db" / "cluster"
-    rules = [
+    methods = [  # the last field of each rule: how a client authenticates
         line.split()[-1]
         for line in (cluster / "pg_hba.conf").read_text().splitlines()
         if line and not line.startswith("#")
     ]
-    assert set(rules) == {"scram-sha-256"}
+    assert set(methods) == {"scram-sha-256"}
     assert [path.name for path in cluster.parent.iterdir()] == ["cluster"]
     created_at = (cluster / "PG_VERSION").stat().st_mtime_ns
     postgres.create_cluster(variables(open_folder, POSTGRES_PASSWORD="another"))

@@ -1,5 +1,8 @@
 """TensorRT-RTX engines that multiply by all rows of a table: the table stays packed.
 
+The network ``MaskedItemHead`` (``tests/weight_readers.py``) has the output head of BERT4Rec, which
+multiplies by the table of items.
+
 A builder may widen a table: convert its packed numbers to a wider type. The audit of an engine
 (``infra/tensorrt/audit.py``) excludes this if scratch memory, the temporary memory of a call, is
 "flat": a copy of the table in float16 does not fit into that of a request of one row.
@@ -64,5 +67,6 @@ def test_engine_of_an_output_head_does_not_widen_its_table(step: Method, tmp_pat
     engine = build_engine(request, tmp_path)
     assert engine.audit.scratch == "flat"
     assert engine.audit.tables_checked == ("item",)
-    # The table is stored once, with its scales in a second copy (2 bytes per row).
+    # The table is stored once, with its scales in a second copy (2 bytes per row). 64 KiB are for
+    # padding.
     assert engine.audit.weights_bytes <= request.packed_bytes + 2 * ROWS + 64 * 1024

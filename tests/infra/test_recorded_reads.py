@@ -1,8 +1,8 @@
-"""Arguments of a network that are stored as the reads of the network's constructor.
+"""Arguments of a network of which only the values that its constructor reads are stored.
 
-A data set is an example: its constructor reads a file, which a bundle does not have. Its reads are
-the attributes, items and results of calls that the network's constructor used. The networks are in
-``tests/recorded_models.py``.
+An example is a data set, whose own constructor reads a file that a bundle does not have. A bundle
+stores the *reads* of such an argument: the attributes, items and results of calls that the
+network's constructor used. The networks are in ``tests/recorded_models.py``.
 """
 
 import copy
@@ -23,6 +23,7 @@ from infra.bundle.live_model import describe_architecture, import_network
 from infra.errors import DraftRefused
 
 MODULE = "recorded_models"
+# ``num`` returns the number of different values of a column, and one more for padding.
 READS_OF_ROWS: dict[str, Any] = {
     "attributes": {
         "num": {
@@ -51,6 +52,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def describe(name: str) -> Architecture:
+    """Return class and arguments of a network in ``recorded_models``, as a bundle stores them."""
     return describe_architecture(*import_network(f"{MODULE}:{name}", (MODULE,)))
 
 

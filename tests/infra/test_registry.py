@@ -1,4 +1,8 @@
-"""Publishing, finding and aliasing versions in an MLflow registry that is a SQLite file."""
+"""Publishing, finding and aliasing versions in an MLflow registry that is a SQLite file.
+
+Arguments of ``Registry.publish`` are the model's name, the digest of an order, the URI of the
+release (``source``), tags, and a description.
+"""
 
 import shutil
 import subprocess
@@ -201,6 +205,7 @@ def test_tags_and_sources_beyond_the_limits_are_refused(registry):
     with raises_code(RegistryRefused, "tag_value_too_long", tag="plan", got=100_001):
         registry.publish("ranker", OTHER_ORDER, "s3://x", {"plan": "x" * (MAX_TAG_VALUE + 1)}, "")
     for name in ("k" * 251, "a'b", ""):
+        # The error shows at most 60 characters of a name.
         with raises_code(RegistryRefused, "tag_name_invalid", tag=name[:60]):
             registry.publish("ranker", OTHER_ORDER, "s3://x", {name: "x"}, "")
     with raises_code(RegistryRefused, "source_too_long", got=501):

@@ -100,6 +100,7 @@ def test_draft_of_schema_version_1_is_read_like_the_same_draft_of_version_2(draf
     edit_draft(draft, lambda document: None, version=2)
     current = read_draft(draft)
     migrated = read_draft(edit_draft(draft, lambda document: None))
+    # Outputs of version 1 have no name, so the migration calls the only output "score".
     (output,) = current.signature.outputs
     renamed = current.signature.model_copy(
         update={"outputs": (output.model_copy(update={"name": "score"}),)}

@@ -480,14 +480,14 @@ def run(tmp_path: Path) -> Iterator[Callable[..., local_services.LocalProcesses]
 def test_services_start_after_their_dependencies_and_stop_together(
     run: Any, tmp_path: Path
 ) -> None:
-    port = choose_free_ports([1])[1]
+    port = choose_free_ports([1])[1]  # a free local port for port 1 of a container
     marker = tmp_path / "setup-ran"
     server = make_service(
         "server",
         python(SERVER.format(port=port)),
         health=(sys.executable, "-c", CHECK_SERVER.format(port=port)),
     )
-    setup = make_service(
+    setup_service = make_service(
         "setup",
         python(f"{CHECK_SERVER.format(port=port)}\nopen({str(marker)!r}, 'w').close()"),
         one_shot=True,
@@ -498,7 +498,7 @@ def test_services_start_after_their_dependencies_and_stop_together(
         python(f"import os, time; assert os.path.exists({str(marker)!r}); time.sleep(60)"),
         starts_after={"setup": "service_completed_successfully"},
     )
-    processes = run(last, setup, server)
+    processes = run(last, setup_service, server)
     processes.start(60)
     processes.check()
     assert not is_port_free(port)
@@ -552,8 +552,8 @@ def test_killed_service_is_restarted_with_growing_delays(
 
 
 def test_one_shot_service_is_not_restarted(run: Any) -> None:
-    setup = make_service("setup", python("pass"), one_shot=True)
-    processes = run(setup)
+    setup_service = make_service("setup", python("pass"), one_shot=True)
+    processes = run(setup_service)
     processes.start(30)
     process = processes._processes["setup"]
     processes.restart_ended()

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: bound inputs (IO binding), timing in turn, and refused inputs."""
+"""ONNX Runtime sessions: bound inputs (IO binding), interleaved timing, and refused inputs."""
 
 from pathlib import Path
 

@@ -52,6 +52,7 @@ def signature_of(*inputs, task="ctr", group="session", time="at"):
 
 
 ALL = signature_of(USER, PAIR, DENSE, VECTOR, PADDED, JAGGED)
+"""A signature with all of these inputs."""
 
 
 def columns(**changes):
@@ -235,13 +236,13 @@ def test_random_tables_in_any_row_groups_and_batches_are_read_exactly(
     """The values are equal, not only close, for any cut into row groups and batches."""
     folder = tmp_path_factory.mktemp("round")
     ids, numbers, padded, jagged, labels, groups = map(list, zip(*rows, strict=True))
-    lists = pa.list_(pa.int64())
+    list_type = pa.list_(pa.int64())
     table = pa.table(
         {
             "user": ids,
             "vector": pa.array([[number] for number in numbers]),
-            "genres": pa.array(padded, lists),
-            "history": pa.array(jagged, lists),
+            "genres": pa.array(padded, list_type),
+            "history": pa.array(jagged, list_type),
             "click": labels,
             "session": groups,
         }
@@ -258,13 +259,14 @@ def test_random_tables_in_any_row_groups_and_batches_are_read_exactly(
     out = load_file(folder / "data.safetensors")
     assert out["user"].tolist() == ids
     assert out["vector"].ravel().tolist() == numbers
+    # PADDED has three columns and the padding id 7.
     assert out["genres"].tolist() == [row + [7] * (3 - len(row)) for row in padded]
     bounds = out["@bounds/history"]
     lists = [out["history"][bounds[i] : bounds[i + 1]].tolist() for i in range(len(rows))]
     assert lists == jagged
     assert out["@label"].tolist() == [float(label) for label in labels]
-    order = list(dict.fromkeys(groups))
-    assert out["@group"].tolist() == [order.index(group) for group in groups]
+    distinct_groups = list(dict.fromkeys(groups))  # in the order in which they occur
+    assert out["@group"].tolist() == [distinct_groups.index(group) for group in groups]
 
 
 def test_part_files_are_read_in_the_order_of_their_names(tmp_path, tensors):
@@ -326,7 +328,7 @@ def test_missing_damaged_and_empty_files_are_refused(tmp_path, refusal_message):
 def test_file_with_damaged_pages_is_refused(split, tmp_path):
     path = split()
     raw = bytearray(path.read_bytes())
-    raw[4:400] = b"\xff" * 396
+    raw[4:400] = b"\xff" * 396  # after the four bytes with which a parquet file begins
     path.write_bytes(raw)
     with raises_code(DataRefused, "unreadable", problem=TextMatching("page header")):
         prepare(path, ALL, tmp_path)
@@ -411,7 +413,9 @@ INVALID_DATA = [
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [case[1:] for case in INVALID_DATA], ids=lambda v: ""
+    ("changes", "message"),
+    [case[1:] for case in INVALID_DATA],
+    ids=[case[0] for case in INVALID_DATA],
 )
 def test_refusal_of_invalid_data_contains_column_rule_and_rows(changes, message, refusal_message):
     text = refusal_message(**changes)

@@ -138,6 +138,7 @@ def test_registry_that_is_a_symlink_is_created_at_the_target_of_the_link(tmp_pat
     [
         "DELETE FROM alembic_version",
         "DROP TABLE model_version_tags",
+        # EARLIER_REVISION, although the tables are those of a later one.
         "UPDATE alembic_version SET version_num = (SELECT 'acf3f17fdcc7')",
     ],
 )

@@ -222,6 +222,7 @@ def test_blob_of_another_size_is_damage(stored, folder, tmp_path, change):
     artifact = stored.store.put(folder)
     key = blob_key(stored, artifact, "model.json")
     stored.overwrite(key, change(stored.raw(key)))
+    # The file contains "{}", which are 2 bytes.
     with raises_code(ArtifactDamaged, "file_size_differs", file="model.json", expected=2):
         stored.store.get(artifact, tmp_path / "out")
 
@@ -397,8 +398,13 @@ def test_put_of_a_file_that_changes_meanwhile_stores_no_artifact(
             file.unlink()
         else:
             body = bytearray(file.read_bytes())
-            body[0] ^= change == "rewritten"
-            file.write_bytes(body + b"!" if change == "grown" else body[: BIG - (change == "cut")])
+            if change == "rewritten":
+                body[0] ^= 1
+            elif change == "grown":
+                body += b"!"
+            else:
+                del body[-1]
+            file.write_bytes(body)
         return entries
 
     monkeypatch.setattr("infra.store.object_store.hash_files", hash_and_change)
@@ -605,7 +611,7 @@ def test_missing_bucket_is_a_setting_error(s3, folder):
 
 
 def test_unreachable_server_is_an_outage_within_20_seconds(s3, folder, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # discard: no server listens
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # no server listens on port 9
     store = Store("s3://models/x")
     start = time.monotonic()
     with raises_code(StoreOutage, "store_no_answer"):
@@ -658,7 +664,7 @@ def error_document(code: str) -> str:
         (400, "RequestTimeout", StoreOutage, "store_failed"),
         (403, "AccessDenied", SettingRefused, "store_credentials_refused"),
         (301, "PermanentRedirect", SettingRefused, "store_unusable"),
-        (404, "", SettingRefused, "store_unusable"),
+        (404, "", SettingRefused, "store_unusable"),  # not an S3 error document
     ],
 )
 def test_error_response_gives_an_error_class_by_whether_a_retry_helps(
@@ -687,7 +693,8 @@ def test_404_of_s3_with_an_unknown_code_is_retryable(s3, monkeypatch):
 def test_error_for_an_unwritable_root_contains_its_path(tmp_path, folder):
     (tmp_path / "file").write_text("x")
     store = Store(str(tmp_path / "file" / "store"))
-    with raises_code(SettingRefused, None, path=TextMatching(re.escape(str(tmp_path / "file")))):
+    path = TextMatching(re.escape(str(tmp_path / "file")))
+    with raises_code(SettingRefused, None, path=path):  # any code
         store.put(folder)
 
 

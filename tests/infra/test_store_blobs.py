@@ -85,7 +85,7 @@ def count_written(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def store_as_version_1(stored: Stored, folder: Path) -> Artifact:
-    """Write an artifact with a manifest of version 1, as version 0.1.0 did."""
+    """Write an artifact with a manifest of version 1, as recpress 0.1.0 did."""
     manifest = StoreManifest.of(hash_files(folder, list_regular_files(folder)))
     for path, body in contents(folder).items():
         stored.overwrite(f"artifacts/{manifest.root}/files/{path}", body)
@@ -127,7 +127,7 @@ def test_folder_store_uses_the_disk_space_of_a_shared_file_once(folder, tmp_path
     ]
     files = [path.stat() for path in (tmp_path / "store").rglob("*") if path.is_file()]
     used_bytes = sum({status.st_ino: status.st_size for status in files}.values())
-    assert used_bytes < BIG + 20_000
+    assert used_bytes < BIG + 20_000  # the small files and the manifests
     paths = [stored.store.local(item, tmp_path / "cache") / LARGE for item in artifacts]
     assert paths[0].samefile(paths[1])
     assert paths[0].stat().st_mode & 0o222 == 0, "readers memory-map the file"

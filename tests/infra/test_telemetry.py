@@ -34,7 +34,7 @@ def identifier_files(home: Path) -> list[str]:
         pytest.param("flows.compress", marks=pytest.mark.nightly),  # imports for seconds
     ],
 )
-def test_import_of_any_module_sets_all_variables_before_the_libraries(
+def test_import_of_a_module_sets_all_variables_before_it_imports_the_libraries(
     module: str, tmp_path: Path
 ) -> None:
     # The import hook checks one variable, because all are set by the same call.

@@ -137,7 +137,7 @@ def test_zombie_process_does_not_count_as_running(tmp_path: Path) -> None:
     try:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # WNOWAIT keeps the zombie
         assert temporary._read_start_time(process.pid) == -1
-        assert not temporary._is_running(process.pid, 1)
+        assert not temporary._is_running(process.pid, 1)  # 1: any start time
     finally:
         process.wait()
 

@@ -138,6 +138,7 @@ def build(tmp_path, table, rows, dim=DIM, **changes):
     onnx.save(model, tmp_path / "model.onnx")
     names = ("codes",) if table.startswith("fp") else ("codes", "scale")
     changes = {"packed_bytes": packed} | changes
+    # ``model_copy`` does not validate the changes, and replaces the 0.
     request = build_request(tmp_path / "model.onnx", rows, names=names, packed=0).model_copy(
         update=changes
     )
@@ -186,7 +187,7 @@ def test_widening_of_a_small_table_is_reported_as_not_checkable(tmp_path):
 
 @needs_rtx
 def test_engine_with_more_weight_bytes_than_planned_is_refused(tmp_path):
-    packed_as_int8 = 20_000 * (DIM + 2)
+    packed_as_int8 = 20_000 * (DIM + 2)  # int8 codes and a float16 scale per row
     with raises_code(
         BuildRefused, "weights_widened", packed_bytes=680_000, constants=TextMatching("fp32")
     ):

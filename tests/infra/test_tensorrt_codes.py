@@ -6,8 +6,8 @@ in scratch memory, the temporary memory of a call. The audit of an engine
 Scratch memory is "flat" if engine and twin need the same amount, and a widened copy is larger.
 
 A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
-input. ``every`` of a table has, by name of an initializer, the number of table rows that share one
-of its entries: 1, or the number of rows that share a scale.
+input. ``rows_per_entry`` of a table has, by name of an initializer, the number of table rows that
+share one of its entries, such as a scale. It is 0 for a codebook, which all rows share.
 """
 
 import onnx

@@ -7,7 +7,8 @@ scratch memory "flat" if both engines need equally much, and less than a widened
 See ``infra/tensorrt/audit.py``.
 
 A ``Profile`` has the smallest (``low``), optimal (``best``) and largest (``high``) shape of an
-input. ``every`` of a table is the number of rows that share one entry of an initializer, by name.
+input. ``rows_per_entry`` of a table has, by name of an initializer, the number of rows that share
+one of its entries, such as a scale.
 """
 
 from pathlib import Path

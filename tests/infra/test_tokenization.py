@@ -26,7 +26,7 @@ from infra.errors import DataRefused
 TEXTS = Signature.model_validate(SIGNATURE)
 CATALOGUE = TEXTS.of_split(ITEMS)
 TABLES = {"encoder.word": VOCABULARY}
-PAD, UNKNOWN, CLS, SEP = range(4)
+PAD, UNKNOWN, CLS, SEP = range(4)  # ids of the special tokens; those of words begin with 4
 
 
 def save_tokenizer(folder, tokenizer=None):
@@ -72,6 +72,7 @@ def test_batch_has_ids_and_mask_padded_to_its_longest_text(tmp_path):
 
 @pytest.mark.parametrize(
     ("direction", "longest", "words"),
+    # LONGEST_DOCUMENT is 12: ten words, [CLS] and [SEP].
     [("right", 100, range(10)), ("left", 100, range(10, 20)), ("right", 6, range(4))],
 )
 def test_long_text_is_truncated_on_the_side_and_to_the_length_of_the_tokenizer(
@@ -90,7 +91,7 @@ def test_token_types_are_zero_everywhere(tmp_path):
     signature = with_documents(token_types="types")
     split = prepare_items(tmp_path, ["w0", "w1 w2"], signature=signature)
     inputs = next(batches(split, signature.of_split(ITEMS), 8)).inputs
-    assert inputs["types"].tolist() == [[0] * 4] * 2
+    assert inputs["types"].tolist() == [[0] * 4] * 2  # the longer text has four tokens
     assert inputs["types"].dtype == torch.int64
 
 
@@ -218,5 +219,6 @@ def test_refusal_of_a_text_names_its_row(tmp_path):
 
     loaded = load_tokenizers(TEXTS, save_tokenizer(tmp_path))["document_ids"]
     faulty = replace(loaded, tokenizer=FailsOnLongTexts())
+    # The first of the four texts is row 1000 of the split.
     with raises_code(DataRefused, "tokenizer_fails", text="row 1,002", problem="charsmap"):
         faulty.convert(pa.array(["a", "b", "long", "c"]), 1000, Violations())

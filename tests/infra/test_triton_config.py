@@ -4,6 +4,9 @@ A plan is the file format of TensorRT engines. ``batches`` are the smallest, opt
 batch. ``longest`` is the largest number of values per row of a jagged input. ``USER``, ``PRICE``
 and ``TAGS`` are declared inputs: an id, three numbers, and values and lengths of a jagged input. A
 part is one graph of a model with several, such as the query tower.
+
+``served_version`` (``tests/triton_configs.py``) returns version 3 of the model ``m``, an ONNX graph
+with batches of 1, 64 and 1024 rows and 2 threads, if no argument changes these values.
 """
 
 import subprocess

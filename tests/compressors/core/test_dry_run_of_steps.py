@@ -114,9 +114,9 @@ def test_the_dry_run_of_a_table_of_ten_billion_rows_allocates_no_weights():
 
 def test_a_dry_run_does_not_change_the_tensors_of_its_model():
     source = RANKER.model()
-    before = models.copy_tensors_apart(source.module)  # a copy of each tensor
+    before = models.copy_state(source.module)  # a copy of each tensor
     dry_run(Channels(), source, Bench(signature=RANKER.signature))
-    torch.testing.assert_close(models.copy_tensors_apart(source.module), before, rtol=0, atol=0)
+    torch.testing.assert_close(models.copy_state(source.module), before, rtol=0, atol=0)
 
 
 def test_the_dry_run_of_a_step_without_prunable_layers_raises_nothing_to_compress():

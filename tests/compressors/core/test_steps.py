@@ -42,7 +42,7 @@ from models import (
     VALUES,
     Reference,
     Step,
-    copy_tensors_apart,
+    copy_state,
 )
 from pydantic import TypeAdapter, ValidationError
 from reason_codes import codes_of, require_reason
@@ -233,7 +233,7 @@ def cached_run(method: type[Step], name: str) -> CachedRun:
     folder = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
     source = reference.model()
     source.module.train()
-    before, tensors = state_of(source), copy_tensors_apart(source.module)
+    before, tensors = state_of(source), copy_state(source.module)
     bench = reference.bench(folder / "data")
     result = run(models.default_step(method), source, bench, folder / "out")
     return CachedRun(source, before, tensors, result, folder / "out", bench)
@@ -268,7 +268,7 @@ def test_every_method_and_every_reference_is_in_the_default_tier():
 def test_a_step_does_not_change_its_source_model(method_run):
     assert state_of(method_run.source) == method_run.before
     torch.testing.assert_close(
-        copy_tensors_apart(method_run.source.module), method_run.tensors, rtol=0, atol=0
+        copy_state(method_run.source.module), method_run.tensors, rtol=0, atol=0
     )
 
 
