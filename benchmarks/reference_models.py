@@ -115,6 +115,23 @@ MODELS: Mapping[str, ReferenceModel] = {
         ("examples.movielens_tasks",),
         "ml100k-mmoe",
         ("auc[click]", "auc[like]"),
+        recipe=(
+            {
+                "kind": "distill",
+                "soft_share": 0.7,
+                "student": {"dim": 8, "expert": 64, "tower": 32},
+                "training": {
+                    "epochs": 20,
+                    "learning_rate": 0.003,
+                    "schedule": "cosine",
+                    "patience": 20,
+                    "warmup": 0,
+                    "tables": True,
+                },
+            },
+            {"kind": "rowwise_int4", "clipping": "least_squares"},
+            {"kind": "static_int8"},
+        ),
     ),
 }
 

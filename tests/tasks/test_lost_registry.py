@@ -307,9 +307,10 @@ def change_verdict(finished: Finished, **fields: Any) -> tuple[TargetReport, ...
     ("verdict", "problem"),
     [
         # The outcomes of several targets or limits "add up to" the worst of them.
-        ({"outcome": "rejected"}, "add up to rejected"),
-        ({"outcome": "undecided"}, "add up to undecided"),
-        ({"outcome": "built-unmeasured"}, "add up to built-unmeasured"),
+        ({"outcome": "rejected"}, "add up to accepted"),
+        ({"outcome": "undecided"}, "add up to accepted"),
+        ({"outcome": "built-unmeasured"}, "add up to accepted"),
+        ({"judgements": ()}, "judged by no limit"),
         ({"target": "tensorrt"}, "is for tensorrt"),
         ({"judgements": (judgement(LIMIT, -0.001, "rejected"),)}, "add up to rejected"),
         ({"judgements": (judgement(LIMIT, -0.01, "accepted"),)}, "add up to rejected"),
@@ -327,13 +328,24 @@ def test_report_that_contradicts_itself_is_not_promoted(
     finished = publish_version(home, "a")
     targets = change_verdict(finished, **verdict)
     version = publish_version(home, "b", targets=targets, outcome="accepted").version
-    # A verdict with no other change than its outcome has no judgements to contradict. It
-    # contradicts the outcome of the report.
-    is_inconsistent = "judgements" in verdict or "target" in verdict
-    code = "verdict_contradicts_judgements" if is_inconsistent else "outcome_contradicts_verdicts"
-    with raises_code(PromotionRefused, code) as caught:
+    with raises_code(PromotionRefused, "verdict_contradicts_judgements") as caught:
         promote("m", version, reason="")
     assert problem in str(caught.value)
+    assert Ledger(store(), "m").entries() == ()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "low"), [("rejected", -0.01), ("undecided", -0.0025), ("built-unmeasured", None)]
+)
+def test_report_whose_outcome_contradicts_its_verdicts_is_not_promoted(
+    home: Path, outcome: str, low: float | None
+) -> None:
+    judgements = () if low is None else (judgement(LIMIT, low, outcome),)
+    finished = publish_version(home, "a")
+    targets = change_verdict(finished, outcome=outcome, judgements=judgements)
+    version = publish_version(home, "b", targets=targets, outcome="accepted").version
+    with raises_code(PromotionRefused, "outcome_contradicts_verdicts", computed=outcome):
+        promote("m", version, reason="")
     assert Ledger(store(), "m").entries() == ()
 
 
