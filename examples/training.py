@@ -19,7 +19,7 @@ class LoopSettings(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of Adam, divided by 10 after each epoch without a better metric."""
+        """Learning rate of Adam at the start."""
 
     @property
     def table_l2(self) -> float:
@@ -71,11 +71,13 @@ def train_with_early_stopping(
     settings: LoopSettings,
     generator: torch.Generator,
     log: Callable[[str], None],
+    *,
+    decay: float = 0.1,
 ) -> list[Epoch]:
     """Train a network in place; it ends in evaluation mode with the weights of its best epoch.
 
-    The learning rate is divided by 10 after each epoch that does not improve the best metric;
-    training stops after ``settings.patience`` such epochs in a row.
+    The learning rate is multiplied by ``decay`` after each epoch that does not improve the best
+    metric; training stops after ``settings.patience`` such epochs in a row.
 
     Args:
         network: the network.
@@ -86,6 +88,7 @@ def train_with_early_stopping(
         settings: settings of the loop.
         generator: draws the order of the rows.
         log: called with a line after each epoch.
+        decay: factor of the learning rate; 1 keeps it.
 
     Returns:
         All epochs, in their order.
@@ -123,7 +126,7 @@ def train_with_early_stopping(
         if epochs_without_gain == settings.patience:
             break
         for group in optimizer.param_groups:
-            group["lr"] /= 10
+            group["lr"] *= decay
     network.load_state_dict(state)
     network.eval()
     return epochs
