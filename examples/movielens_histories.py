@@ -76,13 +76,25 @@ class Training:
     forget_item: float = 0.02
     epochs: int = 60
     patience: int = 3
+    decay: float = 0.1
     seed: int = 1
     threads: int = 1
 
 
 SETTINGS: dict[ModelName, Training] = {
     "din": Training(dim=16, dropout=0.3, batch=1024, learning_rate=1e-3, table_l2=0.05),
-    "sasrec": Training(dim=64, dropout=0.3, batch=64, learning_rate=2e-3, table_l2=0.0),
+    # The loss stays at that of a popularity ranking for the first epochs, so the learning rate
+    # must not decay.
+    "sasrec": Training(
+        dim=64,
+        dropout=0.3,
+        batch=64,
+        learning_rate=1e-3,
+        table_l2=0.0,
+        epochs=100,
+        patience=10,
+        decay=1.0,
+    ),
 }
 
 
@@ -176,7 +188,14 @@ def train_din(
         return auc(validation_clicks.numpy(), torch.cat(scores).numpy())
 
     train_with_early_stopping(
-        network, len(clicks), compute_loss, validation_auc, settings, generator, log
+        network,
+        len(clicks),
+        compute_loss,
+        validation_auc,
+        settings,
+        generator,
+        log,
+        decay=settings.decay,
     )
     return network
 
@@ -306,7 +325,14 @@ def train_sasrec(
         return float(ranking_metrics(ranked, ("ndcg@10",))["ndcg@10"].mean())
 
     train_with_early_stopping(
-        network, len(parts), compute_loss, validation_ndcg, settings, generator, log
+        network,
+        len(parts),
+        compute_loss,
+        validation_ndcg,
+        settings,
+        generator,
+        log,
+        decay=settings.decay,
     )
     return network
 
