@@ -51,6 +51,24 @@ class ReferenceModel:
 RECIPE = "recipe"
 """Name of a model's own recipe among the presets."""
 
+
+def build_recipe(student: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
+    """Return the recipe of a model of MovieLens: a smaller student, 4-bit tables, int8 layers."""
+    training = {
+        "epochs": 20,
+        "learning_rate": 0.003,
+        "schedule": "cosine",
+        "patience": 20,
+        "warmup": 0,
+        "tables": True,
+    }
+    return (
+        {"kind": "distill", "soft_share": 0.7, "student": student, "training": training},
+        {"kind": "rowwise_int4", "clipping": "least_squares"},
+        {"kind": "static_int8"},
+    )
+
+
 MODELS: Mapping[str, ReferenceModel] = {
     "deepfm": ReferenceModel(
         ("examples.frappe", "--model", "deepfm"), "frappe-deepfm", ("auc", "logloss")
@@ -88,23 +106,7 @@ MODELS: Mapping[str, ReferenceModel] = {
         ("examples.movielens_histories", "--model", "din"),
         "ml100k-din",
         ("auc", "logloss"),
-        recipe=(
-            {
-                "kind": "distill",
-                "soft_share": 0.7,
-                "student": {"dim": 8, "hidden": [32, 16], "attention": [32, 16]},
-                "training": {
-                    "epochs": 20,
-                    "learning_rate": 0.003,
-                    "schedule": "cosine",
-                    "patience": 20,
-                    "warmup": 0,
-                    "tables": True,
-                },
-            },
-            {"kind": "rowwise_int4", "clipping": "least_squares"},
-            {"kind": "static_int8"},
-        ),
+        recipe=build_recipe({"dim": 8, "hidden": [32, 16], "attention": [32, 16]}),
     ),
     "sasrec": ReferenceModel(
         ("examples.movielens_histories", "--model", "sasrec"),
@@ -115,23 +117,7 @@ MODELS: Mapping[str, ReferenceModel] = {
         ("examples.movielens_tasks",),
         "ml100k-mmoe",
         ("auc[click]", "auc[like]"),
-        recipe=(
-            {
-                "kind": "distill",
-                "soft_share": 0.7,
-                "student": {"dim": 8, "expert": 64, "tower": 32},
-                "training": {
-                    "epochs": 20,
-                    "learning_rate": 0.003,
-                    "schedule": "cosine",
-                    "patience": 20,
-                    "warmup": 0,
-                    "tables": True,
-                },
-            },
-            {"kind": "rowwise_int4", "clipping": "least_squares"},
-            {"kind": "static_int8"},
-        ),
+        recipe=build_recipe({"dim": 8, "expert": 64, "tower": 32}),
     ),
 }
 

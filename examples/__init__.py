@@ -6,6 +6,7 @@ public_data.py finds the folder of a public data set
 draft.py       writes the draft of a bundle; the command line that scripts share
 training.py    the training loop with early stopping that scripts share
 perceptron.py  hidden layers that several models share
+field_tables.py  embedding tables that several models share
 dcnv2.py       DCN-v2, a click model built from plain keyword arguments
 movielens_data.py  reads and splits MovieLens 100K, and writes its rows and vocabularies
 movielens.py   trains DCN-v2 on MovieLens 100K and writes the draft of a bundle:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from examples.field_tables import build_tables
 from examples.perceptron import build_perceptron
 
 
@@ -33,16 +34,7 @@ class DeepFM(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-
-        def tables(width: int) -> nn.ModuleDict:
-            return nn.ModuleDict(
-                {str(field["name"]): nn.Embedding(int(field["rows"]), width) for field in fields}
-            )
-
-        self.tables, self.linear = tables(dim), tables(1)
-        for weight in (*self.tables.parameters(), *self.linear.parameters()):
-            # Small enough that the ids hardly affect the first logits.
-            nn.init.normal_(weight, std=0.01)
+        self.tables, self.linear = build_tables(fields, dim), build_tables(fields, 1)
         self.perceptron = build_perceptron(
             len(self.tables) * dim, hidden, dropout=dropout, batch_norm=batch_norm
         )

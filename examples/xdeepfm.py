@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from examples.field_tables import build_tables
 from examples.perceptron import build_perceptron
 
 
@@ -38,16 +39,7 @@ class XDeepFM(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-
-        def tables(width: int) -> nn.ModuleDict:
-            return nn.ModuleDict(
-                {str(field["name"]): nn.Embedding(int(field["rows"]), width) for field in fields}
-            )
-
-        self.tables, self.linear = tables(dim), tables(1)
-        for weight in (*self.tables.parameters(), *self.linear.parameters()):
-            # Small enough that the ids hardly affect the first logits.
-            nn.init.normal_(weight, std=0.01)
+        self.tables, self.linear = build_tables(fields, dim), build_tables(fields, 1)
         previous = [len(fields), *maps]
         self.interactions = nn.ModuleList(
             nn.Conv1d(before * len(fields), after, 1)

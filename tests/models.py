@@ -504,7 +504,7 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
 _SCRATCH = tempfile.TemporaryDirectory(prefix="lowered-")
 
 
-def require_only_served_graph(signature: Signature) -> ServedGraph:
+def only_served_graph(signature: Signature) -> ServedGraph:
     """Return the description of the graph that a model without towers is exported to."""
     (served_graph,) = served_graphs(signature)
     return served_graph
@@ -567,5 +567,5 @@ def lower_reference(reference_name: str, kinds: tuple[str, ...], target: TargetN
     reference = BY_NAME[reference_name]
     model = compress_reference(reference_name, kinds)
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"
-    lowered = lower(model.module, require_only_served_graph(reference.signature), target, path)
+    lowered = lower(model.module, only_served_graph(reference.signature), target, path)
     return Graph(model, lowered, reference.signature, path, target)

@@ -12,7 +12,7 @@ from compressors.contracts import Frozen
 
 
 class TableInitializers(Frozen):
-    """The names and shapes that the stored tensors of one table have in a graph.
+    """The names and first dimensions of the stored tensors of one table in a graph.
 
     Attributes:
         module: the table's attribute path in the model.
@@ -49,8 +49,9 @@ class LayerInitializer(Frozen):
         module: the layer's attribute path in the model.
         format: name of the layer's storage format.
         name: name of the stored weights in the graph.
-        packed: whether the runtime multiplies by the stored codes. If not, it converts them once,
-            when a session starts: to float32, or to an int8 layout that the runtime chooses.
+        packed: whether the layer stays packed: the runtime multiplies by the stored codes. If not,
+            it converts them once, when a session starts: to float32, or to an int8 layout that the
+            runtime chooses.
     """
 
     module: str
@@ -94,8 +95,8 @@ class Parity(Frozen):
         rms_limit: largest allowed ``root_mean_square``.
         largest_limit: largest allowed ``largest``.
         quantile_90_limit: largest allowed ``quantile_90``.
-        by_rounding: root mean square of the changes of the module's scores by rounding errors, if
-            the limits allow them; 0 if the limits depend only on the target and the plan.
+        by_rounding: root mean square of how much rounding errors change the module's scores, if the
+            limits were raised for that; 0 if they depend only on the target and the plan.
     """
 
     rows: int

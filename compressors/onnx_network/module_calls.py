@@ -16,7 +16,7 @@ from torch import Tensor
 from compressors.onnx_network.names import layer_path
 
 ModuleKey: TypeAlias = tuple[Any, ...]
-"""Identifies a module: its weight, and what distinguishes modules with this weight (the bias)."""
+"""Identifies a module: its weight, then what else it depends on, such as the bias."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ModuleCall:
     Attributes:
         key: equal for calls of the same module.
         kind: ``Embedding`` or ``Linear``, the name of the module's class in ``torch.nn``.
-        path: the module's name, split into its scopes.
+        path: the module's name as a path, such as ``("tower", "hidden")``.
         arguments: rows and dimension of a table; inputs, outputs and has-bias flag of a layer.
         weights: returns the state dict of the module.
         input: the value that the module receives.
@@ -55,8 +55,8 @@ def initializer_tensor(value: ir.Value) -> Tensor:
 def find_module_calls(graph: ir.Graph) -> tuple[ModuleCall, ...]:
     """Return the calls of tables and dense layers, in the order of the graph.
 
-    If other nodes consume a weight too, such as a table whose transpose scores all items, the
-    weight does not become a module: compression would remove the weight that those nodes need.
+    A weight that other nodes also read does not become a module, because compression would remove
+    the tensor that they need. An example is a table whose transpose scores all items.
     """
     calls = tuple(call for node in graph for call in _find_call(node))
     key_of = {node: call.key for call in calls for node in call.nodes}

@@ -7,14 +7,17 @@ process the weights that are served. Tables may be compressed before or after it
 * A batch norm in evaluation mode multiplies each channel by a factor (``scale``) and adds an offset
   (``shift``). If it directly follows or precedes a Linear, with no nonlinear operator between them,
   factors and offsets become part of the Linear's weight and bias, and ``FoldedNorm`` (an identity)
-  replaces the norm. Otherwise the norm stays in the served graph: between two int8 layers it is
-  computed in float32, so the runtime converts from int8 to float32 and back.
+  replaces the norm. Otherwise the norm stays in the served graph, in float32; between two int8
+  layers, the runtime then converts to float32 and back.
 * The affine part of a LayerNorm or RMSNorm moves into the layers that consume the norm's output, if
   all of them are Linears.
 * Dead channels, whose output is constant or unused (``dead_channels.py``), are removed; their
   constant is added to the biases of the layers that consumed them.
-* If all weights that are applied to one column of a table or dense input are zero, that column is
-  only reported (``unread_features.py``).
+* A column of a table or dense input to which only zero weights are applied is reported, not removed
+  (``unread_features.py``).
+
+A module is *fixed* if its weights must not change, for example because other code reads them
+(``dataflow.py``).
 
 Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2 (fold a batch norm into the
 layer before it).
@@ -172,7 +175,7 @@ class Fold(StepSettings):
                 result[name] = Decision("taken", tuple(reasons[name]))
             elif decision.selected and self.rows:
                 constant = Reason("constant_channels", step=self.kind, rows=self.rows)
-                # Only ``apply`` finds constant channels; the numbers bound the layer's bytes.
+                # Only ``apply`` finds constant channels; until then, the bytes are in (0, size).
                 result[name] = Decision("deferred", (constant,), (0, sizes[name]))
             elif decision.selected:
                 result[name] = Decision(
@@ -225,8 +228,8 @@ class Fold(StepSettings):
         """Find the norms to fold.
 
         Returns:
-            The norms to fold; by dense layer, whether it may change; and by dense layer next to a
-            norm that is not folded, the reason.
+            The norms to fold; the decision for each dense layer, whether it may change; and for
+            each dense layer next to a norm that stays, why the norm stays.
         """
         decisions = choose_dense(Unit.of(model.module), self.layers, self.kind)
         flow = dataflow(model.module, bench.signature)

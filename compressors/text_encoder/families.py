@@ -1,9 +1,11 @@
 """Convert settings and weights of Hugging Face's models to those of ``TextEncoder``.
 
+``TextEncoder`` is in ``network.py``, and ``Layer``, its transformer layer, in ``layers.py``.
+
 A family is a ``model_type`` of the library transformers. Families differ in the names of their
-settings and weights, in the row of the first position, and in whether attention depends on the
-distance of tokens. The package transformers is not needed: settings are JSON, and weights are
-named tensors.
+settings and weights, in which row of the table of positions the first token has, and in whether
+attention depends on the distance of tokens. The package transformers is not needed: settings are
+JSON, and weights are named tensors.
 """
 
 import math
@@ -28,7 +30,7 @@ ACTIVATION_NAMES = MappingProxyType(
 """The activation of ``TextEncoder`` by its name in transformers."""
 
 FARTHEST = 128
-"""MPNet has one attention bias for all distances of at least this many tokens, by direction."""
+"""MPNet has one attention bias for all distances of at least this many tokens, per direction."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ FIXED_SETTINGS = MappingProxyType(
         "add_cross_attention": False,
     }
 )
-"""Settings with the only value that ``TextEncoder`` computes; they may be missing or null."""
+"""Settings for which ``TextEncoder`` supports only this value; they may be missing or null."""
 
 
 def encoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,8 +191,8 @@ def encoder_weights(config: Mapping[str, Any], weights: Mapping[str, Tensor]) ->
 
     Args:
         config: the settings in ``config.json``, which ``encoder_arguments`` accepts.
-        weights: the tensors of the model by name; those of a pooling layer or of heads for training
-            are not used.
+        weights: the tensors of the model by name; those of a pooling layer or of output layers that
+            only pretraining needs are not used.
 
     Raises:
         TextEncoderRefused: a tensor is missing, or the encoder has one that ``TextEncoder`` lacks.
@@ -198,8 +200,8 @@ def encoder_weights(config: Mapping[str, Any], weights: Mapping[str, Tensor]) ->
     family, layers = family_of(config), encoder_arguments(config)["layers"]
     float_weights = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
     prefix = next((name.removesuffix(WORDS) for name in float_weights if name.endswith(WORDS)), "")
-    # The settings may give a huge number of layers. Each layer has weights, so there are fewer
-    # layers than tensors, and this many names suffice to report missing ones.
+    # The settings may claim a huge number of layers. Every layer has weights, so there are fewer
+    # layers than tensors; names of one more layer suffice to report missing ones.
     names = _names(family, min(layers, len(float_weights) + 1))
     if missing := [prefix + name for name in names.values() if prefix + name not in float_weights]:
         raise TextEncoderRefused("weights_missing", names=tuple(missing[:5]), count=len(missing))

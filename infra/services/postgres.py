@@ -17,13 +17,13 @@ from infra.errors import ChildFailed, SettingRefused
 UNPRIVILEGED = ("postgres", "nobody")  # users that run Postgres if this process is root
 # Debian; Red Hat; Homebrew on ARM and on Intel.
 INSTALL_FOLDERS = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt", "/usr/local/opt")
-TAIL_CHARACTERS = 1_500  # length of the end of the output in an error message
+TAIL_CHARACTERS = 1_500  # an error message has only these last characters of the output
 
 
 def find_program_folders() -> list[Path]:
     """Find the folders of Postgres's programs that are usually not in PATH.
 
-    They are in descending alphabetical order: of two versions with two digits, the later is first.
+    They are in descending alphabetical order, so that the newest version is first.
     """
     folders = [
         folder
@@ -67,22 +67,22 @@ def create_cluster(environment: dict[str, str]) -> None:
         SettingRefused: the user that runs Postgres has no access to the folder.
     """
     cluster, run_as = Path(environment["PGDATA"]), select_user()
-    home = cluster.parent
-    home.mkdir(parents=True, exist_ok=True)
+    parent = cluster.parent
+    parent.mkdir(parents=True, exist_ok=True)
     if run_as:
-        os.chown(home, run_as["user"], run_as["group"])
+        os.chown(parent, run_as["user"], run_as["group"])
     # Checked by the user that runs Postgres, who also needs access to all parents of the folder.
-    if subprocess.run(["test", "-w", str(home)], check=False, **run_as).returncode:  # noqa: S607
+    if subprocess.run(["test", "-w", str(parent)], check=False, **run_as).returncode:  # noqa: S607
         raise SettingRefused(
-            "postgres_folder_unreachable", user=run_as.get("user", os.geteuid()), folder=str(home)
+            "postgres_folder_unreachable", user=run_as.get("user", os.geteuid()), folder=str(parent)
         )
     if (cluster / "PG_VERSION").exists():
         return
     # Created in a temporary folder and renamed when complete, so that an interruption leaves no
     # incomplete cluster.
-    unfinished = home / "part"
+    unfinished = parent / "part"
     shutil.rmtree(unfinished, ignore_errors=True)
-    password = home / "password"
+    password = parent / "password"
     password.touch(0o600)
     password.write_text(environment["POSTGRES_PASSWORD"], encoding="utf-8")
     if run_as:
@@ -90,7 +90,7 @@ def create_cluster(environment: dict[str, str]) -> None:
     options = [f"--username={environment['POSTGRES_USER']}", f"--pwfile={password}"]
     options += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale"]
     try:
-        _run(["initdb", f"--pgdata={unfinished}", *options], environment, home, run_as)
+        _run(["initdb", f"--pgdata={unfinished}", *options], environment, parent, run_as)
     finally:
         password.unlink()
     # In single-user mode with -j, a semicolon and an empty line end a statement. A failed statement
@@ -99,7 +99,7 @@ def create_cluster(environment: dict[str, str]) -> None:
     _run(
         ["postgres", "--single", "-j", "-D", str(unfinished), "postgres"],
         environment,
-        home,
+        parent,
         run_as,
         sql,
     )
@@ -109,7 +109,7 @@ def create_cluster(environment: dict[str, str]) -> None:
 def _run(
     command: list[str],
     environment: dict[str, str],
-    home: Path,
+    parent: Path,
     run_as: dict[str, Any],
     text: str = "",
 ) -> None:
@@ -121,7 +121,7 @@ def _run(
     process = subprocess.run(
         command,
         env=environment,
-        cwd=home,
+        cwd=parent,
         input=text,
         capture_output=True,
         text=True,

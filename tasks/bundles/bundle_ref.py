@@ -1,4 +1,4 @@
-"""Find a bundle in the store by its name, name and version, or URI. No Prefect, no torch.
+"""Find a bundle in the store by its name, name and version, or URI.
 
 ``bundles/<name>/<version>.json`` in the store is the record of a packed bundle: it names the
 bundle's artifact and has a checksum (it is "sealed"). The command line uses this file too.
@@ -44,7 +44,7 @@ class BundleRef(Frozen):
         rows: number of rows of each split.
         longest: maximum list length of each jagged input (a list of ids per row).
         architecture: digest of the source of the model's class.
-        grouped: whether the signature has groups.
+        grouped: whether the signature names a column that groups rows, which some metrics need.
         weight_bytes: bytes of the weight files.
         data_bytes: bytes of the parquet files of the largest split.
     """
@@ -76,7 +76,7 @@ class BundleRef(Frozen):
         return all(output.task_kind.scores_rows for output in self.outputs)
 
     def limits(self, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
-        """Return the limits per output: one without an output's name applies to each of several."""
+        """Return the limits per output; a limit that names no output applies to every output."""
         return limits_of_outputs(limits, self.outputs, grouped=self.grouped)
 
     def calibration(self) -> SplitName:
@@ -110,7 +110,7 @@ def require_measurable(bundle: BundleRef, limits: tuple[Limit, ...]) -> None:
 
 
 def _require_measured(limit: Limit, bundle: BundleRef) -> None:
-    """Raise if the metric of a limit cannot be measured for any output, or for the one it names.
+    """Raise if a limit's metric cannot be measured: for the output that it names, or for none.
 
     Raises:
         LimitRefused: lists the outputs, or the metrics that can be measured.
@@ -147,8 +147,8 @@ def _require_measured(limit: Limit, bundle: BundleRef) -> None:
 def find_bundle(reference: str) -> BundleRef:
     """Find a bundle and read the properties that flows need from its ``model.json``.
 
-    This function is not a task, because its result is not cached: a name may refer to a newer
-    bundle later. The other files are verified by the task ``pull``.
+    This function is not a Prefect task, because its result is not cached: a name may refer to a
+    newer bundle later. The other files are verified by the task ``pull``.
 
     Args:
         reference: the artifact's URI, ``name@version``, or ``name`` for the latest version.
@@ -200,7 +200,7 @@ def resolve(reference: str) -> Artifact:
         is_folder = Path(reference).is_dir()
     if is_folder:
         raise ArtifactMissing("bundle_not_packed", folder=reference)
-    if "/" in reference or ":" in reference:
+    if "/" in reference or ":" in reference:  # no name; ``artifact`` raises
         return bundle_store.artifact(reference)
     name, _, version = reference.partition("@")
     packed = _list_packed_versions()
@@ -214,7 +214,7 @@ def resolve(reference: str) -> Artifact:
             known=tuple(f"{name}@{version}" for name, version in packed) or ("none yet",),
         )
     newest = max(records, key=lambda record: record.packed_at)
-    bundle_manifest(newest)  # raises if the recorded artifact is missing or another bundle
+    bundle_manifest(newest)  # raises if the recorded artifact is missing, or is another bundle
     return newest.artifact
 
 
@@ -247,7 +247,7 @@ def write_bundle_record(record: BundleRecord, *, replace: bool = False) -> None:
 
     Args:
         record: the record to store.
-        replace: whether to replace an existing record, which is damaged.
+        replace: whether to overwrite an existing record; only for a damaged one.
 
     Raises:
         AlreadyThere: there is a record, and ``replace`` is not set.

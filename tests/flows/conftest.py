@@ -101,8 +101,8 @@ def without_champion(accepted_order: AcceptedOrder) -> Iterator[None]:
 
 
 @pytest.fixture
-def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Set the environment to a home with an empty store and registry; return its parent folder."""
+def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the home ``recpress``, whose store and registry are empty; it is used."""
     use_home(monkeypatch, tmp_path / "recpress")
     return tmp_path
 

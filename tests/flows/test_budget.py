@@ -130,9 +130,9 @@ def test_budget_that_every_step_exceeds_raises_no_step_fits(
     assert loss > 0
 
 
-def test_budget_without_validation_rows_is_refused(empty_home: Path) -> None:
+def test_budget_without_validation_rows_is_refused(work_folder: Path) -> None:
     rows = {split: count for split, count in ROWS.items() if split != "validation"}
-    pack(write_draft(empty_home / "draft", name="few", rows=rows))
+    pack(write_draft(work_folder / "draft", name="few", rows=rows))
     order = order_with_budget(0.01, (RowwiseInt8(),)).model_copy(update={"model": "few"})
     for function in (run_recipe, explain):
         with raises_code(OrderRefused, "budget_needs_validation"):

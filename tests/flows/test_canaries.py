@@ -106,7 +106,7 @@ def failing_flow() -> None:
 
 
 def test_secrets_in_an_exception_are_not_stored_or_logged_by_prefect(
-    empty_home: Path,
+    work_folder: Path,
     prefect_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
@@ -119,7 +119,7 @@ def test_secrets_in_an_exception_are_not_stored_or_logged_by_prefect(
     with pytest.raises(ValueError, match="http"):
         failing_flow()
     APILogHandler().flush()
-    assert_no_secret_in([empty_home, prefect_folder], dict(capture_texts(capfd)))
+    assert_no_secret_in([work_folder, prefect_folder], dict(capture_texts(capfd)))
 
 
 def capture_texts(capfd: pytest.CaptureFixture) -> Iterator[tuple[str, str]]:

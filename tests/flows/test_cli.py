@@ -61,8 +61,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Set the environment to a new, empty home; return its parent folder."""
+def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for the home ``recpress``, which is empty; it is used."""
     monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "recpress"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
     return tmp_path
@@ -220,7 +220,7 @@ def test_order_whose_graph_is_missing_in_the_store_does_not_count_as_completed(
     ],
 )
 def test_invalid_order_exits_with_code_2_and_a_sentence(
-    home: Path, call: Any, arguments: list[str], words: list[str]
+    work_folder: Path, call: Any, arguments: list[str], words: list[str]
 ) -> None:
     assert_refused(call("compress", *arguments), *words)
 
@@ -237,15 +237,15 @@ def test_invalid_order_exits_with_code_2_and_a_sentence(
     ],
 )
 def test_invalid_order_file_exits_with_code_2_and_names_the_field(
-    home: Path, call: Any, text: str, words: list[str]
+    work_folder: Path, call: Any, text: str, words: list[str]
 ) -> None:
-    path = home / "order.json"
+    path = work_folder / "order.json"
     path.write_text(text)
     assert_refused(call("compress", "--order", str(path)), *words)
 
 
-def test_binary_order_file_exits_with_code_2(home: Path, call: Any) -> None:
-    path = home / "order.json"
+def test_binary_order_file_exits_with_code_2(work_folder: Path, call: Any) -> None:
+    path = work_folder / "order.json"
     path.write_bytes(b"\xff\xfe\x00\x80")
     assert_refused(call("compress", "--order", str(path)), "order.json")
 
@@ -262,7 +262,7 @@ def test_required_target_without_its_library_exits_with_code_2_and_the_install_c
 
 
 def test_unexpected_error_exits_with_code_1_and_names_its_class_and_recpress_debug(
-    call: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+    call: Any, work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(reference: str) -> None:
         raise ZeroDivisionError("an unexpected error")
@@ -278,28 +278,28 @@ def test_unexpected_error_exits_with_code_1_and_names_its_class_and_recpress_deb
 # --- bundle ---------------------------------------------------------------------------------
 
 
-def test_packing_the_same_draft_twice_changes_nothing(home: Path, call: Any) -> None:
-    draft = write_draft(home / "draft")
+def test_packing_the_same_draft_twice_changes_nothing(work_folder: Path, call: Any) -> None:
+    draft = write_draft(work_folder / "draft")
     first = call("bundle", "pack", str(draft), "--json")
     assert first.code == 0, first.err
     packed = Packed.model_validate_json(first.out)
     assert packed.rows == ROWS
-    before = sorted(str(path) for path in (home / "recpress" / "store").rglob("*"))
+    before = sorted(str(path) for path in (work_folder / "recpress" / "store").rglob("*"))
     second = call("bundle", "pack", str(draft), "--json")
     assert second.out == first.out
-    assert sorted(str(path) for path in (home / "recpress" / "store").rglob("*")) == before
+    assert sorted(str(path) for path in (work_folder / "recpress" / "store").rglob("*")) == before
 
 
 def test_pack_refuses_other_contents_with_a_packed_version_and_keeps_the_bundle(
-    home: Path, call: Any
+    work_folder: Path, call: Any
 ) -> None:
-    packed = pack(write_draft(home / "draft"))
-    other = write_draft(home / "other", seed=1)
+    packed = pack(write_draft(work_folder / "draft"))
+    other = write_draft(work_folder / "other", seed=1)
     assert_refused(call("bundle", "pack", str(other)), "clicks@1", "raise 'version'")
     checked = call("bundle", "check", "clicks@1", "--json")
     assert checked.code == 0, checked.err
     assert json.loads(checked.out)["rows"] == ROWS
-    assert pack(home / "draft") == packed
+    assert pack(work_folder / "draft") == packed
 
 
 def test_bundle_check_and_show_describe_a_bundle(accepted_order: AcceptedOrder, call: Any) -> None:
@@ -315,11 +315,11 @@ def test_bundle_check_and_show_describe_a_bundle(accepted_order: AcceptedOrder, 
 
 
 def test_bundle_schema_accepts_a_valid_draft_and_rejects_invalid_drafts(
-    home: Path, call: Any
+    work_folder: Path, call: Any
 ) -> None:
     result = call("bundle", "schema")
     schema = json.loads(result.out)
-    draft = json.loads((write_draft(home / "draft") / "model.json").read_text())
+    draft = json.loads((write_draft(work_folder / "draft") / "model.json").read_text())
     assert set(schema["required"]) <= set(draft) <= set(schema["properties"])
     validate(draft, schema, raise_on_error=True)
     output = draft["signature"]["outputs"][0]
@@ -395,12 +395,12 @@ def edit_model_json(draft: Path, change: Any) -> None:
     ],
 )
 def test_pack_of_an_unsafe_draft_exits_with_code_2_and_stores_no_bundle(
-    home: Path, call: Any, make_unsafe: Any, words: list[str]
+    work_folder: Path, call: Any, make_unsafe: Any, words: list[str]
 ) -> None:
-    draft = write_draft(home / "draft")
+    draft = write_draft(work_folder / "draft")
     make_unsafe(draft)
     assert_refused(call("bundle", "pack", str(draft)), *words)
-    assert not list((home / "recpress" / "store" / "bundles").rglob("*.json"))
+    assert not list((work_folder / "recpress" / "store" / "bundles").rglob("*.json"))
 
 
 def test_pack_of_an_unsafe_draft_in_a_process_prints_no_traceback(tmp_path: Path) -> None:
@@ -487,7 +487,7 @@ def test_reproduction_command_and_order_of_a_report_return_that_report(
     assert Finished.model_validate_json(result.out) == accepted_order.result.finished
 
 
-def test_listing_an_empty_registry_suggests_the_demo(home: Path, call: Any) -> None:
+def test_listing_an_empty_registry_suggests_the_demo(work_folder: Path, call: Any) -> None:
     result = call("registry", "list")
     assert result.code == 0
     assert "recpress demo" in result.out

@@ -303,15 +303,15 @@ def test_killed_flow_resumes_after_its_last_completed_task(
     preset: Preset,
     first_step: str,
     server: str,
-    empty_home: Path,
+    work_folder: Path,
     prefect_server: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Kill the process, and its server if that is embedded, in the step static_int8."""
-    pack(write_draft(empty_home / "draft", name="killed"))
+    pack(write_draft(work_folder / "draft", name="killed"))
     limit = str(LOOSE_LIMIT)
-    environ = environment(empty_home, **(prefect_variables() if server == "shared" else {}))
+    environ = environment(work_folder, **(prefect_variables() if server == "shared" else {}))
     command = [sys.executable, "-m", "flows.cli.app", "compress", "killed", "--preset", preset]
     process = subprocess.Popen(
         [*command, "--limit", limit],

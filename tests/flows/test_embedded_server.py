@@ -1,4 +1,7 @@
-"""The embedded Prefect server of a command: authentication, start, failures and its end.
+"""The embedded Prefect server: authentication, start, failures and its end.
+
+A command starts this server for itself if ``PREFECT_API_URL`` is not set
+(``flows/server/embedded_server.py``).
 
 A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
 """
@@ -49,7 +52,8 @@ from infra.telemetry import TELEMETRY_OFF
 from tasks.bundles.packing import pack
 
 LIMIT = "auc vs baseline >= -0.02"
-# --force, because the report of an order that another test ran is returned without a server.
+# --force, because a repeated order returns its stored report and starts no server; another test may
+# have run this order.
 COMPRESS = ("compress", "clicks", "--preset", "fast", "--limit", LIMIT, "--force", "--json")
 START_SECONDS = 120  # for a busy machine; an idle one needs about 12 s
 END_SECONDS = 200  # longest time until a command has ended
@@ -63,11 +67,11 @@ SERVER_MODULES = ("flows.server.embedded_server", "prefect.server.api.server")
 @pytest.fixture(scope="module")
 def packed_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a draft and with a home, ``recpress``, in which the draft is packed."""
-    home = tmp_path_factory.mktemp("embedded")
+    folder = tmp_path_factory.mktemp("embedded")
     with pytest.MonkeyPatch.context() as patch:
-        use_home(patch, home / "recpress")
-        pack(write_draft(home / "draft"))
-    return home
+        use_home(patch, folder / "recpress")
+        pack(write_draft(folder / "draft"))
+    return folder
 
 
 @contextmanager
@@ -355,7 +359,7 @@ def test_configured_server_that_is_down_or_not_prefect_raises_an_error() -> None
 def test_server_that_prefect_starts_for_a_called_flow_requires_a_secret(
     prefect_server: None,
 ) -> None:
-    """Prefect itself starts the server of ``prefect_server``, as for a flow that is called."""
+    """Prefect starts the server of ``prefect_server`` as it does for a flow without a server."""
     settings = get_current_settings()
     assert settings.api.url is not None
     assert settings.api.auth_string is not None

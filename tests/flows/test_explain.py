@@ -110,8 +110,8 @@ def test_explain_raises_the_error_that_the_order_would_raise(accepted_order: Acc
         explain(Order(model="nothing", preset="fast", limits=(LOOSE_LIMIT,)))
 
 
-def test_explain_names_the_missing_splits_of_each_skipped_step(empty_home: Path) -> None:
-    pack(write_draft(empty_home / "draft", name="few", rows={"train": 500, "test": 500}))
+def test_explain_names_the_missing_splits_of_each_skipped_step(work_folder: Path) -> None:
+    pack(write_draft(work_folder / "draft", name="few", rows={"train": 500, "test": 500}))
     explanation = explain(Order(model="few", preset="small", limits=(LOOSE_LIMIT,)))
     reasons = skip_reasons(explanation)
     # "fold" is skipped for another reason: the model has no layer for it.

@@ -18,10 +18,10 @@ from tasks.bundles.packing import pack
 
 
 def test_model_with_matrix_integers_and_fields_is_compressed_and_accepted(
-    empty_home: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", NETWORK_MODULE)
-    pack(write_field_draft(empty_home / "draft"))
+    pack(write_field_draft(work_folder / "draft"))
     limits = (Limit.parse("auc vs baseline >= -0.01"), Limit.parse("bytes vs baseline <= 0.5"))
     order = Order(model="fields", preset="fast", limits=limits, targets=BOTH_TARGETS)
     report = run_without_prefect(order).finished.report

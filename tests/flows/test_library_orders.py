@@ -48,13 +48,13 @@ MATCHING = ("dssm", "senet_dssm", "youtube_dnn")
 
 
 @pytest.fixture
-def libraries(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def libraries(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home, in a working directory where the libraries' modules can be imported."""
     monkeypatch.syspath_prepend(str(LIBRARIES))
     allowed = "recbole_models,recbole,library_models,torch_rechub,deepctr_torch"
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", allowed)
-    monkeypatch.chdir(empty_home)
-    return empty_home
+    monkeypatch.chdir(work_folder)
+    return work_folder
 
 
 def compress(request: DraftRequest, preset: str, limits: tuple[Limit, ...]) -> None:

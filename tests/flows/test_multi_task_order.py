@@ -27,10 +27,10 @@ AUCS = ("auc[click]", "auc[like]", "auc[buy]")
 
 
 @pytest.fixture
-def draft(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def draft(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Write a draft (the folder of a bundle before it is packed) and pack it; return its folder."""
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", NETWORK_MODULE)
-    folder = write_multi_task_draft(empty_home / "draft")
+    folder = write_multi_task_draft(work_folder / "draft")
     pack(folder)
     return folder
 

@@ -26,7 +26,7 @@ from tasks.bundles.packing import pack
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def work_folder(tmp_path_factory):
     """A folder with a draft and a home in which it is packed."""
     folder = tmp_path_factory.mktemp("memory")
     with pytest.MonkeyPatch.context() as patch:
@@ -38,8 +38,8 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _use_home(home, monkeypatch):
-    monkeypatch.setenv("RECPRESS_HOME", str(home / "recpress"))
+def _use_home(work_folder, monkeypatch):
+    monkeypatch.setenv("RECPRESS_HOME", str(work_folder / "recpress"))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
 
 
@@ -48,9 +48,11 @@ def safe_order() -> Order:
     return Order(model="clicks", preset="safe", limits=(Limit.parse("auc vs baseline >= -0.1"),))
 
 
-def test_flow_raises_out_of_memory_before_any_work_if_an_order_does_not_fit(home, monkeypatch):
+def test_flow_raises_out_of_memory_before_any_work_if_an_order_does_not_fit(
+    work_folder, monkeypatch
+):
     monkeypatch.setenv("RECPRESS_MEMORY_MB", "300")
-    before = sorted((home / "recpress").rglob("*"))
+    before = sorted((work_folder / "recpress").rglob("*"))
     with pytest.raises(OutOfMemory) as caught:
         compress.fn(safe_order())
     sentence = str(caught.value)
@@ -59,7 +61,7 @@ def test_flow_raises_out_of_memory_before_any_work_if_an_order_does_not_fit(home
     needed = estimate_memory(safe_order(), bundle).peak - bundle.weight_bytes
     for part in (f"use {needed // 2**20:,} MiB", "300 MiB are available", "RECPRESS_MEMORY_MB"):
         assert part in sentence, sentence
-    assert sorted((home / "recpress").rglob("*")) == before
+    assert sorted((work_folder / "recpress").rglob("*")) == before
     assert isinstance(caught.value, InfraError), "exit code 1, for a retry"
 
 

@@ -1,10 +1,12 @@
-"""Teachers other than bundles with the student's inputs: score columns, bundles with other inputs.
+"""Teachers that are columns of predictions in the data, or bundles that read other inputs.
 
-The student is ``ClickNet``, whose clicks are drawn with its own probabilities
-(``tests/drafts.py``). One teacher is a gradient boosting model of scikit-learn, whose probabilities
-are a column of the data. The other is a network that reads a column that the student does not. The
-form of an output or column says what its numbers are: ``logit``, ``probability`` or ``score``. A
-draft is the folder of a bundle before it is packed.
+The student is ``ClickNet`` (``tests/drafts.py``); labels are drawn from its own probabilities. One
+teacher is a gradient boosting model of scikit-learn, whose probabilities are a column of the data.
+The other is a network that reads a column that the student does not. The form of an output or
+column says what its numbers are: ``logit``, ``probability``, or ``score``, a number that cannot be
+converted to the other two. A reference ``column:NAME[,NAME...][=FORM]`` has one column per output
+of the student; without a form it is that of the output. A draft is the folder of a bundle before it
+is packed.
 """
 
 import json
@@ -53,10 +55,10 @@ class OtherNet(nn.Module):
 
 
 @pytest.fixture
-def student(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def student(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Pack the student, whose data has the columns ``boosted`` and ``price``; return its draft."""
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network,test_other_teachers")
-    draft = write_draft(empty_home / "student", rows=ROWS)
+    draft = write_draft(work_folder / "student", rows=ROWS)
     tables = {split: pq.read_table(draft / f"{split}.parquet") for split in ROWS}
     features = {
         split: np.column_stack([table[name].to_numpy() for name in ("user", "item")])
@@ -74,10 +76,10 @@ def student(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def teacher(student: Path, empty_home: Path) -> nn.Module:
-    """Pack ``OtherNet``, whose data is that of the student; return the network."""
+def teacher(student: Path, work_folder: Path) -> nn.Module:
+    """Pack ``OtherNet`` with the data files of the student; return the network."""
     torch.manual_seed(0)
-    network, folder = OtherNet(), empty_home / "teacher"
+    network, folder = OtherNet(), work_folder / "teacher"
     folder.mkdir()
     save_file(network.state_dict(), folder / "model.safetensors")
     click = {"name": "click", "kind": "ctr", "form": "probability", "label": "label"}
@@ -123,6 +125,7 @@ def test_order_learns_from_a_column_of_probabilities(student: Path) -> None:
     rows = prepare.fn(bundle, "train")
     original = score.fn(bundle, rows, ROWS["train"])
     column = read_scores.fn(bundle, "train", ("boosted",), ("probability",))
+    # The form of the mean, then the forms of both sources.
     mean = average.fn((original, column), ("logit",), (("logit",), ("probability",)))
     boosted = torch.tensor(pq.read_table(student / "train.parquet")["boosted"].to_numpy())
     expected = (scores_in(original) + torch.logit(boosted).float()) / 2

@@ -268,7 +268,7 @@ def failing_flow() -> None:
 
 
 def test_prefect_does_not_store_the_exception_of_a_failed_flow(
-    empty_home: Path, prefect_server: None
+    work_folder: Path, prefect_server: None
 ) -> None:
     storage = [get_current_settings().results.local_storage_path]
     before = files_in(storage)

@@ -13,8 +13,8 @@ from flows.order import Order
 from tasks.bundles.packing import pack
 
 
-def test_ranking_model_is_judged_on_its_groups(empty_home: Path) -> None:
-    pack(write_draft(empty_home / "draft", name="ranker", task="ranking"))
+def test_ranking_model_is_judged_on_its_groups(work_folder: Path) -> None:
+    pack(write_draft(work_folder / "draft", name="ranker", task="ranking"))
     texts = ("ndcg@10 vs baseline >= -0.02", "ndcg@3 vs baseline >= -0.1",
              "mrr@10 vs baseline >= -0.1", "map@100 >= 0.05", "hit@3 vs baseline >= -0.1",
              "recall@3 vs baseline >= -0.1", "bytes vs baseline <= 0.5",

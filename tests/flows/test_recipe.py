@@ -153,10 +153,10 @@ def test_custom_step_that_cannot_be_applied_raises_an_error(accepted_order: Acce
 
 
 def test_custom_step_without_its_data_raises_an_error(
-    empty_home: Path,
+    work_folder: Path,
 ) -> None:
     rows = {split: count for split, count in ROWS.items() if split != "validation"}
-    pack(write_draft(empty_home / "draft", name="few", rows=rows))
+    pack(write_draft(work_folder / "draft", name="few", rows=rows))
     order = Order(model="few", preset="custom", steps=STEPS[1:], limits=(LOOSE_LIMIT,))
     with raises_code(OrderRefused, "step_not_applicable") as caught:
         run_recipe(order)

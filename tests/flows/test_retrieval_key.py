@@ -22,8 +22,8 @@ KEY_OF_FIRST_ITEM = 1_000_000  # keys are not rows of a table
 
 
 @pytest.mark.slow
-def test_items_identified_by_a_key_have_the_recall_of_the_network(empty_home: Path) -> None:
-    draft = write_retrieval_draft(empty_home / "draft")
+def test_items_identified_by_a_key_have_the_recall_of_the_network(work_folder: Path) -> None:
+    draft = write_retrieval_draft(work_folder / "draft")
     recall = planted_recall(draft)
     inputs = [*SIGNATURE["inputs"], {"kind": "key", "name": "sku"}]
     document = json.loads((draft / "model.json").read_text())

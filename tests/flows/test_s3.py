@@ -1,4 +1,4 @@
-"""Commands and orders with an S3 server as store; its secret key is not stored or printed.
+"""Commands and orders with an S3 server as store, whose secret key is neither stored nor printed.
 
 ``write_draft`` writes a draft: the folder that becomes a bundle when it is packed.
 """
@@ -24,7 +24,7 @@ from tasks.bundles.packing import Packed, pack
 from tasks.orchestration.documents import Finished
 from tasks.orchestration.workspace import store
 
-STORE_URI = "s3://models/way/of/one"
+STORE_URI = "s3://models/some/prefix"
 LIMIT = Limit.parse("auc vs baseline >= -0.02")
 
 
@@ -61,7 +61,7 @@ def files_with(secret: str, *folders: Path) -> list[Path]:
 def assert_secret_is_not_stored_or_printed(server: S3Server, home: Path, *output: str) -> None:
     """Assert that objects, files, Prefect and printed texts do not contain the secret key."""
     secret = server.secret_key
-    objects = dict(objects_in(server, "models", "way/of/one"))
+    objects = dict(objects_in(server, "models", "some/prefix"))
     assert len(objects) > 20  # the objects of the order were listed
     assert [key for key, body in objects.items() if secret.encode() in body] == []
     assert files_with(secret, home) == []
@@ -72,15 +72,15 @@ def assert_secret_is_not_stored_or_printed(server: S3Server, home: Path, *output
 
 def test_readme_commands_work_with_an_s3_store_and_do_not_store_or_print_its_secret(
     s3: S3Server,
-    empty_home: Path,
+    work_folder: Path,
     prefect_server: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Runs the README's commands for a user's model in this process."""
     monkeypatch.setenv("RECPRESS_STORE", STORE_URI)
-    monkeypatch.chdir(empty_home)
-    write_own_model(empty_home)
+    monkeypatch.chdir(work_folder)
+    write_own_model(work_folder)
     output, compress_arguments = {}, []
     for line in readme_commands("recpress bundle pack ./draft").replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -88,7 +88,7 @@ def test_readme_commands_work_with_an_s3_store_and_do_not_store_or_print_its_sec
             for setting in words[1:]:
                 name, _, value = setting.partition("=")
                 if name == "PYTHONPATH":
-                    monkeypatch.syspath_prepend(str(empty_home / value))
+                    monkeypatch.syspath_prepend(str(work_folder / value))
                 elif name != "PATH":
                     monkeypatch.setenv(name, value)
         else:
@@ -104,22 +104,22 @@ def test_readme_commands_work_with_an_s3_store_and_do_not_store_or_print_its_sec
     code, output_json, errors = run_main_apart(monkeypatch, capsys, *compress_arguments, "--json")
     assert code == 0, errors
     report = Finished.model_validate_json(output_json).report
-    assert (empty_home / "serving" / "model.onnx").stat().st_size == report.targets[0].bytes
-    assert_secret_is_not_stored_or_printed(s3, empty_home, *output.values(), output_json, errors)
+    assert (work_folder / "serving" / "model.onnx").stat().st_size == report.targets[0].bytes
+    assert_secret_is_not_stored_or_printed(s3, work_folder, *output.values(), output_json, errors)
 
 
 @pytest.mark.nightly  # the test above does the same in one process
 def test_processes_with_an_s3_store_do_not_store_or_print_its_secret(
-    s3: S3Server, empty_home: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, work_folder: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_STORE", STORE_URI)
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        env = environment(empty_home, RECPRESS_STORE=STORE_URI, **s3.environment)
+        env = environment(work_folder, RECPRESS_STORE=STORE_URI, **s3.environment)
         process = recpress(*arguments, env=env)
         return process.returncode, process.stdout, process.stderr
 
-    draft = write_draft(empty_home / "draft")
+    draft = write_draft(work_folder / "draft")
     code, output, pack_errors = command("bundle", "pack", str(draft), "--json")
     assert code == 0, pack_errors
     packed = Packed.model_validate_json(output)
@@ -128,7 +128,7 @@ def test_processes_with_an_s3_store_do_not_store_or_print_its_secret(
     result = run_in_prefect(Order(model="clicks", preset="small", limits=(LIMIT,)))
     assert (result.state, result.finished.report.outcome) == ("Completed", "accepted")
 
-    into = empty_home / "served"
+    into = work_folder / "served"
     arguments = ("clicks", "--version", result.finished.version, "--into", str(into))
     code, *fetch_output = command("registry", "fetch", *arguments)
     assert code == 0, fetch_output
@@ -140,7 +140,7 @@ def test_processes_with_an_s3_store_do_not_store_or_print_its_secret(
     assert code == 0, errors
     assert Finished.model_validate_json(output_json) == result.finished
     assert_secret_is_not_stored_or_printed(
-        s3, empty_home, output, pack_errors, *fetch_output, output_json, errors
+        s3, work_folder, output, pack_errors, *fetch_output, output_json, errors
     )
 
 

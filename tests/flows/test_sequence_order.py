@@ -22,10 +22,10 @@ from tasks.report.target_facts import targets_section
 
 
 @pytest.fixture
-def draft(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def draft(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A draft (the folder of a bundle before it is packed) with padding on the left."""
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", NETWORK_MODULE)
-    return write_sequence_draft(empty_home / "draft", "left")
+    return write_sequence_draft(work_folder / "draft", "left")
 
 
 def test_model_with_sequences_is_compressed_and_accepted(draft: Path) -> None:

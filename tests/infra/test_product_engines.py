@@ -12,7 +12,7 @@ input.
 """
 
 import pytest
-from models import Reference, require_only_served_graph
+from models import Reference, only_served_graph
 from weight_readers import LONGEST, MASKED_ITEM_HEAD, MaskedItemHead
 
 from compressors.contracts import Bench
@@ -39,9 +39,7 @@ def test_engine_of_an_output_head_does_not_widen_its_table(step: Method, tmp_pat
     bench = Bench(signature=reference.signature)
     model = run_or_skip(step, reference.model(), bench, tmp_path / "out")
     graph = tmp_path / "model.onnx"
-    lowered = lower(
-        model.module, require_only_served_graph(reference.signature), "tensorrt-rtx", graph
-    )
+    lowered = lower(model.module, only_served_graph(reference.signature), "tensorrt-rtx", graph)
     lists = {"low": (1, 1), "best": (BATCH, LONGEST), "high": (BATCH, LONGEST)}
     request = BuildRequest(
         target="tensorrt-rtx",

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import pytest
 from error_codes import raises_code
-from models import Reference, require_only_served_graph
+from models import Reference, only_served_graph
 from torch import Tensor, nn
 
 from compressors.contracts import Bench, IdInput, Output, Signature
@@ -108,7 +108,7 @@ def build_request(case: Case, folder: Path) -> BuildRequest:
     assert packed == ROWS * case.row_bytes + bytes_outside_rows(model.module)
     lowered = lower(
         model.module,
-        require_only_served_graph(SIGNATURE),
+        only_served_graph(SIGNATURE),
         "tensorrt-rtx",
         folder / "model.onnx",
         most_rows=64,

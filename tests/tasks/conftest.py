@@ -20,17 +20,17 @@ def _use_home(folder: Path, empty_registry: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def home(empty_registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The parent folder of RECPRESS_HOME, which has an empty store and an empty registry."""
+def work_folder(empty_registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the home ``recpress``, whose store and registry are empty; it is used."""
     _use_home(tmp_path, empty_registry, monkeypatch)
     return tmp_path
 
 
 @pytest.fixture
-def triton(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def triton(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the Triton repository that promotions update."""
-    monkeypatch.setenv("RECPRESS_TRITON", str(home / "triton"))
-    return home / "triton"
+    monkeypatch.setenv("RECPRESS_TRITON", str(work_folder / "triton"))
+    return work_folder / "triton"
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def prepared_home(
 
 @pytest.fixture
 def fill(
-    home: Path, prepared_home: Callable[[str, str], Path]
+    work_folder: Path, prepared_home: Callable[[str, str], Path]
 ) -> Callable[[str, str], tuple[str, ...]]:
     """A function that publishes orders in the empty ``home`` and promotes some; returns versions.
 
@@ -74,7 +74,7 @@ def fill(
     """
 
     def copy(orders: str, promoted: str) -> tuple[str, ...]:
-        shutil.copytree(prepared_home(orders, promoted), home, dirs_exist_ok=True)
+        shutil.copytree(prepared_home(orders, promoted), work_folder, dirs_exist_ok=True)
         return tuple(str(number) for number in range(1, len(orders) + 1))
 
     return copy

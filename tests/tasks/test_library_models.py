@@ -1,4 +1,4 @@
-"""Models of torch-rechub, DeepCTR-Torch and RecBole become bundles without code for each library.
+"""``recpress new`` makes bundles of models of torch-rechub, DeepCTR-Torch and RecBole.
 
 A draft is the folder of a bundle before it is packed. Atomic files are RecBole's format of data.
 """
@@ -24,7 +24,7 @@ from tasks.bundles.packing import Packed, pack
 LIBRARIES = Path(sys.prefix) / "libraries"  # folder of the packages that the models import
 MULTI_TASK = ("mmoe", "shared_bottom")
 RECHUB = ("wide_deep", "deep_fm", "dcn", "dcn_v2", "dcn_v2_mixture", "auto_int", "din", *MULTI_TASK)
-SQUEEZED = ("dcn_v2_mixture", "deepctr_dcn_mixture")  # they fail for a batch of one row
+FAILS_FOR_ONE_ROW = ("dcn_v2_mixture", "deepctr_dcn_mixture")
 DEEPCTR = tuple(
     f"deepctr_{name}"
     for name in (
@@ -50,35 +50,35 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def derive(home: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Signature:
+def derive(work_folder: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Signature:
     """Write a draft of a model, pack it, and return its signature."""
-    return derive_and_pack(home, data, name, monkeypatch)[0]
+    return derive_and_pack(work_folder, data, name, monkeypatch)[0]
 
 
 def derive_and_pack(
-    home: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Signature, Packed]:
     """Write a draft of a model, pack it, and return its signature and the bundle."""
     monkeypatch.syspath_prepend(str(LIBRARIES))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "library_models,torch_rechub,deepctr_torch")
-    # Features are constructed while the module is imported.
+    # Features are constructed while the module is imported, so it is imported again.
     monkeypatch.delitem(sys.modules, "library_models", raising=False)
     labels = ("click", "like") if name in MULTI_TASK else ("click",)
     request = DraftRequest(
-        folder=home / name,
+        folder=work_folder / name,
         model=f"library_models:{name}",
         data=data,
         labels=dict(zip(labels, labels, strict=True)),
     )
     written = new_draft(request)
-    return written.draft.signature, pack(home / name)
+    return written.draft.signature, pack(work_folder / name)
 
 
 @pytest.mark.parametrize("name", RECHUB)
 def test_model_of_torch_rechub_becomes_a_bundle(
-    home: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signature = derive(home, data, name, monkeypatch)
+    signature = derive(work_folder, data, name, monkeypatch)
     assert signature.call == "mapping"
     kinds = {item.name: item.kind for item in signature.inputs}
     assert {kinds["user"], kinds["item"], kinds["genre"]} == {"id"}
@@ -86,7 +86,7 @@ def test_model_of_torch_rechub_becomes_a_bundle(
     if name == "wide_deep":
         expected["recent"] = "padded_bag"
     assert kinds.items() >= expected.items()
-    assert signature.repeat_single_row == (name in SQUEEZED)
+    assert signature.repeat_single_row == (name in FAILS_FOR_ONE_ROW)
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +99,13 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["dssm", "senet_dssm", "youtube_dnn"])
 def test_model_of_torch_rechub_with_two_towers_becomes_a_bundle(
-    home: Path, catalogue: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, catalogue: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(LIBRARIES))
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "library_models,torch_rechub")
     monkeypatch.delitem(sys.modules, "library_models", raising=False)
     request = DraftRequest(
-        folder=home / name,
+        folder=work_folder / name,
         model=f"library_models:{name}",
         data=catalogue,
         labels={},
@@ -124,14 +124,14 @@ def test_model_of_torch_rechub_with_two_towers_becomes_a_bundle(
     assert signature.towers == Towers(query=query, item=item)
     assert signature.scored_by == ("towers" if name == "youtube_dnn" else "method")
     assert signature.item == "product"
-    pack(home / name)
+    pack(work_folder / name)
 
 
 @pytest.mark.parametrize("name", DEEPCTR)
 def test_model_of_deepctr_torch_becomes_a_bundle(
-    home: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signature = derive(home, data, name, monkeypatch)
+    signature = derive(work_folder, data, name, monkeypatch)
     (matrix,) = signature.inputs
     assert matrix.kind == "matrix"
     kinds = {part.name: part.kind for part in signature.data_inputs}
@@ -141,7 +141,7 @@ def test_model_of_deepctr_torch_becomes_a_bundle(
     if name == "deepctr_deep_fm":
         expected["recent"] = "padded_bag"
     assert (kinds, matrix.dtype) == (expected, "float32")
-    assert signature.repeat_single_row == (name in SQUEEZED)
+    assert signature.repeat_single_row == (name in FAILS_FOR_ONE_ROW)
 
 
 RECBOLE = {
@@ -172,10 +172,10 @@ def recbole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return data
 
 
-def recbole_request(home: Path, data: Path, name: str, method: str) -> DraftRequest:
+def recbole_request(work_folder: Path, data: Path, name: str, method: str) -> DraftRequest:
     """Return a request for a model of ``recbole_models``."""
     return DraftRequest(
-        folder=home / name,
+        folder=work_folder / name,
         model=f"recbole_models:{name}",
         method=method,
         data=data,
@@ -185,9 +185,9 @@ def recbole_request(home: Path, data: Path, name: str, method: str) -> DraftRequ
 
 @pytest.mark.parametrize(("name", "method"), RECBOLE.items())
 def test_model_of_recbole_becomes_a_bundle_that_needs_no_atomic_files(
-    home: Path, recbole: Path, name: str, method: str
+    work_folder: Path, recbole: Path, name: str, method: str
 ) -> None:
-    signature = new_draft(recbole_request(home, recbole, name, method)).draft.signature
+    signature = new_draft(recbole_request(work_folder, recbole, name, method)).draft.signature
     assert (signature.call, signature.method) == ("mapping", method)
     kinds = {item.name: item.kind for item in signature.inputs}
     if name in SEQUENTIAL:
@@ -197,24 +197,25 @@ def test_model_of_recbole_becomes_a_bundle_that_needs_no_atomic_files(
         features = {"age", "kind"} if method == "forward" else set()
         assert kinds == dict.fromkeys(("user_id", "item_id", *features), "id")
     shutil.rmtree(recbole.parent / "shop")
-    pack(home / name)
+    pack(work_folder / name)
 
 
-def test_model_of_recbole_that_reads_a_matrix_is_refused(home: Path, recbole: Path) -> None:
+def test_model_of_recbole_that_reads_a_matrix_is_refused(work_folder: Path, recbole: Path) -> None:
+    # The constructor reads a tuple of matrices from the data set; a draft stores only plain values.
     place = "DMF(dataset).history_user_matrix()"
     with raises_code(DraftRefused, "read_not_stored", place=place, kind="tuple"):
-        new_draft(recbole_request(home, recbole, "dmf", "predict"))
+        new_draft(recbole_request(work_folder, recbole, "dmf", "predict"))
 
 
-def test_model_of_recbole_that_padding_changes_is_refused(home: Path, recbole: Path) -> None:
+def test_model_of_recbole_that_padding_changes_is_refused(work_folder: Path, recbole: Path) -> None:
     with raises_code(InspectionFailed, "padding_matters", column="item_id_list"):
-        new_draft(recbole_request(home, recbole, "stamp", "predict"))
+        new_draft(recbole_request(work_folder, recbole, "stamp", "predict"))
 
 
 def test_interaction_network_of_xdeepfm_is_compressed_as_dense_layers(
-    home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signature, packed = derive_and_pack(home, data, "deepctr_xdeep_fm", monkeypatch)
+    signature, packed = derive_and_pack(work_folder, data, "deepctr_xdeep_fm", monkeypatch)
     model = load_bundle(packed.artifact).model
     result = run_or_skip(Float16(), model, Bench(signature=signature), tmp_path)
     assert result.plan is not None

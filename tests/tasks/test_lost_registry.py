@@ -42,13 +42,13 @@ A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 
 @pytest.fixture
 def lose_registry(
-    empty_registry: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    empty_registry: Path, work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], None]:
     """A function that replaces the registry by an empty one."""
 
     def use_empty_registry() -> None:
-        shutil.copy(empty_registry, home / "other.db")
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
+        shutil.copy(empty_registry, work_folder / "other.db")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{work_folder / 'other.db'}")
 
     return use_empty_registry
 
@@ -59,25 +59,25 @@ def champion_alias() -> str | None:
     return next((item.version for item in versions if "champion" in item.aliases), None)
 
 
-def fetch_champion_order(home: Path) -> str:
+def fetch_champion_order(work_folder: Path) -> str:
     """Fetch the champion, and return the digest of its order."""
-    shutil.rmtree(home / "out", ignore_errors=True)
-    fetch("m", "@champion", "onnxruntime", home / "out")
-    return (home / "out" / "model.onnx").read_text().removeprefix("onnxruntime ")
+    shutil.rmtree(work_folder / "out", ignore_errors=True)
+    fetch("m", "@champion", "onnxruntime", work_folder / "out")
+    return (work_folder / "out" / "model.onnx").read_text().removeprefix("onnxruntime ")
 
 
 def test_champion_is_found_by_its_order_under_another_version_number(
-    home: Path, triton: Path, lose_registry: Callable[[], None]
+    work_folder: Path, triton: Path, lose_registry: Callable[[], None]
 ) -> None:
-    graph = publish_version(home, "a").report.targets[0].artifact
+    graph = publish_version(work_folder, "a").report.targets[0].artifact
     promote("m", "1", reason="good")
     lose_registry()
-    publish_version(home, "b", outcomes={"onnxruntime": "rejected"})
-    assert publish_version(home, "a").version == "2"
+    publish_version(work_folder, "b", outcomes={"onnxruntime": "rejected"})
+    assert publish_version(work_folder, "a").version == "2"
     registered, report = version_report("m", "@champion")
     assert (registered.version, report.order) == ("2", A)
     assert champion_alias() == "2"
-    assert fetch_champion_order(home) == A
+    assert fetch_champion_order(work_folder) == A
     assert champion_graph("m", "onnxruntime") == graph
     assert version_page("m", "@champion")[0].version == "2"
     repaired = repair("m")
@@ -92,28 +92,30 @@ def test_champion_is_found_by_its_order_under_another_version_number(
 
 
 def test_rollback_restores_the_previous_order_under_its_new_version_number(
-    home: Path, fill: Fill, lose_registry: Callable[[], None]
+    work_folder: Path, fill: Fill, lose_registry: Callable[[], None]
 ) -> None:
     fill("ab", "ab")
     lose_registry()
     for order_digit in "cba":
-        publish_version(home, order_digit)
+        publish_version(work_folder, order_digit)
     entry = rollback("m", reason="clicks fell")
     assert (entry.order, entry.version, champion_alias()) == (A, "3", "3")
     assert Ledger(store(), "m").champion() == entry
 
 
 def test_champion_missing_in_the_registry_is_refused_by_every_function(
-    home: Path, fill: Fill, triton: Path, lose_registry: Callable[[], None]
+    work_folder: Path, fill: Fill, triton: Path, lose_registry: Callable[[], None]
 ) -> None:
     fill("ab", "ab")
     lose_registry()
-    other = publish_version(home, "c").version  # gets number 1, which order "aaa..." had before
+    other = publish_version(
+        work_folder, "c"
+    ).version  # gets number 1, which order "aaa..." had before
     registry().set_alias("m", "champion", other)
     functions: dict[str, Callable[[], Any]] = {
         "report": lambda: version_report("m", "@champion"),
         "page": lambda: version_page("m", "@champion"),
-        "fetch": lambda: fetch("m", "@champion", "onnxruntime", home / "out"),
+        "fetch": lambda: fetch("m", "@champion", "onnxruntime", work_folder / "out"),
         "repair": lambda: repair("m"),
         "rollback": lambda: rollback("m", reason=""),
         "export": lambda: export("m", None),
@@ -123,7 +125,7 @@ def test_champion_missing_in_the_registry_is_refused_by_every_function(
     for name, function in functions.items():
         with raises_code(PromotionRefused, "champion_not_registered", model="m"):
             function()
-        assert not (home / "out").exists(), name
+        assert not (work_folder / "out").exists(), name
     with raises_code(PromotionRefused, "champions_unusable") as caught:
         champion_versions()
     assert "m: The ledger names order bbbbbbbbbbbb" in caught.value.fields["problems"]
@@ -133,11 +135,11 @@ def test_champion_missing_in_the_registry_is_refused_by_every_function(
 
 
 def test_restore_registers_every_result_under_its_former_number(
-    home: Path, lose_registry: Callable[[], None]
+    work_folder: Path, lose_registry: Callable[[], None]
 ) -> None:
     for order_digit in "cab":
-        publish_version(home, order_digit)
-    publish_version(home, "d", outcomes={"onnxruntime": "rejected"})
+        publish_version(work_folder, order_digit)
+    publish_version(work_folder, "d", outcomes={"onnxruntime": "rejected"})
     promote("m", "1", reason="")
     promote("m", "2", reason="")
     before = registry().versions("m")
@@ -155,11 +157,11 @@ def test_restore_registers_every_result_under_its_former_number(
 
 
 def test_promotion_does_not_overwrite_the_served_files_of_another_order(
-    home: Path, fill: Fill, triton: Path, lose_registry: Callable[[], None]
+    work_folder: Path, fill: Fill, triton: Path, lose_registry: Callable[[], None]
 ) -> None:
     fill("a", "a")
     lose_registry()
-    other = publish_version(home, "b").version
+    other = publish_version(work_folder, "b").version
     with raises_code(TritonRefused, "version_of_other_order", version=1, model="m"):
         promote("m", other, reason="")
     assert loaded_version(triton) == ("1", graph_bytes("a"))
@@ -170,14 +172,14 @@ def test_promotion_does_not_overwrite_the_served_files_of_another_order(
 
 
 def test_promote_order_promotes_the_version_with_the_digest(
-    home: Path, fill: Fill, lose_registry: Callable[[], None]
+    work_folder: Path, fill: Fill, lose_registry: Callable[[], None]
 ) -> None:
     fill("a", "")
     lose_registry()
-    publish_version(home, "b")
+    publish_version(work_folder, "b")
     with raises_code(PromotionRefused, "order_not_registered", order=A, model="m"):
         promote_order("m", A, reason="")
-    publish_version(home, "a")
+    publish_version(work_folder, "a")
     assert promote_order("m", A, reason="").version == "2"
 
 
@@ -203,7 +205,7 @@ def change_entry(sequence: int, old: str, new: str) -> None:
     ],
 )
 def test_ledger_entry_with_a_changed_value_is_refused(
-    home: Path, fill: Fill, old: str, new: str
+    work_folder: Path, fill: Fill, old: str, new: str
 ) -> None:
     fill("ab", "ab")
     change_entry(2, old, new)
@@ -224,11 +226,11 @@ def write_without_digests(entries: tuple[Entry, ...]) -> None:
         store().write(f"ledger/m/{entry.sequence:08d}.json", text.encode())
 
 
-def test_ledger_without_digests_is_read_and_continued(home: Path, fill: Fill) -> None:
+def test_ledger_without_digests_is_read_and_continued(work_folder: Path, fill: Fill) -> None:
     fill("ab", "ab")
     rollback("m", reason="")
     write_without_digests(Ledger(store(), "m").entries())
-    promote("m", publish_version(home, "c").version, reason="")
+    promote("m", publish_version(work_folder, "c").version, reason="")
     entries = Ledger(store(), "m").entries()
     assert [entry.digest is None for entry in entries] == [True, True, True, False]
     change_entry(3, '"by": "tester"', '"by": "tesser"')
@@ -238,7 +240,7 @@ def test_ledger_without_digests_is_read_and_continued(home: Path, fill: Fill) ->
 
 
 def test_ledger_entry_without_its_digest_after_one_with_digest_is_refused(
-    home: Path, fill: Fill
+    work_folder: Path, fill: Fill
 ) -> None:
     fill("ab", "ab")
     write_without_digests(Ledger(store(), "m").entries()[1:])
@@ -249,10 +251,10 @@ def test_ledger_entry_without_its_digest_after_one_with_digest_is_refused(
 # An order that was rejected, one that was never published, and a text that is no digest.
 @pytest.mark.parametrize("order", [C, f"{'a' * 63}b", "?"])
 def test_ledger_entry_without_digest_of_another_order_is_refused(
-    home: Path, fill: Fill, order: str
+    work_folder: Path, fill: Fill, order: str
 ) -> None:
     fill("a", "a")
-    publish_version(home, "c", outcomes={"onnxruntime": "rejected"})
+    publish_version(work_folder, "c", outcomes={"onnxruntime": "rejected"})
     (entry,) = Ledger(store(), "m").entries()
     write_without_digests((entry.model_copy(update={"order": order}),))
     for function in (lambda: repair("m"), lambda: version_report("m", "@champion")):
@@ -323,11 +325,11 @@ def change_verdict(finished: Finished, **fields: Any) -> tuple[TargetReport, ...
     ],
 )
 def test_report_that_contradicts_itself_is_not_promoted(
-    home: Path, verdict: dict[str, Any], problem: str
+    work_folder: Path, verdict: dict[str, Any], problem: str
 ) -> None:
-    finished = publish_version(home, "a")
+    finished = publish_version(work_folder, "a")
     targets = change_verdict(finished, **verdict)
-    version = publish_version(home, "b", targets=targets, outcome="accepted").version
+    version = publish_version(work_folder, "b", targets=targets, outcome="accepted").version
     with raises_code(PromotionRefused, "verdict_contradicts_judgements") as caught:
         promote("m", version, reason="")
     assert problem in str(caught.value)
@@ -338,12 +340,12 @@ def test_report_that_contradicts_itself_is_not_promoted(
     ("outcome", "low"), [("rejected", -0.01), ("undecided", -0.0025), ("built-unmeasured", None)]
 )
 def test_report_whose_outcome_contradicts_its_verdicts_is_not_promoted(
-    home: Path, outcome: str, low: float | None
+    work_folder: Path, outcome: str, low: float | None
 ) -> None:
     judgements = () if low is None else (judgement(LIMIT, low, outcome),)
-    finished = publish_version(home, "a")
+    finished = publish_version(work_folder, "a")
     targets = change_verdict(finished, outcome=outcome, judgements=judgements)
-    version = publish_version(home, "b", targets=targets, outcome="accepted").version
+    version = publish_version(work_folder, "b", targets=targets, outcome="accepted").version
     with raises_code(PromotionRefused, "outcome_contradicts_verdicts", computed=outcome):
         promote("m", version, reason="")
     assert Ledger(store(), "m").entries() == ()
@@ -357,11 +359,11 @@ def test_report_whose_outcome_contradicts_its_verdicts_is_not_promoted(
     ],
 )
 def test_report_without_targets_or_limits_is_not_promoted(
-    home: Path, fields: dict[str, Any], refusal: type[Refused], message: str
+    work_folder: Path, fields: dict[str, Any], refusal: type[Refused], message: str
 ) -> None:
-    finished = publish_version(home, "a")
+    finished = publish_version(work_folder, "a")
     report = finished.report.model_copy(update={"order": C, **fields})
-    release = store_files(home / "release", report_json=report.model_dump_json())
+    release = store_files(work_folder / "release", report_json=report.model_dump_json())
     version = (
         registry()
         .publish("m", C, release.uri, {"recpress.outcome": "accepted"}, description="")
@@ -371,14 +373,17 @@ def test_report_without_targets_or_limits_is_not_promoted(
         promote("m", version, reason="")
 
 
-def test_report_consistent_with_its_judgements_is_promoted(home: Path) -> None:
+def test_report_consistent_with_its_judgements_is_promoted(work_folder: Path) -> None:
     judgements = (judgement(LIMIT, -0.001, "accepted"),)
-    targets = change_verdict(publish_version(home, "a"), judgements=judgements)
-    assert promote("m", publish_version(home, "b", targets=targets).version, reason="").order == B
+    targets = change_verdict(publish_version(work_folder, "a"), judgements=judgements)
+    assert (
+        promote("m", publish_version(work_folder, "b", targets=targets).version, reason="").order
+        == B
+    )
 
 
-def test_version_whose_tag_names_another_order_is_not_promoted(home: Path) -> None:
-    finished = publish_version(home, "a")
+def test_version_whose_tag_names_another_order_is_not_promoted(work_folder: Path) -> None:
+    finished = publish_version(work_folder, "a")
     tags = {"recpress.outcome": "accepted"}
     registered = registry().publish("m", C, finished.release.uri, tags, description="")
     with raises_code(PromotionRefused, "other_release", expected=C, got=finished.report.order):

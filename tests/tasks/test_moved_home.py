@@ -36,24 +36,24 @@ NEW_NAMES = (
 )
 
 
-def publish_version(home: Path, order_digit: str) -> Finished:
+def publish_version(work_folder: Path, order_digit: str) -> Finished:
     """Publish an order whose digest is one repeated hexadecimal digit, with relative references."""
-    return publishing.publish.fn(create_report(home, order_digit * 64, GOOD))
+    return publishing.publish.fn(create_report(work_folder, order_digit * 64, GOOD))
 
 
-def publish_as_0_1_0(home: Path, order_digit: str) -> Finished:
+def publish_as_0_1_0(work_folder: Path, order_digit: str) -> Finished:
     """Publish an order like recpress 0.1.0, with absolute URIs.
 
     They are in the report, in the registered version, and in the order's record of its result. The
     arguments are those of ``publish_version``.
     """
-    order_report = create_report(home, order_digit * 64, GOOD)
+    order_report = create_report(work_folder, order_digit * 64, GOOD)
     root = store().root
 
     def make_uris_absolute(text: str) -> str:
         return text.replace('"artifacts/', f'"{root}/artifacts/')
 
-    folder = home / f"release {order_digit}"
+    folder = work_folder / f"release {order_digit}"
     folder.mkdir()
     (folder / "report.json").write_text(make_uris_absolute(order_report.model_dump_json(indent=1)))
     (folder / "report.html").write_text("<p>")
@@ -73,20 +73,20 @@ def publish_as_0_1_0(home: Path, order_digit: str) -> Finished:
     return finished
 
 
-def move_home(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+def move_home(work_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Copy the home to a new folder, and set RECPRESS_HOME to it.
 
     All files of the old folder are damaged, so that a test fails if one of them is still read.
 
     Args:
-        home: the fixture ``home``, which is the parent of the home.
+        work_folder: the fixture ``work_folder``, which is the parent of the home.
         name: name of the new folder.
         monkeypatch: the fixture.
 
     Returns:
         The new folder.
     """
-    old, new = home / "recpress", home / name
+    old, new = work_folder / "recpress", work_folder / name
     shutil.copytree(old, new)
     for path in old.rglob("*"):
         if path.is_file():
@@ -99,11 +99,11 @@ def move_home(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", NEW_NAMES)
 @pytest.mark.parametrize("publish_order", [publish_version, publish_as_0_1_0])
 def test_moved_home_is_listed_fetched_promoted_and_found_again(
-    publish_order: Any, name: str, home: Path, monkeypatch: pytest.MonkeyPatch
+    publish_order: Any, name: str, work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = publish_order(home, "a"), publish_order(home, "b")
+    first, second = publish_order(work_folder, "a"), publish_order(work_folder, "b")
     promote("m", first.version, reason="")
-    new = move_home(home, name, monkeypatch)
+    new = move_home(work_folder, name, monkeypatch)
     assert [item.version for item in list_versions(None)] == [second.version, first.version]
     for item in list_versions("m"):
         assert item.note == ""  # a note would name a problem of the version
@@ -111,8 +111,8 @@ def test_moved_home_is_listed_fetched_promoted_and_found_again(
         assert item.tags["recpress.report"].startswith(f"{store().root}/artifacts/")
     registered, stored_report = version_report("m", first.version)
     assert (registered.version, stored_report) == (first.version, first.report)
-    fetch("m", "@champion", "onnxruntime", home / "out")
-    assert (home / "out" / "model.onnx").read_text() == f"onnxruntime {'a' * 64}"
+    fetch("m", "@champion", "onnxruntime", work_folder / "out")
+    assert (work_folder / "out" / "model.onnx").read_text() == f"onnxruntime {'a' * 64}"
     assert champion_graph("m", "onnxruntime") == first.report.targets[0].artifact
     assert promote("m", second.version, reason="").version == second.version
     assert rollback("m", reason="").version == first.version
@@ -129,20 +129,20 @@ def test_moved_home_is_listed_fetched_promoted_and_found_again(
     assert {path.name for path in new.iterdir()} <= {"registry.db", "registry.db.lock", "store"}
 
 
-def test_files_of_a_home_do_not_contain_its_path(home: Path) -> None:
-    finished = publish_version(home, "a")
+def test_files_of_a_home_do_not_contain_its_path(work_folder: Path) -> None:
+    finished = publish_version(work_folder, "a")
     promote("m", finished.version, reason="")
-    for path in (home / "recpress").rglob("*"):
+    for path in (work_folder / "recpress").rglob("*"):
         if path.is_file():
-            assert str(home).encode() not in path.read_bytes(), path
+            assert str(work_folder).encode() not in path.read_bytes(), path
 
 
 def test_order_published_again_after_the_move_is_the_same_version(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = publish_as_0_1_0(home, "a")
-    move_home(home, "moved", monkeypatch)
-    repeated = publish_version(home, "a")
+    original = publish_as_0_1_0(work_folder, "a")
+    move_home(work_folder, "moved", monkeypatch)
+    repeated = publish_version(work_folder, "a")
     assert (repeated.version, repeated.release, repeated.report) == (
         original.version,
         original.release,
@@ -153,7 +153,9 @@ def test_order_published_again_after_the_move_is_the_same_version(
 @pytest.mark.parametrize(
     "source", ["file:///etc", "file:///etc/artifacts", "artifacts/../../etc", "s3://a/b", "/etc"]
 )
-def test_version_whose_source_is_outside_the_store_is_refused(source: str, home: Path) -> None:
+def test_version_whose_source_is_outside_the_store_is_refused(
+    source: str, work_folder: Path
+) -> None:
     registered = Registry(load_settings().registry_uri).publish(
         "m", "c" * 64, source, {}, description=""
     )
@@ -162,10 +164,10 @@ def test_version_whose_source_is_outside_the_store_is_refused(source: str, home:
 
 
 def test_artifact_with_the_root_of_another_store_is_refused_if_this_store_lacks_it(
-    home: Path,
+    work_folder: Path,
 ) -> None:
-    finished = publish_version(home, "a")
-    outside = home / "outside" / "artifacts" / ("0" * 64)
+    finished = publish_version(work_folder, "a")
+    outside = work_folder / "outside" / "artifacts" / ("0" * 64)
     outside.mkdir(parents=True)
     uri = f"file://{outside}"
     registered = Registry(load_settings().registry_uri).publish(
@@ -176,18 +178,18 @@ def test_artifact_with_the_root_of_another_store_is_refused_if_this_store_lacks_
     assert Report.model_validate(finished.report.model_dump()) == finished.report
 
 
-def pack_as_0_1_0(home: Path) -> Artifact:
+def pack_as_0_1_0(work_folder: Path) -> Artifact:
     """Pack a bundle like recpress 0.1.0, with absolute URIs in its manifest and record.
 
     The bundle is packed by this version first. Then its manifest and record are replaced, and the
     artifact of this version is removed.
 
     Args:
-        home: the fixture ``home``; the draft is written to its folder ``draft``.
+        work_folder: the fixture ``work_folder``; the draft is written to its folder ``draft``.
     """
-    packed = pack(write_draft(home / "draft"))
+    packed = pack(write_draft(work_folder / "draft"))
     root = store().root
-    folder = home / "bundle of 0.1.0"
+    folder = work_folder / "bundle of 0.1.0"
     store().get(packed.artifact, folder)
     # The last field of a manifest is its checksum (its "seal") over all lines before.
     body, seal_key, _ = (folder / "model.json").read_bytes().partition(b'  "seal"')
@@ -199,37 +201,37 @@ def pack_as_0_1_0(home: Path) -> Artifact:
     absolute = artifact.model_dump() | {"uri": f"{root}/{artifact.uri}"}
     record = {"artifact": absolute, "packed_at": 1.0}  # records of 0.1.0 have no checksum
     store().write(bundle_key("clicks", "1"), json.dumps(record).encode())
-    shutil.rmtree(home / "recpress" / "store" / "artifacts" / packed.artifact.sha256)
+    shutil.rmtree(work_folder / "recpress" / "store" / "artifacts" / packed.artifact.sha256)
     return artifact
 
 
 def test_bundle_of_a_moved_home_is_found_checked_and_not_packed_twice(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
-    artifact = pack_as_0_1_0(home)
+    artifact = pack_as_0_1_0(work_folder)
     old_uri = store().uri_of(artifact)
     assert resolve("clicks") == artifact
-    move_home(home, "moved", monkeypatch)
+    move_home(work_folder, "moved", monkeypatch)
     for reference in ("clicks", "clicks@1", old_uri, artifact.uri):
         assert resolve(reference) == artifact
     assert find_bundle("clicks").artifact == artifact
     manifest, _ = check("clicks@1")
     assert show(old_uri) == manifest
-    assert pack(home / "draft").artifact == artifact
+    assert pack(work_folder / "draft").artifact == artifact
     # Without the record, the draft is packed as a new artifact with an equal manifest.
-    (home / "moved" / "store" / bundle_key("clicks", "1")).unlink()
-    new_artifact = pack(home / "draft").artifact
+    (work_folder / "moved" / "store" / bundle_key("clicks", "1")).unlink()
+    new_artifact = pack(work_folder / "draft").artifact
     assert show("clicks@1") == manifest
     assert resolve("clicks@1") == new_artifact
 
 
 def test_relative_artifact_uri_is_not_read_from_the_working_folder(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
-    packed = pack(write_draft(home / "draft"))
-    monkeypatch.chdir(home / "recpress" / "store")
+    packed = pack(write_draft(work_folder / "draft"))
+    monkeypatch.chdir(work_folder / "recpress" / "store")
     assert Path(packed.artifact.uri).is_dir()
     assert resolve(packed.artifact.uri) == packed.artifact
     assert check(packed.artifact.uri)[0].name == "clicks"

@@ -42,17 +42,11 @@ def not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, MODELS, raising=False)
 
 
-@pytest.fixture
-def folder(home: Path) -> Path:
-    """The folder for drafts and data, next to RECPRESS_HOME."""
-    return home
-
-
-def request(folder: Path, handwritten: Path, **options: Any) -> DraftRequest:
+def request(work_folder: Path, handwritten: Path, **options: Any) -> DraftRequest:
     """Return a request with the class, weights and data of a hand-written draft."""
     architecture = json.loads((handwritten / "model.json").read_text())["network"]["architecture"]
     return DraftRequest(
-        folder=folder,
+        folder=work_folder,
         model=architecture["path"],
         config=json.dumps(architecture["config"]),
         weights=handwritten / "model.safetensors",
@@ -61,9 +55,9 @@ def request(folder: Path, handwritten: Path, **options: Any) -> DraftRequest:
     )
 
 
-def signature_of(folder: Path) -> dict[str, Any]:
+def signature_of(work_folder: Path) -> dict[str, Any]:
     """Return the signature in ``model.json``."""
-    signature: dict[str, Any] = json.loads((folder / "model.json").read_text())["signature"]
+    signature: dict[str, Any] = json.loads((work_folder / "model.json").read_text())["signature"]
     return signature
 
 
@@ -79,85 +73,87 @@ def without_policies(item: dict[str, Any]) -> dict[str, Any]:
     return {**result, "fields": fields} if fields else result
 
 
-def test_draft_with_sequences_equals_the_hand_written_one(folder: Path) -> None:
-    handwritten = sequence_draft.write_sequence_draft(folder / "written")
+def test_draft_with_sequences_equals_the_hand_written_one(work_folder: Path) -> None:
+    handwritten = sequence_draft.write_sequence_draft(work_folder / "written")
     inputs = {"category_count": ("lengths(categories)",)}
-    new_draft(request(folder / "new", handwritten, inputs=inputs))
+    new_draft(request(work_folder / "new", handwritten, inputs=inputs))
     expected = [without_policies(item) for item in signature_of(handwritten)["inputs"]]
     expected_signature = {**signature_of(handwritten), "inputs": expected}
-    assert parsed(signature_of(folder / "new")) == parsed(expected_signature)
-    assert pack(folder / "new").tables == pack(handwritten).tables
+    assert parsed(signature_of(work_folder / "new")) == parsed(expected_signature)
+    assert pack(work_folder / "new").tables == pack(handwritten).tables
 
 
-def test_draft_with_a_matrix_and_a_joined_table_equals_the_hand_written_one(folder: Path) -> None:
+def test_draft_with_a_matrix_and_a_joined_table_equals_the_hand_written_one(
+    work_folder: Path,
+) -> None:
     """A joined table has the rows of several id columns; a matrix has several inputs as columns."""
-    handwritten = field_draft.write_field_draft(folder / "written")
+    handwritten = field_draft.write_field_draft(work_folder / "written")
     inputs = {"ids": ("user", "item"), "matrix": ("brand", "tags", "price", "age")}
-    new_draft(request(folder / "new", handwritten, inputs=inputs))
+    new_draft(request(work_folder / "new", handwritten, inputs=inputs))
     expected = [without_policies(item) for item in signature_of(handwritten)["inputs"]]
     # Two tables read the input "ids"; either of them may be listed first.
     expected[0]["more_tables"], expected[0]["table"] = ["joined"], "wide"
     *ids_and_tags, _ = expected[1]["fields"]
     numbers = [{"kind": "dense", "name": name, "shape": [1]} for name in ("price", "age")]
     expected[1]["fields"] = [*ids_and_tags, *numbers]
-    derived = signature_of(folder / "new")["inputs"]
+    derived = signature_of(work_folder / "new")["inputs"]
     if derived[0]["table"] == "joined":
         expected[0]["more_tables"], expected[0]["table"] = ["wide"], "joined"
     assert derived == expected
-    pack(folder / "new")
+    pack(work_folder / "new")
 
 
 @pytest.mark.parametrize("returns", ["tuple", "mapping", "tensor"])
-def test_draft_with_several_outputs_has_those_with_labels(folder: Path, returns: str) -> None:
-    handwritten = multi_task_draft.write_multi_task_draft(folder / "written", returns=returns)
+def test_draft_with_several_outputs_has_those_with_labels(work_folder: Path, returns: str) -> None:
+    handwritten = multi_task_draft.write_multi_task_draft(work_folder / "written", returns=returns)
     labels = {"click": "click", "like": "liked", "buy": "bought"}
     inputs = {"price": ("price", "age")}
     if returns == "mapping":
         del labels["like"]
-    new_draft(request(folder / "new", handwritten, labels=labels, inputs=inputs))
+    new_draft(request(work_folder / "new", handwritten, labels=labels, inputs=inputs))
     # Not derived: the rows whose label counts (``label_where``), and the weight of the loss.
     expected = [
         {k: v for k, v in output.items() if k not in ("label_where", "loss_weight")}
         for output in signature_of(handwritten)["outputs"]
         if output["name"] in labels
     ]
-    derived = signature_of(folder / "new")["outputs"]
+    derived = signature_of(work_folder / "new")["outputs"]
     assert sorted(derived, key=str) == sorted(expected, key=str)
 
 
-def towers_request(folder: Path, **options: Any) -> DraftRequest:
+def towers_request(work_folder: Path, **options: Any) -> DraftRequest:
     """Return a request for a retrieval model, whose data has a catalogue (the split ``items``)."""
-    handwritten = folder / "written"
+    handwritten = work_folder / "written"
     if not handwritten.exists():
         retrieval_draft.write_retrieval_draft(handwritten)
     towers = {"query_tower": "of_user", "item_tower": "of_item", "group": "user"}
     dense = {"dense": ("d*",)}
     return request(
-        folder / "new", handwritten, **{"labels": {}, "inputs": dense, **towers, **options}
+        work_folder / "new", handwritten, **{"labels": {}, "inputs": dense, **towers, **options}
     )
 
 
-def content_request(folder: Path, **options: Any) -> DraftRequest:
+def content_request(work_folder: Path, **options: Any) -> DraftRequest:
     """Return the same request for ``ContentTowers``, whose towers are methods."""
     changes = {"model": f"{MODELS}:content_towers", "weights": None, "inputs": {}, **options}
-    return towers_request(folder).model_copy(update=changes)
+    return towers_request(work_folder).model_copy(update=changes)
 
 
 def test_draft_with_towers_equals_the_hand_written_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
-    created = new_draft(towers_request(folder))
+    created = new_draft(towers_request(work_folder))
     assert created.draft.signature == parsed(retrieval_draft.SIGNATURE)
     assert created.draft.data.keys() == {"train", "validation", "test", "items"}
-    assert pack(folder / "new").rows["items"] == retrieval_draft.ITEMS
+    assert pack(work_folder / "new").rows["items"] == retrieval_draft.ITEMS
 
 
 def test_item_of_a_tower_without_ids_is_identified_by_a_key(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A key is an input that identifies the item and that no tower reads."""
-    original = content_request(folder)
+    original = content_request(work_folder)
     signature = new_draft(original).draft.signature
     assert [(item.name, item.kind) for item in signature.inputs] == [
         ("user", "id"),
@@ -165,7 +161,7 @@ def test_item_of_a_tower_without_ids_is_identified_by_a_key(
         ("item", "key"),
     ]
     assert signature.item == "item"
-    pack(folder / "new")
+    pack(work_folder / "new")
 
 
 @pytest.mark.parametrize(
@@ -178,10 +174,10 @@ def test_item_of_a_tower_without_ids_is_identified_by_a_key(
     ],
 )
 def test_incomplete_options_of_towers_are_refused(
-    folder: Path, code: str, options: dict[str, Any]
+    work_folder: Path, code: str, options: dict[str, Any]
 ) -> None:
     with raises_code(DraftRefused, code):
-        new_draft(towers_request(folder, **options))
+        new_draft(towers_request(work_folder, **options))
 
 
 @pytest.mark.parametrize(
@@ -194,37 +190,45 @@ def test_incomplete_options_of_towers_are_refused(
     ],
 )
 def test_unusable_tower_is_refused(
-    folder: Path, code: str, tower: str, fields: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    work_folder: Path,
+    code: str,
+    tower: str,
+    fields: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with raises_code(InspectionFailed, code, **fields):
-        new_draft(content_request(folder, query_tower=tower))
+        new_draft(content_request(work_folder, query_tower=tower))
 
 
-def test_towers_without_a_catalogue_are_refused(folder: Path) -> None:
-    original = towers_request(folder)
-    (folder / "written" / "items.parquet").unlink()
-    with raises_code(DraftRefused, "catalogue_missing", folder=str(folder / "written")):
+def test_towers_without_a_catalogue_are_refused(work_folder: Path) -> None:
+    original = towers_request(work_folder)
+    (work_folder / "written" / "items.parquet").unlink()
+    with raises_code(DraftRefused, "catalogue_missing", folder=str(work_folder / "written")):
         new_draft(original)
 
 
 def test_item_column_must_be_named_if_rows_and_catalogue_share_several(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
-    original = towers_request(folder)
-    path = folder / "written" / "items.parquet"
+    original = towers_request(work_folder)
+    path = work_folder / "written" / "items.parquet"
     items = pd.read_parquet(path)
     items.assign(user=items["item"]).to_parquet(path)
     with raises_code(DraftRefused, "item_unknown", columns=("user", "item")):
         new_draft(original)
-    assert new_draft(towers_request(folder, item="item")).draft.signature.item == "item"
+    assert new_draft(towers_request(work_folder, item="item")).draft.signature.item == "item"
 
 
-def shop_request(folder: Path, model: str = "shop", **options: Any) -> DraftRequest:
+def shop_request(work_folder: Path, model: str = "shop", **options: Any) -> DraftRequest:
     """Return a request for a network of ``new_draft_models``."""
-    data = folder / "data" if (folder / "data").exists() else write_shop_data(folder / "data")
+    data = (
+        work_folder / "data"
+        if (work_folder / "data").exists()
+        else write_shop_data(work_folder / "data")
+    )
     return DraftRequest(
-        folder=folder / "new",
+        folder=work_folder / "new",
         model=f"{MODELS}:{model}",
         data=data,
         **{"labels": {"click": "click"}, **options},
@@ -232,9 +236,9 @@ def shop_request(folder: Path, model: str = "shop", **options: Any) -> DraftRequ
 
 
 def test_network_with_objects_as_arguments_packs_and_loads(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    created = new_draft(shop_request(folder))
+    created = new_draft(shop_request(work_folder))
     assert [(item.kind, item.columns) for item in created.draft.signature.inputs] == [
         ("id", ("user",)),
         ("id", ("item",)),
@@ -244,56 +248,56 @@ def test_network_with_objects_as_arguments_packs_and_loads(
     ]
     assert created.draft.signature.call == "mapping"
     assert created.draft.signature.outputs[0].form == "probability"
-    packed = pack(folder / "new")
+    packed = pack(work_folder / "new")
     assert packed.tables == {"tables.user": 40, "tables.item": 30, "tags": 20}
 
 
-def test_tied_tensor_is_stored_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    created = new_draft(shop_request(folder, "tied"))
+def test_tied_tensor_is_stored_once(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    created = new_draft(shop_request(work_folder, "tied"))
     assert created.draft.network.ties == {"again.weight": "item.weight"}
-    pack(folder / "new")
+    pack(work_folder / "new")
 
 
 def test_network_that_depends_on_more_than_its_arguments_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with raises_code(DraftRefused, "rebuilt_differs", architecture=TextMatching("PatchedNet")):
-        new_draft(shop_request(folder, "patched"))
-    assert not (folder / "new").exists()
+        new_draft(shop_request(work_folder, "patched"))
+    assert not (work_folder / "new").exists()
 
 
 def test_class_of_a_module_that_is_not_allowed_is_refused_before_anything_is_written(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "examples")
     with raises_code(BundleRefused, "architecture_not_allowed", module=MODELS):
-        new_draft(shop_request(folder))
-    assert not (folder / "new").exists()
+        new_draft(shop_request(work_folder))
+    assert not (work_folder / "new").exists()
 
 
 def test_input_that_the_network_does_not_read_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with raises_code(InspectionFailed, "inputs_unknown", names=("users",)) as caught:
-        new_draft(shop_request(folder, inputs={"users": ("user",)}))
+        new_draft(shop_request(work_folder, inputs={"users": ("user",)}))
     assert caught.value.fields["arguments"] == ("user", "item", "tags", "price", "age")
 
 
-def test_folder_with_files_is_refused_and_unchanged(folder: Path) -> None:
-    (folder / "new").mkdir()
-    (folder / "new" / "mine.txt").write_text("mine")
-    with raises_code(DraftRefused, "folder_not_empty", folder=str(folder / "new")):
-        new_draft(shop_request(folder))
-    assert [path.name for path in (folder / "new").iterdir()] == ["mine.txt"]
+def test_folder_with_files_is_refused_and_unchanged(work_folder: Path) -> None:
+    (work_folder / "new").mkdir()
+    (work_folder / "new" / "mine.txt").write_text("mine")
+    with raises_code(DraftRefused, "folder_not_empty", folder=str(work_folder / "new")):
+        new_draft(shop_request(work_folder))
+    assert [path.name for path in (work_folder / "new").iterdir()] == ["mine.txt"]
 
 
-def test_request_without_labels_or_with_an_unknown_column_is_refused(folder: Path) -> None:
+def test_request_without_labels_or_with_an_unknown_column_is_refused(work_folder: Path) -> None:
     with raises_code(DraftRefused, "label_missing"):
-        new_draft(shop_request(folder, labels={}))
+        new_draft(shop_request(work_folder, labels={}))
     with raises_code(DraftRefused, "column_missing", option="--label", column="clicks"):
-        new_draft(shop_request(folder, labels={"clicks": "clicks"}))
+        new_draft(shop_request(work_folder, labels={"clicks": "clicks"}))
     with raises_code(DraftRefused, "column_missing", option="--group", column="shopper"):
-        new_draft(shop_request(folder, group="shopper"))
+        new_draft(shop_request(work_folder, group="shopper"))
 
 
 @pytest.mark.parametrize(
@@ -305,21 +309,21 @@ def test_request_without_labels_or_with_an_unknown_column_is_refused(folder: Pat
     ],
 )
 def test_names_that_model_json_cannot_have_are_refused(
-    folder: Path, code: str, options: dict[str, Any]
+    work_folder: Path, code: str, options: dict[str, Any]
 ) -> None:
     with raises_code(DraftRefused, code):
-        new_draft(shop_request(folder, **options))
+        new_draft(shop_request(work_folder, **options))
 
 
-def test_data_without_a_test_split_is_refused(folder: Path) -> None:
-    (write_shop_data(folder / "data") / "test.parquet").unlink()
+def test_data_without_a_test_split_is_refused(work_folder: Path) -> None:
+    (write_shop_data(work_folder / "data") / "test.parquet").unlink()
     with raises_code(DraftRefused, "data_missing", got=("train.parquet",)):
-        new_draft(shop_request(folder))
+        new_draft(shop_request(work_folder))
 
 
-def test_weights_that_do_not_fit_are_refused(folder: Path) -> None:
-    handwritten = multi_task_draft.write_multi_task_draft(folder / "written")
-    fitting = request(folder / "new", handwritten, labels={"click": "click"})
+def test_weights_that_do_not_fit_are_refused(work_folder: Path) -> None:
+    handwritten = multi_task_draft.write_multi_task_draft(work_folder / "written")
+    fitting = request(work_folder / "new", handwritten, labels={"click": "click"})
     config = {**json.loads(fitting.config), "dim": 5}
     with raises_code(DraftRefused, "weights_unfit", problem=TextMatching("size mismatch")):
         new_draft(fitting.model_copy(update={"config": json.dumps(config)}))
@@ -327,6 +331,6 @@ def test_weights_that_do_not_fit_are_refused(folder: Path) -> None:
         new_draft(fitting.model_copy(update={"config": "{dim: 5}"}))
 
 
-def test_label_candidates_have_columns_of_0_and_1_first(folder: Path) -> None:
-    candidates = label_candidates(read_rows(write_shop_data(folder / "data")))
+def test_label_candidates_have_columns_of_0_and_1_first(work_folder: Path) -> None:
+    candidates = label_candidates(read_rows(write_shop_data(work_folder / "data")))
     assert candidates == ("click", "user", "item", "price", "age")

@@ -38,15 +38,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clicks(tmp_path_factory.mktemp("clicks") / "data")
 
 
-def draft(home: Path, data: Path, model: onnx.ModelProto | Path, **options: Any) -> NewDraft:
+def draft(work_folder: Path, data: Path, model: onnx.ModelProto | Path, **options: Any) -> NewDraft:
     """Write a draft from a model."""
-    path = home / "Click Model.onnx"
+    path = work_folder / "Click Model.onnx"
     if isinstance(model, Path):
         shutil.copy(model, path)
     else:
         onnx.save(model, path)
     request = DraftRequest(
-        folder=home / "new",
+        folder=work_folder / "new",
         model=None,
         onnx=path,
         data=data,
@@ -78,9 +78,9 @@ def two_outputs() -> onnx.ModelProto:
 
 
 def test_model_of_keras_becomes_a_bundle_with_the_scores_of_onnx_runtime(
-    home: Path, data: Path
+    work_folder: Path, data: Path
 ) -> None:
-    written = draft(home, data, KERAS)
+    written = draft(work_folder, data, KERAS)
     assert written.draft.name == "click-model"
     assert written.draft.network.architecture.path == ONNX_NETWORK
     kinds = {item.name: item.kind for item in written.draft.signature.inputs}
@@ -88,14 +88,14 @@ def test_model_of_keras_becomes_a_bundle_with_the_scores_of_onnx_runtime(
     assert written.rows_of_table == {"users_1": 300, "items_3": 400}
     (output,) = written.draft.signature.outputs
     assert (output.kind, output.form) == ("ctr", "probability")
-    pack(home / "new")
+    pack(work_folder / "new")
     units = Unit.of(load_bundle(resolve("click-model")).model.module)
     assert {unit.name for unit in units} == {"users_1", "items_3", "hidden_1", "click_1"}
 
 
-def test_named_outputs_of_the_graph_are_the_outputs(home: Path, data: Path) -> None:
+def test_named_outputs_of_the_graph_are_the_outputs(work_folder: Path, data: Path) -> None:
     labels = {"click_score": "click", "like": "liked"}
-    written = draft(home, data, two_outputs(), labels=labels, name="two")
+    written = draft(work_folder, data, two_outputs(), labels=labels, name="two")
     outputs = written.draft.signature.outputs
     assert [(item.name, item.form, item.label) for item in outputs] == [
         ("click_score", "probability", "click"),
@@ -105,10 +105,12 @@ def test_named_outputs_of_the_graph_are_the_outputs(home: Path, data: Path) -> N
         "user": "id",
         "item": "id",
     }
-    pack(home / "new")
+    pack(work_folder / "new")
 
 
-def test_columns_with_other_names_than_the_input_must_be_given(home: Path, data: Path) -> None:
+def test_columns_with_other_names_than_the_input_must_be_given(
+    work_folder: Path, data: Path
+) -> None:
     nodes = [
         helper.make_node("Gather", ["item.weight", "ids"], ["rows"]),
         helper.make_node("ReduceSum", ["rows", "axes"], ["y"], keepdims=0),
@@ -117,19 +119,19 @@ def test_columns_with_other_names_than_the_input_must_be_given(home: Path, data:
     weights = {**WEIGHTS, "axes": np.array([1, 2])}
     model = build_model(nodes, inputs, weights=weights)
     with raises_code(InspectionFailed, "arguments_unknown", names=("ids",)):
-        draft(home, data, model)
-    written = draft(home, data, model, inputs={"ids": ("user", "item")})
+        draft(work_folder, data, model)
+    written = draft(work_folder, data, model, inputs={"ids": ("user", "item")})
     (item,) = written.draft.signature.inputs
     assert (item.kind, item.columns) == ("id", ("user", "item"))
 
 
 def test_network_with_other_scores_than_onnx_runtime_is_refused(
-    home: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(OPERATORS, "Sigmoid", Operator(torch.tanh))
     with raises_code(OnnxRefused, "scores_differ", output="click_score"):
-        draft(home, data, two_outputs(), labels={"like": "liked"})
-    assert not (home / "new").exists()
+        draft(work_folder, data, two_outputs(), labels={"like": "liked"})
+    assert not (work_folder / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -137,19 +139,21 @@ def test_network_with_other_scores_than_onnx_runtime_is_refused(
     [{"model": "shop:Net"}, {"weights": Path("w.safetensors")}, {"config": '{"dim": 8}'}],
 )
 def test_onnx_with_the_options_of_a_module_is_refused(
-    home: Path, data: Path, options: dict[str, Any]
+    work_folder: Path, data: Path, options: dict[str, Any]
 ) -> None:
     request = DraftRequest(
-        **{"folder": home / "new", "model": None, "onnx": KERAS, "data": data, **options},
+        **{"folder": work_folder / "new", "model": None, "onnx": KERAS, "data": data, **options},
         labels={"click": "click"},
     )
     with raises_code(DraftRefused, "model_sources_conflict"):
         new_draft(request)
 
 
-def test_stored_configuration_with_an_unknown_operator_is_refused(home: Path, data: Path) -> None:
-    draft(home, data, two_outputs(), labels={"like": "liked"}, name="two")
-    path = home / "new" / "model.json"
+def test_stored_configuration_with_an_unknown_operator_is_refused(
+    work_folder: Path, data: Path
+) -> None:
+    draft(work_folder, data, two_outputs(), labels={"like": "liked"}, name="two")
+    path = work_folder / "new" / "model.json"
     path.write_text(path.read_text().replace('"Sigmoid"', '"Loop"'))
     with raises_code(ModelRefused, "construction_failed", architecture=ONNX_NETWORK):
-        pack(home / "new")
+        pack(work_folder / "new")

@@ -69,9 +69,9 @@ INVALID_RECORDS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def replace_by_folder(key: str, home: Path) -> Path:
+def replace_by_folder(key: str, work_folder: Path) -> Path:
     """Replace the file of a record by an empty folder, and return its path."""
-    path = home / "recpress" / "store" / key
+    path = work_folder / "recpress" / "store" / key
     path.unlink()
     path.mkdir()
     return path
@@ -89,20 +89,20 @@ def finished(fill: Fill) -> Finished:
     return result
 
 
-def order_record_of_0_1_0(finished: Finished, home: Path) -> bytes:
+def order_record_of_0_1_0(finished: Finished, work_folder: Path) -> bytes:
     """Return an order record like recpress 0.1.0 wrote it: the whole report, with absolute URIs."""
     text = finished.model_dump_json().replace('"artifacts/', f'"{store().root}/artifacts/')
-    assert f"file://{home}" in text
+    assert f"file://{work_folder}" in text
     return text.encode()
 
 
 def test_order_record_has_references_only_and_no_local_path(
-    home: Path,
+    work_folder: Path,
 ) -> None:
-    finished = publish_version(home, "a")
+    finished = publish_version(work_folder, "a")
     body = store().read(build_finished_key(ORDER))
     assert is_sealed(body)
-    assert str(home).encode() not in body
+    assert str(work_folder).encode() not in body
     assert json.loads(body).keys() == {
         "schema_version",
         "order",
@@ -116,11 +116,11 @@ def test_order_record_has_references_only_and_no_local_path(
 
 @pytest.mark.parametrize("count", [200, pytest.param(None, marks=pytest.mark.slow)])
 def test_order_record_with_a_flipped_bit_counts_as_absent(
-    count: int | None, finished: Finished, home: Path, caplog: pytest.LogCaptureFixture
+    count: int | None, finished: Finished, work_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = build_finished_key(ORDER)
     body = store().read(key)
-    path = home / "recpress" / "store" / key
+    path = work_folder / "recpress" / "store" / key
     path.chmod(0o644)
     for changed in flipped_bits(body, count):
         path.write_bytes(changed)
@@ -134,12 +134,12 @@ def test_order_record_with_a_flipped_bit_counts_as_absent(
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("count", [75, pytest.param(None, marks=pytest.mark.slow)])
 def test_unsealed_order_record_with_a_flipped_bit_gives_the_same_result_or_none(
-    finished: Finished, home: Path, count: int | None
+    finished: Finished, work_folder: Path, count: int | None
 ) -> None:
-    body = order_record_of_0_1_0(finished, home)
+    body = order_record_of_0_1_0(finished, work_folder)
     store().write(build_finished_key(ORDER), body)
     assert find_finished_order(ORDER) == finished
-    path = home / "recpress" / "store" / build_finished_key(ORDER)
+    path = work_folder / "recpress" / "store" / build_finished_key(ORDER)
     path.chmod(0o644)
     for changed in flipped_bits(body, count):
         path.write_bytes(changed)
@@ -148,16 +148,16 @@ def test_unsealed_order_record_with_a_flipped_bit_gives_the_same_result_or_none(
 
 @pytest.mark.parametrize("kind", [*INVALID_RECORDS, "a folder"])
 def test_invalid_order_record_counts_as_absent_and_is_replaced(
-    kind: str, finished: Finished, home: Path
+    kind: str, finished: Finished, work_folder: Path
 ) -> None:
     key = build_finished_key(ORDER)
     if kind == "a folder":
-        path = replace_by_folder(key, home)
+        path = replace_by_folder(key, work_folder)
         assert find_finished_order(ORDER) is None
         write_finished(finished)  # fails, which is only logged
         path.rmdir()
     else:
-        path = home / "recpress" / "store" / key
+        path = work_folder / "recpress" / "store" / key
         path.chmod(0o644)
         path.write_bytes(INVALID_RECORDS[kind](path.read_bytes()))
         assert find_finished_order(ORDER) is None
@@ -165,8 +165,8 @@ def test_invalid_order_record_counts_as_absent_and_is_replaced(
     assert find_finished_order(ORDER) == finished
 
 
-def test_order_record_with_the_release_of_another_order_counts_as_absent(home: Path) -> None:
-    first, second = publish_version(home, "a"), publish_version(home, "b")
+def test_order_record_with_the_release_of_another_order_counts_as_absent(work_folder: Path) -> None:
+    first, second = publish_version(work_folder, "a"), publish_version(work_folder, "b")
     record, other_record = (
         store().read(build_finished_key(order_digit * 64)) for order_digit in "ab"
     )
@@ -176,7 +176,7 @@ def test_order_record_with_the_release_of_another_order_counts_as_absent(home: P
     fields["release"] = json.loads(other_record)["release"]
     store().write(build_finished_key("a" * 64), seal_record(fields))
     assert find_finished_order("a" * 64) is None, "valid checksum, release of another order"
-    earlier = order_record_of_0_1_0(first, home).replace(
+    earlier = order_record_of_0_1_0(first, work_folder).replace(
         first.release.sha256.encode(), second.release.sha256.encode()
     )
     store().write(build_finished_key("a" * 64), earlier)
@@ -191,13 +191,13 @@ def test_order_record_with_the_release_of_another_order_counts_as_absent(home: P
 
 
 def test_finished_result_names_the_registry_of_its_version(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish_version(home, "a")
+    publish_version(work_folder, "a")
     result = find_finished_order(ORDER)
     assert result is not None
     assert result.registry == public_uri(load_settings().registry_uri)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{work_folder / 'other.db'}")
     result_with_other_registry = find_finished_order(ORDER)
     assert result_with_other_registry is not None
     assert result_with_other_registry.registry != public_uri(load_settings().registry_uri)
@@ -209,11 +209,11 @@ def test_finished_result_names_the_registry_of_its_version(
 @pytest.fixture(scope="session")
 def packed_home(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Packed]:
     """A home with one packed bundle and its draft, and the result of ``pack``."""
-    home = tmp_path_factory.mktemp("packed")
+    work_folder = tmp_path_factory.mktemp("packed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RECPRESS_HOME", str(home / "recpress"))
+        patch.setenv("RECPRESS_HOME", str(work_folder / "recpress"))
         patch.setenv("RECPRESS_ALLOWED_MODULES", ALLOWED)
-        return home, pack(write_draft(home / "draft"))
+        return work_folder, pack(write_draft(work_folder / "draft"))
 
 
 @pytest.fixture

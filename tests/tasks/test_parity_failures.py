@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import METHODS, Graph, Reference, default_step, require_only_served_graph
+from models import METHODS, Graph, Reference, default_step, only_served_graph
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def mean_graph(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TargetName
         path = tmp_path_factory.mktemp("mean") / "model.onnx"
         return Graph(
             model,
-            lower(model.module, require_only_served_graph(MEAN_SIGNATURE), target, path),
+            lower(model.module, only_served_graph(MEAN_SIGNATURE), target, path),
             MEAN_SIGNATURE,
             path,
             target,
@@ -112,7 +112,7 @@ def export_quantized(kinds: tuple[str, ...], target: TargetName, folder: Path) -
     path = folder / "model.onnx"
     return Graph(
         model,
-        lower(model.module, require_only_served_graph(CROSS_SIGNATURE), target, path),
+        lower(model.module, only_served_graph(CROSS_SIGNATURE), target, path),
         CROSS_SIGNATURE,
         path,
         target,
@@ -266,7 +266,7 @@ def test_score_that_depends_on_the_batch_is_reported_with_side_and_row(tmp_path)
 
     model = Reference(BatchCentredNet, MEAN_SIGNATURE).model()
     path = tmp_path / "model.onnx"
-    lowered = lower(model.module, require_only_served_graph(MEAN_SIGNATURE), "onnxruntime", path)
+    lowered = lower(model.module, only_served_graph(MEAN_SIGNATURE), "onnxruntime", path)
     no_plan, largest_batch = None, 64
     session = Session(path, threads=1)
     check = GraphCheck(model.module, lowered, no_plan, "onnxruntime", largest_batch, path, session)
@@ -286,7 +286,7 @@ def test_difference_of_the_exported_program_is_reported_as_such(tmp_path):
 
     model = Reference(ExportDependentNet, MEAN_SIGNATURE).model()
     path = tmp_path / "model.onnx"
-    lowered = lower(model.module, require_only_served_graph(MEAN_SIGNATURE), "onnxruntime", path)
+    lowered = lower(model.module, only_served_graph(MEAN_SIGNATURE), "onnxruntime", path)
     graph = Graph(model, lowered, MEAN_SIGNATURE, path)
     failure = parity_failure(graph, path, {"items": torch.randint(1, 30, (20, 5))})
     assert failure.is_exported_wrong

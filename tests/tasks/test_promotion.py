@@ -35,9 +35,9 @@ def aliases(model: str = "m") -> dict[str, str]:
     return {alias: item.version for item in registry().versions(model) for alias in item.aliases}
 
 
-def test_order_is_registered_once_with_its_tags(home: Path) -> None:
-    first = publish_version(home, "a")
-    repeated = publish_version(home, "a")
+def test_order_is_registered_once_with_its_tags(work_folder: Path) -> None:
+    first = publish_version(work_folder, "a")
+    repeated = publish_version(work_folder, "a")
     assert (first, len(registry().versions("m"))) == (repeated, 1)
     version, report = version_report("m", "@candidate")
     assert report == first.report
@@ -53,26 +53,26 @@ def test_order_is_registered_once_with_its_tags(home: Path) -> None:
     }.items() <= version.tags.items()
 
 
-def test_finished_order_is_found_until_its_files_are_missing(home: Path) -> None:
-    finished = publish_version(home, "a")
+def test_finished_order_is_found_until_its_files_are_missing(work_folder: Path) -> None:
+    finished = publish_version(work_folder, "a")
     assert find_finished_order("a" * 64) == finished
     assert find_finished_order("b" * 64) is None
     served = finished.report.targets[1].artifact
-    folder = home / "recpress" / "store" / "artifacts" / served.sha256
+    folder = work_folder / "recpress" / "store" / "artifacts" / served.sha256
     (folder / "manifest.json").unlink()
     assert find_finished_order("a" * 64) is None
 
 
 def test_require_published_raises_if_registry_or_store_lost_the_result(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finished = publish_version(home, "a")
+    finished = publish_version(work_folder, "a")
     publishing.require_published(finished)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'other.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{work_folder / 'other.db'}")
     with raises_code(ArtifactMissing, "order_no_longer_in_registry", order="a" * 64):
         publishing.require_published(finished)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    stored_release = home / "recpress" / "store" / "artifacts" / finished.release.sha256
+    stored_release = work_folder / "recpress" / "store" / "artifacts" / finished.release.sha256
     (stored_release / "manifest.json").unlink()
     with raises_code(ArtifactMissing, "artifact_missing"):
         publishing.require_published(finished)
@@ -80,9 +80,9 @@ def test_require_published_raises_if_registry_or_store_lost_the_result(
 
 @pytest.mark.parametrize("outcome", ["rejected", "undecided", "built-unmeasured"])
 def test_only_an_accepted_version_becomes_candidate_or_champion(
-    home: Path, outcome: Outcome
+    work_folder: Path, outcome: Outcome
 ) -> None:
-    version = publish_version(home, "a", outcomes={"onnxruntime": outcome}).version
+    version = publish_version(work_folder, "a", outcomes={"onnxruntime": outcome}).version
     assert aliases() == {}
     with raises_code(PromotionRefused, "not_accepted", version=version, outcome=outcome):
         promote("m", version, reason="")
@@ -91,7 +91,7 @@ def test_only_an_accepted_version_becomes_candidate_or_champion(
 
 
 def test_promotion_writes_user_and_reason_to_the_ledger_and_moves_the_alias(
-    home: Path, fill: Fill
+    work_folder: Path, fill: Fill
 ) -> None:
     (version,) = fill("a", "")
     entry = promote("m", "@candidate", reason="smaller and as good")
@@ -100,7 +100,7 @@ def test_promotion_writes_user_and_reason_to_the_ledger_and_moves_the_alias(
     assert aliases() == {"candidate": version, "champion": version}
 
 
-def test_promoting_the_champion_again_changes_nothing(home: Path, fill: Fill) -> None:
+def test_promoting_the_champion_again_changes_nothing(work_folder: Path, fill: Fill) -> None:
     (version,) = fill("a", "")
     first = promote("m", version, reason="once")
     assert promote("m", version, reason="twice") == first
@@ -108,7 +108,7 @@ def test_promoting_the_champion_again_changes_nothing(home: Path, fill: Fill) ->
 
 
 def test_rollback_promotes_the_previous_version_and_is_refused_without_one(
-    home: Path, fill: Fill
+    work_folder: Path, fill: Fill
 ) -> None:
     one, two = fill("ab", "")
     promote("m", one, reason="")
@@ -122,9 +122,9 @@ def test_rollback_promotes_the_previous_version_and_is_refused_without_one(
         rollback("m", reason="")
 
 
-def test_moved_alias_is_repaired_from_the_ledger(home: Path) -> None:
-    one = publish_version(home, "a").version
-    two = publish_version(home, "b", outcomes={"onnxruntime": "rejected"}).version
+def test_moved_alias_is_repaired_from_the_ledger(work_folder: Path) -> None:
+    one = publish_version(work_folder, "a").version
+    two = publish_version(work_folder, "b", outcomes={"onnxruntime": "rejected"}).version
     promote("m", one, reason="")
     registry().set_alias("m", "champion", two)
     version, report = version_report("m", "@champion")
@@ -135,7 +135,7 @@ def test_moved_alias_is_repaired_from_the_ledger(home: Path) -> None:
     assert aliases()["champion"] == one
 
 
-def test_champion_alias_without_a_ledger_is_ignored(home: Path, fill: Fill) -> None:
+def test_champion_alias_without_a_ledger_is_ignored(work_folder: Path, fill: Fill) -> None:
     (version,) = fill("a", "")
     registry().set_alias("m", "champion", version)
     with raises_code(PromotionRefused, "champion_missing", model="m"):
@@ -144,7 +144,7 @@ def test_champion_alias_without_a_ledger_is_ignored(home: Path, fill: Fill) -> N
 
 
 def test_the_second_of_two_concurrent_promotions_is_refused(
-    home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = fill("ab", "")
     promote_during_next_promotion(one, monkeypatch)
@@ -153,8 +153,8 @@ def test_the_second_of_two_concurrent_promotions_is_refused(
     assert aliases()["champion"] == one
 
 
-def test_champion_graph_is_the_artifact_of_the_promoted_version(home: Path) -> None:
-    finished = publish_version(home, "a")
+def test_champion_graph_is_the_artifact_of_the_promoted_version(work_folder: Path) -> None:
+    finished = publish_version(work_folder, "a")
     assert champion_graph("unknown", "onnxruntime") is None
     assert champion_graph("m", "onnxruntime") is None
     promote("m", finished.version, reason="")
@@ -164,12 +164,12 @@ def test_champion_graph_is_the_artifact_of_the_promoted_version(home: Path) -> N
 # --- fetch ----------------------------------------------------------------------------------
 
 
-def test_fetch_copies_the_requested_target(home: Path) -> None:
-    finished = publish_version(home, "a")
-    registered, target = fetch("m", finished.version, "onnxruntime", home / "out")
+def test_fetch_copies_the_requested_target(work_folder: Path) -> None:
+    finished = publish_version(work_folder, "a")
+    registered, target = fetch("m", finished.version, "onnxruntime", work_folder / "out")
     assert registered.version == finished.version
     assert target == finished.report.targets[0]
-    assert (home / "out" / "model.onnx").read_text() == f"onnxruntime {'a' * 64}"
+    assert (work_folder / "out" / "model.onnx").read_text() == f"onnxruntime {'a' * 64}"
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,10 @@ def test_fetch_copies_the_requested_target(home: Path) -> None:
     ],
 )
 def test_target_without_acceptance_is_fetched_only_with_its_option(
-    home: Path, outcome: Outcome, option: str
+    work_folder: Path, outcome: Outcome, option: str
 ) -> None:
-    version = publish_version(home, "a", outcomes={"onnxruntime": outcome}).version
-    into = home / "out"
+    version = publish_version(work_folder, "a", outcomes={"onnxruntime": outcome}).version
+    into = work_folder / "out"
     other_option = {"unmeasured": "unaccepted", "unaccepted": "unmeasured"}[option]
     code = "target_unmeasured" if option == "unmeasured" else "target_not_accepted"
     for options in ({}, {other_option: True}):
@@ -197,23 +197,23 @@ def test_target_without_acceptance_is_fetched_only_with_its_option(
 
 
 def test_fetch_of_a_missing_target_is_refused_with_the_existing_targets(
-    home: Path, fill: Fill
+    work_folder: Path, fill: Fill
 ) -> None:
     (version,) = fill("a", "")
     targets = ("onnxruntime", "tensorrt-rtx")
     with raises_code(ArtifactMissing, "target_missing", target="tensorrt", targets=targets):
-        fetch("m", version, "tensorrt", home / "out")
+        fetch("m", version, "tensorrt", work_folder / "out")
 
 
-def test_fetch_of_damaged_files_is_refused_before_writing(home: Path) -> None:
-    finished = publish_version(home, "a")
+def test_fetch_of_damaged_files_is_refused_before_writing(work_folder: Path) -> None:
+    finished = publish_version(work_folder, "a")
     sha256 = finished.report.targets[0].artifact.sha256
-    path = home / "recpress" / "store" / "artifacts" / sha256 / "files" / "model.onnx"
+    path = work_folder / "recpress" / "store" / "artifacts" / sha256 / "files" / "model.onnx"
     path.chmod(0o644)
     path.write_text(path.read_text().replace("a", "b", 1))
     with raises_code(ArtifactDamaged, "chunk_differs", file="model.onnx", chunk=0):
-        fetch("m", finished.version, "onnxruntime", home / "new" / "out")
-    assert not (home / "new").exists()
+        fetch("m", finished.version, "onnxruntime", work_folder / "new" / "out")
+    assert not (work_folder / "new").exists()
 
 
 def test_whoami_is_the_setting_or_the_login_name(monkeypatch: pytest.MonkeyPatch) -> None:

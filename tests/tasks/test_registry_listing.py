@@ -165,11 +165,11 @@ def test_release_without_a_valid_report_is_refused(
 
 def test_escape_sequences_in_a_report_or_name_are_not_printed(
     accepted: Finished,
-    home: Path,
+    work_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    unpublished = create_report(home, ORDER, GOOD)
+    unpublished = create_report(work_folder, ORDER, GOOD)
     target = unpublished.targets[0]
     verdict = target.verdict.model_copy(update={"reasons": (Reason("as_written", text=ESCAPES),)})
     targets = (target.model_copy(update={"verdict": verdict}), *unpublished.targets[1:])

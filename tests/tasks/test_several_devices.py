@@ -44,10 +44,10 @@ TRAINING = Training(epochs=2, batch=256, learning_rate=1e-3, warmup=0, tables=Tr
 
 
 @pytest.fixture
-def work(home: Path, monkeypatch: pytest.MonkeyPatch) -> StepInputs:
+def work(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> StepInputs:
     """A training step with a packed bundle and the prepared splits that it needs."""
     monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "draft_network")
-    bundle = pack(write_draft(home / "draft")).artifact
+    bundle = pack(write_draft(work_folder / "draft")).artifact
     manifest = read(local(bundle))
     # This step always keeps its last epoch, so both trainings end at the same one. The penalty is
     # negligible.

@@ -86,10 +86,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def draft(home: Path, data: Path, model: Path | str = "roberta", **options: Any) -> NewDraft:
+def draft(work_folder: Path, data: Path, model: Path | str = "roberta", **options: Any) -> NewDraft:
     """Write a draft from a model."""
     request = DraftRequest(
-        folder=home / "new",
+        folder=work_folder / "new",
         model=None,
         sentence_transformer=FIXTURES / model,
         data=data,
@@ -98,8 +98,10 @@ def draft(home: Path, data: Path, model: Path | str = "roberta", **options: Any)
     return new_draft(request)
 
 
-def test_folder_and_data_become_a_bundle_without_further_options(home: Path, data: Path) -> None:
-    written = draft(home, data)
+def test_folder_and_data_become_a_bundle_without_further_options(
+    work_folder: Path, data: Path
+) -> None:
+    written = draft(work_folder, data)
     signature = written.draft.signature
     assert written.draft.name == "roberta"
     assert written.draft.network.architecture.path == TEXT_RETRIEVER
@@ -112,18 +114,20 @@ def test_folder_and_data_become_a_bundle_without_further_options(home: Path, dat
     assert signature.shares_tower
     assert written.reasons["input_ids"] == "texts of at most 24 tokens after 'query: '"
     assert written.remarks == ("Rows with equal query_id are one query.",)
-    assert pack(home / "new").tables["encoder.word"] == 300
+    assert pack(work_folder / "new").tables["encoder.word"] == 300
 
 
-def test_prompts_are_in_the_tokenizers_of_the_draft(home: Path, data: Path) -> None:
-    draft(home, data)
+def test_prompts_are_in_the_tokenizers_of_the_draft(work_folder: Path, data: Path) -> None:
+    draft(work_folder, data)
     plain = Tokenizer.from_file(str(FIXTURES / "roberta" / "tokenizer.json"))
     for tower, prompt in {"query": "query: ", "item": "passage: "}.items():
-        written = Tokenizer.from_file(str(home / "new" / f"{tower}.tokenizer.json"))
+        written = Tokenizer.from_file(str(work_folder / "new" / f"{tower}.tokenizer.json"))
         assert written.encode("falls").ids == plain.encode(f"{prompt}falls").ids
 
 
-def test_columns_that_the_user_names_are_used(home: Path, data: Path, tmp_path: Path) -> None:
+def test_columns_that_the_user_names_are_used(
+    work_folder: Path, data: Path, tmp_path: Path
+) -> None:
     renamed = tmp_path / "data"
     renamed.mkdir()
     for path in data.glob("*.parquet"):
@@ -134,26 +138,26 @@ def test_columns_that_the_user_names_are_used(home: Path, data: Path, tmp_path: 
             table = table.append_column("stars", table["relevance"])
         pq.write_table(table, renamed / path.name)
     with raises_code(DraftRefused, "item_text_unknown", columns=("text", "title")):
-        draft(home, renamed)
+        draft(work_folder, renamed)
     named = {"item_text": "title"}
     with raises_code(DraftRefused, "item_unknown", columns=("document", "day")):
-        draft(home, renamed, **named)
+        draft(work_folder, renamed, **named)
     named["item"] = "document"
     with raises_code(DraftRefused, "grades_unknown", columns=("relevance", "stars")):
-        draft(home, renamed, **named, time="day")
+        draft(work_folder, renamed, **named, time="day")
     with raises_code(
         DraftRefused, "column_missing", option="--query-text", columns=("query", "title")
     ):
-        draft(home, renamed, **named, query_text="document")
+        draft(work_folder, renamed, **named, query_text="document")
     labels = {"grade": "stars"}
-    written = draft(home, renamed, **named, time="day", labels=labels, group="query_id")
+    written = draft(work_folder, renamed, **named, time="day", labels=labels, group="query_id")
     assert written.draft.signature.inputs[1].columns == ("title",)
     assert written.draft.signature.time == "day"
     assert written.draft.signature.outputs[0].label == "stars"
 
 
 def test_column_of_row_numbers_is_not_taken_for_the_query(
-    home: Path, data: Path, tmp_path: Path
+    work_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     numbered = tmp_path / "data"
     shutil.copytree(data, numbered)
@@ -161,22 +165,22 @@ def test_column_of_row_numbers_is_not_taken_for_the_query(
         table = pq.read_table(numbered / f"{split}.parquet")
         rows = np.arange(len(table)) + 100
         pq.write_table(table.append_column("row", [rows]), numbered / f"{split}.parquet")
-    assert draft(home, numbered).draft.signature.group == "query_id"
+    assert draft(work_folder, numbered).draft.signature.group == "query_id"
     for split in ("train", "validation", "test"):
         table = pq.read_table(numbered / f"{split}.parquet")
         copied_ids = table.append_column("other", table["query_id"])
         pq.write_table(copied_ids, numbered / f"{split}.parquet")
-    shutil.rmtree(home / "new")
+    shutil.rmtree(work_folder / "new")
     with raises_code(DraftRefused, "query_id_unknown", columns=("query_id", "other")):
-        draft(home, numbered)
+        draft(work_folder, numbered)
 
 
 def test_vectors_of_a_model_that_compares_by_cosine_are_normalized(
-    home: Path, data: Path, tmp_path: Path
+    work_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     folder = copied(tmp_path)
     modules("Transformer", "Pooling")(folder)  # removes the module Normalize
-    written = draft(home, data, folder)
+    written = draft(work_folder, data, folder)
     assert written.draft.network.architecture.config["normalize"]
     assert any("norm 1" in remark for remark in written.remarks)
     edit(folder / SETTINGS, similarity_fn_name="dot")
@@ -198,11 +202,11 @@ def test_vectors_of_a_model_that_compares_by_cosine_are_normalized(
     ],
 )
 def test_options_that_do_not_fit_are_refused(
-    home: Path, data: Path, code: str, options: dict[str, Any]
+    work_folder: Path, data: Path, code: str, options: dict[str, Any]
 ) -> None:
     request = {"model": None, "sentence_transformer": FIXTURES / "bert", "labels": {}} | options
     with raises_code(DraftRefused, code):
-        new_draft(DraftRequest(folder=home / "new", data=data, **request))
+        new_draft(DraftRequest(folder=work_folder / "new", data=data, **request))
 
 
 LIBRARY = "sentence_transformers.models"

@@ -134,7 +134,7 @@ def test_table_of_both_towers_counts_once_in_weights_and_twice_in_served_files(
     assert [step.bytes for step in explained.steps] == [before, after]
 
 
-def test_report_counts_weights_once_and_mentions_the_bytes_that_graphs_share(home, tmp_path):
+def test_report_counts_weights_once_and_mentions_the_bytes_that_graphs_share(work_folder, tmp_path):
     one_graph = create_report(tmp_path, "a" * 64, {"onnxruntime": "accepted"})
     (target,) = one_graph.targets
     (graph,) = target.lowering.graphs

@@ -44,7 +44,7 @@ from tasks.promotion.promotions import (
 
 
 def test_promotion_and_rollback_update_the_triton_repository(
-    home: Path, fill: Fill, triton: Path
+    work_folder: Path, fill: Fill, triton: Path
 ) -> None:
     one, two = fill("ab", "")
     assert not triton.exists()
@@ -58,27 +58,29 @@ def test_promotion_and_rollback_update_the_triton_repository(
     assert sorted(path.name for path in triton.iterdir()) == ["m"]
 
 
-def test_promotion_without_the_setting_writes_no_configuration(home: Path, fill: Fill) -> None:
-    (one,) = fill("a", "")
-    promote("m", one, reason="")
-    assert list(home.rglob("config.pbtxt")) == []
-
-
-def test_repair_fills_a_repository_that_was_set_up_later(
-    home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_promotion_without_the_setting_writes_no_configuration(
+    work_folder: Path, fill: Fill
 ) -> None:
     (one,) = fill("a", "")
     promote("m", one, reason="")
-    monkeypatch.setenv("RECPRESS_TRITON", str(home / "late"))
+    assert list(work_folder.rglob("config.pbtxt")) == []
+
+
+def test_repair_fills_a_repository_that_was_set_up_later(
+    work_folder: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (one,) = fill("a", "")
+    promote("m", one, reason="")
+    monkeypatch.setenv("RECPRESS_TRITON", str(work_folder / "late"))
     repair("m")
-    assert loaded_version(home / "late") == (one, graph_bytes("a"))
+    assert loaded_version(work_folder / "late") == (one, graph_bytes("a"))
     assert "the Triton repository was repaired from the ledger" in caplog.text
     caplog.clear()
     repair("m")
     assert caplog.text == ""
 
 
-def test_changed_or_removed_file_is_replaced(home: Path, fill: Fill, triton: Path) -> None:
+def test_changed_or_removed_file_is_replaced(work_folder: Path, fill: Fill, triton: Path) -> None:
     one, two = fill("ab", "ab")
     config = triton / "m" / "config.pbtxt"
     original = config.read_bytes()
@@ -92,7 +94,7 @@ def test_changed_or_removed_file_is_replaced(home: Path, fill: Fill, triton: Pat
 
 
 def test_existing_file_with_other_bytes_of_the_same_size_is_replaced(
-    home: Path, fill: Fill, triton: Path
+    work_folder: Path, fill: Fill, triton: Path
 ) -> None:
     (one,) = fill("a", "")
     existing = triton / "m" / one / "model.onnx"
@@ -103,10 +105,10 @@ def test_existing_file_with_other_bytes_of_the_same_size_is_replaced(
 
 
 def test_external_weights_of_a_graph_are_uploaded_before_the_graph(
-    home: Path, triton: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accepted = create_report(home, "a" * 64, {"onnxruntime": "accepted"})
-    artifact = store_files(home / "large", model_onnx="graph", model_onnx_data="weights")
+    accepted = create_report(work_folder, "a" * 64, {"onnxruntime": "accepted"})
+    artifact = store_files(work_folder / "large", model_onnx="graph", model_onnx_data="weights")
     target = accepted.targets[0].model_copy(update={"artifact": artifact})
     uploaded_keys = []
     upload = Folder.upload
@@ -115,14 +117,14 @@ def test_external_weights_of_a_graph_are_uploaded_before_the_graph(
         uploaded_keys.append(key)
         upload(folder, key, *arguments)
 
-    one = publish_version(home, "a", targets=(target,)).version
+    one = publish_version(work_folder, "a", targets=(target,)).version
     monkeypatch.setattr(Folder, "upload", log_and_upload)
     promote("m", one, reason="")
     assert uploaded_keys == [f"{one}/model.onnx.data", f"{one}/model.onnx"]
 
 
 def test_refused_concurrent_promotion_does_not_change_the_served_version(
-    home: Path, fill: Fill, triton: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, fill: Fill, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = fill("ab", "")
     promote_during_next_promotion(one, monkeypatch)
@@ -132,7 +134,7 @@ def test_refused_concurrent_promotion_does_not_change_the_served_version(
 
 
 def test_promotion_serves_the_champion_of_a_later_concurrent_promotion(
-    home: Path, fill: Fill, triton: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, fill: Fill, triton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = fill("ab", "")
     write = Folder.write
@@ -204,7 +206,7 @@ WRITES = 4  # of a promotion, in order: graph file, ledger entry, alias, Triton'
     is_written={"before": False, "after": True},
 )
 def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
-    home: Path, fill: Fill, triton: Path, number: int, is_written: bool, completed_by: str
+    work_folder: Path, fill: Fill, triton: Path, number: int, is_written: bool, completed_by: str
 ) -> None:
     one, two = fill("ab", "a")
     complete = {(one, graph_bytes("a")), (two, graph_bytes("b"))}
@@ -246,7 +248,7 @@ def test_killed_promotion_leaves_a_complete_champion_and_is_completed_later(
     ],
 )
 def test_killed_rollback_leaves_a_complete_champion_and_is_completed_later(
-    home: Path, fill: Fill, triton: Path, number: int, is_written: bool
+    work_folder: Path, fill: Fill, triton: Path, number: int, is_written: bool
 ) -> None:
     """A rollback has three writes, since the file of the earlier version exists."""
     one, two = fill("ab", "ab")
@@ -265,7 +267,7 @@ def test_killed_rollback_leaves_a_complete_champion_and_is_completed_later(
     assert loaded_version(triton) == (one, graph_bytes("a"))
 
 
-def test_promotion_has_four_writes(home: Path, fill: Fill, triton: Path) -> None:
+def test_promotion_has_four_writes(work_folder: Path, fill: Fill, triton: Path) -> None:
     (one,) = fill("a", "")
     with pytest.MonkeyPatch.context() as patch:
         count_writes = kill_at_write(patch, 99, is_written=False)  # more than WRITES: no kill
@@ -274,7 +276,7 @@ def test_promotion_has_four_writes(home: Path, fill: Fill, triton: Path) -> None
 
 
 def test_killed_first_promotion_serves_nothing_before_the_ledger_entry(
-    home: Path, fill: Fill, triton: Path
+    work_folder: Path, fill: Fill, triton: Path
 ) -> None:
     (one,) = fill("a", "")
     for number in (1, 2):
@@ -287,7 +289,7 @@ def test_killed_first_promotion_serves_nothing_before_the_ledger_entry(
 
 
 def test_promotion_to_an_unreachable_repository_fails_before_the_ledger_entry(
-    home: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (one,) = fill("a", "")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # no server uses this port
@@ -300,7 +302,7 @@ def test_promotion_to_an_unreachable_repository_fails_before_the_ledger_entry(
 
 
 def test_version_report_logs_a_failed_update_of_the_repository(
-    home: Path, fill: Fill, triton: Path, caplog: pytest.LogCaptureFixture
+    work_folder: Path, fill: Fill, triton: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (one,) = fill("a", "a")
     config = triton / "m" / "config.pbtxt"
@@ -317,7 +319,7 @@ def test_version_report_logs_a_failed_update_of_the_repository(
 
 
 def test_repository_in_a_bucket_is_updated_like_a_folder(
-    home: Path, fill: Fill, s3: Any, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, fill: Fill, s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = f"s3://models/triton-{time.time_ns()}"
     monkeypatch.setenv("RECPRESS_TRITON", root)

@@ -52,22 +52,24 @@ def read_configuration(root: Path, model: str = "m") -> dict[str, Any]:
     return parse_message((root / model / "config.pbtxt").read_text())
 
 
-def test_configuration_has_the_measured_batches_and_threads(home: Path, triton: Path) -> None:
+def test_configuration_has_the_measured_batches_and_threads(
+    work_folder: Path, triton: Path
+) -> None:
     # 10, 320 and 102 rows per millisecond, so 64 is the preferred batch size.
     measured = with_latency(b1=0.1, b64=0.2, b1024=10.0)
-    promote("m", publish_version(home, "a", measurement=measured).version, reason="")
+    promote("m", publish_version(work_folder, "a", measurement=measured).version, reason="")
     config = read_configuration(triton)
     assert config["max_batch_size"] == [1024]
     assert [item["batch_size"] for item in config["model_warmup"]] == [[1], [64], [1024]]
     promote(
         "m",
-        publish_version(home, "b", measurement=with_latency(b1=0.1, b64=9.0)).version,
+        publish_version(work_folder, "b", measurement=with_latency(b1=0.1, b64=9.0)).version,
         reason="",
     )
     config = read_configuration(triton)
     assert config["max_batch_size"] == [64]
     assert [item["batch_size"] for item in config["model_warmup"]] == [[1], [64]]
-    promote("m", publish_version(home, "c").version, reason="")
+    promote("m", publish_version(work_folder, "c").version, reason="")
     assert read_configuration(triton)["max_batch_size"] == [1]  # no median latency was measured
     parameters = {
         item["key"][0]: item["value"][0] for item in read_configuration(triton)["parameters"]
@@ -75,8 +77,8 @@ def test_configuration_has_the_measured_batches_and_threads(home: Path, triton: 
     assert parameters["intra_op_thread_count"] == {"string_value": ["1"]}
 
 
-def test_graph_with_jagged_inputs_has_no_dynamic_batching(home: Path, triton: Path) -> None:
-    accepted = create_report(home, "a" * 64, {"onnxruntime": "accepted"})
+def test_graph_with_jagged_inputs_has_no_dynamic_batching(work_folder: Path, triton: Path) -> None:
+    accepted = create_report(work_folder, "a" * 64, {"onnxruntime": "accepted"})
     inputs = (
         GraphInput(name="tags", dtype="int64", shape=(), longest=5),
         GraphInput(name="tags_offsets", dtype="int64", shape=()),
@@ -85,14 +87,14 @@ def test_graph_with_jagged_inputs_has_no_dynamic_batching(home: Path, triton: Pa
     graph = original.graphs[0].model_copy(update={"inputs": inputs})
     lowering = original.model_copy(update={"graphs": (graph,)})
     target = accepted.targets[0].model_copy(update={"lowering": lowering})
-    promote("m", publish_version(home, "a", targets=(target,)).version, reason="")
+    promote("m", publish_version(work_folder, "a", targets=(target,)).version, reason="")
     config = read_configuration(triton)
     assert config["max_batch_size"] == [0]
     assert [item["dims"] for item in config["input"]] == [[-1], [-1]]
 
 
-def test_each_tower_of_a_retrieval_model_is_a_triton_model(home: Path, triton: Path) -> None:
-    one_graph = create_report(home, "a" * 64, {"onnxruntime": "accepted"}).targets[0]
+def test_each_tower_of_a_retrieval_model_is_a_triton_model(work_folder: Path, triton: Path) -> None:
+    one_graph = create_report(work_folder, "a" * 64, {"onnxruntime": "accepted"}).targets[0]
     towers = tuple(
         one_graph.lowering.graphs[0].model_copy(
             update={"name": name, "output": "vector", "width": 16}
@@ -102,10 +104,10 @@ def test_each_tower_of_a_retrieval_model_is_a_triton_model(home: Path, triton: P
     target = one_graph.model_copy(
         update={
             "lowering": one_graph.lowering.model_copy(update={"graphs": towers}),
-            "artifact": store_files(home / "towers", query_onnx="q", item_onnx="i"),
+            "artifact": store_files(work_folder / "towers", query_onnx="q", item_onnx="i"),
         }
     )
-    promote("m", publish_version(home, "a", targets=(target,)).version, reason="")
+    promote("m", publish_version(work_folder, "a", targets=(target,)).version, reason="")
     assert (triton / "m_query" / "1" / "query.onnx").read_text() == "q"
     assert (triton / "m_item" / "1" / "item.onnx").read_text() == "i"
     config = (triton / "m_item" / "config.pbtxt").read_text()
@@ -136,35 +138,40 @@ ENGINE = Engine(
 
 
 def publish_with_engine(
-    home: Path, order_digit: str, outcome: Outcome, target_settings: dict[str, int] | None = None
+    work_folder: Path,
+    order_digit: str,
+    outcome: Outcome,
+    target_settings: dict[str, int] | None = None,
 ) -> Finished:
     """Publish a version with an accepted ONNX graph and a TensorRT engine for one GPU type.
 
     Args:
-        home: the fixture ``home``.
+        work_folder: the fixture ``work_folder``.
         order_digit: the hex digit of which the order's digest consists.
         outcome: the outcome of the engine.
         target_settings: the order's settings of targets, which contain the batch sizes; None for
             the batch sizes 1 (smallest), 8 (best) and 32 (largest).
     """
     without_engine = create_report(
-        home, order_digit * 64, {"onnxruntime": "accepted", "tensorrt": outcome}
+        work_folder, order_digit * 64, {"onnxruntime": "accepted", "tensorrt": outcome}
     )
     onnx, tensorrt = without_engine.targets
     engine = store_files(
-        home / f"plan{order_digit}", model_plan=order_digit, build_json=ENGINE.model_dump_json()
+        work_folder / f"plan{order_digit}",
+        model_plan=order_digit,
+        build_json=ENGINE.model_dump_json(),
     )
     targets = (onnx, tensorrt.model_copy(update={"artifact": engine}))
     batches = {"smallest_batch": 1, "best_batch": 8, "largest_batch": 32}
     order = {"targets": batches if target_settings is None else target_settings}
     reproduction = without_engine.reproduction.model_copy(update={"order": order})
-    return publish_version(home, order_digit, targets=targets, reproduction=reproduction)
+    return publish_version(work_folder, order_digit, targets=targets, reproduction=reproduction)
 
 
 def test_accepted_engine_is_a_triton_model_for_its_compute_capability(
-    home: Path, triton: Path
+    work_folder: Path, triton: Path
 ) -> None:
-    one = publish_with_engine(home, "a", "accepted").version
+    one = publish_with_engine(work_folder, "a", "accepted").version
     promote("m", one, reason="")
     config = read_configuration(triton, "m_tensorrt")
     assert config["cc_model_filenames"] == [{"key": ["9.0"], "value": ["model-9.0.plan"]}]
@@ -175,15 +182,15 @@ def test_accepted_engine_is_a_triton_model_for_its_compute_capability(
 
 
 def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
-    home: Path, triton: Path, caplog: pytest.LogCaptureFixture
+    work_folder: Path, triton: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = publish_with_engine(home, "a", "built-unmeasured").version
+    one = publish_with_engine(work_folder, "a", "built-unmeasured").version
     promote("m", one, reason="")
     assert [path.name for path in triton.iterdir()] == ["m"]
     assert {item.name for item in export("m", None, unmeasured=True)} == {"m", "m_tensorrt"}
     assert loaded_version(triton) == (one, graph_bytes("a"))
     # The new champion has no engine. Its promotion does not remove the earlier engine, but warns.
-    two = publish_version(home, "b").version
+    two = publish_version(work_folder, "b").version
     promote("m", two, reason="")
     assert "m_tensorrt: the champion of m has no graph of this name" in caplog.text
     # Stale: not a graph of the champion. Sound: a server that starts now loads the champion.
@@ -192,41 +199,43 @@ def test_unmeasured_engine_is_exported_only_with_the_option_unmeasured(
 
 
 def test_engine_without_batch_sizes_in_the_order_is_refused_before_the_ledger_entry(
-    home: Path, triton: Path
+    work_folder: Path, triton: Path
 ) -> None:
-    one = publish_with_engine(home, "a", "accepted", target_settings={}).version
+    one = publish_with_engine(work_folder, "a", "accepted", target_settings={}).version
     with raises_code(TritonRefused, "batch_sizes_missing", model="m"):
         promote("m", one, reason="")
     assert Ledger(store(), "m").entries() == ()
 
 
-def test_engine_of_tensorrt_rtx_is_not_copied_to_triton(home: Path, triton: Path) -> None:
+def test_engine_of_tensorrt_rtx_is_not_copied_to_triton(work_folder: Path, triton: Path) -> None:
     outcomes = {"onnxruntime": "accepted", "tensorrt-rtx": "accepted"}
-    promote("m", publish_version(home, "a", outcomes=outcomes).version, reason="")
+    promote("m", publish_version(work_folder, "a", outcomes=outcomes).version, reason="")
     assert [path.name for path in triton.iterdir()] == ["m"]
     without_graph = {"tensorrt-rtx": "accepted"}
-    promote("m", publish_version(home, "b", outcomes=without_graph).version, reason="")
+    promote("m", publish_version(work_folder, "b", outcomes=without_graph).version, reason="")
     with raises_code(PromotionRefused, "not_servable_by_triton", model="m"):
         export("m", None, unmeasured=True)
 
 
-def test_engine_is_refused_if_its_folder_belongs_to_another_model(home: Path, triton: Path) -> None:
+def test_engine_is_refused_if_its_folder_belongs_to_another_model(
+    work_folder: Path, triton: Path
+) -> None:
     # The engine of "m" and the graph of a model named "m_tensorrt" need the same folder.
-    other = publish_version(home, "c", name="m_tensorrt").version
+    other = publish_version(work_folder, "c", name="m_tensorrt").version
     promote("m_tensorrt", other, reason="")
     with raises_code(TritonRefused, "folder_of_other_model", model="m_tensorrt", got="m"):
-        promote("m", publish_with_engine(home, "a", "accepted").version, reason="")
+        promote("m", publish_with_engine(work_folder, "a", "accepted").version, reason="")
     assert Ledger(store(), "m").entries() == ()
     # Without an engine, the folder m_tensorrt is not needed.
-    promote("m", publish_version(home, "b").version, reason="")
+    promote("m", publish_version(work_folder, "b").version, reason="")
     assert [item.name for item in triton_contents("m", None)] == ["m"]
 
 
 def test_repository_inside_the_object_store_is_refused(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = publish_version(home, "a").version
-    monkeypatch.setenv("RECPRESS_TRITON", str(home / "recpress"))
+    one = publish_version(work_folder, "a").version
+    monkeypatch.setenv("RECPRESS_TRITON", str(work_folder / "recpress"))
     with raises_code(SettingRefused, "triton_repository_holds_store"):
         promote("m", one, reason="")
     assert Ledger(store(), "m").entries() == ()
@@ -253,27 +262,29 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run_triton_command
 
 
-def test_export_and_show_print_the_state_of_the_champion(home: Path, fill: Fill, call: Any) -> None:
+def test_export_and_show_print_the_state_of_the_champion(
+    work_folder: Path, fill: Fill, call: Any
+) -> None:
     (one,) = fill("a", "a")
-    to = ("--to", str(home / "by hand"))
+    to = ("--to", str(work_folder / "by hand"))
     code, out, _ = call("show", "m", *to)
     assert (code, "m is not in the repository; the champion is 1" in out) == (1, True)
     assert f"{one}/model.onnx: missing" in out
     code, out, _ = call("export", "m", *to)
     assert (code, out.startswith("m: version 1 of m is served from file://")) == (0, True)
-    assert loaded_version(home / "by hand") == (one, graph_bytes("a"))
+    assert loaded_version(work_folder / "by hand") == (one, graph_bytes("a"))
     code, out, _ = call("show", "m", *to)
     assert code == 0
     assert "m serves version 1, the champion." in out
     assert f"{one}/model.onnx: ok, every hash verified" in out
-    assert (home / "by hand" / "m" / "config.pbtxt").read_text() in out
+    assert (work_folder / "by hand" / "m" / "config.pbtxt").read_text() in out
 
 
 def test_show_reports_and_export_repairs_outdated_or_damaged_files(
-    home: Path, fill: Fill, call: Any
+    work_folder: Path, fill: Fill, call: Any
 ) -> None:
     one, two = fill("ab", "")
-    to = ("--to", str(home / "by hand"))
+    to = ("--to", str(work_folder / "by hand"))
     promote("m", one, reason="")
     call("export", "m", *to)
     promote("m", two, reason="")
@@ -283,7 +294,7 @@ def test_show_reports_and_export_repairs_outdated_or_damaged_files(
         True,
     )
     call("export", "m", *to)
-    file = home / "by hand" / "m" / two / "model.onnx"
+    file = work_folder / "by hand" / "m" / two / "model.onnx"
     file.chmod(0o644)
     file.write_bytes(graph_bytes("f"))
     code, out, _ = call("show", "m", *to, "--json")
@@ -297,7 +308,7 @@ def test_show_reports_and_export_repairs_outdated_or_damaged_files(
 
 @pytest.mark.parametrize("command", ["export", "show"])
 def test_bad_input_prints_one_sentence_and_exits_with_code_2(
-    home: Path, call: Any, command: str
+    work_folder: Path, call: Any, command: str
 ) -> None:
     def assert_refused(message: str, *arguments: str) -> None:
         code, out, err = call(command, *arguments)
@@ -306,19 +317,21 @@ def test_bad_input_prints_one_sentence_and_exits_with_code_2(
         assert message in err
 
     assert_refused("Set RECPRESS_TRITON or --to", "m")
-    assert_refused("m has no champion in the ledger", "m", "--to", str(home / "t"))
-    assert_refused("without '/' and ':'", "a/b", "--to", str(home / "t"))
+    assert_refused("m has no champion in the ledger", "m", "--to", str(work_folder / "t"))
+    assert_refused("without '/' and ':'", "a/b", "--to", str(work_folder / "t"))
     assert_refused("--to 'gs://b' cannot be used", "m", "--to", "gs://b")
-    promote("m", publish_version(home, "a").version, reason="")
-    assert_refused("contains the object store", "m", "--to", str(home))
-    other_config = home / "t" / "m" / "config.pbtxt"
+    promote("m", publish_version(work_folder, "a").version, reason="")
+    assert_refused("contains the object store", "m", "--to", str(work_folder))
+    other_config = work_folder / "t" / "m" / "config.pbtxt"
     other_config.parent.mkdir(parents=True)
     other_config.write_text('name: "m"\n')
-    assert_refused("was not written by recpress", "m", "--to", str(home / "t"))
+    assert_refused("was not written by recpress", "m", "--to", str(work_folder / "t"))
     assert other_config.read_text() == 'name: "m"\n'
 
 
-def test_doctor_reports_the_triton_repository(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_the_triton_repository(
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``recpress doctor`` checks each service and library, and prints one line for each."""
 
     def reported_state() -> tuple[str, str]:
@@ -326,8 +339,8 @@ def test_doctor_reports_the_triton_repository(home: Path, monkeypatch: pytest.Mo
         return line.state, line.found
 
     assert reported_state() == ("absent", "RECPRESS_TRITON is not set")
-    monkeypatch.setenv("RECPRESS_TRITON", str(home / "triton"))
-    promote("m", publish_version(home, "a").version, reason="")
-    assert reported_state() == ("ok", f"file://{home}/triton: 1 model(s)")
+    monkeypatch.setenv("RECPRESS_TRITON", str(work_folder / "triton"))
+    promote("m", publish_version(work_folder, "a").version, reason="")
+    assert reported_state() == ("ok", f"file://{work_folder}/triton: 1 model(s)")
     monkeypatch.setenv("RECPRESS_TRITON", "gs://b")
     assert reported_state()[0] == "fault"

@@ -27,17 +27,19 @@ Fill = Callable[[str, str], tuple[str, ...]]
 """Type of the fixture ``fill`` in ``conftest.py``."""
 
 
-def publish_version(home: Path, order_digit: str, **changes: Any) -> Finished:
+def publish_version(work_folder: Path, order_digit: str, **changes: Any) -> Finished:
     """Publish an order whose digest is one repeated hexadecimal digit.
 
     Args:
-        home: the fixture ``home``.
+        work_folder: the fixture ``work_folder``.
         order_digit: the digit.
         changes: fields of the report to replace, and ``outcomes``: the outcome of each target,
             ``GOOD`` by default.
     """
     outcomes = changes.pop("outcomes", GOOD)
-    changed: Report = create_report(home, order_digit * 64, outcomes).model_copy(update=changes)
+    changed: Report = create_report(work_folder, order_digit * 64, outcomes).model_copy(
+        update=changes
+    )
     return publishing.publish.fn(changed)
 
 

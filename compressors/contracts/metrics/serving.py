@@ -21,6 +21,7 @@ BYTES = Metric(
     higher_is_better=False,
     compared="ratio",
     loosest_bound=2.0,  # a limit that allows more than twice the other model's bytes is a mistake
+    # A limit outside of ``low`` to ``high`` is refused as a mistake.
     low=1024.0,  # even an empty graph is larger
     high=1e18,  # an exabyte, more than any model
     unit=" bytes",
@@ -38,7 +39,7 @@ def latency(quantile: str, batch: int) -> Metric:
         heading=f"{quantile} ms, batch {batch}",
         higher_is_better=False,
         compared="ratio",
-        loosest_bound=10.0,  # a limit that allows over ten times the other latency is a mistake
+        loosest_bound=10.0,  # a limit that allows over ten times the other model's is a mistake
         low=0.001,  # any call of a runtime takes longer
         high=3_600_000.0,  # one hour
         unit=" ms",

@@ -22,17 +22,17 @@ SENTENCES = {
     # ``core/skipping.py`` runs a failing step on some units only, to find those on which it fails.
     # The other units have this reason.
     "not_tried": "not tried",
-    "not_servable": "{fault}",
-    "step_failed": "{fault}",
-    # How forward code reads a table's weight if a compressed table supports that. The plan line of
+    "not_servable": "{fault}",  # no target could serve the result for this unit
+    "step_failed": "{fault}",  # the step raised an error for this unit
+    # Supported ways in which forward code reads the weight of a table directly. The plan line of
     # the compressed table has these reasons.
     "rows_read": "forward code also reads rows of its weight",
     "weight_multiplied": "forward code multiplies by its weight, which reads all rows",
     "weight_decoded": "forward code reads its whole weight, which is decoded at each call",
     # Why a step cannot replace a unit: forward code uses it in a way that is not supported.
-    "not_multiplied": "forward code multiplies by its weight, and {format} has no such product",
+    "not_multiplied": "forward code multiplies by its weight, which {format} does not support",
     "weight_read": "forward code reads it without calling it ({error}: {message})",
-    "attributes_read": "forward code reads its attributes: the scores differ without them",
+    "attributes_read": "forward code reads its attributes, which the replacement does not have",
     "kept_format": "kept {format}",
     "nothing_better": "unchanged, because the step found nothing better",
     "part_of": "a part of {unit}",

@@ -1,7 +1,7 @@
 """Select the tensors that training may change, and replace them by copies.
 
-Packed modules are compressed ones: ``PackedTable``, ``PackedLinear``, ``ComposedTable`` (a table
-built from smaller ones) and ``Bag`` (which replaces an EmbeddingBag).
+Compressed modules are ``PackedTable``, ``PackedLinear``, ``ComposedTable`` (a table built from
+smaller ones) and ``Bag`` (which replaces an EmbeddingBag).
 """
 
 import torch
@@ -16,9 +16,9 @@ from compressors.core.units import replace_parameter
 def trainable_tensors(module: nn.Module, *, tables: bool, dense: bool = True) -> tuple[str, ...]:
     """Return the names of the tensors that training may change.
 
-    These are float32 parameters, and in compressed layers the float32 tensors that the format
-    declares as learned, such as scales and codebooks. Those of tables are included if ``tables``,
-    all others if ``dense``.
+    These are float32 parameters, and in compressed modules the float32 tensors that the format
+    declares as learned, such as scales and codebooks. ``tables`` selects those of tables, ``dense``
+    all others. If tables are not trained, a dense weight that is shared with one is not either.
     """
     names = []
     in_tables: set[nn.Module] = set()

@@ -12,7 +12,7 @@ one per user, are not used, because a process that can write to them could run c
 
 Arguments and variables of several loops:
 
-- ``top`` is the highest multiple of the scale (see ``levels.py``), ``low`` the lowest.
+- ``top`` is the highest multiple of the scale (see ``levels.py``), ``bottom`` the lowest.
 - ``is_float16``: scales and offsets are stored as float16, otherwise as float32.
 - ``planar``: codes have 4 bits and are packed (``bitpacking.py``).
 - ``shift`` is added to the multiples of symmetric 4-bit formats, so that codes are not negative.
@@ -50,8 +50,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 ROUNDER = np.float32(1.5 * 2**23)  # adding it rounds a float to an integer: see above
 INFINITE = np.int32(0x7F800000)  # bits of infinity; NaN has larger ones
 ALL_BUT_SIGN = np.int32(0x7FFFFFFF)  # mask of all bits except the sign
-SMALLEST_16 = np.float32(2.0**-24)  # smallest stored scales: see ``levels.SMALLEST``
+SMALLEST_16 = np.float32(2.0**-24)  # smallest positive float16, and smallest stored scale
 SMALLEST_32 = np.float32(2.0**-126)
+SMALLEST_NEGATIVE_16 = np.int32(0x8001)  # bits of -2^-24, the float16 below zero
 LARGEST_16 = np.float32(65504)  # largest finite numbers of float16 and float32
 LARGEST_32 = np.float32(np.finfo(np.float32).max)
 HALF = np.float32(0.5)
@@ -128,7 +129,7 @@ def _round_down_16(low: np.float32) -> np.int32:
     if _to_float32(bits) <= low:
         return bits
     if bits & np.int32(0x7FFF) == np.int32(0):
-        return np.int32(0x8001)
+        return SMALLEST_NEGATIVE_16
     return bits + np.int32(1) if bits & np.int32(0x8000) else bits - np.int32(1)
 
 
@@ -165,14 +166,14 @@ def _write(
     row: int,
     offset: np.float32,
     scale: np.float32,
-    low: np.float32,
+    bottom: np.float32,
     top: np.float32,
     codes: NDArray[np.uint8],
     target_row: int,
 ) -> None:
     """Write the nearest levels of a row, one byte each, to ``codes[target_row]``."""
     for index in range(rows.shape[1]):
-        multiple = min(max((rows[row, index] - offset) / scale, low), top)
+        multiple = min(max((rows[row, index] - offset) / scale, bottom), top)
         codes[target_row, index] = np.uint8(_bits(multiple + ROUNDER))
 
 
@@ -270,7 +271,7 @@ def min_max(
     """
     count, dim = rows.shape
     is_float16 = scale_16.size > 0
-    low = -top if symmetric else ZERO
+    bottom = -top if symmetric else ZERO
     shift = np.uint64(8) if symmetric else np.uint64(0)
     row_codes = np.zeros((1, dim + 1), np.uint8)
     smallest, largest = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
@@ -307,10 +308,10 @@ def min_max(
             begin = first + index * rows_per_scale
             for row in range(begin, min(begin + rows_per_scale, count)):
                 if planar:
-                    _write(rows, row, offsets[index], scales[index], low, top, row_codes, 0)
+                    _write(rows, row, offsets[index], scales[index], bottom, top, row_codes, 0)
                     _pack(row, dim, shift, row_codes, codes)
                 else:
-                    _write(rows, row, offsets[index], scales[index], low, top, codes, row)
+                    _write(rows, row, offsets[index], scales[index], bottom, top, codes, row)
     return -1
 
 
@@ -327,17 +328,17 @@ def nearest(
 ) -> None:
     """Encode rows with given scales and offsets; ``rows_per_scale`` rows share one of each."""
     count, dim = rows.shape
-    low = -top if symmetric else ZERO
+    bottom = -top if symmetric else ZERO
     shift = np.uint64(8) if symmetric else np.uint64(0)
     row_codes = np.zeros((1, dim + 1), np.uint8)
     for begin in range(0, count, rows_per_scale):
         scale, offset = scales[begin // rows_per_scale], offsets[begin // rows_per_scale]
         for row in range(begin, min(begin + rows_per_scale, count)):
             if planar:
-                _write(rows, row, offset, scale, low, top, row_codes, 0)
+                _write(rows, row, offset, scale, bottom, top, row_codes, 0)
                 _pack(row, dim, shift, row_codes, codes)
             else:
-                _write(rows, row, offset, scale, low, top, codes, row)
+                _write(rows, row, offset, scale, bottom, top, codes, row)
 
 
 # --- the rule of least_squares.py ------------------------------------------------------------
@@ -373,11 +374,11 @@ def _round_weight(
     scale: np.float32,
     offset: np.float32,
     inverse: np.float32,
-    low: np.float32,
+    bottom: np.float32,
     top: np.float32,
 ) -> tuple[np.float32, np.float32]:
     """Return the multiple of the nearest level of a weight, and the rounding residual."""
-    q = (min(max((value - offset) * inverse, low), top) + ROUNDER) - ROUNDER
+    q = (min(max((value - offset) * inverse, bottom), top) + ROUNDER) - ROUNDER
     return q, value - (q * scale + offset)
 
 
@@ -403,7 +404,7 @@ def _compute_errors(
     lanes: NDArray[np.float32],
     fit: int,
     sums: int,
-    low: np.float32,
+    bottom: np.float32,
     top: np.float32,
 ) -> None:
     """Compute the squared error of every lane, adding one number after another.
@@ -419,19 +420,21 @@ def _compute_errors(
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
             inverse, rr = lanes[INVERSE + lane], lanes[sums + lane]
-            _, r = _round_weight(tile[index, lane], scale, offset, inverse, low, top)
+            _, r = _round_weight(tile[index, lane], scale, offset, inverse, bottom, top)
             rr += r * r
-            _, r = _round_weight(tile[index + 1, lane], scale, offset, inverse, low, top)
+            _, r = _round_weight(tile[index + 1, lane], scale, offset, inverse, bottom, top)
             rr += r * r
-            _, r = _round_weight(tile[index + 2, lane], scale, offset, inverse, low, top)
+            _, r = _round_weight(tile[index + 2, lane], scale, offset, inverse, bottom, top)
             rr += r * r
-            _, r = _round_weight(tile[index + 3, lane], scale, offset, inverse, low, top)
+            _, r = _round_weight(tile[index + 3, lane], scale, offset, inverse, bottom, top)
             rr += r * r
             lanes[sums + lane] = rr
     for index in range(dim // 4 * 4, dim):
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
-            _, r = _round_weight(tile[index, lane], scale, offset, lanes[INVERSE + lane], low, top)
+            _, r = _round_weight(
+                tile[index, lane], scale, offset, lanes[INVERSE + lane], bottom, top
+            )
             lanes[sums + lane] += r * r
 
 
@@ -441,7 +444,7 @@ def _compute_residuals(
     lanes: NDArray[np.float32],
     fit: int,
     sums: int,
-    low: np.float32,
+    bottom: np.float32,
     top: np.float32,
 ) -> None:
     """Compute ``least_squares.residuals`` of every lane, summed in the same order."""
@@ -454,10 +457,10 @@ def _compute_residuals(
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
             inverse = lanes[INVERSE + lane]
-            q0, r0 = _round_weight(tile[index, lane], scale, offset, inverse, low, top)
-            q1, r1 = _round_weight(tile[index + 1, lane], scale, offset, inverse, low, top)
-            q2, r2 = _round_weight(tile[index + 2, lane], scale, offset, inverse, low, top)
-            q3, r3 = _round_weight(tile[index + 3, lane], scale, offset, inverse, low, top)
+            q0, r0 = _round_weight(tile[index, lane], scale, offset, inverse, bottom, top)
+            q1, r1 = _round_weight(tile[index + 1, lane], scale, offset, inverse, bottom, top)
+            q2, r2 = _round_weight(tile[index + 2, lane], scale, offset, inverse, bottom, top)
+            q3, r3 = _round_weight(tile[index + 3, lane], scale, offset, inverse, bottom, top)
             item = sums + lane
             lanes[item] = (((lanes[item] + r0 * r0) + r1 * r1) + r2 * r2) + r3 * r3
             item += LANES
@@ -471,7 +474,9 @@ def _compute_residuals(
     for index in range(dim // 4 * 4, dim):
         for lane in range(LANES):
             scale, offset = lanes[fit + lane], lanes[fit + LANES + lane]
-            q, r = _round_weight(tile[index, lane], scale, offset, lanes[INVERSE + lane], low, top)
+            q, r = _round_weight(
+                tile[index, lane], scale, offset, lanes[INVERSE + lane], bottom, top
+            )
             lanes[sums + lane] += r * r
             lanes[sums + LANES + lane] += q
             lanes[sums + 2 * LANES + lane] += q * q
@@ -573,7 +578,7 @@ def least_squares(
     """
     count, dim = rows.shape
     is_float16 = scale_16.size > 0
-    low = -top if symmetric else ZERO
+    bottom = -top if symmetric else ZERO
     shift = np.uint64(8) if symmetric else np.uint64(0)
     row_codes = np.zeros((1, dim + 1), np.uint8)
     tile = np.zeros((dim, LANES), np.float32)
@@ -591,16 +596,16 @@ def least_squares(
         _transpose(rows, first, used, tile)
         if not _clip(lanes, BEST, CUTS[0], REMAINING[0], top, symmetric, is_float16):
             return first
-        _compute_errors(tile, lanes, BEST, BEST_SUMS, low, top)
+        _compute_errors(tile, lanes, BEST, BEST_SUMS, bottom, top)
         for cut in range(1, CUTS.size):
             if not _clip(lanes, NEW, CUTS[cut], REMAINING[cut], top, symmetric, is_float16):
                 return first
-            _compute_errors(tile, lanes, NEW, NEW_SUMS, low, top)
+            _compute_errors(tile, lanes, NEW, NEW_SUMS, bottom, top)
             _keep_better(lanes, 1)  # only the squared error
-        _compute_residuals(tile, lanes, BEST, BEST_SUMS, low, top)
+        _compute_residuals(tile, lanes, BEST, BEST_SUMS, bottom, top)
         for _ in range(rounds):
             _refit(lanes, np.float32(dim), top, symmetric, is_float16)
-            _compute_residuals(tile, lanes, NEW, NEW_SUMS, low, top)
+            _compute_residuals(tile, lanes, NEW, NEW_SUMS, bottom, top)
             _keep_better(lanes, 5)  # all sums of ``Residuals``
         for lane in range(used):
             row = first + lane
@@ -614,8 +619,8 @@ def least_squares(
                 if not symmetric:
                     offset_32[row] = np.uint32(_bits(offset))
             if planar:
-                _write(rows, row, offset, scale, low, top, row_codes, 0)
+                _write(rows, row, offset, scale, bottom, top, row_codes, 0)
                 _pack(row, dim, shift, row_codes, codes)
             else:
-                _write(rows, row, offset, scale, low, top, codes, row)
+                _write(rows, row, offset, scale, bottom, top, codes, row)
     return -1

@@ -15,7 +15,7 @@ import pytest
 import torch
 from error_codes import raises_code
 from model_scores import stored_bytes
-from models import PARTS, RANKER, Graph, Reference, lower_reference, require_only_served_graph
+from models import PARTS, RANKER, Graph, Reference, lower_reference, only_served_graph
 from reason_codes import require_reason
 from test_steps import cached_run, method_on_references
 from torch import Tensor, nn
@@ -220,7 +220,7 @@ def test_a_graph_of_several_composing_methods_has_the_scores_of_its_module(index
     )
     composed = Graph(
         model,
-        lower(model.module, require_only_served_graph(signature), target, path),
+        lower(model.module, only_served_graph(signature), target, path),
         signature,
         path,
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Graph, Reference, require_only_served_graph, signature_of
+from models import Graph, Reference, only_served_graph, signature_of
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput
@@ -159,7 +159,7 @@ def test_dense_steps_and_targets_support_convolutions(
         assert line is not None
         assert line.format == expected_format
     path = Path(tempfile.mkdtemp(dir=tmp_path)) / "model.onnx"
-    lowered = lower(model.module, require_only_served_graph(REFERENCE.signature), target, path)
+    lowered = lower(model.module, only_served_graph(REFERENCE.signature), target, path)
     graph = Graph(model, lowered, REFERENCE.signature, path, target)
     inputs = graph.rows(64)
     expected = graph.run_in_torch(inputs)

@@ -25,7 +25,7 @@ from models import (
     RANKER,
     SHORT_TRAINING,
     Reference,
-    require_only_served_graph,
+    only_served_graph,
     write_split,
 )
 from reason_codes import require_reason
@@ -249,9 +249,7 @@ def test_the_graph_contains_the_output_map(tmp_path):
     for method in ("platt", "isotonic"):
         result = run(Recalibrate(method=method), COMPACT.model(), bench, tmp_path / method)
         path = tmp_path / f"{method}.onnx"
-        lowered = lower(
-            result.module, require_only_served_graph(COMPACT.signature), "onnxruntime", path
-        )
+        lowered = lower(result.module, only_served_graph(COMPACT.signature), "onnxruntime", path)
         (batch,) = batches(bench.validation, COMPACT.signature, ROWS)
         arrays = {k: v.numpy() for k, v in batch.inputs.items()}
         scores = Session(path, threads=1).scores(arrays)

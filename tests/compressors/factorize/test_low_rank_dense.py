@@ -28,8 +28,8 @@ from models import (
     TIED,
     Graph,
     Reference,
+    only_served_graph,
     plan_and_apply,
-    require_only_served_graph,
 )
 from narrow_networks import SIGNATURE, ResidualConcatNet
 from reason_codes import codes_of, require_reason
@@ -317,7 +317,7 @@ def test_the_graph_of_factored_layers_has_the_scores_of_its_module(target: Targe
     model = run(LowRankDense(), COMPACT.model(), bench, tmp_path / "0")
     model = run(StaticInt8(), model, bench, tmp_path / "1")
     path = tmp_path / "model.onnx"
-    lowered = lower(model.module, require_only_served_graph(COMPACT.signature), target, path)
+    lowered = lower(model.module, only_served_graph(COMPACT.signature), target, path)
     graph = Graph(model, lowered, COMPACT.signature, path)
     inputs = graph.rows(1500)
     check_parity(graph.run_in_torch(inputs), graph.run_in_onnx(inputs), model.plan, target)

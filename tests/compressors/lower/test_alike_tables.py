@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import Graph, Reference, require_only_served_graph, signature_of
+from models import Graph, Reference, only_served_graph, signature_of
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput
@@ -43,7 +43,7 @@ def test_tables_with_equal_codes_share_one_initializer_and_stay_two_tables(targe
     model.module.second.weight = nn.Parameter(model.module.first.weight.detach().clone())
     packed = run(RowwiseInt8(), model, REFERENCE.bench(tmp_path / "data"), tmp_path / "out")
     path = tmp_path / "model.onnx"
-    lowered = lower(packed.module, require_only_served_graph(REFERENCE.signature), target, path)
+    lowered = lower(packed.module, only_served_graph(REFERENCE.signature), target, path)
     first, second = lowered.tables
     assert first.names == second.names  # of the initializers with codes and scales
     graph = Graph(packed, lowered, REFERENCE.signature, path)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import Reference, require_only_served_graph
+from models import Reference, only_served_graph
 from numpy.typing import NDArray
 from signatures import replace_output
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class SigmoidOfSum(nn.Module):
 def session(module: nn.Module, signature: Signature, target: TargetName, folder: Path) -> Session:
     """Export the target's graph and load it in ONNX Runtime (also graphs for TensorRT)."""
     path = folder / f"{target}.onnx"
-    lower(module, require_only_served_graph(signature), target, path)
+    lower(module, only_served_graph(signature), target, path)
     return Session(path, 1)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from models import require_only_served_graph
+from models import only_served_graph
 from torch import Tensor, nn
 
 from compressors.contracts import DenseInput, IdInput, Output, Signature
@@ -48,12 +48,12 @@ def network() -> GatedNet:
 
 def test_only_layers_whose_outputs_are_not_read_are_unused(network: GatedNet) -> None:
     names = ("used", "ignored", "unused", "out")
-    assert find_unused_layers(network, require_only_served_graph(SIGNATURE), names) == ("unused",)
+    assert find_unused_layers(network, only_served_graph(SIGNATURE), names) == ("unused",)
 
 
 def test_graph_lacks_the_weights_of_unused_layers(network: GatedNet, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    lower(network, require_only_served_graph(SIGNATURE), "onnxruntime", path)
+    lower(network, only_served_graph(SIGNATURE), "onnxruntime", path)
     initializers = onnx.load(path).graph.initializer
     stored = {item.name.removeprefix("model.") for item in initializers}
     assert {"used.weight", "ignored.weight", "out.weight"} <= stored

@@ -24,7 +24,7 @@ from models import (
     build_recipe,
     compress_reference,
     lower_reference,
-    require_only_served_graph,
+    only_served_graph,
 )
 from narrow_networks import DataDependentBranchNet
 from onnx import TensorProto
@@ -278,7 +278,7 @@ def test_unused_table_is_not_reported_and_does_not_stop_lowering(target, tmp_pat
     model = NORMED.model().module
     model.spare = nn.Embedding(3, 4)
     tables = lower(
-        model, require_only_served_graph(NORMED.signature), target, tmp_path / "model.onnx"
+        model, only_served_graph(NORMED.signature), target, tmp_path / "model.onnx"
     ).tables
     assert [table.module for table in tables] == ["user"]
 
@@ -290,7 +290,7 @@ def test_table_whose_attribute_is_named_table_keeps_its_name(tmp_path):
     signature = Signature.model_validate_json(
         NORMED.signature.model_dump_json().replace('"table":"user"', '"table":"user.table"')
     )
-    tables = lower(model, require_only_served_graph(signature), ORT, tmp_path / "model.onnx").tables
+    tables = lower(model, only_served_graph(signature), ORT, tmp_path / "model.onnx").tables
     assert [table.module for table in tables] == ["user.table"]
 
 
@@ -301,7 +301,7 @@ def test_table_whose_attribute_is_named_table_keeps_its_name(tmp_path):
 def test_network_that_branches_on_tensor_values_is_not_lowerable(target, tmp_path):
     path = tmp_path / "model.onnx"
     with raises_code(NotLowerable, "export_failed", target=target) as caught:
-        lower(DataDependentBranchNet(), require_only_served_graph(NORMED.signature), target, path)
+        lower(DataDependentBranchNet(), only_served_graph(NORMED.signature), target, path)
     assert "data-dependent" in caught.value.fields["problem"]
     assert caught.value.__cause__ is not None
     assert not path.exists()
@@ -323,7 +323,7 @@ def test_error_names_the_operator_that_onnx_lacks(tmp_path):
     with raises_code(NotLowerable, "export_failed") as caught:
         lower(
             EigenvalueNet(),
-            require_only_served_graph(NORMED.signature),
+            only_served_graph(NORMED.signature),
             ORT,
             tmp_path / "model.onnx",
         )
@@ -345,7 +345,7 @@ class SqueezeNet(nn.Module):
 
 def test_squeeze_of_dimensions_of_other_sizes_leaves_them(tmp_path):
     torch.manual_seed(0)
-    model, graph = SqueezeNet().eval(), require_only_served_graph(NORMED.signature)
+    model, graph = SqueezeNet().eval(), only_served_graph(NORMED.signature)
     lower(model, graph, ORT, tmp_path / "model.onnx")
     session = Session(tmp_path / "model.onnx", threads=1)
     for rows in (2, 7):
@@ -369,9 +369,7 @@ class LengthNet(nn.Module):
 def test_network_that_fixes_the_number_of_rows_is_not_lowerable(tmp_path):
     # ``lower`` exports a network with TRACE_ROWS rows; this graph would accept only as many.
     with raises_code(NotLowerable, "size_fixed", target=ORT, name="user", axis=0, size=TRACE_ROWS):
-        lower(
-            LengthNet(), require_only_served_graph(NORMED.signature), ORT, tmp_path / "model.onnx"
-        )
+        lower(LengthNet(), only_served_graph(NORMED.signature), ORT, tmp_path / "model.onnx")
 
 
 class UndeclaredBagNet(nn.Module):
@@ -392,9 +390,7 @@ def test_jagged_bag_without_a_declared_longest_list_is_not_lowerable(tmp_path):
     (item,) = (item for item in RANKER.signature.inputs if item.name == "history")
     signature = RANKER.signature.model_copy(update={"inputs": (item,)})
     with raises_code(NotLowerable, "longest_list_unknown"):
-        lower(
-            UndeclaredBagNet(), require_only_served_graph(signature), ORT, tmp_path / "model.onnx"
-        )
+        lower(UndeclaredBagNet(), only_served_graph(signature), ORT, tmp_path / "model.onnx")
 
 
 def test_signature_that_names_a_missing_table_is_refused(tmp_path):
@@ -405,7 +401,7 @@ def test_signature_that_names_a_missing_table_is_refused(tmp_path):
     ):
         lower(
             NORMED.model().module,
-            require_only_served_graph(signature),
+            only_served_graph(signature),
             ORT,
             tmp_path / "model.onnx",
         )
@@ -413,9 +409,7 @@ def test_signature_that_names_a_missing_table_is_refused(tmp_path):
 
 def test_wrap_for_serving_does_not_modify_the_module():
     model = RANKER.model().module.train()
-    wrapper = wrap_for_serving(
-        model, require_only_served_graph(RANKER.signature), RANKER.rows_of_tables()
-    )
+    wrapper = wrap_for_serving(model, only_served_graph(RANKER.signature), RANKER.rows_of_tables())
     assert isinstance(model, Ranker)
     assert isinstance(model.history, nn.EmbeddingBag)
     assert model.training
@@ -428,7 +422,7 @@ def test_lower_does_not_modify_the_module(target, tmp_path):
     model = compress_reference("Normed", INT8_RECIPE).module
     before = {name: (id(module), module.training) for name, module in model.named_modules()}
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    lower(model, require_only_served_graph(NORMED.signature), target, tmp_path / "model.onnx")
+    lower(model, only_served_graph(NORMED.signature), target, tmp_path / "model.onnx")
     after = {name: (id(module), module.training) for name, module in model.named_modules()}
     assert after == before
     torch.testing.assert_close(dict(model.state_dict()), tensors, rtol=0, atol=0)
@@ -457,7 +451,7 @@ def test_split_and_concat_along_different_axes_are_not_removed(tmp_path):
     )
     torch.manual_seed(0)
     model = SplitHeadsNet().eval()
-    lowered = lower(model, require_only_served_graph(signature), ORT, tmp_path / "model.onnx")
+    lowered = lower(model, only_served_graph(signature), ORT, tmp_path / "model.onnx")
     items = torch.randint(20, (9, 3), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = lowered.wrapper(items).numpy()

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import require_only_served_graph
+from models import only_served_graph
 from torch import Tensor, nn
 
 from compressors.contracts import IdInput, Output, SequenceInput, Signature
@@ -112,7 +112,7 @@ def test_graph_has_the_scores_of_the_network_at_every_length(
     kind, settings = CASES[case]
     network = RecurrentNet(kind, **settings).eval()
     path = tmp_path / "model.onnx"
-    lower(network, require_only_served_graph(SIGNATURE), target, path)
+    lower(network, only_served_graph(SIGNATURE), target, path)
     graph = onnx.load(path).graph
     assert {node.op_type for node in graph.node} >= {kind.__name__}
     session = Session(path, threads=1)
@@ -137,7 +137,7 @@ def test_engine_of_recurrent_layers_is_built_for_lists_of_any_length(
     path = tmp_path / "model.onnx"
     lower(
         RecurrentNet(kind, **settings).eval(),
-        require_only_served_graph(SIGNATURE),
+        only_served_graph(SIGNATURE),
         "tensorrt-rtx",
         path,
     )

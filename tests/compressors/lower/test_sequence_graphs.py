@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import Graph, Reference, require_only_served_graph
+from models import Graph, Reference, only_served_graph
 from sequence_draft import CONFIG, TABLES, Padding, signature
 from sequence_network import SequenceNet
 
@@ -43,7 +43,7 @@ def build_graph(recipe: str, target: TargetName, padding: Padding) -> Graph:
     for number, step in enumerate(RECIPES[recipe]):
         model = run(step, model, bench, folder / str(number))
     path = folder / "model.onnx"
-    lowered = lower(model.module, require_only_served_graph(reference.signature), target, path)
+    lowered = lower(model.module, only_served_graph(reference.signature), target, path)
     return Graph(model, lowered, reference.signature, path, target)
 
 

@@ -2,7 +2,8 @@
 
 ``MULTI_TASK`` of ``models.py`` has logits ``click`` and ``like`` and a probability ``buy``. Parity
 is the comparison of a graph's scores with those of the module; its limits are relative to the
-standard deviation of the module's scores.
+standard deviation of the module's scores. A refused row has NaN scores. The wrapper is the torch
+module that is exported: the network, with its logits converted to probabilities.
 """
 
 from dataclasses import replace
@@ -30,7 +31,7 @@ RECIPES = ((), ("rowwise_int8", "fold", "static_int8"), ("rowwise_int4", "float1
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory):
-    """Return the compressed network by recipe, a tuple of names of methods."""
+    """Return the compressed network for each recipe (a tuple of method names)."""
     folder = tmp_path_factory.mktemp("recipes")
     bench, models = MULTI_TASK.bench(folder / "data"), {(): MULTI_TASK.model()}
     for recipe in RECIPES[1:]:
@@ -47,7 +48,7 @@ def compressed(tmp_path_factory):
 def test_graph_has_the_outputs_of_the_signature_with_the_scores_of_the_module(
     recipe, target, compressed, tmp_path
 ):
-    (served_graph,) = served_graphs(MULTI_TASK.signature)
+    (served_graph,) = served_graphs(MULTI_TASK.signature)  # one, since there are no towers
     assert served_graph.outputs == NAMES
     model, path = compressed[recipe], tmp_path / "model.onnx"
     lowered = lower(model.module, served_graph, target, path)
@@ -64,7 +65,7 @@ def test_graph_has_the_outputs_of_the_signature_with_the_scores_of_the_module(
         expected[:, :2] = expected[:, :2].sigmoid()
         # The tolerance is for float32 rounding.
         np.testing.assert_allclose(wrapper_scores, expected.numpy(), atol=1e-6)
-        if rows > 1:  # limits relative to the standard deviation of one score, 0, mean nothing
+        if rows > 1:  # the standard deviation of one score is 0, and limits are relative to it
             check_outputs(wrapper_scores, graph_scores, NAMES, model.plan, target)
 
 

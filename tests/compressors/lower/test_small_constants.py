@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from models import BENCH_ROWS, Reference, require_only_served_graph, write_split
+from models import BENCH_ROWS, Reference, only_served_graph, write_split
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from pairwise import parametrize_pairwise
@@ -86,7 +86,7 @@ def lower_network(eps: float, table_format: str, target: TargetName) -> tuple[Lo
         rows = write_split(SIGNATURE, reference.rows_of_tables(), folder / "data", rows=BENCH_ROWS)
         model = run(step, model, Bench(signature=SIGNATURE, train=rows), folder / "model")
     path = folder / "model.onnx"
-    return lower(model.module, require_only_served_graph(SIGNATURE), target, path), path
+    return lower(model.module, only_served_graph(SIGNATURE), target, path), path
 
 
 def scores(
@@ -156,7 +156,7 @@ def test_log_sigmoid_of_a_large_negative_logit_is_finite_in_the_graph(tmp_path):
     signature = replace_output(SIGNATURE, form="score")
     model = Reference(LogSigmoid, signature, {"eps": 1e-6}).model()
     path = tmp_path / "model.onnx"
-    lowered_graph = lower(model.module, require_only_served_graph(signature), "onnxruntime", path)
+    lowered_graph = lower(model.module, only_served_graph(signature), "onnxruntime", path)
     inputs = generate_inputs(signature, {"user": 12, "items": 40}, 8)
     with torch.no_grad():
         expected = lowered_graph.wrapper(*(inputs[name] for name in input_names(signature))).numpy()
@@ -184,7 +184,7 @@ def build_simplified(
     graph = helper.make_graph(nodes, "g", [x], [y], initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
     ir_model = ir.from_proto(model)
-    simplify(ir_model, lambda _node: None)
+    simplify(ir_model, lambda _node: None)  # None: the optimizer decides what to fold
     return ir.to_proto(ir_model)
 
 

@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 from error_codes import raises_code
-from models import LONGEST, Graph, Reference, require_only_served_graph, run
+from models import LONGEST, Graph, Reference, only_served_graph, run
 from onnx import TensorProto
 from table_codes import STEPS, step_id
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ def lower_step(step_index: int, target: TargetName) -> Graph:
     bench = Bench(signature=REFERENCE.signature)
     model = run(STEPS[step_index], REFERENCE.model(), bench, folder)
     path = folder / "model.onnx"
-    lowered = lower(model.module, require_only_served_graph(REFERENCE.signature), target, path)
+    lowered = lower(model.module, only_served_graph(REFERENCE.signature), target, path)
     return Graph(model, lowered, REFERENCE.signature, path)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from models import LONGEST, Graph, Reference, require_only_served_graph
+from models import LONGEST, Graph, Reference, only_served_graph
 from pairwise import pairwise
 from torch import Tensor, nn
 
@@ -140,9 +140,7 @@ def graph(
     request: pytest.FixtureRequest, network, compressed, tmp_path_factory
 ) -> tuple[Graph, TargetName]:
     path = tmp_path_factory.mktemp("graph") / "model.onnx"
-    lowered = lower(
-        compressed.module, require_only_served_graph(network.signature), request.param, path
-    )
+    lowered = lower(compressed.module, only_served_graph(network.signature), request.param, path)
     return Graph(compressed, lowered, network.signature, path), request.param
 
 
@@ -219,7 +217,7 @@ def test_parity_fails_if_the_scales_of_any_one_table_are_wrong(forms, network, c
         setattr(table, tensor_name, (original.float() * 1.2).to(original.dtype))
         wrapper = wrap_for_serving(
             changed_model.module,
-            require_only_served_graph(network.signature),
+            only_served_graph(network.signature),
             network.rows_of_tables(),
         )
         with torch.no_grad():

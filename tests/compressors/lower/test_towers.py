@@ -1,6 +1,7 @@
 """The two graphs of a retrieval model: vectors, refused rows, and a table that towers share.
 
-A row is refused if one of its ids is outside of its table: the row's vector is NaN.
+A served graph describes one graph to export: its name, inputs and tower. A row is refused if one of
+its ids is outside of its table: the row's vector is NaN.
 """
 
 import functools
@@ -121,7 +122,7 @@ BY_METHOD = Signature.model_validate(
             for name in ("person", "item")
         ],
         "outputs": [{"name": "score", "kind": "retrieval", "form": "score", "metric": "recall@20"}],
-        "group": "person",
+        "group": "person",  # the column that identifies the query
         "item": "item",
         "call": "mapping",
         "towers": {
@@ -204,7 +205,7 @@ def graphs_as_trained() -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("kind", "target"),
     [
-        # One target for each format, in turn, is not marked ``nightly``.
+        # In the default tier, each format has one target, in turn.
         pytest.param(kind, target, marks=() if (index + target_index) % 2 else pytest.mark.nightly)
         for index, kind in enumerate(("rowwise_int8", "rowwise_int4", "float16", "static_int8"))
         for target_index, target in enumerate(TARGETS)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from field_draft import CONFIG, SIGNATURE
 from field_network import FieldsNet
-from models import Graph, Reference, require_only_served_graph
+from models import Graph, Reference, only_served_graph
 
 from compressors.contracts import Signature, TargetName
 from compressors.core.random_inputs import edge_rows, generate_edge_inputs
@@ -43,7 +43,7 @@ def build_graph(recipe: str, target: TargetName) -> Graph:
     for number, step in enumerate(RECIPES[recipe]):
         model = run(step, model, bench, folder / str(number))
     path = folder / "model.onnx"
-    lowered = lower(model.module, require_only_served_graph(FIELDS.signature), target, path)
+    lowered = lower(model.module, only_served_graph(FIELDS.signature), target, path)
     return Graph(model, lowered, FIELDS.signature, path, target)
 
 

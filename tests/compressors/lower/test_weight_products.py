@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from error_codes import raises_code
-from models import Graph, require_only_served_graph
+from models import Graph, only_served_graph
 from onnx import TensorProto, helper
 from weight_readers import LONGEST, READERS
 
@@ -66,7 +66,7 @@ def lower_network(reader: str, recipe: str, target: str) -> Graph:
     path = Path(tempfile.mkdtemp(dir=_SCRATCH.name)) / "model.onnx"
     return Graph(
         model,
-        lower(model.module, require_only_served_graph(signature), target, path),
+        lower(model.module, only_served_graph(signature), target, path),
         signature,
         path,
         target,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mixed_ranges import model_and_bench
-from models import require_only_served_graph
+from models import only_served_graph
 from torch import Tensor, nn
 
 from compressors.contracts import TargetName
@@ -109,7 +109,7 @@ def test_graph_with_channel_scales_has_int8_products_and_the_scores_of_torch(tmp
     result = run(BY_CHANNEL, source, bench, tmp_path / "out")
     path = tmp_path / "graph.onnx"
     name: TargetName = target
-    lower(result.module, require_only_served_graph(bench.signature), name, path)
+    lower(result.module, only_served_graph(bench.signature), name, path)
     (batch,) = batches(bench.calibration, bench.signature, 500, 500)
     inputs = {key: value.numpy() for key, value in batch.inputs.items()}
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import RANKER, require_only_served_graph
+from models import RANKER, only_served_graph
 from torch import Tensor
 
 from compressors.contracts import DenseInput, Output, Signature
@@ -167,7 +167,7 @@ def test_onnxruntime_multiplies_the_largest_inputs_and_weights_exactly(inputs, r
     network = torch.nn.Sequential(packed_int8(layer, torch.tensor(1.0)), torch.nn.Linear(16, 1))
     torch.nn.init.ones_(network[1].weight)
     network = WithInputX(network).eval()
-    lower(network, require_only_served_graph(signature), "onnxruntime", tmp_path / "model.onnx")
+    lower(network, only_served_graph(signature), "onnxruntime", tmp_path / "model.onnx")
     x = torch.ones(rows, inputs)
     with torch.no_grad():
         expected = network(x).numpy()

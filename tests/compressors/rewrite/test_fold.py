@@ -21,7 +21,7 @@ from chained_networks import BLOCK, NORM_FIRST, NormFirst
 from error_codes import HasReason, raises_code
 from hypothesis import given
 from model_scores import float32_rounding, scores_of
-from models import COMPACT, NORMED, Reference, require_only_served_graph
+from models import COMPACT, NORMED, Reference, only_served_graph
 from narrow_networks import SIGNATURE
 from reason_codes import codes_of, require_reason
 from torch import Tensor, nn
@@ -360,7 +360,7 @@ def test_later_steps_run_on_a_folded_network(tmp_path):
 def optimized_graph_of(model: Model, reference: Reference, folder: Path) -> onnx.GraphProto:
     """Lower a model and return the graph that ONNX Runtime executes."""
     path = folder / "model.onnx"
-    lower(model.module, require_only_served_graph(reference.signature), "onnxruntime", path)
+    lower(model.module, only_served_graph(reference.signature), "onnxruntime", path)
     return optimized_graph(path)
 
 
@@ -409,7 +409,7 @@ def test_values_that_depend_on_no_input_are_one_initializer_of_the_graph(tmp_pat
     """The export folds constants, so a runtime does not have to."""
     path = tmp_path / "model.onnx"
     module = Reference(ConstantSoftmaxNet, SIGNATURE).model().module
-    lower(module, require_only_served_graph(SIGNATURE), "onnxruntime", path)
+    lower(module, only_served_graph(SIGNATURE), "onnxruntime", path)
     graph = onnx.load(path).graph
     assert not {"Softmax", "Exp"} & {node.op_type for node in graph.node}
     (product,) = (node for node in graph.node if node.op_type == "Mul")
