@@ -81,7 +81,7 @@ def test_repair_by_a_reader_does_not_complete_an_interrupted_rollback(
 
 
 def test_repeated_rollback_updates_the_triton_repository(
-    home: Path, triton: Path, three_champions: None
+    work_folder: Path, triton: Path, three_champions: None
 ) -> None:
     interrupt_rollback_at("repair")
     assert loaded_version(triton) == ("3", graph_bytes("c"))
@@ -114,7 +114,7 @@ def test_rollback_from_a_named_version_works_after_an_interrupted_rollback(
 
 
 def test_rollback_from_a_version_that_is_not_champion_is_refused(
-    home: Path, three_champions: None
+    work_folder: Path, three_champions: None
 ) -> None:
     with raises_code(PromotionRefused, "other_champion", expected="2", got="version 3"):
         rollback("m", reason="", from_version="2")
@@ -148,7 +148,7 @@ def test_rollback_entry_without_digest_is_completed_if_the_alias_differs(
 
 
 def test_promotion_of_the_champion_completes_an_interrupted_promotion(
-    home: Path, three_champions: None
+    work_folder: Path, three_champions: None
 ) -> None:
     registry().set_alias("m", "champion", "1")
     change = apply_promotion("m", "3", reason="")
@@ -162,10 +162,13 @@ def test_promotion_of_the_champion_completes_an_interrupted_promotion(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SendCommand]:
     """A function that sends a command to ``killed_promotions.py``, which runs for all tests."""
-    home = tmp_path_factory.mktemp("processes")
-    variables = {"RECPRESS_HOME": str(home / "recpress"), "RECPRESS_TRITON": str(home / "triton")}
+    work_folder = tmp_path_factory.mktemp("processes")
+    variables = {
+        "RECPRESS_HOME": str(work_folder / "recpress"),
+        "RECPRESS_TRITON": str(work_folder / "triton"),
+    }
     script = "tests/tasks/killed_promotions.py"
-    with running_child(script, str(home), variables=variables) as send:
+    with running_child(script, str(work_folder), variables=variables) as send:
         yield send
 
 
