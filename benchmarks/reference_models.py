@@ -69,6 +69,9 @@ def build_recipe(student: Mapping[str, object]) -> tuple[Mapping[str, object], .
     )
 
 
+TOWER_TRAINING = {"tables": True, "schedule": "cosine", "patience": 6, "negatives": 2048}
+"""Settings of the training of towers in the recipe of Gowalla."""
+
 MODELS: Mapping[str, ReferenceModel] = {
     "deepfm": ReferenceModel(
         ("examples.frappe", "--model", "deepfm"), "frappe-deepfm", ("auc", "logloss")
@@ -112,6 +115,36 @@ MODELS: Mapping[str, ReferenceModel] = {
         ("examples.movielens_histories", "--model", "sasrec"),
         "ml100k-sasrec",
         ("ndcg@10", "recall@20"),
+    ),
+    "gowalla": ReferenceModel(
+        ("examples.gowalla",),
+        "gowalla-two-tower",
+        ("recall@20", "ndcg@20"),
+        recipe=(
+            {
+                "kind": "distill",
+                "soft_share": 0.5,
+                "student": {"dim": 30},
+                "training": {**TOWER_TRAINING, "epochs": 6, "learning_rate": 0.003},
+            },
+            {
+                "kind": "fine_tune",
+                "training": {**TOWER_TRAINING, "epochs": 2, "learning_rate": 0.001},
+            },
+            {
+                "kind": "table_qat",
+                "bits": 4,
+                "rows_per_scale": 4,
+                "soft_share": 0.5,
+                "training": {
+                    "epochs": 4,
+                    "learning_rate": 0.002,
+                    "schedule": "cosine",
+                    "negatives": 2048,
+                },
+            },
+            {"kind": "static_int8"},
+        ),
     ),
     "mmoe": ReferenceModel(
         ("examples.movielens_tasks",),
