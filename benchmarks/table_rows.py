@@ -1,20 +1,21 @@
-"""How much AUC do fewer table rows, and rows in two formats, lose at equal bytes?
+"""How much AUC is lost by fewer table rows, or rows in two formats, at about equal bytes?
 
 In tables with at least 64 rows of the demo's model (``recpress demo``: DCN-v2 on MovieLens 100K),
 rows are pruned, clustered, merged, or split into frequent ("hot") and rare ("cold") rows with
 different formats (``tiers``). ``drop_tables`` removes whole tables. Prints the bytes of all tables
 as a share of float32, the change of AUC on validation rows, and the share of training lookups whose
-row changes. Bytes and change of AUC are printed before and after the remaining rows are quantized;
-for recipes that only quantize, and for ``tiers``, only after. ``drop_tables`` selects tables by the
-same validation rows, which favors it.
+row changes. Bytes and change of AUC are printed twice: before the remaining rows are quantized (not
+for recipes that only quantize, and for ``tiers``), and after. ``drop_tables`` selects tables by the
+same validation rows, so its AUC is optimistic.
 
 Labels: the number after ``prune_rows`` is the share of kept rows. They are selected by their
 training lookups ("lookups"), their length ("norm"), or the estimated change of the loss without the
 row ("gradient"). A pruned row is replaced by the nearest kept row ("nearest"), the mean of the
 pruned rows ("shared") or zeros. The number after "hot" is the share of hot rows, which
 ``cluster_rows`` does not cluster. "clusters" is the number of clusters as a share of the rows that
-are not hot. "within" is the largest distance of merged rows as a share of the root mean square
-length of the table's rows.
+are not hot. "within" is the largest distance of merged rows, as a multiple of the root mean square
+length of the table's rows. "at no loss" drops as many tables as possible without a decrease of AUC
+on validation rows. "none": no rows are removed.
 
     recpress demo && python -m benchmarks.table_rows
 """

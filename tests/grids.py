@@ -25,6 +25,7 @@ from compressors.quantize.kernels.levels import (
 # 8 leaves a margin.
 SLACK = 8 * 2.0**-24
 
+# The levels of ``Grid(4)`` are -1.5, -0.5, 0.5 and 1.5 times the scale.
 SYMMETRIC = [Grid(255), Grid(15), Grid(4)]
 ASYMMETRIC = [Grid(256, symmetric=False), Grid(16, symmetric=False), Grid(4, symmetric=False)]
 GRIDS = {

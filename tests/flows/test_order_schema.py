@@ -1,9 +1,16 @@
 """The JSON schema that Prefect checks on submission and the class ``Order`` refuse the same orders.
 
-The tests use the validator that Prefect's server uses when a run is created. There are exceptions:
-only the schema refuses teachers that no step uses. And it may accept orders that the class refuses,
-since it compares batch sizes only with ``BATCH_THRESHOLDS`` and label rates only with
-``RATE_THRESHOLDS``, and has rules for the position of 'recalibrate' only in the first 24 steps.
+The tests use the validator that Prefect's server uses when a run is created. There are two kinds of
+exceptions. Only the schema refuses teachers that no step uses. Only the class refuses some orders,
+because a JSON schema cannot compare two fields: the schema compares batch sizes and label rates
+with fixed thresholds (``BATCH_THRESHOLDS``, ``RATE_THRESHOLDS``), and checks the position of
+'recalibrate' only in the first 24 steps.
+
+``rules`` are limits for the data: the least number of rows of a split, and the range of the share
+of positive labels (``label_rate``). ``soft_share`` is the weight of the teachers' predictions in
+the loss; labels have the rest. A score change is a metric of the difference between compressed and
+baseline scores, so its limit has no reference. A preset is a list of choices; each has options, and
+each option is a group of steps (``flows/presets.py``).
 
 In names of cases, "traffic" are training rows without labels, and "nulls of the form" are the null
 values that the form submits for optional fields without a value. With "auxiliary", an auxiliary
@@ -162,12 +169,16 @@ INVALID: dict[str, dict[str, Any]] = {
     "channels with teachers, without training": custom_order(
         {"kind": "channels", "soft_share": 0.5}
     ),
-    "lookups by norm": custom_order({"kind": "prune_rows", "min_lookups": 2, "importance": "norm"}),
+    "min_lookups with importance norm": custom_order(
+        {"kind": "prune_rows", "min_lookups": 2, "importance": "norm"}
+    ),
     "traffic with a loss on labels": custom_order({"kind": "distill", "rows": "traffic"}),
     "auxiliary without labels": custom_order(
         {"kind": "distill", "auxiliary": "a", "soft_share": 1}
     ),
-    "temperature of margin": custom_order({"kind": "distill", "loss": "margin", "temperature": 2}),
+    "temperature with the margin loss": custom_order(
+        {"kind": "distill", "loss": "margin", "temperature": 2}
+    ),
     "distill without trained tensors": custom_order({"kind": "distill", "dense": False}),
     "student without dense": custom_order(
         {"kind": "distill", "dense": False, "training": {"tables": True}, "student": {"hidden": 4}}

@@ -3,7 +3,11 @@
 The service ``setup`` creates buckets, work pools and deployments, and ends. All others are
 permanent. Of a ``Service``, ``starts_after`` has the services that must be started before it, each
 with the required condition, and ``one_shot`` says that it ends by itself. ``client`` are
-environment variables for programs that use the services.
+environment variables for programs that use the services. ``files``: the contents of files that
+services read, by path; here only the S3 server's list of access keys.
+
+A run is lost if it sends no heartbeats; the server then sets it to CRASHED. A run is killed if its
+worker reports that its process was killed or aborted.
 """
 
 import json
@@ -264,7 +268,9 @@ def test_lost_run_crashes_within_3_minutes_and_starts_at_most_3_times() -> None:
         assert {"prefect.resource.id": f"prefect.tag.{item['tags'][0]}"} == (
             crash_lost["trigger"]["match_related"]
         )
-    assert crash["state"] == "CRASHED"  # this state releases the slot of the pool
+    assert (
+        crash["state"] == "CRASHED"
+    )  # then the work pool, which allows one run at a time, starts the next
     assert "3 times" in crash["message"]
     for item in (restart_lost, restart_killed):
         assert item["trigger"]["match"]["prefect.run-count"] == ["1", "2"]
@@ -298,7 +304,7 @@ def test_only_runs_with_a_killed_process_match_the_restart_automation(
     assert any(fnmatch(message, pattern) for pattern in patterns) == is_restarted
 
 
-def test_worker_key_may_use_only_the_two_buckets(services: Services) -> None:
+def test_s3_key_of_the_workers_may_use_only_the_two_buckets(services: Services) -> None:
     (text,) = services.files.values()
     identities = {item["name"]: item for item in json.loads(text)["identities"]}
     assert identities["setup"]["actions"] == ["Admin"]

@@ -1,10 +1,10 @@
 """Removal of temporary files: files of killed processes are removed, others are kept.
 
-The name of a temporary file contains machine, PID and start time of the process that writes it.
-Arguments of ``open_writer`` are the folder of the result, the job (any value that determines the
-content), and path and size of a file.
-``EARLIER_SIBLINGS`` is the pattern of names that version 0.1.0 gave to temporary folders next to
-their results.
+The name of a temporary file contains machine, PID and start time of the process that writes it
+(``generate_owned_name``). Arguments of ``open_writer`` are the folder of the result, the job (any
+value that determines the content), and path and size of the large file. ``write`` receives the name
+of a block, and its pieces as offset and bytes. ``EARLIER_SIBLINGS`` is the pattern of names that
+version 0.1.0 gave to temporary folders next to their results.
 """
 
 import os
@@ -30,7 +30,7 @@ from infra.store.temporary import (
     scratch_folder,
 )
 
-# Instead of the pattern of names that version 0.1.0 gave to temporary files: matches nothing.
+# Matches nothing; for folders without names that version 0.1.0 gave to temporary files.
 NO_EARLIER_NAMES = re.compile(r"(?!)")
 ROOT = Path(__file__).parents[2]
 

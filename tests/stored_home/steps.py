@@ -2,8 +2,11 @@
 
 ``RECIPES`` are JSON values as in an order file, so that a step's class can be renamed without a
 change here. Their settings cover all layouts of stored tensors: code widths, scale types, offsets,
-rows per scale, block sizes and codebook types. Never reuse a name, and never change an entry that a
-fixture contains. A home is the folder with everything that recpress stores (``RECPRESS_HOME``).
+rows per scale, block sizes and codebook types. ``docs/methods/`` explains the settings. With
+``codebook_share`` 1, ``most_loss`` 1, one of ``draws`` and ``repeats``, and few ``refine`` and
+``rounds``, the methods apply to these small tables and are fast; these settings change no layout.
+Never reuse a name, and never change an entry that a fixture contains. A home is the folder with
+everything that recpress stores (``RECPRESS_HOME``).
 """
 
 from typing import Any

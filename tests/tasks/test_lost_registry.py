@@ -2,7 +2,9 @@
 
 The ledger, the list of a model's promotions and rollbacks, is in the object store, so it remains if
 the registry is lost. ``fill("ab", "a")`` publishes the orders "aaa..." and "bbb..." as versions 1
-and 2, and promotes the first (``conftest.py``).
+and 2, and promotes the first (``conftest.py``). ``repair`` sets the registry's alias and the Triton
+repository to what the ledger says; ``export`` writes the champion to a Triton repository (None:
+that of the settings).
 """
 
 import shutil

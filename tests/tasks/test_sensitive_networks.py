@@ -76,6 +76,8 @@ def rows() -> dict[str, Tensor]:
 def test_graph_that_differs_by_more_than_the_tolerance_of_int8_is_accepted(
     lowered: tuple[Lowered, Path], rows: dict[str, Tensor]
 ) -> None:
+    # ``check_parity`` applies the usual tolerance, ``check.parity`` a larger one if rounding errors
+    # explain the difference.
     check = create_check(*lowered)
     expected, actual = check.scores(rows, "the data")
     with raises_code(ParityLost, "parity_limit"):

@@ -1,4 +1,7 @@
-"""The protocol of a serving target's lowering, and the tolerances of its parity check."""
+"""The protocol of a serving target's lowering, and the tolerances of its parity check.
+
+The parity check compares the scores of the exported graph with those of the torch module.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -30,7 +33,7 @@ FLOAT_ROUNDING = Tolerance(root_mean_square=1e-4, largest=1e-3, quantile_90=2e-4
 """Tolerance of graphs without int8 or float8 arithmetic, which differ only by float32 rounding."""
 
 FLOAT32_ERROR = 2.0**-21
-"""Error of a sum in float32, relative to its absolute value: some units of the last bit."""
+"""Error of a sum in float32, relative to its absolute value: four times the epsilon of float32."""
 FLOAT16_ERROR = 2.0**-11
 """Error of rounding to float16, relative to the value."""
 BFLOAT16_ERROR = 2.0**-8
@@ -76,7 +79,7 @@ class LoweringTarget(Protocol):
         """Return the limits of the parity check for a model with this plan."""
 
     def rounding_error(self, plan: Plan | None) -> float:
-        """Return the error of a layer's output by rounding, relative to its absolute value.
+        """Return the rounding error of a layer's output, as a share of the output's absolute value.
 
         Args:
             plan: the compression plan, since layers of some formats run in another precision.

@@ -3,14 +3,14 @@
 E4M3 numbers have 4 significant bits from 2^-6 to 448. Below 2^-6 they are evenly spaced by 2^-9, so
 without a scale, a table whose weights are around 0.01 would have only a dozen values. The scale
 maps the largest weight of a row to 448. A weight then has 4 significant bits down to 1/28,672 of
-its row's largest weight. In int8, weights near the largest one have more significant bits, and
-weights below a fourteenth of it have fewer. The floats are stored as bytes, because neither torch
+its row's largest weight. Compared with int8, weights near the largest one are less precise, and
+weights below a fourteenth of it more precise. The floats are stored as bytes, because neither torch
 nor ONNX gathers or compares 8-bit floats. A table of ``rows x dim`` takes ``rows * (dim + 2)``
 bytes with a float16 scale per row.
 
 Format: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433 (E4M3 without infinities).
-Differs: a scale per row instead of one per tensor. No weight is clipped: a narrower range would
-not make the levels of an 8-bit float finer, because they are not evenly spaced.
+Differs: a scale per row instead of one per tensor. No weight is clipped: the
+precision of a float is relative to its value, so a smaller range does not make it finer.
 """
 
 from collections.abc import Mapping
@@ -31,14 +31,14 @@ LARGEST = 448
 """The largest E4M3 number."""
 
 LEVELS = 2 * LARGEST + 1
-"""Number of levels of the evenly spaced grid that fits the scales: -448 to 448 times a scale."""
+"""Scales are computed as for integers from -448 to 448, so that a row's largest weight is 448."""
 
 
 def encode(table: Tensor, scale: Tensor, rows_per_scale: int = 1) -> Tensor:
     """Encode a table as the bits of the nearest 8-bit floats, uint8 ``(rows, dim)``.
 
     Args:
-        table: float, ``(rows, dim)``; the first row begins a group of rows with one scale.
+        table: float, ``(rows, dim)``; its first row is the first of the rows that share a scale.
         scale: the stored scales, ``(number of scales, 1)``.
         rows_per_scale: number of rows that share a scale; 0: all rows of the table.
     """
@@ -130,7 +130,7 @@ class Float8E4M3(StepSettings):
 
     @property
     def grid(self) -> Grid:
-        """The grid that fits the scales; its levels are not those of 8-bit floats."""
+        """The grid from which scales are computed; its levels are not those of 8-bit floats."""
         return Grid(LEVELS, scale=self.scale, rows_per_scale=self.rows_per_scale)
 
     def settings(self) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """The contract of every step in ``compressors.core.registries``, checked on reference networks.
 
 Each method runs once per reference network (``cached_run``) and many tests check the result. The
-end of the file has tests of single methods that need the runner.
+end of the file has tests of single methods that need the runner ``run``, which plans and applies a
+step, checks the result and stores it.
 
 ``models`` lists the methods. ``ALONE`` are those that change an uncompressed network; ``NOT_ALONE``
 are the others. By what they change, ``FORMATS`` store units in another format, and ``VALUES``
 change values and keep the format. ``SEARCHES`` choose the units that they change by values and
-data, so a test cannot select the units by their rows. A record (``network.modules``) describes how
-a module that is not as in the class is stored; a record of kind "norm" is of a folded norm.
+data, so the setting ``min_rows`` does not decide alone. ``result.network`` describes how the model
+is stored: ``modules`` has a record for each module that differs from how its class creates it (the
+kind "norm" is a folded norm), and ``ties`` the names of tensors that are stored under another name.
 
 The networks are also in ``models``. ``RANKER`` has the tables ``user`` (40 rows), ``item`` (300)
 and ``city`` (9) and the bags ``genres``, ``history`` and ``tags``. Its dense layers are ``cross``,
@@ -101,8 +103,8 @@ CLOSE_FORMATS = tuple(
 )
 
 
-# References with a config argument that is only a layer's width, which ``Channels`` can change. In
-# the others it is also the dimension of a table.
+# References with a constructor argument that sets only the width of a layer, so that ``Channels``
+# can change it. In the others, the argument also sets the dimension of a table.
 WITH_WIDTHS = (RANKER, NORMED)
 
 
@@ -121,11 +123,11 @@ def format_of(step: Step) -> str:
     )
 
 
-# References of the methods that have nothing to compress on some of them.
+# The references of each method that has something to compress on only some of them.
 REFERENCES_OF: dict[type[Step], tuple[Reference, ...]] = {
     Channels: WITH_WIDTHS,
     Fold: (NORMED,),
-    # Both export the network, which takes three times as long for the ranker.
+    # These two steps export the network, which takes three times as long for RANKER.
     Equalize: (COMPACT, RANKER),
     SmoothQuant: (COMPACT, RANKER, NORMED),
     LowRankDense: (RANKER, ATTENTION, NORMED),

@@ -1,4 +1,4 @@
-"""Graphs of tables with codebooks for both targets: equal scores, and codes that stay packed.
+"""Graphs of tables with codebooks for ONNX Runtime and TensorRT-RTX: scores, and packed codes.
 
 ``STEPS`` (``tests/table_codes.py``) has steps of each codebook format, with codes of 2, 4 and 8
 bits, which is their width. The audit checks that an optimized graph looks up codes, and does not
@@ -76,7 +76,7 @@ REFERENCE = Reference(
 TESTED_STEPS = (0, 2, 4, 5, 8)
 # Graphs for TensorRT depend on the width of codes. Those for ONNX Runtime do not, so all but one of
 # them are marked ``nightly``.
-FOR_ONNXRUNTIME = (2,)
+ONNXRUNTIME_IN_DEFAULT_TIER = (2,)
 
 
 def cases(target: TargetName) -> list[Any]:
@@ -85,7 +85,9 @@ def cases(target: TargetName) -> list[Any]:
         pytest.param(
             step_index,
             id=step_id(STEPS[step_index]),
-            marks=() if target == RTX or step_index in FOR_ONNXRUNTIME else pytest.mark.nightly,
+            marks=()
+            if target == RTX or step_index in ONNXRUNTIME_IN_DEFAULT_TIER
+            else pytest.mark.nightly,
         )
         for step_index in TESTED_STEPS
     ]
@@ -116,43 +118,44 @@ def lower_step(step_index: int, target: TargetName) -> Graph:
 
 @each_graph
 def test_graph_of_codebook_tables_has_the_scores_of_torch(step_index, target):
-    lowered = lower_step(step_index, target)
+    compressed = lower_step(step_index, target)
     for count in (1, 400):
-        inputs = lowered.rows(count)
-        expected, actual = lowered.run_in_torch(inputs), lowered.run_in_onnx(inputs)
+        inputs = compressed.rows(count)
+        expected, actual = compressed.run_in_torch(inputs), compressed.run_in_onnx(inputs)
         # Looked-up entries are exact on every target; only sums after the tables are rounded.
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
     # The scores of the 400 rows; one row has no standard deviation, to which the limit is relative.
-    check_parity(expected, actual, lowered.model.plan, target)
+    check_parity(expected, actual, compressed.model.plan, target)
 
 
 @each_graph
 def test_codebook_tables_in_graphs_take_the_bytes_of_the_plan(step_index, target):
-    lowered = lower_step(step_index, target)
-    initializers = {item.name: item for item in onnx.load(lowered.path).graph.initializer}
+    compressed = lower_step(step_index, target)
+    initializers = {item.name: item for item in onnx.load(compressed.path).graph.initializer}
     compressed_tables = [
-        table for table in lowered.lowered.tables if table.format == STEPS[step_index].kind
+        table for table in compressed.lowered.tables if table.format == STEPS[step_index].kind
     ]
-    lines = lowered.model.plan.lines
+    lines = compressed.model.plan.lines
     assert [t.module for t in compressed_tables] == [
         n.module for n in lines if n.format == STEPS[step_index].kind
     ]
     assert "item" in {table.module for table in compressed_tables}
     for table in compressed_tables:
         size = sum(len(initializers[name].raw_data) for name in table.names)
-        assert size == lowered.model.plan.of(table.module).bytes_after
+        assert size == compressed.model.plan.of(table.module).bytes_after
         (codebook,) = (name for name in table.names if name.endswith(".codebook"))
         assert table.entries(codebook) is None  # a codebook belongs to the whole table
+        # ``entries``: the first dimension of a tensor with an entry per row or group of rows.
         for name in table.names:
             assert table.entries(name) in {None, initializers[name].dims[0]}
 
 
 @each_graph_for_onnxruntime
 def test_codes_in_onnxruntime_are_gathered_before_they_are_unpacked(step_index):
-    lowered = lower_step(step_index, ORT)
-    optimized = optimized_graph(lowered.path)
-    result = audit(optimized, lowered.model.plan, lowered.lowered.tables)
-    compressed_tables = [table for table in lowered.lowered.tables if table.format != "float32"]
+    compressed = lower_step(step_index, ORT)
+    optimized = optimized_graph(compressed.path)
+    result = audit(optimized, compressed.model.plan, compressed.lowered.tables)
+    compressed_tables = [table for table in compressed.lowered.tables if table.format != "float32"]
     assert result.packed_tables == len(compressed_tables)
     for table in compressed_tables:
         for name in table.names:
@@ -161,15 +164,15 @@ def test_codes_in_onnxruntime_are_gathered_before_they_are_unpacked(step_index):
 
 @each_graph_for_tensorrt
 def test_codes_for_tensorrt_are_signed_and_dequantized_with_scale_1(step_index):
-    step, lowered = STEPS[step_index], lower_step(step_index, RTX)
-    graph = onnx.load(lowered.path).graph
+    step, compressed = STEPS[step_index], lower_step(step_index, RTX)
+    graph = onnx.load(compressed.path).graph
     initializers = {item.name: item for item in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
-    for table in lowered.lowered.tables:
+    for table in compressed.lowered.tables:
         if table.format == "float32":
             continue
         (codes,) = (name for name in table.names if name.endswith(".codes"))
-        module = lowered.model.module.get_submodule(table.module)
+        module = compressed.model.module.get_submodule(table.module)
         table_module = getattr(module, "table", module)
         bits = step.storage.width(table_module.rows, table_module.dim, step.settings())
         # An int4 holds two codes of 2 bits, because TensorRT has no smaller type.
@@ -188,15 +191,17 @@ def test_codes_for_tensorrt_are_signed_and_dequantized_with_scale_1(step_index):
 
 
 def test_audit_rejects_codes_that_are_unpacked_before_the_gather():
-    lowered = lower_step(STEPS.index(ProductCodes(parts=3, bits=4, codebook_type="float16")), ORT)
-    graph = optimized_graph(lowered.path)
-    (table,) = (t for t in lowered.lowered.tables if t.module == "item")
+    compressed = lower_step(
+        STEPS.index(ProductCodes(parts=3, bits=4, codebook_type="float16")), ORT
+    )
+    graph = optimized_graph(compressed.path)
+    (table,) = (t for t in compressed.lowered.tables if t.module == "item")
     (name,) = (name for name in table.names if name.endswith(".codes"))
     (reader,) = (node for node in graph.node if name in node.input)
     graph.node.insert(0, onnx.helper.make_node("Cast", [name], ["wide"], to=TensorProto.INT32))
     reader.input[0] = "wide"
     with raises_code(AuditFailed, "graph_not_as_ordered") as caught:
-        audit(graph, lowered.model.plan, lowered.lowered.tables)
+        audit(graph, compressed.model.plan, compressed.lowered.tables)
     assert (
         "table 'model.item.codes' is widened (Cast) before its Gather"
         in caught.value.fields["faults"]

@@ -63,7 +63,8 @@ def test_reconstruction_reduces_the_change_of_scores_by_30_percent(reference, im
             distances[reconstruct_weights] = float(
                 (result.module(**rows.inputs).reshape(-1) - expected).norm()
             )
-    # In these small networks, half of the channels explain most outputs of the other half.
+    # In these small networks, the outputs of the removed half can mostly be predicted from those of
+    # the kept half.
     assert distances[True] < 0.7 * distances[False]
 
 
@@ -76,13 +77,14 @@ def test_reconstruct_adds_the_weights_of_removed_duplicate_channels(tmp_path):
         source.module.hidden.bias[8:] = source.module.hidden.bias[:8]
     width = find_widths(source)[0]["width"]
     traces = trace(source.module, SIGNATURE, {"user": 30}, width)
-    # The first of the possible assignments of channels to groups: here, one channel per group.
+    # A group is a set of channels that are removed together, such as an attention head. The first
+    # possible assignment of channels to groups has one channel per group here.
     consumers = find_consumers(width, traces, next(channel_layouts(width)))
-    cut = WidthCut(width, consumers, count=8)
+    cut = WidthCut(width, consumers, count=8)  # keeps 8
     kept_channels = {"hidden": torch.arange(16) < 8}
     # ``private`` returns a copy of the module tree, so that ``source`` keeps its channels.
     narrow, _ = remove_channels(source.private(), SIGNATURE, [cut], kept_channels)
-    # ``outputs`` has the remaining outputs of layers that lost some; ``out`` lost only inputs.
+    # ``outputs``: the kept outputs of refitted layers that lost some; ``out`` lost only inputs.
     reconstruct(narrow.module, source.module, bench, layers=["out"], outputs={}, rows=1000)
     summed_weights = source.module.out.weight[:, :8] + source.module.out.weight[:, 8:]
     # The damping is a thousandth of the mean square of the inputs, which affects small inputs.
