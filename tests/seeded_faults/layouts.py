@@ -49,11 +49,11 @@ FAULTS = (
         id="kernel-int4-zero-shifted",
         file="compressors/quantize/kernels/numba_kernels.py",
         old="    count, dim = rows.shape\n    is_float16 = scale_16.size > 0\n"
-        "    low = -top if symmetric else ZERO\n"
+        "    bottom = -top if symmetric else ZERO\n"
         "    shift = np.uint64(8) if symmetric else np.uint64(0)\n"
         "    row_codes = np.zeros((1, dim + 1), np.uint8)\n    smallest",
         new="    count, dim = rows.shape\n    is_float16 = scale_16.size > 0\n"
-        "    low = -top if symmetric else ZERO\n"
+        "    bottom = -top if symmetric else ZERO\n"
         "    shift = np.uint64(7) if symmetric else np.uint64(0)\n"
         "    row_codes = np.zeros((1, dim + 1), np.uint8)\n    smallest",
         effect="Compiled int4 codes are one level too low.",
