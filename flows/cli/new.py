@@ -4,8 +4,9 @@ A draft is the folder that becomes a bundle when it is packed.
 """
 
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -13,7 +14,18 @@ from flows.cli.console import write, write_line, write_table
 from flows.cli.options import Json
 
 if TYPE_CHECKING:
+    from tasks.bundles.draft_request import Library
     from tasks.bundles.new_draft import NewDraft
+
+
+class ModelSource(StrEnum):
+    """The values of ``--from``."""
+
+    TORCH_RECHUB = "torch-rechub"
+    DEEPCTR_TORCH = "deepctr-torch"
+    RECBOLE = "recbole"
+    SENTENCE_TRANSFORMERS = "sentence-transformers"
+
 
 MAX_LISTED_COLUMNS = 10
 """Most columns that the command lists when it prompts for the label's column."""
@@ -66,9 +78,21 @@ def new(
             metavar="ARGUMENT=COLUMNS",
         ),
     ] = None,
+    source: Annotated[
+        ModelSource | None,
+        typer.Option(
+            "--from",
+            help="Library of the network; a network of another class is refused. recbole: scores "
+            "are those of predict. sentence-transformers: --model is the folder of the model.",
+        ),
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="Method of the network that returns the scores of rows.")
-    ] = "forward",
+        str | None,
+        typer.Option(
+            help="Method of the network that returns the scores of rows (default: forward; with "
+            "--from recbole predict)."
+        ),
+    ] = None,
     query_tower: Annotated[
         str | None,
         typer.Option(
@@ -115,9 +139,18 @@ def new(
     as_json: Json = False,
 ) -> None:
     """Write the draft of a bundle from a trained network and its data."""
+    from compressors.contracts import FORWARD
+    from infra.errors import CommandRefused
     from tasks.bundles.draft_request import DraftRequest, label_candidates, read_rows
     from tasks.bundles.new_draft import new_draft
 
+    library: Library | None = None
+    if source is ModelSource.SENTENCE_TRANSFORMERS:
+        if model is None or sentence_transformer is not None:
+            raise CommandRefused("from_needs_model", source=source.value)
+        sentence_transformer, model = Path(model), None
+    elif source is not None:
+        library = cast("Library", source.value)
     rows = None
     labels = _parse_pairs("--label", label or [], key_is_optional=True)
     is_retrieval = query_tower is not None or sentence_transformer is not None
@@ -139,7 +172,8 @@ def new(
             argument: tuple(names.split(","))
             for argument, names in _parse_pairs("--input", columns or []).items()
         },
-        method=method,
+        library=library,
+        method=method or ("predict" if library == "recbole" else FORWARD),
         query_tower=query_tower,
         item_tower=item_tower,
         item=item,

@@ -17,6 +17,8 @@ class CommandRefused(Refused):
     sentences: ClassVar = {
         "model_missing": "Name a model: recpress compress NAME --limit 'auc vs baseline >= "
         "-0.002'.",
+        "from_needs_model": "--from {source} needs the folder of the model as --model, and no "
+        "--sentence-transformer.",
         "order_and_options": "Give either --order FILE or a model with options, not both.",
         "order_unreadable": "{path} cannot be read: {problem}. Name a readable file.",
         "order_not_utf8": "{path} cannot be read as UTF-8 text: {problem}.",

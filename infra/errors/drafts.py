@@ -37,6 +37,8 @@ class DraftRefused(Refused):
         "read_not_stored": "Expected numbers, texts, lists, dictionaries or classes wherever the "
         "constructor of the network reads from its arguments; got a {kind} from {place}, and "
         "without it the error {problem}. Let the constructor read plain values only.",
+        "library_differs": "Expected a network of {library}, whose classes are in the package "
+        "{package}; got {got}. Leave --from out.",
         "weights_unfit": "The weights in {path} do not fit {architecture}: {problem}",
         "config_no_json": "Expected a JSON object as --config, got {problem}.",
         "folder_not_empty": "Expected a new or empty folder for the draft, got {folder}, which has "

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 from pydantic import Field
 
@@ -25,6 +25,13 @@ SPLITS: tuple[str, ...] = get_args(SplitName)
 """The splits that are looked for in a data folder."""
 
 
+Library = Literal["torch-rechub", "deepctr-torch", "recbole"]
+LIBRARY_PACKAGES: Mapping[Library, str] = MappingProxyType(
+    {"torch-rechub": "torch_rechub", "deepctr-torch": "deepctr_torch", "recbole": "recbole"}
+)
+"""The Python package of each library."""
+
+
 class DraftRequest(Frozen):
     """The user's description of a trained network.
 
@@ -38,6 +45,7 @@ class DraftRequest(Frozen):
         group: column that identifies the group of a row, such as its query or user.
         time: column with the time of a row.
         inputs: columns by argument of the network, for arguments with other names than the columns.
+        library: the library of the network's class; another class is refused. None: any class.
         method: the method of the network that returns the outputs.
         query_tower: attribute path of the query tower, a submodule or method, of a retrieval model.
         item_tower: attribute path of its item tower.
@@ -60,6 +68,7 @@ class DraftRequest(Frozen):
     group: str | None = None
     time: str | None = None
     inputs: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    library: Library | None = None
     method: str = FORWARD
     query_tower: str | None = None
     item_tower: str | None = None
@@ -156,7 +165,7 @@ def sample_of(summaries: Mapping[str, ColumnSummary]) -> dict[str, SampleColumn]
 
 SOURCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "--model": ("--weights", "--config", "--method", "--query-tower", "--item-tower"),
+        "--model": ("--from", "--weights", "--config", "--method", "--query-tower", "--item-tower"),
         "--onnx": (),
         "--sentence-transformer": ("--query-text", "--item-text"),
     }
@@ -174,6 +183,7 @@ def require_one_source(request: DraftRequest) -> None:
         "--model": request.model is not None,
         "--onnx": request.onnx is not None,
         "--sentence-transformer": request.sentence_transformer is not None,
+        "--from": request.library is not None,
         "--weights": request.weights is not None,
         "--config": request.config != "{}",
         "--method": request.method != FORWARD,

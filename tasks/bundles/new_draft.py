@@ -51,7 +51,9 @@ from infra.settings import load_settings
 from infra.store.disk import translate_input_errors
 from infra.store.temporary import scratch_folder
 from tasks.bundles.draft_request import (
+    LIBRARY_PACKAGES,
     DraftRequest,
+    Library,
     RowsOfData,
     catalogue_file,
     read_rows,
@@ -219,11 +221,24 @@ def _load_network(request: DraftRequest) -> tuple[nn.Module, Architecture]:
         return load_onnx(Path(request.source))
     allowed = load_settings().allowed_modules
     if request.weights is not None:
-        return _build_with_weights(request.model, request.config, request.weights)
+        module, architecture = _build_with_weights(request.model, request.config, request.weights)
+        _require_library(module, request.library)
+        return module, architecture
     module, calls = import_network(request.model, allowed)
+    _require_library(module, request.library)
     architecture = describe_architecture(module, calls)
     import_architecture(architecture)  # raises if the class is in a module that is not allowed
     return module, architecture
+
+
+def _require_library(module: nn.Module, library: Library | None) -> None:
+    """Raise ``DraftRefused`` unless the network's class, or a base class, is of the library."""
+    if library is None:
+        return
+    package = LIBRARY_PACKAGES[library]
+    if all(base.__module__.partition(".")[0] != package for base in type(module).__mro__):
+        got = class_path(type(module))
+        raise DraftRefused("library_differs", library=library, package=package, got=got)
 
 
 def _build_with_weights(

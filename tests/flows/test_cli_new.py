@@ -93,6 +93,9 @@ def test_new_without_a_label_and_a_terminal_exits_with_code_2(arguments, monkeyp
         ["--label", "click", "--name", "Two Words"],
         ["--label", "click", "--metric", "gauc"],
         ["--label", "click", "--item", "item"],  # the id column of a retrieval model's items
+        ["--label", "click", "--from", "recbole"],
+        ["--label", "click", "--from", "keras"],
+        ["--from", "sentence-transformers"],  # then --model is a folder
     ],
     ids=[
         "label twice",
@@ -102,6 +105,9 @@ def test_new_without_a_label_and_a_terminal_exits_with_code_2(arguments, monkeyp
         "name",
         "metric without a group",
         "item without towers",
+        "class of no library",
+        "unknown library",
+        "no folder of an encoder",
     ],
 )
 def test_new_with_unusable_options_exits_with_code_2_and_writes_nothing(
@@ -110,3 +116,29 @@ def test_new_with_unusable_options_exits_with_code_2_and_writes_nothing(
     code, out = run_main(monkeypatch, capsys, *arguments, *options)
     assert (code, "Traceback" in out) == (2, False), out
     assert not Path(arguments[1]).exists()
+
+
+def test_from_sentence_transformers_is_the_option_for_encoders(tmp_path, monkeypatch, capsys):
+    """Both commands fail with the same message: an encoder has towers, and the data no items."""
+    monkeypatch.setenv("RECPRESS_HOME", str(tmp_path / "home"))
+    data, folder = write_shop_data(tmp_path / "data"), tmp_path / "encoder"
+    folder.mkdir()
+    command = ["new", str(tmp_path / "new"), "--data", str(data)]
+    results = [
+        run_main(monkeypatch, capsys, *command, *options)
+        for options in (
+            ["--sentence-transformer", str(folder)],
+            ["--from", "sentence-transformers", "--model", str(folder)],
+        )
+    ]
+    assert results[0] == results[1]
+    assert results[0][0] == 2
+    assert "because the model has towers" in results[0][1]
+
+
+def test_from_sentence_transformers_without_a_folder_exits_with_code_2(
+    tmp_path, monkeypatch, capsys
+):
+    options = ["--from", "sentence-transformers", "--data", str(tmp_path)]
+    code, out = run_main(monkeypatch, capsys, "new", str(tmp_path / "new"), *options)
+    assert (code, "--model" in out) == (2, True), out

@@ -69,9 +69,29 @@ def derive_and_pack(
         model=f"library_models:{name}",
         data=data,
         labels=dict(zip(labels, labels, strict=True)),
+        library="deepctr-torch" if name in DEEPCTR else "torch-rechub",
     )
     written = new_draft(request)
     return written.draft.signature, pack(work_folder / name)
+
+
+def test_model_of_another_library_than_the_named_one_is_refused(
+    work_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(LIBRARIES))
+    monkeypatch.setenv("RECPRESS_ALLOWED_MODULES", "library_models,torch_rechub,deepctr_torch")
+    monkeypatch.delitem(sys.modules, "library_models", raising=False)
+    request = DraftRequest(
+        folder=work_folder / "draft",
+        model="library_models:deep_fm",
+        data=data,
+        labels={"click": "click"},
+        library="deepctr-torch",
+    )
+    got = "torch_rechub.models.ranking.deepfm:DeepFM"
+    with raises_code(DraftRefused, "library_differs", package="deepctr_torch", got=got):
+        new_draft(request)
+    assert not (work_folder / "draft").exists()
 
 
 @pytest.mark.parametrize("name", RECHUB)
@@ -180,6 +200,7 @@ def recbole_request(work_folder: Path, data: Path, name: str, method: str) -> Dr
         method=method,
         data=data,
         labels={"click": "label"},
+        library="recbole",
     )
 
 
