@@ -122,7 +122,7 @@ FAULTS = (
         old="    if outcome != report.outcome:\n",
         new="    outcome = report.outcome\n    if not outcome:\n",
         effect="A report that was modified to 'accepted' is promoted.",
-        tests=(f"{LOST}::test_report_that_contradicts_itself_is_not_promoted",),
+        tests=(f"{LOST}::test_report_whose_outcome_contradicts_its_verdicts_is_not_promoted",),
     ),
     Fault(
         id="acceptance-judgements-not-computed-again",

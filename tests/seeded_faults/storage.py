@@ -86,7 +86,9 @@ FAULTS = (
         old='        if artifact.uri != f"artifacts/{artifact.sha256}":\n',
         new='        if not artifact.uri.startswith("artifacts/"):\n',
         effect="A forged record refers to two artifacts, one by its URI and one by its hash.",
-        tests=(f"{RESULTS}::test_invalid_record_is_refused_and_replaced[artifact of two names]",),
+        tests=(
+            f"{RESULTS}::test_invalid_record_is_refused_and_replaced[artifact with another hash in its URI]",
+        ),
     ),
     Fault(
         id="result-record-without-seal",

@@ -92,13 +92,14 @@ def test_a_sum_of_more_inputs_than_float32_adds_exactly_is_exact():
     codes = torch.full((1, inputs), 127, dtype=torch.int8)
     codes[0, -1] = 1
     x = torch.full((1, inputs), 127.0)
-    x[0, -1] = 1.0
-    one, zero = torch.ones(1), torch.zeros(1)
-    expected = 127 * 127 * (inputs - 1) + 1
-    # float32 would round such a large result to a multiple of 4, so the bias makes it small.
-    result = OP(x, codes, one, torch.tensor(1.0), zero - expected + 5)
-    # The bias is the result of two float32 operations, each of which rounds by at most 2.
-    assert abs(result.item() - 5) <= 4
+    x[0, -1] = 2.0
+    expected = 127 * 127 * (inputs - 1) + 2
+    # float32 has only multiples of 4 near this sum, in any order of adding; the sum is not one.
+    assert expected % 4 == 1
+    # The bias is the nearest such number with the other sign, so the result is small and exact.
+    bias = -torch.tensor([float(expected)])
+    result = OP(x, codes, torch.ones(1), torch.tensor(1.0), bias)
+    assert result.item() == expected + int(bias.item())
 
 
 @given(
