@@ -4,9 +4,8 @@ A draft is the folder that becomes a bundle when it is packed.
 """
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,16 +15,6 @@ from flows.cli.options import Json
 if TYPE_CHECKING:
     from tasks.bundles.draft_request import Library
     from tasks.bundles.new_draft import NewDraft
-
-
-class ModelSource(StrEnum):
-    """The values of ``--from``."""
-
-    TORCH_RECHUB = "torch-rechub"
-    DEEPCTR_TORCH = "deepctr-torch"
-    RECBOLE = "recbole"
-    SENTENCE_TRANSFORMERS = "sentence-transformers"
-
 
 MAX_LISTED_COLUMNS = 10
 """Most columns that the command lists when it prompts for the label's column."""
@@ -79,7 +68,7 @@ def new(
         ),
     ] = None,
     source: Annotated[
-        ModelSource | None,
+        Literal["torch-rechub", "deepctr-torch", "recbole", "sentence-transformers"] | None,
         typer.Option(
             "--from",
             help="Library of the network; a network of another class is refused. recbole: scores "
@@ -145,12 +134,12 @@ def new(
     from tasks.bundles.new_draft import new_draft
 
     library: Library | None = None
-    if source is ModelSource.SENTENCE_TRANSFORMERS:
+    if source == "sentence-transformers":
         if model is None or sentence_transformer is not None:
-            raise CommandRefused("from_needs_model", source=source.value)
+            raise CommandRefused("from_needs_model", source=source)
         sentence_transformer, model = Path(model), None
-    elif source is not None:
-        library = cast("Library", source.value)
+    else:
+        library = source
     rows = None
     labels = _parse_pairs("--label", label or [], key_is_optional=True)
     is_retrieval = query_tower is not None or sentence_transformer is not None

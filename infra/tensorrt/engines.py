@@ -28,7 +28,7 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 """Modules to try to import for each target, in this order."""
 
-_EARLIER_SPARSITY = {"picked": "used", "did not pay": "not used", "not told": "unknown"}
+EARLIER_SPARSITY = {"picked": "used", "did not pay": "not used", "not told": "unknown"}
 """Outcomes of sparsity in audits that earlier versions of recpress stored, and the current ones."""
 
 NAMES: tuple[str, ...] = (
@@ -110,7 +110,7 @@ class EngineAudit(Frozen):
     layer_types: dict[str, int]
     constant_bytes: dict[str, int]
     sparsity: (
-        Annotated[Literal["used", "not used", "unknown"], read_renamed(_EARLIER_SPARSITY)] | None
+        Annotated[Literal["used", "not used", "unknown"], read_renamed(EARLIER_SPARSITY)] | None
     ) = None
     sparsity_reason: str | None = None
 

@@ -219,15 +219,13 @@ def _load_network(request: DraftRequest) -> tuple[nn.Module, Architecture]:
     """
     if request.model is None:
         return load_onnx(Path(request.source))
-    allowed = load_settings().allowed_modules
     if request.weights is not None:
         module, architecture = _build_with_weights(request.model, request.config, request.weights)
-        _require_library(module, request.library)
-        return module, architecture
-    module, calls = import_network(request.model, allowed)
+    else:
+        module, calls = import_network(request.model, load_settings().allowed_modules)
+        architecture = describe_architecture(module, calls)
+        import_architecture(architecture)  # raises if the class is in a module that is not allowed
     _require_library(module, request.library)
-    architecture = describe_architecture(module, calls)
-    import_architecture(architecture)  # raises if the class is in a module that is not allowed
     return module, architecture
 
 

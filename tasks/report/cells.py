@@ -10,6 +10,7 @@ from compressors.contracts.metrics.metric import MetricKind
 from compressors.lower.findings import GraphAudit
 from infra.pages.html import format_count
 from infra.printable import one_line
+from infra.tensorrt.engines import EARLIER_SPARSITY
 
 _AUDIT_LABELS = {
     "scratch": "scratch memory",
@@ -31,10 +32,7 @@ Scratch memory is the temporary memory of a call; the twin is an engine for half
 _AUDIT_OUTCOMES = {
     "flat": "does not depend on the number of rows",
     "grows": "grows with the number of rows",
-    # outcomes in reports of earlier versions of recpress
-    "picked": "used",
-    "did not pay": "not used",
-    "not told": "unknown",
+    **EARLIER_SPARSITY,
 }
 """Texts for the outcomes in ``scratch`` and ``sparsity``; others are shown as they are."""
 
