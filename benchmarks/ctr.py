@@ -4,12 +4,12 @@ The model is DCN-v2 (``examples/dcnv2.py``) with embeddings of width 10 and thre
 parallel to a perceptron of widths 400-400-400. The data sets are
 
 - ``frappe``: app usage, 10 fields, 5,382 table rows (215 kB). The public split has 202,027
-  training, 57,722 validation and 28,860 test rows. The public training file is not available here,
-  so the apps of its negative rows are sampled again. The BARS benchmark reports an AUC of 0.9845 of
-  DCNv2 for the public file.
-- ``movielens-tag``: a user tags a film, 3 fields, 75,217 table rows (3.0 MB). The 200,686
-  available rows are shuffled by ``numpy.random.default_rng(0)`` and split 7:1:2. Published results
-  refer to a data set ten times as large.
+  training, 57,722 validation and 28,860 test rows. The published training file is not available, so
+  the training rows are a reconstruction: the apps of negative rows are drawn at random. BARS, a
+  benchmark of recommendation models, reports an AUC of 0.9845 of DCNv2 for the published file.
+- ``movielens-tag``: a user tags a film, 3 fields, 75,217 table rows (3.0 MB). Only the public test
+  file is read: 200,686 rows, shuffled by ``numpy.random.default_rng(0)`` and split 7:1:2. Published
+  results refer to the whole data set, which is ten times as large.
 
 Two settings determine the quality of these baselines: the L2 penalty on *whole* tables in every
 training step (half the coefficient times the squared norm), and early stopping on validation rows.
@@ -73,8 +73,8 @@ class TrainingSettings:
         epochs: largest number of epochs.
         patience: number of consecutive epochs without improvement after which training ends.
         grace: number of first epochs that neither count for ``patience`` nor lower the learning
-            rate. MovieLens networks stagnate for an epoch or two early in training. If this lowers
-            the learning rate, some of them end with an AUC that is 0.005 lower.
+            rate. MovieLens networks stagnate for an epoch or two early in training. If the learning
+            rate were lowered then, some of them would end with an AUC that is 0.005 lower.
     """
 
     table_l2: float
@@ -109,9 +109,9 @@ def data_folder(option: Path | None) -> Path:
     if folder is None or not folder.is_dir():
         raise DataMissing(
             f"Expected a folder with the click data, got "
-            f"{folder or f'neither --data nor {DATA_VARIABLE}'}. Put NFM's public Frappe files "
-            f"into 'frappe' and MovieLens tags into 'movielenslatest-x1-test' in one folder, and "
-            f"pass that folder with --data."
+            f"{folder or f'neither --data nor {DATA_VARIABLE}'}. Put the public Frappe "
+            f"files (examples/frappe.py) into 'frappe' and MovieLens tags into "
+            f"'movielenslatest-x1-test' in one folder, and pass that folder with --data."
         )
     return folder
 

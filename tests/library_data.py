@@ -22,7 +22,7 @@ def write_rows(folder: Path) -> None:
             "genre": rng.integers(0, GENRES, rows),
             "price": rng.random(rows, np.float32),
             "age": rng.integers(18, 80, rows),
-            # torch-rechub trains on lists that are padded in the data.
+            # Models of torch-rechub need lists of one length.
             "history": list(rng.integers(1, ITEMS, (rows, LONGEST))),
             "recent": [rng.integers(1, ITEMS, length) for length in lengths],
             "click": click,
@@ -34,7 +34,8 @@ def write_rows(folder: Path) -> None:
 def write_interactions(folder: Path) -> None:
     """Write interactions of members with products, and the catalogue of products.
 
-    ``lately`` has the products that a member has bought recently.
+    The towers' features have other names than those of ``write_rows``, because both are defined in
+    one module. ``lately`` has the products that a member has bought recently.
     """
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)

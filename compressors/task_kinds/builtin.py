@@ -1,9 +1,9 @@
 """Import all built-in task kinds. Files that compute a loss or check scores import this file.
 
-The cache key of a task contains a digest of the source files that it imports, which are found from
-import statements. The functions of a task kind are imported at run time from a string
-(``TaskKind.functions``). Without the import statements here, a change of their sources would not
-change the cache key.
+A task kind is a kind of model output. It names its functions by a string (``TaskKind.functions``)
+that is imported at run time. The cache key of a Prefect task contains a digest of the source files
+that the task imports, which are found from import statements. Without those here, a change of a
+task kind's functions would not change the cache key.
 """
 
 # ``as`` marks an import as intended for linters, which otherwise report it as unused.

@@ -1,8 +1,9 @@
 """After an upgrade of recpress, completed orders in the same home do not run again.
 
-An order's digest depends on the version of recpress; its request digest does not. A request record
-maps the request digest to the completed order. A home is the folder with everything that recpress
-stores (``RECPRESS_HOME``). The ledger is the list of a model's promotions and rollbacks.
+The request digest of an order covers everything that determines its result, except the version of
+recpress; the order's digest covers the version too. A request record maps the request digest to the
+completed order. A home is the folder with everything that recpress stores (``RECPRESS_HOME``). The
+ledger is the list of a model's promotions and rollbacks.
 """
 
 import importlib.metadata
@@ -73,7 +74,7 @@ def test_damaged_request_record_counts_as_absent(
     upgraded_order: AcceptedOrder, caplog: pytest.LogCaptureFixture
 ) -> None:
     order = upgraded_order.order
-    # The order has no limit against a champion, so its digests contain none.
+    # No limit of the order is ``vs champion``, so the request digest contains no champion.
     digest = request_digest(order, find_bundle(order.model), champions={})
     path = store().folder / request_key(digest)
     record = path.read_bytes()

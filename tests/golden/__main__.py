@@ -1,13 +1,13 @@
 """Rewrite the golden record, or a part of it.
 
 A case is a reference network and the compression steps that are applied to it. The record describes
-the stored tensors, the scores and the graphs of each case, line by line. The golden test compares
-them with those of the current code. See ``cases.py`` and ``entries.py``.
+the stored tensors, the scores and the graphs of each case, line by line. The golden test computes
+the same lines with the current code and compares them. See ``cases.py`` and ``entries.py``.
 
 ``PYTHONPATH=tests python -m tests.golden`` records all cases. ``--only mixed`` rewrites the cases
 whose title, ``name | network``, contains "mixed". It leaves the others unchanged, and requires the
-CPU and the library versions of the record. A commit that changes the record lists each change and
-its reason in its message.
+CPU and the library versions of the record. If you commit a changed record, list
+each change and its reason in the commit message.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """Faults in bit packing, compiled kernels and maps of rows.
 
 Each ``Fault`` replaces ``old`` by ``new`` in one file; at least one of its ``tests`` must then fail.
-The planes of packed codes are the parts of a row that share their bytes: code ``j`` of every plane
-is in byte ``j``. Compiled loops are the numba kernels. A row map has, for each id, the number of the
-stored row that it reads.
+A row of codes is cut into equal parts, the planes; byte ``j`` of the packed row has code ``j`` of
+every plane. Rows are packed by numba kernels, and by the torch functions that specify their results
+(``clipping.py``, ``levels.py``). A row map has, for each id, the number of the stored row that it
+reads.
 """
 
 from tests.seeded_faults.fault import Fault
@@ -42,7 +43,7 @@ FAULTS = (
         file="compressors/quantize/kernels/bitpacking.py",
         old="2 ** (bits - 1), dtype=torch.uint8)",
         new="0, dtype=torch.uint8)",
-        effect="Padding differs from that of compiled loops, so equal tables have different bytes.",
+        effect="torch and the kernels pad differently, so equal tables have different bytes.",
         tests=(PACKING,),
     ),
     Fault(
@@ -56,7 +57,7 @@ FAULTS = (
         "    bottom = -top if symmetric else ZERO\n"
         "    shift = np.uint64(7) if symmetric else np.uint64(0)\n"
         "    row_codes = np.zeros((1, dim + 1), np.uint8)\n    smallest",
-        effect="Compiled int4 codes are one level too low.",
+        effect="The int4 codes of kernels are one level too low.",
         tests=(
             "tests/compressors/quantize/test_rowwise.py"
             "::test_stored_codes_scales_and_offsets_equal_the_numpy_reference",
@@ -67,7 +68,7 @@ FAULTS = (
         file="compressors/quantize/kernels/numba_kernels.py",
         old="        codes[target_row, index] = np.uint8(_bits(multiple + ROUNDER))\n",
         new="        codes[target_row, index] = np.uint8(_bits(np.floor(multiple + HALF) + ROUNDER))\n",
-        effect="Compiled loops round weights halfway between two levels up.",
+        effect="Kernels round a weight halfway between two levels up, not to even.",
         tests=(
             "tests/compressors/quantize/test_rowwise.py"
             "::test_weights_halfway_between_two_levels_are_rounded_as_documented",
@@ -78,7 +79,7 @@ FAULTS = (
         file="compressors/quantize/kernels/numba_kernels.py",
         old="& np.uint8(15)) | np.uint8(0x80)",
         new="& np.uint8(15))",
-        effect="The padding of an odd int4 row differs from the specification.",
+        effect="The padding of an odd int4 row differs from that of torch.",
         tests=(f"{KERNELS}::test_encoding_normal_rows_equals_the_specification_bit_for_bit",),
     ),
     Fault(
@@ -86,7 +87,7 @@ FAULTS = (
         file="compressors/quantize/kernels/numba_kernels.py",
         old="np.int32(0xFFF) + ((size >> np.int32(13)) & np.int32(1))",
         new="np.int32(0)",
-        effect="Compiled scales are truncated to float16 instead of rounded to even.",
+        effect="Scales of kernels are truncated to float16 instead of rounded to even.",
         tests=(f"{KERNELS}::test_encoding_normal_rows_equals_the_specification_bit_for_bit",),
     ),
     Fault(

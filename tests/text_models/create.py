@@ -4,9 +4,10 @@
         huggingface-hub regex
     PYTHONPATH=.:LIBRARIES python -m tests.text_models.create
 
-Each folder of ``fixtures`` is what ``save_pretrained`` writes, without the model card, and
-``expected.json`` with the texts and the vectors of ``encode_query`` and ``encode_document``. Some
-folders have the settings of earlier versions of the library, which it reads too.
+Each folder of ``fixtures`` has what ``save_pretrained`` writes, except the model card, and a file
+``expected.json``: texts, and their vectors from ``encode_query`` and ``encode_document``. Some
+folders have settings in the form of earlier versions of sentence-transformers, which the current
+version reads too.
 """
 
 import json
@@ -46,7 +47,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 DIM, HIDDEN, LAYERS, HEADS, VOCABULARY = 16, 24, 2, 2, 120
 LENGTH = 24
 FAR = 160
-"""Tokens of the longest texts of MPNet, whose attention distinguishes distances up to 128."""
+"""Largest number of tokens for MPNet: more than 128, because it treats longer distances alike."""
 
 TEXTS = (
     "",
@@ -165,7 +166,7 @@ def all_models() -> dict[str, Model]:
         unigrams(),
     )
     bert = bert_like(BertConfig, BertModel, lower, 32)  # more positions than texts have tokens
-    # The positions of the following three families begin at 2.
+    # The following three families number positions from 2, so they need two more.
     roberta = bert_like(
         RobertaConfig, RobertaModel, pairs, LENGTH + 2, type_vocab_size=1, layer_norm_eps=1e-5
     )
@@ -228,7 +229,7 @@ def all_models() -> dict[str, Model]:
 
 def write(folder: Path, model: Model) -> None:
     """Write a model, read it with the library, and write the vectors that it then computes."""
-    with torch.no_grad():
+    with torch.no_grad():  # weights of norms are around 1, all others around 0
         for name, parameter in model.network.named_parameters():
             nn.init.normal_(parameter, mean=float("Norm.weight" in name), std=0.3)
     with tempfile.TemporaryDirectory() as scratch:

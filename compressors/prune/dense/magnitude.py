@@ -29,7 +29,7 @@ def zero_smallest(weights: list[Tensor], share: float) -> list[Tensor]:
     Args:
         weights: tensors of any shapes.
         share: the share of all weights that becomes zero, between 0 and 1. Of weights with
-            equal absolute values, the first ones become zero.
+            equal absolute values, those at earlier positions become zero first.
 
     Returns:
         New tensors in the same order and shapes.
@@ -76,10 +76,10 @@ class Magnitude(StepSettings):
     def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
         """Set the smallest weights of every selected layer to zero."""
         units = plan.units(model.module)
-        groups = [units] if self.scope == "global" else [[unit] for unit in units]
-        for group in groups:
-            weights = zero_smallest([unit.weight for unit in group], self.share)
-            for unit, weight in zip(group, weights, strict=True):
+        ranked_together = [units] if self.scope == "global" else [[unit] for unit in units]
+        for compared in ranked_together:
+            weights = zero_smallest([unit.weight for unit in compared], self.share)
+            for unit, weight in zip(compared, weights, strict=True):
                 layer = unit.module
                 if isinstance(layer, nn.Linear):
                     replace_parameter(layer, "weight", weight)

@@ -1,7 +1,7 @@
 """The dry run of every step predicts the plan, the bytes and the architecture of its result.
 
-The networks are those of ``models.py``. ``width`` is an argument of ``RANKER``, the outputs of its
-hidden layers. ``TIED`` has only one dense layer, ``out``, with one output.
+The networks are those of ``models.py``. ``width``, an argument of ``RANKER``, is the number of
+outputs of its hidden layers. ``TIED`` has only one dense layer, ``out``, with one output.
 """
 
 import models
@@ -43,7 +43,8 @@ def with_missing_files(bench: Bench) -> Bench:
 def without_measured_reasons(result: Plan, predicted: Plan) -> Plan:
     """Return ``result`` without the reasons that follow the predicted ones in its lines.
 
-    A line that does not begin with the predicted reasons is not changed.
+    Those come from measurements, which a dry run does not make. A line that does not begin with the
+    predicted reasons stays as it is, so that the comparison fails.
     """
 
     def with_predicted_reasons(line: PlanLine) -> PlanLine:
@@ -84,6 +85,7 @@ def test_dry_runs_of_a_recipe_have_the_plans_of_its_results(recipe, tmp_path):
 
 def without_training_reasons(plan):
     """Return the plan without the reasons that training adds, which a dry run cannot predict."""
+    # ``still_rising``: the metric improved until the last epoch.
     training_codes = {"trained_to_epoch", "still_rising"}
     lines = (
         line.model_copy(
