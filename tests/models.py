@@ -49,8 +49,8 @@ from compressors.distill.recalibrate import Recalibrate
 from compressors.distill.refit_codes import RefitCodes
 from compressors.distill.training.settings import Training
 from compressors.factorize.low_rank_dense import LowRankDense
-from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
 from compressors.lower.export import Lowered, lower
+from compressors.lower.passes.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
 from compressors.lower.serving_wrapper import ServedGraph, input_names, served_graphs
 from compressors.prune.dense.drop_layers import DropLayers
 from compressors.prune.dense.l1_training import L1Training

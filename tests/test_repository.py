@@ -46,6 +46,8 @@ OPTIONAL = {
     "tensorrt_bindings",
     "torch_pruning",
     "modelopt",
+    "nncf",
+    "openvino",
     "keras",  # of the example that trains a model of TensorFlow, in an environment of its own
     "tf2onnx",
     "sentence_transformers",  # of the script that writes the models in tests/text_models

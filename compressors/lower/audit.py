@@ -110,10 +110,10 @@ def _describe_layers_without_matmul(
 def _describe_unfused_matmuls(
     graph: onnx.GraphProto, producers: dict[str, onnx.NodeProto]
 ) -> list[str]:
-    """Describe the float matmuls that read the output of a DequantizeLinear.
+    """Describe the float matmuls that read stored weights after a DequantizeLinear.
 
-    A matmul with a block of rows of a table is no fault: the rows are sliced before they are
-    dequantized, because an int8 matmul would round its other input.
+    Rows of a table may be dequantized after their lookup, or a block of them after a Slice, and
+    then multiplied in float32: an int8 matmul would round its other input.
     """
     return [
         f"{node.op_type} {node.name or node.output[0]!r} computes in float32 after a "
@@ -123,14 +123,10 @@ def _describe_unfused_matmuls(
         and any(
             name in producers
             and producers[name].op_type == "DequantizeLinear"
-            and not _is_slice(producers.get(producers[name].input[0]))
+            and producers[name].input[0] not in producers  # stored, not computed
             for name in node.input
         )
     ]
-
-
-def _is_slice(node: onnx.NodeProto | None) -> bool:
-    return node is not None and node.op_type == "Slice"
 
 
 def _describe_matmuls_of_signed_inputs(

@@ -5,53 +5,32 @@ checks that no compressed weight was replaced or enlarged, and writes the file. 
 layer is a ``PackedTable`` or ``PackedLinear``: its weights take fewer bits than float32.
 """
 
-import copy
-import logging
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compressors.contracts import is_out_of_memory
-from compressors.core.modules.formats import Bag, PackedLinear, PackedTable
-from compressors.core.modules.output_calibration import find_recalibration
-from compressors.core.random_inputs import generate_inputs
+from compressors.core.modules.formats import PackedLinear, PackedTable
 from compressors.core.runner import rows_of_tables
 from compressors.core.state.tensor_files import TensorFile
 from compressors.errors.compression import AuditFailed, NotLowerable
-from compressors.lower import attention, recurrent
 from compressors.lower.external_weights import link_weights
 from compressors.lower.findings import LayerInitializer, TableInitializers
-from compressors.lower.graph_builders import (
-    exact_sigmoid,
-    log_sigmoid,
-    squeeze_dimension,
-    squeeze_dimensions,
-    squeeze_fixed,
-)
-from compressors.lower.merged.merged_tables import MergedTable
+from compressors.lower.lookups.find_lookups import get_unit_name
+from compressors.lower.lookups.merged_tables import MergedTable
 from compressors.lower.passes.simplify import simplify
 from compressors.lower.passes.strip_metadata import StripMetadata
 from compressors.lower.passes.table_reads import depends_on_request, is_used_in_matmul
-from compressors.lower.serving_wrapper import (
-    ServedGraph,
-    ServingWrapper,
-    dynamic_shapes,
-    input_names,
-    wrap_for_serving,
-)
+from compressors.lower.program import export_program
+from compressors.lower.serving_wrapper import ServedGraph, ServingWrapper, wrap_for_serving
 from compressors.lower.targets.registry import lowering_target
 
-OPSET = 21  # the first with blocked DequantizeLinear and int4
 DEDUPLICATED_ELEMENTS = 1024  # the optimizer removes equal copies of initializers up to this size
 EXTERNAL_BYTES = 2**29  # more weights are stored outside the .onnx file (protobuf limit: 2 GiB)
-TRACE_ROWS = 3  # batch size of the example inputs
 SHORT_TYPES = {  # types of stored weights; if their Cast were folded, they would become float32
     ir.DataType.FLOAT16,
     ir.DataType.BFLOAT16,
@@ -148,96 +127,6 @@ def _count_inline_bytes(model: ir.Model) -> int:
     """Return the bytes of the initializers that are not in an external file yet."""
     values = (value.const_value for value in model.graph.initializers.values())
     return sum(value.nbytes for value in values if not isinstance(value, ir.ExternalTensor))
-
-
-def export_program(
-    model: nn.Module, served_graph: ServedGraph, target: str, most_rows: int = 65_536
-) -> tuple[ServingWrapper, torch.onnx.ONNXProgram]:
-    """Export one graph of a model with torch, before it is simplified.
-
-    The parameters are those of ``lower``; equal arguments result in equal programs. Returns the
-    PyTorch module that was exported, and the ONNX program.
-
-    Raises:
-        NotLowerable: torch.export cannot trace the module, the graph would have a fixed number of
-            rows or ids, or an operator has no ONNX form.
-    """
-    signature = served_graph.signature
-    rows = rows_of_tables(model, signature)
-    lowering = lowering_target(target)
-    wrapper = wrap_for_serving(model, served_graph, rows, merge_lookups=lowering.can_merge_lookups)
-    translations: dict[Any, Callable[..., Any]] = {
-        torch.ops.aten.log_sigmoid.default: log_sigmoid,
-        torch.ops.aten.squeeze.default: squeeze_fixed,
-        torch.ops.aten.squeeze.dim: squeeze_dimension,
-        torch.ops.aten.squeeze.dims: squeeze_dimensions,
-        **attention.translations(),
-        **recurrent.translations(),
-        **lowering.translations(),
-    }
-    has_probabilities = any(output.form == "probability" for output in signature.outputs)
-    if has_probabilities and find_recalibration(wrapper.model) is not None:
-        # The recalibration computes the logit of the sigmoid's output.
-        translations[torch.ops.aten.sigmoid.default] = exact_sigmoid
-    inputs = generate_inputs(signature, rows, TRACE_ROWS)
-    names = input_names(signature)
-    try:
-        args = tuple(inputs[name] for name in names)
-        shapes = dynamic_shapes(signature, most_rows)
-        program = _export(wrapper, args, names, translations, shapes)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        original = _find_original_error(error)
-        if isinstance(original, NotLowerable):
-            raise copy.copy(original) from error
-        reason = (str(original).strip().splitlines() or [repr(original)])[0].rstrip(".")
-        raise NotLowerable("export_failed", target=target, problem=reason) from error
-    for name, value, sizes in zip(names, program.model.graph.inputs, shapes, strict=True):
-        for axis in sizes:  # torch's exporter falls back to sizes of the traced batch
-            size = value.shape[axis] if value.shape is not None else None
-            if isinstance(size, int):
-                raise NotLowerable("size_fixed", target=target, name=name, axis=axis, size=size)
-    return wrapper, program
-
-
-def _find_original_error(error: BaseException) -> BaseException:
-    """Return the first error in a chain of causes; torch's exporter wraps it in other errors."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _export(
-    wrapper: ServingWrapper,
-    args: tuple[Tensor, ...],
-    names: tuple[str, ...],
-    translations: dict[Any, Callable[..., Any]],
-    shapes: tuple[dict[int, Any], ...],
-) -> torch.onnx.ONNXProgram:
-    """Call ``torch.onnx.export`` without its warnings and log messages."""
-    exporter_log = logging.getLogger("torch.onnx")
-    level = exporter_log.level
-    exporter_log.setLevel(logging.ERROR)  # torch warns once per missing torchvision operator
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                wrapper,
-                args,
-                dynamo=True,
-                custom_translation_table=translations,
-                dynamic_shapes=(shapes,),
-                opset_version=OPSET,
-                input_names=list(names),
-                output_names=list(wrapper.served_graph.outputs),
-                optimize=False,
-                verbose=False,
-            )
-            assert program is not None  # noqa: S101 - never None with dynamo=True; for mypy
-            return program
-    finally:
-        exporter_log.setLevel(level)
 
 
 def _may_fold(node: ir.Node) -> bool | None:
@@ -380,14 +269,12 @@ def _collect_table_initializers(
             rows, storage_format, stored = module.num_embeddings, "float32", [module.weight]
         else:
             continue
-        stored_names = [
-            next((n for n in names[id(t)] if n in graph.initializers), None) for t in stored
-        ]
-        if None in stored_names:
+        found = [next((n for n in names[id(t)] if n in graph.initializers), None) for t in stored]
+        if found[0] is None:
             continue
-        rows_per_entry = {
-            n: rows_per_tensor.get(n.rpartition(".")[2], 1) for n in stored_names if n is not None
-        }
+        # A layer that reads codes of a table contains its scale, so no operator reads the scale.
+        stored_names = tuple(n for n in found if n is not None)
+        rows_per_entry = {n: rows_per_tensor.get(n.rpartition(".")[2], 1) for n in stored_names}
         result.append(
             TableInitializers(
                 module=_get_unit_name(wrapper, name),
@@ -402,13 +289,12 @@ def _collect_table_initializers(
 
 
 def _get_unit_name(wrapper: ServingWrapper, name: str) -> str:
-    """Return the name of a unit in plans: a table in an EmbeddingBag has the name of the bag."""
+    """Return the name of a unit in plans; a merged table has the names of its tables."""
     parent_name, _, attribute = name.rpartition(".")
     parent = wrapper.get_submodule(parent_name)
     if attribute == "table" and isinstance(parent, MergedTable):
         return parent.label
-    is_in_bag = attribute == "table" and isinstance(parent, Bag)
-    return (parent_name if is_in_bag else name).removeprefix("model.")
+    return get_unit_name(wrapper, name)
 
 
 def _convert_initializers(model: ir.Model, wrapper: ServingWrapper, target: str) -> None:

@@ -8,7 +8,6 @@ model outputs logits or probabilities, else a score. It is called ``score`` if t
 the name that the signature gives it if there are several.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.contracts import (
+    IdInput,
     JaggedBag,
     Output,
     SequenceInput,
@@ -26,9 +26,8 @@ from compressors.contracts import (
 from compressors.core.modules.formats import Bag
 from compressors.core.scores import call_network, join_columns, output_tensors, row_vectors
 from compressors.core.units import plain_bag, private_copy, swap
-from compressors.lower.merged.merged_tables import MergedTable, replace_merged_tables, table_groups
 from compressors.lower.recurrent_layers import replace_recurrent_layers
-from compressors.lower.value_policy import apply_policy
+from compressors.lower.value_policy import apply_policy, apply_policy_to_joined
 
 SCORE = "score"
 """Name of the only output of the graph ``model``."""
@@ -110,7 +109,8 @@ class ServingWrapper(nn.Module):
         model: the model, prepared by ``wrap_for_serving``.
         served_graph: the graph that this module computes.
         rows_of_table: number of rows by table name.
-        together: the merged lookups, which run before the model.
+        joins_ids: whether the ids of several inputs become one matrix. The policy is then applied
+            to all of them at once, and their lookups can be merged.
     """
 
     def __init__(
@@ -118,12 +118,14 @@ class ServingWrapper(nn.Module):
         model: nn.Module,
         served_graph: ServedGraph,
         rows_of_table: dict[str, int],
-        merged_tables: Sequence[MergedTable] = (),
+        *,
+        joins_ids: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
-        # Names of initializers in stored graphs begin with this name, so it must not change.
-        self.together = nn.ModuleList(merged_tables)
+        # Tables that lowering concatenates; their stored tensors have names of this attribute.
+        self.together = nn.ModuleList()
+        self.joins_ids = joins_ids
         self.served_graph = served_graph
         self.signature = served_graph.signature
         self.rows_of_table = rows_of_table
@@ -132,20 +134,15 @@ class ServingWrapper(nn.Module):
         """Return the output, or a tuple of several, in the order of ``served_graph.outputs``."""
         inputs = dict(zip(input_names(self.signature), tensors, strict=True))
         refused: Tensor | None = None
-        merged_inputs: set[str] = set()
-        for group in self.together:
-            assert isinstance(group, MergedTable)  # noqa: S101 - a ModuleList has lost the type
-            looked_up_rows, newly_refused = group([inputs[name] for name in group.names])
-            inputs.update(zip(group.names, looked_up_rows, strict=True))
-            merged_inputs |= set(group.names)
-            if newly_refused is not None:
-                refused = newly_refused if refused is None else refused | newly_refused
+        groups = self._group_ids() if self.joins_ids else []
+        joined = {item.name for group in groups for item in group}
+        for group in groups:
+            newly_refused = apply_policy_to_joined(group, inputs, self.rows_of_table)
+            refused = _join_refused(refused, newly_refused)
         for item in self.signature.model_inputs:
-            if item.name in merged_inputs:
-                continue
-            newly_refused = apply_policy(item, inputs, self.rows_of_table)
-            if newly_refused is not None:
-                refused = newly_refused if refused is None else refused | newly_refused
+            if item.name not in joined:
+                newly_refused = apply_policy(item, inputs, self.rows_of_table)
+                refused = _join_refused(refused, newly_refused)
         output = call_network(self.served_graph.part(self.model), inputs, self.signature)
         if self.served_graph.is_tower:
             output = row_vectors(output)
@@ -163,6 +160,21 @@ class ServingWrapper(nn.Module):
             for declared, score in zip(self.signature.outputs, scores, strict=True)
         )
         return served if self.signature.has_several_outputs else served[0]
+
+    def _group_ids(self) -> list[list[IdInput]]:
+        """Return the inputs with one id per row, by type and policy; groups of at least two."""
+        groups: dict[tuple[str, str], list[IdInput]] = {}
+        for item in self.signature.model_inputs:
+            if isinstance(item, IdInput) and not item.shape:
+                groups.setdefault((item.dtype, item.out_of_range), []).append(item)
+        return [group for group in groups.values() if len(group) > 1]
+
+
+def _join_refused(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Return the rows that at least one of two inputs refuses; None refuses no row."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first | second
 
 
 def _refuse_rows(declared: Output, score: Tensor, refused: Tensor | None) -> Tensor:
@@ -189,16 +201,15 @@ def wrap_for_serving(
     served_graph: ServedGraph,
     rows_of_table: dict[str, int],
     *,
-    merge_lookups: bool = False,
+    joins_ids: bool = False,
 ) -> ServingWrapper:
     """Prepare a model for export, or for comparison with its graph.
 
     Args:
-        model: the model; it is not modified. The result shares its tensors, except tables whose
-            lookups are merged.
+        model: the model; it is not modified. The result shares its tensors.
         served_graph: the graph to prepare.
         rows_of_table: number of rows by table name.
-        merge_lookups: whether to merge lookups in tables of the same format.
+        joins_ids: see ``ServingWrapper``.
 
     Returns:
         The wrapper in evaluation mode. Each EmbeddingBag is replaced by a ``Bag`` of basic
@@ -217,13 +228,7 @@ def wrap_for_serving(
         elif isinstance(module, Bag):
             module.longest = longest_list.get(name)
     replace_recurrent_layers(copy)
-    if not merge_lookups:
-        return ServingWrapper(copy, served_graph, rows_of_table).eval()
-    groups = table_groups(copy, served_graph.part(copy), served_graph.signature, rows_of_table)
-    lookups = [MergedTable(group, rows_of_table) for group in groups]
-    return ServingWrapper(
-        replace_merged_tables(copy, groups), served_graph, rows_of_table, lookups
-    ).eval()
+    return ServingWrapper(copy, served_graph, rows_of_table, joins_ids=joins_ids).eval()
 
 
 def dynamic_shapes(signature: Signature, most_rows: int) -> tuple[dict[int, Any], ...]:

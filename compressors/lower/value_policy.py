@@ -16,6 +16,7 @@ from compressors.contracts import (
     AnyInput,
     BoundedInput,
     DenseInput,
+    IdInput,
     JaggedBag,
     KeyInput,
     MatrixInput,
@@ -51,6 +52,40 @@ def apply_policy(
         inside = torch.where(outside, default, values)
     inputs[item.name] = inside
     return _find_refused_rows(item, outside, inputs)
+
+
+def apply_policy_to_joined(
+    items: Sequence[IdInput], inputs: dict[str, Tensor], rows_of_table: Mapping[str, int]
+) -> Tensor | None:
+    """Apply ``apply_policy`` to several inputs at once, with fewer operators.
+
+    Args:
+        items: inputs with one id per row, of equal type and policy.
+        inputs: the graph's tensors by name; those of ``items`` become columns of one matrix.
+        rows_of_table: number of rows by table name.
+
+    Returns:
+        Bool ``(rows,)``: rows to refuse; None if the policy refuses none.
+    """
+    ids: Tensor = torch.ops.recpress.join_ids([inputs[item.name] for item in items])
+    ranges = tuple(only for item in items for only in value_ranges(item, rows_of_table))
+    inside, default = _clamp_to_range(ids, ranges)  # at least two ranges, one for each column
+    outside = inside != ids  # (rows, inputs)
+    if items[0].out_of_range == "default_row":
+        inside = torch.where(outside, default, ids)
+    inputs.update((item.name, inside[:, index]) for index, item in enumerate(items))
+    return _find_refused_rows(items[0], outside, inputs)
+
+
+@torch.library.custom_op("recpress::join_ids", mutates_args=())
+def join_ids(ids: list[Tensor]) -> Tensor:
+    """Stack the ids of several inputs, ``(rows,)`` each, into ``(rows, inputs)``."""
+    return torch.stack(ids, dim=1)
+
+
+@join_ids.register_fake
+def _(ids: list[Tensor]) -> Tensor:
+    return ids[0].new_empty((ids[0].shape[0], len(ids)))
 
 
 def _clamp_to_range(

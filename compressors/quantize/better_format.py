@@ -82,6 +82,10 @@ def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reaso
         is returned, and the reasons name a more precise format that is no larger, if there is one.
     """
     rows, dim = weight.shape
+    reasons: tuple[Reason, ...] = (Reason("selected", step=step.kind),)
+    if isinstance(step, RowwiseInt8):
+        step, reasons_of_scale = step.for_table(weight)
+        reasons += reasons_of_scale
     size = table_bytes(step, rows, dim)
     rank = RANK.get(step.kind, CODEBOOK_RANK)
     # ``bfloat16`` is selected for its range, which no other format has, so it is not replaced.
@@ -110,4 +114,4 @@ def best_format(step: TableStep, weight: Tensor) -> tuple[TableStep, tuple[Reaso
             dim=dim,
         )
         return other, (better_format,)
-    return step, (Reason("selected", step=step.kind),)
+    return step, reasons

@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -75,17 +75,23 @@ class EncodingJob:
     """What happens to every tensor of a file: tables are encoded, other tensors are copied.
 
     Attributes:
-        step: the step that encodes the tables.
+        step: the step that encodes the tables, unless ``steps`` has another.
         tables: the tensors to encode: by the tensor's name, the name of the module that has its
             encoded tensors. These are named ``MODULE.NAME``. Other tensors keep their names.
         sources: every tensor of the original files, by name.
         block_rows: rows per block; None for blocks of about ``BLOCK_BYTES``.
+        steps: the step with the settings of one table, by the name of its tensor.
     """
 
     step: TableStep
     tables: Mapping[str, str]
     sources: Mapping[str, Source]
     block_rows: int | None = None
+    steps: Mapping[str, TableStep] = field(default_factory=dict)
+
+    def step_of(self, name: str) -> TableStep:
+        """Return the step that encodes one table."""
+        return self.steps.get(name, self.step)
 
     @property
     def copied_tensors(self) -> list[str]:
@@ -95,7 +101,8 @@ class EncodingJob:
     def stored(self, name: str) -> dict[str, TensorSpec]:
         """Return shape and dtype of one table's encoded tensors, by their names in the format."""
         rows, dim = self.sources[name].spec.shape
-        return self.step.storage.layout(rows, dim, self.step.settings())
+        step = self.step_of(name)
+        return step.storage.layout(rows, dim, step.settings())
 
     def layout(self) -> dict[str, TensorSpec]:
         """Return shape and dtype of every tensor of the result, by its name in the file.
@@ -114,7 +121,6 @@ class EncodingJob:
 
     def records(self) -> dict[str, ModuleRecord]:
         """Return, by module name, the records from which a loaded bundle rebuilds the tables."""
-        settings = self.step.settings()
         return {
             module: ModuleRecord(
                 kind="table",
@@ -122,7 +128,7 @@ class EncodingJob:
                 settings={
                     "rows": self.sources[name].spec.shape[0],
                     "dim": self.sources[name].spec.shape[1],
-                    **settings,
+                    **self.step_of(name).settings(),
                 },
             )
             for name, module in self.tables.items()
@@ -248,7 +254,7 @@ class _BlockEncoder:
         self._job, self._file, self._name = job, file, name
         self._module = job.tables[name]
         try:
-            self._encoder = TableEncoder(job.step, job.sources[name].memory_map())
+            self._encoder = TableEncoder(job.step_of(name), job.sources[name].memory_map())
         except CompressionError:
             # If a NaN or infinite weight is the cause, reading the blocks raises the error for it.
             for block in job.blocks(name):

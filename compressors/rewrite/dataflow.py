@@ -106,16 +106,13 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     Raises:
         StepRefused: ``torch.export`` cannot trace the network.
     """
-    owners: dict[int, set[str]] = {}  # by id of each tensor, the modules that register it
-    for name, part in module.named_modules():
-        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-            owners.setdefault(id(tensor), set()).add(name)
+    owners = find_owners(module)
     consumers: dict[str, tuple[Consumer, ...]] = {}
     reasons: dict[str, Reason] = {}
     fixed_reasons: dict[str, Reason] = {}
     input_dims: dict[str, int] = {}
-    for graph, placeholders in _export_graphs(module, signature):
-        called = _find_called_modules(
+    for graph, placeholders in export_graphs(module, signature):
+        called = find_called_modules(
             graph, {node: owners.get(key, set()) for node, key in placeholders.items()}
         )
         fixed_reasons |= _find_used_elsewhere(placeholders, owners, called)
@@ -144,7 +141,16 @@ def dataflow(module: nn.Module, signature: Signature) -> Dataflow:
     return Dataflow(changeable, reasons, fixed_reasons, input_dims)
 
 
-def _export_graphs(
+def find_owners(module: nn.Module) -> dict[int, set[str]]:
+    """Return the names of the modules that register each tensor, by the ``id`` of the tensor."""
+    owners: dict[int, set[str]] = {}
+    for name, part in module.named_modules():
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            owners.setdefault(id(tensor), set()).add(name)
+    return owners
+
+
+def export_graphs(
     module: nn.Module, signature: Signature
 ) -> list[tuple[torch.fx.Graph, dict[Node, int]]]:
     """Export each served graph; map its weight placeholders to the ``id`` of their tensors.
@@ -182,7 +188,7 @@ def _export_graphs(
     return graphs
 
 
-def _find_called_modules(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> dict[Node, str]:
+def find_called_modules(graph: torch.fx.Graph, owners: Mapping[Node, set[str]]) -> dict[Node, str]:
     """Return the linear and norm operators of a graph, each with the module that owns its weights.
 
     Args:

@@ -35,6 +35,7 @@ from compressors.core.state.safetensors_stream import StreamedFile, compute_size
 from compressors.core.steps.step import TableStep
 from compressors.errors.compression import NothingToCompress
 from compressors.quantize.table_stream import EncodingJob, encode_file
+from compressors.quantize.tables.rowwise_int8 import RowwiseInt8
 from infra.bundle.json_reader import read_document
 from infra.bundle.shards import stored_tensors
 from infra.errors import CommandRefused
@@ -235,7 +236,10 @@ def _open_job(
         tables = {name: module_name(name) for name, reason in reasons.items() if reason is None}
         if not tables:
             raise NothingToCompress("float_table_missing", step=step.kind, reasons=reasons)
-        job = EncodingJob(step, tables, sources, block_rows)
+        steps: dict[str, TableStep] = {}
+        if isinstance(step, RowwiseInt8):
+            steps = {name: step.for_table(sources[name].memory_map())[0] for name in tables}
+        job = EncodingJob(step, tables, sources, block_rows, steps)
         yield job, Plan(lines=tuple(_build_plan_line(job, name, reasons[name]) for name in sources))
 
 

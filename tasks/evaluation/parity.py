@@ -22,7 +22,6 @@ from compressors.contracts.targets.runtime import Session
 from compressors.core.scores import join_columns
 from compressors.errors.compression import ParityLost
 from compressors.errors.parity_failure import ParityFailure
-from compressors.lower.bfloat16_matmuls import write_checkable
 from compressors.lower.comparison.first_difference import GraphValue, first_difference, run_traced
 from compressors.lower.comparison.parity import (
     FloatArray,
@@ -32,8 +31,10 @@ from compressors.lower.comparison.parity import (
     check_outputs,
 )
 from compressors.lower.comparison.rounding_errors import rounding_errors
-from compressors.lower.export import Lowered, export_program
+from compressors.lower.export import Lowered
 from compressors.lower.findings import Parity
+from compressors.lower.passes.bfloat16_matmuls import write_checkable
+from compressors.lower.program import export_program
 from compressors.lower.serving_wrapper import input_names, stack_outputs
 from compressors.lower.targets.registry import lowering_target
 from infra.errors import InfraError

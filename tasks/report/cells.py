@@ -127,7 +127,7 @@ def describe_packed_tables(audit: GraphAudit) -> str:
     """Describe how many tables of an optimized graph are smaller than float32.
 
     Lowering can merge tables of the same format into one, which then counts once
-    (``compressors/lower/merged/merged_tables.py``).
+    (``compressors/lower/lookups/merged_tables.py``).
     """
     tables = format_count(audit.packed_tables, "compressed table")
     return f"{tables} (tables merged into one count once)" if audit.packed_tables else tables

@@ -37,10 +37,10 @@ from compressors.core.units import Unit
 from compressors.errors.compression import CompressionError, ContractBroken, ParityLost
 from compressors.errors.parity_failure import ParityFailure
 from compressors.lower.audit import audit
-from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
 from compressors.lower.comparison.parity import check_parity
 from compressors.lower.comparison.rounding_errors import rounding_errors
 from compressors.lower.export import lower
+from compressors.lower.passes.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
 from compressors.lower.serving_wrapper import VECTOR, ServedGraph, input_names, served_graphs
 from compressors.lower.targets.registry import lowering_target
 from compressors.lower.targets.target import FLOAT32_ERROR

@@ -9,6 +9,7 @@ runner.py      one fault in a copy of the repository
 formats.py     rounding, scales, clipping, selection of a table format
 layouts.py     bit packing, compiled kernels, maps of rows
 lowering.py    graphs, graph passes, parity, audit
+lookups.py     merged lookups, codes of tables in int8 layers
 metrics.py     metrics, intervals, rankings, score changes
 verdicts.py    limits, judgements, verdicts
 promotion.py   promotions and rollbacks, their list in the store (ledger), registry
@@ -21,6 +22,7 @@ training.py    distillation, pruning, calibration, training, data checks
 from tests.seeded_faults import (
     formats,
     layouts,
+    lookups,
     lowering,
     metrics,
     orders,
@@ -36,6 +38,7 @@ FAULTS: tuple[Fault, ...] = (
     *formats.FAULTS,
     *layouts.FAULTS,
     *lowering.FAULTS,
+    *lookups.FAULTS,
     *metrics.FAULTS,
     *verdicts.FAULTS,
     *promotion.FAULTS,

@@ -17,6 +17,11 @@ SENTENCES = {
         "stored as {format}, which is better and takes {bytes:,} bytes: {step} would take "
         "{step_bytes:,} for {rows:,} x {dim}"
     ),
+    "one_scale": "one scale for all rows, error {error:.2%} of the weights",
+    "one_scale_inexact": (
+        "a scale for each row: with one scale for all rows, the error would be {error:.2%} of the "
+        "weights, more than {most:.2%}"
+    ),
     "other_format_smaller": "{format} would take {bytes:,} bytes, not {step_bytes:,}",
     "not_a_table": "a tensor of shape ({shape}) and type {dtype} is not a table",
     "not_smaller_composed": "{rows} x {dim} would not be smaller: {before} -> {after} bytes",

@@ -15,6 +15,10 @@ SENTENCES = {
         "min_lookups counts lookups, so it needs importance 'lookups', got {importance!r}. Remove "
         "one of the two."
     ),
+    "one_scale_needs_symmetric_rows": (
+        "one_scale_error chooses between one scale for all rows and one for each row, with levels "
+        "around zero: set symmetric to true and rows_per_scale to 1"
+    ),
     "qat_trains_tables": (
         "qat does not train tables; train them in an earlier step, with fine_tune or distill"
     ),

@@ -8,6 +8,7 @@ bfloat16_dense.py  bfloat16
 int8_codes.py      round weights and inputs to int8, for static_int8 and qat
 smoothing.py       factors that move range from input channels into weights
 calibrated.py      calibration of input ranges, for static_int8 and qat
+table_inputs.py    inputs that are rows of int8 tables, for static_int8
 static_int8.py     int8 weights and calibrated int8 inputs
 qat.py             quantization-aware training of static_int8
 float8_dense.py    weights and inputs as 8-bit floats

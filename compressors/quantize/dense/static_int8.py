@@ -44,6 +44,7 @@ from compressors.quantize.dense.calibrated import (
     channel_factors,
 )
 from compressors.quantize.dense.int8_codes import clipped_scale, encode, quantize
+from compressors.quantize.dense.table_inputs import calibrate_table_layers, find_table_scales
 
 EXACT_INPUTS = 2**24 // (128 * 128)
 """Sums of this many products of int8 numbers are exact in float32, which has 24 bits."""
@@ -170,7 +171,7 @@ FORMAT: LinearFormat = StaticInt8Format()
 
 
 WeightClipping = Literal["min_max", "mse"]
-InputScales = Literal["layer", "channel"]
+InputScales = Literal["layer", "channel", "tables"]
 
 
 def packed_int8(
@@ -184,8 +185,15 @@ def packed_int8(
             input channel.
         weights: range of the weights, see the setting of ``StaticInt8``.
     """
+    return pack_with_scale(layer, range_end / LEVELS, weights)
+
+
+def pack_with_scale(
+    layer: nn.Linear, input_scale: Tensor, weights: WeightClipping = "min_max"
+) -> PackedLinear:
+    """Build the int8 layer with an input scale, float32: a scalar or ``(in,)``."""
     bias = None if layer.bias is None else layer.bias.detach().float()
-    weight, input_scale = layer.weight.detach().float(), range_end / LEVELS
+    weight = layer.weight.detach().float()
     by_channel = input_scale.ndim == 1
     if by_channel:
         weight = weight * input_scale
@@ -213,7 +221,7 @@ def packed_int8(
 
 def format_settings(input_scales: InputScales) -> dict[str, str]:
     """Return the settings of the format: none for one scale per layer."""
-    return {} if input_scales == "layer" else {"input_scales": input_scales}
+    return {"input_scales": input_scales} if input_scales == "channel" else {}
 
 
 class StaticInt8(StepSettings):
@@ -237,7 +245,8 @@ class StaticInt8(StepSettings):
         "layer",
         description="layer: all inputs of a layer share one scale. channel: one scale for each "
         "input channel, for inputs of different range; the layer divides its inputs by them, "
-        "which costs time.",
+        "which costs time. tables: as layer, but a layer that reads int8 tables with one scale for "
+        "all rows has the scales of these tables, so that ONNX Runtime passes their codes to it.",
     )
     weights: WeightClipping = Field(
         "min_max",
@@ -257,12 +266,31 @@ class StaticInt8(StepSettings):
         """Calibration rows, for the range of the inputs of each layer."""
         return ("calibration",)
 
-    def plan(self, model: Model, bench: Bench) -> StepPlan[None]:
-        """Select the dense layers to compress; give a reason for each other layer."""
-        decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
-        return StepPlan(decisions, None)  # None: apply() needs only the decisions
+    def plan(self, model: Model, bench: Bench) -> StepPlan[Mapping[str, Tensor]]:
+        """Select the dense layers to compress; give a reason for each other layer.
 
-    def apply(self, model: Model, bench: Bench, plan: StepPlan[None]) -> AppliedStep:
+        If ``input_scales`` is ``tables``, the payload has the input scales of the layers that read
+        tables (``find_table_scales``); otherwise it is empty.
+
+        Raises:
+            StepRefused: ``torch.export`` cannot trace the network.
+        """
+        decisions = choose_dense(Unit.of(model.module), self.layers, self.kind, FORMAT)
+        if self.input_scales != "tables":
+            return StepPlan(decisions, {})
+        scales = find_table_scales(model.module, bench.signature)
+        reads = Reason("reads_codes_of_tables")
+        decisions = {
+            name: decision.replace_reasons(*decision.reasons, reads)
+            if name in scales and decision.selected
+            else decision
+            for name, decision in decisions.items()
+        }
+        return StepPlan(decisions, scales)
+
+    def apply(
+        self, model: Model, bench: Bench, plan: StepPlan[Mapping[str, Tensor]]
+    ) -> AppliedStep:
         """Calibrate on ``bench.calibration``; replace selected layers within ``most_error``.
 
         Raises:
@@ -271,12 +299,23 @@ class StaticInt8(StepSettings):
                 does not contain the pattern ``*``.
         """
         units = plan.units(model.module)
+        of_tables = plan.payload
         factors = None
         if self.input_scales == "channel":
             factors = channel_factors(model.module, units, bench, rows=self.rows, batch=self.batch)
-        replacements = calibrate_layers(
+        replacements = calibrate_table_layers(
             model.module,
-            units,
+            [unit for unit in units if unit.name in of_tables],
+            of_tables,
+            bench,
+            partial(pack_with_scale, weights=self.weights),
+            rows=self.rows,
+            batch=self.batch,
+            measure_error=self.most_error is not None,
+        )
+        replacements |= calibrate_layers(
+            model.module,
+            [unit for unit in units if unit.name not in of_tables],
             bench,
             partial(packed_int8, weights=self.weights),
             calibrator=self.calibrator,
@@ -299,8 +338,9 @@ class StaticInt8(StepSettings):
                 swap(model.module, name, layer.packed)
         return AppliedStep(model, outcomes)
 
-    def dry_run(self, model: Model, plan: StepPlan[None]) -> Model:
+    def dry_run(self, model: Model, plan: StepPlan[Mapping[str, Tensor]]) -> Model:
         """Replace every selected layer by one in the format, with zeros that take no memory."""
-        settings = format_settings(self.input_scales)
-        units = plan.units(model.module)
-        return dry_run_packed(model, units, linear=FORMAT, settings=settings)
+        for unit in plan.units(model.module):
+            scales: InputScales = "channel" if unit.name in plan.payload else self.input_scales
+            dry_run_packed(model, [unit], linear=FORMAT, settings=format_settings(scales))
+        return model

@@ -13,16 +13,23 @@ and no weight is clipped by default.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from compressors.contracts.reasons import Reason
+from compressors.contracts.value_errors import value_error
 from compressors.core.modules.formats import TableFormat, TensorSpec
+from compressors.core.placeholders import is_placeholder
 from compressors.quantize.kernels.levels import dequantize
 from compressors.quantize.kernels.products import compute_grad_x_by_blocks, multiply_by_blocks
 from compressors.quantize.tables import scales
 from compressors.quantize.tables.rowwise import RowwiseSettings
+
+BLOCK_ROWS = 65_536
+"""Rows of which the rounding error is computed at once."""
 
 
 def code_type(*, symmetric: bool) -> torch.dtype:
@@ -164,6 +171,51 @@ class RowwiseInt8(RowwiseSettings):
     levels: ClassVar[tuple[int, int]] = (255, 256)  # numbers of codes: symmetric, asymmetric
 
     kind: Literal["rowwise_int8"] = "rowwise_int8"
+    one_scale_error: float | None = Field(
+        None,
+        gt=0,
+        description="A table gets one scale for all rows if its rounding error is then at most "
+        "this share of its weights (both root mean squares), else one for each row. ONNX Runtime "
+        "passes the codes of a table with one scale to int8 layers without converting them. Needs "
+        "'symmetric', and 'rows_per_scale' 1. Not set: 'rows_per_scale' applies to all tables.",
+    )
+
+    @model_validator(mode="after")
+    def _require_one_scale_to_be_possible(self) -> Self:
+        if self.one_scale_error is not None and not (self.symmetric and self.rows_per_scale == 1):
+            raise value_error("one_scale_needs_symmetric_rows")
+        return self
+
+    def for_table(self, weight: Tensor) -> tuple["RowwiseInt8", tuple[Reason, ...]]:
+        """Return the settings for one table, and a reason for its scale.
+
+        Args:
+            weight: float ``(rows, dim)``. A placeholder gets a scale for each row, which takes more
+                bytes.
+        """
+        if self.one_scale_error is None or not len(weight) or is_placeholder(weight):
+            return self, ()
+        one_scale = self.model_copy(update={"rows_per_scale": 0, "one_scale_error": None})
+        by_row = self.model_copy(update={"one_scale_error": None})
+        error = one_scale.rounding_error(weight)
+        if error <= self.one_scale_error:
+            return one_scale, (Reason("one_scale", error=error),)
+        return by_row, (Reason("one_scale_inexact", error=error, most=self.one_scale_error),)
+
+    def rounding_error(self, weight: Tensor) -> float:
+        """Return the error of a table's weights, as a share of them (both root mean squares).
+
+        Args:
+            weight: float ``(rows, dim)``. ``rows_per_scale`` is 0.
+        """
+        scale = self.fit(weight)["scale"].float()
+        error = total = 0.0
+        for block in torch.split(weight, BLOCK_ROWS):
+            rows = block.float()
+            codes = (rows / scale).round().clamp(-127, 127)
+            error += float((codes * scale - rows).double().square().sum())
+            total += float(rows.double().square().sum())
+        return (error / total) ** 0.5 if total else 0.0
 
     @property
     def storage(self) -> TableFormat:

@@ -35,7 +35,8 @@ from compressors.core.modules.formats import PackedTable
 from compressors.core.random_inputs import generate_inputs
 from compressors.core.registries import TABLE_FORMATS
 from compressors.errors.compression import NothingToCompress, NotLowerable
-from compressors.lower.export import TRACE_ROWS, lower
+from compressors.lower.export import lower
+from compressors.lower.program import TRACE_ROWS
 from compressors.lower.serving_wrapper import SCORE, input_names, wrap_for_serving
 from compressors.lower.targets.tensorrt.types import codes_tensor, convert_type
 from compressors.quantize.kernels import bitpacking

@@ -21,8 +21,8 @@ from compressors.contracts import Bench
 from compressors.contracts.targets.builder import BuildRequest, Profile
 from compressors.core.runner import run
 from compressors.errors.compression import ParityLost
-from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
 from compressors.lower.comparison.parity import check_parity
+from compressors.lower.passes.bfloat16_matmuls import has_bfloat16_matmuls, write_checkable
 from compressors.quantize.dense.bfloat16_dense import BFloat16Dense
 from infra.errors import BuildRefused
 from infra.onnxruntime.sessions import Session

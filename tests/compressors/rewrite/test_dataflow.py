@@ -169,13 +169,13 @@ def test_consumers_are_found_through_views_only_if_channels_keep_their_positions
 
 def test_a_step_traces_the_network_once(monkeypatch, tmp_path):
     counts = []
-    original = dataflow_module._export_graphs
+    original = dataflow_module.export_graphs
 
     def counting_graphs(module: nn.Module, signature: Signature) -> object:
         counts.append(1)
         return original(module, signature)
 
-    monkeypatch.setattr(dataflow_module, "_export_graphs", counting_graphs)
+    monkeypatch.setattr(dataflow_module, "export_graphs", counting_graphs)
     run_or_skip(Fold(), NORM_FIRST.model(), NORM_FIRST.bench(tmp_path / "data"), tmp_path / "out")
     assert len(counts) == 1
 

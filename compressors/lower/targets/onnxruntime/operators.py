@@ -64,21 +64,60 @@ def static_int8_linear(x: Any, codes: Any, weight_scale: Any, input_scale: Any, 
     ONNX Runtime prepacks weights only for unsigned inputs, and does not convert inputs to unsigned
     if two layers read the same input.
     """
-    input_zero = constant(onnx.TensorProto.UINT8, 128)
-    channels = int(codes.shape[0])
     if any(not isinstance(size, int) for size in list(x.shape)[1:-1]):
         return _build_int8_matmul(x, codes, weight_scale, input_scale, bias)
-    flat, restore = flatten_to_matrix(x, int(codes.shape[1]), channels)
-    inputs = op.DequantizeLinear(
-        op.QuantizeLinear(flat, input_scale, input_zero), input_scale, input_zero
-    )
+    flat, restore = flatten_to_matrix(x, int(codes.shape[1]), int(codes.shape[0]))
+    rounded = op.QuantizeLinear(flat, input_scale, constant(onnx.TensorProto.UINT8, 128))
+    return restore(_build_int8_gemm(rounded, codes, weight_scale, input_scale, bias))
+
+
+def int8_codes_linear(x: Any, codes: Any, weight_scale: Any, bias: Any) -> Any:
+    """Build the Gemm of ``static_int8_linear`` with inputs that are codes already."""
+    flat, restore = flatten_to_matrix(x, int(codes.shape[1]), int(codes.shape[0]))
+    one = op.Constant(value_float=1.0)
+    return restore(_build_int8_gemm(flat, codes, weight_scale, one, bias))
+
+
+def _build_int8_gemm(
+    rounded: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any
+) -> Any:
+    """Build an int8 Gemm of inputs ``(rows, inputs)``, uint8 with zero point 128."""
+    channels = int(codes.shape[0])
+    inputs = op.DequantizeLinear(rounded, input_scale, constant(onnx.TensorProto.UINT8, 128))
     weight_zero = constant(onnx.TensorProto.INT8, [0] * channels)
     weight = op.DequantizeLinear(codes, weight_scale, weight_zero, axis=0)
     bias_scale = op.Mul(weight_scale, input_scale)
     bias_codes = op.Cast(op.Round(op.Div(bias, bias_scale)), to=INT32)
     bias_zero = constant(INT32, [0] * channels)
     rounded_bias = op.DequantizeLinear(bias_codes, bias_scale, bias_zero, axis=0)
-    return restore(op.Gemm(inputs, weight, rounded_bias, transB=1))
+    return op.Gemm(inputs, weight, rounded_bias, transB=1)
+
+
+def table_codes(codes: Any, ids: Any) -> Any:
+    """Build the lookup of a table's codes."""
+    return op.Gather(codes, ids, axis=0)
+
+
+def widen_codes(codes: Any, scale: Any) -> Any:
+    """Build the conversion of codes ``(rows, lookups, dim)`` to float32, with scales by lookup.
+
+    With one scale, the codes have any shape.
+    """
+    if not len(scale.shape):
+        return op.DequantizeLinear(codes, scale, constant(onnx.TensorProto.UINT8, 128))
+    zeros = constant(onnx.TensorProto.UINT8, [128] * int(scale.shape[0]))
+    return op.DequantizeLinear(codes, scale, zeros, axis=1)
+
+
+def input_codes(x: Any, scale: Any) -> Any:
+    """Build the rounding of inputs to codes, with one scale or one for each element of a row."""
+    zero = constant(onnx.TensorProto.UINT8, 128)
+    if not len(scale.shape):
+        return op.QuantizeLinear(x, scale, zero)
+    if len(scale.shape) == 1 and len(x.shape) == 2:
+        zeros = constant(onnx.TensorProto.UINT8, [128] * int(scale.shape[0]))
+        return op.QuantizeLinear(x, scale, zeros, axis=1)
+    return op.QuantizeLinear(op.Div(x, scale), op.Constant(value_float=1.0), zero)
 
 
 def _build_int8_matmul(x: Any, codes: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
@@ -109,12 +148,6 @@ def join_ids(ids: Any) -> Any:
     return op.Transpose(rows, perm=[1, 0])
 
 
-def join_rows(rows: Any) -> Any:
-    """Build the reshape of rows ``(rows, inputs, dim)`` to ``(rows, inputs * dim)``."""
-    width = int(rows.shape[1]) * int(rows.shape[2])
-    return op.Reshape(rows, op.Constant(value_ints=[-1, width]))
-
-
 def translations() -> dict[Any, Callable[..., Any]]:
     """Return the function that builds the subgraph of each custom op."""
     return {
@@ -124,5 +157,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
         OPS.float16_linear.default: short_float_linear,
         OPS.bfloat16_linear.default: short_float_linear,
         OPS.join_ids.default: join_ids,
-        OPS.join_rows.default: join_rows,
+        OPS.table_codes.default: table_codes,
+        OPS.widen_codes.default: widen_codes,
+        OPS.input_codes.default: input_codes,
+        OPS.int8_codes_linear.default: int8_codes_linear,
     }

@@ -16,7 +16,6 @@ from compressors.core.modules.formats import PackedLinear
 from compressors.lower.audit import audit
 from compressors.lower.findings import GraphAudit, LayerInitializer, TableInitializers
 from compressors.lower.targets.onnxruntime import operators, types
-from compressors.lower.targets.onnxruntime.join_split_rows import JoinSplitRows
 from compressors.lower.targets.onnxruntime.replace_relu_by_max import ReplaceReluByMax
 from compressors.lower.targets.target import (
     FLOAT32_ERROR,
@@ -57,8 +56,8 @@ class OnnxRuntime:
         return types.stays_packed(layer)
 
     def passes(self) -> tuple[ir.passes.InPlacePass, ...]:
-        """Return the passes that remove the Split of merged lookups and keep layers in int8."""
-        return JoinSplitRows(), ReplaceReluByMax()
+        """Return the pass that keeps layers in int8."""
+        return (ReplaceReluByMax(),)
 
     def tolerance(self, plan: Plan | None) -> Tolerance:
         """Return how far scores may differ from the module's, relative to their standard deviation.

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from compressors.contracts import DROPPED, Plan
 from compressors.core.modules.formats import PackedLinear, PackedTable
-from compressors.lower.bfloat16_matmuls import has_bfloat16_matmuls
+from compressors.lower.passes.bfloat16_matmuls import has_bfloat16_matmuls
 from compressors.lower.targets.target import (
     BFLOAT16_ERROR,
     FLOAT16_ERROR,

@@ -100,6 +100,16 @@ def compress_and_lower(step: AnyStep, policy: str) -> tuple[Model, Lowered, Path
     return (model, *lower_model(reference, model, folder))
 
 
+def check_scores(reference: Reference, lowered: Lowered, path: Path) -> None:
+    """Compare the scores of graph and module, up to the rounding of float32 sums."""
+    inputs = generate_inputs(reference.signature, reference.rows_of_tables(), 50)
+    if "item" in inputs:
+        inputs["item"][:10] = 7
+    expected = lowered.wrapper(*(inputs[name] for name in input_names(reference.signature)))
+    result = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
+    np.testing.assert_allclose(result, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
 def count_operators(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path).graph.node)
 
@@ -160,17 +170,24 @@ def test_graph_has_no_split_if_the_network_concatenates_the_rows():
     assert count_operators(path)["Split"] == 0
 
 
-@pytest.mark.parametrize("option", ["masks_by_id", "replaces_id"])
-def test_lookups_are_not_merged_if_the_network_also_uses_an_id_elsewhere(option, tmp_path):
-    reference = reference_of_fields(**{option: True})
+def test_lookups_are_merged_if_the_network_also_uses_an_id_elsewhere(tmp_path):
+    reference = reference_of_fields(masks_by_id=True)
     model = compress(reference, RowwiseInt8(), tmp_path)
     lowered, path = lower_model(reference, model, tmp_path)
-    assert count_operators(path)["Gather"] == 8  # codes and scales of four tables
-    inputs = generate_inputs(reference.signature, reference.rows_of_tables(), 50)
-    inputs["item"][:10] = 7
-    expected = lowered.wrapper(*(inputs[name] for name in input_names(reference.signature)))
-    result = Session(path, threads=1).scores({k: v.numpy() for k, v in inputs.items()})
-    np.testing.assert_allclose(result, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert {table.rows for table in lowered.tables} == {349, 12}
+    check_scores(reference, lowered, path)
+
+
+def test_lookup_of_ids_that_the_network_changes_is_not_merged(tmp_path):
+    reference = reference_of_fields(replaces_id=True)
+    model = compress(reference, RowwiseInt8(), tmp_path)
+    lowered, path = lower_model(reference, model, tmp_path)
+    assert {table.module: table.rows for table in lowered.tables} == {
+        "tables.user, tables.city": 49,
+        "tables.item": 300,
+        "wide": 12,
+    }
+    check_scores(reference, lowered, path)
 
 
 def test_tables_with_codebooks_of_different_sizes_are_not_merged(tmp_path):
@@ -185,7 +202,7 @@ def test_tables_with_codebooks_of_different_sizes_are_not_merged(tmp_path):
     }
 
 
-def test_float32_tables_and_tables_for_tensorrt_are_not_merged(tmp_path):
+def test_lookups_of_uncompressed_models_and_for_tensorrt_are_not_merged(tmp_path):
     reference = reference_of_fields()
     _, uncompressed = lower_model(reference, reference.model(), tmp_path)
     assert count_operators(uncompressed)["Gather"] == 4
