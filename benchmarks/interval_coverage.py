@@ -82,8 +82,8 @@ def draw_heavy_tailed_sizes(rng: np.random.Generator, users: int) -> NDArray[np.
 def estimate_true_values() -> dict[str, tuple[float, float]]:
     """Estimate the true values from 4 million users with one row each.
 
-    The AUC of a large population hardly depends on pairs of rows of the same user, so one row per
-    user is enough. The standard errors (below 0.0003) are much smaller than every interval.
+    In a large population, almost all pairs of rows are of different users, so one row per user is
+    enough. The standard errors (below 0.0003) are much smaller than every interval.
 
     Returns:
         By metric, its value for the baseline, and the difference between both models.
@@ -115,7 +115,8 @@ def measure_coverage(
         users: number of users of each test set.
         runs: number of test sets.
         metrics: names of metrics.
-        grouped: whether the bootstrap resamples users; else it resamples rows.
+        grouped: whether intervals are computed from users, by a jackknife that leaves out one group
+            of rows after the other; otherwise a bootstrap resamples rows.
     """
     metrics = tuple(metrics)
     hits = {metric: np.zeros(2) for metric in metrics}
@@ -126,7 +127,7 @@ def measure_coverage(
         for metric in metrics:
             intervals = estimate_pair(
                 metric, rows.label, rows.baseline, rows.candidate, group, samples=300
-            )  # ``samples``: number of bootstrap samples
+            )  # ``samples``: number of bootstrap samples, if rows are resampled
             for column, (estimate, value) in enumerate(
                 zip(
                     (intervals.baseline, intervals.difference),

@@ -1,4 +1,6 @@
-"""Create and migrate the SQLite file of an embedded registry atomically.
+"""Create and migrate the SQLite file of the embedded registry atomically.
+
+The embedded registry is a local file, which is used if no MLflow server is set.
 
 MLflow creates its tables in hundreds of statements that SQLite commits one by one, so a process
 that is killed while it creates them leaves a file that no later process can use. This module
@@ -299,7 +301,7 @@ def _open_engine(temporary: Path) -> Iterator[Any]:
 
 def _connect(file: Path, mode: str = "rw") -> sqlite3.Connection:
     """Open a file; mode ``rwc`` creates it. Raise ``SettingRefused`` if it cannot be opened."""
-    # The mode in the URI prevents SQLite from creating a file that was just removed.
+    # In mode "rw", SQLite does not create a file that another process has just removed: it fails.
     uri = f"file:{quote(str(file))}?mode={mode}"
     try:
         return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
@@ -311,7 +313,7 @@ def _connect(file: Path, mode: str = "rw") -> sqlite3.Connection:
 
 @contextmanager
 def _translate_lock_errors(file: Path) -> Iterator[None]:
-    """Translate SQLite's operational errors in the block, such as a lock of another program.
+    """Translate SQLite's operational errors in the block, for example if another program locks it.
 
     Raises:
         RegistryUnavailable: SQLite could not execute a statement.

@@ -1,9 +1,10 @@
-"""An order for a model with a float matrix, bounded integers and fields of a joined table.
+"""An order for a model with a float matrix, a bounded integer and fields of a joined table.
 
-In a joined table, the rows of several id columns (fields) follow each other. The model is
-``FieldsNet`` (``tests/field_network.py``): two ids per row, a matrix of 7 columns (a brand, 4 tags
-and 2 numbers), a position, four tables and two dense layers. A draft is the folder that becomes a
-bundle when it is packed.
+In a joined table, the rows of several id columns (fields) follow each other. A bounded integer has
+a smallest and a largest value; here it is the position. The inputs of the model, ``FieldsNet``
+(``tests/field_network.py``), are two ids per row, a matrix of 7 columns (a brand, 4 tags and 2
+numbers), and a position. It has four tables and two dense layers. A draft is the folder that
+becomes a bundle when it is packed.
 """
 
 from pathlib import Path

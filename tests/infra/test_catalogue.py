@@ -101,6 +101,7 @@ def test_prepare_of_the_catalogue_writes_only_inputs_of_the_item_tower(paths, tm
             {"lately": pa.array([[5], [], [5], [1]], LISTS)},
             r"'lately': differs from the first row of the same user.*row\(s\) 3",
         ),
+        # Texts would be numbered separately in each split, so groups are integers.
         ("test", {"user": pa.array(["3", "1", "3", "1"])}, "Number the groups the same way"),
     ],
 )
@@ -118,7 +119,7 @@ def test_training_rows_of_one_user_may_differ_in_query_inputs(paths, tmp_path):
 
 
 def test_require_items_needs_a_catalogue_exactly_for_retrieval():
-    # "it" stands for the bundle in the error message.
+    # The last argument is how the error message names the bundle.
     require_items(["test", "items"], SIGNATURE, "it")
     with raises_code(DataRefused, "catalogue_missing", place="it", split="items"):
         require_items(["test"], SIGNATURE, "it")

@@ -62,14 +62,14 @@ def kill_writer_at(
             which it is killed.
 
     Returns:
-        For each point: ``killed`` (False if the writer ended earlier), ``version`` that a process
-        published afterwards, and ``left``, the files in the folder.
+        For each point: ``killed`` (False if the writer ended before the point), ``version`` that a
+        process published afterwards, and ``left``, the files in the folder.
     """
     return send(" ".join([str(folder), writer, *map(str, points)]))
 
 
 # Points for ``kill_writer_at``: steps of 0.025, and of 0.002 from 0.9 to 1, because the last
-# operations link the finished temporary file to the registry's path and remove its other name.
+# operations hard-link the finished temporary file to the registry's path and delete its old name.
 FEW_POINTS = [0.5, 1.0]
 MANY_POINTS = [number / 40 for number in range(1, 36)] + [
     0.9 + number / 500 for number in range(51)

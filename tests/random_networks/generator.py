@@ -142,7 +142,7 @@ class Composer:
         item: dict[str, Any] = {"name": name, "shape": shape}
         if form == "dense":
             item["kind"] = "dense"
-            # A dense input after another input of its part has weights of ids, with scale 1.
+            # If a part has several inputs, a dense one after the first has a weight for each id.
             self.scales[name] = 1.0 if index else rng.choice(SCALES)
         else:
             item["kind"] = "jagged_bag" if form.startswith("jagged") else form
@@ -195,7 +195,7 @@ class Composer:
         """Return the part that a new part reads; ``need`` is the kind of value that it takes.
 
         Parts without a consumer and with the right kind of output are preferred, then parts with
-        the right kind. Outputs of another kind are converted.
+        the right kind. Otherwise it is any part, whose output is converted.
         """
         rng = self.rng
         kinds = {p["name"]: PARTS[p["kind"]].gives for p in self.parts}
@@ -244,8 +244,8 @@ def _generate_click_model(seed: int, rng: random.Random) -> Case:
     composer.add_source("Lookup")
     composer.compose(rng.randint(2, 6), rng.randint(2, 8))
     widths = [rng.choice((4, 8, 16, 17)) for _ in range(rng.randint(0, 2))]
-    # Ways to remove the last dimension, or to "keep" it. "every", which removes all dimensions of
-    # size 1, is rare.
+    # Ways to remove the last dimension of the logits; "keep" does not remove it. "every", which
+    # removes all dimensions of size 1, is drawn rarely.
     squeezes = ("one", "last", "view", "flatten", "index", "keep", "reshape", "sum")
     probability = rng.random() < 0.25
     head = {
@@ -326,7 +326,7 @@ def set_weights(module: nn.Module, seed: int) -> None:
                 value.copy_(1 + 0.3 * draw if key == "weight" else 0.2 * draw)
             elif isinstance(owner, nn.PReLU):
                 value.copy_(0.25 + 0.1 * draw)
-            elif key in ("edges", "wide_scale", "offset"):  # constant, or set by ``spread_scores``
+            elif key in ("edges", "wide_scale", "offset"):  # the first is constant
                 continue
             elif value.dim() >= 2:
                 _set_layer(value, draw, rng, regular=name == "output")

@@ -1,4 +1,4 @@
-"""A home (the folder with store and registry) can be moved, since stored references are relative.
+"""A home (the folder with store and registry) can be moved: stored URIs are relative to the store.
 
 recpress 0.1.0 stored absolute URIs. Homes that it wrote can be moved too, so most tests also run
 with such a home.
@@ -125,6 +125,7 @@ def test_moved_home_is_listed_fetched_promoted_and_found_again(
     )
     # Results name the registry as printed for users, without credentials.
     assert result.registry == public_uri(load_settings().registry_uri)
+    # The page is ``report.html``.
     assert result.page_uri().startswith(f"{store().root}/artifacts/")
     assert {path.name for path in new.iterdir()} <= {"registry.db", "registry.db.lock", "store"}
 
@@ -163,7 +164,7 @@ def test_version_whose_source_is_outside_the_store_is_refused(
         version_report("m", registered.version)
 
 
-def test_artifact_with_the_root_of_another_store_is_refused_if_this_store_lacks_it(
+def test_absolute_uri_of_an_artifact_that_only_another_store_has_is_refused(
     work_folder: Path,
 ) -> None:
     finished = publish_version(work_folder, "a")
@@ -191,7 +192,7 @@ def pack_as_0_1_0(work_folder: Path) -> Artifact:
     root = store().root
     folder = work_folder / "bundle of 0.1.0"
     store().get(packed.artifact, folder)
-    # The last field of a manifest is its checksum (its "seal") over all lines before.
+    # The last field of a manifest is the checksum (its "seal") of the bytes before.
     body, seal_key, _ = (folder / "model.json").read_bytes().partition(b'  "seal"')
     assert seal_key
     body = body.replace(b'"artifacts/', f'"{root}/artifacts/'.encode())

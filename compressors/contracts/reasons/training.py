@@ -4,8 +4,9 @@
 ``Reason`` in ``reason.py`` fills in the fields in braces.
 
 Traffic is the logged requests, which have no labels. A map is the function that recalibrates the
-network's output. ``trained_with_codes`` and ``refitted`` are about ``refit_codes``, which trains
-the codebooks of tables and selects new codes (indices into them): the former is for a dense layer.
+network's output; ``method`` is the selected kind of such a function. ``refit_codes`` trains the
+codebooks of tables and selects new codes (indices into them): ``refitted`` is its reason for a
+table, ``trained_with_codes`` for a dense layer that is trained at the same time.
 """
 
 SENTENCES = {

@@ -1,5 +1,7 @@
-"""``multi_hash``: rows are sums of buckets that hash functions select; fit by least squares.
+"""``multi_hash``: a row is a sum of shared rows ("buckets") that hash functions of its id select.
 
+The shared rows are fitted by least squares. ``Buffered`` of ``models.py`` is a network whose table
+of positions is read at the same rows by every call.
 ``RANKER`` of ``models.py`` has the tables ``item`` (300 rows of 7 numbers), ``user`` (40 rows of 6)
 and ``tags`` (30 rows of 6), among others.
 """
@@ -58,7 +60,7 @@ def test_two_ids_collide_with_probability_one_over_buckets():
     for pair in ((0, 1), (7, 57), (0, PRIME - 1)):
         buckets_of_ids = hash_ids(torch.tensor(pair), functions, buckets)
         collision_rate = float((buckets_of_ids[0] == buckets_of_ids[1]).float().mean())
-        # four standard deviations of a share of 1/50 in 20,000 functions
+        # four standard deviations of a rate of 1/50 that is measured with 20,000 functions
         assert abs(collision_rate - 1 / buckets) < 4 * (0.02 * 0.98 / count) ** 0.5
         equal_sign_rate = float(
             (hash_signs(torch.tensor(pair), functions).prod(dim=0) > 0).float().mean()
@@ -77,7 +79,7 @@ def test_two_ids_collide_with_probability_one_over_buckets():
 def test_fit_has_the_error_of_the_least_squares_solution(
     seed, rows, buckets, hashes, signed, has_equal_weights
 ):
-    """The reference is torch's least squares for the whole system, including the mean."""
+    """The reference is torch's least squares for the whole system, with the mean of all rows."""
     table = draw_normal(seed, rows) + 1
     weight = (
         torch.ones(rows).double()
@@ -102,7 +104,7 @@ def test_fit_has_the_error_of_the_least_squares_solution(
     error = float((root * (system @ solution_of_fit - table)).square().sum())
     # The solver stops at a relative residual of 1e-6, and results are float32.
     assert error == pytest.approx(smallest_error, rel=1e-6, abs=1e-10 * float(weight.sum()))
-    # ``error`` is a difference of large sums of squares, so it has rounding errors.
+    # ``fitted.error`` is a difference of large sums of squares, so it has rounding errors.
     assert fitted.error * float(weight.sum()) == pytest.approx(
         smallest_error, rel=1e-6, abs=1e-10 * float(weight.sum())
     )
