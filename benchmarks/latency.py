@@ -236,9 +236,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("networks", nargs="*", choices=CASES)
+    parser.add_argument("networks", nargs="*", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     options = parser.parse_args()
+    if unknown := [name for name in options.networks if name not in CASES]:
+        parser.error(f"expected networks of {', '.join(CASES)}, got {', '.join(unknown)}")
     for threads in options.threads:
         machine = describe_machine("ONNX Runtime", OnnxRuntime().version(), threads)
         dot = "with" if machine.int8_dot else "without"

@@ -76,6 +76,8 @@ def export_program(
         shapes = dynamic_shapes(signature, most_rows)
         traced = _trace(wrapper, args, shapes)
         if merges:
+            # Without in-place operators: a merged lookup would change with the rows of one table.
+            traced = traced.run_decompositions({})
             wrapper.together = nn.ModuleList(merge_lookups(traced, wrapper))
         program = _translate(traced, names, wrapper.served_graph.outputs, translations)
     except Exception as error:

@@ -151,9 +151,14 @@ def find_owners(module: nn.Module) -> dict[int, set[str]]:
 
 
 def export_graphs(
-    module: nn.Module, signature: Signature
+    module: nn.Module, signature: Signature, *, functional: bool = False
 ) -> list[tuple[torch.fx.Graph, dict[Node, int]]]:
     """Export each served graph; map its weight placeholders to the ``id`` of their tensors.
+
+    Args:
+        module: the network.
+        signature: its inputs.
+        functional: replace in-place operators, so that no operator changes an earlier tensor.
 
     Raises:
         StepRefused: ``torch.export`` cannot trace the network.
@@ -175,6 +180,8 @@ def export_graphs(
                 raise
             problem = (str(fault).strip().splitlines() or [repr(fault)])[0].rstrip(".")
             raise StepRefused("network_not_traceable", problem=problem) from fault
+        if functional:
+            program = program.run_decompositions({})
         tensors: dict[str, Tensor] = dict(wrapper.named_parameters(remove_duplicate=False))
         tensors |= dict(wrapper.named_buffers(remove_duplicate=False))
         exported = program.graph_signature

@@ -52,6 +52,6 @@ SENTENCES = {
         "'input_scales': 'channel' for this layer, scale or normalize these inputs, run "
         "'equalize' or 'smooth_quant' before this step, or leave the layer out of 'layers'"
     ),
-    "reads_codes_of_tables": "reads codes of int8 tables, without rounding them again",
+    "reads_codes_of_tables": "reads int8 tables: its inputs have the scales of these tables",
     "channel_range": "{channel} (up to {largest:.3g})",
 }

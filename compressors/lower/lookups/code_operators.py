@@ -24,8 +24,8 @@ def _(codes: Tensor, ids: Tensor) -> Tensor:
     return codes.new_empty((*ids.shape, codes.shape[1]))
 
 
-@torch.library.custom_op("recpress::widen_codes", mutates_args=())
-def widen_codes(codes: Tensor, scale: Tensor) -> Tensor:
+@torch.library.custom_op("recpress::dequantize_codes", mutates_args=())
+def dequantize_codes(codes: Tensor, scale: Tensor) -> Tensor:
     """Convert codes to float32.
 
     Args:
@@ -35,7 +35,7 @@ def widen_codes(codes: Tensor, scale: Tensor) -> Tensor:
     return (codes.float() - ZERO) * (scale.unsqueeze(1) if scale.ndim else scale)
 
 
-@widen_codes.register_fake
+@dequantize_codes.register_fake
 def _(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.new_empty(codes.shape, dtype=torch.float32)
 

@@ -8,39 +8,51 @@ products are the same integers.
 Operators between table and layer that only rearrange elements then rearrange codes.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from compressors.lower.lookups.layout import JOINS, Labels, layout_input, positions
-from compressors.lower.lookups.program_editor import ProgramEditor, row_shape
+from compressors.core.modules.formats import PackedLinear
+from compressors.lower.lookups.layout import JOINS, Labels, is_identity, layout_input, positions
+from compressors.lower.lookups.program_editor import ProgramEditor, dtype_of, row_shape
+from compressors.quantize.dense import static_int8
 
 _aten = torch.ops.aten
 _OPS = torch.ops.recpress
 
 
-def pass_codes_to_layers(editor: ProgramEditor) -> int:
-    """Change the int8 layers of a program that read tables; return their number."""
-    scales = {
+def pass_codes_to_layers(editor: ProgramEditor, module: nn.Module) -> None:
+    """Change the int8 layers of a program that read tables.
+
+    Args:
+        editor: the program.
+        module: the module from which it was traced.
+    """
+    table_scales = {
         node: _expand_scale(editor.tensors[node.args[1]], row_shape(node) or ())
         for node in editor.graph.nodes
-        if node.target is _OPS.widen_codes.default and row_shape(node) is not None
+        if node.target is _OPS.dequantize_codes.default and row_shape(node) is not None
     }
-    if not scales:
-        return 0
-    codes = _Codes(editor, scales)
-    changed = 0
+    if not table_scales:
+        return
+    codes = _Codes(editor, table_scales)
+    input_scales = {
+        id(layer.get_buffer("codes")): layer.get_buffer("input_scale")
+        for layer in module.modules()
+        if isinstance(layer, PackedLinear) and layer.storage == static_int8.FORMAT
+    }
     for node in list(editor.graph.nodes):
         if node.target is not _OPS.static_int8_linear.default:
             continue
         x, weights, weight_scale, _, bias = node.args
-        divided = _find_scaled_input(editor, x)
-        if divided is None:
+        scale = input_scales.get(id(editor.tensors.get(weights)))
+        source = None if scale is None else _find_scaled_input(editor, x, scale)
+        if source is None or scale is None:
             continue
-        source, scale = divided
-        needed = scale.expand(1, *(row_shape(source) or ()))
+        needed = scale.float().expand(1, *(row_shape(source) or ()))
         if not codes.reads_table(source, needed):
             continue
         rounded = codes.of(source, needed)
@@ -49,38 +61,33 @@ def pass_codes_to_layers(editor: ProgramEditor) -> int:
                 _OPS.int8_codes_linear.default, rounded, weights, weight_scale, bias
             )
         node.replace_all_uses_with(product)
-        changed += 1
-    return changed
 
 
 def _expand_scale(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the scale of each element of ``widen_codes``'s output, ``(1, *shape)``."""
+    """Return the scale of each element of ``dequantize_codes``'s output, ``(1, *shape)``."""
     by_lookup = scale.unsqueeze(1) if scale.ndim else scale
     return by_lookup.float().expand(1, *shape)
 
 
-def _find_scaled_input(editor: ProgramEditor, x: Any) -> tuple[fx.Node, Tensor] | None:
-    """Return a layer's input before it is divided by one scale per channel, and the scales."""
-    if not isinstance(x, fx.Node) or x.target is not _aten.div.Tensor:
+def _find_scaled_input(editor: ProgramEditor, x: Any, scale: Tensor) -> fx.Node | None:
+    """Return a layer's input before the layer divides it by its scales, ``(in,)``; else None."""
+    if scale.ndim != 1 or not isinstance(x, fx.Node) or x.target is not _aten.div.Tensor:
         return None
-    source, scale = x.args
-    if not isinstance(source, fx.Node) or not isinstance(scale, fx.Node):
+    source, divisor = x.args
+    if not isinstance(source, fx.Node) or not isinstance(divisor, fx.Node):
         return None
-    stored = editor.tensors.get(scale)
-    if stored is None or stored.ndim != 1 or row_shape(source) is None:
-        return None
-    return source, stored.float()
+    return source if editor.tensors.get(divisor) is scale and row_shape(source) else None
 
 
 class _Codes:
     """Builds the codes of tensors that layers read.
 
-    ``scale`` is the scale by which each element is divided, ``(1, *row)``; NaN if the layer does
-    not read the element.
+    In the methods, ``scale`` is the scale by which the layer divides each element, ``(1, *row)``;
+    NaN if it does not read the element.
     """
 
     def __init__(self, editor: ProgramEditor, scales: dict[fx.Node, Tensor]) -> None:
-        """``scales`` has the outputs of ``widen_codes`` and the scale of each element."""
+        """``scales`` has the outputs of ``dequantize_codes`` and the scale of each element."""
         self.editor = editor
         self.scales = scales
         self.labels = Labels(scales.get, lambda shape: torch.full(shape, torch.nan))
@@ -108,19 +115,30 @@ class _Codes:
             return codes if is_exact and isinstance(codes, fx.Node) else self._round(node, scale)
         if node.target in JOINS:
             return self._join(node, scale)
-        source = layout_input(node)
+        if is_identity(node):
+            return self.of(node.args[0], scale)  # type: ignore[arg-type]
+        return self._rearrange(node, scale)
+
+    def _rearrange(self, node: fx.Node, scale: Tensor) -> fx.Node:
+        """Return the codes of an operator's output whose only input is rearranged."""
+        split = node.args[0] if node.target is operator.getitem else None
+        source = layout_input(split if isinstance(split, fx.Node) else node)
         if source is None or row_shape(source) is None:
             return self._round(node, scale)
+        shape = row_shape(source) or ()
         found: Callable[[fx.Node], Tensor | None] = lambda other: (  # noqa: E731
-            positions(row_shape(source) or ()) if other is source else None
+            positions(shape) if other is source else None
         )
-        moved = Labels(found).of(node)
-        if moved is None:
+        source_positions = Labels(found).of(node)
+        if source_positions is None:
             return self._round(node, scale)
-        lifted = torch.full((1, *(row_shape(source) or ())), torch.nan)
-        lifted.view(-1)[moved.flatten()] = scale.flatten()
-        codes = self.of(source, lifted)
+        source_scale = torch.full((1, *shape), torch.nan)
+        source_scale.view(-1)[source_positions.flatten()] = scale.flatten()
+        codes = self.of(source, source_scale)
         with self.editor.after(node):
+            if isinstance(split, fx.Node):
+                parts = self.editor.call(split.target, codes, *split.args[1:], **split.kwargs)
+                return self.editor.call(operator.getitem, parts, node.args[1])
             return self.editor.call(node.target, codes, *node.args[1:], **node.kwargs)
 
     def _join(self, node: fx.Node, scale: Tensor) -> fx.Node:
@@ -138,9 +156,14 @@ class _Codes:
     def _round(self, node: fx.Node, scale: Tensor) -> fx.Node:
         """Add the rounding of a tensor that is not made of codes."""
         needed = torch.where(scale.isnan(), 1.0, scale)[0]
-        stored = needed.reshape(-1)[0] if bool((needed == needed.reshape(-1)[0]).all()) else needed
-        name = f"input_scales.{self._stored}"
+        is_equal = needed.numel() == 0 or bool((needed == needed.reshape(-1)[0]).all())
+        stored = (
+            torch.tensor(float(needed.max()) if needed.numel() else 1.0) if is_equal else needed
+        )
+        scale_node = self.editor.add_tensor(f"input_scales.{self._stored}", stored.clone())
         self._stored += 1
-        scale_node = self.editor.add_tensor(name, stored.clone())
         with self.editor.after(node):
-            return self.editor.call(_OPS.input_codes.default, node, scale_node)
+            floats = node
+            if dtype_of(node) != torch.float32:
+                floats = self.editor.call(_aten.to.dtype, node, torch.float32)
+            return self.editor.call(_OPS.input_codes.default, floats, scale_node)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from compressors.lower.lookups.layout import JOINS, RESHAPES, Labels, positions
-from compressors.lower.lookups.program_editor import ProgramEditor, row_shape
+from compressors.lower.lookups.program_editor import ProgramEditor, row_shape, shape_of
 
 _aten = torch.ops.aten
 
@@ -50,6 +50,8 @@ def _join_neighbours(editor: ProgramEditor, rows: fx.Node, labels: Labels, join:
     if join.target is _aten.stack.default or len(sources) < 3:
         return  # an input of a stack has one dimension less than its result
     dim: Any = join.args[1] if len(join.args) > 1 else 0
+    if dim % len(shape_of(join)) == 0:
+        return  # it appends the rows of another batch
     width = (row_shape(rows) or (0,))[-1]
     joined: list[fx.Node] = []
     begin = 0

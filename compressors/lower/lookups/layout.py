@@ -51,7 +51,7 @@ _WITH_ONE_INPUT = RESHAPES | SELECTIONS | _MOVES | _SPLITS | {operator.getitem}
 
 def is_identity(node: fx.Node) -> bool:
     """Return whether a node's output equals its input."""
-    if node.target is _aten.to.dtype:
+    if node.target in {_aten.to.dtype, _aten._to_copy.default}:
         source = node.args[0]
         return isinstance(source, fx.Node) and source.meta["val"].dtype == node.meta["val"].dtype
     return node.target in IDENTITIES
@@ -134,9 +134,10 @@ class Labels:
         """Return the number of rows of an operator's output, if its inputs have as many."""
         sources = [other for other in node.all_input_nodes if shape_of(other)]
         values = [other for other in (node, *sources) if shape_of(other)]
-        if not values:  # an element of a Split's outputs
-            return self._rows(node.args[0]) if isinstance(node.args[0], fx.Node) else None
         counts = {str(shape_of(other)[0]) for other in values}
+        split = node.args[0] if node.target is operator.getitem else None
+        if isinstance(split, fx.Node):  # one of a Split's outputs
+            counts.add(str(self._rows(split)))
         return counts.pop() if len(counts) == 1 else None
 
 

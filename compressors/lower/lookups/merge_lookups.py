@@ -33,6 +33,7 @@ from compressors.lower.lookups.merged_tables import (
     MergedTable,
     count_bytes,
     has_codebook,
+    is_stored_as_codes,
     merge_key,
 )
 from compressors.lower.lookups.program_editor import ProgramEditor, dtype_of, row_shape
@@ -105,7 +106,7 @@ def merge_lookups(
             _redirect(editor, lookup, table, f"{name}.{number}" if group.reads else name)
         merged.append(table)
     join_rows(editor, looked_up)
-    pass_codes_to_layers(editor)
+    pass_codes_to_layers(editor, module)
     editor.finish()
     return tuple(merged)
 
@@ -132,18 +133,33 @@ def group_lookups(lookups: Sequence[Lookup]) -> list[LookupGroup]:
     grouped: set[int] = set()
     for together in members.values():
         free = [lookup for lookup in together if id(lookup.table) not in grouped]
-        group = _build_group(free, columns, by_table)
+        group = _build_group(_leave_out_largest(free), columns, by_table)
         if group is not None:
             result.append(group)
             grouped |= {id(table) for table in group.tables.values()}
     for of_table in by_table.values():
         first = of_table[0]
-        key = merge_key(first.table)
-        is_codes = isinstance(key, tuple) and key[0] == "codes"
         is_small = count_bytes([first.table]) <= MAX_BYTES
-        if is_codes and is_small and first.is_only_use and id(first.table) not in grouped:
+        is_free = first.is_only_use and id(first.table) not in grouped
+        if is_stored_as_codes(first.table) and is_small and is_free:
             result.append(LookupGroup({first.name: first.table}, None, (), tuple(of_table)))
     return result
+
+
+def _leave_out_largest(lookups: Sequence[Lookup]) -> list[Lookup]:
+    """Return the lookups without those of the largest tables, up to ``MAX_BYTES`` together."""
+    by_size = sorted(
+        {id(lookup.table): lookup.table for lookup in lookups}.values(),
+        key=lambda table: count_bytes([table]),
+    )
+    while by_size and count_bytes(by_size) > MAX_BYTES and not _reads_without_copy(by_size):
+        by_size.pop()
+    return [lookup for lookup in lookups if any(lookup.table is table for table in by_size)]
+
+
+def _reads_without_copy(tables: Sequence[Table]) -> bool:
+    """Return whether a lookup of these tables reads a stored tensor of the model as it is."""
+    return len(tables) == 1 and not is_stored_as_codes(tables[0])
 
 
 def _build_group(
@@ -151,7 +167,7 @@ def _build_group(
     columns: dict[Lookup, Column],
     by_table: dict[int, list[Lookup]],
 ) -> LookupGroup | None:
-    """Return the group of lookups with equal keys and matrices; None if it has too few or many."""
+    """Return the group of lookups with equal keys and matrices; None if they are one read."""
     repeated: dict[tuple[int, int], list[Lookup]] = {}
     tables: dict[str, Table] = {}
     for lookup in lookups:
@@ -159,7 +175,7 @@ def _build_group(
         repeated.setdefault(read, []).append(lookup)
         if all(lookup.table is not table for table in tables.values()):
             tables[lookup.name] = lookup.table
-    if len(repeated) < 2 or (len(tables) > 1 and count_bytes(list(tables.values())) > MAX_BYTES):
+    if len(repeated) < 2:
         return None
     reads = tuple(
         Read(same[0].table, columns[same[0]].index, tuple(same)) for same in repeated.values()

@@ -49,7 +49,7 @@ class CodesFormat:
     ) -> Tensor:
         """Look up codes and convert them: float32 ``(*ids, dim)``."""
         codes = torch.ops.recpress.table_codes(stored["codes"], ids)
-        rows: Tensor = torch.ops.recpress.widen_codes(codes, stored["scale"])
+        rows: Tensor = torch.ops.recpress.dequantize_codes(codes, stored["scale"])
         return rows
 
 
@@ -63,8 +63,8 @@ def has_one_scale(table: PackedTable) -> bool:
 
 def concatenate_codes(tables: Sequence[PackedTable]) -> Tensor:
     """Concatenate the codes of int8 tables along their rows: uint8 ``(rows, dim)``."""
-    codes = torch.cat([table.get_buffer("codes") for table in tables])
-    return (codes.to(torch.int16) + ZERO).to(torch.uint8)
+    codes = torch.cat([table.get_buffer("codes").view(torch.uint8) for table in tables])
+    return codes.bitwise_xor_(ZERO)  # adds 128 to the int8 number with these bits
 
 
 def build_table(codes: Tensor, tables: Sequence[PackedTable]) -> PackedTable:

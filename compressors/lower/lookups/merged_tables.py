@@ -90,7 +90,8 @@ def count_bytes(tables: Sequence[Table]) -> int:
     return sum(tensor.nbytes for table in tables for tensor in table.state_dict().values())
 
 
-def _has_codes(table: Table) -> bool:
+def is_stored_as_codes(table: Table) -> bool:
+    """Return whether a graph stores a table as codes that int8 layers can read."""
     return isinstance(table, PackedTable) and has_one_scale(table)
 
 
@@ -101,7 +102,7 @@ def _packed(table: Table) -> PackedTable:
 
 def _concatenate(tables: Sequence[Table], read: Sequence[Table]) -> Table:
     first = tables[0]
-    if _has_codes(first):
+    if is_stored_as_codes(first):
         codes = concatenate_codes([_packed(table) for table in tables])
         return build_table(codes, [_packed(table) for table in read])
     if len(tables) == 1:

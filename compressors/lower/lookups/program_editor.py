@@ -131,6 +131,10 @@ class ProgramEditor:
             if node.target in _WITHOUT_EFFECT:
                 self.graph.erase_node(node)
         self.graph.eliminate_dead_code()
+        (result,) = [node for node in self.graph.nodes if node.op == "output"]
+        outputs: Any = result.args[0]
+        for spec, node in zip(self.program.graph_signature.output_specs, outputs, strict=True):
+            spec.arg = TensorArgument(node.name)  # an output may be another operator than before
         self.program.graph_module.recompile()
         self.program.validate()  # type: ignore[no-untyped-call]
 

@@ -17,7 +17,7 @@ from compressors.errors.steps import RowsMissing, StepRefused
 from compressors.lower.lookups.find_lookups import find_lookups
 from compressors.lower.lookups.layout import Labels
 from compressors.lower.lookups.merged_scales import has_one_scale
-from compressors.lower.lookups.program_editor import row_shape
+from compressors.lower.lookups.program_editor import row_shape, shape_of
 from compressors.quantize.calibration.calibrators import LEVELS
 from compressors.quantize.calibration.layer_inputs import input_vectors, read_layer_inputs
 from compressors.quantize.dense.calibrated import CalibratedLayer, squared_error
@@ -32,41 +32,51 @@ def find_table_scales(module: nn.Module, signature: Signature) -> dict[str, Tens
         signature: its inputs.
 
     Returns:
-        Float32 ``(in,)`` by layer name. NaN for a channel that is not an element of a row of a
-        table with one scale, or that is not always an element of the same table. Layers without
-        any such channel are left out.
+        Float32 ``(in,)`` by layer name: the scale of the table from which the channel comes in
+        every call of the layer; NaN if there is no such table. Layers that read no such table are
+        left out.
 
     Raises:
         StepRefused: ``torch.export`` cannot trace the network.
     """
-    tables = [part for part in module.modules() if isinstance(part, PackedTable)]
-    if not any(map(has_one_scale, tables)):
+    tables = [
+        part for part in module.modules() if isinstance(part, PackedTable) and has_one_scale(part)
+    ]
+    if not tables:
         return {}
     owners = find_owners(module)
-    result: dict[str, Tensor] = {}
-    for graph, stored in export_graphs(module, signature):
-        scales: dict[fx.Node, Tensor] = {}
+    scales = [table.get_buffer("scale").float().reshape(()) for table in tables]
+    sources: dict[str, Tensor] = {}  # by layer, the number of each channel's table
+    for graph, stored in export_graphs(module, signature, functional=True):
+        numbers: dict[fx.Node, Tensor] = {}
         for lookup in find_lookups(graph, stored, module):
             shape = row_shape(lookup.node)
-            if isinstance(lookup.table, PackedTable) and has_one_scale(lookup.table) and shape:
-                scale = lookup.table.get_buffer("scale").float().reshape(())
-                scales[lookup.node] = scale.expand(1, *shape)
-        labels = Labels(scales.get, lambda shape: torch.full(shape, torch.nan))
+            if shape and any(lookup.table is table for table in tables):
+                number = [lookup.table is table for table in tables].index(True)
+                numbers[lookup.node] = torch.full((1, *shape), float(number))
+        labels = Labels(numbers.get, lambda shape: torch.full(shape, torch.nan))
         called = find_called_modules(
             graph, {node: owners.get(key, set()) for node, key in stored.items()}
         )
         for node, name in called.items():
-            source = node.args[0]
-            if node.target is not torch.ops.aten.linear.default or not isinstance(source, fx.Node):
+            source, weight = node.args[0], node.args[1]
+            if node.target is not torch.ops.aten.linear.default:
                 continue
+            assert isinstance(source, fx.Node)  # noqa: S101 - arguments of a linear operator
+            assert isinstance(weight, fx.Node)  # noqa: S101
             found = labels.of(source)
-            if found is None:
-                continue
+            if found is None:  # rows cannot be followed to the layer
+                found = torch.full((1, shape_of(weight)[1]), torch.nan)
             vectors = found.reshape(-1, found.shape[-1])  # one per position of a row
             by_channel = torch.where((vectors == vectors[0]).all(dim=0), vectors[0], torch.nan)
-            earlier = result.get(name, by_channel)
-            result[name] = torch.where(earlier == by_channel, by_channel, torch.nan)
-    return {name: scale for name, scale in result.items() if not bool(scale.isnan().all())}
+            earlier = sources.get(name, by_channel)
+            sources[name] = torch.where(earlier == by_channel, by_channel, torch.nan)
+    by_number = torch.stack([*scales, torch.tensor(torch.nan)])  # the last one for no table
+    return {
+        name: by_number[torch.nan_to_num(numbers_of_channels, nan=len(scales)).long()]
+        for name, numbers_of_channels in sources.items()
+        if not bool(numbers_of_channels.isnan().all())
+    }
 
 
 def calibrate_table_layers(

@@ -98,7 +98,7 @@ def table_codes(codes: Any, ids: Any) -> Any:
     return op.Gather(codes, ids, axis=0)
 
 
-def widen_codes(codes: Any, scale: Any) -> Any:
+def dequantize_codes(codes: Any, scale: Any) -> Any:
     """Build the conversion of codes ``(rows, lookups, dim)`` to float32, with scales by lookup.
 
     With one scale, the codes have any shape.
@@ -158,7 +158,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         OPS.bfloat16_linear.default: short_float_linear,
         OPS.join_ids.default: join_ids,
         OPS.table_codes.default: table_codes,
-        OPS.widen_codes.default: widen_codes,
+        OPS.dequantize_codes.default: dequantize_codes,
         OPS.input_codes.default: input_codes,
         OPS.int8_codes_linear.default: int8_codes_linear,
     }
