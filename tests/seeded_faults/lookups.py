@@ -7,6 +7,7 @@ from tests.seeded_faults.fault import Fault
 
 MERGED = "tests/compressors/lower/test_merged_lookups.py"
 CODES = "tests/compressors/lower/test_codes_into_layers.py"
+ODD = f"{CODES}::test_network_that_combines_rows_in_an_odd_way_keeps_its_scores"
 ONE_SCALE = "tests/compressors/quantize/test_one_scale.py"
 
 FAULTS = (
@@ -72,9 +73,35 @@ FAULTS = (
     Fault(
         id="layer-of-two-tables-has-a-scale-of-one",
         file="compressors/quantize/dense/table_inputs.py",
-        old="            result[name] = torch.where(earlier == by_channel, by_channel, torch.nan)\n",
-        new="            result[name] = earlier\n",
+        old="            sources[name] = torch.where(earlier == by_channel, by_channel, torch.nan)\n",
+        new="            sources[name] = earlier\n",
         effect="A layer that is called with rows of two tables is scaled for the first.",
         tests=(f"{ONE_SCALE}::test_layer_of_several_tables_has_the_scale_of_those_with_one",),
+    ),
+    Fault(
+        id="in-place-operators-in-merged-program",
+        file="compressors/lower/program.py",
+        old="            traced = traced.run_decompositions({})\n",
+        new="",
+        effect="A network that changes joined rows in place also changes the rows it uses later.",
+        tests=(f"{ODD}[rows-joins_in_place]", f"{ODD}[codes-joins_in_place]"),
+    ),
+    Fault(
+        id="rows-of-batches-joined",
+        file="compressors/lower/lookups/join_rows.py",
+        old="    if dim % len(shape_of(join)) == 0:\n",
+        new="    if dim % len(shape_of(join)) == -1:\n",
+        effect="Rows of several tables in one longer batch are in another order.",
+        tests=(f"{ODD}[rows-joins_batches]", f"{ODD}[codes-joins_batches]"),
+    ),
+    Fault(
+        id="layout-that-cannot-be-followed-counts-as-table",
+        file="compressors/quantize/dense/table_inputs.py",
+        old="                found = torch.full((1, shape_of(weight)[1]), torch.nan)\n",
+        new="                continue\n",
+        effect="A layer clips rows of one table at the scale of another.",
+        tests=(
+            f"{CODES}::test_layer_that_also_reads_rows_in_another_layout_has_no_scale_of_a_table",
+        ),
     ),
 )
