@@ -316,7 +316,15 @@ def reads_flags(net: Net, rows: list[Tensor]) -> Tensor:
     return net.score(torch.cat([rows[0], rows[1], rows[2] > 0], dim=1))
 
 
+def multiplies_rows(net: Net, rows: list[Tensor]) -> Tensor:
+    """Add the dot products of all pairs of rows, as DLRM does."""
+    stacked = torch.stack(rows, dim=1)
+    products = torch.bmm(stacked, stacked.transpose(1, 2))
+    return net.score(torch.cat(rows, dim=1)) + products.sum(dim=(1, 2)) / 100
+
+
 ODD = (
+    multiplies_rows,
     joins_in_place,
     scales_a_view,
     converts_to_floats,

@@ -99,14 +99,16 @@ def table_codes(codes: Any, ids: Any) -> Any:
 
 
 def dequantize_codes(codes: Any, scale: Any) -> Any:
-    """Build the conversion of codes ``(rows, lookups, dim)`` to float32, with scales by lookup.
+    """Build the conversion of codes to float32; with several scales, they are of the lookups.
 
-    With one scale, the codes have any shape.
+    The scale is multiplied afterwards. If a MatMul read two DequantizeLinears, ONNX Runtime would
+    fuse them to a MatMulIntegerToFloat, which fails for a batch of matrices.
     """
-    if not len(scale.shape):
-        return op.DequantizeLinear(codes, scale, constant(onnx.TensorProto.UINT8, 128))
-    zeros = constant(onnx.TensorProto.UINT8, [128] * int(scale.shape[0]))
-    return op.DequantizeLinear(codes, scale, zeros, axis=1)
+    zero = constant(onnx.TensorProto.UINT8, 128)
+    levels = op.DequantizeLinear(codes, op.Constant(value_float=1.0), zero)
+    if len(scale.shape):
+        scale = op.Unsqueeze(scale, op.Constant(value_ints=[1]))  # (lookups, 1)
+    return op.Mul(levels, scale)
 
 
 def input_codes(x: Any, scale: Any) -> Any:
