@@ -29,9 +29,9 @@ from compressors.lower.lookups.find_lookups import (
 )
 from compressors.lower.lookups.join_rows import join_rows
 from compressors.lower.lookups.merged_tables import (
-    MAX_BYTES,
     MergedTable,
     count_bytes,
+    find_limit,
     has_codebook,
     is_stored_as_codes,
     merge_key,
@@ -93,7 +93,8 @@ def merge_lookups(
     merged: list[MergedTable] = []
     looked_up: list[fx.Node] = []
     stored = {node: id(tensor) for node, tensor in editor.tensors.items()}
-    for group in group_lookups(find_lookups(editor.graph, stored, module)):
+    lookups = find_lookups(editor.graph, stored, module)
+    for group in group_lookups(lookups, find_limit(module)):
         tables = list(group.tables.values())
         label = ", ".join(group.tables)
         read = [read.table for read in group.reads] or tables
@@ -111,10 +112,14 @@ def merge_lookups(
     return tuple(merged)
 
 
-def group_lookups(lookups: Sequence[Lookup]) -> list[LookupGroup]:
+def group_lookups(lookups: Sequence[Lookup], limit: int) -> list[LookupGroup]:
     """Group lookups of tables that can be concatenated.
 
     A group has at least two different reads; or one table of codes, which int8 layers may read.
+
+    Args:
+        lookups: the lookups of a program.
+        limit: largest size of the tables of a group, in bytes.
     """
     by_table: dict[int, list[Lookup]] = {}
     for lookup in lookups:
@@ -133,26 +138,26 @@ def group_lookups(lookups: Sequence[Lookup]) -> list[LookupGroup]:
     grouped: set[int] = set()
     for together in members.values():
         free = [lookup for lookup in together if id(lookup.table) not in grouped]
-        group = _build_group(_leave_out_largest(free), columns, by_table)
+        group = _build_group(_leave_out_largest(free, limit), columns, by_table)
         if group is not None:
             result.append(group)
             grouped |= {id(table) for table in group.tables.values()}
     for of_table in by_table.values():
         first = of_table[0]
-        is_small = count_bytes([first.table]) <= MAX_BYTES
+        is_small = count_bytes([first.table]) <= limit
         is_free = first.is_only_use and id(first.table) not in grouped
         if is_stored_as_codes(first.table) and is_small and is_free:
             result.append(LookupGroup({first.name: first.table}, None, (), tuple(of_table)))
     return result
 
 
-def _leave_out_largest(lookups: Sequence[Lookup]) -> list[Lookup]:
-    """Return the lookups without those of the largest tables, up to ``MAX_BYTES`` together."""
+def _leave_out_largest(lookups: Sequence[Lookup], limit: int) -> list[Lookup]:
+    """Return the lookups without those of the largest tables: ``limit`` bytes together."""
     by_size = sorted(
         {id(lookup.table): lookup.table for lookup in lookups}.values(),
         key=lambda table: count_bytes([table]),
     )
-    while by_size and count_bytes(by_size) > MAX_BYTES and not _reads_without_copy(by_size):
+    while by_size and count_bytes(by_size) > limit and not _reads_without_copy(by_size):
         by_size.pop()
     return [lookup for lookup in lookups if any(lookup.table is table for table in by_size)]
 

@@ -21,6 +21,16 @@ MAX_BYTES = 2**28
 They are copied, and the latency of lookups in larger tables depends on memory access rather than on
 the number of operators.
 """
+LARGE_NETWORK = 2**29
+"""Bytes from which a graph links to the files of a bundle instead of storing weights again."""
+MAX_BYTES_OF_LARGE = 2**24
+"""Largest size of concatenated tables in a large network; its larger tables stay links."""
+
+
+def find_limit(module: nn.Module) -> int:
+    """Return the largest size in bytes of tables that may be copied into a network's graph."""
+    tensors = {id(tensor): tensor.nbytes for tensor in module.state_dict(keep_vars=True).values()}
+    return MAX_BYTES if sum(tensors.values()) <= LARGE_NETWORK else MAX_BYTES_OF_LARGE
 
 
 class MergedTable(nn.Module):

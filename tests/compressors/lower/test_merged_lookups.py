@@ -23,6 +23,7 @@ from compressors.core.registries import AnyStep
 from compressors.core.runner import run
 from compressors.lower.audit import audit
 from compressors.lower.export import Lowered, lower
+from compressors.lower.lookups import merged_tables
 from compressors.lower.serving_wrapper import input_names, served_graphs
 from compressors.quantize.tables.additive_codes import AdditiveCodes
 from compressors.quantize.tables.bfloat16 import BFloat16
@@ -187,6 +188,32 @@ def test_lookup_of_ids_that_the_network_changes_is_not_merged(tmp_path):
         "tables.item": 300,
         "wide": 12,
     }
+    check_scores(reference, lowered, path)
+
+
+def test_tables_over_the_limit_of_a_group_stay_separate(tmp_path, monkeypatch):
+    # With a limit of 1,000 bytes, the table "item", 300 rows of 8 codes and a scale, is too large.
+    monkeypatch.setattr(merged_tables, "MAX_BYTES", 1000)
+    reference = reference_of_fields()
+    model = compress(reference, RowwiseInt8(), tmp_path)
+    lowered, path = lower_model(reference, model, tmp_path)
+    assert {table.module for table in lowered.tables} == {
+        "tables.user, tables.city",
+        "tables.item",
+        "wide",
+    }
+    check_scores(reference, lowered, path)
+
+
+def test_graph_of_a_large_network_copies_only_small_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(merged_tables, "LARGE_NETWORK", 1000)
+    monkeypatch.setattr(merged_tables, "MAX_BYTES_OF_LARGE", 500)
+    reference = reference_of_fields()
+    model = compress(reference, RowwiseInt8(rows_per_scale=0), tmp_path)
+    lowered, path = lower_model(reference, model, tmp_path)
+    stored = {table.module: table.names for table in lowered.tables}
+    assert stored["tables.item"] == ("model.tables.item.codes", "model.tables.item.scale")
+    assert stored["tables.user, tables.city"][0].startswith("together.")
     check_scores(reference, lowered, path)
 
 
